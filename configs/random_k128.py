@@ -1,0 +1,17 @@
+"""C, random-scratch: rank-128 embedding and blocks at random initialisation.
+
+    python -m pcagpt.main --config=configs/random_k128.py --config.data.source=FOLDER
+
+The control of A. Several frequency bands in place of one rank, for a vocabulary of
+50,257: --config.model.band_sizes=6000,44257 --config.model.band_ranks=256,64.
+"""
+
+from pcagpt.config import base
+
+
+def get_config():
+    """The base config at rank 128."""
+    config = base()
+    config.arm = "random"
+    config.model.n_embd_wte = 128
+    return config

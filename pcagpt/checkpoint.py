@@ -1,0 +1,187 @@
+"""Orbax checkpoints of a run: saved asynchronously, restored whole or weights only.
+
+A checkpoint has three items: `weights` (params and constants), `optimizer` (its state
+and the number of updates done) and `meta` (JSON). Its number is the updates done.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from pcagpt.errors import UserError
+
+FOLDER = "ckpt"
+ITEMS = ("weights", "optimizer", "meta")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, as a context manager.
+
+    Keeps the last `keep_last` and the one with the lowest validation loss.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int):
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_last),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics["val_loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._folder = (run_dir / FOLDER).absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=lambda m: m["val_loss"]
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Updates done by the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        weights: Any,
+        optimizer: Any,
+        meta: dict,
+        val_loss: float | None = None,
+    ) -> None:
+        """Starts writing a checkpoint; the arrays may be donated once this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights),
+                optimizer=ocp.args.StandardSave(optimizer),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics=None if val_loss is None else {"val_loss": val_loss},
+        )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore_latest(self, weights: Any, optimizer: Any) -> tuple | None:
+        """The newest undamaged checkpoint, or None where there is none at all.
+
+        Args:
+          weights: tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
+          optimizer: the same for the optimizer item.
+
+        Returns:
+          (weights, optimizer, meta, step). Damaged newer checkpoints are reported
+          and deleted.
+
+        Raises:
+          UserError: there are checkpoints, and every one is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        weights=ocp.args.StandardRestore(weights),
+                        optimizer=ocp.args.StandardRestore(optimizer),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
+                return restored.weights, restored.optimizer, restored.meta, step
+            except Exception as error:
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                reason = str(error).strip().split("\n")[0][:120]
+                logging.getLogger(__name__).warning(
+                    "checkpoint %s is damaged (%s): falling back to the one before",
+                    self._folder / str(step),
+                    reason,
+                )
+                damaged = step
+                self._manager.delete(damaged)
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self._folder} is damaged: start the run afresh "
+                "with --config.overwrite=True"
+            )
+        return None
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Updates done by each finished checkpoint of a run; empty where there is none."""
+    folder = run_dir / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def find(path: str | Path) -> tuple[Path, int]:
+    """Resolves RUN, RUN/ckpt or RUN/ckpt/STEP to (run folder, step).
+
+    Raises:
+      UserError: no such folder, or no finished checkpoint in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path} does not exist: give the folder of a run, such as "
+            "checkpoints/gpt_baseline, or train it first"
+        )
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        return path.parent.parent, int(path.name)
+    run_dir = path.parent if path.name == FOLDER else path
+    found = steps(run_dir)
+    if not found:
+        raise UserError(
+            f"{run_dir} holds no finished checkpoint: give the folder of a trained run"
+        )
+    return run_dir, max(found)
+
+
+def load_weights(path: str | Path) -> tuple[dict, dict, int]:
+    """Weights only, as host arrays on any number of devices.
+
+    Args:
+      path: RUN or RUN/ckpt/STEP.
+
+    Returns:
+      (params, constants, step): nested dicts of numpy arrays.
+
+    Raises:
+      UserError: nothing there, or damaged.
+    """
+    run_dir, step = find(path)
+    folder = (run_dir / FOLDER / str(step)).absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder / "weights").item_metadata
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree
+            )
+            weights = checkpointer.restore(
+                folder / "weights",
+                args=ocp.args.PyTreeRestore(restore_args=as_numpy),
+            )
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({reason}): name another step beside "
+            "it, or train the run again with --config.overwrite=True"
+        ) from None
+    return weights["params"], weights.get("constants") or {}, step

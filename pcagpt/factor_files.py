@@ -1,0 +1,159 @@
+"""The files of a factorization: written, read back, and checked.
+
+wte_pca_k{k}.npy          token table [V, k] float32
+scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
+spectrum.npy              singular values [d] float64, descending
+metadata.json             method, source, energy kept by each rank
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pcagpt.errors import UserError
+
+
+class ScaleMatrices(NamedTuple):
+    """scale_up, scale_down: [K, D] float32; mean: [D] float32 or None."""
+
+    scale_up: np.ndarray
+    scale_down: np.ndarray
+    mean: np.ndarray | None
+
+
+def table_path(folder: Path, rank: int) -> Path:
+    """Where the token table of a rank is kept."""
+    return folder / f"wte_pca_k{rank}.npy"
+
+
+def scale_path(folder: Path, rank: int) -> Path:
+    """Where the scale matrices of a rank are kept."""
+    return folder / f"scale_mats_pca_k{rank}.npz"
+
+
+def write(
+    folder: Path,
+    low_ranks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    singular_values: np.ndarray,
+    metadata: dict,
+) -> None:
+    """Writes tables, scale matrices, spectrum and, last of all, the metadata.
+
+    Args:
+      folder: made if lacking.
+      low_ranks: rank -> (wte [V, k], scale [k, d], mean [d] or None).
+      singular_values: [d], descending.
+      metadata: JSON values; complete files are those that have it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, (wte_VK, scale_KD, mean_D) in low_ranks.items():
+        _write_atomically(table_path(folder, rank), np.save, _float32(wte_VK))
+        arrays = {"scale_up": _float32(scale_KD), "scale_down": _float32(scale_KD)}
+        if mean_D is not None:
+            arrays["mean"] = _float32(mean_D)
+        _write_atomically(scale_path(folder, rank), np.savez, **arrays)
+    _write_atomically(
+        folder / "spectrum.npy", np.save, np.asarray(singular_values, np.float64)
+    )
+    text = json.dumps(metadata, indent=2) + "\n"
+    _write_atomically(
+        folder / "metadata.json", lambda file: file.write(text.encode("utf-8"))
+    )
+
+
+def read_metadata(folder: Path) -> dict | None:
+    """What `write` was given, or None where no complete factorization is."""
+    try:
+        return json.loads((folder / "metadata.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(
+            f"{folder / 'metadata.json'} is damaged: delete {folder} and run again"
+        ) from None
+
+
+def read_table(path: str | Path) -> np.ndarray:
+    """A token table [V, k] as float32 from a .npy file of any origin.
+
+    Raises:
+      UserError: missing or damaged file, not two-dimensional, not of floating-point
+        numbers, or with values that are not finite.
+    """
+    return _checked(_load(path, ".npy"), 2, str(path))
+
+
+def read_scale_matrices(path: str | Path) -> ScaleMatrices:
+    """The scale matrices of a .npz file of any origin, as float32.
+
+    Raises:
+      UserError: as for `read_table`, or a missing key, or matrices of two shapes.
+    """
+    with _load(path, ".npz") as archive:
+        arrays = {}
+        for name in ("scale_up", "scale_down"):
+            if name not in archive:
+                raise UserError(
+                    f"{path} has no array '{name}', only {sorted(archive)}: it must "
+                    "hold scale_up and scale_down, each [k, d]"
+                )
+        for name in archive:
+            if name in ("scale_up", "scale_down", "mean"):
+                try:
+                    array = archive[name]
+                except (ValueError, OSError, zipfile.BadZipFile) as error:
+                    raise _damaged(path, error) from None
+                rank = 1 if name == "mean" else 2
+                arrays[name] = _checked(array, rank, f"{path}: '{name}'")
+    up, down, mean = (arrays.get(n) for n in ("scale_up", "scale_down", "mean"))
+    if up.shape != down.shape or (mean is not None and mean.shape != up.shape[1:]):
+        raise UserError(
+            f"{path}: scale_up is {up.shape}, scale_down {down.shape}"
+            + ("" if mean is None else f", mean {mean.shape}")
+            + ": both matrices must be [k, d], the mean [d]"
+        )
+    return ScaleMatrices(up, down, mean)
+
+
+def _load(path: str | Path, ending: str):
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a {ending}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from None
+    if isinstance(loaded, np.ndarray) != (ending == ".npy"):
+        raise UserError(f"{path} is not a {ending} file")
+    return loaded
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a readable array file ({error}): write it again")
+
+
+def _checked(array: np.ndarray, dimensions: int, what: str) -> np.ndarray:
+    if array.ndim != dimensions or array.size == 0:
+        raise UserError(
+            f"{what} has shape {array.shape}: {dimensions} dimensions are needed"
+        )
+    if not np.issubdtype(array.dtype, np.floating):
+        raise UserError(f"{what} has dtype {array.dtype}: floating point is needed")
+    if not np.isfinite(array).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise UserError(f"{what} holds {array[where]} at {where}: all must be finite")
+    return _float32(array)
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _write_atomically(path: Path, save, *arguments, **keywords) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        save(file, *arguments, **keywords)
+    os.replace(temporary, path)

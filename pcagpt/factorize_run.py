@@ -1,0 +1,130 @@
+"""From a trained run (or a bare table) to the files of its factorization."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from pcagpt import checkpoint, factor_files, factorize, run_folder
+from pcagpt.errors import UserError
+from pcagpt.report.plots import spectrum_figure
+from pcagpt.telemetry import Telemetry
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorizeJob:
+    """What to factorize, how, and where the files go.
+
+    source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
+    method: a name in `factorize.METHODS`; singular_value_split: as for
+    `factorize.truncate`.
+    """
+
+    source: Path
+    folder: Path
+    ranks: tuple[int, ...]
+    method: str
+    singular_value_split: float
+
+    def source_sha256(self) -> str:
+        """Hash of the table file, or of the result (or checkpoint path) of the run."""
+        path = self.source
+        if path.suffix != ".npy":
+            run_dir, step = checkpoint.find(path)
+            path = run_dir / "result.json"
+            if not path.exists():
+                return hashlib.sha256(
+                    f"{run_dir.absolute()}/{step}".encode()
+                ).hexdigest()
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+
+    def identity(self) -> dict:
+        """What the files depend on besides the ranks."""
+        return {
+            "method": self.method,
+            "singular_value_split": self.singular_value_split,
+            "source_sha256": self.source_sha256(),
+        }
+
+    def missing_ranks(self) -> tuple[int, ...]:
+        """The ranks whose files are not there yet.
+
+        Raises:
+          UserError: the folder holds the files of another source or method, or there
+            is no such source.
+        """
+        metadata = factor_files.read_metadata(self.folder)
+        if metadata is None:
+            return self.ranks
+        differing = [k for k, v in self.identity().items() if metadata.get(k) != v]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds another factorization ({', '.join(differing)} "
+                "differ): use another --config.workdir, or --config.overwrite=True"
+            )
+        return tuple(rank for rank in self.ranks if str(rank) not in metadata["ranks"])
+
+    def run(self) -> dict:
+        """Writes the files of all ranks, those there already too; returns the metadata.
+
+        Raises:
+          UserError: no table there, it is factorized already, or a rank is too high.
+        """
+        table_VD, origin = self._read_table()
+        width = table_VD.shape[1]
+        for rank in self.ranks:
+            if rank > min(table_VD.shape):
+                raise UserError(
+                    f"ranks holds {rank}: the table of {self.source} is "
+                    f"{table_VD.shape}, its rank is at most {min(table_VD.shape)}"
+                )
+        earlier = factor_files.read_metadata(self.folder)
+        ranks = sorted({*self.ranks, *map(int, earlier["ranks"] if earlier else ())})
+        factors = factorize.METHODS[self.method](table_VD)
+        energy = factorize.energy_kept(factors.singular_values)
+        metadata = {
+            **self.identity(),
+            "source": str(self.source),
+            **origin,
+            "vocab_size": table_VD.shape[0],
+            "n_embd": width,
+            "effective_rank": factorize.effective_rank(factors.singular_values),
+            "ranks": {
+                str(rank): {
+                    "energy_kept": energy[rank - 1],
+                    "relative_error": max(0.0, 1 - energy[rank - 1]) ** 0.5,
+                }
+                for rank in ranks
+            },
+        }
+        low_ranks = {
+            rank: factorize.truncate(factors, rank, self.singular_value_split)
+            for rank in ranks
+        }
+        factor_files.write(self.folder, low_ranks, factors.singular_values, metadata)
+        with Telemetry(self.folder, config={}, run_name=self.folder.name) as telemetry:
+            figure = spectrum_figure(factors.singular_values, ranks)
+            telemetry.figure("spectrum", figure)
+        return metadata
+
+    def _read_table(self) -> tuple[np.ndarray, dict]:
+        """The table without padding rows, and where it comes from."""
+        if self.source.suffix == ".npy":
+            return factor_files.read_table(self.source), {}
+        params, _, step = checkpoint.load_weights(self.source)
+        embed = params["embed"]
+        if len(embed) > 1 or "scale_up" in embed["band_0"]:
+            raise UserError(
+                f"{self.source} has a factorized embedding already: factorize a "
+                "baseline, such as checkpoints/gpt_baseline"
+            )
+        run_dir, _ = checkpoint.find(self.source)
+        config = run_folder.read_config(run_dir)
+        if config is None:
+            raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
+        return embed["band_0"]["wte"][: config["vocab_size"]], {"step": step}

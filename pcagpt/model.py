@@ -1,0 +1,350 @@
+"""GPT-2 whose token table may be factorized, in one or several frequency bands.
+
+Shape letters: B batch, T sequence, N = B*T, V vocabulary, D model width, K rank,
+H heads, C head width, F = 4D.
+
+    x = wte[t] @ scale_up + wpe           [N,K] @ [K,D]
+    h = ln_f(blocks(x))                   [N,D]
+    logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
+
+A band is a run of consecutive token ids with a table and scale matrices of its own. The
+baseline is one band without scale matrices; a single rank is one band with them.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LAYER_NORM_EPSILON = 1e-5
+INIT_STD = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and switches of a `GPT`; the defaults are GPT-2 small."""
+
+    vocab_size: int = 50257
+    vocab_multiple: int = 64
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_embd_wte: int | None = None
+    n_embd_wte_scale_tying: bool = True
+    band_sizes: tuple[int, ...] = ()
+    band_ranks: tuple[int, ...] = ()
+    bias: bool = True
+    dropout: float = 0.0
+    compute_dtype: str = "float32"
+    attention: str = "xla"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows stored: the vocabulary rounded up to `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def bands(self) -> tuple["Band", ...]:
+        """The bands in order of token position; padding rows belong to the last."""
+        padding = self.padded_vocab_size - self.vocab_size
+        if not self.band_sizes:
+            return (Band(0, self.vocab_size, padding, self.n_embd_wte),)
+        starts = [sum(self.band_sizes[:i]) for i in range(len(self.band_sizes))]
+        last = len(self.band_sizes) - 1
+        return tuple(
+            Band(start, size, padding if i == last else 0, rank)
+            for i, (start, size, rank) in enumerate(
+                zip(starts, self.band_sizes, self.band_ranks, strict=True)
+            )
+        )
+
+
+class Band(NamedTuple):
+    """Token positions start .. start + size - 1, stored at `rank` (None: at full D)."""
+
+    start: int
+    size: int
+    padding: int
+    rank: int | None
+
+
+class HeadBand(NamedTuple):
+    """What the output head reads of a band.
+
+    wte: [size + padding, K] float32; scale_down: [K, D] float32, None at full width;
+    size: real rows, the rest is padding.
+    """
+
+    wte: jax.Array
+    scale_down: jax.Array | None
+    size: int
+
+
+class BandTable(nn.Module):
+    """The tables of one band."""
+
+    band: Band
+    n_embd: int
+    scale_tying: bool
+
+    def setup(self):
+        """Declares wte [V,K] and, if the band has a rank, its scale matrices [K,D]."""
+        rows, rank = self.band.size + self.band.padding, self.band.rank
+        init = nn.initializers.normal(INIT_STD)
+        self.wte = self.param("wte", init, (rows, rank or self.n_embd))
+        self.scale_up = self.scale_down = None
+        if rank is not None:
+            scale_shape = (rank, self.n_embd)
+            self.scale_up = self.param("scale_up", init, scale_shape)
+            self.scale_down = (
+                self.scale_up
+                if self.scale_tying
+                else self.param("scale_down", init, scale_shape)
+            )
+
+    def lookup(self, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of this band -> their embeddings [N, D]."""
+        # Gather before the cast: the gradient is then summed in float32.
+        x_NK = self.wte[rows_N].astype(dtype)
+        return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
+
+    def head(self) -> HeadBand:
+        """The output side of this band."""
+        return HeadBand(self.wte, self.scale_down, self.band.size)
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors, and the tables of the tied output head."""
+
+    config: GPTConfig
+
+    def setup(self):
+        """Declares a `BandTable` a band and, for several bands, the token order."""
+        config = self.config
+        self.tables = [
+            BandTable(
+                band, config.n_embd, config.n_embd_wte_scale_tying, name=f"band_{i}"
+            )
+            for i, band in enumerate(config.bands)
+        ]
+        if len(config.bands) > 1:
+            self.position_of_token = self.variable(
+                "constants",
+                "position_of_token",
+                lambda: jnp.arange(config.vocab_size, dtype=jnp.int32),
+            )
+
+    def renumber(self, tokens: jax.Array) -> jax.Array:
+        """Token ids -> positions in the order of the bands; -1 (no token) stays."""
+        if len(self.config.bands) == 1:
+            return tokens
+        return jnp.where(tokens < 0, tokens, self.position_of_token.value[tokens])
+
+    def __call__(self, tokens_N: jax.Array) -> jax.Array:
+        """Embeds tokens [N] as [N, D] in the compute dtype."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        bands = self.config.bands
+        if len(bands) == 1:
+            return self.tables[0].lookup(tokens_N, dtype)
+        positions_N = self.renumber(tokens_N)
+        x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
+        for band, table in zip(bands, self.tables, strict=True):
+            rows_N = positions_N - band.start
+            inside_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
+            found_ND = table.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
+            x_ND += jnp.where(inside_N1, found_ND, 0)
+        return x_ND
+
+    def head(self) -> tuple[HeadBand, ...]:
+        """The output side of every band, in order of position."""
+        return tuple(table.head() for table in self.tables)
+
+
+def dense(config: GPTConfig, features: int, name: str, std: float = INIT_STD):
+    """A linear layer computing in the model's compute dtype."""
+    return nn.Dense(
+        features,
+        use_bias=config.bias,
+        dtype=config.compute_dtype,
+        kernel_init=nn.initializers.normal(std),
+        name=name,
+    )
+
+
+def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
+    """A LayerNorm with statistics in float32 and output in the compute dtype."""
+    return nn.LayerNorm(
+        epsilon=LAYER_NORM_EPSILON,
+        use_bias=config.bias,
+        dtype=config.compute_dtype,
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_ND, sequence_length: int, deterministic: bool):
+        """[N, D] -> [N, D]; positions attend within their own sequence."""
+        config = self.config
+        width = config.n_embd
+        heads_BT3HC = dense(config, 3 * width, "qkv")(x_ND).reshape(
+            -1, sequence_length, 3, config.n_head, width // config.n_head
+        )
+        q_BTHC, k_BTHC, v_BTHC = (heads_BT3HC[:, :, i] for i in range(3))
+        if config.dropout and not deterministic:
+            # The fused kernels cannot drop attention probabilities; flax's can.
+            mask = jnp.tri(sequence_length, dtype=bool)[None, None]
+            y_BTHC = nn.dot_product_attention(
+                q_BTHC,
+                k_BTHC,
+                v_BTHC,
+                mask=mask,
+                dropout_rng=self.make_rng("dropout"),
+                dropout_rate=config.dropout,
+                broadcast_dropout=False,
+                deterministic=False,
+            )
+        else:
+            y_BTHC = jax.nn.dot_product_attention(
+                q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
+            )
+        residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
+        y_ND = dense(config, width, "proj", residual_std)(y_BTHC.reshape(x_ND.shape))
+        return nn.Dropout(config.dropout)(y_ND, deterministic=deterministic)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_ND, deterministic: bool):
+        """[N, D] -> [N, D]."""
+        config = self.config
+        h_NF = dense(config, 4 * config.n_embd, "fc")(x_ND)
+        # Recomputing GELU in the backward pass saves an [N, F] array a layer.
+        h_NF = jax.checkpoint(functools.partial(nn.gelu, approximate=True))(h_NF)
+        residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
+        y_ND = dense(config, config.n_embd, "proj", residual_std)(h_NF)
+        return nn.Dropout(config.dropout)(y_ND, deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_ND, sequence_length: int, deterministic: bool):
+        """[N, D] -> [N, D]."""
+        y_ND = layer_norm(self.config, "ln_1")(x_ND)
+        x_ND += Attention(self.config, name="attn")(
+            y_ND, sequence_length, deterministic
+        )
+        y_ND = layer_norm(self.config, "ln_2")(x_ND)
+        return x_ND + MLP(self.config, name="mlp")(y_ND, deterministic)
+
+
+class GPT(nn.Module):
+    """GPT-2 with a tied, possibly factorized token embedding.
+
+    Activations are [N, D] between the blocks, not [B, T, D]: XLA then needs no
+    transposes in the backward pass of LayerNorm.
+    """
+
+    config: GPTConfig
+
+    def setup(self):
+        """Declares embedding, positions, blocks and the final norm."""
+        config = self.config
+        self.embed = TokenEmbedding(config)
+        self.wpe = self.param(
+            "wpe",
+            nn.initializers.normal(INIT_STD),
+            (config.block_size, config.n_embd),
+        )
+        self.blocks = [Block(config, name=f"block_{i}") for i in range(config.n_layer)]
+        self.ln_f = layer_norm(config, None)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+
+    def hidden(self, tokens_BT: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Token ids [B, T] int32 -> output of ln_f [N, D] in the compute dtype.
+
+        With dropout on and not deterministic, needs an rng named 'dropout'.
+        """
+        batch, length = tokens_BT.shape
+        x_ND = self.embed(tokens_BT.reshape(-1))
+        wpe_TD = self.wpe[:length].astype(x_ND.dtype)
+        x_ND += jnp.broadcast_to(wpe_TD, (batch, *wpe_TD.shape)).reshape(x_ND.shape)
+        x_ND = self.embedding_dropout(x_ND, deterministic=deterministic)
+        for block in self.blocks:
+            x_ND = block(x_ND, length, deterministic)
+        return self.ln_f(x_ND)
+
+    def head(self) -> tuple[HeadBand, ...]:
+        """The tables of the output head, band by band."""
+        return self.embed.head()
+
+    def renumber(self, tokens: jax.Array) -> jax.Array:
+        """Token ids -> columns of the head's concatenated bands; -1 stays -1."""
+        return self.embed.renumber(tokens)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits [B, T, V] float32 in the users' own token order, no padding columns.
+
+        For inspection and decoding; training and evaluation use `pcagpt.losses`.
+        """
+        h_ND = self.hidden(tokens_BT).astype(jnp.float32)
+        logits = []
+        for wte_VK, scale_down_KD, size in self.head():
+            z_NK = h_ND if scale_down_KD is None else h_ND @ scale_down_KD.T
+            logits.append(z_NK @ wte_VK[:size].T)
+        logits_NV = jnp.concatenate(logits, axis=-1)
+        logits_NV = logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
+        return logits_NV.reshape(*tokens_BT.shape, -1)
+
+
+def embedding_parameters(config: GPTConfig) -> int:
+    """Stored values of token tables and scale matrices, padding rows not counted."""
+    scales = 1 if config.n_embd_wte_scale_tying else 2
+    return sum(
+        band.size * (band.rank or config.n_embd)
+        + (scales * band.rank * config.n_embd if band.rank else 0)
+        for band in config.bands
+    )
+
+
+def total_parameters(config: GPTConfig) -> int:
+    """Stored values of the whole model, padding rows not counted."""
+    width, biases = config.n_embd, int(config.bias)
+    norm = width * (1 + biases)
+    attention = 4 * width * width + biases * 4 * width
+    mlp = 8 * width * width + biases * 5 * width
+    blocks = config.n_layer * (2 * norm + attention + mlp)
+    return embedding_parameters(config) + config.block_size * width + blocks + norm
+
+
+def training_flops_per_token(config: GPTConfig) -> float:
+    """Floating-point operations of one token's forward and backward pass.
+
+    Six per weight of every matrix product, attention counted in full (not halved for
+    causality): 12 * L * T * D, as in PaLM (Chowdhery et al. 2022, appendix B).
+    """
+    width = config.n_embd
+    weights = config.n_layer * 12 * width * width
+    for band in config.bands:
+        rank = band.rank or width
+        weights += (band.size + band.padding) * rank
+        if band.rank:
+            weights += 2 * rank * width
+    attention = 12 * config.n_layer * config.block_size * width
+    return 6.0 * weights + attention

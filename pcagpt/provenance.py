@@ -1,0 +1,66 @@
+"""What a number was measured with: versions, commit, device and its arithmetic peak."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+import pcagpt
+
+# Dense bfloat16 FLOP/s by the start of the device's name; the vendor's data sheets.
+PEAK_FLOPS = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of pcagpt and of the packages that decide its numbers."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {
+        "python": platform.python_version(),
+        "pcagpt": pcagpt.__version__,
+        **found,
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, '-dirty' if tracked files differ; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", Path(__file__).name):
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return None
+
+
+def device() -> str:
+    """As in '8 x NVIDIA H100 80GB HBM3'."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def peak_flops() -> float | None:
+    """bfloat16 FLOP/s of all devices together; None where the table has no figure."""
+    kind = jax.devices()[0].device_kind
+    for name, flops in PEAK_FLOPS.items():
+        if kind.startswith(name):
+            return flops * jax.device_count()
+    return None

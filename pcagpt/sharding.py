@@ -1,0 +1,103 @@
+"""Devices: several processes, the mesh, and which axis of what lies where.
+
+The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, and every
+parameter matrix (with its optimizer moments) along one axis.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pcagpt import params as trees
+from pcagpt.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# First full match wins; paths of optimizer states end in the parameter's own path.
+PARTITION_RULES = (
+    (r"(.*/)?wte", PartitionSpec("fsdp", None)),
+    (r"(.*/)?(scale_up|scale_down)", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?wpe", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?(qkv|fc)/kernel", PartitionSpec("fsdp", None)),
+    (r"(.*/)?proj/kernel", PartitionSpec(None, "fsdp")),
+    (r".*", PartitionSpec()),
+)
+
+
+def start_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins this process to the others; None lets JAX ask the cluster (Slurm, ...)."""
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except ValueError as error:
+        raise UserError(
+            f"distributed start failed ({error}): outside Slurm and the like give "
+            "distributed.coordinator_address=HOST:PORT, .num_processes and .process_id"
+        ) from None
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh of all devices; data = -1 takes all that fsdp leaves.
+
+    Raises:
+      UserError: data * fsdp is not the number of devices.
+    """
+    devices = jax.device_count()
+    if data == -1 and devices % fsdp == 0:
+        data = devices // fsdp
+    if data * fsdp != devices or data < 1:
+        raise UserError(
+            f"mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices,"
+            f" {devices}: leave mesh.data at -1 and let mesh.fsdp divide {devices}"
+        )
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def check_divisible(name: str, size: int) -> None:
+    """Raises UserError if a batch of that size cannot be split over all devices."""
+    if size % jax.device_count():
+        raise UserError(
+            f"{name} = {size} cannot be split over {jax.device_count()} devices: make "
+            f"it a multiple of {jax.device_count()}"
+        )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
+
+    An axis that the mesh does not divide evenly stays whole.
+    """
+
+    def place(leaf, spec):
+        sizes = [mesh.shape[name] if name else 1 for name in spec]
+        fits = len(spec) <= leaf.ndim and all(
+            length % size == 0 for length, size in zip(leaf.shape, sizes, strict=False)
+        )
+        return NamedSharding(mesh, spec if fits else PartitionSpec())
+
+    return jax.tree.map(place, tree, trees.label(tree, PARTITION_RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def part_sharding(mesh: Mesh) -> NamedSharding:
+    """For [parts, batch, ...]: every part is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process holds whole, as one global device array."""
+    return jax.make_array_from_callback(
+        batch.shape, sharding, lambda index: batch[index]
+    )

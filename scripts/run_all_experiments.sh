@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# D, A, B and C at each rank, and the report that compares them.
+#
+#   bash scripts/run_all_experiments.sh [RANKS [ARGUMENT...]]
+#   bash scripts/run_all_experiments.sh 64,128,256 --config.data.source=FOLDER
+#
+# RANKS is 128 unless given; the baseline is trained once for all of them. Arguments go
+# to: python -m pcagpt.main --config=configs/experiment.py:RANKS
+
+# shellcheck source=SCRIPTDIR/launch.sh
+source "$(dirname -- "$0")/launch.sh"
+ranks=${1-128}
+require_ranks "$ranks"
+run_pcagpt --config=configs/experiment.py:"$ranks" "${@:2}"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# D: trains the baseline, GPT-2-small with its full token embedding.
+#
+#   bash scripts/train_baseline_gpt2.sh [ARGUMENT...]
+#   bash scripts/train_baseline_gpt2.sh --config.data.source=FOLDER
+#
+# Arguments go to: python -m pcagpt.main --config=configs/baseline.py
+
+# shellcheck source=SCRIPTDIR/launch.sh
+source "$(dirname -- "$0")/launch.sh"
+run_pcagpt --config=configs/baseline.py "$@"

@@ -1,0 +1,106 @@
+"""Train the packaged vocabulary `sotu4096` on the train split of `sotu`.
+
+    pip install -e '.[dev]' && python scripts/train_bpe.py
+
+A byte-level BPE of 4,096 ids with GPT-2's pattern: 256 bytes in GPT-2's order, 3,839
+merges in the order they were learnt, `<|endoftext|>`. Deterministic; takes seconds.
+Before it writes, `tokenizers` (which trains) and `tiktoken` (which the package uses)
+must encode every split alike and decode it back to the same text.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from pcagpt.corpus import SPLITS, sotu_documents
+from pcagpt.tokenizer import (
+    ASSETS,
+    END_OF_TEXT,
+    RANKS,
+    dump_ranks,
+    encoding_from_ranks,
+)
+
+VOCAB_SIZE = RANKS["sotu4096"].vocab_size
+
+
+def byte_letters() -> dict[int, str]:
+    """Map each byte to the printable letter that stands for it, in GPT-2's order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def new_tokenizer(model: models.BPE) -> Tokenizer:
+    """Return a byte-level tokenizer that splits text as GPT-2 does."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def learn_merges(documents: list[str], vocab_size: int) -> list[tuple[str, str]]:
+    """Learn the vocab_size - 257 merges, each a pair of strings of byte letters."""
+    tokenizer = new_tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def rank_tokens(merges: list[tuple[str, str]]) -> dict[bytes, int]:
+    """Number the 256 bytes, then the merged tokens: bytes -> rank."""
+    letters = byte_letters()
+    byte_of = {letter: byte for byte, letter in letters.items()}
+    words = [*letters.values(), *(left + right for left, right in merges)]
+    return {
+        bytes(byte_of[letter] for letter in word): n for n, word in enumerate(words)
+    }
+
+
+def verify(ranks: dict[bytes, int], merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Compare both libraries on every split; return the number of tokens of each."""
+    if sorted(ranks.values()) != list(range(VOCAB_SIZE - 1)):
+        sys.exit(f"{len(ranks)} distinct tokens instead of {VOCAB_SIZE - 1}")
+    letters = byte_letters()
+    vocabulary = {
+        "".join(letters[byte] for byte in token): rank for token, rank in ranks.items()
+    }
+    theirs = new_tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    ours = encoding_from_ranks("sotu4096", ranks, VOCAB_SIZE)
+    counts = {}
+    for split in SPLITS:
+        documents = sotu_documents(split)
+        encoded = ours.encode_ordinary_batch(documents)
+        for document, ids in zip(documents, encoded, strict=True):
+            if theirs.encode(document).ids != ids or ours.decode(ids) != document:
+                sys.exit(f"tokenizers and tiktoken differ on: {document[:60]!r}")
+        counts[split] = sum(map(len, encoded))
+    return counts
+
+
+def main() -> None:
+    """Train, verify, write, and print what RANKS must say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ASSETS / RANKS["sotu4096"].file)
+    output = parser.parse_args().output
+    merges = learn_merges(sotu_documents("train"), VOCAB_SIZE)
+    ranks = rank_tokens(merges)
+    counts = verify(ranks, merges)
+    content = dump_ranks(ranks)
+    output.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    print(f"{output}: sha256 {found}; tokens without {END_OF_TEXT}: {counts}")
+    if found != RANKS["sotu4096"].sha256:
+        print("this is not what pcagpt.tokenizer.RANKS says: correct its sha256")
+
+
+if __name__ == "__main__":
+    main()

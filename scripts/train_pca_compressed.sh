@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A: trains a model from scratch whose embedding comes from the factorized baseline.
+#
+#   bash scripts/train_pca_compressed.sh [RANK [ARGUMENT...]]
+#   bash scripts/train_pca_compressed.sh 128 --config.train.steps=2000
+#
+# RANK is 128 unless given; what the run needs and lacks is made first. Arguments go to:
+# python -m pcagpt.main --config=configs/pca_k128.py
+
+# shellcheck source=SCRIPTDIR/launch.sh
+source "$(dirname -- "$0")/launch.sh"
+rank=${1-128}
+require_rank "$rank"
+run_pcagpt --config=configs/pca_k128.py --config.model.n_embd_wte="$rank" "${@:2}"

@@ -1,0 +1,286 @@
+import io
+import json
+import os
+import struct
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from tensorboardX.proto.event_pb2 import Event
+
+from pcagpt import telemetry
+from pcagpt.errors import UserError
+from pcagpt.telemetry import Progress, Telemetry
+
+
+def start(folder, **options):
+    return Telemetry(folder, config={"train": {"steps": 3}}, run_name="run", **options)
+
+
+def read_lines(folder):
+    text = (folder / "metrics.jsonl").read_text("utf-8")
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def read_events(folder):
+    events = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, bytes, their checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
+
+
+def scalars(folder):
+    return {
+        (value.tag, event.step): value.simple_value
+        for event in read_events(folder)
+        for value in event.summary.value
+        if value.HasField("simple_value")
+    }
+
+
+def tags(folder):
+    return {value.tag for event in read_events(folder) for value in event.summary.value}
+
+
+def test_metrics_reach_the_file_and_tensorboard(tmp_path):
+    with start(tmp_path / "run") as log:
+        log.log(1, 64, "train", {"loss": np.float32(2.5), "flop_utilisation": None})
+        log.log(1, 64, "val", {"loss": 2.75})
+    assert read_lines(tmp_path / "run") == [
+        {"step": 1, "tokens": 64, "split": "train", "loss": 2.5}
+        | {"flop_utilisation": None},
+        {"step": 1, "tokens": 64, "split": "val", "loss": 2.75},
+    ]
+    assert scalars(tmp_path / "run") == {("train/loss", 1): 2.5, ("val/loss", 1): 2.75}
+
+
+def test_a_line_can_be_read_while_the_run_goes_on(tmp_path):
+    with start(tmp_path, tensorboard=False) as log:
+        log.log(1, 64, "train", {"loss": 2.5})
+        assert len(read_lines(tmp_path)) == 1
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    with start(tmp_path, tensorboard=False) as log:
+        log.log(1, 64, "train", {"a": float("nan"), "b": np.float32("inf"), "c": True})
+    entry = read_lines(tmp_path)[0]
+    assert (entry["a"], entry["b"], entry["c"]) == (None, None, True)
+
+
+def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
+    with start(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.log(step, 64 * step, "train", {"loss": float(step)})
+        log.log(2, 128, "val", {"loss": 9.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "spl')
+    with start(tmp_path, resume_step=2) as log:
+        log.log(2, 128, "val", {"loss": 9.0})  # measured before it was stopped
+        log.log(3, 192, "train", {"loss": 3.5})
+        log.log(3, 192, "val", {"loss": 8.0})
+    lines = read_lines(tmp_path)
+    assert [(line["step"], line["split"], line["loss"]) for line in lines] == [
+        (1, "train", 1.0),
+        (2, "train", 2.0),
+        (2, "val", 9.0),
+        (3, "train", 3.5),
+        (3, "val", 8.0),
+    ]
+    # TensorBoard is told to forget what it has from step 3 on.
+    assert [e.step for e in read_events(tmp_path) if e.HasField("session_log")] == [
+        0,
+        3,
+    ]
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".jsonl"}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_new_run_in_an_old_folder_begins_anew(tmp_path):
+    for loss in (1.0, 2.0):
+        with start(tmp_path, tensorboard=False) as log:
+            log.log(1, 64, "train", {"loss": loss})
+    assert [line["loss"] for line in read_lines(tmp_path)] == [2.0]
+
+
+def test_text_figures_and_hyperparameters_lie_in_the_same_folder(tmp_path):
+    figure = Figure((2, 1), dpi=50)
+    figure.subplots().plot([1, 2], [3, 4])
+    with start(tmp_path) as log:
+        log.text("config", "| knob | value |")
+        log.figure("spectrum", figure)
+        log.hyperparameters(
+            {"train.steps": 3, "data.source": "sotu", "ranks": (1, 2), "none": None},
+            {"val_loss": 2.0, "word_perplexity": None, "broken": float("nan")},
+        )
+    found = tags(tmp_path)
+    assert {"config/text_summary", "spectrum", "final/val_loss"} <= found
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= found
+    assert not {"final/word_perplexity", "final/broken"} & found
+    assert scalars(tmp_path) == {("final/val_loss", 0): 2.0}
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    image = next(
+        value.image
+        for event in read_events(tmp_path)
+        for value in event.summary.value
+        if value.tag == "spectrum"
+    )
+    assert (image.width, image.height) == (100, 50)
+
+
+def test_a_silent_one_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Telemetry.silent() as log:
+        log.log(1, 64, "train", {"loss": 1.0})
+        log.text("config", "text")
+        log.figure("figure", None)
+        log.hyperparameters({"a": 1}, {"b": 2.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_can_be_switched_off(tmp_path):
+    with start(tmp_path, tensorboard=False) as log:
+        log.log(1, 64, "train", {"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.fixture
+def wandb_home(tmp_path, monkeypatch):
+    """W&B offline, without the account or the caches of whoever runs the tests."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("WANDB_API_KEY", "WANDB_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "home").mkdir()
+    wandb.teardown()  # it reads the environment once
+    yield
+    wandb.teardown()
+
+
+def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, wandb_home):
+    run = tmp_path / "run"
+    with start(run, wandb=True, wandb_project="project-of-the-test") as log:
+        log.log(1, 64, "train", {"loss": 1.5})
+        log.log(1, 64, "val", {"loss": float("nan")})
+        log.figure("figure", Figure((1, 1), dpi=20))
+        log.hyperparameters({"train.steps": 3}, {"val_loss": 1.25})
+    with start(run, wandb=True, resume_step=1) as log:
+        log.log(2, 128, "train", {"loss": 1.0})
+    run_id = (run / "wandb_id").read_text().strip()
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert {path.stem for path in files} == {f"run-{run_id}"}
+    record = b"".join(path.read_bytes() for path in files)
+    for word in (b"project-of-the-test", b"train/loss", b"final/val_loss"):
+        assert word in record
+    assert [line["step"] for line in read_lines(run)] == [1, 1, 2]
+
+
+def test_wandb_without_an_account_is_one_clear_line(tmp_path, wandb_home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    with pytest.raises(UserError, match=r"W&B did not start.*WANDB_MODE=offline") as e:
+        start(tmp_path / "run", wandb=True)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'pcagpt\[wandb\]'"):
+        start(tmp_path / "run", wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
+class Clock:
+    """A clock that stands still until it is told to go on."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(telemetry.time, "monotonic", lambda: self.now)
+
+
+class Terminal(io.StringIO):
+    """What a person sees, escape codes included."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_log_file_gets_sparse_lines_with_all_that_matters(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with Progress("D gpt_baseline", total=2000, start=1000) as bar:
+        clock.now += 30  # compilation
+        for step in range(1001, 2001):
+            clock.now += 0.05
+            bar.update(step, loss=3.21, tokens_per_second=12345.6)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out
+    # 50 s at a line per 10 s, the first at once and the last at the end.
+    assert len(lines) == 6
+    assert lines[0].startswith("D gpt_baseline  1,001/2,000  50%  loss 3.210  12,346 ")
+    assert lines[0].endswith("tok/s  0:30, -:-- left")
+    assert lines[1].endswith("0:40, 0:40 left")
+    assert "2,000/2,000 100%" in lines[-1]
+    assert lines[-1].endswith("1:20, 0:00 left")
+
+
+def test_a_short_inner_bar_stays_out_of_the_log(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with Progress("outer", total=1) as outer:
+        with Progress("short", total=2) as inner:
+            inner.update(1)
+            inner.update(2)
+        with Progress("long", total=2) as inner:
+            inner.update(1)
+            clock.now += 4000
+            inner.update(2)
+        outer.update(1)
+    labels = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert labels == ["long", "outer"]
+
+
+def test_a_terminal_gets_bars_that_nest_and_leave_nothing_behind(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    for label in ("first", "second"):
+        with pytest.raises(KeyboardInterrupt), Progress(label, total=4) as outer:
+            outer.update(1, loss=3.21, tokens_per_second=12345.6)
+            with Progress("inner [b]", total=2) as inner:
+                inner.update(2)
+            outer.update(4, loss=2.5, tokens_per_second=12345.6)
+            raise KeyboardInterrupt
+        assert sys.stderr is terminal
+    shown = terminal.getvalue()
+    last = shown.rstrip("\n\x1b[?25h").splitlines()[-1]
+    for word in ("second", "4/4", "100%", "loss 2.500", "12,346 tok/s", "left"):
+        assert word in last
+    assert "inner" not in last
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2  # the cursor
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress("label", total=1) as bar:
+        bar.update(1)
+    assert sys.stderr.getvalue().startswith("label  1/1 100%  ")
+    assert "\x1b" not in sys.stderr.getvalue()
+
+
+def test_telemetry_accepts_a_path_as_text(tmp_path):
+    with start(os.fspath(tmp_path / "a" / "b"), tensorboard=False):
+        pass
+    assert (tmp_path / "a" / "b" / "metrics.jsonl").exists()
