@@ -43,7 +43,7 @@ def evaluate_run(config: ConfigDict) -> dict:
     settings["band_sizes"] = tuple(settings["band_sizes"])
     model = GPT(GPTConfig(**settings))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_divisible("evaluate.batch_size", config.evaluate.batch_size)
+    sharding.check_divisible("evaluate.batch_size", config.evaluate.batch_size, mesh)
     batches = EvaluationBatches(
         corpus.tokens(config.split),
         model.config.block_size,
@@ -66,7 +66,7 @@ def evaluate_run(config: ConfigDict) -> dict:
         "run": run_dir.name,
         "step": step,
         **measured.metrics,
-        "device": provenance.device(),
+        "device": provenance.device(mesh.size),
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
         "protocol": {

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from pcagpt import provenance
 from pcagpt.errors import UserError
 from pcagpt.telemetry import Progress, Telemetry
 
@@ -47,6 +46,7 @@ class Meter:
       throughput: continued from before a resume.
       tokens_per_step: of all devices together.
       flops_per_token: of a training step.
+      peak_flops: FLOP/s of all devices, or None where unknown.
       every: steps between two logged lines.
     """
 
@@ -57,11 +57,13 @@ class Meter:
         throughput: Throughput,
         tokens_per_step: int,
         flops_per_token: float,
+        peak_flops: float | None,
         every: int,
     ):
         self.throughput = throughput
         self._telemetry, self._progress, self._every = telemetry, progress, every
         self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
+        self._peak_flops = peak_flops
         self._held: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -94,8 +96,8 @@ class Meter:
         rate = self.throughput.add(self._tokens_per_step)
         self._progress.update(step, loss, self.throughput.mean)
         if step % self._every == 0:
-            peak = provenance.peak_flops()
-            timed = rate is not None and peak is not None
-            utilisation = rate * self._flops_per_token / peak if timed else None
+            utilisation = None
+            if rate is not None and self._peak_flops is not None:
+                utilisation = rate * self._flops_per_token / self._peak_flops
             values |= {"tokens_per_second": rate, "flop_utilisation": utilisation}
             self._telemetry.log(step, step * self._tokens_per_step, "train", values)

@@ -51,16 +51,15 @@ def git_commit() -> str | None:
     return None
 
 
-def device() -> str:
-    """As in '8 x NVIDIA H100 80GB HBM3'."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
+def device(count: int) -> str:
+    """What a run of so many devices ran on, as in '8 x NVIDIA H100 80GB HBM3'."""
+    return f"{count} x {jax.devices()[0].device_kind}"
 
 
-def peak_flops() -> float | None:
-    """bfloat16 FLOP/s of all devices together; None where the table has no figure."""
+def peak_flops(count: int) -> float | None:
+    """bfloat16 FLOP/s of so many devices; None where the table has no figure."""
     kind = jax.devices()[0].device_kind
     for name, flops in PEAK_FLOPS.items():
         if kind.startswith(name):
-            return flops * jax.device_count()
+            return flops * count
     return None

@@ -40,28 +40,38 @@ def start_processes(
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh of all devices; data = -1 takes all that fsdp leaves.
+    """A mesh of data * fsdp devices; data = -1 takes all that fsdp leaves.
 
     Raises:
-      UserError: data * fsdp is not the number of devices.
+      UserError: there are not that many devices, or several processes would not use
+        all of theirs.
     """
-    devices = jax.device_count()
-    if data == -1 and devices % fsdp == 0:
-        data = devices // fsdp
-    if data * fsdp != devices or data < 1:
+    devices = jax.devices()
+    data_is_open = data == -1
+    if data_is_open:
+        data = len(devices) // fsdp
+    used = data * fsdp
+    must_use_all = jax.process_count() > 1 or data_is_open
+    if data < 1 or used > len(devices) or (must_use_all and used < len(devices)):
         raise UserError(
-            f"mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices,"
-            f" {devices}: leave mesh.data at -1 and let mesh.fsdp divide {devices}"
+            f"mesh.data = {data} times mesh.fsdp = {fsdp} does not fit the "
+            f"{len(devices)} devices: leave mesh.data at -1 and let mesh.fsdp divide "
+            f"{len(devices)}"
         )
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        (data, fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices[:used],
+    )
 
 
-def check_divisible(name: str, size: int) -> None:
-    """Raises UserError if a batch of that size cannot be split over all devices."""
-    if size % jax.device_count():
+def check_divisible(name: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError if a batch of that size cannot be split over the mesh."""
+    if size % mesh.size:
         raise UserError(
-            f"{name} = {size} cannot be split over {jax.device_count()} devices: make "
-            f"it a multiple of {jax.device_count()}"
+            f"{name} = {size} cannot be split over {mesh.size} devices: make it a "
+            f"multiple of {mesh.size}"
         )
 
 

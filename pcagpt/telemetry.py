@@ -31,7 +31,9 @@ def _json_number(value: Any) -> float | int | None:
 def _cut_metrics(path: Path, last_step: int) -> set[str]:
     """Cut later and torn lines off a metrics file; the splits seen at `last_step`."""
     kept, splits = [], set()
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    if not path.exists():
+        return splits
+    for line in path.read_text("utf-8").splitlines():
         try:
             entry = json.loads(line)
             step, split = entry["step"], entry["split"]
@@ -104,7 +106,7 @@ class Telemetry:
       UserError: W&B was asked for and cannot start; nothing has been logged then.
     """
 
-    _lines = _board = _wandb = None  # as they stay in a silent one
+    _path = _lines = _board = _wandb = None  # as they stay in a silent one
 
     def __init__(
         self,
@@ -121,11 +123,12 @@ class Telemetry:
         if wandb:  # first, because it is the one that can fail
             self._wandb = _start_wandb(run_dir, config, run_name, wandb_project, resume)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
+        self._path = run_dir / "metrics.jsonl"  # made by the first line
         self._resume_step = resume_step
         # Splits that were measured at the checkpoint before the run was stopped.
-        self._seen = _cut_metrics(path, resume_step) if resume else set()
-        self._lines = path.open("a" if resume else "w", encoding="utf-8", buffering=1)
+        self._seen = _cut_metrics(
+            self._path, -1 if resume_step is None else resume_step
+        )
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -145,8 +148,10 @@ class Telemetry:
         self, step: int, tokens: int, split: str, metrics: Mapping[str, Any]
     ) -> None:
         """Record scalars (None: not measured) as of `step` updates, `tokens` tokens."""
-        if self._lines is None or (step == self._resume_step and split in self._seen):
+        if self._path is None or (step == self._resume_step and split in self._seen):
             return
+        if self._lines is None:
+            self._lines = self._path.open("a", encoding="utf-8", buffering=1)
         counts = {"step": int(step), "tokens": int(tokens)}
         values = {name: _json_number(value) for name, value in metrics.items()}
         line = json.dumps({**counts, "split": split, **values}, allow_nan=False)
@@ -211,7 +216,7 @@ class Telemetry:
             self._board.close()
         if self._wandb:
             self._wandb.finish(exit_code=exit_code)
-        self._lines = self._board = self._wandb = None
+        self._path = self._lines = self._board = self._wandb = None
 
     def __enter__(self) -> "Telemetry":
         return self

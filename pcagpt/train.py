@@ -68,8 +68,11 @@ class Training:
         sharding.check_divisible(
             "train.batch_size / train.accumulation",
             train.batch_size // train.accumulation,
+            self.mesh,
         )
-        sharding.check_divisible("evaluate.batch_size", config.evaluate.batch_size)
+        sharding.check_divisible(
+            "evaluate.batch_size", config.evaluate.batch_size, self.mesh
+        )
         settings = model_settings(
             config.model, corpus.vocab_size, jax.devices()[0].platform
         )
@@ -108,6 +111,7 @@ class Training:
                     Throughput(history.timed_tokens, history.timed_seconds),
                     self.tokens_per_step,
                     training_flops_per_token(self.model.config),
+                    provenance.peak_flops(self.mesh.size),
                     config.telemetry.every,
                 )
                 seconds_before = history.seconds
@@ -302,7 +306,7 @@ class Training:
                 + memory.output_size_in_bytes
                 - memory.alias_size_in_bytes
             ),
-            "device": provenance.device(),
+            "device": provenance.device(self.mesh.size),
             "versions": provenance.versions(),
             "config_sha256": run_folder.config_sha256(self.record),
             "git_commit": provenance.git_commit(),

@@ -42,7 +42,9 @@ NAMES = {
 }
 
 
-def write_run(workdir, arm, rank=None, seed=0, loss=None, noise=0.0, **result):
+def write_run(
+    workdir, arm, rank=None, seed=0, loss=None, noise=0.0, interim=None, **result
+):
     """A finished run folder; noise is the spread of its windows about its own loss."""
     run = NAMES[arm].format(rank) + (f"_seed{seed}" if seed else "")
     folder = workdir / run
@@ -53,6 +55,11 @@ def write_run(workdir, arm, rank=None, seed=0, loss=None, noise=0.0, **result):
     lines = [
         {"step": t // 100, "tokens": t, "split": "val", "loss": x} for t, x in curve
     ]
+    for line in lines:
+        whole = int(TARGETS.sum())
+        line["tokens_predicted"] = (
+            whole if line["tokens"] == tokens else interim or whole
+        )
     lines.append({"step": 1, "tokens": 100, "split": "train", "loss": None})
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"torn'
     (folder / "metrics.jsonl").write_text(text)
@@ -98,7 +105,12 @@ def write_run(workdir, arm, rank=None, seed=0, loss=None, noise=0.0, **result):
         },
     }
     (folder / "result.json").write_text(json.dumps(row | result))
-    config = {"data": {"source": "sotu"}, "model": {"vocab_size": V}}
+    config = {
+        "vocab_size": V,
+        "data": {"source": "sotu"},
+        "train": {"learning_rate": 0.001 if arm == "pca_finetune" else 0.002},
+        "evaluate": {"interim_windows": interim or 0},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return run
 
@@ -313,6 +325,29 @@ def test_more_efficient_needs_fewer_tokens(tmp_path):
     (judged,) = judge_hypotheses([as_many])
     assert judged["verdict"] == "not resolved"
     assert "fewer tokens were not tried" in judged["because"]
+
+
+def test_losses_of_fewer_windows_are_not_held_against_the_last(tmp_path):
+    runs = [
+        write_run(tmp_path, "baseline", interim=8),
+        write_run(tmp_path, "pca", 4, interim=8),
+        write_run(tmp_path, "pca_finetune", 4, interim=8),
+    ]
+    results = collect_results(tmp_path, runs, COMMAND)
+    assert compare(results, "B vs A")["tokens_to_match"] == 1000  # not 500
+    text = write_report(tmp_path, results).with_suffix(".md").read_text("utf-8")
+    assert "Losses before the last are of 8 windows." in text
+
+
+def test_learning_rates_are_told(tmp_path):
+    results = collect_results(tmp_path, write_experiment(tmp_path), COMMAND)
+    rates = [row["learning_rate"] for row in results["rows"]]
+    assert rates == [0.002, 0.002, 0.001, 0.002]
+    text = write_report(tmp_path, results).with_suffix(".md").read_text("utf-8")
+    assert "D, A and C were trained at one learning rate" in text
+    results["rows"][1]["learning_rate"] = 0.004
+    text = write_report(tmp_path, results).with_suffix(".md").read_text("utf-8")
+    assert "at one learning rate" not in text and "| 0.004 |" in text
 
 
 @pytest.mark.parametrize(

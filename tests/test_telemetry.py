@@ -267,7 +267,7 @@ def test_a_terminal_gets_bars_that_nest_and_leave_nothing_behind(monkeypatch):
     last = shown.rstrip("\n\x1b[?25h").splitlines()[-1]
     for word in ("second", "4/4", "100%", "loss 2.500", "12,346 tok/s", "left"):
         assert word in last
-    assert "inner" not in last
+    assert "inner" not in last and "inner [b]" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2  # the cursor
 
 
@@ -280,7 +280,13 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     assert "\x1b" not in sys.stderr.getvalue()
 
 
+def test_a_run_that_logs_no_metrics_leaves_no_empty_file(tmp_path):
+    with start(tmp_path) as log:
+        log.text("config", "text")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_telemetry_accepts_a_path_as_text(tmp_path):
-    with start(os.fspath(tmp_path / "a" / "b"), tensorboard=False):
-        pass
+    with start(os.fspath(tmp_path / "a" / "b"), tensorboard=False) as log:
+        log.log(1, 64, "train", {"loss": 1.0})
     assert (tmp_path / "a" / "b" / "metrics.jsonl").exists()

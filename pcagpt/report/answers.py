@@ -183,16 +183,20 @@ def _window_interval(
 def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | None:
     """Own tokens at which the first is down to the last loss of the second.
 
-    From the evaluations during training, on average over seeds; None if it never is.
+    From the evaluations during training of as many tokens as that loss is of, on
+    average over seeds; None if it never is.
     """
     reached = []
     for first, second in pairs:
-        goal = read_curve(workdir / second["folder"])[-1:]
         curve = read_curve(workdir / first["folder"])
-        tokens = [spent for spent, loss in curve if goal and loss <= goal[0][1]]
-        if not tokens:
+        goal = read_curve(workdir / second["folder"])
+        if not len(goal):
             return None
-        reached.append(tokens[0])
+        _, loss, predicted = goal[-1]
+        met = curve[(curve[:, 1] <= loss) & (curve[:, 2] == predicted)]
+        if not len(met):
+            return None
+        reached.append(met[0, 0])
     return float(np.mean(reached))
 
 

@@ -60,14 +60,25 @@ def read_row(workdir: Path, run: str) -> dict[str, Any]:
         raise UserError(f"{path} has the arm {row['arm']!r}, which is none of {known}")
     if row["status"] != "done":
         raise UserError(f"{path} has status {row['status']!r}, not 'done': {mend}")
-    return {"letter": LETTERS[row["arm"]], "folder": run, **row}
+    train = read_config(workdir / run).get("train", {})
+    return {
+        "letter": LETTERS[row["arm"]],
+        "folder": run,
+        "learning_rate": train.get("learning_rate"),
+        **row,
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run."""
+    return read_json(folder / "config.json", "every run writes it; run it again")
 
 
 def read_corpus(folder: Path) -> dict[str, Any]:
-    """The data section of a run's config, with the model's vocabulary size."""
-    config = read_json(folder / "config.json", "every run writes it; run it again")
-    vocab_size = (config.get("model") or {}).get("vocab_size")
-    return {**(config.get("data") or {}), "vocab_size": vocab_size}
+    """The data section of a run's config, with the vocabulary's size."""
+    config = read_config(folder)
+    vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
+    return {**config.get("data", {}), "vocab_size": vocab_size}
 
 
 def read_spectrum(folder: Path) -> dict[str, Any] | None:
@@ -83,8 +94,13 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def read_curve(folder: Path, split: str = "val") -> list[tuple[int, float]]:
-    """(tokens, loss) of a split from metrics.jsonl, by tokens; empty without one."""
+def read_curve(folder: Path) -> np.ndarray:
+    """Validation of metrics.jsonl by tokens; empty without one.
+
+    Returns:
+      float64 [evaluations, 3]: tokens trained on, loss, and how many tokens it is the
+      loss of (0 where that is not said).
+    """
     path = folder / "metrics.jsonl"
     points = {}
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -92,9 +108,10 @@ def read_curve(folder: Path, split: str = "val") -> list[tuple[int, float]]:
             entry = json.loads(line)
         except ValueError:
             continue  # torn when a run was killed
-        if entry.get("split") == split and entry.get("loss") is not None:
-            points[entry["tokens"]] = entry["loss"]
-    return sorted(points.items())
+        if entry.get("split") == "val" and entry.get("loss") is not None:
+            tokens, predicted = entry["tokens"], entry.get("tokens_predicted") or 0
+            points[tokens] = (tokens, entry["loss"], predicted)
+    return np.array(sorted(points.values()), np.float64).reshape(-1, 3)
 
 
 def read_window_losses(folder: Path) -> np.ndarray | None:

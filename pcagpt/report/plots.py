@@ -35,10 +35,10 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
       rows: the rows of results.json.
     """
     curves = {row["folder"]: read_curve(Path(workdir) / row["folder"]) for row in rows}
-    rows = [row for row in rows if curves[row["folder"]]]
+    rows = [row for row in rows if len(curves[row["folder"]])]
     if not rows:
         return None
-    arrays = {row["folder"]: np.array(curves[row["folder"]]).T for row in rows}
+    arrays = {row["folder"]: curves[row["folder"]].T[:2] for row in rows}
     ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
     columns = min(len(ranks), 3)
     height = 4.2 if len(ranks) == 1 else 3.5 * -(-len(ranks) // columns) + 0.3
@@ -143,20 +143,9 @@ def parameters_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
             ]
             if len(ranks) > 1:
                 axes.plot(*np.transpose(centres), lw=1.2, color=COLOURS[letter])
-        for rank in sorted({row["rank"] for row in rows if row["rank"]}):
-            place = np.mean([r[field] / size for r in rows if r["rank"] == rank])
-            axes.axvline(place, color=FAINT, lw=0.7, zorder=0)
-            axes.annotate(
-                f"k={rank}",
-                (place, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="bottom",
-                fontsize=SMALL,
-                color=GREY,
-            )
         axes.margins(0.1, 0.1)
         axes.set_xlabel(f"parameters of the {name}" + (f" ({unit})" if unit else ""))
+        _label_ranks(axes, [(row["rank"], row[field] / size) for row in rows])
     grid[0].set_ylabel("validation loss (nats per token)")
     _legend(figure, rows, markers=True)
     return figure
@@ -224,6 +213,26 @@ def _label_margin(axes: "Axes", labels: list[tuple[str, float, str]]) -> None:
             fontsize=SMALL,
             color=colour,
             annotation_clip=False,
+        )
+
+
+def _label_ranks(axes: "Axes", places: list[tuple[int | None, float]]) -> None:
+    """Names of the ranks above the panel, over their mean places along its x axis."""
+    ranks = sorted({rank for rank, _ in places if rank})
+    means = [np.mean([x for other, x in places if other == rank]) for rank in ranks]
+    low, high = axes.get_xlim()
+    for rank, mean, x in zip(
+        ranks, means, spread_apart(means, 0.11 * (high - low)), strict=True
+    ):
+        axes.axvline(mean, color=FAINT, lw=0.7, zorder=0)
+        axes.annotate(
+            f"k={rank}",
+            (x, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=SMALL,
+            color=GREY,
         )
 
 

@@ -12,7 +12,13 @@ from pcagpt.report.answers import (
     compare_arms,
     judge_hypotheses,
 )
-from pcagpt.report.folders import read_corpus, read_row, read_spectrum, strict
+from pcagpt.report.folders import (
+    read_config,
+    read_corpus,
+    read_row,
+    read_spectrum,
+    strict,
+)
 
 TABLE_ORDER = "DABC"
 
@@ -39,6 +45,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
     baselines = {row["seed"]: row for row in rows if row["letter"] == "D"}
     rows = [_beside_baseline(row, baselines.get(row["seed"])) for row in rows]
     comparisons = compare_arms(workdir, rows)
+    first = workdir / rows[0]["folder"]  # D's, if there is a D
     return strict(
         {
             "command": command,
@@ -46,8 +53,11 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
             "git_commit": _joined(row.get("git_commit") for row in rows),
             "device": _joined(row.get("device") for row in rows),
             "versions": _joined_versions(rows),
-            "corpus": read_corpus(workdir / rows[0]["folder"]),  # D's, if there is a D
+            "corpus": read_corpus(first),
             "protocol": protocol,
+            "interim_windows": read_config(first)
+            .get("evaluate", {})
+            .get("interim_windows"),
             "confidence": CONFIDENCE,
             "margin": EQUIVALENCE_MARGIN,
             "rows": rows,

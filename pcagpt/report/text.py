@@ -192,6 +192,7 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
         "ln_f_cosine": "r",
         "5th percentile": "r",
         "ln_f_cosine_d": "r",
+        "Learning rate": "r",
         "Tokens with D's": "r",
     }
     kin = [
@@ -203,6 +204,7 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
             fixed(arm.get("ln_f_cosine")),
             fixed(arm.get("ln_f_cosine_p05")),
             fixed(arm.get("ln_f_cosine_d")),
+            f"{arm['learning_rate']:g}" if "learning_rate" in arm else NOTHING,
             count(arm.get("tokens_with_baseline")),
         ]
         for arm in arms
@@ -219,8 +221,19 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
         "token, in the k dimensions of the head: **not comparable across ranks**, "
         "because a projection shortens what it projects. `ln_f_cosine_d` is the same "
         "in the d dimensions of the model, for every rank alike. A and B start from "
-        "D's table, so D's tokens are part of what they cost whoever has no D yet.",
+        "D's table, so D's tokens are part of what they cost whoever has no D yet."
+        + _rates(arms),
     ]
+
+
+def _rates(arms: Sequence[dict[str, Any]]) -> str:
+    """Whether the arms that train from scratch share a learning rate."""
+    scratch = [arm for arm in arms if arm["letter"] != "B"]
+    rates = {arm.get("learning_rate") for arm in scratch}
+    if len(scratch) < 2 or len(rates) > 1 or None in rates:
+        return ""
+    letters = listed(list(dict.fromkeys(arm["letter"] for arm in scratch)))
+    return f" {letters} were trained at one learning rate, not each at its own best."
 
 
 def _loss(arm: dict[str, Any]) -> str:
@@ -244,10 +257,12 @@ def _loss_caption(results: dict[str, Any]) -> str:
         if "B" in letters
         else ""
     )
+    windows = results["interim_windows"]
+    interim = f" Losses before the last are of {windows:,} windows." if windows else ""
     return (
         "Validation loss against tokens trained on. The numbers on the right are "
-        f"the last evaluation of each arm.{fine_tuned} Losses above the frame are cut "
-        "off."
+        f"the last evaluation of each arm.{fine_tuned}{interim} Losses above the frame "
+        "are cut off."
     )
 
 
@@ -276,11 +291,17 @@ def _questions(results: dict[str, Any]) -> list[str]:
         answers = [escaped(item["answer"]) for item in here]
         words.append(f"### {question}: {asks}")
         words.append("\n".join(f"- {answer}" for answer in answers))
+    by_windows = any(item["interval_over"] != "seeds" for item in comparisons)
+    notes = [
+        "The effect is the loss of the first less that of the second, in nats per "
+        "token: below zero, the first is better.",
+        "Windows are taken as independent." if by_windows else "",
+        _caveats(comparisons),
+    ]
     return [
         "## The four questions",
         table(header, numbers, "lrrrl"),
-        "The effect is the loss of the first less that of the second, in nats per "
-        f"token: below zero, the first is better. {_caveats(comparisons)}".rstrip(),
+        " ".join(note for note in notes if note),
         *words,
     ]
 

@@ -12,7 +12,8 @@ ARMS = {
 MINUS = "−"
 NOTHING = "–"  # where a number was not measured
 _PLAIN = re.compile(r"[\w./:=,+@ -]*")
-_MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*_`[]|\\#!~$"})
+_MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]|\\#!~$"})
+_OUTER_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def fixed(value: float | None, places: int = 3) -> str:
@@ -94,7 +95,7 @@ def listed(words: list[str]) -> str:
 def escaped(value: object) -> str:
     """Foreign text as it is: no mark of markdown or HTML in it has a meaning."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    return text.translate(_MARKUP)
+    return _OUTER_UNDERSCORE.sub("&#95;", text.translate(_MARKUP))
 
 
 def code(value: object) -> str:

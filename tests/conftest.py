@@ -1,0 +1,60 @@
+"""Eight fake CPU devices, and what several tests need: a tiny corpus and config."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import json
+
+import numpy as np
+import pytest
+
+from pcagpt import config as knobs
+
+VOCAB_SIZE = 97
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A folder of .bin files of 97 token ids, Zipf-like, with some order to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for split, length in (("train", 6001), ("val", 1003), ("test", 901)):
+        tokens = np.minimum(random.zipf(1.3, length) - 1, VOCAB_SIZE - 1)
+        tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 3 + 1) % VOCAB_SIZE
+        tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+    return folder
+
+
+@pytest.fixture
+def tiny_config(corpus_folder, tmp_path):
+    """The base config shrunk to seconds, on one device; a copy for every test."""
+    config = knobs.base()
+    config.workdir = str(tmp_path / "runs")
+    config.data.source = str(corpus_folder)
+    shrink(config)
+    return config
+
+
+def shrink(config):
+    """Lowers sizes, steps and intervals of any config in place; returns it."""
+    config.model.n_layer = 2
+    config.model.n_head = 2
+    config.model.n_embd = 32
+    config.model.block_size = 16
+    if config.model.n_embd_wte is not None:
+        config.model.n_embd_wte = 8
+    config.ranks = (8,)
+    config.train.steps = 6
+    config.train.warmup_steps = 2
+    config.train.batch_size = 8
+    config.evaluate.batch_size = 8
+    config.evaluate.every = 3
+    config.checkpoint.every = 3
+    config.telemetry.every = 1
+    config.telemetry.tensorboard = False
+    config.finetune.steps_share = 0.5
+    config.mesh.data = 1
+    return config
