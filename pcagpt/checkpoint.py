@@ -4,6 +4,7 @@ A checkpoint has three items: `weights` (params and constants), `optimizer` (its
 and the number of updates done) and `meta` (JSON). Its number is the updates done.
 """
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,13 @@ class Checkpoints:
 
         Returns:
           (weights, optimizer, meta, step). Damaged newer checkpoints are reported
-          and deleted.
+          and, since there is a good one, deleted.
 
         Raises:
           UserError: there are checkpoints, and every one is damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._manager.restore(
                     step,
@@ -105,7 +106,6 @@ class Checkpoints:
                         meta=ocp.args.JsonRestore(),
                     ),
                 )
-                return restored.weights, restored.optimizer, restored.meta, step
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
@@ -115,9 +115,12 @@ class Checkpoints:
                     self._folder / str(step),
                     reason,
                 )
-                damaged = step
-                self._manager.delete(damaged)
-        if steps:
+                damaged.append(step)
+                continue
+            for later in damaged:
+                self._manager.delete(later)
+            return restored.weights, restored.optimizer, restored.meta, step
+        if damaged:
             raise UserError(
                 f"every checkpoint in {self._folder} is damaged: start the run afresh "
                 "with --config.overwrite=True"
@@ -139,8 +142,9 @@ def find(path: str | Path) -> tuple[Path, int]:
     """
     path = Path(path)
     if not path.is_dir():
+        problem = "is no folder" if path.exists() else "does not exist"
         raise UserError(
-            f"{path} does not exist: give the folder of a run, such as "
+            f"{path} {problem}: give the folder of a run, such as "
             "checkpoints/gpt_baseline, or train it first"
         )
     if path.name.isdigit() and path.parent.name == FOLDER:
@@ -152,6 +156,23 @@ def find(path: str | Path) -> tuple[Path, int]:
             f"{run_dir} holds no finished checkpoint: give the folder of a trained run"
         )
     return run_dir, max(found)
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 that tells a checkpoint from those of other runs and other steps.
+
+    A run is known by its result or, while it has none, by its config.
+
+    Args:
+      path: as for `find`, which says what it raises.
+    """
+    run_dir, step = find(path)
+    digest = hashlib.sha256(f"step {step}\n".encode())
+    for name in ("result.json", "config.json"):
+        if (run_dir / name).exists():
+            digest.update((run_dir / name).read_bytes())
+            break
+    return digest.hexdigest()
 
 
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:

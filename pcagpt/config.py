@@ -1,4 +1,9 @@
-"""Every knob with its default, and the checks that need nothing but the config."""
+"""Every knob with its default and meaning, and the checks that need only the config."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -10,127 +15,195 @@ SPLITS = ("train", "val", "test")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words that follow 'it must be', and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*choices: str) -> Rule:
+    """These words only."""
+    return Rule(f"one of {', '.join(choices)}", choices.__contains__)
+
+
+def at_least(low: int) -> Rule:
+    """Finite numbers from `low` on."""
+    return Rule(f"at least {low}", lambda value: low <= value < math.inf)
+
+
+ANYTHING = Rule("anything", lambda value: True)
+POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
+BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
+PART = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One setting.
+
+    rule: for its value, or for every entry of a tuple, whatever the other knobs are.
+    kind: type of the value, where the default is None.
+    """
+
+    default: Any
+    meaning: str
+    rule: Rule = ANYTHING
+    kind: type = type(None)
+
+    @property
+    def type(self) -> type:
+        """int, float, bool, str, or tuple (of whole numbers)."""
+        return self.kind if self.default is None else type(self.default)
+
+
+KNOBS = {
+    "task": Knob("train", "what to do", one_of(*TASKS)),
+    "arm": Knob("baseline", "task train: which model, D, A, B or C", one_of(*ARMS)),
+    "workdir": Knob("checkpoints", "where runs are looked for and written"),
+    "seed": Knob(1, "of initialisation, dropout and data order", SEED),
+    "overwrite": Knob(False, "discard a run of the same name and another config"),
+    "build_prerequisites": Knob(True, "make D and the factorization where lacking"),
+    "model_path": Knob("", "factorize, evaluate: a run, a checkpoint, a .npy table"),
+    "split": Knob("val", "evaluate: which part of the corpus", one_of(*SPLITS)),
+    "ranks": Knob((128,), "factorize, experiment: as in 64,128", at_least(1)),
+    # The model: GPT-2 small.
+    "model.vocab_size": Knob(
+        None, "None: as many tokens as the tokenizer has", at_least(1), int
+    ),
+    "model.vocab_multiple": Knob(
+        64, "the table's rows are rounded up to a multiple", at_least(1)
+    ),
+    "model.block_size": Knob(1024, "tokens of a sequence", at_least(1)),
+    "model.n_layer": Knob(12, "transformer blocks", at_least(1)),
+    "model.n_head": Knob(12, "attention heads of a block", at_least(1)),
+    "model.n_embd": Knob(768, "width d", at_least(1)),
+    "model.n_embd_wte": Knob(
+        None, "rank k of the embedding; None: a full table", at_least(1), int
+    ),
+    "model.n_embd_wte_scale_tying": Knob(True, "scale_down is scale_up"),
+    "model.band_sizes": Knob(
+        (), "tokens of each frequency band, most frequent first", at_least(1)
+    ),
+    "model.band_ranks": Knob((), "rank of each band; 0: full width", at_least(0)),
+    "model.bias": Knob(True, "biases in linear layers and norms"),
+    "model.dropout": Knob(0.0, "share of activations dropped", BELOW_1),
+    "model.compute_dtype": Knob(
+        "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")
+    ),
+    "model.attention": Knob(
+        "auto", "auto: cudnn for bfloat16 on GPUs", one_of("auto", "xla", "cudnn")
+    ),
+    # The corpus.
+    "data.source": Knob("sotu", "sotu, wikitext103, or a folder of text or .bin files"),
+    "data.tokenizer": Knob("auto", "sotu4096, gpt2; auto: what the source comes with"),
+    "data.cache_dir": Knob("", "token files made from text; empty: WORKDIR/data"),
+    # Training.
+    "train.steps": Knob(5000, "optimizer updates", at_least(1)),
+    "train.batch_size": Knob(
+        32, "sequences an update, on all devices together", at_least(1)
+    ),
+    "train.accumulation": Knob(
+        1, "parts of an update's batch, computed one by one", at_least(1)
+    ),
+    "train.learning_rate": Knob(6e-4, "its peak, after the warm-up", POSITIVE),
+    "train.schedule": Knob("cosine", "after the warm-up", one_of(*SCHEDULES)),
+    "train.warmup_steps": Knob(
+        100, "updates in which the learning rate rises", at_least(0)
+    ),
+    "train.final_learning_rate_share": Knob(
+        0.1, "of learning_rate, at the last step", SHARE
+    ),
+    "train.weight_decay": Knob(0.1, "on matrices only", at_least(0)),
+    "train.beta1": Knob(0.9, "decay of AdamW's first moment", BELOW_1),
+    "train.beta2": Knob(0.95, "decay of AdamW's second moment", BELOW_1),
+    "train.gradient_clip": Knob(
+        1.0, "global norm over what trains; 0: off", at_least(0)
+    ),
+    "train.loss_chunks": Knob(
+        8, "parts the logits are computed in: more, less memory", at_least(1)
+    ),
+    # What B, fine-tuned from D, gets of D's budget.
+    "finetune.steps_share": Knob(0.1, "of train.steps and train.warmup_steps", PART),
+    "finetune.learning_rate_share": Knob(0.5, "of train.learning_rate", PART),
+    # What a run starts from in place of random weights.
+    "init.import_wte_npy": Knob("", "file of a token table [V, k]"),
+    "init.import_scale_matrices_npz": Knob(
+        "", "file of scale_up and scale_down, each [k, d]"
+    ),
+    "init.import_wte_freeze": Knob(False, "do not train the imported table"),
+    "init.import_scale_matrices_freeze": Knob(
+        False, "do not train the imported scale matrices"
+    ),
+    "init.blocks_from": Knob("", "a run whose other weights are taken over"),
+    # The factorization of D's table.
+    "factorize.method": Knob("svd", "svd, or pca: centred, the mean goes into wpe"),
+    "factorize.singular_value_split": Knob(
+        0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE
+    ),
+    # Validation.
+    "evaluate.every": Knob(250, "steps between evaluations", at_least(1)),
+    "evaluate.batch_size": Knob(32, "sequences at a time", at_least(1)),
+    # What is kept and shown.
+    "checkpoint.every": Knob(
+        1000, "steps between saves; the last step is always saved", at_least(1)
+    ),
+    "checkpoint.keep_last": Knob(
+        1, "besides the one with the best validation loss", at_least(1)
+    ),
+    "telemetry.every": Knob(10, "steps between logged training metrics", at_least(1)),
+    "telemetry.tensorboard": Knob(True, "write event files for TensorBoard"),
+    "telemetry.wandb": Knob(False, "log to Weights & Biases, too"),
+    "telemetry.wandb_project": Knob("pcagpt", "the project there"),
+    "experiment.seeds": Knob(
+        (), "every arm once for each; empty: once, with seed", SEED
+    ),
+    # Devices and processes.
+    "mesh.data": Knob(
+        -1, "devices the batch is split over; -1: all that fsdp leaves", at_least(-1)
+    ),
+    "mesh.fsdp": Knob(1, "devices the parameters are split over, too", at_least(1)),
+    "distributed.enabled": Knob(
+        False, "this is one of several processes; on Slurm the rest is known"
+    ),
+    "distributed.coordinator_address": Knob(None, "HOST:PORT of process 0", kind=str),
+    "distributed.num_processes": Knob(None, "processes in all", at_least(1), int),
+    "distributed.process_id": Knob(None, "this one's number, from 0", at_least(0), int),
+}
+
+
 def base() -> ConfigDict:
-    """The config that every file of configs/ is a small change of."""
-    config = ConfigDict(
-        {
-            "task": "train",  # train | experiment | factorize | evaluate
-            "arm": "baseline",  # train: baseline | pca | pca_finetune | random
-            "workdir": "checkpoints",  # where runs are looked for and written
-            "seed": 1,  # initialisation, dropout and data order, a key for each
-            "overwrite": False,  # discard a run of the same name and other config
-            "build_prerequisites": True,  # make D and the factorization if lacking
-            "model_path": "",  # factorize, evaluate: a run, checkpoint or .npy table
-            "split": "val",  # evaluate: train | val | test
-            "ranks": (128,),  # factorize, experiment
-        }
-    )
-    config.model = ConfigDict(
-        {
-            # None: as many as the tokenizer has.
-            "vocab_size": config_dict.placeholder(int),
-            "vocab_multiple": 64,  # rows stored are rounded up to a multiple of this
-            "block_size": 1024,
-            "n_layer": 12,
-            "n_head": 12,
-            "n_embd": 768,
-            "n_embd_wte": config_dict.placeholder(int),  # rank k; None: full table
-            "n_embd_wte_scale_tying": True,  # scale_down is scale_up
-            # Frequency bands: rows of each, most frequent tokens first, and the rank
-            # of each (0: full width). Empty: one band of rank n_embd_wte.
-            "band_sizes": (),
-            "band_ranks": (),
-            "bias": True,
-            "dropout": 0.0,
-            "compute_dtype": "auto",  # float32 | bfloat16; auto: bfloat16 on GPUs
-            "attention": "auto",  # xla | cudnn; auto: cudnn for bfloat16 on GPUs
-        }
-    )
-    config.data = ConfigDict(
-        {
-            "source": "sotu",  # sotu | wikitext103 | a folder of text or .bin files
-            "tokenizer": "auto",  # sotu4096 | gpt2; auto: what the source comes with
-            "cache_dir": "",  # token files made from text; "": WORKDIR/data
-        }
-    )
-    config.train = ConfigDict(
-        {
-            "steps": 5000,  # optimizer updates
-            "batch_size": 32,  # sequences of block_size tokens an update, all devices
-            "accumulation": 1,  # parts an update's batch is computed in, one by one
-            "learning_rate": 6e-4,
-            "schedule": "cosine",  # constant | linear | cosine, after the warm-up
-            "warmup_steps": 100,
-            "final_learning_rate_share": 0.1,  # of learning_rate, at the last step
-            "weight_decay": 0.1,  # on matrices only
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "gradient_clip": 1.0,  # global norm over what trains; 0: off
-            "loss_chunks": 8,  # parts the logits are computed in: more, less memory
-        }
-    )
-    config.finetune = ConfigDict(
-        {
-            # What pca_finetune gets of the baseline's train.steps and learning_rate.
-            "steps_share": 0.1,
-            "learning_rate_share": 0.5,
-        }
-    )
-    config.init = ConfigDict(
-        {
-            "import_wte_npy": "",  # token table [V, k]
-            "import_scale_matrices_npz": "",  # scale_up, scale_down, each [k, d]
-            "import_wte_freeze": False,
-            "import_scale_matrices_freeze": False,
-            "blocks_from": "",  # a run whose other weights are taken over
-        }
-    )
-    config.factorize = ConfigDict(
-        {
-            "method": "svd",  # svd | pca (centred; the mean goes into wpe)
-            "singular_value_split": 0.0,  # a: U S^(1-a) | S^a V^T
-        }
-    )
-    config.evaluate = ConfigDict(
-        {
-            "every": 250,  # steps between evaluations while training
-            "interim_windows": 0,  # windows of those evaluations; 0: the full split
-            "batch_size": 32,
-        }
-    )
-    config.checkpoint = ConfigDict(
-        {
-            "every": 1000,  # steps between saves; the last step is always saved
-            "keep_last": 1,  # besides the one with the best validation loss
-        }
-    )
-    config.telemetry = ConfigDict(
-        {
-            "every": 10,  # steps between logged training metrics
-            "tensorboard": True,
-            "wandb": False,
-            "wandb_project": "pcagpt",
-        }
-    )
-    config.experiment = ConfigDict(
-        {"seeds": ()}  # every arm once for each; empty: once, with config.seed
-    )
-    config.mesh = ConfigDict(
-        {
-            "data": -1,  # devices the batch is split over; -1: all that fsdp leaves
-            "fsdp": 1,  # devices the parameters are split over, too
-        }
-    )
-    config.distributed = ConfigDict(
-        {
-            # Several processes: on Slurm and the like all is found out by itself.
-            "enabled": False,
-            "coordinator_address": config_dict.placeholder(str),
-            "num_processes": config_dict.placeholder(int),
-            "process_id": config_dict.placeholder(int),
-        }
-    )
-    return config
+    """The config that every file of configs/ is a small change of: the defaults.
+
+    Locked: a knob that is not declared cannot be set, by mistake or otherwise.
+    """
+    config = ConfigDict()
+    for path, knob in KNOBS.items():
+        section, _, name = path.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        holder = config[section] if section else config
+        is_open = knob.default is None
+        holder[name] = config_dict.placeholder(knob.type) if is_open else knob.default
+    return config.lock()
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """{'train.steps': 5000, ...} of every knob, in the order of their declaration."""
+    values = {}
+    for path in KNOBS:
+        section, _, name = path.rpartition(".")
+        values[path] = (config[section] if section else config)[name]
+    return values
+
+
+def override(path: str, value: Any) -> str:
+    """The argument that sets a knob: '--config.ranks=64,128'."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"--config.{path}={text}"
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -146,130 +219,106 @@ def ranks_of(text: str) -> tuple[int, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError for a value that could not work on any machine or corpus."""
-    _check_choice("task", config.task, TASKS)
-    _check_choice("arm", config.arm, ARMS)
-    _check_choice("split", config.split, SPLITS)
-    _check_model(config.model)
-    _check_train(config)
-    for path, lowest in _LOWEST.items():
-        section, name = path.split(".")
-        value = config[section][name]
-        if value < lowest:
-            raise UserError(f"{path} is {value}: it must be at least {lowest}")
-    for name, value in (*config.finetune.items(),):
-        if not 0 < value <= 1:
-            raise UserError(f"finetune.{name} is {value}: it must be in (0, 1]")
-    if not 0 <= config.factorize.singular_value_split <= 1:
-        raise UserError(
-            f"factorize.singular_value_split is {config.factorize.singular_value_split}"
-            ": it must be between 0 (all in the table) and 1 (all in the scale matrix)"
-        )
-    if config.task in ("factorize", "experiment"):
-        for rank in config.ranks:
-            _check_rank("ranks", rank, config.model.n_embd)
-        if not config.ranks:
-            raise UserError("ranks is empty: give at least one, as in 64,128")
-    if config.task in ("factorize", "evaluate") and not config.model_path:
-        raise UserError(
-            f"model_path is empty: name the run to {config.task}, as in "
-            "--config.model_path=checkpoints/gpt_baseline"
-        )
-    if config.task == "train" and config.arm != "baseline" and not has_rank(config):
-        raise UserError(
-            f"the {config.arm} model needs a rank: --config.model.n_embd_wte=128"
-        )
-    seeds = config.experiment.seeds
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"experiment.seeds is {seeds}: each seed may appear once")
-
-
-def has_rank(config: ConfigDict) -> bool:
-    """Whether the model's embedding is factorized."""
-    return config.model.n_embd_wte is not None or bool(config.model.band_sizes)
-
-
-_LOWEST = {
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.accumulation": 1,
-    "train.warmup_steps": 0,
-    "train.weight_decay": 0,
-    "train.gradient_clip": 0,
-    "train.loss_chunks": 1,
-    "evaluate.every": 1,
-    "evaluate.interim_windows": 0,
-    "evaluate.batch_size": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep_last": 1,
-    "telemetry.every": 1,
-    "mesh.fsdp": 1,
-}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is '{value}': it must be one of {', '.join(choices)}")
-
-
-def _check_rank(name: str, rank: object, width: int) -> None:
-    if not isinstance(rank, int) or not 1 <= rank <= width:
-        raise UserError(
-            f"{name} holds {rank!r}: a rank is a whole number from 1 to the model's "
-            f"width model.n_embd = {width}"
-        )
-
-
-def _check_model(model: ConfigDict) -> None:
-    for name in ("vocab_multiple", "block_size", "n_layer", "n_head", "n_embd"):
-        if model[name] < 1:
-            raise UserError(f"model.{name} is {model[name]}: it must be at least 1")
-    if model.vocab_size is not None and model.vocab_size < 1:
-        raise UserError(f"model.vocab_size is {model.vocab_size}: it must be positive")
+    for path, value in flat(config).items():
+        _check_alone(path, value)
+    model, train = config.model, config.train
     if model.n_embd % model.n_head:
         raise UserError(
             f"model.n_head = {model.n_head} does not divide model.n_embd = "
             f"{model.n_embd}: every head needs the same width"
         )
-    if not 0 <= model.dropout < 1:
-        raise UserError(f"model.dropout is {model.dropout}: it must be in [0, 1)")
-    _check_choice(
-        "model.compute_dtype", model.compute_dtype, ("auto", "float32", "bfloat16")
-    )
-    _check_choice("model.attention", model.attention, ("auto", "xla", "cudnn"))
-    if model.n_embd_wte is not None:
-        _check_rank("model.n_embd_wte", model.n_embd_wte, model.n_embd)
-    if len(model.band_sizes) != len(model.band_ranks):
-        raise UserError(
-            f"model.band_sizes has {len(model.band_sizes)} entries and "
-            f"model.band_ranks {len(model.band_ranks)}: give every band both"
-        )
-    for size in model.band_sizes:
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"model.band_sizes holds {size!r}: a band has rows")
-    for rank in model.band_ranks:
-        if rank != 0:
-            _check_rank("model.band_ranks", rank, model.n_embd)
-
-
-def _check_train(config: ConfigDict) -> None:
-    train = config.train
-    _check_choice("train.schedule", train.schedule, SCHEDULES)
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.accumulation = {train.accumulation} does not divide "
             f"train.batch_size = {train.batch_size}"
         )
-    if not train.learning_rate > 0:
+    _check_ranks(config)
+    _check_distinct("experiment.seeds", config.experiment.seeds)
+    if config.task in ("factorize", "evaluate") and not config.model_path:
         raise UserError(
-            f"train.learning_rate is {train.learning_rate}: it must be positive"
+            f"model_path is empty: name the run to {config.task}, as in "
+            "--config.model_path=checkpoints/gpt_baseline"
         )
-    for name in ("beta1", "beta2"):
-        if not 0 <= train[name] < 1:
-            raise UserError(f"train.{name} is {train[name]}: it must be in [0, 1)")
-    if not 0 <= train.final_learning_rate_share <= 1:
+
+
+def _check_alone(path: str, value: Any) -> None:
+    """What a knob's value must be whatever the others are."""
+    knob = KNOBS[path]
+    if value is None:
+        return
+    if knob.type is tuple and any(type(entry) is not int for entry in value):
+        raise wrong_type(path, ",".join(map(str, value)))
+    for part in value if knob.type is tuple else (value,):
+        if not knob.rule.holds(part):
+            verb = "holds" if knob.type is tuple else "is"
+            shown = repr(part) if isinstance(part, str) else part
+            raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
+
+
+def wrong_type(path: str, seen: str) -> UserError:
+    """For a knob given text of another type, on the command line or in a config."""
+    knob = KNOBS[path]
+    wanted = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        tuple: "whole numbers with commas between",
+        str: "text",
+    }[knob.type]
+    example = (64, 128) if knob.type is tuple else knob.default
+    shown = "" if example is None else f", as in {override(path, example)}"
+    return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
+
+
+def _check_distinct(path: str, entries: tuple[int, ...]) -> None:
+    if len(set(entries)) != len(entries):
+        raise UserError(f"{path} is {entries}: each may appear once")
+
+
+def _check_ranks(config: ConfigDict) -> None:
+    """Whether ranks and bands fit the model's width, the task and the arm."""
+    model = config.model
+    if config.task in ("factorize", "experiment"):
+        if not config.ranks:
+            raise UserError("ranks is empty: give at least one, as in 64,128")
+        _check_distinct("ranks", config.ranks)
+    if len(model.band_sizes) != len(model.band_ranks):
         raise UserError(
-            f"train.final_learning_rate_share is {train.final_learning_rate_share}: "
-            "it must be in [0, 1]"
+            f"model.band_sizes has {len(model.band_sizes)} entries and "
+            f"model.band_ranks {len(model.band_ranks)}: give every band both"
+        )
+    banded_ranks = tuple(rank for rank in model.band_ranks if rank != 0)
+    for path, ranks in (
+        ("model.n_embd_wte", (model.n_embd_wte,)),
+        ("model.band_ranks", banded_ranks),
+        ("ranks", config.ranks if config.task == "experiment" else ()),
+    ):
+        for rank in ranks:
+            if rank is not None and rank > model.n_embd:
+                raise UserError(
+                    f"{path} holds {rank}: a rank is a whole number from 1 to the "
+                    f"model's width model.n_embd = {model.n_embd}"
+                )
+    if model.band_sizes and (config.task, config.arm) != ("train", "random"):
+        raise UserError(
+            "model.band_sizes is set: only the random model (configs/random_k128.py) "
+            "can have several bands"
+        )
+    if config.task == "train":
+        is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
+        if config.arm != "baseline" and not is_factorized:
+            raise UserError(
+                f"the {config.arm} model needs a rank: --config.model.n_embd_wte=128"
+            )
+        if config.arm == "baseline" and is_factorized:
+            raise UserError(
+                f"model.n_embd_wte is {model.n_embd_wte}: the baseline's table is full;"
+                " a factorized one is --config=configs/random_k128.py"
+            )
+    if config.task == "experiment" and model.n_embd_wte is not None:
+        raise UserError(
+            f"model.n_embd_wte is {model.n_embd_wte}: an experiment's ranks are set by "
+            f"--config.ranks={model.n_embd_wte}"
         )
 
 

@@ -5,6 +5,8 @@ random blocks, B from the factors with D's blocks, C from random factors.
 """
 
 import dataclasses
+import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,14 +14,21 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from pcagpt import checkpoint, factor_files, run_folder, warm_start
-from pcagpt.corpus import Corpus, open_corpus
+from pcagpt import checkpoint, factor_files, factorize, run_folder, warm_start
+from pcagpt import config as knobs
+from pcagpt.corpus import Corpus, describe_corpus, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
 from pcagpt.report import collect_results, write_report
 from pcagpt.train import Training
 
 DONE, TO_DO = "done", "to do"
+IMPORTS = ("import_wte_npy", "import_scale_matrices_npz", "blocks_from")
+# What a finished baseline must share with a model that takes over its table or blocks.
+SHARED_WITH_BASELINE = {
+    "pca": ("n_embd",),
+    "pca_finetune": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +77,9 @@ class TrainJob:
         finished = run_folder.read_result(self.run_dir) is not None
         if finished and not self.is_target:
             return DONE
+        step = max(checkpoint.steps(self.run_dir), default=0)
+        if not finished and step == 0:
+            return TO_DO  # Nothing that took time to make.
         changed = run_folder.changed_fields(self.run_dir, self.record())
         if changed:
             raise UserError(
@@ -75,10 +87,7 @@ class TrainJob:
                 " use another --config.workdir, or --config.overwrite=True to discard "
                 "the run"
             )
-        if finished:
-            return DONE
-        steps = checkpoint.steps(self.run_dir)
-        return f"resumes at step {max(steps)}" if steps else TO_DO
+        return DONE if finished else f"resumes at step {step}"
 
     def record(self) -> dict:
         """What config.json holds: the config and the hashes of what is imported.
@@ -86,19 +95,37 @@ class TrainJob:
         Files that are still to be made have no hash yet.
         """
         init = self.config.init.to_dict()
-        names = ("import_wte_npy", "import_scale_matrices_npz", "blocks_from")
-        is_made = all(Path(init[name]).exists() for name in names if init[name])
+        is_made = all(Path(init[name]).exists() for name in IMPORTS if init[name])
         hashes = warm_start.fingerprints(init) if is_made else None
         return {**self.config.to_dict(), "imported_sha256": hashes}
 
+    def check(self, corpus: Corpus, to_be_made: set[Path]) -> None:
+        """Raises UserError where config, corpus, imports and devices do not fit.
+
+        Args:
+          corpus: opened.
+          to_be_made: folders of earlier jobs: what is in them is not imported here.
+        """
+        config = self.config.copy_and_resolve_references()
+        for name in IMPORTS:
+            path = Path(config.init[name])
+            if {path, path.parent} & to_be_made:
+                config.init[name] = ""
+                if freeze := {
+                    "import_wte_npy": "import_wte_freeze",
+                    "import_scale_matrices_npz": "import_scale_matrices_freeze",
+                }.get(name):
+                    config.init[freeze] = False
+        Training(config, {}, self.run_dir, corpus)
+
     def run(self, corpus: Corpus) -> None:
-        """Trains, from the last checkpoint if there is one; nothing if it is done."""
-        if self.status() == DONE:
-            return
-        record = {**self.record(), "vocab_size": corpus.vocab_size}
+        """Trains, from the last checkpoint if there is one."""
+        is_new = self.status() == TO_DO
+        vocab_size = self.config.model.vocab_size or corpus.vocab_size
+        record = {**self.record(), "vocab_size": vocab_size}
         training = Training(self.config, record, self.run_dir, corpus)
         if _is_first_process():
-            if self.is_target and self.config.overwrite and self.run_dir.is_dir():
+            if is_new and (self.run_dir / "config.json").exists():
                 shutil.rmtree(self.run_dir)
             run_folder.write_config(self.run_dir, record)
         _wait_for_all(self.run_dir.name)
@@ -168,8 +195,7 @@ def _baseline(config: ConfigDict) -> ConfigDict:
     with baseline.ignore_type():
         baseline.model.n_embd_wte = None
     baseline.model.band_sizes = baseline.model.band_ranks = ()
-    for name, value in baseline.init.items():
-        baseline.init[name] = type(value)()
+    _clear(baseline.init)
     return baseline
 
 
@@ -180,9 +206,17 @@ def _arm(base: ConfigDict, arm: str, rank: int, suffix: str) -> ConfigDict:
     if arm == "pca_finetune":
         share = config.finetune
         _scale_budget(config.train, share.steps_share, share.learning_rate_share)
-    if arm != "random":
+    if arm == "random":
+        _clear(config.init)
+    else:
         _import(config, suffix)
     return config
+
+
+def _clear(init: ConfigDict) -> None:
+    """Imports nothing."""
+    for name, value in init.items():
+        init[name] = type(value)()
 
 
 def _scale_budget(train: ConfigDict, steps_share: float, rate_share: float) -> None:
@@ -203,7 +237,8 @@ def _import(config: ConfigDict, suffix: str) -> None:
 
 
 def _train_job(config: ConfigDict, suffix: str, is_target: bool) -> TrainJob:
-    name = ARMS[config.arm].run_name.format(rank=config.model.n_embd_wte) + suffix
+    rank = "-".join(map(str, config.model.band_ranks)) or config.model.n_embd_wte
+    name = ARMS[config.arm].run_name.format(rank=rank) + suffix
     return TrainJob(Path(config.workdir) / name, config, is_target)
 
 
@@ -220,6 +255,7 @@ def _factorize_job(
         ranks=tuple(ranks),
         method=config.factorize.method,
         singular_value_split=config.factorize.singular_value_split,
+        tensorboard=config.telemetry.tensorboard,
     )
 
 
@@ -230,7 +266,7 @@ def describe(plan_: Plan, overwrite: bool) -> list[str]:
       UserError: a run of another config is in the way.
     """
     lines = []
-    for job in plan_.jobs:
+    for job in _needed(plan_).jobs:
         if isinstance(job, TrainJob):
             steps = f"{job.config.train.steps:,} steps"
             lines.append(f"{job.label:<32} {steps:>14}  {job.status()}")
@@ -241,35 +277,127 @@ def describe(plan_: Plan, overwrite: bool) -> list[str]:
     return lines
 
 
+def _needed(plan_: Plan) -> Plan:
+    """The plan without the prerequisites of a run that is finished."""
+    target = plan_.jobs[-1]
+    if isinstance(target, TrainJob) and not plan_.reported and target.status() == DONE:
+        return Plan((target,))
+    return plan_
+
+
 def _factors_status(job: FactorizeJob, overwrite: bool) -> str:
-    is_trained = job.source.exists() and (
-        job.source.suffix == ".npy" or checkpoint.steps(job.source)
-    )
-    if overwrite or not is_trained:
+    if overwrite or not job.has_source():
         return TO_DO
     return TO_DO if job.missing_ranks() else DONE
+
+
+def check(plan_: Plan, config: ConfigDict) -> None:
+    """Finds what is in the way, as far as that takes no time and leaves no trace.
+
+    Raises:
+      UserError: the workdir cannot be written to, a run of another config is there, a
+        prerequisite is lacking and `config.build_prerequisites` is off, or the corpus
+        is none.
+    """
+    workdir = Path(config.workdir).absolute()
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"workdir is {config.workdir}: {there} is no folder that can be written "
+            "to; name another one as --config.workdir=FOLDER"
+        )
+    if config.factorize.method not in factorize.METHODS:
+        raise UserError(
+            f"factorize.method is '{config.factorize.method}': it must be one of "
+            f"{', '.join(factorize.METHODS)}"
+        )
+    describe(plan_, config.overwrite)
+    plan_ = _needed(plan_)
+    if config.task == "train" and not config.build_prerequisites:
+        _require_prerequisites(plan_, config)
+    to_train = _to_train(plan_)
+    if to_train:
+        corpus = describe_corpus(config.data.source, config.data.tokenizer)
+        knobs.model_settings(config.model, corpus.vocab_size, "cpu")
+        for job in plan_.jobs:
+            if isinstance(job, FactorizeJob) and max(job.ranks) > corpus.vocab_size:
+                raise UserError(
+                    f"ranks holds {max(job.ranks)}: the corpus has "
+                    f"{corpus.vocab_size} tokens, the table's rank is at most that"
+                )
+    for job in plan_.jobs:
+        if isinstance(job, TrainJob) and not job.is_target and job not in to_train:
+            _check_baseline(job.run_dir, config)
+
+
+def _require_prerequisites(plan_: Plan, config: ConfigDict) -> None:
+    """Raises UserError with the command that makes the first one that is lacking."""
+    for job in plan_.jobs:
+        if isinstance(job, TrainJob) and not job.is_target and job.status() != DONE:
+            raise UserError(
+                f"{job.run_dir} is not trained and build_prerequisites is off; train "
+                f"it with: {_command(ARMS[job.config.arm].config_file, job.config)}"
+            )
+        if isinstance(job, FactorizeJob) and _factors_status(job, False) != DONE:
+            factorize_config = knobs.base()
+            factorize_config.workdir = config.workdir
+            factorize_config.model_path = str(job.source)
+            factorize_config.ranks = job.ranks
+            factorize_config.factorize = config.factorize
+            factorize_config.telemetry.tensorboard = job.tensorboard
+            command = _command("configs/factorize.py", factorize_config)
+            raise UserError(
+                f"{job.folder} lacks rank {', '.join(map(str, job.ranks))} and "
+                f"build_prerequisites is off; make it with: {command}"
+            )
+
+
+def _command(config_file: str, config: ConfigDict) -> str:
+    """The command line that runs a config file with this config's knobs."""
+    chosen = ("task", "arm", "build_prerequisites", "overwrite")
+    words = [
+        knobs.override(path, value)
+        for path, value in knobs.flat(config).items()
+        if path not in chosen and value != knobs.KNOBS[path].default
+    ]
+    return shlex.join(
+        ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
+    )
+
+
+def _check_baseline(run_dir: Path, config: ConfigDict) -> None:
+    """Raises UserError if a finished baseline is too different to start from."""
+    trained = (run_folder.read_config(run_dir) or {}).get("model", {})
+    differing = [
+        f"model.{name} (there {trained.get(name)}, here {config.model[name]})"
+        for name in SHARED_WITH_BASELINE[config.arm]
+        if trained.get(name) != config.model[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{run_dir} has another {', another '.join(differing)}: use another "
+            "--config.workdir, or the same model"
+        )
+
+
+def _to_train(plan_: Plan) -> list[TrainJob]:
+    return [
+        job for job in plan_.jobs if isinstance(job, TrainJob) and job.status() != DONE
+    ]
 
 
 def execute(plan_: Plan, config: ConfigDict, command: str) -> None:
     """Makes what is not done, in order, and writes the report if there is one.
 
     Raises:
-      UserError: something is in the way, or a prerequisite is lacking and
-        `config.build_prerequisites` is off; nothing has been written then.
+      UserError: as for `check`, or something does not fit the corpus or the devices;
+        nothing but the corpus's token files has been written then.
     """
+    check(plan_, config)
+    plan_ = _needed(plan_)
     for line in describe(plan_, config.overwrite):
         _say(line)
-    to_train = [
-        job for job in plan_.jobs if isinstance(job, TrainJob) and job.status() != DONE
-    ]
-    lacking = [job for job in to_train if not job.is_target]
-    if lacking and not config.build_prerequisites:
-        arm = ARMS[lacking[0].config.arm]
-        raise UserError(
-            f"{lacking[0].run_dir} is not trained and build_prerequisites is off; "
-            f"train it with: python -m pcagpt.main --config={arm.config_file} "
-            f"--config.workdir={config.workdir}"
-        )
+    to_train = _to_train(plan_)
     corpus = None
     if to_train:
         source, tokenizer = config.data.source, config.data.tokenizer
@@ -278,16 +406,27 @@ def execute(plan_: Plan, config: ConfigDict, command: str) -> None:
             open_corpus(source, folder, tokenizer)
         _wait_for_all("corpus")
         corpus = open_corpus(source, folder, tokenizer)
+        to_be_made = {job.run_dir for job in to_train}
+        for job in plan_.jobs:
+            if isinstance(job, TrainJob):
+                if job in to_train:
+                    job.check(corpus, to_be_made)
+            elif _factors_status(job, config.overwrite) != DONE or (
+                job.source in to_be_made
+            ):
+                to_be_made.add(job.folder)
     for job in plan_.jobs:
         if isinstance(job, TrainJob):
             if job in to_train:
                 job.run(corpus)
-        elif _is_first_process() and _factors_status(job, config.overwrite) != DONE:
+            _wait_for_all(str(job.run_dir))
+            continue
+        if _is_first_process() and _factors_status(job, config.overwrite) != DONE:
             _say(f"factorizing {job.source}, rank {', '.join(map(str, job.ranks))}")
-            if config.overwrite and factor_files.read_metadata(job.folder):
+            if config.overwrite and job.differing():
                 shutil.rmtree(job.folder)
             job.run()
-        _wait_for_all(str(job.folder if job not in to_train else job.run_dir))
+        _wait_for_all(str(job.folder))
     if plan_.reported and _is_first_process():
         workdir = Path(config.workdir)
         results = collect_results(workdir, plan_.reported, command)

@@ -6,6 +6,7 @@ spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank
 """
 
+import io
 import json
 import os
 import zipfile
@@ -121,7 +122,8 @@ def read_scale_matrices(path: str | Path) -> ScaleMatrices:
 
 def _load(path: str | Path, ending: str):
     try:
-        loaded = np.load(path, allow_pickle=False)
+        # From memory: of a damaged archive np.load would leave the file open.
+        loaded = np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -18,7 +18,7 @@ class FactorizeJob:
 
     source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
     method: a name in `factorize.METHODS`; singular_value_split: as for
-    `factorize.truncate`.
+    `factorize.truncate`; tensorboard: whether the spectrum is shown there.
     """
 
     source: Path
@@ -26,22 +26,27 @@ class FactorizeJob:
     ranks: tuple[int, ...]
     method: str
     singular_value_split: float
+    tensorboard: bool = True
+
+    def has_source(self) -> bool:
+        """Whether the table or the checkpoint is there."""
+        if self.source.suffix == ".npy":
+            return self.source.exists()
+        try:
+            checkpoint.find(self.source)
+        except UserError:
+            return False
+        return True
 
     def source_sha256(self) -> str:
-        """Hash of the table file, or of the result (or checkpoint path) of the run."""
-        path = self.source
-        if path.suffix != ".npy":
-            run_dir, step = checkpoint.find(path)
-            path = run_dir / "result.json"
-            if not path.exists():
-                return hashlib.sha256(
-                    f"{run_dir.absolute()}/{step}".encode()
-                ).hexdigest()
+        """Hash of the table file, or what tells the checkpoint from others."""
+        if self.source.suffix != ".npy":
+            return checkpoint.fingerprint(self.source)
         try:
-            with open(path, "rb") as file:
+            with open(self.source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+            raise UserError(f"{self.source}: {error.strerror}") from None
 
     def identity(self) -> dict:
         """What the files depend on besides the ranks."""
@@ -50,6 +55,13 @@ class FactorizeJob:
             "singular_value_split": self.singular_value_split,
             "source_sha256": self.source_sha256(),
         }
+
+    def differing(self) -> list[str]:
+        """In which parts of `identity` the files in the folder differ from this job."""
+        metadata = factor_files.read_metadata(self.folder)
+        if metadata is None:
+            return []
+        return [k for k, v in self.identity().items() if metadata.get(k) != v]
 
     def missing_ranks(self) -> tuple[int, ...]:
         """The ranks whose files are not there yet.
@@ -61,20 +73,28 @@ class FactorizeJob:
         metadata = factor_files.read_metadata(self.folder)
         if metadata is None:
             return self.ranks
-        differing = [k for k, v in self.identity().items() if metadata.get(k) != v]
+        differing = self.differing()
         if differing:
             raise UserError(
                 f"{self.folder} holds another factorization ({', '.join(differing)} "
                 "differ): use another --config.workdir, or --config.overwrite=True"
             )
-        return tuple(rank for rank in self.ranks if str(rank) not in metadata["ranks"])
+        return tuple(
+            rank
+            for rank in self.ranks
+            if str(rank) not in metadata["ranks"]
+            or not factor_files.table_path(self.folder, rank).exists()
+            or not factor_files.scale_path(self.folder, rank).exists()
+        )
 
     def run(self) -> dict:
         """Writes the files of all ranks, those there already too; returns the metadata.
 
         Raises:
-          UserError: no table there, it is factorized already, or a rank is too high.
+          UserError: no table there, it is factorized already, a rank is too high, or
+            the folder holds the files of another source or method.
         """
+        self.missing_ranks()
         table_VD, origin = self._read_table()
         width = table_VD.shape[1]
         for rank in self.ranks:
@@ -107,7 +127,12 @@ class FactorizeJob:
             for rank in ranks
         }
         factor_files.write(self.folder, low_ranks, factors.singular_values, metadata)
-        with Telemetry(self.folder, config={}, run_name=self.folder.name) as telemetry:
+        with Telemetry(
+            self.folder,
+            config={},
+            run_name=self.folder.name,
+            tensorboard=self.tensorboard,
+        ) as telemetry:
             figure = spectrum_figure(factors.singular_values, ranks)
             telemetry.figure("spectrum", figure)
         return metadata

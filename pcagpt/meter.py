@@ -10,6 +10,15 @@ from pcagpt.errors import UserError
 from pcagpt.telemetry import Progress, Telemetry
 
 
+def not_finite(step: int, seen: str) -> UserError:
+    """For a loss that cannot be gone on from after so many updates."""
+    return UserError(
+        f"the loss is not finite at step {step} ({seen}): the checkpoint before it is "
+        "kept; lower train.learning_rate or train.gradient_clip, then run again with "
+        "--config.overwrite=True"
+    )
+
+
 class Throughput:
     """Tokens per second of training alone: without compiling, evaluating, saving."""
 
@@ -87,12 +96,7 @@ class Meter:
         values = {name: float(value) for name, value in metrics.items()}
         loss, norm = values["loss"], values["gradient_norm"]
         if not np.isfinite([loss, norm]).all():
-            raise UserError(
-                f"the loss is not finite at step {step} (loss {loss}, gradient norm "
-                f"{norm}): the checkpoint before it is kept; "
-                "lower train.learning_rate or train.gradient_clip, then run again with "
-                "--config.overwrite=True"
-            )
+            raise not_finite(step, f"loss {loss}, gradient norm {norm}")
         rate = self.throughput.add(self._tokens_per_step)
         self._progress.update(step, loss, self.throughput.mean)
         if step % self._every == 0:

@@ -1,5 +1,6 @@
 """What a number was measured with: versions, commit, device and its arithmetic peak."""
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -35,7 +36,13 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, '-dirty' if tracked files differ; None outside git."""
+    """The checkout's commit, '-dirty' if tracked files differ; None where unknown.
+
+    A copy without git, in a container say, can be told: PCAGPT_COMMIT=... in its
+    environment.
+    """
+    if told := os.environ.get("PCAGPT_COMMIT"):
+        return told
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

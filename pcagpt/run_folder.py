@@ -18,7 +18,13 @@ from pcagpt.errors import UserError
 
 # What a run's numbers depend on; the rest of its config may change between resumes.
 IDENTITY = ("arm", "seed", "model", "data", "train", "init", "imported_sha256")
-NOT_IDENTITY = ("data.cache_dir",)
+# What is imported counts by its hash, so that a folder of runs can be moved.
+NOT_IDENTITY = (
+    "data.cache_dir",
+    "init.import_wte_npy",
+    "init.import_scale_matrices_npz",
+    "init.blocks_from",
+)
 
 
 def read_config(run_dir: Path) -> dict | None:
@@ -50,11 +56,24 @@ def write_result(run_dir: Path, result: dict, window_losses: np.ndarray) -> None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON (not-a-number and infinity as null) in one atomic step."""
+    """Writes strict JSON in one atomic step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(_strict(value), indent=2, allow_nan=False)
+    text = json.dumps(strict(value), indent=2, allow_nan=False)
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def strict(value: Any) -> Any:
+    """The same with plain JSON values only: NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {str(key): strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def identity(config: dict) -> dict[str, Any]:
@@ -78,11 +97,13 @@ def config_sha256(config: dict) -> str:
 def changed_fields(run_dir: Path, config: dict) -> list[str]:
     """'name (was X, now Y)' for each field in which a run's config differs from this.
 
-    Empty where no run has begun.
+    Empty where no run has begun. Imports are compared once they have hashes.
     """
     stored = read_config(run_dir)
     if stored is None:
         return []
+    if config.get("imported_sha256") is None:
+        stored["imported_sha256"] = None
     old, new = identity(stored), identity(config)
     return [
         f"{name} (was {old.get(name)}, now {new.get(name)})"
@@ -93,18 +114,6 @@ def changed_fields(run_dir: Path, config: dict) -> list[str]:
 
 def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _read_json(path: Path) -> dict | None:

@@ -23,7 +23,7 @@ from pcagpt.corpus import Corpus, text_counts
 from pcagpt.data import EvaluationBatches, TrainingBatches
 from pcagpt.errors import Interrupted
 from pcagpt.interrupt import StopRequest
-from pcagpt.meter import Meter, Throughput
+from pcagpt.meter import Meter, Throughput, not_finite
 from pcagpt.model import (
     GPT,
     GPTConfig,
@@ -91,6 +91,22 @@ class Training:
         self.text_size = evaluate.TextSize.of(text_counts(corpus, "val"))
         self.score = evaluate.scorer(self.model, self.mesh, train.loss_chunks)
         self.tokens_per_step = train.batch_size * block_size
+        self._check_imports()
+
+    def _check_imports(self) -> None:
+        """Imports into a stand-in: a file that does not fit then costs no run."""
+        tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), tokens_BT)
+        stand_in = jax.tree.map(
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
+            shapes["params"],
+        )
+        self._import_into(stand_in)
+
+    def _import_into(self, params: dict) -> dict:
+        """The parameters with what `init` names put in."""
+        imported = warm_start.replacements(self.config.init, self.model.config, params)
+        return trees.replace(params, imported, source="init")
 
     def run(self, label: str) -> dict:
         """Trains to the last step, resuming what is there; returns the result."""
@@ -123,6 +139,8 @@ class Training:
                         meter.flush()
                         measured = self.validate(state)
                         loss = measured.metrics["loss"]
+                        if not math.isfinite(loss):
+                            raise not_finite(step, f"validation loss {loss}")
                         is_best = loss < history.best_val_loss
                         history.best_val_loss = min(loss, history.best_val_loss)
                         if step != resumed_at:
@@ -174,12 +192,8 @@ class Training:
             state = TrainState.from_items(variables, optimizer)
             return state, shardings, History(**meta)
         state = jax.jit(init, out_shardings=shardings)()
-        imported = warm_start.replacements(
-            self.config.init, self.model.config, state.params
-        )
         state = state.replace(
-            params=trees.replace(state.params, imported, source="init"),
-            constants=self.constants(),
+            params=self._import_into(state.params), constants=self.constants()
         )
         return jax.device_put(state, shardings), shardings, History()
 

@@ -135,7 +135,7 @@ def train_step(
     )
     metrics = {
         "loss": loss,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.float32(schedule(state.step)),
     }
     new_state = state.replace(

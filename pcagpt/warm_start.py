@@ -39,20 +39,15 @@ def frozen_patterns(init: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def fingerprints(init: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of each imported file, so that a changed file counts as another config.
-
-    A run is known by its result.json.
-    """
+    """sha256 of all that is imported, so that what changed counts as another config."""
     files = {
         name: init[name]
         for name in ("import_wte_npy", "import_scale_matrices_npz")
         if init[name]
     }
-    if init["blocks_from"]:
-        run_dir, _ = checkpoint.find(init["blocks_from"])
-        if (run_dir / "result.json").exists():
-            files["blocks_from"] = run_dir / "result.json"
     found = {}
+    if init["blocks_from"]:
+        found["blocks_from"] = checkpoint.fingerprint(init["blocks_from"])
     for name, path in files.items():
         try:
             with open(path, "rb") as file:
@@ -68,7 +63,7 @@ def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> 
     Args:
       init: the `init` section of the config.
       config: of the model that starts.
-      template: its parameters, as arrays or `jax.ShapeDtypeStruct`.
+      template: its parameters.
 
     Raises:
       UserError: a file or run that does not fit the model, in one line.

@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import pytest
+from runs import execute, quick_compiles
 
 from pcagpt import config as knobs
 
@@ -57,4 +58,33 @@ def shrink(config):
     config.telemetry.tensorboard = False
     config.finetune.steps_share = 0.5
     config.mesh.data = 1
+    return config
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder of compiled programs that the tests of this process share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def quick(compiled):
+    """Compiles with little optimization, and each program once."""
+    with quick_compiles(compiled):
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_experiment(corpus_folder, compiled, tmp_path_factory):
+    """The config of a tiny experiment that is done: D, A, C and B at rank 8.
+
+    All checkpoints are there: 0, 3 and 6 (B: 0 and 3). Copy its workdir to change it.
+    """
+    config = shrink(knobs.base())
+    config.task = "experiment"
+    config.workdir = str(tmp_path_factory.mktemp("finished") / "runs")
+    config.data.source = str(corpus_folder)
+    config.checkpoint.keep_last = 10
+    with quick_compiles(compiled):
+        execute(config)
     return config

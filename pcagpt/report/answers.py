@@ -183,8 +183,7 @@ def _window_interval(
 def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | None:
     """Own tokens at which the first is down to the last loss of the second.
 
-    From the evaluations during training of as many tokens as that loss is of, on
-    average over seeds; None if it never is.
+    From the evaluations during training, on average over seeds; None if it never is.
     """
     reached = []
     for first, second in pairs:
@@ -192,8 +191,7 @@ def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | N
         goal = read_curve(workdir / second["folder"])
         if not len(goal):
             return None
-        _, loss, predicted = goal[-1]
-        met = curve[(curve[:, 1] <= loss) & (curve[:, 2] == predicted)]
+        met = curve[curve[:, 1] <= goal[-1, 1]]
         if not len(met):
             return None
         reached.append(met[0, 0])
@@ -259,6 +257,8 @@ def _token_words(comparison: dict[str, Any]) -> list[str]:
     own_in_all, others_in_all = comparison["tokens_with_baseline"]
     first, second = question.split(" vs ")
     words = []
+    if question == "A vs D" and comparison["effect"] < 0:
+        words.append(f"A's start rests on D's {amount(others)} tokens as well.")
     if question == "B vs A":
         share = percent(own / others, 0)
         words.append(

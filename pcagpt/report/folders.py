@@ -1,29 +1,16 @@
 """What lies in run folders → plain dictionaries, with clear errors."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
+from pcagpt.run_folder import strict
 
-LETTERS = {"baseline": "D", "pca": "A", "pca_finetune": "B", "random": "C"}
 REQUIRED = ("run", "arm", "rank", "seed", "status", "val_loss", "tokens_seen")
-
-
-def strict(value: Any) -> Any:
-    """The same with plain JSON values only: NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    if isinstance(value, (np.floating, np.integer)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
@@ -55,14 +42,14 @@ def read_row(workdir: Path, run: str) -> dict[str, Any]:
     missing = [name for name in REQUIRED if name not in row]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: {mend}")
-    if row["arm"] not in LETTERS:
-        known = ", ".join(LETTERS)
+    if row["arm"] not in ARMS:
+        known = ", ".join(ARMS)
         raise UserError(f"{path} has the arm {row['arm']!r}, which is none of {known}")
     if row["status"] != "done":
         raise UserError(f"{path} has status {row['status']!r}, not 'done': {mend}")
     train = read_config(workdir / run).get("train", {})
     return {
-        "letter": LETTERS[row["arm"]],
+        "letter": ARMS[row["arm"]].letter,
         "folder": run,
         "learning_rate": train.get("learning_rate"),
         **row,
@@ -98,8 +85,7 @@ def read_curve(folder: Path) -> np.ndarray:
     """Validation of metrics.jsonl by tokens; empty without one.
 
     Returns:
-      float64 [evaluations, 3]: tokens trained on, loss, and how many tokens it is the
-      loss of (0 where that is not said).
+      float64 [evaluations, 2]: tokens trained on, loss.
     """
     path = folder / "metrics.jsonl"
     points = {}
@@ -109,9 +95,8 @@ def read_curve(folder: Path) -> np.ndarray:
         except ValueError:
             continue  # torn when a run was killed
         if entry.get("split") == "val" and entry.get("loss") is not None:
-            tokens, predicted = entry["tokens"], entry.get("tokens_predicted") or 0
-            points[tokens] = (tokens, entry["loss"], predicted)
-    return np.array(sorted(points.values()), np.float64).reshape(-1, 3)
+            points[entry["tokens"]] = (entry["tokens"], entry["loss"])
+    return np.array(sorted(points.values()), np.float64).reshape(-1, 2)
 
 
 def read_window_losses(folder: Path) -> np.ndarray | None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcagpt.arms import TITLES
 from pcagpt.report.folders import read_curve
-from pcagpt.report.wording import ARMS, fixed, percent
+from pcagpt.report.wording import fixed, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
     rows = [row for row in rows if len(curves[row["folder"]])]
     if not rows:
         return None
-    arrays = {row["folder"]: curves[row["folder"]].T[:2] for row in rows}
+    arrays = {row["folder"]: curves[row["folder"]].T for row in rows}
     ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
     columns = min(len(ranks), 3)
     height = 4.2 if len(ranks) == 1 else 3.5 * -(-len(ranks) // columns) + 0.3
@@ -265,7 +266,7 @@ def _legend(
             marker=MARKERS[letter],
             ms=5,
             lw=0 if markers else 1.8,
-            label=f"{letter} {ARMS[letter]}",
+            label=f"{letter} {TITLES[letter]}",
         )
         for letter in dict.fromkeys(row["letter"] for row in rows)
     ]

@@ -13,12 +13,11 @@ from pcagpt.report.answers import (
     judge_hypotheses,
 )
 from pcagpt.report.folders import (
-    read_config,
     read_corpus,
     read_row,
     read_spectrum,
-    strict,
 )
+from pcagpt.run_folder import strict
 
 TABLE_ORDER = "DABC"
 
@@ -53,11 +52,8 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
             "git_commit": _joined(row.get("git_commit") for row in rows),
             "device": _joined(row.get("device") for row in rows),
             "versions": _joined_versions(rows),
-            "corpus": read_corpus(first),
+            "corpus": {"name": protocol.get("corpus"), **read_corpus(first)},
             "protocol": protocol,
-            "interim_windows": read_config(first)
-            .get("evaluate", {})
-            .get("interim_windows"),
             "confidence": CONFIDENCE,
             "margin": EQUIVALENCE_MARGIN,
             "rows": rows,

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
+from pcagpt.arms import TITLES
 from pcagpt.report.answers import HYPOTHESES, QUESTIONS, mean_interval
+from pcagpt.report.colophon import files, provenance
 from pcagpt.report.wording import (
-    ARMS,
     NOTHING,
     code,
     count,
-    duration,
     escaped,
     fixed,
     interval,
@@ -47,9 +46,9 @@ def report_markdown(results: dict[str, Any], plots: Sequence[str]) -> str:
         *_sizes(plots),
         *_spectrum(results, plots),
         "## How it was measured",
-        _provenance(results),
+        provenance(results),
         "## Files",
-        *_files(results),
+        *files(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,7 +92,7 @@ def _summary(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> str:
         sentences.append(
             f"The baseline D reaches {fixed(baseline.get('val_loss'))} nats per token "
             f"on the {split} split of "
-            f"{code(results['corpus'].get('source', 'the corpus'))}."
+            f"{code(results['corpus'].get('name', 'the corpus'))}."
         )
     how = {
         "A": "when trained from scratch on D's factorized table (A)",
@@ -162,7 +161,7 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
     sizes = [
         [
             f"**{arm['letter']}**",
-            ARMS[arm["letter"]],
+            TITLES[arm["letter"]],
             count(arm["rank"]),
             _loss(arm),
             NOTHING if arm["letter"] == "D" else signed(arm.get("added_loss")),
@@ -198,7 +197,7 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
     kin = [
         [
             f"**{arm['letter']}**",
-            ARMS[arm["letter"]] if arm["runs"][1:] else code(arm["runs"][0]),
+            TITLES[arm["letter"]] if arm["runs"][1:] else code(arm["runs"][0]),
             count(arm["rank"]),
             fixed(arm.get("bits_per_byte")),
             fixed(arm.get("ln_f_cosine")),
@@ -257,11 +256,9 @@ def _loss_caption(results: dict[str, Any]) -> str:
         if "B" in letters
         else ""
     )
-    windows = results["interim_windows"]
-    interim = f" Losses before the last are of {windows:,} windows." if windows else ""
     return (
         "Validation loss against tokens trained on. The numbers on the right are "
-        f"the last evaluation of each arm.{fine_tuned}{interim} Losses above the frame "
+        f"the last evaluation of each arm.{fine_tuned} Losses above the frame "
         "are cut off."
     )
 
@@ -367,65 +364,3 @@ def _spectrum(results: dict[str, Any], plots: Sequence[str]) -> list[str]:
         "loss: one direction that all tokens share can hold most of it."
     )
     return ["## The spectrum of the table", says, *_figure("spectrum", plots, caption)]
-
-
-def _provenance(results: dict[str, Any]) -> str:
-    """Command, commit, device, corpus, protocol, versions and date."""
-    protocol, corpus = results["protocol"], results["corpus"]
-    seeds = sorted({row["seed"] for row in results["rows"]})
-
-    def fields(values: dict[str, Any]) -> str:
-        return ", ".join(
-            f"{escaped(name)} {code(value)}"
-            for name, value in values.items()
-            if value is not None and value != ""
-        )
-
-    windows = (
-        f"{count(protocol.get('tokens_predicted'))} tokens in "
-        f"{count(protocol.get('windows'))} windows of "
-        f"{count(protocol.get('window'))}, one every "
-        f"{count(protocol.get('stride'))}, split {code(protocol.get('split'))}"
-    )
-    tokenizer = {
-        "tokenizer": protocol.get("tokenizer"),
-        "sha256": protocol.get("tokenizer_sha256"),
-    }
-    rows = [
-        ["Command", code(results["command"])],
-        ["Commit", code(results["git_commit"] or "not recorded")],
-        ["Date", escaped(results["created"])],
-        ["Device", escaped(results["device"] or "not recorded")],
-        ["Corpus", fields(corpus)],
-        ["Evaluation", windows],
-        ["Tokenizer", fields(tokenizer)],
-        ["Seeds", listed([str(seed) for seed in seeds])],
-        ["Versions", fields(results["versions"])],
-    ]
-    return table(["What", "Value"], rows, "ll")
-
-
-def _files(results: dict[str, Any]) -> list[str]:
-    """Every run, with links to what it left."""
-    header = ["", "Run", "Seed", "Loss", "Time", "Files"]
-    rows = []
-    for row in results["rows"]:
-        links = ", ".join(
-            f"[{name}]({quote(row['folder'])}/{name})"
-            for name in ("result.json", "config.json", "metrics.jsonl")
-        )
-        rows.append(
-            [
-                f"**{row['letter']}**",
-                code(row["folder"]),
-                count(row["seed"]),
-                fixed(row["val_loss"], 4),
-                duration(row.get("seconds")),
-                links,
-            ]
-        )
-    return [
-        table(header, rows, "llrrrl"),
-        "Every number above comes from [results.json](results.json), which was "
-        "written from these files.",
-    ]

@@ -3,12 +3,6 @@
 import html
 import re
 
-ARMS = {
-    "D": "baseline",
-    "A": "PCA-scratch",
-    "B": "PCA-finetune",
-    "C": "random-scratch",
-}
 MINUS = "−"
 NOTHING = "–"  # where a number was not measured
 _PLAIN = re.compile(r"[\w./:=,+@ -]*")

@@ -1,0 +1,94 @@
+"""The command line called in this process, and commands found in text."""
+
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcagpt import main
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+# Any config, shrunk to two steps of a second in all, on one device.
+TINY = {
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.n_embd": 16,
+    "model.block_size": 16,
+    "train.steps": 2,
+    "train.warmup_steps": 1,
+    "train.batch_size": 4,
+    "train.loss_chunks": 1,
+    "evaluate.batch_size": 64,
+    "telemetry.tensorboard": False,
+    "mesh.data": 1,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments):
+    """Runs `python -m pcagpt.main ARGUMENT...` without starting a process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.main(["pcagpt", *map(str, arguments)])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def tiny(config_name, corpus_folder, **sections):
+    """Arguments for a config of configs/ at tiny size.
+
+    tiny("pca_k128.py", folder, train={"steps": 3}, seed=2) sets two knobs besides.
+    """
+    values = {"data.source": corpus_folder, **TINY}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            values |= {f"{name}.{knob}": v for knob, v in value.items()}
+        else:
+            values[name] = value
+    overrides = [f"--config.{path}={value}" for path, value in values.items()]
+    return [f"--config={CONFIGS / config_name}", *overrides]
+
+
+def snapshot(*folders):
+    """Every file and folder below, with the files' bytes."""
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for folder in folders
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def refusal(*arguments, unchanged):
+    """The one line of a call that must fail for the person's mistake.
+
+    `unchanged`: folders in which nothing may be written, changed or lost.
+    """
+    before = snapshot(*unchanged)
+    outcome = call(*arguments)
+    assert outcome.code == 2, outcome
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("pcagpt: "), outcome.err
+    assert snapshot(*unchanged) == before
+    return outcome.err
+
+
+def commands(text):
+    """Command lines as words: those of pcagpt and its scripts, one a line of the text.
+
+    A line that ends in a backslash goes on in the next.
+    """
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    pattern = r"\s*(?:\$ )?((?:python -m pcagpt\.main|bash scripts/)\b.*)"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]

@@ -1,0 +1,146 @@
+"""Tiny runs for tests: made quickly, compared, and looked into."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+from pcagpt import experiment
+from pcagpt.checkpoint import FOLDER, Checkpoints, steps
+from pcagpt.corpus import open_corpus
+from pcagpt.train import Training
+
+BANDS = {"model.band_sizes": (10, 40, 47), "model.band_ranks": (0, 8, 4)}
+TIMINGS = {"seconds", "tokens_per_second", "flop_utilisation"}
+
+
+@contextlib.contextmanager
+def quick_compiles(cache: Path) -> Iterator[None]:
+    """Within, XLA hardly optimizes, and a program compiled before is read back."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
+    """A copy with some knobs set: changed(config, **{'train.steps': 3})."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(overrides)
+    return copy
+
+
+def execute(config: ConfigDict) -> Path:
+    """Does what the config asks for; returns the folder of the last job."""
+    plan = experiment.plan(config)
+    experiment.execute(plan, config, "a command")
+    last = plan.jobs[-1]
+    return getattr(last, "run_dir", None) or last.folder
+
+
+def last_run_dir(config: ConfigDict) -> Path:
+    """The folder of the run that a config of task 'train' asks for."""
+    return experiment.plan(config).jobs[-1].run_dir
+
+
+def status(config: ConfigDict) -> str:
+    """'done', 'to do' or 'resumes at step N' of that run."""
+    return experiment.plan(config).jobs[-1].status()
+
+
+def training(config: ConfigDict) -> Training:
+    """The run that a config of task 'train' asks for, not begun."""
+    job = experiment.plan(config).jobs[-1]
+    corpus = open_corpus(config.data.source, Path(config.workdir) / "data")
+    return Training(job.config, job.record(), job.run_dir, corpus)
+
+
+def losses(config: ConfigDict, steps: int) -> list[float]:
+    """The loss of the first steps of a run that leaves no files."""
+    run = training(config)
+    with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
+        state, shardings, _ = run.start(checkpoints)
+    shutil.rmtree(run.run_dir)
+    step = run.compile_step(state, shardings)
+    found = []
+    for number in range(steps):
+        state, metrics = step(state, run.batch(number))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of a run's newest checkpoint, optimizer state and step too."""
+    folder = (run_dir / FOLDER / str(max(steps(run_dir)))).absolute()
+    found = {}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for item in ("weights", "optimizer"):
+            saved = checkpointer.metadata(folder / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), saved)
+            tree = checkpointer.restore(
+                folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+            )
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[item + jax.tree_util.keystr(path)] = leaf
+    return found
+
+
+def assert_equal(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]):
+    """Bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what a clock says."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [without_timings(json.loads(line)) for line in lines]
+
+
+def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same in two runs of one config."""
+    return {name: v for name, v in values.items() if name not in TIMINGS}
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """{file: when it was written}, to see that nothing was."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+    }
+
+
+def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Sends this process a signal when training asks for the batch of a step."""
+    batch = Training.batch
+
+    def batch_and_signal(self, asked):
+        # Compiling asks for batch 0.
+        if asked == step:
+            os.kill(os.getpid(), number)
+        return batch(self, asked)
+
+    monkeypatch.setattr(Training, "batch", batch_and_signal)

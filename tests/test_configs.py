@@ -1,0 +1,171 @@
+"""Every config does its task, tiny; every command that is written down can be given."""
+
+import ast
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from command_line import CONFIGS, ROOT, call, commands, tiny
+
+from pcagpt import config as knobs
+from pcagpt import main
+from pcagpt.errors import UserError
+
+ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
+
+RANK = 4
+ARMS = {
+    "baseline": "gpt_baseline",
+    "pca": f"gpt_pca_k{RANK}",
+    "random": f"gpt_random_lowrank_k{RANK}",
+    "pca_finetune": f"gpt_pca_finetune_k{RANK}",
+}
+
+
+def load(name):
+    return main.parse(["pcagpt", f"--config={CONFIGS / name}"])[0]
+
+
+@pytest.fixture(scope="session")
+def trained(corpus_folder, compiled, tmp_path_factory):
+    """The folder of a finished baseline: not to be written to."""
+    from runs import quick_compiles
+
+    workdir = tmp_path_factory.mktemp("trained_baseline")
+    with quick_compiles(compiled):
+        assert call(*tiny("baseline.py", corpus_folder, workdir=workdir)).code == 0
+    return workdir / "gpt_baseline"
+
+
+def check_run(run_dir, arm):
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["arm"]) == ("done", arm)
+    assert result["steps"] in (1, 2)
+    assert math.isfinite(result["val_loss"])
+
+
+def check_factors(folder):
+    assert np.load(folder / f"wte_pca_k{RANK}.npy").shape == (97, RANK)
+    scales = np.load(folder / f"scale_mats_pca_k{RANK}.npz")
+    assert scales["scale_up"].shape == scales["scale_down"].shape == (RANK, 16)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_does_its_task_in_two_shrunken_steps(
+    name, trained, corpus_folder, tmp_path
+):
+    config, settings = load(name), {"workdir": tmp_path / "runs"}
+    run_dir = tmp_path / "runs" / "gpt_baseline"
+    if config.task in ("factorize", "evaluate"):
+        shutil.copytree(trained, run_dir)
+        settings["model_path"] = run_dir
+    if config.task in ("factorize", "experiment"):
+        settings["ranks"] = RANK
+    if config.model.n_embd_wte is not None:
+        settings["model"] = {"n_embd_wte": RANK}
+    outcome = call(*tiny(name, corpus_folder, **settings))
+    assert outcome.code == 0, outcome
+    if config.task == "train":
+        check_run(tmp_path / "runs" / ARMS[config.arm], config.arm)
+    elif config.task == "experiment":
+        for arm, folder in ARMS.items():
+            check_run(tmp_path / "runs" / folder, arm)
+        check_factors(tmp_path / "runs" / "pca_factorized")
+        results = json.loads((tmp_path / "runs" / "results.json").read_text())
+        assert [row["letter"] for row in results["rows"]] == ["D", "A", "B", "C"]
+        assert "</html>" in (tmp_path / "runs" / "report.html").read_text()
+    elif config.task == "factorize":
+        check_factors(tmp_path / "runs" / "pca_factorized")
+    else:
+        assert config.task == "evaluate"
+        (written,) = run_dir.glob(f"evaluation_*_{config.split}_step2.json")
+        assert json.loads(written.read_text()) == json.loads(outcome.out)
+        assert math.isfinite(json.loads(outcome.out)["loss"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_is_a_small_change_of_the_base(name):
+    tree = ast.parse((CONFIGS / name).read_text())
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    assert function.name == "get_config"
+    first, last = function.body[1], function.body[-1]  # After the docstring.
+    assert last.end_lineno - first.lineno + 1 <= 30
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_is_valid_as_it_is(name):
+    config = load(name)
+    if config.task in ("factorize", "evaluate"):
+        config.model_path = "RUN"
+    knobs.validate(config)
+
+
+def test_the_finetuned_model_has_the_budget_an_experiment_gives_it():
+    alone, base = load("pca_finetune_k128.py"), knobs.base()
+    share = base.finetune
+    assert alone.train.steps == base.train.steps * share.steps_share
+    assert alone.train.warmup_steps == base.train.warmup_steps * share.steps_share
+    rate = base.train.learning_rate * share.learning_rate_share
+    assert alone.train.learning_rate == rate
+
+
+def check_command(words):
+    """Raises UserError, or fails, unless a documented command can be given."""
+    words = [word for word in words if word != "..."]
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file(), words[1]
+        overrides = [word for word in words if word.startswith("--config.")]
+        main.parse(["pcagpt", "--config=configs/demo.py", *overrides])
+        return
+    config, _ = main.parse(["pcagpt", *words[3:]])
+    knobs.validate(config)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_docstring_of_every_config_holds_its_command(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
+    found = commands(text)
+    assert any(
+        word.split(":")[0] == f"--config=configs/{name}" for c in found for word in c
+    )
+    for command in found:
+        check_command(command)
+    for override in re.findall(r"--config\.[\w.]+=[^\s:]+(?<![.,])", text):
+        words = [f"--config=configs/{name}", override]
+        main.parse(["pcagpt", *words])
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_documentation_can_be_given(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^ {4}\S.*$", text, re.MULTILINE)
+    for command in commands("\n".join([*blocks, *indented])):
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m pcagpt.main --config=configs/nowhere.py",
+        "python -m pcagpt.main --config=configs/demo.py --config.train.stps=3",
+        "python -m pcagpt.main --config=configs/demo.py --config.ranks=0",
+        "$ python -m pcagpt.main \\\n    --config=configs/demo.py --print-config",
+        "bash scripts/nowhere.sh 128",
+        "bash scripts/demo.sh --config.train.stps=3",
+    ],
+)
+def test_a_documented_command_that_cannot_be_given_would_be_noticed(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (command,) = commands(f"Say this:\n    {line}  # and wait\n")
+    with pytest.raises((UserError, AssertionError)):
+        check_command(command)

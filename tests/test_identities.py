@@ -1,0 +1,451 @@
+"""What must hold of a factorized table: identities, each of them exact in theory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pcagpt import factor_files, optim, warm_start
+from pcagpt import params as trees
+from pcagpt.checkpoint import Checkpoints
+from pcagpt.config import base
+from pcagpt.factorize import energy_kept, pca, svd, truncate
+from pcagpt.losses import cross_entropy
+from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
+from pcagpt.train_step import StepSettings, TrainState, train_step
+
+pytestmark = pytest.mark.usefixtures("quick")
+VOCAB, WIDTH = 29, 8
+DENSE = GPTConfig(
+    vocab_size=VOCAB, vocab_multiple=8, block_size=6, n_layer=2, n_head=2, n_embd=WIDTH
+)
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, 6), np.int32)
+RANDOM = np.random.default_rng(2)
+# A common direction, as trained tables have, and a falling spectrum.
+TABLE = RANDOM.normal(size=(VOCAB, WIDTH)) * 0.8 ** np.arange(WIDTH) + RANDOM.normal(
+    size=WIDTH
+)
+
+RANDOM_FACTORS = RANDOM.normal(size=(VOCAB, 3)), RANDOM.normal(size=(3, WIDTH))
+
+
+def in_float64(config):
+    """The config with all of it in float64; 1 - 1e-17 rounds to 1: nothing drops.
+
+    With dropout on attention is flax's, which keeps the compute dtype; that of jax.nn
+    has a softmax in float32 always.
+    """
+    return dataclasses.replace(config, compute_dtype="float64", dropout=1e-17)
+
+
+@functools.cache
+def shapes_of(config):
+    return jax.eval_shape(
+        GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
+
+
+def blocks(dtype):
+    """Everything but the embedding, far from its initial values."""
+    random = np.random.default_rng(0)
+    flat = {
+        path: random.normal(1.0 if path.endswith("/scale") else 0.0, 0.4, leaf.shape)
+        for path, leaf in trees.flatten(shapes_of(DENSE)).items()
+        if not path.startswith("embed/")
+    }
+    return {path: jnp.asarray(leaf, dtype) for path, leaf in flat.items()}
+
+
+def padded(table):
+    """The table with padding rows of rubbish."""
+    return np.pad(table, ((0, 3), (0, 0)), constant_values=5.0)
+
+
+def dense_model(config, table):
+    """Variables of the model with a full table [V, D]."""
+    dtype = jnp.dtype(config.compute_dtype)
+    embed = {"embed/band_0/wte": jnp.asarray(padded(table), dtype)}
+    return {"params": trees.unflatten(blocks(dtype) | embed)}
+
+
+def factorized_model(config, wte, scale, wpe_shift=0.0):
+    """Variables of the model with that table [V, k] and scale [k, D] on both sides."""
+    dtype = jnp.dtype(config.compute_dtype)
+    flat = blocks(dtype) | {
+        "embed/band_0/wte": jnp.asarray(padded(wte), dtype),
+        "embed/band_0/scale_up": jnp.asarray(scale, dtype),
+    }
+    if not config.n_embd_wte_scale_tying:
+        flat["embed/band_0/scale_down"] = flat["embed/band_0/scale_up"]
+    flat["wpe"] = flat["wpe"] + jnp.asarray(wpe_shift, dtype)
+    return {"params": trees.unflatten(flat)}
+
+
+@jax.jit(static_argnums=0)
+def log_probs(config, variables, tokens=TOKENS):
+    """[N, V] in the compute dtype, from what training and evaluation read."""
+    model = GPT(config)
+    h_ND = model.apply(
+        variables,
+        tokens,
+        deterministic=config.dropout == 0,
+        method="hidden",
+        rngs={"dropout": jax.random.key(0)},
+    )
+    ((wte, down, size),) = model.apply(variables, method="head")
+    z_NK = h_ND if down is None else h_ND @ down.T
+    return jax.nn.log_softmax(z_NK @ wte[:size].T)
+
+
+def assert_same_function(config_a, variables_a, config_b, variables_b, tolerance):
+    found, expected = (
+        np.asarray(log_probs(config, variables))
+        for config, variables in ((config_a, variables_a), (config_b, variables_b))
+    )
+    assert found.dtype == np.dtype(config_a.compute_dtype)
+    assert np.ptp(expected) > 2  # a function worth comparing
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def with_rank(config, rank, tied=True):
+    return dataclasses.replace(config, n_embd_wte=rank, n_embd_wte_scale_tying=tied)
+
+
+# 1. Full rank is the baseline.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("split", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)]
+)
+def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
+    with jax.enable_x64(dtype == "float64"):
+        config = DENSE if dtype == "float32" else in_float64(DENSE)
+        low_rank = truncate(svd(TABLE.astype(dtype)), WIDTH, split)
+        full = with_rank(config, WIDTH, tied)
+        assert_same_function(
+            full,
+            factorized_model(full, low_rank.wte, low_rank.scale),
+            config,
+            dense_model(config, TABLE),
+            tolerance,
+        )
+
+
+# 2. Any rank is a dense model.
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
+    with jax.enable_x64(True):
+        config = in_float64(DENSE)
+        wte, scale, _ = truncate(svd(TABLE), rank, 0.5)
+        low = with_rank(config, rank)
+        assert_same_function(
+            low,
+            factorized_model(low, wte, scale),
+            config,
+            dense_model(config, wte @ scale),
+            1e-12,
+        )
+
+
+# 3. Eckart and Young.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-13)]
+)
+def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        factors = svd(TABLE.astype(dtype))
+    assert factors.table.dtype == dtype
+    exact = np.linalg.svd(TABLE, compute_uv=False)
+    energy = energy_kept(factors.singular_values)
+    whole = np.sum(TABLE**2)
+    for rank in range(1, WIDTH + 1):
+        wte, scale, _ = truncate(factors, rank)
+        squared_error = np.sum((TABLE - wte.astype(np.float64) @ scale) ** 2)
+        tail = np.sum(exact[rank:] ** 2)
+        assert squared_error == pytest.approx(tail, abs=tolerance * whole)
+        relative = np.sqrt(squared_error / whole)
+        assert energy[rank - 1] == pytest.approx(1 - relative**2, abs=tolerance)
+
+
+# 4. Orthonormal scales.
+
+
+@pytest.mark.parametrize("rank", range(1, WIDTH + 1))
+def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
+    scale = truncate(svd(TABLE.astype(np.float32)), rank, 0.0).scale
+    np.testing.assert_allclose(scale @ scale.T, np.eye(rank), atol=1e-6)
+
+
+# 5. Gauge.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
+    with jax.enable_x64(True):
+        config = with_rank(in_float64(DENSE), 3, tied)
+        wte, scale, _ = truncate(svd(TABLE), 3)
+        gauge = np.random.default_rng(3).normal(size=(3, 3))
+        assert np.abs(gauge - gauge.T).max() > 0.5
+        assert_same_function(
+            config,
+            factorized_model(config, wte @ gauge, np.linalg.inv(gauge) @ scale),
+            config,
+            factorized_model(config, wte, scale),
+            1e-12,
+        )
+
+
+# 6. Centring is free.
+
+
+@pytest.mark.parametrize("rank", [2, WIDTH])
+def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
+    with jax.enable_x64(True):
+        config = in_float64(DENSE)
+        wte, scale, mean = truncate(pca(TABLE), rank)
+        assert np.linalg.norm(mean) > 1
+        low = with_rank(config, rank)
+        assert_same_function(
+            low,
+            factorized_model(low, wte, scale, wpe_shift=mean),
+            config,
+            dense_model(config, mean + wte @ scale),
+            1e-12,
+        )
+
+
+def test_error_of_a_centred_table_lies_between_two_uncentred_ranks():
+    with jax.enable_x64(True):
+        plain, centred = svd(TABLE), pca(TABLE)
+
+    def error(low_rank):
+        mean = 0 if low_rank.mean is None else low_rank.mean
+        return np.linalg.norm(TABLE - mean - low_rank.wte @ low_rank.scale)
+
+    for rank in range(1, WIDTH):
+        found = error(truncate(centred, rank))
+        assert error(truncate(plain, rank + 1)) - 1e-12 <= found
+        assert found <= error(truncate(plain, rank)) + 1e-12
+
+
+# 7. What fine-tuning starts from.
+
+
+@pytest.mark.parametrize("method", [svd, pca])
+def test_finetuning_at_full_rank_starts_at_the_loss_of_the_baseline(method, tmp_path):
+    baseline = dense_model(DENSE, TABLE)
+    with Checkpoints(tmp_path / "gpt_baseline", keep_last=1) as checkpoints:
+        checkpoints.save(3, baseline | {"constants": {}}, {"step": np.int32(3)}, {})
+        checkpoints.wait()
+    table = np.asarray(baseline["params"]["embed"]["band_0"]["wte"])[:VOCAB]
+    factors = method(table)
+    low_rank = truncate(factors, WIDTH)
+    factor_files.write(tmp_path, {WIDTH: low_rank}, factors.singular_values, {})
+    init = base().init
+    init.import_wte_npy = str(factor_files.table_path(tmp_path, WIDTH))
+    init.import_scale_matrices_npz = str(factor_files.scale_path(tmp_path, WIDTH))
+    init.blocks_from = str(tmp_path / "gpt_baseline")
+    config = with_rank(DENSE, WIDTH)
+    template = shapes_of(config)
+    imported = warm_start.replacements(init, config, template)
+    assert set(imported) == set(trees.flatten(template))  # nothing is left to chance
+    finetuned = {"params": trees.replace(template, imported, source="init")}
+
+    @jax.jit(static_argnums=0)
+    def loss(config, variables):
+        model = GPT(config)
+        h_ND = model.apply(variables, TOKENS[:, :-1], method="hidden")
+        head = model.apply(variables, method="head")
+        return cross_entropy(h_ND, head, jnp.asarray(TOKENS[:, 1:].reshape(-1)))
+
+    found, expected = loss(config, finetuned), loss(DENSE, baseline)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+# 8. Freezing.
+
+
+@pytest.mark.parametrize(
+    ("freeze", "tied", "frozen"),
+    [
+        (["import_wte_freeze"], True, {"wte"}),
+        (["import_scale_matrices_freeze"], False, {"scale_up", "scale_down"}),
+        (
+            ["import_wte_freeze", "import_scale_matrices_freeze"],
+            True,
+            {"wte", "scale_up"},
+        ),
+    ],
+)
+def test_frozen_leaves_are_bit_identical_after_decay_and_have_no_moments(
+    freeze, tied, frozen
+):
+    init = base().init
+    init.import_wte_npy, init.import_scale_matrices_npz = "table", "scales"
+    for name in freeze:
+        init[name] = True
+    patterns = warm_start.frozen_patterns(init)
+    config = with_rank(DENSE, 3, tied)
+    adamw = optim.OptimizerConfig(
+        steps=5, learning_rate=0.1, schedule="constant", weight_decay=0.5
+    )
+    model, optimizer = GPT(config), optim.optimizer(adamw, patterns)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            schedule=optim.learning_rate_schedule(adamw),
+            settings=StepSettings(seed=0, frozen=patterns),
+        )
+    )
+    params = factorized_model(config, *RANDOM_FACTORS)["params"]
+    state = first = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    for _ in range(5):
+        state, _ = step(state, TOKENS[None])
+
+    before, after = trees.flatten(first.params), trees.flatten(state.params)
+    held = {f"embed/band_0/{name}" for name in frozen}
+    for path in before:
+        same = np.array_equal(before[path], after[path])
+        assert same == (path in held), path
+    for name, old, new in zip(
+        ("wte", "scale_down", "size"),
+        model.apply(first.variables, method="head")[0],
+        model.apply(state.variables, method="head")[0],
+        strict=True,
+    ):
+        fixed = {"scale_down": {"scale_up", "scale_down"}}.get(name, {name}) & frozen
+        assert np.array_equal(old, new) == bool(fixed or name == "size")
+
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    trained = [leaf.shape for path, leaf in after.items() if path not in held]
+    assert sorted(moments) == sorted(2 * trained)
+
+
+# 9. Files.
+
+
+@pytest.mark.parametrize("rank", [3, WIDTH])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_export_and_import_are_the_identity(rank, order, tmp_path):
+    random = np.random.default_rng(4)
+    wte = np.asarray(random.normal(size=(VOCAB, rank)), np.float32, order=order)
+    scale = np.asarray(random.normal(size=(rank, WIDTH)), np.float32, order=order)
+    mean = random.normal(size=WIDTH).astype(np.float32)
+    spectrum = np.sort(random.random(WIDTH))[::-1]
+    if rank == WIDTH:
+        assert not np.allclose(scale, scale.T)  # a transposed copy would show
+    factor_files.write(
+        tmp_path, {rank: (wte, scale, mean)}, spectrum, {"ranks": [rank]}
+    )
+    table = factor_files.read_table(factor_files.table_path(tmp_path, rank))
+    scales = factor_files.read_scale_matrices(factor_files.scale_path(tmp_path, rank))
+    for found, written in (
+        (table, wte),
+        (scales.scale_up, scale),
+        (scales.scale_down, scale),
+        (scales.mean, mean),
+        (np.load(tmp_path / "spectrum.npy"), spectrum),
+    ):
+        assert found.dtype == written.dtype
+        np.testing.assert_array_equal(found, written)
+    assert factor_files.read_metadata(tmp_path) == {"ranks": [rank]}
+
+
+def test_two_different_scale_matrices_are_imported_each_on_its_own_side(tmp_path):
+    up, down = np.random.default_rng(5).normal(size=(2, WIDTH, WIDTH))
+    np.savez(tmp_path / "scales.npz", scale_up=up, scale_down=down)
+    found = factor_files.read_scale_matrices(tmp_path / "scales.npz")
+    np.testing.assert_array_equal(found.scale_up, up.astype(np.float32))
+    np.testing.assert_array_equal(found.scale_down, down.astype(np.float32))
+    assert found.mean is None
+
+
+def test_imported_files_are_the_leaves_of_the_model(tmp_path):
+    random = np.random.default_rng(6)
+    wte = random.normal(size=(VOCAB, 3)).astype(np.float32)
+    up, down = random.normal(size=(2, 3, WIDTH)).astype(np.float32)
+    np.save(tmp_path / "wte.npy", wte)
+    np.savez(tmp_path / "scales.npz", scale_up=up, scale_down=down)
+    init = base().init
+    init.import_wte_npy = str(tmp_path / "wte.npy")
+    init.import_scale_matrices_npz = str(tmp_path / "scales.npz")
+    config = with_rank(DENSE, 3, tied=False)
+    imported = warm_start.replacements(init, config, shapes_of(config))
+    params = trees.replace(shapes_of(config), imported, source="init")
+    band = params["embed"]["band_0"]
+    np.testing.assert_array_equal(band["wte"][:VOCAB], wte)
+    np.testing.assert_array_equal(band["wte"][VOCAB:], 0)
+    np.testing.assert_array_equal(band["scale_up"], up)
+    np.testing.assert_array_equal(band["scale_down"], down)
+
+
+# 10. Counts.
+
+
+def test_counts_of_gpt2_small():
+    assert embedding_parameters(GPTConfig()) == 38_597_376
+    assert total_parameters(GPTConfig()) == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("rank", "tied", "times", "untied", "untied_times", "model", "model_times"),
+    [
+        (64, 3_265_600, 11.82, 3_314_752, 11.64, 89_108_032, 1.397),
+        (128, 6_531_200, 5.91, 6_629_504, 5.82, 92_373_632, 1.347),
+        (256, 13_062_400, 2.95, 13_259_008, 2.91, 98_904_832, 1.258),
+        (384, 19_593_600, 1.97, 19_888_512, 1.94, 105_436_032, 1.180),
+        (768, 39_187_200, 0.985, 39_777_024, 0.970, 125_029_632, 0.995),
+    ],
+)
+def test_counts_of_gpt2_small_at_a_rank(
+    rank, tied, times, untied, untied_times, model, model_times
+):
+    full = GPTConfig()
+    one, two = with_rank(full, rank), with_rank(full, rank, tied=False)
+    assert embedding_parameters(one) == tied
+    assert embedding_parameters(two) == untied
+    assert total_parameters(one) == model
+    assert total_parameters(two) == model + rank * 768
+    digits = 3 if rank == 768 else 2
+    assert round(embedding_parameters(full) / tied, digits) == times
+    assert round(embedding_parameters(full) / untied, digits) == untied_times
+    assert round(total_parameters(full) / model, 3) == model_times
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        {},
+        {"n_embd_wte": 3},
+        {"n_embd_wte": 3, "n_embd_wte_scale_tying": False},
+        {"band_sizes": (5, 24), "band_ranks": (None, 2)},
+        {
+            "band_sizes": (5, 14, 10),
+            "band_ranks": (6, 4, 2),
+            "n_embd_wte_scale_tying": False,
+        },
+    ],
+)
+def test_counts_are_those_of_the_leaves_less_the_padding(embedding, bias, multiple):
+    config = dataclasses.replace(DENSE, bias=bias, vocab_multiple=multiple, **embedding)
+    flat = trees.flatten(shapes_of(config))
+    last = flat[f"embed/band_{len(config.bands) - 1}/wte"]
+    padding = (config.padded_vocab_size - VOCAB) * last.shape[1]
+    assert (padding > 0) == (multiple == 8)
+    tables = {path: leaf for path, leaf in flat.items() if path.startswith("embed/")}
+    assert embedding_parameters(config) == trees.count(tables) - padding
+    assert total_parameters(config) == trees.count(flat) - padding
+    assert any("bias" in path for path in flat) == bias

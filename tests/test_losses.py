@@ -1,0 +1,234 @@
+"""Chunked token losses against a dense log_softmax."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pcagpt.losses import cross_entropy, scan_chunks, token_losses
+
+pytestmark = pytest.mark.usefixtures("quick")
+WIDTH = 6
+
+# Bands as (stored rows, real rows, rank; None: full width).
+HEADS = {
+    "dense": [(11, 11, None)],
+    "factorized": [(11, 11, 4)],
+    "padded": [(16, 11, 4)],
+    "bands": [(3, 3, None), (5, 5, 4), (8, 3, 2)],
+}
+each_head = pytest.mark.parametrize("bands", HEADS.values(), ids=HEADS)
+
+
+def inputs(bands, tokens, dtype=np.float32):
+    """Hidden states, tables, sizes and targets; one target in five is ignored."""
+    random = np.random.default_rng(tokens)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), dtype)
+
+    tables = tuple(
+        (
+            normal(rows, rank or WIDTH),
+            None if rank is None else normal(rank, WIDTH),
+        )
+        for rows, _, rank in bands
+    )
+    sizes = tuple(real for _, real, _ in bands)
+    targets = random.integers(0, sum(sizes), tokens).astype(np.int32)
+    targets[::5] = -1
+    return normal(tokens, WIDTH), tables, sizes, jnp.asarray(targets)
+
+
+def head_of(tables, sizes):
+    return [(wte, down, size) for (wte, down), size in zip(tables, sizes, strict=True)]
+
+
+def dense_losses(h, tables, sizes, targets):
+    """One [N, V] of logits over the real rows, and jax's own log_softmax."""
+    logits = jnp.concatenate(
+        [
+            (h if down is None else h @ down.T) @ wte[:size].T
+            for (wte, down), size in zip(tables, sizes, strict=True)
+        ],
+        axis=1,
+    )
+    picked = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[:, None], axis=1
+    )[:, 0]
+    return jnp.where(targets >= 0, -picked, 0.0)
+
+
+def gradient_by(loss):
+    """Value and gradient in the hidden states and all tables."""
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def losses(h, tables, sizes, targets):
+    return token_losses(h, head_of(tables, sizes), targets)
+
+
+@functools.cache
+def chunked(chunks, logits_dtype=jnp.float32, factor=1.0):
+    def loss(h, tables, sizes, targets):
+        return factor * cross_entropy(
+            h,
+            head_of(tables, sizes),
+            targets,
+            logits_dtype=logits_dtype,
+            chunks=chunks,
+        )
+
+    return gradient_by(loss)
+
+
+dense = gradient_by(lambda *arguments: dense_losses(*arguments).sum())
+
+
+def assert_close(found, expected, tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance
+        ),
+        found,
+        expected,
+    )
+
+
+@each_head
+def test_each_token_loss_is_that_of_a_dense_log_softmax(bands):
+    arguments = inputs(bands, 30)
+    found = losses(*arguments)
+    assert found.dtype == jnp.float32
+    assert_close(found, dense_losses(*arguments), 3e-6)
+    np.testing.assert_array_equal(found[::5], 0)
+
+
+# 28 has every divisor asked for, 30 not 7, 29 none.
+@pytest.mark.parametrize(
+    ("tokens", "chunks"), [(28, 1), (28, 2), (28, 7), (30, 7), (29, 7)]
+)
+@each_head
+def test_sum_and_gradients_are_those_of_a_dense_log_softmax(bands, tokens, chunks):
+    arguments = inputs(bands, tokens)
+    assert_close(chunked(chunks)(*arguments), dense(*arguments), 1e-5)
+
+
+def test_gradient_is_scaled_by_what_comes_from_above():
+    arguments = inputs(HEADS["bands"], 28)
+    _, once = chunked(2)(*arguments)
+    value, scaled = chunked(2, factor=-3.5)(*arguments)
+    assert value == -3.5 * chunked(2)(*arguments)[0]
+    assert_close(scaled, jax.tree.map(lambda g: -3.5 * g, once), 1e-6)
+
+
+def test_ignored_targets_have_neither_loss_nor_gradient():
+    h, tables, sizes, targets = inputs(HEADS["bands"], 30)
+    value, (gradient_h, gradient_tables) = chunked(3)(
+        h, tables, sizes, jnp.full_like(targets, -1)
+    )
+    assert value == 0
+    for leaf in (gradient_h, *jax.tree.leaves(gradient_tables)):
+        np.testing.assert_array_equal(leaf, 0)
+    _, (gradient_h, _) = chunked(3)(h, tables, sizes, targets)
+    moved = np.any(gradient_h != 0, axis=1)
+    np.testing.assert_array_equal(moved, targets >= 0)
+
+
+def test_padding_rows_get_no_gradient_and_change_nothing():
+    h, tables, sizes, targets = inputs(HEADS["bands"], 30)
+    value, (_, gradient) = chunked(2)(h, tables, sizes, targets)
+    np.testing.assert_array_equal(gradient[-1][0][3:], 0)
+    wte, down = tables[-1]
+    louder = (*tables[:-1], (wte.at[3:].set(1e4), down))
+    again, (_, same) = chunked(2)(h, louder, sizes, targets)
+    assert value == again
+    np.testing.assert_array_equal(gradient[0][0], same[0][0])
+
+
+def test_bfloat16_logits_are_rounded_and_everything_after_is_in_float32():
+    h, tables, sizes, targets = inputs(HEADS["padded"], 28)
+    half = h.astype(jnp.bfloat16)
+    value, (gradient_h, gradient_tables) = chunked(2, jnp.bfloat16)(
+        half, tables, sizes, targets
+    )
+    expected, (expected_h, expected_tables) = dense(
+        half.astype(jnp.float32), tables, sizes, targets
+    )
+    assert value.dtype == jnp.float32
+    assert value != expected
+    assert float(value) == pytest.approx(float(expected), rel=4e-3)
+    assert gradient_h.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient_tables)} == {
+        jnp.dtype("float32")
+    }
+    assert_close(np.asarray(gradient_h, np.float32), expected_h, 0.06)
+    assert_close(gradient_tables, expected_tables, 0.06)
+    # The knob alone; not compiled, as XLA may keep more digits than asked for.
+    rounded, unrounded = (
+        token_losses(half, head_of(tables, sizes), targets, logits_dtype)
+        for logits_dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert rounded.dtype == jnp.float32
+    assert (rounded != unrounded)[targets >= 0].all()
+
+
+# Chunks
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "used"),
+    [(12, 1, 1), (12, 5, 4), (12, 12, 12), (12, 100, 12), (13, 12, 1), (30, 7, 6)],
+)
+def test_chunk_count_is_lowered_to_the_nearest_divisor(count, asked, used):
+    calls = []
+
+    def record(carry, arrays):
+        calls.append(arrays[0].shape)
+        return carry, arrays[0]
+
+    _, outputs = scan_chunks(record, 0, asked, jnp.arange(count))
+    assert set(calls) == {(count // used,)}
+    np.testing.assert_array_equal(outputs, np.arange(count))
+
+
+def test_chunks_are_strided_handed_on_in_turn_and_joined_in_order():
+    def step(carry, arrays):
+        (values, pairs) = arrays
+        return carry + 1, (values * 10 + carry, pairs)
+
+    carry, (values, pairs) = scan_chunks(
+        step, 0, 3, jnp.arange(12), jnp.arange(24).reshape(12, 2)
+    )
+    assert carry == 3
+    # Row n is of chunk n mod 3, so that a sharded axis stays on its device.
+    np.testing.assert_array_equal(values, np.arange(12) * 10 + np.arange(12) % 3)
+    np.testing.assert_array_equal(pairs, np.arange(24).reshape(12, 2))
+
+
+def float32_shapes(function, *arguments):
+    """Shapes of all float32 values that the traced function and its parts hold."""
+    found = re.findall(r"f32\[([\d,]+)\]", str(function.trace(*arguments).jaxpr))
+    return {tuple(sorted(map(int, shape.split(",")))) for shape in found}
+
+
+def test_chunked_loss_never_holds_logits_of_all_tokens():
+    tokens, rows, chunks = 512, 1024, 8
+    h, tables, sizes, targets = inputs([(rows, rows - 5, 4)], tokens)
+    arguments = h, tables, sizes, targets
+    memory = {}
+    for name, function in (("dense", dense), ("chunked", chunked(chunks))):
+        compiled = function.lower(*arguments).compile()
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+    assert memory["dense"] >= 4 * tokens * rows
+    assert memory["chunked"] <= memory["dense"] / 4
+
+    assert (tokens, rows - 5) in float32_shapes(dense, *arguments)
+    shapes = float32_shapes(chunked(chunks), *arguments)
+    assert (tokens // chunks, rows) in shapes
+    assert max(map(math.prod, shapes)) == tokens // chunks * rows
