@@ -311,7 +311,6 @@ def check(plan_: Plan, config: ConfigDict) -> None:
             f"factorize.method is '{config.factorize.method}': it must be one of "
             f"{', '.join(factorize.METHODS)}"
         )
-    describe(plan_, config.overwrite)
     plan_ = _needed(plan_)
     if config.task == "train" and not config.build_prerequisites:
         _require_prerequisites(plan_, config)

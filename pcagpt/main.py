@@ -18,28 +18,27 @@ mistake in what was asked for (nothing was written), 1 anything else.
   --help            show this text
 """
 
-import difflib
-import inspect
+import contextlib
 import json
 import logging
 import os
 import re
-import runpy
 import shlex
+import signal
 import sys
-import textwrap
-import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from pcagpt import command_line
 from pcagpt import config as knobs
 from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
 
+_INTERRUPTED = "interrupted: the same command goes on from what is saved"
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
     "raise train.accumulation or train.loss_chunks, or lower model.block_size"
@@ -53,9 +52,9 @@ def main(arguments: list[str]) -> int:
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
-            print(help_text())
+            print(__doc__, command_line.knobs_text(), sep="\n")
             return DONE
-        config, print_only = parse(arguments)
+        config, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
         run(config, command, print_only)
         return DONE
@@ -64,7 +63,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted as error:
         return _say(str(error), FAILED)
     except KeyboardInterrupt:
-        return _say("interrupted: the same command goes on from what is saved", FAILED)
+        return _say(_INTERRUPTED, FAILED)
     except MemoryError:
         return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
     except RuntimeError as error:  # The class of JAX's own errors.
@@ -76,9 +75,10 @@ def main(arguments: list[str]) -> int:
 def run(config: ConfigDict, command: str, print_only: bool) -> None:
     """Does, or only describes, what the config asks for."""
     knobs.validate(config)
-    # Here because they take seconds to import, and mistakes should show at once.
-    from pcagpt import checkpoint, experiment, sharding
-    from pcagpt.evaluate_run import evaluate_run
+    with _ended_by_interrupt():
+        # Here because it takes seconds, and mistakes should show at once.
+        from pcagpt import checkpoint, experiment, sharding
+        from pcagpt.evaluate_run import evaluate_run
 
     if config.distributed.enabled:
         sharding.start_processes(
@@ -89,7 +89,7 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
     if config.task == "evaluate":
         run_dir, step = checkpoint.find(config.model_path)
         if print_only:
-            print(listing(config))
+            print(command_line.listing(config))
             print(f"\nevaluate {run_dir} at step {step} on {config.split}")
         else:
             print(json.dumps(evaluate_run(config), indent=2))
@@ -98,161 +98,32 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
     if print_only:
         experiment.check(plan, config)
         print(
-            listing(config), "", *experiment.describe(plan, config.overwrite), sep="\n"
+            command_line.listing(config),
+            "",
+            *experiment.describe(plan, config.overwrite),
+            sep="\n",
         )
     else:
         experiment.execute(plan, config, command)
 
 
-def parse(arguments: list[str]) -> tuple[ConfigDict, bool]:
-    """The config, and whether it is only to be shown, of a command line.
+@contextlib.contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Within, Ctrl-C ends the process: an import might swallow a KeyboardInterrupt."""
 
-    Raises:
-      UserError: anything in it that cannot be understood.
-    """
-    source, words = _take_config_file(arguments)
-    for word in words[1:]:
-        if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
-            _require_knob(knob[1])
-    if source is None:
-        raise UserError("no config: say --config=configs/demo.py, or --help")
-    flag_values = flags.FlagValues()
-    print_only = flags.DEFINE_bool(
-        "print_config", False, "Show what would be done.", flag_values=flag_values
-    )
+    def end(*_):
+        os.write(sys.stderr.fileno(), f"pcagpt: {_INTERRUPTED}\n".encode())
+        os._exit(FAILED)
+
     try:
-        config = config_flags.DEFINE_config_dict(
-            "config", _load(source), flag_values=flag_values, sys_argv=words
-        )
-        stray = flag_values(words)[1:]
-    except flags.Error as error:
-        raise _explained(error) from None
-    if stray:
-        raise UserError(f"'{stray[0]}' is no flag: write --config.KNOB=VALUE")
-    return config.value, print_only.value
-
-
-def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """What --config says, and the other arguments."""
-    found, others, words = [], [], iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("--config", "-config"):
-            found.append(value if equals else next(words, ""))
-        else:
-            others.append(word)
-    if len(found) > 1:
-        raise UserError(f"--config is given twice, {' and '.join(found)}: give one")
-    return (found[0] if found else None), others
-
-
-def _load(source: str) -> ConfigDict:
-    """What get_config() of 'FILE' or 'FILE:ARGUMENT' returns."""
-    path, *argument = source.split(":", 1)
-    if not Path(path).is_file():
-        here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        hint = f"here are {here}" if here else "run from the repository's folder"
-        raise UserError(f"there is no config file '{path}': {hint}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"{path} defines no get_config()")
-        if argument and not inspect.signature(get_config).parameters:
-            raise UserError(
-                f"{path} takes no ':{argument[0]}': its knobs are set by "
-                "--config.KNOB=VALUE"
-            )
-        config = get_config(*argument)
-    except UserError:
-        raise
-    except Exception as error:  # Whatever a person's file may raise.
-        raise UserError(f"{path}, {_where_and_why(path, error)}") from None
-    if not isinstance(config, ConfigDict) or config.keys() != knobs.base().keys():
-        raise UserError(
-            f"{path}: get_config() must return what pcagpt.config.base() gave it, with "
-            "other values"
-        )
-    return config
-
-
-def _where_and_why(path: str, error: Exception) -> str:
-    """'line 4: TypeError: ...' for what executing a config file raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
-    if undeclared := re.search(r'Key "(\w+)" does not exist', str(error)):
-        name = undeclared[1]
-        return f"line {line}: there is no knob '{name}'{_suggestion(name)}"
-    reason = getattr(error, "msg", None) or error
-    return f"line {line}: {type(error).__name__}: {reason}"
-
-
-def _require_knob(name: str) -> None:
-    """Raises UserError with the nearest names if there is no such knob."""
-    if name in knobs.KNOBS:
+        before = signal.signal(signal.SIGINT, end)
+    except ValueError:  # Only the main thread may set handlers.
+        yield
         return
-    if inside := [path for path in knobs.KNOBS if path.startswith(f"{name}.")]:
-        example = knobs.override(inside[0], knobs.KNOBS[inside[0]].default)
-        raise UserError(
-            f"'{name}' is a section of {len(inside)} knobs: set them one by one, as in "
-            f"{example}"
-        )
-    raise UserError(f"there is no knob '{name}'{_suggestion(name)} (--help lists all)")
-
-
-def _suggestion(name: str, prefix: str = "") -> str:
-    """': did you mean X or Y?' with knobs of nearly that name, or ''."""
-    last_part = {path: path.split(".")[-1] for path in knobs.KNOBS}
-    last = name.split(".")[-1]
-    same = [path for path in knobs.KNOBS if last_part[path] == last]
-    near = difflib.get_close_matches(name, knobs.KNOBS, n=3, cutoff=0.7)
-    near_last = difflib.get_close_matches(last, last_part.values(), n=1, cutoff=0.7)
-    near += [path for path in knobs.KNOBS if last_part[path] in near_last]
-    found = [prefix + path for path in dict.fromkeys(same + near)]
-    return f": did you mean {' or '.join(found[:3])}?" if found else ""
-
-
-def _explained(error: flags.Error) -> UserError:
-    """What absl says about a flag, in the words of knobs."""
-    text = " ".join(str(error).split())
-    if isinstance(error, flags.UnrecognizedFlagError):
-        flag = error.flagname
-        known = ": there are --config=FILE, --config.KNOB=VALUE, --print_config, --help"
-        return UserError(
-            f"there is no flag --{flag}{_suggestion(flag, '--config.') or known}"
-        )
-    if illegal := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
-        return knobs.wrong_type(illegal[1], illegal[2])
-    if missing := re.match(r"Missing value for flag --config\.([\w.]+)", text):
-        return knobs.wrong_type(missing[1], "")
-    return UserError(text)
-
-
-def help_text() -> str:
-    """How to call pcagpt, and every knob with its default and meaning."""
-    lines, section = [__doc__.rstrip(), "", "Knobs and their defaults:"], None
-    for path, knob in knobs.KNOBS.items():
-        if path.rpartition(".")[0] != section:
-            section = path.rpartition(".")[0]
-            lines.append("")
-        setting = knobs.override(path, knob.default).removeprefix("--config.")
-        text = f"  {setting:<40} {knob.meaning}"
-        if knob.rule.words.startswith("one of"):
-            text += f"; {knob.rule.words}"
-        lines += textwrap.wrap(
-            text, 88, subsequent_indent=" " * 43, break_on_hyphens=False
-        )
-    return "\n".join(lines)
-
-
-def listing(config: ConfigDict) -> str:
-    """Every knob's value, with the default where that is another."""
-    lines = []
-    for path, value in knobs.flat(config).items():
-        default = knobs.KNOBS[path].default
-        changed = "" if value == default else f"   (default {default!r})"
-        lines.append(f"{path:<34} {value!r}{changed}")
-    return "\n".join(lines)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say(message: str, exit_code: int) -> int:

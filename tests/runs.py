@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from pcagpt import experiment
 from pcagpt.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.corpus import open_corpus
 from pcagpt.train import Training
+from pcagpt.train_step import TrainState
 
 BANDS = {"model.band_sizes": (10, 40, 47), "model.band_ranks": (0, 8, 4)}
 TIMINGS = {"seconds", "tokens_per_second", "flop_utilisation"}
@@ -77,12 +77,17 @@ def training(config: ConfigDict) -> Training:
     return Training(job.config, job.record(), job.run_dir, corpus)
 
 
-def losses(config: ConfigDict, steps: int) -> list[float]:
-    """The loss of the first steps of a run that leaves no files."""
-    run = training(config)
+def start(run: Training) -> tuple[TrainState, Any]:
+    """The state that a new run starts from, with its shardings."""
     with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
         state, shardings, _ = run.start(checkpoints)
-    shutil.rmtree(run.run_dir)
+    return state, shardings
+
+
+def losses(config: ConfigDict, steps: int) -> list[float]:
+    """The loss of a new run's first steps."""
+    run = training(config)
+    state, shardings = start(run)
     step = run.compile_step(state, shardings)
     found = []
     for number in range(steps):

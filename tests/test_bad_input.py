@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pytest
 from command_line import CONFIGS, call, refusal, snapshot, tiny
+from runs import quick_compiles
 
-from pcagpt import experiment, main
+from pcagpt import command_line, experiment
+from pcagpt.checkpoint import load_weights
 from pcagpt.config import KNOBS
 from pcagpt.train import Training
 
@@ -28,8 +30,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture(scope="session")
 def trained(corpus_folder, compiled, tmp_path_factory):
     """The folder of a finished baseline: not to be written to."""
-    from runs import quick_compiles
-
     workdir = tmp_path_factory.mktemp("trained")
     settings = {"checkpoint": {"every": 1, "keep_last": 3}, "workdir": workdir}
     with quick_compiles(compiled):
@@ -230,10 +230,10 @@ def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
     arguments = tiny(config_name, corpus_folder, **settings)
     line = refusal(*arguments, "--config.build_prerequisites=False", unchanged=[place])
     assert "gpt_baseline is not trained and build_prerequisites is off" in line
-    config, _ = main.parse(["pcagpt", *arguments])
+    config, _ = command_line.parse(["pcagpt", *arguments])
     baseline = experiment.plan(config).jobs[0]
     monkeypatch.chdir(CONFIGS.parent)
-    config, _ = main.parse(["pcagpt", *printed_command(line)])
+    config, _ = command_line.parse(["pcagpt", *printed_command(line)])
     (job,) = experiment.plan(config).jobs
     assert job.run_dir == baseline.run_dir
     assert {**job.record(), "build_prerequisites": None} == {
@@ -250,10 +250,10 @@ def test_without_prerequisites_the_command_is_given_that_makes_the_factors(
     arguments = tiny("pca_k128.py", corpus_folder, **settings)
     line = refusal(*arguments, "--config.build_prerequisites=False", unchanged=[place])
     assert "pca_factorized lacks rank 4 and build_prerequisites is off" in line
-    config, _ = main.parse(["pcagpt", *arguments])
+    config, _ = command_line.parse(["pcagpt", *arguments])
     factors = experiment.plan(config).jobs[1]
     monkeypatch.chdir(CONFIGS.parent)
-    config, _ = main.parse(["pcagpt", *printed_command(line)])
+    config, _ = command_line.parse(["pcagpt", *printed_command(line)])
     assert experiment.plan(config).jobs == (factors,)
 
 
@@ -332,7 +332,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         [sys.executable, "-m", "pcagpt.main", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled)},
+        env={
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
     )
     assert ended.returncode == 0, ended.stderr
     warnings = [line for line in ended.stderr.splitlines() if "damaged" in line]
@@ -389,6 +394,19 @@ def test_a_run_folder_with_another_config_is_refused_with_the_fields_that_differ
     ):
         assert field in line
     assert "model" not in line
+
+
+def test_a_folder_with_another_factorization_is_refused_with_what_differs(place):
+    np.save(place / "table.npy", good_table())
+    arguments = [
+        f"--config={CONFIGS / 'factorize.py'}",
+        "--config.model_path=table.npy",
+        "--config.ranks=4",
+    ]
+    assert call(*arguments).code == 0
+    line = refusal(*arguments, "--config.factorize.method=pca", unchanged=[place])
+    assert "pca_factorized holds another factorization (method differ)" in line
+    assert "--config.overwrite=True" in line
 
 
 # Imported arrays.
@@ -590,4 +608,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     kept = [int(folder.name) for folder in (run_dir / "ckpt").glob("[0-9]*")]
     assert kept
     assert max(kept) < int(stopped[1])
+    weights, _, _ = load_weights(run_dir)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
     assert "NaN" not in (run_dir / "metrics.jsonl").read_text()

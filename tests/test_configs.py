@@ -9,9 +9,10 @@ import shutil
 import numpy as np
 import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
+from runs import quick_compiles
 
+from pcagpt import command_line, experiment
 from pcagpt import config as knobs
-from pcagpt import main
 from pcagpt.errors import UserError
 
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
@@ -26,14 +27,12 @@ ARMS = {
 
 
 def load(name):
-    return main.parse(["pcagpt", f"--config={CONFIGS / name}"])[0]
+    return command_line.parse(["pcagpt", f"--config={CONFIGS / name}"])[0]
 
 
 @pytest.fixture(scope="session")
 def trained(corpus_folder, compiled, tmp_path_factory):
     """The folder of a finished baseline: not to be written to."""
-    from runs import quick_compiles
-
     workdir = tmp_path_factory.mktemp("trained_baseline")
     with quick_compiles(compiled):
         assert call(*tiny("baseline.py", corpus_folder, workdir=workdir)).code == 0
@@ -104,6 +103,15 @@ def test_every_config_is_valid_as_it_is(name):
     knobs.validate(config)
 
 
+@pytest.mark.parametrize(("arm", "entry"), experiment.ARMS.items())
+def test_the_config_that_is_named_for_a_model_trains_it(arm, entry):
+    name = entry.config_file.removeprefix("configs/")
+    config = load(name)
+    assert (config.task, config.arm) == ("train", arm)
+    docstring = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
+    assert docstring.startswith(f"{entry.letter}, ")
+
+
 def test_the_finetuned_model_has_the_budget_an_experiment_gives_it():
     alone, base = load("pca_finetune_k128.py"), knobs.base()
     share = base.finetune
@@ -119,9 +127,9 @@ def check_command(words):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file(), words[1]
         overrides = [word for word in words if word.startswith("--config.")]
-        main.parse(["pcagpt", "--config=configs/demo.py", *overrides])
+        command_line.parse(["pcagpt", "--config=configs/demo.py", *overrides])
         return
-    config, _ = main.parse(["pcagpt", *words[3:]])
+    config, _ = command_line.parse(["pcagpt", *words[3:]])
     knobs.validate(config)
 
 
@@ -137,7 +145,7 @@ def test_the_docstring_of_every_config_holds_its_command(name, monkeypatch):
         check_command(command)
     for override in re.findall(r"--config\.[\w.]+=[^\s:]+(?<![.,])", text):
         words = [f"--config=configs/{name}", override]
-        main.parse(["pcagpt", *words])
+        command_line.parse(["pcagpt", *words])
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]

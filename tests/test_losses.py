@@ -17,7 +17,6 @@ WIDTH = 6
 # Bands as (stored rows, real rows, rank; None: full width).
 HEADS = {
     "dense": [(11, 11, None)],
-    "factorized": [(11, 11, 4)],
     "padded": [(16, 11, 4)],
     "bands": [(3, 3, None), (5, 5, 4), (8, 3, 2)],
 }

@@ -8,8 +8,8 @@ import sys
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, snapshot, tiny
 
+from pcagpt import command_line, errors, experiment
 from pcagpt import config as knobs
-from pcagpt import errors, experiment, main
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -20,11 +20,17 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
 def process(*arguments, **environment):
     """A true process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pcagpt.main", *map(str, arguments)],
-        env={**os.environ, **environment},
+        env={**os.environ, **QUICK, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -145,7 +151,7 @@ def test_an_error_inside_a_config_file_is_told_with_its_line(text, line, tmp_pat
 
 def test_later_flags_win_and_every_spelling_of_a_value_is_understood():
     words = ["--config.train.steps=3", "--config.train.steps", "4"]
-    config, print_only = main.parse(
+    config, print_only = command_line.parse(
         ["pcagpt", *words, DEMO, "--noconfig.model.bias", "--config.overwrite"]
         + ["--config.ranks=8,16", "--config.seed", "7", "--print_config"]
     )
@@ -159,13 +165,13 @@ def test_later_flags_win_and_every_spelling_of_a_value_is_understood():
 
 def test_the_part_after_the_colon_goes_to_get_config():
     source = f"--config={CONFIGS / 'experiment.py'}"
-    assert main.parse(["pcagpt", f"{source}:8,16"])[0].ranks == (8, 16)
-    assert main.parse(["pcagpt", source])[0].ranks == (128,)
+    assert command_line.parse(["pcagpt", f"{source}:8,16"])[0].ranks == (8, 16)
+    assert command_line.parse(["pcagpt", source])[0].ranks == (128,)
 
 
 def test_one_call_leaves_nothing_behind_for_the_next():
-    main.parse(["pcagpt", DEMO, "--config.train.steps=7", "--print_config"])
-    config, print_only = main.parse(["pcagpt", DEMO])
+    command_line.parse(["pcagpt", DEMO, "--config.train.steps=7", "--print_config"])
+    config, print_only = command_line.parse(["pcagpt", DEMO])
     assert config.train.steps != 7
     assert not print_only
 
@@ -197,6 +203,7 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
     assert all(line.endswith("to do") for line in plan.splitlines())
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_finished_run_is_shown_as_done_and_not_touched_again(corpus_folder, tmp_path):
     arguments = tiny("baseline.py", corpus_folder, workdir="runs")
     assert call(*arguments).code == 0
@@ -244,10 +251,10 @@ def test_a_bug_is_not_disguised_as_a_mistake(exception, corpus_folder, monkeypat
 
 
 def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
-    corpus_folder,
+    corpus_folder, compiled
 ):
     arguments = tiny("pca_k128.py", corpus_folder, model={"n_embd_wte": 4})
-    ended = process(*arguments)
+    ended = process(*arguments, JAX_COMPILATION_CACHE_DIR=str(compiled))
     assert ended.returncode == 0, ended.stderr
     assert [line.split()[0] for line in ended.stdout.splitlines()] == [
         "D",
@@ -264,6 +271,19 @@ def test_a_process_ends_with_exit_code_2_and_one_line_for_a_mistake():
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert re.fullmatch("pcagpt: train.steps is 'abc': .*\n", ended.stderr)
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(corpus_folder, tmp_path):
+    # What is imported in place of jax interrupts, and swallows exceptions.
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    pass\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ended = process(*tiny("baseline.py", corpus_folder), PYTHONPATH=path)
+    assert ended.returncode == 1
+    assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
 
 
 def test_a_process_ends_with_exit_code_1_and_a_traceback_for_a_bug(tmp_path):

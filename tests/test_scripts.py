@@ -8,8 +8,8 @@ import sys
 import pytest
 from command_line import ROOT
 
+from pcagpt import command_line
 from pcagpt import config as knobs
-from pcagpt import main
 
 RECORDER = """#!/bin/sh
 [ "$1" = -c ] && exit 0
@@ -101,7 +101,7 @@ def test_a_wrapper_gives_its_command_with_further_arguments(script, copy, shell)
 def test_a_wrapper_s_command_is_one_that_can_be_given(script, copy, shell, monkeypatch):
     _, (_, *words) = shell(copy, script)
     monkeypatch.chdir(ROOT)
-    config, _ = main.parse(["pcagpt", *words[2:]])
+    config, _ = command_line.parse(["pcagpt", *words[2:]])
     knobs.validate(config)
 
 

@@ -1,0 +1,166 @@
+"""The command line to a config: overrides, errors in the words of knobs, help."""
+
+import difflib
+import inspect
+import re
+import runpy
+import textwrap
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from pcagpt import config as knobs
+from pcagpt.errors import UserError
+
+
+def parse(arguments: list[str]) -> tuple[ConfigDict, bool]:
+    """The config, and whether it is only to be shown, of a command line.
+
+    Raises:
+      UserError: anything in it that cannot be understood.
+    """
+    source, words = _take_config_file(arguments)
+    for word in words[1:]:
+        if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
+            _require_knob(knob[1])
+    if source is None:
+        raise UserError("no config: say --config=configs/demo.py, or --help")
+    flag_values = flags.FlagValues()
+    print_only = flags.DEFINE_bool(
+        "print_config", False, "Show what would be done.", flag_values=flag_values
+    )
+    try:
+        config = config_flags.DEFINE_config_dict(
+            "config", _load(source), flag_values=flag_values, sys_argv=words
+        )
+        stray = flag_values(words)[1:]
+    except flags.Error as error:
+        raise _explained(error) from None
+    if stray:
+        raise UserError(f"'{stray[0]}' is no flag: write --config.KNOB=VALUE")
+    return config.value, print_only.value
+
+
+def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """What --config says, and the other arguments."""
+    found, others, words = [], [], iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-config"):
+            found.append(value if equals else next(words, ""))
+        else:
+            others.append(word)
+    if len(found) > 1:
+        raise UserError(f"--config is given twice, {' and '.join(found)}: give one")
+    return (found[0] if found else None), others
+
+
+def _load(source: str) -> ConfigDict:
+    """What get_config() of 'FILE' or 'FILE:ARGUMENT' returns."""
+    path, *argument = source.split(":", 1)
+    if not Path(path).is_file():
+        here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+        hint = f"here are {here}" if here else "run from the repository's folder"
+        raise UserError(f"there is no config file '{path}': {hint}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path} defines no get_config()")
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError(
+                f"{path} takes no ':{argument[0]}': its knobs are set by "
+                "--config.KNOB=VALUE"
+            )
+        config = get_config(*argument)
+    except UserError:
+        raise
+    except Exception as error:  # Whatever a person's file may raise.
+        raise UserError(f"{path}, {_where_and_why(path, error)}") from None
+    if not isinstance(config, ConfigDict) or config.keys() != knobs.base().keys():
+        raise UserError(
+            f"{path}: get_config() must return what pcagpt.config.base() gave it, with "
+            "other values"
+        )
+    return config
+
+
+def _where_and_why(path: str, error: Exception) -> str:
+    """'line 4: TypeError: ...' for what executing a config file raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
+    if undeclared := re.search(r'Key "(\w+)" does not exist', str(error)):
+        name = undeclared[1]
+        return f"line {line}: there is no knob '{name}'{_suggestion(name)}"
+    reason = getattr(error, "msg", None) or error
+    return f"line {line}: {type(error).__name__}: {reason}"
+
+
+def _require_knob(name: str) -> None:
+    """Raises UserError with the nearest names if there is no such knob."""
+    if name in knobs.KNOBS:
+        return
+    if inside := [path for path in knobs.KNOBS if path.startswith(f"{name}.")]:
+        example = knobs.override(inside[0], knobs.KNOBS[inside[0]].default)
+        raise UserError(
+            f"'{name}' is a section of {len(inside)} knobs: set them one by one, as in "
+            f"{example}"
+        )
+    raise UserError(f"there is no knob '{name}'{_suggestion(name)} (--help lists all)")
+
+
+def _suggestion(name: str, prefix: str = "") -> str:
+    """': did you mean X or Y?' with knobs of nearly that name, or ''."""
+    last_part = {path: path.split(".")[-1] for path in knobs.KNOBS}
+    last = name.split(".")[-1]
+    same = [path for path in knobs.KNOBS if last_part[path] == last]
+    near = difflib.get_close_matches(name, knobs.KNOBS, n=3, cutoff=0.7)
+    near_last = difflib.get_close_matches(last, last_part.values(), n=1, cutoff=0.7)
+    near += [path for path in knobs.KNOBS if last_part[path] in near_last]
+    found = [prefix + path for path in dict.fromkeys(same + near)]
+    return f": did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _explained(error: flags.Error) -> UserError:
+    """What absl says about a flag, in the words of knobs."""
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.UnrecognizedFlagError):
+        flag = error.flagname
+        known = ": there are --config=FILE, --config.KNOB=VALUE, --print_config, --help"
+        return UserError(
+            f"there is no flag --{flag}{_suggestion(flag, '--config.') or known}"
+        )
+    if illegal := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+        return knobs.wrong_type(illegal[1], illegal[2])
+    if missing := re.match(r"Missing value for flag --config\.([\w.]+)", text):
+        return knobs.wrong_type(missing[1], "")
+    return UserError(text)
+
+
+def knobs_text() -> str:
+    """Every knob with its default and meaning, for --help."""
+    lines, section = ["Knobs and their defaults:"], None
+    for path, knob in knobs.KNOBS.items():
+        if path.rpartition(".")[0] != section:
+            section = path.rpartition(".")[0]
+            lines.append("")
+        setting = knobs.override(path, knob.default).removeprefix("--config.")
+        text = f"  {setting:<40} {knob.meaning}"
+        if knob.rule.words.startswith("one of"):
+            text += f"; {knob.rule.words}"
+        lines += textwrap.wrap(
+            text, 88, subsequent_indent=" " * 43, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def listing(config: ConfigDict) -> str:
+    """Every knob's value, with the default where that is another."""
+    lines = []
+    for path, value in knobs.flat(config).items():
+        default = knobs.KNOBS[path].default
+        changed = "" if value == default else f"   (default {default!r})"
+        lines.append(f"{path:<34} {value!r}{changed}")
+    return "\n".join(lines)

@@ -1,0 +1,321 @@
+"""Every knob matters: each is set to another value, and something else happens."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+from runs import changed, execute, losses, metrics, start, training
+
+from pcagpt import checkpoint, experiment, main, sharding, train
+from pcagpt import config as knobs
+from pcagpt.errors import UserError
+from pcagpt.evaluate_run import evaluate_run
+from pcagpt.experiment import TrainJob
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+class Shown(NamedTuple):
+    """How a knob is shown to matter.
+
+    by: what is observed of a config, which must differ between the default and `value`
+    where the knobs of `where` are set. 'PLACE/...' in a value is a folder of the test.
+    """
+
+    by: Callable[[Any], Any]
+    value: Any
+    where: dict[str, Any] = {}
+
+
+def first_losses(config):
+    """In the first compiled steps of a run."""
+    return losses(config, 3)
+
+
+def loss_at_start(config):
+    """On the validation split."""
+    run = training(config)
+    state, _ = start(run)
+    return run.validate(state).metrics["loss"]
+
+
+@functools.cache
+def _loss_and_gradients(model):
+    def loss(params, tokens_BT):
+        logits = model.apply({"params": params}, tokens_BT[:, :-1])
+        targets = tokens_BT[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def losses_by_optimizer(config):
+    """With a run's model, batches and optimizer, and no step compiled for each."""
+    run = training(config)
+    params = start(run)[0].params
+    state, found = run.optimizer.init(params), []
+    for step in range(6):
+        loss, gradients = _loss_and_gradients(run.model)(params, run.batch(step)[0])
+        updates, state = run.optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(float(loss))
+    return found
+
+
+def memory(config):
+    """Bytes that the compiled step needs beside its arguments."""
+    run = training(config)
+    compiled = run.compile_step(*start(run))
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def rows(config):
+    """Of the token table, padding included."""
+    return start(training(config))[0].params["embed"]["band_0"]["wte"].shape
+
+
+def first_weights(config):
+    """Checksums of the parameters that a run starts from."""
+    state, _ = start(training(config))
+    return [float(np.square(leaf).sum()) for leaf in jax.tree.leaves(state.params)]
+
+
+def frozen(config):
+    """What is kept fixed."""
+    return training(config).frozen
+
+
+def attention(config):
+    """Which kernel computes attention: cuDNN's do not run on a CPU."""
+    try:
+        return bool(first_losses(config))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return "not on this device"
+
+
+def plan(config):
+    """The jobs with their folders, seeds and budgets."""
+    return [
+        (job.run_dir, job.config.seed, job.config.train.to_dict(), job.status())
+        if isinstance(job, TrainJob)
+        else (job.folder, job.ranks, job.source)
+        for job in experiment.plan(config).jobs
+    ]
+
+
+def refusal(config):
+    """Why a plan is not carried out."""
+    try:
+        experiment.check(experiment.plan(config), config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def left(config):
+    """What a run leaves: kept checkpoints, logged steps, kinds of files."""
+    run_dir = execute(config)
+    logged = [(line["split"], line["step"]) for line in metrics(run_dir)]
+    kinds = {path.name.split(".")[0] for path in run_dir.iterdir()}
+    return checkpoint.steps(run_dir), logged, kinds
+
+
+def telemetry(config):
+    """What a run asks of its telemetry."""
+    asked = {}
+
+    class Recorder:
+        def __init__(self, *_, **keywords):
+            asked.update(keywords)
+
+        def text(self, *_):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Telemetry", Recorder)
+        training(config).telemetry(None)
+    return {name: asked[name] for name in ("wandb", "wandb_project", "tensorboard")}
+
+
+def evaluation(config):
+    """The loss of a finished run, by the task 'evaluate'."""
+    return evaluate_run(config)["loss"]
+
+
+def evaluation_batches(config):
+    return len(training(config).validation)
+
+
+def factors(config):
+    """The table and the scale matrices of a factorization."""
+    folder = execute(config)
+    return {path.name: path.read_bytes() for path in folder.glob("*_k*")}
+
+
+def mesh(config):
+    return dict(training(config).mesh.shape)
+
+
+def tokenized(config):
+    """Which tokenizer a text goes through, and where the tokens are put."""
+    corpora = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainJob, "run", lambda _, corpus: corpora.append(corpus))
+        execute(config)
+    (corpus,) = corpora
+    return corpus.tokenizer, corpus.folder.parent
+
+
+def processes(config):
+    """How the processes are joined."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "start_processes", lambda *a: found.append(a))
+        patch.setattr(experiment, "execute", lambda *_: None)
+        main.run(config, "a command", print_only=False)
+    return found
+
+
+RANDOM = {"arm": "random", "model.n_embd_wte": 8}
+BANDED = {"arm": "random"} | {
+    "model.band_sizes": (20, 77),
+    "model.band_ranks": (8, 4),
+}
+EXPERIMENT = {"task": "experiment"}
+EVALUATE = {"task": "evaluate", "data.source": ""} | {
+    "model_path": "PLACE/finished/gpt_baseline"
+}
+FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
+FINISHED = {"model.n_layer": 2, "model.n_embd": 32, "model.block_size": 16}
+TEXT = {"data.source": "PLACE/text"}
+IMPORT = FINISHED | {
+    "arm": "pca",
+    "model.n_embd_wte": 8,
+    "init.import_wte_npy": "PLACE/finished/pca_factorized/wte_pca_k8.npy",
+    "init.import_scale_matrices_npz": (
+        "PLACE/finished/pca_factorized/scale_mats_pca_k8.npz"
+    ),
+}
+DISTRIBUTED = {"distributed.enabled": True}
+
+KNOBS = {
+    "task": Shown(plan, "experiment"),
+    "arm": Shown(plan, "random", {"model.n_embd_wte": 8}),
+    "workdir": Shown(plan, "PLACE/elsewhere"),
+    "seed": Shown(first_losses, 2),
+    "overwrite": Shown(plan, True, FINISHED | {"workdir": "PLACE/finished"}),
+    "build_prerequisites": Shown(refusal, False, RANDOM | {"arm": "pca"}),
+    "model_path": Shown(evaluation, "PLACE/finished/gpt_pca_k8", EVALUATE),
+    "split": Shown(evaluation, "test", EVALUATE),
+    "ranks": Shown(plan, (4, 8), EXPERIMENT),
+    "model.vocab_size": Shown(loss_at_start, 120),
+    "model.vocab_multiple": Shown(rows, 1),
+    "model.block_size": Shown(loss_at_start, 16),
+    "model.n_layer": Shown(loss_at_start, 2),
+    "model.n_head": Shown(loss_at_start, 4),
+    "model.n_embd": Shown(loss_at_start, 32),
+    "model.n_embd_wte": Shown(loss_at_start, 4, RANDOM),
+    "model.n_embd_wte_scale_tying": Shown(loss_at_start, False, RANDOM),
+    "model.band_sizes": Shown(loss_at_start, (50, 47), BANDED),
+    "model.band_ranks": Shown(loss_at_start, (8, 0), BANDED),
+    "model.bias": Shown(first_losses, False),
+    "model.dropout": Shown(first_losses, 0.1),
+    "model.compute_dtype": Shown(loss_at_start, "bfloat16"),
+    "model.attention": Shown(attention, "cudnn", {"model.compute_dtype": "bfloat16"}),
+    "data.source": Shown(first_losses, "PLACE/corpus"),
+    "data.tokenizer": Shown(tokenized, "sotu4096", TEXT),
+    "data.cache_dir": Shown(tokenized, "PLACE/elsewhere", TEXT),
+    "train.steps": Shown(losses_by_optimizer, 12),
+    "train.batch_size": Shown(first_losses, 16),
+    "train.accumulation": Shown(first_losses, 2, {"model.dropout": 0.1}),
+    "train.learning_rate": Shown(losses_by_optimizer, 1e-3),
+    "train.schedule": Shown(losses_by_optimizer, "linear"),
+    "train.warmup_steps": Shown(losses_by_optimizer, 4),
+    "train.final_learning_rate_share": Shown(losses_by_optimizer, 0.5),
+    "train.weight_decay": Shown(losses_by_optimizer, 0.5),
+    "train.beta1": Shown(losses_by_optimizer, 0.5),
+    "train.beta2": Shown(losses_by_optimizer, 0.5),
+    "train.gradient_clip": Shown(losses_by_optimizer, 0.01),
+    "train.loss_chunks": Shown(memory, 1),
+    "finetune.steps_share": Shown(plan, 0.25, EXPERIMENT),
+    "finetune.learning_rate_share": Shown(plan, 0.25, EXPERIMENT),
+    "init.import_wte_npy": Shown(first_weights, "PLACE/other_table.npy", IMPORT),
+    "init.import_scale_matrices_npz": Shown(first_weights, "PLACE/other.npz", IMPORT),
+    "init.import_wte_freeze": Shown(frozen, True, IMPORT),
+    "init.import_scale_matrices_freeze": Shown(frozen, True, IMPORT),
+    "init.blocks_from": Shown(first_weights, "PLACE/finished/gpt_baseline", IMPORT),
+    "factorize.method": Shown(factors, "pca", FACTORIZE),
+    "factorize.singular_value_split": Shown(factors, 0.5, FACTORIZE),
+    "evaluate.every": Shown(left, 2),
+    "evaluate.batch_size": Shown(evaluation_batches, 16),
+    "checkpoint.every": Shown(left, 2, {"checkpoint.keep_last": 9}),
+    "checkpoint.keep_last": Shown(left, 2),
+    "telemetry.every": Shown(left, 2),
+    "telemetry.tensorboard": Shown(left, True),
+    "telemetry.wandb": Shown(telemetry, True),
+    "telemetry.wandb_project": Shown(telemetry, "another"),
+    "experiment.seeds": Shown(plan, (1, 2), EXPERIMENT),
+    "mesh.data": Shown(mesh, 2),
+    "mesh.fsdp": Shown(mesh, 2),
+    "distributed.enabled": Shown(processes, True),
+    "distributed.coordinator_address": Shown(processes, "host:1", DISTRIBUTED),
+    "distributed.num_processes": Shown(processes, 2, DISTRIBUTED),
+    "distributed.process_id": Shown(processes, 1, DISTRIBUTED),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, corpus_folder, finished_experiment):
+    """A folder with all that values of knobs refer to."""
+    folder, random = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
+    shutil.copytree(finished_experiment.workdir, folder / "finished")
+    shutil.copytree(corpus_folder, folder / "corpus")
+    tokens = np.fromfile(folder / "corpus" / "train.bin", np.uint16)
+    tokens[::-1].tofile(folder / "corpus" / "train.bin")
+    (folder / "text").mkdir()
+    for split in ("train", "val"):
+        (folder / "text" / f"{split}.txt").write_text("one two three\n" * 40)
+    np.save(folder / "table.npy", random.normal(size=(20, 4)))
+    np.save(folder / "other_table.npy", random.normal(size=(97, 8)))
+    scales = random.normal(size=(8, 32))
+    np.savez(folder / "other.npz", scale_up=scales, scale_down=scales)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def observed_before():
+    """{(observation, where): what was observed with the knob at its default}."""
+    return {}
+
+
+def test_every_knob_is_in_the_table_and_no_other():
+    assert KNOBS.keys() == knobs.KNOBS.keys()
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_knob_changes_something(knob, tiny_config, place, observed_before):
+    shown = KNOBS[knob]
+    tiny_config.update_from_flattened_dict(
+        {"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 8}
+    )
+
+    workdir = place / "runs"  # the same for all, as it may be part of what is observed
+
+    def observe(values):
+        values = {
+            path: value.replace("PLACE", str(place)) if type(value) is str else value
+            for path, value in {"workdir": str(workdir), **values}.items()
+        }
+        found = shown.by(changed(tiny_config, **values))
+        shutil.rmtree(workdir, ignore_errors=True)
+        return found
+
+    key = shown.by, repr(shown.where)
+    if key not in observed_before:
+        observed_before[key] = observe(shown.where)
+    assert observe(shown.where | {knob: shown.value}) != observed_before[key]

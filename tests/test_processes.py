@@ -1,0 +1,101 @@
+"""Two processes, joined by jax.distributed, train what one process would."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import changed, execute, metrics
+
+from pcagpt import config as knobs
+from pcagpt import run_folder
+
+REPOSITORY = Path(__file__).parent.parent
+SECONDS = 120
+
+
+def free_address():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def run_in_two_processes(config, log_dir, cache):
+    """`python -m pcagpt.main` twice, with a device each; returns what they said."""
+    default = knobs.flat(knobs.base())
+    overrides = [
+        knobs.override(path, value)
+        for path, value in knobs.flat(config).items()
+        if value != default[path]
+    ]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    address, processes, logs = free_address(), [], []
+    try:
+        for number in range(2):
+            logs.append((log_dir / f"{number}.log").open("w+"))
+            distributed = {
+                "distributed.enabled": True,
+                "distributed.coordinator_address": address,
+                "distributed.num_processes": 2,
+                "distributed.process_id": number,
+            }
+            joined = [knobs.override(*setting) for setting in distributed.items()]
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "pcagpt.main"]
+                    + ["--config=configs/pca_k128.py", *overrides, *joined],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdout=logs[-1],
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        give_up = time.monotonic() + SECONDS
+        while any(process.poll() is None for process in processes):
+            # One that failed leaves the other waiting for ever.
+            if time.monotonic() > give_up or any(p.poll() for p in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = []
+    for log in logs:
+        log.seek(0)
+        said.append(log.read())
+        log.close()
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_processes_train_a_and_what_it_needs_as_one_does(
+    tiny_config, tmp_path, compiled
+):
+    config = changed(
+        tiny_config,
+        arm="pca",
+        **{"model.n_embd_wte": 8, "model.n_layer": 1, "mesh.data": 1, "mesh.fsdp": 2},
+    )
+    apart = changed(config, workdir=str(tmp_path / "apart"))
+    codes, said = run_in_two_processes(apart, tmp_path, compiled)
+    assert codes == [0, 0], "\n".join(said)
+    together = execute(config).parent
+    for run in ("gpt_baseline", "gpt_pca_k8"):
+        one, two = (Path(folder) / run for folder in (together, apart.workdir))
+        found, wanted = run_folder.read_result(two), run_folder.read_result(one)
+        assert found["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-6)
+        for line, other in zip(metrics(two), metrics(one), strict=True):
+            assert (line["step"], line["split"]) == (other["step"], other["split"])
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert "A gpt_pca_k8" in said[0]
+    assert "to do" not in said[1]  # the plan is told once
+    shutil.rmtree(apart.workdir)

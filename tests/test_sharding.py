@@ -1,0 +1,266 @@
+"""Meshes, where arrays lie on them, and several processes."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pcagpt import optim, sharding
+from pcagpt import params as trees
+from pcagpt.errors import UserError
+from pcagpt.evaluate import evaluate, scorer
+from pcagpt.losses import cross_entropy
+from pcagpt.model import GPT, GPTConfig
+from pcagpt.train_step import StepSettings, initial_state, train_step
+
+pytestmark = pytest.mark.usefixtures("quick")
+CONFIG = GPTConfig(
+    vocab_size=63,
+    vocab_multiple=64,
+    block_size=8,
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    n_embd_wte=4,
+    n_embd_wte_scale_tying=False,
+)
+ADAMW = optim.OptimizerConfig(steps=4, learning_rate=1e-2)
+
+
+def state_shapes(config=CONFIG):
+    return jax.eval_shape(
+        lambda: initial_state(GPT(config), optim.optimizer(ADAMW), seed=0)
+    )
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"),
+    [
+        (-1, 1, (8, 1)),
+        (-1, 4, (2, 4)),
+        (-1, 8, (1, 8)),
+        (2, 4, (2, 4)),
+        (1, 1, (1, 1)),
+        (2, 2, (2, 2)),
+    ],
+)
+def test_mesh_takes_what_is_asked_for_or_all_that_is_left(data, fsdp, shape):
+    mesh = sharding.make_mesh(data, fsdp)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
+    assert mesh.devices.ravel().tolist() == jax.devices()[: mesh.size]
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [(9, 1), (4, 4), (-1, 3), (-1, 16), (0, 1), (-2, 1)]
+)
+def test_mesh_that_does_not_fit_the_devices_is_one_clear_line(data, fsdp):
+    with pytest.raises(UserError, match="does not fit the 8 devices") as error:
+        sharding.make_mesh(data, fsdp)
+    assert "\n" not in str(error.value)
+    assert f"mesh.fsdp = {fsdp} " in str(error.value)
+
+
+def test_batch_must_split_over_all_devices():
+    mesh = sharding.make_mesh(2, 4)
+    sharding.check_divisible("train.batch_size", 16, mesh)
+    with pytest.raises(UserError, match=r"train.batch_size = 12 .* a multiple of 8"):
+        sharding.check_divisible("train.batch_size", 12, mesh)
+
+
+# Where arrays lie
+
+
+def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
+    shapes = state_shapes()
+    specs = {
+        path: place.spec
+        for path, place in trees.flatten(
+            sharding.shardings(shapes.params, sharding.make_mesh(2, 4))
+        ).items()
+    }
+    rows, columns = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
+    matrices = {
+        "embed/band_0/wte": rows,
+        "embed/band_0/scale_up": columns,
+        "embed/band_0/scale_down": columns,
+        "wpe": columns,
+        "block_0/attn/qkv/kernel": rows,
+        "block_0/attn/proj/kernel": columns,
+        "block_0/mlp/fc/kernel": rows,
+        "block_0/mlp/proj/kernel": columns,
+    }
+    for path, leaf in trees.flatten(shapes.params).items():
+        assert specs[path] == matrices.get(path, PartitionSpec()), path
+        assert (leaf.ndim == 2) == (path in matrices)
+
+    places = sharding.shardings(shapes.optimizer, sharding.make_mesh(2, 4))
+    moments = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), place.spec)
+        for path, place in jax.tree_util.tree_leaves_with_path(places)
+    ]
+    for path, spec in matrices.items():
+        found = [s for name, s in moments if name.endswith(f"/{path}")]
+        assert found == [spec, spec], path
+    assert sum(spec != PartitionSpec() for _, spec in moments) == 2 * len(matrices)
+
+
+def test_axis_that_does_not_divide_evenly_stays_whole():
+    mesh = sharding.make_mesh(1, 8)
+    tree = {
+        "embed": {"band_0": {"wte": jnp.zeros((12, 4)), "scale_up": jnp.zeros((4, 8))}},
+        "wpe": jnp.zeros((8, 12)),
+    }
+    places = trees.flatten(sharding.shardings(tree, mesh))
+    assert places["embed/band_0/wte"].spec == PartitionSpec()
+    assert places["embed/band_0/scale_up"].spec == PartitionSpec(None, "fsdp")
+    assert places["wpe"].spec == PartitionSpec()
+
+
+def test_split_parameters_take_a_share_of_each_devices_memory():
+    mesh = sharding.make_mesh(1, 8)
+    place = sharding.shardings({"wte": jnp.zeros((64, 4))}, mesh)
+    array = jax.device_put({"wte": jnp.arange(256.0).reshape(64, 4)}, place)["wte"]
+    assert {shard.data.shape for shard in array.addressable_shards} == {(8, 4)}
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_batch_is_split_over_all_devices_and_keeps_its_values(data, fsdp):
+    mesh = sharding.make_mesh(data, fsdp)
+    batch = np.arange(16 * 3).reshape(16, 3)
+    placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+    np.testing.assert_array_equal(placed, batch)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    parts = batch.reshape(2, 8, 3)
+    placed = sharding.put_batch(parts, sharding.part_sharding(mesh))
+    np.testing.assert_array_equal(placed, parts)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}
+
+
+def test_replicated_array_is_whole_on_every_device():
+    placed = jax.device_put(np.arange(8), sharding.replicated(sharding.make_mesh(2, 4)))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(8,)}
+    assert len(placed.addressable_shards) == 8
+
+
+def test_chunks_of_the_loss_move_no_token_to_another_device():
+    mesh = sharding.make_mesh(8, 1)
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def loss(h_ND, wte_VK, targets_N):
+        return cross_entropy(h_ND, [(wte_VK, None, 11)], targets_N, chunks=4)
+
+    compiled = (
+        jax.jit(
+            jax.value_and_grad(loss),
+            in_shardings=(split, whole, split),
+            out_shardings=(whole, split),
+        )
+        .lower(jnp.zeros((64, 6)), jnp.zeros((11, 6)), jnp.zeros(64, jnp.int32))
+        .compile()
+    )
+    program = compiled.as_text()
+    assert "all-reduce" in program  # of the sum
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program
+
+
+# Several processes
+
+
+def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
+    def initialize(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="distributed.coordinator_address=HOST:PORT"):
+        sharding.start_processes(None, None, None)
+
+
+def test_distributed_start_hands_on_what_the_config_says(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    sharding.start_processes("host:1234", 2, 1)
+    assert calls == [("host:1234", 2, 1)]
+
+
+def trained_and_evaluated(mesh):
+    """Losses and gradient norms of three steps, then the measured loss and cosine."""
+    model, optimizer = GPT(CONFIG), optim.optimizer(ADAMW)
+    init = functools.partial(initial_state, model, optimizer, 0)
+    places = sharding.shardings(jax.eval_shape(init), mesh)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            schedule=optim.learning_rate_schedule(ADAMW),
+            settings=StepSettings(seed=0, loss_chunks=2),
+        ),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(mesh)),
+    )
+    tokens = np.random.default_rng(0).integers(0, 63, (2, 8, 9), np.int32)
+    batch = sharding.put_batch(tokens, sharding.part_sharding(mesh))
+    state, found = jax.jit(init, out_shardings=places)(), []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        found += [float(metrics["loss"]), float(metrics["gradient_norm"])]
+    windows = [(tokens[0, :, :-1], tokens[0, :, 1:])]
+    score, place = scorer(model, mesh, 2), sharding.batch_sharding(mesh)
+    measured = evaluate(score, state.variables, windows, 8, place).metrics
+    return [*found, measured["loss"], measured["ln_f_cosine_p05"]]
+
+
+def one_of_two_processes(address, number):
+    """What each process runs: prints its numbers as JSON on its last line."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    sharding.start_processes(address, 2, number)
+    assert (jax.process_count(), len(jax.local_devices())) == (2, 1)
+    print(json.dumps(trained_and_evaluated(sharding.make_mesh(-1, 2))))
+
+
+def start_process(address, number):
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
+    }
+    call = f"test_sharding.one_of_two_processes({address!r}, {number})"
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import test_sharding; {call}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_train_and_evaluate_as_one_does():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [start_process(address, number) for number in (0, 1)]
+    try:
+        alone = trained_and_evaluated(sharding.make_mesh(1, 2))
+        for process in processes:
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            found = json.loads(output.splitlines()[-1])
+            np.testing.assert_allclose(found, alone, rtol=2e-6)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -1,0 +1,181 @@
+"""A training run: what it measures, when it saves, and when it gives up."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import changed, execute, last_run_dir, metrics, status, training
+
+from pcagpt import checkpoint, experiment, run_folder
+from pcagpt.data import TrainingBatches
+from pcagpt.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def small(tiny_config):
+    """A run of one block."""
+    return changed(tiny_config, **{"model.n_layer": 1})
+
+
+# What is logged
+
+
+def test_every_step_is_logged_with_loss_norm_rate_and_tokens(small):
+    lines = [line for line in metrics(execute(small)) if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 7)]
+    assert lines[0]["learning_rate"] == pytest.approx(3e-4)
+    assert lines[1]["learning_rate"] == pytest.approx(6e-4)
+    assert lines[-1]["learning_rate"] == pytest.approx(6e-5)
+    assert all(0 < line["gradient_norm"] < 10 for line in lines)
+    assert lines[0]["loss"] == pytest.approx(math.log(97), abs=0.1)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+
+
+def test_speed_is_logged_and_utilisation_only_where_the_peak_is_known(small):
+    path = execute(small) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == "train"]
+    # Steps after an evaluation or a save are not timed.
+    assert [line["tokens_per_second"] is None for line in lines] == [
+        True, False, False, True, False, False,
+    ]  # fmt: skip
+    assert all(line["flop_utilisation"] is None for line in lines)
+
+
+def test_validation_is_logged_at_the_start_at_intervals_and_at_the_end(small):
+    small.evaluate.every = 4
+    run_dir = execute(small)
+    lines = [line for line in metrics(run_dir) if line["split"] == "val"]
+    assert [line["step"] for line in lines] == [0, 4, 6]
+    assert lines[0]["loss"] == pytest.approx(math.log(97), abs=0.05)
+    result = run_folder.read_result(run_dir)
+    assert lines[-1]["loss"] == result["val_loss"]
+    assert result["best_val_loss"] == min(line["loss"] for line in lines)
+    assert lines[-1]["perplexity"] == pytest.approx(math.exp(lines[-1]["loss"]))
+    assert lines[-1]["word_perplexity"] is None  # the text is not known
+    assert -1 < lines[-1]["ln_f_cosine"] < 1
+
+
+def test_the_best_loss_is_the_lowest_not_the_last(small):
+    small.train.update({"learning_rate": 0.3, "schedule": "constant"})
+    small.evaluate.every = 1
+    run_dir = execute(small)
+    losses = [line["loss"] for line in metrics(run_dir) if line["split"] == "val"]
+    result = run_folder.read_result(run_dir)
+    assert result["best_val_loss"] == min(losses) < losses[-1] == result["val_loss"]
+    best = int(np.argmin(losses))
+    assert checkpoint.steps(run_dir) == [best, 6]
+
+
+def test_logging_every_n_steps_logs_these_only(small):
+    small.telemetry.every = 4
+    lines = metrics(execute(small))
+    assert [line["step"] for line in lines if line["split"] == "train"] == [4]
+
+
+def test_the_config_that_is_kept_is_the_whole_one(small):
+    kept = run_folder.read_config(execute(small))
+    assert kept["vocab_size"] == 97
+    assert kept["model"] == json.loads(json.dumps(small.model.to_dict()))
+    assert kept["train"] == small.train.to_dict()
+
+
+# When it saves
+
+
+def test_checkpoints_are_saved_at_intervals_when_best_and_at_the_end(small):
+    small.update_from_flattened_dict(
+        {"checkpoint.every": 4, "evaluate.every": 3, "checkpoint.keep_last": 9}
+    )
+    assert checkpoint.steps(execute(small)) == [0, 3, 4, 6]
+
+
+def test_a_longer_plan_does_not_change_the_first_batches(small):
+    run = training(small)
+    wanted = TrainingBatches(run.corpus.tokens("train"), 16, 8, small.seed)
+    for step in (0, 3, 5):
+        batch = np.asarray(run.batch(step))
+        np.testing.assert_array_equal(batch[0], wanted.batch_at(step))
+
+
+def test_nothing_is_written_before_a_run_begins(small):
+    training(small)
+    assert not Path(small.workdir).exists()
+
+
+# When it gives up
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(small):
+    small.update_from_flattened_dict(
+        {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}
+        | {"checkpoint.every": 5, "evaluate.every": 5}
+    )
+    with pytest.raises(UserError) as caught:
+        execute(small)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "the loss is not finite at step 2" in message
+    assert "lower train.learning_rate" in message
+    run_dir = last_run_dir(small)
+    assert checkpoint.steps(run_dir) == [0]
+    weights, _, _ = checkpoint.load_weights(run_dir)
+    assert np.isfinite(weights["embed"]["band_0"]["wte"]).all()
+    assert not (run_dir / "result.json").exists()
+    assert max(line["step"] for line in metrics(run_dir)) == 1
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_result(small):
+    small.update_from_flattened_dict(
+        {"train.learning_rate": 1e30, "train.gradient_clip": 0.0, "train.steps": 1}
+    )
+    with pytest.raises(UserError, match="not finite at step 1 .validation loss nan"):
+        execute(small)
+    assert checkpoint.steps(last_run_dir(small)) == [0]
+    assert status(small) == "to do"
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"train.batch_size": 6, "mesh.data": 4}, "train.batch_size / train.accumul"),
+        ({"train.accumulation": 4, "mesh.data": 4}, "= 2 cannot be split over 4"),
+        ({"evaluate.batch_size": 9, "mesh.data": 2}, "evaluate.batch_size = 9"),
+        ({"mesh.data": 9}, "does not fit the 8 devices"),
+        ({"mesh.data": -1, "mesh.fsdp": 3}, "does not fit the 8 devices"),
+        ({"model.vocab_size": 96}, "model.vocab_size is 96, the corpus has token ids"),
+        ({"model.block_size": 6001}, "model.block_size=6001 needs 6002 tokens"),
+        (
+            {"model.band_sizes": (50, 48), "model.band_ranks": (4, 4)},
+            "model.band_sizes add up to 98",
+        ),
+        ({"init.import_wte_freeze": True}, "nothing is imported"),
+    ],
+)
+def test_what_does_not_fit_the_corpus_or_devices_is_refused_before_all(
+    knobs, words, small
+):
+    with pytest.raises(UserError) as caught:
+        execute(changed(small, arm="random", **{"model.n_embd_wte": 8} | knobs))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path(small.workdir).exists()
+
+
+def test_a_model_of_more_tokens_than_the_corpus_goes_through_the_factorization(small):
+    """The rows of tokens that the corpus lacks are no padding."""
+    small.update_from_flattened_dict({"model.vocab_size": 100, "train.steps": 1})
+    a = changed(small, arm="pca", **{"model.n_embd_wte": 8})
+    *prerequisites, job = experiment.plan(a).jobs
+    experiment.execute(experiment.Plan(tuple(prerequisites)), a, "a command")
+    table = np.load(job.config.init.import_wte_npy)
+    assert table.shape == (100, 8)
+    assert training(a).model.config.vocab_size == 100
