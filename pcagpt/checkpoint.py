@@ -175,6 +175,20 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _local_checkpointer() -> ocp.Checkpointer:
+    """Reads for this process alone: the others need not read at the same time."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process_{process}",
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        multiprocessing_options=alone,
+    )
+
+
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:
     """Weights only, as host arrays on any number of devices.
 
@@ -190,7 +204,7 @@ def load_weights(path: str | Path) -> tuple[dict, dict, int]:
     run_dir, step = find(path)
     folder = (run_dir / FOLDER / str(step)).absolute()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _local_checkpointer() as checkpointer:
             saved = checkpointer.metadata(folder / "weights").item_metadata
             as_numpy = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree

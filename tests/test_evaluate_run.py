@@ -101,7 +101,9 @@ def test_a_corpus_of_more_tokens_than_the_model_knows_is_refused(asked, tmp_path
     source = write_corpus(tmp_path / "wide", np.arange(400) % 98, vocab_size=98)
     config = asked("gpt_baseline", **{"data.source": source})
     before = snapshot(tmp_path / "runs")
-    with pytest.raises(UserError, match="ids up to 97, the model .* 97 tokens") as error:
+    with pytest.raises(
+        UserError, match="ids up to 97, the model .* 97 tokens"
+    ) as error:
         evaluate_run(config)
     assert "\n" not in str(error.value)
     assert snapshot(tmp_path / "runs") == before

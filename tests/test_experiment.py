@@ -6,7 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import BANDS, changed, execute, last_run_dir, metrics, snapshot, without_timings
+from runs import (
+    BANDS,
+    changed,
+    execute,
+    last_run_dir,
+    metrics,
+    snapshot,
+    without_timings,
+)
 
 from pcagpt import experiment, run_folder
 from pcagpt.errors import UserError
@@ -14,15 +22,43 @@ from pcagpt.evaluate_run import evaluate_run
 from pcagpt.experiment import TrainJob
 from pcagpt.factorize_run import FactorizeJob
 
-RESULT_FIELDS = """
-    run arm rank seed status steps tokens_seen val_loss perplexity word_perplexity
-    bits_per_byte ln_f_cosine ln_f_cosine_p05 ln_f_cosine_d params_total
-    params_embedding compression_embedding compression_total tokens_per_second seconds
-    device versions config_sha256 git_commit peak_bytes protocol
-""".split()
-PROTOCOL_FIELDS = """
-    split window stride tokens_predicted windows tokenizer tokenizer_sha256
-""".split()
+RESULT_FIELDS = [
+    "run",
+    "arm",
+    "rank",
+    "seed",
+    "status",
+    "steps",
+    "tokens_seen",
+    "val_loss",
+    "perplexity",
+    "word_perplexity",
+    "bits_per_byte",
+    "ln_f_cosine",
+    "ln_f_cosine_p05",
+    "ln_f_cosine_d",
+    "params_total",
+    "params_embedding",
+    "compression_embedding",
+    "compression_total",
+    "tokens_per_second",
+    "seconds",
+    "device",
+    "versions",
+    "config_sha256",
+    "git_commit",
+    "peak_bytes",
+    "protocol",
+]
+PROTOCOL_FIELDS = [
+    "split",
+    "window",
+    "stride",
+    "tokens_predicted",
+    "windows",
+    "tokenizer",
+    "tokenizer_sha256",
+]
 RUNS = (
     "gpt_baseline",
     "gpt_pca_k8",
@@ -57,7 +93,9 @@ def planned(tiny_config):
 def results(finished_experiment):
     """{run: result.json} of the four."""
     workdir = Path(finished_experiment.workdir)
-    return {run: json.loads((workdir / run / "result.json").read_text()) for run in RUNS}
+    return {
+        run: json.loads((workdir / run / "result.json").read_text()) for run in RUNS
+    }
 
 
 # Plans
@@ -85,7 +123,9 @@ def test_several_ranks_share_one_baseline_and_one_factorization(planned):
     factorization = experiment.plan(planned).jobs[1]
     assert factorization.ranks == (4, 16)
     assert factorization.source == Path(planned.workdir) / "gpt_baseline"
-    ranks = [job_of(planned, name).config.model.n_embd_wte for name in names(planned)[2:]]
+    ranks = [
+        job_of(planned, name).config.model.n_embd_wte for name in names(planned)[2:]
+    ]
     assert ranks == [4, 4, 4, 16, 16, 16]
 
 
@@ -117,7 +157,11 @@ def test_in_an_experiment_b_gets_its_share_of_the_budget(planned):
     )
     for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):
         train = job_of(planned, name).config.train
-        assert (train.steps, train.warmup_steps, train.learning_rate) == (1000, 100, 4e-3)
+        assert (train.steps, train.warmup_steps, train.learning_rate) == (
+            1000,
+            100,
+            4e-3,
+        )
     train = job_of(planned, "gpt_pca_finetune_k8").config.train
     assert (train.steps, train.warmup_steps, train.learning_rate) == (200, 20, 1e-3)
 

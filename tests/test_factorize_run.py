@@ -168,9 +168,7 @@ def test_files_of_another_source_are_refused_and_kept(job, baseline_dir, tmp_pat
     assert moved.missing_ranks() == ()  # the same weights under another name
 
 
-def test_overwrite_replaces_the_files_of_another_source(
-    finished_experiment, tmp_path
-):
+def test_overwrite_replaces_the_files_of_another_source(finished_experiment, tmp_path):
     for number in (1, 2):
         np.save(tmp_path / f"{number}.npy", np.diag([4.0, 3.0, 2.0]) * number)
     config = changed(

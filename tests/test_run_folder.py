@@ -121,7 +121,11 @@ def test_overwrite_discards_the_run_and_trains_it_anew(copied):
 
 def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied):
     workdir = Path(copied.workdir)
-    execute(changed(copied, task="factorize", ranks=(4,), model_path=f"{workdir}/gpt_baseline"))
+    execute(
+        changed(
+            copied, task="factorize", ranks=(4,), model_path=f"{workdir}/gpt_baseline"
+        )
+    )
     baseline = snapshot(workdir / "gpt_baseline")
     execute(changed(pca(copied), overwrite=True))
     assert snapshot(workdir / "gpt_baseline") == baseline

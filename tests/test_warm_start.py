@@ -190,7 +190,10 @@ def test_a_table_for_the_baseline_is_imported_at_full_width(factors):
 
 FREEZES = {
     "import_wte_freeze": {"embed/band_0/wte"},
-    "import_scale_matrices_freeze": {"embed/band_0/scale_up", "embed/band_0/scale_down"},
+    "import_scale_matrices_freeze": {
+        "embed/band_0/scale_up",
+        "embed/band_0/scale_down",
+    },
     "both": {
         "embed/band_0/wte",
         "embed/band_0/scale_up",
@@ -336,7 +339,9 @@ def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
 def test_blocks_of_another_model_are_refused(other, words, finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
     message = refusal(GPTConfig(**{**vars(MODEL), **other}), blocks_from=str(run_dir))
-    assert f"init.blocks_from{'=' if 'lacks' not in words else ': '}{run_dir}" in message
+    assert (
+        f"init.blocks_from{'=' if 'lacks' not in words else ': '}{run_dir}" in message
+    )
     assert words in message
 
 
