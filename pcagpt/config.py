@@ -7,10 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 
 TASKS = ("train", "experiment", "factorize", "evaluate")
-ARMS = ("baseline", "pca", "pca_finetune", "random")
 SPLITS = ("train", "val", "test")
 SCHEDULES = ("constant", "linear", "cosine")
 

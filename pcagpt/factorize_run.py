@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from pcagpt import checkpoint, factor_files, factorize, run_folder
+from pcagpt import checkpoint, factor_files, factorize, run_folder, sharding
 from pcagpt.errors import UserError
 from pcagpt.report.plots import spectrum_figure
+from pcagpt.run_folder import DONE, TO_DO
 from pcagpt.telemetry import Telemetry
 
 
@@ -18,7 +21,8 @@ class FactorizeJob:
 
     source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
     method: a name in `factorize.METHODS`; singular_value_split: as for
-    `factorize.truncate`; tensorboard: whether the spectrum is shown there.
+    `factorize.truncate`; tensorboard: whether the spectrum is shown there; is_target:
+    asked for by name, not a prerequisite; overwrite: discard files of another source.
     """
 
     source: Path
@@ -27,6 +31,33 @@ class FactorizeJob:
     method: str
     singular_value_split: float
     tensorboard: bool = True
+    is_target: bool = True
+    overwrite: bool = False
+
+    @property
+    def label(self) -> str:
+        """The folder's name, in line with the letters of the runs."""
+        return f"  {self.folder.name}"
+
+    @property
+    def amount(self) -> str:
+        """As in 'rank 64, 128'."""
+        return f"rank {', '.join(map(str, self.ranks))}"
+
+    @property
+    def sources(self) -> set[Path]:
+        """Folders of other jobs that this one reads."""
+        return {self.source}
+
+    def status(self) -> str:
+        """'done' or 'to do'.
+
+        Raises:
+          UserError: the folder holds the files of another source or method.
+        """
+        if self.overwrite or not self.has_source():
+            return TO_DO
+        return TO_DO if self.missing_ranks() else DONE
 
     def has_source(self) -> bool:
         """Whether the table or the checkpoint is there."""
@@ -37,6 +68,11 @@ class FactorizeJob:
         except UserError:
             return False
         return True
+
+    def check(self, to_be_made: set[Path]) -> None:
+        """Raises UserError if the source is not there and no earlier job makes it."""
+        if self.source not in to_be_made:
+            self._read_table()
 
     def source_sha256(self) -> str:
         """Hash of the table file, or what tells the checkpoint from others."""
@@ -87,7 +123,16 @@ class FactorizeJob:
             or not factor_files.scale_path(self.folder, rank).exists()
         )
 
-    def run(self) -> dict:
+    def run(self) -> None:
+        """Writes the files on the first process; the others wait."""
+        if jax.process_index() == 0:
+            print(f"factorizing {self.source}, {self.amount}", flush=True)
+            if self.overwrite and self.differing():
+                shutil.rmtree(self.folder)
+            self.write()
+        sharding.wait_for_all(str(self.folder))
+
+    def write(self) -> dict:
         """Writes the files of all ranks, those there already too; returns the metadata.
 
         Raises:

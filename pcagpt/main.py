@@ -79,6 +79,7 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
         # Here because it takes seconds, and mistakes should show at once.
         from pcagpt import checkpoint, experiment, sharding
         from pcagpt.evaluate_run import evaluate_run
+        from pcagpt.plan import make_plan
 
     if config.distributed.enabled:
         sharding.start_processes(
@@ -94,13 +95,13 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
         else:
             print(json.dumps(evaluate_run(config), indent=2))
         return
-    plan = experiment.plan(config)
+    plan = make_plan(config)
     if print_only:
         experiment.check(plan, config)
         print(
             command_line.listing(config),
             "",
-            *experiment.describe(plan, config.overwrite),
+            *experiment.describe(plan),
             sep="\n",
         )
     else:

@@ -16,6 +16,8 @@ import numpy as np
 
 from pcagpt.errors import UserError
 
+DONE, TO_DO = "done", "to do"  # what a job's status may be
+
 # What a run's numbers depend on; the rest of its config may change between resumes.
 IDENTITY = ("arm", "seed", "model", "data", "train", "init", "imported_sha256")
 # What is imported counts by its hash, so that a folder of runs can be moved.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pcagpt import params as trees
@@ -111,3 +112,9 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(
         batch.shape, sharding, lambda index: batch[index]
     )
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here; `name` is the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

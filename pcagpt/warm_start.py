@@ -17,6 +17,13 @@ from pcagpt.model import GPTConfig
 TABLE_PATTERN = r"embed/band_\d+/wte"
 SCALE_PATTERN = r"embed/band_\d+/scale_(up|down)"
 
+# Each import of the `init` section, and the knob that keeps it fixed.
+IMPORTS = {
+    "import_wte_npy": "import_wte_freeze",
+    "import_scale_matrices_npz": "import_scale_matrices_freeze",
+    "blocks_from": None,
+}
+
 
 def frozen_patterns(init: Mapping[str, Any]) -> tuple[str, ...]:
     """Path patterns of what `init.import_*_freeze` keeps fixed.

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from pcagpt import experiment
 from pcagpt.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.corpus import open_corpus
+from pcagpt.plan import make_plan
 from pcagpt.train import Training
 from pcagpt.train_step import TrainState
 
@@ -54,7 +55,7 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
 
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
-    plan = experiment.plan(config)
+    plan = make_plan(config)
     experiment.execute(plan, config, "a command")
     last = plan.jobs[-1]
     return getattr(last, "run_dir", None) or last.folder
@@ -62,19 +63,19 @@ def execute(config: ConfigDict) -> Path:
 
 def last_run_dir(config: ConfigDict) -> Path:
     """The folder of the run that a config of task 'train' asks for."""
-    return experiment.plan(config).jobs[-1].run_dir
+    return make_plan(config).jobs[-1].folder
 
 
 def status(config: ConfigDict) -> str:
     """'done', 'to do' or 'resumes at step N' of that run."""
-    return experiment.plan(config).jobs[-1].status()
+    return make_plan(config).jobs[-1].status()
 
 
 def training(config: ConfigDict) -> Training:
     """The run that a config of task 'train' asks for, not begun."""
-    job = experiment.plan(config).jobs[-1]
+    job = make_plan(config).jobs[-1]
     corpus = open_corpus(config.data.source, Path(config.workdir) / "data")
-    return Training(job.config, job.record(), job.run_dir, corpus)
+    return Training(job.config, job.record(), job.folder, corpus)
 
 
 def start(run: Training) -> tuple[TrainState, Any]:

@@ -1,5 +1,6 @@
 """A person's mistake: one clear line, exit code 2, and nothing written or lost."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 from command_line import CONFIGS, call, refusal, snapshot, tiny
 from runs import quick_compiles
 
-from pcagpt import command_line, experiment
+from pcagpt import command_line
 from pcagpt.checkpoint import load_weights
 from pcagpt.config import KNOBS
+from pcagpt.plan import make_plan
 from pcagpt.train import Training
 
 VOCAB_SIZE, WIDTH, RANK = 97, 16, 4
@@ -231,11 +233,11 @@ def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
     line = refusal(*arguments, "--config.build_prerequisites=False", unchanged=[place])
     assert "gpt_baseline is not trained and build_prerequisites is off" in line
     config, _ = command_line.parse(["pcagpt", *arguments])
-    baseline = experiment.plan(config).jobs[0]
+    baseline = make_plan(config).jobs[0]
     monkeypatch.chdir(CONFIGS.parent)
     config, _ = command_line.parse(["pcagpt", *printed_command(line)])
-    (job,) = experiment.plan(config).jobs
-    assert job.run_dir == baseline.run_dir
+    (job,) = make_plan(config).jobs
+    assert job.folder == baseline.folder
     assert {**job.record(), "build_prerequisites": None} == {
         **baseline.record(),
         "build_prerequisites": None,
@@ -251,10 +253,10 @@ def test_without_prerequisites_the_command_is_given_that_makes_the_factors(
     line = refusal(*arguments, "--config.build_prerequisites=False", unchanged=[place])
     assert "pca_factorized lacks rank 4 and build_prerequisites is off" in line
     config, _ = command_line.parse(["pcagpt", *arguments])
-    factors = experiment.plan(config).jobs[1]
+    factors = make_plan(config).jobs[1]
     monkeypatch.chdir(CONFIGS.parent)
     config, _ = command_line.parse(["pcagpt", *printed_command(line)])
-    assert experiment.plan(config).jobs == (factors,)
+    assert make_plan(config).jobs == (dataclasses.replace(factors, is_target=True),)
 
 
 def test_a_finished_baseline_of_another_model_is_refused_by_its_sizes(

@@ -11,14 +11,14 @@ import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
 from runs import quick_compiles
 
-from pcagpt import command_line, experiment
+from pcagpt import arms, command_line
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
 
 RANK = 4
-ARMS = {
+RUN_NAMES = {
     "baseline": "gpt_baseline",
     "pca": f"gpt_pca_k{RANK}",
     "random": f"gpt_random_lowrank_k{RANK}",
@@ -69,9 +69,9 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
     outcome = call(*tiny(name, corpus_folder, **settings))
     assert outcome.code == 0, outcome
     if config.task == "train":
-        check_run(tmp_path / "runs" / ARMS[config.arm], config.arm)
+        check_run(tmp_path / "runs" / RUN_NAMES[config.arm], config.arm)
     elif config.task == "experiment":
-        for arm, folder in ARMS.items():
+        for arm, folder in RUN_NAMES.items():
             check_run(tmp_path / "runs" / folder, arm)
         check_factors(tmp_path / "runs" / "pca_factorized")
         results = json.loads((tmp_path / "runs" / "results.json").read_text())
@@ -103,7 +103,7 @@ def test_every_config_is_valid_as_it_is(name):
     knobs.validate(config)
 
 
-@pytest.mark.parametrize(("arm", "entry"), experiment.ARMS.items())
+@pytest.mark.parametrize(("arm", "entry"), arms.ARMS.items())
 def test_the_config_that_is_named_for_a_model_trains_it(arm, entry):
     name = entry.config_file.removeprefix("configs/")
     config = load(name)

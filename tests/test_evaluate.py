@@ -12,7 +12,7 @@ import pytest
 from pcagpt import params as trees
 from pcagpt import sharding
 from pcagpt.data import EvaluationBatches
-from pcagpt.evaluate import TextSize, TokenScores, evaluate, scorer
+from pcagpt.evaluate import TextSize, TokenScores, evaluate, scorer, target_cosines
 from pcagpt.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -170,6 +170,18 @@ def test_scores_are_zero_where_there_is_no_target():
     for score in scores:
         assert (score.shape, score.dtype) == ((8, BLOCK), jnp.float32)
         np.testing.assert_array_equal(np.asarray(score) != 0, targets >= 0)
+
+
+def test_cosines_are_in_float32_also_of_a_bfloat16_hidden_state():
+    random = np.random.default_rng(2)
+    h = jnp.asarray(random.normal(size=(9, 8)), jnp.bfloat16)
+    wte = jnp.asarray(random.normal(size=(9, 8)), jnp.float32)
+    found = target_cosines(h, [(wte, None, 9)], jnp.arange(9))
+    pairs = zip(np.asarray(h, np.float64), np.asarray(wte, np.float64), strict=True)
+    expected = [cosine(a, b) for a, b in pairs]
+    for cosines in found:
+        assert cosines.dtype == jnp.float32
+        np.testing.assert_allclose(cosines, expected, rtol=1e-5, atol=1e-7)
 
 
 # Formulas by hand, with made-up scores

@@ -11,6 +11,7 @@ from runs import changed, execute, snapshot
 from pcagpt import checkpoint, experiment, factor_files, factorize
 from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
+from pcagpt.plan import make_plan
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def table_of(run_dir, step):
 
 
 def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
-    metadata = dataclasses.replace(job, ranks=(32,)).run()
+    metadata = dataclasses.replace(job, ranks=(32,)).write()
     stored = table_of(baseline_dir, 6)
     assert stored.shape == (128, 32)
     assert stored[97:].any()  # padding that would otherwise have its say
@@ -56,7 +57,7 @@ def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
 
 def test_a_chosen_checkpoint_is_factorized(job, baseline_dir):
     job = dataclasses.replace(job, source=baseline_dir / "ckpt" / "3", ranks=(32,))
-    assert job.run()["step"] == 3
+    assert job.write()["step"] == 3
     wanted = table_of(baseline_dir, 3)[:97]
     np.testing.assert_allclose(product(job.folder, 32), wanted, atol=1e-6)
     assert not np.allclose(wanted, table_of(baseline_dir, 6)[:97], atol=1e-6)
@@ -66,14 +67,14 @@ def test_a_bare_table_is_factorized(job, tmp_path):
     table = np.random.default_rng(0).normal(size=(50, 6))
     np.save(tmp_path / "table.npy", table)
     job = dataclasses.replace(job, source=tmp_path / "table.npy", ranks=(2, 6))
-    metadata = job.run()
+    metadata = job.write()
     np.testing.assert_allclose(product(job.folder, 6), table, atol=1e-5)
     assert (metadata["vocab_size"], metadata["n_embd"]) == (50, 6)
     assert "step" not in metadata
 
 
 def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
-    metadata = dataclasses.replace(job, ranks=(4, 16)).run()
+    metadata = dataclasses.replace(job, ranks=(4, 16)).write()
     table = table_of(baseline_dir, 6)[:97].astype(np.float64)
     singular_values = np.linalg.svd(table, compute_uv=False)
     spectrum = np.load(job.folder / "spectrum.npy")
@@ -94,19 +95,19 @@ def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
 
 
 def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
-    dataclasses.replace(job, method="pca").run()
+    dataclasses.replace(job, method="pca").write()
     scales = factor_files.read_scale_matrices(factor_files.scale_path(job.folder, 4))
     table = table_of(baseline_dir, 6)[:97]
     np.testing.assert_allclose(scales.mean, table.mean(axis=0), atol=1e-7)
 
 
 def test_the_split_moves_the_singular_values_between_the_two_factors(job):
-    job.run()
+    job.write()
     whole = product(job.folder, 4)
     other = dataclasses.replace(
         job, singular_value_split=1.0, folder=job.folder / "other"
     )
-    other.run()
+    other.write()
     np.testing.assert_allclose(product(other.folder, 4), whole, atol=1e-6)
     table = factor_files.read_table(factor_files.table_path(other.folder, 4))
     np.testing.assert_allclose(table.T @ table, np.eye(4), atol=1e-4)
@@ -116,22 +117,22 @@ def test_the_split_moves_the_singular_values_between_the_two_factors(job):
 
 
 def test_adding_a_rank_keeps_those_that_are_there(job):
-    job.run()
+    job.write()
     table = factor_files.table_path(job.folder, 4).read_bytes()
     more = dataclasses.replace(job, ranks=(4, 8))
     assert more.missing_ranks() == (8,)
-    metadata = dataclasses.replace(job, ranks=(8,)).run()
+    metadata = dataclasses.replace(job, ranks=(8,)).write()
     assert metadata["ranks"].keys() == {"4", "8"}
     assert factor_files.table_path(job.folder, 4).read_bytes() == table
     assert more.missing_ranks() == ()
 
 
 def test_a_rank_whose_file_was_lost_is_missing(job):
-    job.run()
+    job.write()
     for path in (factor_files.table_path, factor_files.scale_path):
         path(job.folder, 4).unlink()
         assert job.missing_ranks() == (4,)
-        job.run()
+        job.write()
         assert job.missing_ranks() == ()
 
 
@@ -143,17 +144,17 @@ def test_a_rank_whose_file_was_lost_is_missing(job):
     ],
 )
 def test_files_made_otherwise_are_refused_and_kept(other, words, job):
-    job.run()
+    job.write()
     before = snapshot(job.folder)
     other = dataclasses.replace(job, **other)
-    for action in (other.missing_ranks, other.run):
+    for action in (other.missing_ranks, other.write):
         with pytest.raises(UserError, match=rf"another factorization \({words} differ"):
             action()
     assert snapshot(job.folder) == before
 
 
 def test_files_of_another_source_are_refused_and_kept(job, baseline_dir, tmp_path):
-    job.run()
+    job.write()
     before = snapshot(job.folder)
     other_run = tmp_path / "gpt_other"
     shutil.copytree(baseline_dir, other_run)
@@ -162,7 +163,7 @@ def test_files_of_another_source_are_refused_and_kept(job, baseline_dir, tmp_pat
     for source in (baseline_dir / "ckpt/3", other_run, tmp_path / "table.npy"):
         other = dataclasses.replace(job, source=source)
         with pytest.raises(UserError, match="source_sha256 differ"):
-            other.run()
+            other.write()
     assert snapshot(job.folder) == before
     moved = dataclasses.replace(job, source=baseline_dir / "ckpt" / "6")
     assert moved.missing_ranks() == ()  # the same weights under another name
@@ -198,8 +199,8 @@ def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_p
     folder = execute(config)
     assert folder == tmp_path / "runs" / "pca_factorized"
     before = snapshot(folder)
-    plan = experiment.plan(config)
-    (line,) = experiment.describe(plan, False)
+    plan = make_plan(config)
+    (line,) = experiment.describe(plan)
     assert line.split() == ["pca_factorized", "rank", "2,", "4", "done"]
     execute(config)
     assert snapshot(folder) == before
@@ -211,23 +212,23 @@ def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_p
 def test_a_model_that_is_factorized_already_is_refused(job, finished_experiment):
     low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
     with pytest.raises(UserError, match="has a factorized embedding already"):
-        dataclasses.replace(job, source=low_rank).run()
+        dataclasses.replace(job, source=low_rank).write()
     assert not job.folder.exists()
 
 
 def test_a_rank_above_the_table_s_is_refused(job, tmp_path):
     with pytest.raises(UserError, match=r"33: the table .* \(97, 32\), .* most 32"):
-        dataclasses.replace(job, ranks=(4, 33)).run()
+        dataclasses.replace(job, ranks=(4, 33)).write()
     np.save(tmp_path / "wide.npy", np.ones((3, 10)))
     with pytest.raises(UserError, match="at most 3"):
-        dataclasses.replace(job, source=tmp_path / "wide.npy").run()
+        dataclasses.replace(job, source=tmp_path / "wide.npy").write()
     assert not job.folder.exists()
 
 
 def test_a_source_that_is_not_there_is_refused(job, tmp_path):
     for name in ("nothing", "nothing.npy"):
         with pytest.raises(UserError, match=f"{name} does not exist"):
-            dataclasses.replace(job, source=tmp_path / name).run()
+            dataclasses.replace(job, source=tmp_path / name).write()
     assert not job.folder.exists()
 
 
@@ -235,11 +236,11 @@ def test_checkpoints_without_a_config_are_refused(job, baseline_dir, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(baseline_dir / "ckpt", bare / "ckpt")
     with pytest.raises(UserError, match="has no config.json: it is not a run's folder"):
-        dataclasses.replace(job, source=bare).run()
+        dataclasses.replace(job, source=bare).write()
 
 
 def test_every_method_has_files_of_its_own_to_show(job):
     for method in factorize.METHODS:
         one = dataclasses.replace(job, method=method, folder=job.folder / method)
-        assert one.run()["method"] == method
+        assert one.write()["method"] == method
         assert one.missing_ranks() == ()

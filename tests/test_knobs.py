@@ -15,7 +15,8 @@ from pcagpt import checkpoint, experiment, main, sharding, train
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.evaluate_run import evaluate_run
-from pcagpt.experiment import TrainJob
+from pcagpt.plan import make_plan
+from pcagpt.train_run import TrainJob
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -101,17 +102,17 @@ def attention(config):
 def plan(config):
     """The jobs with their folders, seeds and budgets."""
     return [
-        (job.run_dir, job.config.seed, job.config.train.to_dict(), job.status())
+        (job.folder, job.config.seed, job.config.train.to_dict(), job.status())
         if isinstance(job, TrainJob)
         else (job.folder, job.ranks, job.source)
-        for job in experiment.plan(config).jobs
+        for job in make_plan(config).jobs
     ]
 
 
 def refusal(config):
     """Why a plan is not carried out."""
     try:
-        experiment.check(experiment.plan(config), config)
+        experiment.check(make_plan(config), config)
     except UserError as error:
         return str(error)
     return None
@@ -165,7 +166,7 @@ def tokenized(config):
     """Which tokenizer a text goes through, and where the tokens are put."""
     corpora = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainJob, "run", lambda _, corpus: corpora.append(corpus))
+        patch.setattr(TrainJob, "run", lambda job: corpora.append(job.corpus()))
         execute(config)
     (corpus,) = corpora
     return corpus.tokenizer, corpus.folder.parent

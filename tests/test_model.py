@@ -30,6 +30,7 @@ CONFIGS = {
 }
 pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, 6), np.int32)
+KEY = jax.random.key(0)
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -154,7 +155,7 @@ def test_hidden_state_agrees_with_numpy_to_twelve_digits_in_float64(name):
         config = in_float64(CONFIGS[name])
         variables = random_variables(config, np.float64)
         expected, _ = numpy_gpt2(config, variables, TOKENS)
-        hidden = hidden_of(config, variables, TOKENS, False, jax.random.key(0))
+        hidden = hidden_of(config, variables, TOKENS, False, KEY)
     assert hidden.dtype == np.float64
     np.testing.assert_allclose(
         hidden.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12
@@ -274,7 +275,7 @@ def test_bands_with_a_token_order_are_a_dense_model_with_the_concatenated_table(
         targets = jnp.asarray(TOKENS.reshape(-1))
         found = []
         for c, v in ((config, variables), (dense, dense_variables)):
-            hidden = hidden_of(c, v, TOKENS, False, jax.random.key(0))
+            hidden = hidden_of(c, v, TOKENS, False, KEY)
             head = GPT(c).apply(v, method="head")
             columns = GPT(c).apply(v, targets, method="renumber")
             found.append((hidden, token_losses(hidden, head, columns)))
@@ -330,12 +331,38 @@ def test_dropout_matters_and_repeats_with_its_key():
     assert np.abs(one - off).max() > 0.1
 
 
+def equations(jaxpr):
+    """All of a jaxpr and, each time they are called, of those in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            if hasattr(value, "eqns"):
+                yield from equations(value)
+
+
+def test_dropout_is_where_gpt2_has_it_each_with_a_mask_of_its_own():
+    config = dataclasses.replace(FACTORIZED, dropout=0.2)
+    traced = hidden_of.trace(config, random_variables(config), TOKENS, False, KEY)
+    masks = [
+        equation.params["shape"]
+        for equation in equations(traced.jaxpr)
+        if equation.primitive.name == "random_bits"
+    ]
+    activations, attention, layers = (18, 8), (3, 2, 6, 6), config.n_layer
+    # After the embedding; after attention and MLP; on attention probabilities.
+    assert masks.count(activations) == 1 + 2 * layers
+    assert masks.count(attention) == layers
+    assert len(masks) == 1 + 3 * layers
+
+
 def test_dropping_almost_nothing_is_the_model_without_dropout():
     # Training with dropout attends by other code than training without.
     config = dataclasses.replace(FACTORIZED, dropout=1e-12)
     variables = random_variables(config)
     np.testing.assert_allclose(
-        hidden_of(config, variables, TOKENS, False, jax.random.key(0)),
+        hidden_of(config, variables, TOKENS, False, KEY),
         hidden_of(FACTORIZED, variables, TOKENS),
         atol=5e-6,
     )

@@ -20,6 +20,7 @@ from runs import (
 
 from pcagpt import experiment, run_folder
 from pcagpt.errors import Interrupted, UserError
+from pcagpt.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -252,8 +253,8 @@ def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
 
 
 def test_the_plan_says_what_is_done_and_what_is_not(copied):
-    (lines,) = (experiment.describe(experiment.plan(copied), False),)
+    (lines,) = (experiment.describe(make_plan(copied)),)
     assert [line.split()[-1] for line in lines] == ["done"]
     copied.overwrite = True
-    lines = experiment.describe(experiment.plan(copied), True)
+    lines = experiment.describe(make_plan(copied))
     assert lines[0].endswith("to do")

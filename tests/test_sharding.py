@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -195,6 +196,10 @@ def test_distributed_start_hands_on_what_the_config_says(monkeypatch):
     assert calls == [("host:1234", 2, 1)]
 
 
+def test_process_alone_waits_for_nobody():
+    sharding.wait_for_all("nobody")
+
+
 def trained_and_evaluated(mesh):
     """Losses and gradient norms of three steps, then the measured loss and cosine."""
     model, optimizer = GPT(CONFIG), optim.optimizer(ADAMW)
@@ -228,7 +233,11 @@ def one_of_two_processes(address, number):
     jax.config.update("jax_disable_most_optimizations", True)
     sharding.start_processes(address, 2, number)
     assert (jax.process_count(), len(jax.local_devices())) == (2, 1)
-    print(json.dumps(trained_and_evaluated(sharding.make_mesh(-1, 2))))
+    found = trained_and_evaluated(sharding.make_mesh(-1, 2))
+    time.sleep(number)
+    came = time.time()
+    sharding.wait_for_all("end of the test")
+    print(json.dumps({"found": found, "came": came, "left": time.time()}))
 
 
 def start_process(address, number):
@@ -255,11 +264,14 @@ def test_two_processes_train_and_evaluate_as_one_does():
     processes = [start_process(address, number) for number in (0, 1)]
     try:
         alone = trained_and_evaluated(sharding.make_mesh(1, 2))
+        results = []
         for process in processes:
             output, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors
-            found = json.loads(output.splitlines()[-1])
-            np.testing.assert_allclose(found, alone, rtol=2e-6)
+            results.append(json.loads(output.splitlines()[-1]))
+            np.testing.assert_allclose(results[-1]["found"], alone, rtol=2e-6)
+        came, left = ([result[name] for result in results] for name in ("came", "left"))
+        assert max(came) <= min(left)  # each has waited for the other
     finally:
         for process in processes:
             process.kill()

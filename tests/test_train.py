@@ -11,6 +11,7 @@ from runs import changed, execute, last_run_dir, metrics, status, training
 from pcagpt import checkpoint, experiment, run_folder
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
+from pcagpt.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -174,8 +175,8 @@ def test_a_model_of_more_tokens_than_the_corpus_goes_through_the_factorization(s
     """The rows of tokens that the corpus lacks are no padding."""
     small.update_from_flattened_dict({"model.vocab_size": 100, "train.steps": 1})
     a = changed(small, arm="pca", **{"model.n_embd_wte": 8})
-    *prerequisites, job = experiment.plan(a).jobs
-    experiment.execute(experiment.Plan(tuple(prerequisites)), a, "a command")
+    *prerequisites, job = make_plan(a).jobs
+    experiment.execute(Plan(tuple(prerequisites)), a, "a command")
     table = np.load(job.config.init.import_wte_npy)
     assert table.shape == (100, 8)
     assert training(a).model.config.vocab_size == 100

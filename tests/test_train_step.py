@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,14 @@ def test_loss_chunks_make_the_same_update():
     chunked, found = step_of(chunks=4)(first_state(), in_parts(1))
     assert_close(found, expected, rtol=2e-6)
     assert_same_state(chunked, whole)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_loss_chunks_are_how_many_parts_the_logits_are_made_in(chunks):
+    traced = step_of(chunks=chunks).trace(first_state(), in_parts(1))
+    shapes = re.findall(r"f32\[(\d+,64)\]", str(traced.jaxpr))
+    assert f"{128 // chunks},64" in shapes
+    assert ("128,64" in shapes) == (chunks == 1)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])

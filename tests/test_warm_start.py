@@ -189,16 +189,8 @@ def test_a_table_for_the_baseline_is_imported_at_full_width(factors):
 
 
 FREEZES = {
-    "import_wte_freeze": {"embed/band_0/wte"},
-    "import_scale_matrices_freeze": {
-        "embed/band_0/scale_up",
-        "embed/band_0/scale_down",
-    },
-    "both": {
-        "embed/band_0/wte",
-        "embed/band_0/scale_up",
-        "embed/band_0/scale_down",
-    },
+    "import_wte_freeze": {"wte"},
+    "import_scale_matrices_freeze": {"scale_up", "scale_down"},
 }
 
 
@@ -209,13 +201,12 @@ def test_a_freeze_keeps_exactly_its_leaves_through_a_run(freeze, tiny_config, fa
         {"arm": "pca", "model.n_embd_wte": 8, "model.n_embd_wte_scale_tying": False}
         | {"model.n_layer": 1, "checkpoint.keep_last": 9, "train.weight_decay": 0.5}
         | {f"init.{name}": path for name, path in factors().items()}
+        | {f"init.{freeze}": True}
     )
-    for name in ("import_wte_freeze", "import_scale_matrices_freeze"):
-        tiny_config.init[name] = freeze in (name, "both")
     run_dir = execute(tiny_config)
     before, after = leaves(run_dir, 0), leaves(run_dir, 6)
     same = {path for path in before if np.array_equal(before[path], after[path])}
-    assert same == FREEZES[freeze]
+    assert same == {f"embed/band_0/{name}" for name in FREEZES[freeze]}
 
 
 def test_a_freeze_without_its_import_is_refused():
@@ -339,9 +330,8 @@ def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
 def test_blocks_of_another_model_are_refused(other, words, finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
     message = refusal(GPTConfig(**{**vars(MODEL), **other}), blocks_from=str(run_dir))
-    assert (
-        f"init.blocks_from{'=' if 'lacks' not in words else ': '}{run_dir}" in message
-    )
+    assert "init.blocks_from" in message
+    assert str(run_dir) in message
     assert words in message
 
 

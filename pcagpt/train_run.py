@@ -1,0 +1,117 @@
+"""A training run as a job: whether it is done, resumes or is to do, and doing it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from pcagpt import checkpoint, run_folder, sharding, warm_start
+from pcagpt.arms import ARMS
+from pcagpt.corpus import Corpus, open_corpus
+from pcagpt.errors import UserError
+from pcagpt.run_folder import DONE, TO_DO
+from pcagpt.train import Training
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """A training run with its folder and complete config.
+
+    is_target: asked for by name, not a prerequisite of what was asked for.
+    """
+
+    folder: Path
+    config: ConfigDict
+    is_target: bool
+
+    @property
+    def label(self) -> str:
+        """As in 'A gpt_pca_k128'."""
+        return f"{ARMS[self.config.arm].letter} {self.folder.name}"
+
+    @property
+    def amount(self) -> str:
+        """As in '5,000 steps'."""
+        return f"{self.config.train.steps:,} steps"
+
+    def status(self) -> str:
+        """'done', 'resumes at step N' or 'to do'.
+
+        Raises:
+          UserError: the folder holds a run of another config, by the fields' names.
+        """
+        if self.is_target and self.config.overwrite:
+            return TO_DO
+        finished = run_folder.read_result(self.folder) is not None
+        if finished and not self.is_target:
+            return DONE
+        step = max(checkpoint.steps(self.folder), default=0)
+        if not finished and step == 0:
+            return TO_DO  # Nothing that took time to make.
+        changed = run_folder.changed_fields(self.folder, self.record())
+        if changed:
+            raise UserError(
+                f"{self.folder} was trained with another config: {'; '.join(changed)}:"
+                " use another --config.workdir, or --config.overwrite=True to discard "
+                "the run"
+            )
+        return DONE if finished else f"resumes at step {step}"
+
+    def record(self) -> dict:
+        """What config.json holds: the config and the hashes of what is imported.
+
+        Files that are still to be made have no hash yet.
+        """
+        init = self.config.init.to_dict()
+        is_made = all(
+            Path(init[name]).exists() for name in warm_start.IMPORTS if init[name]
+        )
+        hashes = warm_start.fingerprints(init) if is_made else None
+        return {**self.config.to_dict(), "imported_sha256": hashes}
+
+    @property
+    def sources(self) -> set[Path]:
+        """Folders of other jobs that this one reads."""
+        init = self.config.init
+        paths = [Path(init[name]) for name in warm_start.IMPORTS if init[name]]
+        return {*paths, *(path.parent for path in paths)}
+
+    def corpus(self) -> Corpus:
+        """The run's corpus, made from its source by the first process if need be."""
+        data = self.config.data
+        folder = Path(data.cache_dir or Path(self.config.workdir) / "data")
+        if jax.process_index() == 0:
+            open_corpus(data.source, folder, data.tokenizer)
+        sharding.wait_for_all(f"corpus {data.source}")
+        return open_corpus(data.source, folder, data.tokenizer)
+
+    def check(self, to_be_made: set[Path]) -> None:
+        """Raises UserError where config, corpus, imports and devices do not fit.
+
+        Args:
+          to_be_made: folders of earlier jobs: what is in them is not imported here.
+        """
+        config = self.config.copy_and_resolve_references()
+        for name, freeze in warm_start.IMPORTS.items():
+            path = Path(config.init[name])
+            if {path, path.parent} & to_be_made:
+                config.init[name] = ""
+                if freeze:
+                    config.init[freeze] = False
+        Training(config, {}, self.folder, self.corpus())
+
+    def run(self) -> None:
+        """Trains, from the last checkpoint if there is one."""
+        corpus = self.corpus()
+        is_new = self.status() == TO_DO
+        vocab_size = self.config.model.vocab_size or corpus.vocab_size
+        record = {**self.record(), "vocab_size": vocab_size}
+        training = Training(self.config, record, self.folder, corpus)
+        if jax.process_index() == 0:
+            if is_new and (self.folder / "config.json").exists():
+                shutil.rmtree(self.folder)
+            run_folder.write_config(self.folder, record)
+        sharding.wait_for_all(self.folder.name)
+        training.run(self.label)
