@@ -19,13 +19,13 @@ def get_config():
     config.model.n_head = 4
     config.model.n_embd = 128
     config.model.block_size = 128
-    config.train.steps = 200
+    config.train.steps = 300
     config.train.batch_size = 16
     config.train.learning_rate = 3e-3
-    config.train.warmup_steps = 20
+    config.train.warmup_steps = 30
     config.train.loss_chunks = 1
     config.finetune.steps_share = 0.25
-    config.evaluate.every = 50
-    config.checkpoint.every = 50
+    config.evaluate.every = 75
+    config.checkpoint.every = 75
     config.telemetry.every = 5
     return config
