@@ -41,7 +41,7 @@ def tiny_config(corpus_folder, tmp_path):
 
 def shrink(config):
     """Lowers sizes, steps and intervals of any config in place; returns it."""
-    config.model.n_layer = 2
+    config.model.n_layer = 1
     config.model.n_head = 2
     config.model.n_embd = 32
     config.model.block_size = 16
@@ -51,7 +51,7 @@ def shrink(config):
     config.train.steps = 6
     config.train.warmup_steps = 2
     config.train.batch_size = 8
-    config.evaluate.batch_size = 8
+    config.evaluate.batch_size = 64
     config.evaluate.every = 3
     config.checkpoint.every = 3
     config.telemetry.every = 1

@@ -1,7 +1,6 @@
 """Two processes, joined by jax.distributed, train what one process would."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import changed, execute, metrics
+from runs import changed, metrics
 
 from pcagpt import config as knobs
 from pcagpt import run_folder
@@ -76,26 +75,27 @@ def run_in_two_processes(config, log_dir, cache):
     return [process.returncode for process in processes], said
 
 
-@pytest.mark.usefixtures("quick")
 def test_two_processes_train_a_and_what_it_needs_as_one_does(
-    tiny_config, tmp_path, compiled
+    finished_experiment, tmp_path, compiled
 ):
     config = changed(
-        tiny_config,
+        finished_experiment,
+        task="train",
         arm="pca",
-        **{"model.n_embd_wte": 8, "model.n_layer": 1, "mesh.data": 1, "mesh.fsdp": 2},
+        workdir=str(tmp_path / "runs"),
+        **{"model.n_embd_wte": 8, "mesh.data": 1, "mesh.fsdp": 2},
+        **{"checkpoint.every": 6, "checkpoint.keep_last": 1},
     )
-    apart = changed(config, workdir=str(tmp_path / "apart"))
-    codes, said = run_in_two_processes(apart, tmp_path, compiled)
+    codes, said = run_in_two_processes(config, tmp_path, compiled)
     assert codes == [0, 0], "\n".join(said)
-    together = execute(config).parent
     for run in ("gpt_baseline", "gpt_pca_k8"):
-        one, two = (Path(folder) / run for folder in (together, apart.workdir))
+        one = Path(finished_experiment.workdir) / run
+        two = Path(config.workdir) / run
         found, wanted = run_folder.read_result(two), run_folder.read_result(one)
         assert found["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-6)
+        assert found["device"].startswith("2 x")
         for line, other in zip(metrics(two), metrics(one), strict=True):
             assert (line["step"], line["split"]) == (other["step"], other["split"])
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert "A gpt_pca_k8" in said[0]
     assert "to do" not in said[1]  # the plan is told once
-    shutil.rmtree(apart.workdir)

@@ -65,40 +65,50 @@ def assert_same_run(found_dir, wanted_dir):
     )
 
 
-@pytest.mark.parametrize("way", ["bands", "frozen table"])
-def test_a_stopped_run_resumes_to_end_bit_identical_to_one_never_stopped(
-    way, tiny_config, tmp_path
-):
-    """With dropout and accumulation, too."""
-    straight = changed(
+@pytest.fixture
+def well_mixed(tiny_config):
+    """A run with dropout and accumulation."""
+    return changed(
         tiny_config,
-        **{"model.n_layer": 1, "model.dropout": 0.2, "train.accumulation": 2},
+        **{"model.dropout": 0.2, "train.accumulation": 2, "train.learning_rate": 3e-3},
     )
-    if way == "bands":
-        straight.update_from_flattened_dict({"arm": "random", **BANDS})
-    else:
-        straight.arm, straight.model.n_embd_wte = "pca", 8
-        table = np.random.default_rng(0).normal(0, 0.02, (97, 8)).astype(np.float32)
-        straight.init.import_wte_npy = str(tmp_path / "table.npy")
-        straight.init.import_wte_freeze = True
-        np.save(straight.init.import_wte_npy, table)
-    stopped = changed(straight, workdir=str(tmp_path / "stopped"))
+
+
+def assert_resumes(straight, workdir):
+    """That it ends the same when it is stopped; returns its folder."""
+    stopped = changed(straight, workdir=str(workdir))
     stop(stopped, 4)  # due for neither an evaluation nor a checkpoint
     assert status(stopped) == "resumes at step 4"
-    assert_same_run(execute(stopped), execute(straight))
+    run_dir = execute(straight)
+    assert_same_run(execute(stopped), run_dir)
+    return run_dir
 
 
-def test_several_bands_learn_and_are_evaluated_as_they_were_trained(tiny_config):
-    banded = {"arm": "random", "model.n_layer": 1, "train.learning_rate": 3e-3, **BANDS}
-    run_dir = execute(changed(tiny_config, **banded))
+def test_several_bands_train_resume_bit_identical_and_are_evaluated(
+    well_mixed, tmp_path
+):
+    banded = changed(well_mixed, arm="random", **BANDS)
+    run_dir = assert_resumes(banded, tmp_path / "stopped")
     result = run_folder.read_result(run_dir)
     assert result["params_embedding"] == 10 * 32 + 40 * 8 + 8 * 32 + 47 * 4 + 4 * 32
     before, *_, after = (m["loss"] for m in metrics(run_dir) if m["split"] == "val")
     assert after < before - 0.1
     evaluation = changed(
-        tiny_config, task="evaluate", model_path=str(run_dir), **{"data.source": ""}
+        well_mixed, task="evaluate", model_path=str(run_dir), **{"data.source": ""}
     )
     assert evaluate_run(evaluation)["loss"] == result["val_loss"]
+
+
+def test_a_run_with_a_frozen_table_resumes_bit_identical(well_mixed, tmp_path):
+    table = np.random.default_rng(0).normal(0, 0.02, (97, 8)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    frozen = changed(
+        well_mixed,
+        arm="pca",
+        **{"model.n_embd_wte": 8, "init.import_wte_freeze": True},
+        **{"init.import_wte_npy": str(tmp_path / "table.npy")},
+    )
+    assert_resumes(frozen, tmp_path / "stopped")
 
 
 def test_a_run_stopped_twice_ends_bit_identical_to_one_never_stopped(

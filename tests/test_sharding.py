@@ -1,27 +1,18 @@
 """Meshes, where arrays lie on them, and several processes."""
 
-import functools
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from pcagpt import optim, sharding
 from pcagpt import params as trees
 from pcagpt.errors import UserError
-from pcagpt.evaluate import evaluate, scorer
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.train_step import StepSettings, initial_state, train_step
+from pcagpt.train_step import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = GPTConfig(
@@ -196,83 +187,17 @@ def test_distributed_start_hands_on_what_the_config_says(monkeypatch):
     assert calls == [("host:1234", 2, 1)]
 
 
-def test_process_alone_waits_for_nobody():
-    sharding.wait_for_all("nobody")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_wait_for_each_other_where_there_are_several(monkeypatch, processes):
+    waited_for = []
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", waited_for.append)
+    sharding.wait_for_all("files are written")
+    assert waited_for == ["files are written"][: processes - 1]
 
 
-def trained_and_evaluated(mesh):
-    """Losses and gradient norms of three steps, then the measured loss and cosine."""
-    model, optimizer = GPT(CONFIG), optim.optimizer(ADAMW)
-    init = functools.partial(initial_state, model, optimizer, 0)
-    places = sharding.shardings(jax.eval_shape(init), mesh)
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            schedule=optim.learning_rate_schedule(ADAMW),
-            settings=StepSettings(seed=0, loss_chunks=2),
-        ),
-        donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
-    )
-    tokens = np.random.default_rng(0).integers(0, 63, (2, 8, 9), np.int32)
-    batch = sharding.put_batch(tokens, sharding.part_sharding(mesh))
-    state, found = jax.jit(init, out_shardings=places)(), []
-    for _ in range(3):
-        state, metrics = step(state, batch)
-        found += [float(metrics["loss"]), float(metrics["gradient_norm"])]
-    windows = [(tokens[0, :, :-1], tokens[0, :, 1:])]
-    score, place = scorer(model, mesh, 2), sharding.batch_sharding(mesh)
-    measured = evaluate(score, state.variables, windows, 8, place).metrics
-    return [*found, measured["loss"], measured["ln_f_cosine_p05"]]
-
-
-def one_of_two_processes(address, number):
-    """What each process runs: prints its numbers as JSON on its last line."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    sharding.start_processes(address, 2, number)
-    assert (jax.process_count(), len(jax.local_devices())) == (2, 1)
-    found = trained_and_evaluated(sharding.make_mesh(-1, 2))
-    time.sleep(number)
-    came = time.time()
-    sharding.wait_for_all("end of the test")
-    print(json.dumps({"found": found, "came": came, "left": time.time()}))
-
-
-def start_process(address, number):
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
-    }
-    call = f"test_sharding.one_of_two_processes({address!r}, {number})"
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import test_sharding; {call}"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_train_and_evaluate_as_one_does():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [start_process(address, number) for number in (0, 1)]
-    try:
-        alone = trained_and_evaluated(sharding.make_mesh(1, 2))
-        results = []
-        for process in processes:
-            output, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-            results.append(json.loads(output.splitlines()[-1]))
-            np.testing.assert_allclose(results[-1]["found"], alone, rtol=2e-6)
-        came, left = ([result[name] for result in results] for name in ("came", "left"))
-        assert max(came) <= min(left)  # each has waited for the other
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def test_several_processes_must_use_all_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="does not fit the 8 devices"):
+        sharding.make_mesh(2, 2)
+    assert sharding.make_mesh(2, 4).size == 8

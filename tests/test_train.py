@@ -6,9 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, execute, last_run_dir, metrics, status, training
+from conftest import shrink
+from runs import (
+    changed,
+    execute,
+    last_run_dir,
+    metrics,
+    quick_compiles,
+    status,
+    training,
+)
 
 from pcagpt import checkpoint, experiment, run_folder
+from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.plan import Plan, make_plan
@@ -16,17 +26,24 @@ from pcagpt.plan import Plan, make_plan
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.fixture
-def small(tiny_config):
-    """A run of one block."""
-    return changed(tiny_config, **{"model.n_layer": 1})
+@pytest.fixture(scope="module")
+def run_dir(corpus_folder, compiled, tmp_path_factory):
+    """A run of 6 steps, evaluated every 4, all its checkpoints kept."""
+    config = shrink(knobs.base())
+    config.update_from_flattened_dict(
+        {"evaluate.every": 4, "checkpoint.every": 3, "checkpoint.keep_last": 9}
+        | {"workdir": str(tmp_path_factory.mktemp("train") / "runs")}
+        | {"data.source": str(corpus_folder)}
+    )
+    with quick_compiles(compiled):
+        return execute(config)
 
 
 # What is logged
 
 
-def test_every_step_is_logged_with_loss_norm_rate_and_tokens(small):
-    lines = [line for line in metrics(execute(small)) if line["split"] == "train"]
+def test_every_step_is_logged_with_loss_norm_rate_and_tokens(run_dir):
+    lines = [line for line in metrics(run_dir) if line["split"] == "train"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 7)]
     assert lines[0]["learning_rate"] == pytest.approx(3e-4)
@@ -37,20 +54,16 @@ def test_every_step_is_logged_with_loss_norm_rate_and_tokens(small):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
 
 
-def test_speed_is_logged_and_utilisation_only_where_the_peak_is_known(small):
-    path = execute(small) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+def test_speed_is_logged_and_utilisation_only_where_the_peak_is_known(run_dir):
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     lines = [line for line in lines if line["split"] == "train"]
-    # Steps after an evaluation or a save are not timed.
-    assert [line["tokens_per_second"] is None for line in lines] == [
-        True, False, False, True, False, False,
-    ]  # fmt: skip
+    untimed = [line["step"] for line in lines if line["tokens_per_second"] is None]
+    assert untimed == [1, 4, 5]  # those after an evaluation or a save
     assert all(line["flop_utilisation"] is None for line in lines)
 
 
-def test_validation_is_logged_at_the_start_at_intervals_and_at_the_end(small):
-    small.evaluate.every = 4
-    run_dir = execute(small)
+def test_validation_is_logged_at_the_start_at_intervals_and_at_the_end(run_dir):
     lines = [line for line in metrics(run_dir) if line["split"] == "val"]
     assert [line["step"] for line in lines] == [0, 4, 6]
     assert lines[0]["loss"] == pytest.approx(math.log(97), abs=0.05)
@@ -62,10 +75,21 @@ def test_validation_is_logged_at_the_start_at_intervals_and_at_the_end(small):
     assert -1 < lines[-1]["ln_f_cosine"] < 1
 
 
-def test_the_best_loss_is_the_lowest_not_the_last(small):
-    small.train.update({"learning_rate": 0.3, "schedule": "constant"})
-    small.evaluate.every = 1
-    run_dir = execute(small)
+def test_the_config_that_is_kept_is_the_whole_one(run_dir, tiny_config):
+    kept = run_folder.read_config(run_dir)
+    assert kept["vocab_size"] == 97
+    assert kept["model"] == json.loads(json.dumps(tiny_config.model.to_dict()))
+    assert kept["train"] == tiny_config.train.to_dict()
+
+
+def test_checkpoints_are_saved_at_intervals_when_best_and_at_the_end(run_dir):
+    assert checkpoint.steps(run_dir) == [0, 3, 4, 6]
+
+
+def test_the_best_loss_is_the_lowest_not_the_last(tiny_config):
+    tiny_config.train.update({"learning_rate": 0.3, "schedule": "constant"})
+    tiny_config.evaluate.every = 1
+    run_dir = execute(tiny_config)
     losses = [line["loss"] for line in metrics(run_dir) if line["split"] == "val"]
     result = run_folder.read_result(run_dir)
     assert result["best_val_loss"] == min(losses) < losses[-1] == result["val_loss"]
@@ -73,57 +97,42 @@ def test_the_best_loss_is_the_lowest_not_the_last(small):
     assert checkpoint.steps(run_dir) == [best, 6]
 
 
-def test_logging_every_n_steps_logs_these_only(small):
-    small.telemetry.every = 4
-    lines = metrics(execute(small))
+def test_logging_every_n_steps_logs_these_only(tiny_config):
+    tiny_config.telemetry.every = 4
+    lines = metrics(execute(tiny_config))
     assert [line["step"] for line in lines if line["split"] == "train"] == [4]
 
 
-def test_the_config_that_is_kept_is_the_whole_one(small):
-    kept = run_folder.read_config(execute(small))
-    assert kept["vocab_size"] == 97
-    assert kept["model"] == json.loads(json.dumps(small.model.to_dict()))
-    assert kept["train"] == small.train.to_dict()
-
-
-# When it saves
-
-
-def test_checkpoints_are_saved_at_intervals_when_best_and_at_the_end(small):
-    small.update_from_flattened_dict(
-        {"checkpoint.every": 4, "evaluate.every": 3, "checkpoint.keep_last": 9}
-    )
-    assert checkpoint.steps(execute(small)) == [0, 3, 4, 6]
-
-
-def test_a_longer_plan_does_not_change_the_first_batches(small):
-    run = training(small)
-    wanted = TrainingBatches(run.corpus.tokens("train"), 16, 8, small.seed)
+def test_a_run_trains_on_the_batches_that_seed_and_step_decide(tiny_config):
+    run = training(tiny_config)
+    wanted = TrainingBatches(run.corpus.tokens("train"), 16, 8, tiny_config.seed)
     for step in (0, 3, 5):
         batch = np.asarray(run.batch(step))
         np.testing.assert_array_equal(batch[0], wanted.batch_at(step))
 
 
-def test_nothing_is_written_before_a_run_begins(small):
-    training(small)
-    assert not Path(small.workdir).exists()
+def test_nothing_is_written_before_a_run_begins(tiny_config):
+    training(tiny_config)
+    assert not Path(tiny_config.workdir).exists()
 
 
 # When it gives up
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(small):
-    small.update_from_flattened_dict(
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tiny_config,
+):
+    tiny_config.update_from_flattened_dict(
         {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}
         | {"checkpoint.every": 5, "evaluate.every": 5}
     )
     with pytest.raises(UserError) as caught:
-        execute(small)
+        execute(tiny_config)
     message = str(caught.value)
     assert "\n" not in message
     assert "the loss is not finite at step 2" in message
     assert "lower train.learning_rate" in message
-    run_dir = last_run_dir(small)
+    run_dir = last_run_dir(tiny_config)
     assert checkpoint.steps(run_dir) == [0]
     weights, _, _ = checkpoint.load_weights(run_dir)
     assert np.isfinite(weights["embed"]["band_0"]["wte"]).all()
@@ -131,21 +140,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(smal
     assert max(line["step"] for line in metrics(run_dir)) == 1
 
 
-def test_a_validation_loss_that_is_not_finite_is_no_result(small):
-    small.update_from_flattened_dict(
+def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_config):
+    tiny_config.update_from_flattened_dict(
         {"train.learning_rate": 1e30, "train.gradient_clip": 0.0, "train.steps": 1}
     )
     with pytest.raises(UserError, match="not finite at step 1 .validation loss nan"):
-        execute(small)
-    assert checkpoint.steps(last_run_dir(small)) == [0]
-    assert status(small) == "to do"
+        execute(tiny_config)
+    assert checkpoint.steps(last_run_dir(tiny_config)) == [0]
+    assert status(tiny_config) == "to do"
 
 
 # What does not fit
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("overrides", "words"),
     [
         ({"train.batch_size": 6, "mesh.data": 4}, "train.batch_size / train.accumul"),
         ({"train.accumulation": 4, "mesh.data": 4}, "= 2 cannot be split over 4"),
@@ -162,19 +171,23 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(small):
     ],
 )
 def test_what_does_not_fit_the_corpus_or_devices_is_refused_before_all(
-    knobs, words, small
+    overrides, words, tiny_config
 ):
     with pytest.raises(UserError) as caught:
-        execute(changed(small, arm="random", **{"model.n_embd_wte": 8} | knobs))
+        execute(
+            changed(tiny_config, arm="random", **{"model.n_embd_wte": 8} | overrides)
+        )
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not Path(small.workdir).exists()
+    assert not Path(tiny_config.workdir).exists()
 
 
-def test_a_model_of_more_tokens_than_the_corpus_goes_through_the_factorization(small):
+def test_a_model_of_more_tokens_than_the_corpus_goes_through_the_factorization(
+    tiny_config,
+):
     """The rows of tokens that the corpus lacks are no padding."""
-    small.update_from_flattened_dict({"model.vocab_size": 100, "train.steps": 1})
-    a = changed(small, arm="pca", **{"model.n_embd_wte": 8})
+    tiny_config.update_from_flattened_dict({"model.vocab_size": 100, "train.steps": 1})
+    a = changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8})
     *prerequisites, job = make_plan(a).jobs
     experiment.execute(Plan(tuple(prerequisites)), a, "a command")
     table = np.load(job.config.init.import_wte_npy)

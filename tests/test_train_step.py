@@ -28,12 +28,10 @@ MODEL = GPTConfig(
     n_layer=1,
     n_head=2,
     n_embd=32,
-    n_embd_wte=8,
+    band_sizes=(16, 47),
+    band_ranks=(None, 8),
     # A bias on keys has no gradient but rounding errors, which AdamW blows up.
     bias=False,
-)
-BANDS = dataclasses.replace(
-    MODEL, n_embd_wte=None, band_sizes=(16, 47), band_ranks=(None, 8)
 )
 ADAMW = optim.OptimizerConfig(
     steps=20, learning_rate=1e-2, warmup_steps=2, gradient_clip=0.5
@@ -71,7 +69,7 @@ def first_state(config=MODEL, adamw=ADAMW, frozen=()):
 
 
 @functools.cache
-def step_of(config=MODEL, adamw=ADAMW, seed=0, frozen=(), chunks=1, **jit_options):
+def step_of(config=MODEL, adamw=ADAMW, seed=0, frozen=(), chunks=2, **jit_options):
     """The jitted step: (state, [A, B, T + 1]) -> (state, metrics)."""
     step = functools.partial(
         train_step,
@@ -81,6 +79,18 @@ def step_of(config=MODEL, adamw=ADAMW, seed=0, frozen=(), chunks=1, **jit_option
         settings=StepSettings(seed, frozen, chunks),
     )
     return jax.jit(step, **jit_options)
+
+
+FROZEN = (WTE, "wpe")
+
+
+def donating(state, batch):
+    """A step that consumes its state, with tables and positions frozen."""
+    return step_of(frozen=FROZEN, donate_argnums=0)(state, batch)
+
+
+def fresh_frozen():
+    return jax.tree.map(jnp.copy, first_state(frozen=FROZEN))
 
 
 def in_parts(parts, batch=BATCH):
@@ -119,15 +129,15 @@ def assert_same_state(found, expected):
 
 
 @functools.cache
-def dense_loss_and_gradient(config):
+def dense_loss_and_gradient():
     """By the model's own logits and jax's log_softmax, in one piece."""
-    state = first_state(config)
+    state = first_state()
 
     @jax.jit
     @jax.value_and_grad
     def loss(params):
         variables = {"params": params, "constants": state.constants}
-        logits_BTV = GPT(config).apply(variables, BATCH[:, :-1])
+        logits_BTV = GPT(MODEL).apply(variables, BATCH[:, :-1])
         log_probs = jax.nn.log_softmax(logits_BTV)
         return -jnp.take_along_axis(log_probs, BATCH[:, 1:, None], axis=-1).mean()
 
@@ -137,10 +147,9 @@ def dense_loss_and_gradient(config):
 # What it returns
 
 
-@pytest.mark.parametrize("config", [MODEL, BANDS], ids=["one band", "bands"])
-def test_loss_and_gradient_norm_are_those_of_the_dense_loss(config):
-    _, metrics = step_of(config)(first_state(config), in_parts(1))
-    loss, gradient = dense_loss_and_gradient(config)
+def test_loss_and_gradient_norm_are_those_of_the_dense_loss():
+    _, metrics = step_of()(first_state(), in_parts(1))
+    loss, gradient = dense_loss_and_gradient()
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
     norm = float(optax.tree.norm(gradient))
     assert norm > 2 * ADAMW.gradient_clip  # and so it is the norm before clipping
@@ -148,11 +157,10 @@ def test_loss_and_gradient_norm_are_those_of_the_dense_loss(config):
 
 
 def test_gradient_norm_leaves_out_what_is_frozen():
-    frozen = (WTE, "wpe")
-    _, metrics = step_of(frozen=frozen)(first_state(frozen=frozen), in_parts(1))
-    _, gradient = dense_loss_and_gradient(MODEL)
+    _, metrics = donating(fresh_frozen(), in_parts(1))
+    _, gradient = dense_loss_and_gradient()
     flat = trees.flatten(gradient)
-    kept = {p: g for p, g in flat.items() if p not in ("embed/band_0/wte", "wpe")}
+    kept = {p: g for p, g in flat.items() if not re.fullmatch("|".join(FROZEN), p)}
     norm = float(optax.tree.norm(kept))
     assert norm < 0.99 * float(optax.tree.norm(gradient))
     assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
@@ -160,7 +168,7 @@ def test_gradient_norm_leaves_out_what_is_frozen():
 
 def test_update_is_that_of_the_optimizer_on_the_dense_gradient():
     state = first_state()
-    _, gradient = dense_loss_and_gradient(MODEL)
+    _, gradient = dense_loss_and_gradient()
     update = jax.jit(optim.optimizer(ADAMW).update)
     updates, _ = update(gradient, state.optimizer, state.params)
     new, _ = step_of()(state, in_parts(1))
@@ -189,8 +197,8 @@ def test_metrics_are_float32_scalars_and_state_keeps_its_types():
 
 
 def test_token_order_of_the_bands_does_not_train():
-    state = first_state(BANDS)
-    new, _ = step_of(BANDS)(state, in_parts(1))
+    state = first_state()
+    new, _ = step_of()(state, in_parts(1))
     assert_close(new.constants, state.constants, rtol=0)
 
 
@@ -209,31 +217,29 @@ def test_accumulation_makes_the_same_update(parts):
 
 def test_loss_chunks_make_the_same_update():
     whole, expected = step_of()(first_state(), in_parts(1))
-    chunked, found = step_of(chunks=4)(first_state(), in_parts(1))
+    chunked, found = step_of(chunks=8)(first_state(), in_parts(1))
     assert_close(found, expected, rtol=2e-6)
     assert_same_state(chunked, whole)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [1, 2])
 def test_loss_chunks_are_how_many_parts_the_logits_are_made_in(chunks):
     traced = step_of(chunks=chunks).trace(first_state(), in_parts(1))
-    shapes = re.findall(r"f32\[(\d+,64)\]", str(traced.jaxpr))
-    assert f"{128 // chunks},64" in shapes
-    assert ("128,64" in shapes) == (chunks == 1)
+    shapes = re.findall(r"f32\[(\d+,48)\]", str(traced.jaxpr))
+    assert f"{128 // chunks},48" in shapes
+    assert ("128,48" in shapes) == (chunks == 1)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
 def test_eight_devices_are_as_good_as_one(data, fsdp):
     mesh = sharding.make_mesh(data, fsdp)
-    places = sharding.shardings(first_state(BANDS), mesh)
-    step = jax.jit(
-        step_of(BANDS, chunks=2), out_shardings=(places, sharding.replicated(mesh))
-    )
-    many, one = jax.device_put(first_state(BANDS), places), first_state(BANDS)
+    places = sharding.shardings(first_state(), mesh)
+    step = jax.jit(step_of(), out_shardings=(places, sharding.replicated(mesh)))
+    many, one = jax.device_put(first_state(), places), first_state()
     batch = sharding.put_batch(in_parts(2), sharding.part_sharding(mesh))
     for _ in range(2):
         many, found = step(many, batch)
-        one, expected = step_of(BANDS, chunks=2)(one, in_parts(2))
+        one, expected = step_of()(one, in_parts(2))
         assert_close(found, expected, rtol=2e-6)
     assert_same_state(many, one)
     kernel = many.params["block_0"]["attn"]["qkv"]["kernel"]
@@ -241,19 +247,24 @@ def test_eight_devices_are_as_good_as_one(data, fsdp):
     assert kernel.addressable_shards[0].data.shape == (32 // fsdp, 96)
 
 
-def test_donated_state_is_used_up_and_the_result_is_the_same():
-    kept, expected = step_of()(first_state(), in_parts(1))
-    state = jax.tree.map(jnp.copy, first_state())
-    new, found = step_of(donate_argnums=0)(state, in_parts(1))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.optimizer))
-    assert_close((new.params, found), (kept.params, expected), rtol=0, atol=1e-6)
+def test_donated_state_is_used_up_and_goes_on_in_the_new_one():
+    state = fresh_frozen()
+    new, _ = donating(state, in_parts(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    old = fresh_frozen().params["wpe"]
+    np.testing.assert_array_equal(new.params["wpe"], old)
+    trained = new.params["block_0"]["mlp"]["fc"]["kernel"]
+    before = first_state().params["block_0"]["mlp"]["fc"]["kernel"]
+    # AdamW's first update moves each value by the learning rate, here 0.005.
+    assert 0.004 < np.abs(trained - before).max() < 0.006
 
 
 # Random keys
 
 
-DROPOUT = dataclasses.replace(MODEL, dropout=0.2)
+DROPOUT = dataclasses.replace(
+    MODEL, band_sizes=(), band_ranks=(), n_embd_wte=8, dropout=0.2
+)
 
 
 def loss_at(step, parts=1, seed=0, config=DROPOUT):
@@ -267,7 +278,6 @@ def loss_at(step, parts=1, seed=0, config=DROPOUT):
 def test_dropout_is_another_at_every_step_and_for_every_seed_and_repeats():
     assert loss_at(0) == loss_at(0)
     assert len({loss_at(0), loss_at(1), loss_at(2), loss_at(0, seed=1)}) == 4
-    assert loss_at(0, config=MODEL) == loss_at(1, config=MODEL)
 
 
 def test_dropout_is_another_in_every_part_of_a_batch():
@@ -287,9 +297,21 @@ def test_every_purpose_and_seed_has_a_key_of_its_own():
 # Start
 
 
+GOLDEN_MODEL = GPTConfig(
+    vocab_size=97,
+    vocab_multiple=64,
+    block_size=16,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    n_embd_wte=8,
+)
+GOLDEN_ADAMW = optim.OptimizerConfig(steps=20, learning_rate=1e-2, warmup_steps=4)
+
+
 @jax.jit
 def started(seed):
-    return initial_state(GPT(BANDS), optim.optimizer(ADAMW, (WTE,)), seed)
+    return initial_state(GPT(GOLDEN_MODEL), optim.optimizer(GOLDEN_ADAMW), seed)
 
 
 def test_initial_state_is_at_step_zero_with_zero_moments():
@@ -298,10 +320,7 @@ def test_initial_state_is_at_step_zero_with_zero_moments():
     assert state.step.dtype == jnp.int32
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.optimizer))
     assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(
-        jnp.shape, dict(shapes_of(BANDS))
-    )
-    np.testing.assert_array_equal(
-        state.constants["embed"]["position_of_token"], np.arange(63)
+        jnp.shape, dict(shapes_of(GOLDEN_MODEL))
     )
 
 
@@ -333,21 +352,11 @@ GOLDEN = [
 
 def golden_losses():
     """Losses of 20 updates from scratch on tokens of which the first are frequent."""
-    config = GPTConfig(
-        vocab_size=97,
-        vocab_multiple=64,
-        block_size=16,
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        n_embd_wte=8,
-    )
-    adamw = optim.OptimizerConfig(steps=20, learning_rate=1e-2, warmup_steps=4)
-    state = jax.jit(lambda: initial_state(GPT(config), optim.optimizer(adamw), 0))()
+    state = started(0)
     random, losses = np.random.default_rng(0), []
     for _ in range(20):
         batch = (97 * random.random((8, 17)) ** 4).astype(np.int32)
-        step = step_of(config, adamw, chunks=4)
+        step = step_of(GOLDEN_MODEL, GOLDEN_ADAMW, chunks=4)
         state, metrics = step(state, in_parts(2, batch))
         losses.append(float(metrics["loss"]))
     return losses

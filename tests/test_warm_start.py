@@ -1,5 +1,6 @@
 """What a run starts from: imported factors, another run's blocks, and freezing."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 
 MODEL = GPTConfig(
-    vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=32, n_embd_wte=8
+    vocab_size=97, block_size=16, n_layer=1, n_head=2, n_embd=32, n_embd_wte=8
 )
 NOTHING = {
     "import_wte_npy": "",
@@ -101,9 +102,7 @@ def test_b_starts_with_the_factors_and_every_other_weight_of_d(finished_experime
     start = leaves(workdir / "gpt_pca_finetune_k8", 0)
     baseline = leaves(workdir / "gpt_baseline", 6)
     others = [path for path in start if not path.startswith("embed/")]
-    assert {path.split("/")[0] for path in others} == {
-        "wpe", "block_0", "block_1", "ln_f",
-    }  # fmt: skip
+    assert {path.split("/")[0] for path in others} == {"wpe", "block_0", "ln_f"}
     assert_equal(
         {path: start[path] for path in others}, {p: baseline[p] for p in others}
     )
@@ -176,7 +175,7 @@ def test_blocks_can_be_taken_from_any_checkpoint(finished_experiment):
 
 
 def test_a_table_for_the_baseline_is_imported_at_full_width(factors):
-    dense = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    dense = dataclasses.replace(MODEL, n_embd_wte=None)
     table = np.random.default_rng(0).normal(size=(97, 32)).astype(np.float16)
     init = NOTHING | {"import_wte_npy": factors(table)["import_wte_npy"]}
     found = warm_start.replacements(init, dense, template(dense))
@@ -199,7 +198,7 @@ FREEZES = {
 def test_a_freeze_keeps_exactly_its_leaves_through_a_run(freeze, tiny_config, factors):
     tiny_config.update_from_flattened_dict(
         {"arm": "pca", "model.n_embd_wte": 8, "model.n_embd_wte_scale_tying": False}
-        | {"model.n_layer": 1, "checkpoint.keep_last": 9, "train.weight_decay": 0.5}
+        | {"checkpoint.keep_last": 9, "train.weight_decay": 0.5}
         | {f"init.{name}": path for name, path in factors().items()}
         | {f"init.{freeze}": True}
     )
@@ -267,9 +266,7 @@ def test_scale_matrices_without_one_of_the_two_are_refused(tmp_path):
 
 
 def test_two_different_scale_matrices_go_into_an_untied_model(factors):
-    untied = GPTConfig(
-        **{**vars(MODEL), "n_embd_wte_scale_tying": False},
-    )
+    untied = dataclasses.replace(MODEL, n_embd_wte_scale_tying=False)
     down = np.full((8, 32), 2.0)
     init = NOTHING | factors(scale_down=down)
     found = warm_start.replacements(init, untied, template(untied))
@@ -297,22 +294,14 @@ def test_an_archive_is_no_table_and_a_table_no_archive(factors):
 
 
 def test_scale_matrices_for_a_model_without_are_refused(factors):
-    dense = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    dense = dataclasses.replace(MODEL, n_embd_wte=None)
     path = factors()["import_scale_matrices_npz"]
     message = refusal(dense, import_scale_matrices_npz=path)
     assert "has no scale matrices: set model.n_embd_wte=8" in message
 
 
 def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
-    banded = GPTConfig(
-        vocab_size=97,
-        block_size=16,
-        n_layer=1,
-        n_head=2,
-        n_embd=32,
-        band_sizes=(10, 87),
-        band_ranks=(8, 4),
-    )
+    banded = dataclasses.replace(MODEL, band_sizes=(10, 87), band_ranks=(8, 4))
     message = refusal(banded, **factors())
     assert "this model has 2 bands: leave model.band_sizes empty" in message
 
@@ -320,8 +309,7 @@ def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"n_layer": 3}, "lacks 'block_2/"),
-        ({"n_layer": 1}, "holds 'block_1/"),
+        ({"n_layer": 2}, "lacks 'block_1/"),
         ({"bias": False}, "bias"),
         ({"block_size": 8}, "'wpe' has shape (16, 32), this model needs (8, 32)"),
         ({"n_embd": 16}, "give both models the same model.* sizes"),
@@ -329,10 +317,18 @@ def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
 )
 def test_blocks_of_another_model_are_refused(other, words, finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
-    message = refusal(GPTConfig(**{**vars(MODEL), **other}), blocks_from=str(run_dir))
+    message = refusal(dataclasses.replace(MODEL, **other), blocks_from=str(run_dir))
     assert "init.blocks_from" in message
     assert str(run_dir) in message
     assert words in message
+
+
+def test_more_blocks_than_the_model_has_are_refused(monkeypatch):
+    deeper = template(dataclasses.replace(MODEL, n_layer=2))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda _: (deeper, {}, 6))
+    message = refusal(blocks_from="a/run")
+    assert "init.blocks_from=a/run holds 'block_1/" in message
+    assert "the two models differ in model.n_layer" in message
 
 
 def test_blocks_of_no_run_are_refused(tmp_path):
@@ -346,7 +342,7 @@ def test_an_import_that_does_not_fit_leaves_an_overwritten_run_as_it_was(
 ):
     given = factors()
     tiny_config.update_from_flattened_dict(
-        {"arm": "pca", "model.n_embd_wte": 8, "model.n_layer": 1}
+        {"arm": "pca", "model.n_embd_wte": 8}
         | {f"init.{name}": path for name, path in given.items()}
     )
     run_dir = execute(tiny_config)
