@@ -18,6 +18,7 @@ from pcagpt.errors import UserError
 
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
+_LOGGER = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -96,7 +97,8 @@ class Checkpoints:
           UserError: there are checkpoints, and every one is damaged.
         """
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 restored = self._manager.restore(
                     step,
@@ -110,20 +112,21 @@ class Checkpoints:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 reason = str(error).strip().split("\n")[0][:120]
-                logging.getLogger(__name__).warning(
-                    "checkpoint %s is damaged (%s): falling back to the one before",
-                    self._folder / str(step),
-                    reason,
-                )
-                damaged.append(step)
+                damaged.append((step, reason))
                 continue
-            for later in damaged:
+            for later, reason in damaged:
+                _LOGGER.warning(
+                    "checkpoint %s is damaged (%s): falling back to the one before, step %d",
+                    self._folder / str(later),
+                    reason,
+                    step,
+                )
                 self._manager.delete(later)
             return restored.weights, restored.optimizer, restored.meta, step
         if damaged:
             raise UserError(
-                f"every checkpoint in {self._folder} is damaged: start the run afresh "
-                "with --config.overwrite=True"
+                f"every checkpoint in {self._folder} is damaged ({damaged[0][1]}): "
+                f"delete {self._folder.parent} to train the run again"
             )
         return None
 

@@ -152,7 +152,7 @@ KNOBS = {
         1000, "steps between saves; the last step is always saved", at_least(1)
     ),
     "checkpoint.keep_last": Knob(
-        1, "besides the one with the best validation loss", at_least(1)
+        2, "besides the one with the best validation loss", at_least(1)
     ),
     "telemetry.every": Knob(10, "steps between logged training metrics", at_least(1)),
     "telemetry.tensorboard": Knob(True, "write event files for TensorBoard"),
@@ -354,9 +354,11 @@ def model_settings(model: ConfigDict, vocab_size: int, platform: str) -> dict:
     if settings["attention"] == "auto":
         fused = on_gpu and settings["compute_dtype"] == "bfloat16"
         settings["attention"] = "cudnn" if fused else "xla"
-    elif settings["attention"] == "cudnn" and settings["compute_dtype"] == "float32":
+    elif settings["attention"] == "cudnn" and not (
+        on_gpu and settings["compute_dtype"] == "bfloat16"
+    ):
         raise UserError(
-            "model.attention=cudnn needs model.compute_dtype=bfloat16: cuDNN has no "
-            "float32 attention"
+            "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
+            "model.compute_dtype=bfloat16; leave model.attention=auto"
         )
     return settings

@@ -75,9 +75,8 @@ class EvaluationBatches:
 
     Both are int32 [B, T]. Every token after the split's first is a target exactly
     once. Targets are -1 (inputs 0) where there is nothing to predict: in the tail of
-    the last window, and in the rows that fill up the last batch. `windows` takes so
-    many of them, evenly spaced; all when None or more than there are. Raises UserError
-    for fewer than two tokens or one window.
+    the last window, and in the rows that fill up the last batch. Raises UserError
+    for fewer than two tokens.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int) -> None:

@@ -59,7 +59,8 @@ def target_cosines(h_ND, head, positions_N) -> tuple[jax.Array, jax.Array]:
         row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)]
         z_NK, row_ND = h_ND, row_NK
         if scale_down_KD is not None:
-            z_NK, row_ND = h_ND @ scale_down_KD.T, row_NK @ scale_down_KD
+            with jax.default_matmul_precision("highest"):
+                z_NK, row_ND = h_ND @ scale_down_KD.T, row_NK @ scale_down_KD
         inside_N = (local_N >= 0) & (local_N < size)
         cosine_N = jnp.where(inside_N, _cosine(z_NK, row_NK), cosine_N)
         cosine_d_N = jnp.where(inside_N, _cosine(h_ND, row_ND), cosine_d_N)

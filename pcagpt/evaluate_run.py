@@ -1,5 +1,6 @@
 """Evaluates any trained run on any split of any corpus its tokens fit."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def evaluate_run(config: ConfigDict) -> dict:
             f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, the model of "
             f"{run_dir} {trained.vocab_size} tokens: give the corpus it was trained on"
         )
+    known = trained.get("tokenizer")
+    if known and corpus.tokenizer and known != corpus.tokenizer:
+        raise UserError(
+            f"{corpus.name} is in tokens of {corpus.tokenizer}, the model of {run_dir} "
+            f"knows those of {known}: set --config.data.tokenizer={known}"
+        )
+    # The device is this one, not the one it was trained on.
+    trained.model.compute_dtype = trained.model.attention = "auto"
     settings = model_settings(
         trained.model, trained.vocab_size, jax.devices()[0].platform
     )
@@ -80,7 +89,8 @@ def evaluate_run(config: ConfigDict) -> dict:
         },
     }
     if jax.process_index() == 0:
-        name = f"evaluation_{corpus.name}_{config.split}_step{step}.json"
+        corpus_name = re.sub(r"[^\w.-]+", "_", corpus.name)
+        name = f"evaluation_{corpus_name}_{config.split}_step{step}.json"
         run_folder.write_json(run_dir / name, result)
     return result
 

@@ -57,7 +57,7 @@ def check(plan: Plan, config: ConfigDict) -> None:
         raise _lacks(lacking[0], config)
     if any(isinstance(job, TrainJob) for job in to_do):
         corpus = describe_corpus(config.data.source, config.data.tokenizer)
-        knobs.model_settings(config.model, corpus.vocab_size, "cpu")
+        knobs.model_settings(config.model, corpus.vocab_size, jax.devices()[0].platform)
         for job in jobs:
             if isinstance(job, FactorizeJob) and max(job.ranks) > corpus.vocab_size:
                 raise UserError(
@@ -78,11 +78,16 @@ def execute(plan: Plan, config: ConfigDict, command: str) -> None:
     """
     check(plan, config)
     _say(*describe(plan))
-    jobs, to_be_made = _needed(plan), set()
+    jobs, done, to_be_made = _needed(plan), [], set()
     for job in jobs:
         if job.status() != DONE or job.sources & to_be_made:
             job.check(to_be_made)
             to_be_made.add(job.folder)
+        elif isinstance(job, TrainJob):
+            done.append(job)
+    if to_be_made:  # What is new must have seen the same tokens as what is there.
+        for job in done:
+            job.check_corpus()
     for job in jobs:
         if job.folder in to_be_made:
             job.run()

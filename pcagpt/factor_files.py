@@ -144,10 +144,14 @@ def _checked(array: np.ndarray, dimensions: int, what: str) -> np.ndarray:
         )
     if not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{what} has dtype {array.dtype}: floating point is needed")
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite.
+        array = _float32(array)
     if not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise UserError(f"{what} holds {array[where]} at {where}: all must be finite")
-    return _float32(array)
+        raise UserError(
+            f"{what} holds {array[where]} at {where}: all must be finite in float32"
+        )
+    return array
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

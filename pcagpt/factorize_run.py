@@ -55,7 +55,7 @@ class FactorizeJob:
         Raises:
           UserError: the folder holds the files of another source or method.
         """
-        if self.overwrite or not self.has_source():
+        if not self.has_source() or (self.overwrite and self.differing()):
             return TO_DO
         return TO_DO if self.missing_ranks() else DONE
 

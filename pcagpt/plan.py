@@ -72,18 +72,13 @@ def _jobs_of_run(config: ConfigDict) -> tuple[Job, ...]:
             ranks = (config.model.n_embd_wte,)
             needed.append(_factorize_job(config, baseline.folder, ranks, False))
         _import(config, "")
+    _share_budget(config)
     return (*needed, _train_job(config, "", is_target=True))
 
 
 def _baseline(config: ConfigDict) -> ConfigDict:
     """The config of D that belongs to any arm's, or to an experiment's."""
     baseline = config.copy_and_resolve_references()
-    if config.task == "train" and config.arm == "pca_finetune":
-        _scale_budget(
-            baseline.train,
-            1 / config.finetune.steps_share,
-            1 / config.finetune.learning_rate_share,
-        )
     baseline.arm = "baseline"
     with baseline.ignore_type():
         baseline.model.n_embd_wte = None
@@ -96,9 +91,7 @@ def _arm(base: ConfigDict, arm: str, rank: int, suffix: str) -> ConfigDict:
     """The config of one arm of an experiment."""
     config = base.copy_and_resolve_references()
     config.arm, config.model.n_embd_wte = arm, rank
-    if arm == "pca_finetune":
-        share = config.finetune
-        _scale_budget(config.train, share.steps_share, share.learning_rate_share)
+    _share_budget(config)
     if arm == "random":
         _clear(config.init)
     else:
@@ -112,10 +105,14 @@ def _clear(init: ConfigDict) -> None:
         init[name] = type(value)()
 
 
-def _scale_budget(train: ConfigDict, steps_share: float, rate_share: float) -> None:
-    train.steps = max(1, round(train.steps * steps_share))
-    train.warmup_steps = round(train.warmup_steps * steps_share)
-    train.learning_rate *= rate_share
+def _share_budget(config: ConfigDict) -> None:
+    """`train` is D's budget; what is fine-tuned gets its declared share of it."""
+    if config.arm != "pca_finetune":
+        return
+    train, share = config.train, config.finetune
+    train.steps = max(1, round(train.steps * share.steps_share))
+    train.warmup_steps = round(train.warmup_steps * share.steps_share)
+    train.learning_rate *= share.learning_rate_share
 
 
 def _import(config: ConfigDict, suffix: str) -> None:

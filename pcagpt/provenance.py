@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import pcagpt
 # Dense bfloat16 FLOP/s by the start of the device's name; the vendor's data sheets.
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
@@ -67,6 +69,6 @@ def peak_flops(count: int) -> float | None:
     """bfloat16 FLOP/s of so many devices; None where the table has no figure."""
     kind = jax.devices()[0].device_kind
     for name, flops in PEAK_FLOPS.items():
-        if kind.startswith(name):
+        if re.match(rf"{name}\b", kind):
             return flops * count
     return None

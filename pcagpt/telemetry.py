@@ -335,3 +335,19 @@ class Progress:
         else:
             _live.stop()
             _live = None
+
+
+class SilentProgress(Progress):
+    """One that shows nothing: for every process but the first."""
+
+    def __init__(self):
+        super().__init__("", 0)
+
+    def __enter__(self) -> "SilentProgress":
+        return self
+
+    def update(self, *_: object, **__: object) -> None:
+        """Shows nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass

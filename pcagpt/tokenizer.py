@@ -24,12 +24,7 @@ class RankFile:
 
     file: str
     sha256: str
-    vocab_size: int
-
-    @property
-    def end_of_text(self) -> int:
-        """Return the id of `<|endoftext|>`."""
-        return self.vocab_size - 1
+    vocab_size: int  # the last id is <|endoftext|>
 
 
 RANKS = {

@@ -31,7 +31,7 @@ from pcagpt.model import (
     total_parameters,
     training_flops_per_token,
 )
-from pcagpt.telemetry import Progress, Telemetry
+from pcagpt.telemetry import Progress, SilentProgress, Telemetry
 from pcagpt.tokenizer import tokenizer_sha256
 from pcagpt.train_step import StepSettings, TrainState, initial_state, train_step
 
@@ -117,7 +117,7 @@ class Training:
             resumed_at = checkpoints.latest_step
             with (
                 self.telemetry(resumed_at) as telemetry,
-                Progress(label, total=steps, start=start) as progress,
+                self.progress(label, start) as progress,
                 StopRequest() as stop,
             ):
                 compiled_step = self.compile_step(state, shardings)
@@ -132,7 +132,7 @@ class Training:
                 )
                 seconds_before = history.seconds
                 for step in range(start, steps + 1):
-                    measured, is_best = None, False
+                    measured, is_best, stopping = None, False, stop.holds(step)
                     if step == steps or (
                         step % config.evaluate.every == 0 and step != resumed_at
                     ):
@@ -147,7 +147,7 @@ class Training:
                             tokens = step * self.tokens_per_step
                             telemetry.log(step, tokens, "val", measured.metrics)
                     due = step == steps or step % config.checkpoint.every == 0
-                    if (due or is_best or stop.received) and step != resumed_at:
+                    if (due or is_best or stopping) and step != resumed_at:
                         meter.flush()
                         history.timed_tokens = meter.throughput.tokens
                         history.timed_seconds = meter.throughput.seconds
@@ -155,7 +155,7 @@ class Training:
                         self.save(checkpoints, state, history, measured)
                     if step == steps:
                         break
-                    if stop.received:
+                    if stopping:
                         checkpoints.wait()
                         raise Interrupted(
                             f"{self.run_dir.name} stopped at step {step} of {steps}, "
@@ -262,6 +262,12 @@ class Training:
             measured.metrics["loss"] if measured else None,
         )
 
+    def progress(self, label: str, start: int) -> Progress:
+        """The run's bar; silent on every process but the first."""
+        if jax.process_index():
+            return SilentProgress()
+        return Progress(label, total=self.config.train.steps, start=start)
+
     def telemetry(self, resumed_at: int | None) -> Telemetry:
         """The run's record; silent on every process but the first."""
         if jax.process_index():
@@ -294,7 +300,9 @@ class Training:
         return {
             "run": self.run_dir.name,
             "arm": config.arm,
-            "rank": model.n_embd_wte,
+            "rank": None if model.band_sizes else model.n_embd_wte,
+            "band_sizes": model.band_sizes,
+            "band_ranks": [rank or 0 for rank in model.band_ranks],
             "seed": config.seed,
             "status": "done",
             "steps": config.train.steps,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from pcagpt import checkpoint, run_folder, sharding, warm_start
 from pcagpt.arms import ARMS
-from pcagpt.corpus import Corpus, open_corpus
+from pcagpt.corpus import Corpus, fingerprint, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.run_folder import DONE, TO_DO
 from pcagpt.train import Training
@@ -42,8 +42,6 @@ class TrainJob:
         Raises:
           UserError: the folder holds a run of another config, by the fields' names.
         """
-        if self.is_target and self.config.overwrite:
-            return TO_DO
         finished = run_folder.read_result(self.folder) is not None
         if finished and not self.is_target:
             return DONE
@@ -51,6 +49,8 @@ class TrainJob:
         if not finished and step == 0:
             return TO_DO  # Nothing that took time to make.
         changed = run_folder.changed_fields(self.folder, self.record())
+        if changed and self.is_target and self.config.overwrite:
+            return TO_DO
         if changed:
             raise UserError(
                 f"{self.folder} was trained with another config: {'; '.join(changed)}:"
@@ -101,13 +101,32 @@ class TrainJob:
                 if freeze:
                     config.init[freeze] = False
         Training(config, {}, self.folder, self.corpus())
+        self.check_corpus()
+
+    def check_corpus(self) -> None:
+        """Raises UserError if what was trained here was trained on other tokens."""
+        stored = run_folder.read_config(self.folder)
+        trained_on = (stored or {}).get("corpus_sha256")
+        if self.status() == TO_DO or trained_on is None:
+            return
+        if trained_on != fingerprint(self.corpus()):
+            raise UserError(
+                f"{self.folder} was trained on other tokens than "
+                f"{self.config.data.source} holds now: give it the same data, use "
+                f"another --config.workdir, or delete {self.folder}"
+            )
 
     def run(self) -> None:
         """Trains, from the last checkpoint if there is one."""
         corpus = self.corpus()
         is_new = self.status() == TO_DO
         vocab_size = self.config.model.vocab_size or corpus.vocab_size
-        record = {**self.record(), "vocab_size": vocab_size}
+        record = {
+            **self.record(),
+            "vocab_size": vocab_size,
+            "tokenizer": corpus.tokenizer,
+            "corpus_sha256": fingerprint(corpus),
+        }
         training = Training(self.config, record, self.folder, corpus)
         if jax.process_index() == 0:
             if is_new and (self.folder / "config.json").exists():

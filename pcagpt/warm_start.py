@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt import checkpoint, factor_files
+from pcagpt import checkpoint, factor_files, run_folder
 from pcagpt import params as trees
 from pcagpt.errors import UserError
 from pcagpt.model import GPTConfig
@@ -77,7 +77,7 @@ def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> 
     """
     new = {}
     if init["blocks_from"]:
-        new |= _blocks(init["blocks_from"], trees.flatten(template))
+        new |= _blocks(init["blocks_from"], config, trees.flatten(template))
     if (init["import_wte_npy"] or init["import_scale_matrices_npz"]) and len(
         config.bands
     ) > 1:
@@ -92,8 +92,15 @@ def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> 
     return new
 
 
-def _blocks(run: str, wanted: Mapping[str, Any]) -> dict:
+def _blocks(run: str, config: GPTConfig, wanted: Mapping[str, Any]) -> dict:
     params, _, _ = checkpoint.load_weights(run)
+    trained = run_folder.read_config(checkpoint.find(run)[0]) or {"model": {}}
+    heads = trained["model"].get("n_head", config.n_head)
+    if heads != config.n_head:
+        raise UserError(
+            f"init.blocks_from: {run} has {heads} attention heads, this model "
+            f"{config.n_head}: set model.n_head={heads}"
+        )
     found = trees.flatten(params)
     blocks = {p: a for p, a in found.items() if not p.startswith("embed/")}
     missing = [p for p in wanted if p not in blocks and not p.startswith("embed/")]

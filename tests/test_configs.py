@@ -112,15 +112,6 @@ def test_the_config_that_is_named_for_a_model_trains_it(arm, entry):
     assert docstring.startswith(f"{entry.letter}, ")
 
 
-def test_the_finetuned_model_has_the_budget_an_experiment_gives_it():
-    alone, base = load("pca_finetune_k128.py"), knobs.base()
-    share = base.finetune
-    assert alone.train.steps == base.train.steps * share.steps_share
-    assert alone.train.warmup_steps == base.train.warmup_steps * share.steps_share
-    rate = base.train.learning_rate * share.learning_rate_share
-    assert alone.train.learning_rate == rate
-
-
 def check_command(words):
     """Raises UserError, or fails, unless a documented command can be given."""
     words = [word for word in words if word != "..."]

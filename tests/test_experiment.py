@@ -130,12 +130,12 @@ def test_in_an_experiment_b_gets_its_share_of_the_budget(planned):
     assert budget(planned, "gpt_pca_finetune_k8") == (200, 20, 1e-3)
 
 
-def test_b_on_its_own_plans_the_d_it_has_its_share_of(tiny_config):
+def test_b_on_its_own_plans_what_the_experiment_does(tiny_config):
     b = changed(
         tiny_config,
         arm="pca_finetune",
-        **{"model.n_embd_wte": 8, "train.steps": 200, "train.warmup_steps": 20},
-        **{"train.learning_rate": 1e-3},
+        **{"model.n_embd_wte": 8, "train.steps": 1000, "train.warmup_steps": 100},
+        **{"train.learning_rate": 4e-3},
         **{"finetune.steps_share": 0.2, "finetune.learning_rate_share": 0.25},
     )
     assert budget(b, "gpt_baseline") == (1000, 100, 4e-3)
@@ -143,14 +143,9 @@ def test_b_on_its_own_plans_the_d_it_has_its_share_of(tiny_config):
 
 
 def test_b_trained_alone_is_the_b_of_the_experiment(finished_experiment):
-    """Its own knobs are D's shares, so that either command finds the other's run."""
-    b = changed(
-        finished_experiment,
-        task="train",
-        arm="pca_finetune",
-        **{"model.n_embd_wte": 8, "train.steps": 3, "train.warmup_steps": 1},
-        **{"train.learning_rate": 3e-4},
-    )
+    """Either command finds the other's run, given the same knobs."""
+    b = changed(finished_experiment, task="train", arm="pca_finetune")
+    b.model.n_embd_wte = 8
     assert job_of(b, "gpt_pca_finetune_k8").status() == "done"
 
 

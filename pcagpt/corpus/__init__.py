@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from pcagpt.corpus.sources import find_text, sotu_documents
-from pcagpt.corpus.token_folder import SPLITS, Corpus, open_token_folder
+from pcagpt.corpus.token_folder import (
+    SPLITS,
+    Corpus,
+    fingerprint,
+    open_token_folder,
+)
 from pcagpt.corpus.tokenize import write_token_folder
 from pcagpt.tokenizer import load_tokenizer, rank_file, tokenizer_sha256
 
@@ -23,6 +28,7 @@ __all__ = [
     "Corpus",
     "CorpusInfo",
     "describe_corpus",
+    "fingerprint",
     "open_corpus",
     "sotu_documents",
     "text_counts",

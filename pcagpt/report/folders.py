@@ -75,6 +75,7 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
     metadata = read_json(folder / "metadata.json", "factorize the baseline again")
     ranks = metadata.get("ranks") or {}
     return {
+        "folder": folder.name,
         "method": metadata.get("method"),
         "effective_rank": metadata.get("effective_rank"),
         "energy": {k: ranks[k].get("energy_kept") for k in sorted(ranks, key=int)},

@@ -74,7 +74,7 @@ def _write(path: Path, text: str) -> None:
 
 def _draw(workdir: Path, results: dict[str, Any]) -> list[str]:
     """Save the figures there is data for, and give their names."""
-    spectrum = workdir / "pca_factorized" / "spectrum.npy"
+    spectrum = workdir / (results["spectrum"] or {}).get("folder", "") / "spectrum.npy"
     figures = {
         "loss": curves_figure(workdir, results["rows"]),
         "size": parameters_figure(results["rows"]),

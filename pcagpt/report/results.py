@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.report.answers import (
     CONFIDENCE,
@@ -57,7 +58,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
             "confidence": CONFIDENCE,
             "margin": EQUIVALENCE_MARGIN,
             "rows": rows,
-            "spectrum": read_spectrum(workdir / "pca_factorized"),
+            "spectrum": read_spectrum(workdir / _factor_folder(first.name)),
             "comparisons": comparisons,
             "hypotheses": judge_hypotheses(comparisons),
         }
@@ -120,3 +121,8 @@ def _joined_versions(rows: list[dict[str, Any]]) -> dict[str, str | None]:
     versions = [row.get("versions") or {} for row in rows]
     names = sorted({name for found in versions for name in found})
     return {name: _joined(found.get(name) for found in versions) for name in names}
+
+
+def _factor_folder(baseline: str) -> str:
+    """The folder of the factors of a baseline, of the same seed."""
+    return baseline.replace(ARMS["baseline"].run_name, "pca_factorized")
