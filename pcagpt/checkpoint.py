@@ -116,7 +116,8 @@ class Checkpoints:
                 continue
             for later, reason in damaged:
                 _LOGGER.warning(
-                    "checkpoint %s is damaged (%s): falling back to the one before, step %d",
+                    "checkpoint %s is damaged (%s): "
+                    "falling back to the one before, step %d",
                     self._folder / str(later),
                     reason,
                     step,

@@ -141,7 +141,9 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
     save(tmp_path, {1: 3.0, 2: 4.0})
     damage(tmp_path, 1)
     damage(tmp_path, 2)
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged: .*overwr"):
+    with pytest.raises(
+        UserError, match=f"every checkpoint .* damaged .*: delete {tmp_path}"
+    ):
         restore(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2]
 

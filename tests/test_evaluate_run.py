@@ -109,6 +109,18 @@ def test_a_corpus_of_more_tokens_than_the_model_knows_is_refused(asked, tmp_path
     assert snapshot(tmp_path / "runs") == before
 
 
+def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
+    config = asked("gpt_baseline")
+    path = Path(config.model_path) / "config.json"
+    trained = json.loads(path.read_text()) | {"tokenizer": "gpt2", "vocab_size": 5000}
+    path.write_text(json.dumps(trained))
+    source = Path(write_corpus(tmp_path / "sotu", np.arange(90), vocab_size=4096))
+    meta = {"vocab_size": 4096, "tokenizer": "sotu4096"}
+    (source / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="in tokens of sotu4096, .* those of gpt2"):
+        evaluate_run(changed(config, **{"data.source": str(source)}))
+
+
 def test_the_result_is_written_beside_the_run_by_corpus_split_and_step(asked, tmp_path):
     source = write_corpus(tmp_path / "other", np.arange(400) % 50, vocab_size=50)
     results = [

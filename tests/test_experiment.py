@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs import (
     changed,
@@ -322,3 +323,15 @@ def test_a_finished_baseline_is_used_whatever_its_budget_was(
     run_dir = execute(config)
     assert run_folder.read_result(run_dir)["steps"] == 2
     assert snapshot(workdir / "gpt_baseline") == before
+
+
+def test_runs_of_other_tokens_are_not_reported_together(tiny_config, tmp_path):
+    folder = tmp_path / "tokens"
+    shutil.copytree(tiny_config.data.source, folder)
+    tiny_config.data.source = str(folder)
+    execute(tiny_config)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    tokens[:-100].tofile(folder / "train.bin")
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        execute(changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8}))
+    assert not (Path(tiny_config.workdir) / "gpt_pca_k8").exists()

@@ -187,6 +187,7 @@ EVALUATE = {"task": "evaluate", "data.source": ""} | {
 }
 FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
 FINISHED = {"model.n_embd": 32, "model.block_size": 16}
+OTHER = {"workdir": "PLACE/finished", "seed": 7}
 TEXT = {"data.source": "PLACE/text"}
 IMPORT = FINISHED | {
     "arm": "pca",
@@ -203,7 +204,7 @@ KNOBS = {
     "arm": Shown(plan, "random", {"model.n_embd_wte": 8}),
     "workdir": Shown(plan, "PLACE/elsewhere"),
     "seed": Shown(first_losses, 2),
-    "overwrite": Shown(plan, True, FINISHED | {"workdir": "PLACE/finished"}),
+    "overwrite": Shown(refusal, True, OTHER),
     "build_prerequisites": Shown(refusal, False, RANDOM | {"arm": "pca"}),
     "model_path": Shown(evaluation, "PLACE/finished/gpt_pca_k8", EVALUATE),
     "split": Shown(evaluation, "test", EVALUATE),
@@ -249,7 +250,7 @@ KNOBS = {
     "evaluate.every": Shown(left, 2),
     "evaluate.batch_size": Shown(evaluation_batches, 16),
     "checkpoint.every": Shown(left, 2, {"checkpoint.keep_last": 9}),
-    "checkpoint.keep_last": Shown(left, 2),
+    "checkpoint.keep_last": Shown(left, 1),
     "telemetry.every": Shown(left, 2),
     "telemetry.tensorboard": Shown(left, True),
     "telemetry.wandb": Shown(telemetry, True),

@@ -18,7 +18,7 @@ from runs import (
     without_timings,
 )
 
-from pcagpt import experiment, run_folder
+from pcagpt import checkpoint, experiment, run_folder
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.plan import make_plan
 
@@ -35,6 +35,11 @@ def copied(finished_experiment, tiny_config):
 def pca(config):
     """The config of A."""
     return changed(config, arm="pca", **{"model.n_embd_wte": 8})
+
+
+def finetuned(config):
+    """The config of B."""
+    return changed(config, arm="pca_finetune", **{"model.n_embd_wte": 8})
 
 
 # Finished runs
@@ -117,7 +122,13 @@ def test_overwrite_discards_the_run_and_trains_it_anew(copied):
     assert run_folder.read_result(run_dir)["steps"] == 4
     assert not (run_dir / "left over").exists()
     assert max(line["step"] for line in metrics(run_dir)) == 4
-    assert sorted(path.name for path in (run_dir / "ckpt").iterdir()) == ["4"]
+    assert checkpoint.steps(run_dir) == [3, 4]
+
+
+def test_overwrite_leaves_a_run_alone_that_does_not_differ(copied):
+    before = snapshot(Path(copied.workdir))
+    execute(changed(copied, overwrite=True))
+    assert snapshot(Path(copied.workdir)) == before
 
 
 def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied):
@@ -128,10 +139,26 @@ def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied
         )
     )
     baseline = snapshot(workdir / "gpt_baseline")
-    execute(changed(pca(copied), overwrite=True))
+    execute(changed(pca(copied), overwrite=True, **{"train.steps": 2}))
+    assert run_folder.read_result(workdir / "gpt_pca_k8")["steps"] == 2
     assert snapshot(workdir / "gpt_baseline") == baseline
     tables = sorted(path.name for path in (workdir / "pca_factorized").glob("wte*"))
     assert tables == ["wte_pca_k4.npy", "wte_pca_k8.npy"]
+
+
+def test_a_stopped_run_is_refused_when_its_tokens_changed(tiny_config, tmp_path):
+    source = Path(shutil.copytree(tiny_config.data.source, tmp_path / "corpus"))
+    tiny_config.data.source = str(source)
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 2, 15)
+        with pytest.raises(Interrupted):
+            execute(tiny_config)
+    tokens = np.fromfile(source / "train.bin", np.uint16)
+    tokens[::-1].tofile(source / "train.bin")
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        execute(tiny_config)
+    tokens.tofile(source / "train.bin")
+    assert run_folder.read_result(execute(tiny_config))["steps"] == 6
 
 
 @pytest.mark.parametrize(
@@ -146,7 +173,6 @@ def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied
         {"mesh.data": 2},
         {"mesh.fsdp": 2},
         {"data.cache_dir": "elsewhere"},
-        {"finetune.steps_share": 0.25},
         {"build_prerequisites": False},
         {"ranks": (4,)},
     ],
@@ -160,13 +186,7 @@ def test_a_run_is_the_same_whatever_its_numbers_do_not_depend_on(knob, copied):
 def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
     moved = changed(copied, workdir=str(tmp_path / "moved"))
     Path(copied.workdir).rename(moved.workdir)
-    finetuned = changed(
-        moved,
-        arm="pca_finetune",
-        **{"model.n_embd_wte": 8, "train.steps": 3, "train.warmup_steps": 1},
-        **{"train.learning_rate": 3e-4},
-    )
-    for config in (moved, pca(moved), finetuned):
+    for config in (moved, pca(moved), finetuned(moved)):
         assert status(config) == "done"
 
 
@@ -188,17 +208,12 @@ def test_an_imported_file_of_other_content_is_another_config(file, name, copied)
 
 
 def test_blocks_of_another_run_are_another_config(copied):
-    finetuned = changed(
-        copied,
-        arm="pca_finetune",
-        **{"model.n_embd_wte": 8, "train.steps": 3, "train.warmup_steps": 1},
-        **{"train.learning_rate": 3e-4},
-    )
-    assert status(finetuned) == "done"
+    b = finetuned(copied)
+    assert status(b) == "done"
     result = Path(copied.workdir) / "gpt_baseline" / "result.json"
     run_folder.write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
     with pytest.raises(UserError, match=r"imported_sha256\.blocks_from \(was"):
-        status(finetuned)
+        status(b)
 
 
 # Files
@@ -253,8 +268,10 @@ def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
 
 
 def test_the_plan_says_what_is_done_and_what_is_not(copied):
-    (lines,) = (experiment.describe(make_plan(copied)),)
-    assert [line.split()[-1] for line in lines] == ["done"]
-    copied.overwrite = True
-    lines = experiment.describe(make_plan(copied))
-    assert lines[0].endswith("to do")
+    def shown(config):
+        return [line.split()[-1] for line in experiment.describe(make_plan(config))]
+
+    assert shown(copied) == ["done"]
+    shutil.rmtree(Path(copied.workdir) / "gpt_pca_k8")
+    assert shown(pca(copied)) == ["done", "done", "do"]
+    assert shown(changed(copied, overwrite=True, seed=7)) == ["do"]

@@ -88,7 +88,7 @@ def test_checkpoints_are_saved_at_intervals_when_best_and_at_the_end(run_dir):
 
 def test_the_best_loss_is_the_lowest_not_the_last(tiny_config):
     tiny_config.train.update({"learning_rate": 0.3, "schedule": "constant"})
-    tiny_config.evaluate.every = 1
+    tiny_config.evaluate.every = tiny_config.checkpoint.keep_last = 1
     run_dir = execute(tiny_config)
     losses = [line["loss"] for line in metrics(run_dir) if line["split"] == "val"]
     result = run_folder.read_result(run_dir)

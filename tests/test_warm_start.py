@@ -313,6 +313,7 @@ def test_files_of_one_table_are_refused_by_a_model_of_several_bands(factors):
         ({"bias": False}, "bias"),
         ({"block_size": 8}, "'wpe' has shape (16, 32), this model needs (8, 32)"),
         ({"n_embd": 16}, "give both models the same model.* sizes"),
+        ({"n_head": 4}, "has 2 attention heads, this model 4: set model.n_head=2"),
     ],
 )
 def test_blocks_of_another_model_are_refused(other, words, finished_experiment):
@@ -323,11 +324,12 @@ def test_blocks_of_another_model_are_refused(other, words, finished_experiment):
     assert words in message
 
 
-def test_more_blocks_than_the_model_has_are_refused(monkeypatch):
+def test_more_blocks_than_the_model_has_are_refused(finished_experiment, monkeypatch):
+    run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
     deeper = template(dataclasses.replace(MODEL, n_layer=2))
     monkeypatch.setattr(checkpoint, "load_weights", lambda _: (deeper, {}, 6))
-    message = refusal(blocks_from="a/run")
-    assert "init.blocks_from=a/run holds 'block_1/" in message
+    message = refusal(blocks_from=str(run_dir))
+    assert f"init.blocks_from={run_dir} holds 'block_1/" in message
     assert "the two models differ in model.n_layer" in message
 
 
