@@ -1,0 +1,60 @@
+"""Writes the result tables of README.md from the results in checkpoints/published.
+
+python scripts/update_readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+from pcagpt.arms import TITLES
+from pcagpt.report.wording import NOTHING, code, count, fixed, signed, table, times
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "checkpoints" / "published"
+
+
+def results_table(folder: Path) -> str:
+    """The models of a results.json as a table over a line of its provenance."""
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    rows = [
+        [
+            f"**{row['letter']}**",
+            TITLES[row["letter"]],
+            count(row["rank"]),
+            fixed(row["val_loss"]),
+            NOTHING if row["letter"] == "D" else signed(row["added_loss"]),
+            times(row["compression_embedding"]),
+            times(row["compression_total"]),
+            f"{row['tokens_seen'] / 1e6:.1f} M",
+            count(row["tokens_per_second"]),
+        ]
+        for row in results["rows"]
+    ]
+    header = ["", "Model", "Rank", "Loss", "Added", "Table ×", "Model ×", "Tokens"]
+    seeds = len({row["seed"] for row in results["rows"]})
+    says = (
+        f"Validation loss in nats per token on {code(results['corpus']['name'])}, "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; × says how many times "
+        f"smaller than D's. {results['device']}, commit "
+        f"{code((results['git_commit'] or 'unknown')[:12])}, by"
+    )
+    text = table([*header, "Tokens/s"], rows, "llrrrrrrr")
+    return f"{text}\n\n{says}\n\n    {results['command']}"
+
+
+def updated(readme: str) -> str:
+    """The text with every block of results written anew."""
+
+    def block(found: re.Match) -> str:
+        name = found[1]
+        made = results_table(PUBLISHED / name)
+        return f"<!-- results of {name} -->\n{made}\n<!-- end -->"
+
+    pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"
+    return re.sub(pattern, block, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text("utf-8")), encoding="utf-8")
