@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from pcagpt import provenance
 from pcagpt.errors import UserError
 from pcagpt.telemetry import Progress, Telemetry
 
@@ -103,5 +104,9 @@ class Meter:
             utilisation = None
             if rate is not None and self._peak_flops is not None:
                 utilisation = rate * self._flops_per_token / self._peak_flops
-            values |= {"tokens_per_second": rate, "flop_utilisation": utilisation}
+            values |= {
+                "tokens_per_second": rate,
+                "flop_utilisation": utilisation,
+                "device_peak_bytes": provenance.device_peak_bytes(),
+            }
             self._telemetry.log(step, step * self._tokens_per_step, "train", values)

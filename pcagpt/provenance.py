@@ -72,3 +72,9 @@ def peak_flops(count: int) -> float | None:
         if re.match(rf"{name}\b", kind):
             return flops * count
     return None
+
+
+def device_peak_bytes() -> int | None:
+    """The most memory this process has used on its first device; None on CPUs."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")

@@ -190,7 +190,7 @@ class Training:
         if restored:
             variables, optimizer, meta, _ = restored
             state = TrainState.from_items(variables, optimizer)
-            return state, shardings, History(**meta)
+            return state, shardings, History(**meta["history"])
         state = jax.jit(init, out_shardings=shardings)()
         state = state.replace(
             params=self._import_into(state.params), constants=self.constants()
@@ -258,7 +258,7 @@ class Training:
             int(state.step),
             state.variables,
             state.optimizer_item,
-            dataclasses.asdict(history),
+            {"history": dataclasses.asdict(history), "config": self.record},
             measured.metrics["loss"] if measured else None,
         )
 

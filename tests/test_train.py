@@ -193,3 +193,11 @@ def test_a_model_of_more_tokens_than_the_corpus_goes_through_the_factorization(
     table = np.load(job.config.init.import_wte_npy)
     assert table.shape == (100, 8)
     assert training(a).model.config.vocab_size == 100
+
+
+def test_a_checkpoint_knows_its_config_and_best_loss(tiny_config):
+    run_dir = execute(tiny_config)
+    meta = json.loads((run_dir / "ckpt" / "6" / "meta" / "metadata").read_text())
+    assert meta["config"] == json.loads((run_dir / "config.json").read_text())
+    best = run_folder.read_result(run_dir)["best_val_loss"]
+    assert meta["history"]["best_val_loss"] == best
