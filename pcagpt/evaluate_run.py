@@ -8,13 +8,16 @@ import jax
 from ml_collections import ConfigDict
 
 from pcagpt import checkpoint, evaluate, provenance, run_folder, sharding
-from pcagpt.config import model_settings
+from pcagpt.config import KNOBS, model_settings
 from pcagpt.corpus import open_corpus, text_counts
 from pcagpt.data import EvaluationBatches
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.telemetry import Progress
 from pcagpt.tokenizer import tokenizer_sha256
+
+# Knobs of the model that are about the device, and change no more than rounding.
+DEVICE_CHOICES = ("compute_dtype", "attention")
 
 
 def evaluate_run(config: ConfigDict) -> dict:
@@ -23,7 +26,8 @@ def evaluate_run(config: ConfigDict) -> dict:
     The corpus is the run's own unless `config.data.source` names another.
 
     Raises:
-      UserError: no such run, or a corpus whose ids the model lacks.
+      UserError: no such run, a corpus whose ids the model lacks, or a `model` knob that
+        contradicts the run.
     """
     run_dir, step = checkpoint.find(config.model_path)
     trained = run_folder.read_config(run_dir)
@@ -44,8 +48,9 @@ def evaluate_run(config: ConfigDict) -> dict:
             f"{corpus.name} is in tokens of {corpus.tokenizer}, the model of {run_dir} "
             f"knows those of {known}: set --config.data.tokenizer={known}"
         )
-    # The device is this one, not the one it was trained on.
-    trained.model.compute_dtype = trained.model.attention = "auto"
+    _check_model(run_dir, trained.model, config.model)
+    for name in DEVICE_CHOICES:  # Of this device, not of the one it was trained on.
+        trained.model[name] = config.model[name]
     settings = model_settings(
         trained.model, trained.vocab_size, jax.devices()[0].platform
     )
@@ -93,6 +98,19 @@ def evaluate_run(config: ConfigDict) -> dict:
         name = f"evaluation_{corpus_name}_{config.split}_step{step}.json"
         run_folder.write_json(run_dir / name, result)
     return result
+
+
+def _check_model(run_dir: Path, trained: ConfigDict, asked: ConfigDict) -> None:
+    """Raises UserError for a knob that was set and contradicts the run's own model."""
+    for name, value in asked.items():
+        if name in DEVICE_CHOICES or value == KNOBS[f"model.{name}"].default:
+            continue
+        known = tuple(trained[name]) if isinstance(value, tuple) else trained[name]
+        if value != known:
+            raise UserError(
+                f"model.{name} is {value}, but {run_dir} was trained with {known}: "
+                "leave it out, a run keeps its model"
+            )
 
 
 def _shown(batches: EvaluationBatches, progress: Progress) -> Iterator:

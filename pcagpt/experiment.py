@@ -16,6 +16,7 @@ from pcagpt.factorize_run import FactorizeJob
 from pcagpt.plan import Job, Plan
 from pcagpt.report import collect_results, write_report
 from pcagpt.run_folder import DONE
+from pcagpt.telemetry import import_wandb
 from pcagpt.train_run import TrainJob
 
 # What a finished baseline must share with a model that takes over its table or blocks.
@@ -40,11 +41,13 @@ def check(plan: Plan, config: ConfigDict) -> None:
     """Finds what is in the way, as far as that takes no time and leaves no trace.
 
     Raises:
-      UserError: the workdir cannot be written to, a run of another config is there, a
-        prerequisite is lacking and `config.build_prerequisites` is off, or the corpus
-        is none.
+      UserError: the workdir cannot be written to, W&B is asked for and not installed,
+        a run of another config is there, a prerequisite is lacking and
+        `config.build_prerequisites` is off, or the corpus is none.
     """
     _check_workdir(config.workdir)
+    if config.telemetry.wandb:
+        import_wandb()
     if config.factorize.method not in factorize.METHODS:
         raise UserError(
             f"factorize.method is '{config.factorize.method}': it must be one of "

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,17 +50,23 @@ def _cut_metrics(path: Path, last_step: int) -> set[str]:
     return splits
 
 
-def _start_wandb(
-    run_dir: Path, config: Mapping[str, Any], name: str, project: str, resume: bool
-) -> Any:
-    """A W&B run, the same again when a training is resumed; WANDB_MODE is honoured."""
+def import_wandb() -> ModuleType:
+    """The optional package; raises UserError where it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             "W&B logging was asked for, but the package wandb is not installed: "
-            "pip install 'pcagpt[wandb]', or switch W&B off"
+            "pip install 'pcagpt[wandb]', or --config.telemetry.wandb=False"
         ) from None
+    return wandb
+
+
+def _start_wandb(
+    run_dir: Path, config: Mapping[str, Any], name: str, project: str, resume: bool
+) -> Any:
+    """A W&B run, the same again when a training is resumed; WANDB_MODE is honoured."""
+    wandb = import_wandb()
     run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"
     known = resume and id_file.exists()

@@ -85,6 +85,16 @@ def test_a_knob_that_cannot_work_is_refused(overrides, words, corpus, place):
     assert words in refusal(*arguments, unchanged=[place])
 
 
+def test_wandb_that_is_not_installed_is_refused_before_a_run_is_discarded(
+    trained, corpus_folder, place, monkeypatch
+):
+    shutil.copytree(trained, place / "runs" / "gpt_baseline")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    asked = {"telemetry.wandb": True, "train.steps": 1, "overwrite": True}
+    arguments = tiny("baseline.py", corpus_folder, workdir=place / "runs", **asked)
+    assert "pip install 'pcagpt[wandb]'" in refusal(*arguments, unchanged=[place])
+
+
 @pytest.mark.parametrize("ranks", ["64,x", "64,,128", "0", "64,1000", ""])
 def test_a_rank_list_with_a_bad_entry_is_refused(ranks, place):
     config = f"--config={CONFIGS / 'experiment.py'}"

@@ -161,3 +161,21 @@ def test_a_model_of_more_tokens_than_its_corpus_can_be_given_them(
     source = write_corpus(tmp_path / "wide", np.arange(400) % 110, vocab_size=110)
     found = evaluate_run(changed(config, **{"data.source": source}))
     assert math.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"model.n_layer": 2}, {"model.band_sizes": (90, 7)}, {"model.dropout": 0.5}],
+)
+def test_a_model_knob_that_contradicts_the_run_is_refused(override, asked, tmp_path):
+    config = asked("gpt_pca_k8", **override)
+    before = snapshot(tmp_path / "runs")
+    with pytest.raises(UserError, match=f"{next(iter(override))} is .* trained with"):
+        evaluate_run(config)
+    assert snapshot(tmp_path / "runs") == before
+
+
+def test_the_compute_dtype_is_that_of_the_command(asked):
+    exact = evaluate_run(asked("gpt_baseline"))["loss"]
+    rounded = evaluate_run(asked("gpt_baseline", **{"model.compute_dtype": "bfloat16"}))
+    assert 0 < abs(rounded["loss"] - exact) < 0.01

@@ -1,6 +1,9 @@
 """Two processes, joined by jax.distributed, train what one process would."""
 
+import contextlib
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +13,8 @@ from pathlib import Path
 import pytest
 from runs import changed, metrics
 
+from pcagpt import checkpoint, run_folder
 from pcagpt import config as knobs
-from pcagpt import run_folder
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 120
@@ -23,8 +26,11 @@ def free_address():
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def run_in_two_processes(config, log_dir, cache):
-    """`python -m pcagpt.main` twice, with a device each; returns what they said."""
+def run_in_two_processes(config, log_dir, cache, meanwhile=lambda processes: None):
+    """`python -m pcagpt.main` twice, with a device each; returns what they said.
+
+    `meanwhile` is called with the processes, again and again, while they run.
+    """
     default = knobs.flat(knobs.base())
     overrides = [
         knobs.override(path, value)
@@ -50,7 +56,7 @@ def run_in_two_processes(config, log_dir, cache):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "pcagpt.main"]
-                    + ["--config=configs/pca_k128.py", *overrides, *joined],
+                    + ["--config=configs/baseline.py", *overrides, *joined],
                     cwd=REPOSITORY,
                     env=environment,
                     stdout=logs[-1],
@@ -62,7 +68,11 @@ def run_in_two_processes(config, log_dir, cache):
             # One that failed leaves the other waiting for ever.
             if time.monotonic() > give_up or any(p.poll() for p in processes):
                 break
+            meanwhile(processes)
             time.sleep(0.1)
+        for process in processes:  # The second ends soon after the first.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
     finally:
         for process in processes:
             process.kill()
@@ -99,3 +109,31 @@ def test_two_processes_train_a_and_what_it_needs_as_one_does(
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert "A gpt_pca_k8" in said[0]
     assert "to do" not in said[1]  # the plan is told once
+
+
+def test_when_one_of_two_processes_is_asked_to_stop_both_stop_at_the_same_step(
+    finished_experiment, tmp_path, compiled
+):
+    config = changed(
+        finished_experiment,
+        task="train",
+        arm="baseline",
+        workdir=str(tmp_path / "runs"),
+        **{"train.steps": 100_000, "mesh.data": 2},
+        **{"checkpoint.every": 100_000, "evaluate.every": 100_000},
+    )
+    run_dir = tmp_path / "runs" / "gpt_baseline"
+    asked = []
+
+    def ask_the_second(processes):
+        if not asked and (run_dir / "metrics.jsonl").exists():
+            asked.append(processes[1].pid)
+            processes[1].send_signal(signal.SIGTERM)
+
+    codes, said = run_in_two_processes(config, tmp_path, compiled, ask_the_second)
+    assert asked
+    assert codes == [1, 1], "\n".join(said)
+    first, second = (re.findall(r"stopped at step (\d+) of 100000", s) for s in said)
+    assert first == second
+    assert max(checkpoint.steps(run_dir)) == int(first[0])
+    assert int(first[0]) % 10 == 0

@@ -1,12 +1,30 @@
-"""The figures in README.md are those that a command wrote."""
+"""README.md is true: its figures were written by a command, and its commands run."""
 
+import json
+import os
 import re
 import runpy
-from pathlib import Path
+import shlex
+import shutil
+import subprocess
+import sys
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+import numpy as np
+import pytest
+from command_line import ROOT, TINY, call, commands
+
 README = (ROOT / "README.md").read_text("utf-8")
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [shlex.join(words) for words in commands("\n".join(BLOCKS))]
+
+# Rank 128 is in the commands, so that the model must have that width.
+SMALL = TINY | {"model.n_embd": 128}
+# What demo.sh asks of a .venv in which everything is installed.
+INSTALLED = f"""#!/bin/sh
+[ "$1" = -m ] && [ "$2" = pip ] && exit 0
+exec '{sys.executable}' "$@"
+"""
 
 
 def test_result_tables_are_those_of_the_published_results():
@@ -19,3 +37,111 @@ def test_local_links_and_pictures_lead_somewhere():
     local = [target for target in targets if "://" not in target]
     assert len(local) > 3
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The repository's scripts and configs, an environment, and a corpus to name."""
+    clone, random = tmp_path / "clone", np.random.default_rng(0)
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, clone / name)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, clone)
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(INSTALLED)
+    python.chmod(0o755)
+    (clone / "FOLDER").mkdir()
+    for split in ("train", "val", "test"):
+        tokens = random.integers(0, 130, 400).astype(np.uint16)
+        tokens.tofile(clone / "FOLDER" / f"{split}.bin")
+    (clone / "FOLDER" / "meta.json").write_text(json.dumps({"vocab_size": 130}))
+    return clone
+
+
+def shrunken(line):
+    """The words of a command with sizes of a test; its own words come first."""
+    overrides = {"data.source": "FOLDER"} | SMALL
+    return shlex.split(line) + [f"--config.{k}={v}" for k, v in overrides.items()]
+
+
+def in_bash(words, clone, compiled):
+    """Runs a script of the clone as a person would; returns what it printed."""
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+    }
+    environment.pop("VIRTUAL_ENV", None)  # The clone has its own.
+    ended = subprocess.run(
+        words,
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def runs_made(folder):
+    """The names of the finished runs in a folder."""
+    return {path.parent.name for path in folder.glob("*/result.json")}
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_script_of_the_readme_does_what_its_name_says(clone, compiled):
+    lines = [line for line in COMMANDS if line.startswith("bash scripts/")]
+    lines.remove("bash scripts/test.sh")  # This very run.
+    made = {}
+    for line in lines:
+        in_bash(shrunken(line), clone, compiled)
+        made[line.split()[1]] = runs_made(clone / "checkpoints")
+    arms = {"gpt_pca_k128", "gpt_pca_finetune_k128", "gpt_random_lowrank_k128"}
+    assert runs_made(clone / "checkpoints" / "demo") == {
+        "gpt_baseline",
+        *(arm.replace("128", "32") for arm in arms),
+    }
+    assert made["scripts/train_baseline_gpt2.sh"] == {"gpt_baseline"}
+    tables = sorted((clone / "checkpoints" / "pca_factorized").glob("*.npy"))
+    assert {"wte_pca_k64.npy", "wte_pca_k128.npy"} < {path.name for path in tables}
+    for script, arm in {
+        "scripts/train_pca_compressed.sh": "gpt_pca_k128",
+        "scripts/train_pca_finetune.sh": "gpt_pca_finetune_k128",
+        "scripts/train_random_lowrank.sh": "gpt_random_lowrank_k128",
+    }.items():
+        assert arm in made[script]
+    assert made["scripts/run_all_experiments.sh"] == {"gpt_baseline", *arms}
+    for folder in ("checkpoints", "checkpoints/demo"):
+        assert "</html>" in (clone / folder / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_command_of_the_readme_runs_and_a_second_time_finds_all_done(
+    clone, monkeypatch
+):
+    monkeypatch.chdir(clone)
+    lines = [line for line in COMMANDS if line.startswith("python -m pcagpt.main")]
+    assert len(lines) > 8
+    for line in lines:
+        words = shrunken(line)[3:]
+        if "--config.model.n_embd_wte=64" in words:  # A change of what is there.
+            words.append("--config.workdir=other")
+        outcome = call(*words)
+        assert outcome.code == 0, (line, outcome)
+        if "configs/evaluate.py" not in line:
+            again = call(*words)
+            assert again.code == 0, (line, again)
+            assert "to do" not in again.out, (line, again)
+    made = runs_made(clone / "checkpoints")
+    for rank in (64, 128):
+        assert {f"gpt_pca_k{rank}", f"gpt_random_lowrank_k{rank}"} < made
+    assert runs_made(clone / "other") == {"gpt_baseline", "gpt_pca_k64"}
+
+
+def test_what_the_readme_gives_for_other_machines_is_known():
+    lines = {line for block in BLOCKS for line in block.splitlines() if line.strip()}
+    run = {shlex.join(words) for line in lines for words in commands(line)}
+    assert run == set(COMMANDS)
+    others = [line for line in lines if not commands(line)]
+    assert others == ["pip install -c constraints.txt -e '.[cuda13]'"]
