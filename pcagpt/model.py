@@ -281,10 +281,19 @@ class GPT(nn.Module):
 
         With dropout on and not deterministic, needs an rng named 'dropout'.
         """
-        batch, length = tokens_BT.shape
         x_ND = self.embed(tokens_BT.reshape(-1))
-        wpe_TD = self.wpe[:length].astype(x_ND.dtype)
-        x_ND += jnp.broadcast_to(wpe_TD, (batch, *wpe_TD.shape)).reshape(x_ND.shape)
+        return self.contextualize(x_ND, tokens_BT.shape[1], deterministic)
+
+    def contextualize(
+        self, x_ND: jax.Array, sequence_length: int, deterministic: bool = True
+    ) -> jax.Array:
+        """Token embeddings [N, D], sequence after sequence -> output of ln_f [N, D].
+
+        All of the model but its tables: positions, blocks and the final norm.
+        """
+        wpe_TD, length = self.wpe[:sequence_length].astype(x_ND.dtype), sequence_length
+        wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
+        x_ND += wpe_BTD.reshape(x_ND.shape)
         x_ND = self.embedding_dropout(x_ND, deterministic=deterministic)
         for block in self.blocks:
             x_ND = block(x_ND, length, deterministic)

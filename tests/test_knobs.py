@@ -182,11 +182,12 @@ BANDED = {"arm": "random"} | {
     "model.band_ranks": (8, 4),
 }
 EXPERIMENT = {"task": "experiment"}
+FINISHED = {"model.n_embd": 32, "model.block_size": 16}
 EVALUATE = {"task": "evaluate", "data.source": ""} | {
-    "model_path": "PLACE/finished/gpt_baseline"
+    "model_path": "PLACE/finished/gpt_baseline",
+    **FINISHED,
 }
 FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
-FINISHED = {"model.n_embd": 32, "model.block_size": 16}
 OTHER = {"workdir": "PLACE/finished", "seed": 7}
 TEXT = {"data.source": "PLACE/text"}
 IMPORT = FINISHED | {
