@@ -193,6 +193,16 @@ def _local_checkpointer() -> ocp.Checkpointer:
     )
 
 
+def save_weights(run_dir: Path, variables: dict) -> None:
+    """Writes a model that no training of this folder made, as its checkpoint 0."""
+    folder = (run_dir / FOLDER).absolute()
+    with ocp.CheckpointManager(folder, item_names=("weights",)) as manager:
+        manager.save(
+            0, args=ocp.args.Composite(weights=ocp.args.StandardSave(variables))
+        )
+        manager.wait_until_finished()
+
+
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:
     """Weights only, as host arrays on any number of devices.
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_dict
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 
-TASKS = ("train", "experiment", "factorize", "evaluate")
+TASKS = ("train", "experiment", "factorize", "compress", "evaluate")
 SPLITS = ("train", "val", "test")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -23,9 +23,9 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def one_of(*choices: str) -> Rule:
-    """These words only."""
-    return Rule(f"one of {', '.join(choices)}", choices.__contains__)
+def one_of(*choices: str | int) -> Rule:
+    """These words or numbers only."""
+    return Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
 
 
 def at_least(low: int) -> Rule:
@@ -67,9 +67,12 @@ KNOBS = {
     "seed": Knob(1, "of initialisation, dropout and data order", SEED),
     "overwrite": Knob(False, "discard a run of the same name and another config"),
     "build_prerequisites": Knob(True, "make D and the factorization where lacking"),
-    "model_path": Knob("", "factorize, evaluate: a run, a checkpoint, a .npy table"),
+    "model_path": Knob(
+        "",
+        "factorize, compress, evaluate: a run, a checkpoint; factorize: a .npy table",
+    ),
     "split": Knob("val", "evaluate: which part of the corpus", one_of(*SPLITS)),
-    "ranks": Knob((128,), "factorize, experiment: as in 64,128", at_least(1)),
+    "ranks": Knob((128,), "factorize, compress, experiment: as in 64,128", at_least(1)),
     # The model: GPT-2 small.
     "model.vocab_size": Knob(
         None, "None: as many tokens as the tokenizer has", at_least(1), int
@@ -143,6 +146,29 @@ KNOBS = {
     "factorize.method": Knob("svd", "svd, or pca: centred, the mean goes into wpe"),
     "factorize.singular_value_split": Knob(
         0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE
+    ),
+    # Compression of a trained model's table without training.
+    "compress.methods": Knob(
+        "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context",
+        "what a sweep tries; the last one is also tried at fewer bits",
+    ),
+    "compress.bands": Knob(
+        (1, 7, 12),
+        "numbers of frequency bands to try; 1: one rank for all",
+        at_least(1),
+    ),
+    "compress.bits": Knob((8, 4), "of a stored number, besides 32", one_of(8, 4)),
+    "compress.calibration_tokens": Knob(
+        1_048_576, "of the training split, to measure what weighs errors", at_least(1)
+    ),
+    "compress.max_added_loss": Knob(
+        0.0, "nats a token may lose; above 0: find the smallest table", at_least(0)
+    ),
+    "compress.max_params": Knob(
+        0, "numbers the table may store; above 0: find the best table", at_least(0)
+    ),
+    "compress.max_bytes": Knob(
+        0, "bytes the table may take; above 0: find the best table", at_least(0)
     ),
     # Validation.
     "evaluate.every": Knob(250, "steps between evaluations", at_least(1)),
@@ -234,7 +260,7 @@ def validate(config: ConfigDict) -> None:
         )
     _check_ranks(config)
     _check_distinct("experiment.seeds", config.experiment.seeds)
-    if config.task in ("factorize", "evaluate") and not config.model_path:
+    if config.task in ("factorize", "compress", "evaluate") and not config.model_path:
         raise UserError(
             f"model_path is empty: name the run to {config.task}, as in "
             "--config.model_path=checkpoints/gpt_baseline"
@@ -278,7 +304,7 @@ def _check_distinct(path: str, entries: tuple[int, ...]) -> None:
 def _check_ranks(config: ConfigDict) -> None:
     """Whether ranks and bands fit the model's width, the task and the arm."""
     model = config.model
-    if config.task in ("factorize", "experiment"):
+    if config.task in ("factorize", "compress", "experiment"):
         if not config.ranks:
             raise UserError("ranks is empty: give at least one, as in 64,128")
         _check_distinct("ranks", config.ranks)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.errors import UserError
+from pcagpt.factorize import BandedTable, LowRank
 
 
 class ScaleMatrices(NamedTuple):
@@ -64,6 +65,31 @@ def write(
     _write_atomically(
         folder / "metadata.json", lambda file: file.write(text.encode("utf-8"))
     )
+
+
+def write_bands(folder: Path, table: BandedTable) -> None:
+    """The files of a table in bands.
+
+    token_order.npy           [V] int32, the token at each position, band after band
+    wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
+    scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; none at full width
+    mean.npy                  [d] float32, to be added to the input, if centred
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / "token_order.npy", np.save, table.order)
+    for number, part in enumerate(table.tables):
+        rows = part
+        if isinstance(part, LowRank):
+            rows, scale = part.wte, _float32(part.scale)
+            _write_atomically(
+                folder / f"scale_mats_band{number}.npz",
+                np.savez,
+                scale_up=scale,
+                scale_down=scale,
+            )
+        _write_atomically(folder / f"wte_band{number}.npy", np.save, _float32(rows))
+    if table.mean is not None:
+        _write_atomically(folder / "mean.npy", np.save, _float32(table.mean))
 
 
 def read_metadata(folder: Path) -> dict | None:

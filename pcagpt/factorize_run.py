@@ -150,7 +150,8 @@ class FactorizeJob:
                 )
         earlier = factor_files.read_metadata(self.folder)
         ranks = sorted({*self.ranks, *map(int, earlier["ranks"] if earlier else ())})
-        factors = factorize.METHODS[self.method](table_VD)
+        weighting = factorize.METHODS[self.method](table_VD, None)
+        factors = factorize.solve(table_VD, weighting)
         energy = factorize.energy_kept(factors.singular_values)
         metadata = {
             **self.identity(),

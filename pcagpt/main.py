@@ -9,6 +9,7 @@
   --config=configs/pca_finetune_k128.py    B: factorized embedding, D's blocks
   --config=configs/random_k128.py          C: random factors
   --config=configs/factorize.py --config.model_path=RUN_OR_NPY --config.ranks=64,128
+  --config=configs/compress.py --config.model_path=RUN
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
 
 What is finished is skipped, what was interrupted resumes. Exit codes: 0 done, 2 a
@@ -78,6 +79,7 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
     with _ended_by_interrupt():
         # Here because it takes seconds, and mistakes should show at once.
         from pcagpt import checkpoint, experiment, sharding
+        from pcagpt.compress import compress
         from pcagpt.evaluate_run import evaluate_run
         from pcagpt.plan import make_plan
 
@@ -94,6 +96,14 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
             print(f"\nevaluate {run_dir} at step {step} on {config.split}")
         else:
             print(json.dumps(evaluate_run(config), indent=2))
+        return
+    if config.task == "compress":
+        run_dir, step = checkpoint.find(config.model_path)
+        if print_only:
+            print(command_line.listing(config))
+            print(f"\ncompress the token table of {run_dir} at step {step}")
+        else:
+            compress(config, command)
         return
     plan = make_plan(config)
     if print_only:

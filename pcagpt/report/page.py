@@ -6,14 +6,19 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pcagpt.report.folders import strict
+from pcagpt.report.pareto import pareto_figure
 from pcagpt.report.plots import curves_figure, parameters_figure, spectrum_figure
 from pcagpt.report.style import STYLE
+from pcagpt.report.sweep import SWEEP_TITLE, sweep_markdown
 from pcagpt.report.text import TITLE, report_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
@@ -26,18 +31,34 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     workdir = Path(workdir)
     text = json.dumps(strict(results), indent=1, allow_nan=False, ensure_ascii=False)
     _write(workdir / "results.json", text + "\n")
-    plots = _draw(workdir, results)
-    markdown_text = report_markdown(results, plots)
-    _write(workdir / "report.md", markdown_text)
-    _write(workdir / "report.html", report_html(markdown_text, workdir))
-    return workdir / "report.html"
+    plots = _save(workdir, _figures(workdir, results))
+    return write_page(workdir, TITLE, report_markdown(results, plots))
 
 
-def report_html(markdown_text: str, folder: Path) -> str:
+def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
+    """Write plots/pareto.png, report.md and report.html of a sweep; the last's path.
+
+    Args:
+      folder: that holds sweep.json.
+      sweep: what it holds.
+    """
+    _save(folder, {"pareto": pareto_figure(sweep)})
+    return write_page(folder, SWEEP_TITLE, sweep_markdown(sweep))
+
+
+def write_page(folder: Path, title: str, markdown_text: str) -> Path:
+    """Write report.md and report.html into a folder whose plots/ it shows."""
+    _write(folder / "report.md", markdown_text)
+    _write(folder / "report.html", report_html(title, markdown_text, folder))
+    return folder / "report.html"
+
+
+def report_html(title: str, markdown_text: str, folder: Path) -> str:
     """The markdown as one HTML file: style and images are inside, nothing is fetched.
 
     Args:
-      markdown_text: what `report_markdown` returned.
+      title: of the browser's window.
+      markdown_text: headings, tables, text and images of plots/.
       folder: where its image links start.
     """
     import markdown
@@ -60,7 +81,7 @@ def report_html(markdown_text: str, folder: Path) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(TITLE)}</title>\n<style>\n{STYLE}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -72,8 +93,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(replacement, path)
 
 
-def _draw(workdir: Path, results: dict[str, Any]) -> list[str]:
-    """Save the figures there is data for, and give their names."""
+def _figures(workdir: Path, results: dict[str, Any]) -> "dict[str, Figure | None]":
+    """The figures by name; None where there is no data for one."""
     spectrum = workdir / (results["spectrum"] or {}).get("folder", "") / "spectrum.npy"
     figures = {
         "loss": curves_figure(workdir, results["rows"]),
@@ -84,9 +105,14 @@ def _draw(workdir: Path, results: dict[str, Any]) -> list[str]:
         ranks = [int(rank) for rank in results["spectrum"]["energy"]]
         values = np.load(spectrum, allow_pickle=False)
         figures["spectrum"] = spectrum_figure(values, ranks)
-    (workdir / "plots").mkdir(exist_ok=True)
+    return figures
+
+
+def _save(folder: Path, figures: "dict[str, Figure | None]") -> list[str]:
+    """Save the figures there are, and give their names."""
+    (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        path = workdir / "plots" / f"{name}.png"
+        path = folder / "plots" / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)  # of an earlier report
         else:

@@ -43,7 +43,7 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
     ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
     columns = min(len(ranks), 3)
     height = 4.2 if len(ranks) == 1 else 3.5 * -(-len(ranks) // columns) + 0.3
-    figure, grid = _panels(len(ranks), columns, height)
+    figure, grid = panels(len(ranks), columns, height)
     size, unit = _unit(max(_in_all(row) for row in rows))
     several_seeds = len({row["seed"] for row in rows}) > 1
     for place, (rank, axes) in enumerate(zip(ranks, grid, strict=True)):
@@ -89,7 +89,7 @@ def spectrum_figure(
     index = np.arange(1, len(values) + 1)
     energy = np.cumsum(values**2) / np.sum(values**2)
     ranks = [rank for rank in sorted(ranks) if 1 <= rank <= len(values)]
-    figure, (left, right) = _panels(2, 2, 3.5, sharey=False)
+    figure, (left, right) = panels(2, 2, 3.5, sharey=False)
     positive = values > 0  # a log scale has no place for the others
     left.semilogy(index[positive], values[positive], color=INK, lw=1.6)
     left.set_xlabel("index of the singular value")
@@ -122,7 +122,7 @@ def parameters_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     ]
     if not rows:
         return None
-    figure, grid = _panels(2, 2, 3.7)
+    figure, grid = panels(2, 2, 3.7)
     for axes, (field, name) in zip(grid, fields.items(), strict=True):
         size, unit = _unit(max(row[field] for row in rows))
         for letter in dict.fromkeys(row["letter"] for row in rows):
@@ -178,7 +178,7 @@ def _loss_range(curves: list[np.ndarray]) -> tuple[float, float]:
     return lowest - 0.06 * span, lowest + 1.06 * span
 
 
-def _panels(
+def panels(
     count: int, columns: int, height: float, sharey: bool = True
 ) -> "tuple[Figure, list[Axes]]":
     """A figure with styled panels, row by row."""

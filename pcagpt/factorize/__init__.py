@@ -1,0 +1,41 @@
+"""Low-rank factorization of a token table: arrays in, arrays out."""
+
+from pcagpt.factorize.bands import (
+    BandedTable,
+    allocate_ranks,
+    banded,
+    budget_of_rank,
+    frequency_bands,
+    single_band,
+)
+from pcagpt.factorize.low_rank import (
+    Factors,
+    LowRank,
+    effective_rank,
+    energy_kept,
+    solve,
+    truncate,
+)
+from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_statistics
+from pcagpt.factorize.predict import Predictor, SecondOrder
+
+__all__ = [
+    "METHODS",
+    "BandedTable",
+    "Factors",
+    "LowRank",
+    "Predictor",
+    "SecondOrder",
+    "Statistics",
+    "Weighting",
+    "allocate_ranks",
+    "banded",
+    "budget_of_rank",
+    "effective_rank",
+    "energy_kept",
+    "frequency_bands",
+    "needs_statistics",
+    "single_band",
+    "solve",
+    "truncate",
+]

@@ -1,0 +1,236 @@
+"""Frequency bands: a rank of its own for each group of tokens, within a budget.
+
+Shape letters: V vocabulary, D model width, G bands, K rank. A band of n tokens at rank
+k stores k * (n + D) numbers, at full width n * D.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pcagpt.factorize.low_rank import (
+    Factors,
+    LowRank,
+    metric_roots,
+    principal,
+    solve,
+    truncate,
+)
+from pcagpt.factorize.methods import Weighting
+
+FIRST_BAND = 64  # tokens: the most frequent ones
+REGROUPINGS = 3  # times that tokens may change to the band that suits them best
+
+
+class BandedTable(NamedTuple):
+    """A token table in bands.
+
+    order: [V] int32, the token at each position, band after band; tables: what each
+    band stores, a `LowRank` or, at full width, an array [n, D]; mean: [D], added to the
+    input of every token (the head needs nothing: softmax cancels it), or None.
+    """
+
+    order: np.ndarray
+    tables: tuple[LowRank | np.ndarray, ...]
+    mean: np.ndarray | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each band."""
+        return tuple(len(_rows(table)) for table in self.tables)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each band; 0 at full width."""
+        return tuple(
+            table.wte.shape[1] if isinstance(table, LowRank) else 0
+            for table in self.tables
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored: tables, scale matrices and, for several bands, the order."""
+        stored = sum(
+            table.wte.size + table.scale.size
+            if isinstance(table, LowRank)
+            else table.size
+            for table in self.tables
+        )
+        return stored + (len(self.order) if len(self.tables) > 1 else 0)
+
+    def dense(self) -> np.ndarray:
+        """The table that this one stands for, mean included, by token id: [V, D]."""
+        width = _width(self.tables[0])
+        dense_VD = np.empty((len(self.order), width), _rows(self.tables[0]).dtype)
+        start = 0
+        for table in self.tables:
+            tokens = self.order[start : start + len(_rows(table))]
+            start += len(tokens)
+            is_full = not isinstance(table, LowRank)
+            dense_VD[tokens] = table if is_full else table.wte @ table.scale
+        if self.mean is not None:
+            dense_VD += self.mean.astype(dense_VD.dtype)
+        return dense_VD
+
+
+def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
+    """Numbers that one band for all tokens stores at a rank."""
+    return rank * (vocab_size + width)
+
+
+def single_band(factors: Factors, rank: int, split: float = 0.0) -> BandedTable:
+    """All tokens at one rank, in the order of their ids."""
+    low_rank = truncate(factors, rank, split)
+    order = np.arange(len(low_rank.wte), dtype=np.int32)
+    return BandedTable(order, (low_rank,), factors.mean)
+
+
+def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
+    """Tokens cut into bands by falling weight, each a constant factor longer.
+
+    Returns:
+      `count` arrays of token ids (fewer for a small vocabulary).
+    """
+    order = np.argsort(-weights_V, kind="stable")
+    first = min(FIRST_BAND, len(order))
+    ends = np.geomspace(first, len(order), count) if count > 1 else [len(order)]
+    ends = np.unique(np.round(ends).astype(int))
+    return np.split(order, ends[:-1])
+
+
+def allocate_ranks(
+    spectra: Sequence[np.ndarray], sizes: Sequence[int], width: int, budget: int
+) -> tuple[tuple[int, ...], float]:
+    """Ranks that leave the smallest sum of errors within a budget.
+
+    Greedy: the next rank goes where it removes most error for a stored number, which is
+    optimal as long as errors fall more and more slowly, as spectra do. A band whose
+    rank would store as much as its full rows stores these.
+
+    Args:
+      spectra: for each band, the squared singular values, descending.
+      sizes: tokens of each band.
+      width: D.
+      budget: numbers that may be stored.
+
+    Returns:
+      (rank of each band, 0 for full width; error removed by the last number stored).
+
+    Raises:
+      ValueError: the budget does not suffice for rank 1 in every band.
+    """
+    ranks = [1] * len(sizes)
+    left = budget - sum(size + width for size in sizes)
+    if left < 0:
+        raise ValueError(f"a budget of {budget} is too small for {len(sizes)} bands")
+
+    def gain(band: int) -> tuple[float, int] | None:
+        next_rank = ranks[band]
+        if not 0 < next_rank < len(spectra[band]):
+            return None
+        return -float(spectra[band][next_rank]) / (sizes[band] + width), band
+
+    queue = [entry for band in range(len(sizes)) if (entry := gain(band))]
+    heapq.heapify(queue)
+    price = 0.0
+    while queue:
+        negative_price, band = heapq.heappop(queue)
+        full, so_far = sizes[band] * width, ranks[band] * (sizes[band] + width)
+        cost = min(sizes[band] + width, full - so_far)
+        if cost > left:
+            continue  # Another band's rank may cost less.
+        left -= cost
+        price = -negative_price
+        ranks[band] = 0 if so_far + cost == full else ranks[band] + 1
+        if entry := gain(band):
+            heapq.heappush(queue, entry)
+    return tuple(ranks), price
+
+
+def banded(
+    table_VD: np.ndarray,
+    weighting: Weighting,
+    count: int,
+    budget: int,
+    split: float = 0.0,
+) -> BandedTable:
+    """A table in bands, cut, regrouped and given ranks so that little is lost.
+
+    Starts from bands of equal frequency, as GroupReduce (Chen et al. 2018) does, and
+    then lets each token change to the band in which its weighted error, plus the price
+    of what it stores there, is smallest.
+
+    Args:
+      table_VD: the table.
+      weighting: of any method but with token weights.
+      count: bands to start from.
+      budget: numbers that may be stored, scale matrices and token order included.
+      split: as for `truncate`.
+
+    Raises:
+      ValueError: the budget is too small for that many bands.
+    """
+    vocab_size, width = table_VD.shape
+    weights_V = weighting.token_weights
+    if weights_V is None:
+        weights_V = np.ones(vocab_size)
+        weighting = weighting._replace(token_weights=weights_V)
+    metric_DD = np.eye(width) if weighting.metric is None else weighting.metric
+    roots = metric_roots(metric_DD)
+    mean_D = np.zeros(width) if weighting.mean is None else weighting.mean
+    rows_VD = table_VD - mean_D.astype(table_VD.dtype)
+    whitened_VD = rows_VD @ roots[0].astype(table_VD.dtype)
+    bands = frequency_bands(weights_V, count)
+    if len(bands) > 1:
+        budget -= vocab_size
+    for remaining in reversed(range(REGROUPINGS + 1)):
+        spectra, bases = zip(
+            *(principal(whitened_VD[rows], weights_V[rows]) for rows in bands),
+            strict=True,
+        )
+        sizes = [len(rows) for rows in bands]
+        ranks, price = allocate_ranks(spectra, sizes, width, budget)
+        if not remaining or len(bands) == 1:
+            break
+        kept = [basis_DR[:, :rank] for basis_DR, rank in zip(bases, ranks, strict=True)]
+        bands = _regrouped(whitened_VD, weights_V, kept, ranks, price)
+    tables = tuple(
+        truncate(solve(table_VD, weighting, rows, roots), rank, split)
+        if rank
+        else rows_VD[rows]
+        for rows, rank in zip(bands, ranks, strict=True)
+    )
+    order = np.concatenate(bands).astype(np.int32)
+    return BandedTable(order, tables, weighting.mean)
+
+
+def _regrouped(whitened_VD, weights_V, bases, ranks, price):
+    """Each token in the band of least error plus price; bands may grow and shrink."""
+    vocab_size, width = whitened_VD.shape
+    norm_V = np.einsum("vd,vd->v", whitened_VD, whitened_VD)
+    cost_VG = np.empty((vocab_size, len(bases)))
+    for band, (basis_DK, rank) in enumerate(zip(bases, ranks, strict=True)):
+        kept_V = norm_V
+        if rank:
+            scores_VK = whitened_VD @ basis_DK
+            kept_V = np.einsum("vk,vk->v", scores_VK, scores_VK)
+        error_V = np.maximum(norm_V - kept_V, 0)
+        cost_VG[:, band] = weights_V * error_V + price * (rank or width)
+    choice_V = cost_VG.argmin(axis=1)
+    found = [np.flatnonzero(choice_V == band) for band in range(len(bases))]
+    kept = [rows for rows in found if len(rows) > 1]
+    lost = [rows for rows in found if len(rows) == 1]
+    if lost:  # A band of one token is none: it joins the first.
+        kept[0] = np.sort(np.concatenate([kept[0], *lost]))
+    # Most frequent first, as the model's own bands are.
+    return sorted(kept, key=lambda rows: -weights_V[rows].mean())
+
+
+def _rows(table) -> np.ndarray:
+    return table.wte if isinstance(table, LowRank) else table
+
+
+def _width(table) -> int:
+    return (table.scale if isinstance(table, LowRank) else table).shape[1]

@@ -1,0 +1,183 @@
+"""The one solver of all methods, and what its factors are cut down to.
+
+Shape letters: V rows of a table, D model width, R = min(V, D), K rank. Factors hold
+all ranks at once: every rank k is a prefix,
+
+    W ~ 1 mean + table[:, :k] @ directions[:k]
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcagpt.factorize.methods import Weighting
+
+# Eigenvalues of a metric below this share of the largest are raised to it.
+SMALLEST_EIGENVALUE = 1e-10
+
+
+class Factors(NamedTuple):
+    """All ranks of one factorization.
+
+    table: [V, R], columns in order of importance; directions: [R, D];
+    singular_values: [R] descending: sum of the squares beyond k is the weighted
+    squared error of rank k; mean: [D] or None; contexts: [V, R] or None, the contexts
+    of `Weighting` seen in the columns of `table`.
+
+    Without a metric, directions are orthonormal; without weights, singular values are
+    the column norms of `table`.
+    """
+
+    table: np.ndarray
+    directions: np.ndarray
+    singular_values: np.ndarray
+    mean: np.ndarray | None
+    contexts: np.ndarray | None = None
+
+
+class LowRank(NamedTuple):
+    """A table of rank k: wte [V, K], scale [K, D] for both sides, mean [D] or None."""
+
+    wte: np.ndarray
+    scale: np.ndarray
+    mean: np.ndarray | None
+
+
+def solve(
+    table_VD: np.ndarray,
+    weighting: Weighting,
+    rows: np.ndarray | None = None,
+    roots: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Factors:
+    """The best approximation of every rank under a weighting.
+
+    Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, L the token weights,
+    M the metric. Weights are never divided by: a token of weight 0 is fine. Signs are
+    fixed so that the largest entry of each direction is positive.
+
+    Args:
+      table_VD: the table, floating point.
+      weighting: of all its rows.
+      rows: int, which rows to approximate; None: all.
+      roots: `metric_roots` of the metric, if they are known already.
+
+    Returns:
+      Factors of those rows, in the dtype of the table.
+    """
+    chosen = slice(None) if rows is None else rows
+    rows_VD = table_VD[chosen]
+    if weighting.mean is not None:
+        rows_VD = rows_VD - weighting.mean.astype(table_VD.dtype)
+    unroot_DD = None
+    if weighting.metric is not None:
+        root_DD, unroot_DD = roots or metric_roots(weighting.metric)
+        rows_VD = rows_VD @ root_DD.astype(table_VD.dtype)
+    if weighting.token_weights is None:
+        # In float32 at the device's highest precision, and float64 where JAX has it.
+        with jax.default_matmul_precision("highest"):
+            parts = jnp.linalg.svd(jnp.asarray(rows_VD), full_matrices=False)
+        u_VR, singular_R, basis_RD = (np.asarray(part) for part in parts)
+        scores_VR = u_VR * singular_R
+    else:
+        squares_R, basis_DR = principal(rows_VD, weighting.token_weights[chosen])
+        singular_R, basis_RD = np.sqrt(squares_R), basis_DR.T
+        scores_VR = rows_VD @ basis_DR
+    largest_R = np.argmax(np.abs(basis_RD), axis=1)
+    sign_R = np.sign(basis_RD[np.arange(len(basis_RD)), largest_R])
+    basis_RD, scores_VR = basis_RD * sign_R[:, None], scores_VR * sign_R
+    contexts_VR = None
+    if weighting.contexts is not None:
+        back_DR = basis_RD.T if unroot_DD is None else unroot_DD @ basis_RD.T
+        contexts_VR = weighting.contexts[chosen] @ back_DR
+        contexts_VR = contexts_VR.astype(table_VD.dtype)
+    directions_RD = basis_RD if unroot_DD is None else basis_RD @ unroot_DD
+    return Factors(
+        scores_VR,
+        directions_RD.astype(table_VD.dtype),
+        singular_R.astype(table_VD.dtype),
+        weighting.mean,
+        contexts_VR,
+    )
+
+
+def principal(
+    rows_VD: np.ndarray, weights_V: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared singular values [R] (float64), descending, and directions [D, R].
+
+    Of the rows, each times the root of its weight; by the eigenvectors of their Gram
+    matrix, in float64.
+    """
+    scaled_VD = rows_VD.astype(np.float64) * np.sqrt(weights_V)[:, None]
+    squares_D, basis_DD = np.linalg.eigh(scaled_VD.T @ scaled_VD)
+    count = min(rows_VD.shape)
+    basis_DR = basis_DD[:, ::-1][:, :count].astype(rows_VD.dtype)
+    return np.clip(squares_D[::-1][:count], 0, None), basis_DR
+
+
+def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """M^1/2 and M^-1/2 of a symmetric metric [D, D], float64; a singular one is fine."""
+    values_D, vectors_DD = np.linalg.eigh(np.asarray(metric_DD, np.float64))
+    values_D = np.clip(values_D, SMALLEST_EIGENVALUE * values_D[-1], None)
+    root_D = np.sqrt(values_D)
+    return (vectors_DD * root_D) @ vectors_DD.T, (vectors_DD / root_D) @ vectors_DD.T
+
+
+def truncate(factors: Factors, rank: int, singular_value_split: float = 0.0) -> LowRank:
+    """The rank-k table, its magnitude shared out between wte and scale.
+
+    With s_i the product of the norms of column i of `table` and row i of `directions`
+    (the singular value, without weights), the columns of wte get s^(1-a) and the rows
+    of scale s^a. Every split is the same function of the tokens; they differ in how
+    training moves.
+
+    Args:
+      factors: of any method; with contexts, rows are refitted to them.
+      rank: k, from 1 to R.
+      singular_value_split: a in [0, 1]; 0 leaves the rows of the scale matrix at norm 1.
+
+    Raises:
+      ValueError: the rank is out of range.
+    """
+    if not 1 <= rank <= len(factors.singular_values):
+        raise ValueError(f"rank {rank} is not in 1..{len(factors.singular_values)}")
+    wte_VK, scale_KD = factors.table[:, :rank], factors.directions[:rank]
+    if factors.contexts is not None:
+        wte_VK = wte_VK + _context_step(factors, rank)
+    row_norm_K = np.linalg.norm(scale_KD, axis=1)
+    strength_K = np.linalg.norm(factors.table[:, :rank], axis=0) * row_norm_K
+    moved_K = np.where(strength_K > 0, strength_K, 1) ** singular_value_split
+    factor_K = (moved_K / row_norm_K).astype(factors.table.dtype)
+    return LowRank(wte_VK / factor_K, scale_KD * factor_K[:, None], factors.mean)
+
+
+def _context_step(factors: Factors, rank: int) -> np.ndarray:
+    """What is added to the table's first k columns to hold logits in context: [V, K].
+
+    Minimises |E|^2 + (E c)^2 for the error E of each row and its context c: the gain
+    of Sherman and Morrison's formula, for the residual logit that rank k leaves.
+    """
+    seen_VK = factors.contexts[:, :rank]
+    residual_V = np.einsum(
+        "vr,vr->v", factors.table[:, rank:], factors.contexts[:, rank:]
+    )
+    gain_V = residual_V / (1 + np.einsum("vk,vk->v", seen_VK, seen_VK))
+    return gain_V[:, None] * seen_VK
+
+
+def energy_kept(singular_values: np.ndarray) -> np.ndarray:
+    """Share of the squared singular values in the first k, for k = 1..R: [R] float64.
+
+    One minus the squared relative (weighted) error of rank k.
+    """
+    squares = np.square(singular_values, dtype=np.float64)
+    return np.cumsum(squares) / np.sum(squares)
+
+
+def effective_rank(singular_values: np.ndarray) -> float:
+    """exp of the entropy of S^2 / sum S^2 (Roy and Vetterli 2007)."""
+    shares = np.square(singular_values, dtype=np.float64)
+    shares = shares[shares > 0] / np.sum(shares)
+    return float(np.exp(-np.sum(shares * np.log(shares))))

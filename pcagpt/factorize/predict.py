@@ -1,0 +1,49 @@
+"""The loss that replacing a table will add, from statistics alone.
+
+Shape letters: V vocabulary, D model width.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pcagpt.factorize.methods import Statistics, token_contexts
+
+
+class SecondOrder(NamedTuple):
+    """Added loss of head and input to second order, in nats per token."""
+
+    head: float
+    input: float
+
+
+class Predictor:
+    """`SecondOrder` of any replacement of one table."""
+
+    def __init__(self, table_VD: np.ndarray, statistics: Statistics):
+        self._table_VD, self._statistics = table_VD, statistics
+        self._contexts_VD = token_contexts(table_VD, statistics)
+
+    def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
+        """Of a table [V, D] in place of the known one.
+
+        Head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
+        input: 1/2 sum_v f_v E_v G E_v'. An error that all rows share costs the head
+        nothing and is left out there.
+        """
+        statistics, dtype = self._statistics, self._table_VD.dtype
+        error_VD = dense_VD - self._table_VD
+        input_ = statistics.frequency @ _squares(error_VD, statistics.gradient_moment)
+        probability_V = statistics.probability
+        shared_D = probability_V @ error_VD / probability_V.sum()
+        error_VD = error_VD - shared_D.astype(dtype)
+        squares_V = _squares(error_VD, statistics.hidden_moment)
+        shift_V = np.einsum("vd,vd->v", error_VD, self._contexts_VD)
+        head = probability_V @ (squares_V + shift_V**2)
+        return SecondOrder(float(head) / 2, float(input_) / 2)
+
+
+def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
+    """Squared length of each row under a metric: [V]."""
+    product_VD = rows_VD @ metric_DD.astype(rows_VD.dtype)
+    return np.einsum("vd,vd->v", product_VD, rows_VD)

@@ -1,0 +1,101 @@
+"""The figure of a sweep: added loss against what is stored."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcagpt.report.plots import FAINT, GREY, INK, SMALL, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Methods by colour (Okabe and Ito's, told apart in colour blindness), the rest grey.
+COLOURS = {
+    "svd": "#d55e00",
+    "kl": "#e69f00",
+    "joint": "#56b4e9",
+    "fisher": "#0072b2",
+    "context": "#009e73",
+    "baseline": INK,
+}
+LOWEST = 1e-3  # nats; what adds less is drawn there
+
+
+def pareto_figure(sweep: dict[str, Any]) -> "Figure":
+    """Added loss (log scale) against parameters and against bytes, log scales."""
+    figure, (left, right) = panels(2, 2, 4.6)
+    names = _by_kind(sweep["rows"])
+    for axes, field, unit, baseline in (
+        (left, "params", "numbers stored (millions)", sweep["baseline"]["params"]),
+        (right, "bytes", "bytes stored (MB)", sweep["baseline"]["bytes"]),
+    ):
+        for name, rows in names.items():
+            if field == "params" and rows[0]["bits"] < 32:
+                continue
+            _draw(axes, rows, field)
+        axes.axvline(baseline / 1e6, color=FAINT, lw=1, zorder=0)
+        axes.annotate(
+            "D",
+            (baseline / 1e6, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=SMALL,
+            color=GREY,
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(unit)
+    left.set_ylabel("added loss (nats per token)")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=5,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+    )
+    return figure
+
+
+def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one method, in one band or in as many as lose least, at each bit width."""
+    kinds: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["method"] not in COLOURS:
+            continue
+        kind = (row["method"], row["bands"] > 1, row["bits"])
+        best = kinds.setdefault(kind, {}).get(row["rank"])
+        if best is None or row["added_loss"] < best["added_loss"]:
+            kinds[kind][row["rank"]] = row
+    named = {}
+    for (method, in_bands, bits), best in kinds.items():
+        name = "D's table" if method == "baseline" else method
+        name += " in bands" if in_bands else ""
+        name += f", int{bits}" if bits < 32 else ""
+        named[name] = sorted(best.values(), key=lambda row: row["params"])
+    return named
+
+
+def _draw(axes, rows: list[dict[str, Any]], field: str) -> None:
+    row = rows[0]
+    in_bands = row["bands"] > 1
+    style = {
+        "color": COLOURS[row["method"]],
+        "marker": {32: "o", 8: "s", 4: "D"}[row["bits"]],
+        "ls": {32: "-", 8: "--", 4: ":"}[row["bits"]],
+        "mfc": COLOURS[row["method"]] if in_bands else "white",
+        "lw": 1.8 if in_bands else 1.1,
+        "ms": 5,
+    }
+    name = "D's table" if row["method"] == "baseline" else row["method"]
+    name += " in bands" if in_bands else ""
+    name += f", int{row['bits']}" if row["bits"] < 32 else ""
+    axes.plot(
+        np.array([r[field] for r in rows]) / 1e6,
+        [max(r["added_loss"], LOWEST) for r in rows],
+        label=name,
+        **style,
+    )

@@ -1,0 +1,88 @@
+"""compressed/sweep.json → its report: what each way to compress a table costs."""
+
+from typing import Any
+
+from pcagpt.report.wording import code, count, fixed, percent, signed, table, times
+
+SWEEP_TITLE = "What compressing a token table costs, without training"
+
+
+def sweep_markdown(sweep: dict[str, Any]) -> str:
+    """The report as markdown."""
+    baseline, rows = sweep["baseline"], sweep["rows"]
+    parts = [
+        f"# {SWEEP_TITLE}",
+        f"The token table of {code(sweep['run'])} ({count(baseline['params'])} "
+        f"numbers, validation loss {fixed(baseline['loss'], 4)} nats per token) "
+        "replaced by smaller ones; nothing was trained. Added loss is in nats per "
+        "token over the full validation split.",
+        "![Added loss against parameters and bytes](plots/pareto.png)",
+        "*Lower left is better. Each mark is a table; lines join the best of each "
+        "kind.*",
+        "## Tables at equal size",
+        _by_rank(sweep),
+        "## All that was tried",
+        _all(rows, baseline),
+        "## How it was measured",
+        f"Command: {code(sweep['command'])}. Device: {sweep['device']}, commit "
+        f"{code(sweep['git_commit'])}. Split {code(sweep['protocol']['split'])} of "
+        f"{code(sweep['protocol']['corpus'])}, windows of "
+        f"{sweep['protocol']['window']} tokens that do not overlap; calibration on "
+        f"{count(sweep['protocol']['calibration_tokens'])} tokens of the training "
+        "split. Predicted: from the calibration's second-order statistics alone, scaled "
+        "by what a few of the tables add on training text.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    bands = f", {row['bands']} bands" if row["bands"] > 1 else ""
+    bits = f", int{row['bits']}" if row["bits"] < 32 else ""
+    return f"{row['method']}{bands}{bits}"
+
+
+def _by_rank(sweep: dict[str, Any]) -> str:
+    """Added loss of each method and number of bands, a column for each rank."""
+    rows = [row for row in sweep["rows"] if row["bits"] == 32]
+    ranks = sorted({row["rank"] for row in rows})
+    names = list(dict.fromkeys(_name(row) for row in rows))
+    found = {(_name(row), row["rank"]): row["added_loss"] for row in rows}
+    lowest = {
+        rank: min(v for (_, r), v in found.items() if r == rank) for rank in ranks
+    }
+    lines = []
+    for name in names:
+        cells = []
+        for rank in ranks:
+            value = found.get((name, rank))
+            text = signed(value, 4)
+            cells.append(f"**{text}**" if value == lowest[rank] else text)
+        lines.append([name, *cells])
+    return table(
+        ["Method", *(f"size of k={rank}" for rank in ranks)],
+        lines,
+        "l" + "r" * len(ranks),
+    )
+
+
+def _all(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
+    header = ["Method", "k", "Parameters", "Bytes", "Smaller", "Added", "Predicted"]
+    header += ["Input", "Head", "KL", "Top-1", "s"]
+    lines = [
+        [
+            _name(row),
+            str(row["rank"] or "–"),
+            count(row["params"]),
+            count(row["bytes"]),
+            times(baseline["bytes"] / row["bytes"]),
+            signed(row["added_loss"], 4),
+            signed(row["predicted_loss"], 4),
+            signed(row["added_loss_input"], 4),
+            signed(row["added_loss_head"], 4),
+            fixed(row["kl"], 4),
+            percent(row["top1_agreement"]),
+            fixed(row["seconds"], 1),
+        ]
+        for row in sorted(rows, key=lambda row: (row["bytes"], row["added_loss"]))
+    ]
+    return table(header, lines, "l" + "r" * (len(header) - 1))
