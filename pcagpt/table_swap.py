@@ -86,7 +86,10 @@ class TableSwap:
             added_head / count,
             kl / count,
             same / count,
-            [float(a / n) if n else None for a, n in zip(by_decile, in_decile)],
+            [
+                float(total / number) if number else None
+                for total, number in zip(by_decile, in_decile, strict=True)
+            ],
         )
 
 

@@ -118,7 +118,7 @@ def principal(
 
 
 def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M^1/2 and M^-1/2 of a symmetric metric [D, D], float64; a singular one is fine."""
+    """M^1/2 and M^-1/2 of a symmetric metric [D, D], float64; it may be singular."""
     values_D, vectors_DD = np.linalg.eigh(np.asarray(metric_DD, np.float64))
     values_D = np.clip(values_D, SMALLEST_EIGENVALUE * values_D[-1], None)
     root_D = np.sqrt(values_D)
@@ -136,7 +136,7 @@ def truncate(factors: Factors, rank: int, singular_value_split: float = 0.0) -> 
     Args:
       factors: of any method; with contexts, rows are refitted to them.
       rank: k, from 1 to R.
-      singular_value_split: a in [0, 1]; 0 leaves the rows of the scale matrix at norm 1.
+      singular_value_split: a in [0, 1]; 0 leaves the rows of `scale` at norm 1.
 
     Raises:
       ValueError: the rank is out of range.

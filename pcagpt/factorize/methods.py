@@ -127,10 +127,10 @@ def needs_statistics(method: str) -> bool:
 
 
 def token_contexts(table_VD: np.ndarray, statistics: Statistics) -> np.ndarray:
-    """Mean hidden state in which each token is predicted, less the overall mean: [V, D].
+    """Mean hidden state in which each token is predicted, less the overall one: [V, D].
 
-    The least-squares linear map from a token's row to it: E[h | v] - E[h] = T (w_v - w),
-    T = cov(h, e) cov(w)^-1 with tokens weighted by their probability.
+    By the least-squares linear map from rows, E[h | v] - E[h] = T (w_v - w) with
+    T = cov(h, e) cov(w)^-1, tokens weighted by their probability.
     """
     share_V = statistics.probability / statistics.probability.sum()
     mean_D = share_V @ table_VD

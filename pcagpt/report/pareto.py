@@ -29,7 +29,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         (left, "params", "numbers stored (millions)", sweep["baseline"]["params"]),
         (right, "bytes", "bytes stored (MB)", sweep["baseline"]["bytes"]),
     ):
-        for name, rows in names.items():
+        for rows in names.values():
             if field == "params" and rows[0]["bits"] < 32:
                 continue
             _draw(axes, rows, field)
@@ -61,7 +61,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
 
 
 def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one method, in one band or in as many as lose least, at each bit width."""
+    """Rows of a method in one band, or in as many as lose least, at each bit width."""
     kinds: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row["method"] not in COLOURS:

@@ -29,8 +29,8 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         f"{code(sweep['protocol']['corpus'])}, windows of "
         f"{sweep['protocol']['window']} tokens that do not overlap; calibration on "
         f"{count(sweep['protocol']['calibration_tokens'])} tokens of the training "
-        "split. Predicted: from the calibration's second-order statistics alone, scaled "
-        "by what a few of the tables add on training text.",
+        "split. Predicted: from the calibration's second-order statistics, scaled by "
+        "what a few of the tables add on training text.",
     ]
     return "\n\n".join(parts) + "\n"
 
