@@ -70,9 +70,7 @@ class BandedTable(NamedTuple):
             start += len(tokens)
             is_full = not isinstance(table, LowRank)
             dense_VD[tokens] = table if is_full else table.wte @ table.scale
-        if self.mean is not None:
-            dense_VD += self.mean.astype(dense_VD.dtype)
-        return dense_VD
+        return dense_VD if self.mean is None else dense_VD + self.mean
 
 
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
@@ -179,8 +177,10 @@ def banded(
         weighting = weighting._replace(token_weights=weights_V)
     metric_DD = np.eye(width) if weighting.metric is None else weighting.metric
     roots = metric_roots(metric_DD)
-    mean_D = np.zeros(width) if weighting.mean is None else weighting.mean
-    rows_VD = table_VD - mean_D.astype(table_VD.dtype)
+    mean_D = weighting.mean
+    if mean_D is not None:
+        mean_D = mean_D.astype(table_VD.dtype)
+    rows_VD = table_VD if mean_D is None else table_VD - mean_D
     whitened_VD = rows_VD @ roots[0].astype(table_VD.dtype)
     bands = frequency_bands(weights_V, count)
     if len(bands) > 1:
@@ -203,7 +203,7 @@ def banded(
         for rows, rank in zip(bands, ranks, strict=True)
     )
     order = np.concatenate(bands).astype(np.int32)
-    return BandedTable(order, tables, weighting.mean)
+    return BandedTable(order, tables, mean_D)
 
 
 def _regrouped(whitened_VD, weights_V, bases, ranks, price):

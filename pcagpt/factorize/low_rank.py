@@ -67,9 +67,10 @@ def solve(
       Factors of those rows, in the dtype of the table.
     """
     chosen = slice(None) if rows is None else rows
-    rows_VD = table_VD[chosen]
+    rows_VD, mean_D = table_VD[chosen], None
     if weighting.mean is not None:
-        rows_VD = rows_VD - weighting.mean.astype(table_VD.dtype)
+        mean_D = weighting.mean.astype(table_VD.dtype)
+        rows_VD = rows_VD - mean_D
     unroot_DD = None
     if weighting.metric is not None:
         root_DD, unroot_DD = roots or metric_roots(weighting.metric)
@@ -97,7 +98,7 @@ def solve(
         scores_VR,
         directions_RD.astype(table_VD.dtype),
         singular_R.astype(table_VD.dtype),
-        weighting.mean,
+        mean_D,
         contexts_VR,
     )
 
