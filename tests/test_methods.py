@@ -160,7 +160,8 @@ def test_contexts_are_the_mean_hidden_states_in_which_tokens_are_predicted():
         wanted * np.sqrt(probability)[:, None],
         rcond=None,
     )
-    np.testing.assert_allclose(found, rows @ fit, atol=1e-3)
+    # All but exactly: a millionth of a ridge keeps a singular table solvable.
+    np.testing.assert_allclose(found, rows @ fit, atol=3e-3)
     cosine = np.sum(found * wanted, axis=1) / (
         np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
     )
