@@ -7,6 +7,7 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pcagpt.data import EvaluationBatches, TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.report import write_sweep_report
-from pcagpt.search import Calibration, Candidate, Compressor, recipes
+from pcagpt.search import Calibration, Candidate, Compressor, Recipe, recipes
 from pcagpt.table_swap import SwapScores, TableSwap, frequency_deciles
 from pcagpt.telemetry import Progress
 
@@ -103,49 +104,83 @@ def compress(config: ConfigDict, command: str) -> None:
             config.compress.bits,
         )
     )
-    rows, best = [], {}
-    anchors: list = []
-    with Progress(f"compressing {subject.run_dir.name}", len(tried)) as progress:
-        for number, recipe in enumerate(tried):
-            progress.update(number)
-            candidate = compressor(recipe)
-            if number % CALIBRATE_EVERY == 0:
-                scores = swap(candidate.dense, _calibration_windows(config, subject))
-                anchors.append((candidate.second_order, scores.added_loss))
-            scores = swap(candidate.dense, _validation(config, subject))
-            rows.append(_row(candidate, scores))
-            known = best.get(recipe.rank)
-            if recipe.bits == 32 and (known is None or known[1] > scores.added_loss):
-                best[recipe.rank] = candidate, scores.added_loss
-        progress.update(len(tried))
-    calibration = Calibration(anchors)
-    for row in rows:
-        second_order = factorize.SecondOrder(
-            row["second_order_head"], row["second_order_input"]
-        )
-        row["predicted_loss"] = calibration(second_order)
     sweep = {
         "command": command,
         "run": str(subject.run_dir),
         "step": subject.step,
-        "baseline": {
-            "params": subject.table_VD.size,
-            "bytes": subject.table_VD.size * 4,
-            "loss": scores.loss,
-        },
         "device": provenance.device(mesh.size),
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
         "protocol": _protocol(config, subject),
-        "rows": rows,
     }
+    path = folder / "sweep.json"
+    known = _known_rows(path, sweep["protocol"])
+    with Progress(f"compressing {subject.run_dir.name}", len(tried)) as progress:
+        for number, recipe in enumerate(tried):
+            progress.update(number)
+            if recipe not in known:
+                candidate = compressor(recipe)
+                scores = swap(candidate.dense, _validation(config, subject))
+                row = _row(candidate, scores)
+                if number % CALIBRATE_EVERY == 0:
+                    windows = _calibration_windows(config, subject)
+                    row["calibration_added_loss"] = swap(
+                        candidate.dense, windows
+                    ).added_loss
+                known[recipe] = row
+                if jax.process_index() == 0:
+                    _write_sweep(path, sweep, list(known.values()))
+        progress.update(len(tried))
+    rows = [known[recipe] for recipe in tried]
+    _predict(rows)
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(folder / "sweep.json", sweep)
-        for rank, (candidate, _) in best.items():
-            write_model(folder / f"best_k{rank}", subject, candidate)
-        write_sweep_report(folder, sweep)
-        print(f"report: {folder / 'report.html'}", flush=True)
+        sweep = _write_sweep(path, sweep, rows)
+        for rank in ranks:
+            of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
+            best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
+            write_model(folder / f"best_k{rank}", subject, compressor(best))
+        page = write_sweep_report(folder, sweep)
+        print(f"report: {page}", flush=True)
+
+
+def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, Any]]:
+    """What an earlier command measured under the same protocol."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text("utf-8"))
+    if earlier.get("protocol") != run_folder.strict(protocol):
+        return {}
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return {
+        Recipe(**{name: row[name] for name in names}): row for row in earlier["rows"]
+    }
+
+
+def _write_sweep(path: Path, sweep: dict, rows: list[dict]) -> dict:
+    """Writes sweep.json, whole after every row: what is measured is never lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep = {**sweep, "rows": rows}
+    run_folder.write_json(path, sweep)
+    return sweep
+
+
+def _predict(rows: list[dict[str, Any]]) -> None:
+    """Fills in `predicted_loss`, calibrated on the rows measured on training text."""
+
+    def second_order(row):
+        return factorize.SecondOrder(
+            row["second_order_head"], row["second_order_input"]
+        )
+
+    calibration = Calibration(
+        [
+            (second_order(row), row["calibration_added_loss"])
+            for row in rows
+            if row["calibration_added_loss"] is not None
+        ]
+    )
+    for row in rows:
+        row["predicted_loss"] = calibration(second_order(row))
 
 
 def _methods(text: str) -> list[str]:
@@ -261,6 +296,7 @@ def _row(candidate: Candidate, scores: SwapScores) -> dict[str, Any]:
         "method": recipe.method,
         "bands": recipe.bands,
         "rank": recipe.rank,
+        "budget": recipe.budget,
         "bits": recipe.bits,
         "band_sizes": table.sizes if table else (len(candidate.dense),),
         "band_ranks": table.ranks if table else (0,),
@@ -268,6 +304,7 @@ def _row(candidate: Candidate, scores: SwapScores) -> dict[str, Any]:
         "bytes": candidate.bytes,
         "added_loss": measured.pop("added_loss"),
         "predicted_loss": None,
+        "calibration_added_loss": None,
         "second_order_head": candidate.second_order.head,
         "second_order_input": candidate.second_order.input,
         **measured,
@@ -278,6 +315,11 @@ def _row(candidate: Candidate, scores: SwapScores) -> dict[str, Any]:
 def _protocol(config: ConfigDict, subject: Subject) -> dict[str, Any]:
     block_size = subject.model.config.block_size
     return {
+        "checkpoint": checkpoint.fingerprint(
+            subject.run_dir / checkpoint.FOLDER / str(subject.step)
+        ),
+        "table": subject.table_VD.shape,
+        "corpus_sha256": fingerprint(subject.corpus),
         "split": "val",
         "window": block_size,
         "stride": block_size,

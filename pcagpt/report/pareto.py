@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.report.plots import FAINT, GREY, INK, SMALL, panels
+from pcagpt.report.sweep import baseline_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,10 +25,11 @@ LOWEST = 1e-3  # nats; what adds less is drawn there
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Added loss (log scale) against parameters and against bytes, log scales."""
     figure, (left, right) = panels(2, 2, 4.6)
+    own = baseline_of(sweep)
     names = _by_kind(sweep["rows"])
     for axes, field, unit, baseline in (
-        (left, "params", "numbers stored (millions)", sweep["baseline"]["params"]),
-        (right, "bytes", "bytes stored (MB)", sweep["baseline"]["bytes"]),
+        (left, "params", "numbers stored (millions)", own["params"]),
+        (right, "bytes", "bytes stored (MB)", own["bytes"]),
     ):
         for rows in names.values():
             if field == "params" and rows[0]["bits"] < 32:

@@ -9,7 +9,7 @@ SWEEP_TITLE = "What compressing a token table costs, without training"
 
 def sweep_markdown(sweep: dict[str, Any]) -> str:
     """The report as markdown."""
-    baseline, rows = sweep["baseline"], sweep["rows"]
+    baseline, rows = baseline_of(sweep), sweep["rows"]
     parts = [
         f"# {SWEEP_TITLE}",
         f"The token table of {code(sweep['run'])} ({count(baseline['params'])} "
@@ -33,6 +33,14 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         "what a few of the tables add on training text.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
+    """params, bytes (as float32) and loss of the model with its own table."""
+    vocab_size, width = sweep["protocol"]["table"]
+    parameters = vocab_size * width
+    loss = sweep["rows"][0]["loss"]
+    return {"params": parameters, "bytes": 4 * parameters, "loss": loss}
 
 
 def _name(row: dict[str, Any]) -> str:
