@@ -34,6 +34,7 @@ from pcagpt.model import (
 from pcagpt.telemetry import Progress, SilentProgress, Telemetry
 from pcagpt.tokenizer import tokenizer_sha256
 from pcagpt.train_step import StepSettings, TrainState, initial_state, train_step
+from pcagpt.trained_run import TrainedRun
 
 
 @dataclasses.dataclass
@@ -62,6 +63,8 @@ class Training:
           UserError: what was asked for does not fit the corpus, files or devices.
         """
         train, block_size = config.train, config.model.block_size
+        if config.init.weights_from:
+            TrainedRun.find(config.init.weights_from).check_corpus(corpus)
         self.config, self.record = config, record
         self.run_dir, self.corpus = run_dir, corpus
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -99,14 +102,17 @@ class Training:
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), tokens_BT)
         stand_in = jax.tree.map(
             lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
-            shapes["params"],
+            shapes,
         )
         self._import_into(stand_in)
 
-    def _import_into(self, params: dict) -> dict:
-        """The parameters with what `init` names put in."""
-        imported = warm_start.replacements(self.config.init, self.model.config, params)
-        return trees.replace(params, imported, source="init")
+    def _import_into(self, variables: dict) -> dict:
+        """The variables with what `init` names put in."""
+        init, params = self.config.init, variables["params"]
+        if init.weights_from:
+            return TrainedRun.find(init.weights_from).variables(self.model.config)
+        imported = warm_start.replacements(init, self.model.config, params)
+        return variables | {"params": trees.replace(params, imported, source="init")}
 
     def run(self, label: str) -> dict:
         """Trains to the last step, resuming what is there; returns the result."""
@@ -192,9 +198,8 @@ class Training:
             state = TrainState.from_items(variables, optimizer)
             return state, shardings, History(**meta["history"])
         state = jax.jit(init, out_shardings=shardings)()
-        state = state.replace(
-            params=self._import_into(state.params), constants=self.constants()
-        )
+        variables = {"params": state.params, "constants": self.constants()}
+        state = state.replace(**self._import_into(variables))
         return jax.device_put(state, shardings), shardings, History()
 
     def constants(self) -> dict:
