@@ -129,6 +129,11 @@ KNOBS = {
     # What is fine-tuned, B and whatever goes on from a run, gets of D's budget.
     "finetune.steps_share": Knob(0.1, "of train.steps and train.warmup_steps", PART),
     "finetune.learning_rate_share": Knob(0.5, "of train.learning_rate", PART),
+    # A trained model whose predictions are learnt.
+    "distill.teacher": Knob("", "a run of the same vocabulary; empty: none"),
+    "distill.share": Knob(
+        1.0, "of the divergence from it in the loss, the rest is cross entropy", PART
+    ),
     # What a run starts from in place of random weights.
     "init.import_wte_npy": Knob("", "file of a token table [V, k]"),
     "init.import_scale_matrices_npz": Knob(
@@ -140,8 +145,7 @@ KNOBS = {
     ),
     "init.blocks_from": Knob("", "a run whose other weights are taken over"),
     "init.weights_from": Knob(
-        "",
-        "arms baseline, pca_finetune: a run to go on from, its model and all weights",
+        "", "baseline, pca_finetune: a run to go on from, its model and all weights"
     ),
     # The factorization of D's table.
     "factorize.method": Knob("svd", "svd, or pca: centred, the mean goes into wpe"),
@@ -238,6 +242,11 @@ def validate(config: ConfigDict) -> None:
         )
     _check_ranks(config)
     _check_weights_from(config)
+    if config.distill.teacher and config.task == "experiment":
+        raise UserError(
+            "distill.teacher is set: the models of an experiment are compared without "
+            "one; give it to a single run, as configs/recover.py does"
+        )
     _check_distinct("experiment.seeds", config.experiment.seeds)
     if config.task in ("factorize", "evaluate") and not config.model_path:
         raise UserError(

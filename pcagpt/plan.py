@@ -110,7 +110,7 @@ def _job_from_run(config: ConfigDict) -> TrainJob:
 def _baseline(config: ConfigDict) -> ConfigDict:
     """The config of D that belongs to any arm's, or to an experiment's."""
     baseline = config.copy_and_resolve_references()
-    baseline.arm = "baseline"
+    baseline.arm, baseline.distill = "baseline", knobs.base().distill
     with baseline.ignore_type():
         baseline.model.n_embd_wte = None
     baseline.model.band_sizes = baseline.model.band_ranks = ()

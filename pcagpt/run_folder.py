@@ -20,7 +20,9 @@ from pcagpt.errors import UserError
 DONE, TO_DO = "done", "to do"  # what a job's status may be
 
 # What a run's numbers depend on; the rest of its config may change between resumes.
-IDENTITY = ("arm", "seed", "model", "data", "train", "init", "imported_sha256")
+IDENTITY = (
+    "arm", "seed", "model", "data", "train", "distill", "init", "imported_sha256"
+)  # fmt: skip
 # What is imported counts by its hash, so that a folder of runs can be moved.
 NOT_IDENTITY = (
     "data.cache_dir",
@@ -28,6 +30,7 @@ NOT_IDENTITY = (
     "init.import_scale_matrices_npz",
     "init.blocks_from",
     "init.weights_from",
+    "distill.teacher",
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -14,7 +15,11 @@ from runs import (
     assert_equal,
     changed,
     execute,
+    losses,
+    metrics,
     quick_compiles,
+    saved_state,
+    signal_at,
     start,
     status,
     training,
@@ -22,7 +27,7 @@ from runs import (
 
 from pcagpt import checkpoint, experiment, params, run_folder
 from pcagpt import config as knobs
-from pcagpt.errors import UserError
+from pcagpt.errors import Interrupted, UserError
 from pcagpt.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -178,25 +183,140 @@ def test_a_plan_is_described_and_nothing_written(sources, recover):
     plan = make_plan(config)
     experiment.check(plan, config)
     (line,) = experiment.describe(plan)
-    assert line.split() == [
-        "B",
-        "gpt_pca_finetune_from_gpt_pca_k8",
-        "3",
-        "steps",
-        "to",
-        "do",
-    ]
+    wanted = "B gpt_pca_finetune_from_gpt_pca_k8 3 steps to do"
+    assert " ".join(line.split()) == wanted
     assert not Path(config.workdir).exists()
 
 
 def test_runs_older_than_a_knob_count_at_its_default(tiny_config):
     run_dir = execute(tiny_config)
     record = run_folder.read_config(run_dir)
-    del record["init"]["weights_from"], record["train"]["beta1"]
+    del record["init"]["weights_from"], record["distill"], record["train"]["beta1"]
     run_folder.write_config(run_dir, record)
     assert status(tiny_config) == "done"
     with pytest.raises(UserError, match=r"train.beta1 \(was 0.9, now 0.5\)"):
         status(changed(tiny_config, **{"train.beta1": 0.5}))
+
+
+# With a teacher
+
+
+@pytest.fixture
+def distilled(sources, recover):
+    """A banded model that is trained on towards D's predictions."""
+    teacher = str(sources["gpt_baseline"])
+    return recover(
+        sources["banded"],
+        **{"distill.teacher": teacher, "train.steps": 12, "train.learning_rate": 0.01},
+    )
+
+
+def logged(run_dir, split="train"):
+    return [line for line in metrics(run_dir) if line["split"] == split]
+
+
+def test_a_teacher_is_learnt_and_stays_as_it_is(distilled, sources):
+    before = saved_state(sources["gpt_baseline"])
+    run_dir = execute(distilled)
+    first, *_, last = logged(run_dir)
+    assert all(line["loss"] == line["kl"] for line in logged(run_dir))
+    assert 0 < last["kl"] < first["kl"]
+    assert last["cross_entropy"] > last["kl"]
+    assert_equal(saved_state(sources["gpt_baseline"]), before)
+    plain = execute(changed(distilled, overwrite=True, **{"distill.teacher": ""}))
+    assert "kl" not in logged(plain)[0]
+
+
+def test_a_teacher_is_neither_changed_by_a_step_nor_saved_with_the_run(distilled):
+    run = training(distilled)
+    state, shardings = start(run)
+    teacher = run.place_teacher(state)
+    before = jax.tree.map(np.array, teacher)
+    step = run.compile_step(state, shardings, teacher)
+    for number in range(2):
+        state, _ = step(state, run.batch(number), teacher)
+    jax.tree.map(np.testing.assert_array_equal, teacher, before)
+    shutil.rmtree(distilled.workdir)
+    names = saved_state(execute(distilled)).keys()
+    plain = changed(distilled, overwrite=True, **{"distill.teacher": ""})
+    assert names == saved_state(execute(plain)).keys()
+
+
+def test_the_share_mixes_divergence_and_cross_entropy(distilled):
+    config = changed(distilled, **{"distill.share": 0.5, "train.steps": 2})
+    (line,) = logged(execute(config))
+    mean = (line["kl"] + line["cross_entropy"]) / 2
+    assert line["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_distilled_run_resumes_bit_identical(distilled, tmp_path):
+    straight = changed(distilled, **{"model.dropout": 0.2, "train.accumulation": 2})
+    stopped = changed(straight, workdir=str(tmp_path / "stopped"))
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped at step 2 of 6, saved"):
+            execute(stopped)
+    assert status(stopped) == "resumes at step 2"
+    found, wanted = execute(stopped), execute(straight)
+    assert_equal(saved_state(found), saved_state(wanted))
+    assert metrics(found) == metrics(wanted)
+
+
+def test_devices_do_not_change_what_is_learnt(distilled):
+    overrides = {"mesh.data": 2, "mesh.fsdp": 4, "evaluate.batch_size": 64}
+    wanted = losses(distilled, 2)
+    shutil.rmtree(distilled.workdir)
+    assert losses(changed(distilled, **overrides), 2) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_another_teacher_or_share_is_another_run(distilled, sources):
+    execute(distilled)
+    for override, words in (
+        ({"distill.share": 0.5}, r"distill.share \(was 1.0, now 0.5\)"),
+        ({"distill.teacher": ""}, r"imported_sha256.teacher \(was .*, now None\)"),
+        (
+            {"distill.teacher": str(sources["gpt_pca_k8"])},
+            r"imported_sha256.teacher \(was",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            status(changed(distilled, **override))
+
+
+def test_what_a_distilled_run_needs_is_not_distilled(distilled):
+    pca = changed(distilled, arm="pca", **{"init.weights_from": ""})
+    pca = changed(pca, **{"model.n_embd_wte": 8, "distill.share": 0.5})
+    baseline, _, target = make_plan(pca).jobs
+    assert baseline.config.distill == knobs.base().distill
+    assert target.config.distill == pca.distill
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"vocab_size": 100}, "has 100 tokens, this model 97: both must have the same"),
+        ({"block_size": 8}, "reads 8 tokens at a time, this model 16: lower"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(model, words, distilled, tmp_path):
+    copy = elsewhere(Path(distilled.distill.teacher), tmp_path / "teacher", **model)
+    record = run_folder.read_config(copy)
+    record["vocab_size"] = record["model"]["vocab_size"] or record["vocab_size"]
+    run_folder.write_config(copy, record)
+    message = refusal(changed(distilled, **{"distill.teacher": str(copy)}))
+    assert words in message
+
+
+def test_no_teacher_where_one_is_named_is_refused(distilled, tmp_path):
+    teacher = str(tmp_path / "nothing")
+    message = refusal(changed(distilled, **{"distill.teacher": teacher}))
+    assert "nothing does not exist: give the folder of a run" in message
+
+
+def test_an_experiment_has_no_teacher(tiny_config):
+    config = changed(tiny_config, task="experiment", **{"distill.teacher": "x"})
+    with pytest.raises(UserError, match="distill.teacher is set: the models of an exp"):
+        knobs.validate(config)
 
 
 # What does not fit
