@@ -30,4 +30,5 @@ ARMS = {
         "C", "random-scratch", "gpt_random_lowrank_k{rank}", "configs/random_k128.py"
     ),
 }
+FROM_RUN = "gpt_{arm}_from_{source}"  # run_name of what goes on from a run's weights
 TITLES = {arm.letter: arm.title for arm in ARMS.values()}

@@ -165,17 +165,20 @@ def find(path: str | Path) -> tuple[Path, int]:
 def fingerprint(path: str | Path) -> str:
     """sha256 that tells a checkpoint from those of other runs and other steps.
 
-    A run is known by its result or, while it has none, by its config.
+    A run is known by its result or, while it has none, by its config and by which
+    writing of the weights it is: they may be rewritten under one config.
 
     Args:
       path: as for `find`, which says what it raises.
     """
     run_dir, step = find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
-    for name in ("result.json", "config.json"):
+    # Orbax names the files of every writing anew; the manifest holds these names.
+    written = f"{FOLDER}/{step}/weights/manifest.ocdbt"
+    finished = (run_dir / "result.json").exists()
+    for name in ("result.json",) if finished else ("config.json", written):
         if (run_dir / name).exists():
             digest.update((run_dir / name).read_bytes())
-            break
     return digest.hexdigest()
 
 

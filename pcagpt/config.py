@@ -129,9 +129,14 @@ KNOBS = {
     "train.loss_chunks": Knob(
         8, "parts the logits are computed in: more, less memory", at_least(1)
     ),
-    # What B, fine-tuned from D, gets of D's budget.
+    # What is fine-tuned, B and whatever goes on from a run, gets of D's budget.
     "finetune.steps_share": Knob(0.1, "of train.steps and train.warmup_steps", PART),
     "finetune.learning_rate_share": Knob(0.5, "of train.learning_rate", PART),
+    # A trained model whose predictions are learnt.
+    "distill.teacher": Knob("", "a run of the same vocabulary; empty: none"),
+    "distill.share": Knob(
+        1.0, "of the divergence from it in the loss, the rest is cross entropy", PART
+    ),
     # What a run starts from in place of random weights.
     "init.import_wte_npy": Knob("", "file of a token table [V, k]"),
     "init.import_scale_matrices_npz": Knob(
@@ -142,6 +147,9 @@ KNOBS = {
         False, "do not train the imported scale matrices"
     ),
     "init.blocks_from": Knob("", "a run whose other weights are taken over"),
+    "init.weights_from": Knob(
+        "", "baseline, pca_finetune: a run to go on from, its model and all weights"
+    ),
     # The factorization of D's table.
     "factorize.method": Knob("svd", "svd, or pca: centred, the mean goes into wpe"),
     "factorize.singular_value_split": Knob(
@@ -259,6 +267,12 @@ def validate(config: ConfigDict) -> None:
             f"train.batch_size = {train.batch_size}"
         )
     _check_ranks(config)
+    _check_weights_from(config)
+    if config.distill.teacher and config.task == "experiment":
+        raise UserError(
+            "distill.teacher is set: the models of an experiment are compared without "
+            "one; give it to a single run, as configs/recover.py does"
+        )
     _check_distinct("experiment.seeds", config.experiment.seeds)
     if config.task in ("factorize", "compress", "evaluate") and not config.model_path:
         raise UserError(
@@ -325,16 +339,25 @@ def _check_ranks(config: ConfigDict) -> None:
                     f"{path} holds {rank}: a rank is a whole number from 1 to the "
                     f"model's width model.n_embd = {model.n_embd}"
                 )
-    if model.band_sizes and (config.task, config.arm) != ("train", "random"):
+    if (
+        model.band_sizes
+        and (config.task, config.arm) != ("train", "random")
+        and not config.init.weights_from
+    ):
         raise UserError(
             "model.band_sizes is set: only the random model (configs/random_k128.py) "
             "can have several bands"
         )
-    if config.task == "train":
+    if config.task == "train" and not config.init.weights_from:
         is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
         if config.arm != "baseline" and not is_factorized:
             raise UserError(
-                f"the {config.arm} model needs a rank: --config.model.n_embd_wte=128"
+                f"the {config.arm} model needs a rank, --config.model.n_embd_wte=128"
+                + (
+                    ", or a compressed model, --config.init.weights_from=FOLDER"
+                    if config.arm == "pca_finetune"
+                    else ""
+                )
             )
         if config.arm == "baseline" and is_factorized:
             raise UserError(
@@ -345,6 +368,25 @@ def _check_ranks(config: ConfigDict) -> None:
         raise UserError(
             f"model.n_embd_wte is {model.n_embd_wte}: an experiment's ranks are set by "
             f"--config.ranks={model.n_embd_wte}"
+        )
+
+
+def _check_weights_from(config: ConfigDict) -> None:
+    """Whether a run that takes over all weights can, and takes over no others."""
+    init = config.init
+    if not init.weights_from or config.task in ("factorize", "evaluate"):
+        return
+    if config.task == "experiment" or config.arm not in ("baseline", "pca_finetune"):
+        what = "an experiment" if config.task == "experiment" else f"arm {config.arm}"
+        raise UserError(
+            f"init.weights_from is set for {what}: a compressed model is trained on by "
+            "--config=configs/recover.py, D by --config=configs/baseline.py"
+        )
+    others = [name for name, value in init.items() if value and name != "weights_from"]
+    if others:
+        raise UserError(
+            f"init.{others[0]} is set beside init.weights_from, which takes over every "
+            "weight: leave one of them out"
         )
 
 

@@ -7,17 +7,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pcagpt import checkpoint, evaluate, provenance, run_folder, sharding
-from pcagpt.config import KNOBS, model_settings
+from pcagpt import evaluate, provenance, run_folder, sharding
 from pcagpt.corpus import open_corpus, text_counts
 from pcagpt.data import EvaluationBatches
-from pcagpt.errors import UserError
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT
 from pcagpt.telemetry import Progress
 from pcagpt.tokenizer import tokenizer_sha256
-
-# Knobs of the model that are about the device, and change no more than rounding.
-DEVICE_CHOICES = ("compute_dtype", "attention")
+from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
 
 
 def evaluate_run(config: ConfigDict) -> dict:
@@ -29,33 +25,14 @@ def evaluate_run(config: ConfigDict) -> dict:
       UserError: no such run, a corpus whose ids the model lacks, or a `model` knob that
         contradicts the run.
     """
-    run_dir, step = checkpoint.find(config.model_path)
-    trained = run_folder.read_config(run_dir)
-    if trained is None:
-        raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
-    trained = ConfigDict(trained)
-    data = config.data if config.data.source else trained.data
+    trained = TrainedRun.find(config.model_path)
+    run_dir, step = trained.run_dir, trained.step
+    data = config.data if config.data.source else ConfigDict(trained.record["data"])
     folder = Path(config.data.cache_dir or Path(config.workdir) / "data")
     corpus = open_corpus(data.source, folder, data.tokenizer)
-    if corpus.vocab_size > trained.vocab_size:
-        raise UserError(
-            f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, the model of "
-            f"{run_dir} {trained.vocab_size} tokens: give the corpus it was trained on"
-        )
-    known = trained.get("tokenizer")
-    if known and corpus.tokenizer and known != corpus.tokenizer:
-        raise UserError(
-            f"{corpus.name} is in tokens of {corpus.tokenizer}, the model of {run_dir} "
-            f"knows those of {known}: set --config.data.tokenizer={known}"
-        )
-    _check_model(run_dir, trained.model, config.model)
-    for name in DEVICE_CHOICES:  # Of this device, not of the one it was trained on.
-        trained.model[name] = config.model[name]
-    settings = model_settings(
-        trained.model, trained.vocab_size, jax.devices()[0].platform
-    )
-    settings["band_sizes"] = tuple(settings["band_sizes"])
-    model = GPT(GPTConfig(**settings))
+    trained.check_corpus(corpus)
+    trained.check_model(config.model, DEVICE_CHOICES)
+    model = GPT(trained.config(config.model, jax.devices()[0].platform))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_divisible("evaluate.batch_size", config.evaluate.batch_size, mesh)
     batches = EvaluationBatches(
@@ -63,8 +40,7 @@ def evaluate_run(config: ConfigDict) -> dict:
         model.config.block_size,
         config.evaluate.batch_size,
     )
-    params, constants, _ = checkpoint.load_weights(config.model_path)
-    variables = {"params": params, "constants": constants}
+    variables = trained.variables(model.config)
     variables = jax.device_put(variables, sharding.shardings(variables, mesh))
     with Progress(f"{run_dir.name} on {config.split}", len(batches)) as progress:
         measured = evaluate.evaluate(
@@ -98,19 +74,6 @@ def evaluate_run(config: ConfigDict) -> dict:
         name = f"evaluation_{corpus_name}_{config.split}_step{step}.json"
         run_folder.write_json(run_dir / name, result)
     return result
-
-
-def _check_model(run_dir: Path, trained: ConfigDict, asked: ConfigDict) -> None:
-    """Raises UserError for a knob that was set and contradicts the run's own model."""
-    for name, value in asked.items():
-        if name in DEVICE_CHOICES or value == KNOBS[f"model.{name}"].default:
-            continue
-        known = tuple(trained[name]) if isinstance(value, tuple) else trained[name]
-        if value != known:
-            raise UserError(
-                f"model.{name} is {value}, but {run_dir} was trained with {known}: "
-                "leave it out, a run keeps its model"
-            )
 
 
 def _shown(batches: EvaluationBatches, progress: Progress) -> Iterator:

@@ -60,7 +60,10 @@ def check(plan: Plan, config: ConfigDict) -> None:
         raise _lacks(lacking[0], config)
     if any(isinstance(job, TrainJob) for job in to_do):
         corpus = describe_corpus(config.data.source, config.data.tokenizer)
-        knobs.model_settings(config.model, corpus.vocab_size, jax.devices()[0].platform)
+        platform = jax.devices()[0].platform
+        for job in to_do:
+            if isinstance(job, TrainJob):
+                knobs.model_settings(job.config.model, corpus.vocab_size, platform)
         for job in jobs:
             if isinstance(job, FactorizeJob) and max(job.ranks) > corpus.vocab_size:
                 raise UserError(

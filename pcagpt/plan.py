@@ -1,7 +1,8 @@
 """From a config to the jobs it asks for, prerequisites first.
 
 D, the baseline, comes first; its table is factorized. A starts from the factors with
-random blocks, B from the factors with D's blocks, C from random factors.
+random blocks, B from the factors with D's blocks, C from random factors. What goes on
+from all the weights of a run needs nothing else.
 """
 
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from pcagpt import config as knobs
 from pcagpt import factor_files
-from pcagpt.arms import ARMS
+from pcagpt.arms import ARMS, FROM_RUN
+from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
 from pcagpt.train_run import TrainJob
+from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
 
 Job = TrainJob | FactorizeJob
 
@@ -27,11 +31,16 @@ class Plan(NamedTuple):
 def make_plan(config: ConfigDict) -> Plan:
     """What a 'train', 'factorize' or 'experiment' config asks for.
 
-    Looks at nothing but the config.
+    Looks at nothing but the config and, where it goes on from a run, that run's.
+
+    Raises:
+      UserError: the run to go on from is none, or of another model than was asked for.
     """
     if config.task == "factorize":
         source = Path(config.model_path)
         return Plan((_factorize_job(config, source, config.ranks, is_target=True),))
+    if config.task == "train" and config.init.weights_from:
+        return Plan((_job_from_run(config),))
     if config.task == "train":
         return Plan(_jobs_of_run(config))
     jobs = []
@@ -76,10 +85,32 @@ def _jobs_of_run(config: ConfigDict) -> tuple[Job, ...]:
     return (*needed, _train_job(config, "", is_target=True))
 
 
+def _job_from_run(config: ConfigDict) -> TrainJob:
+    """A run that goes on from all weights of another, and is of its model."""
+    config = config.copy_and_resolve_references()
+    source = TrainedRun.find(config.init.weights_from)
+    free = (*DEVICE_CHOICES, "dropout")
+    source.check_model(config.model, free)
+    config.model = source.model_section(config.model, free)
+    knobs.validate(config)
+    model = config.model
+    is_factorized = model.n_embd_wte is not None or any(model.band_ranks)
+    arm = "pca_finetune" if is_factorized else "baseline"
+    if config.arm != arm:
+        table = "factorized" if is_factorized else "full"
+        raise UserError(
+            f"the embedding of {source.run_dir} is {table}: to train it on, set "
+            f"--config.arm={arm}"
+        )
+    _share_budget(config)
+    name = FROM_RUN.format(arm=arm, source=source.run_dir.resolve().name)
+    return TrainJob(Path(config.workdir) / name, config, is_target=True)
+
+
 def _baseline(config: ConfigDict) -> ConfigDict:
     """The config of D that belongs to any arm's, or to an experiment's."""
     baseline = config.copy_and_resolve_references()
-    baseline.arm = "baseline"
+    baseline.arm, baseline.distill = "baseline", knobs.base().distill
     with baseline.ignore_type():
         baseline.model.n_embd_wte = None
     baseline.model.band_sizes = baseline.model.band_ranks = ()
@@ -107,7 +138,7 @@ def _clear(init: ConfigDict) -> None:
 
 def _share_budget(config: ConfigDict) -> None:
     """`train` is D's budget; what is fine-tuned gets its declared share of it."""
-    if config.arm != "pca_finetune":
+    if config.arm != "pca_finetune" and not config.init.weights_from:
         return
     train, share = config.train, config.finetune
     train.steps = max(1, round(train.steps * share.steps_share))

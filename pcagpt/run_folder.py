@@ -14,18 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.config import KNOBS
 from pcagpt.errors import UserError
 
 DONE, TO_DO = "done", "to do"  # what a job's status may be
 
 # What a run's numbers depend on; the rest of its config may change between resumes.
-IDENTITY = ("arm", "seed", "model", "data", "train", "init", "imported_sha256")
+IDENTITY = (
+    "arm", "seed", "model", "data", "train", "distill", "init", "imported_sha256"
+)  # fmt: skip
 # What is imported counts by its hash, so that a folder of runs can be moved.
 NOT_IDENTITY = (
     "data.cache_dir",
     "init.import_wte_npy",
     "init.import_scale_matrices_npz",
     "init.blocks_from",
+    "init.weights_from",
+    "distill.teacher",
 )
 
 
@@ -79,8 +84,15 @@ def strict(value: Any) -> Any:
 
 
 def identity(config: dict) -> dict[str, Any]:
-    """{'train.steps': 5000, ...}: the fields that decide a run's numbers."""
-    flat = {}
+    """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
+
+    A knob that the config lacks, because the run is older, counts at its default.
+    """
+    flat = {
+        path: _jsonable(knob.default)
+        for path, knob in KNOBS.items()
+        if path.split(".")[0] in IDENTITY
+    }
     for section in IDENTITY:
         value = config.get(section)
         if isinstance(value, dict):

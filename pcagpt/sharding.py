@@ -19,6 +19,7 @@ BATCH_AXES = ("data", "fsdp")
 # First full match wins; paths of optimizer states end in the parameter's own path.
 PARTITION_RULES = (
     (r"(.*/)?wte", PartitionSpec("fsdp", None)),
+    (r"tables/\d+", PartitionSpec("fsdp", None)),  # a teacher's, laid out like wte
     (r"(.*/)?(scale_up|scale_down)", PartitionSpec(None, "fsdp")),
     (r"(.*/)?wpe", PartitionSpec(None, "fsdp")),
     (r"(.*/)?(qkv|fc)/kernel", PartitionSpec("fsdp", None)),

@@ -21,7 +21,7 @@ from pcagpt.checkpoint import Checkpoints
 from pcagpt.config import model_settings
 from pcagpt.corpus import Corpus, text_counts
 from pcagpt.data import EvaluationBatches, TrainingBatches
-from pcagpt.errors import Interrupted
+from pcagpt.errors import Interrupted, UserError
 from pcagpt.interrupt import StopRequest
 from pcagpt.meter import Meter, Throughput, not_finite
 from pcagpt.model import (
@@ -33,7 +33,14 @@ from pcagpt.model import (
 )
 from pcagpt.telemetry import Progress, SilentProgress, Telemetry
 from pcagpt.tokenizer import tokenizer_sha256
-from pcagpt.train_step import StepSettings, TrainState, initial_state, train_step
+from pcagpt.train_step import (
+    StepSettings,
+    Teacher,
+    TrainState,
+    initial_state,
+    train_step,
+)
+from pcagpt.trained_run import TrainedRun
 
 
 @dataclasses.dataclass
@@ -62,6 +69,8 @@ class Training:
           UserError: what was asked for does not fit the corpus, files or devices.
         """
         train, block_size = config.train, config.model.block_size
+        if config.init.weights_from:
+            TrainedRun.find(config.init.weights_from).check_corpus(corpus)
         self.config, self.record = config, record
         self.run_dir, self.corpus = run_dir, corpus
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -77,6 +86,7 @@ class Training:
             config.model, corpus.vocab_size, jax.devices()[0].platform
         )
         self.model = GPT(GPTConfig(**settings))
+        self.teacher = self._trained_teacher()
         self.frozen = warm_start.frozen_patterns(config.init)
         names = {field.name for field in dataclasses.fields(optim.OptimizerConfig)}
         adamw = optim.OptimizerConfig(**{n: v for n, v in train.items() if n in names})
@@ -93,20 +103,43 @@ class Training:
         self.tokens_per_step = train.batch_size * block_size
         self._check_imports()
 
+    def _trained_teacher(self) -> tuple[GPT, dict] | None:
+        """The model that `distill.teacher` names and its variables, on the host."""
+        path, student = self.config.distill.teacher, self.model.config
+        if not path:
+            return None
+        trained = TrainedRun.find(path)
+        trained.check_corpus(self.corpus)
+        config = trained.config(self.config.model, jax.devices()[0].platform)
+        if config.vocab_size != student.vocab_size:
+            raise UserError(
+                f"distill.teacher: {path} has {config.vocab_size} tokens, this model "
+                f"{student.vocab_size}: both must have the same"
+            )
+        if config.block_size < student.block_size:
+            raise UserError(
+                f"distill.teacher: {path} reads {config.block_size} tokens at a time, "
+                f"this model {student.block_size}: lower model.block_size"
+            )
+        return GPT(config), trained.variables(config)
+
     def _check_imports(self) -> None:
         """Imports into a stand-in: a file that does not fit then costs no run."""
         tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), tokens_BT)
         stand_in = jax.tree.map(
             lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
-            shapes["params"],
+            shapes,
         )
         self._import_into(stand_in)
 
-    def _import_into(self, params: dict) -> dict:
-        """The parameters with what `init` names put in."""
-        imported = warm_start.replacements(self.config.init, self.model.config, params)
-        return trees.replace(params, imported, source="init")
+    def _import_into(self, variables: dict) -> dict:
+        """The variables with what `init` names put in."""
+        init, params = self.config.init, variables["params"]
+        if init.weights_from:
+            return TrainedRun.find(init.weights_from).variables(self.model.config)
+        imported = warm_start.replacements(init, self.model.config, params)
+        return variables | {"params": trees.replace(params, imported, source="init")}
 
     def run(self, label: str) -> dict:
         """Trains to the last step, resuming what is there; returns the result."""
@@ -120,7 +153,8 @@ class Training:
                 self.progress(label, start) as progress,
                 StopRequest() as stop,
             ):
-                compiled_step = self.compile_step(state, shardings)
+                teacher = self.place_teacher(state)
+                compiled_step = self.compile_step(state, shardings, teacher)
                 meter = Meter(
                     telemetry,
                     progress,
@@ -161,7 +195,7 @@ class Training:
                             f"{self.run_dir.name} stopped at step {step} of {steps}, "
                             "saved: the same command goes on from there"
                         )
-                    state, metrics = compiled_step(state, self.batch(step))
+                    state, metrics = compiled_step(state, self.batch(step), teacher)
                     meter.hold(step + 1, metrics)
                 checkpoints.wait()
                 result = self.result(measured, history, compiled_step)
@@ -192,9 +226,8 @@ class Training:
             state = TrainState.from_items(variables, optimizer)
             return state, shardings, History(**meta["history"])
         state = jax.jit(init, out_shardings=shardings)()
-        state = state.replace(
-            params=self._import_into(state.params), constants=self.constants()
-        )
+        variables = {"params": state.params, "constants": self.constants()}
+        state = state.replace(**self._import_into(variables))
         return jax.device_put(state, shardings), shardings, History()
 
     def constants(self) -> dict:
@@ -207,7 +240,18 @@ class Training:
         position_V[np.argsort(-count_V, kind="stable")] = np.arange(vocab_size)
         return {"embed": {"position_of_token": position_V}}
 
-    def compile_step(self, state: TrainState, shardings):
+    def place_teacher(self, state: TrainState) -> Teacher | None:
+        """The teacher on the mesh, laid out for the state's order of tokens."""
+        if self.teacher is None:
+            return None
+        order = trees.flatten(state.constants).get("embed/position_of_token")
+        if order is None:
+            order = np.arange(self.model.config.vocab_size)
+        bands = self.model.config.bands
+        teacher = Teacher.laid_out(*self.teacher, bands, np.asarray(order))
+        return jax.device_put(teacher, sharding.shardings(teacher, self.mesh))
+
+    def compile_step(self, state: TrainState, shardings, teacher: Teacher | None):
         """The step compiled for this mesh and batch; it consumes the state it is given.
 
         Raises jax.errors.JaxRuntimeError when the device's memory does not suffice.
@@ -218,7 +262,10 @@ class Training:
             optimizer=self.optimizer,
             schedule=self.schedule,
             settings=StepSettings(
-                self.config.seed, self.frozen, self.config.train.loss_chunks
+                self.config.seed,
+                self.frozen,
+                self.config.train.loss_chunks,
+                self.config.distill.share,
             ),
         )
         jitted = jax.jit(
@@ -226,7 +273,7 @@ class Training:
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
-        return jitted.lower(state, self.batch(0)).compile()
+        return jitted.lower(state, self.batch(0), teacher).compile()
 
     def batch(self, step: int) -> jax.Array:
         """The batch of a step, on the devices: [A, B, T + 1] int32."""

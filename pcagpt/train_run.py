@@ -64,19 +64,25 @@ class TrainJob:
 
         Files that are still to be made have no hash yet.
         """
-        init = self.config.init.to_dict()
-        is_made = all(
-            Path(init[name]).exists() for name in warm_start.IMPORTS if init[name]
-        )
-        hashes = warm_start.fingerprints(init) if is_made else None
+        hashes, teacher = None, self.config.distill.teacher
+        if all(path.exists() for path in self._taken_from.values()):
+            hashes = warm_start.fingerprints(self.config.init)
+            if teacher:
+                hashes["teacher"] = checkpoint.fingerprint(teacher)
         return {**self.config.to_dict(), "imported_sha256": hashes}
 
     @property
     def sources(self) -> set[Path]:
         """Folders of other jobs that this one reads."""
-        init = self.config.init
-        paths = [Path(init[name]) for name in warm_start.IMPORTS if init[name]]
+        paths = self._taken_from.values()
         return {*paths, *(path.parent for path in paths)}
+
+    @property
+    def _taken_from(self) -> dict[str, Path]:
+        """{knob: the file or run that it names} of all that this run imports."""
+        named = {f"init.{name}": self.config.init[name] for name in warm_start.IMPORTS}
+        named["distill.teacher"] = self.config.distill.teacher
+        return {knob: Path(path) for knob, path in named.items() if path}
 
     def corpus(self) -> Corpus:
         """The run's corpus, made from its source by the first process if need be."""
@@ -94,10 +100,10 @@ class TrainJob:
           to_be_made: folders of earlier jobs: what is in them is not imported here.
         """
         config = self.config.copy_and_resolve_references()
-        for name, freeze in warm_start.IMPORTS.items():
-            path = Path(config.init[name])
+        for knob, path in self._taken_from.items():
             if {path, path.parent} & to_be_made:
-                config.init[name] = ""
+                config.update_from_flattened_dict({knob: ""})
+                freeze = warm_start.IMPORTS.get(knob.removeprefix("init."))
                 if freeze:
                     config.init[freeze] = False
         Training(config, {}, self.folder, self.corpus())

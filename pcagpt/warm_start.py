@@ -1,5 +1,7 @@
 """What a run starts from besides random weights: factor files, another run's blocks.
 
+A run that goes on from all weights of another is given them by `trained_run`.
+
 Precedence: a checkpoint of the run itself, then what is imported here, then random.
 """
 
@@ -22,6 +24,7 @@ IMPORTS = {
     "import_wte_npy": "import_wte_freeze",
     "import_scale_matrices_npz": "import_scale_matrices_freeze",
     "blocks_from": None,
+    "weights_from": None,
 }
 
 
@@ -52,9 +55,11 @@ def fingerprints(init: Mapping[str, Any]) -> dict[str, str]:
         for name in ("import_wte_npy", "import_scale_matrices_npz")
         if init[name]
     }
-    found = {}
-    if init["blocks_from"]:
-        found["blocks_from"] = checkpoint.fingerprint(init["blocks_from"])
+    found = {
+        name: checkpoint.fingerprint(init[name])
+        for name in ("blocks_from", "weights_from")
+        if init[name]
+    }
     for name, path in files.items():
         try:
             with open(path, "rb") as file:

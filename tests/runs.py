@@ -89,10 +89,11 @@ def losses(config: ConfigDict, steps: int) -> list[float]:
     """The loss of a new run's first steps."""
     run = training(config)
     state, shardings = start(run)
-    step = run.compile_step(state, shardings)
+    teacher = run.place_teacher(state)
+    step = run.compile_step(state, shardings, teacher)
     found = []
     for number in range(steps):
-        state, metrics = step(state, run.batch(number))
+        state, metrics = step(state, run.batch(number), teacher)
         found.append(float(metrics["loss"]))
     return found
 

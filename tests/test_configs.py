@@ -18,6 +18,7 @@ from pcagpt.errors import UserError
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
 
 RANK = 4
+RECOVERY = "recover.py"  # Goes on from a run that has to be named.
 RUN_NAMES = {
     "baseline": "gpt_baseline",
     "pca": f"gpt_pca_k{RANK}",
@@ -39,6 +40,18 @@ def trained(corpus_folder, compiled, tmp_path_factory):
     return workdir / "gpt_baseline"
 
 
+@pytest.fixture(scope="session")
+def factorized(corpus_folder, compiled, tmp_path_factory):
+    """The folder of a finished model of rank 4: not to be written to."""
+    workdir = tmp_path_factory.mktemp("trained_factorized")
+    arguments = tiny(
+        "random_k128.py", corpus_folder, workdir=workdir, model={"n_embd_wte": RANK}
+    )
+    with quick_compiles(compiled):
+        assert call(*arguments).code == 0
+    return workdir / RUN_NAMES["random"]
+
+
 def check_run(run_dir, arm):
     result = json.loads((run_dir / "result.json").read_text())
     assert (result["status"], result["arm"]) == ("done", arm)
@@ -55,9 +68,10 @@ def check_factors(folder):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_does_its_task_in_two_shrunken_steps(
-    name, trained, corpus_folder, tmp_path
+    name, trained, factorized, corpus_folder, tmp_path
 ):
     config, settings = load(name), {"workdir": tmp_path / "runs"}
+    run_names = RUN_NAMES
     run_dir = tmp_path / "runs" / "gpt_baseline"
     if config.task in ("factorize", "evaluate"):
         shutil.copytree(trained, run_dir)
@@ -66,10 +80,14 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
         settings["ranks"] = RANK
     if config.model.n_embd_wte is not None:
         settings["model"] = {"n_embd_wte": RANK}
+    if name == RECOVERY:
+        settings["init"] = {"weights_from": factorized}
+        settings["distill"] = {"teacher": trained}
+        run_names = {config.arm: f"gpt_{config.arm}_from_{factorized.name}"}
     outcome = call(*tiny(name, corpus_folder, **settings))
     assert outcome.code == 0, outcome
     if config.task == "train":
-        check_run(tmp_path / "runs" / RUN_NAMES[config.arm], config.arm)
+        check_run(tmp_path / "runs" / run_names[config.arm], config.arm)
     elif config.task == "experiment":
         for arm, folder in RUN_NAMES.items():
             check_run(tmp_path / "runs" / folder, arm)
@@ -100,6 +118,8 @@ def test_every_config_is_valid_as_it_is(name):
     config = load(name)
     if config.task in ("factorize", "evaluate"):
         config.model_path = "RUN"
+    if name == RECOVERY:
+        config.init.weights_from = "RUN"
     knobs.validate(config)
 
 

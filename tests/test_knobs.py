@@ -61,7 +61,7 @@ def updates(config):
 def memory(config):
     """Bytes that the compiled step needs beside its arguments."""
     run = training(config)
-    compiled = run.compile_step(*start(run))
+    compiled = run.compile_step(*start(run), teacher=None)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -187,6 +187,7 @@ EVALUATE = {"task": "evaluate", "data.source": ""} | {
     "model_path": "PLACE/finished/gpt_baseline",
     **FINISHED,
 }
+DISTILLED = {**FINISHED, "distill.teacher": "PLACE/finished/gpt_pca_k8"}
 FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
 OTHER = {"workdir": "PLACE/finished", "seed": 7}
 TEXT = {"data.source": "PLACE/text"}
@@ -246,6 +247,9 @@ KNOBS = {
     "init.import_wte_freeze": Shown(frozen, True, IMPORT),
     "init.import_scale_matrices_freeze": Shown(frozen, True, IMPORT),
     "init.blocks_from": Shown(first_weights, "PLACE/finished/gpt_baseline", IMPORT),
+    "init.weights_from": Shown(first_weights, "PLACE/finished/gpt_baseline", FINISHED),
+    "distill.teacher": Shown(first_losses, "PLACE/finished/gpt_pca_k8", FINISHED),
+    "distill.share": Shown(first_losses, 0.5, DISTILLED),
     "factorize.method": Shown(factors, "pca", FACTORIZE),
     "factorize.singular_value_split": Shown(factors, 0.5, FACTORIZE),
     "evaluate.every": Shown(left, 2),

@@ -14,7 +14,7 @@ ROWS = (
     "params model factorize losses config tokenizer interrupt",
     "corpus data optim sharding checkpoint telemetry factor_files run_folder "
     "provenance command_line",
-    "evaluate warm_start meter train_step",
+    "evaluate trained_run warm_start meter train_step",
     "train evaluate_run report",
     "train_run factorize_run",
     "plan",

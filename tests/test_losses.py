@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt.losses import cross_entropy, scan_chunks, token_losses
+from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH = 6
@@ -197,6 +197,122 @@ def test_logits_are_rounded_once_and_to_what_is_asked_for():
         )
         assert found.dtype == jnp.float32
         assert_close(found, expected, 1e-6)
+
+
+# Distillation
+
+
+TEACHER_WIDTH = 5
+
+
+def taught(bands, tokens):
+    """As `inputs`, with a teacher's hidden states and tables, padded with loud rows."""
+    random = np.random.default_rng(tokens + 1)
+    teacher_h = jnp.asarray(random.normal(size=(tokens, TEACHER_WIDTH)), jnp.float32)
+    tables = [random.normal(size=(rows, TEACHER_WIDTH)) for rows, _, _ in bands]
+    for table, (_, real, _) in zip(tables, bands, strict=True):
+        table[real:] = 9.0
+    tables = tuple(jnp.asarray(table, jnp.float32) for table in tables)
+    return (*inputs(bands, tokens), teacher_h, tables)
+
+
+def dense_distillation(h, tables, sizes, targets, teacher_h, teacher_tables, share=1.0):
+    """Both whole arrays of log-probabilities, and the definition of KL."""
+    teacher_tables = [(table, None) for table in teacher_tables]
+    log_q, log_p = (
+        jax.nn.log_softmax(
+            jnp.concatenate(
+                [
+                    (x if down is None else x @ down.T) @ wte[:size].T
+                    for (wte, down), size in zip(pairs, sizes, strict=True)
+                ],
+                axis=1,
+            )
+        )
+        for x, pairs in ((h, tables), (teacher_h, teacher_tables))
+    )
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+    kl = jnp.where(targets >= 0, kl, 0.0)
+    likelihood = dense_losses(h, tables, sizes, targets)
+    return jnp.sum((1 - share) * likelihood + share * kl)
+
+
+def distilled_by(chunks, logits_dtype=jnp.float32, share=1.0):
+    """(loss, all sums) and the loss's gradients."""
+
+    def loss(h, tables, sizes, targets, teacher_h, teacher_tables):
+        found = distillation(
+            h,
+            head_of(tables, sizes),
+            targets,
+            teacher_h,
+            teacher_tables,
+            share=share,
+            logits_dtype=logits_dtype,
+            chunks=chunks,
+        )
+        return found.loss, found
+
+    return jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2
+    )
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("chunks", [1, 3])
+@each_head
+def test_distillation_and_its_gradients_are_those_of_a_dense_divergence(
+    bands, chunks, share
+):
+    arguments = taught(bands, 30)
+    expected = gradient_by(functools.partial(dense_distillation, share=share))
+    (loss, sums), gradients = distilled_by(chunks, share=share)(*arguments)
+    assert_close((loss, gradients), expected(*arguments), 1e-5)
+    wanted = dense_losses(*arguments[:4]).sum(), dense_distillation(*arguments)
+    assert_close((sums.cross_entropy, sums.kl), wanted, 1e-5)
+    assert sums.kl > 1
+
+
+@pytest.mark.parametrize("logits_dtype", [jnp.float32, jnp.bfloat16])
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(logits_dtype):
+    h, tables, sizes, targets = inputs([(7, 5, None), (8, 3, None)], 30)
+    (loss, sums), gradients = distilled_by(3, logits_dtype)(
+        h, tables, sizes, targets, h, tuple(wte for wte, _ in tables)
+    )
+    assert loss == sums.kl == 0
+    for leaf in jax.tree.leaves(gradients):
+        np.testing.assert_allclose(leaf, 0, atol=2e-6)
+
+
+def test_distilled_logits_are_rounded_to_what_is_asked_for():
+    h, tables, sizes, targets, teacher_h, teacher_tables = taught(HEADS["bands"], 30)
+    half, teacher_half = h.astype(jnp.bfloat16), teacher_h.astype(jnp.bfloat16)
+    (loss, _), (gradient_h, gradient_tables) = distilled_by(3, jnp.bfloat16)(
+        half, tables, sizes, targets, teacher_half, teacher_tables
+    )
+    expected, (expected_h, expected_tables) = gradient_by(dense_distillation)(
+        half.astype(jnp.float32),
+        tables,
+        sizes,
+        targets,
+        teacher_half.astype(jnp.float32),
+        teacher_tables,
+    )
+    assert loss.dtype == jnp.float32
+    assert loss != expected
+    assert float(loss) == pytest.approx(float(expected), rel=4e-3)
+    assert gradient_h.dtype == jnp.bfloat16
+    assert_close(np.asarray(gradient_h, np.float32), expected_h, 0.06)
+    assert_close(gradient_tables, expected_tables, 0.06)
+
+
+def test_distilling_holds_the_logits_of_one_chunk():
+    arguments = taught([(96, 90, 4)], 30)
+    for chunks, rows in ((1, 30), (3, 10)):
+        function = functools.partial(distilled_by(chunks), *arguments[:3])
+        jaxpr = str(jax.make_jaxpr(function)(*arguments[3:]))
+        found = {int(n) for n in re.findall(r"f32\[(\d+),96\]", jaxpr)}
+        assert max(found) == rows
 
 
 # Chunks

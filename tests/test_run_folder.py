@@ -222,7 +222,8 @@ def test_blocks_of_another_run_are_another_config(copied):
 def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
     identity = run_folder.identity(tiny_config.to_dict())
     assert {name.split(".")[0] for name in identity} == {
-        "arm", "seed", "model", "data", "train", "init", "imported_sha256",
+        "arm", "seed", "model", "data", "train", "distill", "init",
+        "imported_sha256",
     }  # fmt: skip
     assert identity["model.n_embd"] == 32
     assert run_folder.config_sha256(tiny_config.to_dict()) != run_folder.config_sha256(

@@ -15,6 +15,7 @@ from pcagpt import params as trees
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.train_step import (
     StepSettings,
+    Teacher,
     TrainState,
     initial_state,
     named_key,
@@ -364,3 +365,109 @@ def golden_losses():
 
 def test_twenty_losses_are_those_recorded():
     np.testing.assert_allclose(golden_losses(), GOLDEN, rtol=0, atol=1e-5)
+
+
+# A teacher
+
+
+TEACHERS = {
+    "the same model": MODEL,
+    "full": dataclasses.replace(MODEL, band_sizes=(), band_ranks=(), n_embd=16),
+    "low rank": dataclasses.replace(
+        MODEL, band_sizes=(), band_ranks=(), n_embd_wte=8, n_embd_wte_scale_tying=False
+    ),
+    "other bands": dataclasses.replace(
+        MODEL, band_sizes=(9, 24, 30), band_ranks=(None, 4, 8), block_size=12
+    ),
+}
+
+
+def variables_of(config, seed):
+    """Loud weights and a token order of its own."""
+    random = np.random.default_rng(seed)
+    variables = GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.tree.map(
+        lambda leaf: np.asarray(random.normal(0.1, 0.4, leaf.shape), np.float32),
+        variables["params"],
+    )
+    if "constants" not in variables:
+        return {"params": params, "constants": {}}
+    order = random.permutation(config.vocab_size).astype(np.int32)
+    return {"params": params, "constants": {"embed": {"position_of_token": order}}}
+
+
+def one_step_of_descent(config, variables, teacher, batch_ABT, share=1.0, chunks=3):
+    """Metrics, and the gradient as what a step of rate 1 takes away."""
+    optimizer = optax.sgd(1.0)
+    params = variables["params"]
+    state = TrainState(
+        jnp.int32(0), params, variables["constants"], optimizer.init(params)
+    )
+    step = functools.partial(
+        train_step,
+        model=GPT(config),
+        optimizer=optimizer,
+        schedule=optax.constant_schedule(1.0),
+        settings=StepSettings(0, (), chunks, share),
+    )
+    new, metrics = jax.jit(step)(state, batch_ABT, teacher)
+    return metrics, jax.tree.map(jnp.subtract, params, new.params)
+
+
+def laid_out(config, student, variables, student_variables):
+    order = student_variables["constants"].get("embed", {}).get("position_of_token")
+    if order is None:
+        order = np.arange(student.vocab_size)
+    return Teacher.laid_out(GPT(config), variables, student.bands, order)
+
+
+@pytest.mark.parametrize(
+    ("student", "parts"), [(MODEL, 2), (TEACHERS["low rank"], 1)], ids=["bands", "one"]
+)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_s_tokens_are_matched_whatever_the_order_of_either(
+    name, student, parts
+):
+    taught, learnt = TEACHERS[name], variables_of(student, 3)
+    if name == "the same model":
+        taught = student
+    known = variables_of(taught, 4)
+    inputs, targets = BATCH[:, :-1], BATCH[:, 1:]
+
+    def dense(params):
+        variables = {"params": params, "constants": learnt["constants"]}
+        log_q = jax.nn.log_softmax(GPT(student).apply(variables, inputs))
+        log_p = jax.nn.log_softmax(GPT(taught).apply(known, inputs))
+        kl = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        picked = jnp.take_along_axis(log_q, targets[..., None], axis=-1)
+        return 0.75 * kl - 0.25 * jnp.mean(picked), (kl, -jnp.mean(picked))
+
+    (loss, sums), gradient = jax.value_and_grad(dense, has_aux=True)(learnt["params"])
+    metrics, found = one_step_of_descent(
+        student,
+        learnt,
+        laid_out(taught, student, known, learnt),
+        in_parts(parts),
+        share=0.75,
+    )
+    assert metrics["kl"] > 0.1
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        (metrics["kl"], metrics["cross_entropy"]), sums, rtol=1e-5
+    )
+    assert_same(found, gradient, 1e-4)
+
+
+def test_a_model_learns_nothing_from_itself():
+    variables = variables_of(MODEL, 3)
+    teacher = laid_out(MODEL, MODEL, variables, variables)
+    metrics, gradient = one_step_of_descent(MODEL, variables, teacher, in_parts(1))
+    assert abs(metrics["kl"]) < 1e-6
+    assert metrics["loss"] == metrics["kl"]
+    assert optax.tree.norm(gradient) < 1e-6
+    assert metrics["cross_entropy"] > 1
+
+
+def test_without_a_teacher_the_loss_has_no_parts():
+    _, metrics = step_of()(first_state(), in_parts(1))
+    assert metrics.keys() == {"loss", "gradient_norm", "learning_rate"}

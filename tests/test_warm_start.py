@@ -23,6 +23,7 @@ NOTHING = {
     "import_wte_freeze": False,
     "import_scale_matrices_freeze": False,
     "blocks_from": "",
+    "weights_from": "",
 }
 
 
