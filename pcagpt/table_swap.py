@@ -109,28 +109,29 @@ def _score(
     ((wte_VD, _, _),) = model.apply(variables, method="head")
     tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
 
-    def log_probabilities(h_nD, wte_VD):
-        logits_nV = jnp.dot(h_nD, wte_VD.T, preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits_nV)
-
     def chunk(sums, inputs):
         own_nD, swapped_nD, targets_n = inputs
         counted_n = targets_n >= 0
         target_n1 = jnp.maximum(targets_n, 0)[:, None]
 
-        def loss(log_p_nV):
-            loss_n1 = -jnp.take_along_axis(log_p_nV, target_n1, axis=1)
-            return jnp.where(counted_n, loss_n1[:, 0], 0)
+        def predict(h_nD, wte_VD):
+            """(logits, their normaliser [n, 1], loss of the targets)."""
+            logits_nV = jnp.dot(h_nD, wte_VD.T, preferred_element_type=jnp.float32)
+            normaliser_n1 = jax.nn.logsumexp(logits_nV, axis=1, keepdims=True)
+            loss_n1 = normaliser_n1 - jnp.take_along_axis(logits_nV, target_n1, 1)
+            return logits_nV, normaliser_n1, jnp.where(counted_n, loss_n1[:, 0], 0)
 
-        own_nV = log_probabilities(own_nD, tables[0])
-        both_nV = log_probabilities(swapped_nD, tables[1])
-        own_n, both_n = loss(own_nV), loss(both_nV)
-        kl_n = jnp.sum(jnp.exp(own_nV) * (own_nV - both_nV), axis=1)
+        own_nV, own_normaliser_n1, own_n = predict(own_nD, tables[0])
+        both_nV, both_normaliser_n1, both_n = predict(swapped_nD, tables[1])
+        expected_n1 = jnp.sum(
+            jnp.exp(own_nV - own_normaliser_n1) * (own_nV - both_nV), 1, keepdims=True
+        )
+        kl_n = (expected_n1 - own_normaliser_n1 + both_normaliser_n1)[:, 0]
         same_n = own_nV.argmax(axis=1) == both_nV.argmax(axis=1)
         scalars = [
             own_n,
-            loss(log_probabilities(swapped_nD, tables[0])) - own_n,
-            loss(log_probabilities(own_nD, tables[1])) - own_n,
+            predict(swapped_nD, tables[0])[2] - own_n,
+            predict(own_nD, tables[1])[2] - own_n,
             both_n - own_n,
             jnp.where(counted_n, kl_n, 0),
             counted_n & same_n,
