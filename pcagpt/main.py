@@ -8,7 +8,7 @@
   --config=configs/pca_k128.py             A: factorized embedding, random blocks
   --config=configs/pca_finetune_k128.py    B: factorized embedding, D's blocks
   --config=configs/random_k128.py          C: random factors
-  --config=configs/recover.py --config.init.weights_from=RUN: a compressed model, on
+  --config=configs/recover.py --config.init.weights_from=RUN
   --config=configs/factorize.py --config.model_path=RUN_OR_NPY --config.ranks=64,128
   --config=configs/compress.py --config.model_path=RUN
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
