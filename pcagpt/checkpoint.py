@@ -6,6 +6,7 @@ and the number of updates done) and `meta` (JSON). Its number is the updates don
 
 import hashlib
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,9 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Writes a model that no training of this folder made, as its checkpoint 0."""
+    """Writes a model that no training made as checkpoint 0, in place of any other."""
     folder = (run_dir / FOLDER).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
     with ocp.CheckpointManager(folder, item_names=("weights",)) as manager:
         manager.save(
             0, args=ocp.args.Composite(weights=ocp.args.StandardSave(variables))

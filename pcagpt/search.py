@@ -6,7 +6,7 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -149,27 +149,148 @@ def recipes(
 
 
 class Calibration:
-    """From second order to the added loss: fitted to a few measured tables.
+    """From second order to the added loss, by what a few measured tables add.
 
-    log(added loss) = a + b log(second order), by least squares.
+    log(added loss) = a + b log(second order), by least squares for each method: second
+    order is too much where errors are large, and too little for a method that makes it
+    smaller than any other would.
     """
 
-    def __init__(self, pairs: Sequence[tuple[SecondOrder, float]]):
-        """Takes (second order, measured added loss) of at least two tables."""
-        points = np.array(
-            [
-                (math.log(sum(second_order)), math.log(measured))
-                for second_order, measured in pairs
-                if measured > 0 and sum(second_order) > 0
-            ]
-        ).reshape(-1, 2)
-        self._slope, self._offset = 1.0, 0.0
-        if len(points) > 1:
-            self._slope, self._offset = np.polyfit(*points.T, 1)
+    def __init__(self, measured: Sequence[tuple[str, SecondOrder, float]]):
+        """Takes (method, second order, added loss) of each measured table."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for method, second_order, added_loss in measured:
+            if added_loss > 0 and sum(second_order) > 0:
+                point = math.log(sum(second_order)), math.log(added_loss)
+                points.setdefault(method, []).append(point)
+        self._lines = {method: _line(found) for method, found in points.items()}
+        self._default = _line([point for found in points.values() for point in found])
 
-    def __call__(self, second_order: SecondOrder) -> float:
+    def __call__(self, method: str, second_order: SecondOrder) -> float:
         """The predicted added loss in nats per token."""
-        total = sum(second_order)
-        if total <= 0:
+        if sum(second_order) <= 0:
             return 0.0
-        return math.exp(self._offset + self._slope * math.log(total))
+        slope, offset = self._lines.get(method, self._default)
+        return math.exp(offset + slope * math.log(sum(second_order)))
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(slope, offset) through points; of slope 1 through a single place."""
+    x, y = np.array(points or [(0.0, 0.0)]).T
+    if np.ptp(x) < 1e-3:
+        return 1.0, float(np.mean(y - x))
+    slope, offset = np.polyfit(x, y, 1)
+    return float(slope), float(offset)
+
+
+def anchors(tried: Sequence[Recipe]) -> set[Recipe]:
+    """The recipes to calibrate on: of each method the smallest and the largest size.
+
+    In one band and in the fewest of several, where these are tried.
+    """
+    found = set()
+    for method in {recipe.method for recipe in tried}:
+        own = [r for r in tried if r.method == method and r.bits == 32]
+        for is_banded in (False, True):
+            kind = [recipe for recipe in own if (recipe.bands > 1) == is_banded]
+            fewest = min((recipe.bands for recipe in kind), default=0)
+            kind = [recipe for recipe in kind if recipe.bands == fewest]
+            if kind:
+                found.add(min(kind, key=lambda recipe: recipe.budget))
+                found.add(max(kind, key=lambda recipe: recipe.budget))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A candidate with what it was predicted to add, and what it adds."""
+
+    candidate: Candidate
+    predicted: float
+    added: float
+
+
+class Advisor:
+    """Finds the table that keeps a bound, by predicting first and measuring then."""
+
+    # Measurements at most, and how close to its bound the found one may stop.
+    TRIALS, SLACK = 6, 0.1
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        measure: Callable[[Candidate], float],
+        method: str,
+        bands: Sequence[int],
+    ):
+        """Takes what makes a candidate, and what measures the loss it adds."""
+        self._make, self._measure = compressor, measure
+        self._method, self._bands = method, bands
+        self.trials: list[Measured] = []
+
+    def smallest(self, max_added_loss: float, least: int, most: int) -> Measured | None:
+        """The smallest table within a loss, of least..most numbers; None: none is.
+
+        Added loss is taken for a power of the budget: from one trial to the next the
+        budget moves along the line through those that lie around the bound.
+        """
+        low, high = math.log(least), math.log(most)
+        place = (low + high) / 2
+        for _ in range(self.TRIALS):
+            trial = self._try(self._best_recipe(round(math.exp(place)), 32))
+            met = trial.added <= max_added_loss
+            low, high = (low, place) if met else (place, high)
+            if met and trial.added >= (1 - self.SLACK) * max_added_loss:
+                break
+            if high - low < 0.02:
+                break
+            place = self._crossing(max_added_loss * (1 - self.SLACK / 2), low, high)
+        kept = [t for t in self.trials if t.added <= max_added_loss]
+        return min(kept, key=lambda t: t.candidate.parameters, default=None)
+
+    def best(self, budgets: Sequence[tuple[int, int]]) -> Measured:
+        """Of (numbers, bits) to choose from, the table that adds least."""
+        for budget, bits in budgets:
+            self._try(self._best_recipe(budget, bits))
+        return min(self.trials, key=lambda trial: trial.added)
+
+    def _best_recipe(self, budget: int, bits: int) -> Recipe:
+        """The number of bands with the least second order at a budget."""
+        options = []
+        for bands in self._bands:
+            recipe = Recipe(self._method, bands, budget, 0, bits)
+            try:
+                options.append((sum(self._make(recipe).second_order), recipe))
+            except ValueError:  # Too small for that many bands.
+                continue
+        return min(options, key=lambda option: option[0])[1]
+
+    def _try(self, recipe: Recipe) -> Measured:
+        candidate = self._make(recipe)
+        calibration = Calibration(
+            [
+                (self._method, trial.candidate.second_order, trial.added)
+                for trial in self.trials
+            ]
+        )
+        predicted = calibration(self._method, candidate.second_order)
+        trial = Measured(candidate, predicted, self._measure(candidate))
+        self.trials.append(trial)
+        return trial
+
+    def _crossing(self, wanted: float, low: float, high: float) -> float:
+        """The log budget at which the loss should be as wanted, between two others."""
+        points = sorted(
+            (math.log(t.candidate.parameters), math.log(max(t.added, 1e-6)))
+            for t in self.trials
+        )
+        middle = (low + high) / 2
+        if len(points) < 2:
+            return middle
+        near = sorted(points, key=lambda point: abs(point[1] - math.log(wanted)))[:2]
+        (x0, y0), (x1, y1) = near
+        if abs(y1 - y0) < 1e-9:
+            return middle
+        place = x0 + (math.log(wanted) - y0) * (x1 - x0) / (y1 - y0)
+        margin = 0.05 * (high - low)
+        return min(max(place, low + margin), high - margin)

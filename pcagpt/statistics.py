@@ -4,7 +4,9 @@ Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, 
 """
 
 import functools
+import io
 import json
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,9 +109,10 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
 def read(path: Path, protocol: dict[str, Any]) -> Statistics | None:
     """Statistics from a file of the same protocol, None where there is no such file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # From memory: of a damaged archive np.load would leave the file open.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             if json.loads(str(archive["protocol"])) != protocol:
                 return None
             return Statistics(**{name: archive[name] for name in Statistics._fields})
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

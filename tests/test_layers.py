@@ -11,12 +11,12 @@ ROOT = Path(pcagpt.__file__).parent
 # Names of folders stand for all modules in them.
 ROWS = (
     "errors arms",
-    "params model factorize losses config tokenizer interrupt",
+    "params model factorize quantize losses config tokenizer interrupt",
     "corpus data optim sharding checkpoint telemetry factor_files run_folder "
-    "provenance command_line",
-    "evaluate trained_run warm_start meter train_step",
-    "train evaluate_run report",
-    "train_run factorize_run",
+    "provenance command_line search",
+    "evaluate trained_run warm_start meter train_step statistics table_swap",
+    "train evaluate_run report subject",
+    "train_run factorize_run compress",
     "plan",
     "experiment",
     "main",

@@ -1,11 +1,15 @@
 """From finished run folders to results.json, report.md, report.html and plots."""
 
 from pcagpt.report.page import write_report, write_sweep_report
+from pcagpt.report.pareto import pareto_figure
 from pcagpt.report.plots import spectrum_figure
 from pcagpt.report.results import collect_results
+from pcagpt.report.sweep import advice_text
 
 __all__ = [
+    "advice_text",
     "collect_results",
+    "pareto_figure",
     "spectrum_figure",
     "write_report",
     "write_sweep_report",

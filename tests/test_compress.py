@@ -1,0 +1,359 @@
+"""The task 'compress': what it measures, writes, reuses, advises and refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command_line import call
+from runs import changed, snapshot
+
+from pcagpt import compress, factorize, search
+from pcagpt import statistics as calibration
+from pcagpt.checkpoint import load_weights
+from pcagpt.errors import UserError
+from pcagpt.evaluate_run import evaluate_run
+from pcagpt.model import GPT
+from pcagpt.subject import Subject
+from pcagpt.table_swap import TableSwap, frequency_deciles
+
+pytestmark = pytest.mark.usefixtures("quick")
+WIDTH, VOCAB_SIZE = 32, 97
+
+
+@pytest.fixture
+def asked(finished_experiment, tmp_path):
+    """The config that compresses a copy of a finished baseline."""
+    run = shutil.copytree(
+        Path(finished_experiment.workdir) / "gpt_baseline", tmp_path / "gpt_baseline"
+    )
+    return changed(
+        finished_experiment,
+        task="compress",
+        workdir=str(tmp_path),
+        model_path=str(run),
+        ranks=(4, 8),
+        **{"data.source": "", "compress.methods": "svd,context"},
+        **{"compress.bands": (1, 3), "compress.bits": (8,)},
+        **{"compress.calibration_tokens": 512},
+    )
+
+
+def sweep_of(config):
+    compress.compress(config, "a command")
+    path = Path(config.workdir) / "compressed" / "sweep.json"
+    return json.loads(path.read_text())
+
+
+FIELDS = {
+    *("method", "bands", "rank", "params", "bytes", "added_loss", "added_loss_input"),
+    *("added_loss_head", "predicted_loss", "kl", "top1_agreement", "seconds"),
+}
+
+
+def test_a_sweep_measures_every_method_rank_and_number_of_bands(asked):
+    sweep = sweep_of(asked)
+    rows = {(r["method"], r["bands"], r["rank"], r["bits"]): r for r in sweep["rows"]}
+    assert set(rows) == {
+        *(("svd", 1, rank, 32) for rank in (4, 8)),
+        *(("context", bands, rank, 32) for bands in (1, 3) for rank in (4, 8)),
+        *(("context", 3, rank, 8) for rank in (4, 8)),
+        ("baseline", 1, 0, 8),
+    }
+    for row in rows.values():
+        assert row.keys() >= FIELDS
+        assert np.isfinite([row[name] for name in FIELDS - {"method"}]).all()
+        assert row["params"] == row["bytes"] / 4 or row["bits"] < 32
+    for rank in (4, 8):
+        budget = rank * (VOCAB_SIZE + WIDTH)
+        assert rows["svd", 1, rank, 32]["params"] == budget
+        assert rows["context", 3, rank, 32]["params"] <= budget
+    anchors = {key for key, row in rows.items() if row["is_anchor"]}
+    assert anchors == {key for key in rows if key[3] == 32 and key[2] > 0}
+    folder = Path(asked.workdir) / "compressed"
+    assert "</html>" in (folder / "report.html").read_text()
+    assert (folder / "plots" / "pareto.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_the_best_model_of_a_rank_is_a_run_of_the_loss_that_was_measured(asked, rank):
+    sweep = sweep_of(asked)
+    rows = [r for r in sweep["rows"] if r["rank"] == rank and r["bits"] == 32]
+    best = min(rows, key=lambda row: row["added_loss"])
+    model = Path(asked.workdir) / "compressed" / f"best_k{rank}"
+    found = evaluate_run(changed(asked, task="evaluate", model_path=str(model)))
+    wanted = best["loss"] + best["added_loss"]
+    assert found["loss"] == pytest.approx(wanted, abs=2e-6)
+
+
+def test_what_was_measured_is_not_measured_again(asked, monkeypatch):
+    first = sweep_of(asked)
+    before = snapshot(Path(asked.model_path))
+    made = []
+    make = search.Compressor.__call__
+    monkeypatch.setattr(
+        search.Compressor, "__call__", lambda s, r: made.append(r) or make(s, r)
+    )
+    again = sweep_of(changed(asked, ranks=(4, 8, 12)))
+    new = {recipe.rank for recipe in made if recipe.rank in (4, 8)}
+    rows = [row for row in again["rows"] if row["rank"] in (0, 4, 8)]
+    for row in rows:
+        wanted = next(
+            r
+            for r in first["rows"]
+            if all(r[n] == row[n] for n in ("method", "bands", "rank", "bits"))
+        )
+        assert row["seconds"] == wanted["seconds"]
+    assert len([recipe for recipe in made if recipe.rank in (4, 8)]) == len(new) == 2
+    assert snapshot(Path(asked.model_path)) == before  # Statistics too.
+
+
+def test_another_checkpoint_is_measured_anew(asked):
+    step_6 = sweep_of(asked)["rows"][0]["loss"]
+    earlier = changed(asked, model_path=asked.model_path + "/ckpt/3")
+    assert sweep_of(earlier)["rows"][0]["loss"] != step_6
+
+
+def table_of_files(folder):
+    """The dense table that exported factors stand for, put together as documented."""
+    order = np.load(folder / "token_order.npy")
+    mean, rows = np.load(folder / "mean.npy"), []
+    for band in range(len(list(folder.glob("wte_band*.npy")))):
+        wte = np.load(folder / f"wte_band{band}.npy")
+        scales = folder / f"scale_mats_band{band}.npz"
+        if scales.exists():
+            with np.load(scales) as archive:
+                np.testing.assert_array_equal(
+                    archive["scale_up"], archive["scale_down"]
+                )
+                wte = wte @ archive["scale_up"]
+        rows.append(wte)
+    table = np.empty((VOCAB_SIZE, WIDTH))
+    table[order] = np.concatenate(rows)
+    return table + mean
+
+
+def test_exported_bands_and_the_model_are_the_same_dense_table(asked):
+    """And the permutation is the model's own affair: logits come by token id."""
+    compress.compress(asked, "a command")
+    folder = Path(asked.workdir) / "compressed" / "best_k8"
+    subject = Subject.open(asked)
+    table = table_of_files(folder / "factors")
+    params = {**subject.host_params, "embed": {"band_0": {"wte": _padded(table)}}}
+    tokens = np.arange(32, dtype=np.int32).reshape(2, 16) * 3
+    dense = subject.model.apply({"params": params}, tokens)
+    found, constants, _ = load_weights(folder)
+    record = json.loads((folder / "config.json").read_text())
+    sizes, ranks = record["model"]["band_sizes"], record["model"]["band_ranks"]
+    assert sum(sizes) == VOCAB_SIZE
+    banded = GPT(
+        type(subject.model.config)(
+            **{
+                **subject.model.config.__dict__,
+                "band_sizes": tuple(sizes),
+                "band_ranks": tuple(rank or None for rank in ranks),
+            }
+        )
+    )
+    logits = banded.apply({"params": found, "constants": constants}, tokens)
+    np.testing.assert_allclose(
+        jax.nn.log_softmax(logits), jax.nn.log_softmax(dense), atol=2e-5
+    )
+
+
+def _padded(table):
+    return np.pad(table, ((0, 128 - VOCAB_SIZE), (0, 0))).astype(np.float32)
+
+
+# What is measured
+
+
+def test_a_swapped_table_is_scored_as_two_naive_models_are(asked):
+    subject = Subject.open(asked)
+    table = subject.table_VD + 0.05 * np.random.default_rng(0).normal(
+        size=subject.table_VD.shape
+    ).astype(np.float32)
+    frequency = np.bincount(subject.corpus.tokens("train"), minlength=VOCAB_SIZE) * 1.0
+    deciles = frequency_deciles(frequency)
+    swap = TableSwap(subject.model, subject.variables, deciles, subject.mesh, 3)
+    batches = list(subject.validation(8))[:2]
+    scores = swap(table, batches)
+
+    def log_p(input_table, head_table):
+        params = dict(subject.host_params)
+        found = []
+        for inputs, _ in batches:
+            variables = {
+                "params": params | {"embed": {"band_0": {"wte": _padded(input_table)}}}
+            }
+            h = subject.model.apply(variables, inputs, method="hidden")
+            found.append(jax.nn.log_softmax(h @ head_table.T))
+        return np.concatenate(found).astype(np.float64)
+
+    targets = np.concatenate([t.reshape(-1) for _, t in batches])
+    counted = targets >= 0
+    own = subject.table_VD
+    log = {
+        "own": log_p(own, own),
+        "input": log_p(table, own),
+        "head": log_p(own, table),
+        "both": log_p(table, table),
+    }
+    loss = {
+        name: -value[np.arange(len(targets)), targets][counted]
+        for name, value in log.items()
+    }
+    assert scores.loss == pytest.approx(loss["own"].mean(), rel=1e-6)
+    for field, name in (
+        ("added_loss", "both"),
+        ("added_loss_input", "input"),
+        ("added_loss_head", "head"),
+    ):
+        wanted = (loss[name] - loss["own"]).mean()
+        assert getattr(scores, field) == pytest.approx(wanted, abs=1e-6)
+    kl = (np.exp(log["own"]) * (log["own"] - log["both"])).sum(axis=1)[counted]
+    assert scores.kl == pytest.approx(kl.mean(), abs=1e-6)
+    same = (log["own"].argmax(1) == log["both"].argmax(1))[counted]
+    assert scores.top1_agreement == pytest.approx(same.mean())
+    of_target = deciles[targets[counted]]
+    for decile, found in enumerate(scores.added_loss_by_decile):
+        chosen = (loss["both"] - loss["own"])[of_target == decile]
+        wanted = pytest.approx(chosen.mean(), abs=1e-5) if len(chosen) else None
+        assert found == wanted
+
+
+def test_deciles_hold_a_tenth_of_the_text_each():
+    frequency = np.random.default_rng(0).permutation(np.full(1000, 0.001))
+    counts = np.bincount(frequency_deciles(frequency), minlength=10)
+    assert counts.min() >= 99
+    assert list(frequency_deciles(np.array([0.05, 0.9, 0.05]))) == [9, 0, 9]
+
+
+def test_statistics_are_what_a_naive_pass_over_the_text_finds(asked):
+    subject = Subject.open(asked)
+    tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % VOCAB_SIZE
+    frequency = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
+    found = calibration.collect(
+        subject.model, subject.variables, frequency, [tokens], subject.mesh, 2
+    )
+    variables = {"params": subject.host_params}
+    table = subject.table_VD
+
+    def hidden(x):
+        return subject.model.apply(variables, x, 16, method="contextualize")
+
+    x = table[tokens.reshape(-1)]
+    h = np.asarray(hidden(x), np.float64)
+    logits = h @ table.T
+    p = np.asarray(jax.nn.softmax(logits))
+    expected = p @ table
+    for name, wanted in {
+        "frequency": frequency,
+        "probability": p.mean(axis=0),
+        "hidden_mean": h.mean(axis=0),
+        "hidden_moment": h.T @ h / 64,
+        "context_moment": h.T @ expected / 64,
+    }.items():
+        np.testing.assert_allclose(
+            getattr(found, name), wanted, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+    keys = jax.random.split(jax.random.key(0), 64)
+    drawn = jax.vmap(jax.random.categorical)(keys, jax.numpy.asarray(logits, "float32"))
+
+    def loss(x):
+        log_p = jax.nn.log_softmax(hidden(x) @ table.T)
+        return -log_p[np.arange(64), drawn].sum()
+
+    gradient = np.asarray(jax.grad(loss)(x), np.float64)
+    np.testing.assert_allclose(
+        found.gradient_moment, gradient.T @ gradient / 64, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_statistics_of_another_protocol_are_not_taken(tmp_path):
+    statistics = factorize.Statistics(*(np.ones(2) * i for i in range(6)))
+    path = tmp_path / "statistics.npz"
+    calibration.write(path, statistics, {"tokens": 5})
+    assert calibration.read(path, {"tokens": 6}) is None
+    found = calibration.read(path, {"tokens": 5})
+    for array, wanted in zip(found, statistics, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+    path.write_bytes(path.read_bytes()[:100])
+    assert calibration.read(path, {"tokens": 5}) is None
+
+
+# Advice
+
+
+def advice_of(config, **bounds):
+    asked = {f"compress.{name}": value for name, value in bounds.items()}
+    compress.compress(changed(config, **asked), "a command")
+    path = Path(config.workdir) / "compressed" / "advice.json"
+    return json.loads(path.read_text())["chosen"]
+
+
+@pytest.mark.parametrize("bound", [0.0002, 0.002])
+def test_the_advised_table_keeps_the_loss_and_a_smaller_one_is_not_known(asked, bound):
+    chosen = advice_of(asked, max_added_loss=bound)
+    assert chosen["added_loss"] <= bound
+    assert chosen["params"] < VOCAB_SIZE * WIDTH
+    folder = Path(asked.workdir) / "compressed"
+    trials = json.loads((folder / "advice.json").read_text())["trials"]
+    kept = [trial["params"] for trial in trials if trial["added_loss"] <= bound]
+    assert chosen["params"] == min(kept)
+    found = evaluate_run(
+        changed(asked, task="evaluate", model_path=str(folder / "advised"))
+    )
+    assert found["loss"] <= chosen["loss"] + bound + 2e-6
+
+
+def test_the_advised_table_keeps_numbers_and_bytes(asked):
+    assert advice_of(asked, max_params=1000)["params"] <= 1000
+    chosen = advice_of(asked, max_bytes=4000)
+    assert chosen["bytes"] <= 4000
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"compress.methods": "svd,nmf"}, "compress.methods holds 'nmf'"),
+        ({"compress.methods": " , "}, "compress.methods is empty"),
+        ({"ranks": (33,)}, "its rank is at most 32"),
+        ({"model.n_layer": 5}, "model.n_layer is 5, but"),
+        ({"model_path": "nowhere"}, "nowhere does not exist"),
+        ({"compress.max_params": 100}, "compress.max_params is too small"),
+        ({"mesh.data": 3}, "cannot be split over 3 devices"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(
+    asked, tmp_path, overrides, words
+):
+    before = snapshot(tmp_path / "gpt_baseline")
+    with pytest.raises(UserError) as refused:
+        compress.compress(changed(asked, **overrides), "a command")
+    assert words in str(refused.value)
+    after = snapshot(tmp_path / "gpt_baseline")
+    assert {k: v for k, v in after.items() if "statistics" not in k} == before
+    assert not (tmp_path / "compressed").exists()
+
+
+def test_a_factorized_model_is_not_compressed_again(asked, finished_experiment):
+    run = Path(finished_experiment.workdir) / "gpt_pca_k8"
+    with pytest.raises(UserError, match="has a factorized embedding already"):
+        compress.compress(changed(asked, model_path=str(run)), "a command")
+
+
+def test_print_config_says_what_would_be_compressed(asked):
+    outcome = call(
+        "--config=configs/compress.py",
+        f"--config.model_path={asked.model_path}",
+        "--print_config",
+    )
+    assert outcome.code == 0, outcome
+    assert f"compress the token table of {asked.model_path} at step 6" in outcome.out
+    assert not (Path(asked.workdir) / "compressed").exists()
