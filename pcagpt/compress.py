@@ -20,6 +20,7 @@ from pcagpt import (
     provenance,
     run_folder,
 )
+from pcagpt.config import COMPRESS_BOUNDS
 from pcagpt.corpus import fingerprint
 from pcagpt.errors import UserError
 from pcagpt.factorize import SecondOrder
@@ -191,8 +192,8 @@ def _budgets(bounds, vocab_size: int, width: int) -> list[tuple[int, int]]:
 
 def _bounds(config: ConfigDict) -> dict[str, float]:
     """The bounds that are set."""
-    names = ("max_added_loss", "max_params", "max_bytes")
-    return {name: config.compress[name] for name in names if config.compress[name]}
+    bounds = config.compress
+    return {name: bounds[name] for name in COMPRESS_BOUNDS if bounds[name]}
 
 
 def _ranks(config: ConfigDict, subject: Subject) -> list[int]:

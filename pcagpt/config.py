@@ -12,6 +12,7 @@ from pcagpt.errors import UserError
 
 TASKS = ("train", "experiment", "factorize", "compress", "evaluate")
 SPLITS = ("train", "val", "test")
+COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -151,7 +152,12 @@ KNOBS = {
         "", "baseline, pca_finetune: a run to go on from, its model and all weights"
     ),
     # The factorization of D's table.
-    "factorize.method": Knob("svd", "svd, or pca: centred, the mean goes into wpe"),
+    "factorize.method": Knob(
+        "svd", "svd; pca: centred, the mean goes into wpe; or one of compress.methods"
+    ),
+    "factorize.statistics": Knob(
+        "", "file of what other methods need; empty: what compress left beside the run"
+    ),
     "factorize.singular_value_split": Knob(
         0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE
     ),
@@ -274,6 +280,12 @@ def validate(config: ConfigDict) -> None:
             "one; give it to a single run, as configs/recover.py does"
         )
     _check_distinct("experiment.seeds", config.experiment.seeds)
+    bounds = [name for name in COMPRESS_BOUNDS if config.compress[name]]
+    if len(bounds) > 1:
+        raise UserError(
+            f"compress.{bounds[0]} and compress.{bounds[1]} are both set: a table is "
+            "found for one bound at a time"
+        )
     if config.task in ("factorize", "compress", "evaluate") and not config.model_path:
         raise UserError(
             f"model_path is empty: name the run to {config.task}, as in "

@@ -8,7 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pcagpt import checkpoint, factor_files, factorize, run_folder, sharding
+from pcagpt import (
+    checkpoint,
+    factor_files,
+    factorize,
+    run_folder,
+    sharding,
+    statistics,
+)
 from pcagpt.errors import UserError
 from pcagpt.report.plots import spectrum_figure
 from pcagpt.run_folder import DONE, TO_DO
@@ -20,9 +27,10 @@ class FactorizeJob:
     """What to factorize, how, and where the files go.
 
     source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
-    method: a name in `factorize.METHODS`; singular_value_split: as for
-    `factorize.truncate`; tensorboard: whether the spectrum is shown there; is_target:
-    asked for by name, not a prerequisite; overwrite: discard files of another source.
+    method: a name in `factorize.METHODS`; statistics: the file of those that the method
+    needs, empty: beside the run; singular_value_split: as for `factorize.truncate`;
+    tensorboard: whether the spectrum is shown there; is_target: asked for by name, not
+    a prerequisite; overwrite: discard files of another source.
     """
 
     source: Path
@@ -30,6 +38,7 @@ class FactorizeJob:
     ranks: tuple[int, ...]
     method: str
     singular_value_split: float
+    statistics: str = ""
     tensorboard: bool = True
     is_target: bool = True
     overwrite: bool = False
@@ -73,6 +82,7 @@ class FactorizeJob:
         """Raises UserError if the source is not there and no earlier job makes it."""
         if self.source not in to_be_made:
             self._read_table()
+        self._read_statistics()
 
     def source_sha256(self) -> str:
         """Hash of the table file, or what tells the checkpoint from others."""
@@ -86,11 +96,17 @@ class FactorizeJob:
 
     def identity(self) -> dict:
         """What the files depend on besides the ranks."""
-        return {
+        identity = {
             "method": self.method,
             "singular_value_split": self.singular_value_split,
             "source_sha256": self.source_sha256(),
         }
+        path = self._statistics_path()
+        if path and path.exists():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            identity["statistics_sha256"] = digest.hexdigest()
+        return identity
 
     def differing(self) -> list[str]:
         """In which parts of `identity` the files in the folder differ from this job."""
@@ -150,8 +166,13 @@ class FactorizeJob:
                 )
         earlier = factor_files.read_metadata(self.folder)
         ranks = sorted({*self.ranks, *map(int, earlier["ranks"] if earlier else ())})
-        weighting = factorize.METHODS[self.method](table_VD, None)
-        factors = factorize.solve(table_VD, weighting)
+        found = self._read_statistics()
+        if found and found.probability.shape != table_VD.shape[:1]:
+            raise UserError(
+                f"{self._statistics_path()} is of {len(found.probability)} tokens, the "
+                f"table of {self.source} has {len(table_VD)}: give it its own"
+            )
+        factors = factorize.by_method(table_VD, self.method, found)
         energy = factorize.energy_kept(factors.singular_values)
         metadata = {
             **self.identity(),
@@ -182,6 +203,30 @@ class FactorizeJob:
             figure = spectrum_figure(factors.singular_values, ranks)
             telemetry.figure("spectrum", figure)
         return metadata
+
+    def _statistics_path(self) -> Path | None:
+        """Where the statistics are to be, None where the method needs none."""
+        if not factorize.needs_statistics(self.method):
+            return None
+        if self.statistics:
+            return Path(self.statistics)
+        if not self.has_source() or self.source.suffix == ".npy":
+            return self.source.with_suffix(".statistics.npz")
+        return statistics.beside(*checkpoint.find(self.source))
+
+    def _read_statistics(self) -> factorize.Statistics | None:
+        """What the method needs to know of the model; None if nothing."""
+        path = self._statistics_path()
+        if path is None:
+            return None
+        found = statistics.read(path)
+        if found is None:
+            raise UserError(
+                f"factorize.method is '{self.method}', which needs statistics, and "
+                f"{path} holds none: run configs/compress.py on the model once, or "
+                "name their file as --config.factorize.statistics"
+            )
+        return found
 
     def _read_table(self) -> tuple[np.ndarray, dict]:
         """The table without padding rows, and where it comes from."""

@@ -181,6 +181,7 @@ def _factorize_job(
         ranks=tuple(ranks),
         method=config.factorize.method,
         singular_value_split=config.factorize.singular_value_split,
+        statistics=config.factorize.statistics,
         tensorboard=config.telemetry.tensorboard,
         is_target=is_target,
         overwrite=config.overwrite,

@@ -87,13 +87,18 @@ class Compressor:
         return Candidate(recipe, table, dense_VD, stored, size, second_order, seconds)
 
     def _make(self, recipe: Recipe) -> BandedTable:
-        weighting = factorize.METHODS[recipe.method](self._table_VD, self._statistics)
         if recipe.bands > 1:
+            weighting = factorize.METHODS[recipe.method](
+                self._table_VD, self._statistics
+            )
             return factorize.banded(
                 self._table_VD, weighting, recipe.bands, recipe.budget, self._split
             )
         if recipe.method not in self._factors:  # All ranks come from one solve.
-            self._factors = {recipe.method: factorize.solve(self._table_VD, weighting)}
+            factors = factorize.by_method(
+                self._table_VD, recipe.method, self._statistics
+            )
+            self._factors = {recipe.method: factors}
         factors = self._factors[recipe.method]
         rank = recipe.budget // sum(self._table_VD.shape)
         return factorize.single_band(factors, rank, self._split)
@@ -132,20 +137,22 @@ def recipes(
     Plain 'svd' and 'pca' weigh no tokens and come in one band only. Bands that a
     rank's budget is too small for are left out.
     """
-    for count in bands:
-        for method in methods:
-            for rank in ranks:
-                budget = factorize.budget_of_rank(vocab_size, width, rank)
-                least = vocab_size + (vocab_size + count * width if count > 1 else 0)
-                if budget >= least and (
-                    count == 1 or factorize.needs_statistics(method)
-                ):
-                    yield Recipe(method, count, budget, rank)
-    for bit in bits:
-        yield Recipe("baseline", 1, vocab_size * width, 0, bit)
+
+    def fitting(method: str, count: int, bit: int) -> Iterator[Recipe]:
         for rank in ranks:
             budget = factorize.budget_of_rank(vocab_size, width, rank)
-            yield Recipe(methods[-1], max(bands), budget, rank, bit)
+            # Rank 1 in each of several bands, and the order of the tokens.
+            least = 2 * vocab_size + count * width
+            if count == 1 or budget >= least:
+                yield Recipe(method, count, budget, rank, bit)
+
+    for count in bands:
+        for method in methods:
+            if count == 1 or factorize.needs_statistics(method):
+                yield from fitting(method, count, 32)
+    for bit in bits:
+        yield Recipe("baseline", 1, vocab_size * width, 0, bit)
+        yield from fitting(methods[-1], max(bands), bit)
 
 
 class Calibration:

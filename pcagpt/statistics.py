@@ -106,12 +106,17 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read(path: Path, protocol: dict[str, Any]) -> Statistics | None:
-    """Statistics from a file of the same protocol, None where there is no such file."""
+def beside(run_dir: Path, step: int) -> Path:
+    """Where the statistics of a checkpoint are kept."""
+    return run_dir / f"statistics_step{step}.npz"
+
+
+def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:
+    """Statistics from a file, of the same protocol if one is given; else None."""
     try:
         # From memory: of a damaged archive np.load would leave the file open.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            if json.loads(str(archive["protocol"])) != protocol:
+            if protocol and json.loads(str(archive["protocol"])) != protocol:
                 return None
             return Statistics(**{name: archive[name] for name in Statistics._fields})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

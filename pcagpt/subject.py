@@ -104,7 +104,7 @@ class Subject:
             "batch_size": batch_size,
             "seed": CALIBRATION_SEED,
         }
-        path = self.run.run_dir / f"statistics_step{self.run.step}.npz"
+        path = statistics.beside(self.run.run_dir, self.run.step)
         known = statistics.read(path, protocol)
         if known is not None:
             return known

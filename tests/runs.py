@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from pcagpt import experiment
+from pcagpt import experiment, statistics
 from pcagpt.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.corpus import open_corpus
+from pcagpt.factorize import Statistics
 from pcagpt.plan import make_plan
 from pcagpt.train import Training
 from pcagpt.train_step import TrainState
@@ -152,3 +153,19 @@ def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
         return batch(self, asked)
 
     monkeypatch.setattr(Training, "batch", batch_and_signal)
+
+
+def write_statistics(path: Path, vocab_size: int, width: int, seed: int = 0) -> None:
+    """A file of statistics of no model in particular."""
+    random = np.random.default_rng(seed)
+    spread = random.normal(size=(2 * width, width))
+    moment = spread.T @ spread / width
+    found = Statistics(
+        frequency=random.dirichlet(np.ones(vocab_size)),
+        probability=random.dirichlet(np.ones(vocab_size)),
+        hidden_mean=random.normal(size=width),
+        hidden_moment=moment,
+        gradient_moment=moment,
+        context_moment=random.normal(size=(width, width)),
+    )
+    statistics.write(path, found, {})

@@ -56,7 +56,7 @@ def test_open_knobs_keep_their_type():
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("task", "trian", "one of train, experiment, factorize, evaluate"),
+        ("task", "trian", "one of train, experiment, factorize, compress, evaluate"),
         ("arm", "D", "one of baseline, pca, pca_finetune, random"),
         ("split", "dev", "one of train, val, test"),
         ("seed", -1, "from 0 to 4294967295"),
@@ -136,6 +136,10 @@ BANDS = {"band_sizes": (100, 400), "band_ranks": (64, 0)}
         ({**RANDOM, "model": {"band_sizes": (9, 9)}}, "give every band both"),
         ({**RANDOM, "model": {**BANDS, "band_ranks": (64, 800)}}, "holds 800"),
         ({"arm": "pca", "model": BANDS}, "only the random model"),
+        (
+            {"compress": {"max_params": 9, "max_bytes": 9}},
+            "compress.max_params and compress.max_bytes are both set",
+        ),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),
     ],

@@ -14,6 +14,7 @@ from runs import quick_compiles
 from pcagpt import arms, command_line
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
+from pcagpt.factorize import METHODS
 
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
 
@@ -73,10 +74,10 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
     config, settings = load(name), {"workdir": tmp_path / "runs"}
     run_names = RUN_NAMES
     run_dir = tmp_path / "runs" / "gpt_baseline"
-    if config.task in ("factorize", "evaluate"):
+    if config.task in ("factorize", "compress", "evaluate"):
         shutil.copytree(trained, run_dir)
         settings["model_path"] = run_dir
-    if config.task in ("factorize", "experiment"):
+    if config.task in ("factorize", "compress", "experiment"):
         settings["ranks"] = RANK
     if config.model.n_embd_wte is not None:
         settings["model"] = {"n_embd_wte": RANK}
@@ -97,6 +98,10 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
         assert "</html>" in (tmp_path / "runs" / "report.html").read_text()
     elif config.task == "factorize":
         check_factors(tmp_path / "runs" / "pca_factorized")
+    elif config.task == "compress":
+        sweep = json.loads((tmp_path / "runs/compressed/sweep.json").read_text())
+        assert {row["method"] for row in sweep["rows"]} == {"baseline", *METHODS}
+        assert (tmp_path / f"runs/compressed/best_k{RANK}/ckpt/0").is_dir()
     else:
         assert config.task == "evaluate"
         (written,) = run_dir.glob(f"evaluation_*_{config.split}_step2.json")
@@ -116,7 +121,7 @@ def test_every_config_is_a_small_change_of_the_base(name):
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_is_valid_as_it_is(name):
     config = load(name)
-    if config.task in ("factorize", "evaluate"):
+    if config.task in ("factorize", "compress", "evaluate"):
         config.model_path = "RUN"
     if name == RECOVERY:
         config.init.weights_from = "RUN"

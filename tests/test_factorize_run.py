@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, execute, snapshot
+from runs import changed, execute, snapshot, write_statistics
 
 from pcagpt import checkpoint, experiment, factor_files, factorize
 from pcagpt.errors import UserError
@@ -239,7 +239,25 @@ def test_checkpoints_without_a_config_are_refused(job, baseline_dir, tmp_path):
         dataclasses.replace(job, source=bare).write()
 
 
-def test_every_method_has_files_of_its_own_to_show(job):
+def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
+    weighted = dataclasses.replace(job, method="kl")
+    with pytest.raises(UserError, match=r"holds none: run configs/compress\.py on"):
+        weighted.check(set())
+    assert not job.folder.exists()
+    named = dataclasses.replace(weighted, statistics=str(tmp_path / "statistics.npz"))
+    write_statistics(tmp_path / "statistics.npz", 97, 32)
+    named.check(set())
+    named.write()
+    with pytest.raises(UserError, match=r"\(method differ\)"):
+        job.missing_ranks()
+    write_statistics(tmp_path / "statistics.npz", 97, 32, seed=1)
+    with pytest.raises(UserError, match=r"\(statistics_sha256 differ\)"):
+        named.missing_ranks()
+
+
+def test_every_method_has_files_of_its_own_to_show(job, tmp_path):
+    write_statistics(tmp_path / "statistics.npz", 97, 32)
+    job = dataclasses.replace(job, statistics=str(tmp_path / "statistics.npz"))
     for method in factorize.METHODS:
         one = dataclasses.replace(job, method=method, folder=job.folder / method)
         assert one.write()["method"] == method

@@ -1,15 +1,17 @@
 """Every knob matters: each is set to another value, and something else happens."""
 
+import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from runs import changed, execute, losses, metrics, start, training
+from runs import changed, execute, losses, metrics, start, training, write_statistics
 
-from pcagpt import checkpoint, experiment, main, sharding, train
+from pcagpt import checkpoint, compress, experiment, main, sharding, train
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.evaluate_run import evaluate_run
@@ -152,6 +154,29 @@ def factors(config):
     return {path.name: path.read_bytes() for path in folder.glob("*_k*")}
 
 
+def sweep(config):
+    """What a sweep measured, timings apart."""
+    compress.compress(config, "a command")
+    path = Path(config.workdir) / "compressed" / "sweep.json"
+    sweep = json.loads(path.read_text())
+    assert sweep["rows"]
+    return [{n: v for n, v in row.items() if n != "seconds"} for row in sweep["rows"]]
+
+
+def compressed_files(config):
+    """What lies in the folder of a compression."""
+    compress.compress(config, "a command")
+    return {path.name for path in (Path(config.workdir) / "compressed").iterdir()}
+
+
+def advice(config):
+    """The size and loss of an advised table."""
+    compress.compress(config, "a command")
+    path = Path(config.workdir) / "compressed" / "advice.json"
+    chosen = json.loads(path.read_text())["chosen"]
+    return chosen["params"], chosen["bytes"], chosen["added_loss"]
+
+
 def mesh(config):
     return dict(training(config).mesh.shape)
 
@@ -182,6 +207,14 @@ BANDED = {"arm": "random"} | {
     "model.band_ranks": (8, 4),
 }
 EXPERIMENT = {"task": "experiment"}
+COMPRESS = {"task": "compress", "data.source": "", "ranks": (4,)} | {
+    "model_path": "PLACE/finished/gpt_baseline",
+    "compress.methods": "svd,context",
+    "compress.bands": (1,),
+    "compress.calibration_tokens": 512,
+    "model.n_embd": 32,
+    "model.block_size": 16,
+}
 FINISHED = {"model.n_embd": 32, "model.block_size": 16}
 EVALUATE = {"task": "evaluate", "data.source": ""} | {
     "model_path": "PLACE/finished/gpt_baseline",
@@ -251,6 +284,18 @@ KNOBS = {
     "distill.teacher": Shown(first_losses, "PLACE/finished/gpt_pca_k8", FINISHED),
     "distill.share": Shown(first_losses, 0.5, DISTILLED),
     "factorize.method": Shown(factors, "pca", FACTORIZE),
+    "factorize.statistics": Shown(
+        factors,
+        "PLACE/other_statistics.npz",
+        FACTORIZE | {"factorize.method": "kl"},
+    ),
+    "compress.methods": Shown(sweep, "svd,fisher", COMPRESS),
+    "compress.bands": Shown(sweep, (1, 3), COMPRESS),
+    "compress.bits": Shown(sweep, (4,), COMPRESS),
+    "compress.calibration_tokens": Shown(sweep, 4096, COMPRESS),
+    "compress.max_added_loss": Shown(compressed_files, 0.05, COMPRESS),
+    "compress.max_params": Shown(advice, 900, COMPRESS | {"compress.max_params": 2000}),
+    "compress.max_bytes": Shown(advice, 3000, COMPRESS | {"compress.max_bytes": 5000}),
     "factorize.singular_value_split": Shown(factors, 0.5, FACTORIZE),
     "evaluate.every": Shown(left, 2),
     "evaluate.batch_size": Shown(evaluation_batches, 16),
@@ -282,6 +327,8 @@ def place(tmp_path_factory, corpus_folder, finished_experiment):
     for split in ("train", "val"):
         (folder / "text" / f"{split}.txt").write_text("one two three\n" * 40)
     np.save(folder / "table.npy", random.normal(size=(20, 4)))
+    write_statistics(folder / "table.statistics.npz", 20, 4)
+    write_statistics(folder / "other_statistics.npz", 20, 4, seed=1)
     np.save(folder / "other_table.npy", random.normal(size=(97, 8)))
     scales = random.normal(size=(8, 32))
     np.savez(folder / "other.npz", scale_up=scales, scale_down=scales)

@@ -11,6 +11,7 @@ from pcagpt.factorize.bands import (
 from pcagpt.factorize.low_rank import (
     Factors,
     LowRank,
+    by_method,
     effective_rank,
     energy_kept,
     solve,
@@ -31,6 +32,7 @@ __all__ = [
     "allocate_ranks",
     "banded",
     "budget_of_rank",
+    "by_method",
     "effective_rank",
     "energy_kept",
     "frequency_bands",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.factorize.methods import Weighting
+from pcagpt.factorize.methods import METHODS, Statistics, Weighting
 
 # Eigenvalues of a metric below this share of the largest are raised to it.
 SMALLEST_EIGENVALUE = 1e-10
@@ -101,6 +101,13 @@ def solve(
         mean_D,
         contexts_VR,
     )
+
+
+def by_method(
+    table_VD: np.ndarray, method: str, statistics: Statistics | None = None
+) -> Factors:
+    """`solve` under the weighting of a method; 'svd' and 'pca' need no statistics."""
+    return solve(table_VD, METHODS[method](table_VD, statistics))
 
 
 def principal(
