@@ -45,8 +45,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             fontsize=SMALL,
             color=GREY,
         )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _log_scales(axes)
         axes.set_xlabel(unit)
     left.set_ylabel("added loss (nats per token)")
     handles, labels = right.get_legend_handles_labels()
@@ -60,6 +59,18 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         labelcolor=INK,
     )
     return figure
+
+
+def _log_scales(axes) -> None:
+    """Both axes logarithmic, with plain numbers at 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
