@@ -19,7 +19,12 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.join(words) for words in commands("\n".join(BLOCKS))]
 
 # Rank 128 is in the commands, so that the model must have that width.
-SMALL = TINY | {"model.n_embd": 128}
+SMALL = TINY | {
+    "model.n_embd": 128,
+    "compress.methods": "svd,context",
+    "compress.bands": "1,3",
+    "compress.calibration_tokens": 64,
+}
 # What demo.sh asks of a .venv in which everything is installed.
 INSTALLED = f"""#!/bin/sh
 [ "$1" = -m ] && [ "$2" = pip ] && exit 0
