@@ -40,7 +40,6 @@ from pcagpt.table_swap import SwapScores, TableSwap, frequency_deciles
 from pcagpt.telemetry import Progress, Telemetry
 
 FOLDER = "compressed"
-CALIBRATION_SEED = 0
 
 
 def compress(config: ConfigDict, command: str) -> None:
@@ -156,12 +155,10 @@ def _advise(
                     f"compress.{'max_params' if bounds.max_params else 'max_bytes'} is "
                     f"too small for {vocab_size} tokens: store {least} numbers or more"
                 )
-            chosen = advisor.best(budgets)
+            chosen = advisor.best(budgets, bounds.max_bytes)
     if chosen is None:
-        raise UserError(
-            f"no table adds at most {bounds.max_added_loss} nats: raise "
-            "--config.compress.max_added_loss"
-        )
+        ((name, bound),) = _bounds(config).items()
+        raise UserError(f"no table keeps compress.{name} = {bound}: raise it")
     rows = [
         _row(trial.candidate, scores[trial.candidate.recipe])
         | {"predicted_loss": trial.predicted}
@@ -299,4 +296,6 @@ def _protocol(config: ConfigDict, subject: Subject) -> dict[str, Any]:
         "corpus": subject.corpus.name,
         "tokenizer": subject.corpus.tokenizer,
         "calibration_tokens": config.compress.calibration_tokens,
+        "compute_dtype": subject.model.config.compute_dtype,
+        "singular_value_split": config.factorize.singular_value_split,
     }

@@ -33,12 +33,6 @@ class Recipe:
     rank: int
     bits: int = 32
 
-    @property
-    def name(self) -> str:
-        """As in 'context, 12 bands, int8'."""
-        bands = f", {self.bands} bands" if self.bands > 1 else ""
-        return f"{self.method}{bands}" + (f", int{self.bits}" if self.bits < 32 else "")
-
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -81,7 +75,9 @@ class Compressor:
             stored = self._table_VD.size if table is None else table.parameters
             size = stored * FLOAT_BYTES
         else:
-            dense_VD, stored, size = quantized(self._table_VD, table, recipe.bits)
+            table, dense_VD, stored, size = quantized(
+                self._table_VD, table, recipe.bits
+            )
         seconds = time.monotonic() - began
         second_order = self._predict(dense_VD)
         return Candidate(recipe, table, dense_VD, stored, size, second_order, seconds)
@@ -106,11 +102,11 @@ class Compressor:
 
 def quantized(
     table_VD: np.ndarray, table: BandedTable | None, bits: int
-) -> tuple[np.ndarray, int, int]:
-    """(dense table [V, D], numbers stored, bytes stored) at 8 or 4 bits."""
+) -> tuple[BandedTable | None, np.ndarray, int, int]:
+    """(table as rounded, dense [V, D], numbers, bytes stored) at 8 or 4 bits."""
     if table is None:
         stored = quantize(table_VD, bits)
-        return stored.dense(), table_VD.size, stored.bytes
+        return None, stored.dense(), table_VD.size, stored.bytes
     size, rounded = (FLOAT_BYTES * len(table.order) if len(table.tables) > 1 else 0), []
     for part in table.tables:
         if isinstance(part, LowRank):
@@ -121,7 +117,8 @@ def quantized(
             rows = quantize(part, bits)
             rounded.append(rows.dense())
             size += rows.bytes
-    return table._replace(tables=tuple(rounded)).dense(), table.parameters, size
+    table = table._replace(tables=tuple(rounded))
+    return table, table.dense(), table.parameters, size
 
 
 def recipes(
@@ -255,14 +252,24 @@ class Advisor:
         kept = [t for t in self.trials if t.added <= max_added_loss]
         return min(kept, key=lambda t: t.candidate.parameters, default=None)
 
-    def best(self, budgets: Sequence[tuple[int, int]]) -> Measured:
-        """Of (numbers, bits) to choose from, the table that adds least."""
-        for budget, bits in budgets:
-            self._try(self._best_recipe(budget, bits))
-        return min(self.trials, key=lambda trial: trial.added)
+    def best(
+        self, budgets: Sequence[tuple[int, int]], max_bytes: int = 0
+    ) -> Measured | None:
+        """Of (numbers, bits) to choose from, the table that adds least.
 
-    def _best_recipe(self, budget: int, bits: int) -> Recipe:
-        """The number of bands with the least second order at a budget."""
+        Budgets below rank 1 are passed over, and tables of more than `max_bytes`
+        (0: any number); None if that leaves none.
+        """
+        for budget, bits in budgets:
+            recipe = self._best_recipe(budget, bits)
+            if recipe is not None:
+                self._try(recipe)
+        most = max_bytes or math.inf
+        kept = [trial for trial in self.trials if trial.candidate.bytes <= most]
+        return min(kept, key=lambda trial: trial.added, default=None)
+
+    def _best_recipe(self, budget: int, bits: int) -> Recipe | None:
+        """The number of bands with the least second order at a budget, if any fits."""
         options = []
         for bands in self._bands:
             recipe = Recipe(self._method, bands, budget, 0, bits)
@@ -270,7 +277,7 @@ class Advisor:
                 options.append((sum(self._make(recipe).second_order), recipe))
             except ValueError:  # Too small for that many bands.
                 continue
-        return min(options, key=lambda option: option[0])[1]
+        return min(options, key=lambda option: option[0])[1] if options else None
 
     def _try(self, recipe: Recipe) -> Measured:
         candidate = self._make(recipe)

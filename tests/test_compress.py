@@ -309,6 +309,24 @@ def test_the_advised_table_keeps_numbers_and_bytes(asked):
     assert advice_of(asked, max_params=1000)["params"] <= 1000
     chosen = advice_of(asked, max_bytes=4000)
     assert chosen["bytes"] <= 4000
+    model = Path(asked.workdir) / "compressed" / "advised"
+    found = evaluate_run(changed(asked, task="evaluate", model_path=str(model)))
+    wanted = chosen["loss"] + chosen["added_loss"]
+    assert found["loss"] == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_table_in_few_bits_is_written_as_it_was_measured(asked, bits, bands):
+    subject = Subject.open(asked)
+    found = subject.statistics(512, 8, 1)
+    make = search.Compressor(subject.table_VD, found)
+    rounded, whole = (
+        make(search.Recipe("context", bands, 1000, 0, bit)) for bit in (bits, 32)
+    )
+    np.testing.assert_array_equal(rounded.table.dense(), rounded.dense)
+    assert not np.array_equal(rounded.dense, whole.dense)
+    assert rounded.bytes < whole.bytes
 
 
 # Refusals

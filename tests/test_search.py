@@ -100,3 +100,6 @@ def test_of_several_sizes_and_bits_the_best_is_taken():
     advisor = Advisor(make, measure, "kl", [1, 2])
     chosen = advisor.best([(1000, 32), (4000, 8), (3000, 4)])
     assert (chosen.candidate.recipe.budget, chosen.candidate.recipe.bits) == (4000, 8)
+    within = advisor.best([], max_bytes=3999)
+    assert (within.candidate.recipe.budget, within.candidate.recipe.bits) == (3000, 4)
+    assert advisor.best([], max_bytes=10) is None
