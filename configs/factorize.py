@@ -14,4 +14,5 @@ def get_config():
     """The base config as a factorization."""
     config = base()
     config.task = "factorize"
+    config.data.source = ""
     return config

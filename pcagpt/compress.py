@@ -20,7 +20,7 @@ from pcagpt import (
     provenance,
     run_folder,
 )
-from pcagpt.config import COMPRESS_BOUNDS
+from pcagpt.config import COMPRESS_BOUNDS, words_of
 from pcagpt.corpus import fingerprint
 from pcagpt.errors import UserError
 from pcagpt.factorize import SecondOrder
@@ -247,7 +247,7 @@ def _predict(tried: list[Recipe], rows: list[dict[str, Any]]) -> None:
 
 
 def _methods(text: str) -> list[str]:
-    methods = [word.strip() for word in text.split(",") if word.strip()]
+    methods = words_of(text)
     for method in methods:
         if method not in factorize.METHODS:
             raise UserError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -63,7 +63,7 @@ class Knob:
 
 KNOBS = {
     "task": Knob("train", "what to do", one_of(*TASKS)),
-    "arm": Knob("baseline", "task train: which model, D, A, B or C", one_of(*ARMS)),
+    "arm": Knob("baseline", "task train: which model", one_of(*ARMS)),
     "workdir": Knob("checkpoints", "where runs are looked for and written"),
     "seed": Knob(1, "of initialisation, dropout and data order", SEED),
     "overwrite": Knob(False, "discard a run of the same name and another config"),
@@ -130,6 +130,13 @@ KNOBS = {
     "train.loss_chunks": Knob(
         8, "parts the logits are computed in: more, less memory", at_least(1)
     ),
+    # Learning rates of what is trained from scratch, where not D's.
+    "scratch.pca_learning_rate_share": Knob(
+        1.0, "of train.learning_rate, for A and its controls", POSITIVE
+    ),
+    "scratch.random_learning_rate_share": Knob(
+        1.0, "of train.learning_rate, for C", POSITIVE
+    ),
     # What is fine-tuned, B and whatever goes on from a run, gets of D's budget.
     "finetune.steps_share": Knob(0.1, "of train.steps and train.warmup_steps", PART),
     "finetune.learning_rate_share": Knob(0.5, "of train.learning_rate", PART),
@@ -147,9 +154,18 @@ KNOBS = {
     "init.import_scale_matrices_freeze": Knob(
         False, "do not train the imported scale matrices"
     ),
+    "init.import_bands": Knob(
+        "", "folder of a table in bands, as factorize and compress write it"
+    ),
+    "init.keep": Knob(
+        "all",
+        "of imported factors, the rest is random: all; their standard deviation; their "
+        "spectrum; their rows, shuffled; or nothing but the shape of their bands",
+        one_of("all", "std", "spectrum", "rows", "shape"),
+    ),
     "init.blocks_from": Knob("", "a run whose other weights are taken over"),
     "init.weights_from": Knob(
-        "", "baseline, pca_finetune: a run to go on from, its model and all weights"
+        "", "a run to go on from, with its model and all weights"
     ),
     # The factorization of D's table.
     "factorize.method": Knob(
@@ -160,6 +176,9 @@ KNOBS = {
     ),
     "factorize.singular_value_split": Knob(
         0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE
+    ),
+    "factorize.bands": Knob(
+        1, "frequency bands, with ranks of their own, for A, B and C", at_least(1)
     ),
     # Compression of a trained model's table without training.
     "compress.methods": Knob(
@@ -184,6 +203,12 @@ KNOBS = {
     "compress.max_bytes": Knob(
         0, "bytes the table may take; above 0: find the best table", at_least(0)
     ),
+    "compress.recover_ranks": Knob(
+        (),
+        "whose best tables are then trained on, with D's predictions and without, "
+        "beside D itself trained on for as long",
+        at_least(1),
+    ),
     # Validation.
     "evaluate.every": Knob(250, "steps between evaluations", at_least(1)),
     "evaluate.batch_size": Knob(32, "sequences at a time", at_least(1)),
@@ -198,6 +223,10 @@ KNOBS = {
     "telemetry.tensorboard": Knob(True, "write event files for TensorBoard"),
     "telemetry.wandb": Knob(False, "log to Weights & Biases, too"),
     "telemetry.wandb_project": Knob("pcagpt", "the project there"),
+    "experiment.arms": Knob(
+        "pca,random,pca_finetune",
+        f"besides D, of {', '.join(arm for arm in ARMS if arm != 'baseline')}",
+    ),
     "experiment.seeds": Knob(
         (), "every arm once for each; empty: once, with seed", SEED
     ),
@@ -257,6 +286,24 @@ def ranks_of(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def words_of(text: str) -> list[str]:
+    """'kl, context' -> ['kl', 'context']."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def arms_of(config: ConfigDict) -> list[str]:
+    """The arms of an experiment besides D."""
+    arms = words_of(config.experiment.arms)
+    for arm in arms:
+        if arm == "baseline" or arm not in ARMS:
+            raise UserError(
+                f"experiment.arms holds '{arm}': besides D, which is always there, it "
+                f"must be of {', '.join(arm for arm in ARMS if arm != 'baseline')}"
+            )
+    _check_distinct("experiment.arms", arms)
+    return arms
+
+
 def validate(config: ConfigDict) -> None:
     """Raises UserError for a value that could not work on any machine or corpus."""
     for path, value in flat(config).items():
@@ -280,6 +327,8 @@ def validate(config: ConfigDict) -> None:
             "one; give it to a single run, as configs/recover.py does"
         )
     _check_distinct("experiment.seeds", config.experiment.seeds)
+    _check_distinct("compress.recover_ranks", config.compress.recover_ranks)
+    arms_of(config)
     bounds = [name for name in COMPRESS_BOUNDS if config.compress[name]]
     if len(bounds) > 1:
         raise UserError(
@@ -322,9 +371,9 @@ def wrong_type(path: str, seen: str) -> UserError:
     return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
 
 
-def _check_distinct(path: str, entries: tuple[int, ...]) -> None:
+def _check_distinct(path: str, entries: Sequence[int | str]) -> None:
     if len(set(entries)) != len(entries):
-        raise UserError(f"{path} is {entries}: each may appear once")
+        raise UserError(f"{path} is {tuple(entries)}: each may appear once")
 
 
 def _check_ranks(config: ConfigDict) -> None:
@@ -362,16 +411,17 @@ def _check_ranks(config: ConfigDict) -> None:
         )
     if config.task == "train" and not config.init.weights_from:
         is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
-        if config.arm != "baseline" and not is_factorized:
+        is_full = config.arm in ("baseline", "continued")
+        if not is_full and not is_factorized:
             raise UserError(
                 f"the {config.arm} model needs a rank, --config.model.n_embd_wte=128"
                 + (
                     ", or a compressed model, --config.init.weights_from=FOLDER"
-                    if config.arm == "pca_finetune"
+                    if "blocks" in ARMS[config.arm].takes
                     else ""
                 )
             )
-        if config.arm == "baseline" and is_factorized:
+        if is_full and is_factorized:
             raise UserError(
                 f"model.n_embd_wte is {model.n_embd_wte}: the baseline's table is full;"
                 " a factorized one is --config=configs/random_k128.py"
@@ -388,13 +438,18 @@ def _check_weights_from(config: ConfigDict) -> None:
     init = config.init
     if not init.weights_from or config.task in ("factorize", "evaluate"):
         return
-    if config.task == "experiment" or config.arm not in ("baseline", "pca_finetune"):
+    fine_tuned = config.arm == "baseline" or ARMS[config.arm].is_fine_tuned
+    if config.task == "experiment" or not fine_tuned:
         what = "an experiment" if config.task == "experiment" else f"arm {config.arm}"
         raise UserError(
-            f"init.weights_from is set for {what}: a compressed model is trained on by "
-            "--config=configs/recover.py, D by --config=configs/baseline.py"
+            f"init.weights_from is set for {what}: a trained model is trained on by "
+            "--config=configs/recover.py"
         )
-    others = [name for name, value in init.items() if value and name != "weights_from"]
+    others = [
+        name
+        for name, value in init.items()
+        if name != "weights_from" and value != KNOBS[f"init.{name}"].default
+    ]
     if others:
         raise UserError(
             f"init.{others[0]} is set beside init.weights_from, which takes over every "

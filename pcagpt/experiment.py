@@ -19,10 +19,11 @@ from pcagpt.run_folder import DONE
 from pcagpt.telemetry import import_wandb
 from pcagpt.train_run import TrainJob
 
-# What a finished baseline must share with a model that takes over its table or blocks.
+# What a finished baseline must share with a model that takes this over from it.
 SHARED_WITH_BASELINE = {
-    "pca": ("n_embd",),
-    "pca_finetune": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
+    "factors": ("n_embd",),
+    "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
+    "weights": (),
 }
 
 
@@ -124,9 +125,12 @@ def _check_workdir(workdir: str) -> None:
 def _check_baseline(folder: Path, config: ConfigDict) -> None:
     """Raises UserError if a finished baseline is too different to start from."""
     trained = (run_folder.read_config(folder) or {}).get("model", {})
+    shared = dict.fromkeys(
+        name for taken in ARMS[config.arm].takes for name in SHARED_WITH_BASELINE[taken]
+    )
     differing = [
         f"model.{name} (there {trained.get(name)}, here {config.model[name]})"
-        for name in SHARED_WITH_BASELINE[config.arm]
+        for name in shared
         if trained.get(name) != config.model[name]
     ]
     if differing:
@@ -141,14 +145,14 @@ def _lacks(job: Job, config: ConfigDict) -> UserError:
     if isinstance(job, TrainJob):
         return UserError(
             f"{job.folder} is not trained and build_prerequisites is off; train it "
-            f"with: {_command(ARMS[job.config.arm].config_file, job.config)}"
+            f"with: {_command('configs/baseline.py', job.config)}"
         )
     alone = knobs.base()
     alone.workdir = config.workdir
     alone.model_path = str(job.source)
     alone.ranks = job.ranks
     alone.factorize = config.factorize
-    alone.telemetry.tensorboard = job.tensorboard
+    alone.telemetry.tensorboard = config.telemetry.tensorboard
     return UserError(
         f"{job.folder} lacks {job.amount} and build_prerequisites is off; make it "
         f"with: {_command('configs/factorize.py', alone)}"

@@ -4,11 +4,13 @@ wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank
+bands_pca_k{k}/           in place of the first two: a table in bands, of a rank's size
 """
 
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ import numpy as np
 
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandedTable, LowRank
+
+ORDER_FILE = "token_order.npy"
 
 
 class ScaleMatrices(NamedTuple):
@@ -37,9 +41,21 @@ def scale_path(folder: Path, rank: int) -> Path:
     return folder / f"scale_mats_pca_k{rank}.npz"
 
 
+def bands_path(folder: Path, rank: int) -> Path:
+    """The folder of the table in bands of a rank's size."""
+    return folder / f"bands_pca_k{rank}"
+
+
+def is_there(folder: Path, rank: int, in_bands: bool) -> bool:
+    """Whether the files of a rank are."""
+    if in_bands:
+        return (bands_path(folder, rank) / ORDER_FILE).exists()
+    return table_path(folder, rank).exists() and scale_path(folder, rank).exists()
+
+
 def write(
     folder: Path,
-    low_ranks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    tables: dict[int, LowRank | BandedTable],
     singular_values: np.ndarray,
     metadata: dict,
 ) -> None:
@@ -47,12 +63,16 @@ def write(
 
     Args:
       folder: made if lacking.
-      low_ranks: rank -> (wte [V, k], scale [k, d], mean [d] or None).
+      tables: of each rank.
       singular_values: [d], descending.
       metadata: JSON values; complete files are those that have it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for rank, (wte_VK, scale_KD, mean_D) in low_ranks.items():
+    for rank, table in tables.items():
+        if isinstance(table, BandedTable):
+            write_bands(bands_path(folder, rank), table)
+            continue
+        wte_VK, scale_KD, mean_D = table
         _write_atomically(table_path(folder, rank), np.save, _float32(wte_VK))
         arrays = {"scale_up": _float32(scale_KD), "scale_down": _float32(scale_KD)}
         if mean_D is not None:
@@ -68,15 +88,15 @@ def write(
 
 
 def write_bands(folder: Path, table: BandedTable) -> None:
-    """The files of a table in bands.
+    """The files of a table in bands, in place of any others; the order is the last.
 
     token_order.npy           [V] int32, the token at each position, band after band
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
     scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; none at full width
     mean.npy                  [d] float32, to be added to the input, if centred
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / "token_order.npy", np.save, table.order)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for number, part in enumerate(table.tables):
         rows = part
         if isinstance(part, LowRank):
@@ -90,6 +110,45 @@ def write_bands(folder: Path, table: BandedTable) -> None:
         _write_atomically(folder / f"wte_band{number}.npy", np.save, _float32(rows))
     if table.mean is not None:
         _write_atomically(folder / "mean.npy", np.save, _float32(table.mean))
+    _write_atomically(folder / ORDER_FILE, np.save, table.order)
+
+
+def read_bands(folder: str | Path) -> BandedTable:
+    """What `write_bands` wrote.
+
+    Raises:
+      UserError: a file is missing or damaged, or they do not fit together.
+    """
+    folder = Path(folder)
+    order_V = _load(folder / ORDER_FILE, ".npy")
+    tables, rows = [], 0
+    while rows < len(order_V):
+        number = len(tables)
+        wte = read_table(folder / f"wte_band{number}.npy")
+        path = folder / f"scale_mats_band{number}.npz"
+        rows += len(wte)
+        if not path.exists():
+            tables.append(wte)
+            continue
+        scale = read_scale_matrices(path).scale_up
+        if len(scale) != wte.shape[1]:
+            raise UserError(
+                f"{path} is of rank {len(scale)}, the table beside it of rank "
+                f"{wte.shape[1]}: write them again"
+            )
+        tables.append(LowRank(wte, scale, None))
+    widths = {(t.scale if isinstance(t, LowRank) else t).shape[1] for t in tables}
+    if rows != len(order_V) or len(widths) > 1:
+        raise UserError(
+            f"{folder} holds bands of {rows} rows and of the widths {sorted(widths)} "
+            f"for {len(order_V)} tokens: write them again"
+        )
+    if not np.array_equal(np.sort(order_V), np.arange(len(order_V))):
+        raise UserError(f"{folder / ORDER_FILE} does not hold each token once")
+    path, mean_D = folder / "mean.npy", None
+    if path.exists():
+        mean_D = _checked(_load(path, ".npy"), 1, str(path))
+    return BandedTable(order_V, tuple(tables), mean_D)
 
 
 def read_metadata(folder: Path) -> dict | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from pcagpt import (
     checkpoint,
@@ -16,9 +17,11 @@ from pcagpt import (
     sharding,
     statistics,
 )
+from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.report.plots import spectrum_figure
 from pcagpt.run_folder import DONE, TO_DO
+from pcagpt.subject import Subject
 from pcagpt.telemetry import Telemetry
 
 
@@ -27,21 +30,26 @@ class FactorizeJob:
     """What to factorize, how, and where the files go.
 
     source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
-    method: a name in `factorize.METHODS`; statistics: the file of those that the method
-    needs, empty: beside the run; singular_value_split: as for `factorize.truncate`;
-    tensorboard: whether the spectrum is shown there; is_target: asked for by name, not
-    a prerequisite; overwrite: discard files of another source.
+    config: with the sections `factorize`, `compress` (how much to calibrate on where
+    statistics are lacking), `telemetry`, and `data` and `mesh` to calibrate on;
+    is_target: asked for by name, not a prerequisite.
     """
 
     source: Path
     folder: Path
     ranks: tuple[int, ...]
-    method: str
-    singular_value_split: float
-    statistics: str = ""
-    tensorboard: bool = True
+    config: ConfigDict
     is_target: bool = True
-    overwrite: bool = False
+
+    @property
+    def method(self) -> str:
+        """A name in `factorize.METHODS`."""
+        return self.config.factorize.method
+
+    @property
+    def bands(self) -> int:
+        """Frequency bands to start from; 1 for one rank for all tokens."""
+        return self.config.factorize.bands
 
     @property
     def label(self) -> str:
@@ -51,7 +59,8 @@ class FactorizeJob:
     @property
     def amount(self) -> str:
         """As in 'rank 64, 128'."""
-        return f"rank {', '.join(map(str, self.ranks))}"
+        ranks = f"rank {', '.join(map(str, self.ranks))}"
+        return ranks if self.bands == 1 else f"{ranks} in {self.bands} bands"
 
     @property
     def sources(self) -> set[Path]:
@@ -64,7 +73,7 @@ class FactorizeJob:
         Raises:
           UserError: the folder holds the files of another source or method.
         """
-        if not self.has_source() or (self.overwrite and self.differing()):
+        if not self.has_source() or (self.config.overwrite and self.differing()):
             return TO_DO
         return TO_DO if self.missing_ranks() else DONE
 
@@ -80,9 +89,11 @@ class FactorizeJob:
 
     def check(self, to_be_made: set[Path]) -> None:
         """Raises UserError if the source is not there and no earlier job makes it."""
-        if self.source not in to_be_made:
-            self._read_table()
-        self._read_statistics()
+        if self.source in to_be_made:
+            return
+        self._read_table()
+        if self._statistics_path() and not self._can_calibrate():
+            self._read_statistics()
 
     def source_sha256(self) -> str:
         """Hash of the table file, or what tells the checkpoint from others."""
@@ -98,7 +109,8 @@ class FactorizeJob:
         """What the files depend on besides the ranks."""
         identity = {
             "method": self.method,
-            "singular_value_split": self.singular_value_split,
+            "bands": self.bands,
+            "singular_value_split": self.config.factorize.singular_value_split,
             "source_sha256": self.source_sha256(),
         }
         path = self._statistics_path()
@@ -113,6 +125,7 @@ class FactorizeJob:
         metadata = factor_files.read_metadata(self.folder)
         if metadata is None:
             return []
+        metadata = {"bands": 1} | metadata  # Older ones do not say.
         return [k for k, v in self.identity().items() if metadata.get(k) != v]
 
     def missing_ranks(self) -> tuple[int, ...]:
@@ -135,15 +148,21 @@ class FactorizeJob:
             rank
             for rank in self.ranks
             if str(rank) not in metadata["ranks"]
-            or not factor_files.table_path(self.folder, rank).exists()
-            or not factor_files.scale_path(self.folder, rank).exists()
+            or not factor_files.is_there(self.folder, rank, self.bands > 1)
         )
 
     def run(self) -> None:
-        """Writes the files on the first process; the others wait."""
+        """Writes the files on the first process; the others wait.
+
+        Statistics that the method needs and that are not there are measured first, by
+        all of them.
+        """
+        path = self._statistics_path()
+        if path and not path.exists() and self._can_calibrate():
+            self._calibrate()
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
-            if self.overwrite and self.differing():
+            if self.config.overwrite and self.differing():
                 shutil.rmtree(self.folder)
             self.write()
         sharding.wait_for_all(str(self.folder))
@@ -173,6 +192,7 @@ class FactorizeJob:
                 f"table of {self.source} has {len(table_VD)}: give it its own"
             )
         factors = factorize.by_method(table_VD, self.method, found)
+        tables = {rank: self._table(table_VD, factors, found, rank) for rank in ranks}
         energy = factorize.energy_kept(factors.singular_values)
         metadata = {
             **self.identity(),
@@ -186,30 +206,68 @@ class FactorizeJob:
                     "energy_kept": energy[rank - 1],
                     "relative_error": max(0.0, 1 - energy[rank - 1]) ** 0.5,
                 }
+                if self.bands == 1
+                else {
+                    "parameters": tables[rank].parameters,
+                    "band_sizes": tables[rank].sizes,
+                    "band_ranks": tables[rank].ranks,
+                }
                 for rank in ranks
             },
         }
-        low_ranks = {
-            rank: factorize.truncate(factors, rank, self.singular_value_split)
-            for rank in ranks
-        }
-        factor_files.write(self.folder, low_ranks, factors.singular_values, metadata)
+        factor_files.write(self.folder, tables, factors.singular_values, metadata)
         with Telemetry(
             self.folder,
             config={},
             run_name=self.folder.name,
-            tensorboard=self.tensorboard,
+            tensorboard=self.config.telemetry.tensorboard,
         ) as telemetry:
             figure = spectrum_figure(factors.singular_values, ranks)
             telemetry.figure("spectrum", figure)
         return metadata
 
+    def _table(
+        self,
+        table_VD: np.ndarray,
+        factors: factorize.Factors,
+        known: factorize.Statistics | None,
+        rank: int,
+    ) -> factorize.LowRank | factorize.BandedTable:
+        """The table of a rank, or of its size in bands."""
+        split = self.config.factorize.singular_value_split
+        if self.bands == 1:
+            return factorize.truncate(factors, rank, split)
+        weighting = factorize.METHODS[self.method](table_VD, known)
+        budget = factorize.budget_of_rank(*table_VD.shape, rank)
+        try:
+            return factorize.banded(table_VD, weighting, self.bands, budget, split)
+        except ValueError:
+            raise UserError(
+                f"rank {rank} of {len(table_VD):,} tokens is too small for "
+                f"{self.bands} bands: raise the rank or lower factorize.bands"
+            ) from None
+
+    def _can_calibrate(self) -> bool:
+        """Whether lacking statistics can be measured: on a run, into its folder."""
+        return self.source.suffix != ".npy" and not self.config.factorize.statistics
+
+    def _calibrate(self) -> None:
+        """Measures the statistics of the run and leaves them beside it."""
+        config = self.config.copy_and_resolve_references()
+        config.model_path, config.model = str(self.source), knobs.base().model
+        config.model.compute_dtype = self.config.model.compute_dtype
+        Subject.open(config).statistics(
+            config.compress.calibration_tokens,
+            config.train.batch_size,
+            config.train.loss_chunks,
+        )
+
     def _statistics_path(self) -> Path | None:
         """Where the statistics are to be, None where the method needs none."""
         if not factorize.needs_statistics(self.method):
             return None
-        if self.statistics:
-            return Path(self.statistics)
+        if self.config.factorize.statistics:
+            return Path(self.config.factorize.statistics)
         if not self.has_source() or self.source.suffix == ".npy":
             return self.source.with_suffix(".statistics.npz")
         return statistics.beside(*checkpoint.find(self.source))
@@ -223,8 +281,7 @@ class FactorizeJob:
         if found is None:
             raise UserError(
                 f"factorize.method is '{self.method}', which needs statistics, and "
-                f"{path} holds none: run configs/compress.py on the model once, or "
-                "name their file as --config.factorize.statistics"
+                f"{path} holds none: name their file as --config.factorize.statistics"
             )
         return found
 

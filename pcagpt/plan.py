@@ -1,8 +1,7 @@
 """From a config to the jobs it asks for, prerequisites first.
 
-D, the baseline, comes first; its table is factorized. A starts from the factors with
-random blocks, B from the factors with D's blocks, C from random factors. What goes on
-from all the weights of a run needs nothing else.
+D, the baseline, comes first; its table is factorized. What each arm then starts from,
+`pcagpt.arms` says. What goes on from all the weights of a run needs nothing else.
 """
 
 from pathlib import Path
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 from pcagpt import config as knobs
 from pcagpt import factor_files
 from pcagpt.arms import ARMS, FROM_RUN
-from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
 from pcagpt.train_run import TrainJob
 from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
@@ -53,34 +51,41 @@ def make_plan(config: ConfigDict) -> Plan:
 
 
 def _jobs_of_experiment(config: ConfigDict, seed: int, suffix: str) -> list[Job]:
-    """All arms at all ranks, once; the suffix tells this seed's folders."""
+    """D, and all arms at all ranks, once; the suffix tells this seed's folders."""
     base = config.copy_and_resolve_references()
     base.seed, base.task = seed, "train"
     baseline = _train_job(_baseline(base), suffix, is_target=True)
     factors = _factorize_job(base, baseline.folder, base.ranks, True, suffix)
-    arms = [
-        _train_job(_arm(base, arm, rank, suffix), suffix, is_target=True)
-        for rank in base.ranks
-        for arm in ("pca", "random", "pca_finetune")
-    ]
-    return [baseline, factors, *arms]
+    jobs, arms = [baseline, factors], knobs.arms_of(config)
+    if "continued" in arms:
+        arms.remove("continued")
+        jobs.append(_train_job(_arm(base, "continued", None, suffix), suffix, True))
+    for rank in base.ranks:
+        jobs += [
+            _train_job(_arm(base, arm, rank, suffix), suffix, is_target=True)
+            for arm in arms
+        ]
+    return jobs
 
 
 def _jobs_of_run(config: ConfigDict) -> tuple[Job, ...]:
     """A single run after whatever it needs."""
-    config = config.copy_and_resolve_references()
-    init, needed = config.init, []
-    wants_factors = config.arm in ("pca", "pca_finetune") and not (
-        init.import_wte_npy or init.import_scale_matrices_npz
+    config, needed = config.copy_and_resolve_references(), []
+    arm, init = ARMS[config.arm], config.init
+    wants_factors = _starts_from_factors(config) and not _imports_table(init)
+    wants_baseline = (
+        wants_factors
+        or "weights" in arm.takes
+        or ("blocks" in arm.takes and not init.blocks_from)
+        or (arm.is_taught and not config.distill.teacher)
     )
-    wants_blocks = config.arm == "pca_finetune" and not init.blocks_from
-    if wants_factors or wants_blocks:
+    if wants_baseline:
         baseline = _train_job(_baseline(config), "", is_target=False)
         needed.append(baseline)
-        if wants_factors:
-            ranks = (config.model.n_embd_wte,)
-            needed.append(_factorize_job(config, baseline.folder, ranks, False))
-        _import(config, "")
+    if wants_factors:
+        ranks = (config.model.n_embd_wte,)
+        needed.append(_factorize_job(config, baseline.folder, ranks, False))
+    _take(config, "")
     _share_budget(config)
     return (*needed, _train_job(config, "", is_target=True))
 
@@ -95,15 +100,10 @@ def _job_from_run(config: ConfigDict) -> TrainJob:
     knobs.validate(config)
     model = config.model
     is_factorized = model.n_embd_wte is not None or any(model.band_ranks)
-    arm = "pca_finetune" if is_factorized else "baseline"
-    if config.arm != arm:
-        table = "factorized" if is_factorized else "full"
-        raise UserError(
-            f"the embedding of {source.run_dir} is {table}: to train it on, set "
-            f"--config.arm={arm}"
-        )
+    taught = "pca_distill" if config.distill.teacher else "pca_finetune"
+    config.arm = taught if is_factorized else "continued"
     _share_budget(config)
-    name = FROM_RUN.format(arm=arm, source=source.run_dir.resolve().name)
+    name = FROM_RUN.format(arm=config.arm, source=source.run_dir.resolve().name)
     return TrainJob(Path(config.workdir) / name, config, is_target=True)
 
 
@@ -118,44 +118,73 @@ def _baseline(config: ConfigDict) -> ConfigDict:
     return baseline
 
 
-def _arm(base: ConfigDict, arm: str, rank: int, suffix: str) -> ConfigDict:
+def _arm(base: ConfigDict, arm: str, rank: int | None, suffix: str) -> ConfigDict:
     """The config of one arm of an experiment."""
-    config = base.copy_and_resolve_references()
-    config.arm, config.model.n_embd_wte = arm, rank
-    _share_budget(config)
-    if arm == "random":
-        _clear(config.init)
+    if arm == "continued":
+        config = _baseline(base)
     else:
-        _import(config, suffix)
+        config = base.copy_and_resolve_references()
+        config.model.n_embd_wte = rank
+    if "factors" not in ARMS[arm].takes:
+        _clear(config.init)
+    config.arm = arm
+    _take(config, suffix)
+    _share_budget(config)
     return config
 
 
 def _clear(init: ConfigDict) -> None:
     """Imports nothing."""
-    for name, value in init.items():
-        init[name] = type(value)()
+    init.update(knobs.base().init)
 
 
 def _share_budget(config: ConfigDict) -> None:
-    """`train` is D's budget; what is fine-tuned gets its declared share of it."""
-    if config.arm != "pca_finetune" and not config.init.weights_from:
-        return
-    train, share = config.train, config.finetune
-    train.steps = max(1, round(train.steps * share.steps_share))
-    train.warmup_steps = round(train.warmup_steps * share.steps_share)
-    train.learning_rate *= share.learning_rate_share
+    """`train` is D's budget; what is not D gets its declared share of it."""
+    arm, train, share = ARMS[config.arm], config.train, config.finetune
+    if arm.is_fine_tuned:
+        train.steps = max(1, round(train.steps * share.steps_share))
+        train.warmup_steps = round(train.warmup_steps * share.steps_share)
+        train.learning_rate *= share.learning_rate_share
+    elif "factors" in arm.takes:
+        train.learning_rate *= config.scratch.pca_learning_rate_share
+    elif config.arm == "random":
+        train.learning_rate *= config.scratch.random_learning_rate_share
 
 
-def _import(config: ConfigDict, suffix: str) -> None:
-    """Fills in what is imported where the person has not."""
-    init = config.init
-    if not (init.import_wte_npy or init.import_scale_matrices_npz):
+def _starts_from_factors(config: ConfigDict) -> bool:
+    """Whether it takes D's factors, or at least the shape of their bands."""
+    in_bands = config.arm == "random" and config.factorize.bands > 1
+    return in_bands or "factors" in ARMS[config.arm].takes
+
+
+def _imports_table(init: ConfigDict) -> bool:
+    """Whether the person has said what table to start from."""
+    return bool(
+        init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
+    )
+
+
+def _take(config: ConfigDict, suffix: str) -> None:
+    """Fills in what is taken from D where the person has not."""
+    arm, init = ARMS[config.arm], config.init
+    baseline = str(Path(config.workdir) / (ARMS["baseline"].run_name + suffix))
+    if _starts_from_factors(config) and not _imports_table(init):
         folder, rank = _factor_folder(config, suffix), config.model.n_embd_wte
-        init.import_wte_npy = str(factor_files.table_path(folder, rank))
-        init.import_scale_matrices_npz = str(factor_files.scale_path(folder, rank))
-    if config.arm == "pca_finetune" and not init.blocks_from:
-        name = ARMS["baseline"].run_name + suffix
-        init.blocks_from = str(Path(config.workdir) / name)
+        if config.factorize.bands > 1:
+            init.import_bands = str(factor_files.bands_path(folder, rank))
+        else:
+            init.import_wte_npy = str(factor_files.table_path(folder, rank))
+            init.import_scale_matrices_npz = str(factor_files.scale_path(folder, rank))
+    if arm.keep != "all":
+        init.keep = arm.keep
+    if config.arm == "random" and init.import_bands:
+        init.keep = "shape"
+    if "blocks" in arm.takes and not init.blocks_from:
+        init.blocks_from = baseline
+    if "weights" in arm.takes:
+        init.weights_from = baseline
+    if arm.is_taught and not config.distill.teacher:
+        config.distill.teacher = baseline
 
 
 def _train_job(config: ConfigDict, suffix: str, is_target: bool) -> TrainJob:
@@ -179,10 +208,6 @@ def _factorize_job(
         source=source,
         folder=_factor_folder(config, suffix),
         ranks=tuple(ranks),
-        method=config.factorize.method,
-        singular_value_split=config.factorize.singular_value_split,
-        statistics=config.factorize.statistics,
-        tensorboard=config.telemetry.tensorboard,
+        config=config,
         is_target=is_target,
-        overwrite=config.overwrite,
     )

@@ -28,6 +28,7 @@ NOT_IDENTITY = (
     "data.cache_dir",
     "init.import_wte_npy",
     "init.import_scale_matrices_npz",
+    "init.import_bands",
     "init.blocks_from",
     "init.weights_from",
     "distill.teacher",
@@ -118,6 +119,9 @@ def changed_fields(run_dir: Path, config: dict) -> list[str]:
         return []
     if config.get("imported_sha256") is None:
         stored["imported_sha256"] = None
+        if config.get("init", {}).get("import_bands"):
+            bands = ("band_sizes", "band_ranks")
+            stored["model"] |= {name: config["model"][name] for name in bands}
     old, new = identity(stored), identity(config)
     return [
         f"{name} (was {old.get(name)}, now {new.get(name)})"

@@ -12,11 +12,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pcagpt import checkpoint, factor_files, run_folder, sharding, statistics
+from pcagpt import (
+    checkpoint,
+    factor_files,
+    run_folder,
+    sharding,
+    statistics,
+    warm_start,
+)
+from pcagpt import params as trees
 from pcagpt.corpus import Corpus, fingerprint, open_corpus
 from pcagpt.data import EvaluationBatches, TrainingBatches
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandedTable, LowRank, Statistics
+from pcagpt.factorize import BandedTable, Statistics
 from pcagpt.model import GPT
 from pcagpt.telemetry import Progress
 from pcagpt.trained_run import TrainedRun
@@ -163,22 +171,9 @@ def compressed_variables(subject: Subject, table: BandedTable) -> dict:
     """{'params', 'constants'} of the subject's model with another table."""
     params = dict(subject.host_params)
     padding = subject.model.config.padded_vocab_size - len(table.order)
-    embed, last = {}, len(table.tables) - 1
-    for number, part in enumerate(table.tables):
-        rows = part.wte if isinstance(part, LowRank) else part
-        padded = np.pad(rows, ((0, padding if number == last else 0), (0, 0)))
-        leaves = {"wte": padded.astype(np.float32)}
-        if isinstance(part, LowRank):
-            leaves["scale_up"] = part.scale.astype(np.float32)
-        embed[f"band_{number}"] = leaves
-    params["embed"] = embed
+    leaves = warm_start.band_parameters(table, padding)
+    params["embed"] = trees.unflatten(leaves)["embed"]
     if table.mean is not None:
         params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
-    if last == 0:
-        return {"params": params, "constants": {}}
-    position_V = np.empty(len(table.order), np.int32)
-    position_V[table.order] = np.arange(len(table.order), dtype=np.int32)
-    return {
-        "params": params,
-        "constants": {"embed": {"position_of_token": position_V}},
-    }
+    constants = warm_start.positions(table.order) if len(table.tables) > 1 else {}
+    return {"params": params, "constants": constants}

@@ -15,7 +15,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pcagpt import evaluate, optim, provenance, run_folder, sharding, warm_start
+from pcagpt import (
+    evaluate,
+    factor_files,
+    optim,
+    provenance,
+    run_folder,
+    sharding,
+    warm_start,
+)
 from pcagpt import params as trees
 from pcagpt.checkpoint import Checkpoints
 from pcagpt.config import model_settings
@@ -138,7 +146,9 @@ class Training:
         init, params = self.config.init, variables["params"]
         if init.weights_from:
             return TrainedRun.find(init.weights_from).variables(self.model.config)
-        imported = warm_start.replacements(init, self.model.config, params)
+        imported = warm_start.replacements(
+            init, self.model.config, params, self.config.seed
+        )
         return variables | {"params": trees.replace(params, imported, source="init")}
 
     def run(self, label: str) -> dict:
@@ -231,14 +241,14 @@ class Training:
         return jax.device_put(state, shardings), shardings, History()
 
     def constants(self) -> dict:
-        """For several bands, each token's position by falling count in training."""
+        """For several bands, each token's position: as imported, or by count."""
         if len(self.model.config.bands) == 1:
             return {}
-        vocab_size = self.model.config.vocab_size
+        bands, vocab_size = self.config.init.import_bands, self.model.config.vocab_size
+        if bands:
+            return warm_start.positions(factor_files.read_bands(bands).order)
         count_V = np.bincount(self.corpus.tokens("train"), minlength=vocab_size)
-        position_V = np.empty(vocab_size, np.int32)
-        position_V[np.argsort(-count_V, kind="stable")] = np.arange(vocab_size)
-        return {"embed": {"position_of_token": position_V}}
+        return warm_start.positions(np.argsort(-count_V, kind="stable"))
 
     def place_teacher(self, state: TrainState) -> Teacher | None:
         """The teacher on the mesh, laid out for the state's order of tokens."""
@@ -334,6 +344,11 @@ class Training:
         telemetry.text("config", table)
         return telemetry
 
+    def _rank(self) -> int | None:
+        """Of the table, or whose size it has in imported bands; None of others."""
+        is_sized = self.config.init.import_bands or not self.model.config.band_sizes
+        return self.model.config.n_embd_wte if is_sized else None
+
     def result(
         self, measured: evaluate.Evaluation, history: History, compiled_step
     ) -> dict:
@@ -347,7 +362,7 @@ class Training:
         return {
             "run": self.run_dir.name,
             "arm": config.arm,
-            "rank": None if model.band_sizes else model.n_embd_wte,
+            "rank": self._rank(),
             "band_sizes": model.band_sizes,
             "band_ranks": [rank or 0 for rank in model.band_ranks],
             "seed": config.seed,

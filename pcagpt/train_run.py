@@ -59,17 +59,26 @@ class TrainJob:
             )
         return DONE if finished else f"resumes at step {step}"
 
+    def settled(self) -> ConfigDict:
+        """The config, with the bands that it imports once these are there."""
+        folder = self.config.init.import_bands
+        if not folder or not Path(folder).exists():
+            return self.config
+        config = self.config.copy_and_resolve_references()
+        config.model.update(warm_start.band_settings(config.init))
+        return config
+
     def record(self) -> dict:
         """What config.json holds: the config and the hashes of what is imported.
 
-        Files that are still to be made have no hash yet.
+        Files that are still to be made have no hash yet, and bands no sizes.
         """
         hashes, teacher = None, self.config.distill.teacher
         if all(path.exists() for path in self._taken_from.values()):
             hashes = warm_start.fingerprints(self.config.init)
             if teacher:
                 hashes["teacher"] = checkpoint.fingerprint(teacher)
-        return {**self.config.to_dict(), "imported_sha256": hashes}
+        return {**self.settled().to_dict(), "imported_sha256": hashes}
 
     @property
     def sources(self) -> set[Path]:
@@ -99,13 +108,17 @@ class TrainJob:
         Args:
           to_be_made: folders of earlier jobs: what is in them is not imported here.
         """
-        config = self.config.copy_and_resolve_references()
+        config = self.settled().copy_and_resolve_references()
         for knob, path in self._taken_from.items():
             if {path, path.parent} & to_be_made:
-                config.update_from_flattened_dict({knob: ""})
+                config.update_from_flattened_dict({knob: "", "init.keep": "all"})
                 freeze = warm_start.IMPORTS.get(knob.removeprefix("init."))
                 if freeze:
                     config.init[freeze] = False
+        if not config.init.import_bands and self.config.init.import_bands:
+            config.model.band_sizes = config.model.band_ranks = ()
+            config.init.import_wte_freeze = False
+            config.init.import_scale_matrices_freeze = False
         Training(config, {}, self.folder, self.corpus())
         self.check_corpus()
 
@@ -133,7 +146,7 @@ class TrainJob:
             "tokenizer": corpus.tokenizer,
             "corpus_sha256": fingerprint(corpus),
         }
-        training = Training(self.config, record, self.folder, corpus)
+        training = Training(self.settled(), record, self.folder, corpus)
         if jax.process_index() == 0:
             if is_new and (self.folder / "config.json").exists():
                 shutil.rmtree(self.folder)

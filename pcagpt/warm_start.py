@@ -7,13 +7,15 @@ Precedence: a checkpoint of the run itself, then what is imported here, then ran
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pcagpt import checkpoint, factor_files, run_folder
+from pcagpt import checkpoint, factor_files, factorize, run_folder
 from pcagpt import params as trees
 from pcagpt.errors import UserError
+from pcagpt.factorize import BandedTable, LowRank
 from pcagpt.model import GPTConfig
 
 TABLE_PATTERN = r"embed/band_\d+/wte"
@@ -23,6 +25,7 @@ SCALE_PATTERN = r"embed/band_\d+/scale_(up|down)"
 IMPORTS = {
     "import_wte_npy": "import_wte_freeze",
     "import_scale_matrices_npz": "import_scale_matrices_freeze",
+    "import_bands": None,
     "blocks_from": None,
     "weights_from": None,
 }
@@ -40,7 +43,8 @@ def frozen_patterns(init: Mapping[str, Any]) -> tuple[str, ...]:
         ("import_scale_matrices_freeze", "import_scale_matrices_npz", SCALE_PATTERN),
     ):
         if init[freeze]:
-            if not init[imported]:
+            in_bands = init["import_bands"] and init["keep"] != "shape"
+            if not (init[imported] or in_bands):
                 raise UserError(
                     f"init.{freeze} is on but nothing is imported: set init.{imported}"
                 )
@@ -51,31 +55,39 @@ def frozen_patterns(init: Mapping[str, Any]) -> tuple[str, ...]:
 def fingerprints(init: Mapping[str, Any]) -> dict[str, str]:
     """sha256 of all that is imported, so that what changed counts as another config."""
     files = {
-        name: init[name]
+        name: [Path(init[name])]
         for name in ("import_wte_npy", "import_scale_matrices_npz")
         if init[name]
     }
+    if init["import_bands"]:
+        folder = Path(init["import_bands"])
+        files["import_bands"] = sorted(folder.glob("*.np[yz]")) or [folder]
     found = {
         name: checkpoint.fingerprint(init[name])
         for name in ("blocks_from", "weights_from")
         if init[name]
     }
-    for name, path in files.items():
-        try:
-            with open(path, "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"init.{name}: {path}: {error.strerror}") from None
+    for name, paths in files.items():
+        digest = hashlib.sha256()
+        for path in paths:
+            try:
+                digest.update(path.read_bytes())
+            except OSError as error:
+                raise UserError(f"init.{name}: {path}: {error.strerror}") from None
+        found[name] = digest.hexdigest()
     return found
 
 
-def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> dict:
+def replacements(
+    init: Mapping[str, Any], config: GPTConfig, template: dict, seed: int
+) -> dict:
     """{parameter path: host array} of everything that is imported.
 
     Args:
       init: the `init` section of the config.
       config: of the model that starts.
       template: its parameters.
+      seed: of what is random where `init.keep` does not keep all of the factors.
 
     Raises:
       UserError: a file or run that does not fit the model, in one line.
@@ -83,6 +95,8 @@ def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> 
     new = {}
     if init["blocks_from"]:
         new |= _blocks(init["blocks_from"], config, trees.flatten(template))
+    if init["import_bands"] and init["keep"] != "shape":
+        new |= _bands(init["import_bands"], config, new, template)
     if (init["import_wte_npy"] or init["import_scale_matrices_npz"]) and len(
         config.bands
     ) > 1:
@@ -94,7 +108,92 @@ def replacements(init: Mapping[str, Any], config: GPTConfig, template: dict) -> 
         new["embed/band_0/wte"] = _table(init["import_wte_npy"], config)
     if init["import_scale_matrices_npz"]:
         new |= _scales(init["import_scale_matrices_npz"], config, new, template)
+    if init["keep"] == "shape" and not init["import_bands"]:
+        raise UserError("init.keep is 'shape', of bands: set init.import_bands")
+    if init["keep"] in factorize.CONTROLS:
+        new |= _controls(init["keep"], config, new, seed)
     return new
+
+
+def band_settings(init: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`band_sizes` and `band_ranks` of the model that imports bands; else nothing."""
+    if not init["import_bands"]:
+        return {}
+    table = factor_files.read_bands(init["import_bands"])
+    return {"band_sizes": table.sizes, "band_ranks": table.ranks}
+
+
+def positions(order_V: np.ndarray) -> dict:
+    """The model's constants for tokens in the order of a table in bands."""
+    position_V = np.empty(len(order_V), np.int32)
+    position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
+    return {"embed": {"position_of_token": position_V}}
+
+
+def band_parameters(table: BandedTable, padding: int, scale_tying: bool = True) -> dict:
+    """{parameter path: array} of a table in bands, for a model of the same bands.
+
+    Args:
+      table: whose mean is left out.
+      padding: rows of zeros that the last band gets.
+      scale_tying: whether the model's two scale matrices are one.
+    """
+    found, last = {}, len(table.tables) - 1
+    for number, part in enumerate(table.tables):
+        rows = part.wte if isinstance(part, LowRank) else part
+        padded = np.pad(rows, ((0, padding if number == last else 0), (0, 0)))
+        found[f"embed/band_{number}/wte"] = padded.astype(np.float32)
+        if isinstance(part, LowRank):
+            scale = part.scale.astype(np.float32)
+            found[f"embed/band_{number}/scale_up"] = scale
+            if not scale_tying:
+                found[f"embed/band_{number}/scale_down"] = scale
+    return found
+
+
+def _bands(folder: str, config: GPTConfig, new: dict, template: dict) -> dict:
+    table = factor_files.read_bands(folder)
+    wanted = [(band.size, band.rank or 0) for band in config.bands]
+    width = table.width
+    if (
+        list(zip(table.sizes, table.ranks, strict=True)) != wanted
+        or width != config.n_embd
+    ):
+        raise UserError(
+            f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
+            f"{table.ranks} of width {width}, this model's bands are {wanted} of width "
+            f"{config.n_embd}"
+        )
+    padding, tying = config.bands[-1].padding, config.n_embd_wte_scale_tying
+    found = band_parameters(table, padding, tying)
+    return found | _mean(table.mean, new, template)
+
+
+def _mean(mean_D: np.ndarray | None, new: dict, template: dict) -> dict:
+    """Centring is free: the head cancels a common vector, the input gets it here."""
+    if mean_D is None:
+        return {}
+    wpe = new.get("wpe")
+    return {"wpe": (template["wpe"] if wpe is None else wpe) + mean_D}
+
+
+def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
+    """The imported factors, random but for what is kept."""
+    random, found = np.random.default_rng(seed), {}
+    for number, band in enumerate(config.bands):
+        names = [f"embed/band_{number}/{n}" for n in ("wte", "scale_up", "scale_down")]
+        wte, scale = names[0], names[1] if band.rank else None
+        if wte not in new or (scale and scale not in new):
+            raise UserError(
+                f"init.keep is '{keep}': import both factors, or a table in bands"
+            )
+        made_VK, made_KD = factorize.control(
+            new[wte][: band.size], new[scale] if scale else None, keep, random
+        )
+        found[wte] = np.pad(made_VK, ((0, band.padding), (0, 0)))
+        if scale:
+            found |= {name: made_KD for name in names[1:] if name in new}
+    return found
 
 
 def _blocks(run: str, config: GPTConfig, wanted: Mapping[str, Any]) -> dict:
@@ -151,8 +250,4 @@ def _scales(path: str, config: GPTConfig, new: dict, template: dict) -> dict:
             f"{path} has two different scale matrices and this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
-    if scales.mean is not None:
-        # Centring is free: the head cancels a common vector, the input gets it here.
-        wpe = new.get("wpe")
-        found["wpe"] = (template["wpe"] if wpe is None else wpe) + scales.mean
-    return found
+    return found | _mean(scales.mean, new, template)

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from pcagpt.arms import TITLES
+from pcagpt.arms import BY_LETTER
 from pcagpt.report.wording import NOTHING, code, count, fixed, signed, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ def results_table(folder: Path) -> str:
     rows = [
         [
             f"**{row['letter']}**",
-            TITLES[row["letter"]],
+            BY_LETTER[row["letter"]].title,
             count(row["rank"]),
             fixed(row["val_loss"]),
             NOTHING if row["letter"] == "D" else signed(row["added_loss"]),

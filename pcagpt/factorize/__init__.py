@@ -8,6 +8,7 @@ from pcagpt.factorize.bands import (
     frequency_bands,
     single_band,
 )
+from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.low_rank import (
     Factors,
     LowRank,
@@ -21,6 +22,7 @@ from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_stati
 from pcagpt.factorize.predict import Predictor, SecondOrder
 
 __all__ = [
+    "CONTROLS",
     "METHODS",
     "BandedTable",
     "Factors",
@@ -33,6 +35,7 @@ __all__ = [
     "banded",
     "budget_of_rank",
     "by_method",
+    "control",
     "effective_rank",
     "energy_kept",
     "frequency_bands",

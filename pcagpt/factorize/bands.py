@@ -50,6 +50,12 @@ class BandedTable(NamedTuple):
         )
 
     @property
+    def width(self) -> int:
+        """D."""
+        first = self.tables[0]
+        return (first.scale if isinstance(first, LowRank) else first).shape[1]
+
+    @property
     def parameters(self) -> int:
         """Numbers stored: tables, scale matrices and, for several bands, the order."""
         stored = sum(
@@ -62,8 +68,8 @@ class BandedTable(NamedTuple):
 
     def dense(self) -> np.ndarray:
         """The table that this one stands for, mean included, by token id: [V, D]."""
-        width = _width(self.tables[0])
-        dense_VD = np.empty((len(self.order), width), _rows(self.tables[0]).dtype)
+        dtype = _rows(self.tables[0]).dtype
+        dense_VD = np.empty((len(self.order), self.width), dtype)
         start = 0
         for table in self.tables:
             tokens = self.order[start : start + len(_rows(table))]
@@ -230,7 +236,3 @@ def _regrouped(whitened_VD, weights_V, bases, ranks, price):
 
 def _rows(table) -> np.ndarray:
     return table.wte if isinstance(table, LowRank) else table
-
-
-def _width(table) -> int:
-    return (table.scale if isinstance(table, LowRank) else table).shape[1]

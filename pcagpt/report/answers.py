@@ -29,6 +29,11 @@ QUESTIONS = {
     "B vs A": "Is fine-tuning the baseline's own weights better, or cheaper, than "
     "training from scratch at that rank?",
     "B vs D": "Does fine-tuning win back the baseline's loss?",
+    "B vs D+": "And the loss that D reaches when it is trained on for as long?",
+    "Bd vs B": "Does learning from D's predictions win back more than the text alone?",
+    "A vs E": "Is it more than the scale of A's factors that helps?",
+    "A vs F": "Is it more than their spectrum?",
+    "A vs G": "Is it more than their rows, whichever token has which?",
 }
 HYPOTHESES = (  # question, kind of claim, claim
     ("A vs C", "less", "A < C in loss: PCA initialisation is the better start"),
@@ -91,7 +96,7 @@ def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str
         for question, asks in QUESTIONS.items():
             arms = []
             for letter in question.split(" vs "):
-                own = {"D": None}.get(letter, rank)
+                own = None if letter in ("D", "D+") else rank
                 arms.append(
                     {
                         row["seed"]: row
@@ -245,7 +250,17 @@ def _answer(comparison: dict[str, Any]) -> str:
                 f"No: at rank {rank} B stays {gap} above D {evidence}.",
                 f"Yes, and more: at rank {rank} B ends {gap} below D {evidence}.",
             ),
-        }[question]
+            "B vs D+": (
+                f"No: at rank {rank} B stays {gap} above D+ {evidence}.",
+                f"Yes, and more: at rank {rank} B ends {gap} below D+ {evidence}.",
+            ),
+        }.get(
+            question,
+            (
+                f"No: at rank {rank} {first} ends {gap} above {second} {evidence}.",
+                f"Yes: at rank {rank} {first} ends {gap} below {second} {evidence}.",
+            ),
+        )
         says = below if effect < 0 else above
     return " ".join([says, *_token_words(comparison)])
 

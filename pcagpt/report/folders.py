@@ -48,10 +48,12 @@ def read_row(workdir: Path, run: str) -> dict[str, Any]:
     if row["status"] != "done":
         raise UserError(f"{path} has status {row['status']!r}, not 'done': {mend}")
     train = read_config(workdir / run).get("train", {})
+    curve = read_curve(workdir / run)
     return {
         "letter": ARMS[row["arm"]].letter,
         "folder": run,
         "learning_rate": train.get("learning_rate"),
+        "start_loss": curve[0, 1] if len(curve) and curve[0, 0] == 0 else None,
         **row,
     }
 

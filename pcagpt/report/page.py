@@ -70,7 +70,9 @@ def report_html(title: str, markdown_text: str, folder: Path) -> str:
     body = markdown.markdown(markdown_text, extensions=["tables"], output_format="html")
     body = body.replace("<table>", '<div class="table"><table>')
     body = body.replace("</table>", "</table></div>")
-    body = re.sub(r"<strong>([ABCD])</strong>", r'<strong class="\1">\1</strong>', body)
+    body = re.sub(
+        r"<strong>([A-G])([d+]?)</strong>", r'<strong class="\1">\1\2</strong>', body
+    )
     body = re.sub(
         r"<p>(<img [^>]*>)</p>\s*<p><em>(.*?)</em></p>",
         r"<figure>\1<figcaption>\2</figcaption></figure>",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcagpt.arms import TITLES
+from pcagpt.arms import BY_LETTER
 from pcagpt.report.folders import read_curve
 from pcagpt.report.wording import fixed, percent
 
@@ -20,8 +20,28 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart in every common colour blindness; markers and
 # labels do so in black and white.
-COLOURS = {"D": "#3a3a3a", "A": "#0072b2", "B": "#d55e00", "C": "#009e73"}
-MARKERS = {"D": "s", "A": "o", "B": "D", "C": "^"}
+COLOURS = {
+    "D": "#3a3a3a",
+    "D+": "#8c8c8c",
+    "A": "#0072b2",
+    "B": "#d55e00",
+    "Bd": "#f0a500",
+    "C": "#009e73",
+    "E": "#cc79a7",
+    "F": "#a88c00",
+    "G": "#56b4e9",
+}
+MARKERS = {
+    "D": "s",
+    "D+": "P",
+    "A": "o",
+    "B": "D",
+    "Bd": "d",
+    "C": "^",
+    "E": "v",
+    "F": "<",
+    "G": ">",
+}
 INK, GREY, FAINT = "#222222", "#6b6b6b", "#e2e2e2"
 WIDTH = 10.0  # inches
 SMALL, NORMAL = 8.5, 9.5  # points
@@ -57,7 +77,7 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
                 tokens[-1] / size, losses[-1], MARKERS[letter], ms=4, **line, zorder=3
             )
             ends.setdefault(letter, []).append(losses[-1])
-            if letter == "B" and _in_all(row) > row["tokens_seen"]:
+            if _in_all(row) > row["tokens_seen"]:
                 moved = (tokens + _in_all(row) - row["tokens_seen"]) / size
                 axes.plot(moved, losses, lw=1.2, ls=(0, (3, 2)), **line)
                 axes.plot(moved[-1], losses[-1], MARKERS[letter], ms=4, **line)
@@ -72,7 +92,8 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
         _label_margin(
             axes, [(f"{k} {fixed(v)}", v, COLOURS[k]) for k, v in means.items()]
         )
-    _legend(figure, rows, dashed="B" in {row["letter"] for row in rows})
+    fine_tuned = any(BY_LETTER[row["letter"]].is_fine_tuned for row in rows)
+    _legend(figure, rows, dashed=fine_tuned)
     return figure
 
 
@@ -153,9 +174,9 @@ def parameters_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 
 
 def _in_all(row: dict[str, Any]) -> float:
-    """Tokens along the line of the plot: B's come after those of its D."""
-    both = row["tokens_with_baseline"] if row["letter"] == "B" else None
-    return both or row["tokens_seen"]
+    """Tokens along the line of the plot: what is fine-tuned comes after its D."""
+    after = BY_LETTER[row["letter"]].is_fine_tuned
+    return (row["tokens_with_baseline"] if after else None) or row["tokens_seen"]
 
 
 def _unit(largest: float) -> tuple[float, str]:
@@ -266,17 +287,17 @@ def _legend(
             marker=MARKERS[letter],
             ms=5,
             lw=0 if markers else 1.8,
-            label=f"{letter} {TITLES[letter]}",
+            label=f"{letter} {BY_LETTER[letter].title}",
         )
         for letter in dict.fromkeys(row["letter"] for row in rows)
     ]
     if dashed:
         style = {"color": COLOURS["B"], "lw": 1.2, "ls": (0, (3, 2))}
-        handles.append(Line2D([], [], label="B, after D's tokens", **style))
+        handles.append(Line2D([], [], label="after D's tokens", **style))
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=len(handles),
+        ncols=min(len(handles), 6),
         frameon=False,
         fontsize=SMALL,
         labelcolor=INK,

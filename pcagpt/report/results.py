@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcagpt.arms import ARMS
+from pcagpt.arms import ARMS, BY_LETTER
 from pcagpt.errors import UserError
 from pcagpt.report.answers import (
     CONFIDENCE,
@@ -20,7 +20,7 @@ from pcagpt.report.folders import (
 )
 from pcagpt.run_folder import strict
 
-TABLE_ORDER = "DABC"
+TABLE_ORDER = ("D", "D+", "A", "B", "Bd", "C", "E", "F", "G")
 
 
 def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
 
 
 def _table_order(row: dict[str, Any]) -> tuple:
-    """D, then rank by rank A, B, C; seeds in order."""
+    """D, then rank by rank A, B, C and the others; seeds in order."""
     return row["rank"] or 0, TABLE_ORDER.index(row["letter"]), row["seed"]
 
 
@@ -77,9 +77,17 @@ def _beside_baseline(
     added, tokens = None, row["tokens_seen"]
     if baseline and None not in (row["val_loss"], baseline["val_loss"]):
         added = row["val_loss"] - baseline["val_loss"]
-    if row["letter"] in "AB":  # both start from D's table
+    if BY_LETTER[row["letter"]].takes:  # as of D's table
         tokens = tokens + baseline["tokens_seen"] if baseline else None
-    return {**row, "added_loss": added, "tokens_with_baseline": tokens}
+    at_start = None
+    if baseline and None not in (row["start_loss"], baseline["val_loss"]):
+        at_start = row["start_loss"] - baseline["val_loss"]
+    return {
+        **row,
+        "added_loss": added,
+        "added_at_start": at_start,
+        "tokens_with_baseline": tokens,
+    }
 
 
 def _refuse_duplicates(rows: list[dict[str, Any]]) -> None:

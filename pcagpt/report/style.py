@@ -35,6 +35,7 @@ img { display: block; width: 100%; max-width: 66rem; height: auto; }
 figcaption { max-width: 46rem; margin-top: .5rem; font-size: .88rem; color: #555; }
 strong.D { color: #3a3a3a; } strong.A { color: #0072b2; }
 strong.B { color: #c25500; } strong.C { color: #007f5f; }
+strong.E { color: #a8527f; } strong.F { color: #8a6d00; } strong.G { color: #2f7fa8; }
 @media print {
   @page { margin: 14mm; }
   :root { font-size: 9.5pt; }

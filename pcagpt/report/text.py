@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.arms import TITLES
+from pcagpt.arms import BY_LETTER
 from pcagpt.report.answers import HYPOTHESES, QUESTIONS, mean_interval
 from pcagpt.report.colophon import files, provenance
 from pcagpt.report.wording import (
@@ -72,7 +72,9 @@ def _by_arm(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         half = (bounds[1] - bounds[0]) / 2 if bounds else None
         runs = [row["run"] for row in members]
+        bands = len(members[0].get("band_ranks") or ())
         identity = {"letter": letter, "rank": rank, "runs": runs, "half": half}
+        identity["bands"] = bands
         arms.append(arm | identity)
     return arms
 
@@ -97,6 +99,7 @@ def _summary(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> str:
     how = {
         "A": "when trained from scratch on D's factorized table (A)",
         "B": "when fine-tuned from D (B)",
+        "Bd": "when fine-tuned towards D's predictions (Bd)",
         "C": "when trained from a random start (C)",
     }
     ranks = sorted({arm["rank"] for arm in arms if arm["rank"]})
@@ -105,7 +108,7 @@ def _summary(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> str:
         costs = [
             (signed(arm["added_loss"]), arm["letter"])
             for arm in here
-            if "added_loss" in arm
+            if "added_loss" in arm and arm["letter"] in how
         ]
         table_times = times(here[0].get("compression_embedding"))
         model_times = times(here[0].get("compression_total"))
@@ -161,8 +164,8 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
     sizes = [
         [
             f"**{arm['letter']}**",
-            TITLES[arm["letter"]],
-            count(arm["rank"]),
+            BY_LETTER[arm["letter"]].title,
+            _rank(arm),
             _loss(arm),
             NOTHING if arm["letter"] == "D" else signed(arm.get("added_loss")),
             perplexity(arm.get("perplexity")),
@@ -187,6 +190,7 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
         "": "l",
         "Model": "l",
         "Rank": "r",
+        "Added at step 0": "r",
         "Bits per byte": "r",
         "ln_f_cosine": "r",
         "5th percentile": "r",
@@ -197,8 +201,9 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
     kin = [
         [
             f"**{arm['letter']}**",
-            TITLES[arm["letter"]] if arm["runs"][1:] else code(arm["runs"][0]),
-            count(arm["rank"]),
+            _title(arm),
+            _rank(arm),
+            signed(arm.get("added_at_start")),
             fixed(arm.get("bits_per_byte")),
             fixed(arm.get("ln_f_cosine")),
             fixed(arm.get("ln_f_cosine_p05")),
@@ -219,15 +224,27 @@ def _models(results: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str
         "`ln_f_cosine` is the cosine of the output with the head's row of the next "
         "token, in the k dimensions of the head: **not comparable across ranks**, "
         "because a projection shortens what it projects. `ln_f_cosine_d` is the same "
-        "in the d dimensions of the model, for every rank alike. A and B start from "
-        "D's table, so D's tokens are part of what they cost whoever has no D yet."
-        + _rates(arms),
+        "in the d dimensions of the model, for every rank alike. What starts from D's "
+        "table has D's tokens as part of what it costs whoever has no D yet. Added at "
+        "step 0 is the loss before any training, less D's last: of B, what the "
+        "factorization alone costs." + _rates(arms),
     ]
+
+
+def _title(arm: dict[str, Any]) -> str:
+    """The run's name, or what its arm is called where there are several."""
+    return BY_LETTER[arm["letter"]].title if arm["runs"][1:] else code(arm["runs"][0])
+
+
+def _rank(arm: dict[str, Any]) -> str:
+    """The rank, or whose size it is and in how many bands."""
+    bands = f", {arm['bands']} bands" if arm["bands"] > 1 else ""
+    return count(arm["rank"]) + bands
 
 
 def _rates(arms: Sequence[dict[str, Any]]) -> str:
     """Whether the arms that train from scratch share a learning rate."""
-    scratch = [arm for arm in arms if arm["letter"] != "B"]
+    scratch = [arm for arm in arms if not BY_LETTER[arm["letter"]].is_fine_tuned]
     rates = {arm.get("learning_rate") for arm in scratch}
     if len(scratch) < 2 or len(rates) > 1 or None in rates:
         return ""
@@ -250,10 +267,14 @@ def _figure(name: str, plots: Sequence[str], caption: str) -> list[str]:
 def _loss_caption(results: dict[str, Any]) -> str:
     """What the curves show."""
     letters = {row["letter"] for row in results["rows"]}
+    fine_tuned = [
+        letter for letter in sorted(letters) if BY_LETTER[letter].is_fine_tuned
+    ]
+    verb = "start" if fine_tuned[1:] else "starts"
     fine_tuned = (
-        " B starts at the end of D: the solid line counts its own tokens, the dashed "
-        "one adds D's."
-        if "B" in letters
+        f" {listed(fine_tuned)} {verb} at the end of D: the solid line counts own "
+        "tokens, the dashed one adds D's."
+        if fine_tuned
         else ""
     )
     return (
@@ -296,7 +317,7 @@ def _questions(results: dict[str, Any]) -> list[str]:
         _caveats(comparisons),
     ]
     return [
-        "## The four questions",
+        "## The questions",
         table(header, numbers, "lrrrl"),
         " ".join(note for note in notes if note),
         *words,
