@@ -42,6 +42,11 @@ from pcagpt.telemetry import Progress, Telemetry
 FOLDER = "compressed"
 
 
+def folder_of(config: ConfigDict) -> Path:
+    """Where everything goes."""
+    return Path(config.workdir) / FOLDER
+
+
 def compress(config: ConfigDict, command: str) -> None:
     """Sweeps, or finds the one table that keeps a bound of `config.compress`.
 
@@ -52,6 +57,12 @@ def compress(config: ConfigDict, command: str) -> None:
     methods = _methods(config.compress.methods)
     subject = Subject.open(config)
     ranks = _ranks(config, subject)
+    lacking = set(config.compress.recover_ranks) - set(ranks)
+    if lacking:
+        raise UserError(
+            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: what "
+            "is trained on is the best table of a rank that was tried"
+        )
     chunks, evaluated = config.train.loss_chunks, config.evaluate.batch_size
     known = subject.statistics(
         config.compress.calibration_tokens, config.train.batch_size, chunks
@@ -73,7 +84,7 @@ def compress(config: ConfigDict, command: str) -> None:
         "git_commit": provenance.git_commit(),
         "protocol": _protocol(config, subject),
     }
-    folder = Path(config.workdir) / FOLDER
+    folder = folder_of(config)
     if _bounds(config):
         _advise(config, subject, compressor, measure, methods[-1], folder, heading)
     else:
@@ -87,6 +98,13 @@ def compress(config: ConfigDict, command: str) -> None:
             )
         )
         _sweep(subject, compressor, measure, tried, folder, heading)
+
+
+def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Enters what training on won back into sweep.json; its report, written anew."""
+    sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
+    run_folder.write_json(folder / "sweep.json", sweep | {"recovered": rows})
+    return write_sweep_report(folder, run_folder.strict(sweep | {"recovered": rows}))
 
 
 def _sweep(
@@ -188,7 +206,7 @@ def _budgets(bounds, vocab_size: int, width: int) -> list[tuple[int, int]]:
 
 
 def _bounds(config: ConfigDict) -> dict[str, float]:
-    """The bounds that are set."""
+    """The bounds that are set, of which there is one at most."""
     bounds = config.compress
     return {name: bounds[name] for name in COMPRESS_BOUNDS if bounds[name]}
 

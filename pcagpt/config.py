@@ -335,6 +335,11 @@ def validate(config: ConfigDict) -> None:
             f"compress.{bounds[0]} and compress.{bounds[1]} are both set: a table is "
             "found for one bound at a time"
         )
+    if bounds and config.compress.recover_ranks:
+        raise UserError(
+            f"compress.recover_ranks is set beside compress.{bounds[0]}: train the "
+            "table that is found on by configs/recover.py"
+        )
     if config.task in ("factorize", "compress", "evaluate") and not config.model_path:
         raise UserError(
             f"model_path is empty: name the run to {config.task}, as in "

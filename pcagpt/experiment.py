@@ -7,14 +7,15 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from pcagpt import checkpoint, factorize, run_folder
 from pcagpt import config as knobs
-from pcagpt import factorize, run_folder
 from pcagpt.arms import ARMS
+from pcagpt.compress import add_recovered, folder_of
 from pcagpt.corpus import describe_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
-from pcagpt.plan import Job, Plan
-from pcagpt.report import collect_results, write_report
+from pcagpt.plan import Job, Plan, recovery_plan
+from pcagpt.report import collect_results, recovered_rows, write_report
 from pcagpt.run_folder import DONE
 from pcagpt.telemetry import import_wandb
 from pcagpt.train_run import TrainJob
@@ -105,10 +106,27 @@ def execute(plan: Plan, config: ConfigDict, command: str) -> None:
         _say(f"report: {workdir / 'report.html'}")
 
 
+def recover(config: ConfigDict) -> None:
+    """Trains the best models of a sweep on, and D, and enters them into its report.
+
+    Raises:
+      UserError: as for `execute`.
+    """
+    folder = folder_of(config)
+    plan = recovery_plan(config, folder)
+    execute(plan, plan.jobs[0].config, command="")
+    if jax.process_index() == 0:
+        runs = [job.folder.name for job in plan.jobs]
+        baseline = checkpoint.find(config.model_path)[0]
+        rows = recovered_rows(folder, runs, baseline)
+        _say(f"report: {add_recovered(folder, rows)}")
+
+
 def _needed(plan: Plan) -> tuple[Job, ...]:
     """The jobs, but not the prerequisites of a run that is finished."""
     target = plan.jobs[-1]
-    return (target,) if not plan.reported and target.status() == DONE else plan.jobs
+    is_done = not plan.reported and target.status() == DONE
+    return tuple(job for job in plan.jobs if job.is_target) if is_done else plan.jobs
 
 
 def _check_workdir(workdir: str) -> None:

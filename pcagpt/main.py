@@ -105,6 +105,8 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
             print(f"\ncompress the token table of {run_dir} at step {step}")
         else:
             compress(config, command)
+            if config.compress.recover_ranks:
+                experiment.recover(config)
         return
     plan = make_plan(config)
     if print_only:

@@ -323,9 +323,13 @@ class GPT(nn.Module):
 
 
 def embedding_parameters(config: GPTConfig) -> int:
-    """Stored values of token tables and scale matrices, padding rows not counted."""
+    """Stored values of token tables and scale matrices, padding rows not counted.
+
+    In several bands each token's position counts, too.
+    """
     scales = 1 if config.n_embd_wte_scale_tying else 2
-    return sum(
+    positions = config.vocab_size if len(config.bands) > 1 else 0
+    return positions + sum(
         band.size * (band.rank or config.n_embd)
         + (scales * band.rank * config.n_embd if band.rank else 0)
         for band in config.bands

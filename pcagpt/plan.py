@@ -50,6 +50,38 @@ def make_plan(config: ConfigDict) -> Plan:
     return Plan(tuple(jobs), runs)
 
 
+def recovery_plan(config: ConfigDict, folder: Path) -> Plan:
+    """What trains the best compressed models of `compress.recover_ranks` on, and D.
+
+    Under what D was trained with; the share of its budget and the rest are `config`'s.
+
+    Args:
+      config: of task 'compress'.
+      folder: where the compressed models are, and the runs go.
+    """
+    source = TrainedRun.find(config.model_path)
+    base = knobs.base()
+    for section in ("finetune", "distill", "evaluate", "checkpoint", "telemetry"):
+        base[section] = config[section]
+    base.data = config.data if config.data.source else ConfigDict(source.record["data"])
+    base.update({name: config[name] for name in ("mesh", "overwrite")})
+    base.train.update(source.record.get("train", config.train))
+    base.seed, base.workdir = source.record.get("seed", config.seed), str(folder)
+    base.data.cache_dir = config.data.cache_dir or str(Path(config.workdir) / "data")
+    jobs = [_job_from_run(_from_run(base, config.model_path, ""))]
+    for rank in config.compress.recover_ranks:
+        best = str(folder / f"best_k{rank}")
+        for teacher in ("", config.model_path):
+            jobs.append(_job_from_run(_from_run(base, best, teacher)))
+    return Plan(tuple(jobs))
+
+
+def _from_run(base: ConfigDict, source: str, teacher: str) -> ConfigDict:
+    config = base.copy_and_resolve_references()
+    config.init.weights_from, config.distill.teacher = source, teacher
+    return config
+
+
 def _jobs_of_experiment(config: ConfigDict, seed: int, suffix: str) -> list[Job]:
     """D, and all arms at all ranks, once; the suffix tells this seed's folders."""
     base = config.copy_and_resolve_references()

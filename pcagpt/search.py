@@ -157,7 +157,8 @@ class Calibration:
 
     log(added loss) = a + b log(second order), by least squares for each method: second
     order is too much where errors are large, and too little for a method that makes it
-    smaller than any other would.
+    smaller than any other would. What none was measured of is taken to be proportional
+    to second order, as the smallest that was.
     """
 
     def __init__(self, measured: Sequence[tuple[str, SecondOrder, float]]):
@@ -168,7 +169,8 @@ class Calibration:
                 point = math.log(sum(second_order)), math.log(added_loss)
                 points.setdefault(method, []).append(point)
         self._lines = {method: _line(found) for method, found in points.items()}
-        self._default = _line([point for found in points.values() for point in found])
+        x, y = min(sum(points.values(), []), default=(0.0, 0.0))
+        self._default = 1.0, y - x
 
     def __call__(self, method: str, second_order: SecondOrder) -> float:
         """The predicted added loss in nats per token."""

@@ -139,7 +139,8 @@ class Subject:
     def write(self, folder: Path, table: BandedTable, origin: dict[str, Any]) -> None:
         """The model with another table: config.json, ckpt/0 and the factors' files.
 
-        All commands take it as they take a run.
+        All commands take it as they take a run. If the same is there already it is left
+        alone: a run may have gone on from it.
 
         Args:
           folder: made if missing; what is in it is replaced.
@@ -147,6 +148,11 @@ class Subject:
           origin: JSON values, how the table was made; in config.json as 'compressed'.
         """
         record = self.run.record
+        source = {"run": str(self.run.run_dir), "step": self.run.step}
+        made = {**source, "fingerprint": self.fingerprint, **origin}
+        if (run_folder.read_config(folder) or {}).get("compressed") == made:
+            return
+        (folder / "config.json").unlink(missing_ok=True)  # Written last again.
         checkpoint.save_weights(folder, compressed_variables(self, table))
         factor_files.write_bands(folder / "factors", table)
         is_banded = len(table.tables) > 1
@@ -156,15 +162,8 @@ class Subject:
             "band_sizes": table.sizes if is_banded else (),
             "band_ranks": table.ranks if is_banded else (),
         }
-        source = {"run": str(self.run.run_dir), "step": self.run.step}
-        run_folder.write_config(
-            folder,
-            {
-                **record,
-                "model": {**record["model"], **model},
-                "compressed": {**source, **origin},
-            },
-        )
+        model = {**record["model"], **model}
+        run_folder.write_config(folder, {**record, "model": model, "compressed": made})
 
 
 def compressed_variables(subject: Subject, table: BandedTable) -> dict:

@@ -3,13 +3,14 @@
 from pcagpt.report.page import write_report, write_sweep_report
 from pcagpt.report.pareto import pareto_figure
 from pcagpt.report.plots import spectrum_figure
-from pcagpt.report.results import collect_results
+from pcagpt.report.results import collect_results, recovered_rows
 from pcagpt.report.sweep import advice_text
 
 __all__ = [
     "advice_text",
     "collect_results",
     "pareto_figure",
+    "recovered_rows",
     "spectrum_figure",
     "write_report",
     "write_sweep_report",

@@ -142,7 +142,8 @@ def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     effect, bounds = mean_interval(differences)
     over, units, reason = "seeds", len(pairs), None
     if len(pairs) == 1:
-        bounds, over, units, reason = _window_interval(workdir, *pairs[0], effect)
+        folders = [workdir / run["folder"] for run in pairs[0]]
+        bounds, over, units, reason = window_interval(*folders, effect)
 
     def means(field: str) -> list[float | None]:
         columns = [[run[field] for run in runs] for runs in zip(*pairs, strict=True)]
@@ -163,11 +164,11 @@ def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     }
 
 
-def _window_interval(
-    workdir: Path, first: dict[str, Any], second: dict[str, Any], effect: float
+def window_interval(
+    first: Path, second: Path, effect: float
 ) -> tuple[list[float] | None, str | None, int | None, str | None]:
-    """Interval over the windows both were evaluated on, or why there is none."""
-    windows = [read_window_losses(workdir / run["folder"]) for run in (first, second)]
+    """Interval over the windows both runs were evaluated on, or why there is none."""
+    windows = [read_window_losses(folder) for folder in (first, second)]
     if any(found is None for found in windows):
         return None, None, None, "one of the runs has no losses by window"
     one, other = windows

@@ -12,8 +12,10 @@ from pcagpt.report.answers import (
     EQUIVALENCE_MARGIN,
     compare_arms,
     judge_hypotheses,
+    window_interval,
 )
 from pcagpt.report.folders import (
+    read_config,
     read_corpus,
     read_row,
     read_spectrum,
@@ -63,6 +65,51 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
             "hypotheses": judge_hypotheses(comparisons),
         }
     )
+
+
+def recovered_rows(
+    folder: Path, runs: Sequence[str], baseline: Path
+) -> list[dict[str, Any]]:
+    """Runs that went on from a compressed model, or from D, held against D.
+
+    Args:
+      folder: of the run folders and of the models that they went on from.
+      runs: their names.
+      baseline: the folder of D.
+
+    Returns:
+      For each run letter, run, rank (of its model's size; None of D), method, bands,
+      val_loss, start_loss, added_loss, added_at_start, interval (of the added loss over
+      evaluation windows, or None), tokens_seen, share_of_tokens (of D's),
+      learning_rate.
+    """
+    own = read_row(baseline.parent, baseline.name)
+    rows = [read_row(folder, run) for run in runs]
+    _shared_protocol([own, *rows])
+    found = []
+    for row in rows:
+        source = Path(read_config(folder / row["folder"])["init"]["weights_from"])
+        made = read_config(source).get("compressed", {})
+        effect = row["val_loss"] - own["val_loss"]
+        bounds, *_ = window_interval(folder / row["folder"], baseline, effect)
+        found.append(
+            {
+                "letter": row["letter"],
+                "run": row["run"],
+                "rank": made.get("rank"),
+                "method": made.get("method"),
+                "bands": made.get("bands"),
+                "val_loss": row["val_loss"],
+                "start_loss": row["start_loss"],
+                "added_loss": effect,
+                "added_at_start": row["start_loss"] - own["val_loss"],
+                "interval": bounds,
+                "tokens_seen": row["tokens_seen"],
+                "share_of_tokens": row["tokens_seen"] / own["tokens_seen"],
+                "learning_rate": row["learning_rate"],
+            }
+        )
+    return found
 
 
 def _table_order(row: dict[str, Any]) -> tuple:

@@ -4,9 +4,20 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.report.wording import code, count, fixed, percent, signed, table, times
+from pcagpt.report.wording import (
+    NOTHING,
+    code,
+    count,
+    fixed,
+    interval,
+    percent,
+    signed,
+    table,
+    times,
+)
 
 SMALL_LOSS = 0.3  # nats: up to here predictions are meant to hold
+TRAINED = {"B": "trained on", "Bd": "trained on towards D's predictions"}
 SWEEP_TITLE = "What compressing a token table costs, without training"
 
 
@@ -17,13 +28,14 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         f"# {SWEEP_TITLE}",
         f"The token table of {code(sweep['run'])} ({count(baseline['params'])} "
         f"numbers, validation loss {fixed(baseline['loss'], 4)} nats per token) "
-        "replaced by smaller ones; nothing was trained. Added loss is in nats per "
+        "replaced by smaller ones, without training. Added loss is in nats per "
         "token over the full validation split.",
         "![Added loss against parameters and bytes](plots/pareto.png)",
         "*Lower left is better. Each mark is a table; lines join the best of each "
         "kind.*",
         "## Tables at equal size",
         _by_rank(sweep),
+        *_recovered(sweep),
         "## All that was tried",
         _all(rows, baseline),
         "## How it was measured",
@@ -109,6 +121,51 @@ def _by_rank(sweep: dict[str, Any]) -> str:
         lines,
         "l" + "r" * len(ranks),
     )
+
+
+def _recovered(sweep: dict[str, Any]) -> list[str]:
+    """What training on wins back, beside what there is without and D trained on."""
+    recovered = sweep.get("recovered") or []
+    if not recovered:
+        return []
+    loss = baseline_of(sweep)["loss"]
+    continued = next(row for row in recovered if row["rank"] is None)
+    lines = []
+    for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
+        size = f"k={rank}"
+        plain = [
+            row
+            for row in sweep["rows"]
+            if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
+        ]
+        runs = [row for row in recovered if row["rank"] == rank]
+        best = f"{runs[0]['method']}, {runs[0]['bands']} bands"
+        untrained = [("svd", row["added_loss"]) for row in plain]
+        for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
+            lines.append([name, size, fixed(loss + added, 4), signed(added, 4)])
+        for row in runs:
+            name = f"**{row['letter']}** {best}, {TRAINED[row['letter']]}"
+            lines.append([name, size, *_numbers(row)])
+    lines.append(["**D+** D, trained on", NOTHING, *_numbers(continued)])
+    header = ["Model", "Size of", "Loss", "Added", "95% interval", "Tokens", "of D's"]
+    lines = [line + [NOTHING] * (len(header) - len(line)) for line in lines]
+    return [
+        "## What training on wins back",
+        table(header, lines, "ll" + "r" * (len(header) - 2)),
+        "Added loss is the loss less D's. What was trained had a peak learning rate of "
+        f"{continued['learning_rate']:g}, and so had D+, which is D itself trained on "
+        "for as long. The interval is over evaluation windows, of one seed.",
+    ]
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    return [
+        fixed(row["val_loss"], 4),
+        signed(row["added_loss"], 4),
+        interval(row["interval"]),
+        count(row["tokens_seen"]),
+        percent(row["share_of_tokens"]),
+    ]
 
 
 def _all(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
