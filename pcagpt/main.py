@@ -12,6 +12,7 @@
   --config=configs/factorize.py --config.model_path=RUN_OR_NPY --config.ranks=64,128
   --config=configs/compress.py --config.model_path=RUN
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
+  --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
 
 What is finished is skipped, what was interrupted resumes. Exit codes: 0 done, 2 a
 mistake in what was asked for (nothing was written), 1 anything else.
@@ -39,6 +40,7 @@ from pcagpt import config as knobs
 from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
+TASKS_OF_A_MODEL = ("evaluate", "sample", "compress")
 
 _INTERRUPTED = "interrupted: the same command goes on from what is saved"
 _OUT_OF_MEMORY = (
@@ -83,6 +85,7 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
         from pcagpt.compress import compress
         from pcagpt.evaluate_run import evaluate_run
         from pcagpt.plan import make_plan
+        from pcagpt.sample_run import sample_run
 
     if config.distributed.enabled:
         sharding.start_processes(
@@ -90,19 +93,15 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
             config.distributed.num_processes,
             config.distributed.process_id,
         )
-    if config.task == "evaluate":
+    if config.task in TASKS_OF_A_MODEL:
         run_dir, step = checkpoint.find(config.model_path)
         if print_only:
             print(command_line.listing(config))
-            print(f"\nevaluate {run_dir} at step {step} on {config.split}")
-        else:
+            print(f"\n{config.task} {run_dir} at step {step}")
+        elif config.task == "evaluate":
             print(json.dumps(evaluate_run(config), indent=2))
-        return
-    if config.task == "compress":
-        run_dir, step = checkpoint.find(config.model_path)
-        if print_only:
-            print(command_line.listing(config))
-            print(f"\ncompress the token table of {run_dir} at step {step}")
+        elif config.task == "sample":
+            print(*sample_run(config), sep="\n---\n")
         else:
             compress(config, command)
             if config.compress.recover_ranks:

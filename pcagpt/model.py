@@ -307,19 +307,22 @@ class GPT(nn.Module):
         """Token ids -> columns of the head's concatenated bands; -1 stays -1."""
         return self.embed.renumber(tokens)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits [B, T, V] float32 in the users' own token order, no padding columns.
+    def logits(self, h_ND: jax.Array) -> jax.Array:
+        """Outputs of ln_f [N, D] -> logits [N, V] float32, by the users' token ids.
 
-        For inspection and decoding; training and evaluation use `pcagpt.losses`.
+        Without padding columns. For inspection and sampling; training and evaluation
+        use `pcagpt.losses`.
         """
-        h_ND = self.hidden(tokens_BT).astype(jnp.float32)
-        logits = []
+        h_ND, logits = h_ND.astype(jnp.float32), []
         for wte_VK, scale_down_KD, size in self.head():
             z_NK = h_ND if scale_down_KD is None else h_ND @ scale_down_KD.T
             logits.append(z_NK @ wte_VK[:size].T)
         logits_NV = jnp.concatenate(logits, axis=-1)
-        logits_NV = logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
-        return logits_NV.reshape(*tokens_BT.shape, -1)
+        return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits [B, T, V] float32 of the token after each, as `logits` has them."""
+        return self.logits(self.hidden(tokens_BT)).reshape(*tokens_BT.shape, -1)
 
 
 def embedding_parameters(config: GPTConfig) -> int:

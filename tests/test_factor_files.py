@@ -5,6 +5,7 @@ import pytest
 
 from pcagpt import factor_files
 from pcagpt.errors import UserError
+from pcagpt.factorize import BandedTable, LowRank
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(7, 2)).astype(np.float32)
@@ -113,3 +114,51 @@ def test_other_arrays_in_an_archive_do_not_matter(tmp_path):
     np.savez(tmp_path / "s.npz", scale_up=SCALE, scale_down=SCALE, note=np.array("x"))
     found = factor_files.read_scale_matrices(tmp_path / "s.npz")
     np.testing.assert_array_equal(found.scale_up, SCALE)
+
+
+def bands():
+    """Three tokens at full width and four at rank 2, in another order than by id."""
+    order = np.array([6, 0, 3, 1, 2, 4, 5], np.int32)
+    return BandedTable(
+        order, (TABLE[:3] @ SCALE, LowRank(TABLE[3:], SCALE, None)), MEAN
+    )
+
+
+@pytest.mark.parametrize("mean", [None, MEAN])
+def test_a_table_in_bands_is_read_back(mean, tmp_path):
+    table = bands()._replace(mean=mean)
+    factor_files.write_bands(tmp_path / "bands", bands())
+    factor_files.write_bands(tmp_path / "bands", table)  # In place of the other.
+    found = factor_files.read_bands(tmp_path / "bands")
+    assert (found.sizes, found.ranks) == ((3, 4), (0, 2))
+    np.testing.assert_array_equal(found.dense(), table.dense())
+    assert (found.mean is None) == (mean is None)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda f: (f / "token_order.npy").unlink(), "token_order.npy does not exist"),
+        (lambda f: (f / "wte_band1.npy").unlink(), "wte_band1.npy does not exist"),
+        (
+            lambda f: np.save(f / "token_order.npy", np.zeros(7, np.int32)),
+            "does not hold each token once",
+        ),
+        (lambda f: np.save(f / "wte_band1.npy", TABLE[:, :1]), "rank 2, the table"),
+        (
+            lambda f: np.save(f / "wte_band0.npy", np.ones((3, 9), np.float32)),
+            r"widths \[5, 9\]",
+        ),
+        (
+            lambda f: np.save(f / "wte_band0.npy", np.ones((9, 5), np.float32)),
+            "bands of 9 rows",
+        ),
+        (lambda f: (f / "mean.npy").write_bytes(b"no"), "mean.npy is not a readable"),
+    ],
+)
+def test_bands_that_do_not_fit_together_are_refused(harm, says, tmp_path):
+    factor_files.write_bands(tmp_path / "bands", bands())
+    harm(tmp_path / "bands")
+    with pytest.raises(UserError, match=says) as caught:
+        factor_files.read_bands(tmp_path / "bands")
+    assert "\n" not in str(caught.value)

@@ -14,8 +14,8 @@ ROWS = (
     "params model factorize quantize losses config tokenizer interrupt",
     "corpus data optim sharding checkpoint telemetry factor_files run_folder "
     "provenance command_line search",
-    "evaluate trained_run warm_start meter train_step statistics table_swap",
-    "train evaluate_run report subject",
+    "evaluate trained_run warm_start meter train_step statistics table_swap generate",
+    "train evaluate_run sample_run report subject",
     "train_run factorize_run compress",
     "plan",
     "experiment",

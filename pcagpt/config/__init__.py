@@ -1,0 +1,27 @@
+"""Every knob with its default and meaning, and the checks that need only the config."""
+
+from pcagpt.config.checks import (
+    arms_of,
+    model_settings,
+    ranks_of,
+    validate,
+    words_of,
+    wrong_type,
+)
+from pcagpt.config.knobs import COMPRESS_BOUNDS, KNOBS, base, flat, override
+from pcagpt.config.rules import Knob
+
+__all__ = [
+    "COMPRESS_BOUNDS",
+    "KNOBS",
+    "Knob",
+    "arms_of",
+    "base",
+    "flat",
+    "model_settings",
+    "override",
+    "ranks_of",
+    "validate",
+    "words_of",
+    "wrong_type",
+]

@@ -1,0 +1,59 @@
+"""The task 'sample': text continued by any trained or compressed model."""
+
+import itertools
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pcagpt.errors import UserError
+from pcagpt.generate import generate
+from pcagpt.model import GPT
+from pcagpt.telemetry import Progress
+from pcagpt.tokenizer import END_OF_TEXT, load_tokenizer
+from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
+
+
+def sample_run(config: ConfigDict) -> list[str]:
+    """Continues `config.sample.prompt` by the model of `config.model_path`.
+
+    Returns:
+      The samples, prompt included, each up to its first end of text.
+
+    Raises:
+      UserError: no such run, it knows no tokenizer, or a `model` knob contradicts it.
+    """
+    trained, options = TrainedRun.find(config.model_path), config.sample
+    trained.check_model(config.model, DEVICE_CHOICES)
+    name = trained.record.get("tokenizer")
+    if not name:
+        raise UserError(
+            f"{trained.run_dir} was trained on bare token ids: without a tokenizer "
+            "there is no text to show"
+        )
+    tokenizer = load_tokenizer(name)
+    model = GPT(trained.config(config.model, jax.devices()[0].platform))
+    variables = jax.device_put(trained.variables(model.config))
+    end = tokenizer.encode_single_token(END_OF_TEXT)
+    text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
+    prompt = np.array(text or [end], np.int32)  # A document begins after an end.
+    drawn = generate(
+        model,
+        variables,
+        prompt,
+        options.count,
+        config.seed,
+        options.temperature,
+        options.top_k,
+    )
+    found, total = [], options.tokens
+    with Progress(f"sampling from {trained.run_dir.name}", total) as progress:
+        for number, drawn_B in enumerate(itertools.islice(drawn, total)):
+            progress.update(number)
+            found.append(np.asarray(drawn_B))
+        progress.update(total)
+    samples = []
+    for tokens in np.stack(found, axis=1).tolist():
+        kept = itertools.takewhile(lambda token: token != end, tokens)
+        samples.append(tokenizer.decode([*text, *kept]))
+    return samples

@@ -1,0 +1,147 @@
+"""Sampling: what is drawn, from what, and what the command prints."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import call
+from runs import BANDS, changed
+
+from pcagpt import run_folder
+from pcagpt.generate import generate
+from pcagpt.model import GPT, GPTConfig
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+SIZES = {"vocab_size": 97, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 32}
+TABLES = {
+    "full": {},
+    "factorized": {"n_embd_wte": 8},
+    "bands": {name.removeprefix("model."): sizes for name, sizes in BANDS.items()},
+}
+TABLES["bands"]["band_ranks"] = (None, 8, 4)
+
+
+def model_of(table):
+    """A model of random weights large enough to have opinions, and its variables."""
+    model = GPT(GPTConfig(**SIZES, **TABLES[table]))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    variables = jax.tree.map(
+        lambda a: a * 8 if a.dtype == jnp.float32 else a, variables
+    )
+    if table == "bands":
+        order = jax.random.permutation(jax.random.key(1), 97).astype(jnp.int32)
+        variables = variables | {"constants": {"embed": {"position_of_token": order}}}
+    return model, variables
+
+
+def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
+    """[samples, count] token ids."""
+    found = generate(model, variables, np.array(prompt), samples, seed, **options)
+    return np.stack([np.asarray(t) for t in itertools.islice(found, count)], axis=1)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(table):
+    model, variables = model_of(table)
+    tokens = [5, 96, 3]
+    found = drawn(model, variables, tokens, 12, temperature=0)[0]
+    for token in found:  # Beyond 8 tokens the window moves on.
+        logits = model.apply(variables, jnp.array([tokens[-8:]], jnp.int32))
+        assert token == int(logits[0, -1].argmax())
+        tokens.append(int(token))
+    assert len(set(found.tolist())) > 2
+
+
+def test_one_token_to_draw_from_is_the_likeliest_one():
+    model, variables = model_of("full")
+    greedy = drawn(model, variables, [1], 6, temperature=0)
+    np.testing.assert_array_equal(
+        drawn(model, variables, [1], 6, top_k=1, temperature=5.0), greedy
+    )
+
+
+def test_tokens_are_drawn_by_their_probability_at_the_temperature_among_top_k():
+    model, variables = model_of("factorized")
+    logits = np.asarray(model.apply(variables, jnp.array([[7]], jnp.int32))[0, -1])
+    found = drawn(model, variables, [7], 1, samples=20_000, temperature=2.0, top_k=5)
+    kept = np.argsort(-logits)[:5]
+    wanted = np.exp(logits[kept] / 2)
+    shares = np.array([(found == token).mean() for token in kept])
+    assert np.isin(found, kept).all()
+    np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.02)
+
+
+def test_a_seed_draws_the_same_again_and_samples_differ():
+    model, variables = model_of("full")
+    first = drawn(model, variables, [1, 2], 10, samples=3)
+    np.testing.assert_array_equal(first, drawn(model, variables, [1, 2], 10, samples=3))
+    assert (first != drawn(model, variables, [1, 2], 10, samples=3, seed=2)).any()
+    assert len({tuple(row) for row in first.tolist()}) == 3
+
+
+def test_a_prompt_longer_than_a_window_counts_by_its_end():
+    model, variables = model_of("full")
+    long = list(range(20))
+    np.testing.assert_array_equal(
+        drawn(model, variables, long, 5), drawn(model, variables, long[-8:], 5)
+    )
+
+
+@pytest.fixture
+def talker(tiny_config, tmp_path):
+    """A run that knows sotu's tokens."""
+    from runs import execute
+
+    text = "The people of the United States and their Congress. " * 60
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "val"):
+        (folder / f"{split}.txt").write_text(text)
+    return execute(
+        changed(
+            tiny_config,
+            **{"data.source": str(folder), "data.tokenizer": "sotu4096"},
+            **{"train.steps": 1, "train.warmup_steps": 0},
+        )
+    )
+
+
+def ask(run, *words):
+    return call("--config=configs/sample.py", f"--config.model_path={run}", *words)
+
+
+def test_the_command_prints_each_sample_with_its_prompt_and_writes_nothing(talker):
+    before = sorted(talker.rglob("*"))
+    words = ("--config.sample.prompt=The people", "--config.sample.tokens=5")
+    done = ask(talker, *words, "--config.sample.count=2")
+    assert done.code == 0
+    first, second = done.out.rstrip("\n").split("\n---\n")
+    assert first.startswith("The people")
+    assert second.startswith("The people")
+    assert first != second
+    assert sorted(talker.rglob("*")) == before
+    assert ask(talker, *words, "--config.sample.count=2").out == done.out
+    other = ask(talker, *words, "--config.sample.count=2", "--config.seed=2")
+    assert other.out != done.out
+
+
+def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
+    done = ask(f"{finished_experiment.workdir}/gpt_baseline")
+    assert done.code == 2
+    assert "without a tokenizer there is no text" in done.err
+
+
+def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
+    from pcagpt import sample_run
+
+    end = run_folder.read_config(talker)["vocab_size"] - 1
+    ids = [10, 11, end, 12]
+    monkeypatch.setattr(
+        sample_run, "generate", lambda *_: iter([np.array([i]) for i in ids])
+    )
+    done = ask(talker, "--config.sample.prompt=A", "--config.sample.tokens=4")
+    tokenizer = sample_run.load_tokenizer("sotu4096")
+    assert done.out == "A" + tokenizer.decode([10, 11]) + "\n"
