@@ -7,7 +7,7 @@ r"""Trains a compressed model on, from all its weights, towards a teacher's pred
 The folder to go on from decides every size of the model. train.* is D's budget: this
 run gets the share of it that finetune.* declares, as B does. Without a teacher it
 minimises the cross entropy alone. The control, D trained on for as long:
---config.arm=baseline --config.init.weights_from=checkpoints/gpt_baseline.
+--config.init.weights_from=checkpoints/gpt_baseline.
 """
 
 from pcagpt.config import base

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from pcagpt.arms import BY_LETTER
+from pcagpt.report import equal_size_table, recovery_table
 from pcagpt.report.wording import NOTHING, code, count, fixed, signed, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +44,26 @@ def results_table(folder: Path) -> str:
     return f"{text}\n\n{says}\n\n    {results['command']}"
 
 
+def compression_tables(folder: Path) -> str:
+    """The tables of a sweep.json over a line of its provenance."""
+    sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
+    says = (
+        "Added loss in nats per token on the validation split of "
+        f"{code(sweep['protocol']['corpus'])}, intervals over evaluation windows, one "
+        f"seed. {sweep['device']}, commit {code(sweep['git_commit'][:12])}, by"
+    )
+    tables = [equal_size_table(sweep), recovery_table(sweep), says]
+    return "\n\n".join([*tables, f"    {sweep['command']}"])
+
+
 def updated(readme: str) -> str:
     """The text with every block of results written anew."""
 
     def block(found: re.Match) -> str:
         name = found[1]
-        made = results_table(PUBLISHED / name)
+        folder = PUBLISHED / name
+        is_sweep = (folder / "sweep.json").exists()
+        made = (compression_tables if is_sweep else results_table)(folder)
         return f"<!-- results of {name} -->\n{made}\n<!-- end -->"
 
     pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"

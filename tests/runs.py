@@ -76,7 +76,7 @@ def training(config: ConfigDict) -> Training:
     """The run that a config of task 'train' asks for, not begun."""
     job = make_plan(config).jobs[-1]
     corpus = open_corpus(config.data.source, Path(config.workdir) / "data")
-    return Training(job.config, job.record(), job.folder, corpus)
+    return Training(job.settled(), job.record(), job.folder, corpus)
 
 
 def start(run: Training) -> tuple[TrainState, Any]:

@@ -369,5 +369,5 @@ def test_print_config_says_what_would_be_compressed(asked):
         "--print_config",
     )
     assert outcome.code == 0, outcome
-    assert f"compress the token table of {asked.model_path} at step 6" in outcome.out
+    assert f"compress {asked.model_path} at step 6" in outcome.out
     assert not (Path(asked.workdir) / "compressed").exists()

@@ -57,7 +57,7 @@ def test_open_knobs_keep_their_type():
     ("path", "value", "words"),
     [
         ("task", "trian", "one of train, experiment, factorize, compress, evaluate"),
-        ("arm", "D", "one of baseline, pca, pca_finetune, random"),
+        ("arm", "D", "one of baseline, continued, pca"),
         ("split", "dev", "one of train, val, test"),
         ("seed", -1, "from 0 to 4294967295"),
         ("ranks", (8, 0), "ranks holds 0: it must be at least 1"),

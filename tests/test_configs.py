@@ -11,7 +11,7 @@ import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
 from runs import quick_compiles
 
-from pcagpt import arms, command_line
+from pcagpt import arms, command_line, run_folder
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
@@ -19,6 +19,12 @@ from pcagpt.factorize import METHODS
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
 
 RANK = 4
+MODELS = {
+    "baseline.py": "baseline",
+    "pca_k128.py": "pca",
+    "pca_finetune_k128.py": "pca_finetune",
+    "random_k128.py": "random",
+}
 RECOVERY = "recover.py"  # Goes on from a run that has to be named.
 RUN_NAMES = {
     "baseline": "gpt_baseline",
@@ -74,9 +80,12 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
     config, settings = load(name), {"workdir": tmp_path / "runs"}
     run_names = RUN_NAMES
     run_dir = tmp_path / "runs" / "gpt_baseline"
-    if config.task in ("factorize", "compress", "evaluate"):
+    if config.task in ("factorize", "compress", "evaluate", "sample"):
         shutil.copytree(trained, run_dir)
         settings["model_path"] = run_dir
+    if config.task == "sample":  # What the ids of the tiny corpus might stand for.
+        record = run_folder.read_config(run_dir) | {"tokenizer": "sotu4096"}
+        run_folder.write_config(run_dir, record)
     if config.task in ("factorize", "compress", "experiment"):
         settings["ranks"] = RANK
     if config.model.n_embd_wte is not None:
@@ -84,11 +93,12 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
     if name == RECOVERY:
         settings["init"] = {"weights_from": factorized}
         settings["distill"] = {"teacher": trained}
-        run_names = {config.arm: f"gpt_{config.arm}_from_{factorized.name}"}
+        run_names = {config.arm: f"gpt_pca_distill_from_{factorized.name}"}
     outcome = call(*tiny(name, corpus_folder, **settings))
     assert outcome.code == 0, outcome
     if config.task == "train":
-        check_run(tmp_path / "runs" / run_names[config.arm], config.arm)
+        arm = "pca_distill" if name == RECOVERY else config.arm
+        check_run(tmp_path / "runs" / run_names[config.arm], arm)
     elif config.task == "experiment":
         for arm, folder in RUN_NAMES.items():
             check_run(tmp_path / "runs" / folder, arm)
@@ -102,6 +112,8 @@ def test_every_config_does_its_task_in_two_shrunken_steps(
         sweep = json.loads((tmp_path / "runs/compressed/sweep.json").read_text())
         assert {row["method"] for row in sweep["rows"]} == {"baseline", *METHODS}
         assert (tmp_path / f"runs/compressed/best_k{RANK}/ckpt/0").is_dir()
+    elif config.task == "sample":
+        assert len(outcome.out) > 200
     else:
         assert config.task == "evaluate"
         (written,) = run_dir.glob(f"evaluation_*_{config.split}_step2.json")
@@ -121,17 +133,16 @@ def test_every_config_is_a_small_change_of_the_base(name):
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_is_valid_as_it_is(name):
     config = load(name)
-    if config.task in ("factorize", "compress", "evaluate"):
+    if config.task in ("factorize", "compress", "evaluate", "sample"):
         config.model_path = "RUN"
     if name == RECOVERY:
         config.init.weights_from = "RUN"
     knobs.validate(config)
 
 
-@pytest.mark.parametrize(("arm", "entry"), arms.ARMS.items())
-def test_the_config_that_is_named_for_a_model_trains_it(arm, entry):
-    name = entry.config_file.removeprefix("configs/")
-    config = load(name)
+@pytest.mark.parametrize(("name", "arm"), MODELS.items())
+def test_the_config_that_is_named_for_a_model_trains_it(name, arm):
+    config, entry = load(name), arms.ARMS[arm]
     assert (config.task, config.arm) == ("train", arm)
     docstring = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
     assert docstring.startswith(f"{entry.letter}, ")

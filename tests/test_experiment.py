@@ -14,6 +14,7 @@ from runs import (
     without_timings,
 )
 
+from pcagpt import config as knobs
 from pcagpt import experiment, run_folder
 from pcagpt.errors import UserError
 from pcagpt.plan import make_plan
@@ -158,14 +159,14 @@ def test_the_baseline_of_any_arm_is_plain(tiny_config):
     )
     baseline = job_of(arm, "gpt_baseline").config
     assert (baseline.arm, baseline.model.n_embd_wte) == ("baseline", None)
-    assert not any(baseline.init.values())
+    assert baseline.init == knobs.base().init
 
 
 def test_what_is_imported_and_frozen_in_an_experiment_does_not_touch_d_and_c(planned):
     planned.init.import_wte_npy = "given.npy"
     planned.init.import_wte_freeze = True
     for name in ("gpt_baseline", "gpt_random_lowrank_k8"):
-        assert not any(job_of(planned, name).config.init.values())
+        assert job_of(planned, name).config.init == knobs.base().init
     for name in ("gpt_pca_k8", "gpt_pca_finetune_k8"):
         init = job_of(planned, name).config.init
         assert (init.import_wte_npy, init.import_wte_freeze) == ("given.npy", True)

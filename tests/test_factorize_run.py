@@ -9,6 +9,7 @@ import pytest
 from runs import changed, execute, snapshot, write_statistics
 
 from pcagpt import checkpoint, experiment, factor_files, factorize
+from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.factorize_run import FactorizeJob
 from pcagpt.plan import make_plan
@@ -22,14 +23,16 @@ def baseline_dir(finished_experiment):
 @pytest.fixture
 def job(baseline_dir, tmp_path):
     """Rank 4 of D's table by SVD."""
-    return FactorizeJob(
-        source=baseline_dir,
-        folder=tmp_path / "pca_factorized",
-        ranks=(4,),
-        method="svd",
-        singular_value_split=0.0,
-        tensorboard=False,
-    )
+    config = knobs.base()
+    config.telemetry.tensorboard = False
+    folder = tmp_path / "pca_factorized"
+    return FactorizeJob(baseline_dir, folder, ranks=(4,), config=config)
+
+
+def by(job, **factorize):
+    """The same job with other knobs of its section."""
+    named = {f"factorize.{name}": value for name, value in factorize.items()}
+    return dataclasses.replace(job, config=changed(job.config, **named))
 
 
 def product(folder, rank):
@@ -95,7 +98,7 @@ def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
 
 
 def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
-    dataclasses.replace(job, method="pca").write()
+    by(job, method="pca").write()
     scales = factor_files.read_scale_matrices(factor_files.scale_path(job.folder, 4))
     table = table_of(baseline_dir, 6)[:97]
     np.testing.assert_allclose(scales.mean, table.mean(axis=0), atol=1e-7)
@@ -104,9 +107,8 @@ def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
 def test_the_split_moves_the_singular_values_between_the_two_factors(job):
     job.write()
     whole = product(job.folder, 4)
-    other = dataclasses.replace(
-        job, singular_value_split=1.0, folder=job.folder / "other"
-    )
+    other = by(job, singular_value_split=1.0)
+    other = dataclasses.replace(other, folder=job.folder / "other")
     other.write()
     np.testing.assert_allclose(product(other.folder, 4), whole, atol=1e-6)
     table = factor_files.read_table(factor_files.table_path(other.folder, 4))
@@ -146,7 +148,7 @@ def test_a_rank_whose_file_was_lost_is_missing(job):
 def test_files_made_otherwise_are_refused_and_kept(other, words, job):
     job.write()
     before = snapshot(job.folder)
-    other = dataclasses.replace(job, **other)
+    other = by(job, **other)
     for action in (other.missing_ranks, other.write):
         with pytest.raises(UserError, match=rf"another factorization \({words} differ"):
             action()
@@ -240,11 +242,14 @@ def test_checkpoints_without_a_config_are_refused(job, baseline_dir, tmp_path):
 
 
 def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
-    weighted = dataclasses.replace(job, method="kl")
-    with pytest.raises(UserError, match=r"holds none: run configs/compress\.py on"):
-        weighted.check(set())
+    bare = dataclasses.replace(by(job, method="kl"), source=tmp_path / "table.npy")
+    np.save(tmp_path / "table.npy", np.ones((97, 32)))
+    with pytest.raises(UserError, match="holds none: name their file as"):
+        bare.check(set())
     assert not job.folder.exists()
-    named = dataclasses.replace(weighted, statistics=str(tmp_path / "statistics.npz"))
+    named = by(job, method="kl", statistics=str(tmp_path / "statistics.npz"))
+    with pytest.raises(UserError, match="holds none: name their file as"):
+        named.check(set())
     write_statistics(tmp_path / "statistics.npz", 97, 32)
     named.check(set())
     named.write()
@@ -257,8 +262,8 @@ def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
 
 def test_every_method_has_files_of_its_own_to_show(job, tmp_path):
     write_statistics(tmp_path / "statistics.npz", 97, 32)
-    job = dataclasses.replace(job, statistics=str(tmp_path / "statistics.npz"))
     for method in factorize.METHODS:
-        one = dataclasses.replace(job, method=method, folder=job.folder / method)
+        one = by(job, method=method, statistics=str(tmp_path / "statistics.npz"))
+        one = dataclasses.replace(one, folder=job.folder / method)
         assert one.write()["method"] == method
         assert one.missing_ranks() == ()

@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 from runs import changed, execute, losses, metrics, start, training, write_statistics
 
-from pcagpt import checkpoint, compress, experiment, main, sharding, train
+from pcagpt import (
+    checkpoint,
+    compress,
+    experiment,
+    factor_files,
+    main,
+    run_folder,
+    sharding,
+    train,
+)
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 from pcagpt.evaluate_run import evaluate_run
+from pcagpt.factorize import BandedTable, LowRank
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.plan import make_plan
+from pcagpt.sample_run import sample_run
 from pcagpt.train_run import TrainJob
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -154,6 +165,26 @@ def factors(config):
     return {path.name: path.read_bytes() for path in folder.glob("*_k*")}
 
 
+def factor_names(config):
+    """Of the files of a factorization."""
+    return {path.name for path in execute(config).iterdir()}
+
+
+def recovered(config):
+    """The runs that a sweep trains on."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "compress", lambda *_: None)
+        patch.setattr(experiment, "recover", lambda c: found.append(c))
+        main.run(config, "a command", print_only=False)
+    return [c.compress.recover_ranks for c in found]
+
+
+def samples(config):
+    """What a model says."""
+    return sample_run(config)
+
+
 def sweep(config):
     """What a sweep measured, timings apart."""
     compress.compress(config, "a command")
@@ -222,6 +253,11 @@ EVALUATE = {"task": "evaluate", "data.source": ""} | {
 }
 DISTILLED = {**FINISHED, "distill.teacher": "PLACE/finished/gpt_pca_k8"}
 FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
+SAMPLE = FINISHED | {
+    "task": "sample",
+    "model_path": "PLACE/talker",
+    "sample.tokens": 20,
+}
 OTHER = {"workdir": "PLACE/finished", "seed": 7}
 TEXT = {"data.source": "PLACE/text"}
 IMPORT = FINISHED | {
@@ -232,6 +268,7 @@ IMPORT = FINISHED | {
         "PLACE/finished/pca_factorized/scale_mats_pca_k8.npz"
     ),
 }
+IN_BANDS = FINISHED | {"arm": "random", "model.n_embd_wte": 8}
 DISTRIBUTED = {"distributed.enabled": True}
 
 KNOBS = {
@@ -273,12 +310,16 @@ KNOBS = {
     "train.beta2": Shown(updates, 0.5),
     "train.gradient_clip": Shown(updates, 0.01),
     "train.loss_chunks": Shown(memory, 1),
+    "scratch.pca_learning_rate_share": Shown(plan, 0.5, EXPERIMENT),
+    "scratch.random_learning_rate_share": Shown(plan, 0.5, EXPERIMENT),
     "finetune.steps_share": Shown(plan, 0.25, EXPERIMENT),
     "finetune.learning_rate_share": Shown(plan, 0.25, EXPERIMENT),
     "init.import_wte_npy": Shown(first_weights, "PLACE/other_table.npy", IMPORT),
     "init.import_scale_matrices_npz": Shown(first_weights, "PLACE/other.npz", IMPORT),
     "init.import_wte_freeze": Shown(frozen, True, IMPORT),
     "init.import_scale_matrices_freeze": Shown(frozen, True, IMPORT),
+    "init.import_bands": Shown(first_weights, "PLACE/bands", IN_BANDS),
+    "init.keep": Shown(first_weights, "std", IMPORT),
     "init.blocks_from": Shown(first_weights, "PLACE/finished/gpt_baseline", IMPORT),
     "init.weights_from": Shown(first_weights, "PLACE/finished/gpt_baseline", FINISHED),
     "distill.teacher": Shown(first_losses, "PLACE/finished/gpt_pca_k8", FINISHED),
@@ -289,6 +330,8 @@ KNOBS = {
         "PLACE/other_statistics.npz",
         FACTORIZE | {"factorize.method": "kl"},
     ),
+    "factorize.bands": Shown(factor_names, 2, FACTORIZE),
+    "compress.recover_ranks": Shown(recovered, (4,), COMPRESS),
     "compress.methods": Shown(sweep, "svd,fisher", COMPRESS),
     "compress.bands": Shown(sweep, (1, 3), COMPRESS),
     "compress.bits": Shown(sweep, (4,), COMPRESS),
@@ -305,6 +348,12 @@ KNOBS = {
     "telemetry.tensorboard": Shown(left, True),
     "telemetry.wandb": Shown(telemetry, True),
     "telemetry.wandb_project": Shown(telemetry, "another"),
+    "experiment.arms": Shown(plan, "pca,shuffled", EXPERIMENT),
+    "sample.prompt": Shown(samples, "The people", SAMPLE),
+    "sample.tokens": Shown(samples, 8, SAMPLE),
+    "sample.count": Shown(samples, 2, SAMPLE),
+    "sample.temperature": Shown(samples, 0, SAMPLE),
+    "sample.top_k": Shown(samples, 2, SAMPLE),
     "experiment.seeds": Shown(plan, (1, 2), EXPERIMENT),
     "mesh.data": Shown(mesh, 2),
     "mesh.fsdp": Shown(mesh, 2),
@@ -326,6 +375,15 @@ def place(tmp_path_factory, corpus_folder, finished_experiment):
     (folder / "text").mkdir()
     for split in ("train", "val"):
         (folder / "text" / f"{split}.txt").write_text("one two three\n" * 40)
+    talker = shutil.copytree(folder / "finished" / "gpt_baseline", folder / "talker")
+    record = run_folder.read_config(talker) | {"tokenizer": "sotu4096"}
+    run_folder.write_config(talker, record)
+    order, rows = np.arange(97, dtype=np.int32), random.normal(size=(97, 32))
+    parts = tuple(
+        LowRank(rows[part, :rank], rows[:rank], None)
+        for part, rank in ((slice(20), 8), (slice(20, 97), 4))
+    )
+    factor_files.write_bands(folder / "bands", BandedTable(order, parts, None))
     np.save(folder / "table.npy", random.normal(size=(20, 4)))
     write_statistics(folder / "table.statistics.npz", 20, 4)
     write_statistics(folder / "other_statistics.npz", 20, 4, seed=1)

@@ -63,7 +63,7 @@ def recover(tiny_config):
             copy[section] = tiny_config[section]
         copy.workdir, copy.mesh.data = tiny_config.workdir, 1
         copy.finetune.steps_share = 0.5
-        copy.arm = "baseline" if Path(source).name == RUNS[0] else "pca_finetune"
+        copy.arm = "pca_finetune"
         copy.init.weights_from = str(source)
         return changed(copy, **overrides)
 
@@ -149,7 +149,7 @@ def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
     assert (job.config.train.steps, job.config.train.warmup_steps) == (10, 1)
     assert job.config.train.learning_rate == pytest.approx(3e-4)
     (job,) = make_plan(recover(sources["gpt_baseline"])).jobs
-    assert job.folder.name == "gpt_baseline_from_gpt_baseline"
+    assert job.folder.name == "gpt_continued_from_gpt_baseline"
     assert job.config.train.steps == 3
 
 
@@ -273,7 +273,6 @@ def test_another_teacher_or_share_is_another_run(distilled, sources):
     execute(distilled)
     for override, words in (
         ({"distill.share": 0.5}, r"distill.share \(was 1.0, now 0.5\)"),
-        ({"distill.teacher": ""}, r"imported_sha256.teacher \(was .*, now None\)"),
         (
             {"distill.teacher": str(sources["gpt_pca_k8"])},
             r"imported_sha256.teacher \(was",
@@ -281,6 +280,9 @@ def test_another_teacher_or_share_is_another_run(distilled, sources):
     ):
         with pytest.raises(UserError, match=words):
             status(changed(distilled, **override))
+    plain = make_plan(changed(distilled, **{"distill.teacher": ""})).jobs[-1]
+    assert plain.folder.name.startswith("gpt_pca_finetune_from_")  # Not in its way.
+    assert plain.status() == "to do"
 
 
 def test_what_a_distilled_run_needs_is_not_distilled(distilled):
@@ -332,7 +334,6 @@ def test_an_experiment_has_no_teacher(tiny_config):
         ({"init.blocks_from": "x"}, "init.blocks_from is set beside init.weights_from"),
         ({"init.import_wte_npy": "x"}, "init.import_wte_npy is set beside"),
         ({"init.import_wte_freeze": True}, "init.import_wte_freeze is set beside"),
-        ({"arm": "baseline"}, "is factorized: to train it on, .*arm=pca_finetune"),
         ({"arm": "random"}, "set for arm random: .*configs/recover.py"),
         ({"arm": "pca"}, "set for arm pca: "),
     ],
@@ -347,9 +348,15 @@ def test_an_experiment_goes_on_from_no_run(sources, recover):
         knobs.validate(recover(sources["gpt_pca_k8"], task="experiment"))
 
 
-def test_a_full_table_is_trained_on_as_the_baseline(sources, recover):
-    message = refusal(recover(sources["gpt_baseline"], arm="pca_finetune"))
-    assert "is full: to train it on, set --config.arm=baseline" in message
+@pytest.mark.parametrize("asked", ["baseline", "continued", "pca_finetune"])
+def test_the_run_decides_what_it_is_trained_on_as(asked, sources, recover):
+    (job,) = make_plan(recover(sources["gpt_baseline"], arm=asked)).jobs
+    assert job.config.arm == "continued"
+    (job,) = make_plan(recover(sources["banded"], arm=asked)).jobs
+    assert job.config.arm == "pca_finetune"
+    teacher = {"distill.teacher": str(sources["gpt_baseline"])}
+    (job,) = make_plan(recover(sources["banded"], arm=asked, **teacher)).jobs
+    assert job.config.arm == "pca_distill"
 
 
 @pytest.mark.parametrize(

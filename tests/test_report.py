@@ -440,7 +440,7 @@ def test_a_damaged_result_is_named(tmp_path, text, message):
     ("field", "message"),
     [
         ({"status": "running"}, "has status 'running', not 'done'"),
-        ({"arm": "mystery"}, "'mystery', which is none of baseline, pca"),
+        ({"arm": "mystery"}, "'mystery', which is none of baseline, continued, pca"),
     ],
 )
 def test_an_unfinished_or_unknown_run_is_refused(tmp_path, field, message):
@@ -530,7 +530,7 @@ def test_the_page_says_what_the_markdown_says(reported):
     page = (reported / "report.html").read_text("utf-8")
     text = (reported / "report.md").read_text("utf-8")
     assert page.count("<table>") == text.count("|\n\n")
-    for heading in ("The models", "The four questions", "Size against loss", "Files"):
+    for heading in ("The models", "The questions", "Size against loss", "Files"):
         assert f"## {heading}\n" in text and f"<h2>{heading}</h2>" in page
     assert '<td style="text-align: right;">3.100</td>' in page
     assert "**" not in page and "| " not in page

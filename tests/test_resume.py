@@ -91,7 +91,9 @@ def test_several_bands_train_resume_bit_identical_and_are_evaluated(
     run_dir = assert_resumes(banded, tmp_path / "stopped")
     result = run_folder.read_result(run_dir)
     assert (result["rank"], result["band_sizes"]) == (None, [10, 40, 47])
-    assert result["params_embedding"] == 10 * 32 + 40 * 8 + 8 * 32 + 47 * 4 + 4 * 32
+    assert result["params_embedding"] == (
+        10 * 32 + 40 * 8 + 8 * 32 + 47 * 4 + 4 * 32 + 97
+    )
     before, *_, after = (m["loss"] for m in metrics(run_dir) if m["split"] == "val")
     assert after < before - 0.1
     evaluation = changed(

@@ -188,7 +188,7 @@ def banded(
         mean_D = mean_D.astype(table_VD.dtype)
     rows_VD = table_VD if mean_D is None else table_VD - mean_D
     whitened_VD = rows_VD @ roots[0].astype(table_VD.dtype)
-    bands = frequency_bands(weights_V, count)
+    bands = _in_order_of_ids(frequency_bands(weights_V, count))
     if len(bands) > 1:
         budget -= vocab_size
     for remaining in reversed(range(REGROUPINGS + 1)):
@@ -201,7 +201,8 @@ def banded(
         if not remaining or len(bands) == 1:
             break
         kept = [basis_DR[:, :rank] for basis_DR, rank in zip(bases, ranks, strict=True)]
-        bands = _regrouped(whitened_VD, weights_V, kept, ranks, price)
+        regrouped = _regrouped(whitened_VD, weights_V, kept, ranks, price)
+        bands = _in_order_of_ids(regrouped)
     tables = tuple(
         truncate(solve(table_VD, weighting, rows, roots), rank, split)
         if rank
@@ -210,6 +211,14 @@ def banded(
     )
     order = np.concatenate(bands).astype(np.int32)
     return BandedTable(order, tables, mean_D)
+
+
+def _in_order_of_ids(bands: list[np.ndarray]) -> list[np.ndarray]:
+    """A band of all tokens in the order of their ids: a model of one band has no other.
+
+    Several bands stay as they are.
+    """
+    return bands if len(bands) > 1 else [np.sort(bands[0])]
 
 
 def _regrouped(whitened_VD, weights_V, bases, ranks, price):

@@ -34,7 +34,7 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         "*Lower left is better. Each mark is a table; lines join the best of each "
         "kind.*",
         "## Tables at equal size",
-        _by_rank(sweep),
+        equal_size_table(sweep),
         *_recovered(sweep),
         "## All that was tried",
         _all(rows, baseline),
@@ -99,7 +99,7 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _by_rank(sweep: dict[str, Any]) -> str:
+def equal_size_table(sweep: dict[str, Any]) -> str:
     """Added loss of each method and number of bands, a column for each rank."""
     rows = [row for row in sweep["rows"] if row["bits"] == 32]
     ranks = sorted({row["rank"] for row in rows})
@@ -124,11 +124,22 @@ def _by_rank(sweep: dict[str, Any]) -> str:
 
 
 def _recovered(sweep: dict[str, Any]) -> list[str]:
-    """What training on wins back, beside what there is without and D trained on."""
-    recovered = sweep.get("recovered") or []
-    if not recovered:
+    """What training on wins back, if anything was trained on."""
+    if not sweep.get("recovered"):
         return []
-    loss = baseline_of(sweep)["loss"]
+    rate = sweep["recovered"][0]["learning_rate"]
+    return [
+        "## What training on wins back",
+        recovery_table(sweep),
+        "Added loss is the loss less D's. What was trained had a peak learning rate of "
+        f"{rate:g}, and so had D+, which is D itself trained on for as long. The "
+        "interval is over evaluation windows, of one seed.",
+    ]
+
+
+def recovery_table(sweep: dict[str, Any]) -> str:
+    """What was trained on, beside what there is without training and D trained on."""
+    recovered, loss = sweep["recovered"], baseline_of(sweep)["loss"]
     continued = next(row for row in recovered if row["rank"] is None)
     lines = []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
@@ -149,13 +160,7 @@ def _recovered(sweep: dict[str, Any]) -> list[str]:
     lines.append(["**D+** D, trained on", NOTHING, *_numbers(continued)])
     header = ["Model", "Size of", "Loss", "Added", "95% interval", "Tokens", "of D's"]
     lines = [line + [NOTHING] * (len(header) - len(line)) for line in lines]
-    return [
-        "## What training on wins back",
-        table(header, lines, "ll" + "r" * (len(header) - 2)),
-        "Added loss is the loss less D's. What was trained had a peak learning rate of "
-        f"{continued['learning_rate']:g}, and so had D+, which is D itself trained on "
-        "for as long. The interval is over evaluation windows, of one seed.",
-    ]
+    return table(header, lines, "ll" + "r" * (len(header) - 2))
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
