@@ -4,8 +4,8 @@
     python -m pcagpt.main --config=configs/experiment.py:64,128,256 ...
 
 D is trained once. train.* holds for every arm; B gets the share of it that `finetune`
-declares. Controls: --config.experiment.arms; error bars: --config.experiment.seeds=1,2,3;
-frequency bands: --config.factorize.bands=12 --config.factorize.method=context.
+declares. Controls: --config.experiment.arms. Error bars: --config.experiment.seeds.
+Frequency bands: --config.factorize.bands=12 --config.factorize.method=context.
 """
 
 from pcagpt.config import base, ranks_of
