@@ -227,7 +227,10 @@ def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, 
     """What an earlier command measured under the same protocol."""
     if not path.exists():
         return {}
-    earlier = json.loads(path.read_text("utf-8"))
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, to measure anew") from None
     if earlier.get("protocol") != run_folder.strict(protocol):
         return {}
     names = {field.name for field in dataclasses.fields(Recipe)}

@@ -140,3 +140,16 @@ def test_the_price_is_what_the_last_number_removes():
     )
     assert ranks == (2, 1)
     assert price == pytest.approx(4.0 / 13)
+
+
+def test_a_single_band_has_the_tokens_in_the_order_of_their_ids():
+    """So few tokens that all are in the first band: a model then keeps no order."""
+    random = np.random.default_rng(0)
+    table = random.normal(size=(30, 6))
+    weighting = factorize.Weighting(random.dirichlet(np.ones(30)))
+    made = factorize.banded(table, weighting, 3, 4 * (30 + 6))
+    assert made.sizes == (30,)
+    np.testing.assert_array_equal(made.order, np.arange(30))
+    factors = factorize.solve(table, weighting)
+    single = factorize.single_band(factors, made.ranks[0])
+    np.testing.assert_allclose(made.dense(), single.dense(), atol=1e-9)

@@ -10,7 +10,7 @@ import pytest
 from command_line import call
 from runs import changed, snapshot
 
-from pcagpt import compress, factorize, search
+from pcagpt import compress, factorize, main, run_folder, search
 from pcagpt import statistics as calibration
 from pcagpt.checkpoint import load_weights
 from pcagpt.errors import UserError
@@ -371,3 +371,89 @@ def test_print_config_says_what_would_be_compressed(asked):
     assert outcome.code == 0, outcome
     assert f"compress {asked.model_path} at step 6" in outcome.out
     assert not (Path(asked.workdir) / "compressed").exists()
+
+
+def test_a_damaged_sweep_is_refused_in_one_line(asked):
+    folder = Path(asked.workdir) / "compressed"
+    folder.mkdir()
+    (folder / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: delete it, to measure anew"):
+        compress.compress(asked, "a command")
+
+
+# Training on
+
+
+@pytest.fixture
+def trained_on(asked):
+    """A function: does a sweep of rank 8 and trains on; returns what was entered."""
+    asked = changed(
+        asked, ranks=(4, 8), **{"compress.recover_ranks": (8,), "compress.bits": ()}
+    )
+
+    def run(**overrides):
+        main.run(changed(asked, **overrides), "a command", print_only=False)
+        text = (Path(asked.workdir) / "compressed" / "sweep.json").read_text()
+        return json.loads(text)
+
+    return run
+
+
+def test_the_best_model_and_d_are_trained_on_and_held_against_d(trained_on, asked):
+    sweep = trained_on()
+    continued, plain, taught = sweep["recovered"]
+    letters = [row["letter"] for row in sweep["recovered"]]
+    assert letters == ["D+", "B", "Bd"]
+    folder = Path(asked.workdir) / "compressed"
+    own = run_folder.read_result(Path(asked.model_path))
+    rows = [r for r in sweep["rows"] if r["rank"] == 8 and r["bits"] == 32]
+    best = min(rows, key=lambda row: row["added_loss"])
+    for row in (plain, taught):
+        assert (row["rank"], row["method"]) == (8, best["method"])
+        assert row["bands"] == best["bands"]
+        assert row["added_at_start"] == pytest.approx(best["added_loss"], abs=2e-6)
+    assert (continued["rank"], continued["added_at_start"]) == (None, 0)
+    for row in sweep["recovered"]:
+        result = run_folder.read_result(folder / row["run"])
+        assert row["val_loss"] == result["val_loss"]
+        assert row["added_loss"] == result["val_loss"] - own["val_loss"]
+        low, high = row["interval"]
+        assert low < row["added_loss"] < high
+        assert row["share_of_tokens"] == 0.5
+    teacher = run_folder.read_config(folder / taught["run"])["distill"]["teacher"]
+    assert teacher == asked.model_path
+    text = (folder / "report.md").read_text()
+    for words in (
+        "## What training on wins back",
+        "| **B** ",
+        "| **Bd** ",
+        "| **D+** ",
+    ):
+        assert words in text
+
+
+def test_what_was_trained_on_is_done_the_next_time(trained_on, asked):
+    first = trained_on()
+    folder = Path(asked.workdir) / "compressed"
+    runs = [row["run"] for row in first["recovered"]]
+    before = {run: snapshot(folder / run) for run in runs}
+    best = snapshot(folder / "best_k8")
+    again = trained_on(ranks=(4, 8, 12))
+    assert again["recovered"] == first["recovered"]
+    assert {run: snapshot(folder / run) for run in runs} == before
+    assert snapshot(folder / "best_k8") == best
+
+
+def test_a_run_goes_on_with_d_s_training_whatever_the_sweep_batches(trained_on, asked):
+    trained_on(**{"train.batch_size": 16, "train.learning_rate": 1.0})
+    folder = Path(asked.workdir) / "compressed"
+    d = run_folder.read_config(Path(asked.model_path))
+    found = run_folder.read_config(folder / "gpt_pca_finetune_from_best_k8")
+    assert found["train"]["batch_size"] == d["train"]["batch_size"]
+    assert found["train"]["learning_rate"] == d["train"]["learning_rate"] / 2
+    assert (found["seed"], found["data"]["source"]) == (d["seed"], d["data"]["source"])
+
+
+def test_a_rank_that_is_not_tried_is_not_trained_on(asked):
+    with pytest.raises(UserError, match="recover_ranks holds 16, which ranks does not"):
+        compress.compress(changed(asked, **{"compress.recover_ranks": (16,)}), "")
