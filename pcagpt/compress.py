@@ -117,6 +117,11 @@ def _sweep(
 ) -> None:
     """Measures every recipe; writes the rows, the report and each rank's best model."""
     path, writes = folder / "sweep.json", jax.process_index() == 0
+    if all(recipe.method == "baseline" for recipe in tried):
+        raise UserError(
+            "ranks are too small for compress.bands: no table fits; raise the ranks, "
+            "or try fewer bands"
+        )
     known = _known_rows(path, heading["protocol"])
     with Progress(f"compressing {subject.run.run_dir.name}", len(tried)) as progress:
         for number, recipe in enumerate(tried):
@@ -131,7 +136,8 @@ def _sweep(
     _predict(tried, rows)
     if not writes:
         return
-    sweep = _write_sweep(path, heading, rows)
+    others = [row for recipe, row in known.items() if recipe not in tried]
+    sweep = _write_sweep(path, heading, rows, others)
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
@@ -169,9 +175,12 @@ def _advise(
         else:
             budgets = _budgets(bounds, vocab_size, width)
             if max((budget for budget, _ in budgets), default=0) < least:
+                asked, enough = "max_params", f"{least} numbers"
+                if bounds.max_bytes:
+                    asked, enough = "max_bytes", f"{FLOAT_BYTES * least} bytes"
                 raise UserError(
-                    f"compress.{'max_params' if bounds.max_params else 'max_bytes'} is "
-                    f"too small for {vocab_size} tokens: store {least} numbers or more"
+                    f"compress.{asked} is too small for {vocab_size} tokens: {enough} "
+                    "are enough"
                 )
             chosen = advisor.best(budgets, bounds.max_bytes)
     if chosen is None:
@@ -215,6 +224,9 @@ def _ranks(config: ConfigDict, subject: Subject) -> list[int]:
     """The ranks that the table can have."""
     most = min(subject.table_VD.shape)
     ranks = [rank for rank in config.ranks if rank <= most]
+    if ranks and len(ranks) < len(config.ranks) and jax.process_index() == 0:
+        left_out = ", ".join(str(rank) for rank in config.ranks if rank > most)
+        print(f"left out: rank {left_out}, the table's is at most {most}", flush=True)
     if not ranks:
         raise UserError(
             f"ranks is {config.ranks}: the table of {subject.run.run_dir} is "
@@ -234,15 +246,19 @@ def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, 
     if earlier.get("protocol") != run_folder.strict(protocol):
         return {}
     names = {field.name for field in dataclasses.fields(Recipe)}
-    return {
-        Recipe(**{name: row[name] for name in names}): row for row in earlier["rows"]
-    }
+    rows = [*earlier["rows"], *earlier.get("other_rows", ())]
+    return {Recipe(**{name: row[name] for name in names}): row for row in rows}
 
 
-def _write_sweep(path: Path, heading: dict, rows: list[dict]) -> dict:
-    """Writes sweep.json, whole after every row: what is measured is never lost."""
+def _write_sweep(
+    path: Path, heading: dict, rows: list[dict], others: list[dict] | None = None
+) -> dict:
+    """Writes sweep.json, whole after every row: what is measured is never lost.
+
+    `others` were measured by earlier commands, and are not in the report of this one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep = {**heading, "rows": rows}
+    sweep = {**heading, "rows": rows, "other_rows": others or []}
     run_folder.write_json(path, sweep)
     return sweep
 

@@ -457,3 +457,25 @@ def test_a_run_goes_on_with_d_s_training_whatever_the_sweep_batches(trained_on, 
 def test_a_rank_that_is_not_tried_is_not_trained_on(asked):
     with pytest.raises(UserError, match="recover_ranks holds 16, which ranks does not"):
         compress.compress(changed(asked, **{"compress.recover_ranks": (16,)}), "")
+
+
+def test_a_smaller_sweep_keeps_what_a_larger_one_measured(asked):
+    first = sweep_of(asked)
+    smaller = sweep_of(changed(asked, ranks=(8,), **{"compress.bands": (1,)}))
+    assert {row["rank"] for row in smaller["rows"]} == {0, 8}
+    kept = {(r["method"], r["bands"], r["rank"], r["bits"]) for r in first["rows"]}
+    again = smaller["rows"] + smaller["other_rows"]
+    assert {(r["method"], r["bands"], r["rank"], r["bits"]) for r in again} >= kept
+    assert sweep_of(asked)["rows"] == first["rows"]  # Timings too: none was made anew.
+
+
+def test_ranks_that_fit_no_bands_are_refused_and_too_high_ones_named(asked, capsys):
+    none = changed(asked, ranks=(1,), **{"compress.bands": (12,)})
+    none = changed(none, **{"compress.methods": "context"})
+    with pytest.raises(
+        UserError, match=r"too small for compress\.bands: no table fits"
+    ):
+        compress.compress(none, "a command")
+    some = changed(asked, ranks=(8, 64), **{"compress.methods": "svd"})
+    compress.compress(some, "a command")
+    assert "left out: rank 64, the table's is at most 32" in capsys.readouterr().out

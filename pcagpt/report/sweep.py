@@ -32,7 +32,7 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         "token over the full validation split.",
         "![Added loss against parameters and bytes](plots/pareto.png)",
         "*Lower left is better. Each mark is a table; lines join the best of each "
-        "kind.*",
+        "kind. What adds 0.001 or less, or takes loss away, is drawn at 0.001.*",
         "## Tables at equal size",
         equal_size_table(sweep),
         *_recovered(sweep),
@@ -94,8 +94,9 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
     correlation = np.corrcoef(*ranks)[0, 1]
     worst = f"; off by {percent(max(small))} at most" if small else ""
     return (
-        f"Over the {len(pairs)} others the rank correlation of predicted and measured "
-        f"is {fixed(correlation)}{worst} where the added loss is up to {SMALL_LOSS}."
+        f"Over the {len(pairs)} others of full precision (none in 8 or 4 bits) the "
+        f"rank correlation of predicted and measured is {fixed(correlation)}{worst} "
+        f"where the added loss is up to {SMALL_LOSS}."
     )
 
 
