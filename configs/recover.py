@@ -1,7 +1,7 @@
 r"""Trains a compressed model on, from all its weights, towards a teacher's predictions.
 
     python -m pcagpt.main --config=configs/recover.py \
-        --config.init.weights_from=checkpoints/compressed/best \
+        --config.init.weights_from=checkpoints/compressed/best_k128 \
         --config.distill.teacher=checkpoints/gpt_baseline
 
 The folder to go on from decides every size of the model. train.* is D's budget: this

@@ -149,7 +149,8 @@ def recipes(
                 yield from fitting(method, count, 32)
     for bit in bits:
         yield Recipe("baseline", 1, vocab_size * width, 0, bit)
-        yield from fitting(methods[-1], max(bands), bit)
+        most = max(bands) if factorize.needs_statistics(methods[-1]) else 1
+        yield from fitting(methods[-1], most, bit)
 
 
 class Calibration:

@@ -4,6 +4,7 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ class Subject:
         record = self.run.record
         source = {"run": str(self.run.run_dir), "step": self.run.step}
         made = {**source, "fingerprint": self.fingerprint, **origin}
+        made["table_sha256"] = _sha256(table)
         if (run_folder.read_config(folder) or {}).get("compressed") == made:
             return
         (folder / "config.json").unlink(missing_ok=True)  # Written last again.
@@ -164,6 +166,14 @@ class Subject:
         }
         model = {**record["model"], **model}
         run_folder.write_config(folder, {**record, "model": model, "compressed": made})
+
+
+def _sha256(table: BandedTable) -> str:
+    """Of every number of a table: what it is made from may change unseen."""
+    digest = hashlib.sha256(table.order.tobytes())
+    for leaf in jax.tree.leaves((table.tables, table.mean)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def compressed_variables(subject: Subject, table: BandedTable) -> dict:

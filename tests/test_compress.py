@@ -479,3 +479,12 @@ def test_ranks_that_fit_no_bands_are_refused_and_too_high_ones_named(asked, caps
     some = changed(asked, ranks=(8, 64), **{"compress.methods": "svd"})
     compress.compress(some, "a command")
     assert "left out: rank 64, the table's is at most 32" in capsys.readouterr().out
+
+
+def test_another_calibration_makes_another_best_model(asked):
+    sweep_of(asked)
+    factors = Path(asked.workdir) / "compressed" / "best_k8" / "factors"
+    before = {path.name: path.read_bytes() for path in factors.iterdir()}
+    sweep_of(changed(asked, **{"factorize.singular_value_split": 0.5}))
+    after = {path.name: path.read_bytes() for path in factors.iterdir()}
+    assert after != before
