@@ -183,14 +183,19 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _local_checkpointer() -> ocp.Checkpointer:
-    """Reads for this process alone: the others need not read at the same time."""
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For this process alone: the others need not do the same at the same time."""
     process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    return ocp.options.MultiprocessingOptions(
         primary_host=process,
         active_processes={process},
         barrier_sync_key_prefix=f"process_{process}",
     )
+
+
+def _local_checkpointer() -> ocp.Checkpointer:
+    """Reads for this process alone."""
+    alone = _alone()
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
         multiprocessing_options=alone,
@@ -198,10 +203,19 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Writes a model that no training made as checkpoint 0, in place of any other."""
+    """Writes a model that no training made as checkpoint 0, in place of any other.
+
+    By one process, whatever the others do; the arrays are the host's.
+    """
     folder = (run_dir / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    with ocp.CheckpointManager(folder, item_names=("weights",)) as manager:
+    folder.mkdir(parents=True)  # Orbax makes none for one of several processes.
+    options = ocp.CheckpointManagerOptions(
+        create=False, multiprocessing_options=_alone()
+    )
+    with ocp.CheckpointManager(
+        folder, options=options, item_names=("weights",)
+    ) as manager:
         manager.save(
             0, args=ocp.args.Composite(weights=ocp.args.StandardSave(variables))
         )

@@ -19,6 +19,7 @@ from pcagpt import (
     factorize,
     provenance,
     run_folder,
+    sharding,
 )
 from pcagpt.config import COMPRESS_BOUNDS, words_of
 from pcagpt.corpus import fingerprint
@@ -63,6 +64,8 @@ def compress(config: ConfigDict, command: str) -> None:
             f"compress.recover_ranks holds {min(lacking)}, which ranks does not: what "
             "is trained on is the best table of a rank that was tried"
         )
+    if config.compress.recover_ranks:
+        _check_recoverable(config, subject)
     chunks, evaluated = config.train.loss_chunks, config.evaluate.batch_size
     known = subject.statistics(
         config.compress.calibration_tokens, config.train.batch_size, chunks
@@ -85,6 +88,7 @@ def compress(config: ConfigDict, command: str) -> None:
         "protocol": _protocol(config, subject),
     }
     folder = folder_of(config)
+    _check_folder(folder, heading["protocol"], config.overwrite)
     if _bounds(config):
         _advise(config, subject, compressor, measure, methods[-1], folder, heading)
     else:
@@ -97,14 +101,45 @@ def compress(config: ConfigDict, command: str) -> None:
                 config.compress.bits,
             )
         )
-        _sweep(subject, compressor, measure, tried, folder, heading)
+        _sweep(subject, compressor, measure, tried, folder, heading, config)
+    sharding.wait_for_all(str(folder))
+
+
+def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+    """Raises UserError if the folder holds the sweep of another model or corpus."""
+    earlier = _read_sweep(folder / "sweep.json")
+    own, there = run_folder.strict(protocol), (earlier or {}).get("protocol")
+    names = ("checkpoint", "corpus_sha256", "split", "window")
+    differing = [name for name in names if there and there.get(name) != own[name]]
+    if differing and not overwrite:
+        raise UserError(
+            f"{folder} holds the sweep of another model or corpus "
+            f"({', '.join(differing)} differ): use another --config.workdir, or "
+            "--config.overwrite=True to replace it"
+        )
+
+
+def _check_recoverable(config: ConfigDict, subject: Subject) -> None:
+    """Raises UserError if what would be trained on could not be held against D."""
+    run_dir = subject.run.run_dir
+    result = run_folder.read_result(run_dir)
+    if result is None or result["steps"] != subject.run.step:
+        raise UserError(
+            f"compress.recover_ranks is set, and {config.model_path} is not the end of "
+            "a finished run: D is trained on and compared from there only"
+        )
+    if subject.run.record.get("corpus_sha256") != fingerprint(subject.corpus):
+        raise UserError(
+            f"compress.recover_ranks is set, and {run_dir} was trained on another "
+            f"corpus than {subject.corpus.name}: leave data.source out"
+        )
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Enters what training on won back into sweep.json; its report, written anew."""
-    sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
-    run_folder.write_json(folder / "sweep.json", sweep | {"recovered": rows})
-    return write_sweep_report(folder, run_folder.strict(sweep | {"recovered": rows}))
+    sweep = run_folder.strict(_read_sweep(folder / "sweep.json") | {"recovered": rows})
+    run_folder.write_json(folder / "sweep.json", sweep)
+    return write_sweep_report(folder, sweep)
 
 
 def _sweep(
@@ -114,6 +149,7 @@ def _sweep(
     tried: list[Recipe],
     folder: Path,
     heading: dict[str, Any],
+    config: ConfigDict,
 ) -> None:
     """Measures every recipe; writes the rows, the report and each rank's best model."""
     path, writes = folder / "sweep.json", jax.process_index() == 0
@@ -123,6 +159,8 @@ def _sweep(
             "or try fewer bands"
         )
     known = _known_rows(path, heading["protocol"])
+    if known and (trained_on := _read_sweep(path).get("recovered")):
+        heading = {**heading, "recovered": trained_on}
     with Progress(f"compressing {subject.run.run_dir.name}", len(tried)) as progress:
         for number, recipe in enumerate(tried):
             progress.update(number)
@@ -143,7 +181,12 @@ def _sweep(
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
         made = compressor(best)
         subject.write(folder / f"best_k{rank}", made.table, dataclasses.asdict(best))
-    with Telemetry(folder, config={}, run_name=folder.name) as telemetry:
+    with Telemetry(
+        folder,
+        config={},
+        run_name=folder.name,
+        tensorboard=config.telemetry.tensorboard,
+    ) as telemetry:
         telemetry.figure("pareto", pareto_figure(sweep))
     print(f"report: {write_sweep_report(folder, sweep)}", flush=True)
 
@@ -235,15 +278,20 @@ def _ranks(config: ConfigDict, subject: Subject) -> list[int]:
     return ranks
 
 
-def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, Any]]:
-    """What an earlier command measured under the same protocol."""
+def _read_sweep(path: Path) -> dict[str, Any] | None:
+    """An earlier sweep.json, if there is one."""
     if not path.exists():
-        return {}
+        return None
     try:
-        earlier = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except ValueError:
         raise UserError(f"{path} is damaged: delete it, to measure anew") from None
-    if earlier.get("protocol") != run_folder.strict(protocol):
+
+
+def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, Any]]:
+    """What an earlier command measured under the same protocol."""
+    earlier = _read_sweep(path)
+    if earlier is None or earlier.get("protocol") != run_folder.strict(protocol):
         return {}
     names = {field.name for field in dataclasses.fields(Recipe)}
     rows = [*earlier["rows"], *earlier.get("other_rows", ())]

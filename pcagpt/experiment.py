@@ -123,10 +123,18 @@ def recover(config: ConfigDict) -> None:
 
 
 def _needed(plan: Plan) -> tuple[Job, ...]:
-    """The jobs, but not the prerequisites of a run that is finished."""
+    """The jobs, but not the prerequisites of a run that is finished.
+
+    Unless they are there and made otherwise than is asked for now.
+    """
     target = plan.jobs[-1]
     is_done = not plan.reported and target.status() == DONE
-    return tuple(job for job in plan.jobs if job.is_target) if is_done else plan.jobs
+    if not is_done or any(
+        isinstance(job, FactorizeJob) and job.has_source() and job.differing()
+        for job in plan.jobs
+    ):
+        return plan.jobs
+    return tuple(job for job in plan.jobs if job.is_target)
 
 
 def _check_workdir(workdir: str) -> None:

@@ -148,6 +148,11 @@ def read_bands(folder: str | Path) -> BandedTable:
     path, mean_D = folder / "mean.npy", None
     if path.exists():
         mean_D = _checked(_load(path, ".npy"), 1, str(path))
+    if len(tables) == 1:  # A model of one band has the tokens in order of their ids.
+        (table,), ids_V = tables, np.argsort(order_V)
+        is_full = not isinstance(table, LowRank)
+        by_id = table[ids_V] if is_full else table._replace(wte=table.wte[ids_V])
+        tables, order_V = [by_id], np.arange(len(order_V), dtype=np.int32)
     return BandedTable(order_V, tuple(tables), mean_D)
 
 

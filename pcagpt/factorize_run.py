@@ -92,7 +92,7 @@ class FactorizeJob:
         if self.source in to_be_made:
             return
         self._read_table()
-        if self._statistics_path() and not self._can_calibrate():
+        if self._statistics_path():
             self._read_statistics()
 
     def source_sha256(self) -> str:
@@ -118,6 +118,9 @@ class FactorizeJob:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
             identity["statistics_sha256"] = digest.hexdigest()
+        elif self._calibrates():
+            identity["calibration_tokens"] = self.config.compress.calibration_tokens
+            identity["calibration_batch_size"] = self.config.train.batch_size
         return identity
 
     def differing(self) -> list[str]:
@@ -154,27 +157,28 @@ class FactorizeJob:
     def run(self) -> None:
         """Writes the files on the first process; the others wait.
 
-        Statistics that the method needs and that are not there are measured first, by
-        all of them.
+        Statistics that the method needs are measured by all of them.
         """
-        path = self._statistics_path()
-        if path and not path.exists() and self._can_calibrate():
-            self._calibrate()
+        known = self.statistics()
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.config.overwrite and self.differing():
                 shutil.rmtree(self.folder)
-            self.write()
+            self.write(known)
         sharding.wait_for_all(str(self.folder))
 
-    def write(self) -> dict:
+    def write(self, found: factorize.Statistics | None = None) -> dict:
         """Writes the files of all ranks, those there already too; returns the metadata.
+
+        Args:
+          found: `statistics()`, if that was called already.
 
         Raises:
           UserError: no table there, it is factorized already, a rank is too high, or
             the folder holds the files of another source or method.
         """
         self.missing_ranks()
+        found = self.statistics() if found is None else found
         table_VD, origin = self._read_table()
         width = table_VD.shape[1]
         for rank in self.ranks:
@@ -185,7 +189,6 @@ class FactorizeJob:
                 )
         earlier = factor_files.read_metadata(self.folder)
         ranks = sorted({*self.ranks, *map(int, earlier["ranks"] if earlier else ())})
-        found = self._read_statistics()
         if found and found.probability.shape != table_VD.shape[:1]:
             raise UserError(
                 f"{self._statistics_path()} is of {len(found.probability)} tokens, the "
@@ -247,36 +250,42 @@ class FactorizeJob:
                 f"{self.bands} bands: raise the rank or lower factorize.bands"
             ) from None
 
-    def _can_calibrate(self) -> bool:
-        """Whether lacking statistics can be measured: on a run, into its folder."""
-        return self.source.suffix != ".npy" and not self.config.factorize.statistics
+    def statistics(self) -> factorize.Statistics | None:
+        """What the method needs to know of the model; None if nothing.
 
-    def _calibrate(self) -> None:
-        """Measures the statistics of the run and leaves them beside it."""
+        Of a run measured, unless that was done before under the same protocol.
+
+        Raises:
+          UserError: a file was named, or a bare table given, and holds none.
+        """
+        if not self._calibrates():
+            return self._read_statistics() if self._statistics_path() else None
         config = self.config.copy_and_resolve_references()
         config.model_path, config.model = str(self.source), knobs.base().model
         config.model.compute_dtype = self.config.model.compute_dtype
-        Subject.open(config).statistics(
+        return Subject.open(config).statistics(
             config.compress.calibration_tokens,
             config.train.batch_size,
             config.train.loss_chunks,
         )
 
+    def _calibrates(self) -> bool:
+        """Whether statistics are measured on the run."""
+        needed = factorize.needs_statistics(self.method)
+        return needed and self._statistics_path() is None
+
     def _statistics_path(self) -> Path | None:
-        """Where the statistics are to be, None where the method needs none."""
+        """The file of the statistics, if they are not measured but given."""
         if not factorize.needs_statistics(self.method):
             return None
         if self.config.factorize.statistics:
             return Path(self.config.factorize.statistics)
-        if not self.has_source() or self.source.suffix == ".npy":
-            return self.source.with_suffix(".statistics.npz")
-        return statistics.beside(*checkpoint.find(self.source))
+        is_table = self.source.suffix == ".npy"
+        return self.source.with_suffix(".statistics.npz") if is_table else None
 
-    def _read_statistics(self) -> factorize.Statistics | None:
-        """What the method needs to know of the model; None if nothing."""
+    def _read_statistics(self) -> factorize.Statistics:
+        """Those of the file."""
         path = self._statistics_path()
-        if path is None:
-            return None
         found = statistics.read(path)
         if found is None:
             raise UserError(

@@ -60,7 +60,7 @@ def recovery_plan(config: ConfigDict, folder: Path) -> Plan:
       folder: where the compressed models are, and the runs go.
     """
     source = TrainedRun.find(config.model_path)
-    base = knobs.base()
+    run, base = str(source.run_dir), knobs.base()
     for section in ("finetune", "distill", "evaluate", "checkpoint", "telemetry"):
         base[section] = config[section]
     base.data = config.data if config.data.source else ConfigDict(source.record["data"])
@@ -68,10 +68,12 @@ def recovery_plan(config: ConfigDict, folder: Path) -> Plan:
     base.train.update(source.record.get("train", config.train))
     base.seed, base.workdir = source.record.get("seed", config.seed), str(folder)
     base.data.cache_dir = config.data.cache_dir or str(Path(config.workdir) / "data")
-    jobs = [_job_from_run(_from_run(base, config.model_path, ""))]
+    for name in DEVICE_CHOICES:
+        base.model[name] = config.model[name]
+    jobs = [_job_from_run(_from_run(base, run, ""))]
     for rank in config.compress.recover_ranks:
         best = str(folder / f"best_k{rank}")
-        for teacher in ("", config.model_path):
+        for teacher in ("", run):
             jobs.append(_job_from_run(_from_run(base, best, teacher)))
     return Plan(tuple(jobs))
 
@@ -131,9 +133,11 @@ def _job_from_run(config: ConfigDict) -> TrainJob:
     config.model = source.model_section(config.model, free)
     knobs.validate(config)
     model = config.model
-    is_factorized = model.n_embd_wte is not None or any(model.band_ranks)
-    taught = "pca_distill" if config.distill.teacher else "pca_finetune"
-    config.arm = taught if is_factorized else "continued"
+    config.arm = "continued"
+    if config.distill.teacher:
+        config.arm = "pca_distill"
+    elif model.n_embd_wte is not None or model.band_sizes:
+        config.arm = "pca_finetune"
     _share_budget(config)
     name = FROM_RUN.format(arm=config.arm, source=source.run_dir.resolve().name)
     return TrainJob(Path(config.workdir) / name, config, is_target=True)

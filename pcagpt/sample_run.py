@@ -33,6 +33,11 @@ def sample_run(config: ConfigDict) -> list[str]:
         )
     tokenizer = load_tokenizer(name)
     model = GPT(trained.config(config.model, jax.devices()[0].platform))
+    if model.config.vocab_size > tokenizer.n_vocab:
+        raise UserError(
+            f"{trained.run_dir} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{name} {tokenizer.n_vocab}: some that it draws would stand for no text"
+        )
     variables = jax.device_put(trained.variables(model.config))
     end = tokenizer.encode_single_token(END_OF_TEXT)
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})

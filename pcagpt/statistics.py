@@ -4,6 +4,7 @@ Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, 
 """
 
 import functools
+import hashlib
 import io
 import json
 import zipfile
@@ -106,9 +107,11 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def beside(run_dir: Path, step: int) -> Path:
-    """Where the statistics of a checkpoint are kept."""
-    return run_dir / f"statistics_step{step}.npz"
+def beside(run_dir: Path, step: int, protocol: dict[str, Any]) -> Path:
+    """Where the statistics of a checkpoint under a protocol are kept."""
+    text = json.dumps(protocol, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return run_dir / f"statistics_step{step}_{digest[:8]}.npz"
 
 
 def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:

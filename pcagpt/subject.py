@@ -60,7 +60,7 @@ class Subject:
         run = TrainedRun.find(config.model_path)
         run.check_model(config.model, ("compute_dtype", "attention"))
         model = GPT(run.config(config.model, jax.devices()[0].platform))
-        if len(model.config.bands) > 1 or model.config.n_embd_wte:
+        if len(model.config.bands) > 1 or model.config.bands[0].rank:
             raise UserError(
                 f"{run.run_dir} has a factorized embedding already: compress a "
                 "baseline, such as checkpoints/gpt_baseline"
@@ -112,8 +112,9 @@ class Subject:
             "window": block_size,
             "batch_size": batch_size,
             "seed": CALIBRATION_SEED,
+            "compute_dtype": self.model.config.compute_dtype,
         }
-        path = statistics.beside(self.run.run_dir, self.run.step)
+        path = statistics.beside(self.run.run_dir, self.run.step, protocol)
         known = statistics.read(path, protocol)
         if known is not None:
             return known
@@ -152,7 +153,8 @@ class Subject:
         source = {"run": str(self.run.run_dir), "step": self.run.step}
         made = {**source, "fingerprint": self.fingerprint, **origin}
         made["table_sha256"] = _sha256(table)
-        if (run_folder.read_config(folder) or {}).get("compressed") == made:
+        there = (run_folder.read_config(folder) or {}).get("compressed") or {}
+        if {**there, "run": made["run"]} == made:  # Runs may be moved.
             return
         (folder / "config.json").unlink(missing_ok=True)  # Written last again.
         checkpoint.save_weights(folder, compressed_variables(self, table))

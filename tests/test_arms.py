@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import changed, execute, quick_compiles, start, status, training
 
-from pcagpt import arms, experiment, factor_files, params, run_folder
+from pcagpt import arms, compress, experiment, factor_files, params, run_folder
 from pcagpt import config as knobs
 from pcagpt.checkpoint import load_weights
 from pcagpt.errors import UserError
@@ -310,3 +310,70 @@ def test_a_and_c_can_have_learning_rates_of_their_own(tiny_config):
             "pca_finetune": 5e-4,
         }
     )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"factorize.bands": 2},
+        {"factorize.method": "kl"},
+        {"factorize.singular_value_split": 0.5},
+        {"compress.calibration_tokens": 256},
+    ],
+)
+def test_a_finished_run_notices_factors_that_are_asked_for_otherwise(other, banded):
+    config = changed(banded, task="train", arm="pca", **{"model.n_embd_wte": 8})
+    with pytest.raises(UserError, match=r"holds another factorization"):
+        experiment.describe(make_plan(changed(config, **other)))
+
+
+def test_a_finished_run_is_made_anew_from_other_factors_if_asked(banded, tmp_path):
+    workdir = shutil.copytree(banded.workdir, tmp_path / "runs")
+    config = changed(banded, task="train", arm="pca", workdir=str(workdir))
+    config = changed(config, overwrite=True, **{"model.n_embd_wte": 8})
+    execute(changed(config, **{"factorize.bands": 2}))
+    found = run_folder.read_config(workdir / "gpt_pca_k8")["model"]["band_sizes"]
+    table = factor_files.read_bands(
+        factor_files.bands_path(workdir / "pca_factorized", 8)
+    )
+    assert tuple(found) == table.sizes
+
+
+def test_compressing_d_otherwise_leaves_its_experiment_done(banded, tmp_path):
+    workdir = shutil.copytree(banded.workdir, tmp_path / "runs")
+    config = changed(banded, workdir=str(workdir))
+    sweep = changed(
+        config,
+        task="compress",
+        model_path=str(workdir / "gpt_baseline"),
+        **{"data.source": "", "compress.methods": "kl", "compress.bands": (1,)},
+        **{"compress.bits": (), "compress.calibration_tokens": 256},
+    )
+    compress.compress(sweep, "a command")
+    assert len(list((workdir / "gpt_baseline").glob("statistics_*"))) == 2
+    assert all(job.status() == "done" for job in make_plan(config).jobs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (
+            {"arm": "random", "factorize.bands": 3},
+            "model.band_sizes is set beside factorize.bands",
+        ),
+        (
+            {"arm": "random", "init.import_bands": "there"},
+            "model.band_sizes is set beside init.import_bands",
+        ),
+    ],
+)
+def test_bands_are_decided_in_one_place(asked, says, tiny_config):
+    bands = {"model.band_sizes": (20, 77), "model.band_ranks": (8, 4)}
+    with pytest.raises(UserError, match=says):
+        knobs.validate(changed(tiny_config, **bands, **asked))
+
+
+def test_an_experiment_takes_no_table_in_bands_from_elsewhere(tiny_config):
+    config = changed(tiny_config, task="experiment", **{"init.import_bands": "there"})
+    with pytest.raises(UserError, match="makes a table of its own for each rank"):
+        knobs.validate(config)

@@ -153,3 +153,26 @@ def test_a_single_band_has_the_tokens_in_the_order_of_their_ids():
     factors = factorize.solve(table, weighting)
     single = factorize.single_band(factors, made.ranks[0])
     np.testing.assert_allclose(made.dense(), single.dense(), atol=1e-9)
+
+
+def weighted_error(table, weighting, made):
+    """Squared error of a table in bands under token weights, no metric."""
+    error = made.dense() - table
+    return float(weighting.token_weights @ np.square(error).sum(axis=1))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bands_never_leave_more_error_than_one_band_of_the_same_size(seed):
+    """Flat spectra too, where bands gain nothing and their order costs numbers."""
+    random = np.random.default_rng(seed)
+    size, width = int(random.integers(70, 200)), int(random.integers(4, 12))
+    table = random.normal(size=(size, width))
+    weights = random.dirichlet(np.full(size, random.choice([0.1, 100.0])))
+    weighting = factorize.Weighting(weights)
+    rank = int(random.integers(3, width))
+    budget = factorize.budget_of_rank(size, width, rank)
+    made = factorize.banded(table, weighting, int(random.integers(2, 5)), budget)
+    single = factorize.single_band(factorize.solve(table, weighting), rank)
+    assert made.parameters <= budget
+    error, least = (weighted_error(table, weighting, t) for t in (made, single))
+    assert error <= least * (1 + 1e-9)

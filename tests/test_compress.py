@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import call
-from runs import changed, snapshot
+from runs import changed, execute, snapshot
 
 from pcagpt import compress, factorize, main, run_folder, search
 from pcagpt import statistics as calibration
@@ -113,7 +113,10 @@ def test_what_was_measured_is_not_measured_again(asked, monkeypatch):
 def test_another_checkpoint_is_measured_anew(asked):
     step_6 = sweep_of(asked)["rows"][0]["loss"]
     earlier = changed(asked, model_path=asked.model_path + "/ckpt/3")
-    assert sweep_of(earlier)["rows"][0]["loss"] != step_6
+    with pytest.raises(UserError, match=r"another model or corpus \(checkpoint differ"):
+        sweep_of(earlier)
+    assert sweep_of(asked)["rows"][0]["loss"] == step_6
+    assert sweep_of(changed(earlier, overwrite=True))["rows"][0]["loss"] != step_6
 
 
 def table_of_files(folder):
@@ -488,3 +491,52 @@ def test_another_calibration_makes_another_best_model(asked):
     sweep_of(changed(asked, **{"factorize.singular_value_split": 0.5}))
     after = {path.name: path.read_bytes() for path in factors.iterdir()}
     assert after != before
+
+
+def test_what_was_trained_on_stays_in_the_report_of_a_later_sweep(trained_on):
+    first = trained_on()
+    later = trained_on(ranks=(4, 8, 12), **{"compress.recover_ranks": ()})
+    assert later["recovered"] == first["recovered"]
+
+
+def test_a_model_of_another_path_is_the_same_model(trained_on, asked, monkeypatch):
+    first = trained_on()
+    monkeypatch.chdir(asked.workdir)
+    again = trained_on(model_path="gpt_baseline")
+    assert again["recovered"] == first["recovered"]
+
+
+@pytest.mark.parametrize("path", ["gpt_baseline/ckpt/3", "bare"])
+def test_what_cannot_be_held_against_d_is_refused_before_it_is_trained(path, asked):
+    workdir = Path(asked.workdir)
+    bare = shutil.copytree(workdir / "gpt_baseline", workdir / "bare")
+    (bare / "result.json").unlink()
+    config = changed(
+        asked, model_path=str(workdir / path), **{"compress.recover_ranks": (8,)}
+    )
+    with pytest.raises(UserError, match="is not the end of a finished run"):
+        main.run(config, "a command", print_only=False)
+    assert not (workdir / "compressed").exists()
+
+
+def test_a_best_table_at_full_width_is_trained_on_under_names_of_its_own(trained_on):
+    sweep = trained_on(
+        ranks=(32,),
+        **{"compress.recover_ranks": (32,), "compress.methods": "context"},
+        **{"compress.bands": (3,)},
+    )
+    assert len({row["run"] for row in sweep["recovered"]}) == 3
+
+
+def test_a_model_in_one_band_is_factorized_already(asked, finished_experiment):
+    run = execute(
+        changed(
+            finished_experiment,
+            task="train",
+            arm="random",
+            workdir=asked.workdir + "/one",
+            **{"model.band_sizes": (97,), "model.band_ranks": (8,)},
+        )
+    )
+    with pytest.raises(UserError, match="has a factorized embedding already"):
+        compress.compress(changed(asked, model_path=str(run)), "a command")

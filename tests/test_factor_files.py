@@ -162,3 +162,14 @@ def test_bands_that_do_not_fit_together_are_refused(harm, says, tmp_path):
     with pytest.raises(UserError, match=says) as caught:
         factor_files.read_bands(tmp_path / "bands")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_single_band_of_any_order_is_read_by_token_id(is_full, tmp_path):
+    order = np.array([6, 0, 3, 1, 2, 4, 5], np.int32)
+    part = TABLE @ SCALE if is_full else LowRank(TABLE, SCALE, None)
+    table = BandedTable(order, (part,), None)
+    factor_files.write_bands(tmp_path / "bands", table)
+    found = factor_files.read_bands(tmp_path / "bands")
+    np.testing.assert_array_equal(found.order, np.arange(7))
+    np.testing.assert_allclose(found.dense(), table.dense(), atol=1e-6)

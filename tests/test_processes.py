@@ -1,8 +1,10 @@
 """Two processes, joined by jax.distributed, train what one process would."""
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from runs import changed, metrics
 
-from pcagpt import checkpoint, run_folder
+from pcagpt import checkpoint, main, run_folder
 from pcagpt import config as knobs
 
 REPOSITORY = Path(__file__).parent.parent
@@ -137,3 +139,36 @@ def test_when_one_of_two_processes_is_asked_to_stop_both_stop_at_the_same_step(
     assert first == second
     assert max(checkpoint.steps(run_dir)) == int(first[0])
     assert int(first[0]) % 10 == 0
+
+
+def test_two_processes_compress_and_train_on_as_one_does(
+    finished_experiment, tmp_path, compiled
+):
+    def asked(name):
+        source = Path(finished_experiment.workdir) / "gpt_baseline"
+        run = shutil.copytree(source, tmp_path / name / "gpt_baseline")
+        return changed(
+            finished_experiment,
+            task="compress",
+            workdir=str(tmp_path / name),
+            model_path=str(run),
+            **{"compress.methods": "context", "compress.bands": (3,)},
+            **{"compress.bits": (8,), "compress.calibration_tokens": 512},
+            **{"compress.recover_ranks": (8,), "checkpoint.keep_last": 1},
+        )
+
+    def sweep(name):
+        return json.loads((tmp_path / name / "compressed/sweep.json").read_text())
+
+    codes, said = run_in_two_processes(
+        changed(asked("two"), **{"mesh.data": 2}), tmp_path, compiled
+    )
+    assert codes == [0, 0], "\n".join(said)
+    main.run(asked("one"), "a command", print_only=False)
+    for part, names in {
+        "rows": ("loss", "added_loss", "kl"),
+        "recovered": ("val_loss", "added_at_start"),
+    }.items():
+        for two, one in zip(sweep("two")[part], sweep("one")[part], strict=True):
+            for name in names:
+                assert two[name] == pytest.approx(one[name], abs=1e-4)

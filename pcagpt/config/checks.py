@@ -56,6 +56,11 @@ def validate(config: ConfigDict) -> None:
         )
     _check_ranks(config)
     _check_weights_from(config)
+    if config.init.import_bands and config.task == "experiment":
+        raise UserError(
+            "init.import_bands is set: an experiment makes a table of its own for each "
+            "rank; give it to a single run, as configs/pca_k128.py does"
+        )
     if config.distill.teacher and config.task == "experiment":
         raise UserError(
             "distill.teacher is set: the models of an experiment are compared without "
@@ -148,6 +153,12 @@ def _check_ranks(config: ConfigDict) -> None:
         raise UserError(
             "model.band_sizes is set: only the random model (configs/random_k128.py) "
             "can have several bands"
+        )
+    if model.band_sizes and (config.factorize.bands > 1 or config.init.import_bands):
+        other = "factorize.bands" if config.factorize.bands > 1 else "init.import_bands"
+        raise UserError(
+            f"model.band_sizes is set beside {other}, which decides the bands: leave "
+            "one of them out"
         )
     if config.task == "train" and not config.init.weights_from:
         is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)

@@ -133,7 +133,7 @@ KNOBS = {
         "svd", "svd; pca: centred, the mean goes into wpe; or one of compress.methods"
     ),
     "factorize.statistics": Knob(
-        "", "file of what other methods need; empty: what compress left beside the run"
+        "", "file of what other methods need; empty: measured on the run"
     ),
     "factorize.singular_value_split": Knob(
         0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE

@@ -188,21 +188,21 @@ def banded(
         mean_D = mean_D.astype(table_VD.dtype)
     rows_VD = table_VD if mean_D is None else table_VD - mean_D
     whitened_VD = rows_VD @ roots[0].astype(table_VD.dtype)
-    bands = _in_order_of_ids(frequency_bands(weights_V, count))
-    if len(bands) > 1:
-        budget -= vocab_size
+    bands, attempts = frequency_bands(weights_V, count), []
     for remaining in reversed(range(REGROUPINGS + 1)):
-        spectra, bases = zip(
-            *(principal(whitened_VD[rows], weights_V[rows]) for rows in bands),
-            strict=True,
-        )
-        sizes = [len(rows) for rows in bands]
-        ranks, price = allocate_ranks(spectra, sizes, width, budget)
-        if not remaining or len(bands) == 1:
+        if len(bands) == 1:
             break
-        kept = [basis_DR[:, :rank] for basis_DR, rank in zip(bases, ranks, strict=True)]
-        regrouped = _regrouped(whitened_VD, weights_V, kept, ranks, price)
-        bands = _in_order_of_ids(regrouped)
+        bases, attempt, price = _ranked(
+            whitened_VD, weights_V, bands, budget - vocab_size
+        )
+        attempts.append(attempt)
+        if remaining:
+            kept = [basis[:, :k] for basis, k in zip(bases, attempt.ranks, strict=True)]
+            bands = _regrouped(whitened_VD, weights_V, kept, attempt.ranks, price)
+    # One band stores no order: it has the tokens in that of their ids.
+    whole = [np.arange(vocab_size)]
+    attempts.append(_ranked(whitened_VD, weights_V, whole, budget)[1])
+    _, bands, ranks = min(attempts, key=lambda attempt: attempt.error)
     tables = tuple(
         truncate(solve(table_VD, weighting, rows, roots), rank, split)
         if rank
@@ -213,12 +213,24 @@ def banded(
     return BandedTable(order, tables, mean_D)
 
 
-def _in_order_of_ids(bands: list[np.ndarray]) -> list[np.ndarray]:
-    """A band of all tokens in the order of their ids: a model of one band has no other.
+class _Attempt(NamedTuple):
+    """Bands and their ranks, and the weighted squared error that they leave."""
 
-    Several bands stay as they are.
-    """
-    return bands if len(bands) > 1 else [np.sort(bands[0])]
+    error: float
+    bands: list[np.ndarray]
+    ranks: tuple[int, ...]
+
+
+def _ranked(whitened_VD, weights_V, bands, budget):
+    """(directions of each band, the best ranks within a budget, their price)."""
+    spectra, bases = zip(
+        *(principal(whitened_VD[rows], weights_V[rows]) for rows in bands),
+        strict=True,
+    )
+    width = whitened_VD.shape[1]
+    ranks, price = allocate_ranks(spectra, [len(rows) for rows in bands], width, budget)
+    left = sum(s[k:].sum() for s, k in zip(spectra, ranks, strict=True) if k)
+    return bases, _Attempt(float(left), bands, ranks), price
 
 
 def _regrouped(whitened_VD, weights_V, bases, ranks, price):

@@ -17,7 +17,6 @@ from pcagpt.report.wording import (
 )
 
 SMALL_LOSS = 0.3  # nats: up to here predictions are meant to hold
-TRAINED = {"B": "trained on", "Bd": "trained on towards D's predictions"}
 SWEEP_TITLE = "What compressing a token table costs, without training"
 
 
@@ -156,7 +155,8 @@ def recovery_table(sweep: dict[str, Any]) -> str:
         for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
             lines.append([name, size, fixed(loss + added, 4), signed(added, 4)])
         for row in runs:
-            name = f"**{row['letter']}** {best}, {TRAINED[row['letter']]}"
+            towards = " towards D's predictions" if row["letter"] == "Bd" else ""
+            name = f"**{row['letter']}** {best}, trained on{towards}"
             lines.append([name, size, *_numbers(row)])
     lines.append(["**D+** D, trained on", NOTHING, *_numbers(continued)])
     header = ["Model", "Size of", "Loss", "Added", "95% interval", "Tokens", "of D's"]
