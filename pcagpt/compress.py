@@ -41,6 +41,7 @@ from pcagpt.table_swap import SwapScores, TableSwap, frequency_deciles
 from pcagpt.telemetry import Progress, Telemetry
 
 FOLDER = "compressed"
+SMALLEST_ADDED = 1e-3  # nats: below, what is measured is mostly rounding
 
 
 def folder_of(config: ConfigDict) -> Path:
@@ -238,7 +239,7 @@ def _advise(
     advice = {**heading, "bounds": dict(_bounds(config)), "chosen": row, "trials": rows}
     if jax.process_index() == 0:
         origin = dataclasses.asdict(chosen.candidate.recipe)
-        subject.write(folder / "advised", chosen.candidate.table, origin)
+        subject.write(folder / "advised", chosen.candidate.as_bands, origin)
         run_folder.write_json(folder / "advice.json", advice)
         print(advice_text(row, str(folder / "advised")), flush=True)
 
@@ -324,7 +325,7 @@ def _predict(tried: list[Recipe], rows: list[dict[str, Any]]) -> None:
         [
             (row["method"], second_order(row), row["added_loss"])
             for row in rows
-            if row["is_anchor"]
+            if row["is_anchor"] and row["added_loss"] >= SMALLEST_ADDED
         ]
     )
     for row in rows:

@@ -50,6 +50,12 @@ class Candidate:
     second_order: SecondOrder
     seconds: float
 
+    @property
+    def as_bands(self) -> BandedTable:
+        """What is stored; of the baseline, its one band at full width."""
+        order = np.arange(len(self.dense), dtype=np.int32)
+        return self.table or BandedTable(order, (self.dense,), None)
+
 
 class Compressor:
     """Carries recipes out on one table."""
@@ -244,7 +250,11 @@ class Advisor:
         low, high = math.log(least), math.log(most)
         place = (low + high) / 2
         for _ in range(self.TRIALS):
-            trial = self._try(self._best_recipe(round(math.exp(place)), 32))
+            recipe = self._best_recipe(round(math.exp(place)), 32)
+            if recipe is None:  # Too small for any of the numbers of bands.
+                low, place = place, (place + high) / 2
+                continue
+            trial = self._try(recipe)
             met = trial.added <= max_added_loss
             low, high = (low, place) if met else (place, high)
             if met and trial.added >= (1 - self.SLACK) * max_added_loss:
@@ -261,15 +271,35 @@ class Advisor:
         """Of (numbers, bits) to choose from, the table that adds least.
 
         Budgets below rank 1 are passed over, and tables of more than `max_bytes`
-        (0: any number); None if that leaves none.
+        (0: any number); None if that leaves none. Within bytes, the table as it is at
+        as many bits may be it, too.
         """
         for budget, bits in budgets:
             recipe = self._best_recipe(budget, bits)
+            if recipe is not None and max_bytes and bits < 32:
+                recipe = self._filling(recipe, max_bytes)
             if recipe is not None:
                 self._try(recipe)
+            whole = Recipe("baseline", 1, 0, 0, bits)
+            if max_bytes and bits < 32 and self._make(whole).bytes <= max_bytes:
+                self._try(whole)
         most = max_bytes or math.inf
         kept = [trial for trial in self.trials if trial.candidate.bytes <= most]
         return min(kept, key=lambda trial: trial.added, default=None)
+
+    def _filling(self, recipe: Recipe, max_bytes: int) -> Recipe:
+        """The recipe at the budget whose table takes almost as many bytes as it may."""
+        fitting = recipe
+        for _ in range(2):  # Bytes are all but proportional to numbers.
+            size = self._make(recipe).bytes
+            if size <= max_bytes:
+                fitting = recipe
+            budget = int(recipe.budget * 0.995 * max_bytes / size)
+            recipe = dataclasses.replace(recipe, budget=budget)
+        try:
+            return recipe if self._make(recipe).bytes <= max_bytes else fitting
+        except ValueError:
+            return fitting
 
     def _best_recipe(self, budget: int, bits: int) -> Recipe | None:
         """The number of bands with the least second order at a budget, if any fits."""
@@ -286,11 +316,15 @@ class Advisor:
         candidate = self._make(recipe)
         calibration = Calibration(
             [
-                (self._method, trial.candidate.second_order, trial.added)
+                (
+                    trial.candidate.recipe.method,
+                    trial.candidate.second_order,
+                    trial.added,
+                )
                 for trial in self.trials
             ]
         )
-        predicted = calibration(self._method, candidate.second_order)
+        predicted = calibration(recipe.method, candidate.second_order)
         trial = Measured(candidate, predicted, self._measure(candidate))
         self.trials.append(trial)
         return trial

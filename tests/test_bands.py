@@ -176,3 +176,29 @@ def test_bands_never_leave_more_error_than_one_band_of_the_same_size(seed):
     assert made.parameters <= budget
     error, least = (weighted_error(table, weighting, t) for t in (made, single))
     assert error <= least * (1 + 1e-9)
+
+
+def test_rows_in_bands_are_refitted_to_their_contexts():
+    """Band by band as `truncate` refits them, and not as they are without contexts."""
+    random = np.random.default_rng(3)
+    table, contexts = random.normal(size=(2, 200, 8)) * np.geomspace(3, 0.1, 8)
+    plain = factorize.Weighting(random.dirichlet(np.full(200, 0.05)))
+    weighting = plain._replace(contexts=contexts)
+    budget = factorize.budget_of_rank(200, 8, 5)
+    made = factorize.banded(table, weighting, 3, budget)
+    assert len(made.sizes) > 1
+    start = 0
+    for part, size, rank in zip(made.tables, made.sizes, made.ranks, strict=True):
+        rows = made.order[start : start + size]
+        start += size
+        if rank:
+            factors = factorize.solve(table, weighting, rows)
+            wanted = factorize.truncate(factors, rank)
+            np.testing.assert_allclose(part.wte, wanted.wte, atol=1e-9)
+    other = factorize.banded(table, plain, 3, budget)
+    assert not np.allclose(made.dense(), other.dense(), atol=1e-3)
+    logits = [
+        np.abs(np.einsum("vd,vd->v", t.dense() - table, contexts)).mean()
+        for t in (made, other)
+    ]
+    assert logits[0] < logits[1]

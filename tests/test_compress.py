@@ -140,6 +140,8 @@ def table_of_files(folder):
 
 def test_exported_bands_and_the_model_are_the_same_dense_table(asked):
     """And the permutation is the model's own affair: logits come by token id."""
+    freq = {"compress.methods": "freq", "compress.bands": (3,)}  # It gains from bands.
+    asked = changed(asked, **freq)
     compress.compress(asked, "a command")
     folder = Path(asked.workdir) / "compressed" / "best_k8"
     subject = Subject.open(asked)
@@ -540,3 +542,41 @@ def test_a_model_in_one_band_is_factorized_already(asked, finished_experiment):
     )
     with pytest.raises(UserError, match="has a factorized embedding already"):
         compress.compress(changed(asked, model_path=str(run)), "a command")
+
+
+@pytest.mark.parametrize("allowed", [2600, 3300])
+def test_bytes_are_all_but_used_up_and_d_s_own_table_is_an_option(asked, allowed):
+    """97 x 32 numbers take 1,649 bytes in 4 bits, 3,201 in 8, with their scales."""
+    config = changed(asked, **{"compress.max_bytes": allowed, "compress.bits": (8, 4)})
+    compress.compress(config, "a command")
+    folder = Path(asked.workdir) / "compressed"
+    advice = json.loads((folder / "advice.json").read_text())
+    tried = {(r["method"], r["bits"]): r for r in advice["trials"]}
+    assert ("baseline", 4) in tried
+    assert (("baseline", 8) in tried) == (allowed > 3200)
+    assert advice["chosen"]["bytes"] <= allowed
+    least = min(r["added_loss"] for r in tried.values() if r["bytes"] <= allowed)
+    assert advice["chosen"]["added_loss"] == least
+    low = tried["context", 8]
+    assert 0.85 * allowed < low["bytes"] <= allowed
+    asked_again = changed(asked, task="evaluate", model_path=str(folder / "advised"))
+    found = evaluate_run(asked_again)["loss"]
+    chosen = advice["chosen"]
+    assert found == pytest.approx(chosen["loss"] + chosen["added_loss"], abs=2e-6)
+
+
+def test_an_exact_table_is_no_anchor_of_the_predictions():
+    """It adds rounding: a line through it would say nothing of the others."""
+    recipes = [search.Recipe("kl", 1, 10 * rank, rank) for rank in (4, 8, 16, 32)]
+    rows = [
+        {
+            "method": "kl",
+            "second_order_head": total,
+            "second_order_input": 0.0,
+            "added_loss": added,
+        }
+        for total, added in ((0.4, 0.3), (0.2, 0.16), (0.1, 0.09), (1e-13, 3e-7))
+    ]
+    compress._predict(recipes, rows)
+    for row in rows[:3]:
+        assert row["predicted_loss"] == pytest.approx(row["added_loss"], rel=0.3)

@@ -214,3 +214,68 @@ def test_an_error_that_all_rows_share_costs_the_head_nothing():
     predicted = factorize.Predictor(TABLE, STATISTICS)(TABLE + np.arange(D))
     assert predicted.head == pytest.approx(0, abs=1e-9)
     assert predicted.input > 1
+
+
+def test_what_each_method_weighs_is_what_it_is_named_for():
+    """Written out by hand: the table of tokens' weights and metrics of the methods."""
+    random = np.random.default_rng(0)
+    size, width = 30, 5
+    table = random.normal(size=(size, width))
+    h, g, c = (random.normal(size=(50, width)) for _ in range(3))
+    known = factorize.Statistics(
+        frequency=random.dirichlet(np.ones(size)),
+        probability=random.dirichlet(np.ones(size)),
+        hidden_mean=h.mean(axis=0),
+        hidden_moment=h.T @ h / 50,
+        gradient_moment=g.T @ g / 50,
+        context_moment=h.T @ c / 50,
+    )
+    smoothed = known.probability + 0.1 / size  # The mean of what sums to one.
+    trace, eye = np.trace(known.hidden_moment), np.eye(width)
+    fisher = known.hidden_moment + known.gradient_moment
+    wanted = {
+        "svd": (None, None),
+        "pca": (None, None),
+        "freq": (known.frequency, None),
+        "sqrt_freq": (np.sqrt(known.frequency), None),
+        "hidden": (np.ones(size), known.hidden_moment),
+        "kl": (smoothed, known.hidden_moment),
+        "joint": (smoothed, known.hidden_moment / trace + 0.3 * eye / width),
+        "fisher": (smoothed, fisher),
+        "context": (smoothed, fisher),
+    }
+    assert wanted.keys() == factorize.METHODS.keys()
+    for method, (weights, metric) in wanted.items():
+        found = factorize.METHODS[method](table, known)
+        for one, other in ((found.token_weights, weights), (found.metric, metric)):
+            assert (one is None) == (other is None), method
+            if other is not None:
+                np.testing.assert_allclose(one, other, rtol=1e-12, err_msg=method)
+        assert (found.contexts is not None) == (method == "context")
+        mean = np.average(table, axis=0, weights=weights)
+        if method == "svd":
+            assert found.mean is None
+        else:
+            np.testing.assert_allclose(found.mean, mean, rtol=1e-9, err_msg=method)
+
+
+def test_contexts_are_the_linear_map_that_the_moments_say():
+    """From samples: rows seen by hidden states that are a linear map of them."""
+    random = np.random.default_rng(1)
+    size, width = 40, 4
+    table = random.normal(size=(size, width))
+    probability = random.dirichlet(np.ones(size))
+    linear = random.normal(size=(width, width))
+    mean_row = probability @ table
+    mean_h = random.normal(size=width)
+    hidden_V = mean_h + (table - mean_row) @ linear.T  # Mean state of each token.
+    known = factorize.Statistics(
+        frequency=probability,
+        probability=probability,
+        hidden_mean=mean_h,
+        hidden_moment=np.eye(width),
+        gradient_moment=np.eye(width),
+        context_moment=(hidden_V * probability[:, None]).T @ table,
+    )
+    found = factorize.METHODS["context"](table, known).contexts
+    np.testing.assert_allclose(found, hidden_V - mean_h, atol=1e-4)

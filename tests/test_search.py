@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import SecondOrder
-from pcagpt.search import Advisor, Calibration, Candidate, Recipe, anchors, recipes
+from pcagpt.factorize import BandedTable, SecondOrder
+from pcagpt.quantize import quantize
+from pcagpt.search import (
+    Advisor,
+    Calibration,
+    Candidate,
+    Recipe,
+    anchors,
+    quantized,
+    recipes,
+)
 
 
 def test_recipes_are_every_method_rank_and_number_of_bands_that_fits():
@@ -104,3 +113,30 @@ def test_of_several_sizes_and_bits_the_best_is_taken():
     within = advisor.best([], max_bytes=3999)
     assert (within.candidate.recipe.budget, within.candidate.recipe.bits) == (3000, 4)
     assert advisor.best([], max_bytes=10) is None
+
+
+def test_more_bands_than_any_small_budget_holds_are_passed_over():
+    """What is too small to be made is left behind, not tried."""
+    make, measure = world(0.7, 20.0)
+
+    def choosy(recipe):
+        if recipe.budget < 3000:
+            raise ValueError("too small")
+        return make(recipe)
+
+    found = Advisor(choosy, measure, "m", (5,)).smallest(1.0, 10, 40_000)
+    assert found is None or found.added <= 1.0
+
+    def never(recipe):
+        raise ValueError("too small")
+
+    assert Advisor(never, measure, "m", (5,)).smallest(1.0, 10, 40_000) is None
+
+
+def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
+    random = np.random.default_rng(0)
+    parts = (random.normal(size=(3, 4)), random.normal(size=(5, 4)))
+    order = np.array([7, 0, 3, 1, 2, 4, 5, 6], np.int32)
+    _, _, numbers, size = quantized(None, BandedTable(order, parts, None), 8)
+    assert numbers == 8 * 4 + 8
+    assert size == sum(quantize(part, 8).bytes for part in parts) + 4 * 8

@@ -144,7 +144,7 @@ KNOBS = {
     # Compression of a trained model's table without training.
     "compress.methods": Knob(
         "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context",
-        "what a sweep tries; the last one is also tried at fewer bits",
+        "what a sweep tries; the last one also at fewer bits, and for a bound",
     ),
     "compress.bands": Knob(
         (1, 7, 12),
@@ -156,7 +156,9 @@ KNOBS = {
         1_048_576, "of the training split, to measure what weighs errors", at_least(1)
     ),
     "compress.max_added_loss": Knob(
-        0.0, "nats a token may lose; above 0: find the smallest table", at_least(0)
+        0.0,
+        "nats a token may lose; above 0: find the table of the fewest numbers",
+        at_least(0),
     ),
     "compress.max_params": Knob(
         0, "numbers the table may store; above 0: find the best table", at_least(0)
