@@ -102,7 +102,8 @@ class Compressor:
             )
             self._factors = {recipe.method: factors}
         factors = self._factors[recipe.method]
-        rank = recipe.budget // sum(self._table_VD.shape)
+        shape = self._table_VD.shape
+        rank = min(recipe.budget // sum(shape), *shape)  # A budget may be more.
         return factorize.single_band(factors, rank, self._split)
 
 

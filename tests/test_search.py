@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import BandedTable, SecondOrder
+from pcagpt.factorize import BandedTable, SecondOrder, Statistics
 from pcagpt.quantize import quantize
 from pcagpt.search import (
     Advisor,
     Calibration,
     Candidate,
+    Compressor,
     Recipe,
     anchors,
     quantized,
@@ -140,3 +141,14 @@ def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
     _, _, numbers, size = quantized(None, BandedTable(order, parts, None), 8)
     assert numbers == 8 * 4 + 8
     assert size == sum(quantize(part, 8).bytes for part in parts) + 4 * 8
+
+
+def test_a_budget_beyond_the_full_rank_is_the_full_rank():
+    random = np.random.default_rng(0)
+    table = random.normal(size=(30, 6)).astype(np.float32)
+    flat = np.full(30, 1 / 30)
+    eye = np.eye(6)
+    known = Statistics(flat, flat, np.zeros(6), eye, eye, eye)
+    made = Compressor(table, known)(Recipe("kl", 1, 10_000, 0))
+    assert made.parameters == 6 * (30 + 6)
+    np.testing.assert_allclose(made.dense, table, atol=1e-5)

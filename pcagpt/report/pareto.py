@@ -10,9 +10,14 @@ from pcagpt.report.sweep import baseline_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Methods by colour (Okabe and Ito's, told apart in colour blindness), the rest grey.
+# Methods by colour (Okabe and Ito's, told apart in colour blindness), the rest in grey
+# by their order.
 COLOURS = {
     "svd": "#d55e00",
+    "pca": "#c8c8c8",
+    "freq": "#b0b0b0",
+    "sqrt_freq": "#989898",
+    "hidden": "#808080",
     "kl": "#e69f00",
     "joint": "#56b4e9",
     "fisher": "#0072b2",
@@ -77,8 +82,6 @@ def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of a method in one band, or in as many as lose least, at each bit width."""
     kinds: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        if row["method"] not in COLOURS:
-            continue
         kind = (row["method"], row["bands"] > 1, row["bits"])
         best = kinds.setdefault(kind, {}).get(row["rank"])
         if best is None or row["added_loss"] < best["added_loss"]:

@@ -79,14 +79,15 @@ def recovered_rows(
 
     Returns:
       For each run letter, run, rank (of its model's size; None of D), method, bands,
-      val_loss, start_loss, added_loss, added_at_start, interval (of the added loss over
-      evaluation windows, or None), tokens_seen, share_of_tokens (of D's),
+      val_loss, start_loss, added_loss, added_at_start, less_continued (its loss less
+      that of D trained on, the run of rank None), interval and less_continued_interval
+      (over evaluation windows, or None), tokens_seen, share_of_tokens (of D's),
       learning_rate.
     """
     own = read_row(baseline.parent, baseline.name)
     rows = [read_row(folder, run) for run in runs]
     _shared_protocol([own, *rows])
-    found = []
+    continued, found = next(row for row in rows if row["letter"] == "D+"), []
     for row in rows:
         source = Path(read_config(folder / row["folder"])["init"]["weights_from"])
         made = read_config(source).get("compressed", {})
@@ -104,6 +105,12 @@ def recovered_rows(
                 "added_loss": effect,
                 "added_at_start": row["start_loss"] - own["val_loss"],
                 "interval": bounds,
+                "less_continued": row["val_loss"] - continued["val_loss"],
+                "less_continued_interval": window_interval(
+                    folder / row["folder"],
+                    folder / continued["folder"],
+                    row["val_loss"] - continued["val_loss"],
+                )[0],
                 "tokens_seen": row["tokens_seen"],
                 "share_of_tokens": row["tokens_seen"] / own["tokens_seen"],
                 "learning_rate": row["learning_rate"],

@@ -43,8 +43,9 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         f"{code(sweep['protocol']['corpus'])}, windows of "
         f"{sweep['protocol']['window']} tokens that do not overlap; calibration on "
         f"{count(sweep['protocol']['calibration_tokens'])} tokens of the training "
-        "split. Predicted: from second order in the table's error, calibrated for "
-        "each method on what the tables marked ° add.",
+        "split. The best of each size is chosen on the split that is reported. "
+        "Predicted: from second order in the table's error, calibrated for each method "
+        "on what the tables marked ° add.",
         _accuracy(rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -132,8 +133,8 @@ def _recovered(sweep: dict[str, Any]) -> list[str]:
         "## What training on wins back",
         recovery_table(sweep),
         "Added loss is the loss less D's. What was trained had a peak learning rate of "
-        f"{rate:g}, and so had D+, which is D itself trained on for as long. The "
-        "interval is over evaluation windows, of one seed.",
+        f"{rate:g}, and so had D+, which is D itself trained on for as long. Intervals "
+        "are over evaluation windows, of one seed.",
     ]
 
 
@@ -159,7 +160,8 @@ def recovery_table(sweep: dict[str, Any]) -> str:
             name = f"**{row['letter']}** {best}, trained on{towards}"
             lines.append([name, size, *_numbers(row)])
     lines.append(["**D+** D, trained on", NOTHING, *_numbers(continued)])
-    header = ["Model", "Size of", "Loss", "Added", "95% interval", "Tokens", "of D's"]
+    header = ["Model", "Size of", "Loss", "Added", "95% interval", "Less D+"]
+    header += ["95% interval", "Tokens", "of D's"]
     lines = [line + [NOTHING] * (len(header) - len(line)) for line in lines]
     return table(header, lines, "ll" + "r" * (len(header) - 2))
 
@@ -169,6 +171,8 @@ def _numbers(row: dict[str, Any]) -> list[str]:
         fixed(row["val_loss"], 4),
         signed(row["added_loss"], 4),
         interval(row["interval"]),
+        NOTHING if row["rank"] is None else signed(row["less_continued"], 4),
+        NOTHING if row["rank"] is None else interval(row["less_continued_interval"]),
         count(row["tokens_seen"]),
         percent(row["share_of_tokens"]),
     ]
