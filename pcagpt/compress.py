@@ -25,7 +25,12 @@ from pcagpt.config import COMPRESS_BOUNDS, words_of
 from pcagpt.corpus import fingerprint
 from pcagpt.errors import UserError
 from pcagpt.factorize import SecondOrder
-from pcagpt.report import advice_text, pareto_figure, write_sweep_report
+from pcagpt.report import (
+    SMALLEST_ADDED,
+    advice_text,
+    pareto_figure,
+    write_sweep_report,
+)
 from pcagpt.search import (
     FLOAT_BYTES,
     Advisor,
@@ -41,7 +46,6 @@ from pcagpt.table_swap import SwapScores, TableSwap, frequency_deciles
 from pcagpt.telemetry import Progress, Telemetry
 
 FOLDER = "compressed"
-SMALLEST_ADDED = 1e-3  # nats: below, what is measured is mostly rounding
 
 
 def folder_of(config: ConfigDict) -> Path:
@@ -318,14 +322,20 @@ def _predict(tried: list[Recipe], rows: list[dict[str, Any]]) -> None:
     def second_order(row):
         return SecondOrder(row["second_order_head"], row["second_order_input"])
 
-    chosen = anchors(tried)
+    chosen = anchors(
+        [
+            recipe
+            for recipe, row in zip(tried, rows, strict=True)
+            if row["added_loss"] >= SMALLEST_ADDED
+        ]
+    )
     for recipe, row in zip(tried, rows, strict=True):
         row["is_anchor"] = recipe in chosen
     calibration = Calibration(
         [
             (row["method"], second_order(row), row["added_loss"])
             for row in rows
-            if row["is_anchor"] and row["added_loss"] >= SMALLEST_ADDED
+            if row["is_anchor"]
         ]
     )
     for row in rows:

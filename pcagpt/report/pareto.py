@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.report.plots import FAINT, GREY, INK, SMALL, panels
-from pcagpt.report.sweep import baseline_of
+from pcagpt.report.sweep import SMALLEST_ADDED, baseline_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ COLOURS = {
     "context": "#009e73",
     "baseline": INK,
 }
-LOWEST = 1e-3  # nats; what adds less is drawn there
 
 
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
@@ -111,7 +110,7 @@ def _draw(axes, rows: list[dict[str, Any]], field: str) -> None:
     name += f", int{row['bits']}" if row["bits"] < 32 else ""
     axes.plot(
         np.array([r[field] for r in rows]) / 1e6,
-        [max(r["added_loss"], LOWEST) for r in rows],
+        [max(r["added_loss"], SMALLEST_ADDED) for r in rows],
         label=name,
         **style,
     )
