@@ -32,7 +32,7 @@ def evaluate_run(config: ConfigDict) -> dict:
     corpus = open_corpus(data.source, folder, data.tokenizer)
     trained.check_corpus(corpus)
     trained.check_model(config.model, DEVICE_CHOICES)
-    model = GPT(trained.config(config.model, jax.devices()[0].platform))
+    model = GPT(trained.config(config.model, sharding.hardware()))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_divisible("evaluate.batch_size", config.evaluate.batch_size, mesh)
     batches = EvaluationBatches(

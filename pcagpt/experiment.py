@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pcagpt import checkpoint, factorize, run_folder
+from pcagpt import checkpoint, factorize, run_folder, sharding
 from pcagpt import config as knobs
 from pcagpt.arms import ARMS
 from pcagpt.compress import add_recovered, folder_of
@@ -62,10 +62,10 @@ def check(plan: Plan, config: ConfigDict) -> None:
         raise _lacks(lacking[0], config)
     if any(isinstance(job, TrainJob) for job in to_do):
         corpus = describe_corpus(config.data.source, config.data.tokenizer)
-        platform = jax.devices()[0].platform
+        hardware = sharding.hardware()
         for job in to_do:
             if isinstance(job, TrainJob):
-                knobs.model_settings(job.config.model, corpus.vocab_size, platform)
+                knobs.model_settings(job.config.model, corpus.vocab_size, hardware)
         for job in jobs:
             if isinstance(job, FactorizeJob) and max(job.ranks) > corpus.vocab_size:
                 raise UserError(

@@ -12,12 +12,13 @@ baseline is one band without scale matrices; a single rank is one band with them
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from pcagpt.kernels.norm import add_and_norm
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -41,6 +42,7 @@ class GPTConfig:
     dropout: float = 0.0
     compute_dtype: str = "float32"
     attention: str = "xla"
+    kernels: str = "xla"
 
     @property
     def padded_vocab_size(self) -> int:
@@ -164,25 +166,62 @@ class TokenEmbedding(nn.Module):
         return tuple(table.head() for table in self.tables)
 
 
-def dense(config: GPTConfig, features: int, name: str, std: float = INIT_STD):
-    """A linear layer computing in the model's compute dtype."""
-    return nn.Dense(
-        features,
-        use_bias=config.bias,
-        dtype=config.compute_dtype,
-        kernel_init=nn.initializers.normal(std),
-        name=name,
-    )
+class Linear(nn.Module):
+    """The parameters of a linear layer."""
+
+    config: GPTConfig
+    features: int
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel [inputs, features] in the compute dtype, bias [features] float32.
+
+        The bias is no parameter but 0 in a model without biases.
+        """
+        init = nn.initializers.normal(self.std)
+        kernel = self.param("kernel", init, (inputs, self.features))
+        return kernel.astype(self.config.compute_dtype), _bias(self, self.features)
 
 
-def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
-    """A LayerNorm with statistics in float32 and output in the compute dtype."""
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON,
-        use_bias=config.bias,
-        dtype=config.compute_dtype,
-        name=name,
-    )
+def _bias(module: nn.Module, features: int) -> jax.Array:
+    if not module.config.bias:
+        return jnp.zeros(features)
+    return module.param("bias", nn.initializers.zeros, (features,))
+
+
+def _add_bias(y_NX: jax.Array, bias_X: jax.Array) -> jax.Array:
+    """In float32, in which the bias's gradient is then summed, too."""
+    return (y_NX + bias_X).astype(y_NX.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """Adds to the residual stream and normalises it, with statistics in float32."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_ND: jax.Array, update_ND: jax.Array, bias_D: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x + update + bias, and its LayerNorm; each [N, D] in the compute dtype."""
+        width = x_ND.shape[-1]
+        scale_D = self.param("scale", nn.initializers.ones, (width,))
+        parameters = bias_D, scale_D, _bias(self, width)
+        if self.config.kernels == "pallas":
+            return add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
+        return _add_and_norm(x_ND, update_ND, *parameters)
+
+
+def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
+    """`kernels.norm.add_and_norm` in its plain form."""
+    x_ND += _add_bias(update_ND, bias_D)
+    exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
+    mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
+    square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
+    variance_N1 = jnp.maximum(square_N1 - mean_N1 * mean_N1, 0.0)
+    scale_ND = jax.lax.rsqrt(variance_N1 + LAYER_NORM_EPSILON) * scale_D
+    return x_ND, ((exact_ND - mean_N1) * scale_ND + offset_D).astype(x_ND.dtype)
 
 
 class Attention(nn.Module):
@@ -192,13 +231,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, sequence_length: int, deterministic: bool):
-        """[N, D] -> [N, D]; positions attend within their own sequence."""
-        config = self.config
-        width = config.n_embd
-        heads_BT3HC = dense(config, 3 * width, "qkv")(x_ND).reshape(
-            -1, sequence_length, 3, config.n_head, width // config.n_head
+        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence."""
+        config, width = self.config, self.config.n_embd
+        kernel, bias = Linear(config, 3 * width, name="qkv")(width)
+        # Three products: the parts of one would be copied out of it, and back into it.
+        q_BTHC, k_BTHC, v_BTHC = (
+            _add_bias(x_ND @ kernel[:, start:end], bias[start:end]).reshape(
+                -1, sequence_length, config.n_head, width // config.n_head
+            )
+            for start, end in ((i * width, (i + 1) * width) for i in range(3))
         )
-        q_BTHC, k_BTHC, v_BTHC = (heads_BT3HC[:, :, i] for i in range(3))
         if config.dropout and not deterministic:
             # The fused kernels cannot drop attention probabilities; flax's can.
             mask = jnp.tri(sequence_length, dtype=bool)[None, None]
@@ -216,9 +258,7 @@ class Attention(nn.Module):
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
-        residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_ND = dense(config, width, "proj", residual_std)(y_BTHC.reshape(x_ND.shape))
-        return nn.Dropout(config.dropout)(y_ND, deterministic=deterministic)
+        return project(config, y_BTHC.reshape(x_ND.shape), deterministic)
 
 
 class MLP(nn.Module):
@@ -228,30 +268,49 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, deterministic: bool):
-        """[N, D] -> [N, D]."""
-        config = self.config
-        h_NF = dense(config, 4 * config.n_embd, "fc")(x_ND)
-        # Recomputing GELU in the backward pass saves an [N, F] array a layer.
-        h_NF = jax.checkpoint(functools.partial(nn.gelu, approximate=True))(h_NF)
-        residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_ND = dense(config, config.n_embd, "proj", residual_std)(h_NF)
-        return nn.Dropout(config.dropout)(y_ND, deterministic=deterministic)
+        """[N, D] -> [N, D] and its bias [D]."""
+        width = self.config.n_embd
+        kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
+        return project(self.config, _gelu(x_ND @ kernel, bias), deterministic)
+
+
+# The backward pass adds the bias again, which saves an [N, F] array a layer.
+@jax.checkpoint
+def _gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
+    return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
+
+
+def project(config: GPTConfig, x_NX: jax.Array, deterministic: bool):
+    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add."""
+    residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
+    linear = Linear(config, config.n_embd, residual_std, name="proj")
+    kernel, bias_D = linear(x_NX.shape[-1])
+    y_ND = x_NX @ kernel
+    if not config.dropout or deterministic:
+        return y_ND, bias_D
+    dropped_ND = nn.Dropout(config.dropout)(
+        _add_bias(y_ND, bias_D), deterministic=False
+    )
+    return dropped_ND, jnp.zeros_like(bias_D)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block, between two additions to the residual stream."""
 
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_ND, sequence_length: int, deterministic: bool):
-        """[N, D] -> [N, D]."""
-        y_ND = layer_norm(self.config, "ln_1")(x_ND)
-        x_ND += Attention(self.config, name="attn")(
+    def __call__(self, x_ND, update, sequence_length: int, deterministic: bool):
+        """The residual stream [N, D] and what is still to be added, to the same.
+
+        What is to be added is ([N, D], a bias [D]).
+        """
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
+        update = Attention(self.config, name="attn")(
             y_ND, sequence_length, deterministic
         )
-        y_ND = layer_norm(self.config, "ln_2")(x_ND)
-        return x_ND + MLP(self.config, name="mlp")(y_ND, deterministic)
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_2")(x_ND, *update)
+        return x_ND, MLP(self.config, name="mlp")(y_ND, deterministic)
 
 
 class GPT(nn.Module):
@@ -273,7 +332,7 @@ class GPT(nn.Module):
             (config.block_size, config.n_embd),
         )
         self.blocks = [Block(config, name=f"block_{i}") for i in range(config.n_layer)]
-        self.ln_f = layer_norm(config, None)
+        self.ln_f = ResidualNorm(config)
         self.embedding_dropout = nn.Dropout(config.dropout)
 
     def hidden(self, tokens_BT: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -293,11 +352,14 @@ class GPT(nn.Module):
         """
         wpe_TD, length = self.wpe[:sequence_length].astype(x_ND.dtype), sequence_length
         wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
-        x_ND += wpe_BTD.reshape(x_ND.shape)
-        x_ND = self.embedding_dropout(x_ND, deterministic=deterministic)
+        wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
+        if self.config.dropout and not deterministic:
+            x_ND = self.embedding_dropout(x_ND + wpe_ND, deterministic=False)
+            wpe_ND = jnp.zeros_like(x_ND)
+        update = wpe_ND, bias_D
         for block in self.blocks:
-            x_ND = block(x_ND, length, deterministic)
-        return self.ln_f(x_ND)
+            x_ND, update = block(x_ND, update, length, deterministic)
+        return self.ln_f(x_ND, *update)[1]
 
     def head(self) -> tuple[HeadBand, ...]:
         """The tables of the output head, band by band."""

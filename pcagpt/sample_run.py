@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from pcagpt import sharding
 from pcagpt.errors import UserError
 from pcagpt.generate import generate
 from pcagpt.model import GPT
@@ -32,7 +33,7 @@ def sample_run(config: ConfigDict) -> list[str]:
             "there is no text to show"
         )
     tokenizer = load_tokenizer(name)
-    model = GPT(trained.config(config.model, jax.devices()[0].platform))
+    model = GPT(trained.config(config.model, sharding.hardware()))
     if model.config.vocab_size > tokenizer.n_vocab:
         raise UserError(
             f"{trained.run_dir} has {model.config.vocab_size} tokens, its tokenizer "

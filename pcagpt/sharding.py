@@ -11,7 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pcagpt import kernels
 from pcagpt import params as trees
+from pcagpt.config import Hardware
 from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -26,6 +28,12 @@ PARTITION_RULES = (
     (r"(.*/)?proj/kernel", PartitionSpec(None, "fsdp")),
     (r".*", PartitionSpec()),
 )
+
+
+def hardware() -> Hardware:
+    """What models run on here."""
+    device = jax.devices()[0]
+    return Hardware(device.platform, kernels.are_available(device))
 
 
 def start_processes(

@@ -59,7 +59,7 @@ class Subject:
         """
         run = TrainedRun.find(config.model_path)
         run.check_model(config.model, ("compute_dtype", "attention"))
-        model = GPT(run.config(config.model, jax.devices()[0].platform))
+        model = GPT(run.config(config.model, sharding.hardware()))
         if len(model.config.bands) > 1 or model.config.bands[0].rank:
             raise UserError(
                 f"{run.run_dir} has a factorized embedding already: compress a "

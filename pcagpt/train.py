@@ -90,9 +90,7 @@ class Training:
         sharding.check_divisible(
             "evaluate.batch_size", config.evaluate.batch_size, self.mesh
         )
-        settings = model_settings(
-            config.model, corpus.vocab_size, jax.devices()[0].platform
-        )
+        settings = model_settings(config.model, corpus.vocab_size, sharding.hardware())
         self.model = GPT(GPTConfig(**settings))
         self.teacher = self._trained_teacher()
         self.frozen = warm_start.frozen_patterns(config.init)
@@ -118,7 +116,7 @@ class Training:
             return None
         trained = TrainedRun.find(path)
         trained.check_corpus(self.corpus)
-        config = trained.config(self.config.model, jax.devices()[0].platform)
+        config = trained.config(self.config.model, sharding.hardware())
         if config.vocab_size != student.vocab_size:
             raise UserError(
                 f"distill.teacher: {path} has {config.vocab_size} tokens, this model "
@@ -283,7 +281,8 @@ class Training:
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
-        return jitted.lower(state, self.batch(0), teacher).compile()
+        with jax.set_mesh(self.mesh):  # The kernels split their rows over it.
+            return jitted.lower(state, self.batch(0), teacher).compile()
 
     def batch(self, step: int) -> jax.Array:
         """The batch of a step, on the devices: [A, B, T + 1] int32."""

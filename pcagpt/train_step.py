@@ -154,7 +154,9 @@ def train_step(
         positions_N = model.apply(variables, targets_N, method="renumber")
         precision = {"logits_dtype": logits_dtype, "chunks": settings.loss_chunks}
         if teacher is None:
-            losses = {"loss": cross_entropy(h_ND, head, positions_N, **precision)}
+            kernels = model.config.kernels
+            loss = cross_entropy(h_ND, head, positions_N, kernels=kernels, **precision)
+            losses = {"loss": loss}
         else:
             losses = distillation(
                 h_ND,

@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 from pcagpt import checkpoint, run_folder
 from pcagpt import params as trees
-from pcagpt.config import KNOBS, model_settings
+from pcagpt.config import KNOBS, Hardware, model_settings
 from pcagpt.corpus import Corpus
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 
 # Knobs of the model that are about the device, and change no more than rounding.
-DEVICE_CHOICES = ("compute_dtype", "attention")
+DEVICE_CHOICES = ("compute_dtype", "attention", "kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,10 @@ class TrainedRun:
                 f"--config.data.tokenizer={known}"
             )
 
-    def config(self, asked: ConfigDict, platform: str) -> GPTConfig:
+    def config(self, asked: ConfigDict, hardware: Hardware) -> GPTConfig:
         """What it is built as on this device: of `asked`, only that is heeded."""
         section = self.model_section(asked, DEVICE_CHOICES)
-        return GPTConfig(**model_settings(section, self.record["vocab_size"], platform))
+        return GPTConfig(**model_settings(section, self.record["vocab_size"], hardware))
 
     def variables(self, config: GPTConfig) -> dict:
         """{'params', 'constants'} for a model of this config, as host arrays.

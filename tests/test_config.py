@@ -180,18 +180,24 @@ def model_section(**values):
 
 
 def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
-    assert knobs.model_settings(model_section(), 97, "cpu")["vocab_size"] == 97
+    assert (
+        knobs.model_settings(model_section(), 97, knobs.Hardware("cpu"))["vocab_size"]
+        == 97
+    )
     section = model_section(vocab_size=200)
-    assert knobs.model_settings(section, 97, "cpu")["vocab_size"] == 200
+    assert knobs.model_settings(section, 97, knobs.Hardware("cpu"))["vocab_size"] == 200
     with pytest.raises(UserError, match="model.vocab_size is 200, .* up to 200"):
-        knobs.model_settings(section, 201, "cpu")
+        knobs.model_settings(section, 201, knobs.Hardware("cpu"))
 
 
 def test_bands_must_hold_the_whole_vocabulary():
     section = model_section(band_sizes=(10, 80), band_ranks=(8, 0))
-    assert knobs.model_settings(section, 90, "cpu")["band_ranks"] == (8, None)
+    assert knobs.model_settings(section, 90, knobs.Hardware("cpu"))["band_ranks"] == (
+        8,
+        None,
+    )
     with pytest.raises(UserError, match="add up to 90: .* 97"):
-        knobs.model_settings(section, 97, "cpu")
+        knobs.model_settings(section, 97, knobs.Hardware("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -206,11 +212,13 @@ def test_bands_must_hold_the_whole_vocabulary():
     ],
 )
 def test_auto_takes_what_the_device_does_best(platform, asked, expected):
-    settings = knobs.model_settings(model_section(**asked), 97, platform)
+    settings = knobs.model_settings(
+        model_section(**asked), 97, knobs.Hardware(platform)
+    )
     assert (settings["compute_dtype"], settings["attention"]) == expected
 
 
 def test_cudnn_attention_in_float32_is_refused():
     section = model_section(attention="cudnn", compute_dtype="float32")
     with pytest.raises(UserError, match="model.compute_dtype=bfloat16"):
-        knobs.model_settings(section, 97, "gpu")
+        knobs.model_settings(section, 97, knobs.Hardware("gpu"))

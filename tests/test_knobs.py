@@ -96,7 +96,9 @@ def frozen(config):
 
 def attention(config):
     """Whether what would be compiled for a GPU can be compiled here."""
-    model = GPT(GPTConfig(**knobs.model_settings(config.model, 97, "gpu")))
+    model = GPT(
+        GPTConfig(**knobs.model_settings(config.model, 97, knobs.Hardware("gpu")))
+    )
     tokens = jax.ShapeDtypeStruct((8, 8), np.int32)
     try:
         variables = jax.eval_shape(model.init, jax.random.key(0), tokens)

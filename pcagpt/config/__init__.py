@@ -1,6 +1,7 @@
 """Every knob with its default and meaning, and the checks that need only the config."""
 
 from pcagpt.config.checks import (
+    Hardware,
     arms_of,
     model_settings,
     ranks_of,
@@ -14,6 +15,7 @@ from pcagpt.config.rules import Knob
 __all__ = [
     "COMPRESS_BOUNDS",
     "KNOBS",
+    "Hardware",
     "Knob",
     "arms_of",
     "base",

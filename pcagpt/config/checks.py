@@ -1,7 +1,7 @@
 """The checks that need only the config, and what its words mean."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -208,13 +208,23 @@ def _check_weights_from(config: ConfigDict) -> None:
         )
 
 
-def model_settings(model: ConfigDict, vocab_size: int, platform: str) -> dict:
+class Hardware(NamedTuple):
+    """What a model will run on.
+
+    platform: 'cpu', 'gpu', ...; has_kernels: whether it runs those of pcagpt.kernels.
+    """
+
+    platform: str
+    has_kernels: bool = False
+
+
+def model_settings(model: ConfigDict, vocab_size: int, hardware: Hardware) -> dict:
     """The `model` section with nothing left open, for `GPTConfig(**settings)`.
 
     Args:
       model: the section of the config.
       vocab_size: of the corpus.
-      platform: 'cpu', 'gpu', ...: what the model will run on.
+      hardware: what the model will run on.
 
     Raises:
       UserError: the corpus has ids the model lacks, or the bands do not add up.
@@ -234,7 +244,7 @@ def model_settings(model: ConfigDict, vocab_size: int, platform: str) -> dict:
             f"{settings['vocab_size']}"
         )
     settings["band_ranks"] = tuple(rank or None for rank in settings["band_ranks"])
-    on_gpu = platform == "gpu"
+    on_gpu = hardware.platform == "gpu"
     if settings["compute_dtype"] == "auto":
         settings["compute_dtype"] = "bfloat16" if on_gpu else "float32"
     if settings["attention"] == "auto":
@@ -246,5 +256,13 @@ def model_settings(model: ConfigDict, vocab_size: int, platform: str) -> dict:
         raise UserError(
             "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
             "model.compute_dtype=bfloat16; leave model.attention=auto"
+        )
+    takes_kernels = hardware.has_kernels and settings["compute_dtype"] == "bfloat16"
+    if settings["kernels"] == "auto":
+        settings["kernels"] = "pallas" if takes_kernels else "xla"
+    elif settings["kernels"] == "pallas" and on_gpu and not takes_kernels:
+        raise UserError(
+            "model.kernels is 'pallas': the kernels need an NVIDIA GPU, Ampere or "
+            "newer, and model.compute_dtype=bfloat16; leave model.kernels=auto"
         )
     return settings

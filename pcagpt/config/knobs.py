@@ -62,6 +62,11 @@ KNOBS = {
     "model.attention": Knob(
         "auto", "auto: cudnn for bfloat16 on GPUs", one_of("auto", "xla", "cudnn")
     ),
+    "model.kernels": Knob(
+        "auto",
+        "of norms and loss; auto: pallas for bfloat16 on NVIDIA GPUs",
+        one_of("auto", "xla", "pallas"),
+    ),
     # The corpus.
     "data.source": Knob("sotu", "sotu, wikitext103, or a folder of text or .bin files"),
     "data.tokenizer": Knob("auto", "sotu4096, gpt2; auto: what the source comes with"),

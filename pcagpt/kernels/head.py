@@ -1,0 +1,224 @@
+"""The output head's softmax and gradients as attention: no [N, V] array is stored.
+
+Over the vocabulary, the softmax of z @ wte.T weighs rows of wte as attention weighs its
+values, with z for queries and wte for both keys and values. FlashAttention's running
+normaliser (Dao et al. 2022, section 3.1) so gives in one pass over the vocabulary the
+loss and, with p the softmax, its gradient in z: the mean row p @ wte less the target's
+row. One pass over the tokens then gives the gradient of the table, p.T @ z less what
+the targets take away.
+
+Shape letters: N tokens, V rows of a table, K rank; n and v of a tile.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pcagpt.kernels import launch
+
+MAX_RANK = 256
+LEAST_RANK = 16  # of the matrix units' operands
+LOG2_E = math.log2(math.e)  # exp2 is the GPU's own instruction
+PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
+class Tiles(NamedTuple):
+    """Rows that stay and rows that pass by at a time, and how they are worked on."""
+
+    staying: int
+    passing: int
+    warps: int
+    stages: int
+
+
+# The fastest of ten on an H100, by scripts/bench_head.py.
+TILES = {
+    16: Tiles(64, 128, 4, 2),
+    32: Tiles(64, 128, 4, 2),
+    64: Tiles(64, 128, 4, 2),
+    128: Tiles(64, 128, 4, 2),
+    256: Tiles(64, 64, 4, 2),
+}
+
+
+def fits(rank: int) -> bool:
+    """Whether the kernels take a table of that rank."""
+    return rank <= MAX_RANK
+
+
+def summarize(
+    z_NK: jax.Array, wte_VK: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The normaliser log(sum(exp(z @ wte[:size].T))) and the mean row under softmax.
+
+    Args:
+      z_NK: in the compute dtype.
+      wte_VK: in the compute dtype; the rows from `size` on have no probability.
+      size: 1 .. V.
+
+    Returns:
+      [N] and [N, K], float32.
+    """
+    rank = z_NK.shape[1]
+    tiles = TILES[_padded_rank(rank)]
+    wte_VK = _pad(wte_VK, tiles.passing)
+
+    def of_rows(z_NK, wte_VK):
+        count = z_NK.shape[0]
+        normaliser_N, mean_NK = _summarize_tiles(
+            _pad(z_NK, tiles.staying), wte_VK, size, tiles
+        )
+        return normaliser_N[:count], mean_NK[:count, :rank]
+
+    split = launch.on_own_rows(of_rows, [True, False], [True, True])
+    return split(z_NK, wte_VK)
+
+
+def _summarize_tiles(z_NK, wte_VK, size: int, tiles: Tiles):
+    count, rank = z_NK.shape
+    return launch.call(
+        functools.partial(_summarize, size=size, passing=tiles.passing),
+        grid=(count // tiles.staying,),
+        in_specs=[
+            pl.BlockSpec((tiles.staying, rank), lambda i: (i, 0)),
+            pl.BlockSpec(wte_VK.shape, lambda i: (0, 0)),
+        ],
+        out_specs=[
+            pl.BlockSpec((tiles.staying,), lambda i: (i,)),
+            pl.BlockSpec((tiles.staying, rank), lambda i: (i, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+            jax.ShapeDtypeStruct((count, rank), jnp.float32),
+        ],
+        warps=tiles.warps,
+        stages=tiles.stages,
+        name="head_summarize",
+    )(z_NK, wte_VK)
+
+
+def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: int):
+    z_nK = z_ref[...]
+
+    def pass_by(tile, carry, is_last=False):
+        mean_nK, sum_n, highest_n = carry
+        wte_vK = wte_ref[pl.ds(tile * passing, passing), :]
+        exponent_nv = _products(z_nK, wte_vK) * LOG2_E
+        if is_last:
+            column_nv = jax.lax.broadcasted_iota(jnp.int32, exponent_nv.shape, 1)
+            is_real_nv = column_nv < size - tile * passing
+            exponent_nv = jnp.where(is_real_nv, exponent_nv, -jnp.inf)
+        new_highest_n = jnp.maximum(highest_n, exponent_nv.max(axis=1))
+        p_nv = jnp.exp2(exponent_nv - new_highest_n[:, None])
+        shrink_n = jnp.exp2(highest_n - new_highest_n)
+        sum_n = sum_n * shrink_n + p_nv.sum(axis=1)
+        mean_nK = mean_nK * shrink_n[:, None] + _weighted(p_nv, wte_vK)
+        return mean_nK, sum_n, new_highest_n
+
+    start = (
+        jnp.zeros(z_nK.shape, jnp.float32),
+        jnp.zeros(z_nK.shape[:1], jnp.float32),
+        jnp.full(z_nK.shape[:1], -jnp.inf, jnp.float32),
+    )
+    full_tiles = size // passing
+    carry = jax.lax.fori_loop(0, full_tiles, pass_by, start)
+    if size % passing:
+        carry = pass_by(full_tiles, carry, is_last=True)
+    mean_nK, sum_n, highest_n = carry
+    normaliser_ref[...] = (highest_n + jnp.log2(sum_n)) / LOG2_E
+    mean_ref[...] = mean_nK / sum_n[:, None]
+
+
+def table_gradient(
+    wte_VK: jax.Array, z_NK: jax.Array, normaliser_N: jax.Array
+) -> jax.Array:
+    """exp(z @ wte.T - normaliser[:, None]).T @ z, in float32: [V, K].
+
+    Args:
+      wte_VK: in the compute dtype.
+      z_NK: in the compute dtype.
+      normaliser_N: float32; a token whose normaliser is infinite counts for nothing.
+    """
+    size, rank = wte_VK.shape
+    tiles = TILES[_padded_rank(rank)]
+    wte_VK = _pad(wte_VK, tiles.staying)
+
+    def of_rows(wte_VK, z_NK, normaliser_N):
+        # A short table alone would leave most of the GPU idle.
+        splits = max(1, PROGRAMS // (wte_VK.shape[0] // tiles.staying))
+        splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
+        multiple = tiles.passing * splits
+        z_NK = _pad(z_NK, multiple)
+        padding = z_NK.shape[0] - normaliser_N.shape[0]
+        normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
+        parts = _table_gradient_tiles(
+            wte_VK, z_NK, normaliser_N * LOG2_E, splits, tiles
+        )
+        return (parts.sum(axis=0),)
+
+    split = launch.on_own_rows(of_rows, [False, True, True], [False])
+    return split(wte_VK, z_NK, normaliser_N)[0][:size, :rank]
+
+
+def _table_gradient_tiles(wte_VK, z_NK, normaliser_N, splits: int, tiles: Tiles):
+    size, rank = wte_VK.shape
+    count = z_NK.shape[0] // splits
+    return launch.call(
+        functools.partial(_table_gradient, passing=tiles.passing),
+        grid=(size // tiles.staying, splits),
+        in_specs=[
+            pl.BlockSpec((tiles.staying, rank), lambda i, j: (i, 0)),
+            pl.BlockSpec((count, rank), lambda i, j: (j, 0)),
+            pl.BlockSpec((count,), lambda i, j: (j,)),
+        ],
+        out_specs=pl.BlockSpec((None, tiles.staying, rank), lambda i, j: (j, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((splits, size, rank), jnp.float32),
+        warps=tiles.warps,
+        stages=tiles.stages,
+        name="head_table_gradient",
+    )(wte_VK, z_NK, normaliser_N)
+
+
+def _table_gradient(wte_ref, z_ref, normaliser_ref, gradient_ref, *, passing: int):
+    wte_vK = wte_ref[...]
+
+    def pass_by(tile, gradient_vK):
+        rows = pl.ds(tile * passing, passing)
+        z_nK, normaliser_n = z_ref[rows, :], normaliser_ref[rows]
+        exponent_vn = _products(wte_vK, z_nK) * LOG2_E - normaliser_n[None, :]
+        return gradient_vK + _weighted(jnp.exp2(exponent_vn), z_nK)
+
+    start = jnp.zeros(wte_vK.shape, jnp.float32)
+    tiles = z_ref.shape[0] // passing
+    gradient_ref[...] = jax.lax.fori_loop(0, tiles, pass_by, start)
+
+
+def _products(a_aK, b_bK) -> jax.Array:
+    """Of every row of one with every row of the other: [a, b] float32."""
+    return jax.lax.dot_general(
+        a_aK, b_bK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _weighted(p_ab, b_bK) -> jax.Array:
+    """Sums of rows: [a, K] float32."""
+    return jax.lax.dot_general(
+        p_ab.astype(b_bK.dtype),
+        b_bK,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _padded_rank(rank: int) -> int:
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+def _pad(rows_XK, multiple: int) -> jax.Array:
+    """With zeros, to a multiple of rows and a rank that the matrix units take."""
+    count, rank = rows_XK.shape
+    return jnp.pad(rows_XK, ((0, -count % multiple), (0, _padded_rank(rank) - rank)))

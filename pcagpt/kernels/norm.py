@@ -1,0 +1,204 @@
+"""Residual addition and LayerNorm in one visit to each row, forward and backward.
+
+Shape letters: N rows, D their width; n rows of a tile, d columns of a piece.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pcagpt.kernels import launch
+
+ROWS = 4  # of a tile
+PIECE = 256  # columns worked on together, a power of 2
+WARPS = 4
+PROGRAMS = 528  # four for each multiprocessor of an H100
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
+    """x + update + bias, and its LayerNorm times scale plus offset; both [N, D].
+
+    Args:
+      x_ND: the residual stream, in the compute dtype.
+      update_ND: what is added to it, likewise.
+      bias_D: what is added to every row; this and the next two in float32.
+      scale_D: of the norm.
+      offset_D: the norm's bias.
+      epsilon: added to the variance.
+
+    Returns:
+      Both in the compute dtype; statistics and sums are in float32.
+    """
+    return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon)[0]
+
+
+def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
+    forward = functools.partial(_forward_rows, epsilon=epsilon)
+    split = launch.on_own_rows(forward, [True, True, False, False, False], [True] * 4)
+    sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
+    return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
+
+
+def _backward(epsilon, residuals, gradients):
+    del epsilon
+    split = launch.on_own_rows(
+        _backward_rows,
+        [True, True, True, False, True, True],
+        [True, False, False, False],
+    )
+    gradient_ND, *of_parameters = split(*gradients, *residuals)
+    return gradient_ND, gradient_ND, *of_parameters
+
+
+add_and_norm.defvjp(_forward, _backward)
+
+
+def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
+    count, width = x_ND.shape
+    rows = math.gcd(count, ROWS)
+    tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
+    whole = pl.BlockSpec((width,), lambda i: (0,))
+    number = pl.BlockSpec((rows,), lambda i: (i,))
+    return launch.call(
+        functools.partial(_visit_forward, epsilon=epsilon),
+        grid=(count // rows,),
+        in_specs=[tile, tile, whole, whole, whole],
+        out_specs=[tile, tile, number, number],
+        out_shape=[
+            jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
+            jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+        ],
+        warps=WARPS,
+        name="add_and_norm",
+    )(x_ND, update_ND, bias_D, scale_D, offset_D)
+
+
+def _visit_forward(
+    x_ref,
+    update_ref,
+    bias_ref,
+    scale_ref,
+    offset_ref,
+    sum_ref,
+    normed_ref,
+    mean_ref,
+    inverse_deviation_ref,
+    *,
+    epsilon: float,
+):
+    width = x_ref.shape[1]
+    sums = []
+    for piece in _pieces(width):
+        x_nd = x_ref[:, piece].astype(jnp.float32)
+        x_nd += update_ref[:, piece].astype(jnp.float32) + bias_ref[piece][None, :]
+        sum_ref[:, piece] = x_nd.astype(sum_ref.dtype)
+        # Of what is stored: the backward pass sees no more than that.
+        sums.append(x_nd.astype(sum_ref.dtype).astype(jnp.float32))
+    mean_n1 = _row_sums(sums) / width
+    centred = [x_nd - mean_n1 for x_nd in sums]
+    variance_n1 = _row_sums([x_nd * x_nd for x_nd in centred]) / width
+    inverse_n1 = jax.lax.rsqrt(variance_n1 + epsilon)
+    for piece, x_nd in zip(_pieces(width), centred, strict=True):
+        scale_1d, offset_1d = scale_ref[piece][None, :], offset_ref[piece][None, :]
+        normed_nd = x_nd * inverse_n1 * scale_1d + offset_1d
+        normed_ref[:, piece] = normed_nd.astype(normed_ref.dtype)
+    mean_ref[...] = mean_n1.sum(axis=1)
+    inverse_deviation_ref[...] = inverse_n1.sum(axis=1)
+
+
+def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
+    count, width = sum_ND.shape
+    rows = math.gcd(count, ROWS)
+    tiles = math.gcd(count // rows, max(1, count // (rows * PROGRAMS)))
+    programs = count // (rows * tiles)
+    many = pl.BlockSpec((rows * tiles, width), lambda i: (i, 0))
+    numbers = pl.BlockSpec((rows * tiles,), lambda i: (i,))
+    whole = pl.BlockSpec((width,), lambda i: (0,))
+    own = pl.BlockSpec((None, width), lambda i: (i, 0))
+    part = jax.ShapeDtypeStruct((programs, width), jnp.float32)
+    gradient_ND, *parts = launch.call(
+        functools.partial(_visit_backward, rows=rows),
+        grid=(programs,),
+        in_specs=[many, many, many, whole, numbers, numbers],
+        out_specs=[many, own, own, own],
+        out_shape=[
+            jax.ShapeDtypeStruct(sum_ND.shape, sum_ND.dtype),
+            part,
+            part,
+            part,
+        ],
+        warps=WARPS,
+        name="add_and_norm_gradient",
+    )(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
+    return gradient_ND, *(part_PD.sum(axis=0) for part_PD in parts)
+
+
+def _visit_backward(
+    of_sum_ref,
+    of_normed_ref,
+    sum_ref,
+    scale_ref,
+    mean_ref,
+    inverse_deviation_ref,
+    gradient_ref,
+    of_bias_ref,
+    of_scale_ref,
+    of_offset_ref,
+    *,
+    rows: int,
+):
+    count, width = sum_ref.shape
+    pieces = _pieces(width)
+    scales = [scale_ref[piece][None, :] for piece in pieces]
+
+    def visit(tile, totals):
+        place = pl.ds(tile * rows, rows)
+        mean_n1, inverse_n1 = mean_ref[place][:, None], inverse_deviation_ref[place]
+        inverse_n1 = inverse_n1[:, None]
+        units, slopes, gradients = [], [], []
+        for piece, scale_1d in zip(pieces, scales, strict=True):
+            x_nd = sum_ref[place, piece].astype(jnp.float32)
+            gradients.append(of_normed_ref[place, piece].astype(jnp.float32))
+            units.append((x_nd - mean_n1) * inverse_n1)
+            slopes.append(gradients[-1] * scale_1d)
+        mean_slope_n1 = _row_sums(slopes) / width
+        products = [s_nd * u_nd for s_nd, u_nd in zip(slopes, units, strict=True)]
+        mean_product_n1 = _row_sums(products) / width
+        new_totals = []
+        for number, piece in enumerate(pieces):
+            unit_nd, slope_nd = units[number], slopes[number]
+            through_norm_nd = slope_nd - mean_slope_n1 - unit_nd * mean_product_n1
+            of_sum_nd = of_sum_ref[place, piece].astype(jnp.float32)
+            of_sum_nd += through_norm_nd * inverse_n1
+            gradient_ref[place, piece] = of_sum_nd.astype(gradient_ref.dtype)
+            terms = of_sum_nd, gradients[number] * unit_nd, gradients[number]
+            new_totals.append(
+                tuple(t + x for t, x in zip(totals[number], terms, strict=True))
+            )
+        return new_totals
+
+    zeros = [(jnp.zeros((rows, piece.size), jnp.float32),) * 3 for piece in pieces]
+    totals = jax.lax.fori_loop(0, count // rows, visit, zeros)
+    for piece, (of_bias_nd, of_scale_nd, of_offset_nd) in zip(
+        pieces, totals, strict=True
+    ):
+        of_bias_ref[piece] = of_bias_nd.sum(axis=0)
+        of_scale_ref[piece] = of_scale_nd.sum(axis=0)
+        of_offset_ref[piece] = of_offset_nd.sum(axis=0)
+
+
+def _pieces(width: int) -> list:
+    """Slices of a power of 2 of columns, which Triton's arrays must have."""
+    size = math.gcd(width, PIECE)
+    return [pl.ds(start, size) for start in range(0, width, size)]
+
+
+def _row_sums(pieces) -> jax.Array:
+    """Of rows that lie in pieces: [n, 1]."""
+    return sum(piece_nd.sum(axis=1) for piece_nd in pieces)[:, None]

@@ -1,0 +1,101 @@
+"""Sums over tokens taken a chunk at a time, so that only a chunk's logits exist.
+
+Shape letters: N tokens, n tokens of a chunk, D width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def scan_chunks(function, carry, chunks: int, *arrays_N):
+    """`jax.lax.scan` of `function` over equal chunks of the arrays' leading axis.
+
+    Each chunk takes every `chunks`-th row, so that a leading axis sharded over devices
+    stays where it is. `chunks` is lowered to the nearest divisor of N.
+
+    Args:
+      function: (carry, arrays of one chunk) -> (carry, outputs with leading axis n).
+      carry: what is handed from chunk to chunk.
+      chunks: how many, at the most.
+      *arrays_N: arrays of leading axis N.
+
+    Returns:
+      The last carry, and the outputs with leading axis N, in the order of the input.
+    """
+    count = arrays_N[0].shape[0]
+    chunks = max(c for c in range(1, min(chunks, count) + 1) if count % c == 0)
+    if chunks == 1:
+        return function(carry, arrays_N)
+
+    def split(array):
+        return array.reshape(-1, chunks, *array.shape[1:]).swapaxes(0, 1)
+
+    def join(array):
+        return array.swapaxes(0, 1).reshape(count, *array.shape[2:])
+
+    carry, outputs = jax.lax.scan(function, carry, tuple(map(split, arrays_N)))
+    return carry, jax.tree.map(join, outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
+    """The chunks' values of `function`, summed; the first can be differentiated.
+
+    Args:
+      function: (h [n, D], tables, constants, *arrays of a chunk) -> a sum to be
+        differentiated in h and the tables, and a tree of other sums.
+      chunks: as for `scan_chunks`.
+      h_ND: what is cut into chunks and has a gradient.
+      tables: a tree of what has a gradient and is not cut; the function gets it in
+        the dtype of h, gradients are summed in its own.
+      constants: a tree of what is neither cut nor has a gradient.
+      arrays_N: what is cut and has no gradient.
+    """
+
+    def chunk(total, inputs):
+        h_nD, *arrays_n = inputs
+        sums = function(h_nD, tables, constants, *arrays_n)
+        return jax.tree.map(jnp.add, total, sums), None
+
+    tables, constants = _cast((tables, constants), h_ND.dtype)
+    zero = _zeros(function, h_ND, tables, constants, arrays_N)
+    return scan_chunks(chunk, zero, chunks, h_ND, *arrays_N)[0]
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _zeros(function, h_ND, tables, constants, arrays_N):
+    sums = jax.eval_shape(function, h_ND, tables, constants, *arrays_N)
+    return jax.tree.map(jnp.zeros_like, sums)
+
+
+def _sum_forward(function, chunks, h_ND, tables, constants, arrays_N):
+    def chunk(total, inputs):
+        h_nD, *arrays_n = inputs
+        sums, (gradient_h_nD, gradient_tables) = jax.value_and_grad(
+            function, argnums=(0, 1), has_aux=True
+        )(h_nD, cast_tables, constants, *arrays_n)
+        return jax.tree.map(jnp.add, total, (sums, gradient_tables)), gradient_h_nD
+
+    # Once, not in every chunk.
+    cast_tables, constants = _cast((tables, constants), h_ND.dtype)
+    sums = _zeros(function, h_ND, cast_tables, constants, arrays_N)
+    zero = (sums, jax.tree.map(jnp.zeros_like, tables))
+    (sums, gradient_tables), gradient_h_ND = scan_chunks(
+        chunk, zero, chunks, h_ND, *arrays_N
+    )
+    return sums, (gradient_h_ND, gradient_tables)
+
+
+def _sum_backward(function, chunks, gradients, cotangents):
+    gradient_h_ND, gradient_tables = jax.tree.map(
+        lambda g: (g * cotangents[0]).astype(g.dtype), gradients
+    )
+    return gradient_h_ND, gradient_tables, None, None
+
+
+sum_of_chunks.defvjp(_sum_forward, _sum_backward)
