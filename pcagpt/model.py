@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pcagpt.kernels.gelu import bias_gelu
 from pcagpt.kernels.norm import add_and_norm
 
 LAYER_NORM_EPSILON = 1e-5
@@ -215,7 +216,7 @@ class ResidualNorm(nn.Module):
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
     """`kernels.norm.add_and_norm` in its plain form."""
-    x_ND += _add_bias(update_ND, bias_D)
+    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # One rounding.
     exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
     mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
     square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
@@ -233,15 +234,18 @@ class Attention(nn.Module):
     def __call__(self, x_ND, sequence_length: int, deterministic: bool):
         """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence."""
         config, width = self.config, self.config.n_embd
+        drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
-        # Three products: the parts of one would be copied out of it, and back into it.
-        q_BTHC, k_BTHC, v_BTHC = (
-            _add_bias(x_ND @ kernel[:, start:end], bias[start:end]).reshape(
-                -1, sequence_length, config.n_head, width // config.n_head
-            )
-            for start, end in ((i * width, (i + 1) * width) for i in range(3))
-        )
-        if config.dropout and not deterministic:
+        q_ND, k_ND, v_ND = _thirds(x_ND, kernel)
+        # A key's bias adds the same to all logits of a query: the softmax does not see
+        # it. A value's goes through the average unchanged, if nothing is dropped.
+        q_bias_D, _, v_bias_D = jnp.split(bias, 3)
+        q_ND = _add_bias(q_ND, q_bias_D)
+        if drops:
+            v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), jnp.zeros_like(v_bias_D)
+        shape = -1, sequence_length, config.n_head, width // config.n_head
+        q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
+        if drops:
             # The fused kernels cannot drop attention probabilities; flax's can.
             mask = jnp.tri(sequence_length, dtype=bool)[None, None]
             y_BTHC = nn.dot_product_attention(
@@ -258,7 +262,30 @@ class Attention(nn.Module):
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
-        return project(config, y_BTHC.reshape(x_ND.shape), deterministic)
+        return project(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+
+
+@jax.custom_vjp
+def _thirds(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
+    """Three [N, D] that make up x @ kernel.
+
+    By a product each, whose results need not be copied out of one; their gradients are
+    brought together, so that one product gives that of x and one that of the kernel.
+    """
+    return tuple(x_ND @ part_DD for part_DD in jnp.split(kernel_DX, 3, axis=1))
+
+
+def _thirds_forward(x_ND, kernel_DX):
+    return _thirds(x_ND, kernel_DX), (x_ND, kernel_DX)
+
+
+def _thirds_backward(residuals, gradients):
+    x_ND, kernel_DX = residuals
+    gradient_NX = jnp.concatenate(gradients, axis=1)
+    return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
+
+
+_thirds.defvjp(_thirds_forward, _thirds_backward)
 
 
 class MLP(nn.Module):
@@ -271,21 +298,27 @@ class MLP(nn.Module):
         """[N, D] -> [N, D] and its bias [D]."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
-        return project(self.config, _gelu(x_ND @ kernel, bias), deterministic)
+        gelu = bias_gelu if self.config.kernels == "pallas" else _bias_gelu
+        h_NF = gelu(x_ND @ kernel, bias)
+        return project(self.config, h_NF, jnp.zeros_like(bias), deterministic)
 
 
 # The backward pass adds the bias again, which saves an [N, F] array a layer.
 @jax.checkpoint
-def _gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
+def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """`kernels.gelu.bias_gelu` in its plain form."""
     return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
 
 
-def project(config: GPTConfig, x_NX: jax.Array, deterministic: bool):
-    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add."""
+def project(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
+    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
+
+    Of x + input_bias.
+    """
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
     kernel, bias_D = linear(x_NX.shape[-1])
-    y_ND = x_NX @ kernel
+    y_ND, bias_D = x_NX @ kernel, bias_D + input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
     dropped_ND = nn.Dropout(config.dropout)(

@@ -37,9 +37,9 @@ class Tiles(NamedTuple):
 
 # The fastest of ten on an H100, by scripts/bench_head.py.
 TILES = {
-    16: Tiles(64, 128, 4, 2),
-    32: Tiles(64, 128, 4, 2),
-    64: Tiles(64, 128, 4, 2),
+    16: Tiles(64, 128, 4, 3),
+    32: Tiles(64, 128, 4, 3),
+    64: Tiles(64, 128, 4, 3),
     128: Tiles(64, 128, 4, 2),
     256: Tiles(64, 64, 4, 2),
 }
@@ -134,20 +134,21 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: 
 
 
 def table_gradient(
-    wte_VK: jax.Array, z_NK: jax.Array, normaliser_N: jax.Array
+    wte_VK: jax.Array, z_NK: jax.Array, normaliser_N: jax.Array, targets_N: jax.Array
 ) -> jax.Array:
-    """exp(z @ wte.T - normaliser[:, None]).T @ z, in float32: [V, K].
+    """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
     Args:
       wte_VK: in the compute dtype.
       z_NK: in the compute dtype.
-      normaliser_N: float32; a token whose normaliser is infinite counts for nothing.
+      normaliser_N: float32; a token whose normaliser is infinite has probability 0.
+      targets_N: int32 rows; those outside of 0 .. V - 1 are of no row.
     """
     size, rank = wte_VK.shape
     tiles = TILES[_padded_rank(rank)]
     wte_VK = _pad(wte_VK, tiles.staying)
 
-    def of_rows(wte_VK, z_NK, normaliser_N):
+    def of_rows(wte_VK, z_NK, normaliser_N, targets_N):
         # A short table alone would leave most of the GPU idle.
         splits = max(1, PROGRAMS // (wte_VK.shape[0] // tiles.staying))
         splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
@@ -155,16 +156,19 @@ def table_gradient(
         z_NK = _pad(z_NK, multiple)
         padding = z_NK.shape[0] - normaliser_N.shape[0]
         normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
+        targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
         parts = _table_gradient_tiles(
-            wte_VK, z_NK, normaliser_N * LOG2_E, splits, tiles
+            wte_VK, z_NK, normaliser_N * LOG2_E, targets_N, splits, tiles
         )
         return (parts.sum(axis=0),)
 
-    split = launch.on_own_rows(of_rows, [False, True, True], [False])
-    return split(wte_VK, z_NK, normaliser_N)[0][:size, :rank]
+    split = launch.on_own_rows(of_rows, [False, True, True, True], [False])
+    return split(wte_VK, z_NK, normaliser_N, targets_N)[0][:size, :rank]
 
 
-def _table_gradient_tiles(wte_VK, z_NK, normaliser_N, splits: int, tiles: Tiles):
+def _table_gradient_tiles(
+    wte_VK, z_NK, normaliser_N, targets_N, splits: int, tiles: Tiles
+):
     size, rank = wte_VK.shape
     count = z_NK.shape[0] // splits
     return launch.call(
@@ -174,23 +178,31 @@ def _table_gradient_tiles(wte_VK, z_NK, normaliser_N, splits: int, tiles: Tiles)
             pl.BlockSpec((tiles.staying, rank), lambda i, j: (i, 0)),
             pl.BlockSpec((count, rank), lambda i, j: (j, 0)),
             pl.BlockSpec((count,), lambda i, j: (j,)),
+            pl.BlockSpec((count,), lambda i, j: (j,)),
         ],
         out_specs=pl.BlockSpec((None, tiles.staying, rank), lambda i, j: (j, i, 0)),
         out_shape=jax.ShapeDtypeStruct((splits, size, rank), jnp.float32),
         warps=tiles.warps,
         stages=tiles.stages,
         name="head_table_gradient",
-    )(wte_VK, z_NK, normaliser_N)
+    )(wte_VK, z_NK, normaliser_N, targets_N)
 
 
-def _table_gradient(wte_ref, z_ref, normaliser_ref, gradient_ref, *, passing: int):
+def _table_gradient(
+    wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, passing: int
+):
     wte_vK = wte_ref[...]
+    first_row = pl.program_id(0) * wte_vK.shape[0]
 
     def pass_by(tile, gradient_vK):
         rows = pl.ds(tile * passing, passing)
         z_nK, normaliser_n = z_ref[rows, :], normaliser_ref[rows]
         exponent_vn = _products(wte_vK, z_nK) * LOG2_E - normaliser_n[None, :]
-        return gradient_vK + _weighted(jnp.exp2(exponent_vn), z_nK)
+        row_vn = jax.lax.broadcasted_iota(jnp.int32, exponent_vn.shape, 0)
+        is_target_vn = row_vn == (target_ref[rows] - first_row)[None, :]
+        p_vn = jnp.exp2(exponent_vn)
+        error_vn = jnp.where(is_target_vn, p_vn - 1.0, p_vn)
+        return gradient_vK + _weighted(error_vn, z_nK)
 
     start = jnp.zeros(wte_vK.shape, jnp.float32)
     tiles = z_ref.shape[0] // passing

@@ -5,6 +5,7 @@ end: where it is missing, everything runs in its plain form.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -35,6 +36,11 @@ def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
         return pl.pallas_call(kernel, interpret=True, **specs)
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(kernel, compiler_params=parameters, **specs)
+
+
+def power_of_2(count: int, at_most: int) -> int:
+    """The largest that divides a count and is not above a bound of at least 1."""
+    return math.gcd(count, 1 << (at_most.bit_length() - 1))
 
 
 def store(reference, value: jax.Array, mask: jax.Array) -> None:

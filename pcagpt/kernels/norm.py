@@ -4,7 +4,6 @@ Shape letters: N rows, D their width; n rows of a tile, d columns of a piece.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ add_and_norm.defvjp(_forward, _backward)
 
 def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     count, width = x_ND.shape
-    rows = math.gcd(count, ROWS)
+    rows = launch.power_of_2(count, ROWS)
     tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
     whole = pl.BlockSpec((width,), lambda i: (0,))
     number = pl.BlockSpec((rows,), lambda i: (i,))
@@ -114,29 +113,25 @@ def _visit_forward(
 
 def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
-    rows = math.gcd(count, ROWS)
-    tiles = math.gcd(count // rows, max(1, count // (rows * PROGRAMS)))
+    rows = launch.power_of_2(count, ROWS)
+    tiles = launch.power_of_2(count // rows, max(1, count // (rows * PROGRAMS)))
     programs = count // (rows * tiles)
     many = pl.BlockSpec((rows * tiles, width), lambda i: (i, 0))
     numbers = pl.BlockSpec((rows * tiles,), lambda i: (i,))
     whole = pl.BlockSpec((width,), lambda i: (0,))
-    own = pl.BlockSpec((None, width), lambda i: (i, 0))
-    part = jax.ShapeDtypeStruct((programs, width), jnp.float32)
-    gradient_ND, *parts = launch.call(
+    gradient_ND, parts_P3D = launch.call(
         functools.partial(_visit_backward, rows=rows),
         grid=(programs,),
         in_specs=[many, many, many, whole, numbers, numbers],
-        out_specs=[many, own, own, own],
+        out_specs=[many, pl.BlockSpec((None, 3, width), lambda i: (i, 0, 0))],
         out_shape=[
             jax.ShapeDtypeStruct(sum_ND.shape, sum_ND.dtype),
-            part,
-            part,
-            part,
+            jax.ShapeDtypeStruct((programs, 3, width), jnp.float32),
         ],
         warps=WARPS,
         name="add_and_norm_gradient",
     )(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
-    return gradient_ND, *(part_PD.sum(axis=0) for part_PD in parts)
+    return gradient_ND, *parts_P3D.sum(axis=0)
 
 
 def _visit_backward(
@@ -147,9 +142,7 @@ def _visit_backward(
     mean_ref,
     inverse_deviation_ref,
     gradient_ref,
-    of_bias_ref,
-    of_scale_ref,
-    of_offset_ref,
+    of_parameters_ref,
     *,
     rows: int,
 ):
@@ -185,17 +178,14 @@ def _visit_backward(
 
     zeros = [(jnp.zeros((rows, piece.size), jnp.float32),) * 3 for piece in pieces]
     totals = jax.lax.fori_loop(0, count // rows, visit, zeros)
-    for piece, (of_bias_nd, of_scale_nd, of_offset_nd) in zip(
-        pieces, totals, strict=True
-    ):
-        of_bias_ref[piece] = of_bias_nd.sum(axis=0)
-        of_scale_ref[piece] = of_scale_nd.sum(axis=0)
-        of_offset_ref[piece] = of_offset_nd.sum(axis=0)
+    for piece, of_parameters in zip(pieces, totals, strict=True):
+        for number, terms_nd in enumerate(of_parameters):
+            of_parameters_ref[number, piece] = terms_nd.sum(axis=0)
 
 
 def _pieces(width: int) -> list:
     """Slices of a power of 2 of columns, which Triton's arrays must have."""
-    size = math.gcd(width, PIECE)
+    size = launch.power_of_2(width, PIECE)
     return [pl.ds(start, size) for start in range(0, width, size)]
 
 

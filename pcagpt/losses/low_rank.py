@@ -65,16 +65,12 @@ def _backward(sizes, chunks, residuals, cotangent):
     for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, tables, targets_N):
         cast_VK = wte_VK.astype(z_NK.dtype)
         if kernels.fits(wte_VK.shape[1]):
-            gradient_VK = kernels.table_gradient(cast_VK, z_NK, normaliser_N)
+            gradient = kernels.table_gradient
         else:
-            gradient_VK = _table_gradient(cast_VK, z_NK, normaliser_N, chunks)
+            gradient = functools.partial(_table_gradient, chunks=chunks)
+        gradient_VK = gradient(cast_VK, z_NK, normaliser_N, local_N)
         is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
         gradient_VK = jnp.where(is_real_V1, gradient_VK, 0.0)
-        # Targets of other bands lie outside, and are dropped.
-        place_N = jnp.where((local_N >= 0) & (local_N < size), local_N, wte_VK.shape[0])
-        gradient_VK = gradient_VK.at[place_N].add(
-            -z_NK.astype(jnp.float32), mode="drop"
-        )
         of_tables.append((gradient_VK * cotangent).astype(wte_VK.dtype))
     return of_z, tuple(of_tables), None
 
@@ -103,18 +99,19 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
     return scan_chunks(summarize, None, chunks, z_NK)[1]
 
 
-def _table_gradient(wte_VK, z_NK, normaliser_N, chunks: int):
+def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
     """`kernels.table_gradient` in its plain form, a chunk of tokens at a time."""
 
     def add_chunk(total_VK, arrays):
-        z_nK, normaliser_n = arrays
+        z_nK, normaliser_n, targets_n = arrays
         p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
-        p_Vn = p_nV.astype(z_nK.dtype).T
-        gradient_VK = jnp.matmul(p_Vn, z_nK, preferred_element_type=jnp.float32)
+        error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
+        error_Vn = error_nV.astype(z_nK.dtype).T
+        gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
         return total_VK + gradient_VK, None
 
     zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
-    return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N)[0]
+    return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N, targets_N)[0]
 
 
 def _logits(z_nK, wte_VK) -> jax.Array:

@@ -1,0 +1,107 @@
+"""Bias and GELU in one visit to each element, and the bias's gradient on the way back.
+
+The tanh form (Hendrycks and Gimpel 2016) is x * sigmoid(2 * u(x)) with
+u(x) = sqrt(2 / pi) * (x + 0.044715 * x**3).
+
+Shape letters: N rows, F their width; n rows of a tile, f columns of a piece.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pcagpt.kernels import launch
+
+ROWS = 8  # of a tile
+PIECE = 256  # columns worked on together
+WARPS = 4
+ROW_PROGRAMS = 128
+TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
+CUBIC = 0.044715
+LOG2_E = math.log2(math.e)
+
+
+@jax.custom_vjp
+def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """gelu(h + bias), tanh form, computed in float32: [N, F] in the dtype of h."""
+    return _forward(h_NF, bias_F)[0]
+
+
+def _forward(h_NF, bias_F):
+    split = launch.on_own_rows(_forward_rows, [True, False], [True])
+    return split(h_NF, bias_F)[0], (h_NF, bias_F)
+
+
+def _backward(residuals, of_gelu_NF):
+    split = launch.on_own_rows(_backward_rows, [True, True, False], [True, False])
+    return split(of_gelu_NF, *residuals)
+
+
+bias_gelu.defvjp(_forward, _backward)
+
+
+def _forward_rows(h_NF, bias_F):
+    count, width = h_NF.shape
+    rows, columns = launch.power_of_2(count, ROWS), launch.power_of_2(width, PIECE)
+    tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
+    gelu_NF = launch.call(
+        _visit_forward,
+        grid=(count // rows, width // columns),
+        in_specs=[tile, pl.BlockSpec((columns,), lambda i, j: (j,))],
+        out_specs=tile,
+        out_shape=jax.ShapeDtypeStruct(h_NF.shape, h_NF.dtype),
+        warps=WARPS,
+        name="bias_gelu",
+    )(h_NF, bias_F)
+    return (gelu_NF,)
+
+
+def _visit_forward(h_ref, bias_ref, gelu_ref):
+    x_nf = h_ref[...].astype(jnp.float32) + bias_ref[...][None, :]
+    gelu_ref[...] = (x_nf * _sigmoid(x_nf)).astype(gelu_ref.dtype)
+
+
+def _backward_rows(of_gelu_NF, h_NF, bias_F):
+    count, width = h_NF.shape
+    rows, columns = launch.power_of_2(count, ROWS), launch.power_of_2(width, PIECE)
+    tiles = launch.power_of_2(count // rows, max(1, count // (rows * ROW_PROGRAMS)))
+    many = pl.BlockSpec((rows * tiles, columns), lambda i, j: (i, j))
+    programs = count // (rows * tiles)
+
+    def visit(of_gelu_ref, h_ref, bias_ref, of_h_ref, of_bias_ref):
+        bias_1f = bias_ref[...][None, :]
+
+        def visit_tile(tile, total_nf):
+            place = pl.ds(tile * rows, rows)
+            x_nf = h_ref[place, :].astype(jnp.float32) + bias_1f
+            sigmoid_nf = _sigmoid(x_nf)
+            slope_nf = TWICE_SCALE * (1.0 + 3.0 * CUBIC * x_nf * x_nf)
+            derivative_nf = sigmoid_nf * (1.0 + x_nf * (1.0 - sigmoid_nf) * slope_nf)
+            of_x_nf = of_gelu_ref[place, :].astype(jnp.float32) * derivative_nf
+            of_h_ref[place, :] = of_x_nf.astype(of_h_ref.dtype)
+            return total_nf + of_x_nf
+
+        zeros = jnp.zeros((rows, columns), jnp.float32)
+        of_bias_ref[...] = jax.lax.fori_loop(0, tiles, visit_tile, zeros).sum(axis=0)
+
+    of_h_NF, parts_PF = launch.call(
+        visit,
+        grid=(programs, width // columns),
+        in_specs=[many, many, pl.BlockSpec((columns,), lambda i, j: (j,))],
+        out_specs=[many, pl.BlockSpec((None, columns), lambda i, j: (i, j))],
+        out_shape=[
+            jax.ShapeDtypeStruct(h_NF.shape, h_NF.dtype),
+            jax.ShapeDtypeStruct((programs, width), jnp.float32),
+        ],
+        warps=WARPS,
+        name="bias_gelu_gradient",
+    )(of_gelu_NF, h_NF, bias_F)
+    return of_h_NF, parts_PF.sum(axis=0)
+
+
+def _sigmoid(x_nf):
+    """Of 2 * u(x)."""
+    exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * LOG2_E)
+    return 1.0 / (1.0 + jnp.exp2(exponent_nf))
