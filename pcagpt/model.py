@@ -272,7 +272,11 @@ def _thirds(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
     By a product each, whose results need not be copied out of one; their gradients are
     brought together, so that one product gives that of x and one that of the kernel.
     """
-    return tuple(x_ND @ part_DD for part_DD in jnp.split(kernel_DX, 3, axis=1))
+    # The barriers keep XLA from merging products of one array, here and in
+    # the gradients, and from then slicing the result after all.
+    xs = jax.lax.optimization_barrier((x_ND,) * 3)
+    parts = jnp.split(kernel_DX, 3, axis=1)
+    return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
 
 
 def _thirds_forward(x_ND, kernel_DX):
@@ -281,7 +285,7 @@ def _thirds_forward(x_ND, kernel_DX):
 
 def _thirds_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
-    gradient_NX = jnp.concatenate(gradients, axis=1)
+    gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 

@@ -1,9 +1,12 @@
-"""Eight fake CPU devices, and what several tests need: a tiny corpus and config."""
+"""Eight fake CPU devices, and what several tests need: a tiny corpus and config.
+
+The tests of kernels also run on a GPU: JAX_PLATFORMS=cuda pytest tests/test_kernels.py
+"""
 
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import json
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pcagpt.kernels import head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -72,7 +73,7 @@ def losses(h, tables, sizes, targets):
     return token_losses(h, head_of(tables, sizes), targets)
 
 
-def value_of(chunks, logits_dtype=jnp.float32, factor=1.0):
+def value_of(chunks, logits_dtype=jnp.float32, factor=1.0, kernels="xla"):
     @functools.partial(jax.jit, static_argnums=2)
     def loss(h, tables, sizes, targets):
         return factor * cross_entropy(
@@ -81,6 +82,7 @@ def value_of(chunks, logits_dtype=jnp.float32, factor=1.0):
             targets,
             logits_dtype=logits_dtype,
             chunks=chunks,
+            kernels=kernels,
         )
 
     return loss
@@ -123,17 +125,39 @@ def test_sum_and_gradients_are_those_of_a_dense_log_softmax(bands, tokens, chunk
     assert_close(chunked(chunks)(*arguments), dense(*arguments), 1e-5)
 
 
-def test_sum_without_gradients_is_the_same():
+@each_head
+def test_kernels_give_the_sum_and_gradients_of_a_dense_log_softmax(bands, monkeypatch):
+    # The one high rank of the bands is then not for the kernels.
+    monkeypatch.setattr(head, "MAX_RANK", 4)
+    arguments = inputs(bands, 28)
+    found = gradient_by(value_of(2, kernels="pallas"))(*arguments)
+    assert_close(found, dense(*arguments), 1e-5)
+
+
+def test_kernels_store_no_logits_of_a_low_rank():
+    bands, tokens = [(640, 640, 4), (896, 896, 2)], 256
+    program = jax.make_jaxpr(
+        jax.grad(value_of(1, kernels="pallas"), (0, 1)), static_argnums=2
+    )(*inputs(bands, tokens))
+    sizes = [int(size) for size in re.findall(r"f32\[(\d+),\d+\]", str(program))]
+    shapes = re.findall(r"\[([\d,]+)\]", str(program))
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert sizes and largest < tokens * 640 / 4
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_sum_without_gradients_is_the_same(kernels):
     arguments = inputs(HEADS["bands"], 28)
     value, _ = chunked(2)(*arguments)
-    assert_close(value_of(2)(*arguments), value, 1e-6)
+    assert_close(value_of(2, kernels=kernels)(*arguments), value, 1e-6)
 
 
-def test_gradient_is_scaled_by_what_comes_from_above():
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_gradient_is_scaled_by_what_comes_from_above(kernels):
     arguments = inputs(HEADS["bands"], 28)
-    _, once = chunked(2)(*arguments)
-    value, scaled = chunked(2, factor=-3.5)(*arguments)
-    assert value == -3.5 * chunked(2)(*arguments)[0]
+    _, once = chunked(2, kernels=kernels)(*arguments)
+    value, scaled = chunked(2, factor=-3.5, kernels=kernels)(*arguments)
+    assert value == -3.5 * chunked(2, kernels=kernels)(*arguments)[0]
     assert_close(scaled, jax.tree.map(lambda g: -3.5 * g, once), 1e-6)
 
 

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 
 from pcagpt.kernels import launch
 
-ROWS = 8  # of a tile
-PIECE = 256  # columns worked on together
+ROWS = 16  # of a tile
+PIECE = 128  # columns worked on together
 WARPS = 4
 ROW_PROGRAMS = 128
 TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
@@ -73,18 +73,24 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
     def visit(of_gelu_ref, h_ref, bias_ref, of_h_ref, of_bias_ref):
         bias_1f = bias_ref[...][None, :]
 
-        def visit_tile(tile, total_nf):
+        def load(tile):
             place = pl.ds(tile * rows, rows)
-            x_nf = h_ref[place, :].astype(jnp.float32) + bias_1f
+            return h_ref[place, :], of_gelu_ref[place, :]
+
+        def visit_tile(tile, carry):
+            (h_nf, of_gelu_nf), total_nf = carry
+            following = load(jnp.minimum(tile + 1, tiles - 1))  # On its way meanwhile.
+            x_nf = h_nf.astype(jnp.float32) + bias_1f
             sigmoid_nf = _sigmoid(x_nf)
             slope_nf = TWICE_SCALE * (1.0 + 3.0 * CUBIC * x_nf * x_nf)
             derivative_nf = sigmoid_nf * (1.0 + x_nf * (1.0 - sigmoid_nf) * slope_nf)
-            of_x_nf = of_gelu_ref[place, :].astype(jnp.float32) * derivative_nf
-            of_h_ref[place, :] = of_x_nf.astype(of_h_ref.dtype)
-            return total_nf + of_x_nf
+            of_x_nf = of_gelu_nf.astype(jnp.float32) * derivative_nf
+            of_h_ref[pl.ds(tile * rows, rows), :] = of_x_nf.astype(of_h_ref.dtype)
+            return following, total_nf + of_x_nf
 
         zeros = jnp.zeros((rows, columns), jnp.float32)
-        of_bias_ref[...] = jax.lax.fori_loop(0, tiles, visit_tile, zeros).sum(axis=0)
+        _, total_nf = jax.lax.fori_loop(0, tiles, visit_tile, (load(0), zeros))
+        of_bias_ref[...] = total_nf.sum(axis=0)
 
     of_h_NF, parts_PF = launch.call(
         visit,

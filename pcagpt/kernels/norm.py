@@ -150,15 +150,29 @@ def _visit_backward(
     pieces = _pieces(width)
     scales = [scale_ref[piece][None, :] for piece in pieces]
 
-    def visit(tile, totals):
+    tiles = count // rows
+
+    def load(tile):
         place = pl.ds(tile * rows, rows)
-        mean_n1, inverse_n1 = mean_ref[place][:, None], inverse_deviation_ref[place]
-        inverse_n1 = inverse_n1[:, None]
+        arrays = [
+            (
+                sum_ref[place, piece],
+                of_normed_ref[place, piece],
+                of_sum_ref[place, piece],
+            )
+            for piece in pieces
+        ]
+        return arrays, mean_ref[place], inverse_deviation_ref[place]
+
+    def visit(tile, carry):
+        (arrays, mean_n, inverse_n), totals = carry
+        following = load(jnp.minimum(tile + 1, tiles - 1))  # On its way meanwhile.
+        place = pl.ds(tile * rows, rows)
+        mean_n1, inverse_n1 = mean_n[:, None], inverse_n[:, None]
         units, slopes, gradients = [], [], []
-        for piece, scale_1d in zip(pieces, scales, strict=True):
-            x_nd = sum_ref[place, piece].astype(jnp.float32)
-            gradients.append(of_normed_ref[place, piece].astype(jnp.float32))
-            units.append((x_nd - mean_n1) * inverse_n1)
+        for (x_nd, of_normed_nd, _), scale_1d in zip(arrays, scales, strict=True):
+            gradients.append(of_normed_nd.astype(jnp.float32))
+            units.append((x_nd.astype(jnp.float32) - mean_n1) * inverse_n1)
             slopes.append(gradients[-1] * scale_1d)
         mean_slope_n1 = _row_sums(slopes) / width
         products = [s_nd * u_nd for s_nd, u_nd in zip(slopes, units, strict=True)]
@@ -167,17 +181,17 @@ def _visit_backward(
         for number, piece in enumerate(pieces):
             unit_nd, slope_nd = units[number], slopes[number]
             through_norm_nd = slope_nd - mean_slope_n1 - unit_nd * mean_product_n1
-            of_sum_nd = of_sum_ref[place, piece].astype(jnp.float32)
+            of_sum_nd = arrays[number][2].astype(jnp.float32)
             of_sum_nd += through_norm_nd * inverse_n1
             gradient_ref[place, piece] = of_sum_nd.astype(gradient_ref.dtype)
             terms = of_sum_nd, gradients[number] * unit_nd, gradients[number]
             new_totals.append(
                 tuple(t + x for t, x in zip(totals[number], terms, strict=True))
             )
-        return new_totals
+        return following, new_totals
 
     zeros = [(jnp.zeros((rows, piece.size), jnp.float32),) * 3 for piece in pieces]
-    totals = jax.lax.fori_loop(0, count // rows, visit, zeros)
+    _, totals = jax.lax.fori_loop(0, tiles, visit, (load(0), zeros))
     for piece, of_parameters in zip(pieces, totals, strict=True):
         for number, terms_nd in enumerate(of_parameters):
             of_parameters_ref[number, piece] = terms_nd.sum(axis=0)

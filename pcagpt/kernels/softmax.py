@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 
 from pcagpt.kernels import launch
 
-COLUMNS = 4096
-WARPS = 8
+COLUMNS = 8192
+WARPS = 16
 
 
 def loss_and_gradient(

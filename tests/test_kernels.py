@@ -1,0 +1,286 @@
+"""Each kernel against float64: interpreted on CPUs, in bfloat16 on GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pcagpt import kernels
+from pcagpt.kernels import gelu, head, launch, norm, softmax
+from pcagpt.sharding import BATCH_AXES, make_mesh
+
+ON_GPU = jax.default_backend() != "cpu"
+DTYPE = jnp.bfloat16 if ON_GPU else jnp.float32
+# Relative to the norm of what is wanted: of values rounded to DTYPE, and of others.
+ROUNDED, EXACT = (4e-3, 2e-3) if ON_GPU else (1e-6, 1e-6)
+# A logit of 20 in float32 makes its probability uncertain by 1e-6.
+HEAD = max(ROUNDED, 3e-6)
+pytestmark = pytest.mark.usefixtures("quick")
+on_eight_devices = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices"
+)
+
+
+def random_array(seed, *shape, dtype=DTYPE, scale=1.0):
+    values = np.random.default_rng(seed).normal(scale=scale, size=shape)
+    return jnp.asarray(values, dtype)
+
+
+def exact(*arrays):
+    return [np.asarray(array.astype(jnp.float32), np.float64) for array in arrays]
+
+
+def assert_near(found, wanted, tolerance):
+    assert np.isfinite(found).all()
+    error = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+    assert error <= tolerance * np.linalg.norm(wanted), error / np.linalg.norm(wanted)
+
+
+def softmax_of(logits):
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
+
+
+# The head: tokens, stored rows, real rows, rank. Multiples of the tiles, and not;
+# tables shorter than a tile, which several programs share; every padded rank.
+HEADS = [(256, 384, 384, 32), (100, 77, 70, 5), (64, 300, 257, 200), (1, 9, 8, 64)]
+HEADS += [(1000, 130, 129, 128)]
+each_head = pytest.mark.parametrize(("count", "rows", "size", "rank"), HEADS)
+
+
+@each_head
+def test_normaliser_and_mean_row_are_those_of_the_softmax(count, rows, size, rank):
+    z, wte = random_array(0, count, rank), random_array(1, rows, rank, scale=0.5)
+    normaliser, mean = jax.jit(head.summarize, static_argnums=2)(z, wte, size)
+    assert (normaliser.dtype, mean.dtype) == (jnp.float32,) * 2
+    z, wte = exact(z, wte[:size])
+    logits = z @ wte.T
+    highest = logits.max(axis=1)
+    wanted = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    assert_near(normaliser, wanted, EXACT)
+    assert_near(mean, softmax_of(logits) @ wte, HEAD)
+
+
+def test_normaliser_bears_logits_far_from_0():
+    z = jnp.full((8, 16), 20.0, DTYPE) * jnp.asarray([1, -1] * 4, DTYPE)[:, None]
+    wte = jnp.full((40, 16), 4.0, DTYPE)
+    normaliser, mean = head.summarize(z, wte, 30)
+    logits = np.where(np.arange(8) % 2, -1280.0, 1280.0)
+    np.testing.assert_allclose(normaliser, logits + np.log(30), rtol=1e-6)
+    np.testing.assert_allclose(mean, 4.0, rtol=1e-6)
+
+
+@each_head
+def test_gradient_of_the_table_is_what_is_predicted_less_what_occurs(
+    count, rows, size, rank
+):
+    z, wte = random_array(0, count, rank), random_array(1, rows, rank, scale=0.5)
+    random = np.random.default_rng(2)
+    targets = random.integers(-2, rows + 2, count).astype(np.int32)
+    is_counted = random.random(count) < 0.8
+    targets[~is_counted] = -1
+    logits = np.matmul(*exact(z, wte.T))
+    p, normaliser = softmax_of(logits), np.log(np.exp(logits).sum(axis=1))
+    normaliser = jnp.where(is_counted, normaliser, jnp.inf).astype(jnp.float32)
+    found = jax.jit(head.table_gradient)(wte, z, normaliser, targets)
+    assert found.dtype == jnp.float32
+    occurs = targets[:, None] == np.arange(rows)
+    wanted = (p * is_counted[:, None] - occurs).T @ exact(z)[0]
+    assert_near(found, wanted, HEAD)
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "size"),
+    [(7, 100, 90), (3, 64, 64), (5, 33, 20), (4, 200, 65), (2, 8300, 8200), (3, 1, 1)],
+)
+def test_loss_and_gradient_of_stored_logits(count, columns, size, monkeypatch):
+    monkeypatch.setattr(softmax, "COLUMNS", 4096 if columns > 1000 else 32)
+    logits = random_array(0, count, columns, scale=3.0)
+    targets = np.random.default_rng(1).integers(0, size, count).astype(np.int32)
+    targets[-1] = -1
+    of_rows = jax.jit(softmax.loss_and_gradient, static_argnums=1)
+    loss, gradient = of_rows(logits, size, targets)
+    assert (loss.dtype, gradient.dtype) == (jnp.float32, DTYPE)
+    p = softmax_of(exact(logits)[0][:, :size])
+    rows = np.arange(count - 1)
+    np.testing.assert_allclose(
+        loss[:-1], -np.log(p[rows, targets[:-1]]), rtol=1e-5, atol=1e-6
+    )
+    wanted = np.zeros((count, columns))
+    wanted[:, :size] = p
+    wanted[rows, targets[:-1]] -= 1
+    wanted[-1] = 0
+    assert loss[-1] == 0
+    assert_near(gradient, wanted, ROUNDED)
+
+
+def plain_add_and_norm(x, update, bias, scale, offset):
+    total = x + update + bias
+    centred = total - total.mean(axis=1, keepdims=True)
+    variance = (centred**2).mean(axis=1, keepdims=True)
+    return total, centred / jnp.sqrt(variance + 1e-5) * scale + offset
+
+
+# One program and many of them, with pieces of 256 columns and of 16.
+@pytest.mark.parametrize(("count", "width"), [(32, 48), (24, 768), (4104, 16), (1, 16)])
+def test_addition_norm_and_their_gradients(count, width):
+    x, update, of_sum, of_normed = (random_array(i, count, width) for i in range(4))
+    parameters = [random_array(i, width, dtype=jnp.float32) for i in range(4, 7)]
+
+    def loss(function, dtype, arrays):
+        total, normed = function(*arrays)
+        of_both = of_sum.astype(dtype), of_normed.astype(dtype)
+        terms = (total * of_both[0]).sum() + (normed * of_both[1]).sum()
+        return terms.astype(jnp.float32), (total, normed)
+
+    def results(function, dtype, arrays):
+        of_arrays = jax.jit(
+            jax.grad(functools.partial(loss, function, dtype), has_aux=1)
+        )
+        gradients, outputs = of_arrays(arrays)
+        return [*outputs, *gradients]
+
+    arrays = [x, update, *parameters]
+    found = results(lambda *a: norm.add_and_norm(*a, 1e-5), DTYPE, arrays)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in exact(*arrays)]
+        wanted = results(plain_add_and_norm, jnp.float64, wide)
+    for name, a, b in zip(
+        ["sum", "normed", "x", "update", "bias", "scale", "offset"],
+        found,
+        wanted,
+        strict=True,
+    ):
+        assert a.dtype == (
+            jnp.float32 if name in ("bias", "scale", "offset") else DTYPE
+        )
+        assert_near(*exact(a), np.asarray(b), 2 * ROUNDED)
+
+
+@pytest.mark.parametrize(("count", "width"), [(64, 512), (24, 48), (4096, 16), (1, 8)])
+def test_gelu_with_its_bias_and_their_gradients(count, width):
+    h, of_gelu = (random_array(i, count, width, scale=2.0) for i in range(2))
+    bias = random_array(2, width, dtype=jnp.float32)
+    found, pull = jax.vjp(jax.jit(gelu.bias_gelu), h, bias)
+    of_h, of_bias = pull(of_gelu)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in exact(h, bias, of_gelu)]
+        wanted, pull = jax.vjp(
+            lambda h, bias: jax.nn.gelu(h + bias, approximate=True), *wide[:2]
+        )
+        wanted_of_h, wanted_of_bias = pull(wide[2])
+    assert (found.dtype, of_h.dtype, of_bias.dtype) == (DTYPE, DTYPE, jnp.float32)
+    assert_near(*exact(found), np.asarray(wanted), ROUNDED)
+    assert_near(*exact(of_h), np.asarray(wanted_of_h), 2 * ROUNDED)
+    assert_near(of_bias, np.asarray(wanted_of_bias), 2 * ROUNDED)
+
+
+def test_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
+    h = jnp.asarray([[-1e4, -60.0, 60.0, 1e4]], DTYPE)
+    found, pull = jax.vjp(gelu.bias_gelu, h, jnp.zeros(4))
+    np.testing.assert_array_equal(found, np.asarray([[0, 0, 60, 1e4]], DTYPE))
+    np.testing.assert_array_equal(pull(jnp.ones_like(h))[0], [[0, 0, 1, 1]])
+
+
+# Several devices
+
+
+@on_eight_devices
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_eight_devices_work_on_their_own_rows_and_add_up(data, fsdp):
+    mesh = make_mesh(data, fsdp)
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def all_kernels(z, wte, targets, h, bias):
+        normaliser, mean = head.summarize(z, wte, 50)
+        gradient = head.table_gradient(wte, z, normaliser, targets)
+        loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
+
+        def activations(h, bias):
+            total, normed = norm.add_and_norm(h, 2 * h, bias, bias, bias, 1e-5)
+            return (gelu.bias_gelu(total, bias) * normed).sum()
+
+        gradients = jax.grad(activations, argnums=(0, 1))(h, bias)
+        return normaliser, mean, gradient, loss, of_logits, gradients
+
+    split = random_array(0, 64, 16), random_array(3, 64, 32)
+    targets = np.random.default_rng(1).integers(0, 50, 64).astype(np.int32)
+    whole = random_array(1, 56, 16), random_array(2, 32, dtype=jnp.float32)
+    wanted = jax.jit(all_kernels)(split[0], whole[0], targets, split[1], whole[1])
+    z, h = jax.device_put(split, rows)
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(all_kernels)
+            .lower(z, whole[0], jax.device_put(targets, rows), h, whole[1])
+            .compile()
+        )
+    program = compiled.as_text()
+    assert "all-reduce" in program
+    assert "all-gather" not in program
+    found = compiled(z, whole[0], jax.device_put(targets, rows), h, whole[1])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_near(*exact(a), exact(b)[0], 1e-6)
+
+
+# GPUs
+
+
+@pytest.mark.skipif(ON_GPU, reason="there they are compiled")
+def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def lower(function, *shapes):
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+        lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("xla.gpu.triton")
+
+    half, full, whole = jnp.bfloat16, jnp.float32, jnp.int32
+    count, rows = 2048, 1000
+    with gpu_that_is_not_here():
+        for rank in head.TILES:
+            z, wte = ((count, rank), half), ((rows, rank), half)
+            assert lower(functools.partial(head.summarize, size=999), z, wte) == 1
+            numbers = ((count,), full), ((count,), whole)
+            assert lower(head.table_gradient, wte, z, *numbers) == 1
+        logits = ((count, rows), half)
+        stored = functools.partial(softmax.loss_and_gradient, size=999)
+        assert (
+            lower(lambda x, t: stored(x, targets_n=t), logits, ((count,), whole)) == 1
+        )
+
+        def activations(h, parameter):
+            total, normed = norm.add_and_norm(h, h, *(parameter,) * 3, 1e-5)
+            return (gelu.bias_gelu(total, parameter) * normed).sum()
+
+        arguments = ((count, 768), half), ((768,), full)
+        assert lower(jax.grad(activations, argnums=(0, 1)), *arguments) == 4
+
+
+def gpu_that_is_not_here():
+    """What newer versions of JAX want to know of it."""
+    described = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+class Device:
+    def __init__(self, compute_capability=None):
+        if compute_capability:
+            self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [(Device("9.0"), True), (Device("7.5"), False), (Device(), False)],
+)
+def test_kernels_are_for_recent_nvidia_gpus(device, runs):
+    assert kernels.are_available(device) == runs
+    assert kernels.are_available(Device("gfx942")) is False
+
+
+def test_without_pallas_s_triton_backend_there_are_no_kernels(monkeypatch):
+    monkeypatch.setattr(launch, "triton", None)
+    assert not kernels.are_available(Device("9.0"))
