@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 
 from pcagpt.kernels import launch
 
-ROWS = 16  # of a tile
-PIECE = 128  # columns worked on together
+ROWS = 4  # of a tile
+PIECE = 256  # columns worked on together
 WARPS = 4
 ROW_PROGRAMS = 128
 TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)

@@ -14,7 +14,7 @@ from pcagpt.kernels import launch
 ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together, a power of 2
 WARPS = 4
-PROGRAMS = 528  # four for each multiprocessor of an H100
+PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
