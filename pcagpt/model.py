@@ -231,8 +231,13 @@ class Attention(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_ND, sequence_length: int, deterministic: bool):
-        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence."""
+    def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
+        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence.
+
+        With a position, each sequence is the one token there, and attends to those
+        before it, whose keys and values are in the collection 'cache'. Without one,
+        they are written there where that collection can be written.
+        """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
@@ -258,11 +263,32 @@ class Attention(nn.Module):
                 broadcast_dropout=False,
                 deterministic=False,
             )
+        elif position is not None:
+            keys_BTHC = self._cached("keys", k_BTHC, position)
+            values_BTHC = self._cached("values", v_BTHC, position)
+            y_BTHC = jax.nn.dot_product_attention(
+                q_BTHC,
+                keys_BTHC,
+                values_BTHC,
+                key_value_seq_lengths=jnp.full(len(q_BTHC), position + 1),
+            )
         else:
+            if self.is_mutable_collection("cache") and not self.is_initializing():
+                self._cached("keys", k_BTHC, 0)
+                self._cached("values", v_BTHC, 0)
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
         return project(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+
+    def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
+        """All that is cached, [B, block_size, H, C], with the new from `start` on."""
+        shape = new_BtHC.shape[0], self.config.block_size, *new_BtHC.shape[2:]
+        cached = self.variable("cache", name, jnp.zeros, shape, new_BtHC.dtype)
+        cached.value = jax.lax.dynamic_update_slice_in_dim(
+            cached.value, new_BtHC, start, axis=1
+        )
+        return cached.value
 
 
 @jax.custom_vjp
@@ -337,14 +363,16 @@ class Block(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_ND, update, sequence_length: int, deterministic: bool):
+    def __call__(
+        self, x_ND, update, sequence_length: int, deterministic: bool, position=None
+    ):
         """The residual stream [N, D] and what is still to be added, to the same.
 
-        What is to be added is ([N, D], a bias [D]).
+        What is to be added is ([N, D], a bias [D]); position as for `Attention`.
         """
         x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
         update = Attention(self.config, name="attn")(
-            y_ND, sequence_length, deterministic
+            y_ND, sequence_length, deterministic, position
         )
         x_ND, y_ND = ResidualNorm(self.config, name="ln_2")(x_ND, *update)
         return x_ND, MLP(self.config, name="mlp")(y_ND, deterministic)
@@ -398,6 +426,19 @@ class GPT(nn.Module):
             x_ND, update = block(x_ND, update, length, deterministic)
         return self.ln_f(x_ND, *update)[1]
 
+    def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
+        """One more token of each sequence, at this position -> output of ln_f [B, D].
+
+        What is before it was read by `hidden` or here, with the collection 'cache' kept
+        from call to call.
+        """
+        x_BD = self.embed(tokens_B)
+        wpe_D = self.wpe[position].astype(x_BD.dtype)
+        update = jnp.broadcast_to(wpe_D, x_BD.shape), jnp.zeros(wpe_D.shape)
+        for block in self.blocks:
+            x_BD, update = block(x_BD, update, 1, True, position)
+        return self.ln_f(x_BD, *update)[1]
+
     def head(self) -> tuple[HeadBand, ...]:
         """The tables of the output head, band by band."""
         return self.embed.head()
@@ -409,13 +450,17 @@ class GPT(nn.Module):
     def logits(self, h_ND: jax.Array) -> jax.Array:
         """Outputs of ln_f [N, D] -> logits [N, V] float32, by the users' token ids.
 
-        Without padding columns. For inspection and sampling; training and evaluation
-        use `pcagpt.losses`.
+        Computed in the dtype of the tables, without padding columns. For inspection
+        and sampling; training and evaluation use `pcagpt.losses`.
         """
-        h_ND, logits = h_ND.astype(jnp.float32), []
+        logits = []
         for wte_VK, scale_down_KD, size in self.head():
-            z_NK = h_ND if scale_down_KD is None else h_ND @ scale_down_KD.T
-            logits.append(z_NK @ wte_VK[:size].T)
+            z_NK = h_ND.astype(wte_VK.dtype)
+            if scale_down_KD is not None:
+                z_NK = z_NK @ scale_down_KD.T
+            logits.append(
+                jnp.matmul(z_NK, wte_VK[:size].T, preferred_element_type=jnp.float32)
+            )
         logits_NV = jnp.concatenate(logits, axis=-1)
         return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
 

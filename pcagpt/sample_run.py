@@ -14,6 +14,8 @@ from pcagpt.telemetry import Progress
 from pcagpt.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
 
+READ_LATE = 8  # tokens
+
 
 def sample_run(config: ConfigDict) -> list[str]:
     """Continues `config.sample.prompt` by the model of `config.model_path`.
@@ -56,7 +58,9 @@ def sample_run(config: ConfigDict) -> list[str]:
     with Progress(f"sampling from {trained.run_dir.name}", total) as progress:
         for number, drawn_B in enumerate(itertools.islice(drawn, total)):
             progress.update(number)
-            found.append(np.asarray(drawn_B))
+            found.append(drawn_B)
+            if number >= READ_LATE:  # The device need not wait for what is shown here.
+                found[-1 - READ_LATE] = np.asarray(found[-1 - READ_LATE])
         progress.update(total)
     samples = []
     for tokens in np.stack(found, axis=1).tolist():

@@ -15,7 +15,7 @@ from pcagpt.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-SIZES = {"vocab_size": 97, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 32}
+SIZES = {"vocab_size": 97, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 32}
 TABLES = {
     "full": {},
     "factorized": {"n_embd_wte": 8},

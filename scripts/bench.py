@@ -1,0 +1,217 @@
+"""Measures how fast pcagpt trains and decodes, beside PyTorch on the same GPU.
+
+    python scripts/bench.py --out bench.json
+    python scripts/bench.py --quick
+    python scripts/bench.py --profile --systems pcagpt --batches 32
+
+GPT-2 small (D) and the same with a table of rank 128, in bfloat16, at 1,024 tokens a
+sequence. Systems take turns within a round, so that a GPU that warms up or slows down
+does so for all; each figure is the median of the rounds. `pcagpt` is the compiled
+training step on one batch, `pcagpt loop` the whole training loop around it with data
+from disk, logging, and the stall of a checkpoint shared out over the steps between two.
+`torch` is a plain GPT-2 and `transformers` Hugging Face's, both under torch.compile
+with fused AdamW and scaled_dot_product_attention. `decode` is greedy generation with a
+key-value cache. --quick does the same at the demo's size without PyTorch, also on CPUs.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# PyTorch needs memory beside JAX; both before JAX is imported.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import bench_pcagpt
+import bench_torch
+
+from pcagpt import provenance
+from pcagpt.main import prepare_process
+
+SYSTEMS = ("pcagpt", "pcagpt loop", "torch", "transformers", "decode")
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="at the demo's size")
+    parser.add_argument(
+        "--systems", default=",".join(SYSTEMS), help="as in pcagpt,torch"
+    )
+    parser.add_argument(
+        "--batches", default="32", help="sequences a step, as in 32,64; decoding: 1,64"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems")
+    parser.add_argument("--steps", type=int, default=50, help="of a system in a round")
+    parser.add_argument(
+        "--profile", action="store_true", help="print pcagpt's kernels by their time"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    asked = parser.parse_args()
+    asked.systems = tuple(asked.systems.split(","))
+    asked.batches = tuple(map(int, asked.batches.split(",")))
+    unknown = set(asked.systems) - set(SYSTEMS)
+    if unknown or min(asked.rounds, asked.steps, *asked.batches) < 1:
+        parser.error(
+            f"no system is called {', '.join(sorted(unknown))}: choose of "
+            f"{', '.join(SYSTEMS)}"
+            if unknown
+            else "--rounds, --steps and --batches are whole numbers from 1 on"
+        )
+    return asked
+
+
+def main() -> None:
+    """Measures, prints a table, and writes it where --out says."""
+    asked = arguments()
+    prepare_process()
+    size = bench_pcagpt.QUICK if asked.quick else bench_pcagpt.GPT2_SMALL
+    if asked.quick:
+        asked.batches, asked.steps = (size.batch,), min(asked.steps, 5)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench_pcagpt.write_corpus(Path(folder), size)
+        for batch in asked.batches:
+            rows += measure(make_systems(asked, size, batch, Path(folder)), asked)
+            print(table(rows), flush=True)
+        if asked.profile:
+            for model in bench_pcagpt.models(size):
+                print(bench_pcagpt.profile(size, model, asked.batches[0], Path(folder)))
+    if asked.out:
+        report = {"rows": rows, "ratios": ratios(rows), **circumstances(asked)}
+        asked.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        print(f"written to {asked.out}")
+
+
+def make_systems(asked, size, batch: int, folder: Path) -> list:
+    """What takes turns at one batch size, each compiled and warm."""
+    makers = {
+        "pcagpt": bench_pcagpt.Step,
+        "pcagpt loop": bench_pcagpt.Loop,
+        "torch": bench_torch.Plain,
+        "transformers": bench_torch.Transformers,
+    }
+    decoded = (1,) if asked.quick else (1, 64)
+    wanted = [
+        (name, makers[name], batch) for name in asked.systems if name in makers
+    ] + [
+        ("decode", bench_pcagpt.Decoding, number)
+        for number in decoded
+        if "decode" in asked.systems and batch == asked.batches[0]
+    ]
+    systems = []
+    for name, maker, number in wanted:
+        reason = bench_torch.why_not() if maker.__module__ == "bench_torch" else ""
+        if reason or (asked.quick and maker.__module__ == "bench_torch"):
+            if reason and not asked.quick:
+                print(f"{name} is left out: {reason}")
+            continue
+        for model in bench_pcagpt.models(size):
+            print(f"preparing {name} {model} at batch {number} ...", flush=True)
+            systems.append(maker(size, model, number, folder))
+    return systems
+
+
+def measure(systems: list, asked) -> list[dict]:
+    """A row for each system."""
+    seconds = [[] for _ in systems]
+    for number in range(asked.rounds):
+        print(f"round {number + 1} of {asked.rounds} ...", flush=True)
+        for system, found in zip(systems, seconds, strict=True):
+            found.append(system.seconds_per_step(asked.steps))
+    return [row(system, found) for system, found in zip(systems, seconds, strict=True)]
+
+
+def row(system, seconds: list[float]) -> dict:
+    """What is known of one system."""
+    middle = statistics.median(seconds)
+    rate = system.tokens_per_step / middle
+    flops = system.flops_per_token
+    peak = provenance.peak_flops(1)
+    return {
+        "system": system.name,
+        "model": system.model,
+        "batch": system.batch,
+        "tokens_per_second": rate,
+        "ms_per_step": 1e3 * middle,
+        "rounds_ms": [1e3 * s for s in seconds],
+        "peak_bytes": system.peak_bytes,
+        "flops_per_token": flops,
+        "utilisation": flops * rate / peak if peak and flops else None,
+        **system.details,
+    }
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """Tokens per second of one row over those of another."""
+    rate = {(r["system"], r["model"], r["batch"]): r["tokens_per_second"] for r in rows}
+    found = {}
+    for (system, model, batch), value in rate.items():
+        for peer in ("torch", "transformers"):
+            if system == "pcagpt" and (peer, model, batch) in rate:
+                name = f"{model}, batch {batch}: pcagpt / {peer}"
+                found[name] = value / rate[peer, model, batch]
+        if model != "D" and (system, "D", batch) in rate:
+            name = f"{system}, batch {batch}: {model} / D"
+            found[name] = value / rate[system, "D", batch]
+        if system == "pcagpt loop" and ("pcagpt", model, batch) in rate:
+            name = f"{model}, batch {batch}: pcagpt loop / pcagpt"
+            found[name] = value / rate["pcagpt", model, batch]
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """The rows and their ratios, for people."""
+    lines = [
+        f"{'system':<14}{'model':>6}{'batch':>7}{'ms/step':>10}{'tokens/s':>12}"
+        f"{'of peak':>9}{'peak GB':>9}"
+    ]
+    for r in rows:
+        share = "" if r["utilisation"] is None else f"{r['utilisation']:.1%}"
+        size = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
+        lines.append(
+            f"{r['system']:<14}{r['model']:>6}{r['batch']:>7}{r['ms_per_step']:>10.2f}"
+            f"{r['tokens_per_second']:>12,.0f}{share:>9}{size:>9}"
+        )
+    lines += [f"{name}: {value:.3f}" for name, value in ratios(rows).items()]
+    return "\n".join(["", *lines, ""])
+
+
+def circumstances(asked) -> dict:
+    """What the figures depend on."""
+    return {
+        "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": provenance.device(1),
+        "gpu": gpu_state(),
+        "host": platform.machine(),
+        "versions": {**provenance.versions(), **bench_torch.versions()},
+        "git_commit": provenance.git_commit(),
+        "steps": asked.steps,
+        "rounds": asked.rounds,
+    }
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, power and memory as the driver tells them; None without one."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    values = done.stdout.splitlines()[0].split(", ")
+    return dict(zip(fields.split(","), values, strict=True))
+
+
+if __name__ == "__main__":
+    main()

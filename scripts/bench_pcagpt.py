@@ -1,0 +1,246 @@
+"""What scripts/bench.py measures of pcagpt: the step, the loop around it, decoding."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pcagpt import config as knobs
+from pcagpt.checkpoint import Checkpoints
+from pcagpt.generate import generate
+from pcagpt.model import training_flops_per_token
+from pcagpt.plan import make_plan
+from pcagpt.train import Training
+
+WARM_STEPS = 5
+PROFILED_STEPS = 5
+SHOWN_KERNELS = 25
+WAITING = ("ThunkExecutor", "SlinkyThreadPool")  # on CPUs, for the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the models and the corpus; `rank` is what the second model's table has."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    rank: int
+    batch: int
+    corpus_tokens: int
+    decoded_tokens: int
+
+
+GPT2_SMALL = Size(50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 256)
+QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64)
+
+
+def models(size: Size) -> tuple[str, str]:
+    """Their names: D, and as in k128."""
+    return "D", f"k{size.rank}"
+
+
+def rank_of(model: str) -> int | None:
+    """Of the model's table; None for the full one."""
+    return None if model == "D" else int(model.removeprefix("k"))
+
+
+def write_corpus(folder: Path, size: Size) -> None:
+    """Random tokens of a Zipf-like frequency, as a folder of token files."""
+    random = np.random.default_rng(0)
+    validation = size.block_size * 16 + 1
+    for split, count in (("train", size.corpus_tokens), ("val", validation)):
+        tokens = random.zipf(1.2, count) % size.vocab_size
+        tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
+    meta = {"vocab_size": size.vocab_size}
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
+
+
+def training(size: Size, model: str, batch: int, folder: Path, **overrides):
+    """A run with the default knobs, not begun."""
+    config = knobs.base()
+    config.arm = "baseline" if model == "D" else "random"
+    config.data.source = str(folder)
+    config.workdir = tempfile.mkdtemp(dir=folder)
+    for name in ("block_size", "n_layer", "n_head", "n_embd"):
+        config.model[name] = getattr(size, name)
+    config.model.n_embd_wte = rank_of(model)
+    config.train.batch_size = batch
+    config.mesh.data = 1
+    config.update_from_flattened_dict(overrides)
+    job = make_plan(config).jobs[-1]
+    return Training(job.settled(), job.record(), job.folder, job.corpus())
+
+
+class System:
+    """One model that takes turns with others.
+
+    seconds_per_step: measures so many steps; tokens_per_step: that one step takes in,
+    or that decoding puts out; details: further figures.
+    """
+
+    name: str
+
+    def __init__(self, size: Size, model: str, batch: int, folder: Path):
+        self.size, self.model, self.batch, self.folder = size, model, batch, folder
+        self.tokens_per_step = batch * size.block_size
+        self.peak_bytes = self.flops_per_token = None
+        self.details = {}
+        self.prepare()
+
+
+class Step(System):
+    """The compiled training step on one batch that stays on the device."""
+
+    name = "pcagpt"
+
+    def prepare(self) -> None:
+        """Compiles it and lets it run a few times."""
+        run = training(self.size, self.model, self.batch, self.folder)
+        with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
+            self.state, shardings, _ = run.start(checkpoints)
+        self.step = run.compile_step(self.state, shardings, None)
+        self.tokens = run.batch(0)
+        self.flops_per_token = training_flops_per_token(run.model.config)
+        memory = self.step.memory_analysis()
+        self.peak_bytes = (
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+        self.details = {"temporary_bytes": memory.temp_size_in_bytes}
+        self.seconds_per_step(WARM_STEPS)
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of so many steps, one dispatched after the other."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.tokens, None)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - start) / steps
+
+
+class Loop(System):
+    """A whole training run, as `python -m pcagpt.main` makes it.
+
+    Each round is a new run. A checkpoint's stall is shared out over the steps that lie
+    between two by default; compiling and the one evaluation at the end do not count.
+    """
+
+    name = "pcagpt loop"
+
+    def prepare(self) -> None:
+        """Nothing: each round starts from the beginning."""
+        config = training(self.size, self.model, self.batch, self.folder).model.config
+        self.flops_per_token = training_flops_per_token(config)
+        self.details = {"checkpoint_ms": []}
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of a run of so many steps that saves half way and at its end."""
+        run = training(
+            self.size,
+            self.model,
+            self.batch,
+            self.folder,
+            **{
+                "train.steps": steps,
+                "train.warmup_steps": min(100, steps // 2),
+                "evaluate.every": steps,
+                "checkpoint.every": max(1, steps // 2),
+            },
+        )
+        stalls, save = [], run.save
+
+        def timed_save(*arguments):
+            start = time.perf_counter()
+            save(*arguments)
+            stalls.append(time.perf_counter() - start)
+
+        run.save = timed_save
+        run.run_dir.mkdir(parents=True)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            result = run.run("bench")
+        self.peak_bytes = result["peak_bytes"]
+        # The first save is of the start: nothing else waits for it.
+        stall = max(stalls[1:])
+        self.details["checkpoint_ms"].append(1e3 * stall)
+        step = self.tokens_per_step / result["tokens_per_second"]
+        return step + stall / knobs.KNOBS["checkpoint.every"].default
+
+
+class Decoding(System):
+    """Greedy generation of tokens, as the task 'sample' does it, beyond the first."""
+
+    name = "decode"
+
+    def prepare(self) -> None:
+        """Initialises the model and decodes once."""
+        run = training(self.size, self.model, self.size.batch, self.folder)
+        with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
+            state, _, _ = run.start(checkpoints)
+        self.gpt, self.variables = run.model, state.variables
+        self.tokens_per_step = self.batch
+        self.decode()
+
+    def decode(self) -> float:
+        """Seconds a token."""
+        drawn = generate(
+            self.gpt,
+            self.variables,
+            np.array([1], np.int32),
+            self.batch,
+            seed=0,
+            temperature=0,
+        )
+        jax.block_until_ready(next(drawn))  # Compiled and read: what follows is steady.
+        jax.block_until_ready(next(drawn))
+        start = time.perf_counter()
+        for _ in range(self.size.decoded_tokens):
+            tokens_B = next(drawn)
+        jax.block_until_ready(tokens_B)
+        return (time.perf_counter() - start) / self.size.decoded_tokens
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of as many tokens of each sequence as the size says."""
+        del steps
+        return self.decode()
+
+
+def profile(size: Size, model: str, batch: int, folder: Path) -> str:
+    """The kernels of the training step that take most of its time, for people."""
+    system = Step(size, model, batch, folder)
+    with tempfile.TemporaryDirectory() as trace:
+        with jax.profiler.trace(trace):
+            system.seconds_per_step(PROFILED_STEPS)
+        found = next(Path(trace).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(found))
+    nanoseconds, calls = Counter(), Counter()
+    for plane in data.planes:
+        for line in plane.lines:
+            is_kernels = "GPU" in plane.name and line.name.startswith("Stream")
+            is_cpu_work = line.name.startswith(("tf_XLAEigen", "tf_XLAPjRtCpu"))
+            if is_kernels or is_cpu_work:
+                for event in line.events:
+                    if event.name.startswith(WAITING):
+                        continue
+                    name = event.name.rstrip("0123456789").rstrip("._")
+                    nanoseconds[name] += event.duration_ns
+                    calls[name] += 1
+    total = sum(nanoseconds.values()) or 1
+    lines = [f"{model}, batch {batch}: {total / PROFILED_STEPS / 1e6:.2f} ms a step"]
+    lines += [
+        f"{ns / PROFILED_STEPS / 1e6:9.3f} ms {ns / total:6.1%} "
+        f"{calls[name] / PROFILED_STEPS:7.0f} x  {name[:90]}"
+        for name, ns in nanoseconds.most_common(SHOWN_KERNELS)
+    ]
+    return "\n".join(lines)

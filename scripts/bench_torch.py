@@ -1,0 +1,192 @@
+"""The peers of scripts/bench.py: GPT-2 in PyTorch, plain and Hugging Face's.
+
+Both are trained as pcagpt trains: float32 parameters, bfloat16 products, clipping,
+AdamW with decay on matrices only, no dropout, the vocabulary padded to 50,304 rows.
+"""
+
+import importlib.util
+import time
+from importlib import metadata
+
+from bench_pcagpt import rank_of
+
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional
+except ImportError:
+    torch = None
+
+
+def why_not() -> str:
+    """What PyTorch lacks here to be measured; empty where it lacks nothing."""
+    if torch is None:
+        return "PyTorch is not installed"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """Of the peers, as far as they are installed."""
+    names = ("torch", "transformers", "triton")
+    return {n: metadata.version(n) for n in names if importlib.util.find_spec(n)}
+
+
+if torch is not None:
+
+    class Block(nn.Module):
+        """A pre-norm transformer block with causal attention."""
+
+        def __init__(self, width: int, heads: int):
+            super().__init__()
+            self.heads = heads
+            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv = nn.Linear(width, 3 * width)
+            self.proj = nn.Linear(width, width)
+            self.fc = nn.Linear(width, 4 * width)
+            self.out = nn.Linear(4 * width, width)
+
+        def forward(self, x):
+            """[B, T, D] -> [B, T, D]."""
+            batch, length, width = x.shape
+            q, k, v = (
+                part.view(batch, length, self.heads, -1).transpose(1, 2)
+                for part in self.qkv(self.ln_1(x)).split(width, dim=2)
+            )
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.proj(y.transpose(1, 2).reshape(x.shape))
+            h = functional.gelu(self.fc(self.ln_2(x)), approximate="tanh")
+            return x + self.out(h)
+
+    class PlainBody(nn.Module):
+        """Positions, blocks and the final norm, on embeddings [B, T, D]."""
+
+        def __init__(self, size):
+            super().__init__()
+            self.wpe = nn.Parameter(0.02 * torch.randn(size.block_size, size.n_embd))
+            blocks = [Block(size.n_embd, size.n_head) for _ in range(size.n_layer)]
+            self.blocks = nn.ModuleList(blocks)
+            self.ln_f = nn.LayerNorm(size.n_embd)
+
+        def forward(self, x):
+            """[B, T, D] -> [B, T, D]."""
+            x = x + self.wpe[: x.shape[1]]
+            for block in self.blocks:
+                x = block(x)
+            return self.ln_f(x)
+
+    class TransformersBody(nn.Module):
+        """The same of Hugging Face's GPT-2."""
+
+        def __init__(self, size):
+            super().__init__()
+            from transformers import GPT2Config, GPT2Model
+
+            config = GPT2Config(
+                vocab_size=1,  # The table is the head's.
+                n_positions=size.block_size,
+                n_embd=size.n_embd,
+                n_layer=size.n_layer,
+                n_head=size.n_head,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                use_cache=False,
+                attn_implementation="sdpa",
+            )
+            self.body = GPT2Model(config)
+            self.body.wte.requires_grad_(False)
+
+        def forward(self, x):
+            """[B, T, D] -> [B, T, D]."""
+            return self.body(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    class WithTable(nn.Module):
+        """A body between a tied embedding and head, full or factorized."""
+
+        def __init__(self, body, size, rank: int | None):
+            super().__init__()
+            rows = -(-size.vocab_size // 64) * 64
+            self.body = body
+            self.wte = nn.Parameter(0.02 * torch.randn(rows, rank or size.n_embd))
+            self.scale = None
+            if rank:
+                self.scale = nn.Parameter(0.02 * torch.randn(rank, size.n_embd))
+
+        def forward(self, tokens, targets):
+            """The mean loss of tokens [B, T]."""
+            x = functional.embedding(tokens, self.wte)
+            h = self.body(x if self.scale is None else x @ self.scale)
+            z = h if self.scale is None else h @ self.scale.T
+            logits = (z @ self.wte.T).flatten(0, 1)
+            return functional.cross_entropy(logits.float(), targets.flatten())
+
+
+class Peer:
+    """A model of PyTorch that takes turns with pcagpt's."""
+
+    name: str
+    details: dict = {}
+    flops_per_token = None
+
+    def __init__(self, size, model: str, batch: int, folder):
+        del folder
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.set_float32_matmul_precision("high")
+        self.model, self.batch = model, batch
+        self.tokens_per_step = batch * size.block_size
+        module = WithTable(self.body(size), size, rank_of(model)).cuda()
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": 0.1},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=6e-4,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.compiled = torch.compile(module)
+        shape = batch, size.block_size + 1
+        self.tokens = torch.randint(size.vocab_size, shape, device="cuda")
+        self.seconds_per_step(5)
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of so many training steps."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = self.compiled(self.tokens[:, :-1], self.tokens[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+
+class Plain(Peer):
+    """GPT-2 written down in PyTorch as plainly as that goes."""
+
+    name = "torch"
+
+    def body(self, size):
+        """All of the model but its table."""
+        return PlainBody(size)
+
+
+class Transformers(Peer):
+    """Hugging Face's GPT-2."""
+
+    name = "transformers"
+
+    def body(self, size):
+        """All of the model but its table."""
+        return TransformersBody(size)
