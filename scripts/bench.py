@@ -125,9 +125,13 @@ def measure(systems: list, asked) -> list[dict]:
     """A row for each system."""
     seconds = [[] for _ in systems]
     for number in range(asked.rounds):
-        print(f"round {number + 1} of {asked.rounds} ...", flush=True)
         for system, found in zip(systems, seconds, strict=True):
             found.append(system.seconds_per_step(asked.steps))
+            print(
+                f"round {number + 1} of {asked.rounds}: {system.name} {system.model} "
+                f"at batch {system.batch}: {1e3 * found[-1]:.2f} ms",
+                flush=True,
+            )
     return [row(system, found) for system, found in zip(systems, seconds, strict=True)]
 
 

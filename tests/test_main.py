@@ -314,3 +314,28 @@ def test_compiled_programs_are_kept_unless_the_person_says_where(
         env=env | set_by_person,
     )
     assert ended.stdout == expected + "\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_memory_of_one_step_serves_the_next():
+    script = """
+import ctypes, resource
+from pcagpt import main
+main.prepare_process()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+size = 256 << 20
+def use():
+    place = ctypes.c_void_p(libc.malloc(size))
+    libc.memset(place, 1, ctypes.c_size_t(size))
+    libc.free(place)
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert int(ended.stdout) < 100  # 65,536 where the memory is given back.

@@ -1,0 +1,108 @@
+"""What the compiled training step stores, at GPT-2's vocabulary; nothing is run."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pcagpt import optim
+from pcagpt.losses import cross_entropy
+from pcagpt.model import GPT, GPTConfig
+from pcagpt.train_step import StepSettings, initial_state, train_step
+
+VOCAB, ROWS, WIDTH, CHUNKS = 50257, 50304, 768, 8
+
+
+def shape(*axes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def largest_arrays(compiled):
+    """Elements of the largest array of each dtype in the compiled program."""
+    largest = {}
+    for dtype, axes in re.findall(r"\b(\w+)\[([\d,]+)\]", compiled.as_text()):
+        count = math.prod(map(int, axes.split(",")))
+        largest[dtype] = max(largest.get(dtype, 0), count)
+    return largest
+
+
+def compiled_loss(rank, kernels, tokens):
+    def loss(h, wte, down, targets):
+        return cross_entropy(
+            h,
+            [(wte, down, VOCAB)],
+            targets,
+            logits_dtype=jnp.bfloat16,
+            chunks=CHUNKS,
+            kernels=kernels,
+        )
+
+    return (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2) if rank else (0, 1)))
+        .lower(
+            shape(tokens, WIDTH, dtype=jnp.bfloat16),
+            shape(ROWS, rank or WIDTH),
+            shape(rank, WIDTH) if rank else None,
+            shape(tokens, dtype=jnp.int32),
+        )
+        .compile()
+    )
+
+
+def test_low_rank_head_and_loss_of_32_sequences_take_a_quarter_of_a_gigabyte():
+    compiled = compiled_loss(128, "pallas", 32 * 1024)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.25e9
+    # The hidden state; a chunk of logits would be eight times as much.
+    assert max(largest_arrays(compiled).values()) == 32 * 1024 * WIDTH
+
+
+@pytest.mark.parametrize(("kernels", "gigabytes"), [("pallas", 1.6), ("xla", 2.8)])
+def test_stored_logits_are_those_of_one_chunk(kernels, gigabytes):
+    compiled = compiled_loss(None, kernels, 32 * 1024)
+    assert compiled.memory_analysis().temp_size_in_bytes < gigabytes * 1e9
+    assert max(largest_arrays(compiled).values()) == 32 * 1024 // CHUNKS * ROWS
+
+
+def compiled_step(rank, kernels):
+    """Of one layer and short sequences, whose attention takes little."""
+    config = GPTConfig(
+        n_layer=1,
+        block_size=128,
+        n_embd_wte=rank,
+        compute_dtype="bfloat16",
+        kernels=kernels,
+    )
+    model, adamw = GPT(config), optim.OptimizerConfig(10, 6e-4)
+    optimizer = optim.optimizer(adamw)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        schedule=optim.learning_rate_schedule(adamw),
+        settings=StepSettings(1, loss_chunks=CHUNKS),
+    )
+    state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 1))
+    batch = shape(1, 32, 129, dtype=jnp.int32)
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+
+TOKENS = 32 * 128
+TABLE, CHUNK, HIDDEN = ROWS * WIDTH, TOKENS // CHUNKS * ROWS, TOKENS * 4 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("rank", "kernels", "largest", "gigabytes"),
+    [
+        (None, "pallas", TABLE, 1.0),
+        (None, "xla", TABLE, 1.2),
+        (128, "pallas", HIDDEN, 0.5),
+        (128, "xla", CHUNK, 0.9),
+    ],
+)
+def test_step_stores_no_logits_of_all_tokens(rank, kernels, largest, gigabytes):
+    compiled = compiled_step(rank, kernels)
+    assert compiled.memory_analysis().temp_size_in_bytes < gigabytes * 1e9
+    assert max(largest_arrays(compiled).values()) == largest
