@@ -192,8 +192,7 @@ def _bias(module: nn.Module, features: int) -> jax.Array:
 
 
 def _add_bias(y_NX: jax.Array, bias_X: jax.Array) -> jax.Array:
-    """In float32, in which the bias's gradient is then summed, too."""
-    return (y_NX + bias_X).astype(y_NX.dtype)
+    return y_NX + bias_X.astype(y_NX.dtype)
 
 
 class ResidualNorm(nn.Module):

@@ -58,7 +58,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     asked = parser.parse_args()
     asked.systems = tuple(asked.systems.split(","))
-    asked.batches = tuple(map(int, asked.batches.split(",")))
+    try:
+        asked.batches = tuple(map(int, asked.batches.split(",")))
+    except ValueError:
+        parser.error(f"--batches is {asked.batches}: give whole numbers, as in 32,64")
     unknown = set(asked.systems) - set(SYSTEMS)
     if unknown or min(asked.rounds, asked.steps, *asked.batches) < 1:
         parser.error(

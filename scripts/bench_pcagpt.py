@@ -21,6 +21,7 @@ from pcagpt.train import Training
 
 WARM_STEPS = 5
 PROFILED_STEPS = 5
+LEAST_RUN = 6  # steps: a run times none before a save, and none after
 SHOWN_KERNELS = 25
 WAITING = ("ThunkExecutor", "SlinkyThreadPool")  # on CPUs, for the others
 
@@ -147,6 +148,7 @@ class Loop(System):
 
     def seconds_per_step(self, steps: int) -> float:
         """Of a run of so many steps that saves half way and at its end."""
+        steps = max(steps, LEAST_RUN)
         run = training(
             self.size,
             self.model,
@@ -154,9 +156,9 @@ class Loop(System):
             self.folder,
             **{
                 "train.steps": steps,
-                "train.warmup_steps": min(100, steps // 2),
+                "train.warmup_steps": 2,
                 "evaluate.every": steps,
-                "checkpoint.every": max(1, steps // 2),
+                "checkpoint.every": steps // 2,
             },
         )
         stalls, save = [], run.save
@@ -184,11 +186,15 @@ class Decoding(System):
     name = "decode"
 
     def prepare(self) -> None:
-        """Initialises the model and begins to decode."""
-        run = training(self.size, self.model, self.size.batch, self.folder)
-        with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
-            state, _, _ = run.start(checkpoints)
-        self.gpt, self.variables = run.model, state.variables
+        """Makes up weights and begins to decode."""
+        self.gpt = training(self.size, self.model, self.batch, self.folder).model
+        tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
+        shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
+        random = np.random.default_rng(0)
+        weights = jax.tree.map(
+            lambda leaf: 0.02 * random.standard_normal(leaf.shape, leaf.dtype), shapes
+        )
+        self.variables = jax.device_put(weights)
         self.tokens_per_step = self.batch
         self.begin()
 
