@@ -6,6 +6,9 @@ from ml_collections import ConfigDict
 from pcagpt import config as knobs
 from pcagpt.errors import UserError
 
+CPU, OTHER_GPU = knobs.Hardware("cpu"), knobs.Hardware("gpu")
+NVIDIA = knobs.Hardware("gpu", has_kernels=True)
+
 
 def set_knob(config, path, value):
     section, _, name = path.rpartition(".")
@@ -180,45 +183,53 @@ def model_section(**values):
 
 
 def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
-    assert (
-        knobs.model_settings(model_section(), 97, knobs.Hardware("cpu"))["vocab_size"]
-        == 97
-    )
+    assert knobs.model_settings(model_section(), 97, CPU)["vocab_size"] == 97
     section = model_section(vocab_size=200)
-    assert knobs.model_settings(section, 97, knobs.Hardware("cpu"))["vocab_size"] == 200
+    assert knobs.model_settings(section, 97, CPU)["vocab_size"] == 200
     with pytest.raises(UserError, match="model.vocab_size is 200, .* up to 200"):
-        knobs.model_settings(section, 201, knobs.Hardware("cpu"))
+        knobs.model_settings(section, 201, CPU)
 
 
 def test_bands_must_hold_the_whole_vocabulary():
     section = model_section(band_sizes=(10, 80), band_ranks=(8, 0))
-    assert knobs.model_settings(section, 90, knobs.Hardware("cpu"))["band_ranks"] == (
+    assert knobs.model_settings(section, 90, CPU)["band_ranks"] == (
         8,
         None,
     )
     with pytest.raises(UserError, match="add up to 90: .* 97"):
-        knobs.model_settings(section, 97, knobs.Hardware("cpu"))
+        knobs.model_settings(section, 97, CPU)
 
 
 @pytest.mark.parametrize(
-    ("platform", "asked", "expected"),
+    ("hardware", "asked", "expected"),
     [
-        ("cpu", {}, ("float32", "xla")),
-        ("gpu", {}, ("bfloat16", "cudnn")),
-        ("tpu", {}, ("float32", "xla")),
-        ("gpu", {"compute_dtype": "float32"}, ("float32", "xla")),
-        ("gpu", {"attention": "xla"}, ("bfloat16", "xla")),
-        ("cpu", {"compute_dtype": "bfloat16"}, ("bfloat16", "xla")),
+        (CPU, {}, ("float32", "xla", "xla")),
+        (NVIDIA, {}, ("bfloat16", "cudnn", "pallas")),
+        (OTHER_GPU, {}, ("bfloat16", "cudnn", "xla")),
+        (knobs.Hardware("tpu"), {}, ("float32", "xla", "xla")),
+        (NVIDIA, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
+        (NVIDIA, {"attention": "xla"}, ("bfloat16", "xla", "pallas")),
+        (NVIDIA, {"kernels": "xla"}, ("bfloat16", "cudnn", "xla")),
+        (CPU, {"compute_dtype": "bfloat16"}, ("bfloat16", "xla", "xla")),
+        (CPU, {"kernels": "pallas"}, ("float32", "xla", "pallas")),
     ],
 )
-def test_auto_takes_what_the_device_does_best(platform, asked, expected):
-    settings = knobs.model_settings(
-        model_section(**asked), 97, knobs.Hardware(platform)
-    )
-    assert (settings["compute_dtype"], settings["attention"]) == expected
+def test_auto_takes_what_the_device_does_best(hardware, asked, expected):
+    settings = knobs.model_settings(model_section(**asked), 97, hardware)
+    chosen = settings["compute_dtype"], settings["attention"], settings["kernels"]
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype"), [(OTHER_GPU, "bfloat16"), (NVIDIA, "float32")]
+)
+def test_kernels_where_they_do_not_run_are_refused(hardware, dtype):
+    section = model_section(kernels="pallas", compute_dtype=dtype)
+    with pytest.raises(UserError, match="leave model.kernels=auto"):
+        knobs.model_settings(section, 97, hardware)
 
 
 def test_cudnn_attention_in_float32_is_refused():
     section = model_section(attention="cudnn", compute_dtype="float32")
     with pytest.raises(UserError, match="model.compute_dtype=bfloat16"):
-        knobs.model_settings(section, 97, knobs.Hardware("gpu"))
+        knobs.model_settings(section, 97, NVIDIA)

@@ -108,6 +108,14 @@ def attention(config):
     return "it is XLA's"
 
 
+def by_pallas(config):
+    """Whether the model's hidden states are computed by kernels."""
+    run = training(config)
+    tokens = jax.ShapeDtypeStruct((8, 8), np.int32)
+    variables = jax.eval_shape(run.model.init, jax.random.key(0), tokens)
+    return "pallas_call" in str(jax.make_jaxpr(run.model.apply)(variables, tokens))
+
+
 def plan(config):
     """The jobs with their folders, seeds and budgets."""
     return [
@@ -297,6 +305,7 @@ KNOBS = {
     "model.dropout": Shown(first_losses, 0.1),
     "model.compute_dtype": Shown(loss_at_start, "bfloat16"),
     "model.attention": Shown(attention, "xla"),
+    "model.kernels": Shown(by_pallas, "pallas"),
     "data.source": Shown(first_losses, "PLACE/corpus"),
     "data.tokenizer": Shown(tokenized, "sotu4096", TEXT),
     "data.cache_dir": Shown(tokenized, "PLACE/elsewhere", TEXT),

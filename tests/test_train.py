@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import shrink
 from runs import (
+    BANDS,
     changed,
     execute,
     last_run_dir,
+    losses,
     metrics,
     quick_compiles,
     status,
@@ -148,6 +150,30 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_config):
         execute(tiny_config)
     assert checkpoint.steps(last_run_dir(tiny_config)) == [0]
     assert status(tiny_config) == "to do"
+
+
+# Kernels
+
+TABLES = {
+    "full": {},
+    "bands": {"arm": "random", **BANDS},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_kernels_train_as_the_plain_form_does_on_one_device_and_on_eight(
+    table, tiny_config
+):
+    fast = {"train.learning_rate": 1e-2, "train.accumulation": 2}
+    plain = changed(tiny_config, **TABLES[table], **fast)
+    on_one = changed(plain, **{"model.kernels": "pallas"})
+    on_eight = changed(
+        on_one, **{"mesh.data": 4, "mesh.fsdp": 2, "train.accumulation": 1}
+    )
+    wanted = losses(plain, 4)
+    assert wanted[-1] < wanted[0] - 0.1
+    np.testing.assert_allclose(losses(on_one, 4), wanted, rtol=1e-5)
+    np.testing.assert_allclose(losses(on_eight, 4), wanted, rtol=1e-5)
 
 
 # What does not fit
