@@ -91,16 +91,8 @@ def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
 
 def scorer(model: GPT, mesh, chunks: int):
     """`score_tokens` compiled for a mesh: (variables, inputs, targets) -> scores."""
-    jitted = jax.jit(
-        functools.partial(score_tokens, model=model, chunks=chunks),
-        out_shardings=placement.replicated(mesh),
-    )
-
-    def score(*arrays) -> TokenScores:
-        with jax.set_mesh(mesh):  # The kernels split their rows over it.
-            return jitted(*arrays)
-
-    return score
+    score = functools.partial(score_tokens, model=model, chunks=chunks)
+    return placement.jit(score, mesh)
 
 
 def evaluate(

@@ -168,13 +168,14 @@ def _keep_freed_memory() -> None:
     a page fault for every 4 KiB of them.
     """
     trim_threshold, mmap_threshold, arenas = -1, -3, -8  # as <malloc.h> numbers them
-    settings = {arenas: 1, mmap_threshold: 2**30, trim_threshold: 2**31 - 1}
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # Another C library.
         return
-    for parameter, value in settings.items():
-        mallopt(parameter, value)
+    # Older versions refuse such a threshold, and the rest would then do harm.
+    if mallopt(mmap_threshold, 2**30):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arenas, 1)
 
 
 if __name__ == "__main__":

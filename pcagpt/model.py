@@ -18,8 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels.gelu import bias_gelu
-from pcagpt.kernels.norm import add_and_norm
+from pcagpt.kernels import gelu, norm
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -208,8 +207,8 @@ class ResidualNorm(nn.Module):
         width = x_ND.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         parameters = bias_D, scale_D, _bias(self, width)
-        if self.config.kernels == "pallas":
-            return add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
+        if self.config.kernels == "pallas" and norm.fits(width):
+            return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
         return _add_and_norm(x_ND, update_ND, *parameters)
 
 
@@ -246,7 +245,7 @@ class Attention(nn.Module):
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
-            v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), jnp.zeros_like(v_bias_D)
+            v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), None
         shape = -1, sequence_length, config.n_head, width // config.n_head
         q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
         if drops:
@@ -327,9 +326,10 @@ class MLP(nn.Module):
         """[N, D] -> [N, D] and its bias [D]."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
-        gelu = bias_gelu if self.config.kernels == "pallas" else _bias_gelu
-        h_NF = gelu(x_ND @ kernel, bias)
-        return project(self.config, h_NF, jnp.zeros_like(bias), deterministic)
+        has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
+        bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
+        h_NF = bias_gelu(x_ND @ kernel, bias)
+        return project(self.config, h_NF, None, deterministic)
 
 
 # The backward pass adds the bias again, which saves an [N, F] array a layer.
@@ -342,12 +342,14 @@ def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 def project(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
     """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
 
-    Of x + input_bias.
+    Of x + input_bias, if there is one.
     """
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
     kernel, bias_D = linear(x_NX.shape[-1])
-    y_ND, bias_D = x_NX @ kernel, bias_D + input_bias_X @ kernel
+    y_ND = x_NX @ kernel
+    if input_bias_X is not None:
+        bias_D += input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
     dropped_ND = nn.Dropout(config.dropout)(

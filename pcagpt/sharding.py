@@ -4,6 +4,8 @@ The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, an
 parameter matrix (with its optimizer moments) along one axis.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,6 +123,18 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(
         batch.shape, sharding, lambda index: batch[index]
     )
+
+
+def jit(function: Callable, mesh: Mesh) -> Callable:
+    """`jax.jit` on a mesh, with whole results; kernels split their rows over it."""
+    jitted = jax.jit(function, out_shardings=replicated(mesh))
+
+    @functools.wraps(function)
+    def on_mesh(*arguments):
+        with jax.set_mesh(mesh):
+            return jitted(*arguments)
+
+    return on_mesh
 
 
 def wait_for_all(name: str) -> None:

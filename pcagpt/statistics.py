@@ -40,10 +40,8 @@ def collect(
     Products are in float32 at the highest precision, their sums over batches in
     float64; the model itself runs in its compute dtype.
     """
-    measure = jax.jit(
-        functools.partial(_measure, model=model, chunks=chunks),
-        out_shardings=placement.replicated(mesh),
-    )
+    measure = functools.partial(_measure, model=model, chunks=chunks)
+    measure = placement.jit(measure, mesh)
     sharding, total, tokens = placement.batch_sharding(mesh), None, 0
     for number, batch_BT in enumerate(batches):
         placed = placement.put_batch(batch_BT, sharding)

@@ -28,7 +28,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import BandedTable, Statistics
 from pcagpt.model import GPT
 from pcagpt.telemetry import Progress
-from pcagpt.trained_run import TrainedRun
+from pcagpt.trained_run import DEVICE_CHOICES, TrainedRun
 
 CALIBRATION_SEED = 0
 
@@ -58,7 +58,7 @@ class Subject:
             `model` knobs or the devices do not fit it.
         """
         run = TrainedRun.find(config.model_path)
-        run.check_model(config.model, ("compute_dtype", "attention"))
+        run.check_model(config.model, DEVICE_CHOICES)
         model = GPT(run.config(config.model, sharding.hardware()))
         if len(model.config.bands) > 1 or model.config.bands[0].rank:
             raise UserError(

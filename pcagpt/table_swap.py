@@ -61,10 +61,8 @@ class TableSwap:
         """Takes a model with a full table; decile_V: of `frequency_deciles`."""
         self._variables, self._mesh = variables, mesh
         self._decile_V = jnp.asarray(decile_V)
-        self._score = jax.jit(
-            functools.partial(_score, model=model, chunks=chunks),
-            out_shardings=placement.replicated(mesh),
-        )
+        score = functools.partial(_score, model=model, chunks=chunks)
+        self._score = placement.jit(score, mesh)
 
     def __call__(self, table_VD: np.ndarray, batches: Iterable) -> SwapScores:
         """Scores a table [V, D], its mean row included, on (inputs, targets) [B, T]."""

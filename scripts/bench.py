@@ -7,15 +7,19 @@
 GPT-2 small (D) and the same with a table of rank 128, in bfloat16, at 1,024 tokens a
 sequence. Systems take turns within a round, so that a GPU that warms up or slows down
 does so for all; each figure is the median of the rounds. `pcagpt` is the compiled
-training step on one batch, `pcagpt loop` the whole training loop around it with data
-from disk, logging, and the stall of a checkpoint shared out over the steps between two.
-`torch` is a plain GPT-2 and `transformers` Hugging Face's, both under torch.compile
-with fused AdamW and scaled_dot_product_attention. `decode` is greedy generation with a
-key-value cache. --quick does the same at the demo's size without PyTorch, also on CPUs.
+training step on one batch, `pcagpt loop` the loop around it with data from disk,
+logging, and the stall of a checkpoint shared out over the steps between two; compiling
+and evaluating are left out. `torch` is a plain GPT-2 and `transformers` Hugging Face's,
+both under torch.compile with fused AdamW, scaled_dot_product_attention and autocast,
+which keeps the residual stream in float32; pcagpt's is bfloat16. Their peak memory is
+what PyTorch allocated, pcagpt's what the compiled program needs. `decode` is greedy
+generation with a key-value cache. --quick does the same at the demo's size without
+PyTorch, also on CPUs.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -85,14 +89,21 @@ def main() -> None:
         bench_pcagpt.write_corpus(Path(folder), size)
         for batch in asked.batches:
             rows += measure(make_systems(asked, size, batch, Path(folder)), asked)
+            gc.collect()  # Before the next systems need the memory.
             print(table(rows), flush=True)
+            write(rows, asked)
         if asked.profile:
             for model in bench_pcagpt.models(size):
                 print(bench_pcagpt.profile(size, model, asked.batches[0], Path(folder)))
     if asked.out:
+        print(f"written to {asked.out}")
+
+
+def write(rows: list[dict], asked) -> None:
+    """Writes what is known so far where --out says."""
+    if asked.out:
         report = {"rows": rows, "ratios": ratios(rows), **circumstances(asked)}
         asked.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        print(f"written to {asked.out}")
 
 
 def make_systems(asked, size, batch: int, folder: Path) -> list:
@@ -113,10 +124,11 @@ def make_systems(asked, size, batch: int, folder: Path) -> list:
     ]
     systems = []
     for name, maker, number in wanted:
-        reason = bench_torch.why_not() if maker.__module__ == "bench_torch" else ""
-        if reason or (asked.quick and maker.__module__ == "bench_torch"):
-            if reason and not asked.quick:
-                print(f"{name} is left out: {reason}")
+        reason = ""
+        if maker.__module__ == "bench_torch":
+            reason = "--quick is without it" if asked.quick else bench_torch.why_not()
+        if reason:
+            print(f"{name} is left out: {reason}")
             continue
         for model in bench_pcagpt.models(size):
             print(f"preparing {name} {model} at batch {number} ...", flush=True)

@@ -135,7 +135,8 @@ class Loop(System):
     """A whole training run, as `python -m pcagpt.main` makes it.
 
     Each round is a new run. A checkpoint's stall is shared out over the steps that lie
-    between two by default; compiling and the one evaluation at the end do not count.
+    between two by default. Compiling and evaluating do not count, nor does the first
+    step after a pause.
     """
 
     name = "pcagpt loop"
@@ -161,11 +162,11 @@ class Loop(System):
                 "checkpoint.every": steps // 2,
             },
         )
-        stalls, save = [], run.save
+        stalls = []
 
         def timed_save(*arguments):
             start = time.perf_counter()
-            save(*arguments)
+            type(run).save(run, *arguments)
             stalls.append(time.perf_counter() - start)
 
         run.save = timed_save

@@ -19,11 +19,13 @@ except ImportError:
 
 
 def why_not() -> str:
-    """What PyTorch lacks here to be measured; empty where it lacks nothing."""
+    """What is lacking here for the peers to be measured; empty if nothing is."""
     if torch is None:
         return "PyTorch is not installed"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
     return ""
 
 
@@ -85,6 +87,8 @@ if torch is not None:
 
             config = GPT2Config(
                 vocab_size=1,  # The table is the head's.
+                bos_token_id=0,
+                eos_token_id=0,
                 n_positions=size.block_size,
                 n_embd=size.n_embd,
                 n_layer=size.n_layer,

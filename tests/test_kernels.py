@@ -266,6 +266,16 @@ def gpu_that_is_not_here():
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+@pytest.mark.parametrize("width", [768, 1024, 1280, 2048, 48])
+def test_usual_widths_are_for_the_kernels(width):
+    assert norm.fits(width) and gelu.fits(4 * width)
+
+
+@pytest.mark.parametrize("width", [1600, 300, 75])
+def test_widths_of_many_pieces_are_left_to_the_plain_form(width):
+    assert not norm.fits(width)
+
+
 class Device:
     def __init__(self, compute_capability=None):
         if compute_capability:

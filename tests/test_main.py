@@ -10,6 +10,7 @@ from command_line import CONFIGS, ROOT, call, refusal, snapshot, tiny
 
 from pcagpt import command_line, errors, experiment
 from pcagpt import config as knobs
+from pcagpt import main as main_module
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -314,6 +315,19 @@ def test_compiled_programs_are_kept_unless_the_person_says_where(
         env=env | set_by_person,
     )
     assert ended.stdout == expected + "\n"
+
+
+def test_memory_is_left_alone_where_glibc_refuses_a_high_threshold(monkeypatch):
+    calls = []
+
+    class Library:
+        def mallopt(self, parameter, value):
+            calls.append((parameter, value))
+            return 0
+
+    monkeypatch.setattr(main_module.ctypes, "CDLL", lambda _: Library())
+    main_module._keep_freed_memory()
+    assert calls == [(-3, 2**30)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")

@@ -1,5 +1,7 @@
 """Meshes, where arrays lie on them, and several processes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,21 @@ def test_replicated_array_is_whole_on_every_device():
     placed = jax.device_put(np.arange(8), sharding.replicated(sharding.make_mesh(2, 4)))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(8,)}
     assert len(placed.addressable_shards) == 8
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize(("devices", "tokens", "chunks"), [(8, 128, 32), (3, 96, 6)])
+def test_chunks_of_the_loss_need_not_suit_the_devices(kernels, devices, tokens, chunks):
+    mesh = sharding.make_mesh(devices, 1)
+    h_ND = np.ones((tokens, 300), np.float32)
+    wte_VK, targets_N = np.eye(11, 300, dtype=np.float32), np.zeros(tokens, np.int32)
+    loss = functools.partial(cross_entropy, chunks=chunks, kernels=kernels)
+    h_ND, targets_N = jax.device_put((h_ND, targets_N), sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda h, w, t: loss(h, [(w, None, 11)], t))(
+            h_ND, wte_VK, targets_N
+        )
+    np.testing.assert_allclose(found, tokens * np.log(11), rtol=1e-6)
 
 
 def test_chunks_of_the_loss_move_no_token_to_another_device():

@@ -64,7 +64,7 @@ KNOBS = {
     ),
     "model.kernels": Knob(
         "auto",
-        "of norms and loss; auto: pallas for bfloat16 on NVIDIA GPUs",
+        "of norms, GELU and loss; auto: pallas for bfloat16 on NVIDIA GPUs",
         one_of("auto", "xla", "pallas"),
     ),
     # The corpus.

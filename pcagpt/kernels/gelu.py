@@ -16,6 +16,7 @@ from pcagpt.kernels import launch
 
 ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together
+LEAST_PIECE = 32
 WARPS = 4
 ROW_PROGRAMS = 128
 TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
@@ -27,6 +28,11 @@ LOG2_E = math.log2(math.e)
 def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     """gelu(h + bias), tanh form, computed in float32: [N, F] in the dtype of h."""
     return _forward(h_NF, bias_F)[0]
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width divide into pieces that keep a GPU busy."""
+    return launch.power_of_2(width, PIECE) >= LEAST_PIECE
 
 
 def _forward(h_NF, bias_F):

@@ -48,6 +48,12 @@ def store(reference, value: jax.Array, mask: jax.Array) -> None:
     triton.store(reference, value, mask=mask)
 
 
+def devices() -> int:
+    """Of the mesh in use, 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def on_own_rows(
     function: Callable, split: Sequence[bool], split_results: Sequence[bool]
 ) -> Callable:
@@ -60,7 +66,7 @@ def on_own_rows(
         then added up over the devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if devices() == 1:
         return function
     axes = mesh.axis_names
 

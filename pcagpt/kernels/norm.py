@@ -13,6 +13,7 @@ from pcagpt.kernels import launch
 
 ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together, a power of 2
+MOST_PIECES = 8
 WARPS = 4
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
@@ -195,6 +196,11 @@ def _visit_backward(
     for piece, of_parameters in zip(pieces, totals, strict=True):
         for number, terms_nd in enumerate(of_parameters):
             of_parameters_ref[number, piece] = terms_nd.sum(axis=0)
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width are few pieces, which all are in registers at once."""
+    return len(_pieces(width)) <= MOST_PIECES
 
 
 def _pieces(width: int) -> list:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import head as head_kernels
-from pcagpt.kernels import softmax
+from pcagpt.kernels import launch, softmax
 from pcagpt.losses import low_rank
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.logits import Head, project, tables_and_sizes, token_losses
@@ -43,6 +43,9 @@ def cross_entropy(
     if has_kernels and is_low_rank:
         return low_rank.cross_entropy(h_ND, head, targets_N, chunks)
     tables, sizes = tables_and_sizes(head)
+    if has_kernels:  # Each device takes as many of its own rows.
+        own_rows = h_ND.shape[0] // launch.devices()
+        chunks = max(c for c in range(1, chunks + 1) if own_rows % c == 0)
 
     def loss_sum(h_nD, tables, _, targets_n):
         if has_kernels:
