@@ -41,9 +41,9 @@ def shapes_of(config):
     )
 
 
-def random_variables(config, dtype=np.float32):
+def random_variables(config, dtype=np.float32, seed=0):
     """Parameters far from their initial values, so that every bias and norm counts."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     flat = {
         path: random.normal(1.0 if path.endswith("/scale") else 0.0, 0.4, leaf.shape)
         for path, leaf in trees.flatten(shapes_of(config)["params"]).items()
@@ -371,13 +371,15 @@ def test_dropping_almost_nothing_is_the_model_without_dropout():
 @pytest.mark.parametrize("name", ["dense", "bands"])
 def test_bfloat16_stays_near_float32_and_leaves_parameters_alone(name):
     config = dataclasses.replace(CONFIGS[name], compute_dtype="bfloat16")
-    variables = random_variables(CONFIGS[name])
-    half = hidden_of(config, variables, TOKENS)
-    full = hidden_of(CONFIGS[name], variables, TOKENS)
-    assert half.dtype == jnp.bfloat16
-    half = np.asarray(half, np.float32)
-    assert np.abs(half - full).max() > 1e-4
-    assert np.linalg.norm(half - full) < 0.012 * np.linalg.norm(full)
+    errors = []
+    for seed in range(128):  # A single draw's error says little: 0.003 to 0.02.
+        variables = random_variables(config, seed=seed)
+        half = hidden_of(config, variables, TOKENS)
+        full = np.asarray(hidden_of(CONFIGS[name], variables, TOKENS))
+        assert half.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(half, np.float32) - full)
+        errors.append(error / np.linalg.norm(full))
+    assert min(errors) > 1e-3 and np.mean(errors) < 0.0085
     stored = {leaf.dtype for leaf in jax.tree.leaves(shapes_of(config)["params"])}
     assert stored == {jnp.dtype("float32")}
 
