@@ -13,8 +13,9 @@ and evaluating are left out. `torch` is a plain GPT-2 and `transformers` Hugging
 both under torch.compile with fused AdamW, scaled_dot_product_attention and autocast,
 which keeps the residual stream in float32; pcagpt's is bfloat16. Their peak memory is
 what PyTorch allocated, pcagpt's what the compiled program needs. `decode` is greedy
-generation with a key-value cache. --quick does the same at the demo's size without
-PyTorch, also on CPUs.
+generation with a key-value cache. `data parallel` and `fsdp` are the step on all GPUs
+that CUDA_VISIBLE_DEVICES shows, with so many sequences and bytes on each; all else is
+on one. --quick does the same at the demo's size without PyTorch, also on CPUs.
 """
 
 import argparse
@@ -35,11 +36,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import bench_pcagpt
 import bench_torch
+import jax
 
 from pcagpt import provenance
 from pcagpt.main import prepare_process
 
-SYSTEMS = ("pcagpt", "pcagpt loop", "torch", "transformers", "decode")
+SYSTEMS = (
+    "pcagpt",
+    "pcagpt loop",
+    "data parallel",
+    "fsdp",
+    "torch",
+    "transformers",
+    "decode",
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -102,7 +112,8 @@ def main() -> None:
 def write(rows: list[dict], asked) -> None:
     """Writes what is known so far where --out says."""
     if asked.out:
-        report = {"rows": rows, "ratios": ratios(rows), **circumstances(asked)}
+        told = circumstances(asked, rows)
+        report = {"rows": rows, "ratios": ratios(rows), **told}
         asked.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 
@@ -111,6 +122,8 @@ def make_systems(asked, size, batch: int, folder: Path) -> list:
     makers = {
         "pcagpt": bench_pcagpt.Step,
         "pcagpt loop": bench_pcagpt.Loop,
+        "data parallel": bench_pcagpt.DataParallel,
+        "fsdp": bench_pcagpt.FullySharded,
         "torch": bench_torch.Plain,
         "transformers": bench_torch.Transformers,
     }
@@ -127,6 +140,8 @@ def make_systems(asked, size, batch: int, folder: Path) -> list:
         reason = ""
         if maker.__module__ == "bench_torch":
             reason = "--quick is without it" if asked.quick else bench_torch.why_not()
+        elif issubclass(maker, bench_pcagpt.DataParallel) and jax.device_count() == 1:
+            reason = "there is one device"
         if reason:
             print(f"{name} is left out: {reason}")
             continue
@@ -155,11 +170,12 @@ def row(system, seconds: list[float]) -> dict:
     middle = statistics.median(seconds)
     rate = system.tokens_per_step / middle
     flops = system.flops_per_token
-    peak = provenance.peak_flops(1)
+    peak = provenance.peak_flops(system.devices)
     return {
         "system": system.name,
         "model": system.model,
         "batch": system.batch,
+        "devices": system.devices,
         "tokens_per_second": rate,
         "ms_per_step": 1e3 * middle,
         "rounds_ms": [1e3 * s for s in seconds],
@@ -171,20 +187,21 @@ def row(system, seconds: list[float]) -> dict:
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:
-    """Tokens per second of one row over those of another."""
-    rate = {(r["system"], r["model"], r["batch"]): r["tokens_per_second"] for r in rows}
+    """Tokens per second and device of one row over those of another."""
+    rate = {
+        (r["system"], r["model"], r["batch"]): r["tokens_per_second"] / r["devices"]
+        for r in rows
+    }
     found = {}
     for (system, model, batch), value in rate.items():
-        for peer in ("torch", "transformers"):
-            if system == "pcagpt" and (peer, model, batch) in rate:
-                name = f"{model}, batch {batch}: pcagpt / {peer}"
-                found[name] = value / rate[peer, model, batch]
         if model != "D" and (system, "D", batch) in rate:
             name = f"{system}, batch {batch}: {model} / D"
             found[name] = value / rate[system, "D", batch]
-        if system == "pcagpt loop" and ("pcagpt", model, batch) in rate:
-            name = f"{model}, batch {batch}: pcagpt loop / pcagpt"
-            found[name] = value / rate["pcagpt", model, batch]
+        ours = rate.get(("pcagpt", model, batch))
+        if ours and system in ("torch", "transformers"):
+            found[f"{model}, batch {batch}: pcagpt / {system}"] = ours / value
+        elif ours and system in ("pcagpt loop", "data parallel", "fsdp"):
+            found[f"{model}, batch {batch}: {system} / pcagpt"] = value / ours
     return found
 
 
@@ -205,12 +222,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(["", *lines, ""])
 
 
-def circumstances(asked) -> dict:
+def circumstances(asked, rows: list[dict]) -> dict:
     """What the figures depend on."""
     return {
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": provenance.device(1),
+        "device": provenance.device(max(row["devices"] for row in rows)),
         "gpu": gpu_state(),
         "host": platform.machine(),
         "versions": {**provenance.versions(), **bench_torch.versions()},

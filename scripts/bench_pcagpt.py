@@ -85,15 +85,17 @@ def training(size: Size, model: str, batch: int, folder: Path, **overrides):
 class System:
     """One model that takes turns with others.
 
-    seconds_per_step: measures so many steps; tokens_per_step: that one step takes in,
-    or that decoding puts out; details: further figures.
+    devices: that it runs on; batch: sequences of each; seconds_per_step: measures so
+    many steps; tokens_per_step: that one step takes in, or that decoding puts out;
+    details: further figures.
     """
 
     name: str
+    devices = 1
 
     def __init__(self, size: Size, model: str, batch: int, folder: Path):
         self.size, self.model, self.batch, self.folder = size, model, batch, folder
-        self.tokens_per_step = batch * size.block_size
+        self.tokens_per_step = batch * self.devices * size.block_size
         self.peak_bytes = self.flops_per_token = None
         self.details = {}
         self.prepare()
@@ -104,9 +106,14 @@ class Step(System):
 
     name = "pcagpt"
 
+    def mesh(self) -> dict[str, int]:
+        """The knobs that lay the step out over the devices."""
+        return {"mesh.data": 1}
+
     def prepare(self) -> None:
         """Compiles it and lets it run a few times."""
-        run = training(self.size, self.model, self.batch, self.folder)
+        batch = self.batch * self.devices
+        run = training(self.size, self.model, batch, self.folder, **self.mesh())
         with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
             self.state, shardings, _ = run.start(checkpoints)
         self.step = run.compile_step(self.state, shardings, None)
@@ -129,6 +136,31 @@ class Step(System):
             self.state, metrics = self.step(self.state, self.tokens, None)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / steps
+
+
+class DataParallel(Step):
+    """The step on all devices, each with a whole model and rows of its own."""
+
+    name = "data parallel"
+
+    @property
+    def devices(self) -> int:
+        """All that JAX sees."""
+        return jax.device_count()
+
+    def mesh(self) -> dict[str, int]:
+        """The batch alone is split."""
+        return {"mesh.data": self.devices}
+
+
+class FullySharded(DataParallel):
+    """The step on all devices, each with a share of parameters and moments, too."""
+
+    name = "fsdp"
+
+    def mesh(self) -> dict[str, int]:
+        """Batch and matrices are split."""
+        return {"mesh.data": 1, "mesh.fsdp": self.devices}
 
 
 class Loop(System):

@@ -131,6 +131,7 @@ class Peer:
     """A model of PyTorch that takes turns with pcagpt's."""
 
     name: str
+    devices = 1
     details: dict = {}
     flops_per_token = None
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from pcagpt.model import training_flops_per_token
@@ -34,10 +35,12 @@ def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
     run(monkeypatch, *asked)
     found = json.loads(out.read_text())
     systems = {(row["system"], row["model"]): row for row in found["rows"]}
-    names = ("pcagpt", "pcagpt loop", "decode")
+    names = ("pcagpt", "pcagpt loop", "data parallel", "fsdp", "decode")
     assert set(systems) == {(name, model) for name in names for model in ("D", "k8")}
     for (name, model), row in systems.items():
+        assert row["devices"] == (8 if name in ("data parallel", "fsdp") else 1)
         tokens = row["batch"] * (1 if name == "decode" else TINY.block_size)
+        tokens *= row["devices"]
         seconds = row["ms_per_step"] / 1e3
         assert row["tokens_per_second"] == pytest.approx(tokens / seconds)
         assert len(row["rounds_ms"]) == 1
@@ -48,12 +51,14 @@ def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
             assert row["flops_per_token"] == training_flops_per_token(config)
             assert row["peak_bytes"] > 4 * 97 * (8 if model == "k8" else 32)
     assert len(systems["pcagpt loop", "D"]["checkpoint_ms"]) == 1
+    # A device's share of the table, the positions and their moments.
+    whole, shared = (systems[name, "D"]["peak_bytes"] for name in ("pcagpt", "fsdp"))
+    assert whole - shared > 0.8 * 3 * 4 * 112 * 32
+    others = "pcagpt loop", "data parallel", "fsdp"
     wanted = [
-        "pcagpt, batch 8: k8 / D",
-        "pcagpt loop, batch 8: k8 / D",
-        "D, batch 8: pcagpt loop / pcagpt",
-        "k8, batch 8: pcagpt loop / pcagpt",
         "decode, batch 1: k8 / D",
+        *(f"{name}, batch 8: k8 / D" for name in ("pcagpt", *others)),
+        *(f"{m}, batch 8: {name} / pcagpt" for m in ("D", "k8") for name in others),
     ]
     assert sorted(found["ratios"]) == sorted(wanted)
     assert found["command"] == "python scripts/bench.py " + " ".join(asked)
@@ -68,23 +73,26 @@ def found_corpus(folder):
     return folder
 
 
-def test_ratios_are_of_tokens_per_second_at_one_batch():
+def test_ratios_are_of_tokens_per_second_and_device_at_one_batch():
     rates = {
         ("pcagpt", "D", 32): 500,
         ("pcagpt", "k128", 32): 650,
         ("torch", "D", 32): 400,
         ("torch", "D", 64): 1,
         ("pcagpt loop", "D", 32): 495,
+        ("fsdp", "D", 32): 960,
     }
     names = ("system", "model", "batch")
     rows = [
-        dict(zip(names, key, strict=True)) | {"tokens_per_second": rate}
+        dict(zip(names, key, strict=True))
+        | {"tokens_per_second": rate, "devices": 2 if "fsdp" in key else 1}
         for key, rate in rates.items()
     ]
     assert bench.ratios(rows) == {
         "D, batch 32: pcagpt / torch": 1.25,
         "pcagpt, batch 32: k128 / D": 1.3,
         "D, batch 32: pcagpt loop / pcagpt": 0.99,
+        "D, batch 32: fsdp / pcagpt": 0.96,
     }
 
 
@@ -109,11 +117,21 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert said in capsys.readouterr().err
 
 
-def test_without_pytorch_its_systems_are_left_out_and_the_reason_is_told(
-    monkeypatch, capsys, tmp_path
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [
+        ("torch", "PyTorch is not installed"),
+        ("transformers", "PyTorch is not installed"),
+        ("data parallel", "there is one device"),
+        ("fsdp", "there is one device"),
+    ],
+)
+def test_systems_that_cannot_run_here_are_left_out_and_the_reason_is_told(
+    monkeypatch, capsys, tmp_path, system, reason
 ):
     monkeypatch.setattr(bench_torch, "why_not", lambda: "PyTorch is not installed")
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--systems", "torch"])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--systems", system])
     asked = bench.arguments()
     assert bench.make_systems(asked, TINY, 8, tmp_path) == []
-    assert "torch is left out: PyTorch is not installed" in capsys.readouterr().out
+    assert f"{system} is left out: {reason}" in capsys.readouterr().out

@@ -1,0 +1,101 @@
+"""Holds training losses before a change against those after it, step by step.
+
+    python scripts/compare_losses.py OLD/gpt_baseline NEW/gpt_baseline --chart x.png
+
+Takes pairs of run folders, as many as one likes: the same command, given once in a
+checkout of the code before and once after, with --config.telemetry.every=1, so that
+metrics.jsonl has every step. Prints a line and draws a panel for each pair.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+LAST_SHARE = 0.25  # of the steps: where a change that learns otherwise shows
+
+
+def train_losses(folder: Path) -> dict[int, float]:
+    """Loss of each logged training step in a run folder's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    entries = (json.loads(line) for line in lines)
+    return {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
+
+
+def paired(before: Path, after: Path) -> np.ndarray:
+    """Float64 [steps, 3]: step and both losses, where both were logged."""
+    losses = train_losses(before), train_losses(after)
+    steps = sorted(losses[0].keys() & losses[1].keys())
+    return np.array([(step, losses[0][step], losses[1][step]) for step in steps])
+
+
+def summary(pair: np.ndarray) -> str:
+    """How far apart the losses are: at the first step, at most, and at the end."""
+    difference = pair[:, 2] - pair[:, 1]
+    last = difference[-max(1, round(LAST_SHARE * len(pair))) :]
+    worst = int(np.abs(difference).argmax())
+    return (
+        f"{len(pair):>6}{difference[0]:>+11.5f}{difference[worst]:>+11.5f} at step "
+        f"{pair[worst, 0]:<6.0f}{last.mean():>+11.5f} ± {last.std():.5f}"
+        f"{pair[-1, 1]:>10.4f}{pair[-1, 2]:>9.4f}"
+    )
+
+
+def chart(names: list[str], pairs: list[np.ndarray]) -> Figure:
+    """Both losses over their difference, side by side for each pair."""
+    figure = Figure(figsize=(3.6 * len(pairs) + 0.6, 4.6), layout="constrained")
+    grid = figure.subplots(
+        2, len(pairs), squeeze=False, sharex="col", height_ratios=(2, 1)
+    )
+    for name, pair, (above, below) in zip(names, pairs, grid.T, strict=True):
+        step, before, after = pair.T
+        above.plot(step, before, color="#d55e00", lw=2.4, label="before")
+        above.plot(step, after, color="#0072b2", lw=1.0, label="after")
+        above.set_title(name, loc="left", fontsize=9.5)
+        below.axhline(0, color="#6b6b6b", lw=0.7)
+        below.plot(step, after - before, color="#0072b2", lw=1.0)
+        below.set_xlabel("step")
+    grid[0, 0].set_ylabel("training loss (nats per token)")
+    grid[1, 0].set_ylabel("after less before")
+    grid[0, 0].legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Prints the table and writes the chart."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="BEFORE AFTER ...")
+    parser.add_argument("--names", default="", help="of the pairs, as in D,k128")
+    parser.add_argument("--chart", type=Path, help="PNG or SVG file to draw")
+    asked = parser.parse_args()
+    before, after = asked.runs[::2], asked.runs[1::2]
+    if len(before) != len(after):
+        parser.error(f"{len(asked.runs)} run folders are no pairs: BEFORE AFTER ...")
+    for folder in asked.runs:
+        if not (folder / "metrics.jsonl").exists():
+            parser.error(f"{folder} is no run folder: it has no metrics.jsonl")
+    names = asked.names.split(",") if asked.names else [run.name for run in after]
+    if len(names) != len(after):
+        parser.error(f"--names gives {len(names)} names to {len(after)} pairs")
+    pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
+    for name, pair in zip(names, pairs, strict=True):
+        if not len(pair):
+            parser.error(f"{name}: no step was logged by both runs")
+    width = max(map(len, names))
+    print(
+        f"{'':<{width}}{'steps':>6}{'first':>11}{'largest':>11}{'':<14}"
+        f"{'last quarter':>17}{'before':>13}{'after':>9}"
+    )
+    for name, pair in zip(names, pairs, strict=True):
+        print(f"{name:<{width}}{summary(pair)}")
+    if asked.chart:
+        chart(names, pairs).savefig(asked.chart, dpi=150)
+        print(f"written to {asked.chart}")
+
+
+if __name__ == "__main__":
+    main()
