@@ -9,7 +9,16 @@ from pathlib import Path
 
 from pcagpt.arms import BY_LETTER
 from pcagpt.report import equal_size_table, recovery_table
-from pcagpt.report.wording import NOTHING, code, count, fixed, signed, table, times
+from pcagpt.report.wording import (
+    NOTHING,
+    code,
+    count,
+    fixed,
+    percent,
+    signed,
+    table,
+    times,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "checkpoints" / "published"
@@ -56,15 +65,50 @@ def compression_tables(folder: Path) -> str:
     return "\n\n".join([*tables, f"    {sweep['command']}"])
 
 
+def speed_table(folder: Path) -> str:
+    """The systems of a bench.json as a table over a line of its provenance."""
+    bench = json.loads((folder / "bench.json").read_text("utf-8"))
+    rows = [
+        [
+            row["system"],
+            row["model"],
+            count(row["devices"]),
+            count(row["batch"]),
+            fixed(row["ms_per_step"], 2),
+            count(row["tokens_per_second"]),
+            percent(row["utilisation"]),
+            NOTHING if row["peak_bytes"] is None else fixed(row["peak_bytes"] / 1e9, 1),
+        ]
+        for row in bench["rows"]
+    ]
+    header = ["System", "Model", "GPUs", "Batch of each", "ms a step", "Tokens/s"]
+    text = table([*header, "Of peak", "GB of each"], rows, "llrrrrrr")
+    held = [[name, fixed(value)] for name, value in bench["ratios"].items()]
+    ratios = table(["Tokens/s and GPU, held against each other", ""], held, "lr")
+    says = (
+        f"Medians of {bench['rounds']} rounds of {bench['steps']} steps. "
+        f"{bench['device']}, JAX {bench['versions']['jax']}, PyTorch "
+        f"{bench['versions'].get('torch', NOTHING)}, commit "
+        f"{code((bench['git_commit'] or 'unknown')[:12])}, by"
+    )
+    return "\n\n".join([text, ratios, says, f"    {bench['command']}"])
+
+
+TABLES = {
+    "results.json": results_table,
+    "sweep.json": compression_tables,
+    "bench.json": speed_table,
+}
+
+
 def updated(readme: str) -> str:
     """The text with every block of results written anew."""
 
     def block(found: re.Match) -> str:
-        name = found[1]
-        folder = PUBLISHED / name
-        is_sweep = (folder / "sweep.json").exists()
-        made = (compression_tables if is_sweep else results_table)(folder)
-        return f"<!-- results of {name} -->\n{made}\n<!-- end -->"
+        folder = PUBLISHED / found[1]
+        written = next(name for name in TABLES if (folder / name).exists())
+        made = TABLES[written](folder)
+        return f"<!-- results of {found[1]} -->\n{made}\n<!-- end -->"
 
     pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"
     return re.sub(pattern, block, readme, flags=re.DOTALL)
