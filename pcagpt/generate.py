@@ -4,13 +4,25 @@ Shape letters: B samples, T tokens of a window, D width, V vocabulary.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.model import GPT
+
+LEAST_REACH = 128  # tokens that there is place for from the start
+
+
+class Drawing(NamedTuple):
+    """What tokens are drawn by; `generate` says what it means."""
+
+    model: GPT
+    temperature: float
+    top_k: int
 
 
 def generate(
@@ -41,76 +53,100 @@ def generate(
     Yields:
       int32 [B], the next token of each sample.
     """
-    length = model.config.block_size
+    length, key = model.config.block_size, jax.random.key(seed)
+    drawing = Drawing(model, temperature, top_k)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
-    variables, key, known = _cast(variables, model), jax.random.key(seed), len(prompt)
-    settings = {"model": model, "temperature": temperature, "top_k": top_k}
-    read, read_next = (
-        jax.jit(functools.partial(function, **settings), donate_argnums=1)
-        for function in (_read, _read_next)
-    )
-    state, drawn_B = read(variables, {"window": window_BT, "cache": {}}, known, key)
-    yield drawn_B
-    while known + 1 < length:
-        known += 1
-        state, drawn_B = read_next(variables, state, known, key)
-        yield drawn_B
-    while True:
-        known += 1
-        state["cache"] = {}
-        state, drawn_B = read(variables, state, known, key)
-        yield drawn_B
-
-
-def _cast(variables: dict, model: GPT) -> dict:
-    """Matrices in the compute dtype, once and not for every token."""
-    dtype = model.config.compute_dtype
-    return jax.jit(
-        functools.partial(
-            jax.tree.map, lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf
+    variables, start = in_compute_dtype(variables, model), len(prompt)
+    if start < length:
+        # Place for twice as many whenever there is none: what is behind the last token
+        # is attended to in vain.
+        reach = min(length, max(LEAST_REACH, 1 << (start - 1).bit_length()))
+        window_BT, cache, drawn_B = _read(
+            variables, window_BT, start, key, drawing, reach
         )
-    )(variables)
+        yield drawn_B
+        for known in range(start + 1, length):
+            if known > reach:
+                reach = min(2 * reach, length)
+                cache = _widened(cache, reach)
+            window_BT, cache, drawn_B = _read_next(
+                variables, window_BT, cache, known, key, drawing
+            )
+            yield drawn_B
+        del cache
+    for known in itertools.count(length):
+        window_BT, drawn_B = _read_again(variables, window_BT, known, key, drawing)
+        yield drawn_B
 
 
-def _read(variables, state, known, key, **settings):
-    """Reads the window anew and draws the token behind its `known` ones.
+def in_compute_dtype(variables: dict, model: GPT) -> dict:
+    """The variables with matrices in the model's compute dtype."""
+    dtype = model.config.compute_dtype
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, variables
+    )
 
-    A window that has no place for it moves on by one token. Returns the state, with
-    keys and values of all of the window, and the drawn tokens [B].
+
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
+def _read(variables, window_BT, known, key, drawing: Drawing, reach: int):
+    """Reads `reach` tokens of a window and draws the one behind the `known` ones.
+
+    Returns the window with it, keys and values of what was read, and the drawn [B].
     """
-    model, window_BT = settings["model"], state["window"]
-    length = window_BT.shape[1]
-    h_ND, written = model.apply(variables, window_BT, method="hidden", mutable="cache")
-    h_BTD = h_ND.reshape(*window_BT.shape, -1)
-    h_BD = h_BTD[:, jnp.minimum(known, length) - 1]
-    drawn_B = _draw(variables, h_BD, known, key, **settings)
-    is_full = known >= length
-    window_BT = jnp.where(is_full, jnp.roll(window_BT, -1, axis=1), window_BT)
-    place = jnp.where(is_full, length - 1, known)
-    window_BT = window_BT.at[:, place].set(drawn_B)
-    return {"window": window_BT, **written}, drawn_B
+    read_BT = window_BT[:, :reach]
+    h_ND, written = drawing.model.apply(
+        variables, read_BT, method="hidden", mutable="cache"
+    )
+    h_BD = h_ND.reshape(*read_BT.shape, -1)[:, known - 1]
+    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
 
 
-def _read_next(variables, state, known, key, **settings):
+@functools.partial(jax.jit, static_argnums=1)
+def _widened(cache, reach: int):
+    """Keys and values with place for so many tokens."""
+    return jax.tree.map(
+        lambda kept_BTHC: jnp.pad(
+            kept_BTHC, ((0, 0), (0, reach - kept_BTHC.shape[1]), (0, 0), (0, 0))
+        ),
+        cache,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=5, donate_argnums=(1, 2))
+def _read_next(variables, window_BT, cache, known, key, drawing: Drawing):
     """Reads the last of the `known` tokens and draws the one behind it.
 
-    Returns the state with its keys and values added, and the drawn tokens [B].
+    Returns the window with it, keys and values with those of what was read, and the
+    drawn [B].
     """
-    model, window_BT = settings["model"], state["window"]
-    h_BD, written = model.apply(
-        variables | {"cache": state["cache"]},
+    h_BD, written = drawing.model.apply(
+        variables | {"cache": cache},
         window_BT[:, known - 1],
         known - 1,
         method="next_hidden",
         mutable="cache",
     )
-    drawn_B = _draw(variables, h_BD, known, key, **settings)
-    return {"window": window_BT.at[:, known].set(drawn_B), **written}, drawn_B
+    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
 
 
-def _draw(variables, h_BD, known, key, *, model: GPT, temperature, top_k) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
+def _read_again(variables, window_BT, known, key, drawing: Drawing):
+    """Reads a full window and draws the token behind it, for which it moves on by one.
+
+    Returns the window and the drawn [B]; `known` is how many tokens there were.
+    """
+    h_ND = drawing.model.apply(variables, window_BT, method="hidden")
+    h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
+    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    return jnp.roll(window_BT, -1, axis=1).at[:, -1].set(drawn_B), drawn_B
+
+
+def _draw(variables, h_BD, known, key, drawing: Drawing) -> jax.Array:
     """The token behind the `known` ones, by the output of ln_f at the last: [B]."""
+    model, temperature, top_k = drawing
     logits_BV = model.apply(variables, h_BD, method="logits")
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]

@@ -233,8 +233,9 @@ class Attention(nn.Module):
         """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence.
 
         With a position, each sequence is the one token there, and attends to those
-        before it, whose keys and values are in the collection 'cache'. Without one,
-        they are written there where that collection can be written.
+        before it, whose keys and values are in the collection 'cache', which has place
+        for its own. Without one, they are written there where that collection can be
+        written.
         """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
@@ -280,9 +281,8 @@ class Attention(nn.Module):
         return project(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
-        """All that is cached, [B, block_size, H, C], with the new from `start` on."""
-        shape = new_BtHC.shape[0], self.config.block_size, *new_BtHC.shape[2:]
-        cached = self.variable("cache", name, jnp.zeros, shape, new_BtHC.dtype)
+        """All that is cached, [B, T, H, C], with the new from `start` on."""
+        cached = self.variable("cache", name, lambda: new_BtHC)
         cached.value = jax.lax.dynamic_update_slice_in_dim(
             cached.value, new_BtHC, start, axis=1
         )

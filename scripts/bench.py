@@ -2,252 +2,236 @@
 
     python scripts/bench.py --out bench.json
     python scripts/bench.py --quick
-    python scripts/bench.py --profile --systems pcagpt --batches 32
+    python scripts/bench.py --profile --systems pcagpt
+    python scripts/bench.py --systems pcagpt,data-parallel,fsdp --batches 32,64
 
-GPT-2 small (D) and the same with a table of rank 128, in bfloat16, at 1,024 tokens a
-sequence. Systems take turns within a round, so that a GPU that warms up or slows down
-does so for all; each figure is the median of the rounds. `pcagpt` is the compiled
-training step on one batch, `pcagpt loop` the loop around it with data from disk,
-logging, and the stall of a checkpoint shared out over the steps between two; compiling
-and evaluating are left out. `torch` is a plain GPT-2 and `transformers` Hugging Face's,
-both under torch.compile with fused AdamW, scaled_dot_product_attention and autocast,
-which keeps the residual stream in float32; pcagpt's is bfloat16. Their peak memory is
-what PyTorch allocated, pcagpt's what the compiled program needs. `decode` is greedy
-generation with a key-value cache. `data parallel` and `fsdp` are the step on all GPUs
-that CUDA_VISIBLE_DEVICES shows, with so many sequences and bytes on each; all else is
-on one. --quick does the same at the demo's size without PyTorch, also on CPUs.
+GPT-2 small (D) and the same with a table of rank 128 (k128), in bfloat16, at 1,024
+tokens a sequence. The systems take turns within a round, so that a GPU that warms up or
+slows down does so for all; each figure is the median of the rounds, each ratio that of
+the ratios within a round, with the least and the most.
+
+  pcagpt         the compiled training step, on one batch
+  pcagpt-loop    the training loop around it: data from disk, logging, and the stall of
+                 a checkpoint, shared out over the steps between two; without compiling,
+                 evaluating, and the first step after a pause
+  data-parallel  the step on all GPUs that CUDA_VISIBLE_DEVICES shows, a batch on each
+  fsdp           the same, parameters and moments split over them, too
+  torch          a plain GPT-2
+  transformers   Hugging Face's GPT-2
+  decode         greedy generation of pcagpt's models with a key-value cache, at a batch
+                 of 1 and of 64 (of 1 with --quick); its memory is weights and cache
+
+Both peers run under torch.compile with flash attention, fused AdamW, clipping and
+autocast, which keeps the residual stream in float32; pcagpt's is bfloat16. They need
+`pip install torch transformers` and a GPU. Their peak memory is what PyTorch allocated,
+pcagpt's what the compiled program needs. --quick measures pcagpt alone at the demo's
+size, also on CPUs.
 """
 
 import argparse
-import datetime
+import contextlib
 import gc
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # PyTorch needs memory beside JAX; both before JAX is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import bench_pcagpt
-import bench_torch
-import jax
-
-from pcagpt import provenance
 from pcagpt.main import prepare_process
 
-SYSTEMS = (
-    "pcagpt",
-    "pcagpt loop",
-    "data parallel",
-    "fsdp",
-    "torch",
-    "transformers",
-    "decode",
-)
+if __name__ == "__main__":
+    prepare_process()  # Before JAX is imported, which then keeps what it compiles.
+
+import bench_pcagpt
+import bench_report
+import bench_torch
+
+from pcagpt.errors import Interrupted
+
+TRAINED = {
+    "pcagpt": bench_pcagpt.Step,
+    "pcagpt-loop": bench_pcagpt.Loop,
+    "data-parallel": bench_pcagpt.DataParallel,
+    "fsdp": bench_pcagpt.FullySharded,
+    "torch": bench_torch.Plain,
+    "transformers": bench_torch.Transformers,
+}
+SYSTEMS = (*TRAINED, "decode")
+DECODED = (1, 64)  # sequences side by side
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line asks for."""
+    """What the command line asks for, with --quick's sizes where nothing else is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="at the demo's size")
     parser.add_argument(
-        "--systems", default=",".join(SYSTEMS), help="as in pcagpt,torch"
+        "--systems",
+        default=",".join(SYSTEMS),
+        help="as in pcagpt,torch; all unless given, but for those that cannot run here",
     )
     parser.add_argument(
-        "--batches", default="32", help="sequences a step, as in 32,64; decoding: 1,64"
+        "--batches",
+        help="sequences a step, on each GPU, as in 32,64 (default 32; --quick 16)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of all systems")
-    parser.add_argument("--steps", type=int, default=50, help="of a system in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems (3)")
+    parser.add_argument(
+        "--steps", type=int, help="of a system in a round (default 50; --quick 10)"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="print pcagpt's kernels by their time"
     )
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     asked = parser.parse_args()
-    asked.systems = tuple(asked.systems.split(","))
+    asked.size = bench_pcagpt.QUICK if asked.quick else bench_pcagpt.GPT2_SMALL
+    names = [name.strip() for name in asked.systems.split(",")]
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        parser.error(
+            f"no system is called {unknown[0] or '(nothing)'}: choose of "
+            f"{', '.join(SYSTEMS)}"
+        )
+    asked.systems = tuple(dict.fromkeys(names))
     try:
-        asked.batches = tuple(map(int, asked.batches.split(",")))
+        numbers = (asked.batches or str(asked.size.batch)).split(",")
+        # The largest first: what it needs then serves the smaller ones.
+        asked.batches = tuple(sorted(set(map(int, numbers)), reverse=True))
     except ValueError:
         parser.error(f"--batches is {asked.batches}: give whole numbers, as in 32,64")
-    unknown = set(asked.systems) - set(SYSTEMS)
-    if unknown or min(asked.rounds, asked.steps, *asked.batches) < 1:
+    if asked.steps is None:
+        asked.steps = 10 if asked.quick else 50
+    if min(asked.rounds, *asked.batches) < 1 or asked.steps < bench_pcagpt.LEAST_RUN:
         parser.error(
-            f"no system is called {', '.join(sorted(unknown))}: choose of "
-            f"{', '.join(SYSTEMS)}"
-            if unknown
-            else "--rounds, --steps and --batches are whole numbers from 1 on"
+            "--rounds and --batches are whole numbers from 1 on, --steps from "
+            f"{bench_pcagpt.LEAST_RUN} on"
         )
+    if asked.out:
+        try:
+            with open(asked.out, "a"):  # Now and not after minutes.
+                pass
+        except OSError as error:
+            parser.error(f"--out {asked.out} cannot be written: {error.strerror}")
     return asked
 
 
-def main() -> None:
-    """Measures, prints a table, and writes it where --out says."""
+def main() -> int:
+    """Measures, prints a table, and writes it where --out says; the exit code."""
     asked = arguments()
-    prepare_process()
-    size = bench_pcagpt.QUICK if asked.quick else bench_pcagpt.GPT2_SMALL
-    if asked.quick:
-        asked.batches, asked.steps = (size.batch,), min(asked.steps, 5)
-    rows = []
+    rows, ending, code = [], "", 0
+    groups = possible_groups(asked)
+    if not groups:
+        return say("none of the systems asked for can run here", 2)
     with tempfile.TemporaryDirectory() as folder:
-        bench_pcagpt.write_corpus(Path(folder), size)
-        for batch in asked.batches:
-            rows += measure(make_systems(asked, size, batch, Path(folder)), asked)
-            gc.collect()  # Before the next systems need the memory.
-            print(table(rows), flush=True)
-            write(rows, asked)
-        if asked.profile:
-            for model in bench_pcagpt.models(size):
-                print(bench_pcagpt.profile(size, model, asked.batches[0], Path(folder)))
-    if asked.out:
+        try:
+            bench_pcagpt.write_corpus(Path(folder), asked.size)
+            for group in groups:
+                finished = rows
+                with told_if_out_of_memory(group):
+                    for found in measured(group, asked, Path(folder)):
+                        rows = finished + found
+                        write(rows, asked)
+                release()
+                print(bench_report.table(rows), flush=True)
+            if asked.profile:
+                for model in bench_pcagpt.models(asked.size):
+                    batch = asked.batches[-1]
+                    made = bench_pcagpt.Step(asked.size, model, batch, Path(folder))
+                    print(bench_pcagpt.profile(made))
+        except (KeyboardInterrupt, Interrupted):
+            print(bench_report.table(rows))
+            ending, code = "interrupted: these are the rounds until then", 1
+    if asked.out and rows:
         print(f"written to {asked.out}")
+    return say(ending, code) if ending else code
+
+
+def say(message: str, code: int) -> int:
+    """Prints a line to stderr; returns the exit code."""
+    print(f"bench.py: {message}", file=sys.stderr)
+    return code
+
+
+def possible_groups(asked) -> list[list[tuple]]:
+    """(name, maker, batch) of the systems that take turns, group by group.
+
+    A group is a batch size of training, or decoding. Says which systems are left out.
+    """
+    possible = []
+    for name in asked.systems:
+        reason = ""
+        if issubclass(TRAINED.get(name, object), bench_torch.Peer):
+            why_not = bench_torch.why_not(name)
+            reason = "--quick is without it" if asked.quick else why_not
+        elif issubclass(TRAINED.get(name, object), bench_pcagpt.DataParallel):
+            has_one = bench_pcagpt.DataParallel.devices.fget(None) == 1
+            reason = "there is one device" if has_one else ""
+        if reason:
+            print(f"{name} is left out: {reason}")
+        else:
+            possible.append(name)
+    groups = [
+        [(name, TRAINED[name], batch) for name in possible if name in TRAINED]
+        for batch in asked.batches
+    ]
+    if "decode" in possible:
+        counts = DECODED[:1] if asked.quick else DECODED
+        groups.append([("decode", bench_pcagpt.Decoding, count) for count in counts])
+    return [group for group in groups if group]
+
+
+def measured(group: list[tuple], asked, folder: Path) -> Iterator[list[dict]]:
+    """After each round the rows of all systems of a group."""
+    systems = []
+    bench_torch.forget_compiled()
+    for name, maker, batch in group:
+        for model in bench_pcagpt.models(asked.size):
+            print(f"preparing {name} {model} at batch {batch} ...", flush=True)
+            systems.append(maker(asked.size, model, batch, folder))
+    timings = [bench_report.Timing(system) for system in systems]
+    for number in range(asked.rounds):
+        for timing in timings:
+            timing.add(timing.system.seconds_per_step(asked.steps))
+            print(
+                f"round {number + 1} of {asked.rounds}: {timing.system.name} "
+                f"{timing.system.model} at batch {timing.system.batch}: "
+                f"{1e3 * timing.seconds[-1]:.2f} ms",
+                flush=True,
+            )
+        yield [timing.row(asked.steps) for timing in timings]
+
+
+@contextlib.contextmanager
+def told_if_out_of_memory(group: list[tuple]) -> Iterator[None]:
+    """Ends the group with a line, not everything with a traceback."""
+    try:
+        yield
+    except RuntimeError as error:  # The class of JAX's and PyTorch's own errors.
+        if not ("RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)):
+            raise
+        names = ", ".join(name for name, *_ in group)
+        print(
+            f"memory does not suffice for {names} side by side at batch "
+            f"{group[-1][-1]}: give fewer --systems or smaller --batches"
+        )
+
+
+def release() -> None:
+    """Gives back the memory of a group that is done."""
+    gc.collect()
+    bench_torch.release()
 
 
 def write(rows: list[dict], asked) -> None:
     """Writes what is known so far where --out says."""
     if asked.out:
-        told = circumstances(asked, rows)
-        report = {"rows": rows, "ratios": ratios(rows), **told}
-        asked.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-
-
-def make_systems(asked, size, batch: int, folder: Path) -> list:
-    """What takes turns at one batch size, each compiled and warm."""
-    makers = {
-        "pcagpt": bench_pcagpt.Step,
-        "pcagpt loop": bench_pcagpt.Loop,
-        "data parallel": bench_pcagpt.DataParallel,
-        "fsdp": bench_pcagpt.FullySharded,
-        "torch": bench_torch.Plain,
-        "transformers": bench_torch.Transformers,
-    }
-    decoded = (1,) if asked.quick else (1, 64)
-    wanted = [
-        (name, makers[name], batch) for name in asked.systems if name in makers
-    ] + [
-        ("decode", bench_pcagpt.Decoding, number)
-        for number in decoded
-        if "decode" in asked.systems and batch == asked.batches[0]
-    ]
-    systems = []
-    for name, maker, number in wanted:
-        reason = ""
-        if maker.__module__ == "bench_torch":
-            reason = "--quick is without it" if asked.quick else bench_torch.why_not()
-        elif issubclass(maker, bench_pcagpt.DataParallel) and jax.device_count() == 1:
-            reason = "there is one device"
-        if reason:
-            print(f"{name} is left out: {reason}")
-            continue
-        for model in bench_pcagpt.models(size):
-            print(f"preparing {name} {model} at batch {number} ...", flush=True)
-            systems.append(maker(size, model, number, folder))
-    return systems
-
-
-def measure(systems: list, asked) -> list[dict]:
-    """A row for each system."""
-    seconds = [[] for _ in systems]
-    for number in range(asked.rounds):
-        for system, found in zip(systems, seconds, strict=True):
-            found.append(system.seconds_per_step(asked.steps))
-            print(
-                f"round {number + 1} of {asked.rounds}: {system.name} {system.model} "
-                f"at batch {system.batch}: {1e3 * found[-1]:.2f} ms",
-                flush=True,
-            )
-    return [row(system, found) for system, found in zip(systems, seconds, strict=True)]
-
-
-def row(system, seconds: list[float]) -> dict:
-    """What is known of one system."""
-    middle = statistics.median(seconds)
-    rate = system.tokens_per_step / middle
-    flops = system.flops_per_token
-    peak = provenance.peak_flops(system.devices)
-    return {
-        "system": system.name,
-        "model": system.model,
-        "batch": system.batch,
-        "devices": system.devices,
-        "tokens_per_second": rate,
-        "ms_per_step": 1e3 * middle,
-        "rounds_ms": [1e3 * s for s in seconds],
-        "peak_bytes": system.peak_bytes,
-        "flops_per_token": flops,
-        "utilisation": flops * rate / peak if peak and flops else None,
-        **system.details,
-    }
-
-
-def ratios(rows: list[dict]) -> dict[str, float]:
-    """Tokens per second and device of one row over those of another."""
-    rate = {
-        (r["system"], r["model"], r["batch"]): r["tokens_per_second"] / r["devices"]
-        for r in rows
-    }
-    found = {}
-    for (system, model, batch), value in rate.items():
-        if model != "D" and (system, "D", batch) in rate:
-            name = f"{system}, batch {batch}: {model} / D"
-            found[name] = value / rate[system, "D", batch]
-        ours = rate.get(("pcagpt", model, batch))
-        if ours and system in ("torch", "transformers"):
-            found[f"{model}, batch {batch}: pcagpt / {system}"] = ours / value
-        elif ours and system in ("pcagpt loop", "data parallel", "fsdp"):
-            found[f"{model}, batch {batch}: {system} / pcagpt"] = value / ours
-    return found
-
-
-def table(rows: list[dict]) -> str:
-    """The rows and their ratios, for people."""
-    lines = [
-        f"{'system':<14}{'model':>6}{'batch':>7}{'ms/step':>10}{'tokens/s':>12}"
-        f"{'of peak':>9}{'peak GB':>9}"
-    ]
-    for r in rows:
-        share = "" if r["utilisation"] is None else f"{r['utilisation']:.1%}"
-        size = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
-        lines.append(
-            f"{r['system']:<14}{r['model']:>6}{r['batch']:>7}{r['ms_per_step']:>10.2f}"
-            f"{r['tokens_per_second']:>12,.0f}{share:>9}{size:>9}"
-        )
-    lines += [f"{name}: {value:.3f}" for name, value in ratios(rows).items()]
-    return "\n".join(["", *lines, ""])
-
-
-def circumstances(asked, rows: list[dict]) -> dict:
-    """What the figures depend on."""
-    return {
-        "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": provenance.device(max(row["devices"] for row in rows)),
-        "gpu": gpu_state(),
-        "host": platform.machine(),
-        "versions": {**provenance.versions(), **bench_torch.versions()},
-        "git_commit": provenance.git_commit(),
-        "steps": asked.steps,
-        "rounds": asked.rounds,
-    }
-
-
-def gpu_state() -> dict[str, str] | None:
-    """Clocks, power and memory as the driver tells them; None without one."""
-    fields = "name,driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    values = done.stdout.splitlines()[0].split(", ")
-    return dict(zip(fields.split(","), values, strict=True))
+        text = bench_report.as_json(rows, asked.rounds, asked.steps)
+        asked.out.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,9 @@
 """What scripts/bench.py measures of pcagpt: the step, the loop around it, decoding."""
 
-import contextlib
 import dataclasses
+import functools
 import json
-import os
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -14,16 +14,17 @@ import numpy as np
 
 from pcagpt import config as knobs
 from pcagpt.checkpoint import Checkpoints
-from pcagpt.generate import generate
-from pcagpt.model import training_flops_per_token
+from pcagpt.generate import generate, in_compute_dtype
+from pcagpt.model import GPTConfig, training_flops_per_token
 from pcagpt.plan import make_plan
+from pcagpt.telemetry import SilentProgress
 from pcagpt.train import Training
 
 WARM_STEPS = 5
 PROFILED_STEPS = 5
-LEAST_RUN = 6  # steps: a run times none before a save, and none after
+LEAST_RUN = 6  # steps: a training run times none before a save, and none after
 SHOWN_KERNELS = 25
-WAITING = ("ThunkExecutor", "SlinkyThreadPool")  # on CPUs, for the others
+NO_WORK = ("ThunkExecutor", "SlinkyThreadPool", "end: ")  # of threads on CPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Size:
     rank: int
     batch: int
     corpus_tokens: int
+    prompt_tokens: int
     decoded_tokens: int
 
 
-GPT2_SMALL = Size(50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 128)
-QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 32)
+GPT2_SMALL = Size(50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 256, 200)
+QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64, 32)
 
 
 def models(size: Size) -> tuple[str, str]:
@@ -53,6 +55,13 @@ def models(size: Size) -> tuple[str, str]:
 def rank_of(model: str) -> int | None:
     """Of the model's table; None for the full one."""
     return None if model == "D" else int(model.removeprefix("k"))
+
+
+def flops_per_token(size: Size, model: str) -> float:
+    """Of training, whoever does it."""
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+    sizes = {name: getattr(size, name) for name in names}
+    return training_flops_per_token(GPTConfig(**sizes, n_embd_wte=rank_of(model)))
 
 
 def write_corpus(folder: Path, size: Size) -> None:
@@ -87,7 +96,7 @@ class System:
 
     devices: that it runs on; batch: sequences of each; seconds_per_step: measures so
     many steps; tokens_per_step: that one step takes in, or that decoding puts out;
-    details: further figures.
+    peak_bytes: of one device; details: further figures.
     """
 
     name: str
@@ -96,8 +105,8 @@ class System:
     def __init__(self, size: Size, model: str, batch: int, folder: Path):
         self.size, self.model, self.batch, self.folder = size, model, batch, folder
         self.tokens_per_step = batch * self.devices * size.block_size
-        self.peak_bytes = self.flops_per_token = None
-        self.details = {}
+        self.flops_per_token = flops_per_token(size, model)
+        self.peak_bytes, self.details = None, {}
         self.prepare()
 
 
@@ -118,7 +127,6 @@ class Step(System):
             self.state, shardings, _ = run.start(checkpoints)
         self.step = run.compile_step(self.state, shardings, None)
         self.tokens = run.batch(0)
-        self.flops_per_token = training_flops_per_token(run.model.config)
         memory = self.step.memory_analysis()
         self.peak_bytes = (
             memory.argument_size_in_bytes
@@ -141,7 +149,7 @@ class Step(System):
 class DataParallel(Step):
     """The step on all devices, each with a whole model and rows of its own."""
 
-    name = "data parallel"
+    name = "data-parallel"
 
     @property
     def devices(self) -> int:
@@ -171,17 +179,14 @@ class Loop(System):
     step after a pause.
     """
 
-    name = "pcagpt loop"
+    name = "pcagpt-loop"
 
     def prepare(self) -> None:
         """Nothing: each round starts from the beginning."""
-        config = training(self.size, self.model, self.batch, self.folder).model.config
-        self.flops_per_token = training_flops_per_token(config)
         self.details = {"checkpoint_ms": []}
 
     def seconds_per_step(self, steps: int) -> float:
         """Of a run of so many steps that saves half way and at its end."""
-        steps = max(steps, LEAST_RUN)
         run = training(
             self.size,
             self.model,
@@ -202,9 +207,12 @@ class Loop(System):
             stalls.append(time.perf_counter() - start)
 
         run.save = timed_save
+        run.progress = lambda *_: SilentProgress()
         run.run_dir.mkdir(parents=True)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
             result = run.run("bench")
+        finally:
+            shutil.rmtree(run.run_dir.parent)
         self.peak_bytes = result["peak_bytes"]
         # The first save is of the start: nothing else waits for it.
         stall = max(stalls[1:])
@@ -221,43 +229,43 @@ class Decoding(System):
     def prepare(self) -> None:
         """Makes up weights and begins to decode."""
         self.gpt = training(self.size, self.model, self.batch, self.folder).model
-        tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
+        tokens_BT = jax.ShapeDtypeStruct((self.batch, self.size.block_size), np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)
         weights = jax.tree.map(
             lambda leaf: 0.02 * random.standard_normal(leaf.shape, leaf.dtype), shapes
         )
-        self.variables = jax.device_put(weights)
-        self.tokens_per_step = self.batch
+        # As they are decoded with, so that no second copy is made.
+        self.variables = jax.device_put(in_compute_dtype(weights, self.gpt))
         self.begin()
+        read = functools.partial(self.gpt.apply, method="hidden", mutable="cache")
+        kept = self.variables, jax.eval_shape(read, self.variables, tokens_BT)[1]
+        leaves = jax.tree.leaves(kept)
+        self.peak_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        self.tokens_per_step, self.flops_per_token = self.batch, None
 
     def begin(self) -> None:
-        """Compiles, and reads the prompt: what follows is the same for every token."""
-        prompt = np.array([1], np.int32)
+        """Reads the prompt and decodes a few tokens, which may take compiling."""
+        prompt = np.ones(self.size.prompt_tokens, np.int32)
         self.drawn = generate(
             self.gpt, self.variables, prompt, self.batch, seed=0, temperature=0
         )
         for _ in range(WARM_STEPS):
             jax.block_until_ready(next(self.drawn))
-        self.known = WARM_STEPS
 
     def seconds_per_step(self, steps: int) -> float:
-        """Of as many tokens of each sequence as the size says, in one window."""
+        """Of the tokens behind the prompt, as many as the size says."""
         del steps
-        count = self.size.decoded_tokens
-        if self.known + count >= self.size.block_size:
-            self.begin()
+        self.begin()
         start = time.perf_counter()
-        for _ in range(count):
+        for _ in range(self.size.decoded_tokens):
             tokens_B = next(self.drawn)
         jax.block_until_ready(tokens_B)
-        self.known += count
-        return (time.perf_counter() - start) / count
+        return (time.perf_counter() - start) / self.size.decoded_tokens
 
 
-def profile(size: Size, model: str, batch: int, folder: Path) -> str:
+def profile(system: Step) -> str:
     """The kernels of the training step that take most of its time, for people."""
-    system = Step(size, model, batch, folder)
     with tempfile.TemporaryDirectory() as trace:
         with jax.profiler.trace(trace):
             system.seconds_per_step(PROFILED_STEPS)
@@ -270,13 +278,17 @@ def profile(size: Size, model: str, batch: int, folder: Path) -> str:
             is_cpu_work = line.name.startswith(("tf_XLAEigen", "tf_XLAPjRtCpu"))
             if is_kernels or is_cpu_work:
                 for event in line.events:
-                    if event.name.startswith(WAITING):
+                    if event.name.startswith(NO_WORK):
                         continue
                     name = event.name.rstrip("0123456789").rstrip("._")
                     nanoseconds[name] += event.duration_ns
                     calls[name] += 1
-    total = sum(nanoseconds.values()) or 1
-    lines = [f"{model}, batch {batch}: {total / PROFILED_STEPS / 1e6:.2f} ms a step"]
+    total = sum(nanoseconds.values())
+    of_what = f"{system.model}, batch {system.batch}"
+    if not total:
+        return f"{of_what}: the profiler saw no kernels"
+    threads = "" if jax.default_backend() == "gpu" else " of all threads together"
+    lines = [f"{of_what}: {total / PROFILED_STEPS / 1e6:.2f} ms a step{threads}"]
     lines += [
         f"{ns / PROFILED_STEPS / 1e6:9.3f} ms {ns / total:6.1%} "
         f"{calls[name] / PROFILED_STEPS:7.0f} x  {name[:90]}"

@@ -8,7 +8,8 @@ import importlib.util
 import time
 from importlib import metadata
 
-from bench_pcagpt import rank_of
+import numpy as np
+from bench_pcagpt import WARM_STEPS, flops_per_token, rank_of
 
 try:
     import torch
@@ -18,21 +19,53 @@ except ImportError:
     torch = None
 
 
-def why_not() -> str:
-    """What is lacking here for the peers to be measured; empty if nothing is."""
+def why_not(name: str) -> str:
+    """What is lacking here for a peer to be measured; empty if nothing is."""
     if torch is None:
-        return "PyTorch is not installed"
+        return "PyTorch is not installed (pip install torch)"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
+    if name == "transformers" and not importlib.util.find_spec("transformers"):
+        return "it is not installed (pip install transformers)"
     return ""
 
 
 def versions() -> dict[str, str]:
     """Of the peers, as far as they are installed."""
-    names = ("torch", "transformers", "triton")
-    return {n: metadata.version(n) for n in names if importlib.util.find_spec(n)}
+    found = {}
+    for name in ("torch", "transformers", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def forget_compiled() -> None:
+    """Lets what is compiled next have shapes of its own.
+
+    Having seen two batch sizes, torch.compile would make kernels for any size.
+    """
+    if torch is not None:
+        torch._dynamo.reset()
+
+
+def release() -> None:
+    """Gives memory that is not in use back to the GPU, for JAX."""
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def causal_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention for transformers without a mask, which no flash attention takes.
+
+    Where a model is compiled, transformers makes a mask of its own accord.
+    """
+    del module, attention_mask
+    y = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling
+    )
+    return y.transpose(1, 2).contiguous(), None
 
 
 if torch is not None:
@@ -83,8 +116,9 @@ if torch is not None:
 
         def __init__(self, size):
             super().__init__()
-            from transformers import GPT2Config, GPT2Model
+            from transformers import AttentionInterface, GPT2Config, GPT2Model
 
+            AttentionInterface.register("causal", causal_attention)
             config = GPT2Config(
                 vocab_size=1,  # The table is the head's.
                 bos_token_id=0,
@@ -97,7 +131,7 @@ if torch is not None:
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
                 use_cache=False,
-                attn_implementation="sdpa",
+                attn_implementation="causal",
             )
             self.body = GPT2Model(config)
             self.body.wte.requires_grad_(False)
@@ -132,18 +166,18 @@ class Peer:
 
     name: str
     devices = 1
-    details: dict = {}
-    flops_per_token = None
+    place = "cuda"
 
     def __init__(self, size, model: str, batch: int, folder):
-        del folder
         torch.manual_seed(0)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        if self.place == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         torch.set_float32_matmul_precision("high")
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.details = model, batch, {}
         self.tokens_per_step = batch * size.block_size
-        module = WithTable(self.body(size), size, rank_of(model)).cuda()
+        self.flops_per_token = flops_per_token(size, model)
+        module = WithTable(self.body(size), size, rank_of(model)).to(self.place)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() < 2]
@@ -156,24 +190,33 @@ class Peer:
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.compiled = torch.compile(module)
-        shape = batch, size.block_size + 1
-        self.tokens = torch.randint(size.vocab_size, shape, device="cuda")
-        self.seconds_per_step(5)
-        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        self.compiled = torch.compile(module, dynamic=False, fullgraph=True)
+        length = size.block_size + 1
+        tokens = np.fromfile(folder / "train.bin", np.uint16, count=batch * length)
+        tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.place)
+        self.tokens = tokens.view(batch, length)
+        self.seconds_per_step(WARM_STEPS)
+        self.peak_bytes = None
+        if self.place == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def wait(self) -> None:
+        """Until all that was begun is done."""
+        if self.place == "cuda":
+            torch.cuda.synchronize()
 
     def seconds_per_step(self, steps: int) -> float:
         """Of so many training steps."""
-        torch.cuda.synchronize()
+        self.wait()
         start = time.perf_counter()
         for _ in range(steps):
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(self.place, torch.bfloat16):
                 loss = self.compiled(self.tokens[:, :-1], self.tokens[:, 1:])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        self.wait()
         return (time.perf_counter() - start) / steps
 
 

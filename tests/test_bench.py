@@ -2,59 +2,70 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
+from pcagpt import provenance
+from pcagpt.errors import Interrupted
 from pcagpt.model import training_flops_per_token
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 sys.path.insert(0, SCRIPTS)
 import bench  # noqa: E402
 import bench_pcagpt  # noqa: E402
+import bench_report  # noqa: E402
 import bench_torch  # noqa: E402
 
 sys.path.remove(SCRIPTS)
 
-TINY = bench_pcagpt.Size(97, 16, 1, 2, 32, 8, 8, 2000, 2)
+TINY = bench_pcagpt.Size(97, 16, 1, 2, 32, 8, 8, 2000, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def at_tiny_size(monkeypatch):
+    monkeypatch.setattr(bench_pcagpt, "QUICK", TINY)
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(bench, "prepare_process", lambda: None)
-    monkeypatch.setattr(bench_pcagpt, "QUICK", TINY)
+    """The exit code."""
     monkeypatch.setattr(sys, "argv", ["scripts/bench.py", *arguments])
-    bench.main()
+    return bench.main()
 
 
 def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
     quick, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "bench.json"
-    asked = ["--quick", "--steps", "2", "--rounds", "1", "--profile", "--out", str(out)]
-    run(monkeypatch, *asked)
+    asked = ["--quick", "--steps", "6", "--rounds", "1", "--profile", "--out", str(out)]
+    assert run(monkeypatch, *asked) == 0
     found = json.loads(out.read_text())
     systems = {(row["system"], row["model"]): row for row in found["rows"]}
-    names = ("pcagpt", "pcagpt loop", "data parallel", "fsdp", "decode")
+    names = ("pcagpt", "pcagpt-loop", "data-parallel", "fsdp", "decode")
     assert set(systems) == {(name, model) for name in names for model in ("D", "k8")}
+    bench_pcagpt.write_corpus(tmp_path, TINY)
     for (name, model), row in systems.items():
-        assert row["devices"] == (8 if name in ("data parallel", "fsdp") else 1)
+        assert row["devices"] == (8 if name in ("data-parallel", "fsdp") else 1)
+        assert row["batch"] == (1 if name == "decode" else 8)
         tokens = row["batch"] * (1 if name == "decode" else TINY.block_size)
         tokens *= row["devices"]
         seconds = row["ms_per_step"] / 1e3
         assert row["tokens_per_second"] == pytest.approx(tokens / seconds)
-        assert len(row["rounds_ms"]) == 1
-        assert min(row["rounds_ms"]) <= row["ms_per_step"] <= max(row["rounds_ms"])
-        if name != "decode":
-            gpt = bench_pcagpt.training(TINY, model, 8, Path(found_corpus(tmp_path)))
-            config = gpt.model.config
-            assert row["flops_per_token"] == training_flops_per_token(config)
-            assert row["peak_bytes"] > 4 * 97 * (8 if model == "k8" else 32)
-    assert len(systems["pcagpt loop", "D"]["checkpoint_ms"]) == 1
+        assert row["rounds_ms"] == [row["ms_per_step"]]
+        assert row["steps"] == 6
+        assert row["peak_bytes"] > (2 if name == "decode" else 4) * 97 * 8
+        if name == "decode":
+            assert row["flops_per_token"] is None
+        else:
+            gpt = bench_pcagpt.training(TINY, model, 8, tmp_path).model
+            assert row["flops_per_token"] == training_flops_per_token(gpt.config)
+    assert len(systems["pcagpt-loop", "D"]["checkpoint_ms"]) == 1
     # A device's share of the table, the positions and their moments.
     whole, shared = (systems[name, "D"]["peak_bytes"] for name in ("pcagpt", "fsdp"))
     assert whole - shared > 0.8 * 3 * 4 * 112 * 32
-    others = "pcagpt loop", "data parallel", "fsdp"
+    others = "pcagpt-loop", "data-parallel", "fsdp"
     wanted = [
         "decode, batch 1: k8 / D",
         *(f"{name}, batch 8: k8 / D" for name in ("pcagpt", *others)),
@@ -64,48 +75,189 @@ def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
     assert found["command"] == "python scripts/bench.py " + " ".join(asked)
     assert {"jax", "jaxlib", "python"} <= found["versions"].keys()
     shown = capsys.readouterr().out
+    assert "torch is left out: --quick is without it" in shown
     assert "round 1 of 1: decode k8 at batch 1" in shown
-    assert "k8, batch 8:" in shown and " ms a step\n" in shown
+    assert "k8, batch 8:" in shown and " ms a step of all threads together\n" in shown
 
 
-def found_corpus(folder):
-    bench_pcagpt.write_corpus(folder, TINY)
-    return folder
+# The training of ours, with a clock that stands still but for what is timed.
+
+
+class Clock:
+    """Each of the given calls takes a second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def slow(self, function):
+        def slowed(*arguments):
+            self.now += 1.0
+            return function(*arguments)
+
+        return slowed
+
+
+def test_a_step_is_a_share_of_what_is_waited_for(quick, tmp_path, monkeypatch):
+    bench_pcagpt.write_corpus(tmp_path, TINY)
+    step = bench_pcagpt.Step(TINY, "D", 8, tmp_path)
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(jax, "block_until_ready", clock.slow(jax.block_until_ready))
+    step.step = clock.slow(step.step)
+    assert step.seconds_per_step(4) == (4 + 1) / 4
+    decoding = bench_pcagpt.Decoding(TINY, "D", 3, tmp_path)
+    assert decoding.tokens_per_step == 3
+    monkeypatch.setattr(decoding, "begin", lambda: None)
+    assert decoding.seconds_per_step(99) == 1 / TINY.decoded_tokens
+    assert next(decoding.drawn).shape == (3,)
+
+
+def test_a_loop_s_step_has_its_share_of_a_checkpoint_s_stall(
+    quick, tmp_path, monkeypatch
+):
+    bench_pcagpt.write_corpus(tmp_path, TINY)
+    loop = bench_pcagpt.Loop(TINY, "D", 8, tmp_path)
+
+    class Run:
+        run_dir = tmp_path / "workdir" / "run"
+
+        def save(self):
+            clock.now += 100.0 if self.run_dir.exists() else 0.0
+
+        def run(self, label):
+            for _ in range(3):
+                self.save()
+            return {"tokens_per_second": loop.tokens_per_step / 2.0, "peak_bytes": 5}
+
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(bench_pcagpt, "training", lambda *_, **__: Run())
+    assert loop.seconds_per_step(6) == 2.0 + 100.0 / 1000  # checkpoint.every
+    assert (loop.peak_bytes, loop.details["checkpoint_ms"]) == (5, [100_000.0])
+    assert not Run.run_dir.parent.exists()
+
+
+# Systems with scripted seconds
+
+
+class Scripted:
+    """A system whose rounds take what a list says."""
+
+    name, devices, peak_bytes, flops_per_token, details = "pcagpt", 1, 10, 30.0, {}
+    seconds = {"D": [2.0, 4.0, 3.0], "k8": [1.0, 1.0, 2.0]}
+    asked = []
+
+    def __init__(self, size, model, batch, folder):
+        self.model, self.batch, self.tokens_per_step = model, batch, 12
+        self.left = list(self.seconds[model])
+
+    def seconds_per_step(self, steps):
+        self.asked.append((self.model, steps))
+        found = self.left.pop(0)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(Scripted, "asked", [])
+    monkeypatch.setattr(bench, "TRAINED", {"pcagpt": Scripted})
+    monkeypatch.setattr(provenance, "peak_flops", lambda count: 1000.0 * count)
+    return ["--quick", "--systems", "pcagpt"]
+
+
+def test_systems_take_turns_and_the_median_counts(
+    scripted, monkeypatch, tmp_path, capsys
+):
+    out = tmp_path / "bench.json"
+    assert run(monkeypatch, *scripted, "--steps", "7", "--out", str(out)) == 0
+    assert Scripted.asked == [("D", 7), ("k8", 7)] * 3
+    of_d, of_k8 = json.loads(out.read_text())["rows"]
+    assert of_d["rounds_ms"] == [2000.0, 4000.0, 3000.0]
+    assert (of_d["ms_per_step"], of_d["tokens_per_second"]) == (3000.0, 4.0)
+    assert of_d["utilisation"] == 30.0 * 4.0 / 1000.0
+    assert of_k8["ms_per_step"] == 1000.0
+    ratio = json.loads(out.read_text())["ratios"]["pcagpt, batch 8: k8 / D"]
+    assert ratio == {"ratio": 2.0, "least": 1.5, "most": 4.0}
+    shown = capsys.readouterr().out
+    assert "2000.00 to 4000.00" in shown
+    assert "pcagpt, batch 8: k8 / D: 2.000 (1.500 to 4.000)" in shown
+
+
+def test_batches_are_measured_from_the_largest_on(scripted, monkeypatch, capsys):
+    assert run(monkeypatch, *scripted, "--batches", "8,16,8", "--rounds", "1") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("round 1 of 1: pcagpt k8 at batch 16") < shown.index(
+        "round 1 of 1: pcagpt D at batch 8"
+    )
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), Interrupted("saved")])
+def test_an_interrupt_leaves_the_rounds_until_then(
+    scripted, monkeypatch, tmp_path, capsys, interrupt
+):
+    monkeypatch.setitem(Scripted.seconds, "k8", [1.0, interrupt])
+    out = tmp_path / "bench.json"
+    assert run(monkeypatch, *scripted, "--out", str(out)) == 1
+    assert [len(r["rounds_ms"]) for r in json.loads(out.read_text())["rows"]] == [1, 1]
+    told = capsys.readouterr()
+    assert "pcagpt, batch 8: k8 / D: 2.000" in told.out
+    assert told.err == "bench.py: interrupted: these are the rounds until then\n"
+
+
+def test_what_does_not_fit_the_memory_is_a_line_and_the_rest_is_measured(
+    scripted, monkeypatch, capsys
+):
+    seconds = Scripted.seconds_per_step
+
+    def needing_memory(self, steps):
+        if self.batch > 8:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return seconds(self, steps)
+
+    monkeypatch.setattr(Scripted, "seconds_per_step", needing_memory)
+    assert run(monkeypatch, *scripted, "--batches", "8,64") == 0
+    shown = capsys.readouterr().out
+    assert "memory does not suffice for pcagpt side by side at batch 64" in shown
+    assert "pcagpt, batch 8: k8 / D: 2.000" in shown
 
 
 def test_ratios_are_of_tokens_per_second_and_device_at_one_batch():
-    rates = {
-        ("pcagpt", "D", 32): 500,
-        ("pcagpt", "k128", 32): 650,
-        ("torch", "D", 32): 400,
-        ("torch", "D", 64): 1,
-        ("pcagpt loop", "D", 32): 495,
-        ("fsdp", "D", 32): 960,
-    }
-    names = ("system", "model", "batch")
+    names = ("system", "model", "batch", "devices", "tokens_per_step", "rounds_ms")
     rows = [
-        dict(zip(names, key, strict=True))
-        | {"tokens_per_second": rate, "devices": 2 if "fsdp" in key else 1}
-        for key, rate in rates.items()
+        dict(zip(names, values, strict=True))
+        for values in [
+            ("pcagpt", "D", 32, 1, 32, [10.0]),
+            ("pcagpt", "k128", 32, 1, 32, [8.0]),
+            ("torch", "D", 32, 1, 32, [12.5]),
+            ("torch", "D", 64, 1, 64, [1.0]),
+            ("pcagpt-loop", "D", 32, 1, 32, [12.5]),
+            ("fsdp", "D", 32, 2, 64, [12.5]),
+        ]
     ]
-    assert bench.ratios(rows) == {
+    found = bench_report.ratios(rows)
+    assert {name: ratio["ratio"] for name, ratio in found.items()} == {
+        "pcagpt, batch 32: k128 / D": 1.25,
         "D, batch 32: pcagpt / torch": 1.25,
-        "pcagpt, batch 32: k128 / D": 1.3,
-        "D, batch 32: pcagpt loop / pcagpt": 0.99,
-        "D, batch 32: fsdp / pcagpt": 0.96,
+        "D, batch 32: pcagpt-loop / pcagpt": 0.8,
+        "D, batch 32: fsdp / pcagpt": 0.8,
     }
+
+
+# What is asked for
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
-            ["--systems", "pcagpt,nanogpt"],
-            "no system is called nanogpt: choose of pcag",
-        ),
+        (["--systems", "pcagpt,nanogpt"], "no system is called nanogpt: choose of"),
+        (["--systems", ""], "no system is called (nothing)"),
         (["--rounds", "0"], "whole numbers from 1 on"),
         (["--batches", "32,0"], "whole numbers from 1 on"),
-        (["--batches", "many"], "--batches"),
+        (["--steps", "5"], "--steps from 6 on"),
+        (["--batches", "many"], "--batches is many: give whole numbers"),
+        (["--out", "nowhere/bench.json"], "--out nowhere/bench.json cannot be written"),
+        (["--out", "."], "--out . cannot be written"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(
@@ -122,16 +274,16 @@ def test_mistakes_are_told_before_anything_is_measured(
     [
         ("torch", "PyTorch is not installed"),
         ("transformers", "PyTorch is not installed"),
-        ("data parallel", "there is one device"),
+        ("data-parallel", "there is one device"),
         ("fsdp", "there is one device"),
     ],
 )
 def test_systems_that_cannot_run_here_are_left_out_and_the_reason_is_told(
-    monkeypatch, capsys, tmp_path, system, reason
+    monkeypatch, capsys, system, reason
 ):
-    monkeypatch.setattr(bench_torch, "why_not", lambda: "PyTorch is not installed")
+    monkeypatch.setattr(bench_torch, "torch", None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--systems", system])
-    asked = bench.arguments()
-    assert bench.make_systems(asked, TINY, 8, tmp_path) == []
-    assert f"{system} is left out: {reason}" in capsys.readouterr().out
+    assert run(monkeypatch, "--systems", system) == 2
+    told = capsys.readouterr()
+    assert f"{system} is left out: {reason}" in told.out
+    assert told.err == "bench.py: none of the systems asked for can run here\n"

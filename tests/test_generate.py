@@ -9,6 +9,7 @@ import pytest
 from command_line import call
 from runs import BANDS, changed
 
+from pcagpt import generate as generation
 from pcagpt import run_folder
 from pcagpt.generate import generate
 from pcagpt.model import GPT, GPTConfig
@@ -24,12 +25,18 @@ TABLES = {
 TABLES["bands"]["band_ranks"] = (None, 8, 4)
 
 
-def model_of(table):
+def model_of(table, dtype="float32"):
     """A model of random weights large enough to have opinions, and its variables."""
-    model = GPT(GPTConfig(**SIZES, **TABLES[table]))
+    model = GPT(GPTConfig(**SIZES, **TABLES[table], compute_dtype=dtype))
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    random = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda a: a * 8 if a.dtype == jnp.float32 else a, variables
+        lambda a: (
+            a * 8 + random.normal(scale=0.3, size=a.shape).astype(np.float32)
+            if a.dtype == jnp.float32
+            else a
+        ),
+        variables,
     )
     if table == "bands":
         order = jax.random.permutation(jax.random.key(1), 97).astype(jnp.int32)
@@ -43,16 +50,48 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
     return np.stack([np.asarray(t) for t in itertools.islice(found, count)], axis=1)
 
 
+# Tokens of the prompt, from one alone to more than a window, which has 8.
+@pytest.mark.parametrize("prompt", [1, 3, 7, 8, 11])
 @pytest.mark.parametrize("table", TABLES)
-def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(table):
+def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(
+    table, prompt, monkeypatch
+):
+    monkeypatch.setattr(generation, "LEAST_REACH", 2)  # It is widened twice.
     model, variables = model_of(table)
-    tokens = [5, 96, 3]
-    found = drawn(model, variables, tokens, 12, temperature=0)[0]
-    for token in found:  # Beyond 8 tokens the window moves on.
-        logits = model.apply(variables, jnp.array([tokens[-8:]], jnp.int32))
-        assert token == int(logits[0, -1].argmax())
+    tokens = [5, 96, 3, 1, 50, 2, 90, 4, 8, 60, 7][:prompt]
+    found = drawn(model, variables, tokens, 12, samples=2, temperature=0)
+    np.testing.assert_array_equal(found[0], found[1])
+    logits_of = jax.jit(model.apply)
+    for token in found[0]:
+        window = (tokens[-8:] + 8 * [0])[:8]  # What is behind has no influence.
+        last = min(len(tokens), 8) - 1
+        logits = logits_of(variables, jnp.array([window], jnp.int32))
+        assert token == int(logits[0, last].argmax())
         tokens.append(int(token))
-    assert len(set(found.tolist())) > 2
+    assert len(set(found[0].tolist())) > 2
+
+
+def test_cached_keys_and_values_are_as_many_as_the_text_needs(monkeypatch):
+    monkeypatch.setattr(generation, "LEAST_REACH", 2)
+    widths, widen = [], generation._widened
+    monkeypatch.setattr(
+        generation, "_widened", lambda c, reach: widths.append(reach) or widen(c, reach)
+    )
+    model, variables = model_of("full")
+    drawn(model, variables, [1], 20)
+    assert widths == [4, 8]
+    drawn(model, variables, [1, 2, 3], 20)
+    assert widths == [4, 8, 8]
+
+
+def test_matrices_are_used_in_the_compute_dtype():
+    model, variables = model_of("factorized", "bfloat16")
+    cast = generation.in_compute_dtype(variables, model)
+    matrices = {leaf.dtype for leaf in jax.tree.leaves(cast["params"]) if leaf.ndim > 1}
+    assert matrices == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(
+        drawn(model, cast, [1, 2], 10), drawn(model, variables, [1, 2], 10)
+    )
 
 
 def test_one_token_to_draw_from_is_the_likeliest_one():
@@ -72,6 +111,15 @@ def test_tokens_are_drawn_by_their_probability_at_the_temperature_among_top_k():
     shares = np.array([(found == token).mean() for token in kept])
     assert np.isin(found, kept).all()
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.02)
+
+
+def test_each_token_is_drawn_anew():
+    model, variables = model_of("full")
+    flat = jax.tree.map(jnp.zeros_like, variables)  # All tokens are equally likely.
+    found = drawn(model, flat, [1], 12, samples=200)
+    assert all(
+        (a != b).mean() > 0.9 for a, b in zip(found.T, found.T[1:], strict=False)
+    )
 
 
 def test_a_seed_draws_the_same_again_and_samples_differ():
