@@ -278,7 +278,7 @@ class Attention(nn.Module):
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
-        return project(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+        return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
         """All that is cached, [B, T, H, C], with the new from `start` on."""
@@ -329,7 +329,7 @@ class MLP(nn.Module):
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
         bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
         h_NF = bias_gelu(x_ND @ kernel, bias)
-        return project(self.config, h_NF, None, deterministic)
+        return project_back(self.config, h_NF, None, deterministic)
 
 
 # The backward pass adds the bias again, which saves an [N, F] array a layer.
@@ -339,7 +339,7 @@ def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
 
 
-def project(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
+def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
     """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
 
     Of x + input_bias, if there is one.

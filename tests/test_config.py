@@ -221,7 +221,12 @@ def test_auto_takes_what_the_device_does_best(hardware, asked, expected):
 
 
 @pytest.mark.parametrize(
-    ("hardware", "dtype"), [(OTHER_GPU, "bfloat16"), (NVIDIA, "float32")]
+    ("hardware", "dtype"),
+    [
+        (OTHER_GPU, "bfloat16"),
+        (NVIDIA, "float32"),
+        (knobs.Hardware("tpu"), "bfloat16"),
+    ],
 )
 def test_kernels_where_they_do_not_run_are_refused(hardware, dtype):
     section = model_section(kernels="pallas", compute_dtype=dtype)

@@ -19,7 +19,9 @@ WIDTH = 6
 HEADS = {
     "dense": [(11, 11, None)],
     "padded": [(16, 11, 4)],
+    "padded full": [(16, 11, None)],
     "bands": [(3, 3, None), (7, 5, 4), (8, 3, 2)],
+    "padded full band": [(3, 3, 2), (16, 11, None)],
 }
 each_head = pytest.mark.parametrize("bands", HEADS.values(), ids=HEADS)
 

@@ -163,24 +163,47 @@ def test_chunks_of_the_loss_need_not_suit_the_devices(kernels, devices, tokens, 
     np.testing.assert_allclose(found, tokens * np.log(11), rtol=1e-6)
 
 
-def test_chunks_of_the_loss_move_no_token_to_another_device():
+HEADS = {
+    "full": [(11, None)],
+    "low rank": [(11, 4)],
+    "bands": [(3, None), (8, 4)],
+}
+
+
+# 16 and 12 rows a device: 32 and 8 are no divisors of them.
+@pytest.mark.parametrize(("tokens", "chunks"), [(128, 4), (128, 32), (96, 8)])
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize("bands", HEADS.values(), ids=HEADS)
+def test_chunks_of_the_loss_move_no_token_to_another_device(
+    bands, kernels, tokens, chunks
+):
+    width = 300  # which the kernels of a low rank do not take
     mesh = sharding.make_mesh(8, 1)
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    def loss(h_ND, wte_VK, targets_N):
-        return cross_entropy(h_ND, [(wte_VK, None, 11)], targets_N, chunks=4)
+    def shape(*axes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(axes, dtype)
 
-    compiled = (
-        jax.jit(
-            jax.value_and_grad(loss),
-            in_shardings=(split, whole, split),
-            out_shardings=(whole, split),
-        )
-        .lower(jnp.zeros((64, 6)), jnp.zeros((11, 6)), jnp.zeros(64, jnp.int32))
-        .compile()
+    tables = [
+        (shape(rows, rank or width), rank and shape(rank, width))
+        for rows, rank in bands
+    ]
+
+    def loss(h_ND, tables, targets_N):
+        sizes = [rows for rows, _ in bands]
+        head = [(*table, size) for table, size in zip(tables, sizes, strict=True)]
+        return cross_entropy(h_ND, head, targets_N, chunks=chunks, kernels=kernels)
+
+    gradient = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1)),
+        in_shardings=(split, whole, split),
+        out_shardings=(whole, (split, whole)),
     )
+    arguments = shape(tokens, width), tables, shape(tokens, dtype=jnp.int32)
+    with jax.set_mesh(mesh):
+        compiled = gradient.lower(*arguments).compile()
     program = compiled.as_text()
-    assert "all-reduce" in program  # of the sum
+    assert "all-reduce" in program  # of the sum and of the tables' gradients
     for exchange in ("all-gather", "all-to-all", "collective-permute"):
         assert exchange not in program
 

@@ -15,6 +15,7 @@ from runs import (
     losses,
     metrics,
     quick_compiles,
+    start,
     status,
     training,
 )
@@ -23,6 +24,8 @@ from pcagpt import checkpoint, experiment, run_folder
 from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
+from pcagpt.kernels import head, launch
+from pcagpt.losses import chunks
 from pcagpt.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -160,6 +163,13 @@ TABLES = {
 }
 
 
+@pytest.fixture
+def stored_logits(monkeypatch):
+    """The tiny full table is as others are: too wide for the kernels of the head."""
+    monkeypatch.setattr(head, "MAX_RANK", 8)
+
+
+@pytest.mark.usefixtures("stored_logits")
 @pytest.mark.parametrize("table", TABLES)
 def test_kernels_train_as_the_plain_form_does_on_one_device_and_on_eight(
     table, tiny_config
@@ -174,6 +184,34 @@ def test_kernels_train_as_the_plain_form_does_on_one_device_and_on_eight(
     assert wanted[-1] < wanted[0] - 0.1
     np.testing.assert_allclose(losses(on_one, 4), wanted, rtol=1e-5)
     np.testing.assert_allclose(losses(on_eight, 4), wanted, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("stored_logits")
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize("table", TABLES)
+def test_devices_with_a_whole_model_each_exchange_nothing_but_sums(
+    table, kernels, tiny_config
+):
+    spread = {"mesh.data": 8, "train.batch_size": 16, "model.kernels": kernels}
+    run = training(changed(tiny_config, **TABLES[table], **spread))
+    state, shardings = start(run)
+    program = run.compile_step(state, shardings, None).as_text()
+    assert "all-reduce" in program
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program
+
+
+def test_evaluation_knows_the_devices_whose_rows_it_takes(tiny_config, monkeypatch):
+    run, known = training(changed(tiny_config, **{"mesh.data": 8})), []
+
+    def device_count():
+        known.append(launch.device_count())
+        return known[-1]
+
+    monkeypatch.setattr(chunks, "device_count", device_count)
+    state, _ = start(run)
+    run.validate(state)
+    assert set(known) == {8}
 
 
 # What does not fit

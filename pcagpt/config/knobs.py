@@ -64,7 +64,8 @@ KNOBS = {
     ),
     "model.kernels": Knob(
         "auto",
-        "of norms, GELU and loss; auto: pallas for bfloat16 on NVIDIA GPUs",
+        "of norms, GELU and the cross entropy that is trained on; auto: pallas for "
+        "bfloat16 on NVIDIA GPUs from Ampere on",
         one_of("auto", "xla", "pallas"),
     ),
     # The corpus.

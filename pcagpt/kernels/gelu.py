@@ -36,12 +36,12 @@ def fits(width: int) -> bool:
 
 
 def _forward(h_NF, bias_F):
-    split = launch.on_own_rows(_forward_rows, [True, False], [True])
+    split = launch.by_device(_forward_rows, [True, False], [True])
     return split(h_NF, bias_F)[0], (h_NF, bias_F)
 
 
 def _backward(residuals, of_gelu_NF):
-    split = launch.on_own_rows(_backward_rows, [True, True, False], [True, False])
+    split = launch.by_device(_backward_rows, [True, True, False], [True, False])
     return split(of_gelu_NF, *residuals)
 
 

@@ -20,10 +20,8 @@ from jax.experimental import pallas as pl
 
 from pcagpt.kernels import launch
 
-MAX_RANK = 256
 LEAST_RANK = 16  # of the matrix units' operands
 LOG2_E = math.log2(math.e)  # exp2 is the GPU's own instruction
-PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 class Tiles(NamedTuple):
@@ -35,7 +33,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Of ten that were tried on an H100 at ranks 32, 64, 128 and 256, the fastest.
+# Of ten that were tried on an H100 at ranks 32, 64, 128 and 256, the fastest; 16 has
+# those of 32.
 TILES = {
     16: Tiles(64, 128, 4, 3),
     32: Tiles(64, 128, 4, 3),
@@ -43,6 +42,9 @@ TILES = {
     128: Tiles(64, 128, 4, 2),
     256: Tiles(64, 64, 4, 2),
 }
+
+
+MAX_RANK = max(TILES)
 
 
 def fits(rank: int) -> bool:
@@ -74,7 +76,7 @@ def summarize(
         )
         return normaliser_N[:count], mean_NK[:count, :rank]
 
-    split = launch.on_own_rows(of_rows, [True, False], [True, True])
+    split = launch.by_device(of_rows, [True, False], [True, True])
     return split(z_NK, wte_VK)
 
 
@@ -150,7 +152,7 @@ def table_gradient(
 
     def of_rows(wte_VK, z_NK, normaliser_N, targets_N):
         # A short table alone would leave most of the GPU idle.
-        splits = max(1, PROGRAMS // (wte_VK.shape[0] // tiles.staying))
+        splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.staying))
         splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
         multiple = tiles.passing * splits
         z_NK = _pad(z_NK, multiple)
@@ -162,7 +164,7 @@ def table_gradient(
         )
         return (parts.sum(axis=0),)
 
-    split = launch.on_own_rows(of_rows, [False, True, True, True], [False])
+    split = launch.by_device(of_rows, [False, True, True, True], [False])
     return split(wte_VK, z_NK, normaliser_N, targets_N)[0][:size, :rank]
 
 

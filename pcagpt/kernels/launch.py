@@ -1,7 +1,7 @@
 """How kernels are started: interpreted on CPUs, on the rows of each device on several.
 
 Pallas's Triton backend runs on every NVIDIA GPU since Ampere. JAX has announced its
-end: where it is missing, everything runs in its plain form.
+end: where it is missing, model.kernels=auto leaves everything in its plain form.
 """
 
 import functools
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
@@ -18,6 +19,7 @@ except ImportError:
     triton = None
 
 LEAST_COMPUTE_CAPABILITY = 8.0  # the first with bfloat16
+PROGRAMS = 264  # that keep a GPU busy: two for each multiprocessor of an H100
 
 
 def are_available(device: jax.Device) -> bool:
@@ -45,19 +47,24 @@ def power_of_2(count: int, at_most: int) -> int:
 
 def store(reference, value: jax.Array, mask: jax.Array) -> None:
     """Writes the elements of the mask alone."""
-    triton.store(reference, value, mask=mask)
+    if jax.default_backend() == "cpu":  # Where Triton may be missing.
+        reference[...] = jnp.where(mask, value, reference[...])
+    else:  # No thread writes what another may have written.
+        triton.store(reference, value, mask=mask)
 
 
-def devices() -> int:
+def device_count() -> int:
     """Of the mesh in use, 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
-def on_own_rows(
+def by_device(
     function: Callable, split: Sequence[bool], split_results: Sequence[bool]
 ) -> Callable:
     """The function, run on each device of the mesh in use with its rows of arrays.
+
+    Rows lie over all axes of the mesh, as those of a batch do.
 
     Args:
       function: of arrays, to a tuple of arrays.
@@ -66,7 +73,7 @@ def on_own_rows(
         then added up over the devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if devices() == 1:
+    if device_count() == 1:
         return function
     axes = mesh.axis_names
 

@@ -15,7 +15,6 @@ ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together, a power of 2
 MOST_PIECES = 8
 WARPS = 4
-PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -38,14 +37,14 @@ def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
 
 def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
     forward = functools.partial(_forward_rows, epsilon=epsilon)
-    split = launch.on_own_rows(forward, [True, True, False, False, False], [True] * 4)
+    split = launch.by_device(forward, [True, True, False, False, False], [True] * 4)
     sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
     return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
 
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    split = launch.on_own_rows(
+    split = launch.by_device(
         _backward_rows,
         [True, True, True, False, True, True],
         [True, False, False, False],
@@ -115,7 +114,7 @@ def _visit_forward(
 def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
     rows = launch.power_of_2(count, ROWS)
-    tiles = launch.power_of_2(count // rows, max(1, count // (rows * PROGRAMS)))
+    tiles = launch.power_of_2(count // rows, max(1, count // (rows * launch.PROGRAMS)))
     programs = count // (rows * tiles)
     many = pl.BlockSpec((rows * tiles, width), lambda i: (i, 0))
     numbers = pl.BlockSpec((rows * tiles,), lambda i: (i,))

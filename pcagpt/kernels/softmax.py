@@ -29,7 +29,7 @@ def loss_and_gradient(
       [n] float32 in nats, and [n, V] in the logits' dtype.
     """
     of_rows = functools.partial(_of_rows, size=size)
-    split = launch.on_own_rows(of_rows, [True, True], [True, True])
+    split = launch.by_device(of_rows, [True, True], [True, True])
     return split(logits_nV, targets_n)
 
 

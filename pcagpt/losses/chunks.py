@@ -8,12 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pcagpt.kernels.launch import device_count
+
 
 def scan_chunks(function, carry, chunks: int, *arrays_N):
     """`jax.lax.scan` of `function` over equal chunks of the arrays' leading axis.
 
     Each chunk takes every `chunks`-th row, so that a leading axis sharded over devices
-    stays where it is. `chunks` is lowered to the nearest divisor of N.
+    stays where it is. `chunks` is lowered to the nearest divisor of the rows that each
+    device of the mesh in use has.
 
     Args:
       function: (carry, arrays of one chunk) -> (carry, outputs with leading axis n).
@@ -25,7 +28,9 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
       The last carry, and the outputs with leading axis N, in the order of the input.
     """
     count = arrays_N[0].shape[0]
-    chunks = max(c for c in range(1, min(chunks, count) + 1) if count % c == 0)
+    own_rows, shared = divmod(count, device_count())
+    divided = count if shared else own_rows
+    chunks = max(c for c in range(1, min(chunks, divided) + 1) if divided % c == 0)
     if chunks == 1:
         return function(carry, arrays_N)
 
@@ -50,7 +55,8 @@ def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
       h_ND: what is cut into chunks and has a gradient.
       tables: a tree of what has a gradient and is not cut; the function gets it in
         the dtype of h, gradients are summed in its own.
-      constants: a tree of what is neither cut nor has a gradient.
+      constants: a tree of what is neither cut nor has a gradient; likewise in the
+        dtype of h.
       arrays_N: what is cut and has no gradient.
     """
 

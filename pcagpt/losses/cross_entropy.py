@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import head as head_kernels
-from pcagpt.kernels import launch, softmax
+from pcagpt.kernels import softmax
 from pcagpt.losses import low_rank
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.logits import Head, project, tables_and_sizes, token_losses
@@ -26,15 +26,16 @@ def cross_entropy(
 ) -> jax.Array:
     """Sum of the negative log-likelihoods of the targets in nats, a float32 scalar.
 
-    Differentiable in h_ND and the head. By kernels, logits of a low rank are never
-    stored, and computed a second time for the gradient of the table. Others, and all
-    without kernels, are computed once, chunk by chunk, with the gradients at once.
+    Differentiable in h_ND and the head. By kernels, logits of a rank up to
+    `kernels.head.MAX_RANK` are never stored, and computed a second time for the
+    gradient of the table; so are those of a higher band beside others, chunk by chunk
+    and in float32. All else is computed once, chunk by chunk, with the gradients.
 
     Args:
       h_ND: as the next three, as for `token_losses`.
       head: the bands.
       targets_N: columns.
-      logits_dtype: what stored logits are rounded to.
+      logits_dtype: what logits that are stored, and computed once, are rounded to.
       chunks: that the tokens are cut into, at the most.
       kernels: 'pallas' or 'xla'.
     """
@@ -43,9 +44,6 @@ def cross_entropy(
     if has_kernels and is_low_rank:
         return low_rank.cross_entropy(h_ND, head, targets_N, chunks)
     tables, sizes = tables_and_sizes(head)
-    if has_kernels:  # Each device takes as many of its own rows.
-        own_rows = h_ND.shape[0] // launch.devices()
-        chunks = max(c for c in range(1, chunks + 1) if own_rows % c == 0)
 
     def loss_sum(h_nD, tables, _, targets_n):
         if has_kernels:
