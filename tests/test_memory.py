@@ -66,7 +66,7 @@ def test_stored_logits_are_those_of_one_chunk(kernels, gigabytes):
     assert max(largest_arrays(compiled).values()) == 32 * 1024 // CHUNKS * ROWS
 
 
-def compiled_step(rank, kernels):
+def traced_step(rank, kernels):
     """Of one layer and short sequences, whose attention takes little."""
     config = GPTConfig(
         n_layer=1,
@@ -86,7 +86,7 @@ def compiled_step(rank, kernels):
     )
     state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 1))
     batch = shape(1, 32, 129, dtype=jnp.int32)
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0).trace(state, batch)
 
 
 TOKENS = 32 * 128
@@ -103,6 +103,36 @@ TABLE, CHUNK, HIDDEN = ROWS * WIDTH, TOKENS // CHUNKS * ROWS, TOKENS * 4 * WIDTH
     ],
 )
 def test_step_stores_no_logits_of_all_tokens(rank, kernels, largest, gigabytes):
-    compiled = compiled_step(rank, kernels)
+    compiled = traced_step(rank, kernels).lower().compile()
     assert compiled.memory_analysis().temp_size_in_bytes < gigabytes * 1e9
     assert max(largest_arrays(compiled).values()) == largest
+
+
+def kernels_of(jaxpr):
+    """Names of the kernels that a program calls, however deep."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.add(equation.params["name"])
+            continue
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= kernels_of(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rank", "of_loss"),
+    [
+        (None, {"softmax_loss_and_gradient"}),
+        (128, {"head_summarize", "head_table_gradient"}),
+    ],
+)
+def test_step_calls_every_kernel_that_is_for_it(rank, of_loss):
+    both_ways = {"add_and_norm", "bias_gelu"}
+    both_ways |= {f"{name}_gradient" for name in both_ways}
+    assert kernels_of(traced_step(rank, "pallas").jaxpr) == both_ways | of_loss
+    assert kernels_of(traced_step(rank, "xla").jaxpr) == set()

@@ -11,7 +11,7 @@ import pytest
 
 from pcagpt import params as trees
 from pcagpt.losses import token_losses
-from pcagpt.model import GPT, GPTConfig, training_flops_per_token
+from pcagpt.model import GPT, GPTConfig, _bias_gelu, training_flops_per_token
 
 VOCAB = 21
 DENSE = GPTConfig(
@@ -382,6 +382,13 @@ def test_bfloat16_stays_near_float32_and_leaves_parameters_alone(name):
     assert min(errors) > 1e-3 and np.mean(errors) < 0.0085
     stored = {leaf.dtype for leaf in jax.tree.leaves(shapes_of(config)["params"])}
     assert stored == {jnp.dtype("float32")}
+
+
+def test_gelu_keeps_what_it_is_of_and_nothing_more_for_the_backward_pass():
+    h_NF, bias_F = jax.ShapeDtypeStruct((6, 8), jnp.float32), jnp.zeros(8)
+    residuals = jax.eval_shape(lambda h, b: jax.vjp(_bias_gelu, h, b)[1], h_NF, bias_F)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(residuals)]
+    assert shapes.count((6, 8)) == 1
 
 
 # Parameters
