@@ -165,8 +165,10 @@ def _keep_freed_memory() -> None:
     """Lets a step on a CPU have the memory of the step before.
 
     glibc would give large buffers back to the system each time, and get them anew with
-    a page fault for every 4 KiB of them.
+    a page fault for every 4 KiB of them. Who has told glibc something else is heard.
     """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
     trim_threshold, mmap_threshold, arenas = -1, -3, -8  # as <malloc.h> numbers them
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -318,6 +318,7 @@ def test_compiled_programs_are_kept_unless_the_person_says_where(
 
 
 def test_memory_is_left_alone_where_glibc_refuses_a_high_threshold(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
     calls = []
 
     class Library:
@@ -328,6 +329,12 @@ def test_memory_is_left_alone_where_glibc_refuses_a_high_threshold(monkeypatch):
     monkeypatch.setattr(main_module.ctypes, "CDLL", lambda _: Library())
     main_module._keep_freed_memory()
     assert calls == [(-3, 2**30)]
+
+
+def test_what_a_person_tells_glibc_is_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.setattr(main_module.ctypes, "CDLL", lambda name: pytest.fail(name))
+    main_module._keep_freed_memory()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
@@ -349,7 +356,12 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+    told = ("MALLOC_", "GLIBC_TUNABLES")
     ended = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith(told)},
     )
     assert int(ended.stdout) < 100  # 65,536 where the memory is given back.
