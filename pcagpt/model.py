@@ -12,6 +12,7 @@ baseline is one band without scale matrices; a single rank is one band with them
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import gelu, norm
+from pcagpt.layout import by_device, keep_rows
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -110,13 +112,43 @@ class BandTable(nn.Module):
 
     def lookup(self, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows of this band -> their embeddings [N, D]."""
-        # Gather before the cast: the gradient is then summed in float32.
-        x_NK = self.wte[rows_N].astype(dtype)
+        x_NK = _take_rows(self.wte, rows_N, dtype)
         return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
 
     def head(self) -> HeadBand:
         """The output side of this band."""
         return HeadBand(self.wte, self.scale_down, self.band.size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table in another dtype, [N, K]; their gradients are summed in its own.
+
+    The head casts the table, too: where it is split over devices it so travels once.
+    """
+    return wte_VK.astype(dtype)[rows_N]
+
+
+def _take_rows_forward(wte_VK, rows_N, dtype):
+    return _take_rows(wte_VK, rows_N, dtype), (wte_VK, rows_N)
+
+
+def _take_rows_backward(dtype, residuals, gradient_NK):
+    del dtype
+    wte_VK, rows_N = residuals
+    shape, table_dtype = wte_VK.shape, wte_VK.dtype
+
+    def of_table(gradient_NK, rows_N):
+        zeros_VK = jnp.zeros(shape, table_dtype)
+        return (zeros_VK.at[rows_N].add(gradient_NK.astype(table_dtype)),)
+
+    # Each device sums its own before they are added up. Left to itself, XLA would add
+    # the head's gradient first, for which all devices would need all of it.
+    split = by_device(of_table, [True, True], [False])
+    return *split(gradient_NK, rows_N), None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 class TokenEmbedding(nn.Module):
@@ -209,7 +241,7 @@ class ResidualNorm(nn.Module):
         parameters = bias_D, scale_D, _bias(self, width)
         if self.config.kernels == "pallas" and norm.fits(width):
             return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
-        return _add_and_norm(x_ND, update_ND, *parameters)
+        return tuple(map(keep_rows, _add_and_norm(x_ND, update_ND, *parameters)))
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
@@ -278,7 +310,8 @@ class Attention(nn.Module):
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
-        return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+        y_ND = keep_rows(y_BTHC.reshape(x_ND.shape))
+        return project_back(config, y_ND, v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
         """All that is cached, [B, T, H, C], with the new from `start` on."""
@@ -328,7 +361,7 @@ class MLP(nn.Module):
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
         bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
-        h_NF = bias_gelu(x_ND @ kernel, bias)
+        h_NF = keep_rows(bias_gelu(x_ND @ kernel, bias))
         return project_back(self.config, h_NF, None, deterministic)
 
 

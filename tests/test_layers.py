@@ -10,7 +10,8 @@ ROOT = Path(pcagpt.__file__).parent
 # A module imports only from rows above its own; within a package, from each other.
 # Names of folders stand for all modules in them.
 ROWS = (
-    "errors arms kernels",
+    "errors arms layout",
+    "kernels",
     "params model factorize quantize losses config tokenizer interrupt",
     "corpus data optim sharding checkpoint telemetry factor_files run_folder "
     "provenance command_line search",

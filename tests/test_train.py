@@ -20,11 +20,11 @@ from runs import (
     training,
 )
 
-from pcagpt import checkpoint, experiment, run_folder
+from pcagpt import checkpoint, experiment, layout, run_folder
 from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
-from pcagpt.kernels import head, launch
+from pcagpt.kernels import head
 from pcagpt.losses import chunks
 from pcagpt.plan import Plan, make_plan
 
@@ -205,7 +205,7 @@ def test_evaluation_knows_the_devices_whose_rows_it_takes(tiny_config, monkeypat
     run, known = training(changed(tiny_config, **{"mesh.data": 8})), []
 
     def device_count():
-        known.append(launch.device_count())
+        known.append(layout.device_count())
         return known[-1]
 
     monkeypatch.setattr(chunks, "device_count", device_count)

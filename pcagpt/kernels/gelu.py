@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pcagpt import layout
 from pcagpt.kernels import launch
 
 ROWS = 4  # of a tile
@@ -36,12 +37,12 @@ def fits(width: int) -> bool:
 
 
 def _forward(h_NF, bias_F):
-    split = launch.by_device(_forward_rows, [True, False], [True])
+    split = layout.by_device(_forward_rows, [True, False], [True])
     return split(h_NF, bias_F)[0], (h_NF, bias_F)
 
 
 def _backward(residuals, of_gelu_NF):
-    split = launch.by_device(_backward_rows, [True, True, False], [True, False])
+    split = layout.by_device(_backward_rows, [True, True, False], [True, False])
     return split(of_gelu_NF, *residuals)
 
 

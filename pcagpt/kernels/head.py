@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pcagpt import layout
 from pcagpt.kernels import launch
 
 LEAST_RANK = 16  # of the matrix units' operands
@@ -76,7 +77,7 @@ def summarize(
         )
         return normaliser_N[:count], mean_NK[:count, :rank]
 
-    split = launch.by_device(of_rows, [True, False], [True, True])
+    split = layout.by_device(of_rows, [True, False], [True, True])
     return split(z_NK, wte_VK)
 
 
@@ -164,7 +165,7 @@ def table_gradient(
         )
         return (parts.sum(axis=0),)
 
-    split = launch.by_device(of_rows, [False, True, True, True], [False])
+    split = layout.by_device(of_rows, [False, True, True, True], [False])
     return split(wte_VK, z_NK, normaliser_N, targets_N)[0][:size, :rank]
 
 

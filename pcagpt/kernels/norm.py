@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pcagpt import layout
 from pcagpt.kernels import launch
 
 ROWS = 4  # of a tile
@@ -37,14 +38,14 @@ def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
 
 def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
     forward = functools.partial(_forward_rows, epsilon=epsilon)
-    split = launch.by_device(forward, [True, True, False, False, False], [True] * 4)
+    split = layout.by_device(forward, [True, True, False, False, False], [True] * 4)
     sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
     return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
 
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    split = launch.by_device(
+    split = layout.by_device(
         _backward_rows,
         [True, True, True, False, True, True],
         [True, False, False, False],

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels.launch import device_count
+from pcagpt.layout import device_count
 
 
 def scan_chunks(function, carry, chunks: int, *arrays_N):

@@ -1,0 +1,62 @@
+"""Rows of activations on the devices of a mesh: who has which, and works on them.
+
+The mesh is the one in use (`jax.set_mesh`). A batch lies over all of its axes, and what
+is computed from a batch row by row stays with it: it is parameters that travel.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+def device_count() -> int:
+    """Of the mesh in use, 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def keep_rows(array: jax.Array) -> jax.Array:
+    """The array and, on the way back, its gradient with each row on its own device.
+
+    Where parameters are split over devices, XLA might else move activations to them.
+    """
+    count = device_count()
+    if count == 1 or array.shape[0] % count:
+        return array
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(axes))
+
+
+def by_device(
+    function: Callable, split: Sequence[bool], split_results: Sequence[bool]
+) -> Callable:
+    """The function, run on each device with its own rows of arrays.
+
+    Args:
+      function: of arrays, to a tuple of arrays.
+      split: for each argument whether its leading axis lies over the devices.
+      split_results: for each result whether it does, or is a sum over rows, which is
+        then added up over the devices.
+    """
+    if device_count() == 1:
+        return function
+    axes = jax.sharding.get_abstract_mesh().axis_names
+
+    @functools.wraps(function)
+    def of_own_rows(*arrays):
+        return tuple(
+            result if is_split else jax.lax.psum(result, axes)
+            for result, is_split in zip(function(*arrays), split_results, strict=True)
+        )
+
+    def place(is_split):
+        return PartitionSpec(axes) if is_split else PartitionSpec()
+
+    return jax.shard_map(
+        of_own_rows,
+        in_specs=tuple(map(place, split)),
+        out_specs=tuple(map(place, split_results)),
+        check_vma=False,
+    )
