@@ -1,32 +1,19 @@
 """Rows of activations on the devices of a mesh: who has which, and works on them.
 
-The mesh is the one in use (`jax.set_mesh`). A batch lies over all of its axes, and what
-is computed from a batch row by row stays with it: it is parameters that travel.
+The mesh is the one in use (`jax.set_mesh`); a batch lies over all of its axes.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 def device_count() -> int:
-    """Of the mesh in use, 1 where there is none."""
+    """Of the mesh in use; 1 where there is none, and within `by_device`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
-
-
-def keep_rows(array: jax.Array) -> jax.Array:
-    """The array and, on the way back, its gradient with each row on its own device.
-
-    Where parameters are split over devices, XLA might else move activations to them.
-    """
-    count = device_count()
-    if count == 1 or array.shape[0] % count:
-        return array
-    axes = jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(axes))
+    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
 
 
 def by_device(
@@ -35,7 +22,7 @@ def by_device(
     """The function, run on each device with its own rows of arrays.
 
     Args:
-      function: of arrays, to a tuple of arrays.
+      function: of arrays or trees of them, to a tuple of such.
       split: for each argument whether its leading axis lies over the devices.
       split_results: for each result whether it does, or is a sum over rows, which is
         then added up over the devices.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import gelu, norm
-from pcagpt.layout import by_device, keep_rows
+from pcagpt.layout import by_device
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -241,7 +241,7 @@ class ResidualNorm(nn.Module):
         parameters = bias_D, scale_D, _bias(self, width)
         if self.config.kernels == "pallas" and norm.fits(width):
             return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
-        return tuple(map(keep_rows, _add_and_norm(x_ND, update_ND, *parameters)))
+        return _add_and_norm(x_ND, update_ND, *parameters)
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
@@ -310,8 +310,7 @@ class Attention(nn.Module):
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
-        y_ND = keep_rows(y_BTHC.reshape(x_ND.shape))
-        return project_back(config, y_ND, v_bias_D, deterministic)
+        return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
         """All that is cached, [B, T, H, C], with the new from `start` on."""
@@ -361,7 +360,7 @@ class MLP(nn.Module):
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
         bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
-        h_NF = keep_rows(bias_gelu(x_ND @ kernel, bias))
+        h_NF = bias_gelu(x_ND @ kernel, bias)
         return project_back(self.config, h_NF, None, deterministic)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
-from pcagpt import optim, sharding
+from pcagpt import layout, optim, sharding
 from pcagpt import params as trees
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
@@ -146,6 +146,24 @@ def test_replicated_array_is_whole_on_every_device():
     placed = jax.device_put(np.arange(8), sharding.replicated(sharding.make_mesh(2, 4)))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(8,)}
     assert len(placed.addressable_shards) == 8
+
+
+def test_what_is_compiled_for_a_mesh_knows_its_devices():
+    def devices(x):
+        found.append(layout.device_count())
+        (inside,) = layout.by_device(count_inside, [True], [False])(x)
+        return inside
+
+    def count_inside(x):
+        found.append(layout.device_count())
+        return (x.sum(axis=0),)
+
+    found, mesh = [], sharding.make_mesh(2, 4)
+    split = jax.device_put(np.ones((16, 3)), sharding.batch_sharding(mesh))
+    np.testing.assert_array_equal(sharding.jit(devices, mesh)(split), [16, 16, 16])
+    assert found == [8, 1]
+    np.testing.assert_array_equal(devices(split), [16, 16, 16])
+    assert found[2:] == [1, 1]
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])

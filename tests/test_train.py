@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import shrink
@@ -20,12 +22,11 @@ from runs import (
     training,
 )
 
-from pcagpt import checkpoint, experiment, layout, run_folder
+from pcagpt import checkpoint, experiment, run_folder
 from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.kernels import head
-from pcagpt.losses import chunks
 from pcagpt.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -186,32 +187,61 @@ def test_kernels_train_as_the_plain_form_does_on_one_device_and_on_eight(
     np.testing.assert_allclose(losses(on_eight, 4), wanted, rtol=1e-5)
 
 
+EXCHANGE = re.compile(
+    r"= (.*) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+def exchanges(config):
+    """(kind, shapes of its results, whether in a loop) of what a step exchanges."""
+    run = training(config)
+    state, shardings = start(run)
+    found, is_in_loop = [], True
+    for line in run.compile_step(state, shardings, None).as_text().splitlines():
+        if line.endswith("{"):
+            is_in_loop = not line.startswith("ENTRY")
+        elif match := EXCHANGE.search(line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found.append((match[2], shapes, is_in_loop))
+    return found, state
+
+
 @pytest.mark.usefixtures("stored_logits")
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
 @pytest.mark.parametrize("table", TABLES)
-def test_devices_with_a_whole_model_each_exchange_nothing_but_sums(
+def test_devices_exchange_sums_and_what_of_the_model_is_split(
     table, kernels, tiny_config
 ):
-    spread = {"mesh.data": 8, "train.batch_size": 16, "model.kernels": kernels}
-    run = training(changed(tiny_config, **TABLES[table], **spread))
-    state, shardings = start(run)
-    program = run.compile_step(state, shardings, None).as_text()
-    assert "all-reduce" in program
-    for exchange in ("all-gather", "all-to-all", "collective-permute"):
-        assert exchange not in program
+    # Sizes of activations, 384 tokens and 48 on each device, are no parameter's.
+    sizes = {"train.batch_size": 24, "model.kernels": kernels}
+    config = changed(tiny_config, **TABLES[table], **sizes)
+    whole, _ = exchanges(changed(config, **{"mesh.data": 8}))
+    assert {kind for kind, *_ in whole} == {"all-reduce"}
+    split, state = exchanges(changed(config, **{"mesh.data": 1, "mesh.fsdp": 8}))
+    assert {kind for kind, *_ in split} <= {
+        "all-reduce",
+        "reduce-scatter",
+        "all-gather",
+    }
+    for _, _, is_in_loop in whole + split:
+        assert not is_in_loop  # Not for every chunk of the loss.
+    known = {shape for leaf in jax.tree.leaves(state.params) for shape in places(leaf)}
+    gathered = [
+        shape for kind, shapes, _ in split for shape in shapes if "gather" in kind
+    ]
+    assert set(gathered) <= known
+    # Once for the lookup and once for the head; none for the gradients of both.
+    for leaf in jax.tree.leaves(state.params["embed"]):
+        assert gathered.count(",".join(map(str, leaf.shape))) <= 2
 
 
-def test_evaluation_knows_the_devices_whose_rows_it_takes(tiny_config, monkeypatch):
-    run, known = training(changed(tiny_config, **{"mesh.data": 8})), []
-
-    def device_count():
-        known.append(layout.device_count())
-        return known[-1]
-
-    monkeypatch.setattr(chunks, "device_count", device_count)
-    state, _ = start(run)
-    run.validate(state)
-    assert set(known) == {8}
+def places(leaf):
+    """Shapes of a parameter, of its transpose, and of the thirds of q, k and v."""
+    shapes = {leaf.shape, leaf.shape[::-1]}
+    if leaf.shape == (32, 96):
+        shapes.add((32, 32))
+    return {",".join(map(str, shape)) for shape in shapes}
 
 
 # What does not fit

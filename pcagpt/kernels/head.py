@@ -163,10 +163,10 @@ def table_gradient(
         parts = _table_gradient_tiles(
             wte_VK, z_NK, normaliser_N * LOG2_E, targets_N, splits, tiles
         )
-        return (parts.sum(axis=0),)
+        return (parts.sum(axis=0)[:size, :rank],)
 
     split = layout.by_device(of_rows, [False, True, True, True], [False])
-    return split(wte_VK, z_NK, normaliser_N, targets_N)[0][:size, :rank]
+    return split(wte_VK, z_NK, normaliser_N, targets_N)[0]
 
 
 def _table_gradient_tiles(

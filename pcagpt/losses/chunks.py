@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.layout import device_count
+from pcagpt.layout import by_device, device_count
 
 
 def scan_chunks(function, carry, chunks: int, *arrays_N):
@@ -48,6 +48,8 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
 def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
     """The chunks' values of `function`, summed; the first can be differentiated.
 
+    Each device takes its own rows, and all sums are added up at the end.
+
     Args:
       function: (h [n, D], tables, constants, *arrays of a chunk) -> a sum to be
         differentiated in h and the tables, and a tree of other sums.
@@ -60,14 +62,18 @@ def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
       arrays_N: what is cut and has no gradient.
     """
 
-    def chunk(total, inputs):
-        h_nD, *arrays_n = inputs
-        sums = function(h_nD, tables, constants, *arrays_n)
-        return jax.tree.map(jnp.add, total, sums), None
+    def of_rows(h_ND, tables, constants, arrays_N):
+        def chunk(total, inputs):
+            h_nD, *arrays_n = inputs
+            sums = function(h_nD, tables, constants, *arrays_n)
+            return jax.tree.map(jnp.add, total, sums), None
+
+        zero = _zeros(function, h_ND, tables, constants, arrays_N)
+        return (scan_chunks(chunk, zero, chunks, h_ND, *arrays_N)[0],)
 
     tables, constants = _cast((tables, constants), h_ND.dtype)
-    zero = _zeros(function, h_ND, tables, constants, arrays_N)
-    return scan_chunks(chunk, zero, chunks, h_ND, *arrays_N)[0]
+    split = by_device(of_rows, [True, False, False, True], [False])
+    return split(h_ND, tables, constants, arrays_N)[0]
 
 
 def _cast(tree, dtype):
@@ -80,28 +86,42 @@ def _zeros(function, h_ND, tables, constants, arrays_N):
 
 
 def _sum_forward(function, chunks, h_ND, tables, constants, arrays_N):
-    def chunk(total, inputs):
-        h_nD, *arrays_n = inputs
-        sums, (gradient_h_nD, gradient_tables) = jax.value_and_grad(
-            function, argnums=(0, 1), has_aux=True
-        )(h_nD, cast_tables, constants, *arrays_n)
-        return jax.tree.map(jnp.add, total, (sums, gradient_tables)), gradient_h_nD
+    def of_rows(h_ND, cast_tables, zeros, constants, arrays_N):
+        def chunk(total, inputs):
+            h_nD, *arrays_n = inputs
+            sums, (gradient_h_nD, gradient_tables) = jax.value_and_grad(
+                function, argnums=(0, 1), has_aux=True
+            )(h_nD, cast_tables, constants, *arrays_n)
+            return jax.tree.map(jnp.add, total, (sums, gradient_tables)), gradient_h_nD
 
-    # Once, not in every chunk.
+        zero = _zeros(function, h_ND, cast_tables, constants, arrays_N), zeros
+        (sums, gradient_tables), gradient_h_ND = scan_chunks(
+            chunk, zero, chunks, h_ND, *arrays_N
+        )
+        return sums, gradient_h_ND, jax.tree.map(lambda g: g[None], gradient_tables)
+
+    # Cast once, not in every chunk.
     cast_tables, constants = _cast((tables, constants), h_ND.dtype)
-    sums = _zeros(function, h_ND, cast_tables, constants, arrays_N)
-    zero = (sums, jax.tree.map(jnp.zeros_like, tables))
-    (sums, gradient_tables), gradient_h_ND = scan_chunks(
-        chunk, zero, chunks, h_ND, *arrays_N
-    )
-    return sums, (gradient_h_ND, gradient_tables)
+    zeros = jax.tree.map(jnp.zeros_like, tables)
+    split = by_device(of_rows, [True, False, False, False, True], [False, True, True])
+    sums, *gradients = split(h_ND, cast_tables, zeros, constants, arrays_N)
+    return sums, gradients
 
 
 def _sum_backward(function, chunks, gradients, cotangents):
-    gradient_h_ND, gradient_tables = jax.tree.map(
-        lambda g: (g * cotangents[0]).astype(g.dtype), gradients
-    )
-    return gradient_h_ND, gradient_tables, None, None
+    def scaled(gradient_h_ND, own_gradient_tables, factor):
+        def by_factor(gradient):
+            return (gradient * factor).astype(gradient.dtype)
+
+        own_gradient_tables = jax.tree.map(
+            lambda g: by_factor(g[0]), own_gradient_tables
+        )
+        return by_factor(gradient_h_ND), own_gradient_tables
+
+    # Added up over the devices only now: XLA can then do it together with what else the
+    # tables' gradients are made of.
+    split = by_device(scaled, [True, True, False], [True, False])
+    return *split(*gradients, cotangents[0]), None, None
 
 
 sum_of_chunks.defvjp(_sum_forward, _sum_backward)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pcagpt.layout import keep_rows
-
 Head = Sequence[tuple[jax.Array, jax.Array | None, int]]
 
 
@@ -37,13 +35,12 @@ def project(h_ND: jax.Array, scale_down_KD: jax.Array | None) -> jax.Array:
 def band_logits(h_ND, wte_VK, scale_down_KD, logits_dtype) -> jax.Array:
     """Logits of one band, padding columns included: [N, V] float32."""
     z_NK = project(h_ND, scale_down_KD)
-    logits_NV = jax.lax.dot_general(
+    return jax.lax.dot_general(
         z_NK,
         wte_VK.astype(h_ND.dtype),
         (((1,), (1,)), ((), ())),
         preferred_element_type=logits_dtype,
-    )
-    return keep_rows(logits_NV).astype(jnp.float32)
+    ).astype(jnp.float32)
 
 
 def _columns(logits_NV) -> jax.Array:

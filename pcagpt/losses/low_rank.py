@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import head as kernels
+from pcagpt.layout import by_device
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.losses.logits import Head, project
 
@@ -89,29 +90,36 @@ def _bands(sizes, z_of_bands, tables, targets_N):
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
     """`kernels.summarize` in its plain form, a chunk of tokens at a time."""
 
-    def summarize(_, arrays):
-        logits_nV = _logits(arrays[0], wte_VK[:size])
-        normaliser_n = jax.nn.logsumexp(logits_nV, axis=1)
-        p_nV = jnp.exp(logits_nV - normaliser_n[:, None]).astype(wte_VK.dtype)
-        mean_nK = jnp.matmul(p_nV, wte_VK[:size], preferred_element_type=jnp.float32)
-        return None, (normaliser_n, mean_nK)
+    def of_rows(z_NK, wte_VK):
+        def summarize(_, arrays):
+            logits_nV = _logits(arrays[0], wte_VK)
+            normaliser_n = jax.nn.logsumexp(logits_nV, axis=1)
+            p_nV = jnp.exp(logits_nV - normaliser_n[:, None]).astype(wte_VK.dtype)
+            mean_nK = jnp.matmul(p_nV, wte_VK, preferred_element_type=jnp.float32)
+            return None, (normaliser_n, mean_nK)
 
-    return scan_chunks(summarize, None, chunks, z_NK)[1]
+        return scan_chunks(summarize, None, chunks, z_NK)[1]
+
+    return by_device(of_rows, [True, False], [True, True])(z_NK, wte_VK[:size])
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
     """`kernels.table_gradient` in its plain form, a chunk of tokens at a time."""
 
-    def add_chunk(total_VK, arrays):
-        z_nK, normaliser_n, targets_n = arrays
-        p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
-        error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
-        error_Vn = error_nV.astype(z_nK.dtype).T
-        gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
-        return total_VK + gradient_VK, None
+    def of_rows(wte_VK, *arrays_N):
+        def add_chunk(total_VK, arrays):
+            z_nK, normaliser_n, targets_n = arrays
+            p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
+            error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
+            error_Vn = error_nV.astype(z_nK.dtype).T
+            gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
+            return total_VK + gradient_VK, None
 
-    zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
-    return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N, targets_N)[0]
+        zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
+        return (scan_chunks(add_chunk, zero_VK, chunks, *arrays_N)[0],)
+
+    split = by_device(of_rows, [False, True, True, True], [False])
+    return split(wte_VK, z_NK, normaliser_N, targets_N)[0]
 
 
 def _logits(z_nK, wte_VK) -> jax.Array:
