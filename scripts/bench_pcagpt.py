@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+import re
 import shutil
 import tempfile
 import time
@@ -55,6 +57,17 @@ def models(size: Size) -> tuple[str, str]:
 def rank_of(model: str) -> int | None:
     """Of the model's table; None for the full one."""
     return None if model == "D" else int(model.removeprefix("k"))
+
+
+def exchanged_bytes(program: str) -> dict[str, int]:
+    """Bytes that each device receives in a compiled step, by the kind of exchange."""
+    kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+    found = Counter()
+    for results, kind in re.findall(rf"= (.*) ({kinds})(?:-done)?\(", program):
+        for bits, axes in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", results):
+            count = math.prod(map(int, axes.split(","))) if axes else 1
+            found[kind] += count * int(bits or 8) // 8  # pred has no number
+    return dict(found)
 
 
 def flops_per_token(size: Size, model: str) -> float:
@@ -155,6 +168,11 @@ class DataParallel(Step):
     def devices(self) -> int:
         """All that JAX sees."""
         return jax.device_count()
+
+    def prepare(self) -> None:
+        """As of one device; says also what the devices exchange."""
+        super().prepare()
+        self.details["exchanged_bytes"] = exchanged_bytes(self.step.as_text())
 
     def mesh(self) -> dict[str, int]:
         """The batch alone is split."""

@@ -10,7 +10,7 @@ import pytest
 
 from pcagpt import provenance
 from pcagpt.errors import Interrupted
-from pcagpt.model import training_flops_per_token
+from pcagpt.model import GPTConfig, total_parameters, training_flops_per_token
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 sys.path.insert(0, SCRIPTS)
@@ -65,6 +65,11 @@ def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
     # A device's share of the table, the positions and their moments.
     whole, shared = (systems[name, "D"]["peak_bytes"] for name in ("pcagpt", "fsdp"))
     assert whole - shared > 0.8 * 3 * 4 * 112 * 32
+    # Gradients of all that is trained: on CPUs the table's from input and head apart.
+    sums = systems["data-parallel", "D"]["exchanged_bytes"]
+    assert sums.keys() == {"all-reduce"}
+    assert 0 < sums["all-reduce"] - 4 * stored_values() < 4 * 128 * 32
+    assert "all-gather" in systems["fsdp", "D"]["exchanged_bytes"]
     others = "pcagpt-loop", "data-parallel", "fsdp"
     wanted = [
         "decode, batch 1: k8 / D",
@@ -78,6 +83,26 @@ def test_every_system_of_ours_has_a_row_with_what_it_depends_on(
     assert "torch is left out: --quick is without it" in shown
     assert "round 1 of 1: decode k8 at batch 1" in shown
     assert "k8, batch 8:" in shown and " ms a step of all threads together\n" in shown
+
+
+def stored_values():
+    """Of D at the tiny size, padding included."""
+    config = GPTConfig(97, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    padding = config.padded_vocab_size - config.vocab_size
+    return total_parameters(config) + padding * config.n_embd
+
+
+def test_exchanged_bytes_are_those_of_results():
+    program = """
+  %a = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%x), channel_id=1
+  %b = f32[8]{0} all-reduce-done(%a)
+  ROOT %c = (bf16[2,3]{1,0}, f32[]) all-reduce(%y, %z), to_apply=%all-reduce.1
+  %d = pred[5]{0} all-gather(%e), dimensions={0}
+"""
+    assert bench_pcagpt.exchanged_bytes(program) == {
+        "all-reduce": 8 * 4 + 6 * 2 + 4,
+        "all-gather": 5,
+    }
 
 
 # The training of ours, with a clock that stands still but for what is timed.

@@ -11,7 +11,8 @@ import pytest
 
 from pcagpt import params as trees
 from pcagpt.losses import token_losses
-from pcagpt.model import GPT, GPTConfig, _bias_gelu, training_flops_per_token
+from pcagpt.model import GPT, GPTConfig, training_flops_per_token
+from pcagpt.model.block import _bias_gelu
 
 VOCAB = 21
 DENSE = GPTConfig(

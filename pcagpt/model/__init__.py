@@ -1,0 +1,29 @@
+"""GPT-2 whose token table may be factorized, in one or several frequency bands.
+
+Shape letters: B batch, T sequence, N = B*T, V vocabulary, D model width, K rank,
+H heads, C head width, F = 4D.
+
+    x = wte[t] @ scale_up + wpe           [N,K] @ [K,D]
+    h = ln_f(blocks(x))                   [N,D]
+    logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
+
+A band is a run of consecutive token ids with a table and scale matrices of its own. The
+baseline is one band without scale matrices; a single rank is one band with them.
+"""
+
+from pcagpt.model.config import Band, GPTConfig
+from pcagpt.model.gpt import GPT
+from pcagpt.model.size import (
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
+
+__all__ = [
+    "GPT",
+    "Band",
+    "GPTConfig",
+    "embedding_parameters",
+    "total_parameters",
+    "training_flops_per_token",
+]

@@ -1,0 +1,227 @@
+"""A transformer block: attention and MLP, each behind a norm.
+
+Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head width,
+F = 4D, X any width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pcagpt.kernels import gelu, norm
+from pcagpt.model.config import INIT_STD, GPTConfig
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+class Linear(nn.Module):
+    """The parameters of a linear layer."""
+
+    config: GPTConfig
+    features: int
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel [inputs, features] in the compute dtype, bias [features] float32.
+
+        The bias is no parameter but 0 in a model without biases.
+        """
+        init = nn.initializers.normal(self.std)
+        kernel = self.param("kernel", init, (inputs, self.features))
+        return kernel.astype(self.config.compute_dtype), _bias(self, self.features)
+
+
+def _bias(module: nn.Module, features: int) -> jax.Array:
+    if not module.config.bias:
+        return jnp.zeros(features)
+    return module.param("bias", nn.initializers.zeros, (features,))
+
+
+def _add_bias(y_NX: jax.Array, bias_X: jax.Array) -> jax.Array:
+    return y_NX + bias_X.astype(y_NX.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """Adds to the residual stream and normalises it, with statistics in float32."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_ND: jax.Array, update_ND: jax.Array, bias_D: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x + update + bias, and its LayerNorm; each [N, D] in the compute dtype."""
+        width = x_ND.shape[-1]
+        scale_D = self.param("scale", nn.initializers.ones, (width,))
+        parameters = bias_D, scale_D, _bias(self, width)
+        if self.config.kernels == "pallas" and norm.fits(width):
+            return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
+        return _add_and_norm(x_ND, update_ND, *parameters)
+
+
+def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
+    """`kernels.norm.add_and_norm` in its plain form."""
+    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # One rounding.
+    exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
+    mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
+    square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
+    variance_N1 = jnp.maximum(square_N1 - mean_N1 * mean_N1, 0.0)
+    scale_ND = jax.lax.rsqrt(variance_N1 + LAYER_NORM_EPSILON) * scale_D
+    return x_ND, ((exact_ND - mean_N1) * scale_ND + offset_D).astype(x_ND.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
+        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence.
+
+        With a position, each sequence is the one token there, and attends to those
+        before it, whose keys and values are in the collection 'cache', which has place
+        for its own. Without one, they are written there where that collection can be
+        written.
+        """
+        config, width = self.config, self.config.n_embd
+        drops = config.dropout > 0 and not deterministic
+        kernel, bias = Linear(config, 3 * width, name="qkv")(width)
+        q_ND, k_ND, v_ND = _thirds(x_ND, kernel)
+        # A key's bias adds the same to all logits of a query: the softmax does not see
+        # it. A value's goes through the average unchanged, if nothing is dropped.
+        q_bias_D, _, v_bias_D = jnp.split(bias, 3)
+        q_ND = _add_bias(q_ND, q_bias_D)
+        if drops:
+            v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), None
+        shape = -1, sequence_length, config.n_head, width // config.n_head
+        q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
+        if drops:
+            # The fused kernels cannot drop attention probabilities; flax's can.
+            mask = jnp.tri(sequence_length, dtype=bool)[None, None]
+            y_BTHC = nn.dot_product_attention(
+                q_BTHC,
+                k_BTHC,
+                v_BTHC,
+                mask=mask,
+                dropout_rng=self.make_rng("dropout"),
+                dropout_rate=config.dropout,
+                broadcast_dropout=False,
+                deterministic=False,
+            )
+        elif position is not None:
+            keys_BTHC = self._cached("keys", k_BTHC, position)
+            values_BTHC = self._cached("values", v_BTHC, position)
+            y_BTHC = jax.nn.dot_product_attention(
+                q_BTHC,
+                keys_BTHC,
+                values_BTHC,
+                key_value_seq_lengths=jnp.full(len(q_BTHC), position + 1),
+            )
+        else:
+            if self.is_mutable_collection("cache") and not self.is_initializing():
+                self._cached("keys", k_BTHC, 0)
+                self._cached("values", v_BTHC, 0)
+            y_BTHC = jax.nn.dot_product_attention(
+                q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
+            )
+        return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+
+    def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
+        """All that is cached, [B, T, H, C], with the new from `start` on."""
+        cached = self.variable("cache", name, lambda: new_BtHC)
+        cached.value = jax.lax.dynamic_update_slice_in_dim(
+            cached.value, new_BtHC, start, axis=1
+        )
+        return cached.value
+
+
+@jax.custom_vjp
+def _thirds(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
+    """Three [N, D] that make up x @ kernel.
+
+    By a product each, whose results need not be copied out of one; their gradients are
+    brought together, so that one product gives that of x and one that of the kernel.
+    """
+    # The barriers keep XLA from merging products of one array, here and in
+    # the gradients, and from then slicing the result after all.
+    xs = jax.lax.optimization_barrier((x_ND,) * 3)
+    parts = jnp.split(kernel_DX, 3, axis=1)
+    return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
+
+
+def _thirds_forward(x_ND, kernel_DX):
+    return _thirds(x_ND, kernel_DX), (x_ND, kernel_DX)
+
+
+def _thirds_backward(residuals, gradients):
+    x_ND, kernel_DX = residuals
+    gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
+    return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
+
+
+_thirds.defvjp(_thirds_forward, _thirds_backward)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_ND, deterministic: bool):
+        """[N, D] -> [N, D] and its bias [D]."""
+        width = self.config.n_embd
+        kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
+        has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
+        bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
+        h_NF = bias_gelu(x_ND @ kernel, bias)
+        return project_back(self.config, h_NF, None, deterministic)
+
+
+# The backward pass adds the bias again, which saves an [N, F] array a layer.
+@jax.checkpoint
+def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """`kernels.gelu.bias_gelu` in its plain form."""
+    return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
+
+
+def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
+    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
+
+    Of x + input_bias, if there is one.
+    """
+    residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
+    linear = Linear(config, config.n_embd, residual_std, name="proj")
+    kernel, bias_D = linear(x_NX.shape[-1])
+    y_ND = x_NX @ kernel
+    if input_bias_X is not None:
+        bias_D += input_bias_X @ kernel
+    if not config.dropout or deterministic:
+        return y_ND, bias_D
+    dropped_ND = nn.Dropout(config.dropout)(
+        _add_bias(y_ND, bias_D), deterministic=False
+    )
+    return dropped_ND, jnp.zeros_like(bias_D)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, between two additions to the residual stream."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_ND, update, sequence_length: int, deterministic: bool, position=None
+    ):
+        """The residual stream [N, D] and what is still to be added, to the same.
+
+        What is to be added is ([N, D], a bias [D]); position as for `Attention`.
+        """
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
+        update = Attention(self.config, name="attn")(
+            y_ND, sequence_length, deterministic, position
+        )
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_2")(x_ND, *update)
+        return x_ND, MLP(self.config, name="mlp")(y_ND, deterministic)

@@ -1,0 +1,136 @@
+"""Token ids to vectors and back: the tables, which input and output share.
+
+Shape letters: N tokens, V rows of a table, D model width, K rank.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pcagpt.layout import by_device
+from pcagpt.model.config import INIT_STD, Band, GPTConfig
+
+
+class HeadBand(NamedTuple):
+    """What the output head reads of a band.
+
+    wte: [size + padding, K] float32; scale_down: [K, D] float32, None at full width;
+    size: real rows, the rest is padding.
+    """
+
+    wte: jax.Array
+    scale_down: jax.Array | None
+    size: int
+
+
+class BandTable(nn.Module):
+    """The tables of one band."""
+
+    band: Band
+    n_embd: int
+    scale_tying: bool
+
+    def setup(self):
+        """Declares wte [V,K] and, if the band has a rank, its scale matrices [K,D]."""
+        rows, rank = self.band.size + self.band.padding, self.band.rank
+        init = nn.initializers.normal(INIT_STD)
+        self.wte = self.param("wte", init, (rows, rank or self.n_embd))
+        self.scale_up = self.scale_down = None
+        if rank is not None:
+            scale_shape = (rank, self.n_embd)
+            self.scale_up = self.param("scale_up", init, scale_shape)
+            self.scale_down = (
+                self.scale_up
+                if self.scale_tying
+                else self.param("scale_down", init, scale_shape)
+            )
+
+    def lookup(self, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of this band -> their embeddings [N, D]."""
+        x_NK = _take_rows(self.wte, rows_N, dtype)
+        return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
+
+    def head(self) -> HeadBand:
+        """The output side of this band."""
+        return HeadBand(self.wte, self.scale_down, self.band.size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table in another dtype, [N, K]; their gradients are summed in its own.
+
+    All of it is cast, for the head as well: split over devices, it travels so.
+    """
+    return wte_VK.astype(dtype)[rows_N]
+
+
+def _take_rows_forward(wte_VK, rows_N, dtype):
+    return _take_rows(wte_VK, rows_N, dtype), (wte_VK, rows_N)
+
+
+def _take_rows_backward(dtype, residuals, gradient_NK):
+    del dtype
+    wte_VK, rows_N = residuals
+    shape, table_dtype = wte_VK.shape, wte_VK.dtype
+
+    def of_table(gradient_NK, rows_N):
+        zeros_VK = jnp.zeros(shape, table_dtype)
+        return (zeros_VK.at[rows_N].add(gradient_NK.astype(table_dtype)),)
+
+    # Each device sums its own before they are added up. Left to itself, XLA would add
+    # the head's gradient first, for which all devices would need all of it.
+    split = by_device(of_table, [True, True], [False])
+    return *split(gradient_NK, rows_N), None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors, and the tables of the tied output head."""
+
+    config: GPTConfig
+
+    def setup(self):
+        """Declares a `BandTable` a band and, for several bands, the token order."""
+        config = self.config
+        self.tables = [
+            BandTable(
+                band, config.n_embd, config.n_embd_wte_scale_tying, name=f"band_{i}"
+            )
+            for i, band in enumerate(config.bands)
+        ]
+        if len(config.bands) > 1:
+            self.position_of_token = self.variable(
+                "constants",
+                "position_of_token",
+                lambda: jnp.arange(config.vocab_size, dtype=jnp.int32),
+            )
+
+    def renumber(self, tokens: jax.Array) -> jax.Array:
+        """Token ids -> positions in the order of the bands; -1 (no token) stays."""
+        if len(self.config.bands) == 1:
+            return tokens
+        return jnp.where(tokens < 0, tokens, self.position_of_token.value[tokens])
+
+    def __call__(self, tokens_N: jax.Array) -> jax.Array:
+        """Embeds tokens [N] as [N, D] in the compute dtype."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        bands = self.config.bands
+        if len(bands) == 1:
+            return self.tables[0].lookup(tokens_N, dtype)
+        positions_N = self.renumber(tokens_N)
+        x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
+        for band, table in zip(bands, self.tables, strict=True):
+            rows_N = positions_N - band.start
+            inside_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
+            found_ND = table.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
+            x_ND += jnp.where(inside_N1, found_ND, 0)
+        return x_ND
+
+    def head(self) -> tuple[HeadBand, ...]:
+        """The output side of every band, in order of position."""
+        return tuple(table.head() for table in self.tables)

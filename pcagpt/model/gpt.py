@@ -1,0 +1,103 @@
+"""The whole model, from token ids to logits.
+
+Shape letters: B batch, T sequence, N = B*T, V vocabulary, D model width, K rank.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pcagpt.model.block import Block, ResidualNorm
+from pcagpt.model.config import INIT_STD, GPTConfig
+from pcagpt.model.embedding import HeadBand, TokenEmbedding
+
+
+class GPT(nn.Module):
+    """GPT-2 with a tied, possibly factorized token embedding.
+
+    Activations are [N, D] between the blocks, not [B, T, D]: XLA then needs no
+    transposes in the backward pass of LayerNorm.
+    """
+
+    config: GPTConfig
+
+    def setup(self):
+        """Declares embedding, positions, blocks and the final norm."""
+        config = self.config
+        self.embed = TokenEmbedding(config)
+        self.wpe = self.param(
+            "wpe",
+            nn.initializers.normal(INIT_STD),
+            (config.block_size, config.n_embd),
+        )
+        self.blocks = [Block(config, name=f"block_{i}") for i in range(config.n_layer)]
+        self.ln_f = ResidualNorm(config)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+
+    def hidden(self, tokens_BT: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Token ids [B, T] int32 -> output of ln_f [N, D] in the compute dtype.
+
+        With dropout on and not deterministic, needs an rng named 'dropout'.
+        """
+        x_ND = self.embed(tokens_BT.reshape(-1))
+        return self.contextualize(x_ND, tokens_BT.shape[1], deterministic)
+
+    def contextualize(
+        self, x_ND: jax.Array, sequence_length: int, deterministic: bool = True
+    ) -> jax.Array:
+        """Token embeddings [N, D], sequence after sequence -> output of ln_f [N, D].
+
+        All of the model but its tables: positions, blocks and the final norm.
+        """
+        wpe_TD, length = self.wpe[:sequence_length].astype(x_ND.dtype), sequence_length
+        wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
+        wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
+        if self.config.dropout and not deterministic:
+            x_ND = self.embedding_dropout(x_ND + wpe_ND, deterministic=False)
+            wpe_ND = jnp.zeros_like(x_ND)
+        update = wpe_ND, bias_D
+        for block in self.blocks:
+            x_ND, update = block(x_ND, update, length, deterministic)
+        return self.ln_f(x_ND, *update)[1]
+
+    def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
+        """One more token of each sequence, at this position -> output of ln_f [B, D].
+
+        What is before it was read by `hidden` or here, with the collection 'cache' kept
+        from call to call.
+        """
+        x_BD = self.embed(tokens_B)
+        wpe_D = self.wpe[position].astype(x_BD.dtype)
+        update = jnp.broadcast_to(wpe_D, x_BD.shape), jnp.zeros(wpe_D.shape)
+        for block in self.blocks:
+            x_BD, update = block(x_BD, update, 1, True, position)
+        return self.ln_f(x_BD, *update)[1]
+
+    def head(self) -> tuple[HeadBand, ...]:
+        """The tables of the output head, band by band."""
+        return self.embed.head()
+
+    def renumber(self, tokens: jax.Array) -> jax.Array:
+        """Token ids -> columns of the head's concatenated bands; -1 stays -1."""
+        return self.embed.renumber(tokens)
+
+    def logits(self, h_ND: jax.Array) -> jax.Array:
+        """Outputs of ln_f [N, D] -> logits [N, V] float32, by the users' token ids.
+
+        Computed in the dtype of the tables, without padding columns. For inspection
+        and sampling; training and evaluation use `pcagpt.losses`.
+        """
+        logits = []
+        for wte_VK, scale_down_KD, size in self.head():
+            z_NK = h_ND.astype(wte_VK.dtype)
+            if scale_down_KD is not None:
+                z_NK = z_NK @ scale_down_KD.T
+            logits.append(
+                jnp.matmul(z_NK, wte_VK[:size].T, preferred_element_type=jnp.float32)
+            )
+        logits_NV = jnp.concatenate(logits, axis=-1)
+        return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits [B, T, V] float32 of the token after each, as `logits` has them."""
+        return self.logits(self.hidden(tokens_BT)).reshape(*tokens_BT.shape, -1)

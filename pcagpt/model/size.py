@@ -1,0 +1,44 @@
+"""How many values a model stores and how many operations a token of training takes."""
+
+from pcagpt.model.config import GPTConfig
+
+
+def embedding_parameters(config: GPTConfig) -> int:
+    """Stored values of token tables and scale matrices, padding rows not counted.
+
+    In several bands each token's position counts, too.
+    """
+    scales = 1 if config.n_embd_wte_scale_tying else 2
+    positions = config.vocab_size if len(config.bands) > 1 else 0
+    return positions + sum(
+        band.size * (band.rank or config.n_embd)
+        + (scales * band.rank * config.n_embd if band.rank else 0)
+        for band in config.bands
+    )
+
+
+def total_parameters(config: GPTConfig) -> int:
+    """Stored values of the whole model, padding rows not counted."""
+    width, biases = config.n_embd, int(config.bias)
+    norm = width * (1 + biases)
+    attention = 4 * width * width + biases * 4 * width
+    mlp = 8 * width * width + biases * 5 * width
+    blocks = config.n_layer * (2 * norm + attention + mlp)
+    return embedding_parameters(config) + config.block_size * width + blocks + norm
+
+
+def training_flops_per_token(config: GPTConfig) -> float:
+    """Floating-point operations of one token's forward and backward pass.
+
+    Six per weight of every matrix product, attention counted in full (not halved for
+    causality): 12 * L * T * D, as in PaLM (Chowdhery et al. 2022, appendix B).
+    """
+    width = config.n_embd
+    weights = config.n_layer * 12 * width * width
+    for band in config.bands:
+        rank = band.rank or width
+        weights += (band.size + band.padding) * rank
+        if band.rank:
+            weights += 2 * rank * width
+    attention = 12 * config.n_layer * config.block_size * width
+    return 6.0 * weights + attention
