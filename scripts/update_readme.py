@@ -83,8 +83,12 @@ def speed_table(folder: Path) -> str:
     ]
     header = ["System", "Model", "GPUs", "Batch of each", "ms a step", "Tokens/s"]
     text = table([*header, "Of peak", "GB of each"], rows, "llrrrrrr")
-    held = [[name, fixed(value)] for name, value in bench["ratios"].items()]
-    ratios = table(["Tokens/s and GPU, held against each other", ""], held, "lr")
+    held = [
+        [name, *(fixed(ratio[part]) for part in ("ratio", "least", "most"))]
+        for name, ratio in bench["ratios"].items()
+    ]
+    header = ["Tokens/s of a GPU, one over the other", "Median", "Least", "Most"]
+    ratios = table(header, held, "lrrr")
     says = (
         f"Medians of {bench['rounds']} rounds of {bench['steps']} steps. "
         f"{bench['device']}, JAX {bench['versions']['jax']}, PyTorch "
