@@ -57,7 +57,8 @@ def generate(
     drawing = Drawing(model, temperature, top_k)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
-    variables, start = in_compute_dtype(variables, model), len(prompt)
+    variables = jax.device_put(in_compute_dtype(variables, model))
+    start = len(prompt)
     if start < length:
         # Place for twice as many whenever there is none: what is behind the last token
         # is attended to in vain.

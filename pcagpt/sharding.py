@@ -126,7 +126,7 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
-    """`jax.jit` on a mesh, with whole results; kernels split their rows over it."""
+    """`jax.jit` on a mesh, which `layout` then knows, with whole results."""
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     @functools.wraps(function)

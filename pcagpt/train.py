@@ -281,7 +281,7 @@ class Training:
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
-        with jax.set_mesh(self.mesh):  # The kernels split their rows over it.
+        with jax.set_mesh(self.mesh):  # For `layout`, which splits rows over it.
             return jitted.lower(state, self.batch(0), teacher).compile()
 
     def batch(self, step: int) -> jax.Array:

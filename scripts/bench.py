@@ -49,6 +49,7 @@ if __name__ == "__main__":
 import bench_pcagpt
 import bench_report
 import bench_torch
+import jax
 
 from pcagpt.errors import Interrupted
 
@@ -122,7 +123,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, prints a table, and writes it where --out says; the exit code."""
     asked = arguments()
-    rows, ending, code = [], "", 0
+    rows, failed, ending, code = [], [], "", 0
     groups = possible_groups(asked)
     if not groups:
         return say("none of the systems asked for can run here", 2)
@@ -131,7 +132,7 @@ def main() -> int:
             bench_pcagpt.write_corpus(Path(folder), asked.size)
             for group in groups:
                 finished = rows
-                with told_if_out_of_memory(group):
+                with told_if_out_of_memory(group, failed):
                     for found in measured(group, asked, Path(folder)):
                         rows = finished + found
                         write(rows, asked)
@@ -147,6 +148,10 @@ def main() -> int:
             ending, code = "interrupted: these are the rounds until then", 1
     if asked.out and rows:
         print(f"written to {asked.out}")
+    elif asked.out and not asked.out.stat().st_size:
+        asked.out.unlink()
+    if failed and not ending:
+        ending, code = "not all that was asked for was measured", 1
     return say(ending, code) if ending else code
 
 
@@ -168,8 +173,7 @@ def possible_groups(asked) -> list[list[tuple]]:
             why_not = bench_torch.why_not(name)
             reason = "--quick is without it" if asked.quick else why_not
         elif issubclass(TRAINED.get(name, object), bench_pcagpt.DataParallel):
-            has_one = bench_pcagpt.DataParallel.devices.fget(None) == 1
-            reason = "there is one device" if has_one else ""
+            reason = "there is one device" if jax.device_count() == 1 else ""
         if reason:
             print(f"{name} is left out: {reason}")
         else:
@@ -206,18 +210,19 @@ def measured(group: list[tuple], asked, folder: Path) -> Iterator[list[dict]]:
 
 
 @contextlib.contextmanager
-def told_if_out_of_memory(group: list[tuple]) -> Iterator[None]:
-    """Ends the group with a line, not everything with a traceback."""
+def told_if_out_of_memory(group: list[tuple], failed: list) -> Iterator[None]:
+    """Ends the group with a line, not everything with a traceback, and enters it."""
     try:
         yield
     except RuntimeError as error:  # The class of JAX's and PyTorch's own errors.
         if not ("RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)):
             raise
-        names = ", ".join(name for name, *_ in group)
+        names = ", ".join(f"{name} at batch {batch}" for name, _, batch in group)
         print(
-            f"memory does not suffice for {names} side by side at batch "
-            f"{group[-1][-1]}: give fewer --systems or smaller --batches"
+            f"memory does not suffice for {names} side by side: give fewer --systems "
+            "or smaller --batches"
         )
+        failed.append(group)
 
 
 def release() -> None:
@@ -229,8 +234,9 @@ def release() -> None:
 def write(rows: list[dict], asked) -> None:
     """Writes what is known so far where --out says."""
     if asked.out:
-        text = bench_report.as_json(rows, asked.rounds, asked.steps)
-        asked.out.write_text(text, "utf-8")
+        written = asked.out.with_name(asked.out.name + ".tmp")
+        written.write_text(bench_report.as_json(rows), "utf-8")
+        written.replace(asked.out)
 
 
 if __name__ == "__main__":

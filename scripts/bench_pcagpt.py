@@ -59,14 +59,27 @@ def rank_of(model: str) -> int | None:
     return None if model == "D" else int(model.removeprefix("k"))
 
 
-def exchanged_bytes(program: str) -> dict[str, int]:
-    """Bytes that each device receives in a compiled step, by the kind of exchange."""
-    kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+def exchanged_bytes(program: str, devices: int) -> dict[str, float]:
+    """Bytes that each device receives in a compiled step, by the kind of exchange.
+
+    As in a ring of all devices; what is in a loop is counted once.
+    """
+    others = devices - 1
+    received = {  # of each byte of the result
+        "all-reduce": 2 * others / devices,
+        "reduce-scatter": others,
+        "all-gather": others / devices,
+        "all-to-all": others / devices,
+        "collective-permute": 1,
+    }
     found = Counter()
-    for results, kind in re.findall(rf"= (.*) ({kinds})(?:-done)?\(", program):
+    for results, kind in re.findall(
+        rf"= (.*) ({'|'.join(received)})(?:-done)?\(", program
+    ):
         for bits, axes in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", results):
             count = math.prod(map(int, axes.split(","))) if axes else 1
-            found[kind] += count * int(bits or 8) // 8  # pred has no number
+            size = count * int(bits or 8) / 8  # pred has no number
+            found[kind] += size * received[kind]
     return dict(found)
 
 
@@ -164,15 +177,13 @@ class DataParallel(Step):
 
     name = "data-parallel"
 
-    @property
-    def devices(self) -> int:
-        """All that JAX sees."""
-        return jax.device_count()
+    devices = property(lambda self: jax.device_count())
 
     def prepare(self) -> None:
         """As of one device; says also what the devices exchange."""
         super().prepare()
-        self.details["exchanged_bytes"] = exchanged_bytes(self.step.as_text())
+        exchanged = exchanged_bytes(self.step.as_text(), self.devices)
+        self.details["exchanged_bytes"] = exchanged
 
     def mesh(self) -> dict[str, int]:
         """The batch alone is split."""
@@ -247,7 +258,7 @@ class Decoding(System):
     def prepare(self) -> None:
         """Makes up weights and begins to decode."""
         self.gpt = training(self.size, self.model, self.batch, self.folder).model
-        tokens_BT = jax.ShapeDtypeStruct((self.batch, self.size.block_size), np.int32)
+        tokens_BT = jax.ShapeDtypeStruct((self.batch, self.places()), np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)
         weights = jax.tree.map(
@@ -261,6 +272,13 @@ class Decoding(System):
         leaves = jax.tree.leaves(kept)
         self.peak_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         self.tokens_per_step, self.flops_per_token = self.batch, None
+        self.details = {"steps": self.size.decoded_tokens}
+
+    def places(self) -> int:
+        """For how many tokens keys and values are kept at the end of a round."""
+        size = self.size
+        known = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
+        return min(size.block_size, 1 << (known - 1).bit_length())
 
     def begin(self) -> None:
         """Reads the prompt and decodes a few tokens, which may take compiling."""

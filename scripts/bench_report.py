@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -79,8 +80,7 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
 def _ratio(row: dict, base: dict) -> dict[str, float]:
     share = row["tokens_per_step"] / row["devices"]
     share /= base["tokens_per_step"] / base["devices"]
-    # A round that was interrupted has fewer of the second.
-    pairs = zip(row["rounds_ms"], base["rounds_ms"], strict=False)
+    pairs = zip(row["rounds_ms"], base["rounds_ms"], strict=True)
     of_rounds = [share * of_base / of_row for of_row, of_base in pairs]
     return {
         "ratio": statistics.median(of_rounds),
@@ -111,21 +111,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(["", *lines, ""])
 
 
-def as_json(rows: list[dict], rounds: int, steps: int) -> str:
+def as_json(rows: list[dict]) -> str:
     """All of it, with what the figures depend on."""
     return json.dumps(
         {
             "rows": rows,
             "ratios": ratios(rows),
-            "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "scripts/bench.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": provenance.device(max(row["devices"] for row in rows)),
             "gpu": gpu_state(),
             "host": platform.machine(),
             "versions": {**provenance.versions(), **bench_torch.versions()},
             "git_commit": provenance.git_commit(),
-            "rounds": rounds,
-            "steps": steps,
+            "rounds": min(len(row["rounds_ms"]) for row in rows),
         },
         indent=2,
     )

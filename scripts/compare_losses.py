@@ -19,8 +19,8 @@ LAST_SHARE = 0.25  # of the steps: where a change that learns otherwise shows
 
 def train_losses(folder: Path) -> dict[int, float]:
     """Loss of each logged training step in a run folder's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    entries = (json.loads(line) for line in lines)
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    entries = (json.loads(line) for line in lines if line.endswith("\n"))
     return {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
 
 

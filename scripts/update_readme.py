@@ -90,7 +90,7 @@ def speed_table(folder: Path) -> str:
     header = ["Tokens/s of a GPU, one over the other", "Median", "Least", "Most"]
     ratios = table(header, held, "lrrr")
     says = (
-        f"Medians of {bench['rounds']} rounds of {bench['steps']} steps. "
+        f"Medians of {bench['rounds']} rounds of {bench['rows'][0]['steps']} steps. "
         f"{bench['device']}, JAX {bench['versions']['jax']}, PyTorch "
         f"{bench['versions'].get('torch', NOTHING)}, commit "
         f"{code((bench['git_commit'] or 'unknown')[:12])}, by"

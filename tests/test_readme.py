@@ -44,11 +44,11 @@ def test_result_tables_are_those_of_the_published_results():
 
 def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
     names = ("system", "model", "devices", "batch", "tokens_per_step", "rounds_ms")
-    names += ("ms_per_step", "tokens_per_second", "utilisation", "peak_bytes")
-    ours = "pcagpt", "D", 1, 32, 32768, [62.254], 62.254, 526_341.5, 0.4546, None
-    peer = "torch", "D", 1, 32, 32768, [78.8], 78.8, 415_838, None, 38_220_000_000
-    rows = [dict(zip(names, values, strict=True)) for values in (ours, peer)]
-    (tmp_path / "bench.json").write_text(bench_report.as_json(rows, 3, 50))
+    names += ("ms_per_step", "tokens_per_second", "utilisation", "peak_bytes", "steps")
+    ours = "pcagpt", "D", 1, 32, 32768, 3 * [62.254], 62.254, 526_341.5, 0.4546, None
+    peer = "torch", "D", 1, 32, 32768, 3 * [78.8], 78.8, 415_838, None, 38_220_000_000
+    rows = [dict(zip(names, (*row, 50), strict=True)) for row in (ours, peer)]
+    (tmp_path / "bench.json").write_text(bench_report.as_json(rows))
     lines = SCRIPT["speed_table"](tmp_path).splitlines()
     assert "| pcagpt | D | 1 | 32 | 62.25 | 526,342 | 45.5% | – |" in lines
     assert "| torch | D | 1 | 32 | 78.80 | 415,838 | – | 38.2 |" in lines

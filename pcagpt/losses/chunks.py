@@ -16,7 +16,7 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
 
     Each chunk takes every `chunks`-th row, so that a leading axis sharded over devices
     stays where it is. `chunks` is lowered to the nearest divisor of the rows that each
-    device of the mesh in use has.
+    device of the mesh in use has, or of N where N cannot be split over them.
 
     Args:
       function: (carry, arrays of one chunk) -> (carry, outputs with leading axis n).
@@ -28,8 +28,8 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
       The last carry, and the outputs with leading axis N, in the order of the input.
     """
     count = arrays_N[0].shape[0]
-    own_rows, shared = divmod(count, device_count())
-    divided = count if shared else own_rows
+    own_rows, remainder = divmod(count, device_count())
+    divided = count if remainder else own_rows
     chunks = max(c for c in range(1, min(chunks, divided) + 1) if divided % c == 0)
     if chunks == 1:
         return function(carry, arrays_N)
