@@ -14,7 +14,7 @@ import numpy as np
 
 from pcagpt.model import GPT
 
-LEAST_REACH = 128  # tokens that there is place for from the start
+LEAST_REACH = 128  # tokens that there is place for from the start, a power of 2
 
 
 class Drawing(NamedTuple):
@@ -60,16 +60,14 @@ def generate(
     variables = jax.device_put(in_compute_dtype(variables, model))
     start = len(prompt)
     if start < length:
-        # Place for twice as many whenever there is none: what is behind the last token
-        # is attended to in vain.
-        reach = min(length, max(LEAST_REACH, 1 << (start - 1).bit_length()))
+        reach = places(start, length)
         window_BT, cache, drawn_B = _read(
             variables, window_BT, start, key, drawing, reach
         )
         yield drawn_B
         for known in range(start + 1, length):
             if known > reach:
-                reach = min(2 * reach, length)
+                reach = places(known, length)
                 cache = _widened(cache, reach)
             window_BT, cache, drawn_B = _read_next(
                 variables, window_BT, cache, known, key, drawing
@@ -79,6 +77,14 @@ def generate(
     for known in itertools.count(length):
         window_BT, drawn_B = _read_again(variables, window_BT, known, key, drawing)
         yield drawn_B
+
+
+def places(known: int, block_size: int) -> int:
+    """For how many tokens keys and values have a place when so many are known.
+
+    A power of 2 up to block_size: what is behind the last is attended to in vain.
+    """
+    return min(block_size, max(LEAST_REACH, 1 << (known - 1).bit_length()))
 
 
 def in_compute_dtype(variables: dict, model: GPT) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pcagpt import config as knobs
 from pcagpt.checkpoint import Checkpoints
-from pcagpt.generate import generate, in_compute_dtype
+from pcagpt.generate import generate, in_compute_dtype, places
 from pcagpt.model import GPTConfig, training_flops_per_token
 from pcagpt.plan import make_plan
 from pcagpt.telemetry import SilentProgress
@@ -258,7 +258,10 @@ class Decoding(System):
     def prepare(self) -> None:
         """Makes up weights and begins to decode."""
         self.gpt = training(self.size, self.model, self.batch, self.folder).model
-        tokens_BT = jax.ShapeDtypeStruct((self.batch, self.places()), np.int32)
+        size = self.size
+        known = size.prompt_tokens + WARM_STEPS + size.decoded_tokens  # after a round
+        shape = self.batch, places(known, size.block_size)
+        tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)
         weights = jax.tree.map(
@@ -273,12 +276,6 @@ class Decoding(System):
         self.peak_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         self.tokens_per_step, self.flops_per_token = self.batch, None
         self.details = {"steps": self.size.decoded_tokens}
-
-    def places(self) -> int:
-        """For how many tokens keys and values are kept at the end of a round."""
-        size = self.size
-        known = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
-        return min(size.block_size, 1 << (known - 1).bit_length())
 
     def begin(self) -> None:
         """Reads the prompt and decodes a few tokens, which may take compiling."""

@@ -13,11 +13,8 @@ import bench_torch
 
 from pcagpt import provenance
 
-HELD_AGAINST = {  # "pcagpt / torch" and the like
-    "torch": "pcagpt",
-    "transformers": "pcagpt",
-}
-HELD_BY = ("pcagpt-loop", "data-parallel", "fsdp")  # "fsdp / pcagpt" and the like
+PEERS = ("torch", "transformers")  # held against pcagpt's step
+VARIANTS = ("pcagpt-loop", "data-parallel", "fsdp")  # and these against it
 
 
 class Timing:
@@ -68,10 +65,10 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
         if model != "D" and base:
             found[f"{system}, batch {batch}: {model} / D"] = _ratio(row, base)
         ours = known.get(("pcagpt", model, batch))
-        if ours and system in HELD_AGAINST:
+        if ours and system in PEERS:
             name = f"{model}, batch {batch}: pcagpt / {system}"
             found[name] = _ratio(ours, row)
-        elif ours and system in HELD_BY:
+        elif ours and system in VARIANTS:
             name = f"{model}, batch {batch}: {system} / pcagpt"
             found[name] = _ratio(row, ours)
     return found

@@ -1,6 +1,7 @@
 """Meshes, where arrays lie on them, and several processes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,21 @@ def test_what_is_compiled_for_a_mesh_knows_its_devices():
     assert found == [8, 1]
     np.testing.assert_array_equal(devices(split), [16, 16, 16])
     assert found[2:] == [1, 1]
+
+
+def test_each_device_sums_the_gradients_of_its_own_lookups():
+    model, mesh = GPT(CONFIG), sharding.make_mesh(2, 4)
+    tokens_BT = jax.ShapeDtypeStruct((16, 8), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
+
+    def summed(variables, tokens_BT):
+        return model.apply(variables, tokens_BT, method="hidden").sum()
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(summed)).lower(variables, tokens_BT).as_text()
+    # Indices of 16 tokens, not of all 128.
+    scatters = re.findall(r"stablehlo.scatter.*?-> tensor", program, re.DOTALL)
+    assert [re.findall(r"tensor<(\d+)x1xi32>", text) for text in scatters] == [["16"]]
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
