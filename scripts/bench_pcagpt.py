@@ -91,11 +91,17 @@ def flops_per_token(size: Size, model: str) -> float:
 
 
 def write_corpus(folder: Path, size: Size) -> None:
-    """Random tokens of a Zipf-like frequency, as a folder of token files."""
+    """Random tokens about as frequent as those of text, as a folder of token files.
+
+    By Zipf's law, shifted as Mandelbrot has it: the first takes 5 % of all, the first
+    hundred 40 %; the lookup's gradient meets as many equal tokens as in training.
+    """
     random = np.random.default_rng(0)
+    frequency = 1 / np.arange(2, size.vocab_size + 2)
+    frequency /= frequency.sum()
     validation = size.block_size * 16 + 1
     for split, count in (("train", size.corpus_tokens), ("val", validation)):
-        tokens = random.zipf(1.2, count) % size.vocab_size
+        tokens = random.choice(size.vocab_size, count, p=frequency)
         tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
     meta = {"vocab_size": size.vocab_size}
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
