@@ -6,9 +6,10 @@
     python scripts/bench.py --systems pcagpt,data-parallel,fsdp --batches 32,64
 
 GPT-2 small (D) and the same with a table of rank 128 (k128), in bfloat16, at 1,024
-tokens a sequence. The systems take turns within a round, so that a GPU that warms up or
-slows down does so for all; each figure is the median of the rounds, each ratio that of
-the ratios within a round, with the least and the most.
+tokens a sequence. The systems take turns within a round, so that a GPU that slows down
+does so for all, and a GPU rests before each turn: at its power limit a hot one is
+slower. Each figure is the median of the rounds, each ratio that of the ratios within a
+round, with the least and the most.
 
   pcagpt         the compiled training step, on one batch
   pcagpt-loop    the training loop around it: data from disk, logging, and the stall of
@@ -31,9 +32,11 @@ size, also on CPUs.
 import argparse
 import contextlib
 import gc
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +66,7 @@ TRAINED = {
 }
 SYSTEMS = (*TRAINED, "decode")
 DECODED = (1, 64)  # sequences side by side
+REST = 5  # seconds: about what the loop takes to begin
 
 
 def arguments() -> argparse.Namespace:
@@ -83,6 +87,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of all systems (3)")
     parser.add_argument(
         "--steps", type=int, help="of a system in a round (default 50; --quick 10)"
+    )
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=float(REST),
+        help=f"seconds before a system's turn to train, on GPUs ({REST})",
     )
     parser.add_argument(
         "--profile", action="store_true", help="print pcagpt's kernels by their time"
@@ -111,6 +121,8 @@ def arguments() -> argparse.Namespace:
             "--rounds and --batches are whole numbers from 1 on, --steps from "
             f"{bench_pcagpt.LEAST_RUN} on"
         )
+    if not 0 <= asked.rest < math.inf:
+        parser.error("--rest is a number of seconds from 0 on")
     if asked.out:
         try:
             with open(asked.out, "a"):  # Now and not after minutes.
@@ -197,8 +209,10 @@ def measured(group: list[tuple], asked, folder: Path) -> Iterator[list[dict]]:
             print(f"preparing {name} {model} at batch {batch} ...", flush=True)
             systems.append(maker(asked.size, model, batch, folder))
     timings = [bench_report.Timing(system) for system in systems]
+    gets_hot = group[0][0] in TRAINED and jax.default_backend() == "gpu"
     for number in range(asked.rounds):
         for timing in timings:
+            time.sleep(asked.rest if gets_hot else 0)
             timing.add(timing.system.seconds_per_step(asked.steps))
             print(
                 f"round {number + 1} of {asked.rounds}: {timing.system.name} "

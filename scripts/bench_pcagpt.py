@@ -152,7 +152,7 @@ class Step(System):
         return {"mesh.data": 1}
 
     def prepare(self) -> None:
-        """Compiles it and lets it run a few times."""
+        """Compiles it."""
         batch = self.batch * self.devices
         run = training(self.size, self.model, batch, self.folder, **self.mesh())
         with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
@@ -167,14 +167,18 @@ class Step(System):
             - memory.alias_size_in_bytes
         )
         self.details = {"temporary_bytes": memory.temp_size_in_bytes}
-        self.seconds_per_step(WARM_STEPS)
 
-    def seconds_per_step(self, steps: int) -> float:
-        """Of so many steps, one dispatched after the other."""
-        start = time.perf_counter()
+    def go(self, steps: int) -> None:
+        """So many steps, one dispatched after the other."""
         for _ in range(steps):
             self.state, metrics = self.step(self.state, self.tokens, None)
         jax.block_until_ready(metrics)
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of so many steps, after a few that are not timed."""
+        self.go(WARM_STEPS)
+        start = time.perf_counter()
+        self.go(steps)
         return (time.perf_counter() - start) / steps
 
 
@@ -305,9 +309,10 @@ class Decoding(System):
 
 def profile(system: Step) -> str:
     """The kernels of the training step that take most of its time, for people."""
+    system.go(WARM_STEPS)
     with tempfile.TemporaryDirectory() as trace:
         with jax.profiler.trace(trace):
-            system.seconds_per_step(PROFILED_STEPS)
+            system.go(PROFILED_STEPS)
         found = next(Path(trace).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(found))
     nanoseconds, calls = Counter(), Counter()

@@ -195,20 +195,13 @@ class Peer:
         tokens = np.fromfile(folder / "train.bin", np.uint16, count=batch * length)
         tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.place)
         self.tokens = tokens.view(batch, length)
-        self.seconds_per_step(WARM_STEPS)
+        self.go(WARM_STEPS)
         self.peak_bytes = None
         if self.place == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
-    def wait(self) -> None:
-        """Until all that was begun is done."""
-        if self.place == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds_per_step(self, steps: int) -> float:
-        """Of so many training steps."""
-        self.wait()
-        start = time.perf_counter()
+    def go(self, steps: int) -> None:
+        """So many training steps; returns when they are done."""
         for _ in range(steps):
             with torch.autocast(self.place, torch.bfloat16):
                 loss = self.compiled(self.tokens[:, :-1], self.tokens[:, 1:])
@@ -216,7 +209,14 @@ class Peer:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.wait()
+        if self.place == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Of so many steps, after a few that are not timed."""
+        self.go(WARM_STEPS)
+        start = time.perf_counter()
+        self.go(steps)
         return (time.perf_counter() - start) / steps
 
 

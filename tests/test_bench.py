@@ -128,10 +128,12 @@ class Clock:
 def test_a_step_is_a_share_of_what_is_waited_for(quick, tmp_path, monkeypatch):
     bench_pcagpt.write_corpus(tmp_path, TINY)
     step = bench_pcagpt.Step(TINY, "D", 8, tmp_path)
-    clock = Clock(monkeypatch)
+    clock, compiled = Clock(monkeypatch), step.step
     monkeypatch.setattr(jax, "block_until_ready", clock.slow(jax.block_until_ready))
-    step.step = clock.slow(step.step)
+    done = []
+    step.step = clock.slow(lambda *given: done.append(1) or compiled(*given))
     assert step.seconds_per_step(4) == (4 + 1) / 4
+    assert len(done) == bench_pcagpt.WARM_STEPS + 4
     decoding = bench_pcagpt.Decoding(TINY, "D", 3, tmp_path)
     assert decoding.tokens_per_step == 3
     monkeypatch.setattr(decoding, "begin", lambda: None)
@@ -209,6 +211,16 @@ def test_systems_take_turns_and_the_median_counts(
     shown = capsys.readouterr().out
     assert "2000.00 to 4000.00" in shown
     assert "pcagpt, batch 8: k8 / D: 2.000 (1.500 to 4.000)" in shown
+
+
+def test_a_gpu_rests_before_each_turn(scripted, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for backend, wanted in ("cpu", [0] * 4), ("gpu", [2.5] * 4):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        slept.clear()
+        assert run(monkeypatch, *scripted, "--rounds", "2", "--rest", "2.5") == 0
+        assert slept == wanted
 
 
 def test_batches_are_measured_from_the_largest_on(scripted, monkeypatch, capsys):

@@ -20,6 +20,7 @@ HEADS = {
     "dense": [(11, 11, None)],
     "padded": [(16, 11, 4)],
     "padded full": [(16, 11, None)],
+    "high rank": [(16, 11, 5)],
     "bands": [(3, 3, None), (7, 5, 4), (8, 3, 2)],
     "padded full band": [(3, 3, 2), (16, 11, None)],
 }
@@ -134,6 +135,19 @@ def test_kernels_give_the_sum_and_gradients_of_a_dense_log_softmax(bands, monkey
     arguments = inputs(bands, 28)
     found = gradient_by(value_of(2, kernels="pallas"))(*arguments)
     assert_close(found, dense(*arguments), 1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("name", ["padded full", "high rank"])
+def test_kernels_round_no_chunk_s_gradient_of_a_table(name, chunks, monkeypatch):
+    monkeypatch.setattr(head, "MAX_RANK", 4)
+    h, tables, *rest = inputs(HEADS[name], 28)
+    value = value_of(chunks, jnp.bfloat16, kernels="pallas")
+    with jax.disable_jit():  # XLA may keep more digits than it is asked for.
+        of_tables = jax.grad(value, 1)(h.astype(jnp.bfloat16), tables, *rest)
+    gradient = of_tables[0][0][:11]  # The rest is padding, whose gradient is 0.
+    rounded = gradient.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(gradient != rounded) > 0.9
 
 
 def test_kernels_store_no_logits_of_a_low_rank():

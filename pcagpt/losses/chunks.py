@@ -51,8 +51,9 @@ def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
     Each device takes its own rows, and all sums are added up at the end.
 
     Args:
-      function: (h [n, D], tables, constants, *arrays of a chunk) -> a sum to be
-        differentiated in h and the tables, and a tree of other sums.
+      function: (h [n, D], tables, constants, *arrays of a chunk) -> ((a sum, a tree of
+        other sums), the first's gradients in h and the tables), as
+        `jax.value_and_grad` makes it with `argnums=(0, 1), has_aux=True`.
       chunks: as for `scan_chunks`.
       h_ND: what is cut into chunks and has a gradient.
       tables: a tree of what has a gradient and is not cut; the function gets it in
@@ -65,7 +66,7 @@ def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
     def of_rows(h_ND, tables, constants, arrays_N):
         def chunk(total, inputs):
             h_nD, *arrays_n = inputs
-            sums = function(h_nD, tables, constants, *arrays_n)
+            sums, _ = function(h_nD, tables, constants, *arrays_n)
             return jax.tree.map(jnp.add, total, sums), None
 
         zero = _zeros(function, h_ND, tables, constants, arrays_N)
@@ -81,7 +82,7 @@ def _cast(tree, dtype):
 
 
 def _zeros(function, h_ND, tables, constants, arrays_N):
-    sums = jax.eval_shape(function, h_ND, tables, constants, *arrays_N)
+    sums, _ = jax.eval_shape(function, h_ND, tables, constants, *arrays_N)
     return jax.tree.map(jnp.zeros_like, sums)
 
 
@@ -89,9 +90,9 @@ def _sum_forward(function, chunks, h_ND, tables, constants, arrays_N):
     def of_rows(h_ND, cast_tables, zeros, constants, arrays_N):
         def chunk(total, inputs):
             h_nD, *arrays_n = inputs
-            sums, (gradient_h_nD, gradient_tables) = jax.value_and_grad(
-                function, argnums=(0, 1), has_aux=True
-            )(h_nD, cast_tables, constants, *arrays_n)
+            sums, (gradient_h_nD, gradient_tables) = function(
+                h_nD, cast_tables, constants, *arrays_n
+            )
             return jax.tree.map(jnp.add, total, (sums, gradient_tables)), gradient_h_nD
 
         zero = _zeros(function, h_ND, cast_tables, constants, arrays_N), zeros

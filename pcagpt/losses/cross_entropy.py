@@ -3,8 +3,6 @@
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -46,36 +44,27 @@ def cross_entropy(
     tables, sizes = tables_and_sizes(head)
 
     def loss_sum(h_nD, tables, _, targets_n):
-        if has_kernels:
-            [(wte_VK, scale_down_KD)], [size] = tables, sizes
-            z_nK = project(h_nD, scale_down_KD)
-            return _stored(z_nK, wte_VK, targets_n, size, jnp.dtype(logits_dtype)), ()
         head = [(*table, size) for table, size in zip(tables, sizes, strict=True)]
         return jnp.sum(token_losses(h_nD, head, targets_n, logits_dtype)), ()
 
-    loss, _ = sum_of_chunks(loss_sum, chunks, h_ND, tables, (), (targets_N,))
+    def by_kernels(h_nD, tables, _, targets_n):
+        [table], [size] = tables, sizes
+        return _loss_and_gradients(h_nD, *table, targets_n, size, logits_dtype)
+
+    plain = jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)
+    function = by_kernels if has_kernels else plain
+    loss, _ = sum_of_chunks(function, chunks, h_ND, tables, (), (targets_N,))
     return loss
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _stored(z_nK, wte_VK, targets_n, size: int, logits_dtype) -> jax.Array:
-    """Of one band whose logits are stored, and then replaced by their gradients."""
-    return _stored_forward(z_nK, wte_VK, targets_n, size, logits_dtype)[0]
-
-
-def _stored_forward(z_nK, wte_VK, targets_n, size, logits_dtype):
+def _loss_and_gradients(h_nD, wte_VK, scale_down_KD, targets_n, size, logits_dtype):
+    """Of one band, for `sum_of_chunks`: the logits make room for their gradients."""
+    z_nK, back = jax.vjp(project, h_nD, scale_down_KD)
     logits_nV = jax.lax.dot_general(
         z_nK, wte_VK, (((1,), (1,)), ((), ())), preferred_element_type=logits_dtype
     )
     loss_n, gradient_nV = softmax.loss_and_gradient(logits_nV, size, targets_n)
-    gradients = gradient_nV @ wte_VK, gradient_nV.T @ z_nK
-    return jnp.sum(loss_n), gradients
-
-
-def _stored_backward(size, logits_dtype, gradients, cotangent):
-    del size, logits_dtype
-    of_z_nK, of_wte_VK = ((g * cotangent).astype(g.dtype) for g in gradients)
-    return of_z_nK, of_wte_VK, None
-
-
-_stored.defvjp(_stored_forward, _stored_backward)
+    of_h_nD, of_scale_KD = back((gradient_nV @ wte_VK).astype(z_nK.dtype))
+    # In float32, so that the product itself adds it to the other chunks'.
+    of_wte_VK = jnp.matmul(gradient_nV.T, z_nK, preferred_element_type=jnp.float32)
+    return (jnp.sum(loss_n), ()), (of_h_nD, ((of_wte_VK, of_scale_KD),))

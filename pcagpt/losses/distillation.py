@@ -4,6 +4,7 @@ Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, E width
 teacher.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ def distillation(
     """
     tables, sizes = tables_and_sizes(head)
 
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def sums(h_nD, tables, teacher_tables, targets_n, teacher_h_nE):
         logits = [band_logits(h_nD, *table, logits_dtype) for table in tables]
         teacher_logits = [
