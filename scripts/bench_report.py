@@ -1,5 +1,6 @@
 """What scripts/bench.py makes of its timings: rows, ratios, a table, JSON."""
 
+import argparse
 import datetime
 import json
 import os
@@ -62,7 +63,7 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
     found = {}
     for (system, model, batch), row in known.items():
         base = known.get((system, "D", batch))
-        if model != "D" and base:
+        if model != "D" and base and system not in VARIANTS:
             found[f"{system}, batch {batch}: {model} / D"] = _ratio(row, base)
         ours = known.get(("pcagpt", model, batch))
         if ours and system in PEERS:
@@ -108,13 +109,21 @@ def table(rows: list[dict]) -> str:
     return "\n".join(["", *lines, ""])
 
 
+def command(words: list[str]) -> str:
+    """What measured this, without the file that it wrote."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out")
+    _, kept = parser.parse_known_args(words)
+    return shlex.join(["python", "scripts/bench.py", *kept])
+
+
 def as_json(rows: list[dict]) -> str:
     """All of it, with what the figures depend on."""
     return json.dumps(
         {
             "rows": rows,
             "ratios": ratios(rows),
-            "command": shlex.join(["python", "scripts/bench.py", *sys.argv[1:]]),
+            "command": command(sys.argv[1:]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": provenance.device(max(row["devices"] for row in rows)),
             "gpu": gpu_state(),
