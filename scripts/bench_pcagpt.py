@@ -128,11 +128,13 @@ class System:
 
     devices: that it runs on; batch: sequences of each; seconds_per_step: measures so
     many steps; tokens_per_step: that one step takes in, or that decoding puts out;
-    peak_bytes: of one device; details: further figures.
+    peak_bytes: of one device; details: further figures; rests: whether a GPU cools down
+    before its turn.
     """
 
     name: str
     devices = 1
+    rests = True
 
     def __init__(self, size: Size, model: str, batch: int, folder: Path):
         self.size, self.model, self.batch, self.folder = size, model, batch, folder
@@ -219,6 +221,7 @@ class Loop(System):
     """
 
     name = "pcagpt-loop"
+    rests = False  # To begin takes as long as a rest.
 
     def prepare(self) -> None:
         """Nothing: each round starts from the beginning."""
@@ -264,6 +267,7 @@ class Decoding(System):
     """Greedy generation of tokens, as the task 'sample' does it, beyond the first."""
 
     name = "decode"
+    rests = False  # No GPU gets hot from it.
 
     def prepare(self) -> None:
         """Makes up weights and begins to decode."""

@@ -166,6 +166,7 @@ class Peer:
 
     name: str
     devices = 1
+    rests = True
     place = "cuda"
 
     def __init__(self, size, model: str, batch: int, folder):

@@ -22,6 +22,7 @@ from pcagpt.report.wording import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "checkpoints" / "published"
+PEERS = {"torch": "PyTorch", "transformers": "transformers"}  # of scripts/bench.py
 
 
 def results_table(folder: Path) -> str:
@@ -89,10 +90,18 @@ def speed_table(folder: Path) -> str:
     ]
     header = ["Tokens/s of a GPU, one over the other", "Median", "Least", "Most"]
     ratios = table(header, held, "lrrr")
+    steps = {row["system"]: row["steps"] for row in bench["rows"]}
+    decoded = steps.pop("decode", None)
+    lengths = [f"{number} steps" for number in set(steps.values())]
+    lengths += [f"{decoded} tokens decoded"] if decoded else []
+    peers = [
+        f"{title} {bench['versions'].get(name, NOTHING)}, "
+        for name, title in PEERS.items()
+        if name in steps
+    ]
     says = (
-        f"Medians of {bench['rounds']} rounds of {bench['rows'][0]['steps']} steps. "
-        f"{bench['device']}, JAX {bench['versions']['jax']}, PyTorch "
-        f"{bench['versions'].get('torch', NOTHING)}, commit "
+        f"Medians of {bench['rounds']} rounds of {' and '.join(lengths)}. "
+        f"{bench['device']}, JAX {bench['versions']['jax']}, {''.join(peers)}commit "
         f"{code((bench['git_commit'] or 'unknown')[:12])}, by"
     )
     return "\n\n".join([text, ratios, says, f"    {bench['command']}"])

@@ -172,6 +172,7 @@ class Scripted:
     """A system whose rounds take what a list says."""
 
     name, devices, peak_bytes, flops_per_token, details = "pcagpt", 1, 10, 30.0, {}
+    rests = True
     seconds = {"D": [2.0, 4.0, 3.0], "k8": [1.0, 1.0, 2.0]}
     asked = []
 
@@ -213,14 +214,19 @@ def test_systems_take_turns_and_the_median_counts(
     assert "pcagpt, batch 8: k8 / D: 2.000 (1.500 to 4.000)" in shown
 
 
-def test_a_gpu_rests_before_each_turn(scripted, monkeypatch):
+def test_a_gpu_rests_before_the_turns_of_systems_that_get_it_hot(scripted, monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    for backend, wanted in ("cpu", [0] * 4), ("gpu", [2.5] * 4):
+    for backend, rests, wanted in (
+        ("cpu", True, 0),
+        ("gpu", True, 2.5),
+        ("gpu", False, 0),
+    ):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(Scripted, "rests", rests)
         slept.clear()
         assert run(monkeypatch, *scripted, "--rounds", "2", "--rest", "2.5") == 0
-        assert slept == wanted
+        assert slept == 4 * [wanted]
 
 
 def test_batches_are_measured_from_the_largest_on(scripted, monkeypatch, capsys):
@@ -303,6 +309,9 @@ def test_ratios_are_of_tokens_per_second_and_device_at_one_batch():
         (["--rounds", "0"], "whole numbers from 1 on"),
         (["--batches", "32,0"], "whole numbers from 1 on"),
         (["--steps", "5"], "--steps from 6 on"),
+        (["--rest", "-1"], "--rest is a number of seconds from 0 to 3600"),
+        (["--rest", "nan"], "--rest is a number of seconds from 0 to 3600"),
+        (["--rest", "1e10"], "--rest is a number of seconds from 0 to 3600"),
         (["--batches", "many"], "--batches is many: give whole numbers"),
         (["--out", "nowhere/bench.json"], "--out nowhere/bench.json cannot be written"),
         (["--out", "."], "--out . cannot be written"),

@@ -137,17 +137,27 @@ def test_kernels_give_the_sum_and_gradients_of_a_dense_log_softmax(bands, monkey
     assert_close(found, dense(*arguments), 1e-5)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("name", ["padded full", "high rank"])
-def test_kernels_round_no_chunk_s_gradient_of_a_table(name, chunks, monkeypatch):
+def test_kernels_round_no_chunk_s_gradient_of_a_table(name, monkeypatch):
     monkeypatch.setattr(head, "MAX_RANK", 4)
     h, tables, *rest = inputs(HEADS[name], 28)
-    value = value_of(chunks, jnp.bfloat16, kernels="pallas")
+    value = value_of(1, jnp.bfloat16, kernels="pallas")
     with jax.disable_jit():  # XLA may keep more digits than it is asked for.
         of_tables = jax.grad(value, 1)(h.astype(jnp.bfloat16), tables, *rest)
     gradient = of_tables[0][0][:11]  # The rest is padding, whose gradient is 0.
     rounded = gradient.astype(jnp.bfloat16).astype(jnp.float32)
     assert np.mean(gradient != rounded) > 0.9
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradients_have_the_dtypes_of_what_they_are_of(chunks, kernels, monkeypatch):
+    monkeypatch.setattr(head, "MAX_RANK", 4)
+    for name in ("padded", "padded full", "high rank", "bands"):
+        h, tables, *rest = inputs(HEADS[name], 28, jnp.bfloat16)
+        value = value_of(chunks, jnp.bfloat16, kernels=kernels)
+        _, gradients = gradient_by(value)(h, tables, *rest)
+        assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("bfloat16")}
 
 
 def test_kernels_store_no_logits_of_a_low_rank():

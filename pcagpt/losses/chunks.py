@@ -93,7 +93,9 @@ def _sum_forward(function, chunks, h_ND, tables, constants, arrays_N):
             sums, (gradient_h_nD, gradient_tables) = function(
                 h_nD, cast_tables, constants, *arrays_n
             )
-            return jax.tree.map(jnp.add, total, (sums, gradient_tables)), gradient_h_nD
+            found = sums, gradient_tables
+            total = jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found)
+            return total, gradient_h_nD
 
         zero = _zeros(function, h_ND, cast_tables, constants, arrays_N), zeros
         (sums, gradient_tables), gradient_h_ND = scan_chunks(
