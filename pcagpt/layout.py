@@ -16,6 +16,13 @@ def device_count() -> int:
     return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
 
 
+def whole(array: jax.Array) -> jax.Array:
+    """The array, which each device of the mesh in use is to have all of."""
+    if device_count() == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec())
+
+
 def by_device(
     function: Callable, split: Sequence[bool], split_results: Sequence[bool]
 ) -> Callable:

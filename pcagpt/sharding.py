@@ -1,7 +1,7 @@
 """Devices: several processes, the mesh, and which axis of what lies where.
 
 The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, and every
-parameter matrix (with its optimizer moments) along one axis.
+parameter matrix, with its optimizer moments, by rows.
 """
 
 import functools
@@ -21,13 +21,10 @@ from pcagpt.errors import UserError
 BATCH_AXES = ("data", "fsdp")
 
 # First full match wins; paths of optimizer states end in the parameter's own path.
+# Rows of the devices lie one behind the other: to gather them nothing is transposed.
 PARTITION_RULES = (
-    (r"(.*/)?wte", PartitionSpec("fsdp", None)),
-    (r"tables/\d+", PartitionSpec("fsdp", None)),  # a teacher's, laid out like wte
-    (r"(.*/)?(scale_up|scale_down)", PartitionSpec(None, "fsdp")),
-    (r"(.*/)?wpe", PartitionSpec(None, "fsdp")),
-    (r"(.*/)?(qkv|fc)/kernel", PartitionSpec("fsdp", None)),
-    (r"(.*/)?proj/kernel", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
+    (r"tables/\d+", PartitionSpec("fsdp", None)),  # A teacher's.
     (r".*", PartitionSpec()),
 )
 
@@ -90,7 +87,7 @@ def check_divisible(name: str, size: int, mesh: Mesh) -> None:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
 
-    An axis that the mesh does not divide evenly stays whole.
+    A matrix whose rows the mesh does not divide evenly stays whole.
     """
 
     def place(leaf, spec):

@@ -85,19 +85,19 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
             sharding.shardings(shapes.params, sharding.make_mesh(2, 4))
         ).items()
     }
-    rows, columns = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
+    by_rows = PartitionSpec("fsdp", None)
     matrices = {
-        "embed/band_0/wte": rows,
-        "embed/band_0/scale_up": columns,
-        "embed/band_0/scale_down": columns,
-        "wpe": columns,
-        "block_0/attn/qkv/kernel": rows,
-        "block_0/attn/proj/kernel": columns,
-        "block_0/mlp/fc/kernel": rows,
-        "block_0/mlp/proj/kernel": columns,
+        "embed/band_0/wte",
+        "embed/band_0/scale_up",
+        "embed/band_0/scale_down",
+        "wpe",
+        "block_0/attn/qkv/kernel",
+        "block_0/attn/proj/kernel",
+        "block_0/mlp/fc/kernel",
+        "block_0/mlp/proj/kernel",
     }
     for path, leaf in trees.flatten(shapes.params).items():
-        assert specs[path] == matrices.get(path, PartitionSpec()), path
+        assert specs[path] == (by_rows if path in matrices else PartitionSpec()), path
         assert (leaf.ndim == 2) == (path in matrices)
 
     places = sharding.shardings(shapes.optimizer, sharding.make_mesh(2, 4))
@@ -105,22 +105,22 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
         (jax.tree_util.keystr(path, simple=True, separator="/"), place.spec)
         for path, place in jax.tree_util.tree_leaves_with_path(places)
     ]
-    for path, spec in matrices.items():
+    for path in matrices:
         found = [s for name, s in moments if name.endswith(f"/{path}")]
-        assert found == [spec, spec], path
+        assert found == [by_rows, by_rows], path
     assert sum(spec != PartitionSpec() for _, spec in moments) == 2 * len(matrices)
 
 
-def test_axis_that_does_not_divide_evenly_stays_whole():
+def test_a_matrix_whose_rows_do_not_divide_evenly_stays_whole():
     mesh = sharding.make_mesh(1, 8)
     tree = {
-        "embed": {"band_0": {"wte": jnp.zeros((12, 4)), "scale_up": jnp.zeros((4, 8))}},
+        "embed": {"band_0": {"wte": jnp.zeros((12, 8)), "scale_up": jnp.zeros((4, 8))}},
         "wpe": jnp.zeros((8, 12)),
     }
     places = trees.flatten(sharding.shardings(tree, mesh))
     assert places["embed/band_0/wte"].spec == PartitionSpec()
-    assert places["embed/band_0/scale_up"].spec == PartitionSpec(None, "fsdp")
-    assert places["wpe"].spec == PartitionSpec()
+    assert places["embed/band_0/scale_up"].spec == PartitionSpec()
+    assert places["wpe"].spec == PartitionSpec("fsdp", None)
 
 
 def test_split_parameters_take_a_share_of_each_devices_memory():
