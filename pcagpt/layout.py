@@ -1,4 +1,4 @@
-"""Rows of activations on the devices of a mesh: who has which, and works on them.
+"""Which device of a mesh has what while it computes, and works on rows of its own.
 
 The mesh is the one in use (`jax.set_mesh`); a batch lies over all of its axes.
 """

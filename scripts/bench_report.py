@@ -141,7 +141,8 @@ def gpu_state() -> dict[str, str] | None:
 
     Of the first GPU that CUDA_VISIBLE_DEVICES shows.
     """
-    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,memory.total"
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
+    fields += ",memory.total"
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     command = ["nvidia-smi", f"--id={shown}", f"--query-gpu={fields}"]
     try:

@@ -92,7 +92,7 @@ def speed_table(folder: Path) -> str:
     ratios = table(header, held, "lrrr")
     steps = {row["system"]: row["steps"] for row in bench["rows"]}
     decoded = steps.pop("decode", None)
-    lengths = [f"{number} steps" for number in set(steps.values())]
+    lengths = [f"{number} steps" for number in sorted(set(steps.values()))]
     lengths += [f"{decoded} tokens decoded"] if decoded else []
     peers = [
         f"{title} {bench['versions'].get(name, NOTHING)}, "

@@ -92,8 +92,9 @@ class Attention(nn.Module):
         q_ND, k_ND, v_ND = _thirds(x_ND, kernel)
         # A key's bias adds the same to all logits of a query: the softmax does not see
         # it. A value's goes through the average unchanged, if nothing is dropped.
-        # Whole, or devices that hold rows of 'proj' would send each other parts of it.
-        q_bias_D, _, v_bias_D = map(layout.whole, jnp.split(bias, 3))
+        q_bias_D, _, v_bias_D = jnp.split(bias, 3)
+        # Devices that hold rows of 'proj' would else send each other parts of it.
+        v_bias_D = layout.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
             v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), None
