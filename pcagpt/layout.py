@@ -17,10 +17,28 @@ def device_count() -> int:
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """The array, which each device of the mesh in use is to have all of."""
+    """The array, of which each device of the mesh in use has all, as of its gradient.
+
+    Without a mesh, and within `by_device`, each has it anyway.
+    """
     if device_count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec())
+
+
+@jax.custom_vjp
+def gathered(array: jax.Array) -> jax.Array:
+    """`whole`, of an array that is split; its gradient is split again.
+
+    It travels once, however often it is used, and in the dtype that it has.
+    """
+    if device_count() == 1:
+        return array
+    # The barrier keeps XLA from gathering what the array was cast from instead.
+    return whole(jax.lax.optimization_barrier(array))
+
+
+gathered.defvjp(lambda array: (gathered(array), None), lambda _, gradient: (gradient,))
 
 
 def by_device(

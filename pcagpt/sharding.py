@@ -20,6 +20,10 @@ from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
+# Sums over devices are made where gradients lie. XLA would copy all of them into one
+# array, sum that and copy them out of it again.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
+
 # First full match wins; paths of optimizer states end in the parameter's own path.
 # Rows of the devices lie one behind the other: to gather them nothing is transposed.
 PARTITION_RULES = (

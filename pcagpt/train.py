@@ -282,7 +282,8 @@ class Training:
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
         with jax.set_mesh(self.mesh):  # For `layout`, which splits rows over it.
-            return jitted.lower(state, self.batch(0), teacher).compile()
+            lowered = jitted.lower(state, self.batch(0), teacher)
+            return lowered.compile(compiler_options=sharding.COMPILER_OPTIONS)
 
     def batch(self, step: int) -> jax.Array:
         """The batch of a step, on the devices: [A, B, T + 1] int32."""

@@ -46,12 +46,11 @@ def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
 def _backward(epsilon, residuals, gradients):
     del epsilon
     split = layout.by_device(
-        _backward_rows,
-        [True, True, True, False, True, True],
-        [True, False, False, False],
+        _backward_rows, [True, True, True, False, True, True], [True, False]
     )
-    gradient_ND, *of_parameters = split(*gradients, *residuals)
-    return gradient_ND, gradient_ND, *of_parameters
+    # Of the bias, the scale and the offset, which devices add up as one array.
+    gradient_ND, of_parameters_3D = split(*gradients, *residuals)
+    return gradient_ND, gradient_ND, *of_parameters_3D
 
 
 add_and_norm.defvjp(_forward, _backward)
@@ -132,7 +131,7 @@ def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
         warps=WARPS,
         name="add_and_norm_gradient",
     )(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
-    return gradient_ND, *parts_P3D.sum(axis=0)
+    return gradient_ND, parts_P3D.sum(axis=0)
 
 
 def _visit_backward(

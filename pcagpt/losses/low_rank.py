@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import head as kernels
-from pcagpt.layout import by_device
+from pcagpt.layout import by_device, gathered
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.losses.logits import Head, project
 
@@ -35,14 +35,17 @@ def _loss(sizes, chunks, z_of_bands, tables, targets_N):
 def _forward(sizes, chunks, z_of_bands, tables, targets_N):
     is_counted_N = targets_N >= 0
     summaries, rows, target_logit_N = [], [], 0.0
-    for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, tables, targets_N):
-        cast_VK = wte_VK.astype(z_NK.dtype)
+    cast = [
+        gathered(wte_VK.astype(z_NK.dtype))
+        for wte_VK, z_NK in zip(tables, z_of_bands, strict=True)
+    ]
+    for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, cast, targets_N):
         if kernels.fits(wte_VK.shape[1]):
-            summaries.append(kernels.summarize(z_NK, cast_VK, size))
+            summaries.append(kernels.summarize(z_NK, wte_VK, size))
         else:
-            summaries.append(_summarize(z_NK, cast_VK, size, chunks))
+            summaries.append(_summarize(z_NK, wte_VK, size, chunks))
         is_here_N1 = ((local_N >= 0) & (local_N < size))[:, None]
-        row_NK = cast_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
+        row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
         rows.append(jnp.where(is_here_N1, row_NK, 0.0))
         target_logit_N += jnp.sum(rows[-1] * z_NK, axis=1)
     normaliser_N = jax.nn.logsumexp(jnp.stack([n_N for n_N, _ in summaries]), axis=0)
@@ -52,28 +55,35 @@ def _forward(sizes, chunks, z_of_bands, tables, targets_N):
         share_N = jnp.exp(band_normaliser_N - normaliser_N)
         gradient_NK = share_N[:, None] * mean_NK - row_NK
         gradients.append(jnp.where(is_counted_N[:, None], gradient_NK, 0.0))
-    return loss, (z_of_bands, tables, targets_N, normaliser_N, gradients)
+    return loss, (z_of_bands, tables, cast, targets_N, normaliser_N, gradients)
 
 
 def _backward(sizes, chunks, residuals, cotangent):
-    z_of_bands, tables, targets_N, normaliser_N, gradients = residuals
+    z_of_bands, tables, cast, targets_N, normaliser_N, gradients = residuals
     normaliser_N = jnp.where(targets_N >= 0, normaliser_N, jnp.inf)
     of_z = tuple(
         (gradient_NK * cotangent).astype(z_NK.dtype)
         for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
     )
-    of_tables = []
-    for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, tables, targets_N):
-        cast_VK = wte_VK.astype(z_NK.dtype)
-        if kernels.fits(wte_VK.shape[1]):
-            gradient = kernels.table_gradient
-        else:
-            gradient = functools.partial(_table_gradient, chunks=chunks)
-        gradient_VK = gradient(cast_VK, z_NK, normaliser_N, local_N)
-        is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
-        gradient_VK = jnp.where(is_real_V1, gradient_VK, 0.0)
-        of_tables.append((gradient_VK * cotangent).astype(wte_VK.dtype))
-    return of_z, tuple(of_tables), None
+
+    def of_rows(cast, z_of_bands, targets_N, normaliser_N, cotangent):
+        found = []
+        for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, cast, targets_N):
+            if kernels.fits(wte_VK.shape[1]):
+                gradient = kernels.table_gradient
+            else:
+                gradient = functools.partial(_table_gradient, chunks=chunks)
+            gradient_VK = gradient(wte_VK, z_NK, normaliser_N, local_N)
+            is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
+            found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
+        return (tuple(found),)
+
+    # To the sums over devices nothing is done: XLA can so add the lookup's gradients
+    # before they are added up.
+    split = by_device(of_rows, [False, True, True, True, False], [False])
+    [of_tables] = split(cast, z_of_bands, targets_N, normaliser_N, cotangent)
+    of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
+    return of_z, of_tables, None
 
 
 _loss.defvjp(_forward, _backward)
@@ -106,20 +116,16 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
     """`kernels.table_gradient` in its plain form, a chunk of tokens at a time."""
 
-    def of_rows(wte_VK, *arrays_N):
-        def add_chunk(total_VK, arrays):
-            z_nK, normaliser_n, targets_n = arrays
-            p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
-            error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
-            error_Vn = error_nV.astype(z_nK.dtype).T
-            gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
-            return total_VK + gradient_VK, None
+    def add_chunk(total_VK, arrays):
+        z_nK, normaliser_n, targets_n = arrays
+        p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
+        error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
+        error_Vn = error_nV.astype(z_nK.dtype).T
+        gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
+        return total_VK + gradient_VK, None
 
-        zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
-        return (scan_chunks(add_chunk, zero_VK, chunks, *arrays_N)[0],)
-
-    split = by_device(of_rows, [False, True, True, True], [False])
-    return split(wte_VK, z_NK, normaliser_N, targets_N)[0]
+    zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
+    return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N, targets_N)[0]
 
 
 def _logits(z_nK, wte_VK) -> jax.Array:

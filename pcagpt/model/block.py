@@ -30,7 +30,8 @@ class Linear(nn.Module):
         """
         init = nn.initializers.normal(self.std)
         kernel = self.param("kernel", init, (inputs, self.features))
-        return kernel.astype(self.config.compute_dtype), _bias(self, self.features)
+        kernel = layout.gathered(kernel.astype(self.config.compute_dtype))
+        return kernel, _bias(self, self.features)
 
 
 def _bias(module: nn.Module, features: int) -> jax.Array:
