@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcagpt import layout
 from pcagpt import sharding as placement
 from pcagpt.losses import scan_chunks, token_losses
 from pcagpt.model import GPT
@@ -76,7 +77,11 @@ def _cosine(a_NX, b_NX):
 def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
     """Scores of a batch: logits and cosines in float32 whatever the compute dtype."""
     h_ND = model.apply(variables, inputs_BT, method="hidden")
-    head = model.apply(variables, method="head")
+    # Whole before the chunks: else devices would send each other hidden states in each.
+    head = [
+        band._replace(wte=layout.gathered(band.wte))
+        for band in model.apply(variables, method="head")
+    ]
     targets_N = targets_BT.reshape(-1)
     positions_N = model.apply(variables, targets_N, method="renumber")
 

@@ -1,7 +1,7 @@
 """Devices: several processes, the mesh, and which axis of what lies where.
 
 The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, and every
-parameter matrix, with its optimizer moments, by rows.
+parameter matrix whose rows it divides, with its optimizer moments, by rows.
 """
 
 import functools
@@ -88,10 +88,19 @@ def check_divisible(name: str, size: int, mesh: Mesh) -> None:
         )
 
 
+def check_splits(n_embd: int, mesh: Mesh) -> None:
+    """Raises UserError if 'fsdp' would leave a model of that width whole."""
+    if n_embd % mesh.shape["fsdp"]:
+        raise UserError(
+            f"mesh.fsdp = {mesh.shape['fsdp']} does not divide model.n_embd = "
+            f"{n_embd}: every device would hold whole matrices"
+        )
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
 
-    A matrix whose rows the mesh does not divide evenly stays whole.
+    A matrix whose rows the mesh does not divide evenly stays whole: a table may.
     """
 
     def place(leaf, spec):

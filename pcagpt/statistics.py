@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcagpt import layout
 from pcagpt import sharding as placement
 from pcagpt.factorize import Statistics
 from pcagpt.losses import scan_chunks
@@ -66,7 +67,8 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     )
     h_ND, pull_back = jax.vjp(trunk, x_ND)
     ((wte_VD, _, _),) = model.apply(variables, method="head")
-    wte_VD = wte_VD[:vocab_size]
+    # Whole before the chunks: else devices would send each other hidden states in each.
+    wte_VD = layout.gathered(wte_VD)[:vocab_size]
     compute_VD = wte_VD.astype(h_ND.dtype)
     keys_N = jax.random.split(key, h_ND.shape[0])
 

@@ -82,6 +82,7 @@ class Training:
         self.config, self.record = config, record
         self.run_dir, self.corpus = run_dir, corpus
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        sharding.check_splits(config.model.n_embd, self.mesh)
         sharding.check_divisible(
             "train.batch_size / train.accumulation",
             train.batch_size // train.accumulation,

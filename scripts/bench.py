@@ -7,9 +7,9 @@
 
 GPT-2 small (D) and the same with a table of rank 128 (k128), in bfloat16, at 1,024
 tokens a sequence. The systems take turns within a round, so that a GPU that slows down
-does so for all, and a GPU rests before each turn: at its power limit a hot one is
-slower. Each figure is the median of the rounds, each ratio that of the ratios within a
-round, with the least and the most.
+does so for all, and a GPU rests before each turn, as it does while a training loop
+begins: at its power limit a hot one is slower. Each figure is the median of the rounds,
+each ratio that of the ratios within a round, with the least and the most.
 
   pcagpt         the compiled training step, on one batch
   pcagpt-loop    the training loop around it: data from disk, logging, and the stall of
@@ -65,7 +65,7 @@ TRAINED = {
 }
 SYSTEMS = (*TRAINED, "decode")
 DECODED = (1, 64)  # sequences side by side
-REST = 5  # seconds: about what the loop takes to begin
+REST = 5  # seconds
 MOST_REST = 3600
 
 
@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
         "--rest",
         type=float,
         default=float(REST),
-        help=f"seconds before a system's turn to train, on GPUs ({REST})",
+        help=f"seconds before the turn of a training step, on GPUs ({REST})",
     )
     parser.add_argument(
         "--profile", action="store_true", help="print pcagpt's kernels by their time"
@@ -213,6 +213,7 @@ def measured(group: list[tuple], asked, folder: Path) -> Iterator[list[dict]]:
     for number in range(asked.rounds):
         for timing in timings:
             time.sleep(asked.rest if gets_hot and timing.system.rests else 0)
+            gc.collect()  # Not within the turn, whose GPU would soon wait for it.
             timing.add(timing.system.seconds_per_step(asked.steps))
             print(
                 f"round {number + 1} of {asked.rounds}: {timing.system.name} "

@@ -221,7 +221,7 @@ class Loop(System):
     """
 
     name = "pcagpt-loop"
-    rests = False  # To begin takes as long as a rest.
+    rests = False  # It begins with seconds in which a GPU has little to do.
 
     def prepare(self) -> None:
         """Nothing: each round starts from the beginning."""

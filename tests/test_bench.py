@@ -1,5 +1,6 @@
 """The benchmark at a size of nothing: what it prints and writes, not how fast it is."""
 
+import gc
 import json
 import sys
 import time
@@ -99,11 +100,15 @@ def test_exchanged_bytes_are_those_that_a_ring_brings():
   ROOT %c = (bf16[2,3]{1,0}, f32[]) all-reduce(%y, %z), to_apply=%all-reduce.1
   %d = pred[5]{0} all-gather(%e), dimensions={0}
   %f = f32[4]{0} reduce-scatter(%g), dimensions={0}
+  %h = bf16[16]{0} all-to-all(%i), dimensions={0}
+  %j = s8[7]{0} collective-permute(%k), source_target_pairs={{0,1}}
 """
     assert bench_pcagpt.exchanged_bytes(program, 4) == {
         "all-reduce": 1.5 * (8 * 4 + 6 * 2 + 4),
         "all-gather": 0.75 * 5,
         "reduce-scatter": 3 * 16,
+        "all-to-all": 0.75 * 32,
+        "collective-permute": 7,
     }
 
 
@@ -151,9 +156,10 @@ def test_a_loop_s_step_has_its_share_of_a_checkpoint_s_stall(
         run_dir = tmp_path / "workdir" / "run"
 
         def save(self):
-            clock.now += 100.0 if self.run_dir.exists() else 0.0
+            clock.now += self.stalls.pop(0) if self.run_dir.exists() else 0.0
 
         def run(self, label):
+            self.stalls = [300.0, 50.0, 100.0]  # The first is of the start.
             for _ in range(3):
                 self.save()
             return {"tokens_per_second": loop.tokens_per_step / 2.0, "peak_bytes": 5}
@@ -227,6 +233,20 @@ def test_a_gpu_rests_before_the_turns_of_systems_that_get_it_hot(scripted, monke
         slept.clear()
         assert run(monkeypatch, *scripted, "--rounds", "2", "--rest", "2.5") == 0
         assert slept == 4 * [wanted]
+
+
+def test_only_what_does_not_begin_a_turn_idle_rests():
+    rests = {name: maker.rests for name, maker in bench.TRAINED.items()}
+    begins_idle = {"pcagpt-loop"}
+    assert rests == {name: name not in begins_idle for name in rests}
+    assert not bench_pcagpt.Decoding.rests
+
+
+def test_no_turn_is_timed_with_a_garbage_collection_that_is_due(scripted, monkeypatch):
+    done = Scripted.asked
+    monkeypatch.setattr(gc, "collect", lambda: done.append("collected"))
+    assert run(monkeypatch, *scripted, "--steps", "7", "--rounds", "1") == 0
+    assert done[:4] == ["collected", ("D", 7), "collected", ("k8", 7)]
 
 
 def test_batches_are_measured_from_the_largest_on(scripted, monkeypatch, capsys):

@@ -111,6 +111,14 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
     assert sum(spec != PartitionSpec() for _, spec in moments) == 2 * len(matrices)
 
 
+def test_a_teacher_s_tables_are_split_by_rows_and_its_other_constants_are_not():
+    tree = {"tables": (jnp.zeros((16, 8)), jnp.zeros((8, 8))), "order": jnp.zeros(16)}
+    places = sharding.shardings(tree, sharding.make_mesh(2, 4))
+    by_rows = PartitionSpec("fsdp", None)
+    assert [place.spec for place in places["tables"]] == [by_rows, by_rows]
+    assert places["order"].spec == PartitionSpec()
+
+
 def test_a_matrix_whose_rows_do_not_divide_evenly_stays_whole():
     mesh = sharding.make_mesh(1, 8)
     tree = {

@@ -239,7 +239,8 @@ def test_eight_devices_are_as_good_as_one(data, fsdp):
     many, one = jax.device_put(first_state(), places), first_state()
     batch = sharding.put_batch(in_parts(2), sharding.part_sharding(mesh))
     for _ in range(2):
-        many, found = step(many, batch)
+        with jax.set_mesh(mesh):
+            many, found = step(many, batch)
         one, expected = step_of()(one, in_parts(2))
         assert_close(found, expected, rtol=2e-6)
     assert_same_state(many, one)

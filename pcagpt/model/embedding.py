@@ -61,7 +61,7 @@ class BandTable(nn.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table in another dtype, [N, K]; gradients are summed in its own."""
-    # Cast before: of a table that is split over devices, half as many bytes travel.
+    # Cast before: of a table that is split over devices, this travels in that dtype.
     return wte_VK.astype(dtype)[rows_N]
 
 
