@@ -28,9 +28,9 @@ def whole(array: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gathered(array: jax.Array) -> jax.Array:
-    """`whole`, of an array that is split; its gradient is split again.
+    """`whole`, of an array that is split; XLA may split its gradient, too.
 
-    It travels once, however often it is used, and in the dtype that it has.
+    It travels once, however often the result is used, and in the dtype that it has.
     """
     if device_count() == 1:
         return array

@@ -130,7 +130,6 @@ def as_json(rows: list[dict]) -> str:
             "host": platform.machine(),
             "versions": {**provenance.versions(), **bench_torch.versions()},
             "git_commit": provenance.git_commit(),
-            "rounds": min(len(row["rounds_ms"]) for row in rows),
         },
         indent=2,
     )

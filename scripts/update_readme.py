@@ -99,8 +99,10 @@ def speed_table(folder: Path) -> str:
         for name, title in PEERS.items()
         if name in steps
     ]
+    rounds = sorted({len(row["rounds_ms"]) for row in bench["rows"]})
     says = (
-        f"Medians of {bench['rounds']} rounds of {' and '.join(lengths)}. "
+        f"Medians of {' and '.join(map(str, rounds))} rounds of "
+        f"{' and '.join(lengths)}. "
         f"{bench['device']}, JAX {bench['versions']['jax']}, {''.join(peers)}commit "
         f"{code((bench['git_commit'] or 'unknown')[:12])}, by"
     )

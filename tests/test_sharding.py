@@ -175,6 +175,29 @@ def test_what_is_compiled_for_a_mesh_knows_its_devices():
     assert found[2:] == [1, 1]
 
 
+def test_what_is_gathered_travels_in_its_own_dtype_and_its_gradient_as_it_comes():
+    mesh = sharding.make_mesh(1, 8)
+
+    def program(function):
+        traced = jax.jit(function).trace(jax.ShapeDtypeStruct((8, 2), jnp.float32))
+        return traced.lower().as_text()
+
+    def cast(array):
+        return layout.gathered(array.astype(jnp.bfloat16))
+
+    def gradient(array):
+        return jax.grad(lambda array: layout.gathered(array).sum())(array)
+
+    # Without the barrier XLA may gather first and cast then.
+    barrier = r"%(\w+) = stablehlo.optimization_barrier %\w+ : tensor<8x2xbf16>"
+    with jax.set_mesh(mesh):
+        found = re.search(barrier, program(cast))
+        assert f"sharding_constraint %{found[1]} " in program(cast)
+        assert "sharding_constraint" not in program(gradient)
+    assert "barrier" not in program(cast)
+    assert "sharding_constraint" not in program(cast)
+
+
 def test_each_device_sums_the_gradients_of_its_own_lookups():
     model, mesh = GPT(CONFIG), sharding.make_mesh(2, 4)
     tokens_BT = jax.ShapeDtypeStruct((16, 8), jnp.int32)

@@ -1,5 +1,6 @@
 """A training run: what it measures, when it saves, and when it gives up."""
 
+import functools
 import json
 import math
 import re
@@ -23,7 +24,15 @@ from runs import (
     training,
 )
 
-from pcagpt import checkpoint, experiment, run_folder
+from pcagpt import (
+    checkpoint,
+    evaluate,
+    experiment,
+    run_folder,
+    sharding,
+    statistics,
+    table_swap,
+)
 from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
@@ -194,18 +203,23 @@ EXCHANGE = re.compile(
 )
 
 
-def exchanges(config):
-    """(kind, shapes of its results, whether in a loop) of what a step exchanges."""
-    run = training(config)
-    state, shardings = start(run)
+def exchanges(compiled):
+    """(kind, shapes of its results, whether in a loop) of what a program exchanges."""
     found, is_in_loop = [], True
-    for line in run.compile_step(state, shardings, None).as_text().splitlines():
+    for line in compiled.as_text().splitlines():
         if line.endswith("{"):
             is_in_loop = not line.startswith("ENTRY")
         elif match := EXCHANGE.search(line):
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
             found.append((match[2], shapes, is_in_loop))
-    return found, state
+    return found
+
+
+def step_exchanges(config):
+    """`exchanges` of a training step, and its state."""
+    run = training(config)
+    state, shardings = start(run)
+    return exchanges(run.compile_step(state, shardings, None)), state
 
 
 @pytest.mark.usefixtures("stored_logits")
@@ -218,9 +232,10 @@ def test_devices_exchange_sums_and_what_of_the_model_is_split(
     sizes = {"train.batch_size": 24, "model.kernels": kernels}
     dtype = {"model.compute_dtype": "bfloat16" if kernels == "pallas" else "float32"}
     config = changed(tiny_config, **TABLES[table], **sizes, **dtype)
-    whole, _ = exchanges(changed(config, **{"mesh.data": 8}))
+    whole, _ = step_exchanges(changed(config, **{"mesh.data": 8}))
     assert {kind for kind, *_ in whole} == {"all-reduce"}
-    split, state = exchanges(changed(config, **{"mesh.data": 1, "mesh.fsdp": 8}))
+    in_parts = {"mesh.data": 1, "mesh.fsdp": 8}
+    split, state = step_exchanges(changed(config, **in_parts))
     assert {kind for kind, *_ in split} <= {
         "all-reduce",
         "reduce-scatter",
@@ -245,6 +260,28 @@ def test_devices_exchange_sums_and_what_of_the_model_is_split(
         seen = {leaf.shape, leaf.shape[::-1]}
         assert sum(of_tables.pop(shape, 0) for shape in seen) <= 2
     assert not of_tables
+
+
+@pytest.mark.parametrize(
+    "measure", [evaluate.score_tokens, statistics._measure, table_swap._score]
+)
+def test_no_chunk_of_an_evaluation_sends_hidden_states_around(measure, tiny_config):
+    in_parts = {"mesh.data": 1, "mesh.fsdp": 8, "train.batch_size": 24}
+    run = training(changed(tiny_config, **in_parts))
+    state, _ = start(run)
+    tokens_BT = run.batch(0)[0, :, :-1]
+    arguments = {
+        "score_tokens": (tokens_BT, tokens_BT),
+        "_measure": (tokens_BT, jax.random.key(0)),
+        "_score": (np.ones((97, 32)), np.ones(97, int), tokens_BT, tokens_BT),
+    }[measure.__name__]
+    function = functools.partial(measure, model=run.model, chunks=3)
+    with jax.set_mesh(run.mesh):
+        jitted = jax.jit(function, out_shardings=sharding.replicated(run.mesh))
+        compiled = jitted.lower(state.variables, *arguments).compile()
+    assert "while(" in compiled.as_text()
+    in_loop = {kind for kind, _, is_in_loop in exchanges(compiled) if is_in_loop}
+    assert in_loop <= {"all-reduce"}  # Of the sums that are wanted.
 
 
 # What does not fit

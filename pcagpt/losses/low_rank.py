@@ -35,11 +35,13 @@ def _loss(sizes, chunks, z_of_bands, tables, targets_N):
 def _forward(sizes, chunks, z_of_bands, tables, targets_N):
     is_counted_N = targets_N >= 0
     summaries, rows, target_logit_N = [], [], 0.0
-    cast = [
+    cast_tables = [
         gathered(wte_VK.astype(z_NK.dtype))
         for wte_VK, z_NK in zip(tables, z_of_bands, strict=True)
     ]
-    for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, cast, targets_N):
+    for z_NK, wte_VK, local_N, size in _bands(
+        sizes, z_of_bands, cast_tables, targets_N
+    ):
         if kernels.fits(wte_VK.shape[1]):
             summaries.append(kernels.summarize(z_NK, wte_VK, size))
         else:
@@ -55,20 +57,22 @@ def _forward(sizes, chunks, z_of_bands, tables, targets_N):
         share_N = jnp.exp(band_normaliser_N - normaliser_N)
         gradient_NK = share_N[:, None] * mean_NK - row_NK
         gradients.append(jnp.where(is_counted_N[:, None], gradient_NK, 0.0))
-    return loss, (z_of_bands, tables, cast, targets_N, normaliser_N, gradients)
+    return loss, (z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients)
 
 
 def _backward(sizes, chunks, residuals, cotangent):
-    z_of_bands, tables, cast, targets_N, normaliser_N, gradients = residuals
+    z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients = residuals
     normaliser_N = jnp.where(targets_N >= 0, normaliser_N, jnp.inf)
     of_z = tuple(
         (gradient_NK * cotangent).astype(z_NK.dtype)
         for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
     )
 
-    def of_rows(cast, z_of_bands, targets_N, normaliser_N, cotangent):
+    def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
-        for z_NK, wte_VK, local_N, size in _bands(sizes, z_of_bands, cast, targets_N):
+        for z_NK, wte_VK, local_N, size in _bands(
+            sizes, z_of_bands, cast_tables, targets_N
+        ):
             if kernels.fits(wte_VK.shape[1]):
                 gradient = kernels.table_gradient
             else:
@@ -81,7 +85,7 @@ def _backward(sizes, chunks, residuals, cotangent):
     # To the sums over devices nothing is done: XLA can so add the lookup's gradients
     # before they are added up.
     split = by_device(of_rows, [False, True, True, True, False], [False])
-    [of_tables] = split(cast, z_of_bands, targets_N, normaliser_N, cotangent)
+    [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
     of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
     return of_z, of_tables, None
 
