@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt import layout
 from pcagpt import sharding as placement
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
@@ -106,9 +105,7 @@ def _score(
         method="contextualize",
     )
     ((wte_VD, _, _),) = model.apply(variables, method="head")
-    # Whole before the chunks: else devices would send each other hidden states in each.
-    wte_VD = layout.gathered(wte_VD)[: len(table_VD)]
-    tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD, table_VD)]
+    tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
 
     def chunk(sums, inputs):
         own_nD, swapped_nD, targets_n = inputs

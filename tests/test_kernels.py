@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels import gelu, head, launch, norm, softmax
+from pcagpt.layout import by_device
 from pcagpt.sharding import BATCH_AXES, make_mesh
 
 ON_GPU = jax.default_backend() != "cpu"
@@ -235,7 +236,11 @@ def test_eight_devices_work_on_their_own_rows_and_add_up(data, fsdp):
 
     def all_kernels(z, wte, targets, h, bias):
         normaliser, mean = head.summarize(z, wte, 50)
-        gradient = head.table_gradient(wte, z, normaliser, targets)
+        (gradient,) = by_device(
+            lambda *arrays: (head.table_gradient(*arrays),),
+            [False, True, True, True],
+            [False],
+        )(wte, z, normaliser, targets)
         loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
 
         def activations(h, bias):

@@ -254,6 +254,21 @@ def test_devices_exchange_sums_and_what_of_the_model_is_split(
     assert not of_tables
 
 
+def test_a_step_is_compiled_to_sum_gradients_where_they_lie(tiny_config, monkeypatch):
+    """XLA does otherwise on GPUs alone, so that here only the order can be seen."""
+    compile_, given = jax.stages.Lowered.compile, []
+
+    def compile_and_tell(lowered, compiler_options=None):
+        given.append(compiler_options)
+        return compile_(lowered, compiler_options)
+
+    run = training(tiny_config)
+    state, shardings = start(run)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_tell)
+    run.compile_step(state, shardings, None)
+    assert given == [{"xla_disable_hlo_passes": "all-reduce-contiguous"}]
+
+
 @pytest.mark.parametrize("measure", [evaluate.score_tokens, statistics._measure])
 def test_no_chunk_of_an_evaluation_sends_hidden_states_around(measure, tiny_config):
     in_parts = {"mesh.data": 1, "mesh.fsdp": 8, "train.batch_size": 24}

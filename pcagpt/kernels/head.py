@@ -141,6 +141,8 @@ def table_gradient(
 ) -> jax.Array:
     """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
+    Of a device's own tokens, for use within `layout.by_device`.
+
     Args:
       wte_VK: in the compute dtype.
       z_NK: in the compute dtype.
@@ -150,23 +152,17 @@ def table_gradient(
     size, rank = wte_VK.shape
     tiles = TILES[_padded_rank(rank)]
     wte_VK = _pad(wte_VK, tiles.staying)
-
-    def of_rows(wte_VK, z_NK, normaliser_N, targets_N):
-        # A short table alone would leave most of the GPU idle.
-        splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.staying))
-        splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
-        multiple = tiles.passing * splits
-        z_NK = _pad(z_NK, multiple)
-        padding = z_NK.shape[0] - normaliser_N.shape[0]
-        normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
-        targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
-        parts = _table_gradient_tiles(
-            wte_VK, z_NK, normaliser_N * LOG2_E, targets_N, splits, tiles
-        )
-        return (parts.sum(axis=0)[:size, :rank],)
-
-    split = layout.by_device(of_rows, [False, True, True, True], [False])
-    return split(wte_VK, z_NK, normaliser_N, targets_N)[0]
+    # A short table alone would leave most of the GPU idle.
+    splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.staying))
+    splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
+    z_NK = _pad(z_NK, tiles.passing * splits)
+    padding = z_NK.shape[0] - normaliser_N.shape[0]
+    normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
+    targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
+    parts = _table_gradient_tiles(
+        wte_VK, z_NK, normaliser_N * LOG2_E, targets_N, splits, tiles
+    )
+    return parts.sum(axis=0)[:size, :rank]
 
 
 def _table_gradient_tiles(
