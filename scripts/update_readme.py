@@ -5,6 +5,7 @@ python scripts/update_readme.py
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 from pcagpt.arms import BY_LETTER
@@ -78,7 +79,7 @@ def speed_table(folder: Path) -> str:
             fixed(row["ms_per_step"], 2),
             count(row["tokens_per_second"]),
             percent(row["utilisation"]),
-            NOTHING if row["peak_bytes"] is None else fixed(row["peak_bytes"] / 1e9, 1),
+            gigabytes(row),
         ]
         for row in bench["rows"]
     ]
@@ -90,29 +91,81 @@ def speed_table(folder: Path) -> str:
     ]
     header = ["Tokens/s of a GPU, one over the other", "Median", "Least", "Most"]
     ratios = table(header, held, "lrrr")
-    steps = {row["system"]: row["steps"] for row in bench["rows"]}
+    return "\n\n".join([text, ratios, measured([bench])])
+
+
+def scaling_table(folder: Path) -> str:
+    """The N_gpus.json of a folder side by side, over a line of their provenance."""
+    paths = sorted(folder.glob("*_gpus.json"), key=lambda path: int(path.stem[:-5]))
+    benches = [json.loads(path.read_text("utf-8")) for path in paths]
+    header = ["System", "Model", "Batch of each"]
+    for bench in benches:
+        gpus = max(row["devices"] for row in bench["rows"])
+        header += [f"{gpus} GPUs: tokens/s", f"Of {gpus} alone", "GB of each"]
+    known = [cells_by_system(bench) for bench in benches]
+    rows = []
+    for system in dict.fromkeys(chain(*known)):
+        cells = [cells.get(system, 3 * [NOTHING]) for cells in known]
+        rows.append([*map(str, system), *chain(*cells)])
+    text = table(header, rows, "llr" + len(benches) * "rrr")
+    return f"{text}\n\n{measured(benches)}"
+
+
+def cells_by_system(bench: dict) -> dict[tuple, list[str]]:
+    """(system, model, batch) → tokens/s, share of what as many reach alone, GB."""
+    cells = {}
+    for row in bench["rows"]:
+        system, model, batch = row["system"], row["model"], row["batch"]
+        held = bench["ratios"].get(f"{model}, batch {batch}: {system} / pcagpt")
+        share = NOTHING
+        if held:
+            ratio, least, most = (fixed(held[k]) for k in ("ratio", "least", "most"))
+            share = f"{ratio} ({least} to {most})"
+        rate = count(row["tokens_per_second"])
+        cells[system, model, batch] = [rate, share, gigabytes(row)]
+    return cells
+
+
+def gigabytes(row: dict) -> str:
+    """The most memory that a GPU held in a row's system."""
+    return NOTHING if row["peak_bytes"] is None else fixed(row["peak_bytes"] / 1e9, 1)
+
+
+def measured(benches: list[dict]) -> str:
+    """How and on what some bench.json were measured; told once where it is the same."""
+    rows = [row for bench in benches for row in bench["rows"]]
+    steps = {row["system"]: row["steps"] for row in rows}
     decoded = steps.pop("decode", None)
     lengths = [f"{number} steps" for number in sorted(set(steps.values()))]
     lengths += [f"{decoded} tokens decoded"] if decoded else []
-    peers = [
-        f"{title} {bench['versions'].get(name, NOTHING)}, "
-        for name, title in PEERS.items()
-        if name in steps
+    rounds = map(str, sorted({len(row["rounds_ms"]) for row in rows}))
+    versions = [
+        f"{title} {bench['versions'].get(name, NOTHING)}"
+        for name, title in {"jax": "JAX", **PEERS}.items()
+        for bench in benches
+        if name in ("jax", *steps)
     ]
-    rounds = sorted({len(row["rounds_ms"]) for row in bench["rows"]})
+    devices = [bench["device"] for bench in benches]
+    commits = [code((bench["git_commit"] or "unknown")[:12]) for bench in benches]
+    commands = [f"    {bench['command']}" for bench in benches]
     says = (
-        f"Medians of {' and '.join(map(str, rounds))} rounds of "
-        f"{' and '.join(lengths)}. "
-        f"{bench['device']}, JAX {bench['versions']['jax']}, {''.join(peers)}commit "
-        f"{code((bench['git_commit'] or 'unknown')[:12])}, by"
+        f"Medians of {' and '.join(rounds)} rounds of {' and '.join(lengths)}. "
+        f"{joined(devices, ' and ')}, {joined(versions, ', ')}, "
+        f"commit {joined(commits, ' and ')}, by"
     )
-    return "\n\n".join([text, ratios, says, f"    {bench['command']}"])
+    return says + "\n\n" + joined(commands, "\n")
+
+
+def joined(texts: list[str], between: str) -> str:
+    """All texts, each once."""
+    return between.join(dict.fromkeys(texts))
 
 
 TABLES = {
     "results.json": results_table,
     "sweep.json": compression_tables,
     "bench.json": speed_table,
+    "*_gpus.json": scaling_table,
 }
 
 
@@ -121,8 +174,8 @@ def updated(readme: str) -> str:
 
     def block(found: re.Match) -> str:
         folder = PUBLISHED / found[1]
-        written = next(name for name in TABLES if (folder / name).exists())
-        made = TABLES[written](folder)
+        made = next(made for name, made in TABLES.items() if any(folder.glob(name)))
+        made = made(folder)
         return f"<!-- results of {found[1]} -->\n{made}\n<!-- end -->"
 
     pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"
