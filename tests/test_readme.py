@@ -57,6 +57,37 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
     assert lines[-1].startswith("    python scripts/bench.py")
 
 
+def test_scaling_shows_each_machine_beside_the_others(tmp_path):
+    def bench(gpus, systems):
+        rows = [
+            {
+                "system": system,
+                "model": "D",
+                "batch": 32,
+                "devices": 1 if system == "pcagpt" else gpus,
+                "tokens_per_step": 32768 * (1 if system == "pcagpt" else gpus),
+                "rounds_ms": [ms, ms],
+                "tokens_per_second": rate,
+                "peak_bytes": None if system == "fsdp" else 12_570_000_000,
+                "steps": 30,
+            }
+            for system, ms, rate in systems
+        ]
+        made = json.loads(bench_report.as_json(rows))
+        return json.dumps(made | {"device": f"{gpus} x GPU"})
+
+    one, two, sixteen = ("pcagpt", 50.0, 500_000), ("fsdp", 62.5, 800_000), 16
+    (tmp_path / "16_gpus.json").write_text(bench(sixteen, [one]))
+    (tmp_path / "2_gpus.json").write_text(bench(2, [one, two]))
+    lines = SCRIPT["scaling_table"](tmp_path).splitlines()
+    assert lines[0].startswith("| System | Model | Batch of each | 2 GPUs: tokens/s |")
+    assert "| pcagpt | D | 32 | 500,000 | – | 12.6 | 500,000 | – | 12.6 |" in lines
+    share = "0.800 (0.800 to 0.800)"
+    assert f"| fsdp | D | 32 | 800,000 | {share} | – | – | – | – |" in lines
+    assert "Medians of 2 rounds of 30 steps. 2 x GPU and 16 x GPU, JAX 0." in lines[-3]
+    assert lines[-1].startswith("    python scripts/bench.py")
+
+
 def test_local_links_and_pictures_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if "://" not in target]
