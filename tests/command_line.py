@@ -23,6 +23,7 @@ TINY = {
     "train.batch_size": 4,
     "train.loss_chunks": 1,
     "evaluate.batch_size": 64,
+    "compress.calibration_tokens": 256,
     "telemetry.tensorboard": False,
     "mesh.data": 1,
 }

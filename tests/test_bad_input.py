@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import CONFIGS, call, refusal, snapshot, tiny
-from runs import quick_compiles
+from runs import quick_compiles, quick_environment
 
 from pcagpt import command_line
 from pcagpt.checkpoint import load_weights
@@ -350,12 +350,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         [sys.executable, "-m", "pcagpt.main", *arguments],
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
+        env=quick_environment(compiled),
     )
     assert ended.returncode == 0, ended.stderr
     warnings = [line for line in ended.stderr.splitlines() if "damaged" in line]

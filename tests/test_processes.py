@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import changed, metrics
+from runs import changed, metrics, quick_environment
 
 from pcagpt import checkpoint, main, run_folder
 from pcagpt import config as knobs
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 120
@@ -39,11 +40,8 @@ def run_in_two_processes(config, log_dir, cache, meanwhile=lambda processes: Non
         for path, value in knobs.flat(config).items()
         if value != default[path]
     ]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
+    environment = quick_environment(cache)
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # The last.
     address, processes, logs = free_address(), [], []
     try:
         for number in range(2):

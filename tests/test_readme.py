@@ -1,7 +1,6 @@
 """README.md is true: its figures were written by a command, and its commands run."""
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -12,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from command_line import ROOT, TINY, call, commands
+from runs import quick_environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_report
@@ -28,7 +28,6 @@ SMALL = TINY | {
     "model.n_embd": 128,
     "compress.methods": "svd,context",
     "compress.bands": "1,3",
-    "compress.calibration_tokens": 64,
 }
 # What demo.sh asks of a .venv in which everything is installed.
 INSTALLED = f"""#!/bin/sh
@@ -124,10 +123,7 @@ def shrunken(line):
 
 def in_bash(words, clone, compiled):
     """Runs a script of the clone as a person would; returns what it printed."""
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-    }
+    environment = quick_environment(compiled)
     environment.pop("VIRTUAL_ENV", None)  # The clone has its own.
     ended = subprocess.run(
         words,

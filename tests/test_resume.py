@@ -19,6 +19,7 @@ from runs import (
     execute,
     last_run_dir,
     metrics,
+    quick_environment,
     saved_state,
     signal_at,
     status,
@@ -179,11 +180,7 @@ def test_a_run_killed_by_force_resumes_to_end_bit_identical(
         [sys.executable, "-m", "pcagpt.main", "--config=configs/baseline.py"]
         + overrides,
         cwd=REPOSITORY,
-        env=os.environ
-        | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        },
+        env=quick_environment(compiled),
         stderr=subprocess.PIPE,
         text=True,
     )
