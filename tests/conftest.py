@@ -5,14 +5,9 @@ The tests of kernels also run on a GPU: JAX_PLATFORMS=cuda pytest tests/test_ker
 
 import os
 
-# XLA compiles in a third of the time with its older emitters of loops and in one piece:
-# the cores that would share the pieces have other tests to run.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# So with NumPy: under load its threads spend 30 times as long waiting for each other.
+# A worker on each core leaves NumPy's threads none: they would wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import json
