@@ -96,32 +96,35 @@ def speed_table(folder: Path) -> str:
 
 def scaling_table(folder: Path) -> str:
     """The N_gpus.json of a folder side by side, over a line of their provenance."""
-    paths = sorted(folder.glob("*_gpus.json"), key=lambda path: int(path.stem[:-5]))
-    benches = [json.loads(path.read_text("utf-8")) for path in paths]
+    benches = {
+        int(path.stem.removesuffix("_gpus")): json.loads(path.read_text("utf-8"))
+        for path in folder.glob("*_gpus.json")
+    }
+    benches = dict(sorted(benches.items()))
     header = ["System", "Model", "Batch of each"]
-    for bench in benches:
-        gpus = max(row["devices"] for row in bench["rows"])
+    for gpus in benches:
         header += [f"{gpus} GPUs: tokens/s", f"Of {gpus} alone", "GB of each"]
-    known = [cells_by_system(bench) for bench in benches]
+    known = [cells_by_system(bench, gpus) for gpus, bench in benches.items()]
     rows = []
     for system in dict.fromkeys(chain(*known)):
         cells = [cells.get(system, 3 * [NOTHING]) for cells in known]
         rows.append([*map(str, system), *chain(*cells)])
     text = table(header, rows, "llr" + len(benches) * "rrr")
-    return f"{text}\n\n{measured(benches)}"
+    return f"{text}\n\n{measured(list(benches.values()))}"
 
 
-def cells_by_system(bench: dict) -> dict[tuple, list[str]]:
+def cells_by_system(bench: dict, gpus: int) -> dict[tuple, list[str]]:
     """(system, model, batch) → tokens/s, share of what as many reach alone, GB."""
     cells = {}
     for row in bench["rows"]:
         system, model, batch = row["system"], row["model"], row["batch"]
+        rate, share = count(row["tokens_per_second"]), NOTHING
+        if row["devices"] < gpus:
+            rate += f" on {row['devices']}"
         held = bench["ratios"].get(f"{model}, batch {batch}: {system} / pcagpt")
-        share = NOTHING
         if held:
             ratio, least, most = (fixed(held[k]) for k in ("ratio", "least", "most"))
             share = f"{ratio} ({least} to {most})"
-        rate = count(row["tokens_per_second"])
         cells[system, model, batch] = [rate, share, gigabytes(row)]
     return cells
 
@@ -174,9 +177,8 @@ def updated(readme: str) -> str:
 
     def block(found: re.Match) -> str:
         folder = PUBLISHED / found[1]
-        made = next(made for name, made in TABLES.items() if any(folder.glob(name)))
-        made = made(folder)
-        return f"<!-- results of {found[1]} -->\n{made}\n<!-- end -->"
+        table_of = next(of for name, of in TABLES.items() if any(folder.glob(name)))
+        return f"<!-- results of {found[1]} -->\n{table_of(folder)}\n<!-- end -->"
 
     pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"
     return re.sub(pattern, block, readme, flags=re.DOTALL)

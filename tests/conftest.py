@@ -7,7 +7,7 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A worker on each core leaves NumPy's threads none: they would wait for each other.
+# Tests on each core leave none to NumPy's threads, which would wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import json

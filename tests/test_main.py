@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, snapshot, tiny
+from runs import quick_environment
 
 from pcagpt import command_line, errors, experiment
 from pcagpt import config as knobs
@@ -21,17 +22,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-QUICK = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
-
-def process(*arguments, **environment):
+def process(*arguments, cache=None, **environment):
     """A true process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pcagpt.main", *map(str, arguments)],
-        env={**os.environ, **QUICK, **environment},
+        env=quick_environment(cache) | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -255,7 +250,7 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     corpus_folder, compiled
 ):
     arguments = tiny("pca_k128.py", corpus_folder, model={"n_embd_wte": 4})
-    ended = process(*arguments, JAX_COMPILATION_CACHE_DIR=str(compiled))
+    ended = process(*arguments, cache=compiled)
     assert ended.returncode == 0, ended.stderr
     assert [line.split()[0] for line in ended.stdout.splitlines()] == [
         "D",

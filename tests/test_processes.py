@@ -41,7 +41,9 @@ def run_in_two_processes(config, log_dir, cache, meanwhile=lambda processes: Non
         if value != default[path]
     ]
     environment = quick_environment(cache)
-    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # The last.
+    environment["XLA_FLAGS"] += (
+        " --xla_force_host_platform_device_count=1"  # The last counts.
+    )
     address, processes, logs = free_address(), [], []
     try:
         for number in range(2):

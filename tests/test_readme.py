@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from command_line import ROOT, TINY, call, commands
@@ -57,34 +58,47 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
 
 
 def test_scaling_shows_each_machine_beside_the_others(tmp_path):
-    def bench(gpus, systems):
+    def bench(gpus, commit, systems):
         rows = [
             {
                 "system": system,
-                "model": "D",
-                "batch": 32,
-                "devices": 1 if system == "pcagpt" else gpus,
-                "tokens_per_step": 32768 * (1 if system == "pcagpt" else gpus),
-                "rounds_ms": [ms, ms],
-                "tokens_per_second": rate,
+                "model": model,
+                "batch": batch,
+                "devices": devices,
+                "tokens_per_step": 32768 * devices,
+                "rounds_ms": rounds,
+                "tokens_per_second": 250_000 * devices,
                 "peak_bytes": None if system == "fsdp" else 12_570_000_000,
                 "steps": 30,
             }
-            for system, ms, rate in systems
+            for system, model, batch, devices, rounds in systems
         ]
         made = json.loads(bench_report.as_json(rows))
-        return json.dumps(made | {"device": f"{gpus} x GPU"})
+        told = {"device": f"{gpus} x GPU", "git_commit": commit, "command": commit}
+        path = tmp_path / f"{gpus}_gpus.json"
+        path.write_text(json.dumps(made | told))
 
-    one, two, sixteen = ("pcagpt", 50.0, 500_000), ("fsdp", 62.5, 800_000), 16
-    (tmp_path / "16_gpus.json").write_text(bench(sixteen, [one]))
-    (tmp_path / "2_gpus.json").write_text(bench(2, [one, two]))
+    one = "pcagpt", "D", 32, 1, [50.0, 50.0, 50.0]
+    split = "fsdp", "D", 32, 2, [62.5, 100.0, 50.0]
+    bench(16, "later", [one, ("data-parallel", "D", 32, 16, [80.0, 80.0, 80.0])])
+    bench(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
     lines = SCRIPT["scaling_table"](tmp_path).splitlines()
-    assert lines[0].startswith("| System | Model | Batch of each | 2 GPUs: tokens/s |")
-    assert "| pcagpt | D | 32 | 500,000 | – | 12.6 | 500,000 | – | 12.6 |" in lines
-    share = "0.800 (0.800 to 0.800)"
-    assert f"| fsdp | D | 32 | 800,000 | {share} | – | – | – | – |" in lines
-    assert "Medians of 2 rounds of 30 steps. 2 x GPU and 16 x GPU, JAX 0." in lines[-3]
-    assert lines[-1].startswith("    python scripts/bench.py")
+    assert lines == [
+        "| System | Model | Batch of each | 2 GPUs: tokens/s | Of 2 alone | GB of each "
+        "| 16 GPUs: tokens/s | Of 16 alone | GB of each |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| pcagpt | D | 32 | 250,000 on 1 | – | 12.6 | 250,000 on 1 | – | 12.6 |",
+        "| fsdp | D | 32 | 500,000 | 0.800 (0.500 to 1.000) | – | – | – | – |",
+        "| fsdp | k8 | 64 | 500,000 | – | – | – | – | – |",
+        "| data-parallel | D | 32 | – | – | – | 4,000,000 | 0.625 (0.625 to 0.625) "
+        "| 12.6 |",
+        "",
+        "Medians of 3 rounds of 30 steps. 2 x GPU and 16 x GPU, "
+        f"JAX {jax.__version__}, commit `early` and `later`, by",
+        "",
+        "    early",
+        "    later",
+    ]
 
 
 def test_local_links_and_pictures_lead_somewhere():

@@ -24,7 +24,15 @@ from runs import (
     training,
 )
 
-from pcagpt import checkpoint, evaluate, experiment, run_folder, sharding, statistics
+from pcagpt import (
+    checkpoint,
+    evaluate,
+    experiment,
+    run_folder,
+    sharding,
+    statistics,
+    table_swap,
+)
 from pcagpt import config as knobs
 from pcagpt.data import TrainingBatches
 from pcagpt.errors import UserError
@@ -269,14 +277,18 @@ def test_a_step_is_compiled_to_sum_gradients_where_they_lie(tiny_config, monkeyp
     assert given == [{"xla_disable_hlo_passes": "all-reduce-contiguous"}]
 
 
-@pytest.mark.parametrize("measure", [evaluate.score_tokens, statistics._measure])
+@pytest.mark.parametrize(
+    "measure", [evaluate.score_tokens, statistics._measure, table_swap._score]
+)
 def test_no_chunk_of_an_evaluation_sends_hidden_states_around(measure, tiny_config):
     in_parts = {"mesh.data": 1, "mesh.fsdp": 8, "train.batch_size": 24}
     run = training(changed(tiny_config, **in_parts))
     state, _ = start(run)
     tokens_BT = run.batch(0)[0, :, :-1]
+    table_VD, decile_V = np.zeros((97, 32), np.float32), np.zeros(97, np.int32)
     arguments = {
         "score_tokens": (tokens_BT, tokens_BT),
+        "_score": (table_VD, decile_V, tokens_BT, tokens_BT),
         "_measure": (tokens_BT, jax.random.key(0)),
     }[measure.__name__]
     function = functools.partial(measure, model=run.model, chunks=24)
