@@ -41,9 +41,8 @@ def run_in_two_processes(config, log_dir, cache, meanwhile=lambda processes: Non
         if value != default[path]
     ]
     environment = quick_environment(cache)
-    environment["XLA_FLAGS"] += (
-        " --xla_force_host_platform_device_count=1"  # The last counts.
-    )
+    # Of two such flags the last counts.
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     address, processes, logs = free_address(), [], []
     try:
         for number in range(2):
