@@ -36,8 +36,8 @@ from pathlib import Path
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from pcagpt import command_line
 from pcagpt import config as knobs
+from pcagpt.config import command_line
 from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
@@ -82,14 +82,16 @@ def run(config: ConfigDict, command: str, print_only: bool) -> None:
     knobs.validate(config)
     with _ended_by_interrupt():
         # Here because it takes seconds, and mistakes should show at once.
-        from pcagpt import checkpoint, experiment, sharding
-        from pcagpt.compress import compress
-        from pcagpt.evaluate_run import evaluate_run
-        from pcagpt.plan import make_plan
-        from pcagpt.sample_run import sample_run
+        from pcagpt.compress.sweep import compress
+        from pcagpt.pipeline import execute as experiment
+        from pcagpt.pipeline.evaluate_task import evaluate_run
+        from pcagpt.pipeline.plan import make_plan
+        from pcagpt.pipeline.sample_task import sample_run
+        from pcagpt.run import checkpoint
+        from pcagpt.sharding import placement
 
     if config.distributed.enabled:
-        sharding.start_processes(
+        placement.start_processes(
             config.distributed.coordinator_address,
             config.distributed.num_processes,
             config.distributed.process_id,

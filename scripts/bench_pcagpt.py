@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from pcagpt import config as knobs
-from pcagpt.checkpoint import Checkpoints
-from pcagpt.generate import generate, in_compute_dtype, places
 from pcagpt.model import GPTConfig, training_flops_per_token
-from pcagpt.plan import make_plan
-from pcagpt.telemetry import SilentProgress
-from pcagpt.train import Training
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.run.generate import generate, in_compute_dtype, places
+from pcagpt.telemetry.record import SilentProgress
+from pcagpt.training.loop import Training
 
 WARM_STEPS = 5
 PROFILED_STEPS = 5

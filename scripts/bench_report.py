@@ -12,7 +12,7 @@ import sys
 
 import bench_torch
 
-from pcagpt import provenance
+from pcagpt.run import provenance
 
 PEERS = ("torch", "transformers")  # held against pcagpt's step
 VARIANTS = ("pcagpt-loop", "data-parallel", "fsdp")  # and these against it

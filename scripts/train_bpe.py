@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pcagpt.corpus import SPLITS, sotu_documents
-from pcagpt.tokenizer import (
+from pcagpt.data.corpus import SPLITS, sotu_documents
+from pcagpt.data.tokenizer import (
     ASSETS,
     END_OF_TEXT,
     RANKS,

@@ -14,13 +14,14 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from pcagpt import experiment, statistics
-from pcagpt.checkpoint import FOLDER, Checkpoints, steps
-from pcagpt.corpus import open_corpus
+from pcagpt.data.corpus import open_corpus
 from pcagpt.factorize import Statistics
-from pcagpt.plan import make_plan
-from pcagpt.train import Training
-from pcagpt.train_step import TrainState
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import calibrate as statistics
+from pcagpt.run.checkpoint import FOLDER, Checkpoints, steps
+from pcagpt.training.loop import Training
+from pcagpt.training.step import TrainState
 
 BANDS = {"model.band_sizes": (10, 40, 47), "model.band_ranks": (0, 8, 4)}
 TIMINGS = {"seconds", "tokens_per_second", "flop_utilisation"}

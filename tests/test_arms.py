@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from runs import changed, execute, quick_compiles, start, status, training
 
-from pcagpt import arms, compress, experiment, factor_files, params, run_folder
+from pcagpt import arms, trees
 from pcagpt import config as knobs
-from pcagpt.checkpoint import load_weights
+from pcagpt.compress import sweep as compress
 from pcagpt.errors import UserError
-from pcagpt.evaluate_run import evaluate_run
-from pcagpt.plan import make_plan
+from pcagpt.factorize import files as factor_files
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.evaluate_task import evaluate_run
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import folder as run_folder
+from pcagpt.run.checkpoint import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 ARMS = [arm for arm in arms.ARMS if arm != "baseline"]
@@ -44,7 +48,7 @@ def weights(banded):
     def of(run, step=0):
         path = Path(banded.workdir) / run / "ckpt" / str(step)
         variables = dict(zip(("params", "constants"), load_weights(path), strict=False))
-        return params.flatten(variables)
+        return trees.flatten(variables)
 
     return of
 
@@ -278,7 +282,7 @@ def test_a_table_in_bands_is_imported_from_any_folder(
     (job,) = make_plan(config).jobs
     run = training(changed(job.settled(), task="train"))
     state, _ = start(run)
-    flat = params.flatten(state.params)
+    flat = trees.flatten(state.params)
     for number, part in enumerate(table.tables):
         scale = getattr(part, "scale", None)
         for name in ("scale_up", "scale_down"):

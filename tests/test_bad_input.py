@@ -17,11 +17,10 @@ import pytest
 from command_line import CONFIGS, call, refusal, snapshot, tiny
 from runs import quick_compiles, quick_environment
 
-from pcagpt import command_line
-from pcagpt.checkpoint import load_weights
-from pcagpt.config import KNOBS
-from pcagpt.plan import make_plan
-from pcagpt.train import Training
+from pcagpt.config import KNOBS, command_line
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run.checkpoint import load_weights
+from pcagpt.training.loop import Training
 
 VOCAB_SIZE, WIDTH, RANK = 97, 16, 4
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from pcagpt import provenance
 from pcagpt.errors import Interrupted
 from pcagpt.model import GPTConfig, total_parameters, training_flops_per_token
+from pcagpt.run import provenance
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 sys.path.insert(0, SCRIPTS)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from runs import assert_equal, changed, execute, metrics, saved_state
 
-from pcagpt import checkpoint
-from pcagpt.checkpoint import Checkpoints
 from pcagpt.errors import UserError
+from pcagpt.run import checkpoint
+from pcagpt.run.checkpoint import Checkpoints
 
 # Orbax is still reading other arrays when it gives up on a damaged one.
 pytestmark = pytest.mark.filterwarnings(

@@ -10,14 +10,17 @@ import pytest
 from command_line import call
 from runs import changed, execute, snapshot
 
-from pcagpt import compress, factorize, main, run_folder, search
-from pcagpt import statistics as calibration
-from pcagpt.checkpoint import load_weights
+from pcagpt import factorize, main
+from pcagpt.compress import candidates as search
+from pcagpt.compress import sweep as compress
+from pcagpt.compress.score import TableSwap, frequency_deciles
+from pcagpt.compress.subject import Subject
 from pcagpt.errors import UserError
-from pcagpt.evaluate_run import evaluate_run
 from pcagpt.model import GPT
-from pcagpt.subject import Subject
-from pcagpt.table_swap import TableSwap, frequency_deciles
+from pcagpt.pipeline.evaluate_task import evaluate_run
+from pcagpt.run import calibrate as calibration
+from pcagpt.run import folder as run_folder
+from pcagpt.run.checkpoint import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97

@@ -11,10 +11,12 @@ import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
 from runs import quick_compiles
 
-from pcagpt import arms, command_line, run_folder
+from pcagpt import arms
 from pcagpt import config as knobs
+from pcagpt.config import command_line
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
+from pcagpt.run import folder as run_folder
 
 ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
 

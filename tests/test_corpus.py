@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pcagpt.corpus import (
+from pcagpt.data.corpus import (
     SPLITS,
     describe_corpus,
     open_corpus,
     sotu_documents,
     text_counts,
 )
+from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
 from pcagpt.errors import UserError
-from pcagpt.tokenizer import load_tokenizer, tokenizer_sha256
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcagpt.data import EvaluationBatches, TrainingBatches
+from pcagpt.data.batches import EvaluationBatches, TrainingBatches
 from pcagpt.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)  # the value is the position

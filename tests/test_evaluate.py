@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt import params as trees
-from pcagpt import sharding
-from pcagpt.data import EvaluationBatches
-from pcagpt.evaluate import TextSize, TokenScores, evaluate, scorer, target_cosines
+from pcagpt import trees
+from pcagpt.data.batches import EvaluationBatches
 from pcagpt.model import GPT, GPTConfig
+from pcagpt.run.evaluate import TextSize, TokenScores, evaluate, scorer, target_cosines
+from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, BLOCK = 21, 8
@@ -79,16 +79,16 @@ def cosine(a, b):
 
 
 def run(config, batch_size, devices=(1, 1), chunks=1, text=None, tokens=SPLIT):
-    mesh = sharding.make_mesh(*devices)
+    mesh = placement.make_mesh(*devices)
     variables = variables_of(config)
-    variables = jax.device_put(variables, sharding.shardings(variables, mesh))
+    variables = jax.device_put(variables, placement.shardings(variables, mesh))
     batches = EvaluationBatches(tokens, BLOCK, batch_size)
     return evaluate(
         scorer(GPT(config), mesh, chunks),
         variables,
         batches,
         batches.window_count,
-        sharding.batch_sharding(mesh),
+        placement.batch_sharding(mesh),
         text,
     )
 
@@ -162,7 +162,7 @@ def test_padding_of_the_last_batch_and_window_counts_for_nothing():
 
 
 def test_scores_are_zero_where_there_is_no_target():
-    mesh = sharding.make_mesh(1, 1)
+    mesh = placement.make_mesh(1, 1)
     ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK, 8)
     targets = targets.copy()
     targets[:, ::3] = -1
@@ -195,7 +195,7 @@ def evaluated(losses, targets, text=None, windows=None):
         number = np.arange(targets.size, dtype=np.float32).reshape(targets.shape) / 100
         return TokenScores(losses, number, 2 * number)
 
-    place = sharding.batch_sharding(sharding.make_mesh(1, 1))
+    place = placement.batch_sharding(placement.make_mesh(1, 1))
     count = len(targets) if windows is None else windows
     return evaluate(score, None, [(targets, targets)], count, place, text)
 

@@ -10,7 +10,7 @@ import pytest
 from runs import changed, snapshot
 
 from pcagpt.errors import UserError
-from pcagpt.evaluate_run import evaluate_run
+from pcagpt.pipeline.evaluate_task import evaluate_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 

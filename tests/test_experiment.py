@@ -15,10 +15,11 @@ from runs import (
 )
 
 from pcagpt import config as knobs
-from pcagpt import experiment, run_folder
 from pcagpt.errors import UserError
-from pcagpt.plan import make_plan
-from pcagpt.train_run import TrainJob
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.pipeline.train_job import TrainJob
+from pcagpt.run import folder as run_folder
 
 RESULT_FIELDS = {
     *("run", "arm", "rank", "seed", "status", "steps", "tokens_seen", "seconds"),

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pcagpt import factor_files
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandedTable, LowRank
+from pcagpt.factorize import files as factor_files
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(7, 2)).astype(np.float32)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from runs import changed, execute, snapshot, write_statistics
 
-from pcagpt import checkpoint, experiment, factor_files, factorize
 from pcagpt import config as knobs
+from pcagpt import factorize
 from pcagpt.errors import UserError
-from pcagpt.factorize_run import FactorizeJob
-from pcagpt.plan import make_plan
+from pcagpt.factorize import files as factor_files
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.factorize_job import FactorizeJob
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import checkpoint
 
 
 @pytest.fixture

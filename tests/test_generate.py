@@ -9,10 +9,10 @@ import pytest
 from command_line import call
 from runs import BANDS, changed
 
-from pcagpt import generate as generation
-from pcagpt import run_folder
-from pcagpt.generate import generate
 from pcagpt.model import GPT, GPTConfig
+from pcagpt.run import folder as run_folder
+from pcagpt.run import generate as generation
+from pcagpt.run.generate import generate
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -181,7 +181,7 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
-    from pcagpt import sample_run
+    from pcagpt.pipeline import sample_task as sample_run
 
     end = run_folder.read_config(talker)["vocab_size"] - 1
     ids = [10, 11, end, 12]

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt import factor_files, optim, warm_start
-from pcagpt import params as trees
-from pcagpt.checkpoint import Checkpoints
+from pcagpt import trees
 from pcagpt.config import base
 from pcagpt.factorize import by_method, energy_kept, truncate
+from pcagpt.factorize import files as factor_files
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
-from pcagpt.train_step import StepSettings, TrainState, train_step
+from pcagpt.run import initialise as warm_start
+from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.training import optim
+from pcagpt.training.step import StepSettings, TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, WIDTH = 29, 8

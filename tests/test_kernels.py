@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels import gelu, head, launch, norm, softmax
-from pcagpt.layout import by_device
-from pcagpt.sharding import BATCH_AXES, make_mesh
+from pcagpt.sharding.inside import by_device
+from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
 ON_GPU = jax.default_backend() != "cpu"
 

@@ -11,24 +11,22 @@ import numpy as np
 import pytest
 from runs import changed, execute, losses, metrics, start, training, write_statistics
 
-from pcagpt import (
-    checkpoint,
-    compress,
-    experiment,
-    factor_files,
-    main,
-    run_folder,
-    sharding,
-    train,
-)
 from pcagpt import config as knobs
+from pcagpt import main
+from pcagpt.compress import sweep as compress
 from pcagpt.errors import UserError
-from pcagpt.evaluate_run import evaluate_run
 from pcagpt.factorize import BandedTable, LowRank
+from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.plan import make_plan
-from pcagpt.sample_run import sample_run
-from pcagpt.train_run import TrainJob
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.evaluate_task import evaluate_run
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.pipeline.sample_task import sample_run
+from pcagpt.pipeline.train_job import TrainJob
+from pcagpt.run import checkpoint
+from pcagpt.run import folder as run_folder
+from pcagpt.sharding import placement
+from pcagpt.training import loop as train
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -236,7 +234,7 @@ def processes(config):
     """How the processes are joined."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "start_processes", lambda *a: found.append(a))
+        patch.setattr(placement, "start_processes", lambda *a: found.append(a))
         patch.setattr(experiment, "execute", lambda *_: None)
         main.run(config, "a command", print_only=False)
     return found

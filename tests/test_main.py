@@ -9,9 +9,11 @@ import pytest
 from command_line import CONFIGS, ROOT, call, refusal, snapshot, tiny
 from runs import quick_environment
 
-from pcagpt import command_line, errors, experiment
 from pcagpt import config as knobs
+from pcagpt import errors
 from pcagpt import main as main_module
+from pcagpt.config import command_line
+from pcagpt.pipeline import execute as experiment
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 

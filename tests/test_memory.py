@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pcagpt import optim
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.train_step import StepSettings, initial_state, train_step
+from pcagpt.training import optim
+from pcagpt.training.step import StepSettings, initial_state, train_step
 
 VOCAB, ROWS, WIDTH, CHUNKS = 50257, 50304, 768, 8
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt import params as trees
+from pcagpt import trees
 from pcagpt.losses import token_losses
 from pcagpt.model import GPT, GPTConfig, training_flops_per_token
 from pcagpt.model.block import _bias_gelu

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.optim import (
+from pcagpt.training.optim import (
     FROZEN,
     TRAINED,
     OptimizerConfig,

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from runs import changed, metrics, quick_environment
 
-from pcagpt import checkpoint, main, run_folder
 from pcagpt import config as knobs
+from pcagpt import main
+from pcagpt.run import checkpoint
+from pcagpt.run import folder as run_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcagpt.quantize import quantize
+from pcagpt.factorize.quantize import quantize
 
 RANDOM = np.random.default_rng(0)
 TABLE = (RANDOM.normal(size=(50, 100)) * np.exp(RANDOM.normal(size=(50, 1)))).astype(

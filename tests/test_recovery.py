@@ -25,10 +25,13 @@ from runs import (
     training,
 )
 
-from pcagpt import checkpoint, experiment, params, run_folder
 from pcagpt import config as knobs
+from pcagpt import trees
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.plan import make_plan
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import checkpoint
+from pcagpt.run import folder as run_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -71,7 +74,7 @@ def recover(tiny_config):
 
 
 def variables(state):
-    return params.flatten(jax.tree.map(np.asarray, state.variables))
+    return trees.flatten(jax.tree.map(np.asarray, state.variables))
 
 
 def refusal(config):
@@ -112,7 +115,7 @@ def test_every_weight_the_token_order_and_the_loss_are_taken_over(
     run = training(recover(sources[name]))
     state, _ = start(run)
     weights, constants, _ = checkpoint.load_weights(sources[name])
-    wanted = params.flatten({"params": weights, "constants": constants})
+    wanted = trees.flatten({"params": weights, "constants": constants})
     assert_equal(variables(state), wanted)
     assert ("constants/embed/position_of_token" in wanted) == (name == "banded")
     loss = run.validate(state).metrics["loss"]
@@ -135,7 +138,7 @@ def test_the_token_order_is_the_run_s_own_whatever_the_corpus_counts(
 def test_an_earlier_checkpoint_can_be_gone_on_from(sources, recover):
     state, _ = start(training(recover(sources["gpt_pca_k8"] / "ckpt" / "3")))
     wanted, _, _ = checkpoint.load_weights(sources["gpt_pca_k8"] / "ckpt" / "3")
-    assert_equal(params.flatten(state.params), params.flatten(wanted))
+    assert_equal(trees.flatten(state.params), trees.flatten(wanted))
 
 
 def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):

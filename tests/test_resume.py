@@ -27,11 +27,11 @@ from runs import (
 )
 
 from pcagpt import config as knobs
-from pcagpt import run_folder
-from pcagpt.checkpoint import steps
 from pcagpt.errors import Interrupted
-from pcagpt.evaluate_run import evaluate_run
-from pcagpt.interrupt import StopRequest
+from pcagpt.pipeline.evaluate_task import evaluate_run
+from pcagpt.run import folder as run_folder
+from pcagpt.run.checkpoint import steps
+from pcagpt.training.interrupt import StopRequest
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -18,9 +18,11 @@ from runs import (
     without_timings,
 )
 
-from pcagpt import checkpoint, experiment, run_folder
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.plan import make_plan
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import checkpoint
+from pcagpt.run import folder as run_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 

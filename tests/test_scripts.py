@@ -8,8 +8,8 @@ import sys
 import pytest
 from command_line import ROOT
 
-from pcagpt import command_line
 from pcagpt import config as knobs
+from pcagpt.config import command_line
 
 RECORDER = """#!/bin/sh
 [ "$1" = -c ] && exit 0

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import BandedTable, SecondOrder, Statistics
-from pcagpt.quantize import quantize
-from pcagpt.search import (
+from pcagpt.compress.candidates import (
     Advisor,
     Calibration,
     Candidate,
@@ -15,6 +13,8 @@ from pcagpt.search import (
     quantized,
     recipes,
 )
+from pcagpt.factorize import BandedTable, SecondOrder, Statistics
+from pcagpt.factorize.quantize import quantize
 
 
 def test_recipes_are_every_method_rank_and_number_of_bands_that_fits():

@@ -10,12 +10,13 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
-from pcagpt import layout, optim, sharding
-from pcagpt import params as trees
+from pcagpt import trees
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.train_step import initial_state
+from pcagpt.sharding import inside, placement
+from pcagpt.training import optim
+from pcagpt.training.step import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = GPTConfig(
@@ -52,7 +53,7 @@ def state_shapes(config=CONFIG):
     ],
 )
 def test_mesh_takes_what_is_asked_for_or_all_that_is_left(data, fsdp, shape):
-    mesh = sharding.make_mesh(data, fsdp)
+    mesh = placement.make_mesh(data, fsdp)
     assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
     assert mesh.devices.ravel().tolist() == jax.devices()[: mesh.size]
 
@@ -62,16 +63,16 @@ def test_mesh_takes_what_is_asked_for_or_all_that_is_left(data, fsdp, shape):
 )
 def test_mesh_that_does_not_fit_the_devices_is_one_clear_line(data, fsdp):
     with pytest.raises(UserError, match="does not fit the 8 devices") as error:
-        sharding.make_mesh(data, fsdp)
+        placement.make_mesh(data, fsdp)
     assert "\n" not in str(error.value)
     assert f"mesh.fsdp = {fsdp} " in str(error.value)
 
 
 def test_batch_must_split_over_all_devices():
-    mesh = sharding.make_mesh(2, 4)
-    sharding.check_divisible("train.batch_size", 16, mesh)
+    mesh = placement.make_mesh(2, 4)
+    placement.check_divisible("train.batch_size", 16, mesh)
     with pytest.raises(UserError, match=r"train.batch_size = 12 .* a multiple of 8"):
-        sharding.check_divisible("train.batch_size", 12, mesh)
+        placement.check_divisible("train.batch_size", 12, mesh)
 
 
 # Where arrays lie
@@ -82,7 +83,7 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
     specs = {
         path: place.spec
         for path, place in trees.flatten(
-            sharding.shardings(shapes.params, sharding.make_mesh(2, 4))
+            placement.shardings(shapes.params, placement.make_mesh(2, 4))
         ).items()
     }
     by_rows = PartitionSpec("fsdp", None)
@@ -100,7 +101,7 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
         assert specs[path] == (by_rows if path in matrices else PartitionSpec()), path
         assert (leaf.ndim == 2) == (path in matrices)
 
-    places = sharding.shardings(shapes.optimizer, sharding.make_mesh(2, 4))
+    places = placement.shardings(shapes.optimizer, placement.make_mesh(2, 4))
     moments = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), place.spec)
         for path, place in jax.tree_util.tree_leaves_with_path(places)
@@ -113,80 +114,82 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
 
 def test_a_teacher_s_tables_are_split_by_rows_and_its_other_constants_are_not():
     tree = {"tables": (jnp.zeros((16, 8)), jnp.zeros((8, 8))), "order": jnp.zeros(16)}
-    places = sharding.shardings(tree, sharding.make_mesh(2, 4))
+    places = placement.shardings(tree, placement.make_mesh(2, 4))
     by_rows = PartitionSpec("fsdp", None)
     assert [place.spec for place in places["tables"]] == [by_rows, by_rows]
     assert places["order"].spec == PartitionSpec()
 
 
 def test_a_matrix_whose_rows_do_not_divide_evenly_stays_whole():
-    mesh = sharding.make_mesh(1, 8)
+    mesh = placement.make_mesh(1, 8)
     tree = {
         "embed": {"band_0": {"wte": jnp.zeros((12, 8)), "scale_up": jnp.zeros((4, 8))}},
         "wpe": jnp.zeros((8, 12)),
     }
-    places = trees.flatten(sharding.shardings(tree, mesh))
+    places = trees.flatten(placement.shardings(tree, mesh))
     assert places["embed/band_0/wte"].spec == PartitionSpec()
     assert places["embed/band_0/scale_up"].spec == PartitionSpec()
     assert places["wpe"].spec == PartitionSpec("fsdp", None)
 
 
 def test_split_parameters_take_a_share_of_each_devices_memory():
-    mesh = sharding.make_mesh(1, 8)
-    place = sharding.shardings({"wte": jnp.zeros((64, 4))}, mesh)
+    mesh = placement.make_mesh(1, 8)
+    place = placement.shardings({"wte": jnp.zeros((64, 4))}, mesh)
     array = jax.device_put({"wte": jnp.arange(256.0).reshape(64, 4)}, place)["wte"]
     assert {shard.data.shape for shard in array.addressable_shards} == {(8, 4)}
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
 def test_batch_is_split_over_all_devices_and_keeps_its_values(data, fsdp):
-    mesh = sharding.make_mesh(data, fsdp)
+    mesh = placement.make_mesh(data, fsdp)
     batch = np.arange(16 * 3).reshape(16, 3)
-    placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+    placed = placement.put_batch(batch, placement.batch_sharding(mesh))
     np.testing.assert_array_equal(placed, batch)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     parts = batch.reshape(2, 8, 3)
-    placed = sharding.put_batch(parts, sharding.part_sharding(mesh))
+    placed = placement.put_batch(parts, placement.part_sharding(mesh))
     np.testing.assert_array_equal(placed, parts)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}
 
 
 def test_replicated_array_is_whole_on_every_device():
-    placed = jax.device_put(np.arange(8), sharding.replicated(sharding.make_mesh(2, 4)))
+    placed = jax.device_put(
+        np.arange(8), placement.replicated(placement.make_mesh(2, 4))
+    )
     assert {shard.data.shape for shard in placed.addressable_shards} == {(8,)}
     assert len(placed.addressable_shards) == 8
 
 
 def test_what_is_compiled_for_a_mesh_knows_its_devices():
     def devices(x):
-        found.append(layout.device_count())
-        (inside,) = layout.by_device(count_inside, [True], [False])(x)
-        return inside
+        found.append(inside.device_count())
+        (found_inside,) = inside.by_device(count_inside, [True], [False])(x)
+        return found_inside
 
     def count_inside(x):
-        found.append(layout.device_count())
+        found.append(inside.device_count())
         return (x.sum(axis=0),)
 
-    found, mesh = [], sharding.make_mesh(2, 4)
-    split = jax.device_put(np.ones((16, 3)), sharding.batch_sharding(mesh))
-    np.testing.assert_array_equal(sharding.jit(devices, mesh)(split), [16, 16, 16])
+    found, mesh = [], placement.make_mesh(2, 4)
+    split = jax.device_put(np.ones((16, 3)), placement.batch_sharding(mesh))
+    np.testing.assert_array_equal(placement.jit(devices, mesh)(split), [16, 16, 16])
     assert found == [8, 1]
     np.testing.assert_array_equal(devices(split), [16, 16, 16])
     assert found[2:] == [1, 1]
 
 
 def test_what_is_gathered_travels_in_its_own_dtype_and_its_gradient_as_it_comes():
-    mesh = sharding.make_mesh(1, 8)
+    mesh = placement.make_mesh(1, 8)
 
     def program(function):
         traced = jax.jit(function).trace(jax.ShapeDtypeStruct((8, 2), jnp.float32))
         return traced.lower().as_text()
 
     def cast(array):
-        return layout.gathered(array.astype(jnp.bfloat16))
+        return inside.gathered(array.astype(jnp.bfloat16))
 
     def gradient(array):
-        return jax.grad(lambda array: layout.gathered(array).sum())(array)
+        return jax.grad(lambda array: inside.gathered(array).sum())(array)
 
     # Without the barrier XLA may gather first and cast then.
     barrier = r"%(\w+) = stablehlo.optimization_barrier %\w+ : tensor<8x2xbf16>"
@@ -199,7 +202,7 @@ def test_what_is_gathered_travels_in_its_own_dtype_and_its_gradient_as_it_comes(
 
 
 def test_each_device_sums_the_gradients_of_its_own_lookups():
-    model, mesh = GPT(CONFIG), sharding.make_mesh(2, 4)
+    model, mesh = GPT(CONFIG), placement.make_mesh(2, 4)
     tokens_BT = jax.ShapeDtypeStruct((16, 8), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
 
@@ -216,11 +219,11 @@ def test_each_device_sums_the_gradients_of_its_own_lookups():
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
 @pytest.mark.parametrize(("devices", "tokens", "chunks"), [(8, 128, 32), (3, 96, 6)])
 def test_chunks_of_the_loss_need_not_suit_the_devices(kernels, devices, tokens, chunks):
-    mesh = sharding.make_mesh(devices, 1)
+    mesh = placement.make_mesh(devices, 1)
     h_ND = np.ones((tokens, 300), np.float32)
     wte_VK, targets_N = np.eye(11, 300, dtype=np.float32), np.zeros(tokens, np.int32)
     loss = functools.partial(cross_entropy, chunks=chunks, kernels=kernels)
-    h_ND, targets_N = jax.device_put((h_ND, targets_N), sharding.batch_sharding(mesh))
+    h_ND, targets_N = jax.device_put((h_ND, targets_N), placement.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda h, w, t: loss(h, [(w, None, 11)], t))(
             h_ND, wte_VK, targets_N
@@ -243,8 +246,8 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
     bands, kernels, tokens, chunks
 ):
     width = 300  # which the kernels of a low rank do not take
-    mesh = sharding.make_mesh(8, 1)
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    mesh = placement.make_mesh(8, 1)
+    split, whole = placement.batch_sharding(mesh), placement.replicated(mesh)
 
     def shape(*axes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(axes, dtype)
@@ -282,13 +285,13 @@ def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="distributed.coordinator_address=HOST:PORT"):
-        sharding.start_processes(None, None, None)
+        placement.start_processes(None, None, None)
 
 
 def test_distributed_start_hands_on_what_the_config_says(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    sharding.start_processes("host:1234", 2, 1)
+    placement.start_processes("host:1234", 2, 1)
     assert calls == [("host:1234", 2, 1)]
 
 
@@ -297,12 +300,12 @@ def test_processes_wait_for_each_other_where_there_are_several(monkeypatch, proc
     waited_for = []
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited_for.append)
-    sharding.wait_for_all("files are written")
+    placement.wait_for_all("files are written")
     assert waited_for == ["files are written"][: processes - 1]
 
 
 def test_several_processes_must_use_all_their_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="does not fit the 8 devices"):
-        sharding.make_mesh(2, 2)
-    assert sharding.make_mesh(2, 4).size == 8
+        placement.make_mesh(2, 2)
+    assert placement.make_mesh(2, 4).size == 8

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
-from pcagpt import telemetry
 from pcagpt.errors import UserError
-from pcagpt.telemetry import Progress, Telemetry
+from pcagpt.telemetry import record as telemetry
+from pcagpt.telemetry.record import Progress, Telemetry
 
 
 def start(folder, **options):

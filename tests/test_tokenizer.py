@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pcagpt import tokenizer
+from pcagpt.data import tokenizer
+from pcagpt.data.tokenizer import RANKS, load_tokenizer, tokenizer_sha256
 from pcagpt.errors import UserError
-from pcagpt.tokenizer import RANKS, load_tokenizer, tokenizer_sha256
 
 ROOT = Path(__file__).parent.parent
 HARD_TEXT = "don't  stop\n\n 1,234 × naïve 日本語 🙂\t\r\n<|endoftext|>\x00 end  "

@@ -24,20 +24,17 @@ from runs import (
     training,
 )
 
-from pcagpt import (
-    checkpoint,
-    evaluate,
-    experiment,
-    run_folder,
-    sharding,
-    statistics,
-    table_swap,
-)
 from pcagpt import config as knobs
-from pcagpt.data import TrainingBatches
+from pcagpt.compress import score as table_swap
+from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.kernels import head
-from pcagpt.plan import Plan, make_plan
+from pcagpt.pipeline import execute as experiment
+from pcagpt.pipeline.plan import Plan, make_plan
+from pcagpt.run import calibrate as statistics
+from pcagpt.run import checkpoint, evaluate
+from pcagpt.run import folder as run_folder
+from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -293,7 +290,7 @@ def test_no_chunk_of_an_evaluation_sends_hidden_states_around(measure, tiny_conf
     }[measure.__name__]
     function = functools.partial(measure, model=run.model, chunks=24)
     with jax.set_mesh(run.mesh):
-        jitted = jax.jit(function, out_shardings=sharding.replicated(run.mesh))
+        jitted = jax.jit(function, out_shardings=placement.replicated(run.mesh))
         compiled = jitted.lower(state.variables, *arguments).compile()
     assert "while(" in compiled.as_text()
     in_loop = {kind for kind, _, is_in_loop in exchanges(compiled) if is_in_loop}

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from pcagpt import optim, sharding
-from pcagpt import params as trees
+from pcagpt import trees
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.train_step import (
+from pcagpt.sharding import placement
+from pcagpt.training import optim
+from pcagpt.training.step import (
     StepSettings,
     Teacher,
     TrainState,
@@ -233,11 +234,11 @@ def test_loss_chunks_are_how_many_parts_the_logits_are_made_in(chunks):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
 def test_eight_devices_are_as_good_as_one(data, fsdp):
-    mesh = sharding.make_mesh(data, fsdp)
-    places = sharding.shardings(first_state(), mesh)
-    step = jax.jit(step_of(), out_shardings=(places, sharding.replicated(mesh)))
+    mesh = placement.make_mesh(data, fsdp)
+    places = placement.shardings(first_state(), mesh)
+    step = jax.jit(step_of(), out_shardings=(places, placement.replicated(mesh)))
     many, one = jax.device_put(first_state(), places), first_state()
-    batch = sharding.put_batch(in_parts(2), sharding.part_sharding(mesh))
+    batch = placement.put_batch(in_parts(2), placement.part_sharding(mesh))
     for _ in range(2):
         with jax.set_mesh(mesh):
             many, found = step(many, batch)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from runs import assert_equal, changed, execute, training
 
-from pcagpt import checkpoint, factor_files, params, warm_start
-from pcagpt.checkpoint import Checkpoints
+from pcagpt import trees
 from pcagpt.errors import UserError
+from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPT, GPTConfig
+from pcagpt.run import checkpoint
+from pcagpt.run import initialise as warm_start
+from pcagpt.run.checkpoint import Checkpoints
 
 MODEL = GPTConfig(
     vocab_size=97, block_size=16, n_layer=1, n_head=2, n_embd=32, n_embd_wte=8
@@ -31,7 +34,7 @@ NOTHING = {
 
 def leaves(run_dir, step):
     """{path: array} of a checkpoint."""
-    return params.flatten(checkpoint.load_weights(run_dir / "ckpt" / str(step))[0])
+    return trees.flatten(checkpoint.load_weights(run_dir / "ckpt" / str(step))[0])
 
 
 def template(config=MODEL):
@@ -167,7 +170,7 @@ def test_blocks_can_be_taken_from_any_checkpoint(finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
     init = NOTHING | {"blocks_from": str(run_dir / "ckpt" / "3")}
     found = warm_start.replacements(init, MODEL, template(), seed=1)
-    assert len(found) == len(params.flatten(template())) - 2
+    assert len(found) == len(trees.flatten(template())) - 2
     wanted = leaves(run_dir, 3)
     assert_equal(found, {path: wanted[path] for path in found})
     fingerprints = [

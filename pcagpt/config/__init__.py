@@ -9,8 +9,8 @@ from pcagpt.config.checks import (
     words_of,
     wrong_type,
 )
-from pcagpt.config.knobs import COMPRESS_BOUNDS, KNOBS, base, flat, override
 from pcagpt.config.rules import Knob
+from pcagpt.config.schema import COMPRESS_BOUNDS, KNOBS, base, flat, override
 
 __all__ = [
     "COMPRESS_BOUNDS",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from pcagpt.arms import ARMS
-from pcagpt.config.knobs import COMPRESS_BOUNDS, KNOBS, OF_A_RUN, flat, override
+from pcagpt.config.schema import COMPRESS_BOUNDS, KNOBS, OF_A_RUN, flat, override
 from pcagpt.errors import UserError
 
 

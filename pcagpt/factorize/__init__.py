@@ -9,7 +9,9 @@ from pcagpt.factorize.bands import (
     single_band,
 )
 from pcagpt.factorize.controls import CONTROLS, control
-from pcagpt.factorize.low_rank import (
+from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_statistics
+from pcagpt.factorize.predict import Predictor, SecondOrder
+from pcagpt.factorize.solve import (
     Factors,
     LowRank,
     by_method,
@@ -18,8 +20,6 @@ from pcagpt.factorize.low_rank import (
     solve,
     truncate,
 )
-from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_statistics
-from pcagpt.factorize.predict import Predictor, SecondOrder
 
 __all__ = [
     "CONTROLS",

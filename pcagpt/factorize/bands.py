@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize.low_rank import (
+from pcagpt.factorize.methods import Weighting
+from pcagpt.factorize.solve import (
     Factors,
     LowRank,
     metric_roots,
@@ -18,7 +19,6 @@ from pcagpt.factorize.low_rank import (
     solve,
     truncate,
 )
-from pcagpt.factorize.methods import Weighting
 
 FIRST_BAND = 64  # tokens: the most frequent ones
 REGROUPINGS = 3  # times that tokens may change to the band that suits them best

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt import layout
 from pcagpt.kernels import launch
+from pcagpt.sharding import inside
 
 ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together
@@ -37,12 +37,12 @@ def fits(width: int) -> bool:
 
 
 def _forward(h_NF, bias_F):
-    split = layout.by_device(_forward_rows, [True, False], [True])
+    split = inside.by_device(_forward_rows, [True, False], [True])
     return split(h_NF, bias_F)[0], (h_NF, bias_F)
 
 
 def _backward(residuals, of_gelu_NF):
-    split = layout.by_device(_backward_rows, [True, True, False], [True, False])
+    split = inside.by_device(_backward_rows, [True, True, False], [True, False])
     return split(of_gelu_NF, *residuals)
 
 

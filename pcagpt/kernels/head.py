@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt import layout
 from pcagpt.kernels import launch
+from pcagpt.sharding import inside
 
 LEAST_RANK = 16  # of the matrix units' operands
 LOG2_E = math.log2(math.e)  # exp2 is the GPU's own instruction
@@ -77,7 +77,7 @@ def summarize(
         )
         return normaliser_N[:count], mean_NK[:count, :rank]
 
-    split = layout.by_device(of_rows, [True, False], [True, True])
+    split = inside.by_device(of_rows, [True, False], [True, True])
     return split(z_NK, wte_VK)
 
 
@@ -141,7 +141,7 @@ def table_gradient(
 ) -> jax.Array:
     """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
-    Of a device's own tokens, for use within `layout.by_device`.
+    Of a device's own tokens, for use within `inside.by_device`.
 
     Args:
       wte_VK: in the compute dtype.

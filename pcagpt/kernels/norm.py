@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt import layout
 from pcagpt.kernels import launch
+from pcagpt.sharding import inside
 
 ROWS = 4  # of a tile
 PIECE = 256  # columns worked on together, a power of 2
@@ -38,14 +38,14 @@ def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
 
 def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
     forward = functools.partial(_forward_rows, epsilon=epsilon)
-    split = layout.by_device(forward, [True, True, False, False, False], [True] * 4)
+    split = inside.by_device(forward, [True, True, False, False, False], [True] * 4)
     sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
     return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
 
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    split = layout.by_device(
+    split = inside.by_device(
         _backward_rows, [True, True, True, False, True, True], [True, False]
     )
     # Of the bias, the scale and the offset, which devices add up as one array.

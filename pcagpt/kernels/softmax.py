@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt import layout
 from pcagpt.kernels import launch
+from pcagpt.sharding import inside
 
 COLUMNS = 8192
 WARPS = 16
@@ -30,7 +30,7 @@ def loss_and_gradient(
       [n] float32 in nats, and [n, V] in the logits' dtype.
     """
     of_rows = functools.partial(_of_rows, size=size)
-    split = layout.by_device(of_rows, [True, True], [True, True])
+    split = inside.by_device(of_rows, [True, True], [True, True])
     return split(logits_nV, targets_n)
 
 

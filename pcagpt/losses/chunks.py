@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.layout import by_device, device_count
+from pcagpt.sharding.inside import by_device, device_count
 
 
 def scan_chunks(function, carry, chunks: int, *arrays_N):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pcagpt.kernels import head as head_kernels
 from pcagpt.kernels import softmax
-from pcagpt.losses import low_rank
+from pcagpt.losses import fused as low_rank
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.logits import Head, project, tables_and_sizes, token_losses
 

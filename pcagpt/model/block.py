@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt import layout
 from pcagpt.kernels import gelu, norm
 from pcagpt.model.config import INIT_STD, GPTConfig
+from pcagpt.sharding import inside
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -30,7 +30,7 @@ class Linear(nn.Module):
         """
         init = nn.initializers.normal(self.std)
         kernel = self.param("kernel", init, (inputs, self.features))
-        kernel = layout.gathered(kernel.astype(self.config.compute_dtype))
+        kernel = inside.gathered(kernel.astype(self.config.compute_dtype))
         return kernel, _bias(self, self.features)
 
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         # it. A value's goes through the average unchanged, if nothing is dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
         # Devices that hold rows of 'proj' would else send each other parts of it.
-        v_bias_D = layout.whole(v_bias_D)
+        v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
             v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), None

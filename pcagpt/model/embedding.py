@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.layout import by_device
 from pcagpt.model.config import INIT_STD, Band, GPTConfig
+from pcagpt.sharding.inside import by_device
 
 
 class HeadBand(NamedTuple):

@@ -8,14 +8,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from pcagpt.report.folders import read_curve, read_window_losses
-from pcagpt.report.wording import (
-    amount,
-    fixed,
-    interval,
-    percent,
-    places_for,
-    signed,
-)
+from pcagpt.report.wording import amount, fixed, interval, percent, places_for, signed
 
 CONFIDENCE = 0.95
 EQUIVALENCE_MARGIN = 0.05  # nats per token: closer than this counts as the same loss

@@ -8,7 +8,7 @@ import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.run_folder import strict
+from pcagpt.run.folder import strict
 
 REQUIRED = ("run", "arm", "rank", "seed", "status", "val_loss", "tokens_seen")
 

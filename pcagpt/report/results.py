@@ -14,13 +14,8 @@ from pcagpt.report.answers import (
     judge_hypotheses,
     window_interval,
 )
-from pcagpt.report.folders import (
-    read_config,
-    read_corpus,
-    read_row,
-    read_spectrum,
-)
-from pcagpt.run_folder import strict
+from pcagpt.report.folders import read_config, read_corpus, read_row, read_spectrum
+from pcagpt.run.folder import strict
 
 TABLE_ORDER = ("D", "D+", "A", "B", "Bd", "C", "E", "F", "G")
 

@@ -1,0 +1,150 @@
+"""What a model loses when another table takes the place of its own, without training.
+
+Shape letters: B batch, T sequence, n tokens of a chunk, V vocabulary, D width.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcagpt.losses import scan_chunks
+from pcagpt.model import GPT
+from pcagpt.sharding import placement
+
+DECILES = 10
+
+
+class SwapScores(NamedTuple):
+    """Means over all targets of a split.
+
+    loss: of the model as it is; added_loss: with the other table on both sides;
+    added_loss_input, added_loss_head: on one side only; kl: KL(model || swapped) on
+    both sides, all in nats per token; top1_agreement: share of positions in which the
+    likeliest token stays the same; added_loss_by_decile: [10], added_loss over targets
+    of each frequency decile, None for one without targets.
+    """
+
+    loss: float
+    added_loss: float
+    added_loss_input: float
+    added_loss_head: float
+    kl: float
+    top1_agreement: float
+    added_loss_by_decile: list[float | None]
+
+
+def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
+    """Decile of each token, int32 [V]: 0 holds the most frequent tenth of the text."""
+    order = np.argsort(-frequency_V, kind="stable")
+    before = np.cumsum(frequency_V[order]) - frequency_V[order]
+    decile_V = np.empty(len(frequency_V), np.int32)
+    shares = before / max(frequency_V.sum(), 1e-300)
+    decile_V[order] = np.minimum(DECILES * shares, DECILES - 1).astype(np.int32)
+    return decile_V
+
+
+class TableSwap:
+    """Scores tables in place of a model's own, all with one compiled program."""
+
+    def __init__(
+        self,
+        model: GPT,
+        variables: dict,
+        decile_V: np.ndarray,
+        mesh,
+        chunks: int,
+    ):
+        """Takes a model with a full table; decile_V: of `frequency_deciles`."""
+        self._variables, self._mesh = variables, mesh
+        self._decile_V = jnp.asarray(decile_V)
+        score = functools.partial(_score, model=model, chunks=chunks)
+        self._score = placement.jit(score, mesh)
+
+    def __call__(self, table_VD: np.ndarray, batches: Iterable) -> SwapScores:
+        """Scores a table [V, D], its mean row included, on (inputs, targets) [B, T]."""
+        table = jax.device_put(
+            np.asarray(table_VD, np.float32), placement.replicated(self._mesh)
+        )
+        sharding, total = placement.batch_sharding(self._mesh), None
+        for inputs_BT, targets_BT in batches:
+            placed = (placement.put_batch(a, sharding) for a in (inputs_BT, targets_BT))
+            sums = self._score(self._variables, table, self._decile_V, *placed)
+            sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        own, added_input, added_head, added, kl, same, count = total["scalars"]
+        by_decile, in_decile = total["deciles"]
+        return SwapScores(
+            own / count,
+            added / count,
+            added_input / count,
+            added_head / count,
+            kl / count,
+            same / count,
+            [
+                float(total / number) if number else None
+                for total, number in zip(by_decile, in_decile, strict=True)
+            ],
+        )
+
+
+def _score(
+    variables, table_VD, decile_V, inputs_BT, targets_BT, *, model: GPT, chunks: int
+) -> dict:
+    """Sums over a batch."""
+    dtype = jnp.dtype(model.config.compute_dtype)
+    tokens_N = inputs_BT.reshape(-1)
+    own_ND = model.apply(variables, inputs_BT, method="hidden")
+    swapped_ND = model.apply(
+        variables,
+        table_VD[tokens_N].astype(dtype),
+        inputs_BT.shape[1],
+        method="contextualize",
+    )
+    ((wte_VD, _, _),) = model.apply(variables, method="head")
+    tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
+
+    def chunk(sums, inputs):
+        own_nD, swapped_nD, targets_n = inputs
+        counted_n = targets_n >= 0
+        target_n1 = jnp.maximum(targets_n, 0)[:, None]
+
+        def predict(h_nD, wte_VD):
+            """(logits, their normaliser [n, 1], loss of the targets)."""
+            logits_nV = jnp.dot(h_nD, wte_VD.T, preferred_element_type=jnp.float32)
+            normaliser_n1 = jax.nn.logsumexp(logits_nV, axis=1, keepdims=True)
+            loss_n1 = normaliser_n1 - jnp.take_along_axis(logits_nV, target_n1, 1)
+            return logits_nV, normaliser_n1, jnp.where(counted_n, loss_n1[:, 0], 0)
+
+        own_nV, own_normaliser_n1, own_n = predict(own_nD, tables[0])
+        both_nV, both_normaliser_n1, both_n = predict(swapped_nD, tables[1])
+        expected_n1 = jnp.sum(
+            jnp.exp(own_nV - own_normaliser_n1) * (own_nV - both_nV), 1, keepdims=True
+        )
+        kl_n = (expected_n1 - own_normaliser_n1 + both_normaliser_n1)[:, 0]
+        same_n = own_nV.argmax(axis=1) == both_nV.argmax(axis=1)
+        scalars = [
+            own_n,
+            predict(swapped_nD, tables[0])[2] - own_n,
+            predict(own_nD, tables[1])[2] - own_n,
+            both_n - own_n,
+            jnp.where(counted_n, kl_n, 0),
+            counted_n & same_n,
+            counted_n,
+        ]
+        in_decile_nE = counted_n[:, None] & (
+            decile_V[target_n1] == jnp.arange(DECILES)[None]
+        )
+        by_decile_E = jnp.sum(jnp.where(in_decile_nE, (both_n - own_n)[:, None], 0), 0)
+        found = {
+            "scalars": jnp.stack([jnp.sum(a, dtype=jnp.float32) for a in scalars]),
+            "deciles": jnp.stack([by_decile_E, in_decile_nE.sum(0, dtype=jnp.float32)]),
+        }
+        return jax.tree.map(jnp.add, sums, found), None
+
+    zeros = {"scalars": jnp.zeros(7), "deciles": jnp.zeros((2, DECILES))}
+    arrays = (own_ND, swapped_ND, targets_BT.reshape(-1))
+    return scan_chunks(chunk, zeros, chunks, *arrays)[0]

@@ -1,0 +1,136 @@
+"""Cross entropy of a low-rank head by kernels, which store no logits.
+
+The loss of a token is its normaliser less its target's logit; the gradient in z is the
+mean row under the softmax less the target's row, the gradient of a row the mean of z
+over its predictions less that over its occurrences. Bands of a higher rank than the
+kernels take have their logits stored a chunk at a time.
+
+Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pcagpt.kernels import head as kernels
+from pcagpt.losses.chunks import scan_chunks
+from pcagpt.losses.logits import Head, project
+from pcagpt.sharding.inside import by_device, gathered
+
+
+def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
+    """As `losses.cross_entropy`; `chunks` for bands of a high rank."""
+    z_of_bands = tuple(project(h_ND, scale_down_KD) for _, scale_down_KD, _ in head)
+    tables = tuple(wte_VK for wte_VK, *_ in head)
+    sizes = tuple(size for *_, size in head)
+    return _loss(sizes, chunks, z_of_bands, tables, targets_N)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(sizes, chunks, z_of_bands, tables, targets_N):
+    return _forward(sizes, chunks, z_of_bands, tables, targets_N)[0]
+
+
+def _forward(sizes, chunks, z_of_bands, tables, targets_N):
+    is_counted_N = targets_N >= 0
+    summaries, rows, target_logit_N = [], [], 0.0
+    cast_tables = [
+        gathered(wte_VK.astype(z_NK.dtype))
+        for wte_VK, z_NK in zip(tables, z_of_bands, strict=True)
+    ]
+    for z_NK, wte_VK, local_N, size in _bands(
+        sizes, z_of_bands, cast_tables, targets_N
+    ):
+        if kernels.fits(wte_VK.shape[1]):
+            summaries.append(kernels.summarize(z_NK, wte_VK, size))
+        else:
+            summaries.append(_summarize(z_NK, wte_VK, size, chunks))
+        is_here_N1 = ((local_N >= 0) & (local_N < size))[:, None]
+        row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
+        rows.append(jnp.where(is_here_N1, row_NK, 0.0))
+        target_logit_N += jnp.sum(rows[-1] * z_NK, axis=1)
+    normaliser_N = jax.nn.logsumexp(jnp.stack([n_N for n_N, _ in summaries]), axis=0)
+    loss = jnp.sum(jnp.where(is_counted_N, normaliser_N - target_logit_N, 0.0))
+    gradients = []
+    for (band_normaliser_N, mean_NK), row_NK in zip(summaries, rows, strict=True):
+        share_N = jnp.exp(band_normaliser_N - normaliser_N)
+        gradient_NK = share_N[:, None] * mean_NK - row_NK
+        gradients.append(jnp.where(is_counted_N[:, None], gradient_NK, 0.0))
+    return loss, (z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients)
+
+
+def _backward(sizes, chunks, residuals, cotangent):
+    z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients = residuals
+    normaliser_N = jnp.where(targets_N >= 0, normaliser_N, jnp.inf)
+    of_z = tuple(
+        (gradient_NK * cotangent).astype(z_NK.dtype)
+        for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
+    )
+
+    def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
+        found = []
+        for z_NK, wte_VK, local_N, size in _bands(
+            sizes, z_of_bands, cast_tables, targets_N
+        ):
+            if kernels.fits(wte_VK.shape[1]):
+                gradient = kernels.table_gradient
+            else:
+                gradient = functools.partial(_table_gradient, chunks=chunks)
+            gradient_VK = gradient(wte_VK, z_NK, normaliser_N, local_N)
+            is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
+            found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
+        return (tuple(found),)
+
+    # To the sums over devices nothing is done: XLA can so add the lookup's gradients
+    # before they are added up.
+    split = by_device(of_rows, [False, True, True, True, False], [False])
+    [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
+    of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
+    return of_z, of_tables, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _bands(sizes, z_of_bands, tables, targets_N):
+    """For each band z, its table, targets counted from its start, and real rows."""
+    start = 0
+    for z_NK, wte_VK, size in zip(z_of_bands, tables, sizes, strict=True):
+        yield z_NK, wte_VK, targets_N - start, size
+        start += size
+
+
+def _summarize(z_NK, wte_VK, size: int, chunks: int):
+    """`kernels.summarize` in its plain form, a chunk of tokens at a time."""
+
+    def of_rows(z_NK, wte_VK):
+        def summarize(_, arrays):
+            logits_nV = _logits(arrays[0], wte_VK)
+            normaliser_n = jax.nn.logsumexp(logits_nV, axis=1)
+            p_nV = jnp.exp(logits_nV - normaliser_n[:, None]).astype(wte_VK.dtype)
+            mean_nK = jnp.matmul(p_nV, wte_VK, preferred_element_type=jnp.float32)
+            return None, (normaliser_n, mean_nK)
+
+        return scan_chunks(summarize, None, chunks, z_NK)[1]
+
+    return by_device(of_rows, [True, False], [True, True])(z_NK, wte_VK[:size])
+
+
+def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
+    """`kernels.table_gradient` in its plain form, a chunk of tokens at a time."""
+
+    def add_chunk(total_VK, arrays):
+        z_nK, normaliser_n, targets_n = arrays
+        p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
+        error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
+        error_Vn = error_nV.astype(z_nK.dtype).T
+        gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
+        return total_VK + gradient_VK, None
+
+    zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
+    return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N, targets_N)[0]
+
+
+def _logits(z_nK, wte_VK) -> jax.Array:
+    return jnp.matmul(z_nK, wte_VK.T, preferred_element_type=jnp.float32)

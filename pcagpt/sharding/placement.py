@@ -1,0 +1,152 @@
+"""Devices: several processes, the mesh, and which axis of what lies where.
+
+The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, and every
+parameter matrix whose rows it divides, with its optimizer moments, by rows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pcagpt import kernels, trees
+from pcagpt.config import Hardware
+from pcagpt.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# Sums over devices are made where gradients lie. XLA would copy all of them into one
+# array, sum that and copy them out of it again.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
+
+# First full match wins; paths of optimizer states end in the parameter's own path.
+# Rows of the devices lie one behind the other: to gather them nothing is transposed.
+PARTITION_RULES = (
+    (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
+    (r"tables/\d+", PartitionSpec("fsdp", None)),  # A teacher's.
+    (r".*", PartitionSpec()),
+)
+
+
+def hardware() -> Hardware:
+    """What models run on here."""
+    device = jax.devices()[0]
+    return Hardware(device.platform, kernels.are_available(device))
+
+
+def start_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins this process to the others; None lets JAX ask the cluster (Slurm, ...)."""
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except ValueError as error:
+        raise UserError(
+            f"distributed start failed ({error}): outside Slurm and the like give "
+            "distributed.coordinator_address=HOST:PORT, .num_processes and .process_id"
+        ) from None
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh of data * fsdp devices; data = -1 takes all that fsdp leaves.
+
+    Raises:
+      UserError: there are not that many devices, or several processes would not use
+        all of theirs.
+    """
+    devices = jax.devices()
+    data_is_open = data == -1
+    if data_is_open:
+        data = len(devices) // fsdp
+    used = data * fsdp
+    must_use_all = jax.process_count() > 1 or data_is_open
+    if data < 1 or used > len(devices) or (must_use_all and used < len(devices)):
+        raise UserError(
+            f"mesh.data = {data} times mesh.fsdp = {fsdp} does not fit the "
+            f"{len(devices)} devices: leave mesh.data at -1 and let mesh.fsdp divide "
+            f"{len(devices)}"
+        )
+    return jax.make_mesh(
+        (data, fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices[:used],
+    )
+
+
+def check_divisible(name: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError if a batch of that size cannot be split over the mesh."""
+    if size % mesh.size:
+        raise UserError(
+            f"{name} = {size} cannot be split over {mesh.size} devices: make it a "
+            f"multiple of {mesh.size}"
+        )
+
+
+def check_splits(n_embd: int, mesh: Mesh) -> None:
+    """Raises UserError if 'fsdp' would leave a model of that width whole."""
+    if n_embd % mesh.shape["fsdp"]:
+        raise UserError(
+            f"mesh.fsdp = {mesh.shape['fsdp']} does not divide model.n_embd = "
+            f"{n_embd}: every device would hold whole matrices"
+        )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
+
+    A matrix whose rows the mesh does not divide evenly stays whole: a table may.
+    """
+
+    def place(leaf, spec):
+        sizes = [mesh.shape[name] if name else 1 for name in spec]
+        fits = len(spec) <= leaf.ndim and all(
+            length % size == 0 for length, size in zip(leaf.shape, sizes, strict=False)
+        )
+        return NamedSharding(mesh, spec if fits else PartitionSpec())
+
+    return jax.tree.map(place, tree, trees.label(tree, PARTITION_RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def part_sharding(mesh: Mesh) -> NamedSharding:
+    """For [parts, batch, ...]: every part is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process holds whole, as one global device array."""
+    return jax.make_array_from_callback(
+        batch.shape, sharding, lambda index: batch[index]
+    )
+
+
+def jit(function: Callable, mesh: Mesh) -> Callable:
+    """`jax.jit` on a mesh, which `layout` then knows, with whole results."""
+    jitted = jax.jit(function, out_shardings=replicated(mesh))
+
+    @functools.wraps(function)
+    def on_mesh(*arguments):
+        with jax.set_mesh(mesh):
+            return jitted(*arguments)
+
+    return on_mesh
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here; `name` is the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,103 @@
+"""Learning-rate schedules, decay on matrices only, and freezing."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from pcagpt import trees
+
+FROZEN, TRAINED = "frozen", "trained"
+
+# Weight decay is for matrices, tables included, and not for biases and norms.
+DECAY_RULES = (
+    (r".*/(kernel|wte|scale_up|scale_down)", True),
+    (r"wpe", True),
+    (r".*/(bias|scale)", False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; steps are optimizer updates."""
+
+    steps: int
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_learning_rate_share: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_clip: float = 1.0
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Update number (from 0) -> learning rate.
+
+    Linear warm-up whose first update already moves, at peak / warmup_steps; then
+    constant, linear or cosine, reaching the final share at the last update.
+    """
+    peak = config.learning_rate
+    warmup = min(config.warmup_steps, config.steps - 1)
+    final = peak * config.final_learning_rate_share
+    decay_steps = max(config.steps - 1 - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
+        "cosine": optax.cosine_decay_schedule(
+            peak, decay_steps, alpha=config.final_learning_rate_share
+        ),
+    }[config.schedule]
+    if warmup == 0:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def freeze_labels(params, frozen_patterns: Sequence[str]):
+    """The tree of 'frozen' and 'trained' labels; a pattern matches a whole path.
+
+    Raises:
+      ValueError: a pattern that matches no parameter.
+    """
+    rules = [(pattern, FROZEN) for pattern in frozen_patterns]
+    labels = trees.label(params, [*rules, (".*", TRAINED)])
+    for pattern in frozen_patterns:
+        hits = trees.label(params, [(pattern, True), (".*", False)])
+        if not any(jax.tree.leaves(hits)):
+            raise ValueError(f"nothing to freeze: no parameter matches {pattern!r}")
+    return labels
+
+
+def optimizer(
+    config: OptimizerConfig, frozen_patterns: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """AdamW over what trains; frozen leaves get no update and hold no moments.
+
+    Clipping and decay are inside the trained branch: frozen gradients neither shrink
+    the trained update nor decay.
+    """
+    adamw = optax.adamw(
+        learning_rate_schedule(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=lambda params: trees.label(params, DECAY_RULES),
+    )
+    if config.gradient_clip:
+        adamw = optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
+    return optax.multi_transform(
+        {TRAINED: adamw, FROZEN: optax.set_to_zero()},
+        lambda params: freeze_labels(params, frozen_patterns),
+    )
+
+
+def stop_frozen_gradients(params, frozen_patterns: Sequence[str]):
+    """The parameters, with no gradient (and no backward pass) for frozen leaves."""
+    return jax.tree.map(
+        lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf,
+        params,
+        freeze_labels(params, frozen_patterns),
+    )
