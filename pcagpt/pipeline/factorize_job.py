@@ -149,7 +149,7 @@ class FactorizeJob:
             rank
             for rank in self.ranks
             if str(rank) not in metadata["ranks"]
-            or not factor_files.is_there(self.folder, rank, self.bands > 1)
+            or not factor_files.exists(self.folder, rank, self.bands > 1)
         )
 
     def run(self) -> None:
@@ -216,7 +216,9 @@ class FactorizeJob:
                 for rank in ranks
             },
         }
-        factor_files.write(self.folder, tables, factors.singular_values, metadata)
+        factor_files.write(
+            self.folder, tables, factors.singular_values, metadata, self.bands > 1
+        )
         with Telemetry(
             self.folder,
             config={},
@@ -233,11 +235,11 @@ class FactorizeJob:
         factors: factorize.Factors,
         known: factorize.Statistics | None,
         rank: int,
-    ) -> factorize.LowRank | factorize.BandedTable:
+    ) -> factorize.FactorizedTable:
         """The table of a rank, or of its size in bands."""
         split = self.config.factorize.singular_value_split
         if self.bands == 1:
-            return factorize.truncate(factors, rank, split)
+            return factorize.table_of_rank(factors, rank, split)
         weighting = factorize.METHODS[self.method](table_VD, known)
         budget = factorize.budget_of_rank(*table_VD.shape, rank)
         try:

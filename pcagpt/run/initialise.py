@@ -14,7 +14,7 @@ import numpy as np
 
 from pcagpt import factorize, trees
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandedTable, LowRank
+from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPTConfig
 from pcagpt.run import checkpoint
@@ -132,7 +132,9 @@ def positions(order_V: np.ndarray) -> dict:
     return {"embed": {"position_of_token": position_V}}
 
 
-def band_parameters(table: BandedTable, padding: int, scale_tying: bool = True) -> dict:
+def band_parameters(
+    table: FactorizedTable, padding: int, scale_tying: bool = True
+) -> dict:
     """{parameter path: array} of a table in bands, for a model of the same bands.
 
     Args:
@@ -140,12 +142,11 @@ def band_parameters(table: BandedTable, padding: int, scale_tying: bool = True) 
       padding: rows of zeros that the last band gets.
       scale_tying: whether the model's two scale matrices are one.
     """
-    found, last = {}, len(table.tables) - 1
-    for number, part in enumerate(table.tables):
-        rows = part.wte if isinstance(part, LowRank) else part
-        padded = np.pad(rows, ((0, padding if number == last else 0), (0, 0)))
+    found, last = {}, len(table.bands) - 1
+    for number, part in enumerate(table.bands):
+        padded = np.pad(part.wte, ((0, padding if number == last else 0), (0, 0)))
         found[f"embed/band_{number}/wte"] = padded.astype(np.float32)
-        if isinstance(part, LowRank):
+        if part.scale is not None:
             scale = part.scale.astype(np.float32)
             found[f"embed/band_{number}/scale_up"] = scale
             if not scale_tying:
