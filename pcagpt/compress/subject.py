@@ -17,7 +17,7 @@ from pcagpt import trees
 from pcagpt.data.batches import EvaluationBatches, TrainingBatches
 from pcagpt.data.corpus import Corpus, fingerprint, open_corpus
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandedTable, Statistics
+from pcagpt.factorize import FactorizedTable, Statistics
 from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPT
 from pcagpt.run import calibrate as statistics
@@ -136,7 +136,9 @@ class Subject:
             statistics.write(path, found, protocol)
         return found
 
-    def write(self, folder: Path, table: BandedTable, origin: dict[str, Any]) -> None:
+    def write(
+        self, folder: Path, table: FactorizedTable, origin: dict[str, Any]
+    ) -> None:
         """The model with another table: config.json, ckpt/0 and the factors' files.
 
         All commands take it as they take a run. If the same is there already it is left
@@ -157,7 +159,7 @@ class Subject:
         (folder / "config.json").unlink(missing_ok=True)  # Written last again.
         checkpoint.save_weights(folder, compressed_variables(self, table))
         factor_files.write_bands(folder / "factors", table)
-        is_banded = len(table.tables) > 1
+        is_banded = len(table.bands) > 1
         model = {
             "n_embd_wte": None if is_banded else table.ranks[0] or None,
             "n_embd_wte_scale_tying": True,
@@ -168,15 +170,15 @@ class Subject:
         run_folder.write_config(folder, {**record, "model": model, "compressed": made})
 
 
-def _sha256(table: BandedTable) -> str:
+def _sha256(table: FactorizedTable) -> str:
     """Of every number of a table: what it is made from may change unseen."""
     digest = hashlib.sha256(table.order.tobytes())
-    for leaf in jax.tree.leaves((table.tables, table.mean)):
+    for leaf in jax.tree.leaves((table.bands, table.mean)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
-def compressed_variables(subject: Subject, table: BandedTable) -> dict:
+def compressed_variables(subject: Subject, table: FactorizedTable) -> dict:
     """{'params', 'constants'} of the subject's model with another table."""
     params = dict(subject.host_params)
     padding = subject.model.config.padded_vocab_size - len(table.order)
@@ -184,5 +186,5 @@ def compressed_variables(subject: Subject, table: BandedTable) -> dict:
     params["embed"] = trees.unflatten(leaves)["embed"]
     if table.mean is not None:
         params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
-    constants = warm_start.positions(table.order) if len(table.tables) > 1 else {}
+    constants = warm_start.positions(table.order) if len(table.bands) > 1 else {}
     return {"params": params, "constants": constants}
