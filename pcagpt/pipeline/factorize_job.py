@@ -74,7 +74,7 @@ class FactorizeJob:
         is_banded = self.settings.factorize.bands > 1
         is_complete = all(
             str(rank) in metadata["ranks"]
-            and files.is_there(self.folder, rank, is_banded)
+            and files.exists(self.folder, rank, is_banded)
             for rank in self.settings.ranks
         )
         return DONE if is_complete else TO_DO
@@ -202,7 +202,8 @@ class FactorizeJob:
             "effective_rank": factorize.effective_rank(factors.singular_values),
             "ranks": {str(rank): describe(rank) for rank in ranks},
         }
-        files.write(self.folder, tables, factors.singular_values, metadata)
+        in_bands = self.settings.factorize.bands > 1
+        files.write(self.folder, tables, factors.singular_values, metadata, in_bands)
         with Telemetry(
             self.folder,
             config={},
@@ -223,9 +224,8 @@ class FactorizeJob:
         chosen = self.settings.factorize
         split, bands = chosen.singular_value_split, chosen.bands
         if bands == 1:
-            low_rank = factorize.truncate(factors, rank, split)
-            return FactorizedTable.of_one_band(low_rank, factors.mean)
-        weighting = factorize.METHODS[chosen.method].weigh(table_VD, statistics)
+            return factorize.table_of_rank(factors, rank, split)
+        weighting = factorize.METHODS[chosen.method](table_VD, statistics)
         budget = factorize.budget_of_rank(*table_VD.shape, rank)
         try:
             return factorize.banded(table_VD, weighting, bands, budget, split)
@@ -237,7 +237,7 @@ class FactorizeJob:
 
     @property
     def _needs_statistics(self) -> bool:
-        return factorize.METHODS[self.settings.factorize.method].needs_statistics
+        return factorize.needs_statistics(self.settings.factorize.method)
 
     @property
     def _calibrates(self) -> bool:
