@@ -54,7 +54,8 @@ def target_cosines(h_ND, head, positions_N) -> tuple[jax.Array, jax.Array]:
     h_ND = h_ND.astype(jnp.float32)
     cosine_N = cosine_d_N = jnp.zeros(h_ND.shape[0], jnp.float32)
     start = 0
-    for wte_VK, scale_down_KD, size in head:
+    for band in head:
+        wte_VK, scale_down_KD, size = band.wte, band.scale_down, band.size
         local_N = positions_N - start
         row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)]
         z_NK, row_ND = h_ND, row_NK
@@ -78,7 +79,7 @@ def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
     h_ND = model.apply(variables, inputs_BT, method="hidden")
     # Whole before the chunks: else devices would send each other hidden states in each.
     head = [
-        band._replace(wte=inside.gathered(band.wte))
+        band.replace(wte=inside.gathered(band.wte))
         for band in model.apply(variables, method="head")
     ]
     targets_N = targets_BT.reshape(-1)
