@@ -27,7 +27,6 @@ COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 # Rows of the devices lie one behind the other: to gather them nothing is transposed.
 PARTITION_RULES = (
     (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
-    (r"tables/\d+", PartitionSpec("fsdp", None)),  # A teacher's.
     (r".*", PartitionSpec()),
 )
 
