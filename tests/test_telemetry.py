@@ -17,7 +17,7 @@ from pcagpt.telemetry.record import Telemetry
 
 
 def start(folder, **options):
-    return Telemetry(folder, config={"train": {"steps": 3}}, run_name="run", **options)
+    return Telemetry(folder, config={"train": {"steps": 3}}, **options)
 
 
 def read_lines(folder):
@@ -191,7 +191,7 @@ def test_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'pcagpt\[wandb\]'"):
         start(tmp_path / "run", wandb=True)
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("run/*"))
 
 
 @pytest.fixture

@@ -170,16 +170,3 @@ def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus
     if not folder.is_dir():
         write_token_folder(folder, found, encoding)
     return Corpus(folder=folder, **token_files.read_meta(folder, chosen))
-
-
-# Kept until the callers use the methods of Corpus.
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """See `Corpus.fingerprint`."""
-    return corpus.fingerprint()
-
-
-def text_counts(corpus: Corpus, split: str) -> TextSize | None:
-    """See `Corpus.text_size`."""
-    return corpus.text_size(split)

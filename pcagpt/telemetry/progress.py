@@ -116,13 +116,3 @@ class Progress:
             self._display.remove_task(self._task)
         elif not self._display.disable:
             self._display.stop()
-
-
-class SilentProgress(Progress):
-    """Shows nothing."""
-
-    def __init__(self):
-        super().__init__("", 0)
-
-    def __enter__(self) -> "SilentProgress":
-        return self

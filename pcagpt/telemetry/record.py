@@ -13,7 +13,6 @@ import jax
 
 from pcagpt.errors import UserError
 from pcagpt.files import strict, write_text
-from pcagpt.telemetry.progress import Progress, SilentProgress  # noqa: F401
 
 
 def _cut_metrics(path: Path, last_step: int) -> set[tuple[int, str]]:
@@ -48,21 +47,20 @@ def import_wandb() -> ModuleType:
 
 
 def _start_wandb(
-    run_dir: Path, config: Mapping[str, Any], name: str, project: str, resume: bool
+    run_dir: Path, config: Mapping[str, Any] | None, project: str, resume: bool
 ) -> Any:
     """Starts a W&B run, or continues the one that the folder names."""
     wandb = import_wandb()
-    run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"
     known = resume and id_file.exists()
     try:
         run = wandb.init(
             project=project,
-            name=name,
+            name=run_dir.name,
             id=id_file.read_text("utf-8").strip() if known else None,
             resume="allow" if known else None,
             dir=str(run_dir),
-            config=dict(config),
+            config=config,
             # Its copy of the console would break the progress bar.
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -82,12 +80,11 @@ def _start_wandb(
 class Telemetry:
     """Records one run in its folder; a context manager.
 
-    Only the first process records; on all others every method does nothing.
+    On all processes but the first, every method does nothing.
 
     Args:
       run_dir: the run's folder; made if it does not exist.
       config: the resolved config (nested mappings), for W&B.
-      run_name: the run's name in W&B.
       resume_step: step of the checkpoint that the run continues from; None starts
         metrics.jsonl anew. Lines after that step are removed, and a line that is
         already there is not written again: there is one line per (step, split).
@@ -105,8 +102,7 @@ class Telemetry:
         self,
         run_dir: str | os.PathLike,
         *,
-        config: Mapping[str, Any],
-        run_name: str,
+        config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
         tensorboard: bool = True,
         wandb: bool = False,
@@ -115,9 +111,9 @@ class Telemetry:
         if jax.process_index() > 0:
             return
         run_dir, resume = Path(run_dir), resume_step is not None
-        if wandb:  # first, because it can fail
-            self._wandb = _start_wandb(run_dir, config, run_name, wandb_project, resume)
         run_dir.mkdir(parents=True, exist_ok=True)
+        if wandb:  # first, because it can fail
+            self._wandb = _start_wandb(run_dir, config, wandb_project, resume)
         last_step = resume_step if resume else -1
         self._path = run_dir / "metrics.jsonl"
         self._logged = _cut_metrics(self._path, last_step)
@@ -130,11 +126,6 @@ class Telemetry:
                 # Two writers within a second would otherwise share one file name.
                 filename_suffix=f".{time.time_ns()}",
             )
-
-    @classmethod
-    def silent(cls) -> "Telemetry":
-        """Kept until its callers rely on the check of the process in `__init__`."""
-        return object.__new__(cls)
 
     def log(
         self, step: int, tokens: int, split: str, metrics: Mapping[str, Any]
@@ -194,16 +185,11 @@ class Telemetry:
         if self._wandb:
             self._wandb.summary.update(metrics)
 
-    def close(self, exit_code: int = 0) -> None:
-        """Writes what is pending; W&B marks the run as failed unless the code is 0."""
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=exit_code)
-        self._path = self._board = self._wandb = None
-
     def __enter__(self) -> "Telemetry":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
