@@ -51,6 +51,7 @@ def _start_wandb(
 ) -> Any:
     """Starts a W&B run, or continues the one that the folder names."""
     wandb = import_wandb()
+    run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"
     known = resume and id_file.exists()
     try:
@@ -111,9 +112,9 @@ class Telemetry:
         if jax.process_index() > 0:
             return
         run_dir, resume = Path(run_dir), resume_step is not None
-        run_dir.mkdir(parents=True, exist_ok=True)
         if wandb:  # first, because it can fail
             self._wandb = _start_wandb(run_dir, config, wandb_project, resume)
+        run_dir.mkdir(parents=True, exist_ok=True)
         last_step = resume_step if resume else -1
         self._path = run_dir / "metrics.jsonl"
         self._logged = _cut_metrics(self._path, last_step)
