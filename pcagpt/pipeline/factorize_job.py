@@ -206,8 +206,6 @@ class FactorizeJob:
         files.write(self.folder, tables, factors.singular_values, metadata, in_bands)
         with Telemetry(
             self.folder,
-            config={},
-            run_name=self.folder.name,
             tensorboard=self.settings.telemetry.tensorboard,
         ) as telemetry:
             figure = spectrum_figure(factors.singular_values, ranks)
