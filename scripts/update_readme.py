@@ -8,9 +8,9 @@ import re
 from itertools import chain
 from pathlib import Path
 
-from pcagpt.arms import BY_LETTER
+from pcagpt.arms import ARMS
 from pcagpt.report import equal_size_table, recovery_table
-from pcagpt.report.wording import (
+from pcagpt.report.text import (
     NOTHING,
     code,
     count,
@@ -32,7 +32,7 @@ def results_table(folder: Path) -> str:
     rows = [
         [
             f"**{row['letter']}**",
-            BY_LETTER[row["letter"]].title,
+            ARMS[row["arm"]].title,
             count(row["rank"]),
             fixed(row["val_loss"]),
             NOTHING if row["letter"] == "D" else signed(row["added_loss"]),
