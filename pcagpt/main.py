@@ -14,10 +14,10 @@
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
   --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
 
-What is finished is skipped, what was interrupted resumes. Exit codes: 0 done, 2 a
-mistake in what was asked for (nothing was written), 1 anything else.
+Finished runs are skipped, interrupted runs resume. Exit codes: 0 done, 2 a mistake in
+the command or its inputs (nothing was written), 1 anything else.
 
-  --print_config    show every knob's value and what would be done, and stop
+  --print_config    show every knob's value and the plan, and stop
   --help            show this text
 """
 
@@ -34,10 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import logging as absl_logging
-from ml_collections import ConfigDict
 
-from pcagpt import config as knobs
-from pcagpt.config import command_line
+from pcagpt.config import Settings, command_line, validate
 from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
@@ -51,17 +49,17 @@ _OUT_OF_MEMORY = (
 
 
 def main(arguments: list[str]) -> int:
-    """Does what a command line (program name first) asks for; returns the exit code.
+    """Runs a command line (program name first) and returns its exit code.
 
-    A person's mistake is one line on stderr, a bug is an exception.
+    A person's mistake becomes one line on stderr. A bug stays an exception.
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
             print(__doc__, command_line.knobs_text(), sep="\n")
             return DONE
-        config, print_only = command_line.parse(arguments)
+        settings, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
-        run(config, command, print_only)
+        run(settings, command, print_only)
         return DONE
     except UserError as error:
         return _say(str(error), PERSONS_MISTAKE)
@@ -71,61 +69,62 @@ def main(arguments: list[str]) -> int:
         return _say(_INTERRUPTED, FAILED)
     except MemoryError:
         return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
-    except RuntimeError as error:  # The class of JAX's own errors.
+    except RuntimeError as error:  # JAX's own errors are of this class.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
 
 
-def run(config: ConfigDict, command: str, print_only: bool) -> None:
-    """Does, or only describes, what the config asks for."""
-    knobs.validate(config)
+def run(settings: Settings, command: str, print_only: bool) -> None:
+    """Does what the settings ask for, or only describes it."""
+    validate(settings)
     with _ended_by_interrupt():
-        # Here because it takes seconds, and mistakes should show at once.
+        # These imports take seconds. Mistakes in the settings are reported before.
+        import jax
+
         from pcagpt.compress.sweep import compress
-        from pcagpt.pipeline import execute as experiment
-        from pcagpt.pipeline.evaluate_task import evaluate_run
+        from pcagpt.pipeline import execute
+        from pcagpt.pipeline.evaluate import evaluate
         from pcagpt.pipeline.plan import make_plan
-        from pcagpt.pipeline.sample_task import sample_run
+        from pcagpt.pipeline.sample import sample
         from pcagpt.run import checkpoint
         from pcagpt.sharding import placement
 
-    if config.distributed.enabled:
+    if settings.distributed.enabled:
         placement.start_processes(
-            config.distributed.coordinator_address,
-            config.distributed.num_processes,
-            config.distributed.process_id,
+            settings.distributed.coordinator_address,
+            settings.distributed.num_processes,
+            settings.distributed.process_id,
         )
-    if config.task in TASKS_OF_A_MODEL:
-        run_dir, step = checkpoint.find(config.model_path)
+    if settings.task in TASKS_OF_A_MODEL:
+        run_dir, step = checkpoint.find(settings.model_path)
         if print_only:
-            print(command_line.listing(config))
-            print(f"\n{config.task} {run_dir} at step {step}")
-        elif config.task == "evaluate":
-            print(json.dumps(evaluate_run(config), indent=2))
-        elif config.task == "sample":
-            print(*sample_run(config), sep="\n---\n")
+            print(command_line.listing(settings))
+            print(f"\n{settings.task} {run_dir} at step {step}")
+            return
+        if settings.task == "compress":
+            compress(settings, command)
+            if settings.compress.recover_ranks:
+                execute.recover(settings)
+            return
+        if settings.task == "evaluate":
+            text = json.dumps(evaluate(settings), indent=2)
         else:
-            compress(config, command)
-            if config.compress.recover_ranks:
-                experiment.recover(config)
+            text = "\n---\n".join(sample(settings))
+        if jax.process_index() == 0:
+            print(text)
         return
-    plan = make_plan(config)
+    plan = make_plan(settings)
     if print_only:
-        experiment.check(plan, config)
-        print(
-            command_line.listing(config),
-            "",
-            *experiment.describe(plan),
-            sep="\n",
-        )
+        execute.check(plan, settings)
+        print(command_line.listing(settings), "", *execute.describe(plan), sep="\n")
     else:
-        experiment.execute(plan, config, command)
+        execute.execute(plan, settings, command)
 
 
 @contextlib.contextmanager
 def _ended_by_interrupt() -> Iterator[None]:
-    """Within, Ctrl-C ends the process: an import might swallow a KeyboardInterrupt."""
+    """Makes Ctrl-C end the process: an import may swallow a KeyboardInterrupt."""
 
     def end(*_):
         os.write(sys.stderr.fileno(), f"pcagpt: {_INTERRUPTED}\n".encode())
@@ -148,7 +147,7 @@ def _say(message: str, exit_code: int) -> int:
 
 
 def prepare_process() -> None:
-    """Silences the libraries and keeps what is compiled; before they are imported."""
+    """Silences libraries and caches compiled programs. Call before importing them."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault(
@@ -160,23 +159,23 @@ def prepare_process() -> None:
     warnings_shown.setFormatter(logging.Formatter("pcagpt: %(message)s"))
     logger = logging.getLogger("pcagpt")
     logger.addHandler(warnings_shown)
-    logger.propagate = False  # Libraries put handlers of their own on the root.
+    logger.propagate = False  # Libraries add their own handlers to the root logger.
 
 
 def _keep_freed_memory() -> None:
-    """Lets a step on a CPU have the memory of the step before.
+    """Makes glibc keep freed memory, so that each step on a CPU reuses it.
 
-    glibc would give large buffers back to the system each time, and get them anew with
-    a page fault for every 4 KiB of them. Who has told glibc something else is heard.
+    Otherwise glibc returns large buffers to the system after each step and gets them
+    back with a page fault for every 4 KiB. Settings in the environment win.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    trim_threshold, mmap_threshold, arenas = -1, -3, -8  # as <malloc.h> numbers them
+    trim_threshold, mmap_threshold, arenas = -1, -3, -8  # Numbers of <malloc.h>.
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # Another C library.
         return
-    # Older versions refuse such a threshold, and the rest would then do harm.
+    # Older versions refuse this threshold. The other options alone would do harm.
     if mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(arenas, 1)

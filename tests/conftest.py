@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import execute, quick_compiles
 
-from pcagpt import config as knobs
+from pcagpt.config import base
 
 VOCAB_SIZE = 97
 
@@ -37,7 +37,7 @@ def corpus_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_config(corpus_folder, tmp_path):
     """The base config shrunk to seconds, on one device; a copy for every test."""
-    config = knobs.base()
+    config = base()
     config.workdir = str(tmp_path / "runs")
     config.data.source = str(corpus_folder)
     shrink(config)
@@ -83,9 +83,9 @@ def quick(compiled):
 def finished_experiment(corpus_folder, compiled, tmp_path_factory):
     """The config of a tiny experiment that is done: D, A, C and B at rank 8.
 
-    All checkpoints are there: 0, 3 and 6 (B: 0 and 3). Copy its workdir to change it.
+    All checkpoints are there: 3 and 6 (B: 3). Copy its workdir to change it.
     """
-    config = shrink(knobs.base())
+    config = shrink(base())
     config.task = "experiment"
     config.workdir = str(tmp_path_factory.mktemp("finished") / "runs")
     config.data.source = str(corpus_folder)

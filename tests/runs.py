@@ -14,13 +14,14 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from pcagpt.data.corpus import open_corpus
+from pcagpt.config import Settings
 from pcagpt.factorize import Statistics
-from pcagpt.pipeline import execute as experiment
-from pcagpt.pipeline.plan import make_plan
-from pcagpt.run import calibrate as statistics
+from pcagpt.pipeline import execute as pipeline
+from pcagpt.pipeline.plan import Job, make_plan
+from pcagpt.run import calibrate
 from pcagpt.run.checkpoint import FOLDER, Checkpoints, steps
-from pcagpt.training.loop import Training
+from pcagpt.training import loop
+from pcagpt.training.setup import Setup
 from pcagpt.training.step import TrainState
 
 BANDS = {"model.band_sizes": (10, 40, 47), "model.band_ranks": (0, 8, 4)}
@@ -64,47 +65,41 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
     return copy
 
 
+def job(config: ConfigDict) -> Job:
+    """The last job that a config asks for."""
+    return make_plan(Settings.of(config)).jobs[-1]
+
+
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
-    plan = make_plan(config)
-    experiment.execute(plan, config, "a command")
-    last = plan.jobs[-1]
-    return getattr(last, "run_dir", None) or last.folder
+    settings = Settings.of(config)
+    plan = make_plan(settings)
+    pipeline.execute(plan, settings, "a command")
+    return plan.jobs[-1].folder
 
 
-def last_run_dir(config: ConfigDict) -> Path:
-    """The folder of the run that a config of task 'train' asks for."""
-    return make_plan(config).jobs[-1].folder
+def setup(config: ConfigDict) -> Setup:
+    """What the run of a 'train' config trains with."""
+    asked = job(config)
+    return Setup.of(asked.settled(), asked.corpus())
 
 
-def status(config: ConfigDict) -> str:
-    """'done', 'to do' or 'resumes at step N' of that run."""
-    return make_plan(config).jobs[-1].status()
-
-
-def training(config: ConfigDict) -> Training:
-    """The run that a config of task 'train' asks for, not begun."""
-    job = make_plan(config).jobs[-1]
-    corpus = open_corpus(config.data.source, Path(config.workdir) / "data")
-    return Training(job.settled(), job.record(), job.folder, corpus)
-
-
-def start(run: Training) -> tuple[TrainState, Any]:
-    """The state that a new run starts from, with its shardings."""
-    with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
-        state, shardings, _ = run.start(checkpoints)
+def start(setup: Setup, run_dir: Path) -> tuple[TrainState, Any]:
+    """The state that a run in this folder starts from, with its shardings."""
+    with Checkpoints(run_dir, keep_last=1) as checkpoints:
+        state, shardings, _ = loop.start(setup, checkpoints)
     return state, shardings
 
 
 def losses(config: ConfigDict, steps: int) -> list[float]:
     """The loss of a new run's first steps."""
-    run = training(config)
-    state, shardings = start(run)
-    teacher = run.place_teacher(state)
-    step = run.compile_step(state, shardings, teacher)
+    made = setup(config)
+    state, shardings = start(made, job(config).folder)
+    teacher = loop.place_teacher(made, state)
+    step = loop.compile_step(made, state, shardings, teacher)
     found = []
     for number in range(steps):
-        state, metrics = step(state, run.batch(number), teacher)
+        state, metrics = step(state, made.batch(number), teacher)
         found.append(float(metrics["loss"]))
     return found
 
@@ -154,15 +149,15 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
     """Sends this process a signal when training asks for the batch of a step."""
-    batch = Training.batch
+    batch = Setup.batch
 
     def batch_and_signal(self, asked):
-        # Compiling asks for batch 0.
+        # Compilation asks for batch 0, too.
         if asked == step:
             os.kill(os.getpid(), number)
         return batch(self, asked)
 
-    monkeypatch.setattr(Training, "batch", batch_and_signal)
+    monkeypatch.setattr(Setup, "batch", batch_and_signal)
 
 
 def write_statistics(path: Path, vocab_size: int, width: int, seed: int = 0) -> None:
@@ -178,4 +173,4 @@ def write_statistics(path: Path, vocab_size: int, width: int, seed: int = 0) -> 
         gradient_moment=moment,
         context_moment=random.normal(size=(width, width)),
     )
-    statistics.write(path, found, {})
+    calibrate.write(path, found, {})

@@ -12,8 +12,8 @@ from pcagpt.factorize import (
     banded,
     budget_of_rank,
     frequency_bands,
-    single_band,
     solve,
+    table_of_rank,
 )
 
 V, D = 700, 12
@@ -55,7 +55,7 @@ def test_a_single_band_is_the_plain_factorization():
     factors = solve(TABLE, WEIGHTING)
     for rank in (1, 5, 11):
         found = banded(TABLE, WEIGHTING, 1, budget_of_rank(V, D, rank))
-        wanted = single_band(factors, rank)
+        wanted = table_of_rank(factors, rank)
         assert (found.ranks, found.sizes) == ((rank,), (V,))
         np.testing.assert_allclose(found.dense(), wanted.dense(), atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_bands_lose_less_than_one_rank_at_the_same_budget(count, rank):
     budget = budget_of_rank(V, D, rank)
     found = banded(TABLE, WEIGHTING, count, budget + V)  # The order comes on top.
     assert found.parameters <= budget + V
-    assert error(found) < error(single_band(solve(TABLE, WEIGHTING), rank))
+    assert error(found) < error(table_of_rank(solve(TABLE, WEIGHTING), rank))
 
 
 @pytest.mark.parametrize("budget", [1600, 2000, 3333, 5000, 9000, 20_000])
@@ -74,12 +74,9 @@ def test_bands_lose_less_than_one_rank_at_the_same_budget(count, rank):
 def test_a_budget_is_never_exceeded_and_what_is_counted_is_stored(count, budget):
     table = banded(TABLE, WEIGHTING, count, budget)
     stored = sum(
-        part.wte.size + part.scale.size
-        if isinstance(part, factorize.LowRank)
-        else part.size
-        for part in table.tables
+        array.size for band in table.bands for array in band if array is not None
     )
-    stored += V if len(table.tables) > 1 else 0
+    stored += V if len(table.bands) > 1 else 0
     assert table.parameters == stored <= budget
     assert sorted(table.order) == list(range(V))
     assert sum(table.sizes) == V
@@ -151,7 +148,7 @@ def test_a_single_band_has_the_tokens_in_the_order_of_their_ids():
     assert made.sizes == (30,)
     np.testing.assert_array_equal(made.order, np.arange(30))
     factors = factorize.solve(table, weighting)
-    single = factorize.single_band(factors, made.ranks[0])
+    single = factorize.table_of_rank(factors, made.ranks[0])
     np.testing.assert_allclose(made.dense(), single.dense(), atol=1e-9)
 
 
@@ -172,7 +169,7 @@ def test_bands_never_leave_more_error_than_one_band_of_the_same_size(seed):
     rank = int(random.integers(3, width))
     budget = factorize.budget_of_rank(size, width, rank)
     made = factorize.banded(table, weighting, int(random.integers(2, 5)), budget)
-    single = factorize.single_band(factorize.solve(table, weighting), rank)
+    single = factorize.table_of_rank(factorize.solve(table, weighting), rank)
     assert made.parameters <= budget
     error, least = (weighted_error(table, weighting, t) for t in (made, single))
     assert error <= least * (1 + 1e-9)
@@ -188,7 +185,7 @@ def test_rows_in_bands_are_refitted_to_their_contexts():
     made = factorize.banded(table, weighting, 3, budget)
     assert len(made.sizes) > 1
     start = 0
-    for part, size, rank in zip(made.tables, made.sizes, made.ranks, strict=True):
+    for part, size, rank in zip(made.bands, made.sizes, made.ranks, strict=True):
         rows = made.order[start : start + size]
         start += size
         if rank:

@@ -10,7 +10,14 @@ import pytest
 
 from pcagpt import trees
 from pcagpt.config import base
-from pcagpt.factorize import by_method, energy_kept, truncate
+from pcagpt.factorize import (
+    BandFactors,
+    FactorizedTable,
+    by_method,
+    energy_kept,
+    table_of_rank,
+    truncate,
+)
 from pcagpt.factorize import files as factor_files
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
@@ -97,7 +104,8 @@ def log_probs(config, variables, tokens=TOKENS):
         method="hidden",
         rngs={"dropout": jax.random.key(0)},
     )
-    ((wte, down, size),) = model.apply(variables, method="head")
+    [band] = model.apply(variables, method="head")
+    wte, down, size = band.wte, band.scale_down, band.size
     z_NK = h_ND if down is None else h_ND @ down.T
     return jax.nn.log_softmax(z_NK @ wte[:size].T)
 
@@ -145,7 +153,7 @@ def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
 def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        wte, scale, _ = truncate(by_method(TABLE, "svd"), rank, 0.5)
+        wte, scale = truncate(by_method(TABLE, "svd"), rank, 0.5)
         low = with_rank(config, rank)
         assert_same_function(
             low,
@@ -170,7 +178,7 @@ def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tole
     energy = energy_kept(factors.singular_values)
     whole = np.sum(TABLE**2)
     for rank in range(1, WIDTH + 1):
-        wte, scale, _ = truncate(factors, rank)
+        wte, scale = truncate(factors, rank)
         squared_error = np.sum((TABLE - wte.astype(np.float64) @ scale) ** 2)
         tail = np.sum(exact[rank:] ** 2)
         assert squared_error == pytest.approx(tail, abs=tolerance * whole)
@@ -194,7 +202,7 @@ def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
 def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
     with jax.enable_x64(True):
         config = with_rank(in_float64(DENSE), 3, tied)
-        wte, scale, _ = truncate(by_method(TABLE, "svd"), 3)
+        wte, scale = truncate(by_method(TABLE, "svd"), 3)
         gauge = np.random.default_rng(3).normal(size=(3, 3))
         assert np.abs(gauge - gauge.T).max() > 0.5
         assert_same_function(
@@ -213,7 +221,8 @@ def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
 def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        wte, scale, mean = truncate(by_method(TABLE, "pca"), rank)
+        table = table_of_rank(by_method(TABLE, "pca"), rank)
+        ((wte, scale),), mean = table.bands, table.mean
         assert np.linalg.norm(mean) > 1
         low = with_rank(config, rank)
         assert_same_function(
@@ -229,14 +238,13 @@ def test_error_of_a_centred_table_lies_between_two_uncentred_ranks():
     with jax.enable_x64(True):
         plain, centred = by_method(TABLE, "svd"), by_method(TABLE, "pca")
 
-    def error(low_rank):
-        mean = 0 if low_rank.mean is None else low_rank.mean
-        return np.linalg.norm(TABLE - mean - low_rank.wte @ low_rank.scale)
+    def error(factors, rank):
+        return np.linalg.norm(TABLE - table_of_rank(factors, rank).dense())
 
     for rank in range(1, WIDTH):
-        found = error(truncate(centred, rank))
-        assert error(truncate(plain, rank + 1)) - 1e-12 <= found
-        assert found <= error(truncate(plain, rank)) + 1e-12
+        found = error(centred, rank)
+        assert error(plain, rank + 1) - 1e-12 <= found
+        assert found <= error(plain, rank) + 1e-12
 
 
 # 7. What fine-tuning starts from.
@@ -250,7 +258,7 @@ def test_finetuning_at_full_rank_starts_at_the_loss_of_the_baseline(method, tmp_
         checkpoints.wait()
     table = np.asarray(baseline["params"]["embed"]["band_0"]["wte"])[:VOCAB]
     factors = by_method(table, method)
-    low_rank = truncate(factors, WIDTH)
+    low_rank = table_of_rank(factors, WIDTH)
     factor_files.write(tmp_path, {WIDTH: low_rank}, factors.singular_values, {})
     init = base().init
     init.import_wte_npy = str(factor_files.table_path(tmp_path, WIDTH))
@@ -320,14 +328,10 @@ def test_frozen_leaves_are_bit_identical_after_decay_and_have_no_moments(
     for path in before:
         same = np.array_equal(before[path], after[path])
         assert same == (path in held), path
-    for name, old, new in zip(
-        ("wte", "scale_down", "size"),
-        model.apply(first.variables, method="head")[0],
-        model.apply(state.variables, method="head")[0],
-        strict=True,
-    ):
-        fixed = {"scale_down": {"scale_up", "scale_down"}}.get(name, {name}) & frozen
-        assert np.array_equal(old, new) == bool(fixed or name == "size")
+    old, new = (model.apply(s.variables, method="head")[0] for s in (first, state))
+    assert np.array_equal(old.wte, new.wte) == ("wte" in frozen)
+    holds_scale = bool(frozen & {"scale_up", "scale_down"})
+    assert np.array_equal(old.scale_down, new.scale_down) == holds_scale
 
     moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     trained = [leaf.shape for path, leaf in after.items() if path not in held]
@@ -347,9 +351,8 @@ def test_export_and_import_are_the_identity(rank, order, tmp_path):
     spectrum = np.sort(random.random(WIDTH))[::-1]
     if rank == WIDTH:
         assert not np.allclose(scale, scale.T)  # a transposed copy would show
-    factor_files.write(
-        tmp_path, {rank: (wte, scale, mean)}, spectrum, {"ranks": [rank]}
-    )
+    written = FactorizedTable.of_one_band(BandFactors(wte, scale), mean)
+    factor_files.write(tmp_path, {rank: written}, spectrum, {"ranks": [rank]})
     table = factor_files.read_table(factor_files.table_path(tmp_path, rank))
     scales = factor_files.read_scale_matrices(factor_files.scale_path(tmp_path, rank))
     for found, written in (

@@ -15,7 +15,7 @@ from pcagpt import config as knobs
 from pcagpt import main
 from pcagpt.compress import sweep as compress
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandedTable, LowRank
+from pcagpt.factorize import BandFactors, FactorizedTable
 from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.pipeline import execute as experiment
@@ -389,10 +389,10 @@ def place(tmp_path_factory, corpus_folder, finished_experiment):
     run_folder.write_config(talker, record)
     order, rows = np.arange(97, dtype=np.int32), random.normal(size=(97, 32))
     parts = tuple(
-        LowRank(rows[part, :rank], rows[:rank], None)
+        BandFactors(rows[part, :rank], rows[:rank])
         for part, rank in ((slice(20), 8), (slice(20, 97), 4))
     )
-    factor_files.write_bands(folder / "bands", BandedTable(order, parts, None))
+    factor_files.write_bands(folder / "bands", FactorizedTable(order, parts, None))
     np.save(folder / "table.npy", random.normal(size=(20, 4)))
     write_statistics(folder / "table.statistics.npz", 20, 4)
     write_statistics(folder / "other_statistics.npz", 20, 4, seed=1)

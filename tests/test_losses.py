@@ -11,6 +11,7 @@ import pytest
 
 from pcagpt.kernels import head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
+from pcagpt.model import HeadBand
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH = 6
@@ -48,7 +49,8 @@ def inputs(bands, tokens, dtype=np.float32):
 
 
 def head_of(tables, sizes):
-    return [(wte, down, size) for (wte, down), size in zip(tables, sizes, strict=True)]
+    pairs = zip(tables, sizes, strict=True)
+    return tuple(HeadBand(wte, down, size) for (wte, down), size in pairs)
 
 
 def dense_losses(h, tables, sizes, targets):
@@ -296,7 +298,7 @@ def distilled_by(chunks, logits_dtype=jnp.float32, share=1.0):
             head_of(tables, sizes),
             targets,
             teacher_h,
-            teacher_tables,
+            head_of([(table, None) for table in teacher_tables], sizes),
             share=share,
             logits_dtype=logits_dtype,
             chunks=chunks,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pcagpt.losses import cross_entropy
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.training import optim
 from pcagpt.training.step import StepSettings, initial_state, train_step
 
@@ -33,7 +33,7 @@ def compiled_loss(rank, kernels, tokens):
     def loss(h, wte, down, targets):
         return cross_entropy(
             h,
-            [(wte, down, VOCAB)],
+            (HeadBand(wte, down, VOCAB),),
             targets,
             logits_dtype=jnp.bfloat16,
             chunks=CHUNKS,

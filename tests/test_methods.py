@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pcagpt import factorize
-from pcagpt.factorize import METHODS, Statistics, Weighting, solve, truncate
+from pcagpt.factorize import (
+    METHODS,
+    BandFactors,
+    Statistics,
+    Weighting,
+    solve,
+    table_of_rank,
+)
 from pcagpt.factorize.methods import token_contexts
 
 V, D = 60, 8
@@ -44,13 +51,12 @@ def weighted_error(error, weighting):
 
 
 def rebuilt(low_rank):
-    product = low_rank.wte @ low_rank.scale
-    return product if low_rank.mean is None else product + low_rank.mean
+    return low_rank.dense()
 
 
 def close_to(factors, wanted, tolerance):
     for rank in (1, 3, D):
-        found, other = (rebuilt(truncate(f, rank)) for f in (factors, wanted))
+        found, other = (rebuilt(table_of_rank(f, rank)) for f in (factors, wanted))
         np.testing.assert_allclose(found, other, atol=tolerance)
 
 
@@ -60,7 +66,7 @@ def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(name):
     factors = solve(TABLE, weighting)
     squares = factors.singular_values.astype(float) ** 2
     for rank in (1, 2, 5, D):
-        error = TABLE - rebuilt(truncate(factors, rank))
+        error = TABLE - rebuilt(table_of_rank(factors, rank))
         tail = squares[rank:].sum()
         assert weighted_error(error, weighting) == pytest.approx(
             tail, rel=1e-4, abs=1e-6 * squares.sum()
@@ -70,14 +76,13 @@ def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(name):
 @pytest.mark.parametrize("name", LINEAR)
 def test_no_other_factors_are_better(name):
     weighting, random = METHODS[name](TABLE, STATISTICS), np.random.default_rng(0)
-    low_rank = truncate(solve(TABLE, weighting), 3)
+    low_rank = table_of_rank(solve(TABLE, weighting), 3)
     best = weighted_error(TABLE - rebuilt(low_rank), weighting)
     for trial in range(300):
         size = 10.0 ** -(trial % 5)
-        other = low_rank._replace(
-            wte=low_rank.wte + size * random.normal(size=low_rank.wte.shape),
-            scale=low_rank.scale + size * random.normal(size=low_rank.scale.shape),
-        )
+        (band,) = low_rank.bands
+        moved = (a + size * random.normal(size=a.shape) for a in band)
+        other = low_rank._replace(bands=(BandFactors(*moved),))
         assert weighted_error(TABLE - rebuilt(other), weighting) > best * (1 - 1e-6)
 
 
@@ -85,12 +90,16 @@ def test_no_other_factors_are_better(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_split_is_the_same_table_and_full_rank_is_the_table(name, split):
     factors = solve(TABLE, METHODS[name](TABLE, STATISTICS))
-    whole = rebuilt(truncate(factors, 3))
+    whole = rebuilt(table_of_rank(factors, 3))
     np.testing.assert_allclose(
-        rebuilt(truncate(factors, 3, split)), whole, atol=1e-4 * np.abs(whole).max()
+        rebuilt(table_of_rank(factors, 3, split)),
+        whole,
+        atol=1e-4 * np.abs(whole).max(),
     )
     np.testing.assert_allclose(
-        rebuilt(truncate(factors, D, split)), TABLE, atol=1e-4 * np.abs(TABLE).max()
+        rebuilt(table_of_rank(factors, D, split)),
+        TABLE,
+        atol=1e-4 * np.abs(TABLE).max(),
     )
 
 
@@ -117,9 +126,9 @@ def test_tokens_never_seen_and_directions_never_used_do_no_harm():
         frequency=frequency, hidden_moment=hidden, gradient_moment=np.zeros((D, D))
     )
     for name in METHODS:
-        low_rank = truncate(solve(TABLE, METHODS[name](TABLE, poor)), 4)
-        assert np.isfinite(low_rank.wte).all(), name
-        assert np.isfinite(low_rank.scale).all(), name
+        low_rank = table_of_rank(solve(TABLE, METHODS[name](TABLE, poor)), 4)
+        assert np.isfinite(low_rank.bands[0].wte).all(), name
+        assert np.isfinite(low_rank.bands[0].scale).all(), name
 
 
 def test_weights_and_metric_decide_where_the_error_goes():
@@ -127,7 +136,7 @@ def test_weights_and_metric_decide_where_the_error_goes():
     errors = {
         name: weighted_error(
             TABLE
-            - rebuilt(truncate(solve(TABLE, METHODS[name](TABLE, STATISTICS)), 3)),
+            - rebuilt(table_of_rank(solve(TABLE, METHODS[name](TABLE, STATISTICS)), 3)),
             kl,
         )
         for name in LINEAR
@@ -172,7 +181,7 @@ def test_contexts_are_the_mean_hidden_states_in_which_tokens_are_predicted():
 def test_the_refitted_rows_are_the_best_for_error_and_shift_together(rank):
     weighting = METHODS["context"](TABLE, STATISTICS)
     factors = solve(TABLE, weighting)
-    low_rank = truncate(factors, rank)
+    low_rank = table_of_rank(factors, rank)
     rows, directions = TABLE - weighting.mean, factors.directions[:rank]
     for token in range(0, V, 7):
         context = weighting.contexts[token]
@@ -180,7 +189,7 @@ def test_the_refitted_rows_are_the_best_for_error_and_shift_together(rank):
         normal = directions @ measure @ directions.T
         wanted = np.linalg.solve(normal, directions @ measure @ rows[token])
         np.testing.assert_allclose(
-            low_rank.wte[token] @ low_rank.scale,
+            low_rank.bands[0].wte[token] @ low_rank.bands[0].scale,
             wanted @ directions,
             rtol=1e-4,
             atol=1e-4,

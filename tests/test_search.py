@@ -13,7 +13,12 @@ from pcagpt.compress.candidates import (
     quantized,
     recipes,
 )
-from pcagpt.factorize import BandedTable, SecondOrder, Statistics
+from pcagpt.factorize import (
+    BandFactors,
+    FactorizedTable,
+    SecondOrder,
+    Statistics,
+)
 from pcagpt.factorize.quantize import quantize
 
 
@@ -136,11 +141,11 @@ def test_more_bands_than_any_small_budget_holds_are_passed_over():
 
 def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
     random = np.random.default_rng(0)
-    parts = (random.normal(size=(3, 4)), random.normal(size=(5, 4)))
+    parts = tuple(BandFactors(random.normal(size=(n, 4)), None) for n in (3, 5))
     order = np.array([7, 0, 3, 1, 2, 4, 5, 6], np.int32)
-    _, _, numbers, size = quantized(None, BandedTable(order, parts, None), 8)
+    _, _, numbers, size = quantized(None, FactorizedTable(order, parts, None), 8)
     assert numbers == 8 * 4 + 8
-    assert size == sum(quantize(part, 8).bytes for part in parts) + 4 * 8
+    assert size == sum(quantize(part.wte, 8).bytes for part in parts) + 4 * 8
 
 
 def test_a_budget_beyond_the_full_rank_is_the_full_rank():

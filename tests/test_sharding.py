@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from pcagpt import trees
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.sharding import inside, placement
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state
@@ -112,11 +112,12 @@ def test_every_matrix_is_split_over_fsdp_with_its_moments_and_no_vector_is():
     assert sum(spec != PartitionSpec() for _, spec in moments) == 2 * len(matrices)
 
 
-def test_a_teacher_s_tables_are_split_by_rows_and_its_other_constants_are_not():
-    tree = {"tables": (jnp.zeros((16, 8)), jnp.zeros((8, 8))), "order": jnp.zeros(16)}
+def test_a_teachers_tables_are_split_by_rows_and_its_other_constants_are_not():
+    head = tuple(HeadBand(jnp.zeros((rows, 8)), None, rows) for rows in (16, 8))
+    tree = {"head": head, "order": jnp.zeros(16)}
     places = placement.shardings(tree, placement.make_mesh(2, 4))
     by_rows = PartitionSpec("fsdp", None)
-    assert [place.spec for place in places["tables"]] == [by_rows, by_rows]
+    assert [band.wte.spec for band in places["head"]] == [by_rows, by_rows]
     assert places["order"].spec == PartitionSpec()
 
 
@@ -225,7 +226,7 @@ def test_chunks_of_the_loss_need_not_suit_the_devices(kernels, devices, tokens, 
     loss = functools.partial(cross_entropy, chunks=chunks, kernels=kernels)
     h_ND, targets_N = jax.device_put((h_ND, targets_N), placement.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda h, w, t: loss(h, [(w, None, 11)], t))(
+        found = jax.jit(lambda h, w, t: loss(h, (HeadBand(w, None, 11),), t))(
             h_ND, wte_VK, targets_N
         )
     np.testing.assert_allclose(found, tokens * np.log(11), rtol=1e-6)
@@ -252,14 +253,12 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
     def shape(*axes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(axes, dtype)
 
-    tables = [
-        (shape(rows, rank or width), rank and shape(rank, width))
+    head = tuple(
+        HeadBand(shape(rows, rank or width), rank and shape(rank, width), rows)
         for rows, rank in bands
-    ]
+    )
 
-    def loss(h_ND, tables, targets_N):
-        sizes = [rows for rows, _ in bands]
-        head = [(*table, size) for table, size in zip(tables, sizes, strict=True)]
+    def loss(h_ND, head, targets_N):
         return cross_entropy(h_ND, head, targets_N, chunks=chunks, kernels=kernels)
 
     gradient = jax.jit(
@@ -267,7 +266,7 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
         in_shardings=(split, whole, split),
         out_shardings=(whole, (split, whole)),
     )
-    arguments = shape(tokens, width), tables, shape(tokens, dtype=jnp.int32)
+    arguments = shape(tokens, width), head, shape(tokens, dtype=jnp.int32)
     with jax.set_mesh(mesh):
         compiled = gradient.lower(*arguments).compile()
     program = compiled.as_text()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pcagpt import factorize
-from pcagpt.factorize import BandedTable, LowRank, SecondOrder
+from pcagpt.factorize import BandFactors, FactorizedTable, SecondOrder
 from pcagpt.factorize.quantize import quantize
 
 FLOAT_BYTES = 4
@@ -43,7 +43,7 @@ class Candidate:
     """
 
     recipe: Recipe
-    table: BandedTable | None
+    table: FactorizedTable | None
     dense: np.ndarray
     parameters: int
     bytes: int
@@ -51,10 +51,9 @@ class Candidate:
     seconds: float
 
     @property
-    def as_bands(self) -> BandedTable:
+    def as_bands(self) -> FactorizedTable:
         """What is stored; of the baseline, its one band at full width."""
-        order = np.arange(len(self.dense), dtype=np.int32)
-        return self.table or BandedTable(order, (self.dense,), None)
+        return self.table or FactorizedTable.of_one_band(BandFactors(self.dense, None))
 
 
 class Compressor:
@@ -88,7 +87,7 @@ class Compressor:
         second_order = self._predict(dense_VD)
         return Candidate(recipe, table, dense_VD, stored, size, second_order, seconds)
 
-    def _make(self, recipe: Recipe) -> BandedTable:
+    def _make(self, recipe: Recipe) -> FactorizedTable:
         if recipe.bands > 1:
             weighting = factorize.METHODS[recipe.method](
                 self._table_VD, self._statistics
@@ -104,27 +103,22 @@ class Compressor:
         factors = self._factors[recipe.method]
         shape = self._table_VD.shape
         rank = min(recipe.budget // sum(shape), *shape)  # A budget may be more.
-        return factorize.single_band(factors, rank, self._split)
+        return factorize.table_of_rank(factors, rank, self._split)
 
 
 def quantized(
-    table_VD: np.ndarray, table: BandedTable | None, bits: int
-) -> tuple[BandedTable | None, np.ndarray, int, int]:
+    table_VD: np.ndarray, table: FactorizedTable | None, bits: int
+) -> tuple[FactorizedTable | None, np.ndarray, int, int]:
     """(table as rounded, dense [V, D], numbers, bytes stored) at 8 or 4 bits."""
     if table is None:
         stored = quantize(table_VD, bits)
         return None, stored.dense(), table_VD.size, stored.bytes
-    size, rounded = (FLOAT_BYTES * len(table.order) if len(table.tables) > 1 else 0), []
-    for part in table.tables:
-        if isinstance(part, LowRank):
-            wte, scale = quantize(part.wte, bits), quantize(part.scale, bits)
-            rounded.append(part._replace(wte=wte.dense(), scale=scale.dense()))
-            size += wte.bytes + scale.bytes
-        else:
-            rows = quantize(part, bits)
-            rounded.append(rows.dense())
-            size += rows.bytes
-    table = table._replace(tables=tuple(rounded))
+    size, rounded = (FLOAT_BYTES * len(table.order) if len(table.bands) > 1 else 0), []
+    for band in table.bands:
+        codes = [None if array is None else quantize(array, bits) for array in band]
+        rounded.append(BandFactors(*(code and code.dense() for code in codes)))
+        size += sum(code.bytes for code in codes if code)
+    table = table._replace(bands=tuple(rounded))
     return table, table.dense(), table.parameters, size
 
 

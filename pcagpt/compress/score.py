@@ -104,7 +104,7 @@ def _score(
         inputs_BT.shape[1],
         method="contextualize",
     )
-    ((wte_VD, _, _),) = model.apply(variables, method="head")
+    wte_VD = model.apply(variables, method="head")[0].wte
     tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
 
     def chunk(sums, inputs):

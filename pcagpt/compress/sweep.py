@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from pcagpt import factorize
 from pcagpt.compress.candidates import (
@@ -28,25 +27,27 @@ from pcagpt.compress.candidates import (
 )
 from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
 from pcagpt.compress.subject import Subject
-from pcagpt.config import COMPRESS_BOUNDS, words_of
-from pcagpt.data.corpus import fingerprint
+from pcagpt.config import Settings, words_of
+from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
 from pcagpt.factorize import SecondOrder
+from pcagpt.files import strict, write_json
 from pcagpt.report import SMALLEST_ADDED, advice_text, pareto_figure, write_sweep_report
 from pcagpt.run import folder as run_folder
 from pcagpt.run import provenance
+from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import Progress, Telemetry
 
 FOLDER = "compressed"
 
 
-def folder_of(config: ConfigDict) -> Path:
+def folder_of(config: Settings) -> Path:
     """Where everything goes."""
     return Path(config.workdir) / FOLDER
 
 
-def compress(config: ConfigDict, command: str) -> None:
+def compress(config: Settings, command: str) -> None:
     """Sweeps, or finds the one table that keeps a bound of `config.compress`.
 
     Raises:
@@ -54,7 +55,9 @@ def compress(config: ConfigDict, command: str) -> None:
         no table keeps the bound.
     """
     methods = _methods(config.compress.methods)
-    subject = Subject.open(config)
+    run = Run.open(config.model_path)
+    run.check_model(config.model)
+    subject = Subject.of(run, config)
     ranks = _ranks(config, subject)
     lacking = set(config.compress.recover_ranks) - set(ranks)
     if lacking:
@@ -65,9 +68,7 @@ def compress(config: ConfigDict, command: str) -> None:
     if config.compress.recover_ranks:
         _check_recoverable(config, subject)
     chunks, evaluated = config.train.loss_chunks, config.evaluate.batch_size
-    known = subject.statistics(
-        config.compress.calibration_tokens, config.train.batch_size, chunks
-    )
+    known = subject.statistics()
     deciles = frequency_deciles(known.frequency)
     swap = TableSwap(subject.model, subject.variables, deciles, subject.mesh, chunks)
     split = config.factorize.singular_value_split
@@ -78,7 +79,7 @@ def compress(config: ConfigDict, command: str) -> None:
 
     heading = {
         "command": command,
-        "run": str(subject.run.run_dir),
+        "run": str(subject.run.folder),
         "step": subject.run.step,
         "device": provenance.device(subject.mesh.size),
         "versions": provenance.versions(),
@@ -106,7 +107,7 @@ def compress(config: ConfigDict, command: str) -> None:
 def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
     """Raises UserError if the folder holds the sweep of another model or corpus."""
     earlier = _read_sweep(folder / "sweep.json")
-    own, there = run_folder.strict(protocol), (earlier or {}).get("protocol")
+    own, there = strict(protocol), (earlier or {}).get("protocol")
     names = ("checkpoint", "corpus_sha256", "split", "window")
     differing = [name for name in names if there and there.get(name) != own[name]]
     if differing and not overwrite:
@@ -117,16 +118,16 @@ def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> No
         )
 
 
-def _check_recoverable(config: ConfigDict, subject: Subject) -> None:
+def _check_recoverable(config: Settings, subject: Subject) -> None:
     """Raises UserError if what would be trained on could not be held against D."""
-    run_dir = subject.run.run_dir
+    run_dir = subject.run.folder
     result = run_folder.read_result(run_dir)
     if result is None or result["steps"] != subject.run.step:
         raise UserError(
             f"compress.recover_ranks is set, and {config.model_path} is not the end of "
             "a finished run: D is trained on and compared from there only"
         )
-    if subject.run.record.get("corpus_sha256") != fingerprint(subject.corpus):
+    if subject.run.record.get("corpus_sha256") != subject.corpus.fingerprint():
         raise UserError(
             f"compress.recover_ranks is set, and {run_dir} was trained on another "
             f"corpus than {subject.corpus.name}: leave data.source out"
@@ -135,8 +136,8 @@ def _check_recoverable(config: ConfigDict, subject: Subject) -> None:
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Enters what training on won back into sweep.json; its report, written anew."""
-    sweep = run_folder.strict(_read_sweep(folder / "sweep.json") | {"recovered": rows})
-    run_folder.write_json(folder / "sweep.json", sweep)
+    sweep = strict(_read_sweep(folder / "sweep.json") | {"recovered": rows})
+    write_json(folder / "sweep.json", sweep)
     return write_sweep_report(folder, sweep)
 
 
@@ -147,7 +148,7 @@ def _sweep(
     tried: list[Recipe],
     folder: Path,
     heading: dict[str, Any],
-    config: ConfigDict,
+    config: Settings,
 ) -> None:
     """Measures every recipe; writes the rows, the report and each rank's best model."""
     path, writes = folder / "sweep.json", jax.process_index() == 0
@@ -159,7 +160,7 @@ def _sweep(
     known = _known_rows(path, heading["protocol"])
     if known and (trained_on := _read_sweep(path).get("recovered")):
         heading = {**heading, "recovered": trained_on}
-    with Progress(f"compressing {subject.run.run_dir.name}", len(tried)) as progress:
+    with Progress(f"compressing {subject.run.folder.name}", len(tried)) as progress:
         for number, recipe in enumerate(tried):
             progress.update(number)
             if recipe not in known:
@@ -190,7 +191,7 @@ def _sweep(
 
 
 def _advise(
-    config: ConfigDict,
+    config: Settings,
     subject: Subject,
     compressor: Compressor,
     measure: Callable[[Candidate], SwapScores],
@@ -209,7 +210,7 @@ def _advise(
         return scores[candidate.recipe].added_loss
 
     advisor = Advisor(compressor, added_loss, method, config.compress.bands)
-    bounds, label = config.compress, f"advising on {subject.run.run_dir.name}"
+    bounds, label = config.compress, f"advising on {subject.run.folder.name}"
     with Progress(label, Advisor.TRIALS) as progress:
         if bounds.max_added_loss:
             chosen = advisor.smallest(bounds.max_added_loss, least, whole)
@@ -237,7 +238,7 @@ def _advise(
     if jax.process_index() == 0:
         origin = dataclasses.asdict(chosen.candidate.recipe)
         subject.write(folder / "advised", chosen.candidate.as_bands, origin)
-        run_folder.write_json(folder / "advice.json", advice)
+        write_json(folder / "advice.json", advice)
         print(advice_text(row, str(folder / "advised")), flush=True)
 
 
@@ -255,13 +256,14 @@ def _budgets(bounds, vocab_size: int, width: int) -> list[tuple[int, int]]:
     return [(min(budget, vocab_size * width), bits) for budget, bits in found]
 
 
-def _bounds(config: ConfigDict) -> dict[str, float]:
+def _bounds(config: Settings) -> dict[str, float]:
     """The bounds that are set, of which there is one at most."""
     bounds = config.compress
-    return {name: bounds[name] for name in COMPRESS_BOUNDS if bounds[name]}
+    found = {name: getattr(bounds, name) for name in COMPRESS_BOUNDS}
+    return {name: bound for name, bound in found.items() if bound}
 
 
-def _ranks(config: ConfigDict, subject: Subject) -> list[int]:
+def _ranks(config: Settings, subject: Subject) -> list[int]:
     """The ranks that the table can have."""
     most = min(subject.table_VD.shape)
     ranks = [rank for rank in config.ranks if rank <= most]
@@ -270,7 +272,7 @@ def _ranks(config: ConfigDict, subject: Subject) -> list[int]:
         print(f"left out: rank {left_out}, the table's is at most {most}", flush=True)
     if not ranks:
         raise UserError(
-            f"ranks is {config.ranks}: the table of {subject.run.run_dir} is "
+            f"ranks is {config.ranks}: the table of {subject.run.folder} is "
             f"{subject.table_VD.shape}, its rank is at most {most}"
         )
     return ranks
@@ -289,7 +291,7 @@ def _read_sweep(path: Path) -> dict[str, Any] | None:
 def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, Any]]:
     """What an earlier command measured under the same protocol."""
     earlier = _read_sweep(path)
-    if earlier is None or earlier.get("protocol") != run_folder.strict(protocol):
+    if earlier is None or earlier.get("protocol") != strict(protocol):
         return {}
     names = {field.name for field in dataclasses.fields(Recipe)}
     rows = [*earlier["rows"], *earlier.get("other_rows", ())]
@@ -305,7 +307,7 @@ def _write_sweep(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep = {**heading, "rows": rows, "other_rows": others or []}
-    run_folder.write_json(path, sweep)
+    write_json(path, sweep)
     return sweep
 
 
@@ -373,12 +375,12 @@ def _row(candidate: Candidate, scores: SwapScores) -> dict[str, Any]:
     }
 
 
-def _protocol(config: ConfigDict, subject: Subject) -> dict[str, Any]:
+def _protocol(config: Settings, subject: Subject) -> dict[str, Any]:
     block_size = subject.model.config.block_size
     return {
-        "checkpoint": subject.fingerprint,
+        "checkpoint": subject.run.fingerprint,
         "table": subject.table_VD.shape,
-        "corpus_sha256": fingerprint(subject.corpus),
+        "corpus_sha256": subject.corpus.fingerprint(),
         "split": "val",
         "window": block_size,
         "stride": block_size,

@@ -1,29 +1,15 @@
-"""Every knob with its default and meaning, and the checks that need only the config."""
+"""Knobs: their declaration, their checks, and the command line that sets them."""
 
-from pcagpt.config.checks import (
-    Hardware,
-    arms_of,
-    model_settings,
-    ranks_of,
-    validate,
-    words_of,
-    wrong_type,
-)
-from pcagpt.config.rules import Knob
-from pcagpt.config.schema import COMPRESS_BOUNDS, KNOBS, base, flat, override
+from pcagpt.config.checks import arms_of, ranks_of, validate, words_of
+from pcagpt.config.schema import KNOBS, Settings, base, override
 
 __all__ = [
-    "COMPRESS_BOUNDS",
     "KNOBS",
-    "Hardware",
-    "Knob",
+    "Settings",
     "arms_of",
     "base",
-    "flat",
-    "model_settings",
     "override",
     "ranks_of",
     "validate",
     "words_of",
-    "wrong_type",
 ]

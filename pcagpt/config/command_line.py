@@ -1,4 +1,4 @@
-"""The command line to a config: overrides, errors in the words of knobs, help."""
+"""Turns a command line into settings, and absl's errors into errors about knobs."""
 
 import difflib
 import inspect
@@ -11,25 +11,29 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pcagpt import config as knobs
+from pcagpt.config.checks import wrong_type
+from pcagpt.config.schema import KNOBS, Settings, base, override
 from pcagpt.errors import UserError
 
 
-def parse(arguments: list[str]) -> tuple[ConfigDict, bool]:
-    """The config, and whether it is only to be shown, of a command line.
+def parse(arguments: list[str]) -> tuple[Settings, bool]:
+    """The settings of a command line, and whether --print_config was given.
+
+    Args:
+      arguments: the program name and its arguments.
 
     Raises:
-      UserError: anything in it that cannot be understood.
+      UserError: an argument or a config file that cannot be understood.
     """
     source, words = _take_config_file(arguments)
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
             _require_knob(knob[1])
     if source is None:
-        raise UserError("no config: say --config=configs/demo.py, or --help")
+        raise UserError("no config: give --config=configs/demo.py, or --help")
     flag_values = flags.FlagValues()
     print_only = flags.DEFINE_bool(
-        "print_config", False, "Show what would be done.", flag_values=flag_values
+        "print_config", False, "Show the plan and stop.", flag_values=flag_values
     )
     try:
         config = config_flags.DEFINE_config_dict(
@@ -40,11 +44,11 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, bool]:
         raise _explained(error) from None
     if stray:
         raise UserError(f"'{stray[0]}' is no flag: write --config.KNOB=VALUE")
-    return config.value, print_only.value
+    return Settings.of(config.value), print_only.value
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """What --config says, and the other arguments."""
+    """The value of --config, and the other arguments."""
     found, others, words = [], [], iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -58,7 +62,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _load(source: str) -> ConfigDict:
-    """What get_config() of 'FILE' or 'FILE:ARGUMENT' returns."""
+    """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
@@ -76,18 +80,18 @@ def _load(source: str) -> ConfigDict:
         config = get_config(*argument)
     except UserError:
         raise
-    except Exception as error:  # Whatever a person's file may raise.
+    except Exception as error:  # A person's file may raise anything.
         raise UserError(f"{path}, {_where_and_why(path, error)}") from None
-    if not isinstance(config, ConfigDict) or config.keys() != knobs.base().keys():
+    if not isinstance(config, ConfigDict) or config.keys() != base().keys():
         raise UserError(
-            f"{path}: get_config() must return what pcagpt.config.base() gave it, with "
-            "other values"
+            f"{path}: get_config() must return the config of pcagpt.config.base() "
+            "with other values"
         )
     return config
 
 
 def _where_and_why(path: str, error: Exception) -> str:
-    """'line 4: TypeError: ...' for what executing a config file raised."""
+    """'line 4: TypeError: ...' for an error that a config file raised."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
@@ -100,10 +104,10 @@ def _where_and_why(path: str, error: Exception) -> str:
 
 def _require_knob(name: str) -> None:
     """Raises UserError with the nearest names if there is no such knob."""
-    if name in knobs.KNOBS:
+    if name in KNOBS:
         return
-    if inside := [path for path in knobs.KNOBS if path.startswith(f"{name}.")]:
-        example = knobs.override(inside[0], knobs.KNOBS[inside[0]].default)
+    if inside := [path for path in KNOBS if path.startswith(f"{name}.")]:
+        example = override(inside[0], KNOBS[inside[0]].default)
         raise UserError(
             f"'{name}' is a section of {len(inside)} knobs: set them one by one, as in "
             f"{example}"
@@ -113,18 +117,18 @@ def _require_knob(name: str) -> None:
 
 def _suggestion(name: str, prefix: str = "") -> str:
     """': did you mean X or Y?' with knobs of nearly that name, or ''."""
-    last_part = {path: path.split(".")[-1] for path in knobs.KNOBS}
+    last_part = {path: path.split(".")[-1] for path in KNOBS}
     last = name.split(".")[-1]
-    same = [path for path in knobs.KNOBS if last_part[path] == last]
-    near = difflib.get_close_matches(name, knobs.KNOBS, n=3, cutoff=0.7)
+    same = [path for path in KNOBS if last_part[path] == last]
+    near = difflib.get_close_matches(name, KNOBS, n=3, cutoff=0.7)
     near_last = difflib.get_close_matches(last, last_part.values(), n=1, cutoff=0.7)
-    near += [path for path in knobs.KNOBS if last_part[path] in near_last]
+    near += [path for path in KNOBS if last_part[path] in near_last]
     found = [prefix + path for path in dict.fromkeys(same + near)]
     return f": did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def _explained(error: flags.Error) -> UserError:
-    """What absl says about a flag, in the words of knobs."""
+    """absl's error about a flag as an error about a knob."""
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         flag = error.flagname
@@ -133,20 +137,20 @@ def _explained(error: flags.Error) -> UserError:
             f"there is no flag --{flag}{_suggestion(flag, '--config.') or known}"
         )
     if illegal := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
-        return knobs.wrong_type(illegal[1], illegal[2])
+        return wrong_type(illegal[1], illegal[2])
     if missing := re.match(r"Missing value for flag --config\.([\w.]+)", text):
-        return knobs.wrong_type(missing[1], "")
+        return wrong_type(missing[1], "")
     return UserError(text)
 
 
 def knobs_text() -> str:
     """Every knob with its default and meaning, for --help."""
     lines, section = ["Knobs and their defaults:"], None
-    for path, knob in knobs.KNOBS.items():
+    for path, knob in KNOBS.items():
         if path.rpartition(".")[0] != section:
             section = path.rpartition(".")[0]
             lines.append("")
-        setting = knobs.override(path, knob.default).removeprefix("--config.")
+        setting = override(path, knob.default).removeprefix("--config.")
         text = f"  {setting:<40} {knob.meaning}"
         if knob.rule.words.startswith("one of"):
             text += f"; {knob.rule.words}"
@@ -156,11 +160,11 @@ def knobs_text() -> str:
     return "\n".join(lines)
 
 
-def listing(config: ConfigDict) -> str:
-    """Every knob's value, with the default where that is another."""
+def listing(settings: Settings) -> str:
+    """Every knob's value, with the default if that is another."""
     lines = []
-    for path, value in knobs.flat(config).items():
-        default = knobs.KNOBS[path].default
+    for path, value in settings.flat().items():
+        default = KNOBS[path].default
         changed = "" if value == default else f"   (default {default!r})"
         lines.append(f"{path:<34} {value!r}{changed}")
     return "\n".join(lines)

@@ -1,251 +1,454 @@
-"""Every knob with its default and meaning."""
+"""Every knob: its name, type, default, meaning and rule. Nothing else declares one.
 
+The program works with `Settings`: frozen and typed, one dataclass for each section.
+Config files and the command line change a `ConfigDict` of the same names, made by
+`base`. `Settings.of` turns it into `Settings`.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from pcagpt.arms import ARMS
 from pcagpt.config.rules import (
+    ANYTHING,
     BELOW_1,
     PART,
     POSITIVE,
     SEED,
     SHARE,
-    Knob,
+    Rule,
     at_least,
     one_of,
 )
 
 TASKS = ("train", "experiment", "factorize", "compress", "evaluate", "sample")
-OF_A_RUN = ("factorize", "compress", "evaluate", "sample")  # tasks: see model_path
-SPLITS = ("train", "val", "test")
+OF_A_RUN = ("factorize", "compress", "evaluate", "sample")  # tasks that read model_path
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
-SCHEDULES = ("constant", "linear", "cosine")
+OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
 
-KNOBS = {
-    "task": Knob("train", "what to do", one_of(*TASKS)),
-    "arm": Knob("baseline", "task train: which model", one_of(*ARMS)),
-    "workdir": Knob("checkpoints", "where runs are looked for and written"),
-    "seed": Knob(1, "of initialisation, dropout and data order", SEED),
-    "overwrite": Knob(False, "discard a run of the same name and another config"),
-    "build_prerequisites": Knob(True, "make D and the factorization where lacking"),
-    "model_path": Knob(
-        "",
-        f"{', '.join(OF_A_RUN)}: a run, a checkpoint of one; factorize: a .npy table",
-    ),
-    "split": Knob("val", "evaluate: which part of the corpus", one_of(*SPLITS)),
-    "ranks": Knob((128,), "factorize, compress, experiment: as in 64,128", at_least(1)),
-    # The model: GPT-2 small.
-    "model.vocab_size": Knob(
-        None, "None: as many tokens as the tokenizer has", at_least(1), int
-    ),
-    "model.vocab_multiple": Knob(
-        64, "the table's rows are rounded up to a multiple", at_least(1)
-    ),
-    "model.block_size": Knob(1024, "tokens of a sequence", at_least(1)),
-    "model.n_layer": Knob(12, "transformer blocks", at_least(1)),
-    "model.n_head": Knob(12, "attention heads of a block", at_least(1)),
-    "model.n_embd": Knob(768, "width d", at_least(1)),
-    "model.n_embd_wte": Knob(
-        None, "rank k of the embedding; None: a full table", at_least(1), int
-    ),
-    "model.n_embd_wte_scale_tying": Knob(True, "scale_down is scale_up"),
-    "model.band_sizes": Knob(
+
+def knob(default: Any, meaning: str, rule: Rule = ANYTHING) -> Any:
+    """A field of a section. The rule holds for each entry of a tuple."""
+    metadata = {"meaning": meaning, "rule": rule}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(kind: type) -> Any:
+    """A field of `Settings` that holds a section with its defaults."""
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The model; the defaults are GPT-2 small."""
+
+    vocab_size: int | None = knob(
+        None, "None: the size of the tokenizer's vocabulary", at_least(1)
+    )
+    vocab_multiple: int = knob(
+        64, "round the rows of the table up to a multiple of this", at_least(1)
+    )
+    block_size: int = knob(1024, "tokens of a sequence", at_least(1))
+    n_layer: int = knob(12, "transformer blocks", at_least(1))
+    n_head: int = knob(12, "attention heads of a block", at_least(1))
+    n_embd: int = knob(768, "model width d", at_least(1))
+    n_embd_wte: int | None = knob(
+        None, "rank k of the embedding; None: a full table", at_least(1)
+    )
+    n_embd_wte_scale_tying: bool = knob(True, "make scale_down the same as scale_up")
+    band_sizes: tuple[int, ...] = knob(
         (), "tokens of each frequency band, most frequent first", at_least(1)
-    ),
-    "model.band_ranks": Knob((), "rank of each band; 0: full width", at_least(0)),
-    "model.bias": Knob(True, "biases in linear layers and norms"),
-    "model.dropout": Knob(0.0, "share of activations dropped", BELOW_1),
-    "model.compute_dtype": Knob(
+    )
+    band_ranks: tuple[int, ...] = knob(
+        (), "rank of each band; 0: full width", at_least(0)
+    )
+    bias: bool = knob(True, "use biases in linear layers and norms")
+    dropout: float = knob(0.0, "share of activations to drop", BELOW_1)
+    compute_dtype: str = knob(
         "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")
-    ),
-    "model.attention": Knob(
+    )
+    attention: str = knob(
         "auto", "auto: cudnn for bfloat16 on GPUs", one_of("auto", "xla", "cudnn")
-    ),
-    "model.kernels": Knob(
+    )
+    kernels: str = knob(
         "auto",
-        "of norms, GELU and the cross entropy that is trained on; auto: pallas for "
+        "implementation of norms, GELU and the training loss; auto: pallas for "
         "bfloat16 on NVIDIA GPUs from Ampere on",
         one_of("auto", "xla", "pallas"),
-    ),
-    # The corpus.
-    "data.source": Knob("sotu", "sotu, wikitext103, or a folder of text or .bin files"),
-    "data.tokenizer": Knob("auto", "sotu4096, gpt2; auto: what the source comes with"),
-    "data.cache_dir": Knob("", "token files made from text; empty: WORKDIR/data"),
-    # Training.
-    "train.steps": Knob(5000, "optimizer updates", at_least(1)),
-    "train.batch_size": Knob(
-        32, "sequences an update, on all devices together", at_least(1)
-    ),
-    "train.accumulation": Knob(
-        1, "parts of an update's batch, computed one by one", at_least(1)
-    ),
-    "train.learning_rate": Knob(6e-4, "its peak, after the warm-up", POSITIVE),
-    "train.schedule": Knob("cosine", "after the warm-up", one_of(*SCHEDULES)),
-    "train.warmup_steps": Knob(
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The corpus."""
+
+    source: str = knob("sotu", "sotu, wikitext103, or a folder of text or .bin files")
+    tokenizer: str = knob("auto", "sotu4096 or gpt2; auto: the source's own")
+    cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The training budget of D and the optimizer of every run."""
+
+    steps: int = knob(5000, "optimizer updates", at_least(1))
+    batch_size: int = knob(
+        32, "sequences per update, over all devices together", at_least(1)
+    )
+    accumulation: int = knob(
+        1, "split the batch of an update into this many parts", at_least(1)
+    )
+    learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
+    schedule: str = knob(
+        "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
+    )
+    warmup_steps: int = knob(
         100, "updates in which the learning rate rises", at_least(0)
-    ),
-    "train.final_learning_rate_share": Knob(
-        0.1, "of learning_rate, at the last step", SHARE
-    ),
-    "train.weight_decay": Knob(0.1, "on matrices only", at_least(0)),
-    "train.beta1": Knob(0.9, "decay of AdamW's first moment", BELOW_1),
-    "train.beta2": Knob(0.95, "decay of AdamW's second moment", BELOW_1),
-    "train.gradient_clip": Knob(
-        1.0, "global norm over what trains; 0: off", at_least(0)
-    ),
-    "train.loss_chunks": Knob(
-        8, "parts the logits are computed in: more, less memory", at_least(1)
-    ),
-    # Learning rates of what is trained from scratch, where not D's.
-    "scratch.pca_learning_rate_share": Knob(
-        1.0, "of train.learning_rate, for A and its controls", POSITIVE
-    ),
-    "scratch.random_learning_rate_share": Knob(
-        1.0, "of train.learning_rate, for C", POSITIVE
-    ),
-    # What is fine-tuned, B and whatever goes on from a run, gets of D's budget.
-    "finetune.steps_share": Knob(0.1, "of train.steps and train.warmup_steps", PART),
-    "finetune.learning_rate_share": Knob(0.5, "of train.learning_rate", PART),
-    # A trained model whose predictions are learnt.
-    "distill.teacher": Knob("", "a run of the same vocabulary; empty: none"),
-    "distill.share": Knob(
-        1.0, "of the divergence from it in the loss, the rest is cross entropy", PART
-    ),
-    # What a run starts from in place of random weights.
-    "init.import_wte_npy": Knob("", "file of a token table [V, k]"),
-    "init.import_scale_matrices_npz": Knob(
+    )
+    final_learning_rate_share: float = knob(
+        0.1, "share of learning_rate at the last step", SHARE
+    )
+    weight_decay: float = knob(0.1, "applies to matrices only", at_least(0))
+    beta1: float = knob(0.9, "decay of AdamW's first moment", BELOW_1)
+    beta2: float = knob(0.95, "decay of AdamW's second moment", BELOW_1)
+    gradient_clip: float = knob(
+        1.0, "limit of the gradients' global norm; 0: no limit", at_least(0)
+    )
+    loss_chunks: int = knob(
+        8, "compute the logits in this many parts: more need less memory", at_least(1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScratchSettings:
+    """Learning rates of A and C, if they differ from D's."""
+
+    pca_learning_rate_share: float = knob(
+        1.0, "share of train.learning_rate for A and its controls", POSITIVE
+    )
+    random_learning_rate_share: float = knob(
+        1.0, "share of train.learning_rate for C", POSITIVE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """The share of D's budget for B and for every run that starts from a run."""
+
+    steps_share: float = knob(0.1, "share of train.steps and train.warmup_steps", PART)
+    learning_rate_share: float = knob(0.5, "share of train.learning_rate", PART)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """Knowledge distillation from a trained model."""
+
+    teacher: str = knob("", "run with the same vocabulary; empty: no teacher")
+    share: float = knob(
+        1.0, "weight of KL(teacher || model); the rest is the cross entropy", PART
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSettings:
+    """What a run starts from instead of random weights."""
+
+    import_wte_npy: str = knob("", "file of a token table [V, k]")
+    import_scale_matrices_npz: str = knob(
         "", "file of scale_up and scale_down, each [k, d]"
-    ),
-    "init.import_wte_freeze": Knob(False, "do not train the imported table"),
-    "init.import_scale_matrices_freeze": Knob(
+    )
+    import_wte_freeze: bool = knob(False, "do not train the imported table")
+    import_scale_matrices_freeze: bool = knob(
         False, "do not train the imported scale matrices"
-    ),
-    "init.import_bands": Knob(
-        "", "folder of a table in bands, as factorize and compress write it"
-    ),
-    "init.keep": Knob(
+    )
+    import_bands: str = knob(
+        "", "folder of a table in bands, written by factorize or compress"
+    )
+    keep: str = knob(
         "all",
-        "of imported factors, the rest is random: all; their standard deviation; their "
-        "spectrum; their rows, shuffled; or nothing but the shape of their bands",
+        "part of the imported factors to keep; the rest is random: all, std (standard "
+        "deviation), spectrum, rows (shuffled), shape (sizes of the bands only)",
         one_of("all", "std", "spectrum", "rows", "shape"),
-    ),
-    "init.blocks_from": Knob("", "a run whose other weights are taken over"),
-    "init.weights_from": Knob(
-        "", "a run to go on from, with its model and all weights"
-    ),
-    # The factorization of D's table.
-    "factorize.method": Knob(
-        "svd", "svd; pca: centred, the mean goes into wpe; or one of compress.methods"
-    ),
-    "factorize.statistics": Knob(
-        "", "file of what other methods need; empty: measured on the run"
-    ),
-    "factorize.singular_value_split": Knob(
-        0.0, "a: table U S^(1-a), scale matrix S^a V^T", SHARE
-    ),
-    "factorize.bands": Knob(
-        1, "frequency bands, with ranks of their own, for A, B and C", at_least(1)
-    ),
-    # Compression of a trained model's table without training.
-    "compress.methods": Knob(
+    )
+    blocks_from: str = knob("", "run to copy all weights but the embedding from")
+    weights_from: str = knob("", "run to copy the model and all weights from")
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorizeSettings:
+    """The factorization of D's table."""
+
+    method: str = knob(
+        "svd", "svd, pca (centred; the mean goes into wpe) or another of METHODS"
+    )
+    statistics: str = knob(
+        "", "file of calibration statistics; empty: measure them on the run"
+    )
+    singular_value_split: float = knob(
+        0.0, "a: the table is U S^(1-a), the scale matrix S^a V^T", SHARE
+    )
+    bands: int = knob(
+        1, "frequency bands of A, B and C, each with its rank", at_least(1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressSettings:
+    """Compression of a trained model's table without training."""
+
+    methods: str = knob(
         "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context",
-        "what a sweep tries; the last one also at fewer bits, and for a bound",
-    ),
-    "compress.bands": Knob(
+        "methods to try; the last one also at fewer bits, and for a bound",
+    )
+    bands: tuple[int, ...] = knob(
         (1, 7, 12),
         "numbers of frequency bands to try; 1: one rank for all",
         at_least(1),
-    ),
-    "compress.bits": Knob((8, 4), "of a stored number, besides 32", one_of(8, 4)),
-    "compress.calibration_tokens": Knob(
-        1_048_576, "of the training split, to measure what weighs errors", at_least(1)
-    ),
-    "compress.max_added_loss": Knob(
-        0.0,
-        "nats a token may lose; above 0: find the table of the fewest numbers",
-        at_least(0),
-    ),
-    "compress.max_params": Knob(
-        0, "numbers the table may store; above 0: find the best table", at_least(0)
-    ),
-    "compress.max_bytes": Knob(
-        0, "bytes the table may take; above 0: find the best table", at_least(0)
-    ),
-    "compress.recover_ranks": Knob(
+    )
+    bits: tuple[int, ...] = knob(
+        (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
+    )
+    calibration_tokens: int = knob(
+        1_048_576, "training tokens to measure statistics on", at_least(1)
+    )
+    max_added_loss: float = knob(
+        0.0, "above 0: find the smallest table within this loss", at_least(0)
+    )
+    max_params: int = knob(
+        0, "above 0: find the best table of at most this many numbers", at_least(0)
+    )
+    max_bytes: int = knob(
+        0, "above 0: find the best table of at most this many bytes", at_least(0)
+    )
+    recover_ranks: tuple[int, ...] = knob(
         (),
-        "whose best tables are then trained on, with D's predictions and without, "
-        "beside D itself trained on for as long",
+        "then train the best table of each of these ranks, with D as teacher and "
+        "without, and D for the same steps",
         at_least(1),
-    ),
-    # Validation.
-    "evaluate.every": Knob(250, "steps between evaluations", at_least(1)),
-    "evaluate.batch_size": Knob(32, "sequences at a time", at_least(1)),
-    # Samples of text.
-    "sample.prompt": Knob("", "text to continue; empty: a document's beginning"),
-    "sample.tokens": Knob(200, "tokens to draw", at_least(1)),
-    "sample.count": Knob(1, "samples, drawn side by side", at_least(1)),
-    "sample.temperature": Knob(
-        0.8, "that logits are divided by; 0: the likeliest token", at_least(0)
-    ),
-    "sample.top_k": Knob(
-        200, "draw from this many of the likeliest tokens; 0: from all", at_least(0)
-    ),
-    # What is kept and shown.
-    "checkpoint.every": Knob(
-        1000, "steps between saves; the last step is always saved", at_least(1)
-    ),
-    "checkpoint.keep_last": Knob(
-        2, "besides the one with the best validation loss", at_least(1)
-    ),
-    "telemetry.every": Knob(10, "steps between logged training metrics", at_least(1)),
-    "telemetry.tensorboard": Knob(True, "write event files for TensorBoard"),
-    "telemetry.wandb": Knob(False, "log to Weights & Biases, too"),
-    "telemetry.wandb_project": Knob("pcagpt", "the project there"),
-    "experiment.arms": Knob(
-        "pca,random,pca_finetune",
-        f"besides D, of {', '.join(arm for arm in ARMS if arm != 'baseline')}",
-    ),
-    "experiment.seeds": Knob(
-        (), "every arm once for each; empty: once, with seed", SEED
-    ),
-    # Devices and processes.
-    "mesh.data": Knob(
-        -1, "devices the batch is split over; -1: all that fsdp leaves", at_least(-1)
-    ),
-    "mesh.fsdp": Knob(1, "devices the parameters are split over, too", at_least(1)),
-    "distributed.enabled": Knob(
-        False, "this is one of several processes; on Slurm the rest is known"
-    ),
-    "distributed.coordinator_address": Knob(None, "HOST:PORT of process 0", kind=str),
-    "distributed.num_processes": Knob(None, "processes in all", at_least(1), int),
-    "distributed.process_id": Knob(None, "this one's number, from 0", at_least(0), int),
-}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """Validation."""
+
+    every: int = knob(250, "steps between evaluations", at_least(1))
+    batch_size: int = knob(32, "sequences at a time", at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """Samples of text."""
+
+    prompt: str = knob("", "text to continue; empty: begin a document")
+    tokens: int = knob(200, "tokens to draw", at_least(1))
+    count: int = knob(1, "samples to draw at once", at_least(1))
+    temperature: float = knob(
+        0.8, "divides the logits; 0: take the likeliest token", at_least(0)
+    )
+    top_k: int = knob(
+        200, "draw from this many likeliest tokens; 0: from all", at_least(0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """What is saved while training."""
+
+    every: int = knob(
+        1000, "steps between saves; the last step is saved, too", at_least(1)
+    )
+    keep_last: int = knob(
+        2, "checkpoints to keep besides the one with the best loss", at_least(1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetrySettings:
+    """What is logged while training."""
+
+    every: int = knob(10, "steps between logged training metrics", at_least(1))
+    tensorboard: bool = knob(True, "write event files for TensorBoard")
+    wandb: bool = knob(False, "log to Weights & Biases, too")
+    wandb_project: str = knob("pcagpt", "project in Weights & Biases")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentSettings:
+    """The runs of an experiment."""
+
+    arms: str = knob(
+        "pca,random,pca_finetune", f"arms besides D, of {', '.join(OTHER_ARMS)}"
+    )
+    seeds: tuple[int, ...] = knob(
+        (), "run every arm with each of these; empty: once, with seed", SEED
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """The devices of a run."""
+
+    data: int = knob(
+        -1,
+        "split the batch over this many devices; -1: all devices / fsdp",
+        at_least(-1),
+    )
+    fsdp: int = knob(
+        1, "split parameters and batch over this many devices", at_least(1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSettings:
+    """Several processes."""
+
+    enabled: bool = knob(False, "this is one of several processes; Slurm sets the rest")
+    coordinator_address: str | None = knob(None, "HOST:PORT of process 0")
+    num_processes: int | None = knob(None, "number of processes", at_least(1))
+    process_id: int | None = knob(None, "number of this process, from 0", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All knobs. `settings.train.steps` is the knob 'train.steps'."""
+
+    task: str = knob("train", "what to do", one_of(*TASKS))
+    arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
+    workdir: str = knob("checkpoints", "folder that runs are read from and written to")
+    seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
+    overwrite: bool = knob(False, "discard a run of the same name and another config")
+    build_prerequisites: bool = knob(
+        True, "train D and factorize it if they are missing"
+    )
+    model_path: str = knob(
+        "",
+        f"{', '.join(OF_A_RUN)}: a run or one checkpoint; factorize: or a .npy table",
+    )
+    split: str = knob(
+        "val", "evaluate: part of the corpus", one_of("train", "val", "test")
+    )
+    ranks: tuple[int, ...] = knob(
+        (128,), "factorize, compress, experiment: as in 64,128", at_least(1)
+    )
+    model: ModelSettings = section(ModelSettings)
+    data: DataSettings = section(DataSettings)
+    train: TrainSettings = section(TrainSettings)
+    scratch: ScratchSettings = section(ScratchSettings)
+    finetune: FinetuneSettings = section(FinetuneSettings)
+    distill: DistillSettings = section(DistillSettings)
+    init: InitSettings = section(InitSettings)
+    factorize: FactorizeSettings = section(FactorizeSettings)
+    compress: CompressSettings = section(CompressSettings)
+    evaluate: EvaluateSettings = section(EvaluateSettings)
+    sample: SampleSettings = section(SampleSettings)
+    checkpoint: CheckpointSettings = section(CheckpointSettings)
+    telemetry: TelemetrySettings = section(TelemetrySettings)
+    experiment: ExperimentSettings = section(ExperimentSettings)
+    mesh: MeshSettings = section(MeshSettings)
+    distributed: DistributedSettings = section(DistributedSettings)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Settings":
+        """From a ConfigDict or a run's record; a missing knob gets its default."""
+        return cls().replace(
+            {
+                path: tuple(value) if isinstance(value, list) else value
+                for path, value in _flat(config).items()
+                if path in KNOBS
+            }
+        )
+
+    def replace(self, values: Mapping[str, Any]) -> "Settings":
+        """A copy with other values, as in {'train.steps': 10, 'seed': 2}.
+
+        A section can be replaced as a whole: {'init': InitSettings()}.
+        """
+        own: dict[str, Any] = {}
+        for path, value in values.items():
+            holder, _, name = path.rpartition(".")
+            if holder:
+                part = own.get(holder, getattr(self, holder))
+                own[holder] = dataclasses.replace(part, **{name: value})
+            else:
+                own[name] = value
+        return dataclasses.replace(self, **own)
+
+    def flat(self) -> dict[str, Any]:
+        """{'train.steps': 5000, ...} of every knob, in the order of declaration."""
+        return _flat(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values."""
+        return dataclasses.asdict(self)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the token files that are made from text."""
+        return Path(self.data.cache_dir or Path(self.workdir) / "data")
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """{'train.steps': 5000, ...} from two levels of mappings."""
+    flat = {}
+    for name, value in nested.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One entry of `KNOBS`; type is int, float, bool, str or tuple (of int)."""
+
+    default: Any
+    meaning: str
+    rule: Rule
+    type: type
+
+
+def _declared(kind: type, prefix: str = "") -> dict[str, Knob]:
+    """The knobs of a dataclass by path, read off its fields."""
+    types, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        hint = types[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= _declared(hint, f"{field.name}.")
+            continue
+        # `int | None` is an int that may be unset, `tuple[int, ...]` a tuple.
+        plain = typing.get_origin(hint) or hint
+        if plain is not tuple and typing.get_args(hint):
+            plain = typing.get_args(hint)[0]
+        meaning, rule = field.metadata["meaning"], field.metadata["rule"]
+        found[prefix + field.name] = Knob(field.default, meaning, rule, plain)
+    return found
+
+
+KNOBS: dict[str, Knob] = _declared(Settings)
 
 
 def base() -> ConfigDict:
-    """The config that every file of configs/ is a small change of: the defaults.
+    """The defaults as the ConfigDict that each file of configs/ changes.
 
-    Locked: a knob that is not declared cannot be set, by mistake or otherwise.
+    It is locked: a knob that is not declared cannot be set.
     """
     config = ConfigDict()
-    for path, knob in KNOBS.items():
-        section, _, name = path.rpartition(".")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        holder = config[section] if section else config
-        is_open = knob.default is None
-        holder[name] = config_dict.placeholder(knob.type) if is_open else knob.default
+    for path, declared in KNOBS.items():
+        holder, _, name = path.rpartition(".")
+        if holder and holder not in config:
+            config[holder] = ConfigDict()
+        default = declared.default
+        # A plain None would let a knob take a value of any type.
+        value = config_dict.placeholder(declared.type) if default is None else default
+        (config[holder] if holder else config)[name] = value
     return config.lock()
-
-
-def flat(config: ConfigDict) -> dict[str, Any]:
-    """{'train.steps': 5000, ...} of every knob, in the order of their declaration."""
-    values = {}
-    for path in KNOBS:
-        section, _, name = path.rpartition(".")
-        values[path] = (config[section] if section else config)[name]
-    return values
 
 
 def override(path: str, value: Any) -> str:

@@ -1,32 +1,31 @@
 """Low-rank factorization of a token table: arrays in, arrays out."""
 
 from pcagpt.factorize.bands import (
-    BandedTable,
     allocate_ranks,
     banded,
     budget_of_rank,
     frequency_bands,
-    single_band,
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_statistics
 from pcagpt.factorize.predict import Predictor, SecondOrder
 from pcagpt.factorize.solve import (
     Factors,
-    LowRank,
     by_method,
     effective_rank,
     energy_kept,
     solve,
+    table_of_rank,
     truncate,
 )
+from pcagpt.factorize.table import BandFactors, FactorizedTable
 
 __all__ = [
     "CONTROLS",
     "METHODS",
-    "BandedTable",
+    "BandFactors",
+    "FactorizedTable",
     "Factors",
-    "LowRank",
     "Predictor",
     "SecondOrder",
     "Statistics",
@@ -40,7 +39,7 @@ __all__ = [
     "energy_kept",
     "frequency_bands",
     "needs_statistics",
-    "single_band",
     "solve",
+    "table_of_rank",
     "truncate",
 ]

@@ -11,84 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.factorize.methods import Weighting
-from pcagpt.factorize.solve import (
-    Factors,
-    LowRank,
-    metric_roots,
-    principal,
-    solve,
-    truncate,
-)
+from pcagpt.factorize.solve import metric_roots, principal, solve, truncate
+from pcagpt.factorize.table import BandFactors, FactorizedTable
 
 FIRST_BAND = 64  # tokens: the most frequent ones
 REGROUPINGS = 3  # times that tokens may change to the band that suits them best
 
 
-class BandedTable(NamedTuple):
-    """A token table in bands.
-
-    order: [V] int32, the token at each position, band after band; tables: what each
-    band stores, a `LowRank` or, at full width, an array [n, D]; mean: [D], added to the
-    input of every token (the head needs nothing: softmax cancels it), or None.
-    """
-
-    order: np.ndarray
-    tables: tuple[LowRank | np.ndarray, ...]
-    mean: np.ndarray | None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Tokens of each band."""
-        return tuple(len(_rows(table)) for table in self.tables)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Rank of each band; 0 at full width."""
-        return tuple(
-            table.wte.shape[1] if isinstance(table, LowRank) else 0
-            for table in self.tables
-        )
-
-    @property
-    def width(self) -> int:
-        """D."""
-        first = self.tables[0]
-        return (first.scale if isinstance(first, LowRank) else first).shape[1]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers stored: tables, scale matrices and, for several bands, the order."""
-        stored = sum(
-            table.wte.size + table.scale.size
-            if isinstance(table, LowRank)
-            else table.size
-            for table in self.tables
-        )
-        return stored + (len(self.order) if len(self.tables) > 1 else 0)
-
-    def dense(self) -> np.ndarray:
-        """The table that this one stands for, mean included, by token id: [V, D]."""
-        dtype = _rows(self.tables[0]).dtype
-        dense_VD = np.empty((len(self.order), self.width), dtype)
-        start = 0
-        for table in self.tables:
-            tokens = self.order[start : start + len(_rows(table))]
-            start += len(tokens)
-            is_full = not isinstance(table, LowRank)
-            dense_VD[tokens] = table if is_full else table.wte @ table.scale
-        return dense_VD if self.mean is None else dense_VD + self.mean
-
-
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
     """Numbers that one band for all tokens stores at a rank."""
     return rank * (vocab_size + width)
-
-
-def single_band(factors: Factors, rank: int, split: float = 0.0) -> BandedTable:
-    """All tokens at one rank, in the order of their ids."""
-    low_rank = truncate(factors, rank, split)
-    order = np.arange(len(low_rank.wte), dtype=np.int32)
-    return BandedTable(order, (low_rank,), factors.mean)
 
 
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
@@ -159,7 +91,7 @@ def banded(
     count: int,
     budget: int,
     split: float = 0.0,
-) -> BandedTable:
+) -> FactorizedTable:
     """A table in bands, cut, regrouped and given ranks so that little is lost.
 
     Starts from bands of equal frequency, as GroupReduce (Chen et al. 2018) does, and
@@ -206,11 +138,11 @@ def banded(
     tables = tuple(
         truncate(solve(table_VD, weighting, rows, roots), rank, split)
         if rank
-        else rows_VD[rows]
+        else BandFactors(rows_VD[rows], None)
         for rows, rank in zip(bands, ranks, strict=True)
     )
     order = np.concatenate(bands).astype(np.int32)
-    return BandedTable(order, tables, mean_D)
+    return FactorizedTable(order, tables, mean_D)
 
 
 class _Attempt(NamedTuple):
@@ -253,7 +185,3 @@ def _regrouped(whitened_VD, weights_V, bases, ranks, price):
         kept[0] = np.sort(np.concatenate([kept[0], *lost]))
     # Most frequent first, as the model's own bands are.
     return sorted(kept, key=lambda rows: -weights_V[rows].mean())
-
-
-def _rows(table) -> np.ndarray:
-    return table.wte if isinstance(table, LowRank) else table

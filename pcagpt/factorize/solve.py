@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.factorize.methods import METHODS, Statistics, Weighting
+from pcagpt.factorize.table import BandFactors, FactorizedTable
 
 # Eigenvalues of a metric below this share of the largest are raised to it.
 SMALLEST_EIGENVALUE = 1e-10
@@ -35,14 +36,6 @@ class Factors(NamedTuple):
     singular_values: np.ndarray
     mean: np.ndarray | None
     contexts: np.ndarray | None = None
-
-
-class LowRank(NamedTuple):
-    """A table of rank k: wte [V, K], scale [K, D] for both sides, mean [D] or None."""
-
-    wte: np.ndarray
-    scale: np.ndarray
-    mean: np.ndarray | None
 
 
 def solve(
@@ -133,7 +126,9 @@ def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (vectors_DD * root_D) @ vectors_DD.T, (vectors_DD / root_D) @ vectors_DD.T
 
 
-def truncate(factors: Factors, rank: int, singular_value_split: float = 0.0) -> LowRank:
+def truncate(
+    factors: Factors, rank: int, singular_value_split: float = 0.0
+) -> BandFactors:
     """The rank-k table, its magnitude shared out between wte and scale.
 
     With s_i the product of the norms of column i of `table` and row i of `directions`
@@ -158,7 +153,15 @@ def truncate(factors: Factors, rank: int, singular_value_split: float = 0.0) -> 
     strength_K = np.linalg.norm(factors.table[:, :rank], axis=0) * row_norm_K
     moved_K = np.where(strength_K > 0, strength_K, 1) ** singular_value_split
     factor_K = (moved_K / row_norm_K).astype(factors.table.dtype)
-    return LowRank(wte_VK / factor_K, scale_KD * factor_K[:, None], factors.mean)
+    return BandFactors(wte_VK / factor_K, scale_KD * factor_K[:, None])
+
+
+def table_of_rank(
+    factors: Factors, rank: int, singular_value_split: float = 0.0
+) -> FactorizedTable:
+    """A table of a single band: `truncate` and the mean row."""
+    band = truncate(factors, rank, singular_value_split)
+    return FactorizedTable.of_one_band(band, factors.mean)
 
 
 def _context_step(factors: Factors, rank: int) -> np.ndarray:

@@ -15,33 +15,29 @@ import jax.numpy as jnp
 
 from pcagpt.kernels import head as kernels
 from pcagpt.losses.chunks import scan_chunks
-from pcagpt.losses.logits import Head, project
+from pcagpt.losses.logits import project
+from pcagpt.model import Head
 from pcagpt.sharding.inside import by_device, gathered
 
 
 def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
     """As `losses.cross_entropy`; `chunks` for bands of a high rank."""
-    z_of_bands = tuple(project(h_ND, scale_down_KD) for _, scale_down_KD, _ in head)
-    tables = tuple(wte_VK for wte_VK, *_ in head)
-    sizes = tuple(size for *_, size in head)
-    return _loss(sizes, chunks, z_of_bands, tables, targets_N)
+    z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
+    tables = tuple(band.replace(scale_down=None) for band in head)
+    return _loss(chunks, z_of_bands, tables, targets_N)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(sizes, chunks, z_of_bands, tables, targets_N):
-    return _forward(sizes, chunks, z_of_bands, tables, targets_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(chunks, z_of_bands, tables: Head, targets_N):
+    return _forward(chunks, z_of_bands, tables, targets_N)[0]
 
 
-def _forward(sizes, chunks, z_of_bands, tables, targets_N):
+def _forward(chunks, z_of_bands, tables, targets_N):
     is_counted_N = targets_N >= 0
     summaries, rows, target_logit_N = [], [], 0.0
-    cast_tables = [
-        gathered(wte_VK.astype(z_NK.dtype))
-        for wte_VK, z_NK in zip(tables, z_of_bands, strict=True)
-    ]
-    for z_NK, wte_VK, local_N, size in _bands(
-        sizes, z_of_bands, cast_tables, targets_N
-    ):
+    dtype = z_of_bands[0].dtype
+    cast_tables = jax.tree.map(lambda wte_VK: gathered(wte_VK.astype(dtype)), tables)
+    for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
         if kernels.fits(wte_VK.shape[1]):
             summaries.append(kernels.summarize(z_NK, wte_VK, size))
         else:
@@ -60,7 +56,7 @@ def _forward(sizes, chunks, z_of_bands, tables, targets_N):
     return loss, (z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients)
 
 
-def _backward(sizes, chunks, residuals, cotangent):
+def _backward(chunks, residuals, cotangent):
     z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients = residuals
     normaliser_N = jnp.where(targets_N >= 0, normaliser_N, jnp.inf)
     of_z = tuple(
@@ -70,9 +66,7 @@ def _backward(sizes, chunks, residuals, cotangent):
 
     def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
-        for z_NK, wte_VK, local_N, size in _bands(
-            sizes, z_of_bands, cast_tables, targets_N
-        ):
+        for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
             if kernels.fits(wte_VK.shape[1]):
                 gradient = kernels.table_gradient
             else:
@@ -80,7 +74,7 @@ def _backward(sizes, chunks, residuals, cotangent):
             gradient_VK = gradient(wte_VK, z_NK, normaliser_N, local_N)
             is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
-        return (tuple(found),)
+        return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
 
     # To the sums over devices nothing is done: XLA can so add the lookup's gradients
     # before they are added up.
@@ -93,12 +87,12 @@ def _backward(sizes, chunks, residuals, cotangent):
 _loss.defvjp(_forward, _backward)
 
 
-def _bands(sizes, z_of_bands, tables, targets_N):
+def _bands(z_of_bands, tables: Head, targets_N):
     """For each band z, its table, targets counted from its start, and real rows."""
     start = 0
-    for z_NK, wte_VK, size in zip(z_of_bands, tables, sizes, strict=True):
-        yield z_NK, wte_VK, targets_N - start, size
-        start += size
+    for z_NK, band in zip(z_of_bands, tables, strict=True):
+        yield z_NK, band.wte, targets_N - start, band.size
+        start += band.size
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):

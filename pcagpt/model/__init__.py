@@ -11,7 +11,8 @@ A band is a run of consecutive token ids with a table and scale matrices of its 
 baseline is one band without scale matrices; a single rank is one band with them.
 """
 
-from pcagpt.model.config import Band, GPTConfig
+from pcagpt.model.config import BandSpec, GPTConfig
+from pcagpt.model.embedding import Head, HeadBand
 from pcagpt.model.gpt import GPT
 from pcagpt.model.size import (
     embedding_parameters,
@@ -21,8 +22,10 @@ from pcagpt.model.size import (
 
 __all__ = [
     "GPT",
-    "Band",
+    "BandSpec",
     "GPTConfig",
+    "Head",
+    "HeadBand",
     "embedding_parameters",
     "total_parameters",
     "training_flops_per_token",

@@ -32,22 +32,22 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def bands(self) -> tuple["Band", ...]:
+    def bands(self) -> tuple["BandSpec", ...]:
         """The bands in order of token position; padding rows belong to the last."""
         padding = self.padded_vocab_size - self.vocab_size
         if not self.band_sizes:
-            return (Band(0, self.vocab_size, padding, self.n_embd_wte),)
+            return (BandSpec(0, self.vocab_size, padding, self.n_embd_wte),)
         starts = [sum(self.band_sizes[:i]) for i in range(len(self.band_sizes))]
         last = len(self.band_sizes) - 1
         return tuple(
-            Band(start, size, padding if i == last else 0, rank)
+            BandSpec(start, size, padding if i == last else 0, rank)
             for i, (start, size, rank) in enumerate(
                 zip(starts, self.band_sizes, self.band_ranks, strict=True)
             )
         )
 
 
-class Band(NamedTuple):
+class BandSpec(NamedTuple):
     """Token positions start .. start + size - 1, stored at `rank` (None: at full D)."""
 
     start: int

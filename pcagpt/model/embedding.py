@@ -4,32 +4,36 @@ Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
 
 import functools
-from typing import NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model.config import INIT_STD, Band, GPTConfig
+from pcagpt.model.config import INIT_STD, BandSpec, GPTConfig
 from pcagpt.sharding.inside import by_device
 
 
-class HeadBand(NamedTuple):
-    """What the output head reads of a band.
+@flax.struct.dataclass
+class HeadBand:
+    """The part of the output head that gives one band's logits; a pytree.
 
-    wte: [size + padding, K] float32; scale_down: [K, D] float32, None at full width;
-    size: real rows, the rest is padding.
+    wte: [size + padding, K]; scale_down: [K, D], None for a table at full width;
+    size: number of real rows, a static field. Padding rows follow them.
     """
 
     wte: jax.Array
     scale_down: jax.Array | None
-    size: int
+    size: int = flax.struct.field(pytree_node=False)
 
 
-class BandTable(nn.Module):
-    """The tables of one band."""
+Head = tuple[HeadBand, ...]
 
-    band: Band
+
+class BandEmbedding(nn.Module):
+    """The parameters of one band, shared by the input lookup and the output head."""
+
+    band: BandSpec
     n_embd: int
     scale_tying: bool
 
@@ -52,10 +56,6 @@ class BandTable(nn.Module):
         """Rows of this band -> their embeddings [N, D]."""
         x_NK = _take_rows(self.wte, rows_N, dtype)
         return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
-
-    def head(self) -> HeadBand:
-        """The output side of this band."""
-        return HeadBand(self.wte, self.scale_down, self.band.size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -93,10 +93,10 @@ class TokenEmbedding(nn.Module):
     config: GPTConfig
 
     def setup(self):
-        """Declares a `BandTable` a band and, for several bands, the token order."""
+        """Declares one embedding per band and, for several bands, the token order."""
         config = self.config
-        self.tables = [
-            BandTable(
+        self.band_embeddings = [
+            BandEmbedding(
                 band, config.n_embd, config.n_embd_wte_scale_tying, name=f"band_{i}"
             )
             for i, band in enumerate(config.bands)
@@ -119,16 +119,19 @@ class TokenEmbedding(nn.Module):
         dtype = jnp.dtype(self.config.compute_dtype)
         bands = self.config.bands
         if len(bands) == 1:
-            return self.tables[0].lookup(tokens_N, dtype)
+            return self.band_embeddings[0].lookup(tokens_N, dtype)
         positions_N = self.renumber(tokens_N)
         x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
-        for band, table in zip(bands, self.tables, strict=True):
+        for band, embedding in zip(bands, self.band_embeddings, strict=True):
             rows_N = positions_N - band.start
             inside_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
-            found_ND = table.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
+            found_ND = embedding.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
             x_ND += jnp.where(inside_N1, found_ND, 0)
         return x_ND
 
-    def head(self) -> tuple[HeadBand, ...]:
-        """The output side of every band, in order of position."""
-        return tuple(table.head() for table in self.tables)
+    def head(self) -> Head:
+        """The output side of every band, in order of token position."""
+        return tuple(
+            HeadBand(band.wte, band.scale_down, band.band.size)
+            for band in self.band_embeddings
+        )

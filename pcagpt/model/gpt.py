@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pcagpt.model.block import Block, ResidualNorm
 from pcagpt.model.config import INIT_STD, GPTConfig
-from pcagpt.model.embedding import HeadBand, TokenEmbedding
+from pcagpt.model.embedding import Head, TokenEmbedding
 
 
 class GPT(nn.Module):
@@ -73,7 +73,7 @@ class GPT(nn.Module):
             x_BD, update = block(x_BD, update, 1, True, position)
         return self.ln_f(x_BD, *update)[1]
 
-    def head(self) -> tuple[HeadBand, ...]:
+    def head(self) -> Head:
         """The tables of the output head, band by band."""
         return self.embed.head()
 
@@ -88,12 +88,13 @@ class GPT(nn.Module):
         and sampling; training and evaluation use `pcagpt.losses`.
         """
         logits = []
-        for wte_VK, scale_down_KD, size in self.head():
+        for band in self.head():
+            wte_VK = band.wte[: band.size]
             z_NK = h_ND.astype(wte_VK.dtype)
-            if scale_down_KD is not None:
-                z_NK = z_NK @ scale_down_KD.T
+            if band.scale_down is not None:
+                z_NK = z_NK @ band.scale_down.T
             logits.append(
-                jnp.matmul(z_NK, wte_VK[:size].T, preferred_element_type=jnp.float32)
+                jnp.matmul(z_NK, wte_VK.T, preferred_element_type=jnp.float32)
             )
         logits_NV = jnp.concatenate(logits, axis=-1)
         return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]

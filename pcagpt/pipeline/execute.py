@@ -1,29 +1,27 @@
-"""Carrying out a plan: what is there or in the way, making the rest, reporting."""
+"""Carries out a plan: checks everything, makes what is missing, writes the report."""
 
 import os
 import shlex
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
-from pcagpt import config as knobs
 from pcagpt import factorize
 from pcagpt.arms import ARMS
 from pcagpt.compress.sweep import add_recovered, folder_of
+from pcagpt.config import KNOBS, Settings, override
 from pcagpt.data.corpus import describe_corpus
 from pcagpt.errors import UserError
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.plan import Job, Plan, recovery_plan
-from pcagpt.pipeline.train_job import TrainJob
+from pcagpt.pipeline.train_job import DONE, TrainJob
 from pcagpt.report import collect_results, recovered_rows, write_report
 from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
-from pcagpt.run.folder import DONE
-from pcagpt.sharding import placement
+from pcagpt.run.build import build_config, hardware
+from pcagpt.run.folder import read_record
 from pcagpt.telemetry.record import import_wandb
 
-# What a finished baseline must share with a model that takes this over from it.
+# Knobs of the model that D must share with an arm, by what the arm takes from it.
 SHARED_WITH_BASELINE = {
     "factors": ("n_embd",),
     "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
@@ -32,62 +30,57 @@ SHARED_WITH_BASELINE = {
 
 
 def describe(plan: Plan) -> list[str]:
-    """One line a job: what it is, and whether it is done, resumes or is to do.
+    """A line for each job: what it is, and if it is done, resumes or is to do.
 
     Raises:
-      UserError: a run of another config is in the way.
+      UserError: a run with other settings is in the way.
     """
     return [
         f"{job.label:<32} {job.amount:>14}  {job.status()}" for job in _needed(plan)
     ]
 
 
-def check(plan: Plan, config: ConfigDict) -> None:
-    """Finds what is in the way, as far as that takes no time and leaves no trace.
+def check(plan: Plan, settings: Settings) -> None:
+    """Checks what takes no time and writes nothing.
 
     Raises:
-      UserError: the workdir cannot be written to, W&B is asked for and not installed,
-        a run of another config is there, a prerequisite is lacking and
-        `config.build_prerequisites` is off, or the corpus is none.
+      UserError: the workdir is not writable, W&B is not installed, a run with other
+        settings is there, a prerequisite is missing and `build_prerequisites` is off,
+        or there is no such corpus or method.
     """
-    _check_workdir(config.workdir)
-    if config.telemetry.wandb:
+    _check_workdir(settings.workdir)
+    if settings.telemetry.wandb:
         import_wandb()
-    if config.factorize.method not in factorize.METHODS:
+    if settings.factorize.method not in factorize.METHODS:
         raise UserError(
-            f"factorize.method is '{config.factorize.method}': it must be one of "
+            f"factorize.method is '{settings.factorize.method}': it must be one of "
             f"{', '.join(factorize.METHODS)}"
         )
     jobs = _needed(plan)
     to_do = [job for job in jobs if job.status() != DONE]
-    lacking = [job for job in to_do if not job.is_target]
-    if lacking and not config.build_prerequisites:
-        raise _lacks(lacking[0], config)
+    missing = [job for job in to_do if not job.is_target]
+    if missing and not settings.build_prerequisites:
+        raise _missing(missing[0], settings)
     if any(isinstance(job, TrainJob) for job in to_do):
-        corpus = describe_corpus(config.data.source, config.data.tokenizer)
-        hardware = placement.hardware()
-        for job in to_do:
-            if isinstance(job, TrainJob):
-                knobs.model_settings(job.config.model, corpus.vocab_size, hardware)
-        for job in jobs:
-            if isinstance(job, FactorizeJob) and max(job.ranks) > corpus.vocab_size:
-                raise UserError(
-                    f"ranks holds {max(job.ranks)}: the corpus has "
-                    f"{corpus.vocab_size} tokens, the table's rank is at most that"
-                )
+        _check_sizes(jobs, to_do, settings)
     for job in jobs:
         if isinstance(job, TrainJob) and not job.is_target and job not in to_do:
-            _check_baseline(job.folder, config)
+            _check_baseline(job.folder, settings)
 
 
-def execute(plan: Plan, config: ConfigDict, command: str) -> None:
-    """Makes what is not done, in order, and writes the report if there is one.
+def execute(plan: Plan, settings: Settings, command: str) -> None:
+    """Makes what is not done, in order, and writes the report of an experiment.
+
+    Args:
+      plan: what to make.
+      settings: what the plan was made from.
+      command: the command line, for the report.
 
     Raises:
-      UserError: as for `check`, or something does not fit the corpus or the devices;
-        nothing but the corpus's token files has been written then.
+      UserError: as for `check`, or something does not fit the corpus or the devices.
+        Nothing but the corpus's token files is written then.
     """
-    check(plan, config)
+    check(plan, settings)
     _say(*describe(plan))
     jobs, done, to_be_made = _needed(plan), [], set()
     for job in jobs:
@@ -96,39 +89,39 @@ def execute(plan: Plan, config: ConfigDict, command: str) -> None:
             to_be_made.add(job.folder)
         elif isinstance(job, TrainJob):
             done.append(job)
-    if to_be_made:  # What is new must have seen the same tokens as what is there.
+    if to_be_made:  # New runs are compared with finished ones: same tokens for both.
         for job in done:
             job.check_corpus()
     for job in jobs:
         if job.folder in to_be_made:
             job.run()
     if plan.reported and jax.process_index() == 0:
-        workdir = Path(config.workdir)
+        workdir = Path(settings.workdir)
         results = collect_results(workdir, plan.reported, command)
         write_report(workdir, results)
         _say(f"report: {workdir / 'report.html'}")
 
 
-def recover(config: ConfigDict) -> None:
-    """Trains the best models of a sweep on, and D, and enters them into its report.
+def recover(settings: Settings) -> None:
+    """Trains the best models of a sweep further, and D, and adds them to its report.
 
     Raises:
       UserError: as for `execute`.
     """
-    folder = folder_of(config)
-    plan = recovery_plan(config, folder)
-    execute(plan, plan.jobs[0].config, command="")
+    folder = folder_of(settings)
+    plan = recovery_plan(settings, folder)
+    execute(plan, plan.jobs[0].settings, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        baseline = checkpoint.find(config.model_path)[0]
+        baseline = checkpoint.find(settings.model_path)[0]
         rows = recovered_rows(folder, runs, baseline)
         _say(f"report: {add_recovered(folder, rows)}")
 
 
 def _needed(plan: Plan) -> tuple[Job, ...]:
-    """The jobs, but not the prerequisites of a run that is finished.
+    """The jobs of the plan, but no prerequisites of a finished run.
 
-    Unless they are there and made otherwise than is asked for now.
+    Prerequisites stay if they are there and were made in another way.
     """
     target = plan.jobs[-1]
     is_done = not plan.reported and target.status() == DONE
@@ -146,21 +139,36 @@ def _check_workdir(workdir: str) -> None:
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
-            f"workdir is {workdir}: {there} is no folder that can be written to; name "
-            "another one as --config.workdir=FOLDER"
+            f"workdir is {workdir}: {there} is not a writable folder; name another one "
+            "as --config.workdir=FOLDER"
         )
 
 
-def _check_baseline(folder: Path, config: ConfigDict) -> None:
-    """Raises UserError if a finished baseline is too different to start from."""
-    trained = (run_folder.read_config(folder) or {}).get("model", {})
-    shared = dict.fromkeys(
-        name for taken in ARMS[config.arm].takes for name in SHARED_WITH_BASELINE[taken]
-    )
+def _check_sizes(jobs, to_do, settings: Settings) -> None:
+    """Raises UserError if models or ranks do not fit the corpus's vocabulary."""
+    corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
+    device = hardware()
+    for job in to_do:
+        if isinstance(job, TrainJob):
+            build_config(job.settings.model, corpus.vocab_size, device)
+    for job in jobs:
+        highest = max(job.settings.ranks)
+        if isinstance(job, FactorizeJob) and highest > corpus.vocab_size:
+            raise UserError(
+                f"ranks holds {highest}: the corpus has {corpus.vocab_size} tokens, "
+                "the rank of the table is at most that"
+            )
+
+
+def _check_baseline(folder: Path, settings: Settings) -> None:
+    """Raises UserError if a finished D is too different to start from."""
+    trained = (read_record(folder) or {}).get("model", {})
+    takes = ARMS[settings.arm].takes
+    shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
     differing = [
-        f"model.{name} (there {trained.get(name)}, here {config.model[name]})"
-        for name in shared
-        if trained.get(name) != config.model[name]
+        f"model.{name} (there {trained.get(name)}, here {own})"
+        for name in dict.fromkeys(shared)
+        if trained.get(name) != (own := getattr(settings.model, name))
     ]
     if differing:
         raise UserError(
@@ -169,32 +177,35 @@ def _check_baseline(folder: Path, config: ConfigDict) -> None:
         )
 
 
-def _lacks(job: Job, config: ConfigDict) -> UserError:
-    """Says which prerequisite is lacking, with the command that makes it."""
+def _missing(job: Job, settings: Settings) -> UserError:
+    """Says which prerequisite is missing, with the command that makes it."""
     if isinstance(job, TrainJob):
         return UserError(
             f"{job.folder} is not trained and build_prerequisites is off; train it "
-            f"with: {_command('configs/baseline.py', job.config)}"
+            f"with: {_command('configs/baseline.py', job.settings)}"
         )
-    alone = knobs.base()
-    alone.workdir = config.workdir
-    alone.model_path = str(job.source)
-    alone.ranks = job.ranks
-    alone.factorize = config.factorize
-    alone.telemetry.tensorboard = config.telemetry.tensorboard
+    alone = Settings().replace(
+        {
+            "workdir": settings.workdir,
+            "model_path": str(job.source),
+            "ranks": job.settings.ranks,
+            "factorize": settings.factorize,
+            "telemetry.tensorboard": settings.telemetry.tensorboard,
+        }
+    )
     return UserError(
         f"{job.folder} lacks {job.amount} and build_prerequisites is off; make it "
         f"with: {_command('configs/factorize.py', alone)}"
     )
 
 
-def _command(config_file: str, config: ConfigDict) -> str:
-    """The command line that runs a config file with this config's knobs."""
+def _command(config_file: str, settings: Settings) -> str:
+    """The command line that runs a config file with these settings."""
     chosen = ("task", "arm", "build_prerequisites", "overwrite")
     words = [
-        knobs.override(path, value)
-        for path, value in knobs.flat(config).items()
-        if path not in chosen and value != knobs.KNOBS[path].default
+        override(path, value)
+        for path, value in settings.flat().items()
+        if path not in chosen and value != KNOBS[path].default
     ]
     return shlex.join(
         ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]

@@ -1,68 +1,57 @@
-"""From a trained run (or a bare table) to the files of its factorization."""
+"""The factorization of a run's table, or of a bare table, as a job."""
 
 import dataclasses
-import hashlib
+import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from pcagpt import config as knobs
 from pcagpt import factorize
 from pcagpt.compress.subject import Subject
+from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import files as factor_files
-from pcagpt.report.plots import spectrum_figure
-from pcagpt.run import calibrate as statistics
-from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
-from pcagpt.run.folder import DONE, TO_DO
+from pcagpt.factorize import FactorizedTable, Factors, Statistics, files
+from pcagpt.files import sha256_of_file
+from pcagpt.pipeline.train_job import DONE, TO_DO
+from pcagpt.report import spectrum_figure
+from pcagpt.run import calibrate, checkpoint
+from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import Telemetry
 
 
 @dataclasses.dataclass(frozen=True)
 class FactorizeJob:
-    """What to factorize, how, and where the files go.
+    """A factorization with its source and the folder of its files.
 
-    source: a run, a checkpoint of one, or a .npy table [V, d]; folder: of the files;
-    config: with the sections `factorize`, `compress` (how much to calibrate on where
-    statistics are lacking), `telemetry`, and `data` and `mesh` to calibrate on;
-    is_target: asked for by name, not a prerequisite.
+    source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
+    `factorize` say what to make, `compress` and `train.batch_size` how to calibrate;
+    is_target: the person asked for it by name, it is not a prerequisite.
     """
 
     source: Path
     folder: Path
-    ranks: tuple[int, ...]
-    config: ConfigDict
-    is_target: bool = True
-
-    @property
-    def method(self) -> str:
-        """A name in `factorize.METHODS`."""
-        return self.config.factorize.method
-
-    @property
-    def bands(self) -> int:
-        """Frequency bands to start from; 1 for one rank for all tokens."""
-        return self.config.factorize.bands
+    settings: Settings
+    is_target: bool
 
     @property
     def label(self) -> str:
-        """The folder's name, in line with the letters of the runs."""
+        """The folder's name, aligned with the names of runs."""
         return f"  {self.folder.name}"
 
     @property
     def amount(self) -> str:
         """As in 'rank 64, 128'."""
-        ranks = f"rank {', '.join(map(str, self.ranks))}"
-        return ranks if self.bands == 1 else f"{ranks} in {self.bands} bands"
+        ranks = f"rank {', '.join(map(str, self.settings.ranks))}"
+        bands = self.settings.factorize.bands
+        return ranks if bands == 1 else f"{ranks} in {bands} bands"
 
     @property
     def sources(self) -> set[Path]:
-        """Folders of other jobs that this one reads."""
+        """Paths of other jobs' results that this job reads."""
         return {self.source}
 
     def status(self) -> str:
@@ -71,13 +60,28 @@ class FactorizeJob:
         Raises:
           UserError: the folder holds the files of another source or method.
         """
-        if not self.has_source() or (self.config.overwrite and self.differing()):
+        if not self.has_source():
             return TO_DO
-        return TO_DO if self.missing_ranks() else DONE
+        differing = self.differing()
+        if differing and self.settings.overwrite:
+            return TO_DO
+        if differing:
+            raise UserError(
+                f"{self.folder} holds another factorization ({', '.join(differing)} "
+                "differ): use another --config.workdir, or --config.overwrite=True"
+            )
+        metadata = files.read_metadata(self.folder) or {"ranks": {}}
+        is_banded = self.settings.factorize.bands > 1
+        is_complete = all(
+            str(rank) in metadata["ranks"]
+            and files.exists(self.folder, rank, is_banded)
+            for rank in self.settings.ranks
+        )
+        return DONE if is_complete else TO_DO
 
     def has_source(self) -> bool:
-        """Whether the table or the checkpoint is there."""
-        if self.source.suffix == ".npy":
+        """The table or the checkpoint exists."""
+        if self.is_bare_table:
             return self.source.exists()
         try:
             checkpoint.find(self.source)
@@ -85,226 +89,168 @@ class FactorizeJob:
             return False
         return True
 
-    def check(self, to_be_made: set[Path]) -> None:
-        """Raises UserError if the source is not there and no earlier job makes it."""
-        if self.source in to_be_made:
-            return
-        self._read_table()
-        if self._statistics_path():
-            self._read_statistics()
-
-    def source_sha256(self) -> str:
-        """Hash of the table file, or what tells the checkpoint from others."""
-        if self.source.suffix != ".npy":
-            return checkpoint.fingerprint(self.source)
-        try:
-            with open(self.source, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{self.source}: {error.strerror}") from None
-
-    def identity(self) -> dict:
-        """What the files depend on besides the ranks."""
-        identity = {
-            "method": self.method,
-            "bands": self.bands,
-            "singular_value_split": self.config.factorize.singular_value_split,
-            "source_sha256": self.source_sha256(),
-        }
-        path = self._statistics_path()
-        if path and path.exists():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            identity["statistics_sha256"] = digest.hexdigest()
-        elif self._calibrates():
-            identity["calibration_tokens"] = self.config.compress.calibration_tokens
-            identity["calibration_batch_size"] = self.config.train.batch_size
-        return identity
+    @property
+    def is_bare_table(self) -> bool:
+        """The source is a .npy file and not a run."""
+        return self.source.suffix == ".npy"
 
     def differing(self) -> list[str]:
-        """In which parts of `identity` the files in the folder differ from this job."""
-        metadata = factor_files.read_metadata(self.folder)
+        """Parts of `identity` in which the files in the folder differ."""
+        metadata = files.read_metadata(self.folder)
         if metadata is None:
             return []
-        metadata = {"bands": 1} | metadata  # Older ones do not say.
+        metadata = {"bands": 1} | metadata  # Older files do not say.
         return [k for k, v in self.identity().items() if metadata.get(k) != v]
 
-    def missing_ranks(self) -> tuple[int, ...]:
-        """The ranks whose files are not there yet.
+    def identity(self) -> dict[str, Any]:
+        """What the files depend on besides the ranks."""
+        chosen, path = self.settings.factorize, self._statistics_path
+        source = self.source
+        found = {
+            "method": chosen.method,
+            "bands": chosen.bands,
+            "singular_value_split": chosen.singular_value_split,
+            "source_sha256": (
+                sha256_of_file(source)
+                if self.is_bare_table
+                else checkpoint.fingerprint(source)
+            ),
+        }
+        if path and path.exists():
+            found["statistics_sha256"] = sha256_of_file(path)
+        elif self._calibrates:
+            found["calibration_tokens"] = self.settings.compress.calibration_tokens
+            found["calibration_batch_size"] = self.settings.train.batch_size
+        return found
 
-        Raises:
-          UserError: the folder holds the files of another source or method, or there
-            is no such source.
-        """
-        metadata = factor_files.read_metadata(self.folder)
-        if metadata is None:
-            return self.ranks
-        differing = self.differing()
-        if differing:
-            raise UserError(
-                f"{self.folder} holds another factorization ({', '.join(differing)} "
-                "differ): use another --config.workdir, or --config.overwrite=True"
-            )
-        return tuple(
-            rank
-            for rank in self.ranks
-            if str(rank) not in metadata["ranks"]
-            or not factor_files.is_there(self.folder, rank, self.bands > 1)
-        )
+    def check(self, to_be_made: set[Path]) -> None:
+        """Raises UserError if the source is missing and no earlier job makes it."""
+        if self.source not in to_be_made:
+            self._open()
 
     def run(self) -> None:
-        """Writes the files on the first process; the others wait.
-
-        Statistics that the method needs are measured by all of them.
-        """
-        known = self.statistics()
+        """Writes the files on the first process; every process calibrates."""
+        opened, table_VD, statistics = self._open()
+        if self._calibrates:
+            statistics = Subject.of(opened, self.settings).statistics()
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
-            if self.config.overwrite and self.differing():
+            if self.settings.overwrite and self.differing():
                 shutil.rmtree(self.folder)
-            self.write(known)
+            self._write(opened, table_VD, statistics)
         placement.wait_for_all(str(self.folder))
 
-    def write(self, found: factorize.Statistics | None = None) -> dict:
-        """Writes the files of all ranks, those there already too; returns the metadata.
-
-        Args:
-          found: `statistics()`, if that was called already.
+    def _open(self) -> tuple[Run | None, np.ndarray, Statistics | None]:
+        """The run, its table [V, D], and statistics that come from a file.
 
         Raises:
           UserError: no table there, it is factorized already, a rank is too high, or
-            the folder holds the files of another source or method.
+            the statistics are missing or those of another table.
         """
-        self.missing_ranks()
-        found = self.statistics() if found is None else found
-        table_VD, origin = self._read_table()
-        width = table_VD.shape[1]
-        for rank in self.ranks:
+        run = None if self.is_bare_table else Run.open(self.source)
+        table_VD = run.table() if run else files.read_table(self.source)
+        for rank in self.settings.ranks:
             if rank > min(table_VD.shape):
                 raise UserError(
                     f"ranks holds {rank}: the table of {self.source} is "
                     f"{table_VD.shape}, its rank is at most {min(table_VD.shape)}"
                 )
-        earlier = factor_files.read_metadata(self.folder)
-        ranks = sorted({*self.ranks, *map(int, earlier["ranks"] if earlier else ())})
-        if found and found.probability.shape != table_VD.shape[:1]:
-            raise UserError(
-                f"{self._statistics_path()} is of {len(found.probability)} tokens, the "
-                f"table of {self.source} has {len(table_VD)}: give it its own"
-            )
-        factors = factorize.by_method(table_VD, self.method, found)
-        tables = {rank: self._table(table_VD, factors, found, rank) for rank in ranks}
+        statistics, path = None, self._statistics_path
+        if path:
+            statistics = calibrate.read(path)
+            if statistics is None:
+                raise UserError(
+                    f"factorize.method is '{self.settings.factorize.method}', which "
+                    f"needs statistics, and {path} holds none: name their file as "
+                    "--config.factorize.statistics"
+                )
+            if len(statistics.probability) != len(table_VD):
+                raise UserError(
+                    f"{path} has statistics of {len(statistics.probability)} tokens, "
+                    f"the table of {self.source} has {len(table_VD)}: give it its own"
+                )
+        return run, table_VD, statistics
+
+    def _write(
+        self, run: Run | None, table_VD: np.ndarray, statistics: Statistics | None
+    ) -> None:
+        """Writes the files of all ranks, those that are there already, too."""
+        method = self.settings.factorize.method
+        factors = factorize.by_method(table_VD, method, statistics)
+        earlier = files.read_metadata(self.folder) or {"ranks": {}}
+        ranks = sorted({*self.settings.ranks, *map(int, earlier["ranks"])})
+        make = functools.partial(self._table, table_VD, factors, statistics)
+        tables = {rank: make(rank) for rank in ranks}
         energy = factorize.energy_kept(factors.singular_values)
+
+        def describe(rank: int) -> dict[str, Any]:
+            table, kept = tables[rank], energy[rank - 1]
+            if self.settings.factorize.bands == 1:
+                return {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
+            return {
+                "parameters": table.parameters,
+                "band_sizes": table.sizes,
+                "band_ranks": table.ranks,
+            }
+
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **origin,
-            "vocab_size": table_VD.shape[0],
-            "n_embd": width,
+            **({"step": run.step} if run else {}),
+            "vocab_size": len(table_VD),
+            "n_embd": table_VD.shape[1],
             "effective_rank": factorize.effective_rank(factors.singular_values),
-            "ranks": {
-                str(rank): {
-                    "energy_kept": energy[rank - 1],
-                    "relative_error": max(0.0, 1 - energy[rank - 1]) ** 0.5,
-                }
-                if self.bands == 1
-                else {
-                    "parameters": tables[rank].parameters,
-                    "band_sizes": tables[rank].sizes,
-                    "band_ranks": tables[rank].ranks,
-                }
-                for rank in ranks
-            },
+            "ranks": {str(rank): describe(rank) for rank in ranks},
         }
-        factor_files.write(self.folder, tables, factors.singular_values, metadata)
+        in_bands = self.settings.factorize.bands > 1
+        files.write(self.folder, tables, factors.singular_values, metadata, in_bands)
         with Telemetry(
             self.folder,
             config={},
             run_name=self.folder.name,
-            tensorboard=self.config.telemetry.tensorboard,
+            tensorboard=self.settings.telemetry.tensorboard,
         ) as telemetry:
             figure = spectrum_figure(factors.singular_values, ranks)
             telemetry.figure("spectrum", figure)
-        return metadata
 
     def _table(
         self,
         table_VD: np.ndarray,
-        factors: factorize.Factors,
-        known: factorize.Statistics | None,
+        factors: Factors,
+        statistics: Statistics | None,
         rank: int,
-    ) -> factorize.LowRank | factorize.BandedTable:
+    ) -> FactorizedTable:
         """The table of a rank, or of its size in bands."""
-        split = self.config.factorize.singular_value_split
-        if self.bands == 1:
-            return factorize.truncate(factors, rank, split)
-        weighting = factorize.METHODS[self.method](table_VD, known)
+        chosen = self.settings.factorize
+        split, bands = chosen.singular_value_split, chosen.bands
+        if bands == 1:
+            return factorize.table_of_rank(factors, rank, split)
+        weighting = factorize.METHODS[chosen.method](table_VD, statistics)
         budget = factorize.budget_of_rank(*table_VD.shape, rank)
         try:
-            return factorize.banded(table_VD, weighting, self.bands, budget, split)
+            return factorize.banded(table_VD, weighting, bands, budget, split)
         except ValueError:
             raise UserError(
-                f"rank {rank} of {len(table_VD):,} tokens is too small for "
-                f"{self.bands} bands: raise the rank or lower factorize.bands"
+                f"rank {rank} of {len(table_VD):,} tokens is too small for {bands} "
+                "bands: raise the rank or lower factorize.bands"
             ) from None
 
-    def statistics(self) -> factorize.Statistics | None:
-        """What the method needs to know of the model; None if nothing.
+    @property
+    def _needs_statistics(self) -> bool:
+        return factorize.needs_statistics(self.settings.factorize.method)
 
-        Of a run measured, unless that was done before under the same protocol.
-
-        Raises:
-          UserError: a file was named, or a bare table given, and holds none.
-        """
-        if not self._calibrates():
-            return self._read_statistics() if self._statistics_path() else None
-        config = self.config.copy_and_resolve_references()
-        config.model_path, config.model = str(self.source), knobs.base().model
-        config.model.compute_dtype = self.config.model.compute_dtype
-        return Subject.open(config).statistics(
-            config.compress.calibration_tokens,
-            config.train.batch_size,
-            config.train.loss_chunks,
-        )
-
+    @property
     def _calibrates(self) -> bool:
-        """Whether statistics are measured on the run."""
-        needed = factorize.needs_statistics(self.method)
-        return needed and self._statistics_path() is None
+        """Statistics are measured on the run."""
+        return self._needs_statistics and self._statistics_path is None
 
+    @property
     def _statistics_path(self) -> Path | None:
-        """The file of the statistics, if they are not measured but given."""
-        if not factorize.needs_statistics(self.method):
+        """The file of the statistics, if they are not measured here."""
+        if not self._needs_statistics:
             return None
-        if self.config.factorize.statistics:
-            return Path(self.config.factorize.statistics)
-        is_table = self.source.suffix == ".npy"
-        return self.source.with_suffix(".statistics.npz") if is_table else None
-
-    def _read_statistics(self) -> factorize.Statistics:
-        """Those of the file."""
-        path = self._statistics_path()
-        found = statistics.read(path)
-        if found is None:
-            raise UserError(
-                f"factorize.method is '{self.method}', which needs statistics, and "
-                f"{path} holds none: name their file as --config.factorize.statistics"
-            )
-        return found
-
-    def _read_table(self) -> tuple[np.ndarray, dict]:
-        """The table without padding rows, and where it comes from."""
-        if self.source.suffix == ".npy":
-            return factor_files.read_table(self.source), {}
-        params, _, step = checkpoint.load_weights(self.source)
-        embed = params["embed"]
-        if len(embed) > 1 or "scale_up" in embed["band_0"]:
-            raise UserError(
-                f"{self.source} has a factorized embedding already: factorize a "
-                "baseline, such as checkpoints/gpt_baseline"
-            )
-        run_dir, _ = checkpoint.find(self.source)
-        config = run_folder.read_config(run_dir)
-        if config is None:
-            raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
-        return embed["band_0"]["wte"][: config["vocab_size"]], {"step": step}
+        if self.settings.factorize.statistics:
+            return Path(self.settings.factorize.statistics)
+        return (
+            self.source.with_suffix(".statistics.npz") if self.is_bare_table else None
+        )

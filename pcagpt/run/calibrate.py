@@ -65,7 +65,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
         variables, tokens_BT.reshape(-1), method=lambda gpt, tokens: gpt.embed(tokens)
     )
     h_ND, pull_back = jax.vjp(trunk, x_ND)
-    ((wte_VD, _, _),) = model.apply(variables, method="head")
+    wte_VD = model.apply(variables, method="head")[0].wte
     # Whole before the chunks: else devices would send each other hidden states in each.
     wte_VD = inside.gathered(wte_VD)[:vocab_size]
     compute_VD = wte_VD.astype(h_ND.dtype)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: saved asynchronously, restored whole or weights only.
+"""Orbax checkpoints of a run: saved in the background, restored whole or weights only.
 
 A checkpoint has three items: `weights` (params and constants), `optimizer` (its state
 and the number of updates done) and `meta` (JSON). Its number is the updates done.
@@ -23,7 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, as a context manager.
+    """The checkpoints of one run folder; a context manager.
 
     Keeps the last `keep_last` and the one with the lowest validation loss.
     """
@@ -57,7 +57,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Updates done by the newest checkpoint."""
+        """Number of updates that the newest checkpoint has done."""
         return self._manager.latest_step()
 
     def save(
@@ -68,7 +68,7 @@ class Checkpoints:
         meta: dict,
         val_loss: float | None = None,
     ) -> None:
-        """Starts writing a checkpoint; the arrays may be donated once this returns."""
+        """Starts writing a checkpoint. The arrays may be donated once this returns."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -80,22 +80,23 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
+        """Waits until every save is on disk."""
         self._manager.wait_until_finished()
 
     def restore_latest(self, weights: Any, optimizer: Any) -> tuple | None:
-        """The newest undamaged checkpoint, or None where there is none at all.
+        """The newest undamaged checkpoint, or None if the run has no checkpoint.
+
+        Newer ones that are damaged are reported and deleted if a good one is found.
 
         Args:
           weights: tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
           optimizer: the same for the optimizer item.
 
         Returns:
-          (weights, optimizer, meta, step). Damaged newer checkpoints are reported
-          and, since there is a good one, deleted.
+          (weights, optimizer, meta, step).
 
         Raises:
-          UserError: there are checkpoints, and every one is damaged.
+          UserError: every checkpoint is damaged.
         """
         damaged = []
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -134,7 +135,7 @@ class Checkpoints:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Updates done by each finished checkpoint of a run; empty where there is none."""
+    """Numbers of the finished checkpoints of a run, ascending."""
     folder = run_dir / FOLDER
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
@@ -164,17 +165,17 @@ def find(path: str | Path) -> tuple[Path, int]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 that tells a checkpoint from those of other runs and other steps.
+    """A hash that differs between runs and between steps of a run.
 
-    A run is known by its result or, while it has none, by its config and by which
-    writing of the weights it is: they may be rewritten under one config.
+    It covers the result of a finished run. For other runs it covers the config and the
+    manifest of the weights, since weights can be rewritten under the same config.
 
     Args:
-      path: as for `find`, which says what it raises.
+      path: as for `find`, which raises the same errors.
     """
     run_dir, step = find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
-    # Orbax names the files of every writing anew; the manifest holds these names.
+    # Orbax gives files new names at every save, and the manifest lists them.
     written = f"{FOLDER}/{step}/weights/manifest.ocdbt"
     finished = (run_dir / "result.json").exists()
     for name in ("result.json",) if finished else ("config.json", written):
@@ -184,7 +185,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """For this process alone: the others need not do the same at the same time."""
+    """Options for one process: the others need not take part."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -194,7 +195,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _local_checkpointer() -> ocp.Checkpointer:
-    """Reads for this process alone."""
+    """A checkpointer that reads in this process alone."""
     alone = _alone()
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
@@ -203,13 +204,13 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Writes a model that no training made as checkpoint 0, in place of any other.
+    """Writes host arrays as checkpoint 0 and deletes all other checkpoints.
 
-    By one process, whatever the others do; the arrays are the host's.
+    Called by one process. The others need not take part.
     """
     folder = (run_dir / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)  # Orbax makes none for one of several processes.
+    folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=_alone()
     )
@@ -223,7 +224,7 @@ def save_weights(run_dir: Path, variables: dict) -> None:
 
 
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:
-    """Weights only, as host arrays on any number of devices.
+    """Weights without optimizer state, as host arrays.
 
     Args:
       path: RUN or RUN/ckpt/STEP.
@@ -232,7 +233,7 @@ def load_weights(path: str | Path) -> tuple[dict, dict, int]:
       (params, constants, step): nested dicts of numpy arrays.
 
     Raises:
-      UserError: nothing there, or damaged.
+      UserError: the checkpoint is missing or damaged.
     """
     run_dir, step = find(path)
     folder = (run_dir / FOLDER / str(step)).absolute()

@@ -1,29 +1,26 @@
-"""What a run leaves besides checkpoints: its config and its result.
+"""The files of a run besides its checkpoints: its record and its result.
 
-config.json   the resolved config, written before the first step
-result.json   written last: its presence with status 'done' is what finished means
+config.json   the run's record: its settings and what it depends on; written first
+result.json   written last: a run is finished when it is there with status 'done'
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window
 """
 
 import hashlib
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pcagpt.config import KNOBS
-from pcagpt.errors import UserError
+from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
+from pcagpt.run.build import DEVICE_KNOBS
 
-DONE, TO_DO = "done", "to do"  # what a job's status may be
-
-# What a run's numbers depend on; the rest of its config may change between resumes.
+# The sections that decide a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
     "arm", "seed", "model", "data", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# What is imported counts by its hash, so that a folder of runs can be moved.
+# Imports count by the hash of their content, so a folder of runs can be moved.
 NOT_IDENTITY = (
     "data.cache_dir",
     "init.import_wte_npy",
@@ -32,114 +29,84 @@ NOT_IDENTITY = (
     "init.blocks_from",
     "init.weights_from",
     "distill.teacher",
+    *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
 
-def read_config(run_dir: Path) -> dict | None:
-    """The run's config, or None where no run has begun."""
-    return _read_json(run_dir / "config.json")
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """config.json, or None if no run has begun."""
+    mend = f"delete {run_dir}, or use --config.overwrite=True"
+    return read_json(run_dir / "config.json", mend)
 
 
-def read_result(run_dir: Path) -> dict | None:
-    """The result of a finished run, else None."""
-    result = _read_json(run_dir / "result.json")
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """result.json of a finished run, else None."""
+    mend = f"delete {run_dir}, or use --config.overwrite=True"
+    result = read_json(run_dir / "result.json", mend)
     return result if result and result.get("status") == "done" else None
 
 
 def read_window_losses(run_dir: Path) -> np.ndarray:
     """Summed loss and number of targets of each validation window: [W, 2] float64."""
-    return np.load(run_dir / "val_window_losses.npy", allow_pickle=False)
+    return read_npy(run_dir / "val_window_losses.npy")
 
 
-def write_config(run_dir: Path, config: dict) -> None:
+def write_record(run_dir: Path, record: dict[str, Any]) -> None:
     """Makes the folder and writes config.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", config)
+    write_json(run_dir / "config.json", record)
 
 
-def write_result(run_dir: Path, result: dict, window_losses: np.ndarray) -> None:
-    """Writes the window losses and, last, result.json."""
-    np.save(run_dir / "val_window_losses.npy", window_losses)
+def write_result(
+    run_dir: Path, result: dict[str, Any], window_losses: np.ndarray
+) -> None:
+    """Writes the window losses, then result.json."""
+    write_npy(run_dir / "val_window_losses.npy", window_losses)
     write_json(run_dir / "result.json", result)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON in one atomic step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(strict(value), indent=2, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def strict(value: Any) -> Any:
-    """The same with plain JSON values only: NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {str(key): strict(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def identity(config: dict) -> dict[str, Any]:
+def identity(record: dict[str, Any]) -> dict[str, Any]:
     """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
 
-    A knob that the config lacks, because the run is older, counts at its default.
+    A knob that is younger than the record counts at its default.
     """
-    flat = {
-        path: _jsonable(knob.default)
+    found = {
+        path: knob.default
         for path, knob in KNOBS.items()
         if path.split(".")[0] in IDENTITY
     }
     for section in IDENTITY:
-        value = config.get(section)
+        value = record.get(section)
         if isinstance(value, dict):
-            flat |= {f"{section}.{name}": _jsonable(v) for name, v in value.items()}
+            found |= {f"{section}.{name}": entry for name, entry in value.items()}
         else:
-            flat[section] = _jsonable(value)
-    return {name: v for name, v in flat.items() if name not in NOT_IDENTITY}
+            found[section] = value
+    return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 
-def config_sha256(config: dict) -> str:
-    """Hash of the identity of a config."""
-    text = json.dumps(identity(config), sort_keys=True)
+def config_sha256(record: dict[str, Any]) -> str:
+    """Hash of a record's identity."""
+    text = json.dumps(identity(record), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def changed_fields(run_dir: Path, config: dict) -> list[str]:
-    """'name (was X, now Y)' for each field in which a run's config differs from this.
+def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
+    """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
-    Empty where no run has begun. Imports are compared once they have hashes.
+    Empty if no run has begun. A record without `imported_sha256` is that of a run with
+    imports that do not exist yet: what depends on them is not compared.
     """
-    stored = read_config(run_dir)
+    stored = read_record(run_dir)
     if stored is None:
         return []
-    if config.get("imported_sha256") is None:
+    if record.get("imported_sha256") is None:
         stored["imported_sha256"] = None
-        if config.get("init", {}).get("import_bands"):
+        if record.get("init", {}).get("import_bands"):
             bands = ("band_sizes", "band_ranks")
-            stored["model"] |= {name: config["model"][name] for name in bands}
-    old, new = identity(stored), identity(config)
+            stored["model"] |= {name: record["model"][name] for name in bands}
+    old, new = identity(stored), identity(record)
     return [
         f"{name} (was {old.get(name)}, now {new.get(name)})"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-
-
-def _jsonable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(
-            f"{path} is damaged: delete {path.parent}, or use --config.overwrite=True"
-        ) from None

@@ -1,8 +1,6 @@
-"""What a run starts from besides random weights: factor files, another run's blocks.
+"""Initial weights that are imported: factor files, or the blocks of another run.
 
-A run that goes on from all weights of another is given them by `trained_run`.
-
-Precedence: a checkpoint of the run itself, then what is imported here, then random.
+Precedence: a checkpoint of the run itself, then these imports, then random weights.
 """
 
 import hashlib
@@ -13,174 +11,187 @@ from typing import Any
 import numpy as np
 
 from pcagpt import factorize, trees
+from pcagpt.config import Settings
+from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandedTable, LowRank
-from pcagpt.factorize import files as factor_files
+from pcagpt.factorize import FactorizedTable, files
+from pcagpt.files import sha256_of_file
 from pcagpt.model import GPTConfig
 from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
+from pcagpt.run.opened import Run
 
 TABLE_PATTERN = r"embed/band_\d+/wte"
 SCALE_PATTERN = r"embed/band_\d+/scale_(up|down)"
 
-# Each import of the `init` section, and the knob that keeps it fixed.
-IMPORTS = {
-    "import_wte_npy": "import_wte_freeze",
-    "import_scale_matrices_npz": "import_scale_matrices_freeze",
-    "import_bands": None,
-    "blocks_from": None,
-    "weights_from": None,
-}
+
+def imported_paths(settings: Settings) -> dict[str, Path]:
+    """{knob: path} of every file and run that a run starts from."""
+    init = settings.init
+    named = {
+        "init.import_wte_npy": init.import_wte_npy,
+        "init.import_scale_matrices_npz": init.import_scale_matrices_npz,
+        "init.import_bands": init.import_bands,
+        "init.blocks_from": init.blocks_from,
+        "init.weights_from": init.weights_from,
+        "distill.teacher": settings.distill.teacher,
+    }
+    return {knob: Path(path) for knob, path in named.items() if path}
 
 
-def frozen_patterns(init: Mapping[str, Any]) -> tuple[str, ...]:
-    """Path patterns of what `init.import_*_freeze` keeps fixed.
+def fingerprints(settings: Settings) -> dict[str, str]:
+    """Hash of each import's content, by the last part of its knob's name.
 
     Raises:
-      UserError: a freeze without its import.
+      UserError: an import is missing.
     """
+    found = {}
+    for knob, path in imported_paths(settings).items():
+        name = knob.split(".")[1]
+        if name in ("blocks_from", "weights_from", "teacher"):
+            found[name] = checkpoint.fingerprint(path)
+        elif name == "import_bands":
+            content = b"".join(
+                part.read_bytes() for part in sorted(path.glob("*.np[yz]"))
+            )
+            found[name] = hashlib.sha256(content).hexdigest()
+        else:
+            found[name] = sha256_of_file(path)
+    return found
+
+
+def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
+    """Path patterns of the parameters that `init.import_*_freeze` keeps fixed.
+
+    Raises:
+      UserError: there is no import to freeze.
+    """
+    has_bands = bool(init.import_bands) and init.keep != "shape"
     patterns = []
-    for freeze, imported, pattern in (
-        ("import_wte_freeze", "import_wte_npy", TABLE_PATTERN),
-        ("import_scale_matrices_freeze", "import_scale_matrices_npz", SCALE_PATTERN),
+    for freeze, is_on, imported, path, pattern in (
+        (
+            "import_wte_freeze",
+            init.import_wte_freeze,
+            "import_wte_npy",
+            init.import_wte_npy,
+            TABLE_PATTERN,
+        ),
+        (
+            "import_scale_matrices_freeze",
+            init.import_scale_matrices_freeze,
+            "import_scale_matrices_npz",
+            init.import_scale_matrices_npz,
+            SCALE_PATTERN,
+        ),
     ):
-        if init[freeze]:
-            in_bands = init["import_bands"] and init["keep"] != "shape"
-            if not (init[imported] or in_bands):
-                raise UserError(
-                    f"init.{freeze} is on but nothing is imported: set init.{imported}"
-                )
+        if is_on and not (path or has_bands):
+            raise UserError(
+                f"init.{freeze} is on but nothing is imported: set init.{imported}"
+            )
+        if is_on:
             patterns.append(pattern)
     return tuple(patterns)
 
 
-def fingerprints(init: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of all that is imported, so that what changed counts as another config."""
-    files = {
-        name: [Path(init[name])]
-        for name in ("import_wte_npy", "import_scale_matrices_npz")
-        if init[name]
-    }
-    if init["import_bands"]:
-        folder = Path(init["import_bands"])
-        files["import_bands"] = sorted(folder.glob("*.np[yz]")) or [folder]
-    found = {
-        name: checkpoint.fingerprint(init[name])
-        for name in ("blocks_from", "weights_from")
-        if init[name]
-    }
-    for name, paths in files.items():
-        digest = hashlib.sha256()
-        for path in paths:
-            try:
-                digest.update(path.read_bytes())
-            except OSError as error:
-                raise UserError(f"init.{name}: {path}: {error.strerror}") from None
-        found[name] = digest.hexdigest()
-    return found
+def with_imported_bands(settings: Settings) -> Settings:
+    """The settings with the sizes and ranks of the bands that they import."""
+    if not settings.init.import_bands:
+        return settings
+    table = files.read_bands(settings.init.import_bands)
+    bands = {"model.band_sizes": table.sizes, "model.band_ranks": table.ranks}
+    return settings.replace(bands)
 
 
-def replacements(
-    init: Mapping[str, Any], config: GPTConfig, template: dict, seed: int
-) -> dict:
-    """{parameter path: host array} of everything that is imported.
+def imported_weights(
+    init: InitSettings, config: GPTConfig, params: dict, seed: int
+) -> dict[str, np.ndarray]:
+    """{parameter path: host array} of all that is imported.
 
     Args:
-      init: the `init` section of the config.
+      init: the section of the settings.
       config: of the model that starts.
-      template: its parameters.
-      seed: of what is random where `init.keep` does not keep all of the factors.
+      params: its random parameters.
+      seed: for what is random when `init.keep` keeps a part of the factors.
 
     Raises:
-      UserError: a file or run that does not fit the model, in one line.
+      UserError: a file or run that does not fit the model.
     """
     new = {}
-    if init["blocks_from"]:
-        new |= _blocks(init["blocks_from"], config, trees.flatten(template))
-    if init["import_bands"] and init["keep"] != "shape":
-        new |= _bands(init["import_bands"], config, new, template)
-    if (init["import_wte_npy"] or init["import_scale_matrices_npz"]) and len(
-        config.bands
-    ) > 1:
+    imports_files = init.import_wte_npy or init.import_scale_matrices_npz
+    if imports_files and len(config.bands) > 1:
         raise UserError(
             "init.import_* files hold one table for all tokens, this model has "
             f"{len(config.bands)} bands: leave model.band_sizes empty"
         )
-    if init["import_wte_npy"]:
-        new["embed/band_0/wte"] = _table(init["import_wte_npy"], config)
-    if init["import_scale_matrices_npz"]:
-        new |= _scales(init["import_scale_matrices_npz"], config, new, template)
-    if init["keep"] == "shape" and not init["import_bands"]:
+    if init.keep == "shape" and not init.import_bands:
         raise UserError("init.keep is 'shape', of bands: set init.import_bands")
-    if init["keep"] in factorize.CONTROLS:
-        new |= _controls(init["keep"], config, new, seed)
+    if init.blocks_from:
+        new |= _blocks(init.blocks_from, config, params)
+    if init.import_bands and init.keep != "shape":
+        new |= _bands(init.import_bands, config, new, params)
+    if init.import_wte_npy:
+        new["embed/band_0/wte"] = _table(init.import_wte_npy, config)
+    if init.import_scale_matrices_npz:
+        new |= _scales(init.import_scale_matrices_npz, config, new, params)
+    if init.keep in factorize.CONTROLS:
+        new |= _controls(init.keep, config, new, seed)
     return new
 
 
-def band_settings(init: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """`band_sizes` and `band_ranks` of the model that imports bands; else nothing."""
-    if not init["import_bands"]:
-        return {}
-    table = factor_files.read_bands(init["import_bands"])
-    return {"band_sizes": table.sizes, "band_ranks": table.ranks}
-
-
-def positions(order_V: np.ndarray) -> dict:
-    """The model's constants for tokens in the order of a table in bands."""
+def position_constants(order_V: np.ndarray) -> dict:
+    """The model's constants for a table whose rows are tokens in this order."""
     position_V = np.empty(len(order_V), np.int32)
     position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
     return {"embed": {"position_of_token": position_V}}
 
 
-def band_parameters(table: BandedTable, padding: int, scale_tying: bool = True) -> dict:
-    """{parameter path: array} of a table in bands, for a model of the same bands.
+def band_parameters(
+    table: FactorizedTable, padding: int, scale_tying: bool = True
+) -> dict[str, np.ndarray]:
+    """{parameter path: array} of a table, for a model with the same bands.
 
     Args:
-      table: whose mean is left out.
-      padding: rows of zeros that the last band gets.
-      scale_tying: whether the model's two scale matrices are one.
+      table: its mean is left out.
+      padding: rows of zeros to append to the last band.
+      scale_tying: the two scale matrices of the model are one parameter.
     """
-    found, last = {}, len(table.tables) - 1
-    for number, part in enumerate(table.tables):
-        rows = part.wte if isinstance(part, LowRank) else part
-        padded = np.pad(rows, ((0, padding if number == last else 0), (0, 0)))
-        found[f"embed/band_{number}/wte"] = padded.astype(np.float32)
-        if isinstance(part, LowRank):
-            scale = part.scale.astype(np.float32)
-            found[f"embed/band_{number}/scale_up"] = scale
-            if not scale_tying:
-                found[f"embed/band_{number}/scale_down"] = scale
+    found, last = {}, len(table.bands) - 1
+    for number, (wte, scale) in enumerate(table.bands):
+        name = f"embed/band_{number}"
+        padded = np.pad(wte, ((0, padding if number == last else 0), (0, 0)))
+        found[f"{name}/wte"] = padded.astype(np.float32)
+        if scale is not None:
+            for side in ("up",) if scale_tying else ("up", "down"):
+                found[f"{name}/scale_{side}"] = scale.astype(np.float32)
     return found
 
 
-def _bands(folder: str, config: GPTConfig, new: dict, template: dict) -> dict:
-    table = factor_files.read_bands(folder)
+def _bands(folder: str, config: GPTConfig, new: dict, params: dict) -> dict:
+    """The parameters of `init.import_bands`."""
+    table = files.read_bands(folder)
     wanted = [(band.size, band.rank or 0) for band in config.bands]
-    width = table.width
-    if (
-        list(zip(table.sizes, table.ranks, strict=True)) != wanted
-        or width != config.n_embd
-    ):
+    found = list(zip(table.sizes, table.ranks, strict=True))
+    if found != wanted or table.width != config.n_embd:
         raise UserError(
             f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
-            f"{table.ranks} of width {width}, this model's bands are {wanted} of width "
-            f"{config.n_embd}"
+            f"{table.ranks} of width {table.width}, this model's bands are {wanted} of "
+            f"width {config.n_embd}"
         )
     padding, tying = config.bands[-1].padding, config.n_embd_wte_scale_tying
-    found = band_parameters(table, padding, tying)
-    return found | _mean(table.mean, new, template)
+    return band_parameters(table, padding, tying) | _mean(table.mean, new, params)
 
 
-def _mean(mean_D: np.ndarray | None, new: dict, template: dict) -> dict:
-    """Centring is free: the head cancels a common vector, the input gets it here."""
+def _mean(mean_D: np.ndarray | None, new: dict, params: dict) -> dict:
+    """Positions that hold the mean row of a centred table.
+
+    The head needs no mean: it shifts all logits alike, and softmax cancels it.
+    """
     if mean_D is None:
         return {}
-    wpe = new.get("wpe")
-    return {"wpe": (template["wpe"] if wpe is None else wpe) + mean_D}
+    return {"wpe": new.get("wpe", params["wpe"]) + mean_D}
 
 
 def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
-    """The imported factors, random but for what is kept."""
+    """Random factors that keep one property of the imported ones."""
     random, found = np.random.default_rng(seed), {}
     for number, band in enumerate(config.bands):
         names = [f"embed/band_{number}/{n}" for n in ("wte", "scale_up", "scale_down")]
@@ -198,29 +209,30 @@ def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
     return found
 
 
-def _blocks(run: str, config: GPTConfig, wanted: Mapping[str, Any]) -> dict:
-    params, _, _ = checkpoint.load_weights(run)
-    trained = run_folder.read_config(checkpoint.find(run)[0]) or {"model": {}}
-    heads = trained["model"].get("n_head", config.n_head)
+def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
+    """All weights of another run but its embedding."""
+    run = Run.open(path)
+    heads = run.settings.model.n_head
     if heads != config.n_head:
         raise UserError(
-            f"init.blocks_from: {run} has {heads} attention heads, this model "
+            f"init.blocks_from: {path} has {heads} attention heads, this model "
             f"{config.n_head}: set model.n_head={heads}"
         )
-    found = trees.flatten(params)
-    blocks = {p: a for p, a in found.items() if not p.startswith("embed/")}
+    stored, wanted = trees.flatten(run.weights["params"]), trees.flatten(params)
+    blocks = {p: a for p, a in stored.items() if not p.startswith("embed/")}
     missing = [p for p in wanted if p not in blocks and not p.startswith("embed/")]
     if missing:
         raise UserError(
-            f"init.blocks_from: {run} lacks '{missing[0]}', which this model has: the "
+            f"init.blocks_from: {path} lacks '{missing[0]}', which this model has: the "
             "two models differ in model.n_layer or model.bias"
         )
-    trees.replace(trees.unflatten(wanted), blocks, source=f"init.blocks_from={run}")
+    trees.replace(params, blocks, source=f"init.blocks_from={path}")
     return blocks
 
 
 def _table(path: str, config: GPTConfig) -> np.ndarray:
-    table_VK = factor_files.read_table(path)
+    """The table of `init.import_wte_npy`, with padding rows."""
+    table_VK = files.read_table(path)
     band = config.bands[0]
     wanted = (band.size, band.rank or config.n_embd)
     if table_VK.shape != wanted:
@@ -231,18 +243,19 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
     return np.pad(table_VK, ((0, band.padding), (0, 0)))
 
 
-def _scales(path: str, config: GPTConfig, new: dict, template: dict) -> dict:
-    scales = factor_files.read_scale_matrices(path)
-    wanted = (config.bands[0].rank, config.n_embd)
-    if config.bands[0].rank is None:
+def _scales(path: str, config: GPTConfig, new: dict, params: dict) -> dict:
+    """The parameters of `init.import_scale_matrices_npz`."""
+    scales = files.read_scale_matrices(path)
+    shape, rank = scales.scale_up.shape, config.bands[0].rank
+    if rank is None:
         raise UserError(
             "init.import_scale_matrices_npz is set but the model has no scale matrices:"
-            f" set model.n_embd_wte={scales.scale_up.shape[0]}"
+            f" set model.n_embd_wte={shape[0]}"
         )
-    if scales.scale_up.shape != wanted:
+    if shape != (rank, config.n_embd):
         raise UserError(
-            f"init.import_scale_matrices_npz: {path} is {scales.scale_up.shape}, this "
-            f"model's scale matrices are {wanted}: [model.n_embd_wte, model.n_embd]"
+            f"init.import_scale_matrices_npz: {path} is {shape}, this model's scale "
+            f"matrices are {(rank, config.n_embd)}: [model.n_embd_wte, model.n_embd]"
         )
     found = {"embed/band_0/scale_up": scales.scale_up}
     if not config.n_embd_wte_scale_tying:
@@ -252,4 +265,4 @@ def _scales(path: str, config: GPTConfig, new: dict, template: dict) -> dict:
             f"{path} has two different scale matrices and this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
-    return found | _mean(scales.mean, new, template)
+    return found | _mean(scales.mean, new, params)

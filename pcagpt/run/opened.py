@@ -1,118 +1,158 @@
-"""A trained run as a model: what it was built as, its weights, the tokens it knows."""
+"""Opens a trained run: its record, model, weights and corpus."""
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
 
 from pcagpt import trees
-from pcagpt.config import KNOBS, Hardware, model_settings
-from pcagpt.data.corpus import Corpus
+from pcagpt.config import KNOBS, Settings
+from pcagpt.config.schema import DataSettings, ModelSettings
+from pcagpt.data.corpus import Corpus, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
-
-# Knobs of the model that are about the device, and change no more than rounding.
-DEVICE_CHOICES = ("compute_dtype", "attention", "kernels")
+from pcagpt.run.build import DEVICE_KNOBS, build_config
+from pcagpt.run.folder import read_record
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedRun:
+class Run:
     """One checkpoint of a run.
 
-    record: the run's config.json. It and the checkpoint's weights are all that is read:
-    a folder that holds these need not have been trained.
+    `record` is its config.json. A folder with a config.json and a checkpoint is enough:
+    the model need not have been trained here.
     """
 
-    run_dir: Path
+    folder: Path
     step: int
-    record: dict
+    record: dict[str, Any]
 
     @classmethod
-    def find(cls, path: str | Path) -> "TrainedRun":
-        """The newest checkpoint of RUN, or that of RUN/ckpt/STEP.
+    def open(cls, path: str | Path) -> "Run":
+        """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
         Raises:
           UserError: no such folder, no checkpoint in it, or no config.json.
         """
-        run_dir, step = checkpoint.find(path)
-        record = run_folder.read_config(run_dir)
+        folder, step = checkpoint.find(path)
+        record = read_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
-            raise UserError(
-                f"{run_dir} {problem} config.json: it is not a run's folder"
-            )
-        return cls(run_dir, step, record)
+            raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
+        return cls(folder, step, record)
 
-    def model_section(self, asked: ConfigDict, free: Collection[str]) -> ConfigDict:
-        """The `model` section that rebuilds it; the knobs in `free` are as asked."""
-        section = asked.copy_and_resolve_references()
-        with section.ignore_type():
-            for name in section:
-                if name not in free:
-                    section[name] = self._knob(name)
-        return section
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run; a knob younger than the run has its default."""
+        stored = Settings.of(self.record)
+        return stored.replace({"model.vocab_size": self.record["vocab_size"]})
 
-    def check_model(self, asked: ConfigDict, free: Collection[str]) -> None:
-        """Raises UserError for a knob that was set, is not free and contradicts it."""
-        for name, value in asked.items():
-            if name in free or value in (
-                KNOBS[f"model.{name}"].default,
-                self._knob(name),
-            ):
-                continue
-            raise UserError(
-                f"model.{name} is {value}, but {self.run_dir} was trained with "
-                f"{self._knob(name)}: leave it out, a run keeps its model"
-            )
+    def check_model(
+        self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
+    ) -> None:
+        """Raises UserError for a knob that was set, is not free, and is another."""
+        own = self.settings.model
+        for field in dataclasses.fields(asked):
+            value, trained = getattr(asked, field.name), getattr(own, field.name)
+            default = KNOBS[f"model.{field.name}"].default
+            if field.name not in free and value not in (default, trained):
+                raise UserError(
+                    f"model.{field.name} is {value}, but {self.folder} was trained "
+                    f"with {trained}: leave it out, a run keeps its model"
+                )
 
-    def _knob(self, name: str) -> Any:
-        """What a knob of the model was; a knob younger than the run, its default."""
-        if name == "vocab_size":
-            return self.record["vocab_size"]
-        value = self.record["model"].get(name, KNOBS[f"model.{name}"].default)
-        return tuple(value) if isinstance(value, list) else value
+    def model_settings(
+        self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
+    ) -> ModelSettings:
+        """The `model` section of the run, with the knobs in `free` as asked."""
+        chosen = {name: getattr(asked, name) for name in free}
+        return dataclasses.replace(self.settings.model, **chosen)
 
-    def check_corpus(self, corpus: Corpus) -> None:
-        """Raises UserError if the corpus has ids it lacks, or another tokenizer."""
-        known_ids = self.record["vocab_size"]
-        if corpus.vocab_size > known_ids:
-            raise UserError(
-                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"of {self.run_dir} {known_ids} tokens: give the corpus it was trained "
-                "on"
-            )
-        known = self.record.get("tokenizer")
-        if known and corpus.tokenizer and known != corpus.tokenizer:
-            raise UserError(
-                f"{corpus.name} is in tokens of {corpus.tokenizer}, the model of "
-                f"{self.run_dir} knows those of {known}: set "
-                f"--config.data.tokenizer={known}"
-            )
+    def config(self, asked: ModelSettings) -> GPTConfig:
+        """The run's model on this device; of `asked`, only the device knobs count."""
+        return build_config(self.model_settings(asked), self.record["vocab_size"])
 
-    def config(self, asked: ConfigDict, hardware: Hardware) -> GPTConfig:
-        """What it is built as on this device: of `asked`, only that is heeded."""
-        section = self.model_section(asked, DEVICE_CHOICES)
-        return GPTConfig(**model_settings(section, self.record["vocab_size"], hardware))
+    @functools.cached_property
+    def weights(self) -> dict:
+        """{'params', 'constants'} as stored: host arrays, read once.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        params, constants, _ = checkpoint.load_weights(self._checkpoint)
+        return {"params": params, "constants": constants}
 
     def variables(self, config: GPTConfig) -> dict:
         """{'params', 'constants'} for a model of this config, as host arrays.
 
         Raises:
-          UserError: the checkpoint is damaged, or is that of another model.
+          UserError: the checkpoint is damaged, or holds another model.
         """
-        path = self.run_dir / checkpoint.FOLDER / str(self.step)
-        params, constants, _ = checkpoint.load_weights(path)
-        found = trees.flatten({"params": params, "constants": constants})
+        found = trees.flatten(self.weights)
         tokens_BT = jax.ShapeDtypeStruct((1, 1), "int32")
         wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)
         missing = [name for name in trees.flatten(wanted) if name not in found]
         if missing:
             raise UserError(
-                f"{path} lacks '{missing[0]}', which the model of its config.json has"
+                f"{self._checkpoint} lacks '{missing[0]}', which the model of its "
+                "config.json has"
             )
-        return {"constants": {}} | trees.replace(wanted, found, source=str(path))
+        source = str(self._checkpoint)
+        return {"constants": {}} | trees.replace(wanted, found, source=source)
+
+    def table(self) -> np.ndarray:
+        """The full token table without padding rows: [V, D] float32.
+
+        Raises:
+          UserError: the table is factorized already.
+        """
+        embed = self.weights["params"]["embed"]
+        if len(embed) > 1 or "scale_up" in embed["band_0"]:
+            raise UserError(
+                f"{self.folder} has a factorized embedding already: give a baseline, "
+                "such as checkpoints/gpt_baseline"
+            )
+        wte_VD = embed["band_0"]["wte"][: self.record["vocab_size"]]
+        return np.asarray(wte_VD, np.float32)
+
+    def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
+        """The corpus that was asked for; by default the run's own.
+
+        Raises:
+          UserError: there is no such corpus, or its tokens do not fit the model.
+        """
+        data = asked if asked.source else self.settings.data
+        corpus = open_corpus(data.source, cache_dir, data.tokenizer)
+        self.check_corpus(corpus)
+        return corpus
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raises UserError if the corpus has unknown ids, or another tokenizer."""
+        known_ids = self.record["vocab_size"]
+        if corpus.vocab_size > known_ids:
+            raise UserError(
+                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, the model "
+                f"of {self.folder} knows {known_ids} tokens: give the corpus it was "
+                "trained on"
+            )
+        known = self.record.get("tokenizer")
+        if known and corpus.tokenizer and known != corpus.tokenizer:
+            raise UserError(
+                f"{corpus.name} has tokens of {corpus.tokenizer}, the model of "
+                f"{self.folder} knows those of {known}: set "
+                f"--config.data.tokenizer={known}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that tells this checkpoint from others."""
+        return checkpoint.fingerprint(self._checkpoint)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / checkpoint.FOLDER / str(self.step)

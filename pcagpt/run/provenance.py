@@ -1,4 +1,4 @@
-"""What a number was measured with: versions, commit, device and its arithmetic peak."""
+"""What a number was measured with: versions, commit, device and its peak speed."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import jax
 
 import pcagpt
 
-# Dense bfloat16 FLOP/s by the start of the device's name; the vendor's data sheets.
+# Dense bfloat16 FLOP/s by the start of the device's name, from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of pcagpt and of the packages that decide its numbers."""
+    """Versions of Python, of pcagpt and of the packages that compute its numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: metadata.version(name) for name in names}
     return {
@@ -38,10 +38,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, '-dirty' if tracked files differ; None where unknown.
+    """Hash of the checkout's commit, with '-dirty' if tracked files differ, or None.
 
-    A copy without git, in a container say, can be told: PCAGPT_COMMIT=... in its
-    environment.
+    A copy without git, as in a container, reads it from the variable PCAGPT_COMMIT.
     """
     if told := os.environ.get("PCAGPT_COMMIT"):
         return told
@@ -61,12 +60,12 @@ def git_commit() -> str | None:
 
 
 def device(count: int) -> str:
-    """What a run of so many devices ran on, as in '8 x NVIDIA H100 80GB HBM3'."""
+    """Number and kind of devices, as in '8 x NVIDIA H100 80GB HBM3'."""
     return f"{count} x {jax.devices()[0].device_kind}"
 
 
 def peak_flops(count: int) -> float | None:
-    """bfloat16 FLOP/s of so many devices; None where the table has no figure."""
+    """Peak bfloat16 FLOP/s of `count` devices, or None if it is not known."""
     kind = jax.devices()[0].device_kind
     for name, flops in PEAK_FLOPS.items():
         if re.match(rf"{name}\b", kind):
@@ -75,6 +74,6 @@ def peak_flops(count: int) -> float | None:
 
 
 def device_peak_bytes() -> int | None:
-    """The most memory this process has used on its first device; None on CPUs."""
+    """Peak memory of this process on its first device, in bytes; None on CPUs."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")

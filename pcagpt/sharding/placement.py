@@ -13,8 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pcagpt import kernels, trees
-from pcagpt.config import Hardware
+from pcagpt import trees
 from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -27,15 +26,8 @@ COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 # Rows of the devices lie one behind the other: to gather them nothing is transposed.
 PARTITION_RULES = (
     (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
-    (r"tables/\d+", PartitionSpec("fsdp", None)),  # A teacher's.
     (r".*", PartitionSpec()),
 )
-
-
-def hardware() -> Hardware:
-    """What models run on here."""
-    device = jax.devices()[0]
-    return Hardware(device.platform, kernels.are_available(device))
 
 
 def start_processes(

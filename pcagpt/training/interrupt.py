@@ -1,4 +1,4 @@
-"""Stopping between two steps when the person or the cluster asks."""
+"""Stops training between two steps when a signal asks for it."""
 
 import signal
 
@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-AGREE_EVERY = 10  # steps between two times that several processes compare notes
+AGREE_EVERY = 10  # steps between two exchanges among several processes
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying; a second SIGINT is obeyed at once.
+    """Records SIGINT and SIGTERM instead of ending; a second SIGINT ends at once.
 
-    A context manager; outside the main thread it notes nothing.
+    A context manager. It has no effect outside the main thread.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def holds(self, step: int) -> bool:
-        """Whether to stop before this step; the same answer on every process."""
+        """True to stop before this step; every process gets the same answer."""
         if jax.process_count() == 1:
             return self.received
         if step % AGREE_EVERY:

@@ -1,4 +1,4 @@
-"""Reading a step's metrics without making the device wait, and timing the steps."""
+"""Reads the metrics of steps without making the device wait, and times the steps."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from pcagpt.telemetry.record import Progress, Telemetry
 
 
 def not_finite(step: int, seen: str) -> UserError:
-    """For a loss that cannot be gone on from after so many updates."""
+    """The error for a loss that is not finite after `step` updates."""
     return UserError(
         f"the loss is not finite at step {step} ({seen}): the checkpoint before it is "
         "kept; lower train.learning_rate or train.gradient_clip, then run again with "
@@ -21,18 +21,18 @@ def not_finite(step: int, seen: str) -> UserError:
 
 
 class Throughput:
-    """Tokens per second of training alone: without compiling, evaluating, saving."""
+    """Tokens per second of training, without compiling, evaluating and saving."""
 
     def __init__(self, tokens: int = 0, seconds: float = 0.0):
         self.tokens, self.seconds = tokens, seconds
         self._since: float | None = None
 
     def pause(self) -> None:
-        """The interval that runs now does not count."""
+        """Leaves the current interval out."""
         self._since = None
 
     def add(self, tokens: int) -> float | None:
-        """A step of so many tokens ended now: its rate, if it was timed."""
+        """Notes the end of a step; returns its tokens per second if it was timed."""
         now, since = time.perf_counter(), self._since
         self._since = now
         if since is None:
@@ -43,12 +43,12 @@ class Throughput:
 
     @property
     def mean(self) -> float | None:
-        """Tokens per second over all that was timed."""
+        """Tokens per second over all timed steps."""
         return self.tokens / self.seconds if self.seconds else None
 
 
 class Meter:
-    """Takes each step's metrics, reads them after the next step is dispatched.
+    """Takes the metrics of each step and reads them once the next step is dispatched.
 
     Args:
       telemetry: where they are logged, every `every` steps.
@@ -77,7 +77,7 @@ class Meter:
         self._held: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of update `step`; reads those held before.
+        """Takes the metrics of update `step` and reads those of the update before.
 
         Raises:
           UserError: the loss or gradient norm read is not finite.
@@ -86,7 +86,7 @@ class Meter:
         self._held = step, metrics
 
     def flush(self) -> None:
-        """Reads what is held; what follows (evaluating, saving) is not timed."""
+        """Reads the metrics it holds, and leaves what follows out of the timing."""
         self._read()
         self.throughput.pause()
 

@@ -10,7 +10,7 @@ from pcagpt import trees
 
 FROZEN, TRAINED = "frozen", "trained"
 
-# Weight decay is for matrices, tables included, and not for biases and norms.
+# Weight decay applies to matrices, tables included, and not to biases and norms.
 DECAY_RULES = (
     (r".*/(kernel|wte|scale_up|scale_down)", True),
     (r"wpe", True),
@@ -36,8 +36,8 @@ class OptimizerConfig:
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Update number (from 0) -> learning rate.
 
-    Linear warm-up whose first update already moves, at peak / warmup_steps; then
-    constant, linear or cosine, reaching the final share at the last update.
+    The warm-up is linear and starts at peak / warmup_steps, not at 0. Linear and cosine
+    schedules reach the final share at the last update.
     """
     peak = config.learning_rate
     warmup = min(config.warmup_steps, config.steps - 1)
@@ -57,7 +57,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def freeze_labels(params, frozen_patterns: Sequence[str]):
-    """The tree of 'frozen' and 'trained' labels; a pattern matches a whole path.
+    """The tree with each leaf 'frozen' or 'trained'; patterns match whole paths.
 
     Raises:
       ValueError: a pattern that matches no parameter.
@@ -74,10 +74,10 @@ def freeze_labels(params, frozen_patterns: Sequence[str]):
 def optimizer(
     config: OptimizerConfig, frozen_patterns: Sequence[str] = ()
 ) -> optax.GradientTransformation:
-    """AdamW over what trains; frozen leaves get no update and hold no moments.
+    """AdamW for the trained parameters; frozen ones have no update and no moments.
 
-    Clipping and decay are inside the trained branch: frozen gradients neither shrink
-    the trained update nor decay.
+    Clipping and decay are part of the trained branch. Otherwise gradients of frozen
+    parameters would count in the norm, and frozen parameters would decay.
     """
     adamw = optax.adamw(
         learning_rate_schedule(config),
@@ -95,7 +95,7 @@ def optimizer(
 
 
 def stop_frozen_gradients(params, frozen_patterns: Sequence[str]):
-    """The parameters, with no gradient (and no backward pass) for frozen leaves."""
+    """The parameters, without gradient and backward pass for frozen leaves."""
     return jax.tree.map(
         lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf,
         params,

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from pcagpt.losses import cross_entropy, distillation
-from pcagpt.model import GPT, Band
+from pcagpt.model import GPT, BandSpec, Head, HeadBand
 from pcagpt.training import optim
 
 
@@ -51,22 +51,22 @@ class TrainState:
 
 @flax.struct.dataclass
 class Teacher:
-    """A trained model whose predictions are learnt; a step reads it only.
+    """A trained model whose predictions are learnt; a step only reads it.
 
-    variables: what `model.apply` takes; tables: its output rows as
-    `losses.distillation` wants them, laid out like the bands of the model that learns.
+    variables: what `model.apply` takes; head: its output rows at full width, cut into
+    the bands of the student, as `losses.distillation` takes them.
     """
 
     model: GPT = flax.struct.field(pytree_node=False)
     variables: Any
-    tables: tuple
+    head: Head
 
     @classmethod
     def laid_out(
         cls,
         model: GPT,
         variables: dict,
-        bands: Sequence[Band],
+        bands: Sequence[BandSpec],
         position_of_token_V: np.ndarray,
     ) -> "Teacher":
         """On the host, for a model of these bands and this token order.
@@ -74,18 +74,22 @@ class Teacher:
         Every row is brought to full width, so that one product gives all logits.
         """
         rows = []
-        for wte_VK, scale_down_KE, size in model.apply(variables, method="head"):
-            row_VK = wte_VK[:size]
-            rows.append(row_VK if scale_down_KE is None else row_VK @ scale_down_KE)
+        for band in model.apply(variables, method="head"):
+            row_VK, scale_KE = band.wte[: band.size], band.scale_down
+            rows.append(row_VK if scale_KE is None else row_VK @ scale_KE)
         columns_V = model.apply(
             variables, np.argsort(position_of_token_V), method="renumber"
         )
         rows_VE = np.concatenate(rows)[np.asarray(columns_V)]
-        tables = tuple(
-            np.pad(rows_VE[start : start + size], ((0, padding), (0, 0)))
+        head = tuple(
+            HeadBand(
+                np.pad(rows_VE[start : start + size], ((0, padding), (0, 0))),
+                scale_down=None,
+                size=size,
+            )
             for start, size, padding, _ in bands
         )
-        return cls(model, variables, tables)
+        return cls(model, variables, head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,7 @@ def train_step(
                 teacher.model.apply(
                     teacher.variables, tokens_BT[:, :-1], method="hidden"
                 ),
-                teacher.tables,
+                teacher.head,
                 share=settings.distill_share,
                 **precision,
             )._asdict()

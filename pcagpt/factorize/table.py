@@ -1,0 +1,81 @@
+"""A factorized token table: a list of bands, each with factors of its own.
+
+Shape letters: V vocabulary, n tokens of a band, K rank, D model width.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BandFactors(NamedTuple):
+    """Factors of one band's rows.
+
+    wte: [n, K], or [n, D] at full width; scale: [K, D], None at full width.
+    """
+
+    wte: np.ndarray
+    scale: np.ndarray | None
+
+    @property
+    def rank(self) -> int:
+        """K, or 0 at full width, as in `model.band_ranks`."""
+        return 0 if self.scale is None else len(self.scale)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values."""
+        return self.wte.size + (0 if self.scale is None else self.scale.size)
+
+    def dense(self) -> np.ndarray:
+        """The rows as [n, D]."""
+        return self.wte if self.scale is None else self.wte @ self.scale
+
+
+class FactorizedTable(NamedTuple):
+    """A token table as a list of bands; a table of one rank is a list of one.
+
+    order: [V] int32, the token at each position, band after band (0, 1, 2, ... for a
+    single band); mean: [D] or None, added to the input vector of every token. The head
+    does not need the mean: a logit that all tokens share cancels in the softmax.
+    """
+
+    order: np.ndarray
+    bands: tuple[BandFactors, ...]
+    mean: np.ndarray | None
+
+    @classmethod
+    def of_one_band(
+        cls, band: BandFactors, mean: np.ndarray | None = None
+    ) -> "FactorizedTable":
+        """A table of a single band, with the tokens in the order of their ids."""
+        return cls(np.arange(len(band.wte), dtype=np.int32), (band,), mean)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of tokens in each band."""
+        return tuple(len(band.wte) for band in self.bands)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each band; 0 at full width."""
+        return tuple(band.rank for band in self.bands)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        first = self.bands[0]
+        return (first.wte if first.scale is None else first.scale).shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values, including the order if there are several bands."""
+        order = len(self.order) if len(self.bands) > 1 else 0
+        return sum(band.parameters for band in self.bands) + order
+
+    def dense(self) -> np.ndarray:
+        """The whole table by token id, mean included: [V, D]."""
+        rows_VD = np.concatenate([band.dense() for band in self.bands])
+        dense_VD = np.empty_like(rows_VD)
+        dense_VD[self.order] = rows_VD
+        return dense_VD if self.mean is None else dense_VD + self.mean

@@ -1,0 +1,57 @@
+"""The task 'evaluate': the loss of any run on any split of a corpus that fits it."""
+
+import re
+
+import jax
+
+from pcagpt.config import Settings
+from pcagpt.files import write_json
+from pcagpt.model import GPT
+from pcagpt.run import provenance
+from pcagpt.run.evaluate import Evaluator
+from pcagpt.run.opened import Run
+from pcagpt.sharding import placement
+from pcagpt.telemetry.record import Progress
+
+
+def evaluate(settings: Settings) -> dict:
+    """Evaluates `model_path` on `split`; writes the result beside the run.
+
+    The corpus is the run's own unless `data.source` names another.
+
+    Raises:
+      UserError: no such run, a corpus that does not fit it, or a `model` knob that
+        contradicts it.
+    """
+    run = Run.open(settings.model_path)
+    run.check_model(settings.model)
+    corpus = run.corpus(settings.data, settings.cache_dir)
+    model = GPT(run.config(settings.model))
+    mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    evaluator = Evaluator(
+        model,
+        mesh,
+        corpus,
+        settings.split,
+        settings.evaluate.batch_size,
+        settings.train.loss_chunks,
+    )
+    variables = run.variables(model.config)
+    variables = jax.device_put(variables, placement.shardings(variables, mesh))
+    label = f"{run.folder.name} on {settings.split}"
+    with Progress(label, len(evaluator.batches)) as progress:
+        measured = evaluator(variables, progress)
+    result = {
+        "run": run.folder.name,
+        "step": run.step,
+        **measured.metrics,
+        "device": provenance.device(mesh.size),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "protocol": evaluator.protocol,
+    }
+    if jax.process_index() == 0:
+        corpus_name = re.sub(r"[^\w.-]+", "_", corpus.name)
+        name = f"evaluation_{corpus_name}_{settings.split}_step{run.step}.json"
+        write_json(run.folder / name, result)
+    return result

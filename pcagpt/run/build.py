@@ -1,0 +1,85 @@
+"""Turns the `model` knobs into a `GPTConfig` for the device at hand."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from pcagpt import kernels
+from pcagpt.config.schema import ModelSettings
+from pcagpt.errors import UserError
+from pcagpt.model import GPTConfig
+
+# Knobs about the device. They change results by no more than rounding, so a run may be
+# resumed and evaluated with other values.
+DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
+
+
+class Hardware(NamedTuple):
+    """Device of a model: its platform ('cpu', 'gpu'), and if it runs Pallas kernels."""
+
+    platform: str
+    has_kernels: bool = False
+
+
+def hardware() -> Hardware:
+    """The device that models run on here."""
+    device = jax.devices()[0]
+    return Hardware(device.platform, kernels.are_available(device))
+
+
+def build_config(
+    model: ModelSettings, vocab_size: int, device: Hardware | None = None
+) -> GPTConfig:
+    """The `model` section with every 'auto' decided.
+
+    Args:
+      model: the section.
+      vocab_size: of the corpus; `model.vocab_size` may be larger.
+      device: that the model runs on; None: this process's own.
+
+    Raises:
+      UserError: the corpus has more tokens than the model, the bands do not add up to
+        the vocabulary, or the device lacks what was asked for by name.
+    """
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}, the corpus has token ids up to "
+            f"{vocab_size - 1}: leave model.vocab_size unset"
+        )
+    vocab_size = model.vocab_size or vocab_size
+    if model.band_sizes and sum(model.band_sizes) != vocab_size:
+        raise UserError(
+            f"model.band_sizes add up to {sum(model.band_sizes)}: they must hold the "
+            f"whole vocabulary, {vocab_size}"
+        )
+    choices = _device_choices(model, device or hardware())
+    ranks = tuple(rank or None for rank in model.band_ranks)
+    section = dataclasses.asdict(model) | choices
+    return GPTConfig(**section | {"vocab_size": vocab_size, "band_ranks": ranks})
+
+
+def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:
+    """The values of `DEVICE_KNOBS` on a device."""
+    dtype, attention, kernel = model.compute_dtype, model.attention, model.kernels
+    on_gpu = device.platform == "gpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    has_cudnn = on_gpu and dtype == "bfloat16"
+    if attention == "auto":
+        attention = "cudnn" if has_cudnn else "xla"
+    elif attention == "cudnn" and not has_cudnn:
+        raise UserError(
+            "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
+            "model.compute_dtype=bfloat16; leave model.attention=auto"
+        )
+    takes_kernels = device.has_kernels and dtype == "bfloat16"
+    if kernel == "auto":
+        kernel = "pallas" if takes_kernels else "xla"
+    # A CPU interprets the kernels, which is slow and serves tests.
+    elif kernel == "pallas" and device.platform != "cpu" and not takes_kernels:
+        raise UserError(
+            "model.kernels is 'pallas': the kernels need an NVIDIA GPU, Ampere or "
+            "newer, and model.compute_dtype=bfloat16; leave model.kernels=auto"
+        )
+    return dict(zip(DEVICE_KNOBS, (dtype, attention, kernel), strict=True))

@@ -1,0 +1,155 @@
+"""Everything a run trains with, built from its settings and its corpus."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from pcagpt import trees
+from pcagpt.config import Settings
+from pcagpt.data.batches import TrainingBatches
+from pcagpt.data.corpus import Corpus
+from pcagpt.errors import UserError
+from pcagpt.model import GPT
+from pcagpt.run import initialise
+from pcagpt.run.build import build_config
+from pcagpt.run.evaluate import Evaluator
+from pcagpt.run.opened import Run
+from pcagpt.sharding import placement
+from pcagpt.training import optim
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What does not change while a run trains.
+
+    frozen: path patterns of parameters that are not trained; teacher: a model and its
+    host variables, or None.
+    """
+
+    settings: Settings
+    corpus: Corpus
+    mesh: jax.sharding.Mesh
+    model: GPT
+    frozen: tuple[str, ...]
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    batches: TrainingBatches
+    validation: Evaluator
+    teacher: tuple[GPT, dict] | None
+
+    @classmethod
+    def of(cls, settings: Settings, corpus: Corpus) -> "Setup":
+        """Checks everything that can be checked before the first file is written.
+
+        Args:
+          settings: with the bands of `init.import_bands` filled in.
+          corpus: with a training and a validation split.
+
+        Raises:
+          UserError: the settings do not fit the corpus, the imports or the devices.
+        """
+        train, init = settings.train, settings.init
+        if init.weights_from:
+            Run.open(init.weights_from).check_corpus(corpus)
+        mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+        placement.check_splits(settings.model.n_embd, mesh)
+        placement.check_divisible(
+            "train.batch_size / train.accumulation",
+            train.batch_size // train.accumulation,
+            mesh,
+        )
+        model = GPT(build_config(settings.model, corpus.vocab_size))
+        frozen = initialise.frozen_patterns(init)
+        names = {field.name for field in dataclasses.fields(optim.OptimizerConfig)}
+        adamw = optim.OptimizerConfig(
+            **{n: v for n, v in dataclasses.asdict(train).items() if n in names}
+        )
+        setup = cls(
+            settings,
+            corpus,
+            mesh,
+            model,
+            frozen,
+            optim.optimizer(adamw, frozen),
+            optim.learning_rate_schedule(adamw),
+            TrainingBatches(
+                corpus.tokens("train"),
+                model.config.block_size,
+                train.batch_size,
+                settings.seed,
+            ),
+            Evaluator(
+                model,
+                mesh,
+                corpus,
+                "val",
+                settings.evaluate.batch_size,
+                train.loss_chunks,
+            ),
+            _open_teacher(settings, model, corpus),
+        )
+        setup.import_into(_stand_in(model))
+        return setup
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update trains on, over all devices."""
+        return self.settings.train.batch_size * self.model.config.block_size
+
+    def batch(self, step: int) -> jax.Array:
+        """The batch of a step on the devices: [A, B, T + 1] int32."""
+        tokens_BT = self.batches.batch_at(step)
+        parts, length = self.settings.train.accumulation, tokens_BT.shape[-1]
+        tokens_ABT = tokens_BT.reshape(parts, -1, length)
+        return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
+
+    def import_into(self, variables: dict) -> dict:
+        """The variables with the imports of `settings.init` put in.
+
+        Args:
+          variables: {'params', 'constants'}, random.
+
+        Raises:
+          UserError: an import that does not fit the model.
+        """
+        init, config = self.settings.init, self.model.config
+        if init.weights_from:
+            return Run.open(init.weights_from).variables(config)
+        params = variables["params"]
+        imported = initialise.imported_weights(init, config, params, self.settings.seed)
+        return variables | {"params": trees.replace(params, imported, source="init")}
+
+
+def _open_teacher(
+    settings: Settings, student: GPT, corpus: Corpus
+) -> tuple[GPT, dict] | None:
+    """The model of `distill.teacher` and its variables, on the host."""
+    path = settings.distill.teacher
+    if not path:
+        return None
+    run = Run.open(path)
+    run.check_corpus(corpus)
+    config = run.config(settings.model)
+    if config.vocab_size != student.config.vocab_size:
+        raise UserError(
+            f"distill.teacher: {path} has {config.vocab_size} tokens, this model "
+            f"{student.config.vocab_size}: both must have the same"
+        )
+    if config.block_size < student.config.block_size:
+        raise UserError(
+            f"distill.teacher: {path} reads {config.block_size} tokens at a time, this "
+            f"model {student.config.block_size}: lower model.block_size"
+        )
+    return GPT(config), run.variables(config)
+
+
+def _stand_in(model: GPT) -> Any:
+    """Variables of the right shapes that take no memory, to try imports on."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
+    return jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes
+    )
