@@ -16,14 +16,13 @@ from unittest import mock
 import jax
 import numpy as np
 
-from pcagpt import config as knobs
-from pcagpt import files
-from pcagpt.model import GPT, GPTConfig, training_flops_per_token
-from pcagpt.pipeline.plan import make_plan
+from pcagpt.config import Settings
+from pcagpt.data.corpus import open_corpus
+from pcagpt.model import GPTConfig, training_flops_per_token
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.generate import generate, in_compute_dtype, places
-from pcagpt.sharding import placement
-from pcagpt.training.loop import Training
+from pcagpt.training import loop
+from pcagpt.training.setup import Setup
 
 WARM_STEPS = 5
 PROFILED_STEPS = 5
@@ -87,62 +86,54 @@ def write_corpus(folder: Path, size: Size) -> None:
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
 
 
-# The parts of pcagpt that the systems use. Nothing below this section calls the
-# training code in another way.
+# All calls of pcagpt's training code are in this section.
 
 
-def settings(size: Size, model: str, batch: int, folder: Path, **overrides):
-    """The config of a run: the default knobs at this size, on one device."""
-    config = knobs.base()
-    config.arm = "baseline" if model == "D" else "random"
-    config.model.update({name: getattr(size, name) for name in MODEL_SIZES})
-    config.model.n_embd_wte = rank_of(model)
-    config.data.source = config.workdir = str(folder)
-    config.train.batch_size = batch
-    config.mesh.data = 1
-    config.update_from_flattened_dict(overrides)
-    return config
+def setup(size: Size, model: str, batch: int, folder: Path, **knobs) -> Setup:
+    """A run with the default knobs at this size, on one device; nothing is trained."""
+    names = {f"model.{name}": getattr(size, name) for name in MODEL_SIZES}
+    settings = Settings().replace(
+        {
+            **names,
+            "model.n_embd_wte": rank_of(model),
+            "train.batch_size": batch,
+            "mesh.data": 1,
+            **knobs,
+        }
+    )
+    return Setup.of(settings, open_corpus(str(folder), folder))
 
 
-def untrained_model(size: Size, model: str, folder: Path) -> GPT:
-    """The model without weights."""
-    chosen = settings(size, model, size.batch, folder).model
-    hardware = placement.hardware()
-    return GPT(GPTConfig(**knobs.model_settings(chosen, size.vocab_size, hardware)))
-
-
-def compiled_step(config):
+def compiled_step(run: Setup) -> tuple:
     """The compiled training step, its first state and its first batch."""
-    job = make_plan(config).jobs[-1]
-    run = Training(job.settled(), job.record(), job.folder, job.corpus())
-    with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
-        state, shardings, _ = run.start(checkpoints)
-    return run.compile_step(state, shardings, None), state, run.batch(0)
+    with (
+        tempfile.TemporaryDirectory() as run_dir,
+        Checkpoints(Path(run_dir), keep_last=1) as checkpoints,
+    ):
+        state, shardings, _ = loop.start(run, checkpoints)
+    return loop.compile_step(run, state, shardings, None), state, run.batch(0)
 
 
-def train(config) -> tuple[dict, list[float]]:
-    """Trains a whole run; returns its result and the seconds that each save took.
-
-    The save before the first step is left out: nothing waits for it.
-    """
+def train(run: Setup) -> tuple[dict, list[float]]:
+    """Trains a whole run; returns its result and the seconds that each save took."""
     waited, save = [], Checkpoints.save
 
-    def timed_save(self, step, *rest):
+    def timed_save(*arguments):
         start = time.perf_counter()
-        save(self, step, *rest)
-        if step:
-            waited.append(time.perf_counter() - start)
+        save(*arguments)
+        waited.append(time.perf_counter() - start)
 
-    job = make_plan(config).jobs[-1]
-    no_progress = contextlib.redirect_stderr(io.StringIO())
-    with mock.patch.object(Checkpoints, "save", timed_save), no_progress:
-        job.run()
-    return files.read_json(job.folder / "result.json", mend=""), waited
+    with (
+        contextlib.redirect_stderr(io.StringIO()),  # The progress of the run.
+        tempfile.TemporaryDirectory() as run_dir,
+        mock.patch.object(Checkpoints, "save", timed_save),
+    ):
+        return loop.train(run, Path(run_dir), record={}, label="bench"), waited
 
 
 def steps_between_saves() -> int:
     """The default of checkpoint.every."""
-    return knobs.KNOBS["checkpoint.every"].default
+    return Settings().checkpoint.every
 
 
 class System:
@@ -184,8 +175,8 @@ class Step(System):
     def prepare(self) -> None:
         """Compiles the step and asks XLA for its memory."""
         batch = self.batch * self.devices
-        config = settings(self.size, self.model, batch, self.folder, **self.mesh())
-        self.step, self.state, self.tokens = compiled_step(config)
+        run = setup(self.size, self.model, batch, self.folder, **self.mesh())
+        self.step, self.state, self.tokens = compiled_step(run)
         memory = self.step.memory_analysis()
         self.peak_bytes = (
             memory.argument_size_in_bytes
@@ -249,17 +240,14 @@ class Loop(System):
 
     def seconds_per_step(self, steps: int) -> float:
         """Trains a run of so many steps that saves half way and at its end."""
-        overrides = {
+        knobs = {
             "train.steps": steps,
             "train.warmup_steps": 2,
             "evaluate.every": steps,
             "checkpoint.every": steps // 2,
         }
-        with tempfile.TemporaryDirectory(dir=self.folder) as workdir:
-            overrides["workdir"] = workdir
-            result, waited = train(
-                settings(self.size, self.model, self.batch, self.folder, **overrides)
-            )
+        run = setup(self.size, self.model, self.batch, self.folder, **knobs)
+        result, waited = train(run)
         self.peak_bytes = result["peak_bytes"]
         self.details["checkpoint_ms"].append(1e3 * max(waited))
         step = self.tokens_per_step / result["tokens_per_second"]
@@ -274,7 +262,8 @@ class Decoding(System):
 
     def prepare(self) -> None:
         """Makes random weights and decodes a few tokens."""
-        size, self.gpt = self.size, untrained_model(self.size, self.model, self.folder)
+        size = self.size
+        self.gpt = setup(size, self.model, self.batch, self.folder).model
         tokens_of_a_turn = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
         shape = self.batch, places(tokens_of_a_turn, size.block_size)
         tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
