@@ -126,7 +126,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--batches is {args.batches}: give whole numbers such as 32,64")
     # The largest batch comes first: smaller ones fit into the memory that it took.
     args.batches = sorted(batches, reverse=True)
-    args.steps = args.steps or (10 if args.quick else 50)
+    if args.steps is None:
+        args.steps = 10 if args.quick else 50
     if args.rounds < 1 or min(args.batches) < 1:
         parser.error("--rounds and --batches must be at least 1")
     if args.steps < bench_pcagpt.MIN_STEPS:
