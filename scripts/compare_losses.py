@@ -75,9 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     before, after = args.runs[::2], args.runs[1::2]
     if len(before) != len(after):
-        parser.error(
-            f"{len(args.runs)} run folders do not make pairs: BEFORE AFTER ..."
-        )
+        parser.error(f"give run folders in pairs, BEFORE AFTER: not {len(args.runs)}")
     for folder in args.runs:
         if not (folder / "metrics.jsonl").exists():
             parser.error(f"{folder} has no metrics.jsonl: give the folder of a run")

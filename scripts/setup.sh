@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv and installs pcagpt, the pinned versions of its dependencies, and the
-# tools for its tests. Does nothing if all of it is installed. demo.sh and test.sh call it.
+# tools for its tests. Does nothing if all of it is installed. demo.sh and test.sh run
+# it first.
 #
 #   bash scripts/setup.sh
 #   PYTHON=/path/to/python3.12 bash scripts/setup.sh

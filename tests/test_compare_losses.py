@@ -46,8 +46,8 @@ def test_each_pair_gets_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        (["a"], "1 run folders do not make pairs"),
-        (["a", "b", "a"], "3 run folders do not make pairs"),
+        (["a"], "in pairs, BEFORE AFTER: not 1"),
+        (["a", "b", "a"], "in pairs, BEFORE AFTER: not 3"),
         (["a", "c"], "c has no metrics.jsonl: give the folder of a run"),
         (["a", "b", "--names", "D,k"], "--names must have one name for each pair (1)"),
         (["a", "empty"], "empty: both runs logged no common step"),

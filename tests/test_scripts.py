@@ -171,7 +171,10 @@ def test_demo_and_test_set_up_first_and_then_pass_their_arguments_on(
 ):
     (copy / "scripts" / "setup.sh").write_text("echo set up >>../calls\n")
     record_words = """#!/bin/sh
-for word in "$@"; do case $word in *' '*) word="<$word>";; esac; line="$line $word"; done
+for word in "$@"; do
+  case $word in *' '*) word="<$word>" ;; esac
+  line="$line $word"
+done
 echo "${line# }" >>../calls
 """
     write_program(copy / ".venv" / "bin" / "python", record_words)
