@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pcagpt.data.corpus import SPLITS, sotu_documents
+from pcagpt.data.sources import sotu_documents
+from pcagpt.data.token_files import SPLITS
 from pcagpt.data.tokenizer import (
     ASSETS,
     END_OF_TEXT,
@@ -99,7 +100,7 @@ def main() -> None:
     found = hashlib.sha256(content).hexdigest()
     print(f"{output}: sha256 {found}; tokens without {END_OF_TEXT}: {counts}")
     if found != RANKS["sotu4096"].sha256:
-        print("this is not what pcagpt.tokenizer.RANKS says: correct its sha256")
+        print("this is not what pcagpt.data.tokenizer.RANKS says: correct its sha256")
 
 
 if __name__ == "__main__":

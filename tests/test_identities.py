@@ -13,7 +13,7 @@ from pcagpt.config import base
 from pcagpt.factorize import (
     BandFactors,
     FactorizedTable,
-    by_method,
+    Factorizer,
     energy_kept,
     table_of_rank,
     truncate,
@@ -135,7 +135,9 @@ def with_rank(config, rank, tied=True):
 def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
     with jax.enable_x64(dtype == "float64"):
         config = DENSE if dtype == "float32" else in_float64(DENSE)
-        low_rank = truncate(by_method(TABLE.astype(dtype), "svd"), WIDTH, split)
+        low_rank = truncate(
+            Factorizer(TABLE.astype(dtype), "svd").factors, WIDTH, split
+        )
         full = with_rank(config, WIDTH, tied)
         assert_same_function(
             full,
@@ -153,7 +155,7 @@ def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
 def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        wte, scale = truncate(by_method(TABLE, "svd"), rank, 0.5)
+        wte, scale = truncate(Factorizer(TABLE, "svd").factors, rank, 0.5)
         low = with_rank(config, rank)
         assert_same_function(
             low,
@@ -172,7 +174,7 @@ def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
 )
 def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
-        factors = by_method(TABLE.astype(dtype), "svd")
+        factors = Factorizer(TABLE.astype(dtype), "svd").factors
     assert factors.table.dtype == dtype
     exact = np.linalg.svd(TABLE, compute_uv=False)
     energy = energy_kept(factors.singular_values)
@@ -191,7 +193,9 @@ def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tole
 
 @pytest.mark.parametrize("rank", range(1, WIDTH + 1))
 def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
-    scale = truncate(by_method(TABLE.astype(np.float32), "svd"), rank, 0.0).scale
+    scale = truncate(
+        Factorizer(TABLE.astype(np.float32), "svd").factors, rank, 0.0
+    ).scale
     np.testing.assert_allclose(scale @ scale.T, np.eye(rank), atol=1e-6)
 
 
@@ -202,7 +206,7 @@ def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
 def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
     with jax.enable_x64(True):
         config = with_rank(in_float64(DENSE), 3, tied)
-        wte, scale = truncate(by_method(TABLE, "svd"), 3)
+        wte, scale = truncate(Factorizer(TABLE, "svd").factors, 3)
         gauge = np.random.default_rng(3).normal(size=(3, 3))
         assert np.abs(gauge - gauge.T).max() > 0.5
         assert_same_function(
@@ -221,7 +225,7 @@ def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
 def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        table = table_of_rank(by_method(TABLE, "pca"), rank)
+        table = table_of_rank(Factorizer(TABLE, "pca").factors, rank)
         ((wte, scale),), mean = table.bands, table.mean
         assert np.linalg.norm(mean) > 1
         low = with_rank(config, rank)
@@ -236,7 +240,10 @@ def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
 
 def test_error_of_a_centred_table_lies_between_two_uncentred_ranks():
     with jax.enable_x64(True):
-        plain, centred = by_method(TABLE, "svd"), by_method(TABLE, "pca")
+        plain, centred = (
+            Factorizer(TABLE, "svd").factors,
+            Factorizer(TABLE, "pca").factors,
+        )
 
     def error(factors, rank):
         return np.linalg.norm(TABLE - table_of_rank(factors, rank).dense())
@@ -257,7 +264,7 @@ def test_finetuning_at_full_rank_starts_at_the_loss_of_the_baseline(method, tmp_
         checkpoints.save(3, baseline | {"constants": {}}, {"step": np.int32(3)}, {})
         checkpoints.wait()
     table = np.asarray(baseline["params"]["embed"]["band_0"]["wte"])[:VOCAB]
-    factors = by_method(table, method)
+    factors = Factorizer(table, method).factors
     low_rank = table_of_rank(factors, WIDTH)
     factor_files.write(tmp_path, {WIDTH: low_rank}, factors.singular_values, {})
     init = base().init

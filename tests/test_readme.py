@@ -84,8 +84,8 @@ def test_scaling_shows_each_machine_beside_the_others(tmp_path):
     bench(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
     lines = SCRIPT["scaling_table"](tmp_path).splitlines()
     assert lines == [
-        "| System | Model | Batch of each | 2 GPUs: tokens/s | Of 2 alone | GB of each "
-        "| 16 GPUs: tokens/s | Of 16 alone | GB of each |",
+        "| System | Model | Batch per GPU | 2 GPUs: tokens/s | Efficiency | GB per GPU "
+        "| 16 GPUs: tokens/s | Efficiency | GB per GPU |",
         "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| pcagpt | D | 32 | 250,000 on 1 | – | 12.6 | 250,000 on 1 | – | 12.6 |",
         "| fsdp | D | 32 | 500,000 | 0.800 (0.500 to 1.000) | – | – | – | – |",

@@ -25,7 +25,7 @@ from pcagpt.run import folder as run_folder
 from pcagpt.run import initialise as warm_start
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress
+from pcagpt.telemetry.progress import Progress
 
 CALIBRATION_SEED = 0
 

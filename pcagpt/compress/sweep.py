@@ -37,7 +37,8 @@ from pcagpt.run import folder as run_folder
 from pcagpt.run import provenance
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress, Telemetry
+from pcagpt.telemetry.progress import Progress
+from pcagpt.telemetry.record import Telemetry
 
 FOLDER = "compressed"
 
@@ -182,8 +183,6 @@ def _sweep(
         subject.write(folder / f"best_k{rank}", made.table, dataclasses.asdict(best))
     with Telemetry(
         folder,
-        config={},
-        run_name=folder.name,
         tensorboard=config.telemetry.tensorboard,
     ) as telemetry:
         telemetry.figure("pareto", pareto_figure(sweep))

@@ -35,8 +35,8 @@ class TextSource:
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
 
 
-def find_text(source: str) -> TextSource | None:
-    """Find the text that `source` names; None when it is a folder of token files."""
+def find_source(source: str) -> TextSource | Path:
+    """The text that `source` names, or the path of a folder of token files."""
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)
@@ -51,7 +51,7 @@ def find_text(source: str) -> TextSource | None:
             "of .bin or text files, as --config.data.source"
         )
     if present_splits(folder):
-        return None
+        return folder
     files = _text_files(folder)
     if not files:
         raise UserError(

@@ -1,119 +1,105 @@
-"""Folders of token files in nanoGPT's format: opening, checking, mapping."""
+"""Token files in nanoGPT's format: `<split>.bin`, little-endian ids and no header."""
 
-import hashlib
-import json
+import functools
 import pickle
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pcagpt.data.tokenizer import RANKS, rank_file
 from pcagpt.errors import UserError
+from pcagpt.files import read_json
 
 SPLITS = ("train", "val", "test")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _CHUNK_TOKENS = 1 << 20
-_PLAIN_TYPES = (str, int, float, bool, type(None))
-_UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    TypeError,
-    ValueError,
-)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A folder of token files: `<split>.bin`, little-endian ids and nothing else."""
-
-    name: str
-    vocab_size: int
-    tokenizer: str | None  # a name in RANKS, or None when unknown
-    folder: Path
-    dtype: str = "uint16"
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Return the splits present, of ('train', 'val', 'test')."""
-        return present_splits(self.folder)
-
-    def tokens(self, split: str) -> np.ndarray:
-        """Map a split read-only: uint16 or uint32 [n]; UserError when it is unusable.
-
-        Raises for a missing, empty or truncated file, or an id >= vocab_size.
-        """
-        path = self.folder / f"{split}.bin"
-        if not path.is_file():
-            present = ", ".join(self.splits) or "none"
-            raise UserError(
-                f"no '{split}' split in {self.folder} (present: {present}): "
-                f"add {path.name}, or ask for a split that is there"
-            )
-        dtype = DTYPES[self.dtype]
-        size = path.stat().st_size
-        if size == 0:
-            raise UserError(f"{path} is empty: write its tokens again")
-        if size % dtype.itemsize:
-            raise UserError(
-                f"{path} is truncated: {size} bytes is not a multiple of "
-                f"{dtype.itemsize}, the size of a {self.dtype}; write it again"
-            )
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        for start in range(0, len(tokens), _CHUNK_TOKENS):
-            chunk = tokens[start : start + _CHUNK_TOKENS]
-            if chunk.max() >= self.vocab_size:
-                at = int(np.argmax(chunk >= self.vocab_size))
-                raise UserError(
-                    f"{path} holds id {chunk[at]} at position {start + at}, but the "
-                    f"vocabulary size is {self.vocab_size}: it is no file of "
-                    f"{self.dtype} tokens of this vocabulary; correct meta.json beside "
-                    "it, or write the tokens again"
-                )
-        return tokens
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """sha256 of the lengths of training and validation split and of a sample of each.
-
-    The sample is of 64 evenly spaced runs of 4,096 tokens: any size costs the same.
-    """
-    digest = hashlib.sha256(f"{corpus.vocab_size}".encode())
-    for split in ("train", "val"):
-        path = corpus.folder / f"{split}.bin"
-        tokens = np.memmap(path, dtype=DTYPES[corpus.dtype], mode="r")
-        digest.update(f" {split} {len(tokens)} ".encode())
-        for start in np.linspace(0, max(len(tokens) - 4096, 0), 64).astype(int):
-            digest.update(tokens[start : start + 4096].tobytes())
-    return digest.hexdigest()
 
 
 def present_splits(folder: Path) -> tuple[str, ...]:
-    """Return the splits of which the folder holds a token file."""
+    """The splits for which the folder holds a token file."""
     return tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
 
 
-def open_token_folder(folder: Path, tokenizer: str) -> Corpus:
-    """Open a folder by its meta.json, its meta.pkl or, with neither, as GPT-2's tokens.
+def map_tokens(folder: Path, split: str, dtype: str) -> np.memmap:
+    """Maps `<split>.bin` read-only: [n] of the dtype, ids not yet checked.
 
-    meta.json: vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
-    tokenizer, tokenizer_sha256 and tokens (split -> number of tokens, which is
-    checked). `tokenizer` is 'auto' or a name in RANKS.
+    Raises:
+      UserError: the file is missing, empty or truncated.
+    """
+    path, itemsize = folder / f"{split}.bin", DTYPES[dtype].itemsize
+    if not path.is_file():
+        present = ", ".join(present_splits(folder)) or "none"
+        raise UserError(
+            f"no '{split}' split in {folder} (present: {present}): "
+            f"add {path.name}, or ask for a split that is there"
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path} is empty: write its tokens again")
+    if size % itemsize:
+        raise UserError(
+            f"{path} is truncated: {size} bytes is not a multiple of {itemsize}, the "
+            f"size of a {dtype}; write it again"
+        )
+    return np.memmap(path, dtype=DTYPES[dtype], mode="r")
+
+
+def check_ids(folder: Path, split: str, dtype: str, vocab_size: int) -> None:
+    """Reads a split's file once per process and raises UserError for an invalid id."""
+    status = (folder / f"{split}.bin").stat()
+    version = status.st_ino, status.st_size, status.st_mtime_ns
+    _scan(folder.resolve(), split, dtype, vocab_size, version)
+
+
+@functools.lru_cache
+def _scan(
+    folder: Path, split: str, dtype: str, vocab_size: int, version: tuple
+) -> None:
+    """Checks every id. An unchanged file is not read again, thanks to the cache."""
+    for number, chunk in enumerate(chunks(map_tokens(folder, split, dtype))):
+        if chunk.max() >= vocab_size:
+            at = int(np.argmax(chunk >= vocab_size))
+            raise UserError(
+                f"{folder / split}.bin holds id {chunk[at]} at position "
+                f"{number * _CHUNK_TOKENS + at}, but the vocabulary size is "
+                f"{vocab_size}: correct vocab_size or dtype (now {dtype}) in meta.json "
+                "beside it, or write the tokens again"
+            )
+
+
+def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive pieces of an array of tokens, small enough to copy or convert."""
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        yield tokens[start : start + _CHUNK_TOKENS]
+
+
+def read_meta(folder: Path, tokenizer: str) -> dict[str, Any]:
+    """name, vocab_size, tokenizer and dtype of a folder of token files.
+
+    They come from meta.json or meta.pkl. A folder with neither holds GPT-2's tokens.
+    meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
+    tokenizer, tokenizer_sha256 and tokens (the number of tokens of each split, which
+    is checked).
+
+    Args:
+      folder: holds at least one token file.
+      tokenizer: 'auto' or a name in RANKS.
+
+    Raises:
+      UserError: the meta file is damaged, or contradicts `tokenizer` or the files.
     """
     if tokenizer != "auto":
         rank_file(tokenizer)
     path = folder / "meta.json"
     if path.is_file():
-        meta = _read_meta_json(path)
+        meta = read_json(path, 'correct it, e.g. to {"vocab_size": 50257}')
     elif (path := folder / "meta.pkl").is_file():
-        meta = {"vocab_size": _read_meta_pickle(path).get("vocab_size")}
+        meta = {"vocab_size": _read_pickle(path).get("vocab_size")}
     else:
-        # nanoGPT writes no meta beside GPT-2's tokens.
+        # nanoGPT writes no meta file for GPT-2's tokens.
         name = "gpt2" if tokenizer == "auto" else tokenizer
         meta = {"vocab_size": RANKS[name].vocab_size, "tokenizer": name}
         _refuse_wide_ids(folder)
@@ -127,19 +113,18 @@ def open_token_folder(folder: Path, tokenizer: str) -> Corpus:
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
     _check_lengths(folder, meta.get("tokens", {}), DTYPES[dtype].itemsize)
     title = meta.get("name")
-    return Corpus(
-        name=title if isinstance(title, str) and title else folder.resolve().name,
-        vocab_size=vocab_size,
-        tokenizer=_agreed_tokenizer(path, meta, vocab_size, tokenizer),
-        folder=folder,
-        dtype=dtype,
-    )
+    return {
+        "name": title if isinstance(title, str) and title else folder.resolve().name,
+        "vocab_size": vocab_size,
+        "tokenizer": _agreed_tokenizer(path, meta, vocab_size, tokenizer),
+        "dtype": dtype,
+    }
 
 
 def _agreed_tokenizer(
     path: Path, meta: dict, vocab_size: int, asked: str
 ) -> str | None:
-    """Return the tokenizer that meta and the person agree on; None when unknown."""
+    """The tokenizer that fits both the meta file and the request; None if unknown."""
     stated = meta.get("tokenizer")
     if stated is not None and asked not in ("auto", stated):
         raise UserError(
@@ -148,7 +133,7 @@ def _agreed_tokenizer(
         )
     name = stated if asked == "auto" else asked
     if not isinstance(name, str) or name not in RANKS:
-        return None  # one can train on such ids, though not turn them into text
+        return None  # Such ids can be trained on, but not turned into text.
     if RANKS[name].vocab_size != vocab_size:
         raise UserError(
             f"{path} gives vocab_size {vocab_size}, but tokenizer '{name}' has "
@@ -163,7 +148,7 @@ def _agreed_tokenizer(
 
 
 def _check_lengths(folder: Path, counts: object, itemsize: int) -> None:
-    """Compare the sizes of the files with the numbers of tokens in meta.json."""
+    """Compares the sizes of the files with the numbers of tokens in meta.json."""
     if not isinstance(counts, dict):
         raise UserError(
             f"{folder / 'meta.json'} is damaged: 'tokens' is {counts!r}, it must give "
@@ -174,14 +159,14 @@ def _check_lengths(folder: Path, counts: object, itemsize: int) -> None:
         size, stated = path.stat().st_size, counts.get(split)
         if stated is not None and size / itemsize != stated:
             raise UserError(
-                f"{path} is truncated or foreign: it has {size} bytes, and meta.json "
-                f"says {stated!r} tokens of {itemsize} bytes; remove {folder} and make "
-                "it again"
+                f"{path} is truncated or belongs to other tokens: it has {size} bytes, "
+                f"but meta.json says {stated!r} tokens of {itemsize} bytes; remove "
+                f"{folder} and make it again"
             )
 
 
 def _refuse_wide_ids(folder: Path) -> None:
-    """Raise when files without meta are uint32: every second uint16 would be zero."""
+    """Raises if files without a meta file are uint32: each second uint16 is then 0."""
     for split in present_splits(folder):
         path = folder / f"{split}.bin"
         head = np.fromfile(path, DTYPES["uint16"], count=4096)
@@ -192,55 +177,25 @@ def _refuse_wide_ids(folder: Path) -> None:
             )
 
 
-def _read_meta_json(path: Path) -> dict:
-    """Read meta.json; UserError when it is no JSON object."""
-    try:
-        meta = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged, it is not JSON ({error}): correct it"
-        ) from error
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} is damaged: it must hold an object, {{…}}")
-    return meta
-
-
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles values that need no name looked up, so that no code can run."""
+    """Unpickles plain values only. It looks up no name, so no code can run."""
 
     def find_class(self, module_name: str, global_name: str) -> object:
-        """Refuse every name."""
+        """Refuses every name."""
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
-def _read_meta_pickle(path: Path) -> dict:
-    """Read nanoGPT's meta.pkl; UserError unless it is a dict of plain values only."""
+def _read_pickle(path: Path) -> dict:
+    """Reads nanoGPT's meta.pkl; UserError unless it is a dict of plain values."""
     try:
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
-        _require_plain(meta)
-    except _UNPICKLING_ERRORS as error:
+        if not isinstance(meta, dict):
+            raise pickle.UnpicklingError(f"it is a {type(meta).__name__}")
+    except Exception as error:  # A damaged pickle can raise almost any of them.
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
+            f"{path} is refused ({reason}), it must be a pickled dict of plain values: "
             'write meta.json instead, {"vocab_size": …}'
         ) from error
     return meta
-
-
-def _require_plain(meta: object) -> None:
-    """Raise TypeError unless `meta` is a dict of containers, strings and numbers."""
-    if type(meta) is not dict:
-        raise TypeError(f"it is a {type(meta).__name__}")
-    waiting, seen = [meta], set()
-    while waiting:
-        value = waiting.pop()
-        if type(value) in _PLAIN_TYPES or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if type(value) is dict:
-            waiting += [*value.keys(), *value.values()]
-        elif type(value) in (list, tuple):
-            waiting += value
-        else:
-            raise TypeError(f"it holds a {type(value).__name__}")

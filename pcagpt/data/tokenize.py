@@ -1,7 +1,6 @@
 """Text source -> a folder of token files, whole or not at all."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import tiktoken
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.token_files import DTYPES
 from pcagpt.data.tokenizer import tokenizer_sha256
+from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
 # GPT-2's pattern never matches across this place, so that text cut there encodes as
@@ -82,7 +82,7 @@ def _write_splits(
         "tokenizer_sha256": tokenizer_sha256(encoding.name),
         "tokens": counts,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_json(folder / "meta.json", meta)
 
 
 def _encode(

@@ -11,7 +11,7 @@ from pcagpt.errors import UserError
 from pcagpt.model import GPT
 from pcagpt.run.generate import generate
 from pcagpt.run.opened import Run
-from pcagpt.telemetry.record import Progress
+from pcagpt.telemetry.progress import Progress
 
 FETCH_DELAY = 8  # tokens that stay on the device, so that it never waits for the host
 
