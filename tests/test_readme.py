@@ -58,7 +58,7 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
 
 
 def test_scaling_shows_each_machine_beside_the_others(tmp_path):
-    def bench(gpus, commit, systems):
+    def write(gpus, commit, systems):
         rows = [
             {
                 "system": system,
@@ -80,8 +80,8 @@ def test_scaling_shows_each_machine_beside_the_others(tmp_path):
 
     one = "pcagpt", "D", 32, 1, [50.0, 50.0, 50.0]
     split = "fsdp", "D", 32, 2, [62.5, 100.0, 50.0]
-    bench(16, "later", [one, ("data-parallel", "D", 32, 16, [80.0, 80.0, 80.0])])
-    bench(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
+    write(16, "later", [one, ("data-parallel", "D", 32, 16, [80.0, 80.0, 80.0])])
+    write(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
     lines = SCRIPT["scaling_table"](tmp_path).splitlines()
     assert lines == [
         "| System | Model | Batch per GPU | 2 GPUs: tokens/s | Efficiency | GB per GPU "

@@ -9,7 +9,7 @@ import pytest
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS
+from pcagpt.factorize.methods import METHODS, Method
 from pcagpt.report import (
     collect_results,
     compare,
@@ -294,11 +294,14 @@ def test_without_comparable_windows_nothing_is_resolved(tmp_path, spoil, reason)
 
 
 def test_every_rank_is_compared_with_the_one_baseline(tmp_path):
-    runs = write_experiment(tmp_path, ranks=(8, 4))
+    runs = write_experiment(tmp_path, ranks=(4,))
+    runs += [write_run(tmp_path, arm, 8, loss=2.9) for arm in list(LOSSES)[1:]]
     results = collect_results(tmp_path, runs, COMMAND)
     order = [(row["letter"], row["rank"]) for row in results["rows"]]
     assert order == [("D", None)] + [(x, k) for k in (4, 8) for x in "ABC"]
     assert [found["rank"] for found in results["comparisons"]] == [4] * 4 + [8] * 4
+    effects = [find(results, "A vs D", rank)["effect"] for rank in (4, 8)]
+    assert effects == pytest.approx([0.1, -0.1])
     assert len(results["hypotheses"]) == 8
 
 
@@ -575,11 +578,17 @@ def sweep_of(rows):
 def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(METHODS, "new", lambda table_VD, statistics: None)
+    new = Method(METHODS["svd"].weigh, needs_statistics=False, colour="#123456")
+    monkeypatch.setitem(METHODS, "new", new)
     rows = [sweep_row(m, bands, k) for m in METHODS for bands in (1, 3) for k in (4, 8)]
     rows += [sweep_row("gone"), sweep_row("baseline", rank=0, bits=8, added=-0.1)]
     rows += [sweep_row("new", 3, 4, bits=2)]
-    labels = labels_of(pareto_figure(sweep_of(rows)))
+    figure = pareto_figure(sweep_of(rows))
+    labels = labels_of(figure)
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    assert {colours[method] for method in METHODS} == {
+        method.colour for method in METHODS.values()
+    }
     text = (
         write_sweep_report(tmp_path, sweep_of(rows))
         .with_suffix(".md")
