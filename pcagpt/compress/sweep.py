@@ -162,14 +162,12 @@ def _sweep(
     if known and (trained_on := _read_sweep(path).get("recovered")):
         heading = {**heading, "recovered": trained_on}
     with Progress(f"compressing {subject.run.folder.name}", len(tried)) as progress:
-        for number, recipe in enumerate(tried):
-            progress.update(number)
+        for recipe in progress.track(tried):
             if recipe not in known:
                 candidate = compressor(recipe)
                 known[recipe] = _row(candidate, measure(candidate))
                 if writes:
                     _write_sweep(path, heading, list(known.values()))
-        progress.update(len(tried))
     rows = [known[recipe] for recipe in tried]
     _predict(tried, rows)
     if not writes:
