@@ -1,4 +1,4 @@
-"""Trains B: embedding from D's factorization, all other weights from D.
+"""B, PCA-finetune: embedding from D's factorization, all other weights from D.
 
     python -m pcagpt.main --config=configs/pca_finetune_k128.py
 

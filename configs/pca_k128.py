@@ -1,4 +1,4 @@
-"""Trains A: embedding from D's factorization at rank 128, random blocks.
+"""A, PCA-scratch: embedding from D's factorization at rank 128, random blocks.
 
     python -m pcagpt.main --config=configs/pca_k128.py --config.data.source=FOLDER
 

@@ -1,4 +1,4 @@
-"""Trains C: embedding of rank 128 and blocks at random initialisation.
+"""C, random-scratch: embedding of rank 128 and blocks at random initialisation.
 
     python -m pcagpt.main --config=configs/random_k128.py --config.data.source=FOLDER
 
