@@ -438,7 +438,7 @@ def test_the_best_model_and_d_are_trained_on_and_held_against_d(trained_on, aske
     assert teacher == asked.model_path
     text = (folder / "report.md").read_text()
     for words in (
-        "## What training on wins back",
+        "## After further training",
         "| **B** ",
         "| **Bd** ",
         "| **D+** ",

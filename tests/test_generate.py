@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import call
-from runs import BANDS, changed
+from runs import BANDS, changed, execute
 
+from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.run import folder as run_folder
+from pcagpt.pipeline import sample
 from pcagpt.run import generate as generation
 from pcagpt.run.generate import generate
 
@@ -141,8 +142,6 @@ def test_only_the_end_of_a_prompt_longer_than_a_window_counts():
 @pytest.fixture
 def talker(tiny_config, tmp_path):
     """A run with the tokenizer of sotu."""
-    from runs import execute
-
     text = "The people of the United States and their Congress. " * 60
     folder = tmp_path / "text"
     folder.mkdir()
@@ -183,13 +182,11 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
-    from pcagpt.pipeline import sample_task as sample_run
-
-    end = run_folder.read_config(talker)["vocab_size"] - 1
+    tokenizer = load_tokenizer("sotu4096")
+    end = tokenizer.encode_single_token(END_OF_TEXT)
     ids = [10, 11, end, 12]
     monkeypatch.setattr(
-        sample_run, "generate", lambda *_: iter([np.array([i]) for i in ids])
+        sample, "generate", lambda *_: iter([np.array([i]) for i in ids])
     )
     done = ask(talker, "--config.sample.prompt=A", "--config.sample.tokens=4")
-    tokenizer = sample_run.load_tokenizer("sotu4096")
     assert done.out == "A" + tokenizer.decode([10, 11]) + "\n"

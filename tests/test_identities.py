@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 
 from pcagpt import trees
-from pcagpt.factorize import (
-    by_method,
-    energy_kept,
-    table_of_rank,
-    truncate,
-)
+from pcagpt.factorize import Factorizer, energy_kept, table_of_rank, truncate
 from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -127,7 +122,9 @@ def with_rank(config, rank, tied=True):
 def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
     with jax.enable_x64(dtype == "float64"):
         config = DENSE if dtype == "float32" else in_float64(DENSE)
-        low_rank = truncate(by_method(TABLE.astype(dtype), "svd"), WIDTH, split)
+        low_rank = truncate(
+            Factorizer(TABLE.astype(dtype), "svd").factors, WIDTH, split
+        )
         full = with_rank(config, WIDTH, tied)
         assert_same_function(
             full,
@@ -145,7 +142,7 @@ def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
 def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        wte, scale = truncate(by_method(TABLE, "svd"), rank, 0.5)
+        wte, scale = truncate(Factorizer(TABLE, "svd").factors, rank, 0.5)
         low = with_rank(config, rank)
         assert_same_function(
             low,
@@ -164,7 +161,7 @@ def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
 )
 def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
-        factors = by_method(TABLE.astype(dtype), "svd")
+        factors = Factorizer(TABLE.astype(dtype), "svd").factors
     assert factors.table.dtype == dtype
     exact = np.linalg.svd(TABLE, compute_uv=False)
     energy = energy_kept(factors.singular_values)
@@ -183,7 +180,9 @@ def test_error_is_the_tail_of_the_spectrum_and_energy_what_it_leaves(dtype, tole
 
 @pytest.mark.parametrize("rank", range(1, WIDTH + 1))
 def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
-    scale = truncate(by_method(TABLE.astype(np.float32), "svd"), rank, 0.0).scale
+    scale = truncate(
+        Factorizer(TABLE.astype(np.float32), "svd").factors, rank, 0.0
+    ).scale
     np.testing.assert_allclose(scale @ scale.T, np.eye(rank), atol=1e-6)
 
 
@@ -194,7 +193,7 @@ def test_scale_matrix_is_orthonormal_when_the_table_keeps_the_spectrum(rank):
 def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
     with jax.enable_x64(True):
         config = with_rank(in_float64(DENSE), 3, tied)
-        wte, scale = truncate(by_method(TABLE, "svd"), 3)
+        wte, scale = truncate(Factorizer(TABLE, "svd").factors, 3)
         gauge = np.random.default_rng(3).normal(size=(3, 3))
         assert np.abs(gauge - gauge.T).max() > 0.5
         assert_same_function(
@@ -213,7 +212,7 @@ def test_any_invertible_matrix_between_table_and_scale_cancels(tied):
 def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
-        table = table_of_rank(by_method(TABLE, "pca"), rank)
+        table = table_of_rank(Factorizer(TABLE, "pca").factors, rank)
         ((wte, scale),), mean = table.bands, table.mean
         assert np.linalg.norm(mean) > 1
         low = with_rank(config, rank)
@@ -228,7 +227,10 @@ def test_mean_goes_into_the_positions_and_cancels_in_the_head(rank):
 
 def test_error_of_a_centred_table_lies_between_two_uncentred_ranks():
     with jax.enable_x64(True):
-        plain, centred = by_method(TABLE, "svd"), by_method(TABLE, "pca")
+        plain, centred = (
+            Factorizer(TABLE, "svd").factors,
+            Factorizer(TABLE, "pca").factors,
+        )
 
     def error(factors, rank):
         return np.linalg.norm(TABLE - table_of_rank(factors, rank).dense())

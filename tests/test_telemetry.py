@@ -1,21 +1,23 @@
 import io
 import json
-import os
 import struct
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 from pcagpt.errors import UserError
-from pcagpt.telemetry import record as telemetry
-from pcagpt.telemetry.record import Progress, Telemetry
+from pcagpt.telemetry import progress
+from pcagpt.telemetry.progress import Progress
+from pcagpt.telemetry.record import Telemetry
 
 
 def start(folder, **options):
-    return Telemetry(folder, config={"train": {"steps": 3}}, run_name="run", **options)
+    return Telemetry(folder, config={"train": {"steps": 3}}, **options)
 
 
 def read_lines(folder):
@@ -38,42 +40,26 @@ def read_events(folder):
     return events
 
 
-def scalars(folder):
-    return {
-        (value.tag, event.step): value.simple_value
-        for event in read_events(folder)
-        for value in event.summary.value
-        if value.HasField("simple_value")
-    }
+def summaries(folder):
+    """What TensorBoard shows: {(tag, step): value}."""
+    return {(v.tag, e.step): v for e in read_events(folder) for v in e.summary.value}
 
 
-def tags(folder):
-    return {value.tag for event in read_events(folder) for value in event.summary.value}
-
-
-def test_metrics_reach_the_file_and_tensorboard(tmp_path):
+def test_metrics_reach_the_file_at_once_and_tensorboard(tmp_path):
     with start(tmp_path / "run") as log:
         log.log(1, 64, "train", {"loss": np.float32(2.5), "flop_utilisation": None})
-        log.log(1, 64, "val", {"loss": 2.75})
-    assert read_lines(tmp_path / "run") == [
+        log.log(1, 64, "val", {"loss": 2.75, "nan": float("nan"), "inf": -np.inf})
+        lines = read_lines(tmp_path / "run")
+    assert lines == [
         {"step": 1, "tokens": 64, "split": "train", "loss": 2.5}
         | {"flop_utilisation": None},
-        {"step": 1, "tokens": 64, "split": "val", "loss": 2.75},
+        {"step": 1, "tokens": 64, "split": "val", "loss": 2.75}
+        | {"nan": None, "inf": None},
     ]
-    assert scalars(tmp_path / "run") == {("train/loss", 1): 2.5, ("val/loss", 1): 2.75}
-
-
-def test_a_line_can_be_read_while_the_run_goes_on(tmp_path):
-    with start(tmp_path, tensorboard=False) as log:
-        log.log(1, 64, "train", {"loss": 2.5})
-        assert len(read_lines(tmp_path)) == 1
-
-
-def test_numbers_that_json_lacks_become_null(tmp_path):
-    with start(tmp_path, tensorboard=False) as log:
-        log.log(1, 64, "train", {"a": float("nan"), "b": np.float32("inf"), "c": True})
-    entry = read_lines(tmp_path)[0]
-    assert (entry["a"], entry["b"], entry["c"]) == (None, None, True)
+    found = summaries(tmp_path / "run")
+    assert found["train/loss", 1].simple_value == 2.5
+    assert found["val/loss", 1].simple_value == 2.75
+    assert ("train/flop_utilisation", 1) not in found
 
 
 def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
@@ -86,22 +72,11 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
     with start(tmp_path, resume_step=2) as log:
         log.log(2, 128, "val", {"loss": 9.0})  # measured before it was stopped
         log.log(3, 192, "train", {"loss": 3.5})
-        log.log(3, 192, "val", {"loss": 8.0})
-    lines = read_lines(tmp_path)
-    assert [(line["step"], line["split"], line["loss"]) for line in lines] == [
-        (1, "train", 1.0),
-        (2, "train", 2.0),
-        (2, "val", 9.0),
-        (3, "train", 3.5),
-        (3, "val", 8.0),
-    ]
+    lines = [f"{e['step']} {e['split']} {e['loss']}" for e in read_lines(tmp_path)]
+    assert lines == ["1 train 1.0", "2 train 2.0", "2 val 9.0", "3 train 3.5"]
     # TensorBoard is told to forget what it has from step 3 on.
-    assert [e.step for e in read_events(tmp_path) if e.HasField("session_log")] == [
-        0,
-        3,
-    ]
-    assert {path.suffix for path in tmp_path.iterdir()} >= {".jsonl"}
-    assert not list(tmp_path.glob("*.tmp"))
+    sessions = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
+    assert sessions == [0, 3]
 
 
 def test_a_new_run_in_an_old_folder_begins_anew(tmp_path):
@@ -121,33 +96,35 @@ def test_text_figures_and_hyperparameters_lie_in_the_same_folder(tmp_path):
             {"train.steps": 3, "data.source": "sotu", "ranks": (1, 2), "none": None},
             {"val_loss": 2.0, "word_perplexity": None, "broken": float("nan")},
         )
-    found = tags(tmp_path)
-    assert {"config/text_summary", "spectrum", "final/val_loss"} <= found
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= found
-    assert not {"final/word_perplexity", "final/broken"} & found
-    assert scalars(tmp_path) == {("final/val_loss", 0): 2.0}
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    image = next(
-        value.image
-        for event in read_events(tmp_path)
-        for value in event.summary.value
-        if value.tag == "spectrum"
-    )
+    found = summaries(tmp_path)
+    assert {tag for tag, _ in found} == {
+        *("config/text_summary", "spectrum", "final/val_loss"),
+        *("_hparams_/experiment", "_hparams_/session_start_info"),
+        "_hparams_/session_end_info",
+    }
+    assert found["final/val_loss", 0].simple_value == 2.0
+    image = found["spectrum", 0].image
     assert (image.width, image.height) == (100, 50)
+    # A folder would be a second run in TensorBoard.
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_silent_one_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with Telemetry.silent() as log:
+def test_only_the_first_process_records_and_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with start(tmp_path / "run", wandb=True) as log, Progress("label", 1) as bar:
         log.log(1, 64, "train", {"loss": 1.0})
         log.text("config", "text")
         log.figure("figure", None)
         log.hyperparameters({"a": 1}, {"b": 2.0})
+        bar.update(1)
     assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
 
 
-def test_tensorboard_can_be_switched_off(tmp_path):
+def test_a_folder_holds_only_what_was_asked_for(tmp_path):
     with start(tmp_path, tensorboard=False) as log:
+        log.text("config", "text")
+        assert not list(tmp_path.iterdir())
         log.log(1, 64, "train", {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -201,12 +178,12 @@ def test_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-class Clock:
-    """A clock that stands still until it is told to go on."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        monkeypatch.setattr(telemetry.time, "monotonic", lambda: self.now)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 class Terminal(io.StringIO):
@@ -216,27 +193,27 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_sparse_lines_with_all_that_matters(monkeypatch, capsys):
-    clock = Clock(monkeypatch)
+def test_a_log_file_gets_sparse_lines_with_all_that_matters(clock, capsys):
     with Progress("D gpt_baseline", total=2000, start=1000) as bar:
         clock.now += 30  # compilation
         for step in range(1001, 2001):
-            clock.now += 0.05
+            clock.now += 1 / 16
             bar.update(step, loss=3.21, tokens_per_second=12345.6)
     out, err = capsys.readouterr()
-    lines = err.splitlines()
+    lines = [" ".join(line.split()) for line in err.splitlines()]
     assert not out
-    # 50 s at a line per 10 s, the first at once and the last at the end.
-    assert len(lines) == 6
-    assert lines[0].startswith("D gpt_baseline  1,001/2,000  50%  loss 3.210  12,346 ")
-    assert lines[0].endswith("tok/s  0:30, -:-- left")
-    assert lines[1].endswith("0:40, 0:40 left")
-    assert "2,000/2,000 100%" in lines[-1]
-    assert lines[-1].endswith("1:20, 0:00 left")
+    assert len(lines) == 9  # one at once, one per 10 of 62 s, and one at the end
+    assert lines[0] == "D gpt_baseline 1,000/2,000 50% 0:00:00 --:-- left"
+    readings = "loss 3.210 12,346 tok/s"
+    assert lines[1] == f"D gpt_baseline 1,001/2,000 50% {readings} 0:00:30 --:-- left"
+    # The time left does not count the 30 s of compilation.
+    assert lines[2].startswith("D gpt_baseline 1,161/2,000 58% ")
+    assert lines[2].endswith("0:00:40 00:53 left")
+    assert lines[-1].startswith("D gpt_baseline 2,000/2,000 100% ")
+    assert lines[-1].endswith("0:01:32 00:00 left")
 
 
-def test_a_short_inner_bar_stays_out_of_the_log(monkeypatch, capsys):
-    clock = Clock(monkeypatch)
+def test_a_short_inner_bar_stays_out_of_the_log(clock, capsys):
     with Progress("outer", total=1) as outer:
         with Progress("short", total=2) as inner:
             inner.update(1)
@@ -246,8 +223,8 @@ def test_a_short_inner_bar_stays_out_of_the_log(monkeypatch, capsys):
             clock.now += 4000
             inner.update(2)
         outer.update(1)
-    labels = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert labels == ["long", "outer"]
+    labels = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert labels == ["outer", "long", "outer"]
 
 
 def test_a_terminal_gets_bars_that_nest_and_leave_nothing_behind(monkeypatch):
@@ -276,17 +253,12 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with Progress("label", total=1) as bar:
         bar.update(1)
-    assert sys.stderr.getvalue().startswith("label  1/1 100%  ")
+    assert sys.stderr.getvalue().startswith("label  0/1   0%")
     assert "\x1b" not in sys.stderr.getvalue()
 
 
-def test_a_run_that_logs_no_metrics_leaves_no_empty_file(tmp_path):
-    with start(tmp_path) as log:
-        log.text("config", "text")
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_telemetry_accepts_a_path_as_text(tmp_path):
-    with start(os.fspath(tmp_path / "a" / "b"), tensorboard=False) as log:
-        log.log(1, 64, "train", {"loss": 1.0})
-    assert (tmp_path / "a" / "b" / "metrics.jsonl").exists()
+def test_tracked_items_are_counted_when_they_have_been_used(clock):
+    with Progress("label", total=5, start=3) as bar:
+        steps = [(item, bar.step) for item in bar.track("ab")]
+    assert steps == [("a", 3), ("b", 4)]
+    assert bar.step == 5

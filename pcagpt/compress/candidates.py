@@ -65,7 +65,7 @@ class Compressor:
         """Takes the table [V, D] and the statistics of its model."""
         self._table_VD, self._statistics, self._split = table_VD, statistics, split
         self._predict = factorize.Predictor(table_VD, statistics)
-        self._factors: dict[str, factorize.Factors] = {}
+        self._made_for = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """The candidate of a recipe.
@@ -88,22 +88,12 @@ class Compressor:
         return Candidate(recipe, table, dense_VD, stored, size, second_order, seconds)
 
     def _make(self, recipe: Recipe) -> FactorizedTable:
-        if recipe.bands > 1:
-            weighting = factorize.METHODS[recipe.method](
-                self._table_VD, self._statistics
+        if self._made_for != recipe.method:  # All ranks come from one solve.
+            self._made_for = recipe.method
+            self._make_table = factorize.Factorizer(
+                self._table_VD, recipe.method, self._statistics, self._split
             )
-            return factorize.banded(
-                self._table_VD, weighting, recipe.bands, recipe.budget, self._split
-            )
-        if recipe.method not in self._factors:  # All ranks come from one solve.
-            factors = factorize.by_method(
-                self._table_VD, recipe.method, self._statistics
-            )
-            self._factors = {recipe.method: factors}
-        factors = self._factors[recipe.method]
-        shape = self._table_VD.shape
-        rank = min(recipe.budget // sum(shape), *shape)  # A budget may be more.
-        return factorize.table_of_rank(factors, rank, self._split)
+        return self._make_table(recipe.budget, recipe.bands)
 
 
 def quantized(
@@ -146,11 +136,11 @@ def recipes(
 
     for count in bands:
         for method in methods:
-            if count == 1 or factorize.needs_statistics(method):
+            if count == 1 or factorize.METHODS[method].needs_statistics:
                 yield from fitting(method, count, 32)
     for bit in bits:
         yield Recipe("baseline", 1, vocab_size * width, 0, bit)
-        most = max(bands) if factorize.needs_statistics(methods[-1]) else 1
+        most = max(bands) if factorize.METHODS[methods[-1]].needs_statistics else 1
         yield from fitting(methods[-1], most, bit)
 
 

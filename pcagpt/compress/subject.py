@@ -5,7 +5,6 @@ Shape letters: V vocabulary, D model width.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pcagpt.run import folder as run_folder
 from pcagpt.run import initialise as warm_start
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress
+from pcagpt.telemetry.progress import Progress
 
 CALIBRATION_SEED = 0
 
@@ -94,19 +93,13 @@ class Subject:
         known = statistics.read(path, protocol)
         if known is not None:
             return known
+        windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
         with Progress(f"calibrating on {self.corpus.name}", steps) as progress:
-
-            def shown() -> Iterator[np.ndarray]:
-                for step in range(steps):
-                    progress.update(step)
-                    yield batches.batch_at(step)[:, :-1]
-                progress.update(steps)
-
             found = statistics.collect(
                 self.model,
                 self.variables,
                 statistics.token_frequency(train, len(self.table_VD)),
-                shown(),
+                progress.track(windows),
                 self.mesh,
                 self.settings.train.loss_chunks,
             )

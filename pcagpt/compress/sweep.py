@@ -37,7 +37,8 @@ from pcagpt.run import folder as run_folder
 from pcagpt.run import provenance
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress, Telemetry
+from pcagpt.telemetry.progress import Progress
+from pcagpt.telemetry.record import Telemetry
 
 FOLDER = "compressed"
 
@@ -161,14 +162,12 @@ def _sweep(
     if known and (trained_on := _read_sweep(path).get("recovered")):
         heading = {**heading, "recovered": trained_on}
     with Progress(f"compressing {subject.run.folder.name}", len(tried)) as progress:
-        for number, recipe in enumerate(tried):
-            progress.update(number)
+        for recipe in progress.track(tried):
             if recipe not in known:
                 candidate = compressor(recipe)
                 known[recipe] = _row(candidate, measure(candidate))
                 if writes:
                     _write_sweep(path, heading, list(known.values()))
-        progress.update(len(tried))
     rows = [known[recipe] for recipe in tried]
     _predict(tried, rows)
     if not writes:
@@ -182,8 +181,6 @@ def _sweep(
         subject.write(folder / f"best_k{rank}", made.table, dataclasses.asdict(best))
     with Telemetry(
         folder,
-        config={},
-        run_name=folder.name,
         tensorboard=config.telemetry.tensorboard,
     ) as telemetry:
         telemetry.figure("pareto", pareto_figure(sweep))

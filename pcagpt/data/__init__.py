@@ -1,1 +1,1 @@
-"""TODO."""
+"""Corpora: from text or token files to batches."""

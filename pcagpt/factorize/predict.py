@@ -1,4 +1,4 @@
-"""The loss that replacing a table will add, from statistics alone.
+"""Predicts the loss that a replaced table adds, from statistics alone.
 
 Shape letters: V vocabulary, D model width.
 """
@@ -18,18 +18,17 @@ class SecondOrder(NamedTuple):
 
 
 class Predictor:
-    """`SecondOrder` of any replacement of one table."""
+    """Predicts `SecondOrder` for replacements of one table."""
 
     def __init__(self, table_VD: np.ndarray, statistics: Statistics):
         self._table_VD, self._statistics = table_VD, statistics
         self._contexts_VD = token_contexts(table_VD, statistics)
 
     def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
-        """Of a table [V, D] in place of the known one.
+        """Added loss of a table [V, D] with error E.
 
-        Head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
-        input: 1/2 sum_v f_v E_v G E_v'. An error that all rows share costs the head
-        nothing and is left out there.
+        head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
+        input: 1/2 sum_v f_v E_v G E_v'. The head ignores an error that all rows share.
         """
         statistics, dtype = self._statistics, self._table_VD.dtype
         error_VD = dense_VD - self._table_VD

@@ -1,4 +1,4 @@
-"""Tables and scale matrices stored in 8 or 4 bits: symmetric, a scale a group.
+"""Symmetric quantization to 8 or 4 bits, with one scale per group of columns.
 
 Shape letters: N rows, D columns, G columns of a group.
 """
@@ -7,17 +7,18 @@ import dataclasses
 
 import numpy as np
 
-# Columns that share a scale: a whole row at 8 bits; few at 4, where each step counts.
+# Columns that share a scale. 8 bits: the whole row. 4 bits have few levels, so that
+# the scale must follow the values more closely.
 GROUP = {8: None, 4: 32}
 SCALE_BYTES = 2  # float16
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An array in integers.
+    """A quantized array.
 
-    codes: int8 [N, D], from -(2^(bits-1) - 1) to its negative; scales: float16
-    [N, groups], what a code of 1 stands for; bits: 8 or 4.
+    codes: int8 [N, D], at most 2^(bits-1) - 1 in magnitude; scales: float16
+    [N, groups], the value of code 1; bits: 8 or 4.
     """
 
     codes: np.ndarray
@@ -26,12 +27,12 @@ class Quantized:
 
     @property
     def bytes(self) -> int:
-        """Of codes and scales; two codes of 4 bits share a byte."""
+        """Stored bytes of codes and scales; two 4-bit codes share a byte."""
         row_bytes = -(-self.codes.shape[1] * self.bits // 8)
         return len(self.codes) * row_bytes + self.scales.size * SCALE_BYTES
 
     def dense(self) -> np.ndarray:
-        """What is stored, as float32 [N, D]."""
+        """The dequantized array, float32 [N, D]."""
         width = self.codes.shape[1]
         group = GROUP[self.bits] or width
         scales_ND = np.repeat(self.scales.astype(np.float32), group, axis=1)[:, :width]
@@ -39,11 +40,11 @@ class Quantized:
 
 
 def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
-    """Rounds to the nearest of 2^bits - 1 equal steps from -max to max of each group.
+    """Rounds to the nearest of 2^bits - 1 equidistant levels in each group.
 
-    The error of an entry is at most half a step, and what rounding the scale to float16
-    adds: max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below float16's range are
-    stored as zeros.
+    The levels span -max to max of the group. The error of an entry is at most half a
+    step plus the rounding of the scale to float16: max / (2^bits - 2) * 1.002 + 2^-11 *
+    max. Groups below the range of float16 become zero.
 
     Args:
       array_ND: finite, below 65504 * (2^(bits-1) - 1) in magnitude.

@@ -1,7 +1,7 @@
-"""The one solver of all methods, and what its factors are cut down to.
+"""Solves all methods: one solver, one truncation.
 
 Shape letters: V rows of a table, D model width, R = min(V, D), K rank. Factors hold
-all ranks at once: every rank k is a prefix,
+all ranks at once, rank k is a prefix of them:
 
     W ~ 1 mean + table[:, :k] @ directions[:k]
 """
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.factorize.methods import METHODS, Statistics, Weighting
+from pcagpt.factorize.methods import Weighting
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 
-# Eigenvalues of a metric below this share of the largest are raised to it.
+# Eigenvalues of a metric are raised to this share of the largest one: a direction of
+# weight 0 would make the metric's root singular.
 SMALLEST_EIGENVALUE = 1e-10
 
 
@@ -23,12 +24,12 @@ class Factors(NamedTuple):
     """All ranks of one factorization.
 
     table: [V, R], columns in order of importance; directions: [R, D];
-    singular_values: [R] descending: sum of the squares beyond k is the weighted
+    singular_values: [R] descending, the sum of their squares beyond k is the weighted
     squared error of rank k; mean: [D] or None; contexts: [V, R] or None, the contexts
-    of `Weighting` seen in the columns of `table`.
+    of `Weighting` in the basis of the columns of `table`.
 
-    Without a metric, directions are orthonormal; without weights, singular values are
-    the column norms of `table`.
+    Without a metric, directions are orthonormal. Without token weights, singular values
+    are the column norms of `table`.
     """
 
     table: np.ndarray
@@ -44,17 +45,17 @@ def solve(
     rows: np.ndarray | None = None,
     roots: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Factors:
-    """The best approximation of every rank under a weighting.
+    """Finds the best approximation of every rank under a weighting.
 
     Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, L the token weights,
-    M the metric. Weights are never divided by: a token of weight 0 is fine. Signs are
-    fixed so that the largest entry of each direction is positive.
+    M the metric. The weights are never divided by: a token may have weight 0. The
+    largest entry of each direction is positive, which fixes the signs.
 
     Args:
       table_VD: the table, floating point.
-      weighting: of all its rows.
-      rows: int, which rows to approximate; None: all.
-      roots: `metric_roots` of the metric, if they are known already.
+      weighting: for all its rows.
+      rows: int, the rows to approximate; None: all.
+      roots: `metric_roots` of the metric, if already known.
 
     Returns:
       Factors of those rows, in the dtype of the table.
@@ -69,7 +70,7 @@ def solve(
         root_DD, unroot_DD = roots or metric_roots(weighting.metric)
         rows_VD = rows_VD @ root_DD.astype(table_VD.dtype)
     if weighting.token_weights is None:
-        # In float32 at the device's highest precision, and float64 where JAX has it.
+        # JAX decomposes float32 on the device, where the default may be TF32.
         with jax.default_matmul_precision("highest"):
             parts = jnp.linalg.svd(jnp.asarray(rows_VD), full_matrices=False)
         u_VR, singular_R, basis_RD = (np.asarray(part) for part in parts)
@@ -96,20 +97,13 @@ def solve(
     )
 
 
-def by_method(
-    table_VD: np.ndarray, method: str, statistics: Statistics | None = None
-) -> Factors:
-    """`solve` under the weighting of a method; 'svd' and 'pca' need no statistics."""
-    return solve(table_VD, METHODS[method](table_VD, statistics))
-
-
 def principal(
     rows_VD: np.ndarray, weights_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squared singular values [R] (float64), descending, and directions [D, R].
+    """Squared singular values [R] (float64, descending) and directions [D, R].
 
-    Of the rows, each times the root of its weight; by the eigenvectors of their Gram
-    matrix, in float64.
+    Each row is multiplied by the root of its weight. Eigenvectors of the Gram matrix in
+    float64 give the directions.
     """
     scaled_VD = rows_VD.astype(np.float64) * np.sqrt(weights_V)[:, None]
     squares_D, basis_DD = np.linalg.eigh(scaled_VD.T @ scaled_VD)
@@ -119,7 +113,7 @@ def principal(
 
 
 def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M^1/2 and M^-1/2 of a symmetric metric [D, D], float64; it may be singular."""
+    """M^1/2 and M^-1/2 of a symmetric, possibly singular metric [D, D], in float64."""
     values_D, vectors_DD = np.linalg.eigh(np.asarray(metric_DD, np.float64))
     values_D = np.clip(values_D, SMALLEST_EIGENVALUE * values_D[-1], None)
     root_D = np.sqrt(values_D)
@@ -129,17 +123,16 @@ def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def truncate(
     factors: Factors, rank: int, singular_value_split: float = 0.0
 ) -> BandFactors:
-    """The rank-k table, its magnitude shared out between wte and scale.
+    """Cuts factors to rank k and shares the singular values between wte and scale.
 
-    With s_i the product of the norms of column i of `table` and row i of `directions`
-    (the singular value, without weights), the columns of wte get s^(1-a) and the rows
-    of scale s^a. Every split is the same function of the tokens; they differ in how
-    training moves.
+    Let s_i be the norm of column i of `table` times the norm of row i of `directions`
+    (the singular value, without weights). Then columns of wte get s^(1-a) and rows of
+    scale s^a. Every split is the same function of the tokens, but trains differently.
 
     Args:
       factors: of any method; with contexts, rows are refitted to them.
       rank: k, from 1 to R.
-      singular_value_split: a in [0, 1]; 0 leaves the rows of `scale` at norm 1.
+      singular_value_split: a in [0, 1]; at 0 the rows of `scale` have norm 1.
 
     Raises:
       ValueError: the rank is out of range.
@@ -159,16 +152,16 @@ def truncate(
 def table_of_rank(
     factors: Factors, rank: int, singular_value_split: float = 0.0
 ) -> FactorizedTable:
-    """A table of a single band: `truncate` and the mean row."""
+    """The table of a single band at rank k; see `truncate`."""
     band = truncate(factors, rank, singular_value_split)
     return FactorizedTable.of_one_band(band, factors.mean)
 
 
 def _context_step(factors: Factors, rank: int) -> np.ndarray:
-    """What is added to the table's first k columns to hold logits in context: [V, K].
+    """Change of the first k columns that keeps each row's logit in its context: [V, K].
 
-    Minimises |E|^2 + (E c)^2 for the error E of each row and its context c: the gain
-    of Sherman and Morrison's formula, for the residual logit that rank k leaves.
+    It minimises |E|^2 + (E c)^2 for the error E and the context c of each row. The gain
+    is the Sherman-Morrison formula, applied to the logit error that rank k leaves.
     """
     seen_VK = factors.contexts[:, :rank]
     residual_V = np.einsum(
@@ -181,7 +174,7 @@ def _context_step(factors: Factors, rank: int) -> np.ndarray:
 def energy_kept(singular_values: np.ndarray) -> np.ndarray:
     """Share of the squared singular values in the first k, for k = 1..R: [R] float64.
 
-    One minus the squared relative (weighted) error of rank k.
+    It is one minus the squared relative (weighted) error of rank k.
     """
     squares = np.square(singular_values, dtype=np.float64)
     return np.cumsum(squares) / np.sum(squares)

@@ -11,7 +11,7 @@ from pcagpt.run import provenance
 from pcagpt.run.evaluate import Evaluator
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress
+from pcagpt.telemetry.progress import Progress
 
 
 def evaluate(settings: Settings) -> dict:

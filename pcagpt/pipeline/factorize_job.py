@@ -1,7 +1,6 @@
 """The factorization of a run's table, or of a bare table, as a job."""
 
 import dataclasses
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pcagpt import factorize
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FactorizedTable, Factors, Statistics, files
+from pcagpt.factorize import METHODS, Factorizer, Statistics, files
 from pcagpt.files import sha256_of_file
 from pcagpt.pipeline.train_job import DONE, TO_DO
 from pcagpt.report import spectrum_figure
@@ -175,17 +174,28 @@ class FactorizeJob:
         self, run: Run | None, table_VD: np.ndarray, statistics: Statistics | None
     ) -> None:
         """Writes the files of all ranks, those that are there already, too."""
-        method = self.settings.factorize.method
-        factors = factorize.by_method(table_VD, method, statistics)
+        chosen, shape = self.settings.factorize, table_VD.shape
+        make = Factorizer(
+            table_VD, chosen.method, statistics, chosen.singular_value_split
+        )
         earlier = files.read_metadata(self.folder) or {"ranks": {}}
         ranks = sorted({*self.settings.ranks, *map(int, earlier["ranks"])})
-        make = functools.partial(self._table, table_VD, factors, statistics)
-        tables = {rank: make(rank) for rank in ranks}
-        energy = factorize.energy_kept(factors.singular_values)
+        tables = {}
+        for rank in ranks:
+            budget = factorize.budget_of_rank(*shape, rank)
+            try:
+                tables[rank] = make(budget, chosen.bands)
+            except ValueError:
+                raise UserError(
+                    f"rank {rank} of {len(table_VD):,} tokens is too small for "
+                    f"{chosen.bands} bands: raise the rank or lower factorize.bands"
+                ) from None
+        singular_values = make.factors.singular_values
+        energy = factorize.energy_kept(singular_values)
 
         def describe(rank: int) -> dict[str, Any]:
             table, kept = tables[rank], energy[rank - 1]
-            if self.settings.factorize.bands == 1:
+            if chosen.bands == 1:
                 return {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
             return {
                 "parameters": table.parameters,
@@ -199,45 +209,20 @@ class FactorizeJob:
             **({"step": run.step} if run else {}),
             "vocab_size": len(table_VD),
             "n_embd": table_VD.shape[1],
-            "effective_rank": factorize.effective_rank(factors.singular_values),
+            "effective_rank": factorize.effective_rank(singular_values),
             "ranks": {str(rank): describe(rank) for rank in ranks},
         }
-        in_bands = self.settings.factorize.bands > 1
-        files.write(self.folder, tables, factors.singular_values, metadata, in_bands)
+        files.write(self.folder, tables, singular_values, metadata, chosen.bands > 1)
         with Telemetry(
             self.folder,
-            config={},
-            run_name=self.folder.name,
             tensorboard=self.settings.telemetry.tensorboard,
         ) as telemetry:
-            figure = spectrum_figure(factors.singular_values, ranks)
+            figure = spectrum_figure(singular_values, ranks)
             telemetry.figure("spectrum", figure)
-
-    def _table(
-        self,
-        table_VD: np.ndarray,
-        factors: Factors,
-        statistics: Statistics | None,
-        rank: int,
-    ) -> FactorizedTable:
-        """The table of a rank, or of its size in bands."""
-        chosen = self.settings.factorize
-        split, bands = chosen.singular_value_split, chosen.bands
-        if bands == 1:
-            return factorize.table_of_rank(factors, rank, split)
-        weighting = factorize.METHODS[chosen.method](table_VD, statistics)
-        budget = factorize.budget_of_rank(*table_VD.shape, rank)
-        try:
-            return factorize.banded(table_VD, weighting, bands, budget, split)
-        except ValueError:
-            raise UserError(
-                f"rank {rank} of {len(table_VD):,} tokens is too small for {bands} "
-                "bands: raise the rank or lower factorize.bands"
-            ) from None
 
     @property
     def _needs_statistics(self) -> bool:
-        return factorize.needs_statistics(self.settings.factorize.method)
+        return METHODS[self.settings.factorize.method].needs_statistics
 
     @property
     def _calibrates(self) -> bool:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcagpt.data.corpus import count_tokens
 from pcagpt.factorize import Statistics
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
@@ -24,7 +25,7 @@ from pcagpt.sharding import inside, placement
 
 def token_frequency(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Share of each token id among the tokens: [V] float64."""
-    return np.bincount(tokens, minlength=vocab_size) / len(tokens)
+    return count_tokens(tokens, vocab_size) / len(tokens)
 
 
 def collect(

@@ -21,7 +21,7 @@ from pcagpt.data.tokenizer import tokenizer_sha256
 from pcagpt.losses import scan_chunks, token_losses
 from pcagpt.model import GPT
 from pcagpt.sharding import inside, placement
-from pcagpt.telemetry.record import Progress
+from pcagpt.telemetry.progress import Progress
 
 
 class TokenScores(NamedTuple):

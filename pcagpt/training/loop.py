@@ -27,7 +27,8 @@ from pcagpt.run.evaluate import Evaluation
 from pcagpt.run.folder import config_sha256, write_result
 from pcagpt.run.initialise import position_constants
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Progress, SilentProgress, Telemetry
+from pcagpt.telemetry.progress import Progress
+from pcagpt.telemetry.record import Telemetry
 from pcagpt.training.interrupt import StopRequest
 from pcagpt.training.meter import Meter, Throughput, not_finite
 from pcagpt.training.setup import Setup
@@ -76,7 +77,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
         first_step, seconds_before = int(state.step), history.seconds
         resumed_at = checkpoints.latest_step
         telemetry = stack.enter_context(_telemetry(setup, run_dir, resumed_at))
-        progress = stack.enter_context(_progress(label, first_step, steps))
+        progress = stack.enter_context(Progress(label, steps, first_step))
         stop = stack.enter_context(StopRequest())
         teacher = place_teacher(setup, state)
         compiled_step = compile_step(setup, state, shardings, teacher)
@@ -224,22 +225,12 @@ def compile_step(
         return lowered.compile(compiler_options=placement.COMPILER_OPTIONS)
 
 
-def _progress(label: str, step: int, steps: int) -> Progress:
-    """The bar of the run; silent on every process but the first."""
-    if jax.process_index():
-        return SilentProgress()
-    return Progress(label, total=steps, start=step)
-
-
 def _telemetry(setup: Setup, run_dir: Path, resumed_at: int | None) -> Telemetry:
-    """The logs of the run; silent on every process but the first."""
-    if jax.process_index():
-        return Telemetry.silent()
+    """The logs of the run, with a table of its settings."""
     settings = setup.settings
     telemetry = Telemetry(
         run_dir,
         config=settings.to_dict(),
-        run_name=run_dir.name,
         resume_step=resumed_at,
         tensorboard=settings.telemetry.tensorboard,
         wandb=settings.telemetry.wandb,

@@ -8,7 +8,8 @@ import numpy as np
 
 from pcagpt.errors import UserError
 from pcagpt.run import provenance
-from pcagpt.telemetry.record import Progress, Telemetry
+from pcagpt.telemetry.progress import Progress
+from pcagpt.telemetry.record import Telemetry
 
 
 def not_finite(step: int, seen: str) -> UserError:
