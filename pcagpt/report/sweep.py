@@ -29,7 +29,8 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         f"The token table of {code(sweep['run'])} ({count(baseline['params'])} "
         f"numbers, validation loss {fixed(baseline['loss'], 4)} nats per token) "
         "replaced by smaller ones, without training. Added loss is in nats per "
-        "token over the full validation split.",
+        f"token over {_evaluated(sweep)}.",
+        _rows_left(sweep),
         "![Added loss against parameters and bytes](plots/pareto.png)",
         "*Lower left is better. Each mark is a table; lines join the best of each "
         "kind. What adds 0.001 or less, or takes loss away, is drawn at 0.001.*",
@@ -50,6 +51,18 @@ def sweep_markdown(sweep: dict[str, Any]) -> str:
         _accuracy(rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _evaluated(sweep: dict[str, Any]) -> str:
+    tokens = sweep["protocol"].get("evaluated_tokens")
+    if tokens is None:
+        return "the full validation split"
+    return f"the first {count(tokens)} tokens of the validation split"
+
+
+def _rows_left(sweep: dict[str, Any]) -> str:
+    left = sweep.get("rows_left")
+    return f"The sweep is not finished: {left} tables are left." if left else ""
 
 
 def advice_text(row: dict[str, Any], folder: str) -> str:
