@@ -1,4 +1,4 @@
-"""The compared models: what each is called, everywhere, and what it starts from."""
+"""The compared models: their names, what they start from, and how they are drawn."""
 
 import dataclasses
 
@@ -7,51 +7,121 @@ import dataclasses
 class Arm:
     """One of the compared models.
 
-    letter: in tables and questions; title: in words; run_name: of its folder, `{rank}`
-    filled in; takes: what it starts from of D, some of 'factors' (of D's table),
-    'blocks' (all else), 'weights' (D as it is); keep: what of the factors, as
-    `init.keep` has it; is_taught: whether it learns D's predictions.
+    Attributes:
+      letter: short name in tables and questions.
+      title: name in words.
+      meaning: half a sentence that defines it, for the report.
+      run_name: name of its run folder, with `{rank}` filled in.
+      colour, marker: of its lines in figures, as matplotlib takes them.
+      takes: what it starts from: 'factors' (of D's table), 'blocks' (D's other
+        weights), 'weights' (D as it is).
+      keep: what it keeps of the factors, a value of `init.keep`.
+      is_taught: whether it learns D's predictions.
     """
 
     letter: str
     title: str
+    meaning: str
     run_name: str
+    colour: str = "#6b6b6b"
+    marker: str = "o"
     takes: tuple[str, ...] = ()
     keep: str = "all"
     is_taught: bool = False
 
     @property
     def is_fine_tuned(self) -> bool:
-        """Whether it goes on from D's blocks, with a share of D's budget."""
+        """Whether it continues from D's blocks, with a share of D's budget."""
         return "blocks" in self.takes or "weights" in self.takes
 
 
-_SCRATCH, _FINE_TUNED = ("factors",), ("factors", "blocks")
+# Tables and legends show the arms in this order. The colours are Okabe and Ito's, which
+# stay distinct in colour blindness; the markers do so in black and white.
 ARMS = {
-    "baseline": Arm("D", "baseline", "gpt_baseline"),
+    "baseline": Arm(
+        letter="D",
+        title="baseline",
+        meaning="full token table, everything trained from random initialisation",
+        run_name="gpt_baseline",
+        colour="#3a3a3a",
+        marker="s",
+    ),
     "continued": Arm(
-        "D+", "baseline, trained on", "gpt_baseline_continued", ("weights",)
+        letter="D+",
+        title="baseline, trained further",
+        meaning="D, trained further for as many steps as B",
+        run_name="gpt_baseline_continued",
+        colour="#8c8c8c",
+        marker="P",
+        takes=("weights",),
     ),
-    "pca": Arm("A", "PCA-scratch", "gpt_pca_k{rank}", _SCRATCH),
-    "pca_finetune": Arm("B", "PCA-finetune", "gpt_pca_finetune_k{rank}", _FINE_TUNED),
+    "pca": Arm(
+        letter="A",
+        title="PCA-scratch",
+        meaning="D's token table, factorized; all other weights start random",
+        run_name="gpt_pca_k{rank}",
+        colour="#0072b2",
+        marker="o",
+        takes=("factors",),
+    ),
+    "pca_finetune": Arm(
+        letter="B",
+        title="PCA-finetune",
+        meaning="D's token table, factorized, and all other weights of D; fine-tuned",
+        run_name="gpt_pca_finetune_k{rank}",
+        colour="#d55e00",
+        marker="D",
+        takes=("factors", "blocks"),
+    ),
     "pca_distill": Arm(
-        "Bd", "PCA-distilled", "gpt_pca_distill_k{rank}", _FINE_TUNED, is_taught=True
+        letter="Bd",
+        title="PCA-distilled",
+        meaning="as B, but trained on D's predictions",
+        run_name="gpt_pca_distill_k{rank}",
+        colour="#f0a500",
+        marker="d",
+        takes=("factors", "blocks"),
+        is_taught=True,
     ),
-    "random": Arm("C", "random-scratch", "gpt_random_lowrank_k{rank}"),
-    # Controls of A: random but for one thing that A's factors have.
+    "random": Arm(
+        letter="C",
+        title="random-scratch",
+        meaning="a table of A's size, everything trained from random initialisation",
+        run_name="gpt_random_lowrank_k{rank}",
+        colour="#009e73",
+        marker="^",
+    ),
+    # Controls of A: random, except for one property of A's factors.
     "random_std": Arm(
-        "E", "random, A's std", "gpt_random_std_k{rank}", _SCRATCH, "std"
+        letter="E",
+        title="random, A's std",
+        meaning="as A, but random factors with the standard deviation of A's",
+        run_name="gpt_random_std_k{rank}",
+        colour="#cc79a7",
+        marker="v",
+        takes=("factors",),
+        keep="std",
     ),
     "random_spectrum": Arm(
-        "F",
-        "random, A's spectrum",
-        "gpt_random_spectrum_k{rank}",
-        _SCRATCH,
-        "spectrum",
+        letter="F",
+        title="random, A's spectrum",
+        meaning="as A, but random factors with the singular values of A's table",
+        run_name="gpt_random_spectrum_k{rank}",
+        colour="#a88c00",
+        marker="<",
+        takes=("factors",),
+        keep="spectrum",
     ),
     "shuffled": Arm(
-        "G", "A's rows, shuffled", "gpt_pca_shuffled_k{rank}", _SCRATCH, "rows"
+        letter="G",
+        title="A's rows, shuffled",
+        meaning="as A, but each token has the row of another token",
+        run_name="gpt_pca_shuffled_k{rank}",
+        colour="#56b4e9",
+        marker=">",
+        takes=("factors",),
+        keep="rows",
     ),
 }
-FROM_RUN = "gpt_{arm}_from_{source}"  # run_name of what goes on from a run's weights
-BY_LETTER = {arm.letter: arm for arm in ARMS.values()}
+# Name of a run that continues from another run's weights.
+FROM_RUN = "gpt_{arm}_from_{source}"

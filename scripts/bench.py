@@ -1,257 +1,386 @@
-"""Measures how fast pcagpt trains and decodes, beside PyTorch on the same GPU.
+"""Measures how fast pcagpt trains and decodes, next to PyTorch on the same GPU.
 
     python scripts/bench.py --out bench.json
     python scripts/bench.py --quick
-    python scripts/bench.py --profile --systems pcagpt
+    python scripts/bench.py --systems pcagpt --profile
     python scripts/bench.py --systems pcagpt,data-parallel,fsdp --batches 32,64
 
-GPT-2 small (D) and the same with a table of rank 128 (k128), in bfloat16, at 1,024
-tokens a sequence. The systems take turns within a round, so that a GPU that slows down
-does so for all, and a GPU rests before each turn, as it does while a training loop
-begins: at its power limit a hot one is slower. Each figure is the median of the rounds,
-each ratio that of the ratios within a round, with the least and the most.
+Two models are measured: GPT-2 small (D), and GPT-2 small with a token table of rank 128
+(k128). Both compute in bfloat16 on sequences of 1,024 tokens.
 
-  pcagpt         the compiled training step, on one batch
-  pcagpt-loop    the training loop around it: data from disk, logging, and the stall of
-                 a checkpoint, shared out over the steps between two; without compiling,
-                 evaluating, and the first step after a pause
-  data-parallel  the step on all GPUs that CUDA_VISIBLE_DEVICES shows, a batch on each
-  fsdp           the same, parameters and moments split over them, too
+The systems take turns in each round, because a GPU that slows down then slows down all
+of them. The GPU rests before each turn, because a hot GPU at its power limit is slower.
+A figure is the median over the rounds. A ratio is computed within each round; its
+median, least and most over the rounds are reported.
+
+  pcagpt         the compiled training step, on one batch that stays on the device
+  pcagpt-loop    a training run: reads data from disk, logs and saves. The time of a
+                 save is divided by the default of checkpoint.every, which is the number
+                 of steps from one save to the next. Compiling and evaluating are not
+                 counted, and neither is the first step after a pause
+  data-parallel  the step on all GPUs in CUDA_VISIBLE_DEVICES, one batch on each
+  fsdp           the same, with parameters and optimizer state split over the GPUs
   torch          a plain GPT-2
   transformers   Hugging Face's GPT-2
-  decode         greedy generation of pcagpt's models with a key-value cache, at a batch
-                 of 1 and of 64 (of 1 with --quick); its memory is weights and cache
+  decode         greedy decoding by pcagpt with a key-value cache, 1 and 64 sequences at
+                 a time (--quick: only 1); its memory is weights plus cache
 
-Both peers run under torch.compile with flash attention, fused AdamW, clipping and
-autocast, which keeps the residual stream in float32; pcagpt's is bfloat16. They need
-`pip install torch transformers` and a GPU. Their peak memory is what PyTorch allocated,
-pcagpt's what the compiled program needs. --quick measures pcagpt alone at the demo's
-size, also on CPUs.
+torch and transformers need a GPU and `pip install torch transformers`. They run under
+torch.compile with flash attention, fused AdamW, gradient clipping and autocast.
+Autocast keeps the residual stream in float32; in pcagpt it is bfloat16. Their peak
+memory is what PyTorch allocated; pcagpt's is what the compiled program needs. --quick
+measures only pcagpt, at the demo's size, and also runs on a CPU.
 """
 
 import argparse
 import contextlib
+import datetime
 import gc
+import importlib.util
 import os
+import platform
+import shlex
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
-# PyTorch needs memory beside JAX; both before JAX is imported.
+# JAX must leave GPU memory to PyTorch. Both are read when JAX is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pcagpt.main import prepare_process
 
 if __name__ == "__main__":
-    prepare_process()  # Before JAX is imported, which then keeps what it compiles.
+    prepare_process()  # Sets JAX's compilation cache, so it runs before the import.
 
 import bench_pcagpt
-import bench_report
-import bench_torch
 import jax
 
+from pcagpt import files
 from pcagpt.errors import Interrupted
+from pcagpt.run import provenance
 
+bench_torch = None
+if importlib.util.find_spec("torch"):
+    import bench_torch
+
+PARALLEL = {
+    "data-parallel": bench_pcagpt.DataParallel,
+    "fsdp": bench_pcagpt.FullySharded,
+}
+PEERS = {
+    "torch": bench_torch and bench_torch.Plain,
+    "transformers": bench_torch and bench_torch.Transformers,
+}
 TRAINED = {
     "pcagpt": bench_pcagpt.Step,
     "pcagpt-loop": bench_pcagpt.Loop,
-    "data-parallel": bench_pcagpt.DataParallel,
-    "fsdp": bench_pcagpt.FullySharded,
-    "torch": bench_torch.Plain,
-    "transformers": bench_torch.Transformers,
+    **PARALLEL,
+    **PEERS,
 }
 SYSTEMS = (*TRAINED, "decode")
-DECODED = (1, 64)  # sequences side by side
-REST = 5  # seconds
-MOST_REST = 3600
+DECODED = (1, 64)  # sequences at a time
+REST = 5.0  # seconds
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line asks for, with --quick's sizes where nothing else is."""
+    """The command line, with the defaults of --quick filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="at the demo's size")
+    parser.add_argument("--quick", action="store_true", help="use the demo's size")
     parser.add_argument(
         "--systems",
         default=",".join(SYSTEMS),
-        help="as in pcagpt,torch; all unless given, but for those that cannot run here",
+        help="for example pcagpt,torch (default: all that can run here)",
     )
     parser.add_argument(
         "--batches",
-        help="sequences a step, on each GPU, as in 32,64 (default 32; --quick 16)",
+        help="sequences per step on each GPU, for example 32,64 (32; --quick 16)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of all systems (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (3)")
     parser.add_argument(
-        "--steps", type=int, help="of a system in a round (default 50; --quick 10)"
-    )
-    parser.add_argument(
-        "--rest",
-        type=float,
-        default=float(REST),
-        help=f"seconds before the turn of a training step, on GPUs ({REST})",
+        "--steps", type=int, help="steps of each system in a round (50; --quick 10)"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="print pcagpt's kernels by their time"
+        "--rest", type=float, default=REST, help=f"seconds of rest on a GPU ({REST:g})"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="list the slowest kernels of pcagpt"
     )
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    asked = parser.parse_args()
-    asked.size = bench_pcagpt.QUICK if asked.quick else bench_pcagpt.GPT2_SMALL
-    names = [name.strip() for name in asked.systems.split(",")]
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        parser.error(
-            f"no system is called {unknown[0] or '(nothing)'}: choose of "
-            f"{', '.join(SYSTEMS)}"
-        )
-    asked.systems = tuple(dict.fromkeys(names))
+    args = parser.parse_args()
+    args.size = bench_pcagpt.QUICK if args.quick else bench_pcagpt.GPT2_SMALL
+    args.systems = tuple(dict.fromkeys(map(str.strip, args.systems.split(","))))
+    for name in args.systems:
+        if name not in SYSTEMS:
+            parser.error(f"--systems has '{name}': choose from {', '.join(SYSTEMS)}")
     try:
-        numbers = (asked.batches or str(asked.size.batch)).split(",")
-        # The largest first: what it needs then serves the smaller ones.
-        asked.batches = tuple(sorted(set(map(int, numbers)), reverse=True))
+        batches = set(map(int, (args.batches or str(args.size.batch)).split(",")))
     except ValueError:
-        parser.error(f"--batches is {asked.batches}: give whole numbers, as in 32,64")
-    if asked.steps is None:
-        asked.steps = 10 if asked.quick else 50
-    if min(asked.rounds, *asked.batches) < 1 or asked.steps < bench_pcagpt.LEAST_RUN:
-        parser.error(
-            "--rounds and --batches are whole numbers from 1 on, --steps from "
-            f"{bench_pcagpt.LEAST_RUN} on"
-        )
-    if not 0 <= asked.rest <= MOST_REST:
-        parser.error(f"--rest is a number of seconds from 0 to {MOST_REST}")
-    if asked.out:
-        try:
-            with open(asked.out, "a"):  # Now and not after minutes.
-                pass
-        except OSError as error:
-            parser.error(f"--out {asked.out} cannot be written: {error.strerror}")
-    return asked
+        parser.error(f"--batches is {args.batches}: give whole numbers such as 32,64")
+    # The largest batch comes first: smaller ones fit into the memory that it took.
+    args.batches = sorted(batches, reverse=True)
+    if args.steps is None:
+        args.steps = 10 if args.quick else 50
+    if args.rounds < 1 or min(args.batches) < 1:
+        parser.error("--rounds and --batches must be at least 1")
+    if args.steps < bench_pcagpt.MIN_STEPS:
+        parser.error(f"--steps must be at least {bench_pcagpt.MIN_STEPS}")
+    if not 0 <= args.rest <= 3600:
+        parser.error("--rest must be between 0 and 3600 seconds")
+    folder = args.out and args.out.absolute().parent
+    if folder and (args.out.is_dir() or not os.access(folder, os.W_OK)):
+        parser.error(f"--out is {args.out}: a file cannot be written there")
+    return args
 
 
 def main() -> int:
-    """Measures, prints a table, and writes it where --out says; the exit code."""
-    asked = arguments()
-    rows, failed, ending, code = [], [], "", 0
-    groups = possible_groups(asked)
+    """Measures, prints a table after each group, writes --out; returns the exit code.
+
+    The file is rewritten after every round, so an interrupted run leaves its rounds.
+    """
+    args = arguments()
+    groups, rows, problem = groups_to_measure(args), [], ""
     if not groups:
-        return say("none of the systems asked for can run here", 2)
-    with tempfile.TemporaryDirectory() as folder:
+        return fail("none of these systems can run here", 2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench_pcagpt.write_corpus(folder, args.size)
         try:
-            bench_pcagpt.write_corpus(Path(folder), asked.size)
             for group in groups:
                 finished = rows
-                with told_if_out_of_memory(group, failed):
-                    for found in measured(group, asked, Path(folder)):
-                        rows = finished + found
-                        write(rows, asked)
-                release()
-                print(bench_report.table(rows), flush=True)
-            if asked.profile:
-                for model in bench_pcagpt.models(asked.size):
-                    batch = asked.batches[-1]
-                    made = bench_pcagpt.Step(asked.size, model, batch, Path(folder))
-                    print(bench_pcagpt.profile(made))
+                try:
+                    for measured in measure(group, args, folder):
+                        rows = finished + measured
+                        if args.out:
+                            files.write_json(args.out, report(rows))
+                except RuntimeError as error:  # JAX and PyTorch derive from it.
+                    if not is_out_of_memory(error):
+                        raise
+                    problem = "some systems did not fit in memory"
+                    systems = " + ".join(dict.fromkeys(name for name, *_ in group))
+                    print(
+                        f"out of memory: {systems}, batch {group[0][2]}: give fewer "
+                        "--systems or smaller --batches"
+                    )
+                release_memory()
+                print(table(rows), flush=True)
+            for model in bench_pcagpt.models(args.size) if args.profile else ():
+                step = bench_pcagpt.Step(args.size, model, args.batches[-1], folder)
+                print(bench_pcagpt.profile(step))
         except (KeyboardInterrupt, Interrupted):
-            print(bench_report.table(rows))
-            ending, code = "interrupted: these are the rounds until then", 1
-    if asked.out and rows:
-        print(f"written to {asked.out}")
-    elif asked.out and not asked.out.stat().st_size:
-        asked.out.unlink()
-    if failed and not ending:
-        ending, code = "not all that was asked for was measured", 1
-    return say(ending, code) if ending else code
+            print(table(rows))
+            problem = "interrupted: only the rounds so far were measured"
+    if args.out and rows:
+        print(f"written to {args.out}")
+    return fail(problem, 1) if problem else 0
 
 
-def say(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
     """Prints a line to stderr; returns the exit code."""
     print(f"bench.py: {message}", file=sys.stderr)
     return code
 
 
-def possible_groups(asked) -> list[list[tuple]]:
-    """(name, maker, batch) of the systems that take turns, group by group.
+def groups_to_measure(args) -> list[list[tuple]]:
+    """(name, class, batch) of the systems that take turns, one list per group.
 
-    A group is a batch size of training, or decoding. Says which systems are left out.
+    A group is one batch size in training, or decoding. Prints which systems are left
+    out.
     """
     possible = []
-    for name in asked.systems:
-        reason = ""
-        if issubclass(TRAINED.get(name, object), bench_torch.Peer):
-            why_not = bench_torch.why_not(name)
-            reason = "--quick is without it" if asked.quick else why_not
-        elif issubclass(TRAINED.get(name, object), bench_pcagpt.DataParallel):
-            reason = "there is one device" if jax.device_count() == 1 else ""
-        if reason:
+    for name in args.systems:
+        if reason := why_left_out(name, args.quick):
             print(f"{name} is left out: {reason}")
         else:
             possible.append(name)
     groups = [
         [(name, TRAINED[name], batch) for name in possible if name in TRAINED]
-        for batch in asked.batches
+        for batch in args.batches
     ]
     if "decode" in possible:
-        counts = DECODED[:1] if asked.quick else DECODED
-        groups.append([("decode", bench_pcagpt.Decoding, count) for count in counts])
+        batches = DECODED[:1] if args.quick else DECODED
+        groups.append([("decode", bench_pcagpt.Decoding, batch) for batch in batches])
     return [group for group in groups if group]
 
 
-def measured(group: list[tuple], asked, folder: Path) -> Iterator[list[dict]]:
-    """After each round the rows of all systems of a group."""
+def why_left_out(name: str, quick: bool) -> str:
+    """Why a system cannot be measured here; empty if it can."""
+    if name in PARALLEL and jax.device_count() == 1:
+        return "there is one device"
+    if name not in PEERS:
+        return ""
+    if quick:
+        return "--quick measures only pcagpt"
+    if bench_torch is None:
+        return "PyTorch is not installed (pip install torch)"
+    return bench_torch.why_left_out(name)
+
+
+def measure(group: list[tuple], args, folder: Path) -> Iterator[list[dict]]:
+    """Yields the rows of all systems of a group after each round."""
     systems = []
-    bench_torch.forget_compiled()
-    for name, maker, batch in group:
-        for model in bench_pcagpt.models(asked.size):
+    if bench_torch:
+        bench_torch.forget_compiled()
+    for name, system, batch in group:
+        for model in bench_pcagpt.models(args.size):
             print(f"preparing {name} {model} at batch {batch} ...", flush=True)
-            systems.append(maker(asked.size, model, batch, folder))
-    timings = [bench_report.Timing(system) for system in systems]
-    gets_hot = jax.default_backend() == "gpu"
-    for number in range(asked.rounds):
-        for timing in timings:
-            time.sleep(asked.rest if gets_hot and timing.system.rests else 0)
-            gc.collect()  # Not within the turn, whose GPU would soon wait for it.
-            timing.add(timing.system.seconds_per_step(asked.steps))
+            systems.append(system(args.size, model, batch, folder))
+    rounds = [[] for _ in systems]
+    for number in range(args.rounds):
+        for system, turns in zip(systems, rounds, strict=True):
+            if system.rests and jax.default_backend() == "gpu":
+                time.sleep(args.rest)
+            gc.collect()  # A collection within the turn would let the GPU wait.
+            seconds = system.seconds_per_step(args.steps)
+            turns.append((seconds, (gpu_state() or {}).get("clocks.sm")))
             print(
-                f"round {number + 1} of {asked.rounds}: {timing.system.name} "
-                f"{timing.system.model} at batch {timing.system.batch}: "
-                f"{1e3 * timing.seconds[-1]:.2f} ms",
+                f"round {number + 1} of {args.rounds}: {system.name} {system.model} at "
+                f"batch {system.batch}: {1e3 * seconds:.2f} ms",
                 flush=True,
             )
-        yield [timing.row(asked.steps) for timing in timings]
+        yield [
+            row(system, turns, args.steps)
+            for system, turns in zip(systems, rounds, strict=True)
+        ]
 
 
-@contextlib.contextmanager
-def told_if_out_of_memory(group: list[tuple], failed: list) -> Iterator[None]:
-    """Ends the group with a line, not everything with a traceback, and enters it."""
-    try:
-        yield
-    except RuntimeError as error:  # The class of JAX's and PyTorch's own errors.
-        if not ("RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)):
-            raise
-        names = ", ".join(f"{name} at batch {batch}" for name, _, batch in group)
-        print(
-            f"memory does not suffice for {names} side by side: give fewer --systems "
-            "or smaller --batches"
-        )
-        failed.append(group)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether JAX or PyTorch ran out of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)
 
 
-def release() -> None:
-    """Gives back the memory of a group that is done."""
+def release_memory() -> None:
+    """Frees the memory of a finished group."""
     gc.collect()
-    bench_torch.release()
+    if bench_torch:
+        bench_torch.release_memory()
 
 
-def write(rows: list[dict], asked) -> None:
-    """Writes what is known so far where --out says."""
-    if asked.out:
-        written = asked.out.with_name(asked.out.name + ".tmp")
-        written.write_text(bench_report.as_json(rows), "utf-8")
-        written.replace(asked.out)
+def row(system, turns: list[tuple], steps: int) -> dict:
+    """The figures of a system after turns of (seconds per step, GPU clock)."""
+    seconds = [turn[0] for turn in turns]
+    middle = statistics.median(seconds)
+    rate = system.tokens_per_step / middle
+    peak, flops = provenance.peak_flops(system.devices), system.flops_per_token
+    return {
+        "system": system.name,
+        "model": system.model,
+        "batch": system.batch,
+        "devices": system.devices,
+        "tokens_per_second": rate,
+        "ms_per_step": 1e3 * middle,
+        "rounds_ms": [1e3 * s for s in seconds],
+        "rounds_clock": [turn[1] for turn in turns],
+        "steps": steps,
+        "tokens_per_step": system.tokens_per_step,
+        "peak_bytes": system.peak_bytes,
+        "flops_per_token": flops,
+        "utilisation": flops * rate / peak if peak and flops else None,
+        **system.details,
+    }
+
+
+def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Tokens per second and device of one row divided by those of another."""
+    known = {(r["system"], r["model"], r["batch"]): r for r in rows}
+    found = {}
+    for (system, model, batch), r in known.items():
+        variant = system in ("pcagpt-loop", *PARALLEL)
+        full = known.get((system, "D", batch))
+        if full and model != "D" and not variant:
+            found[f"{system}, batch {batch}: {model} / D"] = ratio(r, full)
+        ours = known.get(("pcagpt", model, batch))
+        if ours and variant:
+            found[f"{model}, batch {batch}: {system} / pcagpt"] = ratio(r, ours)
+        elif ours and system in PEERS:
+            found[f"{model}, batch {batch}: pcagpt / {system}"] = ratio(ours, r)
+    return found
+
+
+def ratio(row: dict, base: dict) -> dict[str, float]:
+    """Median, least and most over the rounds of two rows."""
+    share = row["tokens_per_step"] / row["devices"]
+    share /= base["tokens_per_step"] / base["devices"]
+    pairs = zip(row["rounds_ms"], base["rounds_ms"], strict=True)
+    found = [share * base_ms / row_ms for row_ms, base_ms in pairs]
+    return {"ratio": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def table(rows: list[dict]) -> str:
+    """Rows and ratios as text."""
+    lines = [
+        "",
+        f"{'system':<14}{'model':>6}{'batch':>7}{'GPUs':>6}{'ms/step':>10}"
+        f"{'least to most':>20}{'tokens/s':>12}{'of peak':>9}{'peak GB':>9}",
+    ]
+    for r in rows:
+        share = "" if r["utilisation"] is None else f"{r['utilisation']:.1%}"
+        memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
+        spread = f"{min(r['rounds_ms']):.2f} to {max(r['rounds_ms']):.2f}"
+        lines.append(
+            f"{r['system']:<14}{r['model']:>6}{r['batch']:>7}{r['devices']:>6}"
+            f"{r['ms_per_step']:>10.2f}{spread:>20}{r['tokens_per_second']:>12,.0f}"
+            f"{share:>9}{memory:>9}"
+        )
+    for name, r in ratios(rows).items():
+        lines.append(f"{name}: {r['ratio']:.3f} ({r['least']:.3f} to {r['most']:.3f})")
+    return "\n".join([*lines, ""])
+
+
+def report(rows: list[dict]) -> dict:
+    """All figures, with what they depend on."""
+    return {
+        "rows": rows,
+        "ratios": ratios(rows),
+        "command": command(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": provenance.device(max(r["devices"] for r in rows)),
+        "gpu": gpu_state(),
+        "host": platform.machine(),
+        "versions": {**provenance.versions(), **peer_versions()},
+        "git_commit": provenance.git_commit(),
+    }
+
+
+def command(words: list[str]) -> str:
+    """This command line without --out."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out")
+    return shlex.join(
+        ["python", "scripts/bench.py", *parser.parse_known_args(words)[1]]
+    )
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of PyTorch and its packages, if installed."""
+    found = {}
+    for name in ("torch", "transformers", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, power and memory of the first visible GPU; None without nvidia-smi."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
+    fields += ",memory.total"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", f"--id={visible}", f"--query-gpu={fields}"]
+    try:
+        output = subprocess.check_output(
+            [*query, "--format=csv,noheader"], text=True, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    values = output.splitlines()[0].split(", ")
+    return dict(zip(fields.split(","), values, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,39 @@
-"""What scripts/bench.py measures of pcagpt: the step, the loop around it, decoding."""
+"""The pcagpt systems of scripts/bench.py: step, training run and decoding."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import re
-import shutil
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 
-from pcagpt import config as knobs
+from pcagpt.config import Settings
+from pcagpt.data.corpus import open_corpus
 from pcagpt.model import GPTConfig, training_flops_per_token
-from pcagpt.pipeline.plan import make_plan
 from pcagpt.run.checkpoint import Checkpoints
-from pcagpt.run.generate import generate, in_compute_dtype, places
-from pcagpt.telemetry.record import SilentProgress
-from pcagpt.training.loop import Training
+from pcagpt.run.generate import cache_capacity, generate, in_compute_dtype
+from pcagpt.training import loop
+from pcagpt.training.setup import Setup
 
 WARM_STEPS = 5
 PROFILED_STEPS = 5
-LEAST_RUN = 6  # steps: a training run times none before a save, and none after
 SHOWN_KERNELS = 25
-NO_WORK = ("ThunkExecutor", "SlinkyThreadPool", "end: ")  # of threads on CPUs
+MIN_STEPS = 6  # A training run measures no speed around a save and at its end.
+NO_WORK = ("ThunkExecutor", "SlinkyThreadPool", "end: ")  # idle threads on CPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the models and the corpus; `rank` is what the second model's table has."""
+    """Sizes of the models and the corpus; `rank` is that of the second model."""
 
     vocab_size: int
     block_size: int
@@ -47,54 +49,31 @@ class Size:
 
 GPT2_SMALL = Size(50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 256, 200)
 QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64, 32)
+MODEL_SIZES = ("block_size", "n_layer", "n_head", "n_embd")
 
 
 def models(size: Size) -> tuple[str, str]:
-    """Their names: D, and as in k128."""
+    """The names of both models: D, and for example k128."""
     return "D", f"k{size.rank}"
 
 
 def rank_of(model: str) -> int | None:
-    """Of the model's table; None for the full one."""
+    """Rank of a model's table; None for the full table."""
     return None if model == "D" else int(model.removeprefix("k"))
 
 
-def exchanged_bytes(program: str, devices: int) -> dict[str, float]:
-    """Bytes that each device receives in a compiled step, by the kind of exchange.
-
-    As in a ring of all devices; what is in a loop is counted once.
-    """
-    others = devices - 1
-    received = {  # of each byte of the result
-        "all-reduce": 2 * others / devices,
-        "reduce-scatter": others,
-        "all-gather": others / devices,
-        "all-to-all": others / devices,
-        "collective-permute": 1,
-    }
-    found = Counter()
-    for results, kind in re.findall(
-        rf"= (.*) ({'|'.join(received)})(?:-done)?\(", program
-    ):
-        for bits, axes in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", results):
-            count = math.prod(map(int, axes.split(","))) if axes else 1
-            size = count * int(bits or 8) / 8  # pred has no number
-            found[kind] += size * received[kind]
-    return dict(found)
-
-
 def flops_per_token(size: Size, model: str) -> float:
-    """Of training, whoever does it."""
-    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-    sizes = {name: getattr(size, name) for name in names}
+    """FLOPs per trained token, the same for pcagpt and PyTorch."""
+    sizes = {name: getattr(size, name) for name in ("vocab_size", *MODEL_SIZES)}
     return training_flops_per_token(GPTConfig(**sizes, n_embd_wte=rank_of(model)))
 
 
 def write_corpus(folder: Path, size: Size) -> None:
-    """Random tokens about as frequent as those of text, as a folder of token files.
+    """Writes random tokens as .bin files, about as frequent as the tokens of a text.
 
-    By Zipf's law, shifted as Mandelbrot has it: the first takes 5 % of all, the first
-    hundred 40 %; the lookup's gradient meets as many equal tokens as in training.
+    The frequencies follow Zipf's law, shifted as Mandelbrot proposed: the first token
+    takes 5 %, the first hundred 40 %. The gradient of the lookup then meets as many
+    equal tokens as in training.
     """
     random = np.random.default_rng(0)
     frequency = 1 / np.arange(2, size.vocab_size + 2)
@@ -107,29 +86,62 @@ def write_corpus(folder: Path, size: Size) -> None:
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
 
 
-def training(size: Size, model: str, batch: int, folder: Path, **overrides):
-    """A run with the default knobs, not begun."""
-    config = knobs.base()
-    config.arm = "baseline" if model == "D" else "random"
-    config.data.source = str(folder)
-    config.workdir = tempfile.mkdtemp(dir=folder)
-    for name in ("block_size", "n_layer", "n_head", "n_embd"):
-        config.model[name] = getattr(size, name)
-    config.model.n_embd_wte = rank_of(model)
-    config.train.batch_size = batch
-    config.mesh.data = 1
-    config.update_from_flattened_dict(overrides)
-    job = make_plan(config).jobs[-1]
-    return Training(job.settled(), job.record(), job.folder, job.corpus())
+# All calls of pcagpt's training code are in this section.
+
+
+def setup(size: Size, model: str, batch: int, folder: Path, **knobs) -> Setup:
+    """A run with the default knobs at this size, on one device; nothing is trained."""
+    names = {f"model.{name}": getattr(size, name) for name in MODEL_SIZES}
+    settings = Settings().replace(
+        {
+            **names,
+            "model.n_embd_wte": rank_of(model),
+            "train.batch_size": batch,
+            "mesh.data": 1,
+            **knobs,
+        }
+    )
+    return Setup.of(settings, open_corpus(str(folder), folder))
+
+
+def compiled_step(run: Setup) -> tuple:
+    """The compiled training step, its first state and its first batch."""
+    with (
+        tempfile.TemporaryDirectory() as run_dir,
+        Checkpoints(Path(run_dir), keep_last=1) as checkpoints,
+    ):
+        state, shardings, _ = loop.start(run, checkpoints)
+    return loop.compile_step(run, state, shardings, None), state, run.batch(0)
+
+
+def train(run: Setup) -> tuple[dict, list[float]]:
+    """Trains a whole run; returns its result and the seconds that each save took."""
+    waited, save = [], Checkpoints.save
+
+    def timed_save(*arguments):
+        start = time.perf_counter()
+        save(*arguments)
+        waited.append(time.perf_counter() - start)
+
+    with (
+        contextlib.redirect_stderr(io.StringIO()),  # The progress of the run.
+        tempfile.TemporaryDirectory() as run_dir,
+        mock.patch.object(Checkpoints, "save", timed_save),
+    ):
+        return loop.train(run, Path(run_dir), record={}, label="bench"), waited
+
+
+def steps_between_saves() -> int:
+    """The default of checkpoint.every."""
+    return Settings().checkpoint.every
 
 
 class System:
     """One model that takes turns with others.
 
-    devices: that it runs on; batch: sequences of each; seconds_per_step: measures so
-    many steps; tokens_per_step: that one step takes in, or that decoding puts out;
-    peak_bytes: of one device; details: further figures; rests: whether a GPU cools down
-    before its turn.
+    devices: how many it runs on. batch: sequences on each. tokens_per_step: read by a
+    training step, or decoded. peak_bytes: of one device. details: further figures.
+    rests: whether a GPU rests before its turn.
     """
 
     name: str
@@ -143,24 +155,28 @@ class System:
         self.peak_bytes, self.details = None, {}
         self.prepare()
 
+    def prepare(self) -> None:
+        """Compiles what is measured."""
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Measures one turn of so many steps."""
+        raise NotImplementedError
+
 
 class Step(System):
-    """The compiled training step on one batch that stays on the device."""
+    """The compiled training step, on one batch that stays on the device."""
 
     name = "pcagpt"
 
     def mesh(self) -> dict[str, int]:
-        """The knobs that lay the step out over the devices."""
-        return {"mesh.data": 1}
+        """The knobs that split the batch over the devices."""
+        return {"mesh.data": self.devices}
 
     def prepare(self) -> None:
-        """Compiles it."""
+        """Compiles the step and asks XLA for its memory."""
         batch = self.batch * self.devices
-        run = training(self.size, self.model, batch, self.folder, **self.mesh())
-        with Checkpoints(run.run_dir, keep_last=1) as checkpoints:
-            self.state, shardings, _ = run.start(checkpoints)
-        self.step = run.compile_step(self.state, shardings, None)
-        self.tokens = run.batch(0)
+        run = setup(self.size, self.model, batch, self.folder, **self.mesh())
+        self.step, self.state, self.tokens = compiled_step(run)
         memory = self.step.memory_analysis()
         self.peak_bytes = (
             memory.argument_size_in_bytes
@@ -171,13 +187,13 @@ class Step(System):
         self.details = {"temporary_bytes": memory.temp_size_in_bytes}
 
     def go(self, steps: int) -> None:
-        """So many steps, one dispatched after the other."""
+        """Dispatches the steps one after the other and waits for the last."""
         for _ in range(steps):
             self.state, metrics = self.step(self.state, self.tokens, None)
         jax.block_until_ready(metrics)
 
     def seconds_per_step(self, steps: int) -> float:
-        """Of so many steps, after a few that are not timed."""
+        """Mean over the steps, after a few that are not timed."""
         self.go(WARM_STEPS)
         start = time.perf_counter()
         self.go(steps)
@@ -185,103 +201,78 @@ class Step(System):
 
 
 class DataParallel(Step):
-    """The step on all devices, each with a whole model and rows of its own."""
+    """The step on all devices: each holds the whole model and its own sequences."""
 
     name = "data-parallel"
 
     devices = property(lambda self: jax.device_count())
 
     def prepare(self) -> None:
-        """As of one device; says also what the devices exchange."""
+        """Also counts the bytes that the devices exchange."""
         super().prepare()
         exchanged = exchanged_bytes(self.step.as_text(), self.devices)
         self.details["exchanged_bytes"] = exchanged
 
-    def mesh(self) -> dict[str, int]:
-        """The batch alone is split."""
-        return {"mesh.data": self.devices}
-
 
 class FullySharded(DataParallel):
-    """The step on all devices, each with a share of parameters and moments, too."""
+    """The step on all devices: parameters and optimizer state are split as well."""
 
     name = "fsdp"
 
     def mesh(self) -> dict[str, int]:
-        """Batch and matrices are split."""
+        """Splits batch and parameters."""
         return {"mesh.data": 1, "mesh.fsdp": self.devices}
 
 
 class Loop(System):
-    """A whole training run, as `python -m pcagpt.main` makes it.
+    """A whole training run per turn.
 
-    Each round is a new run. A checkpoint's stall is shared out over the steps that lie
-    between two by default. Compiling and evaluating do not count, nor does the first
-    step after a pause.
+    The time of a save is divided by the steps between two saves. Compiling, evaluating
+    and the first step after a pause are not counted.
     """
 
     name = "pcagpt-loop"
-    rests = False  # It begins with seconds in which a GPU has little to do.
+    rests = False  # The GPU has little to do while a run starts.
 
     def prepare(self) -> None:
-        """Nothing: each round starts from the beginning."""
+        """Compiles nothing: each turn starts from the beginning."""
         self.details = {"checkpoint_ms": []}
 
     def seconds_per_step(self, steps: int) -> float:
-        """Of a run of so many steps that saves half way and at its end."""
-        run = training(
-            self.size,
-            self.model,
-            self.batch,
-            self.folder,
-            **{
-                "train.steps": steps,
-                "train.warmup_steps": 2,
-                "evaluate.every": steps,
-                "checkpoint.every": steps // 2,
-            },
-        )
-        stalls = []
-
-        def timed_save(*arguments):
-            start = time.perf_counter()
-            type(run).save(run, *arguments)
-            stalls.append(time.perf_counter() - start)
-
-        run.save = timed_save
-        run.progress = lambda *_: SilentProgress()
-        run.run_dir.mkdir(parents=True)
-        try:
-            result = run.run("bench")
-        finally:
-            shutil.rmtree(run.run_dir.parent)
+        """Trains a run of so many steps that saves half way and at its end."""
+        knobs = {
+            "train.steps": steps,
+            "train.warmup_steps": 2,
+            "evaluate.every": steps,
+            "checkpoint.every": steps // 2,
+        }
+        run = setup(self.size, self.model, self.batch, self.folder, **knobs)
+        result, waited = train(run)
         self.peak_bytes = result["peak_bytes"]
-        # The first save is of the start: nothing else waits for it.
-        stall = max(stalls[1:])
-        self.details["checkpoint_ms"].append(1e3 * stall)
+        self.details["checkpoint_ms"].append(1e3 * max(waited))
         step = self.tokens_per_step / result["tokens_per_second"]
-        return step + stall / knobs.KNOBS["checkpoint.every"].default
+        return step + max(waited) / steps_between_saves()
 
 
 class Decoding(System):
-    """Greedy generation of tokens, as the task 'sample' does it, beyond the first."""
+    """Greedy decoding as in the task `sample`, after the first token."""
 
     name = "decode"
-    rests = False  # No GPU gets hot from it.
+    rests = False  # Decoding does not heat a GPU.
 
     def prepare(self) -> None:
-        """Makes up weights and begins to decode."""
-        self.gpt = training(self.size, self.model, self.batch, self.folder).model
+        """Makes random weights and decodes a few tokens."""
         size = self.size
-        known = size.prompt_tokens + WARM_STEPS + size.decoded_tokens  # after a round
-        shape = self.batch, places(known, size.block_size)
+        self.gpt = setup(size, self.model, self.batch, self.folder).model
+        tokens_of_a_turn = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
+        shape = self.batch, cache_capacity(tokens_of_a_turn, size.block_size)
         tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)
         weights = jax.tree.map(
             lambda leaf: 0.02 * random.standard_normal(leaf.shape, leaf.dtype), shapes
         )
-        # As they are decoded with, so that no second copy is made.
+        # In the dtype that `generate` uses, so that it makes no second copy.
         self.variables = jax.device_put(in_compute_dtype(weights, self.gpt))
         self.begin()
         read = functools.partial(self.gpt.apply, method="hidden", mutable="cache")
@@ -289,10 +280,10 @@ class Decoding(System):
         leaves = jax.tree.leaves(kept)
         self.peak_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         self.tokens_per_step, self.flops_per_token = self.batch, None
-        self.details = {"steps": self.size.decoded_tokens}
+        self.details = {"steps": size.decoded_tokens}
 
     def begin(self) -> None:
-        """Reads the prompt and decodes a few tokens, which may take compiling."""
+        """Reads the prompt and decodes a few tokens, which may compile."""
         prompt = np.ones(self.size.prompt_tokens, np.int32)
         self.drawn = generate(
             self.gpt, self.variables, prompt, self.batch, seed=0, temperature=0
@@ -301,7 +292,7 @@ class Decoding(System):
             jax.block_until_ready(next(self.drawn))
 
     def seconds_per_step(self, steps: int) -> float:
-        """Of the tokens behind the prompt, as many as the size says."""
+        """Mean over the decoded tokens; their number belongs to the size."""
         del steps
         self.begin()
         start = time.perf_counter()
@@ -311,8 +302,32 @@ class Decoding(System):
         return (time.perf_counter() - start) / self.size.decoded_tokens
 
 
+def exchanged_bytes(program: str, devices: int) -> dict[str, float]:
+    """Bytes that each device receives in a compiled step, per kind of exchange.
+
+    Counted as in a ring of all devices. An exchange in a loop is counted once.
+    """
+    others = devices - 1
+    received = {  # per byte of the result
+        "all-reduce": 2 * others / devices,
+        "reduce-scatter": others,
+        "all-gather": others / devices,
+        "all-to-all": others / devices,
+        "collective-permute": 1,
+    }
+    found = Counter()
+    for results, kind in re.findall(
+        rf"= (.*) ({'|'.join(received)})(?:-done)?\(", program
+    ):
+        for bits, axes in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", results):
+            count = math.prod(map(int, axes.split(","))) if axes else 1
+            size = count * int(bits or 8) / 8  # The dtype pred has no number.
+            found[kind] += size * received[kind]
+    return dict(found)
+
+
 def profile(system: Step) -> str:
-    """The kernels of the training step that take most of its time, for people."""
+    """The kernels that take most of a training step, as text."""
     system.go(WARM_STEPS)
     with tempfile.TemporaryDirectory() as trace:
         with jax.profiler.trace(trace):
@@ -322,24 +337,25 @@ def profile(system: Step) -> str:
     nanoseconds, calls = Counter(), Counter()
     for plane in data.planes:
         for line in plane.lines:
-            is_kernels = "GPU" in plane.name and line.name.startswith("Stream")
-            is_cpu_work = line.name.startswith(("tf_XLAEigen", "tf_XLAPjRtCpu"))
-            if is_kernels or is_cpu_work:
-                for event in line.events:
-                    if event.name.startswith(NO_WORK):
-                        continue
+            on_gpu = "GPU" in plane.name and line.name.startswith("Stream")
+            if not on_gpu and not line.name.startswith(
+                ("tf_XLAEigen", "tf_XLAPjRtCpu")
+            ):
+                continue
+            for event in line.events:
+                if not event.name.startswith(NO_WORK):
                     name = event.name.rstrip("0123456789").rstrip("._")
                     nanoseconds[name] += event.duration_ns
                     calls[name] += 1
     total = sum(nanoseconds.values())
-    of_what = f"{system.model}, batch {system.batch}"
+    title = f"{system.model}, batch {system.batch}"
     if not total:
-        return f"{of_what}: the profiler saw no kernels"
-    threads = "" if jax.default_backend() == "gpu" else " of all threads together"
-    lines = [f"{of_what}: {total / PROFILED_STEPS / 1e6:.2f} ms a step{threads}"]
-    lines += [
-        f"{ns / PROFILED_STEPS / 1e6:9.3f} ms {ns / total:6.1%} "
-        f"{calls[name] / PROFILED_STEPS:7.0f} x  {name[:90]}"
-        for name, ns in nanoseconds.most_common(SHOWN_KERNELS)
-    ]
+        return f"{title}: the profiler saw no kernels"
+    threads = "" if jax.default_backend() == "gpu" else ", summed over all threads"
+    lines = [f"{title}: {total / PROFILED_STEPS / 1e6:.2f} ms per step{threads}"]
+    for name, ns in nanoseconds.most_common(SHOWN_KERNELS):
+        lines.append(
+            f"{ns / PROFILED_STEPS / 1e6:9.3f} ms {ns / total:6.1%} "
+            f"{calls[name] / PROFILED_STEPS:7.0f} x  {name[:90]}"
+        )
     return "\n".join(lines)

@@ -1,28 +1,21 @@
-"""The peers of scripts/bench.py: GPT-2 in PyTorch, plain and Hugging Face's.
+"""The PyTorch systems of scripts/bench.py: a plain GPT-2 and Hugging Face's.
 
-Both are trained as pcagpt trains: float32 parameters, bfloat16 products, clipping,
-AdamW with decay on matrices only, no dropout, the vocabulary padded to 50,304 rows.
+Both train as pcagpt does: float32 parameters, bfloat16 products, gradient clipping,
+AdamW with weight decay on matrices only, no dropout, and a vocabulary padded to 50,304.
 """
 
 import importlib.util
 import time
-from importlib import metadata
 
 import numpy as np
+import torch
 from bench_pcagpt import WARM_STEPS, flops_per_token, rank_of
-
-try:
-    import torch
-    from torch import nn
-    from torch.nn import functional
-except ImportError:
-    torch = None
+from torch import nn
+from torch.nn import functional
 
 
-def why_not(name: str) -> str:
-    """What is lacking here for a peer to be measured; empty if nothing is."""
-    if torch is None:
-        return "PyTorch is not installed (pip install torch)"
+def why_left_out(name: str) -> str:
+    """Why a system cannot be measured here; empty if it can."""
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     if name == "transformers" and not importlib.util.find_spec("transformers"):
@@ -30,36 +23,24 @@ def why_not(name: str) -> str:
     return ""
 
 
-def versions() -> dict[str, str]:
-    """Of the peers, as far as they are installed."""
-    found = {}
-    for name in ("torch", "transformers", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def forget_compiled() -> None:
-    """Lets what is compiled next have shapes of its own.
+    """Makes torch.compile start anew.
 
-    Having seen two batch sizes, torch.compile would make kernels for any size.
+    Once it has seen two batch sizes, it compiles slower kernels for any size.
     """
-    if torch is not None:
-        torch._dynamo.reset()
+    torch._dynamo.reset()
 
 
-def release() -> None:
-    """Gives memory that is not in use back to the GPU, for JAX."""
-    if torch is not None and torch.cuda.is_available():
+def release_memory() -> None:
+    """Returns unused memory to the GPU, so that JAX can take it."""
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention for transformers without a mask, which no flash attention takes.
+    """Attention for transformers without a mask.
 
-    Where a model is compiled, transformers makes a mask of its own accord.
+    A compiled model is given a mask by transformers, and flash attention takes none.
     """
     del module, attention_mask
     y = functional.scaled_dot_product_attention(
@@ -68,117 +49,117 @@ def causal_attention(module, query, key, value, attention_mask, scaling=None, **
     return y.transpose(1, 2).contiguous(), None
 
 
-if torch is not None:
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention."""
 
-    class Block(nn.Module):
-        """A pre-norm transformer block with causal attention."""
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc = nn.Linear(width, 4 * width)
+        self.out = nn.Linear(4 * width, width)
 
-        def __init__(self, width: int, heads: int):
-            super().__init__()
-            self.heads = heads
-            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv = nn.Linear(width, 3 * width)
-            self.proj = nn.Linear(width, width)
-            self.fc = nn.Linear(width, 4 * width)
-            self.out = nn.Linear(4 * width, width)
+    def forward(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        batch, length, width = x.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.ln_1(x)).split(width, dim=2)
+        )
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(x.shape))
+        h = functional.gelu(self.fc(self.ln_2(x)), approximate="tanh")
+        return x + self.out(h)
 
-        def forward(self, x):
-            """[B, T, D] -> [B, T, D]."""
-            batch, length, width = x.shape
-            q, k, v = (
-                part.view(batch, length, self.heads, -1).transpose(1, 2)
-                for part in self.qkv(self.ln_1(x)).split(width, dim=2)
-            )
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.proj(y.transpose(1, 2).reshape(x.shape))
-            h = functional.gelu(self.fc(self.ln_2(x)), approximate="tanh")
-            return x + self.out(h)
 
-    class PlainBody(nn.Module):
-        """Positions, blocks and the final norm, on embeddings [B, T, D]."""
+class PlainBody(nn.Module):
+    """Positions, blocks and the final norm, on embeddings [B, T, D]."""
 
-        def __init__(self, size):
-            super().__init__()
-            self.wpe = nn.Parameter(0.02 * torch.randn(size.block_size, size.n_embd))
-            blocks = [Block(size.n_embd, size.n_head) for _ in range(size.n_layer)]
-            self.blocks = nn.ModuleList(blocks)
-            self.ln_f = nn.LayerNorm(size.n_embd)
+    def __init__(self, size):
+        super().__init__()
+        self.wpe = nn.Parameter(0.02 * torch.randn(size.block_size, size.n_embd))
+        blocks = [Block(size.n_embd, size.n_head) for _ in range(size.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_f = nn.LayerNorm(size.n_embd)
 
-        def forward(self, x):
-            """[B, T, D] -> [B, T, D]."""
-            x = x + self.wpe[: x.shape[1]]
-            for block in self.blocks:
-                x = block(x)
-            return self.ln_f(x)
+    def forward(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.wpe[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_f(x)
 
-    class TransformersBody(nn.Module):
-        """The same of Hugging Face's GPT-2."""
 
-        def __init__(self, size):
-            super().__init__()
-            from transformers import AttentionInterface, GPT2Config, GPT2Model
+class TransformersBody(nn.Module):
+    """The same parts of Hugging Face's GPT-2."""
 
-            AttentionInterface.register("causal", causal_attention)
-            config = GPT2Config(
-                vocab_size=1,  # The table is the head's.
-                bos_token_id=0,
-                eos_token_id=0,
-                n_positions=size.block_size,
-                n_embd=size.n_embd,
-                n_layer=size.n_layer,
-                n_head=size.n_head,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                use_cache=False,
-                attn_implementation="causal",
-            )
-            self.body = GPT2Model(config)
-            self.body.wte.requires_grad_(False)
+    def __init__(self, size):
+        super().__init__()
+        from transformers import AttentionInterface, GPT2Config, GPT2Model
 
-        def forward(self, x):
-            """[B, T, D] -> [B, T, D]."""
-            return self.body(inputs_embeds=x, use_cache=False).last_hidden_state
+        AttentionInterface.register("causal", causal_attention)
+        config = GPT2Config(
+            vocab_size=1,  # `WithTable` holds the table.
+            bos_token_id=0,
+            eos_token_id=0,
+            n_positions=size.block_size,
+            n_embd=size.n_embd,
+            n_layer=size.n_layer,
+            n_head=size.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="causal",
+        )
+        self.body = GPT2Model(config)
+        self.body.wte.requires_grad_(False)
 
-    class WithTable(nn.Module):
-        """A body between a tied embedding and head, full or factorized."""
+    def forward(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        return self.body(inputs_embeds=x, use_cache=False).last_hidden_state
 
-        def __init__(self, body, size, rank: int | None):
-            super().__init__()
-            rows = -(-size.vocab_size // 64) * 64
-            self.body = body
-            self.wte = nn.Parameter(0.02 * torch.randn(rows, rank or size.n_embd))
-            self.scale = None
-            if rank:
-                self.scale = nn.Parameter(0.02 * torch.randn(rank, size.n_embd))
 
-        def forward(self, tokens, targets):
-            """The mean loss of tokens [B, T]."""
-            x = functional.embedding(tokens, self.wte)
-            h = self.body(x if self.scale is None else x @ self.scale)
-            z = h if self.scale is None else h @ self.scale.T
-            logits = (z @ self.wte.T).flatten(0, 1)
-            return functional.cross_entropy(logits.float(), targets.flatten())
+class WithTable(nn.Module):
+    """A body between a tied embedding and head; the table is full or factorized."""
+
+    def __init__(self, body, size, rank: int | None):
+        super().__init__()
+        rows = -(-size.vocab_size // 64) * 64
+        self.body = body
+        self.wte = nn.Parameter(0.02 * torch.randn(rows, rank or size.n_embd))
+        self.scale = None
+        if rank:
+            self.scale = nn.Parameter(0.02 * torch.randn(rank, size.n_embd))
+
+    def forward(self, tokens, targets):
+        """Mean loss of tokens [B, T]."""
+        x = functional.embedding(tokens, self.wte)
+        h = self.body(x if self.scale is None else x @ self.scale)
+        z = h if self.scale is None else h @ self.scale.T
+        logits = (z @ self.wte.T).flatten(0, 1)
+        return functional.cross_entropy(logits.float(), targets.flatten())
 
 
 class Peer:
-    """A model of PyTorch that takes turns with pcagpt's."""
+    """A PyTorch model that takes turns with pcagpt's; `body` is all but its table."""
 
     name: str
+    body: type[nn.Module]
     devices = 1
     rests = True
-    place = "cuda"
 
     def __init__(self, size, model: str, batch: int, folder):
         torch.manual_seed(0)
-        if self.place == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         torch.set_float32_matmul_precision("high")
         self.model, self.batch, self.details = model, batch, {}
         self.tokens_per_step = batch * size.block_size
         self.flops_per_token = flops_per_token(size, model)
-        module = WithTable(self.body(size), size, rank_of(model)).to(self.place)
+        module = WithTable(self.body(size), size, rank_of(model)).cuda()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() < 2]
@@ -194,27 +175,24 @@ class Peer:
         self.compiled = torch.compile(module, dynamic=False, fullgraph=True)
         length = size.block_size + 1
         tokens = np.fromfile(folder / "train.bin", np.uint16, count=batch * length)
-        tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.place)
+        tokens = torch.from_numpy(tokens.astype(np.int64)).cuda()
         self.tokens = tokens.view(batch, length)
         self.go(WARM_STEPS)
-        self.peak_bytes = None
-        if self.place == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
     def go(self, steps: int) -> None:
-        """So many training steps; returns when they are done."""
+        """Trains for so many steps and waits until they are done."""
         for _ in range(steps):
-            with torch.autocast(self.place, torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16):
                 loss = self.compiled(self.tokens[:, :-1], self.tokens[:, 1:])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.place == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     def seconds_per_step(self, steps: int) -> float:
-        """Of so many steps, after a few that are not timed."""
+        """Mean over the steps, after a few that are not timed."""
         self.go(WARM_STEPS)
         start = time.perf_counter()
         self.go(steps)
@@ -222,20 +200,12 @@ class Peer:
 
 
 class Plain(Peer):
-    """GPT-2 written down in PyTorch as plainly as that goes."""
+    """A plain GPT-2."""
 
-    name = "torch"
-
-    def body(self, size):
-        """All of the model but its table."""
-        return PlainBody(size)
+    name, body = "torch", PlainBody
 
 
 class Transformers(Peer):
     """Hugging Face's GPT-2."""
 
-    name = "transformers"
-
-    def body(self, size):
-        """All of the model but its table."""
-        return TransformersBody(size)
+    name, body = "transformers", TransformersBody

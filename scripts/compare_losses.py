@@ -1,9 +1,9 @@
-"""Holds training losses before a change against those after it, step by step.
+"""Compares the training losses of two versions of the code, step by step.
 
     python scripts/compare_losses.py OLD/gpt_baseline NEW/gpt_baseline --chart x.png
 
-Takes pairs of run folders, as many as one likes: the same command, given once in a
-checkout of the code before and once after, with --config.telemetry.every=1, so that
+Takes one or more pairs of run folders. Make each pair with one command, run once with
+the old code and once with the new. Add --config.telemetry.every=1, so that
 metrics.jsonl has every step. Prints a line and draws a panel for each pair.
 """
 
@@ -14,25 +14,26 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-LAST_SHARE = 0.25  # of the steps: where a change that learns otherwise shows
+LAST_SHARE = 0.25  # of the steps; a change of what is learnt shows there
 
 
 def train_losses(folder: Path) -> dict[int, float]:
     """Loss of each logged training step in a run folder's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    # A killed run may leave half a line.
     entries = (json.loads(line) for line in lines if line.endswith("\n"))
     return {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
 
 
 def paired(before: Path, after: Path) -> np.ndarray:
-    """Float64 [steps, 3]: step and both losses, where both were logged."""
-    losses = train_losses(before), train_losses(after)
-    steps = sorted(losses[0].keys() & losses[1].keys())
-    return np.array([(step, losses[0][step], losses[1][step]) for step in steps])
+    """Step and both losses where both runs logged them: float64 [steps, 3]."""
+    old, new = train_losses(before), train_losses(after)
+    steps = sorted(old.keys() & new.keys())
+    return np.array([(step, old[step], new[step]) for step in steps])
 
 
 def summary(pair: np.ndarray) -> str:
-    """How far apart the losses are: at the first step, at most, and at the end."""
+    """First and largest difference, mean of the last quarter, and the final losses."""
     difference = pair[:, 2] - pair[:, 1]
     last = difference[-max(1, round(LAST_SHARE * len(pair))) :]
     worst = int(np.abs(difference).argmax())
@@ -44,7 +45,7 @@ def summary(pair: np.ndarray) -> str:
 
 
 def chart(names: list[str], pairs: list[np.ndarray]) -> Figure:
-    """Both losses over their difference, side by side for each pair."""
+    """Both losses above their difference, one column for each pair."""
     figure = Figure(figsize=(3.6 * len(pairs) + 0.6, 4.6), layout="constrained")
     grid = figure.subplots(
         2, len(pairs), squeeze=False, sharex="col", height_ratios=(2, 1)
@@ -58,7 +59,7 @@ def chart(names: list[str], pairs: list[np.ndarray]) -> Figure:
         below.plot(step, after - before, color="#0072b2", lw=1.0)
         below.set_xlabel("step")
     grid[0, 0].set_ylabel("training loss (nats per token)")
-    grid[1, 0].set_ylabel("after less before")
+    grid[1, 0].set_ylabel("after minus before")
     grid[0, 0].legend(frameon=False)
     return figure
 
@@ -69,22 +70,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="BEFORE AFTER ...")
-    parser.add_argument("--names", default="", help="of the pairs, as in D,k128")
+    parser.add_argument("--names", default="", help="name of each pair, such as D,k128")
     parser.add_argument("--chart", type=Path, help="PNG or SVG file to draw")
-    asked = parser.parse_args()
-    before, after = asked.runs[::2], asked.runs[1::2]
+    args = parser.parse_args()
+    before, after = args.runs[::2], args.runs[1::2]
     if len(before) != len(after):
-        parser.error(f"{len(asked.runs)} run folders are no pairs: BEFORE AFTER ...")
-    for folder in asked.runs:
+        parser.error(f"give run folders in pairs, BEFORE AFTER: not {len(args.runs)}")
+    for folder in args.runs:
         if not (folder / "metrics.jsonl").exists():
-            parser.error(f"{folder} is no run folder: it has no metrics.jsonl")
-    names = asked.names.split(",") if asked.names else [run.name for run in after]
+            parser.error(f"{folder} has no metrics.jsonl: give the folder of a run")
+    names = args.names.split(",") if args.names else [run.name for run in after]
     if len(names) != len(after):
-        parser.error(f"--names gives {len(names)} names to {len(after)} pairs")
+        parser.error(f"--names must have one name for each pair ({len(after)})")
     pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
     for name, pair in zip(names, pairs, strict=True):
         if not len(pair):
-            parser.error(f"{name}: no step was logged by both runs")
+            parser.error(f"{name}: both runs logged no common step")
     width = max(map(len, names))
     print(
         f"{'':<{width}}{'steps':>6}{'first':>11}{'largest':>11}{'':<14}"
@@ -92,9 +93,9 @@ def main() -> None:
     )
     for name, pair in zip(names, pairs, strict=True):
         print(f"{name:<{width}}{summary(pair)}")
-    if asked.chart:
-        chart(names, pairs).savefig(asked.chart, dpi=150)
-        print(f"written to {asked.chart}")
+    if args.chart:
+        chart(names, pairs).savefig(args.chart, dpi=150)
+        print(f"written to {args.chart}")
 
 
 if __name__ == "__main__":

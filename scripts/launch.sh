@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: goes to the repository root, prints the script's
-# header when asked for help, and defines how ranks are checked and pcagpt is run.
+# The scripts in this folder source this file. It changes to the repository root, prints
+# the header of the script for --help, and defines the functions below.
 
 set -euo pipefail
 script=${0##*/}
@@ -11,27 +11,28 @@ if [[ ${1-} == -h || ${1-} == --help ]]; then
   exit 0
 fi
 
-# refuse WORD...: one clear line about what the person can mend, and exit code 2.
+# refuse WORD...: prints one line about what to correct; exits with 2.
 refuse() {
   printf '%s: %s\n' "$script" "$*" >&2
   exit 2
 }
 
-# require_rank VALUE: a positive whole number.
+# require_rank VALUE: refuses anything but a positive whole number.
 require_rank() {
   [[ $1 =~ ^[1-9][0-9]*$ ]] ||
     refuse "the first argument is '$1', not a rank: give a positive whole number," \
-      "as in: bash scripts/$script 128"
+      "for example: bash scripts/$script 128"
 }
 
-# require_ranks VALUE: positive whole numbers with commas between.
+# require_ranks VALUE: refuses anything but positive whole numbers and commas.
 require_ranks() {
   [[ $1 =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] ||
     refuse "the first argument is '$1', not a list of ranks: give positive whole" \
-      "numbers with commas between, as in: bash scripts/$script 64,128"
+      "numbers separated by commas, for example: bash scripts/$script 64,128"
 }
 
-# run_pcagpt ARGUMENT...: with the active virtual environment, else .venv, else python3.
+# run_pcagpt ARGUMENT...: runs pcagpt with the Python of the active virtual environment,
+# of .venv if none is active, or with python3 if there is no .venv.
 run_pcagpt() {
   local python=python3
   if [[ -n ${VIRTUAL_ENV-} && -x $VIRTUAL_ENV/bin/python ]]; then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# D, A, B and C at each rank, and the report that compares them.
+# Trains D, then A, B and C at each rank, and writes the report that compares them.
 #
 #   bash scripts/run_all_experiments.sh [RANKS [ARGUMENT...]]
 #   bash scripts/run_all_experiments.sh 64,128,256 --config.data.source=FOLDER
 #
-# RANKS is 128 unless given; the baseline is trained once for all of them. Arguments go
-# to: python -m pcagpt.main --config=configs/experiment.py:RANKS
+# RANKS is 128 by default. The baseline is trained once for all ranks. Arguments are
+# passed to: python -m pcagpt.main --config=configs/experiment.py:RANKS
 
 # shellcheck source=SCRIPTDIR/launch.sh
 source "$(dirname -- "$0")/launch.sh"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Factorizes the embedding of a trained model: writes the tables and scale matrices of
-# every rank to checkpoints/pca_factorized/.
+# Factorizes the embedding of a trained model and writes the table and scale matrices
+# of each rank to checkpoints/pca_factorized/.
 #
 #   bash scripts/run_pca_factorization.sh [RANKS [ARGUMENT...]]
 #   MODEL_PATH=checkpoints/demo/gpt_baseline bash scripts/run_pca_factorization.sh 8,16
 #
-# RANKS is 64,128,256 unless given; MODEL_PATH, a run or a .npy table, is
-# checkpoints/gpt_baseline unless given. Arguments go to:
+# RANKS is 64,128,256 by default. MODEL_PATH is a run or a .npy table; its default is
+# checkpoints/gpt_baseline. Arguments are passed to:
 # python -m pcagpt.main --config=configs/factorize.py
 
 # shellcheck source=SCRIPTDIR/launch.sh

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Makes .venv and installs pcagpt, the pinned versions of all it needs, and its tests'
-# tools. Costs nothing when that is done already; demo.sh and test.sh begin with it.
+# Makes .venv and installs pcagpt, the pinned versions of its dependencies, and the
+# tools for its tests. Does nothing if all of it is installed. demo.sh and test.sh run
+# it first.
 #
 #   bash scripts/setup.sh
 #   PYTHON=/path/to/python3.12 bash scripts/setup.sh
 #
-# PYTHON makes .venv (3.11 or newer; otherwise the newest on PATH does). A .venv that is
-# there already is installed into, never removed.
+# PYTHON is the Python that makes .venv, 3.11 or newer; the default is the newest on
+# PATH. An existing .venv is reused and never removed.
 
 # shellcheck source=SCRIPTDIR/launch.sh
 source "$(dirname -- "$0")/launch.sh"
@@ -16,12 +17,12 @@ python=.venv/bin/python
 stamp=.venv/pcagpt-installed
 log=.venv/pcagpt-install.log
 
-# runs PYTHON: whether it is 3.11 or newer, by running it (a shim may exist and fail).
+# runs PYTHON: succeeds if it is 3.11 or newer. Runs it, because a shim may be broken.
 runs() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# make_environment: .venv from the first Python that can make one.
+# make_environment: makes .venv with the first Python that can.
 make_environment() {
   local candidate without_venv=''
   local candidates=(python3.13 python3.12 python3.11 python3 python)
@@ -36,14 +37,14 @@ make_environment() {
   done
   [[ -z $without_venv ]] ||
     refuse "$without_venv cannot make virtual environments: install its venv package" \
-      "(on Debian and Ubuntu python3-venv, or python3.12-venv and the like)"
+      "(on Debian and Ubuntu: python3-venv, or for example python3.12-venv)"
   [[ -z ${PYTHON-} ]] ||
     refuse "PYTHON is '$PYTHON', which does not run as Python 3.11 or newer"
-  refuse "found no Python 3.11 or newer: install one, or name it, as in:" \
+  refuse "found no Python 3.11 or newer: install one, or name it, for example:" \
     "PYTHON=/path/to/python3.12 bash scripts/$script"
 }
 
-# fingerprint: of all that an installation depends on, this folder's place included.
+# fingerprint: a hash of all that the installation depends on, with this folder's path.
 fingerprint() {
   "$python" -I - "$requirement" <<'EOF'
 import hashlib, os, sys
@@ -61,11 +62,11 @@ if [[ ! -e $python && ! -L $python ]]; then
   make_environment
 fi
 runs "$python" ||
-  refuse ".venv holds no Python 3.11 or newer that runs: remove it (rm -r .venv)" \
+  refuse ".venv has no working Python 3.11 or newer: remove it (rm -r .venv)" \
     "and start again"
 if ! "$python" -m pip --version >/dev/null 2>&1; then
   "$python" -m ensurepip >/dev/null 2>&1 ||
-    refuse ".venv has no pip and cannot get one: remove it (rm -r .venv)" \
+    refuse ".venv has no pip and pip cannot be installed: remove it (rm -r .venv)" \
       "and start again"
 fi
 
@@ -75,7 +76,7 @@ if ! "$python" -m pip install --no-input --progress-bar off \
   --disable-pip-version-check --constraint constraints.txt \
   --editable "$requirement" >"$log" 2>&1; then
   tail -n 20 "$log" >&2
-  echo "$script: the installation failed, pip says why above and in $log" >&2
+  echo "$script: the installation failed; the end of $log is shown above" >&2
   exit 1
 fi
 fingerprint >"$stamp.new"

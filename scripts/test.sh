@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Lint, formatting and the whole test suite; sets up .venv first if need be.
+# Checks lint and formatting and runs the tests. Sets up .venv if needed.
 #
-#   bash scripts/test.sh
-#   bash scripts/test.sh -k checkpoint
+#   bash scripts/test.sh                  all tests
+#   bash scripts/test.sh -m "not slow"    the fast tests only
+#   bash scripts/test.sh -k checkpoint    the tests with this word in their name
 #
-# Arguments go to pytest.
+# Arguments are passed to pytest.
 
 # shellcheck source=SCRIPTDIR/launch.sh
 source "$(dirname -- "$0")/launch.sh"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# D: trains the baseline, GPT-2-small with its full token embedding.
+# Trains D, the baseline: GPT-2 small with its full token embedding.
 #
 #   bash scripts/train_baseline_gpt2.sh [ARGUMENT...]
 #   bash scripts/train_baseline_gpt2.sh --config.data.source=FOLDER
 #
-# Arguments go to: python -m pcagpt.main --config=configs/baseline.py
+# Arguments are passed to: python -m pcagpt.main --config=configs/baseline.py
 
 # shellcheck source=SCRIPTDIR/launch.sh
 source "$(dirname -- "$0")/launch.sh"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A: trains a model from scratch whose embedding comes from the factorized baseline.
+# Trains A: the embedding comes from the factorized baseline, the rest is random.
 #
 #   bash scripts/train_pca_compressed.sh [RANK [ARGUMENT...]]
 #   bash scripts/train_pca_compressed.sh 128 --config.train.steps=2000
 #
-# RANK is 128 unless given; what the run needs and lacks is made first. Arguments go to:
+# RANK is 128 by default. Missing prerequisites are made first. Arguments are passed to:
 # python -m pcagpt.main --config=configs/pca_k128.py
 
 # shellcheck source=SCRIPTDIR/launch.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# C: trains a model from scratch whose low-rank embedding starts at random.
+# Trains C: the low-rank embedding and the rest start at random values.
 #
 #   bash scripts/train_random_lowrank.sh [RANK [ARGUMENT...]]
 #   bash scripts/train_random_lowrank.sh 128 --config.train.steps=2000
 #
-# RANK is 128 unless given; what the run needs and lacks is made first. Arguments go to:
+# RANK is 128 by default. Arguments are passed to:
 # python -m pcagpt.main --config=configs/random_k128.py
 
 # shellcheck source=SCRIPTDIR/launch.sh

@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md from the results in checkpoints/published.
+"""Writes the result tables of README.md from checkpoints/published.
 
 python scripts/update_readme.py
 """
@@ -8,9 +8,9 @@ import re
 from itertools import chain
 from pathlib import Path
 
-from pcagpt.arms import BY_LETTER
+from pcagpt.arms import ARMS
 from pcagpt.report import equal_size_table, recovery_table
-from pcagpt.report.wording import (
+from pcagpt.report.text import (
     NOTHING,
     code,
     count,
@@ -27,12 +27,12 @@ PEERS = {"torch": "PyTorch", "transformers": "transformers"}  # of scripts/bench
 
 
 def results_table(folder: Path) -> str:
-    """The models of a results.json as a table over a line of its provenance."""
+    """The models of a results.json as a table, with a line of provenance."""
     results = json.loads((folder / "results.json").read_text("utf-8"))
     rows = [
         [
             f"**{row['letter']}**",
-            BY_LETTER[row["letter"]].title,
+            ARMS[row["arm"]].title,
             count(row["rank"]),
             fixed(row["val_loss"]),
             NOTHING if row["letter"] == "D" else signed(row["added_loss"]),
@@ -47,7 +47,7 @@ def results_table(folder: Path) -> str:
     seeds = len({row["seed"] for row in results["rows"]})
     says = (
         f"Validation loss in nats per token on {code(results['corpus']['name'])}, "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; × says how many times "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; × means how many times "
         f"smaller than D's. {results['device']}, commit "
         f"{code((results['git_commit'] or 'unknown')[:12])}, by"
     )
@@ -56,7 +56,7 @@ def results_table(folder: Path) -> str:
 
 
 def compression_tables(folder: Path) -> str:
-    """The tables of a sweep.json over a line of its provenance."""
+    """The tables of a sweep.json, with a line of provenance."""
     sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
     says = (
         "Added loss in nats per token on the validation split of "
@@ -68,7 +68,7 @@ def compression_tables(folder: Path) -> str:
 
 
 def speed_table(folder: Path) -> str:
-    """The systems of a bench.json as a table over a line of its provenance."""
+    """The systems of a bench.json as a table, with a line of provenance."""
     bench = json.loads((folder / "bench.json").read_text("utf-8"))
     rows = [
         [
@@ -83,27 +83,27 @@ def speed_table(folder: Path) -> str:
         ]
         for row in bench["rows"]
     ]
-    header = ["System", "Model", "GPUs", "Batch of each", "ms a step", "Tokens/s"]
-    text = table([*header, "Of peak", "GB of each"], rows, "llrrrrrr")
+    header = ["System", "Model", "GPUs", "Batch per GPU", "ms per step", "Tokens/s"]
+    text = table([*header, "Of peak", "GB per GPU"], rows, "llrrrrrr")
     held = [
         [name, *(fixed(ratio[part]) for part in ("ratio", "least", "most"))]
         for name, ratio in bench["ratios"].items()
     ]
-    header = ["Tokens/s of a GPU, one over the other", "Median", "Least", "Most"]
+    header = ["Ratio of tokens/s per GPU", "Median", "Least", "Most"]
     ratios = table(header, held, "lrrr")
     return "\n\n".join([text, ratios, measured([bench])])
 
 
 def scaling_table(folder: Path) -> str:
-    """The N_gpus.json of a folder side by side, over a line of their provenance."""
+    """The N_gpus.json of a folder side by side, with a line of provenance."""
     benches = {
         int(path.stem.removesuffix("_gpus")): json.loads(path.read_text("utf-8"))
         for path in folder.glob("*_gpus.json")
     }
     benches = dict(sorted(benches.items()))
-    header = ["System", "Model", "Batch of each"]
+    header = ["System", "Model", "Batch per GPU"]
     for gpus in benches:
-        header += [f"{gpus} GPUs: tokens/s", f"Of {gpus} alone", "GB of each"]
+        header += [f"{gpus} GPUs: tokens/s", "Efficiency", "GB per GPU"]
     known = [cells_by_system(bench, gpus) for gpus, bench in benches.items()]
     rows = []
     for system in dict.fromkeys(chain(*known)):
@@ -114,7 +114,10 @@ def scaling_table(folder: Path) -> str:
 
 
 def cells_by_system(bench: dict, gpus: int) -> dict[tuple, list[str]]:
-    """(system, model, batch) → tokens/s, share of what as many reach alone, GB."""
+    """(system, model, batch) → tokens/s, parallel efficiency, GB per GPU.
+
+    The efficiency is the speed relative to as many independent GPUs.
+    """
     cells = {}
     for row in bench["rows"]:
         system, model, batch = row["system"], row["model"], row["batch"]
@@ -130,12 +133,12 @@ def cells_by_system(bench: dict, gpus: int) -> dict[tuple, list[str]]:
 
 
 def gigabytes(row: dict) -> str:
-    """The most memory that a GPU held in a row's system."""
+    """Peak memory of one GPU."""
     return NOTHING if row["peak_bytes"] is None else fixed(row["peak_bytes"] / 1e9, 1)
 
 
 def measured(benches: list[dict]) -> str:
-    """How and on what some bench.json were measured; told once where it is the same."""
+    """How some bench.json were measured; what they share is written once."""
     rows = [row for bench in benches for row in bench["rows"]]
     steps = {row["system"]: row["steps"] for row in rows}
     decoded = steps.pop("decode", None)
@@ -160,7 +163,7 @@ def measured(benches: list[dict]) -> str:
 
 
 def joined(texts: list[str], between: str) -> str:
-    """All texts, each once."""
+    """The different texts."""
     return between.join(dict.fromkeys(texts))
 
 
@@ -173,7 +176,7 @@ TABLES = {
 
 
 def updated(readme: str) -> str:
-    """The text with every block of results written anew."""
+    """The text with every block of results rewritten."""
 
     def block(found: re.Match) -> str:
         folder = PUBLISHED / found[1]

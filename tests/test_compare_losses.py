@@ -1,4 +1,4 @@
-"""Losses before and after a change, of made-up run folders."""
+"""Losses before and after a change, from made-up run folders."""
 
 import json
 import runpy
@@ -19,7 +19,7 @@ def write_run(folder, losses):
         for split in ("train", "val")
     ]
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    # The last line was being written when the run was killed.
+    # A killed run leaves half a line.
     (folder / "metrics.jsonl").write_text(text + '{"step": 7')
     return str(folder)
 
@@ -29,7 +29,7 @@ def compare(monkeypatch, *arguments):
     MAIN()
 
 
-def test_each_pair_is_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
+def test_each_pair_gets_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
     before = write_run(tmp_path / "before", [5.0, 4.0, 3.0, 2.0])
     after = write_run(tmp_path / "after", [5.5, 4.0, 2.0, 2.25, 1.0])
     chart = tmp_path / "losses.svg"
@@ -46,14 +46,14 @@ def test_each_pair_is_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        (["a"], "1 run folders are no pairs"),
-        (["a", "b", "a"], "3 run folders are no pairs"),
-        (["a", "c"], "c is no run folder: it has no metrics.jsonl"),
-        (["a", "b", "--names", "D,k"], "--names gives 2 names to 1 pairs"),
-        (["a", "empty"], "empty: no step was logged by both runs"),
+        (["a"], "in pairs, BEFORE AFTER: not 1"),
+        (["a", "b", "a"], "in pairs, BEFORE AFTER: not 3"),
+        (["a", "c"], "c has no metrics.jsonl: give the folder of a run"),
+        (["a", "b", "--names", "D,k"], "--names must have one name for each pair (1)"),
+        (["a", "empty"], "empty: both runs logged no common step"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, runs, said):
+def test_a_mistake_is_refused(tmp_path, monkeypatch, capsys, runs, said):
     for name, losses in (("a", [1.0]), ("b", [1.0]), ("empty", [])):
         write_run(tmp_path / name, losses)
     monkeypatch.chdir(tmp_path)

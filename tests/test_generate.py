@@ -56,7 +56,7 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
 def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(
     table, prompt, monkeypatch
 ):
-    monkeypatch.setattr(generation, "LEAST_REACH", 2)  # It is widened twice.
+    monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)  # The cache is enlarged twice.
     model, variables = model_of(table)
     tokens = [5, 96, 3, 1, 50, 2, 90, 4, 8, 60, 7][:prompt]
     found = drawn(model, variables, tokens, 12, samples=2, temperature=0)
@@ -72,10 +72,10 @@ def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(
 
 
 def test_cached_keys_and_values_are_as_many_as_the_text_needs(monkeypatch):
-    monkeypatch.setattr(generation, "LEAST_REACH", 2)
-    widths, widen = [], generation._widened
+    monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)
+    widths, widen = [], generation._enlarge
     monkeypatch.setattr(
-        generation, "_widened", lambda c, reach: widths.append(reach) or widen(c, reach)
+        generation, "_enlarge", lambda c, reach: widths.append(reach) or widen(c, reach)
     )
     model, variables = model_of("full")
     drawn(model, variables, [1], 20)

@@ -1,6 +1,6 @@
-"""Pallas kernels for NVIDIA GPUs, each with a plain form where it is used.
+"""Pallas kernels for NVIDIA GPUs; the code that uses one also has a plain form of it.
 
-On a CPU they are interpreted: slow, and good for testing.
+A CPU interprets the kernels, which is slow and serves tests.
 """
 
 from pcagpt.kernels.launch import are_available

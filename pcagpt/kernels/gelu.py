@@ -1,9 +1,10 @@
-"""Bias and GELU in one visit to each element, and the bias's gradient on the way back.
+"""Bias and GELU in one visit to each element; backward also sums the bias's gradient.
 
 The tanh form (Hendrycks and Gimpel 2016) is x * sigmoid(2 * u(x)) with
 u(x) = sqrt(2 / pi) * (x + 0.044715 * x**3).
 
-Shape letters: N rows, F their width; n rows of a tile, f columns of a piece.
+Shape letters: N rows, F their width, P programs; n rows of a tile, f columns of a
+piece.
 """
 
 import math
@@ -16,7 +17,7 @@ from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
 ROWS = 4  # of a tile
-PIECE = 256  # columns worked on together
+PIECE = 256  # columns of a piece at the most, a power of 2
 LEAST_PIECE = 32
 WARPS = 4
 ROW_PROGRAMS = 128
@@ -32,7 +33,7 @@ def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def fits(width: int) -> bool:
-    """Whether rows of this width divide into pieces that keep a GPU busy."""
+    """Whether rows of this width divide into pieces large enough for a GPU."""
     return launch.power_of_2(width, PIECE) >= LEAST_PIECE
 
 
@@ -86,7 +87,8 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
 
         def visit_tile(tile, carry):
             (h_nf, of_gelu_nf), total_nf = carry
-            following = load(jnp.minimum(tile + 1, tiles - 1))  # On its way meanwhile.
+            # The next tile loads while this one is computed.
+            following = load(jnp.minimum(tile + 1, tiles - 1))
             x_nf = h_nf.astype(jnp.float32) + bias_1f
             sigmoid_nf = _sigmoid(x_nf)
             slope_nf = TWICE_SCALE * (1.0 + 3.0 * CUBIC * x_nf * x_nf)
@@ -115,6 +117,6 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
 
 
 def _sigmoid(x_nf):
-    """Of 2 * u(x)."""
+    """sigmoid(2 * u(x)), by exp2, which is the GPU's own instruction."""
     exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * LOG2_E)
     return 1.0 / (1.0 + jnp.exp2(exponent_nf))

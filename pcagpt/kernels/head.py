@@ -1,11 +1,11 @@
-"""The output head's softmax and gradients as attention: no [N, V] array is stored.
+"""The output head's softmax and gradients as attention, without an [N, V] array.
 
-Over the vocabulary, the softmax of z @ wte.T weighs rows of wte as attention weighs its
-values, with z for queries and wte for both keys and values. FlashAttention's running
-normaliser (Dao et al. 2022, section 3.1) so gives in one pass over the vocabulary the
-loss and, with p the softmax, its gradient in z: the mean row p @ wte less the target's
-row. One pass over the tokens then gives the gradient of the table, p.T @ z less what
-the targets take away.
+The softmax of z @ wte.T over the vocabulary weighs the rows of wte as attention weighs
+its values: z are the queries, wte is both keys and values. With FlashAttention's
+running normaliser (Dao et al. 2022, section 3.1), one pass over the vocabulary gives
+the loss and, with p the softmax, its gradient in z: the mean row p @ wte minus the
+target's row. One pass over the tokens then gives the gradient of the table: p.T @ z
+minus the z of each row's targets.
 
 Shape letters: N tokens, V rows of a table, K rank; n and v of a tile.
 """
@@ -21,12 +21,16 @@ from jax.experimental import pallas as pl
 from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
-LEAST_RANK = 16  # of the matrix units' operands
-LOG2_E = math.log2(math.e)  # exp2 is the GPU's own instruction
+LEAST_RANK = 16  # the smallest operand of the matrix units
+LOG2_E = math.log2(math.e)  # Kernels use exp2, which is the GPU's own instruction.
 
 
 class Tiles(NamedTuple):
-    """Rows that stay and rows that pass by at a time, and how they are worked on."""
+    """Tile sizes of a kernel: a program holds one tile and loops over the other's.
+
+    staying: rows that a program holds; passing: rows that it loads per iteration;
+    warps and stages: as for `launch.call`.
+    """
 
     staying: int
     passing: int
@@ -34,8 +38,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Of ten that were tried on an H100 at ranks 32, 64, 128 and 256, the fastest; 16 has
-# those of 32.
+# By padded rank. The fastest of ten that were tried on an H100 at ranks 32, 64, 128 and
+# 256; 16 has those of 32.
 TILES = {
     16: Tiles(64, 128, 4, 3),
     32: Tiles(64, 128, 4, 3),
@@ -43,8 +47,6 @@ TILES = {
     128: Tiles(64, 128, 4, 2),
     256: Tiles(64, 64, 4, 2),
 }
-
-
 MAX_RANK = max(TILES)
 
 
@@ -60,7 +62,7 @@ def summarize(
 
     Args:
       z_NK: in the compute dtype.
-      wte_VK: in the compute dtype; the rows from `size` on have no probability.
+      wte_VK: in the compute dtype; rows from `size` on get no probability.
       size: 1 .. V.
 
     Returns:
@@ -72,39 +74,29 @@ def summarize(
 
     def of_rows(z_NK, wte_VK):
         count = z_NK.shape[0]
-        normaliser_N, mean_NK = _summarize_tiles(
-            _pad(z_NK, tiles.staying), wte_VK, size, tiles
-        )
+        z_NK = _pad(z_NK, tiles.staying)
+        staying = pl.BlockSpec((tiles.staying, z_NK.shape[1]), lambda i: (i, 0))
+        normaliser_N, mean_NK = launch.call(
+            functools.partial(_summarize, size=size, passing=tiles.passing),
+            grid=(z_NK.shape[0] // tiles.staying,),
+            in_specs=[staying, pl.BlockSpec(wte_VK.shape, lambda i: (0, 0))],
+            out_specs=[pl.BlockSpec((tiles.staying,), lambda i: (i,)), staying],
+            out_shape=[
+                jax.ShapeDtypeStruct(z_NK.shape[:1], jnp.float32),
+                jax.ShapeDtypeStruct(z_NK.shape, jnp.float32),
+            ],
+            warps=tiles.warps,
+            stages=tiles.stages,
+            name="head_summarize",
+        )(z_NK, wte_VK)
         return normaliser_N[:count], mean_NK[:count, :rank]
 
     split = inside.by_device(of_rows, [True, False], [True, True])
     return split(z_NK, wte_VK)
 
 
-def _summarize_tiles(z_NK, wte_VK, size: int, tiles: Tiles):
-    count, rank = z_NK.shape
-    return launch.call(
-        functools.partial(_summarize, size=size, passing=tiles.passing),
-        grid=(count // tiles.staying,),
-        in_specs=[
-            pl.BlockSpec((tiles.staying, rank), lambda i: (i, 0)),
-            pl.BlockSpec(wte_VK.shape, lambda i: (0, 0)),
-        ],
-        out_specs=[
-            pl.BlockSpec((tiles.staying,), lambda i: (i,)),
-            pl.BlockSpec((tiles.staying, rank), lambda i: (i, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((count,), jnp.float32),
-            jax.ShapeDtypeStruct((count, rank), jnp.float32),
-        ],
-        warps=tiles.warps,
-        stages=tiles.stages,
-        name="head_summarize",
-    )(z_NK, wte_VK)
-
-
 def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: int):
+    """Kernel: a tile of tokens stays, the table passes by."""
     z_nK = z_ref[...]
 
     def pass_by(tile, carry, is_last=False):
@@ -117,6 +109,7 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: 
             exponent_nv = jnp.where(is_real_nv, exponent_nv, -jnp.inf)
         new_highest_n = jnp.maximum(highest_n, exponent_nv.max(axis=1))
         p_nv = jnp.exp2(exponent_nv - new_highest_n[:, None])
+        # The sums so far are relative to the old maximum.
         shrink_n = jnp.exp2(highest_n - new_highest_n)
         sum_n = sum_n * shrink_n + p_nv.sum(axis=1)
         mean_nK = mean_nK * shrink_n[:, None] + _weighted(p_nv, wte_vK)
@@ -129,7 +122,7 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: 
     )
     full_tiles = size // passing
     carry = jax.lax.fori_loop(0, full_tiles, pass_by, start)
-    if size % passing:
+    if size % passing:  # Only this tile pays for the mask.
         carry = pass_by(full_tiles, carry, is_last=True)
     mean_nK, sum_n, highest_n = carry
     normaliser_ref[...] = (highest_n + jnp.log2(sum_n)) / LOG2_E
@@ -141,55 +134,49 @@ def table_gradient(
 ) -> jax.Array:
     """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
-    Of a device's own tokens, for use within `inside.by_device`.
+    Sums over the tokens of one device; call it inside `inside.by_device`.
 
     Args:
       wte_VK: in the compute dtype.
       z_NK: in the compute dtype.
-      normaliser_N: float32; a token whose normaliser is infinite has probability 0.
-      targets_N: int32 rows; those outside of 0 .. V - 1 are of no row.
+      normaliser_N: float32; infinity gives the token probability 0 everywhere.
+      targets_N: int32 rows; targets outside of 0 .. V - 1 match no row.
     """
     size, rank = wte_VK.shape
     tiles = TILES[_padded_rank(rank)]
     wte_VK = _pad(wte_VK, tiles.staying)
-    # A short table alone would leave most of the GPU idle.
+    # A short table has few tiles; splitting the tokens, too, keeps the GPU busy.
     splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.staying))
     splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
     z_NK = _pad(z_NK, tiles.passing * splits)
     padding = z_NK.shape[0] - normaliser_N.shape[0]
     normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
     targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
-    parts = _table_gradient_tiles(
-        wte_VK, z_NK, normaliser_N * LOG2_E, targets_N, splits, tiles
-    )
-    return parts.sum(axis=0)[:size, :rank]
-
-
-def _table_gradient_tiles(
-    wte_VK, z_NK, normaliser_N, targets_N, splits: int, tiles: Tiles
-):
-    size, rank = wte_VK.shape
-    count = z_NK.shape[0] // splits
-    return launch.call(
+    count, padded_rank = z_NK.shape[0] // splits, z_NK.shape[1]
+    number = pl.BlockSpec((count,), lambda i, j: (j,))
+    staying = tiles.staying, padded_rank
+    parts = launch.call(
         functools.partial(_table_gradient, passing=tiles.passing),
-        grid=(size // tiles.staying, splits),
+        grid=(wte_VK.shape[0] // tiles.staying, splits),
         in_specs=[
-            pl.BlockSpec((tiles.staying, rank), lambda i, j: (i, 0)),
-            pl.BlockSpec((count, rank), lambda i, j: (j, 0)),
-            pl.BlockSpec((count,), lambda i, j: (j,)),
-            pl.BlockSpec((count,), lambda i, j: (j,)),
+            pl.BlockSpec(staying, lambda i, j: (i, 0)),
+            pl.BlockSpec((count, padded_rank), lambda i, j: (j, 0)),
+            number,
+            number,
         ],
-        out_specs=pl.BlockSpec((None, tiles.staying, rank), lambda i, j: (j, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((splits, size, rank), jnp.float32),
+        out_specs=pl.BlockSpec((None, *staying), lambda i, j: (j, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((splits, *wte_VK.shape), jnp.float32),
         warps=tiles.warps,
         stages=tiles.stages,
         name="head_table_gradient",
-    )(wte_VK, z_NK, normaliser_N, targets_N)
+    )(wte_VK, z_NK, normaliser_N * LOG2_E, targets_N)
+    return parts.sum(axis=0)[:size, :rank]
 
 
 def _table_gradient(
     wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, passing: int
 ):
+    """Kernel: a tile of the table stays, the tokens pass by."""
     wte_vK = wte_ref[...]
     first_row = pl.program_id(0) * wte_vK.shape[0]
 
@@ -209,14 +196,14 @@ def _table_gradient(
 
 
 def _products(a_aK, b_bK) -> jax.Array:
-    """Of every row of one with every row of the other: [a, b] float32."""
+    """a @ b.T, accumulated in float32: [a, b]."""
     return jax.lax.dot_general(
         a_aK, b_bK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
 def _weighted(p_ab, b_bK) -> jax.Array:
-    """Sums of rows: [a, K] float32."""
+    """p @ b with p in the dtype of b, accumulated in float32: [a, K]."""
     return jax.lax.dot_general(
         p_ab.astype(b_bK.dtype),
         b_bK,
@@ -230,6 +217,6 @@ def _padded_rank(rank: int) -> int:
 
 
 def _pad(rows_XK, multiple: int) -> jax.Array:
-    """With zeros, to a multiple of rows and a rank that the matrix units take."""
+    """Adds zeros up to a multiple of rows and to a rank that the matrix units take."""
     count, rank = rows_XK.shape
     return jnp.pad(rows_XK, ((0, -count % multiple), (0, _padded_rank(rank) - rank)))

@@ -1,7 +1,7 @@
-"""How kernels are started, and interpreted on CPUs.
+"""Starts kernels on GPUs and interprets them on CPUs.
 
 Pallas's Triton backend runs on every NVIDIA GPU since Ampere. JAX has announced its
-end: where it is missing, model.kernels=auto leaves everything in its plain form.
+end: without it, model.kernels=auto takes the plain forms.
 """
 
 import math
@@ -17,21 +17,21 @@ except ImportError:
     triton = None
 
 LEAST_COMPUTE_CAPABILITY = 8.0  # the first with bfloat16
-PROGRAMS = 264  # that keep a GPU busy: two for each multiprocessor of an H100
+PROGRAMS = 264  # enough to keep a GPU busy: two for each multiprocessor of an H100
 
 
 def are_available(device: jax.Device) -> bool:
-    """Whether this device runs the kernels, and not by interpreting them."""
+    """Whether this device can run the kernels compiled."""
     capability = getattr(device, "compute_capability", None)
     try:
         is_recent = float(capability) >= LEAST_COMPUTE_CAPABILITY
-    except (TypeError, ValueError):  # Not NVIDIA's.
+    except (TypeError, ValueError):  # Not an NVIDIA device.
         return False
     return triton is not None and is_recent
 
 
 def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
-    """`pl.pallas_call` with so many warps a program and stages a pipelined loop."""
+    """`pl.pallas_call` with `warps` per program and `stages` of loop pipelining."""
     if jax.default_backend() == "cpu":
         return pl.pallas_call(kernel, interpret=True, **specs)
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
@@ -39,13 +39,16 @@ def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
 
 
 def power_of_2(count: int, at_most: int) -> int:
-    """The largest that divides a count and is not above a bound of at least 1."""
+    """The largest power of 2 that divides `count` and is no more than `at_most` >= 1.
+
+    Triton's arrays have sizes that are powers of 2.
+    """
     return math.gcd(count, 1 << (at_most.bit_length() - 1))
 
 
 def store(reference, value: jax.Array, mask: jax.Array) -> None:
-    """Writes the elements of the mask alone."""
-    if jax.default_backend() == "cpu":  # Where Triton may be missing.
+    """Writes only the elements of `value` that the mask selects."""
+    if jax.default_backend() == "cpu":  # Triton may be missing there.
         reference[...] = jnp.where(mask, value, reference[...])
-    else:  # No thread writes what another may have written.
+    else:  # Reading back what is masked would race with another thread's write.
         triton.store(reference, value, mask=mask)

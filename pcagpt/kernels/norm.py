@@ -1,6 +1,10 @@
 """Residual addition and LayerNorm in one visit to each row, forward and backward.
 
-Shape letters: N rows, D their width; n rows of a tile, d columns of a piece.
+A row lies in registers as several pieces: Triton's arrays have sizes that are powers
+of 2, and 768 is none.
+
+Shape letters: N rows, D their width, P programs; n rows of a tile, d columns of a
+piece.
 """
 
 import functools
@@ -13,25 +17,30 @@ from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
 ROWS = 4  # of a tile
-PIECE = 256  # columns worked on together, a power of 2
+PIECE = 256  # columns of a piece at the most, a power of 2
 MOST_PIECES = 8
 WARPS = 4
 
 
+def fits(width: int) -> bool:
+    """Whether a row fits in registers."""
+    return len(_pieces(width)) <= MOST_PIECES
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
-    """x + update + bias, and its LayerNorm times scale plus offset; both [N, D].
+    """s = x + update + bias, and LayerNorm(s) * scale + offset.
 
     Args:
       x_ND: the residual stream, in the compute dtype.
-      update_ND: what is added to it, likewise.
-      bias_D: what is added to every row; this and the next two in float32.
-      scale_D: of the norm.
+      update_ND: added to it; in the compute dtype.
+      bias_D: added to every row; like the next two in float32.
+      scale_D: the norm's scale.
       offset_D: the norm's bias.
       epsilon: added to the variance.
 
     Returns:
-      Both in the compute dtype; statistics and sums are in float32.
+      Two [N, D] in the compute dtype; statistics and sums are in float32.
     """
     return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon)[0]
 
@@ -48,7 +57,7 @@ def _backward(epsilon, residuals, gradients):
     split = inside.by_device(
         _backward_rows, [True, True, True, False, True, True], [True, False]
     )
-    # Of the bias, the scale and the offset, which devices add up as one array.
+    # The gradients of bias, scale and offset are one array, so that devices add up one.
     gradient_ND, of_parameters_3D = split(*gradients, *residuals)
     return gradient_ND, gradient_ND, *of_parameters_3D
 
@@ -62,42 +71,30 @@ def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
     whole = pl.BlockSpec((width,), lambda i: (0,))
     number = pl.BlockSpec((rows,), lambda i: (i,))
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    statistic = jax.ShapeDtypeStruct((count,), jnp.float32)
     return launch.call(
         functools.partial(_visit_forward, epsilon=epsilon),
         grid=(count // rows,),
         in_specs=[tile, tile, whole, whole, whole],
         out_specs=[tile, tile, number, number],
-        out_shape=[
-            jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
-            jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
-            jax.ShapeDtypeStruct((count,), jnp.float32),
-            jax.ShapeDtypeStruct((count,), jnp.float32),
-        ],
+        out_shape=[like_x, like_x, statistic, statistic],
         warps=WARPS,
         name="add_and_norm",
     )(x_ND, update_ND, bias_D, scale_D, offset_D)
 
 
-def _visit_forward(
-    x_ref,
-    update_ref,
-    bias_ref,
-    scale_ref,
-    offset_ref,
-    sum_ref,
-    normed_ref,
-    mean_ref,
-    inverse_deviation_ref,
-    *,
-    epsilon: float,
-):
+def _visit_forward(*references, epsilon: float):
+    """Kernel: one tile of rows."""
+    x_ref, update_ref, bias_ref, scale_ref, offset_ref = references[:5]
+    sum_ref, normed_ref, mean_ref, inverse_deviation_ref = references[5:]
     width = x_ref.shape[1]
     sums = []
     for piece in _pieces(width):
         x_nd = x_ref[:, piece].astype(jnp.float32)
         x_nd += update_ref[:, piece].astype(jnp.float32) + bias_ref[piece][None, :]
         sum_ref[:, piece] = x_nd.astype(sum_ref.dtype)
-        # Of what is stored: the backward pass sees no more than that.
+        # Statistics are of the rounded sum, which is all that the backward pass sees.
         sums.append(x_nd.astype(sum_ref.dtype).astype(jnp.float32))
     mean_n1 = _row_sums(sums) / width
     centred = [x_nd - mean_n1 for x_nd in sums]
@@ -134,39 +131,25 @@ def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     return gradient_ND, parts_P3D.sum(axis=0)
 
 
-def _visit_backward(
-    of_sum_ref,
-    of_normed_ref,
-    sum_ref,
-    scale_ref,
-    mean_ref,
-    inverse_deviation_ref,
-    gradient_ref,
-    of_parameters_ref,
-    *,
-    rows: int,
-):
+def _visit_backward(*references, rows: int):
+    """Kernel: many tiles of rows, and their share of the parameters' gradients."""
+    of_sum_ref, of_normed_ref, sum_ref, scale_ref, mean_ref = references[:5]
+    inverse_deviation_ref, gradient_ref, of_parameters_ref = references[5:]
     count, width = sum_ref.shape
     pieces = _pieces(width)
     scales = [scale_ref[piece][None, :] for piece in pieces]
-
     tiles = count // rows
 
     def load(tile):
         place = pl.ds(tile * rows, rows)
-        arrays = [
-            (
-                sum_ref[place, piece],
-                of_normed_ref[place, piece],
-                of_sum_ref[place, piece],
-            )
-            for piece in pieces
-        ]
+        references = sum_ref, of_normed_ref, of_sum_ref
+        arrays = [tuple(ref[place, piece] for ref in references) for piece in pieces]
         return arrays, mean_ref[place], inverse_deviation_ref[place]
 
     def visit(tile, carry):
         (arrays, mean_n, inverse_n), totals = carry
-        following = load(jnp.minimum(tile + 1, tiles - 1))  # On its way meanwhile.
+        # The next tile loads while this one is computed.
+        following = load(jnp.minimum(tile + 1, tiles - 1))
         place = pl.ds(tile * rows, rows)
         mean_n1, inverse_n1 = mean_n[:, None], inverse_n[:, None]
         units, slopes, gradients = [], [], []
@@ -197,17 +180,12 @@ def _visit_backward(
             of_parameters_ref[number, piece] = terms_nd.sum(axis=0)
 
 
-def fits(width: int) -> bool:
-    """Whether rows of this width are few pieces, which all are in registers at once."""
-    return len(_pieces(width)) <= MOST_PIECES
-
-
 def _pieces(width: int) -> list:
-    """Slices of a power of 2 of columns, which Triton's arrays must have."""
+    """Column slices of a row."""
     size = launch.power_of_2(width, PIECE)
     return [pl.ds(start, size) for start in range(0, width, size)]
 
 
 def _row_sums(pieces) -> jax.Array:
-    """Of rows that lie in pieces: [n, 1]."""
+    """Sums of rows that lie in pieces: [n, 1]."""
     return sum(piece_nd.sum(axis=1) for piece_nd in pieces)[:, None]

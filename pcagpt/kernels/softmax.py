@@ -1,6 +1,6 @@
 """Cross entropy and its gradient in one visit to each row of stored logits.
 
-Shape letters: n tokens, V columns.
+Shape letters: n tokens, V columns, v columns of a tile.
 """
 
 import functools
@@ -12,19 +12,19 @@ from jax.experimental import pallas as pl
 from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
-COLUMNS = 8192
+COLUMNS = 8192  # of a tile at the most
 WARPS = 16
 
 
 def loss_and_gradient(
     logits_nV: jax.Array, size: int, targets_n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods and their gradients, which take the logits' place.
+    """Negative log-likelihoods, and their gradients in the memory of the logits.
 
     Args:
-      logits_nV: of any float dtype; columns from `size` on have no probability.
+      logits_nV: of any float dtype; columns from `size` on get no probability.
       size: 1 .. V.
-      targets_n: int32; negative: no target, a loss and a gradient of 0.
+      targets_n: int32; a negative target gives a loss and a gradient of 0.
 
     Returns:
       [n] float32 in nats, and [n, V] in the logits' dtype.
@@ -55,13 +55,15 @@ def _of_rows(logits_nV, targets_n, *, size: int):
 
 
 def _visit_row(logits_ref, target_ref, loss_ref, gradient_ref, *, size, columns):
-    del logits_ref  # The same memory as the reference that is written.
+    """Kernel: one row. Reads it once for the normaliser and once for the gradient."""
+    del logits_ref  # It is the same memory as gradient_ref.
     width = gradient_ref.shape[0]
     full_tiles = size // columns
-    # What is left is in tiles that end with the row at the latest, and so may overlap.
+    # The remaining tiles must not go past the end of the row. They start earlier if
+    # necessary, and then overlap the tile before.
     rest = range(full_tiles * columns, width, columns)
     target = target_ref[0]
-    # Read before any thread writes.
+    # This must be read before any thread writes.
     target_logit = gradient_ref[jnp.maximum(target, 0)].astype(jnp.float32)
 
     def tile_at(first):
@@ -89,7 +91,7 @@ def _visit_row(logits_ref, target_ref, loss_ref, gradient_ref, *, size, columns)
     sum_, highest = carry
     normaliser = highest + jnp.log(sum_)
     loss_ref[0] = jnp.where(target >= 0, normaliser - target_logit, 0.0)
-    # Where there is no target, all probabilities become 0.
+    # Without a target all probabilities, and so the gradient, become 0.
     normaliser = jnp.where(target >= 0, normaliser, jnp.inf)
 
     def gradient_of(logit_v, column_v):

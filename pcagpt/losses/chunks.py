@@ -1,4 +1,4 @@
-"""Sums over tokens taken a chunk at a time, so that only a chunk's logits exist.
+"""Sums over tokens taken a chunk at a time, so that only one chunk's logits exist.
 
 Shape letters: N tokens, n tokens of a chunk, D width.
 """
@@ -14,15 +14,15 @@ from pcagpt.sharding.inside import by_device, device_count
 def scan_chunks(function, carry, chunks: int, *arrays_N):
     """`jax.lax.scan` of `function` over equal chunks of the arrays' leading axis.
 
-    Each chunk takes every `chunks`-th row, so that a leading axis sharded over devices
-    stays where it is. `chunks` is lowered to the nearest divisor of the rows that each
-    device of the mesh in use has, or of N where N cannot be split over them.
+    Each chunk takes every `chunks`-th row, so that no row moves to another device if
+    the leading axis is split over devices. `chunks` is lowered to the nearest divisor
+    of the rows on each device, or of N if the devices cannot share N evenly.
 
     Args:
       function: (carry, arrays of one chunk) -> (carry, outputs with leading axis n).
-      carry: what is handed from chunk to chunk.
-      chunks: how many, at the most.
-      *arrays_N: arrays of leading axis N.
+      carry: the first carry.
+      chunks: the most chunks that the arrays are cut into.
+      *arrays_N: arrays with leading axis N.
 
     Returns:
       The last carry, and the outputs with leading axis N, in the order of the input.
@@ -45,86 +45,65 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def sum_of_chunks(function, chunks, h_ND, tables, constants, arrays_N):
-    """The chunks' values of `function`, summed; the first can be differentiated.
+def sum_of_chunks(function, chunks, h_ND, head, constants, arrays_N):
+    """Sums a loss and its gradients over chunks of the tokens.
 
-    Each device takes its own rows, and all sums are added up at the end.
+    Loss and gradients come from the same visit to a chunk, so that its logits are
+    computed once. Each device sums its own rows; the devices' sums are added up last.
 
     Args:
-      function: (h [n, D], tables, constants, *arrays of a chunk) -> ((a sum, a tree of
-        other sums), the first's gradients in h and the tables), as
-        `jax.value_and_grad` makes it with `argnums=(0, 1), has_aux=True`.
+      function: (h [n, D], head, constants, *arrays of a chunk) -> ((loss, a tree of
+        other sums), the loss's gradients in h and head), like
+        `jax.value_and_grad(..., argnums=(0, 1), has_aux=True)`.
       chunks: as for `scan_chunks`.
-      h_ND: what is cut into chunks and has a gradient.
-      tables: a tree of what has a gradient and is not cut; the function gets it in
-        the dtype of h, gradients are summed in its own.
-      constants: a tree of what is neither cut nor has a gradient; likewise in the
-        dtype of h.
-      arrays_N: what is cut and has no gradient.
+      h_ND: cut into chunks, with a gradient.
+      head: not cut, with a gradient. The function gets it in the dtype of h; gradients
+        are summed in the head's own dtype.
+      constants: a tree that is not cut and has no gradient, also cast to that of h.
+      arrays_N: cut into chunks, without gradients.
+
+    Returns:
+      (loss, tree of other sums); only the loss can be differentiated.
     """
+    return _forward(function, chunks, h_ND, head, constants, arrays_N)[0]
 
-    def of_rows(h_ND, tables, constants, arrays_N):
+
+def _forward(function, chunks, h_ND, head, constants, arrays_N):
+    def of_rows(h_ND, head, zeros, constants, arrays_N):
         def chunk(total, inputs):
             h_nD, *arrays_n = inputs
-            sums, _ = function(h_nD, tables, constants, *arrays_n)
-            return jax.tree.map(jnp.add, total, sums), None
-
-        zero = _zeros(function, h_ND, tables, constants, arrays_N)
-        return (scan_chunks(chunk, zero, chunks, h_ND, *arrays_N)[0],)
-
-    tables, constants = _cast((tables, constants), h_ND.dtype)
-    split = by_device(of_rows, [True, False, False, True], [False])
-    return split(h_ND, tables, constants, arrays_N)[0]
-
-
-def _cast(tree, dtype):
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def _zeros(function, h_ND, tables, constants, arrays_N):
-    sums, _ = jax.eval_shape(function, h_ND, tables, constants, *arrays_N)
-    return jax.tree.map(jnp.zeros_like, sums)
-
-
-def _sum_forward(function, chunks, h_ND, tables, constants, arrays_N):
-    def of_rows(h_ND, cast_tables, zeros, constants, arrays_N):
-        def chunk(total, inputs):
-            h_nD, *arrays_n = inputs
-            sums, (gradient_h_nD, gradient_tables) = function(
-                h_nD, cast_tables, constants, *arrays_n
-            )
-            found = sums, gradient_tables
+            sums, (of_h_nD, of_head) = function(h_nD, head, constants, *arrays_n)
+            found = sums, of_head
             total = jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found)
-            return total, gradient_h_nD
+            return total, of_h_nD
 
-        zero = _zeros(function, h_ND, cast_tables, constants, arrays_N), zeros
-        (sums, gradient_tables), gradient_h_ND = scan_chunks(
-            chunk, zero, chunks, h_ND, *arrays_N
-        )
-        return sums, gradient_h_ND, jax.tree.map(lambda g: g[None], gradient_tables)
+        sums, _ = jax.eval_shape(function, h_ND, head, constants, *arrays_N)
+        start = jax.tree.map(jnp.zeros_like, sums), zeros
+        (sums, of_head), of_h_ND = scan_chunks(chunk, start, chunks, h_ND, *arrays_N)
+        return sums, of_h_ND, jax.tree.map(lambda g: g[None], of_head)
 
-    # Cast once, not in every chunk.
-    cast_tables, constants = _cast((tables, constants), h_ND.dtype)
-    zeros = jax.tree.map(jnp.zeros_like, tables)
+    # Cast here, once, and not in every chunk.
+    cast_head, constants = jax.tree.map(
+        lambda leaf: leaf.astype(h_ND.dtype), (head, constants)
+    )
+    zeros = jax.tree.map(jnp.zeros_like, head)
     split = by_device(of_rows, [True, False, False, False, True], [False, True, True])
-    sums, *gradients = split(h_ND, cast_tables, zeros, constants, arrays_N)
+    sums, *gradients = split(h_ND, cast_head, zeros, constants, arrays_N)
     return sums, gradients
 
 
-def _sum_backward(function, chunks, gradients, cotangents):
-    def scaled(gradient_h_ND, own_gradient_tables, factor):
+def _backward(function, chunks, gradients, cotangents):
+    def scaled(of_h_ND, own_of_head, factor):
         def by_factor(gradient):
             return (gradient * factor).astype(gradient.dtype)
 
-        own_gradient_tables = jax.tree.map(
-            lambda g: by_factor(g[0]), own_gradient_tables
-        )
-        return by_factor(gradient_h_ND), own_gradient_tables
+        own_of_head = jax.tree.map(lambda g: by_factor(g[0]), own_of_head)
+        return by_factor(of_h_ND), own_of_head
 
-    # Added up over the devices only now: XLA can then do it together with what else the
-    # tables' gradients are made of.
+    # The devices' sums are only added up here: XLA can then add them together with the
+    # other gradients of the same tables.
     split = by_device(scaled, [True, True, False], [True, False])
     return *split(*gradients, cotangents[0]), None, None
 
 
-sum_of_chunks.defvjp(_sum_forward, _sum_backward)
+sum_of_chunks.defvjp(_forward, _backward)

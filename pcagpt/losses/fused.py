@@ -1,9 +1,10 @@
-"""Cross entropy of a low-rank head by kernels, which store no logits.
+"""Cross entropy of a low-rank head with kernels that store no logits.
 
-The loss of a token is its normaliser less its target's logit; the gradient in z is the
-mean row under the softmax less the target's row, the gradient of a row the mean of z
-over its predictions less that over its occurrences. Bands of a higher rank than the
-kernels take have their logits stored a chunk at a time.
+The loss of a token is its normaliser minus its target's logit. Its gradient in z is the
+mean row under the softmax minus the target's row. The gradient of a row sums z over all
+tokens, weighted by the row's probability, minus z over the tokens that have the row as
+target. Bands of a higher rank than the kernels take store one chunk of logits at a
+time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -21,7 +22,7 @@ from pcagpt.sharding.inside import by_device, gathered
 
 
 def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
-    """As `losses.cross_entropy`; `chunks` for bands of a high rank."""
+    """`losses.cross_entropy`; `chunks` is for bands that the kernels do not take."""
     z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, z_of_bands, tables, targets_N)
@@ -34,9 +35,9 @@ def _loss(chunks, z_of_bands, tables: Head, targets_N):
 
 def _forward(chunks, z_of_bands, tables, targets_N):
     is_counted_N = targets_N >= 0
-    summaries, rows, target_logit_N = [], [], 0.0
     dtype = z_of_bands[0].dtype
     cast_tables = jax.tree.map(lambda wte_VK: gathered(wte_VK.astype(dtype)), tables)
+    summaries, rows, target_logit_N = [], [], 0.0
     for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
         if kernels.fits(wte_VK.shape[1]):
             summaries.append(kernels.summarize(z_NK, wte_VK, size))
@@ -76,8 +77,8 @@ def _backward(chunks, residuals, cotangent):
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
         return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
 
-    # To the sums over devices nothing is done: XLA can so add the lookup's gradients
-    # before they are added up.
+    # The result of the sum over devices is used as it is: XLA can then add the lookup's
+    # gradient of the same table before that sum, and sum once.
     split = by_device(of_rows, [False, True, True, True, False], [False])
     [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
     of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
@@ -88,7 +89,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _bands(z_of_bands, tables: Head, targets_N):
-    """For each band z, its table, targets counted from its start, and real rows."""
+    """For each band: z, table, targets as rows of the table, number of real rows."""
     start = 0
     for z_NK, band in zip(z_of_bands, tables, strict=True):
         yield z_NK, band.wte, targets_N - start, band.size
@@ -96,7 +97,7 @@ def _bands(z_of_bands, tables: Head, targets_N):
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
-    """`kernels.summarize` in its plain form, a chunk of tokens at a time."""
+    """The plain form of `kernels.summarize`, one chunk of tokens at a time."""
 
     def of_rows(z_NK, wte_VK):
         def summarize(_, arrays):
@@ -112,7 +113,7 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
-    """`kernels.table_gradient` in its plain form, a chunk of tokens at a time."""
+    """The plain form of `kernels.table_gradient`, one chunk of tokens at a time."""
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays

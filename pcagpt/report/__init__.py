@@ -1,9 +1,12 @@
-"""From finished run folders to results.json, report.md, report.html and plots."""
+"""Finished runs and sweeps to results.json, report.md, report.html and figures.
 
+Data and view are apart: `collect` makes the dictionary of results.json, `experiment`
+and `sweep` turn results.json and sweep.json into sections, `page` renders sections.
+"""
+
+from pcagpt.report.collect import collect_results, recovered_rows
+from pcagpt.report.figures import pareto_figure, spectrum_figure
 from pcagpt.report.page import write_report, write_sweep_report
-from pcagpt.report.pareto import pareto_figure
-from pcagpt.report.plots import spectrum_figure
-from pcagpt.report.results import collect_results, recovered_rows
 from pcagpt.report.sweep import (
     SMALLEST_ADDED,
     advice_text,

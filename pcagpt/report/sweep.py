@@ -1,78 +1,52 @@
-"""compressed/sweep.json → its report: what each way to compress a table costs."""
+"""Tables and texts of a compression sweep, from the content of sweep.json."""
 
 from typing import Any
 
 import numpy as np
 
-from pcagpt.report.wording import (
-    NOTHING,
-    code,
+from pcagpt.report.compare import INTERVAL
+from pcagpt.report.text import (
+    Markdown,
     count,
     fixed,
-    interval,
-    percent,
+    render,
     signed,
     table,
-    times,
 )
 
-SMALLEST_ADDED = 1e-3  # nats: below, what is measured is mostly rounding
-SMALL_LOSS = 0.3  # nats: up to here predictions are meant to hold
-SWEEP_TITLE = "What compressing a token table costs, without training"
+SMALLEST_ADDED = 1e-3  # nats: measured values below are mostly rounding
+SMALL_LOSS = 0.3  # nats: predictions are meant to be accurate up to here
 
 
-def sweep_markdown(sweep: dict[str, Any]) -> str:
-    """The report as markdown."""
-    baseline, rows = baseline_of(sweep), sweep["rows"]
-    parts = [
-        f"# {SWEEP_TITLE}",
-        f"The token table of {code(sweep['run'])} ({count(baseline['params'])} "
-        f"numbers, validation loss {fixed(baseline['loss'], 4)} nats per token) "
-        "replaced by smaller ones, without training. Added loss is in nats per "
-        f"token over {_evaluated(sweep)}.",
-        _rows_left(sweep),
-        "![Added loss against parameters and bytes](plots/pareto.png)",
-        "*Lower left is better. Each mark is a table; lines join the best of each "
-        "kind. What adds 0.001 or less, or takes loss away, is drawn at 0.001.*",
-        "## Tables at equal size",
-        equal_size_table(sweep),
-        *_recovered(sweep),
-        "## All that was tried",
-        _all(rows, baseline),
-        "## How it was measured",
-        f"Command: {code(sweep['command'])}. Device: {sweep['device']}, commit "
-        f"{code(sweep['git_commit'])}. Split {code(sweep['protocol']['split'])} of "
-        f"{code(sweep['protocol']['corpus'])}, windows of "
-        f"{sweep['protocol']['window']} tokens that do not overlap; calibration on "
-        f"{count(sweep['protocol']['calibration_tokens'])} tokens of the training "
-        "split. The best of each size is chosen on the split that is reported. "
-        "Predicted: from second order in the table's error, calibrated for each method "
-        "on what the tables marked ° add.",
-        _accuracy(rows),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _evaluated(sweep: dict[str, Any]) -> str:
-    tokens = sweep["protocol"].get("evaluated_tokens")
-    if tokens is None:
-        return "the full validation split"
-    return f"the first {count(tokens)} tokens of the validation split"
-
-
-def _rows_left(sweep: dict[str, Any]) -> str:
-    left = sweep.get("rows_left")
-    return f"The sweep is not finished: {left} tables are left." if left else ""
+def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
+    """What the template of the report shows of a sweep."""
+    rows = sweep["rows"]
+    return {
+        "sweep": sweep,
+        "baseline": baseline_of(sweep),
+        "equal_size": equal_size_table(sweep),
+        "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
+        "rows": [
+            {"name": row_name(row)} | row
+            for row in sorted(
+                sweep["rows"], key=lambda r: (r["bytes"], r["added_loss"])
+            )
+        ],
+        "accuracy": _accuracy(rows),
+        "smallest_added": SMALLEST_ADDED,
+        "small_loss": SMALL_LOSS,
+    }
 
 
 def advice_text(row: dict[str, Any], folder: str) -> str:
-    """What was chosen, in a few lines for the terminal."""
+    """The chosen table in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
         for size, rank in zip(row["band_sizes"], row["band_ranks"], strict=True)
     )
     return (
-        f"{_name(row)}: {count(row['params'])} numbers, {count(row['bytes'])} bytes\n"
+        f"{row_name(row)}: {count(row['params'])} numbers, "
+        f"{count(row['bytes'])} bytes\n"
         f"bands: {bands}\n"
         f"added loss: {fixed(row['predicted_loss'], 4)} predicted, "
         f"{fixed(row['added_loss'], 4)} measured, in nats per token\n"
@@ -83,135 +57,77 @@ def advice_text(row: dict[str, Any], folder: str) -> str:
 def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
     """params, bytes (as float32) and loss of the model with its own table."""
     vocab_size, width = sweep["protocol"]["table"]
-    parameters = vocab_size * width
-    loss = sweep["rows"][0]["loss"]
-    return {"params": parameters, "bytes": 4 * parameters, "loss": loss}
+    numbers = vocab_size * width
+    return {"params": numbers, "bytes": 4 * numbers, "loss": sweep["rows"][0]["loss"]}
 
 
-def _name(row: dict[str, Any]) -> str:
-    bands = f", {row['bands']} bands" if row["bands"] > 1 else ""
-    bits = f", int{row['bits']}" if row["bits"] < 32 else ""
-    return f"{row['method']}{bands}{bits}"
+def table_name(method: str, bands: str, bits: int = 32) -> str:
+    """'context, 12 bands, int8', without the parts that do not apply."""
+    method = "D's table" if method == "baseline" else method
+    return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 
 
-def _accuracy(rows: list[dict[str, Any]]) -> str:
-    """How well the tables were predicted that were not calibrated on."""
+def row_name(row: dict[str, Any]) -> str:
+    """The name of a row's table."""
+    bands = f"{row['bands']} bands" if row["bands"] > 1 else ""
+    return table_name(row["method"], bands, row.get("bits", 32))
+
+
+def equal_size_table(sweep: dict[str, Any]) -> Markdown:
+    """Added loss of each method and number of bands, a column for each rank."""
+    rows = [row for row in sweep["rows"] if row["bits"] == 32]
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(row_name(row), {})[row["rank"]] = row["added_loss"]
+    ranks = sorted({row["rank"] for row in rows})
+    best = {k: min(added[k] for added in found.values() if k in added) for k in ranks}
+    lines = []
+    for name, added in found.items():
+        cells = [(signed(added.get(k), 4), added.get(k) == best[k]) for k in ranks]
+        lines.append([name, *(f"**{text}**" if bold else text for text, bold in cells)])
+    header = ["Method", *(f"size of k={rank}" for rank in ranks)]
+    return table(header, lines, "l" + "r" * len(ranks))
+
+
+def recovery_table(sweep: dict[str, Any]) -> Markdown:
+    """Models that were trained further, the same without, and D trained further."""
+    recovered, rows = sweep["recovered"], []
+    for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
+        runs = [row for row in recovered if row["rank"] == rank]
+        untrained = [
+            ("svd", row["added_loss"])
+            for row in sweep["rows"]
+            if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
+        ]
+        for name, added in [*untrained, (row_name(runs[0]), runs[0]["added_at_start"])]:
+            rows.append({"name": name, "rank": rank, "added_loss": added})
+        for row in runs:
+            on = " on D's predictions" if row["letter"] == "Bd" else ""
+            rows.append(row | {"name": f"{row_name(row)}, trained further{on}"})
+    for row in recovered:
+        if row["rank"] is None:
+            none = {"less_continued": None, "less_continued_interval": None}
+            rows.append(row | none | {"name": "D, trained further"})
+    loss = baseline_of(sweep)["loss"]
+    return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How well tables are predicted that the prediction was not fitted to."""
     pairs = [
         (row["predicted_loss"], row["added_loss"])
         for row in rows
         if not row["is_anchor"]
         and row["bits"] == 32
+        and row["predicted_loss"] is not None
         and row["added_loss"] >= SMALLEST_ADDED
     ]
     if len(pairs) < 3:
-        return ""
-    small = [abs(p / a - 1) for p, a in pairs if a <= SMALL_LOSS]
+        return None
     ranks = [np.argsort(np.argsort(values)) for values in zip(*pairs, strict=True)]
-    correlation = np.corrcoef(*ranks)[0, 1]
-    worst = f"; off by {percent(max(small))} at most" if small else ""
-    return (
-        f"Over the {len(pairs)} others of full precision (none in 8 or 4 bits) that "
-        f"add {SMALLEST_ADDED} or more, the rank correlation of predicted and measured "
-        f"is {fixed(correlation)}{worst} where the added loss is up to {SMALL_LOSS}."
-    )
-
-
-def equal_size_table(sweep: dict[str, Any]) -> str:
-    """Added loss of each method and number of bands, a column for each rank."""
-    rows = [row for row in sweep["rows"] if row["bits"] == 32]
-    ranks = sorted({row["rank"] for row in rows})
-    names = list(dict.fromkeys(_name(row) for row in rows))
-    found = {(_name(row), row["rank"]): row["added_loss"] for row in rows}
-    lowest = {
-        rank: min(v for (_, r), v in found.items() if r == rank) for rank in ranks
+    errors = [abs(p / a - 1) for p, a in pairs if a <= SMALL_LOSS]
+    return {
+        "tables": len(pairs),
+        "rank_correlation": float(np.corrcoef(*ranks)[0, 1]),
+        "largest_error": max(errors, default=None),
     }
-    lines = []
-    for name in names:
-        cells = []
-        for rank in ranks:
-            value = found.get((name, rank))
-            text = signed(value, 4)
-            cells.append(f"**{text}**" if value == lowest[rank] else text)
-        lines.append([name, *cells])
-    return table(
-        ["Method", *(f"size of k={rank}" for rank in ranks)],
-        lines,
-        "l" + "r" * len(ranks),
-    )
-
-
-def _recovered(sweep: dict[str, Any]) -> list[str]:
-    """What training on wins back, if anything was trained on."""
-    if not sweep.get("recovered"):
-        return []
-    rate = sweep["recovered"][0]["learning_rate"]
-    return [
-        "## What training on wins back",
-        recovery_table(sweep),
-        "Added loss is the loss less D's. What was trained had a peak learning rate of "
-        f"{rate:g}, and so had D+, which is D itself trained on for as long. Intervals "
-        "are over evaluation windows, of one seed.",
-    ]
-
-
-def recovery_table(sweep: dict[str, Any]) -> str:
-    """What was trained on, beside what there is without training and D trained on."""
-    recovered, loss = sweep["recovered"], baseline_of(sweep)["loss"]
-    continued = next(row for row in recovered if row["rank"] is None)
-    lines = []
-    for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
-        size = f"k={rank}"
-        plain = [
-            row
-            for row in sweep["rows"]
-            if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
-        ]
-        runs = [row for row in recovered if row["rank"] == rank]
-        best = f"{runs[0]['method']}, {runs[0]['bands']} bands"
-        untrained = [("svd", row["added_loss"]) for row in plain]
-        for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
-            lines.append([name, size, fixed(loss + added, 4), signed(added, 4)])
-        for row in runs:
-            towards = " towards D's predictions" if row["letter"] == "Bd" else ""
-            name = f"**{row['letter']}** {best}, trained on{towards}"
-            lines.append([name, size, *_numbers(row)])
-    lines.append(["**D+** D, trained on", NOTHING, *_numbers(continued)])
-    header = ["Model", "Size of", "Loss", "Added", "95% interval", "Less D+"]
-    header += ["95% interval", "Tokens", "of D's"]
-    lines = [line + [NOTHING] * (len(header) - len(line)) for line in lines]
-    return table(header, lines, "ll" + "r" * (len(header) - 2))
-
-
-def _numbers(row: dict[str, Any]) -> list[str]:
-    return [
-        fixed(row["val_loss"], 4),
-        signed(row["added_loss"], 4),
-        interval(row["interval"]),
-        NOTHING if row["rank"] is None else signed(row["less_continued"], 4),
-        NOTHING if row["rank"] is None else interval(row["less_continued_interval"]),
-        count(row["tokens_seen"]),
-        percent(row["share_of_tokens"]),
-    ]
-
-
-def _all(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
-    header = ["Method", "k", "Parameters", "Bytes", "Smaller", "Added", "Predicted"]
-    header += ["Input", "Head", "KL", "Top-1", "s"]
-    lines = [
-        [
-            _name(row),
-            str(row["rank"] or "–"),
-            count(row["params"]),
-            count(row["bytes"]),
-            times(baseline["bytes"] / row["bytes"]),
-            signed(row["added_loss"], 4),
-            signed(row["predicted_loss"], 4) + ("°" if row["is_anchor"] else ""),
-            signed(row["added_loss_input"], 4),
-            signed(row["added_loss_head"], 4),
-            fixed(row["kl"], 4),
-            percent(row["top1_agreement"]),
-            fixed(row["seconds"], 1),
-        ]
-        for row in sorted(rows, key=lambda row: (row["bytes"], row["added_loss"]))
-    ]
-    return table(header, lines, "l" + "r" * (len(header) - 1))

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Devices: `placement` puts arrays on a mesh, `inside` serves computations on it."""

@@ -1,6 +1,7 @@
-"""Which device of a mesh has what while it computes, and works on rows of its own.
+"""Sharding helpers used inside computations.
 
-The mesh is the one in use (`jax.set_mesh`); a batch lies over all of its axes.
+They read the mesh in use (`jax.set_mesh`), and do nothing without one. A batch is split
+over all axes of the mesh.
 """
 
 import functools
@@ -11,16 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def device_count() -> int:
-    """Of the mesh in use; 1 where there is none, and within `by_device`."""
+    """Number of devices that an array may be split over: 1 inside `by_device`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """The array, of which each device of the mesh in use has all, as of its gradient.
-
-    Without a mesh, and within `by_device`, each has it anyway.
-    """
+    """The array, replicated on every device; its gradient is replicated, too."""
     if device_count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec())
@@ -28,13 +26,13 @@ def whole(array: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gathered(array: jax.Array) -> jax.Array:
-    """`whole`, of an array that is split; XLA may split its gradient, too.
+    """The array, replicated on every device; its gradient may stay split.
 
-    It travels once, however often the result is used, and in the dtype that it has.
+    The devices exchange the array once, in its own dtype, however often it is used.
     """
     if device_count() == 1:
         return array
-    # The barrier keeps XLA from gathering what the array was cast from instead.
+    # If the array was cast, XLA would gather it before the cast, in the larger dtype.
     return whole(jax.lax.optimization_barrier(array))
 
 
@@ -44,13 +42,13 @@ gathered.defvjp(lambda array: (gathered(array), None), lambda _, gradient: (grad
 def by_device(
     function: Callable, split: Sequence[bool], split_results: Sequence[bool]
 ) -> Callable:
-    """The function, run on each device with its own rows of arrays.
+    """The function, run on each device with that device's rows of the arrays.
 
     Args:
-      function: of arrays or trees of them, to a tuple of such.
-      split: for each argument whether its leading axis lies over the devices.
-      split_results: for each result whether it does, or is a sum over rows, which is
-        then added up over the devices.
+      function: takes arrays or trees of arrays, returns a tuple of the same.
+      split: for each argument, whether its leading axis is split over the devices.
+      split_results: for each result, whether its leading axis is split; otherwise the
+        result is a sum over rows, and the devices' sums are added up.
     """
     if device_count() == 1:
         return function

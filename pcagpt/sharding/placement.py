@@ -1,7 +1,7 @@
-"""Devices: several processes, the mesh, and which axis of what lies where.
+"""Processes, the mesh of devices, and which axis of which array is split over it.
 
-The mesh has two axes. 'data' splits the batch. 'fsdp' splits the batch, too, and every
-parameter matrix whose rows it divides, with its optimizer moments, by rows.
+The mesh has two axes. 'data' splits the batch. 'fsdp' also splits the batch, and it
+splits the rows of every parameter matrix together with the matrix's optimizer moments.
 """
 
 import functools
@@ -18,12 +18,12 @@ from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# Sums over devices are made where gradients lie. XLA would copy all of them into one
-# array, sum that and copy them out of it again.
+# XLA adds up each gradient where it lies. With this pass it would first copy all of
+# them into one array, and out of it again after the sum.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 
-# First full match wins; paths of optimizer states end in the parameter's own path.
-# Rows of the devices lie one behind the other: to gather them nothing is transposed.
+# The first full match wins. Paths of optimizer states end in the parameter's own path.
+# Rows are split, not columns: gathering rows needs no transpose.
 PARTITION_RULES = (
     (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
     (r".*", PartitionSpec()),
@@ -44,11 +44,10 @@ def start_processes(
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh of data * fsdp devices; data = -1 takes all that fsdp leaves.
+    """A mesh of data * fsdp devices; data = -1 uses all devices.
 
     Raises:
-      UserError: there are not that many devices, or several processes would not use
-        all of theirs.
+      UserError: there are too few devices, or devices of another process are left out.
     """
     devices = jax.devices()
     data_is_open = data == -1
@@ -62,6 +61,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"{len(devices)} devices: leave mesh.data at -1 and let mesh.fsdp divide "
             f"{len(devices)}"
         )
+    # Auto axes: with Explicit ones, looking up rows by sharded token ids is an error.
     return jax.make_mesh(
         (data, fsdp),
         BATCH_AXES,
@@ -80,7 +80,7 @@ def check_divisible(name: str, size: int, mesh: Mesh) -> None:
 
 
 def check_splits(n_embd: int, mesh: Mesh) -> None:
-    """Raises UserError if 'fsdp' would leave a model of that width whole."""
+    """Raises UserError if 'fsdp' cannot split the matrices of a model that wide."""
     if n_embd % mesh.shape["fsdp"]:
         raise UserError(
             f"mesh.fsdp = {mesh.shape['fsdp']} does not divide model.n_embd = "
@@ -91,14 +91,11 @@ def check_splits(n_embd: int, mesh: Mesh) -> None:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
 
-    A matrix whose rows the mesh does not divide evenly stays whole: a table may.
+    A matrix stays whole if the mesh does not divide its rows, as some tables do.
     """
 
     def place(leaf, spec):
-        sizes = [mesh.shape[name] if name else 1 for name in spec]
-        fits = len(spec) <= leaf.ndim and all(
-            length % size == 0 for length, size in zip(leaf.shape, sizes, strict=False)
-        )
+        fits = leaf.ndim == 2 and leaf.shape[0] % mesh.shape["fsdp"] == 0
         return NamedSharding(mesh, spec if fits else PartitionSpec())
 
     return jax.tree.map(place, tree, trees.label(tree, PARTITION_RULES))
@@ -110,12 +107,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over all devices."""
+    """Splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def part_sharding(mesh: Mesh) -> NamedSharding:
-    """For [parts, batch, ...]: every part is split over all devices."""
+    """Splits the second axis of [parts, batch, ...] over all devices."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
@@ -127,7 +124,7 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
-    """`jax.jit` on a mesh, which `layout` then knows, with whole results."""
+    """`jax.jit` on a mesh that `inside` can see, with replicated results."""
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     @functools.wraps(function)
@@ -139,6 +136,6 @@ def jit(function: Callable, mesh: Mesh) -> Callable:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here; `name` is the same on all."""
+    """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

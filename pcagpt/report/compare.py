@@ -1,0 +1,215 @@
+"""The questions of an experiment, their intervals and verdicts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from pcagpt.report.read import read_curve, read_window_losses
+
+CONFIDENCE = 0.95
+INTERVAL = f"{CONFIDENCE:.0%} interval"
+MARGIN = 0.05  # nats per token: losses closer than this count as equal
+LOSS_AGREEMENT = 1e-3  # nats: largest rounding between result.json and the windows
+ONE_SEED = (
+    "One seed: the interval covers the evaluation text, not the luck of training."
+)
+HELD, FAILED, UNRESOLVED = "held", "did not hold", "not resolved"
+
+
+class Question(NamedTuple):
+    """What a comparison of two arms asks.
+
+    claim: what the original system expected, if anything; kind: 'less' (in loss),
+    'equal' or 'less at fewer tokens', of the first arm against the second.
+    """
+
+    asks: str
+    claim: str = ""
+    kind: str = ""
+
+
+QUESTIONS = {  # by the letters of both arms
+    "A vs C": Question(
+        "Does PCA initialisation help, at the same rank?",
+        "A < C in loss: PCA initialisation is the better start",
+        "less",
+    ),
+    "A vs D": Question(
+        "What does the low rank cost after training from scratch?",
+        "A ≈ D in loss",
+        "equal",
+    ),
+    "B vs A": Question(
+        "Is fine-tuning D's weights better than training from scratch?",
+        "B < A in loss at fewer tokens: fine-tuning is more efficient",
+        "less at fewer tokens",
+    ),
+    "B vs D": Question("Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
+    "B vs D+": Question("And the loss of D after the same further training?"),
+    "Bd vs B": Question("Do D's predictions teach more than the text?"),
+    "A vs E": Question("Does more than the scale of A's factors help?"),
+    "A vs F": Question("Does more than the spectrum of A's table help?"),
+    "A vs G": Question("Does it matter which token has which row?"),
+}
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, list[float] | None]:
+    """Weighted mean and its Student-t interval at CONFIDENCE; None below two values.
+
+    The standard error is that of a weighted mean of independent values,
+    sqrt(Σ w² (x − m)² / (1 − Σ w²)) with Σ w = 1; s/√n when the weights are equal.
+    """
+    values = np.asarray(values, np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights)
+    weights = weights / weights.sum()
+    mean = float(weights @ values)
+    if len(values) < 2:
+        return mean, None
+    spread = weights**2 @ (values - mean) ** 2 / (1 - weights @ weights)
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * np.sqrt(spread))
+    return mean, [mean - half, mean + half]
+
+
+def window_interval(
+    first: Path, second: Path, effect: float
+) -> tuple[list[float] | None, int | None, str | None]:
+    """Interval of a loss difference over the windows that two runs were evaluated on.
+
+    Args:
+      first: a run folder.
+      second: the run folder that it is compared with.
+      effect: the difference according to their results, in nats per token.
+
+    Returns:
+      (interval, number of windows, None), or (None, None, why there is no interval).
+    """
+    one, other = read_window_losses(first), read_window_losses(second)
+    if one is None or other is None:
+        return None, None, "one of the runs has no losses by window"
+    if one.shape != other.shape or (one[:, 1] != other[:, 1]).any():
+        return None, None, "the runs were evaluated on different windows"
+    used = one[:, 1] > 0
+    targets = one[used, 1]
+    if len(targets) < 2:
+        return None, None, "one evaluation window has no interval"
+    mean, bounds = mean_interval((one - other)[used, 0] / targets, targets)
+    if abs(mean - effect) > LOSS_AGREEMENT:
+        return None, None, "the losses by window disagree with result.json"
+    return bounds, len(targets), None
+
+
+def verdict(
+    kind: str, bounds: Sequence[float] | None, tokens: Sequence[float] = (0, 1)
+) -> str:
+    """Whether a claim holds, by the interval of first − second.
+
+    Args:
+      kind: as in `Question`.
+      bounds: the interval, in nats per token.
+      tokens: own training tokens of both, for the claim 'less at fewer tokens'.
+    """
+    if bounds is None:
+        return UNRESOLVED
+    low, high = bounds
+    if kind == "equal":
+        if low >= -MARGIN and high <= MARGIN:
+            return HELD
+        return FAILED if low > MARGIN or high < -MARGIN else UNRESOLVED
+    if low <= 0 <= high:
+        return UNRESOLVED
+    if low > 0:
+        return FAILED
+    # A run that is better with as many tokens says nothing about fewer.
+    is_tested = kind == "less" or tokens[0] < tokens[1]
+    return HELD if is_tested else UNRESOLVED
+
+
+def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every question, at every rank at which both arms have a run of the same seed.
+
+    Args:
+      workdir: folder of the run folders.
+      rows: finished runs with letter, folder, rank, seed, val_loss, tokens_seen and
+        tokens_with_baseline.
+    """
+    comparisons = []
+    for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
+        for name, question in QUESTIONS.items():
+            # Rank None is the full table, of D: every rank is compared with it.
+            first, second = (
+                {
+                    row["seed"]: row
+                    for row in rows
+                    if row["letter"] == letter
+                    and row["rank"] in (None, rank)
+                    and row["val_loss"] is not None
+                }
+                for letter in name.split(" vs ")
+            )
+            pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+            if pairs:
+                heading = {"question": name, "asks": question.asks, "rank": rank}
+                comparisons.append(heading | _measure(workdir, pairs))
+    return comparisons
+
+
+def judge_claims(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdict of each comparison on what the original system expected."""
+    judged = []
+    for found in comparisons:
+        question = QUESTIONS[found["question"]]
+        if question.claim:
+            verdict_on_it = verdict(question.kind, found["interval"], found["tokens"])
+            copied = {name: found[name] for name in ("question", "rank", "caveat")}
+            judged.append({"claim": question.claim, "verdict": verdict_on_it} | copied)
+    return judged
+
+
+def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+    """Effect and interval of (first, second) runs that are paired by seed."""
+    differences = [first["val_loss"] - second["val_loss"] for first, second in pairs]
+    effect, bounds = mean_interval(differences)
+    over, units, reason = "seeds", len(pairs), None
+    if len(pairs) == 1:
+        folders = [workdir / run["folder"] for run in pairs[0]]
+        bounds, units, reason = window_interval(*folders, effect)
+        over = "evaluation windows" if bounds else None
+
+    def means(field: str) -> list[float | None]:
+        columns = [[run[field] for run in runs] for runs in zip(*pairs, strict=True)]
+        return [None if None in column else np.mean(column) for column in columns]
+
+    return {
+        "losses": means("val_loss"),
+        "effect": effect,
+        "interval": bounds,
+        "interval_over": over,
+        "interval_units": units,
+        "no_interval_because": reason,
+        "seeds": len(pairs),
+        "caveat": ONE_SEED if len(pairs) == 1 else None,
+        "tokens": means("tokens_seen"),
+        "tokens_with_baseline": means("tokens_with_baseline"),
+        "tokens_to_match": _tokens_to_match(workdir, pairs),
+    }
+
+
+def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | None:
+    """Own tokens at which the first run reaches the second's last loss.
+
+    From the evaluations during training, mean over seeds; None if one never does.
+    """
+    reached = []
+    for first, second in pairs:
+        curve = read_curve(workdir / first["folder"])
+        goal = read_curve(workdir / second["folder"])
+        met = curve[curve[:, 1] <= goal[-1, 1]] if len(goal) else goal
+        if not len(met):
+            return None
+        reached.append(met[0, 0])
+    return float(np.mean(reached))

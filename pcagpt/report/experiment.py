@@ -1,0 +1,57 @@
+"""What the report on an experiment shows, from the content of results.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pcagpt.arms import ARMS
+from pcagpt.report.compare import CONFIDENCE, mean_interval, verdict
+
+
+def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
+    """The data of the report's template."""
+    models = models_of(results["rows"])
+    comparisons = results["comparisons"]
+    questions = list(dict.fromkeys(found["question"] for found in comparisons))
+    comparisons = sorted(comparisons, key=lambda c: questions.index(c["question"]))
+    return {
+        "results": results,
+        "models": models,
+        "meanings": {ARMS[m["arm"]].letter: ARMS[m["arm"]].meaning for m in models},
+        "comparisons": [found | {"answer": _answer(found)} for found in comparisons],
+        "caveats": " ".join({c["caveat"]: 0 for c in comparisons if c["caveat"]}),
+        "seeds": sorted({row["seed"] for row in results["rows"]}),
+        "interval_name": f"{results.get('confidence', CONFIDENCE):.0%} interval",
+    }
+
+
+def models_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each arm and rank, in the order of the rows.
+
+    Numbers are means over seeds; `half` is half the interval of the loss over seeds.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["rank"]), []).append(row)
+    models = []
+    for (arm, rank), seeds in groups.items():
+        columns = {name: [row.get(name) for row in seeds] for name in seeds[0]}
+        model = {
+            name: float(np.mean(values))
+            for name, values in columns.items()
+            if all(type(value) in (int, float) for value in values)
+        }
+        bounds = mean_interval(columns["val_loss"])[1] if "val_loss" in model else None
+        names = {"arm": arm, "letter": ARMS[arm].letter, "title": ARMS[arm].title}
+        names |= {"rank": rank, "bands": len(seeds[0].get("band_ranks") or ())}
+        half = (bounds[1] - bounds[0]) / 2 if bounds else None
+        models.append(model | names | {"half": half})
+    return models
+
+
+def _answer(comparison: dict[str, Any]) -> str:
+    """'A is lower', 'A is higher' or 'not resolved'."""
+    first = comparison["question"].split()[0]
+    answers = {"held": f"{first} is lower", "did not hold": f"{first} is higher"}
+    return answers.get(verdict("less", comparison["interval"]), "not resolved")

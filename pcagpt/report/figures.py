@@ -1,0 +1,226 @@
+"""The figures, as matplotlib Figure objects that are drawn without pyplot.
+
+matplotlib is imported by the first figure, so that training starts without it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcagpt.arms import ARMS
+from pcagpt.factorize import METHODS
+from pcagpt.report.read import read_curve
+from pcagpt.report.sweep import SMALLEST_ADDED, baseline_of, table_name
+from pcagpt.report.text import percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+INK = "#222222"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.dpi": 160,
+    "font.size": 9,
+    "grid.color": "#e2e2e2",
+}
+START_SHARE = 0.08  # of the tokens: losses above those of that time are cut off
+BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
+
+
+def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
+    """Validation loss against tokens, a panel for each rank; None without curves.
+
+    Args:
+      workdir: folder of the run folders: their metrics.jsonl is drawn.
+      rows: the rows of results.json.
+    """
+    curves = {row["folder"]: read_curve(workdir / row["folder"]).T for row in rows}
+    rows = [row for row in rows if curves[row["folder"]].size]
+    if not rows:
+        return None
+    ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
+    columns = min(len(ranks), 3)
+    lines = -(-len(ranks) // columns)
+    figure, grid = _panels(lines, columns, 0.7 + 3.3 * lines)
+    limits = _loss_limits([curves[row["folder"]] for row in rows])
+    for place, (rank, axes) in enumerate(zip(ranks, grid, strict=False)):
+        for row in rows:
+            if row["rank"] not in (None, rank):
+                continue
+            arm, (tokens, losses) = ARMS[row["arm"]], curves[row["folder"]]
+            style = {"color": arm.colour, "marker": arm.marker, "markevery": [-1]}
+            name = f"{arm.letter} {arm.title}"
+            axes.plot(tokens / 1e6, losses, label=name, **style)
+            if arm.is_fine_tuned and row["tokens_with_baseline"]:
+                after = row["tokens_with_baseline"] - row["tokens_seen"]
+                style |= {"ls": "--", "lw": 1, "label": "fine-tuned, after D's tokens"}
+                axes.plot((tokens + after) / 1e6, losses, **style)
+        axes.set(xlabel="training tokens (millions)", ylim=limits)
+        axes.set_xlim(left=0)
+        if place % columns == 0:
+            axes.set_ylabel("validation loss (nats per token)")
+        if rank:
+            axes.set_title(f"rank {rank}", loc="left", fontsize="medium")
+    for axes in grid[len(ranks) :]:
+        axes.remove()
+    _add_legend(figure)
+    return figure
+
+
+def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
+    """Loss against the parameters of the table and of the model; None without sizes.
+
+    Args:
+      models: as from `pcagpt.report.experiment.models_of`.
+    """
+    fields = {"params_embedding": "token table", "params_total": "whole model"}
+    models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]
+    if not models:
+        return None
+    figure, grid = _panels(1, 2, 3.7)
+    for axes, (field, name) in zip(grid, fields.items(), strict=True):
+        for arm in ARMS.values():
+            points = [m for m in models if m["letter"] == arm.letter]
+            axes.plot(
+                [m[field] / 1e6 for m in points],
+                [m["val_loss"] for m in points],
+                color=arm.colour,
+                marker=arm.marker,
+                label=f"{arm.letter} {arm.title}" if points else None,
+            )
+        axes.set_xlabel(f"parameters of the {name} (millions)")
+    grid[0].set_xscale("log")
+    _use_plain_ticks(grid[0].xaxis)
+    sizes = {m["rank"]: m["params_embedding"] / 1e6 for m in models if m["rank"]}
+    top = grid[0].secondary_xaxis("top")
+    top.set_xticks(list(sizes.values()), [f"k={rank}" for rank in sizes])
+    top.set_xticks([], minor=True)
+    top.tick_params(length=0)
+    top.spines["top"].set_visible(False)
+    grid[0].set_ylabel("validation loss (nats per token)")
+    _add_legend(figure)
+    return figure
+
+
+def spectrum_figure(
+    singular_values: Sequence[float] | np.ndarray, ranks: Sequence[int]
+) -> "Figure":
+    """Singular values on a log scale, and the share of energy that each rank keeps.
+
+    Args:
+      singular_values: float [d], descending, of the token table.
+      ranks: the ranks to mark.
+    """
+    values = np.asarray(singular_values, np.float64)
+    index = np.arange(1, len(values) + 1)
+    energy = np.cumsum(values**2) / np.sum(values**2)
+    figure, (left, right) = _panels(1, 2, 3.3, sharey=False)
+    positive = values > 0  # A log scale cannot show zeros.
+    left.semilogy(index[positive], values[positive], color=INK)
+    left.set(xlabel="index of the singular value", ylabel="singular value")
+    right.plot(index, 100 * energy, color=INK)
+    right.set(xlabel="rank", ylabel="energy kept (%)", ylim=(0, 104))
+    for rank in sorted(rank for rank in ranks if 1 <= rank <= len(values)):
+        share = energy[rank - 1]
+        label = f"rank {rank}: {percent(share)}"
+        right.plot(rank, 100 * share, "o", label=label)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def pareto_figure(sweep: dict[str, Any]) -> "Figure":
+    """Added loss of a sweep's tables against numbers and bytes stored, on log scales.
+
+    For each kind of table and size, the number of bands with the lowest loss is drawn.
+    """
+    best: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for row in sweep["rows"]:
+        of_kind = best.setdefault((row["method"], row["bands"] > 1, row["bits"]), {})
+        known = of_kind.setdefault(row["rank"], row)
+        if row["added_loss"] < known["added_loss"]:
+            of_kind[row["rank"]] = row
+    colours = {"baseline": INK} | {name: m.colour for name, m in METHODS.items()}
+    figure, grid = _panels(1, 2, 4.6)
+    units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
+    for axes, (field, unit) in zip(grid, units.items(), strict=True):
+        for (method, in_bands, bits), of_kind in best.items():
+            if field == "params" and bits < 32:
+                continue  # Bits do not change the number of values.
+            rows = sorted(of_kind.values(), key=lambda row: row["params"])
+            colour = colours.get(method, "#f0a6ca")  # of a method that was removed
+            axes.plot(
+                [row[field] / 1e6 for row in rows],
+                [max(row["added_loss"], SMALLEST_ADDED) for row in rows],
+                color=colour,
+                marker=BITS_MARKERS.get(bits, "X"),
+                ls=BITS_LINES.get(bits, "-."),
+                markerfacecolor=colour if in_bands else "white",
+                label=table_name(method, "in bands" if in_bands else "", bits),
+            )
+        axes.axvline(
+            baseline_of(sweep)[field] / 1e6, color="#bbbbbb", label="D's table, float32"
+        )
+        axes.set(xscale="log", yscale="log", xlabel=unit)
+        _use_plain_ticks(axes.xaxis)
+        _use_plain_ticks(axes.yaxis)
+    grid[0].set_ylabel("added loss (nats per token)")
+    _add_legend(figure)
+    return figure
+
+
+def _panels(
+    rows: int, columns: int, height: float, sharey: bool = True
+) -> "tuple[Figure, list[Axes]]":
+    """A figure with rows × columns panels; height in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((10, height), layout="constrained")
+        grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
+    return figure, list(grid.flat)
+
+
+def _add_legend(figure: "Figure") -> None:
+    """One legend above all panels, each label once."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside upper left",
+        ncols=5,
+        frameon=False,
+    )
+
+
+def _loss_limits(curves: list[np.ndarray]) -> tuple[float, float]:
+    """Limits that show where the arms end rather than where all of them begin."""
+    start = START_SHARE * max(tokens[-1] for tokens, _ in curves)
+    settled = [
+        losses[min(np.searchsorted(tokens, start), len(losses) - 1)]
+        for tokens, losses in curves
+    ]
+    lowest = min(losses.min() for _, losses in curves)
+    span = max(max(settled) - lowest, 0.1)
+    return lowest - 0.06 * span, lowest + 1.06 * span
+
+
+def _use_plain_ticks(axis: "Axis") -> None:
+    """Plain numbers at 1, 2, 5, 10, ... of a log scale."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
