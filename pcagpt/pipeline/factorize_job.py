@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
+from pcagpt.compress.effort import GPU, decide_effort
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
@@ -99,7 +100,14 @@ class FactorizeJob:
         if metadata is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in self.identity().items() if metadata.get(k) != v]
+        identity = self.identity()
+        # Files from before the number was automatic were calibrated on the GPU's.
+        if (
+            not self.settings.compress.calibration_tokens
+            and metadata.get("calibration_tokens") == GPU.calibration_tokens
+        ):
+            identity["calibration_tokens"] = GPU.calibration_tokens
+        return [k for k, v in identity.items() if metadata.get(k) != v]
 
     def identity(self) -> dict[str, Any]:
         """What the files depend on besides the ranks."""
@@ -118,7 +126,7 @@ class FactorizeJob:
         if path and path.exists():
             found["statistics_sha256"] = sha256_of_file(path)
         elif self._calibrates:
-            found["calibration_tokens"] = self.settings.compress.calibration_tokens
+            found["calibration_tokens"] = self._decided.compress.calibration_tokens
             found["calibration_batch_size"] = self.settings.train.batch_size
         return found
 
@@ -131,7 +139,7 @@ class FactorizeJob:
         """Writes the files on the first process; every process calibrates."""
         opened, table_VD, statistics = self._open()
         if self._calibrates:
-            statistics = Subject.of(opened, self.settings).statistics()
+            statistics = Subject.of(opened, self._decided).statistics()
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.settings.overwrite and self.differing():
@@ -219,6 +227,11 @@ class FactorizeJob:
         ) as telemetry:
             figure = spectrum_figure(singular_values, ranks)
             telemetry.figure("spectrum", figure)
+
+    @property
+    def _decided(self) -> Settings:
+        """The settings with the number of calibration tokens for this device."""
+        return decide_effort(self.settings, jax.default_backend())
 
     @property
     def _needs_statistics(self) -> bool:
