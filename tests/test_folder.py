@@ -1,4 +1,4 @@
-"""Run folders: what is finished is skipped, what differs refused, by name."""
+"""Run folders: what is done is skipped, and a run with other settings is refused."""
 
 import json
 import math
@@ -10,21 +10,30 @@ import pytest
 from runs import (
     changed,
     execute,
-    last_run_dir,
+    job,
     metrics,
+    plan,
     signal_at,
     snapshot,
-    status,
-    without_timings,
 )
 
+from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.pipeline import execute as experiment
-from pcagpt.pipeline.plan import make_plan
+from pcagpt.files import write_json
+from pcagpt.pipeline.execute import describe
 from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
+from pcagpt.run.folder import (
+    changed_fields,
+    config_sha256,
+    identity,
+    read_record,
+    read_result,
+    write_record,
+    write_result,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
+PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
 
 
 @pytest.fixture
@@ -44,6 +53,15 @@ def finetuned(config):
     return changed(config, arm="pca_finetune", **{"model.n_embd_wte": 8})
 
 
+def status(config):
+    return job(config).status()
+
+
+def statuses(config):
+    """The status of each job that is needed, as it is shown."""
+    return [line.split("  ")[-1] for line in describe(plan(config))]
+
+
 # Finished runs
 
 
@@ -51,47 +69,50 @@ def test_a_finished_run_is_skipped_and_not_a_file_is_touched(copied):
     before = snapshot(Path(copied.workdir))
     execute(copied)
     execute(pca(copied))
+    execute(changed(copied, overwrite=True))
     assert snapshot(Path(copied.workdir)) == before
 
 
-@pytest.mark.parametrize(
-    "lost", ["gpt_baseline", "pca_factorized", "gpt_baseline pca_factorized"]
-)
-def test_a_finished_run_needs_its_prerequisites_no_more(lost, copied):
-    for folder in lost.split():
+def test_a_finished_run_does_not_need_its_prerequisites_any_more(copied):
+    assert statuses(pca(copied)) == ["done"]
+    for folder in ("pca_factorized", "gpt_baseline"):
         shutil.rmtree(Path(copied.workdir) / folder)
+        assert statuses(pca(copied)) == ["done"]
     before = snapshot(Path(copied.workdir))
     execute(pca(copied))
     assert snapshot(Path(copied.workdir)) == before
 
 
-@pytest.mark.parametrize("lost", ["result.json", "result.json ckpt", "status"])
-def test_a_half_finished_run_is_never_taken_for_a_finished_one(lost, copied):
-    run_dir = last_run_dir(copied)
-    wanted = run_folder.read_result(run_dir)
-    if lost == "status":
-        run_folder.write_json(run_dir / "result.json", {**wanted, "status": "failed"})
-    else:
-        (run_dir / "result.json").unlink()
-    if lost.endswith("ckpt"):
-        shutil.rmtree(run_dir / "ckpt")
-    assert run_folder.read_result(run_dir) is None
-    assert status(copied) == ("to do" if "ckpt" in lost else "resumes at step 6")
-    execute(copied)
-    found = run_folder.read_result(run_dir)
-    assert without_timings(found) == without_timings(wanted)
+def test_the_plan_says_what_is_done_and_what_is_not(copied):
+    assert statuses(copied) == ["done"]
+    shutil.rmtree(Path(copied.workdir) / "gpt_pca_k8")
+    assert statuses(pca(copied)) == ["done", "done", "to do"]
+    assert statuses(changed(copied, overwrite=True, seed=7)) == ["to do"]
 
 
-def test_a_damaged_result_is_no_result_and_is_named(copied):
-    (last_run_dir(copied) / "result.json").write_text('{"status": "do')
-    with pytest.raises(UserError, match="result.json is damaged: delete .*gpt_base"):
-        execute(copied)
+def test_a_half_finished_run_is_never_taken_for_a_finished_one(copied):
+    run_dir = job(copied).folder
+    wanted = read_result(run_dir)
+    write_json(run_dir / "result.json", {**wanted, "status": "failed"})
+    assert read_result(run_dir) is None
+    assert status(copied) == "resumes at step 6"
+    (run_dir / "result.json").unlink()
+    assert read_result(run_dir) is None
+    assert status(copied) == "resumes at step 6"
+    shutil.rmtree(run_dir / "ckpt")
+    assert status(copied) == "to do"
 
 
-# Other configs
+def test_a_damaged_result_is_refused_by_its_name(copied):
+    (job(copied).folder / "result.json").write_text('{"status": "do')
+    with pytest.raises(UserError, match=r"result.json is damaged .*: delete .*gpt_bas"):
+        status(copied)
 
 
-def test_a_run_whose_config_changed_is_refused_with_old_and_new_values(copied):
+# Other settings
+
+
+def test_a_run_with_other_settings_is_refused_with_old_and_new_values(copied):
     before = snapshot(Path(copied.workdir))
     other = changed(copied, **{"train.learning_rate": 1e-3, "model.dropout": 0.1})
     with pytest.raises(UserError) as caught:
@@ -106,66 +127,60 @@ def test_a_run_whose_config_changed_is_refused_with_old_and_new_values(copied):
     assert snapshot(Path(copied.workdir)) == before
 
 
-def test_a_stopped_run_is_refused_when_its_config_changed(tiny_config, monkeypatch):
+def test_a_stopped_run_is_refused_with_other_settings(tiny_config, monkeypatch):
     signal_at(monkeypatch, 2, 15)
     with pytest.raises(Interrupted):
         execute(tiny_config)
     with pytest.raises(UserError, match=r"seed \(was 1, now 2\)"):
-        execute(changed(tiny_config, seed=2))
+        status(changed(tiny_config, seed=2))
     assert status(tiny_config) == "resumes at step 3"
 
 
 def test_overwrite_discards_the_run_and_trains_it_anew(copied):
-    run_dir = last_run_dir(copied)
+    run_dir = job(copied).folder
     (run_dir / "left over").write_text("")
     other = changed(copied, overwrite=True, **{"train.steps": 4})
     assert status(other) == "to do"
     execute(other)
-    assert run_folder.read_result(run_dir)["steps"] == 4
+    assert read_result(run_dir)["steps"] == 4
     assert not (run_dir / "left over").exists()
     assert max(line["step"] for line in metrics(run_dir)) == 4
     assert checkpoint.steps(run_dir) == [3, 4]
 
 
-def test_overwrite_leaves_a_run_alone_that_does_not_differ(copied):
-    before = snapshot(Path(copied.workdir))
-    execute(changed(copied, overwrite=True))
-    assert snapshot(Path(copied.workdir)) == before
-
-
 def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied):
     workdir = Path(copied.workdir)
-    execute(
-        changed(
-            copied, task="factorize", ranks=(4,), model_path=f"{workdir}/gpt_baseline"
-        )
-    )
+    factors = {"task": "factorize", "model_path": f"{workdir}/gpt_baseline"}
+    execute(changed(copied, ranks=(4,), **factors))
     baseline = snapshot(workdir / "gpt_baseline")
     execute(changed(pca(copied), overwrite=True, **{"train.steps": 2}))
-    assert run_folder.read_result(workdir / "gpt_pca_k8")["steps"] == 2
+    assert read_result(workdir / "gpt_pca_k8")["steps"] == 2
     assert snapshot(workdir / "gpt_baseline") == baseline
     tables = sorted(path.name for path in (workdir / "pca_factorized").glob("wte*"))
     assert tables == ["wte_pca_k4.npy", "wte_pca_k8.npy"]
 
 
-def test_a_stopped_run_is_refused_when_its_tokens_changed(tiny_config, tmp_path):
-    source = Path(shutil.copytree(tiny_config.data.source, tmp_path / "corpus"))
-    tiny_config.data.source = str(source)
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 2, 15)
-        with pytest.raises(Interrupted):
-            execute(tiny_config)
-    tokens = np.fromfile(source / "train.bin", np.uint16)
-    tokens[::-1].tofile(source / "train.bin")
+def test_other_tokens_are_refused_for_a_resumed_run_and_for_an_arm_beside_it(
+    tiny_config, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_config.data.source, tmp_path / "tokens"))
+    tiny_config.data.source = str(folder)
+    run_dir = execute(tiny_config)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    tokens[::-1].tofile(folder / "train.bin")
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        execute(pca(tiny_config))
+    assert not (Path(tiny_config.workdir) / "gpt_pca_k8").exists()
+    (run_dir / "result.json").unlink()
     with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
         execute(tiny_config)
-    tokens.tofile(source / "train.bin")
-    assert run_folder.read_result(execute(tiny_config))["steps"] == 6
+    tokens.tofile(folder / "train.bin")
+    execute(tiny_config)
+    assert read_result(run_dir)["steps"] == 6
 
 
-@pytest.mark.parametrize(
-    "knob",
-    [
+def test_knobs_that_do_not_change_the_numbers_do_not_change_the_run(copied):
+    for knob in (
         {"telemetry.every": 5},
         {"telemetry.tensorboard": True},
         {"evaluate.every": 2},
@@ -177,12 +192,39 @@ def test_a_stopped_run_is_refused_when_its_tokens_changed(tiny_config, tmp_path)
         {"data.cache_dir": "elsewhere"},
         {"build_prerequisites": False},
         {"ranks": (4,)},
-    ],
-    ids=lambda knob: next(iter(knob)),
-)
-def test_a_run_is_the_same_whatever_its_numbers_do_not_depend_on(knob, copied):
-    assert status(changed(copied, **knob)) == "done"
-    assert status(changed(pca(copied), **knob)) == "done"
+        {"model.compute_dtype": "bfloat16"},
+        {"model.attention": "xla"},
+        {"model.kernels": "xla"},
+    ):
+        assert status(changed(copied, **knob)) == "done", knob
+        assert status(changed(pca(copied), **knob)) == "done", knob
+
+
+def test_a_record_of_an_earlier_version_is_the_same_run(copied):
+    """Its device knobs once counted, and it lacks the knobs that came later."""
+    run_dir = job(copied).folder
+    record = read_record(run_dir)
+    record["model"] |= {"compute_dtype": "bfloat16", "kernels": "pallas"}
+    record["model"]["attention"] = "cudnn"
+    del record["init"]["weights_from"], record["distill"], record["train"]["beta1"]
+    write_record(run_dir, record)
+    (run_dir / "result.json").unlink()
+    assert status(copied) == "resumes at step 6"
+    with pytest.raises(UserError, match=r"train.beta1 \(was 0.9, now 0.5\)"):
+        status(changed(copied, **{"train.beta1": 0.5}))
+
+
+def test_published_records_are_the_runs_of_their_settings():
+    paths = sorted(PUBLISHED.glob("*/gpt_*/config.json"))
+    assert len(paths) > 5
+    for path in paths:
+        stored = read_record(path.parent)
+        moved = {"workdir": "elsewhere", "model.kernels": "xla", "mesh.fsdp": 4}
+        settings = Settings.of(stored).replace(moved)
+        record = {**settings.to_dict(), "imported_sha256": stored["imported_sha256"]}
+        assert changed_fields(path.parent, record) == []
+        record["train"]["steps"] += 1
+        assert len(changed_fields(path.parent, record)) == 1
 
 
 def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
@@ -192,89 +234,69 @@ def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
         assert status(config) == "done"
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("wte_pca_k8.npy", "import_wte_npy"),
-        ("scale_mats_pca_k8.npz", "import_scale_matrices_npz"),
-    ],
-)
-def test_an_imported_file_of_other_content_is_another_config(file, name, copied):
-    path = Path(copied.workdir) / "pca_factorized" / file
-    if path.suffix == ".npy":
-        np.save(path, np.load(path) * 2)
-    else:
-        np.savez(path, **{key: array * 2 for key, array in np.load(path).items()})
-    with pytest.raises(UserError, match=rf"imported_sha256\.{name} \(was \w+, now \w+"):
-        execute(pca(copied))
-
-
-def test_blocks_of_another_run_are_another_config(copied):
-    b = finetuned(copied)
-    assert status(b) == "done"
-    result = Path(copied.workdir) / "gpt_baseline" / "result.json"
-    run_folder.write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
+def test_imports_of_other_content_are_other_settings(copied):
+    a, b = pca(copied), finetuned(copied)
+    assert status(a) == status(b) == "done"
+    workdir = Path(copied.workdir)
+    result = workdir / "gpt_baseline" / "result.json"
+    write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
     with pytest.raises(UserError, match=r"imported_sha256\.blocks_from \(was"):
         status(b)
+    for name, path in (
+        ("import_wte_npy", workdir / "pca_factorized" / "wte_pca_k8.npy"),
+        (
+            "import_scale_matrices_npz",
+            workdir / "pca_factorized" / "scale_mats_pca_k8.npz",
+        ),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        with pytest.raises(UserError, match=rf"256\.{name} \(was \w+, now \w+\): use"):
+            status(a)
+        path.write_bytes(content)
 
 
 # Files
 
 
 def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
-    identity = run_folder.identity(tiny_config.to_dict())
-    assert {name.split(".")[0] for name in identity} == {
+    found = identity(tiny_config.to_dict())
+    assert {name.split(".")[0] for name in found} == {
         "arm", "seed", "model", "data", "train", "distill", "init",
         "imported_sha256",
     }  # fmt: skip
-    assert identity["model.n_embd"] == 32
-    assert run_folder.config_sha256(tiny_config.to_dict()) != run_folder.config_sha256(
-        changed(tiny_config, seed=7).to_dict()
-    )
+    assert found["model.n_embd"] == 32
+    other = changed(tiny_config, seed=7).to_dict()
+    assert config_sha256(tiny_config.to_dict()) != config_sha256(other)
 
 
 def test_an_identity_survives_being_written_and_read(tiny_config, tmp_path):
-    config = changed(
-        tiny_config, **{"model.band_sizes": (50, 47), "model.band_ranks": (0, 4)}
-    ).to_dict()
-    run_folder.write_config(tmp_path, config)
-    stored = run_folder.read_config(tmp_path)
-    assert run_folder.identity(stored) == run_folder.identity(config)
-    assert run_folder.changed_fields(tmp_path, config) == []
+    bands = {"model.band_sizes": (50, 47), "model.band_ranks": (0, 4)}
+    record = changed(tiny_config, **bands).to_dict()
+    write_record(tmp_path, record)
+    assert identity(read_record(tmp_path)) == identity(record)
+    assert changed_fields(tmp_path, record) == []
 
 
 def test_results_are_strict_json_without_not_a_number(tmp_path):
-    run_folder.write_json(
-        tmp_path / "x.json",
-        {"a": math.nan, "b": [math.inf, np.float32(0.5)], "c": (np.int64(3), None)},
-    )
+    values = {"a": math.nan, "b": [math.inf, np.float32(0.5)], "c": (np.int64(3), None)}
+    write_json(tmp_path / "x.json", values)
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == {"a": None, "b": [None, 0.5], "c": [3, None]}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_result_is_written_after_the_window_losses(tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("the disk is full")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", fail)
-        with pytest.raises(OSError, match="full"):
-            run_folder.write_result(tmp_path, {"status": "done"}, np.zeros((1, 2)))
-    assert run_folder.read_result(tmp_path) is None
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="full"):
+        write_result(tmp_path, {"status": "done"}, np.zeros((1, 2)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
-    assert run_folder.read_config(tmp_path) is None
-    assert run_folder.read_result(tmp_path) is None
-    assert run_folder.changed_fields(tmp_path, {"seed": 1}) == []
-
-
-def test_the_plan_says_what_is_done_and_what_is_not(copied):
-    def shown(config):
-        return [line.split()[-1] for line in experiment.describe(make_plan(config))]
-
-    assert shown(copied) == ["done"]
-    shutil.rmtree(Path(copied.workdir) / "gpt_pca_k8")
-    assert shown(pca(copied)) == ["done", "done", "do"]
-    assert shown(changed(copied, overwrite=True, seed=7)) == ["do"]
+    assert read_record(tmp_path) is None
+    assert read_result(tmp_path) is None
+    assert changed_fields(tmp_path, {"seed": 1}) == []
