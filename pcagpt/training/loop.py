@@ -89,8 +89,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
                 history.seconds = seconds_before + time.monotonic() - began
                 checkpoints.save(
                     step,
-                    state.variables,
-                    state.optimizer_item,
+                    state.items,
                     {"history": dataclasses.asdict(history), "config": record},
                     measured.metrics["loss"] if measured else None,
                 )
@@ -129,12 +128,10 @@ def start(
     shardings = placement.shardings(jax.eval_shape(init), setup.mesh)
     # Each device makes its own part: the whole state may not fit on one.
     init = jax.jit(init, out_shardings=shardings)
-    shapes = init.eval_shape()
-    restored = checkpoints.restore_latest(shapes.variables, shapes.optimizer_item)
+    restored = checkpoints.restore_latest(init.eval_shape().items)
     if restored:
-        variables, optimizer, meta, _ = restored
-        state = TrainState.from_items(variables, optimizer)
-        return state, shardings, History(**meta["history"])
+        items, meta = restored
+        return TrainState.from_items(**items), shardings, History(**meta["history"])
     state = init()
     variables = {"params": state.params, "constants": _constants(setup)}
     state = state.replace(**setup.import_into(variables))

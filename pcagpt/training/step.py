@@ -29,23 +29,19 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What `GPT.apply` takes, and the `weights` item of a checkpoint."""
+        """What `GPT.apply` takes."""
         return {"params": self.params, "constants": self.constants}
 
     @property
-    def optimizer_item(self) -> dict:
-        """The `optimizer` item of a checkpoint."""
-        return {"state": self.optimizer, "step": self.step}
+    def items(self) -> dict[str, dict]:
+        """The items of a checkpoint."""
+        optimizer = {"state": self.optimizer, "step": self.step}
+        return {"weights": self.variables, "optimizer": optimizer}
 
     @classmethod
-    def from_items(cls, variables: dict, optimizer_item: dict) -> "TrainState":
-        """The inverse of `variables` and `optimizer_item`."""
-        return cls(
-            step=optimizer_item["step"],
-            params=variables["params"],
-            constants=variables["constants"],
-            optimizer=optimizer_item["state"],
-        )
+    def from_items(cls, weights: dict, optimizer: dict) -> "TrainState":
+        """The inverse of `items`."""
+        return cls(step=optimizer["step"], optimizer=optimizer["state"], **weights)
 
 
 @flax.struct.dataclass
