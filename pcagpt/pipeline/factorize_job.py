@@ -139,7 +139,7 @@ class FactorizeJob:
         """Writes the files on the first process; every process calibrates."""
         opened, table_VD, statistics = self._open()
         if self._calibrates:
-            statistics = Subject.of(opened, self._decided).statistics()
+            statistics = Subject.of(opened, self._decided).statistics
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.settings.overwrite and self.differing():
