@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
+from pcagpt.compress.effort import CPU, GPU, decide_effort
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
@@ -81,7 +82,14 @@ class FactorizeJob:
         if metadata is None or not self._has_source():
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in self.identity().items() if metadata.get(k) != v]
+        identity, known = self.identity(), metadata.get("calibration_tokens")
+        # An automatic number of tokens may have been decided on another device.
+        if not self.settings.compress.calibration_tokens and known in (
+            CPU.calibration_tokens,
+            GPU.calibration_tokens,
+        ):
+            identity["calibration_tokens"] = known
+        return [k for k, v in identity.items() if metadata.get(k) != v]
 
     def identity(self) -> dict[str, Any]:
         """What the files depend on besides the ranks; metadata.json holds it."""
@@ -95,7 +103,7 @@ class FactorizeJob:
             "source_sha256": fingerprint(self.source),
         }
         if self._calibrates:
-            found["calibration_tokens"] = self.settings.compress.calibration_tokens
+            found["calibration_tokens"] = self._decided.compress.calibration_tokens
             found["calibration_batch_size"] = self.settings.train.batch_size
         elif given and given.exists():
             found["statistics_sha256"] = sha256_of_file(given)
@@ -138,7 +146,7 @@ class FactorizeJob:
         run = None if self._is_bare_table else Run.open(self.source)
         table_VD = run.table() if run else files.read_table(self.source)
         if self._calibrates:
-            statistics = Subject.of(run, self.settings).statistics()
+            statistics = Subject.of(run, self._decided).statistics()
         else:
             statistics = self._given_statistics(len(table_VD))
         if jax.process_index() == 0:
@@ -238,6 +246,11 @@ class FactorizeJob:
     def _is_bare_table(self) -> bool:
         """The source is a .npy file and not a run."""
         return self.source.suffix == ".npy"
+
+    @property
+    def _decided(self) -> Settings:
+        """The settings with the number of calibration tokens for this device."""
+        return decide_effort(self.settings, jax.default_backend())
 
     @property
     def _calibrates(self) -> bool:
