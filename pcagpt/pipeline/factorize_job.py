@@ -63,7 +63,7 @@ class FactorizeJob:
         differing = self.differing()
         if differing and not self.settings.overwrite:
             raise self._other_files(differing)
-        if differing or not self._has_source():
+        if differing or self._source_sha256() is None:
             return TO_DO
         metadata = files.read_metadata(self.folder) or {"ranks": {}}
         in_bands = self.settings.factorize.bands > 1
@@ -78,11 +78,11 @@ class FactorizeJob:
 
         Empty if there are no files, or no source yet to compare them with.
         """
-        metadata = files.read_metadata(self.folder)
-        if metadata is None or not self._has_source():
+        metadata, identity = files.read_metadata(self.folder), self.identity()
+        if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        identity, known = self.identity(), metadata.get("calibration_tokens")
+        known = metadata.get("calibration_tokens")
         # An automatic number of tokens may have been decided on another device.
         if not self.settings.compress.calibration_tokens and known in (
             CPU.calibration_tokens,
@@ -94,13 +94,11 @@ class FactorizeJob:
     def identity(self) -> dict[str, Any]:
         """What the files depend on besides the ranks; metadata.json holds it."""
         chosen, given = self.settings.factorize, self._statistics_path
-        is_table = self._is_bare_table
-        fingerprint = sha256_of_file if is_table else checkpoint.fingerprint
         found = {
             "method": chosen.method,
             "bands": chosen.bands,
             "singular_value_split": chosen.singular_value_split,
-            "source_sha256": fingerprint(self.source),
+            "source_sha256": self._source_sha256(),
         }
         if self._calibrates:
             found["calibration_tokens"] = self._decided.compress.calibration_tokens
@@ -232,15 +230,14 @@ class FactorizeJob:
             "differ): use another --config.workdir, or --config.overwrite=True"
         )
 
-    def _has_source(self) -> bool:
-        """The table or the checkpoint exists."""
-        if self._is_bare_table:
-            return self.source.exists()
+    def _source_sha256(self) -> str | None:
+        """Hash of the table or the checkpoint; None if it does not exist."""
         try:
-            checkpoint.find(self.source)
+            if self._is_bare_table:
+                return sha256_of_file(self.source)
+            return checkpoint.fingerprint(self.source)
         except UserError:
-            return False
-        return True
+            return None
 
     @property
     def _is_bare_table(self) -> bool:

@@ -46,7 +46,7 @@ class Run:
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob younger than the run has its default."""
         stored = Settings.of(self.record)
