@@ -169,7 +169,7 @@ def test_files_of_an_earlier_version_still_count_as_done(job):
     assert job.status() == "done"
 
 
-def test_an_automatic_number_of_calibration_tokens_is_that_of_any_device(job):
+def test_the_automatic_number_of_calibration_tokens_is_the_same_on_every_device(job):
     calibrated = {"method": "kl", "calibration_batch_size": 32}
     metadata = made(job) | calibrated | {"calibration_tokens": 1_048_576}
     write_json(job.folder / "metadata.json", metadata)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
-from pcagpt.compress.effort import CPU, GPU, decide_effort
+from pcagpt.compress.effort import GPU
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
@@ -82,13 +82,6 @@ class FactorizeJob:
         if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        known = metadata.get("calibration_tokens")
-        # An automatic number of tokens may have been decided on another device.
-        if not self.settings.compress.calibration_tokens and known in (
-            CPU.calibration_tokens,
-            GPU.calibration_tokens,
-        ):
-            identity["calibration_tokens"] = known
         return [k for k, v in identity.items() if metadata.get(k) != v]
 
     def identity(self) -> dict[str, Any]:
@@ -101,7 +94,7 @@ class FactorizeJob:
             "source_sha256": self._source_sha256(),
         }
         if self._calibrates:
-            found["calibration_tokens"] = self._decided.compress.calibration_tokens
+            found["calibration_tokens"] = self._calibration_tokens
             found["calibration_batch_size"] = self.settings.train.batch_size
         elif given and given.exists():
             found["statistics_sha256"] = sha256_of_file(given)
@@ -144,7 +137,8 @@ class FactorizeJob:
         run = None if self._is_bare_table else Run.open(self.source)
         table_VD = run.table() if run else files.read_table(self.source)
         if self._calibrates:
-            statistics = Subject.of(run, self._decided).statistics()
+            tokens = {"compress.calibration_tokens": self._calibration_tokens}
+            statistics = Subject.of(run, self.settings.replace(tokens)).statistics()
         else:
             statistics = self._given_statistics(len(table_VD))
         if jax.process_index() == 0:
@@ -245,15 +239,15 @@ class FactorizeJob:
         return self.source.suffix == ".npy"
 
     @property
-    def _decided(self) -> Settings:
-        """The settings with the number of calibration tokens for this device."""
-        return decide_effort(self.settings, jax.default_backend())
-
-    @property
     def _calibrates(self) -> bool:
         """Statistics are measured on the run."""
         needed = METHODS[self.settings.factorize.method].needs_statistics
         return needed and self._statistics_path is None
+
+    @property
+    def _calibration_tokens(self) -> int:
+        """As set, by default as many as on a GPU: the files must not depend on it."""
+        return self.settings.compress.calibration_tokens or GPU.calibration_tokens
 
     @property
     def _statistics_path(self) -> Path | None:
