@@ -74,19 +74,11 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
     starts = [(run, "")]
     for rank in settings.compress.recover_ranks:
         starts += [(str(folder / f"best_k{rank}"), teacher) for teacher in ("", run)]
-    return Plan(
-        tuple(
-            _job_from_run(
-                base.replace(
-                    {
-                        "init": InitSettings(weights_from=start),
-                        "distill.teacher": teacher,
-                    }
-                )
-            )
-            for start, teacher in starts
-        )
-    )
+    jobs = []
+    for start, teacher in starts:
+        chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
+        jobs.append(_job_from_run(base.replace(chosen)))
+    return Plan(tuple(jobs))
 
 
 def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
