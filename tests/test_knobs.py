@@ -351,6 +351,7 @@ KNOBS = {
     "factorize.singular_value_split": Shown(factors, 0.5, FACTORIZE),
     "evaluate.every": Shown(left, 2),
     "evaluate.batch_size": Shown(evaluation_batches, 16),
+    "evaluate.max_tokens": Shown(sweep, 100, COMPRESS),
     "checkpoint.every": Shown(left, 2, {"checkpoint.keep_last": 9}),
     "checkpoint.keep_last": Shown(left, 1),
     "telemetry.every": Shown(left, 2),

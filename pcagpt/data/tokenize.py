@@ -1,5 +1,6 @@
 """Text -> a folder of token files."""
 
+import contextlib
 import os
 import re
 import sys
@@ -30,17 +31,25 @@ def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> No
     The folder appears only when it is complete. Several processes may write it at the
     same time: the first one wins.
     """
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-        # A folder of its own, because the temporary one is closed to other users.
-        draft = Path(temporary) / folder.name
-        draft.mkdir()
-        _write_splits(draft, source, info)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # No other process wrote it first.
-                raise
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+            # A folder of its own, because the temporary one is closed to other users.
+            draft = Path(temporary) / folder.name
+            draft.mkdir()
+            _write_splits(draft, source, info)
+            try:
+                draft.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # No other process wrote it first.
+                    raise
+    except BaseException:
+        # A person's mistake leaves nothing behind.
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:

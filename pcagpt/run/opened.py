@@ -105,28 +105,38 @@ class Run:
         source = str(self._checkpoint)
         return {"constants": {}} | trees.replace(wanted, found, source=source)
 
-    def table(self) -> np.ndarray:
-        """The full token table without padding rows: [V, D] float32.
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """[V, D] of the full token table, without padding rows.
 
         Raises:
           UserError: the table is factorized already.
         """
-        embed = self.weights["params"]["embed"]
-        if len(embed) > 1 or "scale_up" in embed["band_0"]:
+        model = self.settings.model
+        if model.n_embd_wte is not None or model.band_sizes:
             raise UserError(
                 f"{self.folder} has a factorized embedding already: give a baseline, "
                 "such as checkpoints/gpt_baseline"
             )
-        wte_VD = embed["band_0"]["wte"][: self.record["vocab_size"]]
+        return self.record["vocab_size"], model.n_embd
+
+    def table(self) -> np.ndarray:
+        """The full token table: `table_shape`, float32. Raises the same error."""
+        vocab_size, _ = self.table_shape
+        wte_VD = self.weights["params"]["embed"]["band_0"]["wte"][:vocab_size]
         return np.asarray(wte_VD, np.float32)
 
+    def data(self, asked: DataSettings) -> DataSettings:
+        """The corpus that was asked for; by default the run's own."""
+        return asked if asked.source else self.settings.data
+
     def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
-        """The corpus that was asked for; by default the run's own.
+        """Opens the corpus of `data`.
 
         Raises:
           UserError: there is no such corpus, or its tokens do not fit the model.
         """
-        data = asked if asked.source else self.settings.data
+        data = self.data(asked)
         corpus = open_corpus(data.source, cache_dir, data.tokenizer)
         self.check_corpus(corpus)
         return corpus
