@@ -86,7 +86,7 @@ ARMS = {
     "random": Arm(
         letter="C",
         title="random-scratch",
-        meaning="the size of A, everything trained from random initialisation",
+        meaning="a table of A's size, everything trained from random initialisation",
         run_name="gpt_random_lowrank_k{rank}",
         colour="#009e73",
         marker="^",

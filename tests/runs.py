@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from pcagpt.config import Settings
 from pcagpt.factorize import Statistics
 from pcagpt.pipeline import execute as pipeline
-from pcagpt.pipeline.plan import Job, make_plan
+from pcagpt.pipeline.plan import Job, Plan, make_plan
 from pcagpt.run import calibrate
 from pcagpt.run.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.training import loop
@@ -65,17 +65,20 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
     return copy
 
 
+def plan(config: ConfigDict) -> Plan:
+    """What a config asks for."""
+    return make_plan(Settings.of(config))
+
+
 def job(config: ConfigDict) -> Job:
     """The last job that a config asks for."""
-    return make_plan(Settings.of(config)).jobs[-1]
+    return plan(config).jobs[-1]
 
 
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
-    settings = Settings.of(config)
-    plan = make_plan(settings)
-    pipeline.execute(plan, settings, "a command")
-    return plan.jobs[-1].folder
+    pipeline.execute(plan(config), Settings.of(config), "a command")
+    return job(config).folder
 
 
 def setup(config: ConfigDict) -> Setup:

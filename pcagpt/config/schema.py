@@ -195,19 +195,23 @@ class CompressSettings:
     """Compression of a trained model's table without training."""
 
     methods: str = knob(
-        "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context",
-        "methods to try; the last one also at fewer bits, and for a bound",
+        "",
+        "methods to try, as in svd,context; the last one also at fewer bits, and for a "
+        "bound; empty: all, on a CPU svd,context",
     )
     bands: tuple[int, ...] = knob(
-        (1, 7, 12),
-        "numbers of frequency bands to try; 1: one rank for all",
+        (),
+        "numbers of frequency bands to try; 1: one rank for all; empty: 1,7,12, on a "
+        "CPU 1,7",
         at_least(1),
     )
     bits: tuple[int, ...] = knob(
         (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
     )
     calibration_tokens: int = knob(
-        1_048_576, "training tokens to measure statistics on", at_least(1)
+        0,
+        "training tokens to measure statistics on; 0: 1048576, on a CPU 32768",
+        at_least(0),
     )
     max_added_loss: float = knob(
         0.0, "above 0: find the smallest table within this loss", at_least(0)
@@ -232,6 +236,11 @@ class EvaluateSettings:
 
     every: int = knob(250, "steps between evaluations", at_least(1))
     batch_size: int = knob(32, "sequences at a time", at_least(1))
+    max_tokens: int = knob(
+        0,
+        "compress: validation tokens to measure a table on; 0: all, on a CPU 32768",
+        at_least(0),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pcagpt.factorize.bands import (
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
-from pcagpt.factorize.predict import Predictor, SecondOrder
+from pcagpt.factorize.predict import Calibration, Predictor, SecondOrder
 from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
     Factors,
@@ -23,6 +23,7 @@ from pcagpt.factorize.table import BandFactors, FactorizedTable
 
 __all__ = [
     "CONTROLS",
+    "Calibration",
     "METHODS",
     "BandFactors",
     "FactorizedTable",

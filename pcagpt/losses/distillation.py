@@ -4,7 +4,6 @@ Shape letters: N tokens, n tokens of a chunk, D width, E width of the teacher.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,6 @@ import jax.numpy as jnp
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.logits import band_logits, divergence, negative_log_likelihood
 from pcagpt.model import Head
-
-
-class Distillation(NamedTuple):
-    """Sums over the targets, in nats; only `loss` can be differentiated.
-
-    loss: (1 - share) * cross_entropy + share * kl.
-    """
-
-    loss: jax.Array
-    cross_entropy: jax.Array
-    kl: jax.Array
 
 
 def distillation(
@@ -35,7 +23,7 @@ def distillation(
     share: float = 1.0,
     logits_dtype=jnp.float32,
     chunks: int = 1,
-) -> Distillation:
+) -> dict[str, jax.Array]:
     """Divergence from a teacher's predictions, mixed with the cross entropy.
 
     Knowledge distillation (Hinton et al. 2015) at temperature 1: KL(teacher || model)
@@ -52,6 +40,10 @@ def distillation(
       share: weight of the divergence in the loss.
       logits_dtype: dtype of both models' logits.
       chunks: as for `cross_entropy`.
+
+    Returns:
+      Sums over the targets in nats: 'cross_entropy', 'kl', and 'loss' =
+      (1 - share) * cross_entropy + share * kl. Only 'loss' can be differentiated.
     """
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
@@ -64,9 +56,9 @@ def distillation(
         divergence_n = divergence(logits, teacher_logits, head)
         kl = jnp.sum(jnp.where(targets_n >= 0, divergence_n, 0.0))
         loss = (1 - share) * likelihood + share * kl
-        return loss, (likelihood, kl)
+        return loss, {"cross_entropy": likelihood, "kl": kl}
 
     loss, parts = sum_of_chunks(
         sums, chunks, h_ND, head, teacher_head, (targets_N, teacher_h_NE)
     )
-    return Distillation(loss, *jax.lax.stop_gradient(parts))
+    return {"loss": loss} | jax.lax.stop_gradient(parts)

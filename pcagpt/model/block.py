@@ -1,5 +1,9 @@
 """A transformer block: attention and MLP, each behind a norm.
 
+Between the layers, activations are [N, D], not [B, T, D]: XLA then needs no transposes
+in the backward pass of LayerNorm. A layer does not add its result to the residual
+stream. It returns an update (y [N, D], bias [D]); the next norm adds both in one visit.
+
 Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head width,
 F = 4D, X any width.
 """
@@ -12,7 +16,7 @@ from pcagpt.kernels import gelu, norm
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
-LAYER_NORM_EPSILON = 1e-5
+LAYER_NORM_EPSILON = 1e-5  # GPT-2's; flax's default is 1e-6.
 
 
 class Linear(nn.Module):
@@ -24,10 +28,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
-        """Kernel [inputs, features] in the compute dtype, bias [features] float32.
-
-        The bias is no parameter but 0 in a model without biases.
-        """
+        """Kernel [inputs, features] in the compute dtype, bias [features] float32."""
         init = nn.initializers.normal(self.std)
         kernel = self.param("kernel", init, (inputs, self.features))
         kernel = inside.gathered(kernel.astype(self.config.compute_dtype))
@@ -35,6 +36,7 @@ class Linear(nn.Module):
 
 
 def _bias(module: nn.Module, features: int) -> jax.Array:
+    """The parameter 'bias', or zeros for a model without biases."""
     if not module.config.bias:
         return jnp.zeros(features)
     return module.param("bias", nn.initializers.zeros, (features,))
@@ -45,7 +47,7 @@ def _add_bias(y_NX: jax.Array, bias_X: jax.Array) -> jax.Array:
 
 
 class ResidualNorm(nn.Module):
-    """Adds to the residual stream and normalises it, with statistics in float32."""
+    """Adds an update to the residual stream and normalises the sum."""
 
     config: GPTConfig
 
@@ -63,8 +65,8 @@ class ResidualNorm(nn.Module):
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
-    """`kernels.norm.add_and_norm` in its plain form."""
-    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # One rounding.
+    """The plain form of `kernels.norm.add_and_norm`; statistics are in float32."""
+    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # rounded once
     exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
     mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
     square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
@@ -80,21 +82,26 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
-        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence.
+        """[N, D] -> the update of the residual stream.
 
-        With a position, each sequence is the one token there, and attends to those
-        before it, whose keys and values are in the collection 'cache', which has place
-        for its own. Without one, they are written there where that collection can be
-        written.
+        Args:
+          x_ND: sequence after sequence.
+          sequence_length: T, the number of rows of each sequence.
+          deterministic: no dropout.
+          position: None to read whole sequences, whose keys and values are then written
+            to the collection 'cache' if it is mutable. With a position, T is 1: each
+            sequence gives its token at that position, which attends to the earlier
+            tokens in 'cache' and is added to it.
         """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
-        q_ND, k_ND, v_ND = _thirds(x_ND, kernel)
-        # A key's bias adds the same to all logits of a query: the softmax does not see
-        # it. A value's goes through the average unchanged, if nothing is dropped.
+        q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
+        # The key's bias adds the same number to all logits of a query, so the softmax
+        # cancels it. The value's bias passes through the average unchanged and can be
+        # added after attention, unless attention probabilities are dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
-        # Devices that hold rows of 'proj' would else send each other parts of it.
+        # Otherwise devices that hold rows of 'proj' would exchange parts of this bias.
         v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
@@ -102,7 +109,7 @@ class Attention(nn.Module):
         shape = -1, sequence_length, config.n_head, width // config.n_head
         q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
         if drops:
-            # The fused kernels cannot drop attention probabilities; flax's can.
+            # The fused kernels cannot drop attention probabilities; flax's form can.
             mask = jnp.tri(sequence_length, dtype=bool)[None, None]
             y_BTHC = nn.dot_product_attention(
                 q_BTHC,
@@ -115,12 +122,10 @@ class Attention(nn.Module):
                 deterministic=False,
             )
         elif position is not None:
-            keys_BTHC = self._cached("keys", k_BTHC, position)
-            values_BTHC = self._cached("values", v_BTHC, position)
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC,
-                keys_BTHC,
-                values_BTHC,
+                self._cached("keys", k_BTHC, position),
+                self._cached("values", v_BTHC, position),
                 key_value_seq_lengths=jnp.full(len(q_BTHC), position + 1),
             )
         else:
@@ -133,7 +138,7 @@ class Attention(nn.Module):
         return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
-        """All that is cached, [B, T, H, C], with the new from `start` on."""
+        """Writes new keys or values to the cache, returns all of them [B, T, H, C]."""
         cached = self.variable("cache", name, lambda: new_BtHC)
         cached.value = jax.lax.dynamic_update_slice_in_dim(
             cached.value, new_BtHC, start, axis=1
@@ -142,30 +147,30 @@ class Attention(nn.Module):
 
 
 @jax.custom_vjp
-def _thirds(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
-    """Three [N, D] that make up x @ kernel.
+def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
+    """The thirds of x @ kernel as three arrays [N, D].
 
-    By a product each, whose results need not be copied out of one; their gradients are
-    brought together, so that one product gives that of x and one that of the kernel.
+    Three products write three arrays, so that nothing is copied out of one large array.
+    The backward pass joins the gradients instead: one product for x, one for the
+    kernel.
     """
-    # The barriers keep XLA from merging products of one array, here and in
-    # the gradients, and from then slicing the result after all.
+    # The barriers keep XLA from merging the products and slicing the result after all.
     xs = jax.lax.optimization_barrier((x_ND,) * 3)
     parts = jnp.split(kernel_DX, 3, axis=1)
     return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
 
 
-def _thirds_forward(x_ND, kernel_DX):
-    return _thirds(x_ND, kernel_DX), (x_ND, kernel_DX)
+def _split_product_forward(x_ND, kernel_DX):
+    return _split_product(x_ND, kernel_DX), (x_ND, kernel_DX)
 
 
-def _thirds_backward(residuals, gradients):
+def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 
-_thirds.defvjp(_thirds_forward, _thirds_backward)
+_split_product.defvjp(_split_product_forward, _split_product_backward)
 
 
 class MLP(nn.Module):
@@ -175,7 +180,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, deterministic: bool):
-        """[N, D] -> [N, D] and its bias [D]."""
+        """[N, D] -> the update of the residual stream."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
@@ -184,18 +189,15 @@ class MLP(nn.Module):
         return project_back(self.config, h_NF, None, deterministic)
 
 
-# The backward pass adds the bias again, which saves an [N, F] array a layer.
+# The backward pass adds the bias again, which saves an [N, F] array per layer.
 @jax.checkpoint
 def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """`kernels.gelu.bias_gelu` in its plain form."""
+    """The plain form of `kernels.gelu.bias_gelu`."""
     return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
 
 
 def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
-    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
-
-    Of x + input_bias, if there is one.
-    """
+    """Projects x + input_bias by the layer 'proj' to an update (y [N, D], bias [D])."""
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
     kernel, bias_D = linear(x_NX.shape[-1])
@@ -204,14 +206,13 @@ def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
         bias_D += input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
-    dropped_ND = nn.Dropout(config.dropout)(
-        _add_bias(y_ND, bias_D), deterministic=False
-    )
-    return dropped_ND, jnp.zeros_like(bias_D)
+    # Dropout acts on the sum, so nothing is left for the next norm to add.
+    y_ND = nn.Dropout(config.dropout)(_add_bias(y_ND, bias_D), deterministic=False)
+    return y_ND, jnp.zeros_like(bias_D)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, between two additions to the residual stream."""
+    """One pre-norm transformer block."""
 
     config: GPTConfig
 
@@ -219,9 +220,9 @@ class Block(nn.Module):
     def __call__(
         self, x_ND, update, sequence_length: int, deterministic: bool, position=None
     ):
-        """The residual stream [N, D] and what is still to be added, to the same.
+        """(Residual stream [N, D], pending update) -> the same after this block.
 
-        What is to be added is ([N, D], a bias [D]); position as for `Attention`.
+        The other arguments are those of `Attention`.
         """
         x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
         update = Attention(self.config, name="attn")(

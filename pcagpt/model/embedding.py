@@ -1,4 +1,4 @@
-"""Token ids to vectors and back: the tables, which input and output share.
+"""Token ids to vectors and back: the tables that input and output share.
 
 Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
@@ -16,10 +16,12 @@ from pcagpt.sharding.inside import by_device
 
 @flax.struct.dataclass
 class HeadBand:
-    """The part of the output head that gives one band's logits; a pytree.
+    """The part of the output head that gives one band's logits, as a pytree.
 
-    wte: [size + padding, K]; scale_down: [K, D], None for a table at full width;
-    size: number of real rows, a static field. Padding rows follow them.
+    Attributes:
+      wte: [V, K]; rows from `size` on are padding.
+      scale_down: [K, D], or None: wte is [V, D].
+      size: the number of real rows. It is static, not a leaf.
     """
 
     wte: jax.Array
@@ -27,7 +29,7 @@ class HeadBand:
     size: int = flax.struct.field(pytree_node=False)
 
 
-Head = tuple[HeadBand, ...]
+Head = tuple[HeadBand, ...]  # in order of token position
 
 
 class BandEmbedding(nn.Module):
@@ -44,13 +46,10 @@ class BandEmbedding(nn.Module):
         self.wte = self.param("wte", init, (rows, rank or self.n_embd))
         self.scale_up = self.scale_down = None
         if rank is not None:
-            scale_shape = (rank, self.n_embd)
-            self.scale_up = self.param("scale_up", init, scale_shape)
-            self.scale_down = (
-                self.scale_up
-                if self.scale_tying
-                else self.param("scale_down", init, scale_shape)
-            )
+            shape = rank, self.n_embd
+            self.scale_up = self.scale_down = self.param("scale_up", init, shape)
+            if not self.scale_tying:
+                self.scale_down = self.param("scale_down", init, shape)
 
     def lookup(self, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows of this band -> their embeddings [N, D]."""
@@ -60,8 +59,8 @@ class BandEmbedding(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table in another dtype, [N, K]; gradients are summed in its own."""
-    # Cast before: of a table that is split over devices, this travels in that dtype.
+    """Rows [N, K] in `dtype`; the gradient is summed in the dtype of the table."""
+    # Cast first: if the table is split, devices exchange it in that smaller dtype.
     return wte_VK.astype(dtype)[rows_N]
 
 
@@ -78,8 +77,9 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
         zeros_VK = jnp.zeros(shape, table_dtype)
         return (zeros_VK.at[rows_N].add(gradient_NK.astype(table_dtype)),)
 
-    # Each device sums its own before they are added up. Left to itself, XLA would add
-    # the head's gradient first, for which all devices would need all of it.
+    # Each device sums the gradients of its own tokens, and the sums are added up last.
+    # Left alone, XLA would scatter into the head's gradient, for which every device
+    # would first need all of that gradient.
     split = by_device(of_table, [True, True], [False])
     return *split(gradient_NK, rows_N), None
 
@@ -88,7 +88,7 @@ _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids to vectors, and the tables of the tied output head."""
+    """The input embedding and the output head, which are tied."""
 
     config: GPTConfig
 
@@ -109,7 +109,7 @@ class TokenEmbedding(nn.Module):
             )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
-        """Token ids -> positions in the order of the bands; -1 (no token) stays."""
+        """Token ids -> token positions, which count through the bands; -1 stays -1."""
         if len(self.config.bands) == 1:
             return tokens
         return jnp.where(tokens < 0, tokens, self.position_of_token.value[tokens])
@@ -124,14 +124,14 @@ class TokenEmbedding(nn.Module):
         x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
         for band, embedding in zip(bands, self.band_embeddings, strict=True):
             rows_N = positions_N - band.start
-            inside_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
+            is_here_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
             found_ND = embedding.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
-            x_ND += jnp.where(inside_N1, found_ND, 0)
+            x_ND += jnp.where(is_here_N1, found_ND, 0)
         return x_ND
 
     def head(self) -> Head:
-        """The output side of every band, in order of token position."""
+        """The output side of every band."""
         return tuple(
-            HeadBand(band.wte, band.scale_down, band.band.size)
-            for band in self.band_embeddings
+            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
+            for embedding in self.band_embeddings
         )

@@ -15,8 +15,8 @@ from pcagpt.model.embedding import Head, TokenEmbedding
 class GPT(nn.Module):
     """GPT-2 with a tied, possibly factorized token embedding.
 
-    Activations are [N, D] between the blocks, not [B, T, D]: XLA then needs no
-    transposes in the backward pass of LayerNorm.
+    A batch goes to its loss by three methods: `hidden` for the inputs, `renumber` for
+    the targets, and `head`, which `pcagpt.losses` takes.
     """
 
     config: GPTConfig
@@ -25,11 +25,8 @@ class GPT(nn.Module):
         """Declares embedding, positions, blocks and the final norm."""
         config = self.config
         self.embed = TokenEmbedding(config)
-        self.wpe = self.param(
-            "wpe",
-            nn.initializers.normal(INIT_STD),
-            (config.block_size, config.n_embd),
-        )
+        init = nn.initializers.normal(INIT_STD)
+        self.wpe = self.param("wpe", init, (config.block_size, config.n_embd))
         self.blocks = [Block(config, name=f"block_{i}") for i in range(config.n_layer)]
         self.ln_f = ResidualNorm(config)
         self.embedding_dropout = nn.Dropout(config.dropout)
@@ -45,26 +42,25 @@ class GPT(nn.Module):
     def contextualize(
         self, x_ND: jax.Array, sequence_length: int, deterministic: bool = True
     ) -> jax.Array:
-        """Token embeddings [N, D], sequence after sequence -> output of ln_f [N, D].
-
-        All of the model but its tables: positions, blocks and the final norm.
-        """
-        wpe_TD, length = self.wpe[:sequence_length].astype(x_ND.dtype), sequence_length
+        """Token embeddings [N, D], sequence after sequence -> output of ln_f [N, D]."""
+        length = sequence_length
+        wpe_TD = self.wpe[:length].astype(x_ND.dtype)
         wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
         wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
         if self.config.dropout and not deterministic:
             x_ND = self.embedding_dropout(x_ND + wpe_ND, deterministic=False)
             wpe_ND = jnp.zeros_like(x_ND)
+        # The first norm adds the positions, as it adds every other update.
         update = wpe_ND, bias_D
         for block in self.blocks:
             x_ND, update = block(x_ND, update, length, deterministic)
         return self.ln_f(x_ND, *update)[1]
 
     def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
-        """One more token of each sequence, at this position -> output of ln_f [B, D].
+        """One more token of each sequence, at `position` -> output of ln_f [B, D].
 
-        What is before it was read by `hidden` or here, with the collection 'cache' kept
-        from call to call.
+        `hidden` or earlier calls have read the tokens before it; the caller keeps the
+        collection 'cache' between calls.
         """
         x_BD = self.embed(tokens_B)
         wpe_D = self.wpe[position].astype(x_BD.dtype)
@@ -74,15 +70,15 @@ class GPT(nn.Module):
         return self.ln_f(x_BD, *update)[1]
 
     def head(self) -> Head:
-        """The tables of the output head, band by band."""
+        """The output head, whose bands' columns follow one another."""
         return self.embed.head()
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
-        """Token ids -> columns of the head's concatenated bands; -1 stays -1."""
+        """Token ids -> columns of the head; -1 (no token) stays -1."""
         return self.embed.renumber(tokens)
 
     def logits(self, h_ND: jax.Array) -> jax.Array:
-        """Outputs of ln_f [N, D] -> logits [N, V] float32, by the users' token ids.
+        """Outputs of ln_f [N, D] -> logits [N, V] float32, by token id.
 
         Computed in the dtype of the tables, without padding columns. For inspection
         and sampling; training and evaluation use `pcagpt.losses`.
@@ -100,5 +96,5 @@ class GPT(nn.Module):
         return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits [B, T, V] float32 of the token after each, as `logits` has them."""
+        """Logits [B, T, V] float32 of the token after each."""
         return self.logits(self.hidden(tokens_BT)).reshape(*tokens_BT.shape, -1)

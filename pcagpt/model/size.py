@@ -1,4 +1,4 @@
-"""How many values a model stores and how many operations a token of training takes."""
+"""Number of values that a model stores, and of operations to train on a token."""
 
 from pcagpt.model.config import GPTConfig
 
@@ -6,7 +6,7 @@ from pcagpt.model.config import GPTConfig
 def embedding_parameters(config: GPTConfig) -> int:
     """Stored values of token tables and scale matrices, padding rows not counted.
 
-    In several bands each token's position counts, too.
+    With several bands, the position of each token counts as a value, too.
     """
     scales = 1 if config.n_embd_wte_scale_tying else 2
     positions = config.vocab_size if len(config.bands) > 1 else 0
@@ -30,8 +30,8 @@ def total_parameters(config: GPTConfig) -> int:
 def training_flops_per_token(config: GPTConfig) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
-    Six per weight of every matrix product, attention counted in full (not halved for
-    causality): 12 * L * T * D, as in PaLM (Chowdhery et al. 2022, appendix B).
+    Six per weight of every matrix product. Attention counts in full, 12 * L * T * D,
+    not halved for causality, as in PaLM (Chowdhery et al. 2022, appendix B).
     """
     width = config.n_embd
     weights = config.n_layer * 12 * width * width

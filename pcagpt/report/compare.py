@@ -20,34 +20,40 @@ HELD, FAILED, UNRESOLVED = "held", "did not hold", "not resolved"
 
 
 class Question(NamedTuple):
-    """A comparison of two arms, by their letters.
+    """What a comparison of two arms asks.
 
     claim: what the original system expected, if anything; kind: 'less' (in loss),
     'equal' or 'less at fewer tokens', of the first arm against the second.
     """
 
-    first: str
-    second: str
     asks: str
     claim: str = ""
     kind: str = ""
 
 
-QUESTIONS = (
-    Question("A", "C", "Does PCA initialisation help, at the same rank?",
-             "A < C in loss: PCA initialisation is the better start", "less"),
-    Question("A", "D", "What does the low rank cost after training from scratch?",
-             "A ≈ D in loss", "equal"),
-    Question("B", "A", "Is fine-tuning D's weights better than training from scratch?",
-             "B < A in loss at fewer tokens: fine-tuning is more efficient",
-             "less at fewer tokens"),
-    Question("B", "D", "Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
-    Question("B", "D+", "And the loss of D after the same further training?"),
-    Question("Bd", "B", "Do D's predictions teach more than the text?"),
-    Question("A", "E", "Does more than the scale of A's factors help?"),
-    Question("A", "F", "Does more than the spectrum of A's table help?"),
-    Question("A", "G", "Does it matter which token has which row?"),
-)  # fmt: skip
+QUESTIONS = {  # by the letters of both arms
+    "A vs C": Question(
+        "Does PCA initialisation help, at the same rank?",
+        "A < C in loss: PCA initialisation is the better start",
+        "less",
+    ),
+    "A vs D": Question(
+        "What does the low rank cost after training from scratch?",
+        "A ≈ D in loss",
+        "equal",
+    ),
+    "B vs A": Question(
+        "Is fine-tuning D's weights better than training from scratch?",
+        "B < A in loss at fewer tokens: fine-tuning is more efficient",
+        "less at fewer tokens",
+    ),
+    "B vs D": Question("Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
+    "B vs D+": Question("And the loss of D after the same further training?"),
+    "Bd vs B": Question("Do D's predictions teach more than the text?"),
+    "A vs E": Question("Does more than the scale of A's factors help?"),
+    "A vs F": Question("Does more than the spectrum of A's table help?"),
+    "A vs G": Question("Does it matter which token has which row?"),
+}
 
 
 def mean_interval(
@@ -133,7 +139,7 @@ def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str
     """
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
-        for question in QUESTIONS:
+        for name, question in QUESTIONS.items():
             # Rank None is the full table, of D: every rank is compared with it.
             first, second = (
                 {
@@ -143,34 +149,25 @@ def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str
                     and row["rank"] in (None, rank)
                     and row["val_loss"] is not None
                 }
-                for letter in (question.first, question.second)
+                for letter in name.split(" vs ")
             )
             pairs = [(first[seed], second[seed]) for seed in first if seed in second]
             if pairs:
-                heading = {
-                    "question": f"{question.first} vs {question.second}",
-                    "asks": question.asks,
-                    "rank": rank,
-                }
+                heading = {"question": name, "asks": question.asks, "rank": rank}
                 comparisons.append(heading | _measure(workdir, pairs))
     return comparisons
 
 
 def judge_claims(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the original system expected, with the verdict of each comparison."""
-    return [
-        {
-            "claim": question.claim,
-            "question": found["question"],
-            "rank": found["rank"],
-            "verdict": verdict(question.kind, found["interval"], found["tokens"]),
-            "caveat": found["caveat"],
-        }
-        for question in QUESTIONS
-        for found in comparisons
-        if question.claim
-        and found["question"] == f"{question.first} vs {question.second}"
-    ]
+    """The verdict of each comparison on what the original system expected."""
+    judged = []
+    for found in comparisons:
+        question = QUESTIONS[found["question"]]
+        if question.claim:
+            verdict_on_it = verdict(question.kind, found["interval"], found["tokens"])
+            copied = {name: found[name] for name in ("question", "rank", "caveat")}
+            judged.append({"claim": question.claim, "verdict": verdict_on_it} | copied)
+    return judged
 
 
 def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:

@@ -148,11 +148,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         known = of_kind.setdefault(row["rank"], row)
         if row["added_loss"] < known["added_loss"]:
             of_kind[row["rank"]] = row
-    methods = dict.fromkeys(row["method"] for row in sweep["rows"])
-    colours = {
-        method: getattr(METHODS.get(method), "colour", f"C{number % 10}")
-        for number, method in enumerate(methods)
-    } | {"baseline": INK}
+    colours = {"baseline": INK} | {name: m.colour for name, m in METHODS.items()}
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
     for axes, (field, unit) in zip(grid, units.items(), strict=True):
@@ -160,7 +156,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row["params"])
-            colour = colours[method]
+            colour = colours.get(method, "#f0a6ca")  # of a method that was removed
             axes.plot(
                 [row[field] / 1e6 for row in rows],
                 [max(row["added_loss"], SMALLEST_ADDED) for row in rows],

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcagpt.files import read_npy, write_file, write_json, write_text
-from pcagpt.report import text
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
@@ -15,12 +14,10 @@ from pcagpt.report.figures import (
     spectrum_figure,
 )
 from pcagpt.report.sweep import sweep_view
+from pcagpt.report.text import Markdown, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FILTERS = (text.fixed, text.signed, text.effect, text.interval, text.count, text.times)
-FILTERS += (text.percent, text.duration, text.code, text.fields)
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
@@ -61,27 +58,22 @@ def _write(
 ) -> Path:
     """Writes the figures that are not None, and both pages."""
     import markdown
-    from jinja2 import Environment, PackageLoader
 
     _save(folder / "plots", figures)
-    environment = Environment(
-        loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=text.escaped
-    )
-    environment.filters |= {function.__name__: function for function in FILTERS}
     plots = [name for name, figure in figures.items() if figure is not None]
-    template = environment.get_template(f"{name}.md.j2")
-    page = re.sub(r"\n{3,}", "\n\n", template.render(view, plots=plots)).strip() + "\n"
-    write_text(folder / "report.md", page)
+    page = render(f"{name}.md.j2", plots=plots, **view)
+    write_text(folder / "report.md", page + "\n")
 
     def inlined(match: re.Match) -> str:
         image = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
         return f'src="data:image/png;base64,{image}"'
 
     body = markdown.markdown(page, extensions=["tables"], output_format="html")
-    body = re.sub(r'src="(plots/\w+\.png)"', inlined, body)
-    title, body = page.splitlines()[0].removeprefix("# "), text.Markdown(body)
-    wrapper = environment.get_template("page.html.j2")
-    write_text(folder / "report.html", wrapper.render(title=title, body=body))
+    body = Markdown(re.sub(r'src="(plots/\w+\.png)"', inlined, body))
+    title = page.splitlines()[0].removeprefix("# ")
+    write_text(
+        folder / "report.html", render("page.html.j2", title=title, body=body) + "\n"
+    )
     return folder / "report.html"
 
 

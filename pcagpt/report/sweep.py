@@ -6,12 +6,10 @@ import numpy as np
 
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (
-    NOTHING,
     Markdown,
     count,
     fixed,
-    interval,
-    percent,
+    render,
     signed,
     table,
 )
@@ -93,8 +91,7 @@ def equal_size_table(sweep: dict[str, Any]) -> Markdown:
 
 def recovery_table(sweep: dict[str, Any]) -> Markdown:
     """Models that were trained further, the same without, and D trained further."""
-    recovered, loss = sweep["recovered"], baseline_of(sweep)["loss"]
-    lines = []
+    recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
         untrained = [
@@ -103,33 +100,16 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
             if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
         ]
         for name, added in [*untrained, (row_name(runs[0]), runs[0]["added_at_start"])]:
-            loss_and_added = [fixed(loss + added, 4), signed(added, 4)]
-            lines.append(["", name, f"k={rank}", *loss_and_added, *6 * [NOTHING]])
+            rows.append({"name": name, "rank": rank, "added_loss": added})
         for row in runs:
             on = " on D's predictions" if row["letter"] == "Bd" else ""
-            name = f"{row_name(row)}, trained further{on}"
-            lines.append([f"**{row['letter']}**", name, f"k={rank}", *_numbers(row)])
-    for row in (row for row in recovered if row["rank"] is None):
-        numbers = _numbers(row | {"less_continued": None})
-        lines.append([f"**{row['letter']}**", "D, trained further", NOTHING, *numbers])
-    header = ["", "Model", "Size of", "Loss", "Added", INTERVAL, "Minus D+", INTERVAL]
-    header += ["Tokens", "Of D's", "Learning rate"]
-    return table(header, lines, "ll" + "r" * (len(header) - 2))
-
-
-def _numbers(row: dict[str, Any]) -> list[str]:
-    """The cells of a trained model from its loss on."""
-    compared = row["less_continued"] is not None
-    return [
-        fixed(row["val_loss"], 4),
-        signed(row["added_loss"], 4),
-        interval(row["interval"]),
-        signed(row["less_continued"], 4),
-        interval(row["less_continued_interval"] if compared else None),
-        count(row["tokens_seen"]),
-        percent(row["share_of_tokens"]),
-        f"{row['learning_rate']:g}",
-    ]
+            rows.append(row | {"name": f"{row_name(row)}, trained further{on}"})
+    for row in recovered:
+        if row["rank"] is None:
+            none = {"less_continued": None, "less_continued_interval": None}
+            rows.append(row | none | {"name": "D, trained further"})
+    loss = baseline_of(sweep)["loss"]
+    return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

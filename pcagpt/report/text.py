@@ -1,4 +1,7 @@
-"""Numbers and foreign text as markdown."""
+"""Numbers and foreign text as markdown, and templates filled in with them.
+
+Jinja2 is imported by the first template, so that training starts without it.
+"""
 
 import datetime
 import html
@@ -40,6 +43,11 @@ def interval(bounds: Sequence[float] | None) -> str:
     return " to ".join(map(effect, bounds)) if bounds else NOTHING
 
 
+def plain(value: Any) -> str:
+    """0.00150 → '0.0015'."""
+    return f"{value:g}" if value else NOTHING
+
+
 def count(value: Any) -> str:
     """38597376 → '38,597,376'."""
     return fixed(value, 0)
@@ -52,7 +60,7 @@ def times(value: Any) -> str:
 
 def percent(value: Any, places: int = 1) -> str:
     """0.8245 → '82.5%'."""
-    return f"{fixed(100 * value, places)}%" if value is not None else NOTHING
+    return f"{fixed(100 * value, places)}%" if fixed(value) != NOTHING else NOTHING
 
 
 def duration(seconds: float | None) -> str:
@@ -89,3 +97,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> M
     rule = ["---:" if side == "r" else ":---" for side in sides]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     return Markdown("\n".join(lines))
+
+
+def render(template: str, **view: Any) -> Markdown:
+    """Fills in a template. What it inserts is escaped, and never acts as markup."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
+    )
+    filters = (fixed, signed, effect, interval, plain, count, times, percent)
+    for function in (*filters, duration, code, fields):
+        environment.filters[function.__name__] = function
+    text = environment.get_template(template).render(view)
+    return Markdown(re.sub(r"\n{3,}", "\n\n", text).strip())

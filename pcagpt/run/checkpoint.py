@@ -8,7 +8,6 @@ import hashlib
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -61,21 +60,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self,
-        step: int,
-        weights: Any,
-        optimizer: Any,
-        meta: dict,
-        val_loss: float | None = None,
+        self, step: int, items: dict, meta: dict, val_loss: float | None = None
     ) -> None:
-        """Starts writing a checkpoint. The arrays may be donated once this returns."""
+        """Starts writing a checkpoint. The arrays may be donated once this returns.
+
+        Args:
+          step: number of updates done.
+          items: {'weights', 'optimizer'}: trees of arrays.
+          meta: JSON values.
+          val_loss: None if it was not measured at this step.
+        """
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(weights),
-                optimizer=ocp.args.StandardSave(optimizer),
-                meta=ocp.args.JsonSave(meta),
-            ),
+            args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)),
             metrics=None if val_loss is None else {"val_loss": val_loss},
         )
 
@@ -83,35 +81,30 @@ class Checkpoints:
         """Waits until every save is on disk."""
         self._manager.wait_until_finished()
 
-    def restore_latest(self, weights: Any, optimizer: Any) -> tuple | None:
+    def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.
 
         Newer ones that are damaged are reported and deleted if a good one is found.
 
         Args:
-          weights: tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
-          optimizer: the same for the optimizer item.
+          template: items as for `save`, as `jax.ShapeDtypeStruct` with the shardings to
+            restore onto.
 
         Returns:
-          (weights, optimizer, meta, step).
+          (items, meta).
 
         Raises:
           UserError: every checkpoint is damaged.
         """
+        arrays = {n: ocp.args.StandardRestore(tree) for n, tree in template.items()}
+        wanted = ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore())
         damaged = []
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        weights=ocp.args.StandardRestore(weights),
-                        optimizer=ocp.args.StandardRestore(optimizer),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
+                restored = self._manager.restore(step, args=wanted)
+            # Orbax and what it calls raise errors of many types.
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
+                if "RESOURCE_EXHAUSTED" in str(error):  # The checkpoint may be good.
                     raise
                 reason = str(error).strip().split("\n")[0][:120]
                 damaged.append((step, reason))
@@ -125,7 +118,7 @@ class Checkpoints:
                     step,
                 )
                 self._manager.delete(later)
-            return restored.weights, restored.optimizer, restored.meta, step
+            return {name: restored[name] for name in template}, restored.meta
         if damaged:
             raise UserError(
                 f"every checkpoint in {self._folder} is damaged ({damaged[0][1]}): "

@@ -4,7 +4,7 @@ Precedence: a checkpoint of the run itself, then these imports, then random weig
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,37 @@ from pcagpt.model import GPTConfig
 from pcagpt.run import checkpoint
 from pcagpt.run.opened import Run
 
-TABLE_PATTERN = r"embed/band_\d+/wte"
-SCALE_PATTERN = r"embed/band_\d+/scale_(up|down)"
+
+def _sha256_of_arrays(folder: Path) -> str:
+    """Hash of the arrays of a table in bands."""
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.np[yz]")))
+    return hashlib.sha256(content).hexdigest()
+
+
+# The knobs that name a file or a run to start from, and what hashes its content.
+IMPORTS: dict[str, Callable[[Path], str]] = {
+    "init.import_wte_npy": sha256_of_file,
+    "init.import_scale_matrices_npz": sha256_of_file,
+    "init.import_bands": _sha256_of_arrays,
+    "init.blocks_from": checkpoint.fingerprint,
+    "init.weights_from": checkpoint.fingerprint,
+    "distill.teacher": checkpoint.fingerprint,
+}
+
+# {knob: (knob of the import that it freezes, path pattern of its parameters)}
+FREEZES = {
+    "import_wte_freeze": ("import_wte_npy", r"embed/band_\d+/wte"),
+    "import_scale_matrices_freeze": (
+        "import_scale_matrices_npz",
+        r"embed/band_\d+/scale_(up|down)",
+    ),
+}
 
 
 def imported_paths(settings: Settings) -> dict[str, Path]:
     """{knob: path} of every file and run that a run starts from."""
-    init = settings.init
-    named = {
-        "init.import_wte_npy": init.import_wte_npy,
-        "init.import_scale_matrices_npz": init.import_scale_matrices_npz,
-        "init.import_bands": init.import_bands,
-        "init.blocks_from": init.blocks_from,
-        "init.weights_from": init.weights_from,
-        "distill.teacher": settings.distill.teacher,
-    }
-    return {knob: Path(path) for knob, path in named.items() if path}
+    values = settings.flat()
+    return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
@@ -44,19 +59,8 @@ def fingerprints(settings: Settings) -> dict[str, str]:
     Raises:
       UserError: an import is missing.
     """
-    found = {}
-    for knob, path in imported_paths(settings).items():
-        name = knob.split(".")[1]
-        if name in ("blocks_from", "weights_from", "teacher"):
-            found[name] = checkpoint.fingerprint(path)
-        elif name == "import_bands":
-            content = b"".join(
-                part.read_bytes() for part in sorted(path.glob("*.np[yz]"))
-            )
-            found[name] = hashlib.sha256(content).hexdigest()
-        else:
-            found[name] = sha256_of_file(path)
-    return found
+    paths = imported_paths(settings)
+    return {knob.split(".")[1]: IMPORTS[knob](path) for knob, path in paths.items()}
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
@@ -67,28 +71,14 @@ def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
     """
     has_bands = bool(init.import_bands) and init.keep != "shape"
     patterns = []
-    for freeze, is_on, imported, path, pattern in (
-        (
-            "import_wte_freeze",
-            init.import_wte_freeze,
-            "import_wte_npy",
-            init.import_wte_npy,
-            TABLE_PATTERN,
-        ),
-        (
-            "import_scale_matrices_freeze",
-            init.import_scale_matrices_freeze,
-            "import_scale_matrices_npz",
-            init.import_scale_matrices_npz,
-            SCALE_PATTERN,
-        ),
-    ):
-        if is_on and not (path or has_bands):
+    for freeze, (imported, pattern) in FREEZES.items():
+        if not getattr(init, freeze):
+            continue
+        if not (has_bands or getattr(init, imported)):
             raise UserError(
                 f"init.{freeze} is on but nothing is imported: set init.{imported}"
             )
-        if is_on:
-            patterns.append(pattern)
+        patterns.append(pattern)
     return tuple(patterns)
 
 
@@ -226,6 +216,7 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
             f"init.blocks_from: {path} lacks '{missing[0]}', which this model has: the "
             "two models differ in model.n_layer or model.bias"
         )
+    # It fails if a shape differs.
     trees.replace(params, blocks, source=f"init.blocks_from={path}")
     return blocks
 

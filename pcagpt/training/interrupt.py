@@ -31,10 +31,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def holds(self, step: int) -> bool:
+    def stops_at(self, step: int) -> bool:
         """True to stop before this step; every process gets the same answer."""
         if jax.process_count() == 1:
             return self.received
+        # An exchange makes the processes wait for each other, so it is not done often.
         if step % AGREE_EVERY:
             return False
         return bool(multihost_utils.process_allgather(np.array(self.received)).any())

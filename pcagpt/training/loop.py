@@ -15,11 +15,7 @@ import numpy as np
 from pcagpt import trees
 from pcagpt.errors import Interrupted
 from pcagpt.factorize import files
-from pcagpt.model import (
-    embedding_parameters,
-    total_parameters,
-    training_flops_per_token,
-)
+from pcagpt.model import embedding_parameters, total_parameters
 from pcagpt.run import provenance
 from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.checkpoint import Checkpoints
@@ -30,25 +26,9 @@ from pcagpt.sharding import placement
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 from pcagpt.training.interrupt import StopRequest
-from pcagpt.training.meter import Meter, Throughput, not_finite
+from pcagpt.training.meter import History, Meter, not_finite
 from pcagpt.training.setup import Setup
-from pcagpt.training.step import (
-    StepSettings,
-    Teacher,
-    TrainState,
-    initial_state,
-    train_step,
-)
-
-
-@dataclasses.dataclass
-class History:
-    """What a run remembers across resumes; each checkpoint holds it."""
-
-    best_val_loss: float = math.inf
-    timed_tokens: int = 0
-    timed_seconds: float = 0.0
-    seconds: float = 0.0  # wall-clock, with compiling, evaluating and saving
+from pcagpt.training.step import Teacher, TrainState, initial_state, train_step
 
 
 def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> dict:
@@ -68,54 +48,48 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
       Interrupted: a signal asked to stop; the state is saved.
     """
     settings, began = setup.settings, time.monotonic()
-    steps, evaluate_every = settings.train.steps, settings.evaluate.every
+    last_step = settings.train.steps
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, settings.checkpoint.keep_last)
         )
         state, shardings, history = start(setup, checkpoints)
+        resumed_at = checkpoints.latest_step  # None: the run is new
         first_step, seconds_before = int(state.step), history.seconds
-        resumed_at = checkpoints.latest_step
         telemetry = stack.enter_context(_telemetry(setup, run_dir, resumed_at))
-        progress = stack.enter_context(Progress(label, steps, first_step))
+        progress = stack.enter_context(Progress(label, last_step, first_step))
         stop = stack.enter_context(StopRequest())
         teacher = place_teacher(setup, state)
         compiled_step = compile_step(setup, state, shardings, teacher)
-        meter = Meter(
-            telemetry,
-            progress,
-            Throughput(history.timed_tokens, history.timed_seconds),
-            setup.tokens_per_step,
-            training_flops_per_token(setup.model.config),
-            provenance.peak_flops(setup.mesh.size),
-            settings.telemetry.every,
-        )
-        for step in range(first_step, steps + 1):
-            is_last, is_new, measured = step == steps, step != resumed_at, None
-            stopping = stop.holds(step)
+        meter = Meter(setup, history, telemetry, progress)
 
-            # The last step is evaluated after a resume, too: the result needs it.
-            if is_last or (step % evaluate_every == 0 and is_new):
+        # `step` counts the updates that `state` has had. Each round evaluates and saves
+        # this state if that is due, and then makes the next update.
+        for step in range(first_step, last_step + 1):
+            is_last, stopping = step == last_step, stop.stops_at(step)
+            is_new = step != resumed_at  # else it was evaluated and saved before
+
+            # The last state is always evaluated: a run may have been killed between its
+            # last save and its result.
+            measured = None
+            if is_last or (is_new and step % settings.evaluate.every == 0):
                 meter.flush()
                 measured = setup.validation(state.variables)
                 loss = measured.metrics["loss"]
                 if not math.isfinite(loss):
                     raise not_finite(step, f"validation loss {loss}")
                 history.best_val_loss = min(loss, history.best_val_loss)
-                if is_new:
-                    tokens = step * setup.tokens_per_step
-                    telemetry.log(step, tokens, "val", measured.metrics)
+                tokens = step * setup.tokens_per_step
+                telemetry.log(step, tokens, "val", measured.metrics)
 
-            is_due = step > 0 and step % settings.checkpoint.every == 0
-            if (is_due or is_last or stopping) and is_new:
+            # Step 0 is not saved: the same seed makes the same state again.
+            save_is_due = is_last or stopping or step % settings.checkpoint.every == 0
+            if is_new and step > 0 and save_is_due:
                 meter.flush()
-                history.timed_tokens = meter.throughput.tokens
-                history.timed_seconds = meter.throughput.seconds
                 history.seconds = seconds_before + time.monotonic() - began
                 checkpoints.save(
                     step,
-                    state.variables,
-                    state.optimizer_item,
+                    state.items,
                     {"history": dataclasses.asdict(history), "config": record},
                     measured.metrics["loss"] if measured else None,
                 )
@@ -124,12 +98,13 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
             if stopping:
                 checkpoints.wait()
                 raise Interrupted(
-                    f"{run_dir.name} stopped at step {step} of {steps}, saved: the "
+                    f"{run_dir.name} stopped at step {step} of {last_step}, saved: the "
                     "same command goes on from there"
                 )
 
+            # This returns before the device is done. The meter reads the metrics one
+            # step late, so that the device always has the next step to work on.
             state, metrics = compiled_step(state, setup.batch(step), teacher)
-            # Read while the next step runs, so that the device never waits.
             meter.hold(step + 1, metrics)
 
         checkpoints.wait()
@@ -150,33 +125,27 @@ def start(
     """
     seed = setup.settings.seed
     init = functools.partial(initial_state, setup.model, setup.optimizer, seed)
-    shapes = jax.eval_shape(init)
-    shardings = placement.shardings(shapes, setup.mesh)
-    template = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        shapes,
-        shardings,
-    )
-    restored = checkpoints.restore_latest(template.variables, template.optimizer_item)
+    shardings = placement.shardings(jax.eval_shape(init), setup.mesh)
+    # Each device makes its own part: the whole state may not fit on one.
+    init = jax.jit(init, out_shardings=shardings)
+    restored = checkpoints.restore_latest(init.eval_shape().items)
     if restored:
-        variables, optimizer, meta, _ = restored
-        state = TrainState.from_items(variables, optimizer)
-        return state, shardings, History(**meta["history"])
-    state = jax.jit(init, out_shardings=shardings)()
+        items, meta = restored
+        return TrainState.from_items(**items), shardings, History(**meta["history"])
+    state = init()
     variables = {"params": state.params, "constants": _constants(setup)}
     state = state.replace(**setup.import_into(variables))
     return jax.device_put(state, shardings), shardings, History()
 
 
 def _constants(setup: Setup) -> dict:
-    """The order of tokens in several bands: as imported, or by falling count."""
-    config, folder = setup.model.config, setup.settings.init.import_bands
-    if len(config.bands) == 1:
+    """The order of the tokens in several bands: as imported, or by falling count."""
+    config, init = setup.model.config, setup.settings.init
+    # One band needs no order, and a run that is copied brings its own.
+    if len(config.bands) == 1 or init.weights_from:
         return {}
-    if folder:
-        return position_constants(files.read_bands(folder).order)
+    if init.import_bands:
+        return position_constants(files.read_bands(init.import_bands).order)
     count_V = setup.corpus.count_tokens("train")
     missing = config.vocab_size - len(count_V)
     return position_constants(np.argsort(-np.pad(count_V, (0, missing)), kind="stable"))
@@ -186,11 +155,11 @@ def place_teacher(setup: Setup, state: TrainState) -> Teacher | None:
     """The teacher on the mesh, its rows in the state's order of tokens."""
     if setup.teacher is None:
         return None
-    order = trees.flatten(state.constants).get("embed/position_of_token")
-    if order is None:
-        order = np.arange(setup.model.config.vocab_size)
-    bands = setup.model.config.bands
-    teacher = Teacher.laid_out(*setup.teacher, bands, np.asarray(order))
+    config = setup.model.config
+    position_V = trees.flatten(state.constants).get(
+        "embed/position_of_token", np.arange(config.vocab_size)
+    )
+    teacher = Teacher.aligned(*setup.teacher, config.bands, np.asarray(position_V))
     return jax.device_put(teacher, placement.shardings(teacher, setup.mesh))
 
 
@@ -207,19 +176,17 @@ def compile_step(
         model=setup.model,
         optimizer=setup.optimizer,
         schedule=setup.schedule,
-        settings=StepSettings(
-            settings.seed,
-            setup.frozen,
-            settings.train.loss_chunks,
-            settings.distill.share,
-        ),
+        seed=settings.seed,
+        frozen=setup.frozen,
+        loss_chunks=settings.train.loss_chunks,
+        distill_share=settings.distill.share,
     )
     jitted = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, placement.replicated(setup.mesh)),
     )
-    # `sharding.inside` splits rows over the mesh in use.
+    # Code of the model splits rows over the mesh that is set here (`sharding.inside`).
     with jax.set_mesh(setup.mesh):
         lowered = jitted.lower(state, setup.batch(0), teacher)
         return lowered.compile(compiler_options=placement.COMPILER_OPTIONS)
@@ -258,7 +225,6 @@ def _result(
     memory = compiled_step.memory_analysis()
     # Imported bands have the size of a rank; other bands have no rank.
     has_rank = settings.init.import_bands or not model.band_sizes
-    timed = history.timed_seconds
     return {
         "run": run_dir.name,
         "arm": settings.arm,
@@ -276,7 +242,7 @@ def _result(
         "params_embedding": embedding,
         "compression_embedding": embedding_parameters(full) / embedding,
         "compression_total": total_parameters(full) / total,
-        "tokens_per_second": history.timed_tokens / timed if timed else None,
+        "tokens_per_second": history.tokens_per_second,
         "seconds": history.seconds,
         "peak_bytes": (
             memory.argument_size_in_bytes

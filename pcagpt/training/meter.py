@@ -1,15 +1,33 @@
 """Reads the metrics of steps without making the device wait, and times the steps."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
 from pcagpt.errors import UserError
+from pcagpt.model import training_flops_per_token
 from pcagpt.run import provenance
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
+from pcagpt.training.setup import Setup
+
+
+@dataclasses.dataclass
+class History:
+    """What a run remembers across resumes; each checkpoint holds it."""
+
+    best_val_loss: float = math.inf
+    timed_tokens: int = 0  # of steps without compiling, evaluating and saving
+    timed_seconds: float = 0.0
+    seconds: float = 0.0  # wall-clock, of everything
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean speed of all timed steps."""
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
 
 
 def not_finite(step: int, seen: str) -> UserError:
@@ -21,61 +39,23 @@ def not_finite(step: int, seen: str) -> UserError:
     )
 
 
-class Throughput:
-    """Tokens per second of training, without compiling, evaluating and saving."""
-
-    def __init__(self, tokens: int = 0, seconds: float = 0.0):
-        self.tokens, self.seconds = tokens, seconds
-        self._since: float | None = None
-
-    def pause(self) -> None:
-        """Leaves the current interval out."""
-        self._since = None
-
-    def add(self, tokens: int) -> float | None:
-        """Notes the end of a step; returns its tokens per second if it was timed."""
-        now, since = time.perf_counter(), self._since
-        self._since = now
-        if since is None:
-            return None
-        self.tokens += tokens
-        self.seconds += now - since
-        return tokens / (now - since)
-
-    @property
-    def mean(self) -> float | None:
-        """Tokens per second over all timed steps."""
-        return self.tokens / self.seconds if self.seconds else None
-
-
 class Meter:
     """Takes the metrics of each step and reads them once the next step is dispatched.
 
-    Args:
-      telemetry: where they are logged, every `every` steps.
-      progress: where they are shown.
-      throughput: continued from before a resume.
-      tokens_per_step: of all devices together.
-      flops_per_token: of a training step.
-      peak_flops: FLOP/s of all devices, or None where unknown.
-      every: steps between two logged lines.
+    Reading a metric waits for its step. One step later, the device is busy meanwhile.
+    The time of each step is added to the history.
     """
 
     def __init__(
-        self,
-        telemetry: Telemetry,
-        progress: Progress,
-        throughput: Throughput,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
-        every: int,
+        self, setup: Setup, history: History, telemetry: Telemetry, progress: Progress
     ):
-        self.throughput = throughput
-        self._telemetry, self._progress, self._every = telemetry, progress, every
-        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
-        self._peak_flops = peak_flops
+        self._history, self._telemetry, self._progress = history, telemetry, progress
+        self._every = setup.settings.telemetry.every
+        self._tokens_per_step = setup.tokens_per_step
+        self._flops_per_token = training_flops_per_token(setup.model.config)
+        self._peak_flops = provenance.peak_flops(setup.mesh.size)
         self._held: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._last_read: float | None = None
 
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of update `step` and reads those of the update before.
@@ -89,7 +69,7 @@ class Meter:
     def flush(self) -> None:
         """Reads the metrics it holds, and leaves what follows out of the timing."""
         self._read()
-        self.throughput.pause()
+        self._last_read = None
 
     def _read(self) -> None:
         if self._held is None:
@@ -97,17 +77,27 @@ class Meter:
         (step, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in metrics.items()}
         loss, norm = values["loss"], values["gradient_norm"]
-        if not np.isfinite([loss, norm]).all():
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise not_finite(step, f"loss {loss}, gradient norm {norm}")
-        rate = self.throughput.add(self._tokens_per_step)
-        self._progress.update(step, loss, self.throughput.mean)
+        speed = self._time_step()
+        self._progress.update(step, loss, self._history.tokens_per_second)
         if step % self._every == 0:
             utilisation = None
-            if rate is not None and self._peak_flops is not None:
-                utilisation = rate * self._flops_per_token / self._peak_flops
+            if speed is not None and self._peak_flops is not None:
+                utilisation = speed * self._flops_per_token / self._peak_flops
             values |= {
-                "tokens_per_second": rate,
+                "tokens_per_second": speed,
                 "flop_utilisation": utilisation,
                 "device_peak_bytes": provenance.device_peak_bytes(),
             }
             self._telemetry.log(step, step * self._tokens_per_step, "train", values)
+
+    def _time_step(self) -> float | None:
+        """Tokens per second since the last reading; None right after `flush`."""
+        now, before = time.perf_counter(), self._last_read
+        self._last_read = now
+        if before is None:
+            return None
+        self._history.timed_tokens += self._tokens_per_step
+        self._history.timed_seconds += now - before
+        return self._tokens_per_step / (now - before)

@@ -1,12 +1,12 @@
 """Learning-rate schedules, decay on matrices only, and freezing."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 import optax
 
 from pcagpt import trees
+from pcagpt.config.schema import TrainSettings
 
 FROZEN, TRAINED = "frozen", "trained"
 
@@ -18,38 +18,23 @@ DECAY_RULES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule; steps are optimizer updates."""
-
-    steps: int
-    learning_rate: float
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    final_learning_rate_share: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    gradient_clip: float = 1.0
-
-
-def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+def learning_rate_schedule(train: TrainSettings) -> optax.Schedule:
     """Update number (from 0) -> learning rate.
 
     The warm-up is linear and starts at peak / warmup_steps, not at 0. Linear and cosine
     schedules reach the final share at the last update.
     """
-    peak = config.learning_rate
-    warmup = min(config.warmup_steps, config.steps - 1)
-    final = peak * config.final_learning_rate_share
-    decay_steps = max(config.steps - 1 - warmup, 1)
+    peak = train.learning_rate
+    warmup = min(train.warmup_steps, train.steps - 1)
+    final = peak * train.final_learning_rate_share
+    decay_steps = max(train.steps - 1 - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "cosine": optax.cosine_decay_schedule(
-            peak, decay_steps, alpha=config.final_learning_rate_share
+            peak, decay_steps, alpha=train.final_learning_rate_share
         ),
-    }[config.schedule]
+    }[train.schedule]
     if warmup == 0:
         return after
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
@@ -72,7 +57,7 @@ def freeze_labels(params, frozen_patterns: Sequence[str]):
 
 
 def optimizer(
-    config: OptimizerConfig, frozen_patterns: Sequence[str] = ()
+    train: TrainSettings, frozen_patterns: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """AdamW for the trained parameters; frozen ones have no update and no moments.
 
@@ -80,14 +65,14 @@ def optimizer(
     parameters would count in the norm, and frozen parameters would decay.
     """
     adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
+        learning_rate_schedule(train),
+        b1=train.beta1,
+        b2=train.beta2,
+        weight_decay=train.weight_decay,
         mask=lambda params: trees.label(params, DECAY_RULES),
     )
-    if config.gradient_clip:
-        adamw = optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
+    if train.gradient_clip:
+        adamw = optax.chain(optax.clip_by_global_norm(train.gradient_clip), adamw)
     return optax.multi_transform(
         {TRAINED: adamw, FROZEN: optax.set_to_zero()},
         lambda params: freeze_labels(params, frozen_patterns),

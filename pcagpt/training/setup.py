@@ -51,9 +51,7 @@ class Setup:
         Raises:
           UserError: the settings do not fit the corpus, the imports or the devices.
         """
-        train, init = settings.train, settings.init
-        if init.weights_from:
-            Run.open(init.weights_from).check_corpus(corpus)
+        train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_splits(settings.model.n_embd, mesh)
         placement.check_divisible(
@@ -61,27 +59,25 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
+        if settings.init.weights_from:
+            Run.open(settings.init.weights_from).check_corpus(corpus)
         model = GPT(build_config(settings.model, corpus.vocab_size))
-        frozen = initialise.frozen_patterns(init)
-        names = {field.name for field in dataclasses.fields(optim.OptimizerConfig)}
-        adamw = optim.OptimizerConfig(
-            **{n: v for n, v in dataclasses.asdict(train).items() if n in names}
-        )
+        frozen = initialise.frozen_patterns(settings.init)
         setup = cls(
-            settings,
-            corpus,
-            mesh,
-            model,
-            frozen,
-            optim.optimizer(adamw, frozen),
-            optim.learning_rate_schedule(adamw),
-            TrainingBatches(
+            settings=settings,
+            corpus=corpus,
+            mesh=mesh,
+            model=model,
+            frozen=frozen,
+            optimizer=optim.optimizer(train, frozen),
+            schedule=optim.learning_rate_schedule(train),
+            batches=TrainingBatches(
                 corpus.tokens("train"),
                 model.config.block_size,
                 train.batch_size,
                 settings.seed,
             ),
-            Evaluator(
+            validation=Evaluator(
                 model,
                 mesh,
                 corpus,
@@ -89,7 +85,7 @@ class Setup:
                 settings.evaluate.batch_size,
                 train.loss_chunks,
             ),
-            _open_teacher(settings, model, corpus),
+            teacher=_open_teacher(settings, model, corpus),
         )
         setup.import_into(_stand_in(model))
         return setup
@@ -100,10 +96,10 @@ class Setup:
         return self.settings.train.batch_size * self.model.config.block_size
 
     def batch(self, step: int) -> jax.Array:
-        """The batch of a step on the devices: [A, B, T + 1] int32."""
+        """The batch of a step on the devices: int32 [A, B, T + 1], in A parts."""
         tokens_BT = self.batches.batch_at(step)
-        parts, length = self.settings.train.accumulation, tokens_BT.shape[-1]
-        tokens_ABT = tokens_BT.reshape(parts, -1, length)
+        parts = self.settings.train.accumulation
+        tokens_ABT = tokens_BT.reshape(parts, -1, tokens_BT.shape[-1])
         return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
 
     def import_into(self, variables: dict) -> dict:

@@ -4,7 +4,6 @@ Shape letters: A parts of a batch, B windows of a part, T sequence, N = B*T, D w
 V rows of a band or of the vocabulary, E width of a teacher.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,31 +29,27 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What `GPT.apply` takes, and the `weights` item of a checkpoint."""
+        """What `GPT.apply` takes."""
         return {"params": self.params, "constants": self.constants}
 
     @property
-    def optimizer_item(self) -> dict:
-        """The `optimizer` item of a checkpoint."""
-        return {"state": self.optimizer, "step": self.step}
+    def items(self) -> dict[str, dict]:
+        """The items of a checkpoint."""
+        optimizer = {"state": self.optimizer, "step": self.step}
+        return {"weights": self.variables, "optimizer": optimizer}
 
     @classmethod
-    def from_items(cls, variables: dict, optimizer_item: dict) -> "TrainState":
-        """The inverse of `variables` and `optimizer_item`."""
-        return cls(
-            step=optimizer_item["step"],
-            params=variables["params"],
-            constants=variables["constants"],
-            optimizer=optimizer_item["state"],
-        )
+    def from_items(cls, weights: dict, optimizer: dict) -> "TrainState":
+        """The inverse of `items`."""
+        return cls(step=optimizer["step"], optimizer=optimizer["state"], **weights)
 
 
 @flax.struct.dataclass
 class Teacher:
-    """A trained model whose predictions are learnt; a step only reads it.
+    """A trained model to distill from; a step only reads it.
 
-    variables: what `model.apply` takes; head: its output rows at full width, cut into
-    the bands of the student, as `losses.distillation` takes them.
+    variables: what `model.apply` takes; head: its token table at full width, cut into
+    the bands of the student, as `losses.distillation` takes it.
     """
 
     model: GPT = flax.struct.field(pytree_node=False)
@@ -62,14 +57,14 @@ class Teacher:
     head: Head
 
     @classmethod
-    def laid_out(
+    def aligned(
         cls,
         model: GPT,
         variables: dict,
         bands: Sequence[BandSpec],
         position_of_token_V: np.ndarray,
     ) -> "Teacher":
-        """On the host, for a model of these bands and this token order.
+        """A teacher with its rows in a student's bands and order; host arrays.
 
         Every row is brought to full width, so that one product gives all logits.
         """
@@ -77,9 +72,8 @@ class Teacher:
         for band in model.apply(variables, method="head"):
             row_VK, scale_KE = band.wte[: band.size], band.scale_down
             rows.append(row_VK if scale_KE is None else row_VK @ scale_KE)
-        columns_V = model.apply(
-            variables, np.argsort(position_of_token_V), method="renumber"
-        )
+        tokens_V = np.argsort(position_of_token_V)  # the student's order
+        columns_V = model.apply(variables, tokens_V, method="renumber")
         rows_VE = np.concatenate(rows)[np.asarray(columns_V)]
         head = tuple(
             HeadBand(
@@ -92,26 +86,16 @@ class Teacher:
         return cls(model, variables, head)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSettings:
-    """What the compiled step depends on besides model and optimizer.
-
-    distill_share: of a teacher's divergence in the loss, if there is a teacher.
-    """
-
-    seed: int
-    frozen: tuple[str, ...] = ()
-    loss_chunks: int = 1
-    distill_share: float = 1.0
-
-
 def named_key(seed: int, name: str) -> jax.Array:
-    """An independent random key for each purpose ('init', 'dropout')."""
+    """An independent random key for each purpose: 'init' or 'dropout'."""
+    # The number must be the same in every process: Python's own hash is not.
     number = int.from_bytes(name.encode()[:4], "little")
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def initial_state(model: GPT, optimizer, seed: int) -> TrainState:
+def initial_state(
+    model: GPT, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
     """Random weights, zero moments, step 0."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     variables = model.init(named_key(seed, "init"), tokens_BT)
@@ -132,73 +116,89 @@ def train_step(
     model: GPT,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    settings: StepSettings,
+    seed: int,
+    frozen: tuple[str, ...] = (),
+    loss_chunks: int = 1,
+    distill_share: float = 1.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer update on a batch of windows of T + 1 tokens, int32 [A, B, T + 1].
+    """One optimizer update with the mean gradient of all parts of a batch.
 
-    Returns the new state and, as float32 scalars, the mean loss in nats per token, the
-    gradient norm before clipping over what trains, and the learning rate; with a
-    teacher also the cross entropy and the divergence that make up the loss.
+    Args:
+      state: at any step.
+      batch_ABT: windows of T + 1 tokens, int32 [A, B, T + 1]. Parts are computed one
+        after the other, to save memory.
+      teacher: to distill from, if any.
+      model: the model that is trained.
+      optimizer: freezes the same parameters as `frozen`.
+      schedule: the optimizer's learning rate, to report it.
+      seed: of dropout.
+      frozen: path patterns of parameters without a backward pass.
+      loss_chunks: the logits of a part are computed in this many chunks.
+      distill_share: weight of the teacher's divergence; the rest is the cross entropy.
+
+    Returns:
+      The new state and, as float32 scalars, the mean loss in nats per token, the
+      gradient norm before clipping over what trains, and the learning rate; with a
+      teacher also the cross entropy and the divergence that make up the loss.
     """
-    dropout_key = jax.random.fold_in(named_key(settings.seed, "dropout"), state.step)
+    dropout_key = jax.random.fold_in(named_key(seed, "dropout"), state.step)
     logits_dtype = jnp.dtype(model.config.compute_dtype)
 
     def part_loss(params, tokens_BT, key):
-        params = optim.stop_frozen_gradients(params, settings.frozen)
+        """Mean loss per token of a part, and all losses by name."""
+        params = optim.stop_frozen_gradients(params, frozen)
         variables = {"params": params, "constants": state.constants}
+        inputs_BT = tokens_BT[:, :-1]
         h_ND = model.apply(
             variables,
-            tokens_BT[:, :-1],
+            inputs_BT,
             deterministic=model.config.dropout == 0,
             method="hidden",
             rngs={"dropout": key},
         )
         targets_N = tokens_BT[:, 1:].reshape(-1)
         head = model.apply(variables, method="head")
-        positions_N = model.apply(variables, targets_N, method="renumber")
-        precision = {"logits_dtype": logits_dtype, "chunks": settings.loss_chunks}
+        # Bands renumber the tokens: these are the targets' columns in the head.
+        columns_N = model.apply(variables, targets_N, method="renumber")
+        precision = {"logits_dtype": logits_dtype, "chunks": loss_chunks}
         if teacher is None:
             kernels = model.config.kernels
-            loss = cross_entropy(h_ND, head, positions_N, kernels=kernels, **precision)
+            loss = cross_entropy(h_ND, head, columns_N, kernels=kernels, **precision)
             losses = {"loss": loss}
         else:
+            taught_NE = teacher.model.apply(
+                teacher.variables, inputs_BT, method="hidden"
+            )
             losses = distillation(
                 h_ND,
                 head,
-                positions_N,
-                teacher.model.apply(
-                    teacher.variables, tokens_BT[:, :-1], method="hidden"
-                ),
+                columns_N,
+                taught_NE,
                 teacher.head,
-                share=settings.distill_share,
+                share=distill_share,
                 **precision,
-            )._asdict()
+            )
         losses = {name: value / targets_N.size for name, value in losses.items()}
         return losses["loss"], losses
 
-    def part_gradients(part):
-        tokens_BT, index = part
+    def part_gradients(tokens_BT, index):
+        """(losses, gradients) of a part; each part has its own dropout."""
         key = jax.random.fold_in(dropout_key, index)
-        gradients, losses = jax.grad(part_loss, has_aux=True)(
-            state.params, tokens_BT, key
-        )
+        gradient_of = jax.grad(part_loss, has_aux=True)
+        gradients, losses = gradient_of(state.params, tokens_BT, key)
         return losses, gradients
 
     parts = batch_ABT.shape[0]
     if parts == 1:
-        losses, gradients = part_gradients((batch_ABT[0], 0))
+        losses, gradients = part_gradients(batch_ABT[0], 0)
     else:
-        zeros = jax.tree.map(
-            jnp.zeros_like, jax.eval_shape(part_gradients, (batch_ABT[0], 0))
-        )
-        total, _ = jax.lax.scan(
-            lambda sum_, part: (
-                jax.tree.map(jnp.add, sum_, part_gradients(part)),
-                None,
-            ),
-            zeros,
-            (batch_ABT, jnp.arange(parts)),
-        )
+
+        def add_part(total, part):
+            return jax.tree.map(jnp.add, total, part_gradients(*part)), None
+
+        shapes = jax.eval_shape(part_gradients, batch_ABT[0], 0)
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
+        total, _ = jax.lax.scan(add_part, zeros, (batch_ABT, jnp.arange(parts)))
         losses, gradients = jax.tree.map(lambda value: value / parts, total)
 
     updates, optimizer_state = optimizer.update(
