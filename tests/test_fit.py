@@ -151,14 +151,14 @@ def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
 
 def test_a_bound_on_size_is_used_up():
     fit = world()
-    chosen = fit.within_values(5000)
+    chosen = fit.within_bytes(4 * 5000, [32])
     assert 4900 <= chosen.candidate.table.parameters <= 5000
     assert len(fit.trials) == 1
     for bits, most in ((32, 4 * 5000), (8, 5000), (4, 4000)):
         chosen = world().within_bytes(most, [bits])
         assert chosen.candidate.recipe.bits == bits
         assert 0.97 * most < chosen.candidate.bytes <= most
-    assert world().within_values(900) is None  # Rank 1 stores 1,000 values.
+    assert world().within_bytes(4 * 900, [32]) is None  # Rank 1 stores 1,000 values.
 
 
 def test_fewer_bits_and_the_full_table_are_options_for_a_bound_on_bytes():

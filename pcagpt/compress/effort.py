@@ -21,7 +21,7 @@ GPU = Effort(
     "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context", (1, 7, 12), 1_048_576, 0
 )
 # A first answer for a small model within three minutes on two cores.
-CPU = Effort("svd,kl,context", (1, 7), 65_536, 32_768)
+CPU = Effort("svd,context", (1, 7), 32_768, 32_768)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:

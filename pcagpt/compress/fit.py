@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pcagpt.compress.candidates import BASELINE, FLOAT_BYTES, Candidate, Recipe
+from pcagpt.compress.candidates import BASELINE, Candidate, Recipe
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import Calibration
 
@@ -97,10 +97,6 @@ class Fit:
         fitting = [candidate for candidate in made if candidate.bytes <= max_bytes]
         if fitting:
             self._try(max(fitting, key=lambda candidate: candidate.bytes))
-
-    def within_values(self, max_values: int) -> Trial | None:
-        """The float32 table with the least added loss that stores at most this many."""
-        return self.within_bytes(FLOAT_BYTES * max_values, [32])
 
     def _best(self, budget: int, bits: int) -> Candidate | None:
         """The candidate of least second-order loss; None if the budget is too small."""

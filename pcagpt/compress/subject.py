@@ -4,6 +4,7 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 
 from pcagpt import trees
+from pcagpt.compress.candidates import Candidate, Compressor
+from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
@@ -49,49 +52,52 @@ class Subject:
         """
         table_VD = run.table()
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-        for path, size in (
-            ("train.batch_size", settings.train.batch_size),
-            ("evaluate.batch_size", settings.evaluate.batch_size),
-        ):
-            placement.check_divisible(path, size, mesh)
+        for section in ("train", "evaluate"):
+            size = getattr(settings, section).batch_size
+            placement.check_divisible(f"{section}.batch_size", size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir)
         model = GPT(run.config(settings.model))
         host = run.variables(model.config)
         variables = jax.device_put(host, placement.shardings(host, mesh))
         return cls(run, settings, corpus, model, mesh, variables, table_VD)
 
-    @property
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Statistics on calibration text; see `calibrate.statistics`."""
+        return calibrate.statistics(
+            self.run, self.settings, self.corpus, self.model, self.variables, self.mesh
+        )
+
+    @functools.cached_property
+    def compressor(self) -> Compressor:
+        """Makes candidates of this table."""
+        split = self.settings.factorize.singular_value_split
+        return Compressor(self.table_VD, self.statistics, split)
+
+    @functools.cached_property
     def evaluated_tokens(self) -> int | None:
         """Number of validation tokens to evaluate on; None: all."""
-        asked, available = self.settings.evaluate.max_tokens, self._validation.size - 1
-        return asked if 0 < asked < available else None
+        asked = self.settings.evaluate.max_tokens
+        return asked if 0 < asked < len(self.corpus.tokens("val")) - 1 else None
 
-    def validation(self) -> EvaluationBatches:
+    @functools.cached_property
+    def batches(self) -> EvaluationBatches:
         """The validation split, or its first `evaluated_tokens` targets."""
-        # The first token is no target.
-        end = None if self.evaluated_tokens is None else self.evaluated_tokens + 1
-        return EvaluationBatches(
-            self._validation[:end],
-            self.model.config.block_size,
-            self.settings.evaluate.batch_size,
-        )
+        tokens = self.corpus.tokens("val")
+        if self.evaluated_tokens:  # The first token is not a target.
+            tokens = tokens[: self.evaluated_tokens + 1]
+        batch_size = self.settings.evaluate.batch_size
+        return EvaluationBatches(tokens, self.model.config.block_size, batch_size)
 
-    @property
-    def _validation(self) -> np.ndarray:
-        return self.corpus.tokens("val")
+    def measure(self, candidate: Candidate) -> SwapScores:
+        """Scores a candidate in place of the model's table."""
+        return self._swap(candidate.dense, self.batches)
 
-    def statistics(self) -> Statistics:
-        """Statistics on `compress.calibration_tokens` of the training split."""
-        return calibrate.statistics(
-            self.run,
-            self.model,
-            self.variables,
-            self.corpus,
-            self.mesh,
-            tokens=self.settings.compress.calibration_tokens,
-            batch_size=self.settings.train.batch_size,
-            chunks=self.settings.train.loss_chunks,
-        )
+    @functools.cached_property
+    def _swap(self) -> TableSwap:
+        deciles = frequency_deciles(self.statistics.frequency)
+        chunks = self.settings.train.loss_chunks
+        return TableSwap(self.model, self.variables, deciles, self.mesh, chunks)
 
     def write(
         self, folder: Path, table: FactorizedTable, origin: dict[str, Any]
@@ -107,9 +113,13 @@ class Subject:
           origin: JSON values, how the table was made; 'compressed' in config.json.
         """
         record = self.run.record
-        source = {"run": str(self.run.folder), "step": self.run.step}
-        made = {**source, "fingerprint": self.run.fingerprint, **origin}
-        made["table_sha256"] = _sha256(table)
+        made = {
+            "run": str(self.run.folder),
+            "step": self.run.step,
+            "fingerprint": self.run.fingerprint,
+            **origin,
+            "table_sha256": _sha256(table),
+        }
         earlier = (read_record(folder) or {}).get("compressed") or {}
         if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
             return
@@ -129,15 +139,14 @@ class Subject:
     def _variables_with(self, table: FactorizedTable) -> dict:
         """{'params', 'constants'} of the model with another table."""
         config = self.model.config
-        params = dict(self.run.variables(config)["params"])
+        params, constants = dict(self.run.variables(config)["params"]), {}
         padding = config.padded_vocab_size - len(table.order)
         leaves = initialise.band_parameters(table, padding)
         params["embed"] = trees.unflatten(leaves)["embed"]
         if table.mean is not None:
             params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
-        if len(table.bands) == 1:
-            return {"params": params, "constants": {}}
-        constants = initialise.position_constants(table.order)
+        if len(table.bands) > 1:
+            constants = initialise.position_constants(table.order)
         return {"params": params, "constants": constants}
 
 

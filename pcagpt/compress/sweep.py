@@ -7,7 +7,6 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import jax
 
 from pcagpt.compress.candidates import (
     BASELINE,
+    FLOAT_BYTES,
     Candidate,
-    Compressor,
     Recipe,
     recipes,
 )
 from pcagpt.compress.effort import decide_effort
 from pcagpt.compress.fit import Fit
-from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
+from pcagpt.compress.score import SwapScores
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS
@@ -41,7 +40,7 @@ FOLDER = "compressed"
 REPORT_EVERY = 5  # rows
 
 Row = dict[str, Any]
-Measure = Callable[[Candidate], SwapScores]
+RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 
 
 def folder_of(settings: Settings) -> Path:
@@ -61,10 +60,6 @@ def compress(settings: Settings, command: str) -> None:
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     subject = Subject.of(run, settings)
-    bound = _bound(settings)
-    tried = [] if bound else _recipes(subject, methods)
-    if settings.compress.recover_ranks:
-        _check_recoverable(subject, {recipe.rank for recipe in tried})
     heading = {
         "command": command,
         "run": str(run.folder),
@@ -74,25 +69,15 @@ def compress(settings: Settings, command: str) -> None:
         "git_commit": provenance.git_commit(),
         "protocol": _protocol(subject),
     }
+    bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
+    bounds = {name: bound for name, bound in bounds.items() if bound}
+    tried = [] if bounds else _recipes(subject, methods)
+    _check_recoverable(subject, {recipe.rank for recipe in tried})
     _check_folder(folder_of(settings), heading["protocol"], settings.overwrite)
-    statistics = subject.statistics()
-    split = settings.factorize.singular_value_split
-    compressor = Compressor(subject.table_VD, statistics, split)
-    swap = TableSwap(
-        subject.model,
-        subject.variables,
-        frequency_deciles(statistics.frequency),
-        subject.mesh,
-        settings.train.loss_chunks,
-    )
-
-    def measure(candidate: Candidate) -> SwapScores:
-        return swap(candidate.dense, subject.validation())
-
-    if bound:
-        _fit(subject, compressor, measure, methods[-1], heading, *bound)
+    if bounds:
+        _fit(subject, methods[-1], bounds, heading)
     else:
-        _sweep(subject, compressor, measure, tried, heading)
+        _sweep(subject, tried, heading)
     placement.wait_for_all(str(folder_of(settings)))
 
 
@@ -103,33 +88,27 @@ def add_recovered(folder: Path, rows: list[Row]) -> Path:
     return write_sweep_report(folder, sweep)
 
 
-def _sweep(
-    subject: Subject,
-    compressor: Compressor,
-    measure: Measure,
-    tried: Sequence[Recipe],
-    heading: dict[str, Any],
-) -> None:
+def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank."""
     folder, writes = folder_of(subject.settings), jax.process_index() == 0
     earlier = _read_sweep(folder)
     known: dict[Recipe, Row] = {}
     if earlier.get("protocol") == strict(heading["protocol"]):
-        known = {_recipe_of(row): row for row in _all_rows(earlier)}
+        rows = [*earlier["rows"], *earlier.get("other_rows", ())]
+        known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
         if "recovered" in earlier:
             heading = {**heading, "recovered": earlier["recovered"]}
-    label, done = f"compressing {subject.run.folder.name}", len(known.keys() & tried)
+    lacking = [recipe for recipe in tried if recipe not in known]
+    done = len(tried) - len(lacking)
+    make = subject.compressor  # Calibrates first.
+    label = f"compressing {subject.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
-        for recipe in tried:
-            if recipe in known:
-                continue
-            candidate = compressor(recipe)
-            known[recipe] = candidate.row(measure(candidate))
-            done += 1
-            progress.update(done)
+        for number, recipe in enumerate(progress.track(lacking), 1):
+            candidate = make(recipe)
+            known[recipe] = candidate.row(subject.measure(candidate))
             if writes:  # After every row: an interrupted sweep goes on from here.
                 sweep = _write_sweep(folder, heading, tried, known)
-                if done % REPORT_EVERY == 0:
+                if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, sweep)
     if not writes:
         return
@@ -137,7 +116,7 @@ def _sweep(
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
-        table = compressor(best).table
+        table = make(best).table
         subject.write(folder / f"best_k{rank}", table, dataclasses.asdict(best))
     tensorboard = subject.settings.telemetry.tensorboard
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
@@ -146,43 +125,37 @@ def _sweep(
 
 
 def _fit(
-    subject: Subject,
-    compressor: Compressor,
-    measure: Measure,
-    method: str,
-    heading: dict[str, Any],
-    name: str,
-    bound: float,
+    subject: Subject, method: str, bounds: dict[str, float], heading: dict[str, Any]
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json."""
-    settings, folder = subject.settings, folder_of(subject.settings)
-    compress = settings.compress
-    with Progress(f"fitting {subject.run.folder.name}", Fit.TRIALS) as progress:
+    ((name, bound),) = bounds.items()
+    compress, folder = subject.settings.compress, folder_of(subject.settings)
+    make, shape = subject.compressor, subject.table_VD.shape  # Calibrates first.
+    label = f"fitting {subject.run.folder.name}"
+    with Progress(label, Fit.TRIALS) as progress:
 
-        def counted(candidate: Candidate) -> SwapScores:
-            scores = measure(candidate)
+        def measure(candidate: Candidate) -> SwapScores:
+            scores = subject.measure(candidate)
             progress.update(len(fit.trials) + 1)
             return scores
 
-        shape = subject.table_VD.shape
-        fit = Fit(compressor, counted, method, compress.bands, shape)
+        fit = Fit(make, measure, method, compress.bands, shape)
         if name == "max_added_loss":
             chosen = fit.within_loss(bound)
         elif name == "max_params":
-            chosen = fit.within_values(bound)
+            chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
         else:
             chosen = fit.within_bytes(bound, [32, *compress.bits])
     if chosen is None:
         raise UserError(f"no table fits compress.{name} = {bound}: raise it")
-    if jax.process_index() > 0:
-        return
-    candidate = chosen.candidate
-    origin = dataclasses.asdict(candidate.recipe)
-    subject.write(folder / "advised", candidate.table, origin)
-    trials = [trial.row() for trial in fit.trials]
-    advice = {"bounds": {name: bound}, "chosen": chosen.row(), "trials": trials}
-    write_json(folder / "advice.json", heading | advice)
-    print(advice_text(chosen.row(), str(folder / "advised")), flush=True)
+    if jax.process_index() == 0:
+        candidate, row = chosen.candidate, chosen.row()
+        origin = dataclasses.asdict(candidate.recipe)
+        subject.write(folder / "advised", candidate.table, origin)
+        trials = [trial.row() for trial in fit.trials]
+        advice = {"bounds": bounds, "chosen": row, "trials": trials}
+        write_json(folder / "advice.json", heading | advice)
+        print(advice_text(row, str(folder / "advised")), flush=True)
 
 
 def _methods(text: str) -> list[str]:
@@ -227,8 +200,10 @@ def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
 
 def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
     """Raises UserError if a best model could not be compared with D after training."""
-    run, compress = subject.run, subject.settings.compress
-    lacking = set(compress.recover_ranks) - ranks
+    run, settings = subject.run, subject.settings
+    if not settings.compress.recover_ranks:
+        return
+    lacking = set(settings.compress.recover_ranks) - ranks
     if lacking:
         raise UserError(
             f"compress.recover_ranks holds {min(lacking)}, which ranks does not: only "
@@ -237,7 +212,7 @@ def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:
         raise UserError(
-            f"compress.recover_ranks is set, but {subject.settings.model_path} is not "
+            f"compress.recover_ranks is set, but {settings.model_path} is not "
             "the end of a finished run: D is trained further only from there"
         )
     if run.record.get("corpus_sha256") != subject.corpus.fingerprint():
@@ -258,12 +233,6 @@ def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> No
             f"({', '.join(differing)} differ): use another --config.workdir, or "
             "--config.overwrite=True to replace it"
         )
-
-
-def _bound(settings: Settings) -> tuple[str, float] | None:
-    """Name and value of the bound that is set; None for a sweep."""
-    found = ((name, getattr(settings.compress, name)) for name in COMPRESS_BOUNDS)
-    return next(((name, bound) for name, bound in found if bound), None)
 
 
 def _protocol(subject: Subject) -> dict[str, Any]:
@@ -292,19 +261,8 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
     return read_json(folder / "sweep.json", "delete it to measure again") or {}
 
 
-def _all_rows(sweep: dict[str, Any]) -> list[Row]:
-    return [*sweep["rows"], *sweep.get("other_rows", ())]
-
-
-def _recipe_of(row: Row) -> Recipe:
-    return Recipe(**{f.name: row[f.name] for f in dataclasses.fields(Recipe)})
-
-
 def _write_sweep(
-    folder: Path,
-    heading: dict[str, Any],
-    tried: Sequence[Recipe],
-    known: dict[Recipe, Row],
+    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 

@@ -197,7 +197,7 @@ class CompressSettings:
     methods: str = knob(
         "",
         "methods to try, as in svd,context; the last one also at fewer bits, and for a "
-        "bound; empty: all, on a CPU svd,kl,context",
+        "bound; empty: all, on a CPU svd,context",
     )
     bands: tuple[int, ...] = knob(
         (),
@@ -210,7 +210,7 @@ class CompressSettings:
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens to measure statistics on; 0: 1048576, on a CPU 65536",
+        "training tokens to measure statistics on; 0: 1048576, on a CPU 32768",
         at_least(0),
     )
     max_added_loss: float = knob(

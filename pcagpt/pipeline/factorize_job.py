@@ -138,7 +138,7 @@ class FactorizeJob:
         table_VD = run.table() if run else files.read_table(self.source)
         if self._calibrates:
             tokens = {"compress.calibration_tokens": self._calibration_tokens}
-            statistics = Subject.of(run, self.settings.replace(tokens)).statistics()
+            statistics = Subject.of(run, self.settings.replace(tokens)).statistics
         else:
             statistics = self._given_statistics(len(table_VD))
         if jax.process_index() == 0:

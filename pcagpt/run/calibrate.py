@@ -6,7 +6,7 @@ Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError
@@ -100,31 +101,23 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
 
 
 def statistics(
-    run: Run,
-    model: GPT,
-    variables: dict,
-    corpus: Corpus,
-    mesh,
-    *,
-    tokens: int,
-    batch_size: int,
-    chunks: int,
+    run: Run, settings: Settings, corpus: Corpus, model: GPT, variables: dict, mesh
 ) -> Statistics:
     """Statistics of a run; they are measured once and kept in the run's folder.
 
     Args:
       run: a run with a full table.
+      settings: `compress.calibration_tokens` is rounded up to batches of
+        `train.batch_size`.
+      corpus: the calibration text is its training split.
       model: the model of the run.
       variables: its variables, placed on the mesh.
-      corpus: the source of the calibration text, its training split.
       mesh: the devices.
-      tokens: number of tokens to calibrate on, rounded up to whole batches.
-      batch_size: sequences at a time.
-      chunks: number of parts that the logits are computed in.
     """
-    block_size, train = model.config.block_size, corpus.tokens("train")
+    batch_size, train = settings.train.batch_size, corpus.tokens("train")
+    block_size = model.config.block_size
     batches = TrainingBatches(train, block_size, batch_size, SEED)
-    steps = -(-tokens // (batch_size * block_size))
+    steps = -(-settings.compress.calibration_tokens // (batch_size * block_size))
     protocol = {
         "checkpoint": run.fingerprint,
         "corpus": corpus.fingerprint(),
@@ -142,15 +135,10 @@ def statistics(
     if known is not None:
         return known
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
+    windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
-
-        def inputs() -> Iterator[np.ndarray]:
-            for step in range(steps):
-                progress.update(step)
-                yield batches.batch_at(step)[:, :-1]
-            progress.update(steps)
-
-        found = collect(model, variables, frequency_V, inputs(), mesh, chunks)
+        windows, chunks = progress.track(windows), settings.train.loss_chunks
+        found = collect(model, variables, frequency_V, windows, mesh, chunks)
     if jax.process_index() == 0:
         write(path, found, protocol)
     return found
