@@ -20,32 +20,33 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-WEIGHTS = {
-    "params": {"embed": {"wte": np.arange(6, dtype=np.float32).reshape(3, 2)}},
-    "constants": {"position": np.array([2, 0, 1], np.int32)},
+ITEMS = {
+    "weights": {
+        "params": {"embed": {"wte": np.arange(6, dtype=np.float32).reshape(3, 2)}},
+        "constants": {"position": np.array([2, 0, 1], np.int32)},
+    },
+    "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
 }
-OPTIMIZER = {"state": {"moment": np.full(4, 0.5, np.float32)}, "step": np.int32(0)}
 
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """A function that returns what the person was told so far."""
-    # The command line takes the logger's propagation away.
+    """A function that returns all warnings so far."""
+    # The command line switches the logger's propagation off.
     monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
     caplog.set_level(logging.WARNING, "pcagpt")
     return lambda: [r.message for r in caplog.records if r.name.startswith("pcagpt")]
 
 
-def weights_at(step):
-    return jax.tree.map(lambda array: jax.numpy.asarray(array + step), WEIGHTS)
+def items_at(step):
+    return jax.tree.map(lambda array: jax.numpy.asarray(array + step), ITEMS)
 
 
 def save(run_dir, losses, keep_last=1):
-    """Saves a checkpoint a step, from {step: validation loss or None}."""
+    """Saves a checkpoint at each step of {step: validation loss or None}."""
     with Checkpoints(run_dir, keep_last) as checkpoints:
         for step, loss in losses.items():
-            optimizer = jax.tree.map(jax.numpy.asarray, OPTIMIZER)
-            checkpoints.save(step, weights_at(step), optimizer, {"at": step}, loss)
+            checkpoints.save(step, items_at(step), {"at": step}, loss)
         checkpoints.wait()
 
 
@@ -57,10 +58,14 @@ def template(tree):
     )
 
 
-def restore(run_dir, weights=WEIGHTS):
+def restore(run_dir, items=ITEMS):
+    """What is restored, (items, meta) or None, and the newest step then."""
     with Checkpoints(run_dir, keep_last=1) as checkpoints:
-        found = checkpoints.restore_latest(template(weights), template(OPTIMIZER))
-        return found, checkpoints.latest_step
+        return checkpoints.restore_latest(template(items)), checkpoints.latest_step
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def damage(run_dir, step, item="weights"):
@@ -74,8 +79,7 @@ def damage(run_dir, step, item="weights"):
     ("losses", "keep_last", "kept"),
     [
         ({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}, 1, [2, 4]),
-        ({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}, 2, [2, 3, 4]),
-        ({1: 3.0, 2: 1.0, 3: 0.5}, 1, [3]),
+        ({1: 3.0, 2: 1.0, 3: 0.5}, 2, [2, 3]),
         ({1: 1.0, 2: None, 3: 2.0, 4: None}, 1, [1, 4]),
         ({1: None, 2: None, 3: None}, 2, [2, 3]),
     ],
@@ -85,56 +89,36 @@ def test_the_last_and_the_best_are_kept(losses, keep_last, kept, tmp_path):
     assert checkpoint.steps(tmp_path) == kept
 
 
-def test_the_best_is_kept_across_a_restart(tmp_path):
+def test_the_best_is_kept_after_a_restart(tmp_path):
     save(tmp_path, {1: 3.0, 2: 1.0})
     save(tmp_path, {3: 2.0, 4: 2.5})
     assert checkpoint.steps(tmp_path) == [2, 4]
 
 
-def test_what_was_saved_last_is_restored_whole(tmp_path):
-    save(tmp_path, {1: 3.0, 2: 4.0})
-    (weights, optimizer, meta, step), latest = restore(tmp_path)
-    assert step == latest == 2
-    assert meta == {"at": 2}
-    for found, wanted in ((weights, weights_at(2)), (optimizer, OPTIMIZER)):
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def test_there_is_nothing_to_restore_in_a_new_run(tmp_path):
+def test_the_newest_checkpoint_is_restored_if_there_is_one(tmp_path):
     assert restore(tmp_path) == (None, None)
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    (tmp_path / "ckpt" / "3.orbax-checkpoint-tmp").mkdir()  # a save that was killed
+    (items, meta), latest = restore(tmp_path)
+    assert (latest, meta) == (2, {"at": 2})
+    assert_same(items, items_at(2))
+    assert checkpoint.steps(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("item", ["weights", "optimizer", "meta"])
-def test_a_damaged_checkpoint_is_left_for_the_one_before_which_is_said(
+def test_a_damaged_checkpoint_is_reported_and_replaced_by_the_one_before(
     item, tmp_path, said
 ):
     save(tmp_path, {1: 3.0, 2: 4.0})
     damage(tmp_path, 2, item)
-    (weights, _, meta, step), latest = restore(tmp_path)
-    assert (step, latest, meta) == (1, 1, {"at": 1})
-    jax.tree.map(np.testing.assert_array_equal, weights, weights_at(1))
+    (items, meta), latest = restore(tmp_path)
+    assert (latest, meta) == (1, {"at": 1})
+    assert_same(items, items_at(1))
     (message,) = said()
     assert f"{tmp_path}/ckpt/2 is damaged" in message
     assert "falling back to the one before" in message
-
-
-def test_saving_again_replaces_the_damaged_checkpoint(tmp_path):
-    save(tmp_path, {1: 3.0, 2: 4.0})
-    damage(tmp_path, 2)
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        checkpoints.restore_latest(template(WEIGHTS), template(OPTIMIZER))
-        optimizer = jax.tree.map(jax.numpy.asarray, OPTIMIZER)
-        checkpoints.save(2, weights_at(2), optimizer, {"at": "again"}, 2.0)
-        checkpoints.wait()
-    (_, _, meta, step), _ = restore(tmp_path)
-    assert (step, meta) == (2, {"at": "again"})
-
-
-def test_an_unfinished_checkpoint_is_none(tmp_path):
-    save(tmp_path, {1: 3.0})
-    (tmp_path / "ckpt" / "2.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.steps(tmp_path) == [1]
-    assert restore(tmp_path)[0][3] == 1
+    save(tmp_path, {2: 2.0})
+    assert restore(tmp_path)[1] == 2
 
 
 def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
@@ -150,9 +134,9 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_refused_and_kept(tmp_path):
     save(tmp_path, {1: 3.0})
-    wider = {**WEIGHTS, "params": {"embed": {"wte": np.zeros((3, 4), np.float32)}}}
+    wider = {"params": {"embed": {"wte": np.zeros((3, 4), np.float32)}}}
     with pytest.raises(UserError, match="every checkpoint"):
-        restore(tmp_path, wider)
+        restore(tmp_path, ITEMS | {"weights": ITEMS["weights"] | wider})
     assert checkpoint.steps(tmp_path) == [1]
 
 
@@ -162,16 +146,14 @@ def test_a_checkpoint_of_another_shape_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("below", "step"), [("", 4), ("ckpt", 4), ("ckpt/2", 2), ("ckpt/4/", 4)]
 )
-def test_a_run_its_folder_of_checkpoints_and_each_of_them_are_found(
-    below, step, tmp_path
-):
+def test_a_path_names_a_run_its_checkpoints_or_one_of_them(below, step, tmp_path):
     save(tmp_path / "run", {1: 3.0, 2: 1.0, 4: 2.0})
     run_dir = tmp_path / "run"
     assert checkpoint.find(f"{run_dir}/{below}") == (run_dir, step)
     assert checkpoint.load_weights(run_dir / below)[2] == step
 
 
-def test_what_is_no_run_is_said_in_one_line(tmp_path):
+def test_a_path_that_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     save(tmp_path / "run", {1: 3.0})
@@ -189,7 +171,7 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path):
 # Weights only
 
 
-def test_loading_weights_strips_and_changes_nothing(finished_experiment):
+def test_loaded_weights_are_those_of_the_run_with_padding(finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
     params, constants, step = checkpoint.load_weights(run_dir)
     assert (step, constants) == (6, {})
@@ -198,16 +180,12 @@ def test_loading_weights_strips_and_changes_nothing(finished_experiment):
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
 
 
-def test_loading_weights_returns_constants_too(tmp_path):
+def test_weights_are_loaded_with_constants_and_damaged_ones_refused(tmp_path):
     save(tmp_path, {5: 1.0})
     params, constants, step = checkpoint.load_weights(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, params, weights_at(5)["params"])
-    jax.tree.map(np.testing.assert_array_equal, constants, weights_at(5)["constants"])
-
-
-def test_loading_damaged_weights_says_what_to_do(tmp_path):
-    save(tmp_path, {1: 1.0})
-    damage(tmp_path, 1)
+    assert_same({"params": params, "constants": constants}, items_at(5)["weights"])
+    assert step == 5
+    damage(tmp_path, 5)
     with pytest.raises(UserError, match="cannot be read .*name another step") as caught:
         checkpoint.load_weights(tmp_path)
     assert "\n" not in str(caught.value)
@@ -230,7 +208,7 @@ def test_a_fingerprint_tells_steps_and_runs_apart(tmp_path):
 
 
 def restart(run_dir, workdir, at):
-    """A copy of a finished run as it was at a checkpoint, without its result."""
+    """Copies a finished run back to a checkpoint, without its result."""
     copy = Path(workdir) / run_dir.name
     shutil.copytree(run_dir, copy)
     (copy / "result.json").unlink()
@@ -241,7 +219,7 @@ def restart(run_dir, workdir, at):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_saved_on_8_devices_goes_on_on_1_as_it_would_have_on_8(
+def test_a_run_saved_on_8_devices_resumes_on_1_with_the_same_numbers(
     tiny_config, tmp_path
 ):
     on_8 = changed(
@@ -266,7 +244,7 @@ def test_a_run_saved_on_8_devices_goes_on_on_1_as_it_would_have_on_8(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(
     finished_experiment, tiny_config, said
 ):
     straight_dir = Path(finished_experiment.workdir) / "gpt_baseline"

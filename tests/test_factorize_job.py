@@ -1,7 +1,6 @@
 """From a run, a checkpoint or a bare table to the files of its factorization."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pcagpt import factorize
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import files
+from pcagpt.files import write_json
 from pcagpt.pipeline.execute import describe
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import checkpoint
@@ -164,12 +164,19 @@ def test_a_rank_without_one_of_its_files_is_to_do(path, job):
 
 def test_files_of_an_earlier_version_still_count_as_done(job):
     metadata = made(job)
-    assert metadata.keys() >= {
-        *("method", "bands", "singular_value_split", "source_sha256", "ranks")
-    }
     del metadata["bands"]
-    (job.folder / "metadata.json").write_text(json.dumps(metadata))
+    write_json(job.folder / "metadata.json", metadata)
     assert job.status() == "done"
+
+
+def test_the_automatic_number_of_calibration_tokens_is_the_same_on_every_device(job):
+    calibrated = {"method": "kl", "calibration_batch_size": 32}
+    metadata = made(job) | calibrated | {"calibration_tokens": 1_048_576}
+    write_json(job.folder / "metadata.json", metadata)
+    assert by(job, method="kl").status() == "done"
+    write_json(job.folder / "metadata.json", metadata | {"calibration_tokens": 1_000})
+    with pytest.raises(UserError, match=r"\(calibration_tokens differ\)"):
+        by(job, method="kl").status()
 
 
 def test_files_made_in_another_way_are_refused_and_kept(job, baseline_dir, tmp_path):

@@ -1,10 +1,7 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-The loss of a token is its normaliser minus its target's logit. Its gradient in z is the
-mean row under the softmax minus the target's row. The gradient of a row sums z over all
-tokens, weighted by the row's probability, minus z over the tokens that have the row as
-target. Bands of a higher rank than the kernels take store one chunk of logits at a
-time, in float32.
+See `kernels.head` for the mathematics. A band with a rank that is too high for the
+kernels stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -22,12 +19,14 @@ from pcagpt.sharding.inside import by_device, gathered
 
 
 def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
-    """`losses.cross_entropy`; `chunks` is for bands that the kernels do not take."""
+    """`losses.cross_entropy`; `chunks` is for bands without kernels."""
     z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, z_of_bands, tables, targets_N)
 
 
+# XLA cannot differentiate a kernel. The forward pass also gives the gradients in z; the
+# backward pass computes the gradients of the tables.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(chunks, z_of_bands, tables: Head, targets_N):
     return _forward(chunks, z_of_bands, tables, targets_N)[0]
@@ -77,8 +76,8 @@ def _backward(chunks, residuals, cotangent):
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
         return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
 
-    # The result of the sum over devices is used as it is: XLA can then add the lookup's
-    # gradient of the same table before that sum, and sum once.
+    # Do not compute with the sum over devices here: XLA can then add the lookup's
+    # gradient of the same table before that sum, and sums once over the devices.
     split = by_device(of_rows, [False, True, True, True, False], [False])
     [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
     of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
@@ -89,7 +88,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _bands(z_of_bands, tables: Head, targets_N):
-    """For each band: z, table, targets as rows of the table, number of real rows."""
+    """Yields z, table, targets as rows of the table, and real rows of each band."""
     start = 0
     for z_NK, band in zip(z_of_bands, tables, strict=True):
         yield z_NK, band.wte, targets_N - start, band.size

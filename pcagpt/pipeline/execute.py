@@ -1,5 +1,6 @@
 """Carries out a plan: checks everything, makes what is missing, writes the report."""
 
+import operator
 import os
 import shlex
 from pathlib import Path
@@ -60,7 +61,7 @@ def check(plan: Plan, settings: Settings) -> None:
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
-            raise _missing(job, settings)
+            raise _missing(job)
     if any(isinstance(job, TrainJob) for job in to_do):
         corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
         for job in to_do:
@@ -161,40 +162,28 @@ def _check_baseline(folder: Path, settings: Settings) -> None:
         )
 
 
-def _missing(job: Job, settings: Settings) -> UserError:
+def _missing(job: Job) -> UserError:
     """Says which prerequisite is missing, with the command that makes it."""
+    settings = job.settings
     if isinstance(job, TrainJob):
-        return UserError(
-            f"{job.folder} is not trained and build_prerequisites is off; train it "
-            f"with: {_command('configs/baseline.py', job.settings)}"
-        )
-    alone = Settings().replace(
-        {
-            "workdir": settings.workdir,
-            "model_path": str(job.source),
-            "ranks": job.settings.ranks,
-            "factorize": settings.factorize,
-            "compress.calibration_tokens": settings.compress.calibration_tokens,
-            "train.batch_size": settings.train.batch_size,
-            "telemetry.tensorboard": settings.telemetry.tensorboard,
-        }
-    )
-    return UserError(
-        f"{job.folder} lacks {job.amount} and build_prerequisites is off; make it "
-        f"with: {_command('configs/factorize.py', alone)}"
-    )
-
-
-def _command(config_file: str, settings: Settings) -> str:
-    """The command line that runs a config file with these settings."""
-    chosen = ("task", "arm", "build_prerequisites", "overwrite")
+        lacks, config_file = "is not trained", "configs/baseline.py"
+    else:
+        lacks, config_file = f"lacks {job.amount}", "configs/factorize.py"
+        kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
+        # Statistics depend on these, too.
+        kept += ("compress.calibration_tokens", "train.batch_size")
+        known = {path: operator.attrgetter(path)(settings) for path in kept}
+        settings = Settings(model_path=str(job.source)).replace(known)
+    set_by_file = ("task", "arm", "build_prerequisites", "overwrite")
     words = [
         override(path, value)
         for path, value in settings.flat().items()
-        if path not in chosen and value != KNOBS[path].default
+        if path not in set_by_file and value != KNOBS[path].default
     ]
-    return shlex.join(
-        ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
+    command = ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
+    return UserError(
+        f"{job.folder} {lacks} and build_prerequisites is off; make it with: "
+        f"{shlex.join(command)}"
     )
 
 

@@ -63,7 +63,7 @@ class FactorizeJob:
         differing = self.differing()
         if differing and not self.settings.overwrite:
             raise self._other_files(differing)
-        if differing or not self._has_source():
+        if differing or self._source_sha256() is None:
             return TO_DO
         metadata = files.read_metadata(self.folder) or {"ranks": {}}
         in_bands = self.settings.factorize.bands > 1
@@ -78,22 +78,20 @@ class FactorizeJob:
 
         Empty if there are no files, or no source yet to compare them with.
         """
-        metadata = files.read_metadata(self.folder)
-        if metadata is None or not self._has_source():
+        metadata, identity = files.read_metadata(self.folder), self.identity()
+        if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in self.identity().items() if metadata.get(k) != v]
+        return [k for k, v in identity.items() if metadata.get(k) != v]
 
     def identity(self) -> dict[str, Any]:
         """What the files depend on besides the ranks; metadata.json holds it."""
         chosen, given = self.settings.factorize, self._statistics_path
-        is_table = self._is_bare_table
-        fingerprint = sha256_of_file if is_table else checkpoint.fingerprint
         found = {
             "method": chosen.method,
             "bands": chosen.bands,
             "singular_value_split": chosen.singular_value_split,
-            "source_sha256": fingerprint(self.source),
+            "source_sha256": self._source_sha256(),
         }
         if self._calibrates:
             found["calibration_tokens"] = self._calibration_tokens
@@ -226,15 +224,14 @@ class FactorizeJob:
             "differ): use another --config.workdir, or --config.overwrite=True"
         )
 
-    def _has_source(self) -> bool:
-        """The table or the checkpoint exists."""
-        if self._is_bare_table:
-            return self.source.exists()
+    def _source_sha256(self) -> str | None:
+        """Hash of the table or the checkpoint; None if it does not exist."""
         try:
-            checkpoint.find(self.source)
+            if self._is_bare_table:
+                return sha256_of_file(self.source)
+            return checkpoint.fingerprint(self.source)
         except UserError:
-            return False
-        return True
+            return None
 
     @property
     def _is_bare_table(self) -> bool:

@@ -9,11 +9,12 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus, open_corpus
+from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, initialise
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import changed_fields, read_record, read_result, write_record
+from pcagpt.run.opened import open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
@@ -89,13 +90,8 @@ class TrainJob:
         return {**self.settled().to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; the first process tokenizes its text if need be."""
-        data = self.settings.data
-        source = data.source, self.settings.cache_dir, data.tokenizer
-        if jax.process_index() == 0:
-            open_corpus(*source)
-        placement.wait_for_all(f"corpus {data.source}")
-        return open_corpus(*source)
+        """The run's corpus; its text is tokenized if need be."""
+        return open_shared_corpus(self.settings.data, self.settings.cache_dir)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device."""

@@ -18,6 +18,7 @@ from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import read_record
+from pcagpt.sharding import placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Run:
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob younger than the run has its default."""
         stored = Settings.of(self.record)
@@ -136,8 +137,7 @@ class Run:
         Raises:
           UserError: there is no such corpus, or its tokens do not fit the model.
         """
-        data = self.data(asked)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer)
+        corpus = open_shared_corpus(self.data(asked), cache_dir)
         self.check_corpus(corpus)
         return corpus
 
@@ -166,3 +166,16 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return self.folder / checkpoint.FOLDER / str(self.step)
+
+
+def open_shared_corpus(data: DataSettings, cache_dir: Path) -> Corpus:
+    """Opens a corpus; of several processes, only the first tokenizes its text.
+
+    Raises:
+      UserError: there is no such corpus.
+    """
+    source = data.source, cache_dir, data.tokenizer
+    if jax.process_index() == 0:
+        open_corpus(*source)
+    placement.wait_for_all(f"corpus {data.source}")
+    return open_corpus(*source)
