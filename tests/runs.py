@@ -65,11 +65,11 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
     return copy
 
 
-<<<<<<< HEAD
 def plan(config: ConfigDict) -> Plan:
     """What a config asks for."""
     return make_plan(Settings.of(config))
-=======
+
+
 def overrides(config: ConfigDict) -> list[str]:
     """The arguments that set a config's knobs on the command line."""
     return [
@@ -77,7 +77,6 @@ def overrides(config: ConfigDict) -> list[str]:
         for path, value in Settings.of(config).flat().items()
         if value != KNOBS[path].default
     ]
->>>>>>> h-ttrain
 
 
 def job(config: ConfigDict) -> Job:
