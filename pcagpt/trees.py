@@ -51,12 +51,10 @@ def count(tree: Any) -> int:
 def replace(
     tree: Mapping[str, Any], new: Mapping[str, Any], *, source: str
 ) -> dict[str, Any]:
-    """Returns the tree with the leaves of `new`, cast to the tree's dtypes.
+    """Returns the tree with the arrays of `new` ({path: array}), cast to its dtypes.
 
-    Args:
-      tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-      new: {path: array}.
-      source: origin of `new`, for the error message.
+    The leaves of `tree` may be `jax.ShapeDtypeStruct`. `source` is the origin of `new`
+    for the error message.
 
     Raises:
       UserError: the tree lacks a path, or its leaf has another shape.
@@ -65,7 +63,7 @@ def replace(
     for path, array in new.items():
         if path not in flat:
             raise UserError(
-                f"{source} has '{path}', which this model does not have: the two "
+                f"{source} holds '{path}', which this model does not have: the two "
                 "models differ in model.n_layer, model.bias or their bands"
             )
         if flat[path].shape != array.shape:

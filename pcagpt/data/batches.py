@@ -19,13 +19,8 @@ class TrainingBatches:
 
     Windows hold T + 1 tokens and start every T tokens, so every epoch trains once on
     each of the (n - 1) // T * T transitions. Each epoch is a new permutation of the
-    windows. A batch may hold the end of one epoch and the start of the next.
-
-    Args:
-      tokens: integers [n]; may be a memory map.
-      block_size: T.
-      batch_size: B.
-      seed: seed of the order.
+    windows. A batch may hold the end of one epoch and the start of the next. `tokens`
+    [n] may be a memory map.
 
     Raises:
       UserError: the split is too short for one window.

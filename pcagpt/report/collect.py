@@ -20,12 +20,7 @@ from pcagpt.report.read import read_config, read_row, read_spectrum
 
 
 def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[str, Any]:
-    """Collects all data of the report, as strict JSON values.
-
-    Args:
-      workdir: parent of the run folders and of pca_factorized/.
-      runs: names of run folders in it, of any arms, ranks and seeds.
-      command: the command line that made them.
+    """Collects all data of the report on run folders in `workdir`, as JSON values.
 
     Raises:
       UserError: a run is missing, unfinished or damaged, appears twice, or was
@@ -79,15 +74,9 @@ def recovered_rows(
 ) -> list[dict[str, Any]]:
     """Compares runs that continue from a compressed model, or from D, with D.
 
-    Args:
-      folder: parent of the run folders.
-      runs: names of the run folders; one run is D's further training.
-      baseline: the run folder of D.
-
-    Returns:
-      For each run, `added_loss` is its loss minus D's, `less_continued` its loss minus
-      that of D's further training; each has an interval over evaluation windows, or
-      None. `rank`, `method` and `bands` describe the table that the run started from.
+    One of the runs is D+. `added_loss` is a run's loss minus D's and `less_continued`
+    its loss minus that of D+, each with its interval over evaluation windows or None.
+    `rank`, `method` and `bands` describe the table that the run started from.
     """
     own = read_row(baseline)
     rows = [read_row(folder / run) for run in runs]

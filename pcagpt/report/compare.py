@@ -78,15 +78,10 @@ def mean_interval(
 def window_interval(
     first: Path, second: Path, effect: float
 ) -> tuple[list[float] | None, int | None, str | None]:
-    """Interval of the loss difference of two runs over their evaluation windows.
+    """Interval of the loss difference of two run folders over evaluation windows.
 
-    Args:
-      first: a run folder.
-      second: another run folder.
-      effect: loss of the first minus loss of the second, by their result.json.
-
-    Returns:
-      (interval, number of windows, None), or (None, None, reason).
+    `effect` is the difference according to result.json. Returns (interval, number of
+    windows, None), or (None, None, reason).
     """
     one, other = read_window_losses(first), read_window_losses(second)
     if one is None or other is None:
@@ -106,12 +101,10 @@ def window_interval(
 def verdict(
     kind: str, bounds: Sequence[float] | None, tokens: Sequence[float] = (0, 1)
 ) -> str:
-    """Whether a claim holds: HELD, FAILED or UNRESOLVED.
+    """Judges a claim of a `Question.kind`: HELD, FAILED or UNRESOLVED.
 
-    Args:
-      kind: as in `Question`.
-      bounds: interval of the loss difference (first - second), in nats per token.
-      tokens: training tokens of both runs, for 'less at fewer tokens'.
+    `bounds` is the interval of first - second in nats per token; `tokens` are the
+    training tokens of both, for 'less at fewer tokens'.
     """
     low, high = bounds or (-np.inf, np.inf)
     if kind == "equal":
@@ -125,12 +118,7 @@ def verdict(
 
 
 def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers each question at each rank where both arms have a run of the same seed.
-
-    Args:
-      workdir: parent of the run folders.
-      rows: rows of results.json.
-    """
+    """Answers each question at each rank where both arms have a run of the same seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
         for name, question in QUESTIONS.items():

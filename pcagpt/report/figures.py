@@ -37,12 +37,7 @@ BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
 
 
 def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
-    """Draws validation loss against tokens, a panel per rank; None without curves.
-
-    Args:
-      workdir: parent of the run folders, which hold metrics.jsonl.
-      rows: rows of results.json.
-    """
+    """Draws validation loss against tokens, a panel per rank; None without curves."""
     curves = {row["folder"]: read_curve(workdir / row["folder"]).T for row in rows}
     rows = [row for row in rows if curves[row["folder"]].size]
     if not rows:
@@ -79,8 +74,7 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
 def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draws loss against parameters of the table and of the model; None without sizes.
 
-    Args:
-      models: what `pcagpt.report.experiment.models_of` returned.
+    `models` come from `pcagpt.report.experiment.models_of`.
     """
     fields = {"params_embedding": "token table", "params_total": "whole model"}
     models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]
@@ -114,11 +108,9 @@ def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
 def spectrum_figure(
     singular_values: Sequence[float] | np.ndarray, ranks: Sequence[int]
 ) -> "Figure":
-    """Draws singular values on a log scale, and the share of energy each rank keeps.
+    """Draws descending singular values [d] on a log scale, and the energy kept.
 
-    Args:
-      singular_values: float [d], descending.
-      ranks: the ranks to mark.
+    The energy kept by each of `ranks` is marked.
     """
     values = np.asarray(singular_values, np.float64)
     index = np.arange(1, len(values) + 1)

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, plots/*.png, report.md and report.html; returns the last.
 
-    Args:
-      workdir: parent of the run folders; their curves and spectrum are drawn.
-      results: what `collect_results` returned.
+    `results` come from `collect_results`. Curves and spectrum are read from `workdir`.
     """
     write_json(workdir / "results.json", results)
     view, spectrum = experiment_view(results), results["spectrum"] or {}
@@ -42,12 +40,7 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
 
 
 def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
-    """Writes plots/pareto.png, report.md and report.html; returns the last.
-
-    Args:
-      folder: the folder of sweep.json.
-      sweep: the content of sweep.json.
-    """
+    """Writes plots/pareto.png, report.md and report.html; returns the last."""
     return _write(folder, "sweep", sweep_view(sweep), {"pareto": pareto_figure(sweep)})
 
 

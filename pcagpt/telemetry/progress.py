@@ -50,12 +50,7 @@ class Progress:
     A terminal shows a live bar. A log file gets a line at the start, at most one every
     LINE_SECONDS, and one at the end. Bars can nest: an inner bar disappears at its end,
     and a log file shows it only if it takes longer than LINE_SECONDS. Only the first
-    process shows progress.
-
-    Args:
-      label: name of the work, e.g. 'D gpt_baseline'.
-      total: number of steps of the whole work.
-      start: number of finished steps, e.g. of the run that is resumed.
+    process shows progress. A run that is resumed gives its finished steps as `start`.
     """
 
     _display: progress.Progress | None = None  # stays None on other processes

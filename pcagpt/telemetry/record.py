@@ -72,17 +72,11 @@ def _start_wandb(
 class Telemetry:
     """Records one run in its folder; a context manager.
 
-    Every method does nothing except on the first process.
+    Every method does nothing except on the first process. `config` is for W&B.
 
-    Args:
-      run_dir: the run's folder; created if it does not exist.
-      config: the resolved config (nested mappings), for W&B.
-      resume_step: step of the checkpoint that the run continues from; later lines of
-        metrics.jsonl are removed, and existing lines are not written again, so that
-        each (step, split) has one line. None starts a new metrics.jsonl.
-      tensorboard: whether to write TensorBoard event files.
-      wandb: whether to log to Weights & Biases.
-      wandb_project: the W&B project.
+    A run that continues from the checkpoint of `resume_step` removes later lines of
+    metrics.jsonl and does not write existing lines again, so that each (step, split)
+    has one line. None starts a new metrics.jsonl.
 
     Raises:
       UserError: W&B cannot start; metrics.jsonl is then unchanged.
