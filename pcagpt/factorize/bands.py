@@ -100,15 +100,16 @@ def allocate_ranks(
     if left < 0:
         raise ValueError(f"a budget of {budget} is too small for {len(sizes)} bands")
 
-    def gain(band: int) -> tuple[float, int] | None:
-        next_rank = ranks[band]
-        if not 0 < next_rank < len(spectra[band]):
-            return None
-        return -float(spectra[band][next_rank]) / (sizes[band] + width), band
+    queue, price = [], 0.0
 
-    queue = [entry for band in range(len(sizes)) if (entry := gain(band))]
-    heapq.heapify(queue)
-    price = 0.0
+    def enqueue(band: int) -> None:
+        """Adds the error per value that the next rank of a band would remove."""
+        if 0 < ranks[band] < len(spectra[band]):
+            gain = float(spectra[band][ranks[band]]) / (sizes[band] + width)
+            heapq.heappush(queue, (-gain, band))
+
+    for band in range(len(sizes)):
+        enqueue(band)
     while queue:
         negative_price, band = heapq.heappop(queue)
         full, so_far = sizes[band] * width, ranks[band] * (sizes[band] + width)
@@ -118,8 +119,7 @@ def allocate_ranks(
         left -= cost
         price = -negative_price
         ranks[band] = 0 if so_far + cost == full else ranks[band] + 1
-        if entry := gain(band):
-            heapq.heappush(queue, entry)
+        enqueue(band)
     return tuple(ranks), price
 
 

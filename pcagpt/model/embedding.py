@@ -121,10 +121,3 @@ class TokenEmbedding(nn.Module):
             found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
             x_ND += jnp.where(is_here_N1, found_ND, 0)
         return x_ND
-
-    def head(self) -> Head:
-        """The output side of every band."""
-        return tuple(
-            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
-            for embedding in self.band_embeddings
-        )
