@@ -160,7 +160,7 @@ def test_replicated_array_is_whole_on_every_device():
 def test_a_function_compiled_for_a_mesh_knows_its_devices():
     def devices(x):
         found.append(inside.device_count())
-        (found_inside,) = inside.by_device(count_inside, [True], [False])(x)
+        (found_inside,) = inside.by_device([True], [False])(count_inside)(x)
         return found_inside
 
     def count_inside(x):
