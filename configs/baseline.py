@@ -2,12 +2,12 @@
 
     python -m pcagpt.main --config=configs/baseline.py --config.data.source=FOLDER
 
-Cost: 124,439,808 parameters at GPT-2's vocabulary; meant for a GPU.
+It has 124,439,808 parameters with GPT-2's vocabulary and needs a GPU.
 """
 
 from pcagpt.config import base
 
 
 def get_config():
-    """The base config: its defaults are this run."""
+    """The base config: its defaults describe this run."""
     return base()

@@ -1,21 +1,27 @@
-r"""Compresses a trained model's token table without training, in every way there is.
+r"""Compresses the token table of a trained model without training it.
 
     python -m pcagpt.main --config=configs/compress.py \
         --config.model_path=checkpoints/gpt_baseline
 
 Measures methods x ranks x frequency bands on the validation split and writes
-checkpoints/compressed/: sweep.json, report.html, and the best model of each rank as a
-run that can be evaluated and fine-tuned; --config.compress.recover_ranks=128 trains
-that of a rank on, beside D. One table only, as small as a loss allows:
---config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
-Cost: about 2 seconds a table on a GPU for GPT-2 small, after a minute of calibration.
+checkpoints/compressed/: sweep.json, report.html, and the best model of each rank, which
+can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128 also
+trains the best model of that rank, and D for the same steps. To find the one table that
+fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
+
+Cost: on a GPU, a minute of calibration and about 2 seconds per table of GPT-2 small.
+On a CPU, two to three minutes for the demo's D: by default it tries fewer tables and
+measures them on fewer tokens. As much as on a GPU:
+    --config.compress.methods=svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context
+    --config.compress.bands=1,7,12 --config.compress.calibration_tokens=1048576
+    --config.evaluate.max_tokens=1000000000
 """
 
 from pcagpt.config import base
 
 
 def get_config():
-    """The base config as a sweep, on the corpus the run was trained on."""
+    """The base config as a sweep, on the corpus that the run was trained on."""
     config = base()
     config.task = "compress"
     config.data.source = ""

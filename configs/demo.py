@@ -1,9 +1,9 @@
-"""The whole experiment on the embedded speeches, small enough for a laptop's CPU.
+"""The whole experiment on the speeches in the package, for the CPU of a laptop.
 
     python -m pcagpt.main --config=configs/demo.py
 
-4 layers of width 128, 4,096 tokens, rank 32. Cost: about 5 minutes on 2 CPU cores.
-Result: checkpoints/demo/report.html.
+The model has 4 layers of width 128 and 4,096 tokens; the rank is 32. The experiment
+takes about 5 minutes on 2 CPU cores and writes checkpoints/demo/report.html.
 """
 
 from pcagpt.config import base

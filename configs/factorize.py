@@ -1,10 +1,11 @@
-r"""Factorizes the token table of a trained run, or a bare table [V, d] in a .npy file.
+r"""Factorizes the token table of a run, or a table [V, d] in a .npy file.
 
     python -m pcagpt.main --config=configs/factorize.py \
         --config.model_path=checkpoints/gpt_baseline --config.ranks=64,128
 
 Writes WORKDIR/pca_factorized/: wte_pca_k{k}.npy, scale_mats_pca_k{k}.npz, the spectrum
-and the energy that each rank keeps. Cost: one SVD, a minute at GPT-2's size on a CPU.
+and the share of energy that each rank keeps. The SVD takes a minute at GPT-2's size on
+a CPU.
 """
 
 from pcagpt.config import base

@@ -2,15 +2,15 @@
 
     python -m pcagpt.main --config=configs/pca_finetune_k128.py
 
-train.* is D's budget, here too: B trains for its share, finetune.steps_share of the
-steps at finetune.learning_rate_share of the rate.
+train.* is D's budget. B trains for finetune.steps_share of the steps, at
+finetune.learning_rate_share of the learning rate.
 """
 
 from pcagpt.config import base
 
 
 def get_config():
-    """The base config at rank 128, started from D."""
+    """The base config at rank 128, starting from D."""
     config = base()
     config.arm = "pca_finetune"
     config.model.n_embd_wte = 128

@@ -1,9 +1,9 @@
-"""C, random-scratch: rank-128 embedding and blocks at random initialisation.
+"""C, random-scratch: embedding of rank 128 and blocks at random initialisation.
 
     python -m pcagpt.main --config=configs/random_k128.py --config.data.source=FOLDER
 
-The control of A. Several frequency bands in place of one rank, for a vocabulary of
-50,257: --config.model.band_sizes=6000,44257 --config.model.band_ranks=256,64.
+C is the control of A. For frequency bands instead of one rank, with 50,257 tokens:
+--config.model.band_sizes=6000,44257 --config.model.band_ranks=256,64.
 """
 
 from pcagpt.config import base

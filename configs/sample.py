@@ -1,17 +1,18 @@
-r"""Continues a text by any trained or compressed model, and prints it.
+r"""Continues a text with a trained or compressed model and prints it.
 
     python -m pcagpt.main --config=configs/sample.py \
         --config.model_path=checkpoints/gpt_baseline --config.sample.prompt="The people"
 
-Without a prompt a document begins. --config.sample.count=5 draws several,
---config.seed=2 others; temperature 0 takes the likeliest token always.
+Without a prompt, the model begins a document. --config.sample.count=5 draws five
+samples, --config.seed=2 draws other ones. --config.sample.temperature=0 always takes
+the likeliest token.
 """
 
 from pcagpt.config import base
 
 
 def get_config():
-    """The base config as sampling; the model is to be named."""
+    """The base config as sampling; the command line names the model."""
     config = base()
     config.task = "sample"
     return config

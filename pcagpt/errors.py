@@ -1,13 +1,13 @@
-"""The one error that is the person's to mend."""
+"""Errors that end a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one line, printed as it is, exit code 2.
+    """A mistake in the command or its inputs; exit code 2.
 
-    The message says what was wrong, the value seen, what would be right and the knob
-    or command that mends it.
+    The message is printed as it is. It names what was wrong, the value seen, what would
+    be right, and the knob or command that mends it.
     """
 
 
 class Interrupted(Exception):
-    """The person (or the cluster) asked to stop; all that was done is saved."""
+    """A signal asked to stop, and everything done so far is saved; exit code 1."""

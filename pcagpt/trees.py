@@ -1,4 +1,4 @@
-"""Parameter trees by path: patterns to labels, counts, strict replacement."""
+"""Parameter trees: flatten to paths, label by path patterns, count, replace leaves."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,21 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{'block_0/ln_1/scale': leaf} -> nested dict; the inverse of `flatten`."""
+    """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def label(tree: Any, rules: Sequence[tuple[str, Any]]) -> Any:
-    """The tree with each leaf replaced by the label of the first matching rule.
+    """Replaces each leaf by the label of the first rule that matches its path.
 
-    A rule is (pattern, label); the pattern must match the leaf's whole path, as in
-    'block_0/mlp/fc/kernel'. Works on any pytree, optimizer states included, where the
-    path holds the names of the containers too ('0/mu/block_0/...').
+    Args:
+      tree: any pytree. In an optimizer state the path starts with the names of the
+        containers: '0/mu/block_0/...'.
+      rules: (pattern, label); a pattern must match the whole path, such as
+        'block_0/mlp/fc/kernel'.
 
     Raises:
-      ValueError: a leaf that no rule covers.
+      ValueError: no rule matches a leaf.
     """
 
     def first_match(key_path, _):
@@ -42,22 +44,20 @@ def label(tree: Any, rules: Sequence[tuple[str, Any]]) -> Any:
 
 
 def count(tree: Any) -> int:
-    """Number of stored values in all leaves."""
+    """Number of values in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def replace(
     tree: Mapping[str, Any], new: Mapping[str, Any], *, source: str
 ) -> dict[str, Any]:
-    """The tree with the leaves at the paths of `new` replaced, dtypes kept.
+    """Returns the tree with the arrays of `new` ({path: array}), cast to its dtypes.
 
-    Args:
-      tree: nested dict of arrays, or of `jax.ShapeDtypeStruct`.
-      new: {path: array} of the leaves to put in.
-      source: where `new` comes from, for the error message.
+    The leaves of `tree` may be `jax.ShapeDtypeStruct`. `source` is the origin of `new`
+    for the error message.
 
     Raises:
-      UserError: a path the tree lacks, or an array of another shape.
+      UserError: the tree lacks a path, or its leaf has another shape.
     """
     flat = flatten(tree)
     for path, array in new.items():

@@ -20,7 +20,7 @@ from pcagpt.config import Settings
 from pcagpt.data.corpus import open_corpus
 from pcagpt.model import GPTConfig, training_flops_per_token
 from pcagpt.run.checkpoint import Checkpoints
-from pcagpt.run.generate import generate, in_compute_dtype, places
+from pcagpt.run.generate import cache_capacity, generate, in_compute_dtype
 from pcagpt.training import loop
 from pcagpt.training.setup import Setup
 
@@ -265,7 +265,7 @@ class Decoding(System):
         size = self.size
         self.gpt = setup(size, self.model, self.batch, self.folder).model
         tokens_of_a_turn = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
-        shape = self.batch, places(tokens_of_a_turn, size.block_size)
+        shape = self.batch, cache_capacity(tokens_of_a_turn, size.block_size)
         tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)

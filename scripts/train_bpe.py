@@ -2,13 +2,15 @@
 
     pip install -e '.[dev]' && python scripts/train_bpe.py
 
-A byte-level BPE of 4,096 ids with GPT-2's pattern: 256 bytes in GPT-2's order, 3,839
-merges in the order they were learnt, `<|endoftext|>`. Deterministic; takes seconds.
-Before it writes, `tokenizers` (which trains) and `tiktoken` (which the package uses)
-must encode every split alike and decode it back to the same text.
+This is a byte-level BPE of 4,096 ids with GPT-2's pattern: 256 bytes in GPT-2's order,
+then 3,839 merges in the order they were learned, then `<|endoftext|>`. The script is
+deterministic and takes seconds. Before it writes, it checks that `tokenizers` (used for
+training) and `tiktoken` (used by the package) encode every split alike and decode it
+back to the same text.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import sys
@@ -22,7 +24,6 @@ from pcagpt.data.tokenizer import (
     ASSETS,
     END_OF_TEXT,
     RANKS,
-    dump_ranks,
     encoding_from_ranks,
 )
 
@@ -30,7 +31,7 @@ VOCAB_SIZE = RANKS["sotu4096"].vocab_size
 
 
 def byte_letters() -> dict[int, str]:
-    """Map each byte to the printable letter that stands for it, in GPT-2's order."""
+    """The printable letter that stands for each byte, in GPT-2's order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
@@ -38,14 +39,14 @@ def byte_letters() -> dict[int, str]:
 
 
 def new_tokenizer(model: models.BPE) -> Tokenizer:
-    """Return a byte-level tokenizer that splits text as GPT-2 does."""
+    """A byte-level tokenizer that splits text as GPT-2 does."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
 
 def learn_merges(documents: list[str], vocab_size: int) -> list[tuple[str, str]]:
-    """Learn the vocab_size - 257 merges, each a pair of strings of byte letters."""
+    """Learns vocab_size - 257 merges; each is a pair of strings of byte letters."""
     tokenizer = new_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -57,7 +58,7 @@ def learn_merges(documents: list[str], vocab_size: int) -> list[tuple[str, str]]
 
 
 def rank_tokens(merges: list[tuple[str, str]]) -> dict[bytes, int]:
-    """Number the 256 bytes, then the merged tokens: bytes -> rank."""
+    """Ranks of the 256 bytes, then of the merged tokens."""
     letters = byte_letters()
     byte_of = {letter: byte for byte, letter in letters.items()}
     words = [*letters.values(), *(left + right for left, right in merges)]
@@ -67,9 +68,9 @@ def rank_tokens(merges: list[tuple[str, str]]) -> dict[bytes, int]:
 
 
 def verify(ranks: dict[bytes, int], merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Compare both libraries on every split; return the number of tokens of each."""
+    """Compares both libraries on every split; returns each split's token count."""
     if sorted(ranks.values()) != list(range(VOCAB_SIZE - 1)):
-        sys.exit(f"{len(ranks)} distinct tokens instead of {VOCAB_SIZE - 1}")
+        sys.exit(f"there are {len(ranks)} distinct tokens, not {VOCAB_SIZE - 1}")
     letters = byte_letters()
     vocabulary = {
         "".join(letters[byte] for byte in token): rank for token, rank in ranks.items()
@@ -82,25 +83,27 @@ def verify(ranks: dict[bytes, int], merges: list[tuple[str, str]]) -> dict[str, 
         encoded = ours.encode_ordinary_batch(documents)
         for document, ids in zip(documents, encoded, strict=True):
             if theirs.encode(document).ids != ids or ours.decode(ids) != document:
-                sys.exit(f"tokenizers and tiktoken differ on: {document[:60]!r}")
+                sys.exit(f"tokenizers and tiktoken differ on {document[:60]!r}")
         counts[split] = sum(map(len, encoded))
     return counts
 
 
 def main() -> None:
-    """Train, verify, write, and print what RANKS must say."""
+    """Trains, verifies, writes, and prints the sha256 for RANKS."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ASSETS / RANKS["sotu4096"].file)
+    parser.add_argument("--output", type=Path, default=ASSETS / "sotu4096.tiktoken")
     output = parser.parse_args().output
     merges = learn_merges(sotu_documents("train"), VOCAB_SIZE)
     ranks = rank_tokens(merges)
     counts = verify(ranks, merges)
-    content = dump_ranks(ranks)
+    content = b"".join(
+        base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()
+    )
     output.write_bytes(content)
     found = hashlib.sha256(content).hexdigest()
     print(f"{output}: sha256 {found}; tokens without {END_OF_TEXT}: {counts}")
     if found != RANKS["sotu4096"].sha256:
-        print("this is not what pcagpt.data.tokenizer.RANKS says: correct its sha256")
+        print("RANKS in pcagpt/data/tokenizer.py has another sha256: correct it there")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 
 import numpy as np
 import pytest
+from command_line import call, tiny
 from runs import execute, quick_compiles
 
 from pcagpt.config import base
@@ -93,3 +94,18 @@ def finished_experiment(corpus_folder, compiled, tmp_path_factory):
     with quick_compiles(compiled):
         execute(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def trained(corpus_folder, compiled, tmp_path_factory):
+    """The folder of a finished baseline of width 16, with checkpoints 1 and 2.
+
+    Copy it to change it.
+    """
+    workdir = tmp_path_factory.mktemp("trained")
+    kept = {"every": 1, "keep_last": 3}
+    arguments = tiny("baseline.py", corpus_folder, workdir=workdir, checkpoint=kept)
+    with quick_compiles(compiled):
+        outcome = call(*arguments)
+    assert outcome.code == 0, outcome
+    return workdir / "gpt_baseline"

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.factorize import Statistics
 from pcagpt.pipeline import execute as pipeline
-from pcagpt.pipeline.plan import Job, make_plan
+from pcagpt.pipeline.plan import Job, Plan, make_plan
 from pcagpt.run import calibrate
 from pcagpt.run.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.training import loop
@@ -65,6 +65,11 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
     return copy
 
 
+def plan(config: ConfigDict) -> Plan:
+    """What a config asks for."""
+    return make_plan(Settings.of(config))
+
+
 def overrides(config: ConfigDict) -> list[str]:
     """The arguments that set a config's knobs on the command line."""
     return [
@@ -76,15 +81,13 @@ def overrides(config: ConfigDict) -> list[str]:
 
 def job(config: ConfigDict) -> Job:
     """The last job that a config asks for."""
-    return make_plan(Settings.of(config)).jobs[-1]
+    return plan(config).jobs[-1]
 
 
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
-    settings = Settings.of(config)
-    plan = make_plan(settings)
-    pipeline.execute(plan, settings, "a command")
-    return plan.jobs[-1].folder
+    pipeline.execute(plan(config), Settings.of(config), "a command")
+    return job(config).folder
 
 
 def setup(config: ConfigDict) -> Setup:

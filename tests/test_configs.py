@@ -1,4 +1,4 @@
-"""Every config does its task, tiny; every command that is written down can be given."""
+"""Every config does its task; every command that is written down can be given."""
 
 import ast
 import json
@@ -9,118 +9,61 @@ import shutil
 import numpy as np
 import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
-from runs import quick_compiles
 
-from pcagpt import arms
-from pcagpt import config as knobs
-from pcagpt.config import command_line
+from pcagpt.config import command_line, validate
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS
-from pcagpt.run import folder as run_folder
 
-ALL = sorted(path.name for path in CONFIGS.glob("*.py"))
-
-RANK = 4
-MODELS = {
-    "baseline.py": "baseline",
-    "pca_k128.py": "pca",
-    "pca_finetune_k128.py": "pca_finetune",
-    "random_k128.py": "random",
+RUN = {"model_path": "gpt_baseline"}
+FROM_RUN = {"init.weights_from": "gpt_baseline", "data.source": "corpus"}
+FACTORS = ["D gpt_baseline", "pca_factorized rank 128"]
+ARMS = ["A gpt_pca_k128", "C gpt_random_lowrank_k128", "B gpt_pca_finetune_k128"]
+# {config: (knobs that it needs, its plan)}. test_readme.py runs all of them.
+ALL = {
+    "baseline.py": ({}, ["D gpt_baseline"]),
+    "compress.py": (RUN, ["compress gpt_baseline at step 2"]),
+    "demo.py": ({}, [line.replace("128", "32") for line in FACTORS + ARMS]),
+    "evaluate.py": (RUN, ["evaluate gpt_baseline at step 2"]),
+    "experiment.py": ({}, FACTORS + ARMS),
+    "factorize.py": (RUN, ["pca_factorized rank 128"]),
+    "pca_finetune_k128.py": ({}, [*FACTORS, "B gpt_pca_finetune_k128"]),
+    "pca_k128.py": ({}, [*FACTORS, "A gpt_pca_k128"]),
+    "random_k128.py": ({}, ["C gpt_random_lowrank_k128"]),
+    "recover.py": (FROM_RUN, ["D+ gpt_continued_from_gpt_baseline"]),
+    "sample.py": (RUN, ["sample gpt_baseline at step 2"]),
 }
-RECOVERY = "recover.py"  # Goes on from a run that has to be named.
-RUN_NAMES = {
-    "baseline": "gpt_baseline",
-    "pca": f"gpt_pca_k{RANK}",
-    "random": f"gpt_random_lowrank_k{RANK}",
-    "pca_finetune": f"gpt_pca_finetune_k{RANK}",
-}
 
 
-def load(name):
-    return command_line.parse(["pcagpt", f"--config={CONFIGS / name}"])[0]
+@pytest.fixture
+def run_dir(trained, corpus_folder, tmp_path, monkeypatch):
+    """The current folder holds a finished baseline and its corpus."""
+    shutil.copytree(corpus_folder, tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained, tmp_path / "gpt_baseline")
 
 
-@pytest.fixture(scope="session")
-def trained(corpus_folder, compiled, tmp_path_factory):
-    """The folder of a finished baseline: not to be written to."""
-    workdir = tmp_path_factory.mktemp("trained_baseline")
-    with quick_compiles(compiled):
-        assert call(*tiny("baseline.py", corpus_folder, workdir=workdir)).code == 0
-    return workdir / "gpt_baseline"
+def test_every_config_is_in_the_table():
+    assert sorted(ALL) == sorted(path.name for path in CONFIGS.glob("*.py"))
 
 
-@pytest.fixture(scope="session")
-def factorized(corpus_folder, compiled, tmp_path_factory):
-    """The folder of a finished model of rank 4: not to be written to."""
-    workdir = tmp_path_factory.mktemp("trained_factorized")
-    arguments = tiny(
-        "random_k128.py", corpus_folder, workdir=workdir, model={"n_embd_wte": RANK}
-    )
-    with quick_compiles(compiled):
-        assert call(*arguments).code == 0
-    return workdir / RUN_NAMES["random"]
-
-
-def check_run(run_dir, arm):
-    result = json.loads((run_dir / "result.json").read_text())
-    assert (result["status"], result["arm"]) == ("done", arm)
-    assert result["steps"] in (1, 2)
-    assert math.isfinite(result["val_loss"])
-
-
-def check_factors(folder):
-    assert np.load(folder / f"wte_pca_k{RANK}.npy").shape == (97, RANK)
-    scales = np.load(folder / f"scale_mats_pca_k{RANK}.npz")
-    assert scales["scale_up"].shape == scales["scale_down"].shape == (RANK, 16)
-
-
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ALL)
-def test_every_config_does_its_task_in_two_shrunken_steps(
-    name, trained, factorized, corpus_folder, tmp_path
-):
-    config, settings = load(name), {"workdir": tmp_path / "runs"}
-    run_names = RUN_NAMES
-    run_dir = tmp_path / "runs" / "gpt_baseline"
-    if config.task in ("factorize", "compress", "evaluate", "sample"):
-        shutil.copytree(trained, run_dir)
-        settings["model_path"] = run_dir
-    if config.task == "sample":  # What the ids of the tiny corpus might stand for.
-        record = run_folder.read_config(run_dir) | {"tokenizer": "sotu4096"}
-        run_folder.write_config(run_dir, record)
-    if config.task in ("factorize", "compress", "experiment"):
-        settings["ranks"] = RANK
-    if config.model.n_embd_wte is not None:
-        settings["model"] = {"n_embd_wte": RANK}
-    if name == RECOVERY:
-        settings["init"] = {"weights_from": factorized}
-        settings["distill"] = {"teacher": trained}
-        run_names = {config.arm: f"gpt_pca_distill_from_{factorized.name}"}
-    outcome = call(*tiny(name, corpus_folder, **settings))
+@pytest.mark.usefixtures("run_dir")
+def test_every_config_plans_its_task(name):
+    needed, plan = ALL[name]
+    words = [f"--config.{path}={value}" for path, value in needed.items()]
+    outcome = call(f"--config={CONFIGS / name}", *words, "--print_config")
     assert outcome.code == 0, outcome
-    if config.task == "train":
-        arm = "pca_distill" if name == RECOVERY else config.arm
-        check_run(tmp_path / "runs" / run_names[config.arm], arm)
-    elif config.task == "experiment":
-        for arm, folder in RUN_NAMES.items():
-            check_run(tmp_path / "runs" / folder, arm)
-        check_factors(tmp_path / "runs" / "pca_factorized")
-        results = json.loads((tmp_path / "runs" / "results.json").read_text())
-        assert [row["letter"] for row in results["rows"]] == ["D", "A", "B", "C"]
-        assert "</html>" in (tmp_path / "runs" / "report.html").read_text()
-    elif config.task == "factorize":
-        check_factors(tmp_path / "runs" / "pca_factorized")
-    elif config.task == "compress":
-        sweep = json.loads((tmp_path / "runs/compressed/sweep.json").read_text())
-        assert {row["method"] for row in sweep["rows"]} == {"baseline", *METHODS}
-        assert (tmp_path / f"runs/compressed/best_k{RANK}/ckpt/0").is_dir()
-    elif config.task == "sample":
-        assert len(outcome.out) > 200
-    else:
-        assert config.task == "evaluate"
-        (written,) = run_dir.glob(f"evaluation_*_{config.split}_step2.json")
-        assert json.loads(written.read_text()) == json.loads(outcome.out)
-        assert math.isfinite(json.loads(outcome.out)["loss"])
+    lines = outcome.out.split("\n\n")[1].splitlines()
+    for line, expected in zip(lines, plan, strict=True):
+        assert " ".join(line.split()).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["baseline.py", "pca_k128.py", "pca_finetune_k128.py", "random_k128.py"]
+)
+def test_a_config_that_is_named_for_a_model_gives_its_letter(name):
+    docstring = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
+    letter = ALL[name][1][-1][0]
+    assert docstring.startswith(f"{letter}, ")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -132,22 +75,28 @@ def test_every_config_is_a_small_change_of_the_base(name):
     assert last.end_lineno - first.lineno + 1 <= 30
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_config_is_valid_as_it_is(name):
-    config = load(name)
-    if config.task in ("factorize", "compress", "evaluate", "sample"):
-        config.model_path = "RUN"
-    if name == RECOVERY:
-        config.init.weights_from = "RUN"
-    knobs.validate(config)
+# The tasks that train nothing.
 
 
-@pytest.mark.parametrize(("name", "arm"), MODELS.items())
-def test_the_config_that_is_named_for_a_model_trains_it(name, arm):
-    config, entry = load(name), arms.ARMS[arm]
-    assert (config.task, config.arm) == ("train", arm)
-    docstring = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
-    assert docstring.startswith(f"{entry.letter}, ")
+@pytest.mark.usefixtures("quick")
+def test_evaluate_writes_beside_the_run_what_it_prints(run_dir, corpus_folder):
+    outcome = call(*tiny("evaluate.py", corpus_folder, model_path=run_dir))
+    assert outcome.code == 0, outcome
+    (written,) = run_dir.glob("evaluation_*_val_step2.json")
+    assert json.loads(written.read_text()) == json.loads(outcome.out)
+    assert math.isfinite(json.loads(outcome.out)["loss"])
+
+
+def test_factorize_writes_a_table_and_scale_matrices(run_dir, corpus_folder, tmp_path):
+    asked = {"model_path": run_dir, "ranks": 4, "workdir": tmp_path}
+    outcome = call(*tiny("factorize.py", corpus_folder, **asked))
+    assert outcome.code == 0, outcome
+    assert np.load("pca_factorized/wte_pca_k4.npy").shape == (97, 4)
+    scales = np.load("pca_factorized/scale_mats_pca_k4.npz")
+    assert scales["scale_up"].shape == scales["scale_down"].shape == (4, 16)
+
+
+# Commands that are written down.
 
 
 def check_command(words):
@@ -158,8 +107,8 @@ def check_command(words):
         overrides = [word for word in words if word.startswith("--config.")]
         command_line.parse(["pcagpt", "--config=configs/demo.py", *overrides])
         return
-    config, _ = command_line.parse(["pcagpt", *words[3:]])
-    knobs.validate(config)
+    settings, _ = command_line.parse(["pcagpt", *words[3:]])
+    validate(settings)
 
 
 @pytest.mark.parametrize("name", ALL)

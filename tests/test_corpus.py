@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pcagpt.data import token_files
+from pcagpt.data import corpus as corpus_module
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
-from pcagpt.data.sources import sotu_documents
-from pcagpt.data.token_files import SPLITS
+from pcagpt.data.sources import find_source, sotu_documents
+from pcagpt.data.token_files import SPLITS, present_splits
 from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
 from pcagpt.errors import UserError
 
@@ -25,41 +25,35 @@ WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n"
 
 @pytest.fixture(scope="module")
 def sotu(tmp_path_factory):
-    """Return the embedded corpus, tokenized once."""
+    """The embedded corpus, tokenized once."""
     return open_corpus("sotu", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def cache(tmp_path):
-    """Return a cache folder that does not exist yet."""
+    """A cache folder that does not exist yet."""
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return an empty folder for a source."""
+    """An empty folder for a source."""
     path = tmp_path / "my data"
     path.mkdir()
     return path
 
 
 def write_tokens(folder, ids, split="train", stored="<u2", **meta):
-    """Write a token file and, when `meta` is given, meta.json."""
+    """Writes a token file and, if `meta` is given, meta.json."""
     np.asarray(ids).astype(stored).tofile(folder / f"{split}.bin")
     if meta:
         (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def write_pickle(folder, value):
-    """Write a token file and a meta.pkl that holds `value`."""
-    write_tokens(folder, [1, 2, 3])
-    (folder / "meta.pkl").write_bytes(pickle.dumps(value))
-
-
-def refused(folder, cache, match, split="train", **options):
-    """Assert that a folder is refused in one line, with nothing written."""
+def refused(folder, cache, match, split="train", tokenizer="auto"):
+    """Asserts that a folder is refused in one line and that nothing is written."""
     with pytest.raises(UserError, match=match) as error:
-        open_corpus(str(folder), cache, **options).tokens(split)
+        open_corpus(str(folder), cache, tokenizer).tokens(split)
     assert "\n" not in str(error.value)
     assert not cache.exists()
 
@@ -67,42 +61,11 @@ def refused(folder, cache, match, split="train", **options):
 # The embedded corpus
 
 
-def test_sotu_has_the_declared_splits(sotu):
-    assert sotu.splits == SPLITS
-    counts = {split: len(sotu.tokens(split)) for split in SPLITS}
-    assert counts == {"train": 2195114, "val": 166033, "test": 118490}
-
-
-def test_sotu_splits_share_no_address():
+def test_sotu_has_the_declared_splits_which_share_no_address(sotu):
     documents = {split: sotu_documents(split) for split in SPLITS}
     counts = {split: len(addresses) for split, addresses in documents.items()}
     assert counts == {"train": 189, "val": 11, "test": 11}
     assert len(set().union(*documents.values())) == 211
-
-
-def test_sotu_puts_end_of_text_before_every_address(sotu):
-    encoding = load_tokenizer("sotu4096")
-    decoded = encoding.decode(sotu.tokens("val").tolist())
-    documents = sotu_documents("val")
-    assert decoded == "".join(f"<|endoftext|>{text}" for text in documents)
-
-
-def test_sotu_is_described_as_it_is_opened(sotu):
-    info = describe_corpus("sotu")
-    assert (info.name, info.vocab_size, info.tokenizer, info.splits) == (
-        sotu.name,
-        sotu.vocab_size,
-        sotu.tokenizer,
-        sotu.splits,
-    )
-
-
-def test_sotu_takes_another_tokenizer():
-    info = describe_corpus("sotu", "gpt2")
-    assert (info.vocab_size, info.tokenizer) == (50257, "gpt2")
-
-
-def test_token_files_say_what_they_are(sotu):
     meta = json.loads((sotu.folder / "meta.json").read_text())
     assert meta == {
         "name": "sotu",
@@ -112,50 +75,24 @@ def test_token_files_say_what_they_are(sotu):
         "tokenizer_sha256": tokenizer_sha256("sotu4096"),
         "tokens": {"train": 2195114, "val": 166033, "test": 118490},
     }
+    assert {split: len(sotu.tokens(split)) for split in SPLITS} == meta["tokens"]
 
 
-def test_tokens_are_read_only(sotu):
-    tokens = sotu.tokens("val")
-    assert tokens.dtype == np.uint16
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 0
+def test_sotu_puts_end_of_text_before_every_address(sotu):
+    decoded = load_tokenizer("sotu4096").decode(sotu.tokens("val").tolist())
+    documents = sotu_documents("val")
+    assert decoded == "".join(f"<|endoftext|>{text}" for text in documents)
 
 
-# Counts
+def test_a_source_is_described_as_it_is_opened(sotu):
+    info = describe_corpus("sotu")
+    assert vars(sotu) == {**vars(info), "folder": sotu.folder}
+    info = describe_corpus("sotu", "gpt2")
+    assert (info.vocab_size, info.tokenizer) == (50257, "gpt2")
 
 
-def test_tokens_are_counted(folder, cache):
-    write_tokens(folder, [3, 1, 3, 3], vocab_size=5)
-    count_V = open_corpus(str(folder), cache).count_tokens("train")
-    assert count_V.tolist() == [0, 1, 0, 3, 0]
-    assert count_V.dtype == np.int64
-
-
-def test_counting_never_converts_the_whole_map(tmp_path):
-    path, tokens = tmp_path / "train.bin", np.arange(8_000_000) % 7
-    tokens.astype(np.uint16).tofile(path)
-    mapped = np.memmap(path, np.uint16, "r")
-    tracemalloc.start()
-    count_V = count_tokens(mapped, 10)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * len(tokens)  # an int64 copy takes 8 bytes per token
-    assert count_V.tolist() == np.bincount(tokens, minlength=10).tolist()
-
-
-def test_ids_are_checked_once_until_the_file_changes(folder, cache, monkeypatch):
-    write_tokens(folder, [1, 2, 3], vocab_size=10)
-    corpus = open_corpus(str(folder), cache)
-    corpus.tokens("train")
-    with monkeypatch.context() as patch:
-        patch.setattr(token_files, "chunks", None)
-        open_corpus(str(folder), cache).tokens("train")
-    write_tokens(folder, [1, 2, 3, 11])
-    with pytest.raises(UserError, match="id 11 at position 3"):
-        corpus.tokens("train")
-
-
-def test_fingerprint_is_the_one_that_earlier_runs_recorded(sotu):
+def test_the_cache_folder_and_the_fingerprint_are_those_of_earlier_runs(sotu):
+    assert sotu.folder.name == "sotu-sotu4096-939c2a16e4b2"
     sha256 = "a096889e4ac1caf7403fd155f86cccde0c14c1cafe29e5465dd4a4eda2eecd23"
     assert sotu.fingerprint() == sha256
 
@@ -169,14 +106,47 @@ def test_fingerprint_depends_on_tokens_and_vocabulary(folder, cache):
     assert len(found) == 3
 
 
-# Words and bytes
+# Tokens, words and bytes
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_text_counts_of_sotu_are_those_of_its_text(sotu, split):
-    documents = sotu_documents(split)
+def test_tokens_are_read_only(sotu):
+    with pytest.raises(ValueError, match="read-only"):
+        sotu.tokens("val")[0] = 0
+
+
+def test_counting_never_converts_the_whole_map(folder, cache):
+    tokens = np.arange(8_000_000) % 7
+    write_tokens(folder, tokens, vocab_size=10)
+    corpus = open_corpus(str(folder), cache)
+    tracemalloc.start()
+    count_V = corpus.count_tokens("train")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(tokens)  # an int64 copy takes 8 bytes per token
+    assert count_V.dtype == np.int64
+    assert count_V.tolist() == np.bincount(tokens, minlength=10).tolist()
+    assert count_tokens(np.uint32([3, 1, 3]), 5).tolist() == [0, 1, 0, 2, 0]
+
+
+def test_ids_are_checked_once_until_the_file_changes(folder, cache, monkeypatch):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    write_tokens(folder, [99], "test")  # never read here
+    corpus = open_corpus(str(folder), cache)
+    corpus.tokens("train")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_chunks", None)
+        open_corpus(str(folder), cache).tokens("train")
+    write_tokens(folder, [1, 2, 3, 11])
+    with pytest.raises(UserError, match="id 11 at position 3"):
+        corpus.tokens("train")
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 1000])
+def test_text_size_of_sotu_is_that_of_its_text(sotu, chunk, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_CHUNK_TOKENS", chunk)
+    documents = sotu_documents("val")
     words = sum(len(text.split()) + text.count("\n") for text in documents)
-    assert sotu.text_size(split) == (words, len("".join(documents).encode()))
+    assert sotu.text_size("val") == (words, len("".join(documents).encode()))
 
 
 def test_end_of_text_parts_words_and_is_not_counted(folder, cache):
@@ -186,7 +156,7 @@ def test_end_of_text_parts_words_and_is_not_counted(folder, cache):
     assert open_corpus(str(folder), cache).text_size("val") == (4, 13)
 
 
-def test_text_counts_need_a_known_tokenizer(folder, cache):
+def test_text_size_needs_a_known_tokenizer(folder, cache):
     write_tokens(folder, [1, 2], vocab_size=65, tokenizer="letters")
     corpus = open_corpus(str(folder), cache)
     assert corpus.tokenizer is None
@@ -200,14 +170,10 @@ def test_text_folder_is_encoded_byte_for_byte(folder, cache):
     text = "".join(WIKI_LINES) + "no\r\nline end: 日本"
     (folder / "train.txt").write_bytes(text.encode())
     corpus = open_corpus(str(folder), cache)
-    encoding = load_tokenizer("gpt2")
-    expected = [50256, *encoding.encode_ordinary(text)]
+    expected = [50256, *load_tokenizer("gpt2").encode_ordinary(text)]
     assert corpus.tokens("train").tolist() == expected
-    assert (corpus.name, corpus.tokenizer, corpus.splits) == (
-        "my_data",
-        "gpt2",
-        ("train",),
-    )
+    assert (corpus.name, corpus.tokenizer) == ("my_data", "gpt2")
+    assert present_splits(corpus.folder) == ("train",)
 
 
 def test_long_text_encodes_as_a_whole_though_cut_in_pieces(folder, cache):
@@ -216,8 +182,7 @@ def test_long_text_encodes_as_a_whole_though_cut_in_pieces(folder, cache):
     text = "".join(random.Random(0).choices(parts, k=200_000))
     (folder / "train.txt").write_bytes(text.encode())
     tokens = open_corpus(str(folder), cache).tokens("train")
-    expected = load_tokenizer("gpt2").encode_ordinary(text)
-    assert tokens[1:].tolist() == expected
+    assert tokens[1:].tolist() == load_tokenizer("gpt2").encode_ordinary(text)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +200,7 @@ def test_split_is_a_word_of_the_file_name(folder, name, split):
     (folder / name).write_text("text\n")
     (folder / "trainers.txt").write_text("other\n")
     (folder / "train.csv").write_text("other\n")
-    assert describe_corpus(str(folder)).splits == (split,)
+    assert list(find_source(str(folder)).documents) == [split]
 
 
 def test_several_files_of_a_split_are_joined_in_sorted_order(folder, cache):
@@ -246,33 +211,18 @@ def test_several_files_of_a_split_are_joined_in_sorted_order(folder, cache):
     assert text == "<|endoftext|>first<|endoftext|>second"
 
 
-def test_describing_writes_nothing(folder, tmp_path):
-    (folder / "val.txt").write_text("text\n")
-    info = describe_corpus(str(folder), "sotu4096")
-    assert (info.name, info.vocab_size, info.tokenizer) == ("my_data", 4096, "sotu4096")
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_text_is_tokenized_once_until_it_changes(folder, cache):
+def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(folder, cache):
     source = folder / "train.txt"
     source.write_text("one")
     first = open_corpus(str(folder), cache)
     written = (first.folder / "train.bin").stat().st_mtime_ns
-    again = open_corpus(str(folder), cache)
-    assert again == first
-    assert (again.folder / "train.bin").stat().st_mtime_ns == written
+    assert open_corpus(str(folder), cache) == first
+    assert (first.folder / "train.bin").stat().st_mtime_ns == written
+    assert open_corpus(str(folder), cache, "sotu4096").folder != first.folder
     source.write_text("two")
     changed = open_corpus(str(folder), cache)
     assert changed.folder != first.folder
     assert load_tokenizer("gpt2").decode(changed.tokens("train").tolist()[1:]) == "two"
-
-
-def test_another_tokenizer_gets_a_folder_of_its_own(folder, cache):
-    (folder / "train.txt").write_text("one")
-    folders = {
-        open_corpus(str(folder), cache, name).folder for name in ("gpt2", "sotu4096")
-    }
-    assert len(folders) == 2
 
 
 def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
@@ -291,13 +241,10 @@ def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
     assert opened[0].tokens("train")[1:].tolist() == expected
 
 
-def test_opening_does_not_read_the_test_split(folder, cache):
-    write_tokens(folder, [1, 2, 3], vocab_size=10)
-    write_tokens(folder, [11], "test")
-    corpus = open_corpus(str(folder), cache)
-    assert corpus.tokens("train").tolist() == [1, 2, 3]
-    with pytest.raises(UserError, match="id 11"):
-        corpus.tokens("test")
+def test_a_cached_folder_can_be_read_by_other_users(folder, cache):
+    (folder / "train.txt").write_text("text")
+    cached = open_corpus(str(folder), cache).folder
+    assert cached.stat().st_mode == folder.stat().st_mode
 
 
 # WikiText-103 through the optional package
@@ -326,9 +273,7 @@ def test_wikitext_is_byte_for_byte_its_file(cache, monkeypatch):
 
 def test_wikitext_without_its_package_says_how_to_install_it(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'pcagpt\[datasets\]'"):
-        open_corpus("wikitext103", cache)
-    assert not cache.exists()
+    refused("wikitext103", cache, r"pip install 'pcagpt\[datasets\]'")
     assert describe_corpus("wikitext103").vocab_size == 50257
 
 
@@ -338,10 +283,7 @@ def test_wikitext_without_network_is_one_clear_line(cache, monkeypatch):
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(UserError, match="needs the network once") as error:
-        open_corpus("wikitext103", cache)
-    assert "\n" not in str(error.value)
-    assert not cache.exists()
+    refused("wikitext103", cache, "needs the network once")
 
 
 # Folders of token files
@@ -350,11 +292,8 @@ def test_wikitext_without_network_is_one_clear_line(cache, monkeypatch):
 def test_token_folder_without_meta_is_gpt2s(folder, cache):
     write_tokens(folder, [31373, 995, 50256])
     corpus = open_corpus(str(folder), cache)
-    assert (corpus.vocab_size, corpus.tokenizer, corpus.folder) == (
-        50257,
-        "gpt2",
-        folder,
-    )
+    assert (corpus.vocab_size, corpus.tokenizer) == (50257, "gpt2")
+    assert corpus.folder == folder
     assert corpus.tokens("train").tolist() == [31373, 995, 50256]
     assert not cache.exists()
 
@@ -368,17 +307,18 @@ def test_meta_json_gives_name_vocabulary_and_dtype(folder, cache):
     assert corpus.tokens("train").tolist() == [0, 70_000]
 
 
-def test_meta_pickle_of_nanogpt_is_read(folder, cache):
-    letters = dict(enumerate("abc"))
-    write_pickle(folder, {"vocab_size": 65, "itos": letters, "stoi": {"a": 0}})
+def test_meta_pickle_of_nanogpt_is_read(folder):
+    write_tokens(folder, [1, 2, 3])
+    meta = {"vocab_size": 65, "itos": dict(enumerate("abc")), "stoi": {"a": 0}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     info = describe_corpus(str(folder))
-    assert (info.vocab_size, info.tokenizer, info.splits) == (65, None, ("train",))
+    assert (info.vocab_size, info.tokenizer) == (65, None)
 
 
 def test_token_files_count_where_text_lies_beside_them(folder):
     write_tokens(folder, [1, 2, 3])
     (folder / "val.txt").write_text("text\n")
-    assert describe_corpus(str(folder)).splits == ("train",)
+    assert find_source(str(folder)) == folder
 
 
 def test_tokenizer_may_be_named_for_a_folder_that_does_not_say(folder, cache):
@@ -390,38 +330,37 @@ def test_tokenizer_may_be_named_for_a_folder_that_does_not_say(folder, cache):
 # What is refused
 
 
-def test_missing_folder_is_refused(tmp_path, cache):
+def test_what_is_no_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
-
-
-def test_file_in_place_of_a_folder_is_refused(tmp_path, cache):
     (tmp_path / "train.txt").write_text("text")
     refused(tmp_path / "train.txt", cache, "is a file")
 
 
-def test_folder_with_nothing_recognisable_is_refused(folder, cache):
-    (folder / "input.txt").write_text("text")
-    refused(folder, cache, "nothing recognisable.*train.txt and val.txt")
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("input.txt", b"text", "nothing recognisable.*train.txt and val.txt"),
+        ("val.txt", b"", r"val\.txt is empty"),
+        ("train.test.txt", b"text", "more than one split"),
+        ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
+        ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
+        ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
+        ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
+        ("train.bin", bytes([1, 0, 0, 0] * 99), "looks like uint32"),
+    ],
+)
+def test_unusable_files_are_refused(folder, cache, name, content, match):
+    (folder / name).write_bytes(content)
+    refused(folder, cache, match)
 
 
-def test_missing_split_is_refused(folder, cache):
-    write_tokens(folder, [1, 2, 3])
-    refused(folder, cache, r"no 'val' split.*present: train", split="val")
-
-
-def test_empty_token_file_is_refused(folder, cache):
-    write_tokens(folder, [])
-    refused(folder, cache, r"train\.bin is empty")
-
-
-def test_truncated_token_file_is_refused(folder, cache):
-    (folder / "train.bin").write_bytes(b"\x01\x00\x02")
-    refused(folder, cache, "truncated: 3 bytes is not a multiple of 2")
-
-
-def test_token_file_shorter_than_its_meta_says_is_refused(folder, cache):
-    write_tokens(folder, [1, 2, 3], vocab_size=10, tokens={"train": 4})
-    refused(folder, cache, "has 6 bytes, but meta.json says 4 tokens of 2 bytes")
+@pytest.mark.parametrize("ids", [[1, 2, 3], None], ids=["tokens", "text"])
+def test_unknown_tokenizer_is_refused(folder, cache, ids):
+    if ids:
+        write_tokens(folder, ids, vocab_size=10)
+    else:
+        (folder / "train.txt").write_text("text")
+    refused(folder, cache, "unknown tokenizer 'bert'", tokenizer="bert")
 
 
 def test_first_id_beyond_the_vocabulary_is_named(folder, cache):
@@ -431,35 +370,31 @@ def test_first_id_beyond_the_vocabulary_is_named(folder, cache):
     refused(folder, cache, "id 65 at position 1200000.*vocabulary size is 65")
 
 
-def test_wide_ids_without_meta_are_refused(folder, cache):
-    write_tokens(folder, range(1, 100), stored="<u4")
-    refused(folder, cache, "looks like uint32")
-
-
-def test_unknown_tokenizer_is_refused(folder, cache):
-    (folder / "train.txt").write_text("text")
-    refused(folder, cache, "unknown tokenizer 'bert'", tokenizer="bert")
-
-
-def test_unknown_tokenizer_for_token_files_is_refused(folder, cache):
-    write_tokens(folder, [1], vocab_size=10)
-    refused(folder, cache, "unknown tokenizer 'bert'", tokenizer="bert")
+@pytest.mark.parametrize(
+    ("meta", "match"),
+    [
+        ({"tokens": {"train": 4}}, "has 6 bytes, but meta.json says 4 tokens of 2"),
+        ({"tokenizer": "sotu4096"}, "vocab_size 10, but tokenizer 'sotu4096' has 4096"),
+        (
+            {"vocab_size": 4096, "tokenizer": "sotu4096", "tokenizer_sha256": "00"},
+            "another version of tokenizer 'sotu4096'",
+        ),
+        *(
+            ({"vocab_size": size}, "vocab_size .*must be a positive integer")
+            for size in (0, -5, "65", 65.0, True, None)
+        ),
+        ({"dtype": "int64"}, "must be uint16 or uint32"),
+        ({"dtype": ["uint16"]}, "must be uint16 or uint32"),
+    ],
+)
+def test_meta_that_contradicts_the_files_is_refused(folder, cache, meta, match):
+    write_tokens(folder, [1, 2, 3], **{"vocab_size": 10, **meta})
+    refused(folder, cache, match)
 
 
 def test_tokenizer_that_contradicts_meta_is_refused(folder, cache):
     write_tokens(folder, [1], vocab_size=4096, tokenizer="sotu4096")
     refused(folder, cache, "made by 'sotu4096', not 'gpt2'", tokenizer="gpt2")
-
-
-def test_vocabulary_that_contradicts_the_tokenizer_is_refused(folder, cache):
-    write_tokens(folder, [1], vocab_size=50304, tokenizer="gpt2")
-    refused(folder, cache, "vocab_size 50304, but tokenizer 'gpt2' has 50257")
-
-
-def test_tokens_of_another_version_of_a_tokenizer_are_refused(folder, cache):
-    meta = {"vocab_size": 4096, "tokenizer": "sotu4096", "tokenizer_sha256": "00"}
-    write_tokens(folder, [1], **meta)
-    refused(folder, cache, "another version of tokenizer 'sotu4096'")
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1]", b""])
@@ -469,16 +404,21 @@ def test_damaged_meta_json_is_refused(folder, cache, content):
     refused(folder, cache, r"meta\.json is damaged")
 
 
-@pytest.mark.parametrize("value", [0, -5, "65", 65.0, True, None])
-def test_vocabulary_size_must_be_a_positive_integer(folder, cache, value):
-    write_tokens(folder, [1], vocab_size=value)
-    refused(folder, cache, "vocab_size .*must be a positive integer")
-
-
-@pytest.mark.parametrize("dtype", ["int64", "float32", ["uint16"]])
-def test_unsupported_dtype_is_refused(folder, cache, dtype):
-    write_tokens(folder, [1], vocab_size=10, dtype=dtype)
-    refused(folder, cache, "must be uint16 or uint32")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        pickle.dumps({"a": 1})[:-3],
+        pickle.dumps([65]),
+        pickle.dumps(collections.OrderedDict(vocab_size=65)),
+    ],
+    ids=["empty", "junk", "truncated", "list", "ordered"],
+)
+def test_pickle_that_is_no_plain_dict_is_refused(folder, cache, content):
+    write_tokens(folder, [1])
+    (folder / "meta.pkl").write_bytes(content)
+    refused(folder, cache, r"meta\.pkl is refused.*dict of plain values")
 
 
 def test_pickle_that_asks_for_code_is_refused_and_not_run(folder, cache, tmp_path):
@@ -486,42 +426,7 @@ def test_pickle_that_asks_for_code_is_refused_and_not_run(folder, cache, tmp_pat
         def __reduce__(self):
             return exec, (f"open({str(tmp_path / 'hit')!r}, 'w')",)
 
-    write_pickle(folder, {"vocab_size": Attack()})
+    write_tokens(folder, [1])
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Attack()}))
     refused(folder, cache, r"meta\.pkl is refused.*asks for builtins\.exec")
     assert not (tmp_path / "hit").exists()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        collections.OrderedDict(vocab_size=65),
-        [65],
-    ],
-    ids=["ordered", "list"],
-)
-def test_pickle_of_other_than_plain_values_is_refused(folder, cache, value):
-    write_pickle(folder, value)
-    refused(folder, cache, r"meta\.pkl is refused.*plain values")
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1})[:-3]])
-def test_damaged_pickle_is_refused(folder, cache, content):
-    write_tokens(folder, [1])
-    (folder / "meta.pkl").write_bytes(content)
-    refused(folder, cache, r"meta\.pkl is refused")
-
-
-def test_text_that_is_not_utf8_is_refused(folder, cache):
-    (folder / "train.txt").write_bytes(b"fine\ncaf\xe9\n")
-    refused(folder, cache, "not UTF-8: byte 0xe9 in line 2")
-
-
-def test_empty_text_file_is_refused(folder, cache):
-    (folder / "train.txt").write_text("text")
-    (folder / "val.txt").write_text("")
-    refused(folder, cache, r"val\.txt is empty")
-
-
-def test_text_file_named_for_two_splits_is_refused(folder, cache):
-    (folder / "train.test.txt").write_text("text")
-    refused(folder, cache, "more than one split")

@@ -1,18 +1,33 @@
-"""Evaluation against the same numbers worked out in plain numpy."""
+"""Evaluation: its numbers worked out in plain numpy, and the task 'evaluate'."""
 
 import dataclasses
 import functools
+import json
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import changed, snapshot
 
-from pcagpt import trees
+from pcagpt import main, trees
+from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
-from pcagpt.model import GPT, GPTConfig
-from pcagpt.run.evaluate import TextSize, TokenScores, evaluate, scorer, target_cosines
+from pcagpt.data.corpus import TextSize
+from pcagpt.errors import UserError
+from pcagpt.model import GPT, GPTConfig, HeadBand
+from pcagpt.pipeline import evaluate as task
+from pcagpt.pipeline import sample
+from pcagpt.run.evaluate import (
+    Evaluator,
+    TokenScores,
+    score_tokens,
+    summarize,
+    target_cosines,
+)
 from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -26,14 +41,29 @@ BANDS = dataclasses.replace(
 )
 # Seven whole windows and one of four targets.
 SPLIT = np.random.default_rng(1).integers(0, VOCAB, 7 * BLOCK + 5).astype(np.uint16)
+TEXT = TextSize(words=13, bytes=170)
+
+
+@dataclasses.dataclass
+class Tokens:
+    """A corpus of a single split."""
+
+    split: np.ndarray
+    name: str = "tokens"
+    tokenizer: str | None = None
+
+    def tokens(self, split):
+        return self.split
+
+    def text_size(self, split):
+        return TEXT
 
 
 @functools.cache
 def variables_of(config):
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(
-        GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    )["params"]
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
     params = {
         path: jnp.asarray(
             random.normal(path.endswith("/scale"), 0.4, leaf.shape), jnp.float32
@@ -78,19 +108,12 @@ def cosine(a, b):
     return a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
 
 
-def run(config, batch_size, devices=(1, 1), chunks=1, text=None, tokens=SPLIT):
+def evaluated(config, batch_size, devices=(1, 1), chunks=1, tokens=SPLIT):
     mesh = placement.make_mesh(*devices)
     variables = variables_of(config)
     variables = jax.device_put(variables, placement.shardings(variables, mesh))
-    batches = EvaluationBatches(tokens, BLOCK, batch_size)
-    return evaluate(
-        scorer(GPT(config), mesh, chunks),
-        variables,
-        batches,
-        batches.window_count,
-        placement.batch_sharding(mesh),
-        text,
-    )
+    corpus = Tokens(tokens)
+    return Evaluator(GPT(config), mesh, corpus, "val", batch_size, chunks)(variables)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +130,7 @@ def test_every_number_is_that_of_plain_numpy(config):
         cosines_d.append(cosine(h, wide[target]))
     assert np.ptp(losses) > 2
 
-    words, size = 13, 170
-    metrics, window_losses = run(config, 3, chunks=2, text=TextSize(words, size))
+    metrics, window_losses = evaluated(config, 3, chunks=2)
     starts = range(0, len(losses), BLOCK)
     expected = [
         [sum(losses[s : s + BLOCK]), len(losses[s : s + BLOCK])] for s in starts
@@ -123,8 +145,8 @@ def test_every_number_is_that_of_plain_numpy(config):
         {
             "loss": nats / 60,
             "perplexity": math.exp(nats / 60),
-            "word_perplexity": math.exp(nats / words),
-            "bits_per_byte": nats / math.log(2) / size,
+            "word_perplexity": math.exp(nats / TEXT.words),
+            "bits_per_byte": nats / math.log(2) / TEXT.bytes,
             "ln_f_cosine": np.mean(cosines),
             "ln_f_cosine_p05": below[0] + (place % 1) * (below[1] - below[0]),
             "ln_f_cosine_d": np.mean(cosines_d),
@@ -136,15 +158,14 @@ def test_every_number_is_that_of_plain_numpy(config):
     assert same == (config is DENSE)
 
 
-def test_result_does_not_depend_on_batch_size_chunks_or_devices():
-    text = TextSize(13, 170)
-    expected = run(BANDS, 1, text=text)
+def test_the_result_does_not_depend_on_batch_size_chunks_or_devices():
+    expected = evaluated(BANDS, 1)
     for batch_size, devices, chunks in (
         (3, (1, 1), 4),
         (16, (8, 1), 3),
         (8, (2, 4), 1),
     ):
-        found = run(BANDS, batch_size, devices, chunks, text)
+        found = evaluated(BANDS, batch_size, devices, chunks)
         np.testing.assert_allclose(
             found.window_losses, expected.window_losses, rtol=5e-7
         )
@@ -152,8 +173,8 @@ def test_result_does_not_depend_on_batch_size_chunks_or_devices():
 
 
 def test_padding_of_the_last_batch_and_window_counts_for_nothing():
-    whole = run(DENSE, 3)
-    full_windows = run(DENSE, 7, tokens=SPLIT[: 7 * BLOCK + 1])
+    whole = evaluated(DENSE, 3)
+    full_windows = evaluated(DENSE, 7, tokens=SPLIT[: 7 * BLOCK + 1])
     np.testing.assert_allclose(
         whole.window_losses[:7], full_windows.window_losses, rtol=1e-6
     )
@@ -162,21 +183,21 @@ def test_padding_of_the_last_batch_and_window_counts_for_nothing():
 
 
 def test_scores_are_zero_where_there_is_no_target():
-    mesh = placement.make_mesh(1, 1)
     ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK, 8)
     targets = targets.copy()
     targets[:, ::3] = -1
-    scores = scorer(GPT(BANDS), mesh, 2)(variables_of(BANDS), inputs, targets)
-    for score in scores:
-        assert (score.shape, score.dtype) == ((8, BLOCK), jnp.float32)
-        np.testing.assert_array_equal(np.asarray(score) != 0, targets >= 0)
+    score = functools.partial(score_tokens, model=GPT(BANDS), chunks=2)
+    score = placement.jit(score, placement.make_mesh(1, 1))
+    for found in score(variables_of(BANDS), inputs, targets):
+        assert (found.shape, found.dtype) == ((8, BLOCK), jnp.float32)
+        np.testing.assert_array_equal(np.asarray(found) != 0, targets >= 0)
 
 
 def test_cosines_are_in_float32_also_of_a_bfloat16_hidden_state():
     random = np.random.default_rng(2)
     h = jnp.asarray(random.normal(size=(9, 8)), jnp.bfloat16)
     wte = jnp.asarray(random.normal(size=(9, 8)), jnp.float32)
-    found = target_cosines(h, [(wte, None, 9)], jnp.arange(9))
+    found = target_cosines(h, (HeadBand(wte, None, 9),), jnp.arange(9))
     pairs = zip(np.asarray(h, np.float64), np.asarray(wte, np.float64), strict=True)
     expected = [cosine(a, b) for a, b in pairs]
     for cosines in found:
@@ -187,22 +208,19 @@ def test_cosines_are_in_float32_also_of_a_bfloat16_hidden_state():
 # Formulas by hand, with made-up scores
 
 
-def evaluated(losses, targets, text=None, windows=None):
+def summary(losses, has_target=None, text=None):
     """Of rows of losses; cosines count up from 0 by 1/100."""
-    losses, targets = np.asarray(losses, np.float32), np.asarray(targets)
-
-    def score(_, inputs, targets):
-        number = np.arange(targets.size, dtype=np.float32).reshape(targets.shape) / 100
-        return TokenScores(losses, number, 2 * number)
-
-    place = placement.batch_sharding(placement.make_mesh(1, 1))
-    count = len(targets) if windows is None else windows
-    return evaluate(score, None, [(targets, targets)], count, place, text)
+    losses = np.asarray(losses, np.float32)
+    number = np.arange(losses.size, dtype=np.float32).reshape(losses.shape) / 100
+    if has_target is None:
+        has_target = np.ones(losses.shape)
+    scores = TokenScores(losses, number, 2 * number)
+    return summarize(scores, np.asarray(has_target, bool), text)
 
 
-def test_ignored_targets_inside_a_window_are_left_out():
-    metrics, window_losses = evaluated(
-        [[1, 2, 3, 0], [0, 0, 5, 1]], [[7, 0, 3, -1], [-1, -1, 2, 1]]
+def test_missing_targets_inside_a_window_are_left_out():
+    metrics, window_losses = summary(
+        [[1, 2, 3, 0], [0, 0, 5, 1]], [[1, 1, 1, 0], [0, 0, 1, 1]]
     )
     np.testing.assert_array_equal(window_losses, [[6, 3], [6, 2]])
     assert metrics["loss"] == 12 / 5
@@ -213,35 +231,162 @@ def test_ignored_targets_inside_a_window_are_left_out():
     assert metrics["ln_f_cosine_d"] == pytest.approx(0.32 / 5)
 
 
-def test_rows_beyond_the_windows_are_left_out():
-    metrics, window_losses = evaluated([[1, 2], [9, 9]], [[0, 0], [1, 1]], windows=1)
-    np.testing.assert_array_equal(window_losses, [[3, 2]])
-    assert metrics["loss"] == 1.5
-
-
 def test_perplexities_and_bits_by_hand():
-    log2 = math.log(2)
-    metrics, _ = evaluated([[3 * log2, 5 * log2]], [[0, 0]], TextSize.of((1, 16)))
+    losses = [[3 * math.log(2), 5 * math.log(2)]]
+    metrics, _ = summary(losses, text=TextSize(words=1, bytes=16))
     assert metrics["perplexity"] == pytest.approx(2**4)
     assert metrics["word_perplexity"] == pytest.approx(2**8)
     assert metrics["bits_per_byte"] == pytest.approx(0.5)
-
-
-def test_without_text_there_is_no_word_perplexity():
-    metrics, _ = evaluated([[1, 2]], [[0, 0]], TextSize.of(None))
+    metrics, _ = summary(losses, text=None)
     assert metrics["word_perplexity"] is None
     assert metrics["bits_per_byte"] is None
-
-
-def test_perplexity_too_large_for_a_float_is_infinite():
-    metrics, _ = evaluated([[800, 800]], [[0, 0]])
-    assert metrics["loss"] == 800
-    assert metrics["perplexity"] == math.inf
+    metrics, _ = summary([[800, 800]])  # Too large for a float.
+    assert (metrics["loss"], metrics["perplexity"]) == (800, math.inf)
 
 
 def test_window_losses_are_summed_in_float64():
     losses = np.full((1, 4096), 1e-4)
     losses[0, 0] = 2.0**17
-    _, window_losses = evaluated(losses, np.zeros((1, 4096), int))
+    _, window_losses = summary(losses)
     exact = np.sum(losses.astype(np.float32), dtype=np.float64)
     assert window_losses[0, 0] == pytest.approx(exact, rel=1e-15)
+
+
+# The task
+
+
+@pytest.fixture
+def asked(finished_experiment, tmp_path):
+    """A function: the config that evaluates a copy of a finished run."""
+
+    def ask(run="gpt_baseline", below="", **overrides):
+        copy = tmp_path / "runs" / run
+        if not copy.exists():
+            shutil.copytree(Path(finished_experiment.workdir) / run, copy)
+        own = {"task": "evaluate", "workdir": str(tmp_path / "runs")}
+        own |= {"model_path": str(copy / below), "data.source": ""}
+        return changed(finished_experiment, **own | overrides)
+
+    return ask
+
+
+def evaluate(config):
+    return task.evaluate(Settings.of(config))
+
+
+def write_corpus(folder, vocab_size, tokenizer=None):
+    """A folder of token files with a validation split only."""
+    folder.mkdir()
+    tokens = np.arange(400) % vocab_size
+    tokens.astype(np.uint16).tofile(folder / "val.bin")
+    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
+    meta = {name: value for name, value in meta.items() if value}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.mark.parametrize("run", ["gpt_baseline", "gpt_pca_finetune_k8"])
+def test_on_the_validation_split_it_is_the_loss_of_the_run_s_result(run, asked):
+    config = asked(run)
+    found = evaluate(config)
+    wanted = json.loads((Path(config.model_path) / "result.json").read_text())
+    assert found["loss"] == wanted["val_loss"]
+    for name in ("perplexity", "ln_f_cosine", "ln_f_cosine_p05", "ln_f_cosine_d"):
+        assert found[name] == wanted[name]
+    assert found["protocol"] == wanted["protocol"]
+    assert found["tokens_predicted"] == wanted["protocol"]["tokens_predicted"]
+
+
+def test_each_corpus_split_and_step_has_a_file_beside_the_run(asked, tmp_path):
+    source = write_corpus(tmp_path / "other", vocab_size=50)
+    wanted = {
+        "corpus_val_step6": evaluate(asked()),
+        "corpus_val_step3": evaluate(asked(below="ckpt/3")),
+        "corpus_test_step6": evaluate(asked(split="test")),
+        "other_val_step6": evaluate(asked(**{"data.source": source})),
+    }
+    run_dir = tmp_path / "runs" / "gpt_baseline"
+    found = {
+        path.stem.removeprefix("evaluation_"): json.loads(path.read_text())
+        for path in run_dir.glob("evaluation_*.json")
+    }
+    own = wanted["corpus_val_step6"]["protocol"]["corpus"]
+    assert found == {
+        name.replace("corpus", own): result for name, result in wanted.items()
+    }
+    assert len({result["loss"] for result in wanted.values()}) == 4
+    assert {result["run"] for result in wanted.values()} == {"gpt_baseline"}
+    assert wanted["corpus_test_step6"]["tokens_predicted"] == 900
+    assert wanted["other_val_step6"]["tokens_predicted"] == 399
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    (logged,) = (x for x in lines if (x["step"], x["split"]) == (3, "val"))
+    assert wanted["corpus_val_step3"]["loss"] == logged["loss"]
+
+
+def test_what_does_not_fit_the_run_is_refused_and_nothing_written(asked, tmp_path):
+    asked()
+    wide = {"data.source": write_corpus(tmp_path / "wide", vocab_size=98)}
+    narrow = {"data.source": write_corpus(tmp_path / "narrow", vocab_size=50)}
+    before = snapshot(tmp_path / "runs")
+    for knobs, words in (
+        (wide, "ids up to 97, the model .* 97 tokens"),
+        (narrow | {"split": "test"}, "no 'test' split .*present: val"),
+        ({"model.n_layer": 2}, "model.n_layer is 2, .* trained with 1"),
+        ({"model.band_sizes": (90, 7)}, r"band_sizes is .* trained with \(\)"),
+        ({"model.dropout": 0.5}, "model.dropout is 0.5, .* trained with 0.0"),
+        ({"mesh.data": 3}, "evaluate.batch_size = 64 cannot be split over 3"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            evaluate(asked(**knobs))
+        assert "\n" not in str(error.value)
+    assert snapshot(tmp_path / "runs") == before
+
+
+def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
+    config = asked()
+    path = Path(config.model_path) / "config.json"
+    trained = json.loads(path.read_text()) | {"tokenizer": "gpt2", "vocab_size": 5000}
+    path.write_text(json.dumps(trained))
+    config.data.source = write_corpus(tmp_path / "sotu", 4096, tokenizer="sotu4096")
+    with pytest.raises(UserError, match="tokens of sotu4096, .* those of gpt2"):
+        evaluate(config)
+
+
+def test_a_model_of_more_tokens_than_its_corpus_can_be_given_them(asked, tmp_path):
+    """model.vocab_size, not the training corpus, says what a model knows."""
+    config = asked()
+    path = Path(config.model_path) / "config.json"
+    trained = json.loads(path.read_text())
+    trained["model"]["vocab_size"] = trained["vocab_size"] = 120
+    path.write_text(json.dumps(trained))
+    config.data.source = write_corpus(tmp_path / "wide", vocab_size=110)
+    assert math.isfinite(evaluate(config)["loss"])
+
+
+def test_the_devices_and_the_compute_dtype_are_those_of_the_command(asked):
+    wanted = evaluate(asked("gpt_pca_k8"))["loss"]
+    split = {"evaluate.batch_size": 32, "mesh.data": 2, "mesh.fsdp": 2}
+    found = evaluate(asked("gpt_pca_k8", **split))
+    assert found["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert found["device"].startswith("4 x")
+    rounded = evaluate(asked("gpt_pca_k8", **{"model.compute_dtype": "bfloat16"}))
+    assert 0 < abs(rounded["loss"] - wanted) < 0.01
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_several_processes_only_the_first_prints_and_writes(
+    process, asked, capfd, monkeypatch
+):
+    config = asked()
+    before = snapshot(Path(config.model_path))
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(sample, "sample", lambda settings: ["one", "two"])
+    main.run(Settings.of(config), "a command", print_only=False)
+    main.run(Settings.of(changed(config, task="sample")), "a command", print_only=False)
+    printed = capfd.readouterr().out
+    if process == 0:
+        assert json.loads(printed[: printed.index("}\none") + 1])["step"] == 6
+        assert printed.endswith("one\n---\ntwo\n")
+    else:
+        assert printed == ""
+    assert (snapshot(Path(config.model_path)) == before) == (process > 0)

@@ -1,77 +1,105 @@
-"""The files of a factorization: written whole, read back, refused when damaged."""
+"""The files of a factorization: written, read back, refused when damaged."""
 
 import numpy as np
 import pytest
 
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize import files as factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, files
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(7, 2)).astype(np.float32)
 SCALE = RANDOM.normal(size=(2, 5)).astype(np.float32)
 MEAN = RANDOM.normal(size=5).astype(np.float32)
 SPECTRUM = np.array([3.0, 2.0, 1.0, 0.5, 0.25])
+ORDER = np.array([6, 0, 3, 1, 2, 4, 5], np.int32)
+# Three tokens at full width and four at rank 2.
+BANDS = FactorizedTable(
+    ORDER,
+    (BandFactors(TABLE[:3] @ SCALE, None), BandFactors(TABLE[3:], SCALE)),
+    MEAN,
+)
 
 
-def write(folder, mean=None, metadata=None):
-    low_ranks = {2: FactorizedTable.of_one_band(BandFactors(TABLE, SCALE), mean)}
-    factor_files.write(folder, low_ranks, SPECTRUM, metadata or {"method": "svd"})
+def write(folder, mean=None, **metadata):
+    table = FactorizedTable.of_one_band(BandFactors(TABLE, SCALE), mean)
+    files.write(folder, {2: table}, SPECTRUM, {"method": "svd", **metadata})
 
 
-@pytest.mark.parametrize("mean", [None, MEAN])
-def test_what_is_written_is_read_back(mean, tmp_path):
-    write(tmp_path / "new" / "folder", mean)
-    folder = tmp_path / "new" / "folder"
-    table = factor_files.read_table(folder / "wte_pca_k2.npy")
-    scales = factor_files.read_scale_matrices(folder / "scale_mats_pca_k2.npz")
-    np.testing.assert_array_equal(table, TABLE)
-    np.testing.assert_array_equal(scales.scale_up, SCALE)
-    np.testing.assert_array_equal(scales.scale_down, SCALE)
-    if mean is None:
-        assert scales.mean is None
-    else:
-        np.testing.assert_array_equal(scales.mean, mean)
-    assert factor_files.read_metadata(folder) == {"method": "svd"}
-
-
-def test_the_files_have_their_documented_names_keys_and_types(tmp_path):
-    write(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+def test_a_folder_holds_the_documented_names_keys_and_types(tmp_path):
+    write(tmp_path / "new" / "folder")
+    found = {path.name: path for path in (tmp_path / "new" / "folder").iterdir()}
+    assert sorted(found) == [
         "metadata.json",
         "scale_mats_pca_k2.npz",
         "spectrum.npy",
         "wte_pca_k2.npy",
     ]
-    with np.load(tmp_path / "scale_mats_pca_k2.npz", allow_pickle=False) as scales:
+    with np.load(found["scale_mats_pca_k2.npz"], allow_pickle=False) as scales:
         assert {k: (a.shape, a.dtype) for k, a in scales.items()} == {
             "scale_up": ((2, 5), np.float32),
             "scale_down": ((2, 5), np.float32),
         }
-    assert np.load(tmp_path / "wte_pca_k2.npy").dtype == np.float32
-    spectrum = np.load(tmp_path / "spectrum.npy")
+    assert np.load(found["wte_pca_k2.npy"]).dtype == np.float32
+    spectrum = np.load(found["spectrum.npy"])
     assert spectrum.dtype == np.float64
     np.testing.assert_array_equal(spectrum, SPECTRUM)
 
 
-def test_files_without_metadata_are_no_factorization(tmp_path):
-    with pytest.raises(TypeError):  # stands for a crash before the last file
-        write(tmp_path, metadata={"method": object()})
+@pytest.mark.parametrize("mean", [None, MEAN])
+def test_a_table_of_one_band_is_read_back(mean, tmp_path):
+    write(tmp_path, mean)
+    table = files.read_table(files.table_path(tmp_path, 2))
+    scales = files.read_scale_matrices(files.scale_path(tmp_path, 2))
+    np.testing.assert_array_equal(table, TABLE)
+    np.testing.assert_array_equal(scales.scale_up, SCALE)
+    np.testing.assert_array_equal(scales.scale_down, SCALE)
+    np.testing.assert_array_equal(scales.mean, mean)
+    assert files.read_metadata(tmp_path) == {"method": "svd"}
+    assert files.exists(tmp_path, 2, in_bands=False)
+    assert not files.exists(tmp_path, 3, in_bands=False)
+
+
+@pytest.mark.parametrize("mean", [None, MEAN])
+def test_a_table_in_bands_is_read_back(mean, tmp_path):
+    files.write_bands(files.bands_path(tmp_path, 4), BANDS)
+    table = BANDS._replace(mean=mean)
+    files.write(tmp_path, {4: table}, SPECTRUM, {}, in_bands=True)  # Replaces it.
+    found = files.read_bands(files.bands_path(tmp_path, 4))
+    assert (found.sizes, found.ranks) == ((3, 4), (0, 2))
+    np.testing.assert_array_equal(found.dense(), table.dense())
+    np.testing.assert_array_equal(found.mean, mean)
+    assert files.exists(tmp_path, 4, in_bands=True)
+    assert not files.exists(tmp_path, 4, in_bands=False)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_a_single_band_of_any_order_is_read_by_token_id(scale, tmp_path):
+    wte = TABLE @ SCALE if scale is None else TABLE
+    table = FactorizedTable(ORDER, (BandFactors(wte, scale),), None)
+    files.write_bands(tmp_path / "bands", table)
+    found = files.read_bands(tmp_path / "bands")
+    np.testing.assert_array_equal(found.order, np.arange(7))
+    np.testing.assert_allclose(found.dense(), table.dense(), atol=1e-6)
+
+
+def test_files_without_metadata_are_incomplete(tmp_path):
+    with pytest.raises(TypeError):  # Stands for a crash before the last file.
+        write(tmp_path, method=object())
     assert (tmp_path / "wte_pca_k2.npy").exists()
-    assert factor_files.read_metadata(tmp_path) is None
+    assert files.read_metadata(tmp_path) is None
 
 
-def test_damaged_metadata_say_which_folder_to_delete(tmp_path):
+def test_damaged_metadata_name_the_folder_to_delete(tmp_path):
     (tmp_path / "metadata.json").write_text('{"method": ')
-    with pytest.raises(UserError, match="metadata.json is damaged .*: delete"):
-        factor_files.read_metadata(tmp_path)
+    with pytest.raises(UserError, match=r"metadata.json is damaged .*: delete"):
+        files.read_metadata(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_tables_of_any_origin_become_float32(dtype, order, tmp_path):
     np.save(tmp_path / "t.npy", np.asarray(TABLE, dtype, order=order))
-    found = factor_files.read_table(tmp_path / "t.npy")
+    found = files.read_table(tmp_path / "t.npy")
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found, TABLE.astype(dtype).astype(np.float32))
@@ -83,92 +111,44 @@ def test_tables_of_any_origin_become_float32(dtype, order, tmp_path):
         (np.zeros((2, 3, 4)), r"shape \(2, 3, 4\): 2 dimensions are needed"),
         (np.zeros((0, 4)), r"shape \(0, 4\)"),
         (np.zeros((2, 3), np.uint8), "dtype uint8: floating point is needed"),
-        (np.zeros((2, 3), complex), "dtype complex128"),
         (np.array([[0.0, 1.0], [np.nan, 2.0]]), r"holds nan at \(1, 0\)"),
-        (np.array([[0.0, -np.inf]]), r"holds -inf at \(0, 1\)"),
+        (np.array([[0.0, 1e300]]), r"holds inf at \(0, 1\)"),
     ],
 )
-def test_what_is_no_table_is_refused(array, words, tmp_path):
+def test_an_array_that_is_no_table_is_refused(array, words, tmp_path):
     np.save(tmp_path / "t.npy", array)
     with pytest.raises(UserError, match=words):
-        factor_files.read_table(tmp_path / "t.npy")
+        files.read_table(tmp_path / "t.npy")
 
 
-def test_a_pickle_is_never_loaded(tmp_path):
-    np.save(tmp_path / "t.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(UserError, match="not a readable array file"):
-        factor_files.read_table(tmp_path / "t.npy")
-
-
-def test_an_array_cut_off_inside_an_archive_is_refused(tmp_path):
-    path = tmp_path / "s.npz"
-    np.savez(path, scale_up=np.ones((40, 50)), scale_down=np.ones((40, 50)))
-    content = bytearray(path.read_bytes())
-    content[3000:3100] = bytes(100)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="s.npz is not a readable array file"):
-        factor_files.read_scale_matrices(path)
-
-
-def test_other_arrays_in_an_archive_do_not_matter(tmp_path):
+def test_scale_matrices_need_both_matrices_and_ignore_other_arrays(tmp_path):
     np.savez(tmp_path / "s.npz", scale_up=SCALE, scale_down=SCALE, note=np.array("x"))
-    found = factor_files.read_scale_matrices(tmp_path / "s.npz")
+    found = files.read_scale_matrices(tmp_path / "s.npz")
     np.testing.assert_array_equal(found.scale_up, SCALE)
-
-
-def bands():
-    """Three tokens at full width and four at rank 2, in another order than by id."""
-    order = np.array([6, 0, 3, 1, 2, 4, 5], np.int32)
-    full = BandFactors(TABLE[:3] @ SCALE, None)
-    return FactorizedTable(order, (full, BandFactors(TABLE[3:], SCALE)), MEAN)
-
-
-@pytest.mark.parametrize("mean", [None, MEAN])
-def test_a_table_in_bands_is_read_back(mean, tmp_path):
-    table = bands()._replace(mean=mean)
-    factor_files.write_bands(tmp_path / "bands", bands())
-    factor_files.write_bands(tmp_path / "bands", table)  # In place of the other.
-    found = factor_files.read_bands(tmp_path / "bands")
-    assert (found.sizes, found.ranks) == ((3, 4), (0, 2))
-    np.testing.assert_array_equal(found.dense(), table.dense())
-    assert (found.mean is None) == (mean is None)
+    np.savez(tmp_path / "s.npz", scale_up=SCALE)
+    with pytest.raises(UserError, match="has no array 'scale_down'"):
+        files.read_scale_matrices(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", scale_up=SCALE, scale_down=SCALE[:1])
+    with pytest.raises(UserError, match=r"scale_down \(1, 5\): both matrices must"):
+        files.read_scale_matrices(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("name", "content", "says"),
     [
-        (lambda f: (f / "token_order.npy").unlink(), "token_order.npy does not exist"),
-        (lambda f: (f / "wte_band1.npy").unlink(), "wte_band1.npy does not exist"),
-        (
-            lambda f: np.save(f / "token_order.npy", np.zeros(7, np.int32)),
-            "does not hold each token once",
-        ),
-        (lambda f: np.save(f / "wte_band1.npy", TABLE[:, :1]), "rank 2, the table"),
-        (
-            lambda f: np.save(f / "wte_band0.npy", np.ones((3, 9), np.float32)),
-            r"widths \[5, 9\]",
-        ),
-        (
-            lambda f: np.save(f / "wte_band0.npy", np.ones((9, 5), np.float32)),
-            "bands of 9 rows",
-        ),
-        (lambda f: (f / "mean.npy").write_bytes(b"no"), "mean.npy is not a readable"),
+        ("token_order.npy", None, "token_order.npy does not exist"),
+        ("wte_band1.npy", None, "wte_band1.npy does not exist"),
+        ("token_order.npy", np.zeros(7, np.int32), "does not hold each token once"),
+        ("wte_band1.npy", TABLE[:, :1], "rank 2, the table"),
+        ("wte_band0.npy", np.ones((3, 9), np.float32), r"widths \[5, 9\]"),
+        ("wte_band0.npy", np.ones((9, 5), np.float32), "bands of 9 rows"),
     ],
 )
-def test_bands_that_do_not_fit_together_are_refused(harm, says, tmp_path):
-    factor_files.write_bands(tmp_path / "bands", bands())
-    harm(tmp_path / "bands")
+def test_bands_that_contradict_each_other_are_refused(name, content, says, tmp_path):
+    files.write_bands(tmp_path, BANDS)
+    (tmp_path / name).unlink()
+    if content is not None:
+        np.save(tmp_path / name, content)
     with pytest.raises(UserError, match=says) as caught:
-        factor_files.read_bands(tmp_path / "bands")
+        files.read_bands(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("is_full", [True, False])
-def test_a_single_band_of_any_order_is_read_by_token_id(is_full, tmp_path):
-    order = np.array([6, 0, 3, 1, 2, 4, 5], np.int32)
-    part = BandFactors(TABLE @ SCALE, None) if is_full else BandFactors(TABLE, SCALE)
-    table = FactorizedTable(order, (part,), None)
-    factor_files.write_bands(tmp_path / "bands", table)
-    found = factor_files.read_bands(tmp_path / "bands")
-    np.testing.assert_array_equal(found.order, np.arange(7))
-    np.testing.assert_allclose(found.dense(), table.dense(), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Sampling: what is drawn, from what, and what the command prints."""
+"""Sampling: which tokens are drawn, and what the command prints."""
 
 import itertools
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import call
-from runs import BANDS, changed
+from runs import BANDS, changed, execute
 
+from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.run import folder as run_folder
+from pcagpt.pipeline import sample
 from pcagpt.run import generate as generation
 from pcagpt.run.generate import generate
 
@@ -50,20 +51,22 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
     return np.stack([np.asarray(t) for t in itertools.islice(found, count)], axis=1)
 
 
-# Tokens of the prompt, from one alone to more than a window, which has 8.
-@pytest.mark.parametrize("prompt", [1, 3, 7, 8, 11])
-@pytest.mark.parametrize("table", TABLES)
-def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(
+# A window has 8 tokens; the prompt has 1 to 11.
+@pytest.mark.parametrize(
+    ("table", "prompt"),
+    [("full", 1), ("full", 11), ("factorized", 7), ("bands", 3), ("bands", 8)],
+)
+def test_at_temperature_0_each_token_is_the_most_likely_after_the_window(
     table, prompt, monkeypatch
 ):
-    monkeypatch.setattr(generation, "LEAST_REACH", 2)  # It is widened twice.
+    monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)  # The cache is enlarged twice.
     model, variables = model_of(table)
     tokens = [5, 96, 3, 1, 50, 2, 90, 4, 8, 60, 7][:prompt]
     found = drawn(model, variables, tokens, 12, samples=2, temperature=0)
     np.testing.assert_array_equal(found[0], found[1])
     logits_of = jax.jit(model.apply)
     for token in found[0]:
-        window = (tokens[-8:] + 8 * [0])[:8]  # What is behind has no influence.
+        window = (tokens[-8:] + 8 * [0])[:8]  # Later tokens have no influence.
         last = min(len(tokens), 8) - 1
         logits = logits_of(variables, jnp.array([window], jnp.int32))
         assert token == int(logits[0, last].argmax())
@@ -71,11 +74,11 @@ def test_at_temperature_0_each_token_is_the_likeliest_after_the_last_window(
     assert len(set(found[0].tolist())) > 2
 
 
-def test_cached_keys_and_values_are_as_many_as_the_text_needs(monkeypatch):
-    monkeypatch.setattr(generation, "LEAST_REACH", 2)
-    widths, widen = [], generation._widened
+def test_cache_grows_with_the_text(monkeypatch):
+    monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)
+    widths, widen = [], generation._enlarge
     monkeypatch.setattr(
-        generation, "_widened", lambda c, reach: widths.append(reach) or widen(c, reach)
+        generation, "_enlarge", lambda c, reach: widths.append(reach) or widen(c, reach)
     )
     model, variables = model_of("full")
     drawn(model, variables, [1], 20)
@@ -94,7 +97,7 @@ def test_matrices_are_used_in_the_compute_dtype():
     )
 
 
-def test_one_token_to_draw_from_is_the_likeliest_one():
+def test_top_1_is_the_most_likely_token():
     model, variables = model_of("full")
     greedy = drawn(model, variables, [1], 6, temperature=0)
     np.testing.assert_array_equal(
@@ -128,7 +131,7 @@ def test_a_seed_draws_the_same_again_and_samples_differ():
     assert len({tuple(row) for row in first.tolist()}) == 3
 
 
-def test_a_prompt_longer_than_a_window_counts_by_its_end():
+def test_only_the_end_of_a_prompt_longer_than_a_window_counts():
     model, variables = model_of("full")
     long = list(range(20))
     np.testing.assert_array_equal(
@@ -138,9 +141,7 @@ def test_a_prompt_longer_than_a_window_counts_by_its_end():
 
 @pytest.fixture
 def talker(tiny_config, tmp_path):
-    """A run that knows sotu's tokens."""
-    from runs import execute
-
+    """A run with the tokenizer of sotu."""
     text = "The people of the United States and their Congress. " * 60
     folder = tmp_path / "text"
     folder.mkdir()
@@ -181,13 +182,11 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
-    from pcagpt.pipeline import sample_task as sample_run
-
-    end = run_folder.read_config(talker)["vocab_size"] - 1
+    tokenizer = load_tokenizer("sotu4096")
+    end = tokenizer.encode_single_token(END_OF_TEXT)
     ids = [10, 11, end, 12]
     monkeypatch.setattr(
-        sample_run, "generate", lambda *_: iter([np.array([i]) for i in ids])
+        sample, "generate", lambda *_: iter([np.array([i]) for i in ids])
     )
     done = ask(talker, "--config.sample.prompt=A", "--config.sample.tokens=4")
-    tokenizer = sample_run.load_tokenizer("sotu4096")
     assert done.out == "A" + tokenizer.decode([10, 11]) + "\n"

@@ -1,4 +1,4 @@
-"""What must hold of a factorized table: identities, each of them exact in theory."""
+"""Identities of a factorized table, each of them exact in theory."""
 
 import dataclasses
 import functools
@@ -9,22 +9,8 @@ import numpy as np
 import pytest
 
 from pcagpt import trees
-from pcagpt.config import base
-from pcagpt.factorize import (
-    BandFactors,
-    FactorizedTable,
-    Factorizer,
-    energy_kept,
-    table_of_rank,
-    truncate,
-)
-from pcagpt.factorize import files as factor_files
-from pcagpt.losses import cross_entropy
+from pcagpt.factorize import Factorizer, energy_kept, table_of_rank, truncate
 from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
-from pcagpt.run import initialise as warm_start
-from pcagpt.run.checkpoint import Checkpoints
-from pcagpt.training import optim
-from pcagpt.training.step import StepSettings, TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, WIDTH = 29, 8
@@ -37,8 +23,6 @@ RANDOM = np.random.default_rng(2)
 TABLE = RANDOM.normal(size=(VOCAB, WIDTH)) * 0.8 ** np.arange(WIDTH) + RANDOM.normal(
     size=WIDTH
 )
-
-RANDOM_FACTORS = RANDOM.normal(size=(VOCAB, 3)), RANDOM.normal(size=(3, WIDTH))
 
 
 def in_float64(config):
@@ -127,10 +111,13 @@ def with_rank(config, rank, tied=True):
 # 1. Full rank is the baseline.
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("split", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)]
+    ("dtype", "tolerance", "split", "tied"),
+    [
+        ("float32", 1e-5, 0.5, True),
+        ("float64", 1e-12, 0.0, True),
+        ("float64", 1e-12, 1.0, False),
+    ],
 )
 def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
     with jax.enable_x64(dtype == "float64"):
@@ -151,7 +138,7 @@ def test_full_rank_is_the_baseline_at_any_split(dtype, tolerance, split, tied):
 # 2. Any rank is a dense model.
 
 
-@pytest.mark.parametrize("rank", [1, 3, 7])
+@pytest.mark.parametrize("rank", [1, 7])
 def test_any_rank_is_the_dense_model_with_the_product_as_its_table(rank):
     with jax.enable_x64(True):
         config = in_float64(DENSE)
@@ -254,155 +241,7 @@ def test_error_of_a_centred_table_lies_between_two_uncentred_ranks():
         assert found <= error(plain, rank) + 1e-12
 
 
-# 7. What fine-tuning starts from.
-
-
-@pytest.mark.parametrize("method", ["svd", "pca"])
-def test_finetuning_at_full_rank_starts_at_the_loss_of_the_baseline(method, tmp_path):
-    baseline = dense_model(DENSE, TABLE)
-    with Checkpoints(tmp_path / "gpt_baseline", keep_last=1) as checkpoints:
-        checkpoints.save(3, baseline | {"constants": {}}, {"step": np.int32(3)}, {})
-        checkpoints.wait()
-    table = np.asarray(baseline["params"]["embed"]["band_0"]["wte"])[:VOCAB]
-    factors = Factorizer(table, method).factors
-    low_rank = table_of_rank(factors, WIDTH)
-    factor_files.write(tmp_path, {WIDTH: low_rank}, factors.singular_values, {})
-    init = base().init
-    init.import_wte_npy = str(factor_files.table_path(tmp_path, WIDTH))
-    init.import_scale_matrices_npz = str(factor_files.scale_path(tmp_path, WIDTH))
-    init.blocks_from = str(tmp_path / "gpt_baseline")
-    config = with_rank(DENSE, WIDTH)
-    template = shapes_of(config)
-    imported = warm_start.replacements(init, config, template, seed=1)
-    assert set(imported) == set(trees.flatten(template))  # nothing is left to chance
-    finetuned = {"params": trees.replace(template, imported, source="init")}
-
-    @jax.jit(static_argnums=0)
-    def loss(config, variables):
-        model = GPT(config)
-        h_ND = model.apply(variables, TOKENS[:, :-1], method="hidden")
-        head = model.apply(variables, method="head")
-        return cross_entropy(h_ND, head, jnp.asarray(TOKENS[:, 1:].reshape(-1)))
-
-    found, expected = loss(config, finetuned), loss(DENSE, baseline)
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
-
-
-# 8. Freezing.
-
-
-@pytest.mark.parametrize(
-    ("freeze", "tied", "frozen"),
-    [
-        (["import_wte_freeze"], True, {"wte"}),
-        (["import_scale_matrices_freeze"], False, {"scale_up", "scale_down"}),
-        (
-            ["import_wte_freeze", "import_scale_matrices_freeze"],
-            True,
-            {"wte", "scale_up"},
-        ),
-    ],
-)
-def test_frozen_leaves_are_bit_identical_after_decay_and_have_no_moments(
-    freeze, tied, frozen
-):
-    init = base().init
-    init.import_wte_npy, init.import_scale_matrices_npz = "table", "scales"
-    for name in freeze:
-        init[name] = True
-    patterns = warm_start.frozen_patterns(init)
-    config = with_rank(DENSE, 3, tied)
-    adamw = optim.OptimizerConfig(
-        steps=5, learning_rate=0.1, schedule="constant", weight_decay=0.5
-    )
-    model, optimizer = GPT(config), optim.optimizer(adamw, patterns)
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            schedule=optim.learning_rate_schedule(adamw),
-            settings=StepSettings(seed=0, frozen=patterns),
-        )
-    )
-    params = factorized_model(config, *RANDOM_FACTORS)["params"]
-    state = first = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
-    for _ in range(5):
-        state, _ = step(state, TOKENS[None])
-
-    before, after = trees.flatten(first.params), trees.flatten(state.params)
-    held = {f"embed/band_0/{name}" for name in frozen}
-    for path in before:
-        same = np.array_equal(before[path], after[path])
-        assert same == (path in held), path
-    old, new = (model.apply(s.variables, method="head")[0] for s in (first, state))
-    assert np.array_equal(old.wte, new.wte) == ("wte" in frozen)
-    holds_scale = bool(frozen & {"scale_up", "scale_down"})
-    assert np.array_equal(old.scale_down, new.scale_down) == holds_scale
-
-    moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    trained = [leaf.shape for path, leaf in after.items() if path not in held]
-    assert sorted(moments) == sorted(2 * trained)
-
-
-# 9. Files.
-
-
-@pytest.mark.parametrize("rank", [3, WIDTH])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_export_and_import_are_the_identity(rank, order, tmp_path):
-    random = np.random.default_rng(4)
-    wte = np.asarray(random.normal(size=(VOCAB, rank)), np.float32, order=order)
-    scale = np.asarray(random.normal(size=(rank, WIDTH)), np.float32, order=order)
-    mean = random.normal(size=WIDTH).astype(np.float32)
-    spectrum = np.sort(random.random(WIDTH))[::-1]
-    if rank == WIDTH:
-        assert not np.allclose(scale, scale.T)  # a transposed copy would show
-    written = FactorizedTable.of_one_band(BandFactors(wte, scale), mean)
-    factor_files.write(tmp_path, {rank: written}, spectrum, {"ranks": [rank]})
-    table = factor_files.read_table(factor_files.table_path(tmp_path, rank))
-    scales = factor_files.read_scale_matrices(factor_files.scale_path(tmp_path, rank))
-    for found, written in (
-        (table, wte),
-        (scales.scale_up, scale),
-        (scales.scale_down, scale),
-        (scales.mean, mean),
-        (np.load(tmp_path / "spectrum.npy"), spectrum),
-    ):
-        assert found.dtype == written.dtype
-        np.testing.assert_array_equal(found, written)
-    assert factor_files.read_metadata(tmp_path) == {"ranks": [rank]}
-
-
-def test_two_different_scale_matrices_are_imported_each_on_its_own_side(tmp_path):
-    up, down = np.random.default_rng(5).normal(size=(2, WIDTH, WIDTH))
-    np.savez(tmp_path / "scales.npz", scale_up=up, scale_down=down)
-    found = factor_files.read_scale_matrices(tmp_path / "scales.npz")
-    np.testing.assert_array_equal(found.scale_up, up.astype(np.float32))
-    np.testing.assert_array_equal(found.scale_down, down.astype(np.float32))
-    assert found.mean is None
-
-
-def test_imported_files_are_the_leaves_of_the_model(tmp_path):
-    random = np.random.default_rng(6)
-    wte = random.normal(size=(VOCAB, 3)).astype(np.float32)
-    up, down = random.normal(size=(2, 3, WIDTH)).astype(np.float32)
-    np.save(tmp_path / "wte.npy", wte)
-    np.savez(tmp_path / "scales.npz", scale_up=up, scale_down=down)
-    init = base().init
-    init.import_wte_npy = str(tmp_path / "wte.npy")
-    init.import_scale_matrices_npz = str(tmp_path / "scales.npz")
-    config = with_rank(DENSE, 3, tied=False)
-    imported = warm_start.replacements(init, config, shapes_of(config), seed=1)
-    params = trees.replace(shapes_of(config), imported, source="init")
-    band = params["embed"]["band_0"]
-    np.testing.assert_array_equal(band["wte"][:VOCAB], wte)
-    np.testing.assert_array_equal(band["wte"][VOCAB:], 0)
-    np.testing.assert_array_equal(band["scale_up"], up)
-    np.testing.assert_array_equal(band["scale_down"], down)
-
-
-# 10. Counts.
+# 7. Counts.
 
 
 def test_counts_of_gpt2_small():
@@ -413,10 +252,7 @@ def test_counts_of_gpt2_small():
 @pytest.mark.parametrize(
     ("rank", "tied", "times", "untied", "untied_times", "model", "model_times"),
     [
-        (64, 3_265_600, 11.82, 3_314_752, 11.64, 89_108_032, 1.397),
         (128, 6_531_200, 5.91, 6_629_504, 5.82, 92_373_632, 1.347),
-        (256, 13_062_400, 2.95, 13_259_008, 2.91, 98_904_832, 1.258),
-        (384, 19_593_600, 1.97, 19_888_512, 1.94, 105_436_032, 1.180),
         (768, 39_187_200, 0.985, 39_777_024, 0.970, 125_029_632, 0.995),
     ],
 )
@@ -435,23 +271,16 @@ def test_counts_of_gpt2_small_at_a_rank(
     assert round(total_parameters(full) / model, 3) == model_times
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "embedding",
+    ("embedding", "bias", "multiple"),
     [
-        {},
-        {"n_embd_wte": 3},
-        {"n_embd_wte": 3, "n_embd_wte_scale_tying": False},
-        {"band_sizes": (5, 24), "band_ranks": (None, 2)},
-        {
-            "band_sizes": (5, 14, 10),
-            "band_ranks": (6, 4, 2),
-            "n_embd_wte_scale_tying": False,
-        },
+        ({}, True, 8),
+        ({"n_embd_wte": 3}, False, 1),
+        ({"n_embd_wte": 3, "n_embd_wte_scale_tying": False}, True, 8),
+        ({"band_sizes": (5, 24), "band_ranks": (None, 2)}, False, 8),
     ],
 )
-def test_counts_are_those_of_the_leaves_less_the_padding(embedding, bias, multiple):
+def test_counts_are_those_of_the_leaves_without_the_padding(embedding, bias, multiple):
     config = dataclasses.replace(DENSE, bias=bias, vocab_multiple=multiple, **embedding)
     flat = trees.flatten(shapes_of(config))
     last = flat[f"embed/band_{len(config.bands) - 1}/wte"]

@@ -1,6 +1,7 @@
 """Each kernel against float64: interpreted on CPUs, compiled on GPUs."""
 
 import functools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,9 @@ ON_GPU = jax.default_backend() != "cpu"
 
 
 class Precision(NamedTuple):
-    """Of inputs, and tolerances relative to the norm of what is wanted.
+    """Dtype of inputs, and tolerances relative to the norm of the expected result.
 
-    rounded: of values rounded to the dtype; exact: of others; head: of the head's
+    rounded: for values rounded to the dtype; exact: for others; head: for the head's
     gradients, since a logit of 20 in float32 makes its probability uncertain by 1e-6.
     """
 
@@ -31,7 +32,7 @@ class Precision(NamedTuple):
 
 
 HALF = Precision(jnp.bfloat16, 4e-3, 2e-3, 4e-3)
-FULL = Precision(jnp.float32, 1e-6, 1e-6, 3e-6)  # On GPUs there are no such kernels.
+FULL = Precision(jnp.float32, 1e-6, 1e-6, 3e-6)  # not for GPUs
 in_each_precision = pytest.mark.parametrize(
     "precision", [HALF] if ON_GPU else [HALF, FULL], ids=lambda p: jnp.dtype(p[0]).name
 )
@@ -61,10 +62,10 @@ def softmax_of(logits):
     return p / p.sum(axis=1, keepdims=True)
 
 
-# The head: tokens, stored rows, real rows, rank. Multiples of the tiles, and not;
-# tables shorter than a tile, which several programs share; every padded rank.
-HEADS = [(256, 384, 384, 32), (100, 77, 70, 5), (64, 300, 257, 200), (1, 9, 8, 64)]
-HEADS += [(1000, 130, 129, 128)]
+# The head: tokens, stored rows, real rows, rank. Multiples of the tiles and others;
+# tables shorter than a tile, with several programs per tile; every padded rank.
+HEADS = [(128, 256, 256, 32), (100, 77, 70, 5), (64, 300, 257, 200), (1, 9, 8, 64)]
+HEADS += [(400, 130, 129, 128)]
 each_head = pytest.mark.parametrize(("count", "rows", "size", "rank"), HEADS)
 
 
@@ -75,7 +76,7 @@ def factors(count, rows, rank, dtype):
 
 @in_each_precision
 @each_head
-def test_normaliser_and_mean_row_are_those_of_the_softmax(
+def test_normaliser_and_mean_row_are_those_of_a_softmax(
     count, rows, size, rank, precision
 ):
     z, wte = factors(count, rows, rank, precision.dtype)
@@ -90,7 +91,7 @@ def test_normaliser_and_mean_row_are_those_of_the_softmax(
 
 
 @in_each_precision
-def test_normaliser_bears_logits_far_from_0(precision):
+def test_normaliser_is_right_for_logits_far_from_0(precision):
     sign = jnp.asarray([1, -1] * 4, precision.dtype)
     z = jnp.full((8, 16), 20.0, precision.dtype) * sign[:, None]
     wte = jnp.full((40, 16), 4.0, precision.dtype)
@@ -102,7 +103,7 @@ def test_normaliser_bears_logits_far_from_0(precision):
 
 @in_each_precision
 @each_head
-def test_gradient_of_the_table_is_what_is_predicted_less_what_occurs(
+def test_gradient_of_the_table_is_predictions_minus_occurrences(
     count, rows, size, rank, precision
 ):
     z, wte = factors(count, rows, rank, precision.dtype)
@@ -122,13 +123,13 @@ def test_gradient_of_the_table_is_what_is_predicted_less_what_occurs(
 
 @pytest.mark.parametrize(
     ("count", "columns", "size"),
-    [(7, 100, 90), (3, 64, 64), (5, 33, 20), (4, 200, 65), (2, 8300, 8200), (3, 1, 1)],
+    [(7, 100, 90), (3, 64, 64), (5, 33, 20), (4, 200, 65), (3, 1, 1)],
 )
 @in_each_precision
 def test_loss_and_gradient_of_stored_logits(
     count, columns, size, precision, monkeypatch
 ):
-    monkeypatch.setattr(softmax, "COLUMNS", 4096 if columns > 1000 else 32)
+    monkeypatch.setattr(softmax, "COLUMNS", 32)
     logits = random_array(0, count, columns, dtype=precision.dtype, scale=3.0)
     targets = np.random.default_rng(1).integers(0, size, count).astype(np.int32)
     targets[-1] = -1
@@ -155,8 +156,8 @@ def plain_add_and_norm(x, update, bias, scale, offset):
     return total, centred / jnp.sqrt(variance + 1e-5) * scale + offset
 
 
-# One program and many of them, with pieces of 256 columns and of 16.
-@pytest.mark.parametrize(("count", "width"), [(32, 48), (24, 768), (4104, 16), (1, 16)])
+# One program and many programs, with three pieces of 256 columns and one of 16.
+@pytest.mark.parametrize(("count", "width"), [(24, 768), (4104, 16), (1, 16)])
 @in_each_precision
 def test_addition_norm_and_their_gradients(count, width, precision):
     x, update, of_sum, of_normed = (
@@ -194,7 +195,7 @@ def test_addition_norm_and_their_gradients(count, width, precision):
         assert_near(*exact(a), np.asarray(b), 2 * precision.rounded)
 
 
-@pytest.mark.parametrize(("count", "width"), [(64, 512), (24, 48), (4096, 16), (1, 8)])
+@pytest.mark.parametrize(("count", "width"), [(24, 48), (4096, 16)])
 @in_each_precision
 def test_gelu_with_its_bias_and_their_gradients(count, width, precision):
     h, of_gelu = (
@@ -229,18 +230,16 @@ def test_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1(precision):
 
 
 @on_eight_devices
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
-def test_eight_devices_work_on_their_own_rows_and_add_up(data, fsdp):
-    mesh = make_mesh(data, fsdp)
+def test_eight_devices_work_on_their_own_rows_and_add_up():
+    mesh = make_mesh(2, 4)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def all_kernels(z, wte, targets, h, bias):
         normaliser, mean = head.summarize(z, wte, 50)
-        (gradient,) = by_device(
-            lambda *arrays: (head.table_gradient(*arrays),),
-            [False, True, True, True],
-            [False],
-        )(wte, z, normaliser, targets)
+        add_up = by_device([False, True, True, True], [False])
+        (gradient,) = add_up(lambda *arrays: (head.table_gradient(*arrays),))(
+            wte, z, normaliser, targets
+        )
         loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
 
         def activations(h, bias):
@@ -304,41 +303,27 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
 
 
 def gpu_that_is_not_here():
-    """What newer versions of JAX want to know of it."""
+    """A description of the GPU, which newer versions of JAX ask for."""
     described = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=described)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-@pytest.mark.parametrize("width", [768, 1024, 1280, 2048, 48])
-def test_usual_widths_are_for_the_kernels(width):
-    assert norm.fits(width) and gelu.fits(4 * width)
+def test_norm_takes_usual_widths_and_leaves_those_of_many_pieces_to_the_plain_form():
+    assert all(map(norm.fits, (768, 1024, 1280, 2048, 48)))
+    assert not any(map(norm.fits, (1600, 300, 75)))
 
 
-@pytest.mark.parametrize("width", [1600, 300, 75])
-def test_widths_of_many_pieces_are_left_to_the_plain_form(width):
-    assert not norm.fits(width)
+def test_gelu_leaves_widths_of_small_pieces_to_the_plain_form():
+    assert gelu.fits(4 * 768) and gelu.fits(1248) and not gelu.fits(1200)
 
 
-def test_widths_of_small_pieces_are_left_to_the_plain_form():
-    assert gelu.fits(1248) and not gelu.fits(1200)
-
-
-class Device:
-    def __init__(self, compute_capability=None):
-        if compute_capability:
-            self.compute_capability = compute_capability
-
-
-@pytest.mark.parametrize(
-    ("device", "runs"),
-    [(Device("9.0"), True), (Device("7.5"), False), (Device(), False)],
-)
-def test_kernels_are_for_recent_nvidia_gpus(device, runs):
-    assert kernels.are_available(device) == runs
-    assert kernels.are_available(Device("gfx942")) is False
-
-
-def test_without_pallas_s_triton_backend_there_are_no_kernels(monkeypatch):
+def test_kernels_are_for_recent_nvidia_gpus_and_need_triton(monkeypatch):
+    hopper = SimpleNamespace(compute_capability="9.0")
+    assert kernels.are_available(hopper)
+    for capability in ("7.5", "gfx942", None):
+        device = SimpleNamespace(compute_capability=capability)
+        assert not kernels.are_available(device)
+    assert not kernels.are_available(SimpleNamespace())  # a CPU
     monkeypatch.setattr(launch, "triton", None)
-    assert not kernels.are_available(Device("9.0"))
+    assert not kernels.are_available(hopper)

@@ -15,7 +15,7 @@ from command_line import ROOT, TINY, call, commands
 from runs import quick_environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import bench
+from bench import report
 
 sys.path.remove(str(ROOT / "scripts"))
 
@@ -48,7 +48,7 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
     ours = "pcagpt", "D", 1, 32, 32768, 3 * [62.254], 62.254, 526_341.5, 0.4546, None
     peer = "torch", "D", 1, 32, 32768, 3 * [78.8], 78.8, 415_838, None, 38_220_000_000
     rows = [dict(zip(names, (*row, 50), strict=True)) for row in (ours, peer)]
-    (tmp_path / "bench.json").write_text(json.dumps(bench.report(rows)))
+    (tmp_path / "bench.json").write_text(json.dumps(report(rows)))
     lines = SCRIPT["speed_table"](tmp_path).splitlines()
     assert "| pcagpt | D | 1 | 32 | 62.25 | 526,342 | 45.5% | – |" in lines
     assert "| torch | D | 1 | 32 | 78.80 | 415,838 | – | 38.2 |" in lines
@@ -58,7 +58,7 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
 
 
 def test_scaling_shows_each_machine_beside_the_others(tmp_path):
-    def bench(gpus, commit, systems):
+    def write(gpus, commit, systems):
         rows = [
             {
                 "system": system,
@@ -73,15 +73,15 @@ def test_scaling_shows_each_machine_beside_the_others(tmp_path):
             }
             for system, model, batch, devices, rounds in systems
         ]
-        made = json.loads(json.dumps(bench.report(rows)))
+        made = json.loads(json.dumps(report(rows)))
         told = {"device": f"{gpus} x GPU", "git_commit": commit, "command": commit}
         path = tmp_path / f"{gpus}_gpus.json"
         path.write_text(json.dumps(made | told))
 
     one = "pcagpt", "D", 32, 1, [50.0, 50.0, 50.0]
     split = "fsdp", "D", 32, 2, [62.5, 100.0, 50.0]
-    bench(16, "later", [one, ("data-parallel", "D", 32, 16, [80.0, 80.0, 80.0])])
-    bench(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
+    write(16, "later", [one, ("data-parallel", "D", 32, 16, [80.0, 80.0, 80.0])])
+    write(2, "early", [one, split, ("fsdp", "k8", 64, 2, [50.0, 50.0, 50.0])])
     lines = SCRIPT["scaling_table"](tmp_path).splitlines()
     assert lines == [
         "| System | Model | Batch per GPU | 2 GPUs: tokens/s | Efficiency | GB per GPU "

@@ -40,17 +40,9 @@ def read_events(folder):
     return events
 
 
-def scalars(folder):
-    return {
-        (value.tag, event.step): value.simple_value
-        for event in read_events(folder)
-        for value in event.summary.value
-        if value.HasField("simple_value")
-    }
-
-
-def tags(folder):
-    return {value.tag for event in read_events(folder) for value in event.summary.value}
+def summaries(folder):
+    """What TensorBoard shows: {(tag, step): value}."""
+    return {(v.tag, e.step): v for e in read_events(folder) for v in e.summary.value}
 
 
 def test_metrics_reach_the_file_at_once_and_tensorboard(tmp_path):
@@ -64,8 +56,9 @@ def test_metrics_reach_the_file_at_once_and_tensorboard(tmp_path):
         {"step": 1, "tokens": 64, "split": "val", "loss": 2.75}
         | {"nan": None, "inf": None},
     ]
-    found = scalars(tmp_path / "run")
-    assert (found["train/loss", 1], found["val/loss", 1]) == (2.5, 2.75)
+    found = summaries(tmp_path / "run")
+    assert found["train/loss", 1].simple_value == 2.5
+    assert found["val/loss", 1].simple_value == 2.75
     assert ("train/flop_utilisation", 1) not in found
 
 
@@ -79,15 +72,8 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
     with start(tmp_path, resume_step=2) as log:
         log.log(2, 128, "val", {"loss": 9.0})  # measured before it was stopped
         log.log(3, 192, "train", {"loss": 3.5})
-        log.log(3, 192, "val", {"loss": 8.0})
-    lines = read_lines(tmp_path)
-    assert [(line["step"], line["split"], line["loss"]) for line in lines] == [
-        (1, "train", 1.0),
-        (2, "train", 2.0),
-        (2, "val", 9.0),
-        (3, "train", 3.5),
-        (3, "val", 8.0),
-    ]
+    lines = [f"{e['step']} {e['split']} {e['loss']}" for e in read_lines(tmp_path)]
+    assert lines == ["1 train 1.0", "2 train 2.0", "2 val 9.0", "3 train 3.5"]
     # TensorBoard is told to forget what it has from step 3 on.
     sessions = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
     assert sessions == [0, 3]
@@ -110,19 +96,17 @@ def test_text_figures_and_hyperparameters_lie_in_the_same_folder(tmp_path):
             {"train.steps": 3, "data.source": "sotu", "ranks": (1, 2), "none": None},
             {"val_loss": 2.0, "word_perplexity": None, "broken": float("nan")},
         )
-    found = tags(tmp_path)
-    assert {"config/text_summary", "spectrum", "final/val_loss"} <= found
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= found
-    assert not {"final/word_perplexity", "final/broken"} & found
-    assert scalars(tmp_path) == {("final/val_loss", 0): 2.0}
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    image = next(
-        value.image
-        for event in read_events(tmp_path)
-        for value in event.summary.value
-        if value.tag == "spectrum"
-    )
+    found = summaries(tmp_path)
+    assert {tag for tag, _ in found} == {
+        *("config/text_summary", "spectrum", "final/val_loss"),
+        *("_hparams_/experiment", "_hparams_/session_start_info"),
+        "_hparams_/session_end_info",
+    }
+    assert found["final/val_loss", 0].simple_value == 2.0
+    image = found["spectrum", 0].image
     assert (image.width, image.height) == (100, 50)
+    # A folder would be a second run in TensorBoard.
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_only_the_first_process_records_and_shows(tmp_path, monkeypatch, capsys):

@@ -17,44 +17,23 @@ def test_gpt2_gives_the_published_ids():
     gpt2 = load_tokenizer("gpt2")
     assert gpt2.encode("hello world") == [31373, 995]
     assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
+    assert tokenizer_sha256("gpt2").startswith("306cd27f03c1a714")
 
 
-def test_sotu4096_ends_with_end_of_text():
-    sotu = load_tokenizer("sotu4096")
+def test_sotu4096_has_gpt2s_bytes_first_and_end_of_text_last():
+    gpt2, sotu = load_tokenizer("gpt2"), load_tokenizer("sotu4096")
     assert (sotu.n_vocab, sotu.eot_token) == (4096, 4095)
     assert sotu.encode("<|endoftext|>", allowed_special="all") == [4095]
-
-
-def test_sotu4096_starts_with_bytes_in_the_order_of_gpt2():
-    gpt2, sotu = load_tokenizer("gpt2"), load_tokenizer("sotu4096")
     first = [sotu.decode_single_token_bytes(rank) for rank in range(256)]
     assert first == [gpt2.decode_single_token_bytes(rank) for rank in range(256)]
-
-
-def test_sotu4096_knows_the_words_of_its_corpus():
-    assert len(load_tokenizer("sotu4096").encode(" the United States")) == 3
+    assert len(sotu.encode(" the United States")) == 3
 
 
 @pytest.mark.parametrize("name", RANKS)
 def test_any_text_survives_encoding_and_decoding(name):
     encoding = load_tokenizer(name)
     assert encoding.decode(encoding.encode_ordinary(HARD_TEXT)) == HARD_TEXT
-
-
-@pytest.mark.parametrize("name", RANKS)
-def test_rank_files_keep_their_bytes_when_read_and_written(name):
-    content = (tokenizer.ASSETS / RANKS[name].file).read_bytes()
-    written = tokenizer.dump_ranks(tokenizer.parse_ranks(content))
-    assert written.splitlines() == content.splitlines()
-
-
-def test_tokenizer_is_built_once():
-    assert load_tokenizer("gpt2") is load_tokenizer("gpt2")
-
-
-def test_tokenizer_sha256_identifies_the_vocabulary():
-    assert tokenizer_sha256("gpt2").startswith("306cd27f03c1a714")
-    assert tokenizer_sha256("gpt2") != tokenizer_sha256("sotu4096")
+    assert load_tokenizer(name) is encoding  # built once
 
 
 def test_unknown_tokenizer_is_refused_with_the_known_names():
@@ -62,23 +41,19 @@ def test_unknown_tokenizer_is_refused_with_the_known_names():
         load_tokenizer("gpt3")
 
 
-def test_damaged_rank_file_is_refused_and_left_in_place(tmp_path, monkeypatch):
-    damaged = tmp_path / RANKS["gpt2"].file
+def test_damaged_or_missing_rank_file_is_refused_and_left_alone(tmp_path, monkeypatch):
+    damaged = tmp_path / "gpt2.tiktoken"
     damaged.write_bytes((tokenizer.ASSETS / damaged.name).read_bytes()[:-1])
     monkeypatch.setattr(tokenizer, "ASSETS", tmp_path)
     load_tokenizer.cache_clear()
     with pytest.raises(UserError, match="damaged.*git checkout -- pcagpt/assets/gpt2"):
         load_tokenizer("gpt2")
     assert damaged.exists()
-
-
-def test_missing_rank_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "ASSETS", tmp_path)
-    load_tokenizer.cache_clear()
     with pytest.raises(UserError, match=r"sotu4096\.tiktoken is missing.*git checkout"):
         load_tokenizer("sotu4096")
 
 
+@pytest.mark.slow
 def test_training_script_makes_the_packaged_ranks(tmp_path, monkeypatch, capsys):
     path = ROOT / "scripts" / "train_bpe.py"
     spec = importlib.util.spec_from_file_location("train_bpe", path)
@@ -87,6 +62,6 @@ def test_training_script_makes_the_packaged_ranks(tmp_path, monkeypatch, capsys)
     made = tmp_path / "made.tiktoken"
     monkeypatch.setattr("sys.argv", [str(path), "--output", str(made)])
     script.main()
-    packaged = tokenizer.ASSETS / RANKS["sotu4096"].file
+    packaged = tokenizer.ASSETS / "sotu4096.tiktoken"
     assert made.read_bytes() == packaged.read_bytes()
     assert RANKS["sotu4096"].sha256 in capsys.readouterr().out

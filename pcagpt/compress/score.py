@@ -1,4 +1,4 @@
-"""What a model loses when another table takes the place of its own, without training.
+"""Loss that a model adds when its token table is replaced, without training.
 
 Shape letters: B batch, T sequence, n tokens of a chunk, V vocabulary, D width.
 """
@@ -19,13 +19,15 @@ DECILES = 10
 
 
 class SwapScores(NamedTuple):
-    """Means over all targets of a split.
+    """Means over all targets, in nats per token.
 
-    loss: of the model as it is; added_loss: with the other table on both sides;
-    added_loss_input, added_loss_head: on one side only; kl: KL(model || swapped) on
-    both sides, all in nats per token; top1_agreement: share of positions in which the
-    likeliest token stays the same; added_loss_by_decile: [10], added_loss over targets
-    of each frequency decile, None for one without targets.
+    loss: loss with the model's own table.
+    added_loss: loss added by the new table in input and head.
+    added_loss_input, added_loss_head: loss added by the new table on one side only.
+    kl: KL(own || new), the new table on both sides.
+    top1_agreement: share of positions where the most likely token stays the same.
+    added_loss_by_decile: [10], added_loss over the targets of each frequency decile;
+      None for a decile without targets.
     """
 
     loss: float
@@ -38,7 +40,7 @@ class SwapScores(NamedTuple):
 
 
 def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
-    """Decile of each token, int32 [V]: 0 holds the most frequent tenth of the text."""
+    """Decile of each token, int32 [V]; 0 covers the most frequent tenth of the text."""
     order = np.argsort(-frequency_V, kind="stable")
     before = np.cumsum(frequency_V[order]) - frequency_V[order]
     decile_V = np.empty(len(frequency_V), np.int32)
@@ -48,7 +50,7 @@ def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
 
 
 class TableSwap:
-    """Scores tables in place of a model's own, all with one compiled program."""
+    """Scores replacements of a model's table; all share one compiled program."""
 
     def __init__(
         self,
@@ -58,14 +60,14 @@ class TableSwap:
         mesh,
         chunks: int,
     ):
-        """Takes a model with a full table; decile_V: of `frequency_deciles`."""
+        """Takes a model with a full table and the result of `frequency_deciles`."""
         self._variables, self._mesh = variables, mesh
         self._decile_V = jnp.asarray(decile_V)
         score = functools.partial(_score, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
 
     def __call__(self, table_VD: np.ndarray, batches: Iterable) -> SwapScores:
-        """Scores a table [V, D], its mean row included, on (inputs, targets) [B, T]."""
+        """Scores a table [V, D] on batches of (inputs, targets), each [B, T]."""
         table = jax.device_put(
             np.asarray(table_VD, np.float32), placement.replicated(self._mesh)
         )
@@ -94,7 +96,7 @@ class TableSwap:
 def _score(
     variables, table_VD, decile_V, inputs_BT, targets_BT, *, model: GPT, chunks: int
 ) -> dict:
-    """Sums over a batch."""
+    """Sums of all scores over a batch."""
     dtype = jnp.dtype(model.config.compute_dtype)
     tokens_N = inputs_BT.reshape(-1)
     own_ND = model.apply(variables, inputs_BT, method="hidden")
@@ -113,7 +115,7 @@ def _score(
         target_n1 = jnp.maximum(targets_n, 0)[:, None]
 
         def predict(h_nD, wte_VD):
-            """(logits, their normaliser [n, 1], loss of the targets)."""
+            """(logits [n, V], their logsumexp [n, 1], loss of the targets [n])."""
             logits_nV = jnp.dot(h_nD, wte_VD.T, preferred_element_type=jnp.float32)
             normaliser_n1 = jax.nn.logsumexp(logits_nV, axis=1, keepdims=True)
             loss_n1 = normaliser_n1 - jnp.take_along_axis(logits_nV, target_n1, 1)

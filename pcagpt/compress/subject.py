@@ -1,11 +1,11 @@
-"""A trained model whose token table is compressed: opened, calibrated, written anew.
+"""A trained model with a table to compress, and the compressed models made of it.
 
 Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,25 @@ import jax
 import numpy as np
 
 from pcagpt import trees
+from pcagpt.compress.candidates import Candidate, Compressor
+from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
 from pcagpt.config import Settings
-from pcagpt.data.batches import EvaluationBatches, TrainingBatches
+from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import FactorizedTable, Statistics
 from pcagpt.factorize import files as factor_files
 from pcagpt.model import GPT
-from pcagpt.run import calibrate as statistics
-from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
-from pcagpt.run import initialise as warm_start
+from pcagpt.run import calibrate, checkpoint, initialise
+from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.progress import Progress
-
-CALIBRATION_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A run with a full table, its corpus, and its model on the devices of a mesh.
+    """A run with a full table, on the devices of a mesh.
 
-    table_VD: [V, D] float32, padding rows left out; variables: placed on the mesh;
-    host_params: the same parameters as host arrays.
+    table_VD: [V, D] float32 without padding rows; variables: placed on the mesh.
     """
 
     run: Run
@@ -48,94 +44,87 @@ class Subject:
 
     @classmethod
     def of(cls, run: Run, settings: Settings) -> "Subject":
-        """The run on its own corpus, unless `settings.data` names another.
+        """The run with its own corpus, or with the one in `settings.data`.
 
         Raises:
-          UserError: its table is factorized already, or the corpus or the devices do
-            not fit it.
+          UserError: the table is factorized already, or the corpus or the devices do
+            not fit.
         """
         table_VD = run.table()
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-        for path, size in (
-            ("train.batch_size", settings.train.batch_size),
-            ("evaluate.batch_size", settings.evaluate.batch_size),
-        ):
-            placement.check_divisible(path, size, mesh)
+        for section in ("train", "evaluate"):
+            size = getattr(settings, section).batch_size
+            placement.check_divisible(f"{section}.batch_size", size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir)
         model = GPT(run.config(settings.model))
         host = run.variables(model.config)
         variables = jax.device_put(host, placement.shardings(host, mesh))
         return cls(run, settings, corpus, model, mesh, variables, table_VD)
 
-    def validation(self, batch_size: int) -> EvaluationBatches:
-        """The whole validation split."""
-        block_size = self.model.config.block_size
-        return EvaluationBatches(self.corpus.tokens("val"), block_size, batch_size)
-
+    @functools.cached_property
     def statistics(self) -> Statistics:
-        """Measured on training text, or read from beside the run if there already."""
-        tokens = self.settings.compress.calibration_tokens
-        batch_size = self.settings.train.batch_size
-        block_size = self.model.config.block_size
-        train = self.corpus.tokens("train")
-        batches = TrainingBatches(train, block_size, batch_size, CALIBRATION_SEED)
-        steps = -(-tokens // (batch_size * block_size))
-        protocol = {
-            "checkpoint": self.run.fingerprint,
-            "corpus": self.corpus.fingerprint(),
-            "split": "train",
-            "tokens": steps * batch_size * block_size,
-            "window": block_size,
-            "batch_size": batch_size,
-            "seed": CALIBRATION_SEED,
-            "compute_dtype": self.model.config.compute_dtype,
-        }
-        path = statistics.beside(self.run.folder, self.run.step, protocol)
-        known = statistics.read(path, protocol)
-        if known is not None:
-            return known
-        with Progress(f"calibrating on {self.corpus.name}", steps) as progress:
+        """Statistics on calibration text; see `calibrate.statistics`."""
+        return calibrate.statistics(
+            self.run, self.settings, self.corpus, self.model, self.variables, self.mesh
+        )
 
-            def shown() -> Iterator[np.ndarray]:
-                for step in range(steps):
-                    progress.update(step)
-                    yield batches.batch_at(step)[:, :-1]
-                progress.update(steps)
+    @functools.cached_property
+    def compressor(self) -> Compressor:
+        """Makes candidates of this table."""
+        split = self.settings.factorize.singular_value_split
+        return Compressor(self.table_VD, self.statistics, split)
 
-            found = statistics.collect(
-                self.model,
-                self.variables,
-                statistics.token_frequency(train, len(self.table_VD)),
-                shown(),
-                self.mesh,
-                self.settings.train.loss_chunks,
-            )
-        if jax.process_index() == 0:
-            statistics.write(path, found, protocol)
-        return found
+    @functools.cached_property
+    def evaluated_tokens(self) -> int | None:
+        """Number of validation tokens to evaluate on; None: all."""
+        asked = self.settings.evaluate.max_tokens
+        return asked if 0 < asked < len(self.corpus.tokens("val")) - 1 else None
+
+    @functools.cached_property
+    def batches(self) -> EvaluationBatches:
+        """The validation split, or its first `evaluated_tokens` targets."""
+        tokens = self.corpus.tokens("val")
+        if self.evaluated_tokens:  # The first token is not a target.
+            tokens = tokens[: self.evaluated_tokens + 1]
+        batch_size = self.settings.evaluate.batch_size
+        return EvaluationBatches(tokens, self.model.config.block_size, batch_size)
+
+    def measure(self, candidate: Candidate) -> SwapScores:
+        """Scores a candidate in place of the model's table."""
+        return self._swap(candidate.dense, self.batches)
+
+    @functools.cached_property
+    def _swap(self) -> TableSwap:
+        deciles = frequency_deciles(self.statistics.frequency)
+        chunks = self.settings.train.loss_chunks
+        return TableSwap(self.model, self.variables, deciles, self.mesh, chunks)
 
     def write(
         self, folder: Path, table: FactorizedTable, origin: dict[str, Any]
     ) -> None:
-        """The model with another table: config.json, ckpt/0 and the factors' files.
+        """Writes the model with another table: config.json, ckpt/0 and factors/.
 
-        All commands take it as they take a run. If the same is there already it is left
-        alone: a run may have gone on from it.
+        Every command takes the folder as a run. A folder that holds this model already
+        is left alone, because other runs may have started from it.
 
         Args:
-          folder: made if missing; what is in it is replaced.
-          table: in place of the model's own.
-          origin: JSON values, how the table was made; in config.json as 'compressed'.
+          folder: created or replaced.
+          table: replaces the model's own table.
+          origin: JSON values, how the table was made; 'compressed' in config.json.
         """
         record = self.run.record
-        source = {"run": str(self.run.folder), "step": self.run.step}
-        made = {**source, "fingerprint": self.run.fingerprint, **origin}
-        made["table_sha256"] = _sha256(table)
-        there = (run_folder.read_record(folder) or {}).get("compressed") or {}
-        if {**there, "run": made["run"]} == made:  # Runs may be moved.
+        made = {
+            "run": str(self.run.folder),
+            "step": self.run.step,
+            "fingerprint": self.run.fingerprint,
+            **origin,
+            "table_sha256": _sha256(table),
+        }
+        earlier = (read_record(folder) or {}).get("compressed") or {}
+        if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
             return
-        (folder / "config.json").unlink(missing_ok=True)  # Written last again.
-        checkpoint.save_weights(folder, compressed_variables(self, table))
+        (folder / "config.json").unlink(missing_ok=True)  # Written last.
+        checkpoint.save_weights(folder, self._variables_with(table))
         factor_files.write_bands(folder / "factors", table)
         is_banded = len(table.bands) > 1
         model = {
@@ -145,26 +134,25 @@ class Subject:
             "band_ranks": table.ranks if is_banded else (),
         }
         model = {**record["model"], **model}
-        run_folder.write_record(folder, {**record, "model": model, "compressed": made})
+        write_record(folder, {**record, "model": model, "compressed": made})
+
+    def _variables_with(self, table: FactorizedTable) -> dict:
+        """{'params', 'constants'} of the model with another table."""
+        config = self.model.config
+        params, constants = dict(self.run.variables(config)["params"]), {}
+        padding = config.padded_vocab_size - len(table.order)
+        leaves = initialise.band_parameters(table, padding)
+        params["embed"] = trees.unflatten(leaves)["embed"]
+        if table.mean is not None:
+            params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
+        if len(table.bands) > 1:
+            constants = initialise.position_constants(table.order)
+        return {"params": params, "constants": constants}
 
 
 def _sha256(table: FactorizedTable) -> str:
-    """Of every number of a table: what it is made from may change unseen."""
+    """Hash of all values of a table, because the same recipe can give another table."""
     digest = hashlib.sha256(table.order.tobytes())
     for leaf in jax.tree.leaves((table.bands, table.mean)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def compressed_variables(subject: Subject, table: FactorizedTable) -> dict:
-    """{'params', 'constants'} of the subject's model with another table."""
-    params = dict(subject.run.variables(subject.model.config)["params"])
-    padding = subject.model.config.padded_vocab_size - len(table.order)
-    leaves = warm_start.band_parameters(table, padding)
-    params["embed"] = trees.unflatten(leaves)["embed"]
-    if table.mean is not None:
-        params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
-    constants = (
-        warm_start.position_constants(table.order) if len(table.bands) > 1 else {}
-    )
-    return {"params": params, "constants": constants}

@@ -1,114 +1,230 @@
-"""The task 'compress': a trained model's table, smaller, without training.
+"""The task 'compress': makes a trained model's token table smaller, without training.
 
-Writes WORKDIR/compressed/: sweep.json with a row for each table tried, a report, and
-the chosen tables as models that every other command takes.
+WORKDIR/compressed/ gets a report and compressed models that every command takes as
+runs. A sweep also writes sweep.json with one row per table, a bound advice.json.
 
 Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pcagpt import factorize
 from pcagpt.compress.candidates import (
+    BASELINE,
     FLOAT_BYTES,
-    Advisor,
-    Calibration,
     Candidate,
-    Compressor,
     Recipe,
-    anchors,
     recipes,
 )
-from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
+from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.fit import Fit
+from pcagpt.compress.score import SwapScores
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
-from pcagpt.factorize import SecondOrder
-from pcagpt.files import strict, write_json
+from pcagpt.factorize import METHODS, Calibration, SecondOrder
+from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import SMALLEST_ADDED, advice_text, pareto_figure, write_sweep_report
-from pcagpt.run import folder as run_folder
 from pcagpt.run import provenance
+from pcagpt.run.folder import read_result
 from pcagpt.run.opened import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 
 FOLDER = "compressed"
+REPORT_EVERY = 5  # rows
+
+Row = dict[str, Any]
+RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 
 
-def folder_of(config: Settings) -> Path:
-    """Where everything goes."""
-    return Path(config.workdir) / FOLDER
+def folder_of(settings: Settings) -> Path:
+    """The folder of everything that the task writes."""
+    return Path(settings.workdir) / FOLDER
 
 
-def compress(config: Settings, command: str) -> None:
-    """Sweeps, or finds the one table that keeps a bound of `config.compress`.
+def compress(settings: Settings, command: str) -> None:
+    """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     Raises:
-      UserError: no such run, its table is not a full one, there is no such method, or
-        no table keeps the bound.
+      UserError: no such run or method, the table is factorized already, the folder
+        holds the sweep of another model, or no table fits.
     """
-    methods = _methods(config.compress.methods)
-    run = Run.open(config.model_path)
-    run.check_model(config.model)
-    subject = Subject.of(run, config)
-    ranks = _ranks(config, subject)
-    lacking = set(config.compress.recover_ranks) - set(ranks)
-    if lacking:
-        raise UserError(
-            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: what "
-            "is trained on is the best table of a rank that was tried"
-        )
-    if config.compress.recover_ranks:
-        _check_recoverable(config, subject)
-    chunks, evaluated = config.train.loss_chunks, config.evaluate.batch_size
-    known = subject.statistics()
-    deciles = frequency_deciles(known.frequency)
-    swap = TableSwap(subject.model, subject.variables, deciles, subject.mesh, chunks)
-    split = config.factorize.singular_value_split
-    compressor = Compressor(subject.table_VD, known, split)
-
-    def measure(candidate: Candidate) -> SwapScores:
-        return swap(candidate.dense, subject.validation(evaluated))
-
+    settings = decide_effort(settings, jax.default_backend())
+    methods = _methods(settings.compress.methods)
+    run = Run.open(settings.model_path)
+    run.check_model(settings.model)
+    subject = Subject.of(run, settings)
     heading = {
         "command": command,
-        "run": str(subject.run.folder),
-        "step": subject.run.step,
+        "run": str(run.folder),
+        "step": run.step,
         "device": provenance.device(subject.mesh.size),
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
-        "protocol": _protocol(config, subject),
+        "protocol": _protocol(subject),
     }
-    folder = folder_of(config)
-    _check_folder(folder, heading["protocol"], config.overwrite)
-    if _bounds(config):
-        _advise(config, subject, compressor, measure, methods[-1], folder, heading)
+    bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
+    bounds = {name: bound for name, bound in bounds.items() if bound}
+    tried = [] if bounds else _recipes(subject, methods)
+    _check_recoverable(subject, {recipe.rank for recipe in tried})
+    _check_folder(folder_of(settings), heading["protocol"], settings.overwrite)
+    if bounds:
+        _fit(subject, methods[-1], bounds, heading)
     else:
-        tried = list(
-            recipes(
-                *subject.table_VD.shape,
-                methods,
-                ranks,
-                config.compress.bands,
-                config.compress.bits,
+        _sweep(subject, tried, heading)
+    placement.wait_for_all(str(folder_of(settings)))
+
+
+def add_recovered(folder: Path, rows: list[Row]) -> Path:
+    """Adds the results of further training to sweep.json; rewrites its report."""
+    sweep = _read_sweep(folder) | {"recovered": strict(rows)}
+    write_json(folder / "sweep.json", sweep)
+    return write_sweep_report(folder, sweep)
+
+
+def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> None:
+    """Measures every recipe; writes the rows, reports and the best model per rank."""
+    folder, writes = folder_of(subject.settings), jax.process_index() == 0
+    earlier = _read_sweep(folder)
+    known: dict[Recipe, Row] = {}
+    if earlier.get("protocol") == strict(heading["protocol"]):
+        rows = [*earlier["rows"], *earlier.get("other_rows", ())]
+        known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
+        if "recovered" in earlier:
+            heading = {**heading, "recovered": earlier["recovered"]}
+    lacking = [recipe for recipe in tried if recipe not in known]
+    done = len(tried) - len(lacking)
+    make = subject.compressor  # Calibrates first.
+    label = f"compressing {subject.run.folder.name}"
+    with Progress(label, len(tried), start=done) as progress:
+        for number, recipe in enumerate(progress.track(lacking), 1):
+            candidate = make(recipe)
+            known[recipe] = candidate.row(subject.measure(candidate))
+            if writes:  # After every row: an interrupted sweep goes on from here.
+                sweep = _write_sweep(folder, heading, tried, known)
+                if number % REPORT_EVERY == 0:
+                    write_sweep_report(folder, sweep)
+    if not writes:
+        return
+    sweep = _write_sweep(folder, heading, tried, known)
+    for rank in sorted({recipe.rank for recipe in tried} - {0}):
+        of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
+        best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
+        table = make(best).table
+        subject.write(folder / f"best_k{rank}", table, dataclasses.asdict(best))
+    tensorboard = subject.settings.telemetry.tensorboard
+    with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
+        telemetry.figure("pareto", pareto_figure(sweep))
+    print(f"report: {write_sweep_report(folder, sweep)}", flush=True)
+
+
+def _fit(
+    subject: Subject, method: str, bounds: dict[str, float], heading: dict[str, Any]
+) -> None:
+    """Finds the table that fits the bound; writes its model and advice.json."""
+    ((name, bound),) = bounds.items()
+    compress, folder = subject.settings.compress, folder_of(subject.settings)
+    make, shape = subject.compressor, subject.table_VD.shape  # Calibrates first.
+    label = f"fitting {subject.run.folder.name}"
+    with Progress(label, Fit.TRIALS) as progress:
+
+        def measure(candidate: Candidate) -> SwapScores:
+            scores = subject.measure(candidate)
+            progress.update(len(fit.trials) + 1)
+            return scores
+
+        fit = Fit(make, measure, method, compress.bands, shape)
+        if name == "max_added_loss":
+            chosen = fit.within_loss(bound)
+        elif name == "max_params":
+            chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
+        else:
+            chosen = fit.within_bytes(bound, [32, *compress.bits])
+    if chosen is None:
+        raise UserError(f"no table fits compress.{name} = {bound}: raise it")
+    if jax.process_index() == 0:
+        candidate, row = chosen.candidate, chosen.row()
+        origin = dataclasses.asdict(candidate.recipe)
+        subject.write(folder / "advised", candidate.table, origin)
+        trials = [trial.row() for trial in fit.trials]
+        advice = {"bounds": bounds, "chosen": row, "trials": trials}
+        write_json(folder / "advice.json", heading | advice)
+        print(advice_text(row, str(folder / "advised")), flush=True)
+
+
+def _methods(text: str) -> list[str]:
+    """The names in `compress.methods`."""
+    methods = words_of(text)
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(
+                f"compress.methods holds '{method}': it must be of {', '.join(METHODS)}"
             )
+    if not methods:
+        raise UserError(
+            "compress.methods is empty: name at least one, as in kl,context"
         )
-        _sweep(subject, compressor, measure, tried, folder, heading, config)
-    placement.wait_for_all(str(folder))
+    return methods
+
+
+def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
+    """The recipes of the sweep; ranks that the table cannot have are left out."""
+    settings, shape = subject.settings, subject.table_VD.shape
+    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
+    if not ranks:
+        raise UserError(
+            f"ranks is {settings.ranks}: the table of {subject.run.folder} is {shape}, "
+            f"its rank is at most {min(shape)}"
+        )
+    if len(ranks) < len(settings.ranks) and jax.process_index() == 0:
+        left_out = ", ".join(str(rank) for rank in settings.ranks if rank > min(shape))
+        print(
+            f"left out: rank {left_out}, the table's is at most {min(shape)}",
+            flush=True,
+        )
+    compress = settings.compress
+    tried = recipes(*shape, methods, ranks, compress.bands, compress.bits)
+    if all(recipe.method == BASELINE for recipe in tried):
+        raise UserError(
+            "ranks are too small for compress.bands: no table fits; raise the ranks, "
+            "or try fewer bands"
+        )
+    return tried
+
+
+def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
+    """Raises UserError if a best model could not be compared with D after training."""
+    run, settings = subject.run, subject.settings
+    if not settings.compress.recover_ranks:
+        return
+    lacking = set(settings.compress.recover_ranks) - ranks
+    if lacking:
+        raise UserError(
+            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: only "
+            "the best table of a rank that was tried can be trained further"
+        )
+    result = read_result(run.folder)
+    if result is None or result["steps"] != run.step:
+        raise UserError(
+            f"compress.recover_ranks is set, but {settings.model_path} is not "
+            "the end of a finished run: D is trained further only from there"
+        )
+    if run.record.get("corpus_sha256") != subject.corpus.fingerprint():
+        raise UserError(
+            f"compress.recover_ranks is set, but {run.folder} was trained on another "
+            f"corpus than {subject.corpus.name}: leave data.source out"
+        )
 
 
 def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
     """Raises UserError if the folder holds the sweep of another model or corpus."""
-    earlier = _read_sweep(folder / "sweep.json")
-    own, there = strict(protocol), (earlier or {}).get("protocol")
+    own, there = strict(protocol), _read_sweep(folder).get("protocol")
     names = ("checkpoint", "corpus_sha256", "split", "window")
     differing = [name for name in names if there and there.get(name) != own[name]]
     if differing and not overwrite:
@@ -119,273 +235,76 @@ def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> No
         )
 
 
-def _check_recoverable(config: Settings, subject: Subject) -> None:
-    """Raises UserError if what would be trained on could not be held against D."""
-    run_dir = subject.run.folder
-    result = run_folder.read_result(run_dir)
-    if result is None or result["steps"] != subject.run.step:
-        raise UserError(
-            f"compress.recover_ranks is set, and {config.model_path} is not the end of "
-            "a finished run: D is trained on and compared from there only"
-        )
-    if subject.run.record.get("corpus_sha256") != subject.corpus.fingerprint():
-        raise UserError(
-            f"compress.recover_ranks is set, and {run_dir} was trained on another "
-            f"corpus than {subject.corpus.name}: leave data.source out"
-        )
-
-
-def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Enters what training on won back into sweep.json; its report, written anew."""
-    sweep = strict(_read_sweep(folder / "sweep.json") | {"recovered": rows})
-    write_json(folder / "sweep.json", sweep)
-    return write_sweep_report(folder, sweep)
-
-
-def _sweep(
-    subject: Subject,
-    compressor: Compressor,
-    measure: Callable[[Candidate], SwapScores],
-    tried: list[Recipe],
-    folder: Path,
-    heading: dict[str, Any],
-    config: Settings,
-) -> None:
-    """Measures every recipe; writes the rows, the report and each rank's best model."""
-    path, writes = folder / "sweep.json", jax.process_index() == 0
-    if all(recipe.method == "baseline" for recipe in tried):
-        raise UserError(
-            "ranks are too small for compress.bands: no table fits; raise the ranks, "
-            "or try fewer bands"
-        )
-    known = _known_rows(path, heading["protocol"])
-    if known and (trained_on := _read_sweep(path).get("recovered")):
-        heading = {**heading, "recovered": trained_on}
-    with Progress(f"compressing {subject.run.folder.name}", len(tried)) as progress:
-        for number, recipe in enumerate(tried):
-            progress.update(number)
-            if recipe not in known:
-                candidate = compressor(recipe)
-                known[recipe] = _row(candidate, measure(candidate))
-                if writes:
-                    _write_sweep(path, heading, list(known.values()))
-        progress.update(len(tried))
-    rows = [known[recipe] for recipe in tried]
-    _predict(tried, rows)
-    if not writes:
-        return
-    others = [row for recipe, row in known.items() if recipe not in tried]
-    sweep = _write_sweep(path, heading, rows, others)
-    for rank in sorted({recipe.rank for recipe in tried} - {0}):
-        of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
-        best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
-        made = compressor(best)
-        subject.write(folder / f"best_k{rank}", made.table, dataclasses.asdict(best))
-    with Telemetry(
-        folder,
-        tensorboard=config.telemetry.tensorboard,
-    ) as telemetry:
-        telemetry.figure("pareto", pareto_figure(sweep))
-    print(f"report: {write_sweep_report(folder, sweep)}", flush=True)
-
-
-def _advise(
-    config: Settings,
-    subject: Subject,
-    compressor: Compressor,
-    measure: Callable[[Candidate], SwapScores],
-    method: str,
-    folder: Path,
-    heading: dict[str, Any],
-) -> None:
-    """Finds the table that keeps the bound, says so, and writes its model."""
-    vocab_size, width = subject.table_VD.shape
-    whole, least = vocab_size * width, 4 * (vocab_size + width)
-    scores: dict[Recipe, SwapScores] = {}
-
-    def added_loss(candidate: Candidate) -> float:
-        scores[candidate.recipe] = measure(candidate)
-        progress.update(len(scores))
-        return scores[candidate.recipe].added_loss
-
-    advisor = Advisor(compressor, added_loss, method, config.compress.bands)
-    bounds, label = config.compress, f"advising on {subject.run.folder.name}"
-    with Progress(label, Advisor.TRIALS) as progress:
-        if bounds.max_added_loss:
-            chosen = advisor.smallest(bounds.max_added_loss, least, whole)
-        else:
-            budgets = _budgets(bounds, vocab_size, width)
-            if max((budget for budget, _ in budgets), default=0) < least:
-                asked, enough = "max_params", f"{least} numbers"
-                if bounds.max_bytes:
-                    asked, enough = "max_bytes", f"{FLOAT_BYTES * least} bytes"
-                raise UserError(
-                    f"compress.{asked} is too small for {vocab_size} tokens: {enough} "
-                    "are enough"
-                )
-            chosen = advisor.best(budgets, bounds.max_bytes)
-    if chosen is None:
-        ((name, bound),) = _bounds(config).items()
-        raise UserError(f"no table keeps compress.{name} = {bound}: raise it")
-    rows = [
-        _row(trial.candidate, scores[trial.candidate.recipe])
-        | {"predicted_loss": trial.predicted}
-        for trial in advisor.trials
-    ]
-    row = rows[advisor.trials.index(chosen)]
-    advice = {**heading, "bounds": dict(_bounds(config)), "chosen": row, "trials": rows}
-    if jax.process_index() == 0:
-        origin = dataclasses.asdict(chosen.candidate.recipe)
-        subject.write(folder / "advised", chosen.candidate.as_bands, origin)
-        write_json(folder / "advice.json", advice)
-        print(advice_text(row, str(folder / "advised")), flush=True)
-
-
-def _budgets(bounds, vocab_size: int, width: int) -> list[tuple[int, int]]:
-    """(numbers, bits) that keep a bound on numbers or bytes."""
-    if bounds.max_params:
-        return [(min(bounds.max_params, vocab_size * width), 32)]
-    order = FLOAT_BYTES * vocab_size
-    found = [(bounds.max_bytes // FLOAT_BYTES, 32)]
-    # Besides its codes a table stores scales, about a twentieth more; the order of the
-    # tokens counts as numbers, too.
-    for bits in bounds.bits:
-        codes = max(bounds.max_bytes - order, 0) / 1.3
-        found.append((int(codes * 8 / bits) + vocab_size, bits))
-    return [(min(budget, vocab_size * width), bits) for budget, bits in found]
-
-
-def _bounds(config: Settings) -> dict[str, float]:
-    """The bounds that are set, of which there is one at most."""
-    bounds = config.compress
-    found = {name: getattr(bounds, name) for name in COMPRESS_BOUNDS}
-    return {name: bound for name, bound in found.items() if bound}
-
-
-def _ranks(config: Settings, subject: Subject) -> list[int]:
-    """The ranks that the table can have."""
-    most = min(subject.table_VD.shape)
-    ranks = [rank for rank in config.ranks if rank <= most]
-    if ranks and len(ranks) < len(config.ranks) and jax.process_index() == 0:
-        left_out = ", ".join(str(rank) for rank in config.ranks if rank > most)
-        print(f"left out: rank {left_out}, the table's is at most {most}", flush=True)
-    if not ranks:
-        raise UserError(
-            f"ranks is {config.ranks}: the table of {subject.run.folder} is "
-            f"{subject.table_VD.shape}, its rank is at most {most}"
-        )
-    return ranks
-
-
-def _read_sweep(path: Path) -> dict[str, Any] | None:
-    """An earlier sweep.json, if there is one."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete it, to measure anew") from None
-
-
-def _known_rows(path: Path, protocol: dict[str, Any]) -> dict[Recipe, dict[str, Any]]:
-    """What an earlier command measured under the same protocol."""
-    earlier = _read_sweep(path)
-    if earlier is None or earlier.get("protocol") != strict(protocol):
-        return {}
-    names = {field.name for field in dataclasses.fields(Recipe)}
-    rows = [*earlier["rows"], *earlier.get("other_rows", ())]
-    return {Recipe(**{name: row[name] for name in names}): row for row in rows}
-
-
-def _write_sweep(
-    path: Path, heading: dict, rows: list[dict], others: list[dict] | None = None
-) -> dict:
-    """Writes sweep.json, whole after every row: what is measured is never lost.
-
-    `others` were measured by earlier commands, and are not in the report of this one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep = {**heading, "rows": rows, "other_rows": others or []}
-    write_json(path, sweep)
-    return sweep
-
-
-def _predict(tried: list[Recipe], rows: list[dict[str, Any]]) -> None:
-    """Fills in `predicted_loss` of every row, and which rows it is calibrated on."""
-
-    def second_order(row):
-        return SecondOrder(row["second_order_head"], row["second_order_input"])
-
-    chosen = anchors(
-        [
-            recipe
-            for recipe, row in zip(tried, rows, strict=True)
-            if row["added_loss"] >= SMALLEST_ADDED
-        ]
-    )
-    for recipe, row in zip(tried, rows, strict=True):
-        row["is_anchor"] = recipe in chosen
-    calibration = Calibration(
-        [
-            (row["method"], second_order(row), row["added_loss"])
-            for row in rows
-            if row["is_anchor"]
-        ]
-    )
-    for row in rows:
-        row["predicted_loss"] = calibration(row["method"], second_order(row))
-
-
-def _methods(text: str) -> list[str]:
-    methods = words_of(text)
-    for method in methods:
-        if method not in factorize.METHODS:
-            raise UserError(
-                f"compress.methods holds '{method}': it must be of "
-                f"{', '.join(factorize.METHODS)}"
-            )
-    if not methods:
-        raise UserError(
-            "compress.methods is empty: name at least one, as in kl,context"
-        )
-    return methods
-
-
-def _row(candidate: Candidate, scores: SwapScores) -> dict[str, Any]:
-    recipe, table = candidate.recipe, candidate.table
-    measured = scores._asdict()
-    return {
-        "method": recipe.method,
-        "bands": recipe.bands,
-        "rank": recipe.rank,
-        "budget": recipe.budget,
-        "bits": recipe.bits,
-        "band_sizes": table.sizes if table else (len(candidate.dense),),
-        "band_ranks": table.ranks if table else (0,),
-        "params": candidate.parameters,
-        "bytes": candidate.bytes,
-        "added_loss": measured.pop("added_loss"),
-        "predicted_loss": None,
-        "is_anchor": False,
-        "second_order_head": candidate.second_order.head,
-        "second_order_input": candidate.second_order.input,
-        **measured,
-        "seconds": candidate.seconds,
-    }
-
-
-def _protocol(config: Settings, subject: Subject) -> dict[str, Any]:
-    block_size = subject.model.config.block_size
-    return {
+def _protocol(subject: Subject) -> dict[str, Any]:
+    """Everything besides a recipe that decides the numbers of a row."""
+    model, settings = subject.model.config, subject.settings
+    protocol = {
         "checkpoint": subject.run.fingerprint,
         "table": subject.table_VD.shape,
         "corpus_sha256": subject.corpus.fingerprint(),
         "split": "val",
-        "window": block_size,
-        "stride": block_size,
+        "window": model.block_size,
+        "stride": model.block_size,
         "corpus": subject.corpus.name,
         "tokenizer": subject.corpus.tokenizer,
-        "calibration_tokens": config.compress.calibration_tokens,
-        "compute_dtype": subject.model.config.compute_dtype,
-        "singular_value_split": config.factorize.singular_value_split,
+        "calibration_tokens": settings.compress.calibration_tokens,
+        "compute_dtype": model.compute_dtype,
+        "singular_value_split": settings.factorize.singular_value_split,
     }
+    if subject.evaluated_tokens:  # Absent if all tokens count, as in older files.
+        protocol["evaluated_tokens"] = subject.evaluated_tokens
+    return protocol
+
+
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    """An earlier sweep.json; {} if there is none."""
+    return read_json(folder / "sweep.json", "delete it to measure again") or {}
+
+
+def _write_sweep(
+    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, Row]
+) -> dict[str, Any]:
+    """Writes sweep.json with predictions; returns its content.
+
+    other_rows: rows that an earlier command measured and this one does not ask for;
+    rows_left: number of rows still to measure, absent at the end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [known[recipe] for recipe in tried if recipe in known]
+    _predict(rows)
+    others = [row for recipe, row in known.items() if recipe not in tried]
+    sweep = {**heading, "rows": rows, "other_rows": others}
+    if len(rows) < len(tried):
+        sweep["rows_left"] = len(tried) - len(rows)
+    write_json(folder / "sweep.json", sweep)
+    return sweep
+
+
+def _predict(rows: list[Row]) -> None:
+    """Fills in `predicted_loss` and `is_anchor` of every row.
+
+    Anchors are the smallest and the largest table of each method, both in a single band
+    and in the fewest bands. The other rows are predicted from them.
+    """
+
+    def second_order(row: Row) -> SecondOrder:
+        return SecondOrder(row["second_order_head"], row["second_order_input"])
+
+    kinds: dict[tuple[str, bool], list[Row]] = {}
+    for row in rows:
+        row["is_anchor"] = False
+        # Smaller losses are mostly rounding and predict nothing.
+        if row["bits"] == 32 and row["added_loss"] >= SMALLEST_ADDED:
+            kinds.setdefault((row["method"], row["bands"] > 1), []).append(row)
+    for kind in kinds.values():
+        fewest = min(row["bands"] for row in kind)
+        kind = [row for row in kind if row["bands"] == fewest]
+        for choose in (min, max):
+            choose(kind, key=lambda row: row["budget"])["is_anchor"] = True
+    calibration = Calibration(
+        (row["method"], second_order(row), row["added_loss"])
+        for row in rows
+        if row["is_anchor"]
+    )
+    for row in rows:
+        row["predicted_loss"] = calibration(row["method"], second_order(row))

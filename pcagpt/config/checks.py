@@ -1,5 +1,6 @@
 """Checks that need nothing but the settings, and the lists inside text knobs."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from pcagpt.config.schema import (
     KNOBS,
     OF_A_RUN,
     OTHER_ARMS,
+    InitSettings,
     Settings,
     override,
 )
@@ -21,8 +23,8 @@ def ranks_of(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"'{text}' is not a list of ranks: write positive whole numbers with "
-            "commas between, as in configs/experiment.py:64,128"
+            f"'{text}' is not a list of ranks: write whole numbers with commas "
+            "between, as in configs/experiment.py:64,128"
         ) from None
 
 
@@ -37,8 +39,8 @@ def arms_of(settings: Settings) -> list[str]:
     for arm in arms:
         if arm not in OTHER_ARMS:
             raise UserError(
-                f"experiment.arms holds '{arm}': it must be of {', '.join(OTHER_ARMS)} "
-                "(D is always there)"
+                f"experiment.arms holds '{arm}': besides D there are "
+                f"{', '.join(OTHER_ARMS)}"
             )
     _check_distinct("experiment.arms", arms)
     return arms
@@ -118,16 +120,16 @@ def _check_ranks(settings: Settings) -> None:
             raise UserError("ranks is empty: give at least one, as in 64,128")
         _check_distinct("ranks", settings.ranks)
     for path, ranks in (
-        ("model.n_embd_wte", (model.n_embd_wte,)),
+        ("model.n_embd_wte", (model.n_embd_wte or 0,)),
         ("model.band_ranks", model.band_ranks),
         ("ranks", settings.ranks if settings.task == "experiment" else ()),
     ):
-        for rank in ranks:
-            if rank is not None and rank > model.n_embd:
-                raise UserError(
-                    f"{path} holds {rank}: a rank is a whole number from 1 to the "
-                    f"model's width model.n_embd = {model.n_embd}"
-                )
+        highest = max(ranks, default=0)
+        if highest > model.n_embd:
+            raise UserError(
+                f"{path} holds {highest}: a rank is at most the model's width, "
+                f"model.n_embd = {model.n_embd}"
+            )
 
 
 def _check_bands(settings: Settings) -> None:
@@ -138,85 +140,74 @@ def _check_bands(settings: Settings) -> None:
             f"model.band_sizes has {len(model.band_sizes)} entries and "
             f"model.band_ranks {len(model.band_ranks)}: give every band both"
         )
+    if not model.band_sizes:
+        return
     is_random = (settings.task, settings.arm) == ("train", "random")
-    if model.band_sizes and not is_random and not init.weights_from:
+    if not is_random and not init.weights_from:
         raise UserError(
             "model.band_sizes is set: only the random model (configs/random_k128.py) "
             "can have several bands"
         )
-    if model.band_sizes and (settings.factorize.bands > 1 or init.import_bands):
-        factorized = settings.factorize.bands > 1
-        other = "factorize.bands" if factorized else "init.import_bands"
-        raise UserError(
-            f"model.band_sizes is set beside {other}, which decides the bands: leave "
-            "one of them out"
-        )
+    for path, is_set in (
+        ("factorize.bands", settings.factorize.bands > 1),
+        ("init.import_bands", init.import_bands),
+    ):
+        if is_set:
+            raise UserError(
+                f"model.band_sizes and {path} are both set, and each of them decides "
+                "the bands: leave one out"
+            )
 
 
 def _check_table(settings: Settings) -> None:
     """D has a full table, every other arm a factorized one."""
-    model, arm = settings.model, settings.arm
+    model, arm, takes = settings.model, settings.arm, ARMS[settings.arm].takes
     if settings.task != "train" or settings.init.weights_from:
         return
     is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
     is_full = arm in ("baseline", "continued")
     if not is_full and not is_factorized:
+        or_run = ", or --config.init.weights_from=RUN" if "blocks" in takes else ""
         raise UserError(
-            f"the {arm} model needs a rank, --config.model.n_embd_wte=128"
-            + (
-                ", or a compressed model, --config.init.weights_from=FOLDER"
-                if "blocks" in ARMS[arm].takes
-                else ""
-            )
+            f"the {arm} model needs a rank, --config.model.n_embd_wte=128{or_run}"
         )
     if is_full and is_factorized:
         raise UserError(
-            f"model.n_embd_wte is {model.n_embd_wte}: the baseline's table is full; a "
-            "factorized one is --config=configs/random_k128.py"
+            f"model.n_embd_wte is {model.n_embd_wte}, but D has a full table: train a "
+            "factorized one with --config=configs/random_k128.py"
         )
 
 
 def _check_weights_from(settings: Settings) -> None:
     """`init.weights_from` belongs to a fine-tuned arm and to no other import."""
-    init, arm = settings.init, settings.arm
-    if not init.weights_from or settings.task in OF_A_RUN:
+    arm = settings.arm
+    if settings.task != "train" or not settings.init.weights_from:
         return
-    is_fine_tuned = arm == "baseline" or ARMS[arm].is_fine_tuned
-    if settings.task == "experiment" or not is_fine_tuned:
-        what = "an experiment" if settings.task == "experiment" else f"arm {arm}"
+    if arm != "baseline" and not ARMS[arm].is_fine_tuned:
         raise UserError(
-            f"init.weights_from is set for {what}: a trained model is trained further "
-            "by --config=configs/recover.py"
+            f"init.weights_from is set for arm {arm}: train a run further with "
+            "--config=configs/recover.py"
         )
-    for path, value in settings.flat().items():
-        is_other = path.startswith("init.") and path != "init.weights_from"
-        if is_other and value != KNOBS[path].default:
+    others = InitSettings(weights_from=settings.init.weights_from)
+    for name, default in dataclasses.asdict(others).items():
+        if getattr(settings.init, name) != default:
             raise UserError(
-                f"{path} is set beside init.weights_from, which copies every weight: "
-                "leave one of them out"
+                f"init.{name} is set beside init.weights_from, which copies every "
+                "weight: leave one of them out"
             )
 
 
 def _check_experiment(settings: Settings) -> None:
     """Some knobs belong to a single run and not to an experiment."""
-    if settings.task != "experiment":
-        return
-    if settings.model.n_embd_wte is not None:
-        rank = settings.model.n_embd_wte
-        raise UserError(
-            f"model.n_embd_wte is {rank}: an experiment's ranks are set by "
-            f"--config.ranks={rank}"
-        )
-    if settings.init.import_bands:
-        raise UserError(
-            "init.import_bands is set: an experiment makes a table for each rank; give "
-            "it to a single run, as in configs/pca_k128.py"
-        )
-    if settings.distill.teacher:
-        raise UserError(
-            "distill.teacher is set: an experiment chooses teachers by its arms; give "
-            "it to a single run, as in configs/recover.py"
-        )
+    flat = settings.flat() if settings.task == "experiment" else {}
+    for path, remedy in (
+        ("model.n_embd_wte", "set its ranks with --config.ranks"),
+        ("init.import_bands", "it makes a table for each rank itself"),
+        ("init.weights_from", "train a run further with configs/recover.py"),
+        ("distill.teacher", "choose its taught models with experiment.arms"),
+    ):
+        if flat.get(path):
+            raise UserError(f"{path} is set for an experiment: {remedy}")
 
 
 def _check_bounds(settings: Settings) -> None:
@@ -225,11 +216,10 @@ def _check_bounds(settings: Settings) -> None:
     bounds = [name for name in COMPRESS_BOUNDS if getattr(compress, name)]
     if len(bounds) > 1:
         raise UserError(
-            f"compress.{bounds[0]} and compress.{bounds[1]} are both set: a table is "
-            "found for one bound at a time"
+            f"compress.{bounds[0]} and compress.{bounds[1]} are both set: give one"
         )
     if bounds and compress.recover_ranks:
         raise UserError(
             f"compress.recover_ranks is set beside compress.{bounds[0]}: train the "
-            "found table with configs/recover.py"
+            "table that it finds with configs/recover.py"
         )

@@ -1,4 +1,4 @@
-"""Turns a command line into settings, and absl's errors into errors about knobs."""
+"""Turns a command line into settings; explains its errors in terms of knobs."""
 
 import difflib
 import inspect
@@ -23,7 +23,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
       arguments: the program name and its arguments.
 
     Raises:
-      UserError: an argument or a config file that cannot be understood.
+      UserError: an argument or the config file makes no sense.
     """
     source, words = _take_config_file(arguments)
     for word in words[1:]:
@@ -31,6 +31,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
             _require_knob(knob[1])
     if source is None:
         raise UserError("no config: give --config=configs/demo.py, or --help")
+    # FlagValues of its own: absl's global flags would remember an earlier call.
     flag_values = flags.FlagValues()
     print_only = flags.DEFINE_bool(
         "print_config", False, "Show the plan and stop.", flag_values=flag_values
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     except flags.Error as error:
         raise _explained(error) from None
     if stray:
-        raise UserError(f"'{stray[0]}' is no flag: write --config.KNOB=VALUE")
+        raise UserError(f"'{stray[0]}' is not a flag: write --config.KNOB=VALUE")
     return Settings.of(config.value), print_only.value
 
 
@@ -62,20 +63,19 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _load(source: str) -> ConfigDict:
-    """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
+    """What get_config() returns, for 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        hint = f"here are {here}" if here else "run from the repository's folder"
-        raise UserError(f"there is no config file '{path}': {hint}")
+        hint = f"there are {here}" if here else "run from the repository's folder"
+        raise UserError(f"config file '{path}' does not exist: {hint}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise UserError(f"{path} defines no get_config()")
         if argument and not inspect.signature(get_config).parameters:
             raise UserError(
-                f"{path} takes no ':{argument[0]}': its knobs are set by "
-                "--config.KNOB=VALUE"
+                f"{path} takes no ':{argument[0]}': set --config.KNOB=VALUE instead"
             )
         config = get_config(*argument)
     except UserError:
@@ -84,14 +84,13 @@ def _load(source: str) -> ConfigDict:
         raise UserError(f"{path}, {_where_and_why(path, error)}") from None
     if not isinstance(config, ConfigDict) or config.keys() != base().keys():
         raise UserError(
-            f"{path}: get_config() must return the config of pcagpt.config.base() "
-            "with other values"
+            f"{path}: get_config() must return pcagpt.config.base(), with other values"
         )
     return config
 
 
 def _where_and_why(path: str, error: Exception) -> str:
-    """'line 4: TypeError: ...' for an error that a config file raised."""
+    """As in 'line 4: TypeError: ...', for an error of a config file."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
@@ -108,34 +107,31 @@ def _require_knob(name: str) -> None:
         return
     if inside := [path for path in KNOBS if path.startswith(f"{name}.")]:
         example = override(inside[0], KNOBS[inside[0]].default)
-        raise UserError(
-            f"'{name}' is a section of {len(inside)} knobs: set them one by one, as in "
-            f"{example}"
-        )
+        raise UserError(f"'{name}' is a section: set its knobs, as in {example}")
     raise UserError(f"there is no knob '{name}'{_suggestion(name)} (--help lists all)")
 
 
 def _suggestion(name: str, prefix: str = "") -> str:
-    """': did you mean X or Y?' with knobs of nearly that name, or ''."""
-    last_part = {path: path.split(".")[-1] for path in KNOBS}
-    last = name.split(".")[-1]
-    same = [path for path in KNOBS if last_part[path] == last]
-    near = difflib.get_close_matches(name, KNOBS, n=3, cutoff=0.7)
-    near_last = difflib.get_close_matches(last, last_part.values(), n=1, cutoff=0.7)
-    near += [path for path in KNOBS if last_part[path] in near_last]
-    found = [prefix + path for path in dict.fromkeys(same + near)]
+    """': did you mean X or Y?' for knobs with a similar name, or ''."""
+    ends = {path: path.split(".")[-1] for path in KNOBS}
+    end = name.split(".")[-1]
+    near_ends = difflib.get_close_matches(end, ends.values(), n=1, cutoff=0.7)
+    near = [path for path in KNOBS if ends[path] == end]
+    near += difflib.get_close_matches(name, KNOBS, n=3, cutoff=0.7)
+    near += [path for path in KNOBS if ends[path] in near_ends]
+    found = [prefix + path for path in dict.fromkeys(near)]
     return f": did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def _explained(error: flags.Error) -> UserError:
-    """absl's error about a flag as an error about a knob."""
-    text = " ".join(str(error).split())
+    """Rewords an error of absl, which knows flags and no knobs."""
     if isinstance(error, flags.UnrecognizedFlagError):
         flag = error.flagname
         known = ": there are --config=FILE, --config.KNOB=VALUE, --print_config, --help"
         return UserError(
             f"there is no flag --{flag}{_suggestion(flag, '--config.') or known}"
         )
+    text = " ".join(str(error).split())
     if illegal := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
         return wrong_type(illegal[1], illegal[2])
     if missing := re.match(r"Missing value for flag --config\.([\w.]+)", text):
@@ -161,7 +157,7 @@ def knobs_text() -> str:
 
 
 def listing(settings: Settings) -> str:
-    """Every knob's value, with the default if that is another."""
+    """Every knob's value, and its default if the two differ."""
     lines = []
     for path, value in settings.flat().items():
         default = KNOBS[path].default

@@ -6,25 +6,15 @@ Config files and the command line change a `ConfigDict` of the same names, made 
 """
 
 import dataclasses
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from pcagpt.arms import ARMS
-from pcagpt.config.rules import (
-    ANYTHING,
-    BELOW_1,
-    PART,
-    POSITIVE,
-    SEED,
-    SHARE,
-    Rule,
-    at_least,
-    one_of,
-)
 
 TASKS = ("train", "experiment", "factorize", "compress", "evaluate", "sample")
 OF_A_RUN = ("factorize", "compress", "evaluate", "sample")  # tasks that read model_path
@@ -32,37 +22,56 @@ COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
 
 
-def knob(default: Any, meaning: str, rule: Rule = ANYTHING) -> Any:
-    """A field of a section. The rule holds for each entry of a tuple."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A test of a value, and the words that follow 'it must be' in an error."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*choices: str | int) -> Rule:
+    """Only these words or numbers."""
+    return Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
+
+
+def at_least(low: int) -> Rule:
+    """Finite numbers from `low` on."""
+    return Rule(f"at least {low}", lambda value: low <= value < math.inf)
+
+
+ANYTHING = Rule("anything", lambda value: True)
+COUNT = at_least(1)
+POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
+BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
+PART = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
+    """A field of a section. The rule holds for each entry of a tuple.
+
+    Without a rule, whole numbers must be a `COUNT` and other values can be anything.
+    """
     metadata = {"meaning": meaning, "rule": rule}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def section(kind: type) -> Any:
-    """A field of `Settings` that holds a section with its defaults."""
-    return dataclasses.field(default_factory=kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
     """The model; the defaults are GPT-2 small."""
 
-    vocab_size: int | None = knob(
-        None, "None: the size of the tokenizer's vocabulary", at_least(1)
-    )
-    vocab_multiple: int = knob(
-        64, "round the rows of the table up to a multiple of this", at_least(1)
-    )
-    block_size: int = knob(1024, "tokens of a sequence", at_least(1))
-    n_layer: int = knob(12, "transformer blocks", at_least(1))
-    n_head: int = knob(12, "attention heads of a block", at_least(1))
-    n_embd: int = knob(768, "model width d", at_least(1))
-    n_embd_wte: int | None = knob(
-        None, "rank k of the embedding; None: a full table", at_least(1)
-    )
+    vocab_size: int | None = knob(None, "tokens; None: as many as the tokenizer has")
+    vocab_multiple: int = knob(64, "round the rows up to a multiple of this")
+    block_size: int = knob(1024, "tokens of a sequence")
+    n_layer: int = knob(12, "transformer blocks")
+    n_head: int = knob(12, "attention heads of a block")
+    n_embd: int = knob(768, "model width d")
+    n_embd_wte: int | None = knob(None, "rank k of the embedding; None: a full table")
     n_embd_wte_scale_tying: bool = knob(True, "make scale_down the same as scale_up")
     band_sizes: tuple[int, ...] = knob(
-        (), "tokens of each frequency band, most frequent first", at_least(1)
+        (), "tokens of each frequency band, most frequent first"
     )
     band_ranks: tuple[int, ...] = knob(
         (), "rank of each band; 0: full width", at_least(0)
@@ -77,8 +86,8 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "implementation of norms, GELU and the training loss; auto: pallas for "
-        "bfloat16 on NVIDIA GPUs from Ampere on",
+        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs from "
+        "Ampere on",
         one_of("auto", "xla", "pallas"),
     )
 
@@ -96,20 +105,14 @@ class DataSettings:
 class TrainSettings:
     """The training budget of D and the optimizer of every run."""
 
-    steps: int = knob(5000, "optimizer updates", at_least(1))
-    batch_size: int = knob(
-        32, "sequences per update, over all devices together", at_least(1)
-    )
-    accumulation: int = knob(
-        1, "split the batch of an update into this many parts", at_least(1)
-    )
+    steps: int = knob(5000, "optimizer updates")
+    batch_size: int = knob(32, "sequences per update, over all devices together")
+    accumulation: int = knob(1, "split the batch of an update into this many parts")
     learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
     schedule: str = knob(
         "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
     )
-    warmup_steps: int = knob(
-        100, "updates in which the learning rate rises", at_least(0)
-    )
+    warmup_steps: int = knob(100, "updates while the learning rate rises", at_least(0))
     final_learning_rate_share: float = knob(
         0.1, "share of learning_rate at the last step", SHARE
     )
@@ -120,7 +123,7 @@ class TrainSettings:
         1.0, "limit of the gradients' global norm; 0: no limit", at_least(0)
     )
     loss_chunks: int = knob(
-        8, "compute the logits in this many parts: more need less memory", at_least(1)
+        8, "compute the logits in this many parts: more need less memory"
     )
 
 
@@ -150,7 +153,7 @@ class DistillSettings:
 
     teacher: str = knob("", "run with the same vocabulary; empty: no teacher")
     share: float = knob(
-        1.0, "weight of KL(teacher || model); the rest is the cross entropy", PART
+        1.0, "weight of KL(teacher || model); the cross entropy has the rest", PART
     )
 
 
@@ -159,20 +162,14 @@ class InitSettings:
     """What a run starts from instead of random weights."""
 
     import_wte_npy: str = knob("", "file of a token table [V, k]")
-    import_scale_matrices_npz: str = knob(
-        "", "file of scale_up and scale_down, each [k, d]"
-    )
-    import_wte_freeze: bool = knob(False, "do not train the imported table")
-    import_scale_matrices_freeze: bool = knob(
-        False, "do not train the imported scale matrices"
-    )
-    import_bands: str = knob(
-        "", "folder of a table in bands, written by factorize or compress"
-    )
+    import_scale_matrices_npz: str = knob("", "file of scale_up, scale_down [k, d]")
+    import_wte_freeze: bool = knob(False, "keep the imported table fixed")
+    import_scale_matrices_freeze: bool = knob(False, "keep the imported matrices fixed")
+    import_bands: str = knob("", "folder of a banded table from factorize or compress")
     keep: str = knob(
         "all",
-        "part of the imported factors to keep; the rest is random: all, std (standard "
-        "deviation), spectrum, rows (shuffled), shape (sizes of the bands only)",
+        "what to keep of the imported factors, with the rest random; std: standard "
+        "deviation, rows: in random order, shape: only the sizes of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
     blocks_from: str = knob("", "run to copy all weights but the embedding from")
@@ -184,17 +181,13 @@ class FactorizeSettings:
     """The factorization of D's table."""
 
     method: str = knob(
-        "svd", "svd, pca (centred; the mean goes into wpe) or another of METHODS"
+        "svd", "a name in pcagpt.factorize.METHODS, such as svd, pca or context"
     )
-    statistics: str = knob(
-        "", "file of calibration statistics; empty: measure them on the run"
-    )
+    statistics: str = knob("", "file of statistics; empty: measure them on the run")
     singular_value_split: float = knob(
         0.0, "a: the table is U S^(1-a), the scale matrix S^a V^T", SHARE
     )
-    bands: int = knob(
-        1, "frequency bands of A, B and C, each with its rank", at_least(1)
-    )
+    bands: int = knob(1, "frequency bands of A, B and C, each with its own rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,19 +195,24 @@ class CompressSettings:
     """Compression of a trained model's table without training."""
 
     methods: str = knob(
-        "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context",
-        "methods to try; the last one also at fewer bits, and for a bound",
+        "",
+        "methods to try, as in svd,context; the last one also at fewer bits, and for a "
+        "bound; empty: all, on a CPU svd,context",
     )
     bands: tuple[int, ...] = knob(
-        (1, 7, 12),
-        "numbers of frequency bands to try; 1: one rank for all",
+        (),
+        "numbers of frequency bands to try; 1: one rank for all; empty: 1,7,12, on a "
+        "CPU 1,7",
         at_least(1),
     )
     bits: tuple[int, ...] = knob(
         (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
     )
     calibration_tokens: int = knob(
-        1_048_576, "training tokens to measure statistics on", at_least(1)
+        0,
+        "training tokens to measure statistics on; 0: 1048576, for compress on a CPU "
+        "32768",
+        at_least(0),
     )
     max_added_loss: float = knob(
         0.0, "above 0: find the smallest table within this loss", at_least(0)
@@ -239,6 +237,11 @@ class EvaluateSettings:
 
     every: int = knob(250, "steps between evaluations", at_least(1))
     batch_size: int = knob(32, "sequences at a time", at_least(1))
+    max_tokens: int = knob(
+        0,
+        "compress: validation tokens to measure a table on; 0: all, on a CPU 32768",
+        at_least(0),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +249,8 @@ class SampleSettings:
     """Samples of text."""
 
     prompt: str = knob("", "text to continue; empty: begin a document")
-    tokens: int = knob(200, "tokens to draw", at_least(1))
-    count: int = knob(1, "samples to draw at once", at_least(1))
+    tokens: int = knob(200, "tokens to draw")
+    count: int = knob(1, "samples to draw at once")
     temperature: float = knob(
         0.8, "divides the logits; 0: take the likeliest token", at_least(0)
     )
@@ -260,19 +263,15 @@ class SampleSettings:
 class CheckpointSettings:
     """What is saved while training."""
 
-    every: int = knob(
-        1000, "steps between saves; the last step is saved, too", at_least(1)
-    )
-    keep_last: int = knob(
-        2, "checkpoints to keep besides the one with the best loss", at_least(1)
-    )
+    every: int = knob(1000, "steps between saves; the last is saved too")
+    keep_last: int = knob(2, "checkpoints to keep besides the best one")
 
 
 @dataclasses.dataclass(frozen=True)
 class TelemetrySettings:
     """What is logged while training."""
 
-    every: int = knob(10, "steps between logged training metrics", at_least(1))
+    every: int = knob(10, "steps between logged training metrics")
     tensorboard: bool = knob(True, "write event files for TensorBoard")
     wandb: bool = knob(False, "log to Weights & Biases, too")
     wandb_project: str = knob("pcagpt", "project in Weights & Biases")
@@ -295,13 +294,9 @@ class MeshSettings:
     """The devices of a run."""
 
     data: int = knob(
-        -1,
-        "split the batch over this many devices; -1: all devices / fsdp",
-        at_least(-1),
+        -1, "split the batch over this many devices; -1: all / fsdp", at_least(-1)
     )
-    fsdp: int = knob(
-        1, "split parameters and batch over this many devices", at_least(1)
-    )
+    fsdp: int = knob(1, "split parameters and batch over this many devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +305,7 @@ class DistributedSettings:
 
     enabled: bool = knob(False, "this is one of several processes; Slurm sets the rest")
     coordinator_address: str | None = knob(None, "HOST:PORT of process 0")
-    num_processes: int | None = knob(None, "number of processes", at_least(1))
+    num_processes: int | None = knob(None, "number of processes")
     process_id: int | None = knob(None, "number of this process, from 0", at_least(0))
 
 
@@ -323,9 +318,7 @@ class Settings:
     workdir: str = knob("checkpoints", "folder that runs are read from and written to")
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
     overwrite: bool = knob(False, "discard a run of the same name and another config")
-    build_prerequisites: bool = knob(
-        True, "train D and factorize it if they are missing"
-    )
+    build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",
         f"{', '.join(OF_A_RUN)}: a run or one checkpoint; factorize: or a .npy table",
@@ -334,24 +327,24 @@ class Settings:
         "val", "evaluate: part of the corpus", one_of("train", "val", "test")
     )
     ranks: tuple[int, ...] = knob(
-        (128,), "factorize, compress, experiment: as in 64,128", at_least(1)
+        (128,), "factorize, compress, experiment: as in 64,128"
     )
-    model: ModelSettings = section(ModelSettings)
-    data: DataSettings = section(DataSettings)
-    train: TrainSettings = section(TrainSettings)
-    scratch: ScratchSettings = section(ScratchSettings)
-    finetune: FinetuneSettings = section(FinetuneSettings)
-    distill: DistillSettings = section(DistillSettings)
-    init: InitSettings = section(InitSettings)
-    factorize: FactorizeSettings = section(FactorizeSettings)
-    compress: CompressSettings = section(CompressSettings)
-    evaluate: EvaluateSettings = section(EvaluateSettings)
-    sample: SampleSettings = section(SampleSettings)
-    checkpoint: CheckpointSettings = section(CheckpointSettings)
-    telemetry: TelemetrySettings = section(TelemetrySettings)
-    experiment: ExperimentSettings = section(ExperimentSettings)
-    mesh: MeshSettings = section(MeshSettings)
-    distributed: DistributedSettings = section(DistributedSettings)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    scratch: ScratchSettings = ScratchSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    distill: DistillSettings = DistillSettings()
+    init: InitSettings = InitSettings()
+    factorize: FactorizeSettings = FactorizeSettings()
+    compress: CompressSettings = CompressSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    sample: SampleSettings = SampleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    experiment: ExperimentSettings = ExperimentSettings()
+    mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Settings":
@@ -422,12 +415,16 @@ def _declared(kind: type, prefix: str = "") -> dict[str, Knob]:
         if dataclasses.is_dataclass(hint):
             found |= _declared(hint, f"{field.name}.")
             continue
-        # `int | None` is an int that may be unset, `tuple[int, ...]` a tuple.
-        plain = typing.get_origin(hint) or hint
-        if plain is not tuple and typing.get_args(hint):
-            plain = typing.get_args(hint)[0]
-        meaning, rule = field.metadata["meaning"], field.metadata["rule"]
-        found[prefix + field.name] = Knob(field.default, meaning, rule, plain)
+        # `tuple[int, ...]` is a tuple, `int | None` an int that may be unset.
+        is_tuple = typing.get_origin(hint) is tuple
+        plain = tuple if is_tuple else (typing.get_args(hint) or (hint,))[0]
+        rule = COUNT if plain in (int, tuple) else ANYTHING
+        found[prefix + field.name] = Knob(
+            field.default,
+            field.metadata["meaning"],
+            field.metadata["rule"] or rule,
+            plain,
+        )
     return found
 
 
@@ -435,19 +432,15 @@ KNOBS: dict[str, Knob] = _declared(Settings)
 
 
 def base() -> ConfigDict:
-    """The defaults as the ConfigDict that each file of configs/ changes.
+    """The defaults as a ConfigDict, for the files of configs/ to change.
 
-    It is locked: a knob that is not declared cannot be set.
+    It is locked: only declared knobs can be set.
     """
-    config = ConfigDict()
+    config = ConfigDict(Settings().to_dict())
     for path, declared in KNOBS.items():
-        holder, _, name = path.rpartition(".")
-        if holder and holder not in config:
-            config[holder] = ConfigDict()
-        default = declared.default
-        # A plain None would let a knob take a value of any type.
-        value = config_dict.placeholder(declared.type) if default is None else default
-        (config[holder] if holder else config)[name] = value
+        if declared.default is None:  # A plain None would accept any type.
+            section, name = path.split(".")
+            config[section][name] = config_dict.placeholder(declared.type)
     return config.lock()
 
 

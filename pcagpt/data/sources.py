@@ -1,42 +1,50 @@
-"""Where text comes from: the embedded corpus, the hub, a local folder."""
+"""Where text comes from: the embedded corpus, the Hugging Face hub, a local folder."""
 
 import hashlib
-import importlib
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from pcagpt.data.token_files import SPLITS, present_splits
-from pcagpt.data.tokenizer import packaged_bytes
+from pcagpt.data.token_files import SPLITS, CorpusInfo, present_splits
+from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
+from pcagpt.files import sha256_of_file
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
 _SOTU_SHA256 = "6f9e2605f2ca1284be8565dab901767419942184a16fd403b5a1b9f05f884d2d"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 _TEXT_ENDINGS = (".txt", ".raw", ".tokens", ".text")
-_SPLIT_WORDS = {
-    "train": re.compile(r"train(ing)?\d*"),
-    "val": re.compile(r"val(id(ation)?)?\d*"),
-    "test": re.compile(r"test(ing)?\d*"),
-}
+_SPLIT_WORD = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test(?:ing)?))\d*"
+)
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Text that is still to be tokenized."""
+class TextSource(NamedTuple):
+    """Text that is not tokenized yet."""
 
     name: str
-    tokenizer: str  # what 'auto' means
-    fingerprint: Callable[[], str]  # changes when the text does
+    tokenizer: str  # what 'auto' means for it
+    fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
+
+    def info(self, tokenizer: str) -> CorpusInfo:
+        """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
+        name = self.tokenizer if tokenizer == "auto" else tokenizer
+        vocab_size = rank_file(name).vocab_size
+        dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        return CorpusInfo(self.name, vocab_size, dtype, name)
 
 
 def find_source(source: str) -> TextSource | Path:
-    """The text that `source` names, or the path of a folder of token files."""
+    """Returns the text that `source` names, or the path of a folder of token files.
+
+    Raises:
+      UserError: `source` is neither.
+    """
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)
@@ -65,87 +73,78 @@ def find_source(source: str) -> TextSource | Path:
 
 
 def sotu_documents(split: str) -> list[str]:
-    """Return the addresses of a split of `sotu`, each with its line end.
+    """Returns the addresses of a split of `sotu`, each with its line end.
 
-    Address i, in the order of the file, is in test when i % 20 == 0, in val when
-    i % 20 == 10, in train otherwise: all periods are in all splits, none is in two.
+    Address i, in the order of the file, is in test if i % 20 == 0, in val if
+    i % 20 == 10, and in train otherwise: every split has addresses of all periods.
     """
     text = lzma.decompress(packaged_bytes("sotu.txt.xz", _SOTU_SHA256)).decode()
-    # Not splitlines(), which also cuts at other characters than the line feed.
-    lines = [line for line in text.split("\n") if line.strip()]
+    # splitlines() would also cut at other characters than the line feed.
+    lines = [f"{line}\n" for line in text.split("\n") if line.strip()]
     split_of = {0: "test", 10: "val"}
     return [
-        f"{line}\n"
-        for index, line in enumerate(lines)
-        if split_of.get(index % 20, "train") == split
+        line for i, line in enumerate(lines) if split_of.get(i % 20, "train") == split
     ]
 
 
-def _sotu_blocks(split: str) -> Iterator[Document]:
-    """Yield each address as a document of one block."""
-    return ([address] for address in sotu_documents(split))
+def _sotu_blocks(split: str) -> Iterable[Document]:
+    """Each address as a document of one block."""
+    return [[address] for address in sotu_documents(split)]
 
 
 def _wikitext_documents(split: str) -> Iterator[Document]:
-    """Yield WikiText-103's raw split as one document, byte for byte as its file."""
+    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
     try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
+        import datasets
+    except ImportError:
         raise UserError(
             "the source 'wikitext103' needs the package `datasets`: "
             "pip install 'pcagpt[datasets]'"
-        ) from error
+        ) from None
+    hub_split = "validation" if split == "val" else split
     try:
-        rows = datasets.load_dataset(
-            *_WIKITEXT, split="validation" if split == "val" else split
-        )
+        rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
     except OSError as error:
         raise UserError(
             f"could not load {'/'.join(_WIKITEXT)} ({type(error).__name__}): it needs "
             "the network once; or give --config.data.source a folder with "
             "wiki.train.raw and wiki.valid.raw"
         ) from error
-    # The hub's rows are the file's lines, but its blank lines, " \n", became "".
+    # The hub's rows are the lines of the file, but a blank line, " \n", became "".
     yield (row["text"] or " \n" for row in rows)
 
 
 def _text_files(folder: Path) -> dict[str, list[Path]]:
-    """Group a folder's text files by the split word in their names, in sorted order."""
-    files: dict[str, list[Path]] = {}
+    """The text files of each split, in sorted order."""
+    files: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in _TEXT_ENDINGS or not path.is_file():
             continue
-        words = re.split(r"[._-]", path.stem.lower())
-        splits = [
-            split
-            for split, pattern in _SPLIT_WORDS.items()
-            if any(pattern.fullmatch(word) for word in words)
-        ]
+        words = map(_SPLIT_WORD.fullmatch, re.split(r"[._-]", path.stem.lower()))
+        splits = sorted({word.lastgroup for word in words if word})
         if len(splits) > 1:
             raise UserError(
-                f"{path} is named for more than one split ({', '.join(splits)}): "
-                "rename it so that one of train, val, test is left"
+                f"the name of {path} has more than one split ({', '.join(splits)}): "
+                "rename it so that it has only one of train, val, test"
             )
         if splits and path.stat().st_size == 0:
             raise UserError(f"{path} is empty: fill or remove it")
         for split in splits:
-            files.setdefault(split, []).append(path)
-    return {split: files[split] for split in SPLITS if split in files}
+            files[split].append(path)
+    return {split: paths for split, paths in files.items() if paths}
 
 
 def _fingerprint(files: dict[str, list[Path]]) -> str:
-    """Hash what the text files hold, and which split each is in."""
+    """Hash of the text files of each split."""
     digest = hashlib.sha256()
     for split, paths in files.items():
         for path in paths:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{split} {content}\n".encode())
+            digest.update(f"{split} {sha256_of_file(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _read_lines(path: Path) -> Document:
-    """Yield the lines of a file as they are; UserError where it is not UTF-8."""
+    """The lines of a file as they are; UserError if it is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

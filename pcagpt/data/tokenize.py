@@ -1,13 +1,13 @@
-"""Text source -> a folder of token files, whole or not at all."""
+"""Text -> a folder of token files."""
 
 import contextlib
 import os
 import re
-import shutil
 import sys
+import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -15,109 +15,98 @@ import numpy as np
 import tiktoken
 
 from pcagpt.data.sources import Document, TextSource
-from pcagpt.data.token_files import DTYPES
-from pcagpt.data.tokenizer import tokenizer_sha256
+from pcagpt.data.token_files import DTYPES, CorpusInfo
+from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
 from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
-# GPT-2's pattern never matches across this place, so that text cut there encodes as
-# the whole does. Python's \S excludes every space of the pattern's \s, and a few more.
+# GPT-2's pattern never matches across this place, so the parts encode as the whole
+# does. Python's \S excludes every space that the pattern's \s matches, and a few more.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
-def write_token_folder(
-    folder: Path, source: TextSource, encoding: tiktoken.Encoding
-) -> None:
-    """Tokenize every split of `source` into `folder`, which appears whole or not.
+def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> None:
+    """Tokenizes every split of `source` into `folder`, with progress on stderr.
 
-    Any number of processes may do so at the same time: the first to end wins. Says
-    how far it is on stderr every two seconds.
+    The folder appears only when it is complete. If several processes write it at the
+    same time, the first one wins.
     """
-    # A name that no other process has, on this host or another.
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    made = [parent for parent in draft.parents if not parent.exists()]
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        draft.mkdir(parents=True)
-        _write_splits(draft, source, encoding)
-        try:
-            draft.rename(folder)
-        except OSError:
-            # Another process was faster and wrote the same; anything else is an error.
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(draft)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+            # Other users cannot read the temporary folder, but they can read this one.
+            draft = Path(temporary) / folder.name
+            draft.mkdir()
+            _write_splits(draft, source, info)
+            try:
+                draft.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # No other process wrote it first.
+                    raise
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: of use to someone else
+        # A failure leaves no empty folder behind.
+        with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
         raise
 
 
-def _write_splits(
-    folder: Path, source: TextSource, encoding: tiktoken.Encoding
-) -> None:
-    """Write `<split>.bin` of every split, then meta.json."""
-    dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
+def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
+    """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
-    characters, said = 0, time.monotonic()
+    characters, reported = 0, time.monotonic()
     for split, documents in source.documents.items():
         with (folder / f"{split}.bin").open("wb") as file:
-            for ids, length in _encode(documents(), encoding):
-                file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
+            for ids, length in _encode(documents(), load_tokenizer(info.tokenizer)):
+                file.write(np.asarray(ids, DTYPES[info.dtype]).tobytes())
                 counts[split] += len(ids)
                 characters += length
-                if time.monotonic() - said > 2:
-                    said = time.monotonic()
+                if time.monotonic() - reported > 2:
+                    reported = time.monotonic()
                     print(
                         f"tokenizing {source.name}: {characters / 1e6:.1f} million "
-                        f"characters, now in {split}",
+                        f"characters so far, now in {split}",
                         file=sys.stderr,
                     )
-    meta = {
-        "name": source.name,
-        "vocab_size": encoding.n_vocab,
-        "dtype": dtype,
-        "tokenizer": encoding.name,
-        "tokenizer_sha256": tokenizer_sha256(encoding.name),
-        "tokens": counts,
-    }
+    sha256 = tokenizer_sha256(info.tokenizer)
+    meta = {**asdict(info), "tokenizer_sha256": sha256, "tokens": counts}
     write_json(folder / "meta.json", meta)
 
 
 def _encode(
     documents: Iterable[Document], encoding: tiktoken.Encoding
 ) -> Iterator[tuple[list[int], int]]:
-    """Yield consecutive (ids, characters read), `<|endoftext|>` first in a document."""
+    """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document."""
     pieces = (
         (number == 0, piece)
         for document in documents
         for number, piece in enumerate(_pieces(document))
     )
     threads = os.cpu_count() or 1
+    # tiktoken encodes the texts of a batch in parallel threads.
     while batch := list(islice(pieces, 8 * threads)):
         texts = [text for _, text in batch]
         encoded = encoding.encode_ordinary_batch(texts, num_threads=threads)
-        for (first, text), ids in zip(batch, encoded, strict=True):
-            yield [encoding.eot_token] * first + ids, len(text)
+        for (is_first, text), ids in zip(batch, encoded, strict=True):
+            yield [encoding.eot_token] * is_first + ids, len(text)
 
 
 def _pieces(document: Document) -> Iterator[str]:
-    """Cut a document into pieces that encode, one by one, as the whole would."""
-    parts: list[str] = []
-    size, enough = 0, _PIECE_CHARACTERS
+    """Cuts a document into pieces that encode to the ids of the whole document."""
+    blocks, size, enough = [], 0, _PIECE_CHARACTERS
     for block in document:
-        parts.append(block)
+        blocks.append(block)
         size += len(block)
         if size < enough:
             continue
-        text = "".join(parts)
+        text = "".join(blocks)
         cut = _LAST_CUT.match(text)
         if cut:
             yield cut.group()
             text = text[cut.end() :]
-        parts, size = [text], len(text)
-        # Doubling keeps the work linear where there is no place to cut.
+        blocks, size = [text], len(text)
+        # Doubling keeps the work linear if there is no place to cut.
         enough = max(_PIECE_CHARACTERS, 2 * size)
     if size:
-        yield "".join(parts)
+        yield "".join(blocks)

@@ -1,10 +1,10 @@
-"""Rank files shipped with the package -> tiktoken encodings, checked by hash."""
+"""The packaged byte-pair vocabularies as tiktoken encodings."""
 
 import base64
 import functools
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
@@ -12,58 +12,47 @@ from pcagpt.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pattern with possessive quantifiers: the same pieces, without backtracking.
+# GPT-2's pattern with possessive quantifiers: it finds the same pieces faster.
 GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
 
 
-@dataclass(frozen=True)
-class RankFile:
-    """One packaged byte-pair vocabulary; `<|endoftext|>` is always its last id."""
+class RankFile(NamedTuple):
+    """A vocabulary, NAME.tiktoken in pcagpt/assets; its last id is `<|endoftext|>`."""
 
-    file: str
+    vocab_size: int
     sha256: str
-    vocab_size: int  # the last id is <|endoftext|>
 
 
 RANKS = {
     "gpt2": RankFile(
-        "gpt2.tiktoken",
-        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-        50257,
+        50257, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
     ),
     "sotu4096": RankFile(
-        "sotu4096.tiktoken",
-        "e770fd9744a9162ba6181dde40376c67430f22dd3d338ba0c652d31794765acf",
-        4096,
+        4096, "e770fd9744a9162ba6181dde40376c67430f22dd3d338ba0c652d31794765acf"
     ),
 }
 
 
 def rank_file(name: str) -> RankFile:
-    """Return the entry of RANKS; UserError when the tokenizer is unknown."""
+    """Looks a name up in RANKS; UserError if it is unknown."""
     if name not in RANKS:
-        known = ", ".join(RANKS)
         raise UserError(
-            f"unknown tokenizer '{name}': it must be one of {known} (or 'auto'), "
-            "set by --config.data.tokenizer"
+            f"unknown tokenizer '{name}': set --config.data.tokenizer to 'auto' or to "
+            f"one of {', '.join(RANKS)}"
         )
     return RANKS[name]
 
 
 def packaged_bytes(file: str, sha256: str) -> bytes:
-    """Return the bytes of a file in pcagpt/assets; UserError unless its hash holds."""
+    """Reads a file in pcagpt/assets; UserError if its hash differs."""
     path = ASSETS / file
-    restore = f"restore it with: git checkout -- pcagpt/assets/{file}"
-    if not path.is_file():
-        raise UserError(f"packaged file {path} is missing; {restore}")
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(
-            f"packaged file {path} is damaged: its sha256 is {found[:12]}…, not "
-            f"{sha256[:12]}…; {restore}"
+            f"packaged file {path} is {'damaged' if content else 'missing'}: restore "
+            f"it with: git checkout -- pcagpt/assets/{file}"
         )
     return content
 
@@ -71,7 +60,7 @@ def packaged_bytes(file: str, sha256: str) -> bytes:
 def encoding_from_ranks(
     name: str, ranks: dict[bytes, int], vocab_size: int
 ) -> tiktoken.Encoding:
-    """Build a GPT-2 style encoding: ranks 0..vocab_size-2, then `<|endoftext|>`."""
+    """Returns an encoding like GPT-2's: vocab_size - 1 ranks, then `<|endoftext|>`."""
     return tiktoken.Encoding(
         name,
         pat_str=GPT2_PATTERN,
@@ -81,28 +70,17 @@ def encoding_from_ranks(
     )
 
 
-def dump_ranks(ranks: dict[bytes, int]) -> bytes:
-    """Write ranks in tiktoken's format: a line `base64(token) rank` per token."""
-    return b"".join(
-        base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()
-    )
-
-
-def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """Read ranks from tiktoken's format, the inverse of `dump_ranks`."""
-    # tiktoken's own loader keeps a cache that deletes files on a mismatch: not used.
-    rows = (line.split() for line in content.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in rows}
-
-
 @functools.lru_cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """Return the encoding `name` of RANKS; UserError when unknown or damaged."""
-    entry = rank_file(name)
-    ranks = parse_ranks(packaged_bytes(entry.file, entry.sha256))
-    return encoding_from_ranks(name, ranks, entry.vocab_size)
+    """Builds an encoding of RANKS; UserError if it is unknown or damaged."""
+    vocab_size, sha256 = rank_file(name)
+    # Each line is `base64(token) rank`. tiktoken's own loader would delete the file if
+    # its hash differs.
+    rows = map(bytes.split, packaged_bytes(f"{name}.tiktoken", sha256).splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    return encoding_from_ranks(name, ranks, vocab_size)
 
 
 def tokenizer_sha256(name: str) -> str:
-    """Return the sha256 of the rank file, which identifies the vocabulary."""
+    """sha256 of the rank file, which identifies the vocabulary."""
     return rank_file(name).sha256

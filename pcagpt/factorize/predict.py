@@ -1,8 +1,10 @@
-"""Predicts the loss that a replaced table adds, from statistics alone.
+"""Predicts the loss that the replacement of a table adds.
 
 Shape letters: V vocabulary, D model width.
 """
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,15 +27,16 @@ class Predictor:
         self._contexts_VD = token_contexts(table_VD, statistics)
 
     def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
-        """Added loss of a table [V, D] with error E.
+        """Added loss of a table [V, D] with error E, in the terms of `methods`.
 
         head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
-        input: 1/2 sum_v f_v E_v G E_v'. The head ignores an error that all rows share.
+        input: 1/2 sum_v f_v E_v G E_v'.
         """
         statistics, dtype = self._statistics, self._table_VD.dtype
         error_VD = dense_VD - self._table_VD
         input_ = statistics.frequency @ _squares(error_VD, statistics.gradient_moment)
         probability_V = statistics.probability
+        # The softmax cancels an error that all rows share.
         shared_D = probability_V @ error_VD / probability_V.sum()
         error_VD = error_VD - shared_D.astype(dtype)
         squares_V = _squares(error_VD, statistics.hidden_moment)
@@ -46,3 +49,39 @@ def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
     """Squared length of each row under a metric: [V]."""
     product_VD = rows_VD @ metric_DD.astype(rows_VD.dtype)
     return np.einsum("vd,vd->v", product_VD, rows_VD)
+
+
+class Calibration:
+    """Predicts added loss from second-order loss, fitted to a few measured tables.
+
+    Second order overestimates large errors, and underestimates a method that minimises
+    it. So each method has its own least-squares line log(added loss) = offset + slope *
+    log(second order). Unmeasured methods use slope 1 through the smallest point.
+    """
+
+    def __init__(self, measured: Iterable[tuple[str, SecondOrder, float]]):
+        """Takes (method, second order, added loss) for each measured table."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for method, second_order, added_loss in measured:
+            if added_loss > 0 and sum(second_order) > 0:
+                point = math.log(sum(second_order)), math.log(added_loss)
+                points.setdefault(method, []).append(point)
+        self._lines = {method: _line(found) for method, found in points.items()}
+        x, y = min(sum(points.values(), []), default=(0.0, 0.0))
+        self._default = 1.0, y - x
+
+    def __call__(self, method: str, second_order: SecondOrder) -> float:
+        """The predicted added loss in nats per token."""
+        if sum(second_order) <= 0:
+            return 0.0
+        slope, offset = self._lines.get(method, self._default)
+        return math.exp(offset + slope * math.log(sum(second_order)))
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(slope, offset) of the line through points; slope 1 if all have the same x."""
+    x, y = np.array(points).T
+    if np.ptp(x) < 1e-3:
+        return 1.0, float(np.mean(y - x))
+    slope, offset = np.polyfit(x, y, 1)
+    return float(slope), float(offset)

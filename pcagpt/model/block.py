@@ -1,5 +1,10 @@
 """A transformer block: attention and MLP, each behind a norm.
 
+Between the layers, activations are [N, D], not [B, T, D]: XLA then needs no transposes
+in the backward pass of LayerNorm. A layer does not add its result to the residual
+stream. It returns an update (y [N, D], bias [D]), which the next norm adds, so that one
+kernel reads and writes the stream.
+
 Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head width,
 F = 4D, X any width.
 """
@@ -12,7 +17,7 @@ from pcagpt.kernels import gelu, norm
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
-LAYER_NORM_EPSILON = 1e-5
+LAYER_NORM_EPSILON = 1e-5  # as in GPT-2; flax's default is 1e-6
 
 
 class Linear(nn.Module):
@@ -24,10 +29,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
-        """Kernel [inputs, features] in the compute dtype, bias [features] float32.
-
-        The bias is no parameter but 0 in a model without biases.
-        """
+        """Kernel [inputs, features] in the compute dtype, bias [features] float32."""
         init = nn.initializers.normal(self.std)
         kernel = self.param("kernel", init, (inputs, self.features))
         kernel = inside.gathered(kernel.astype(self.config.compute_dtype))
@@ -35,6 +37,7 @@ class Linear(nn.Module):
 
 
 def _bias(module: nn.Module, features: int) -> jax.Array:
+    """The parameter 'bias', or zeros for a model without biases."""
     if not module.config.bias:
         return jnp.zeros(features)
     return module.param("bias", nn.initializers.zeros, (features,))
@@ -45,7 +48,7 @@ def _add_bias(y_NX: jax.Array, bias_X: jax.Array) -> jax.Array:
 
 
 class ResidualNorm(nn.Module):
-    """Adds to the residual stream and normalises it, with statistics in float32."""
+    """Adds an update to the residual stream and normalises the sum."""
 
     config: GPTConfig
 
@@ -63,8 +66,8 @@ class ResidualNorm(nn.Module):
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
-    """`kernels.norm.add_and_norm` in its plain form."""
-    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # One rounding.
+    """The plain form of `kernels.norm.add_and_norm`; statistics are in float32."""
+    x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # rounded once
     exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
     mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
     square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
@@ -80,21 +83,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
-        """[N, D] -> [N, D] and its bias [D]; positions attend within their sequence.
+        """Normed stream [N, D] -> its update.
 
-        With a position, each sequence is the one token there, and attends to those
-        before it, whose keys and values are in the collection 'cache', which has place
-        for its own. Without one, they are written there where that collection can be
-        written.
+        Without a position, it reads whole sequences of `sequence_length` rows, and
+        writes their keys and values to the collection 'cache' if that is mutable. With
+        a position, it reads one token of each sequence, which attends to the earlier
+        tokens in 'cache' and is added to it.
         """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
-        q_ND, k_ND, v_ND = _thirds(x_ND, kernel)
-        # A key's bias adds the same to all logits of a query: the softmax does not see
-        # it. A value's goes through the average unchanged, if nothing is dropped.
+        q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
+        # The key's bias adds the same number to all logits of a query, so the softmax
+        # cancels it. The value's bias passes through the average unchanged and can be
+        # added after attention, unless attention probabilities are dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
-        # Devices that hold rows of 'proj' would else send each other parts of it.
+        # XLA would split this bias like the rows of 'proj' and then exchange the parts.
         v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
@@ -102,7 +106,7 @@ class Attention(nn.Module):
         shape = -1, sequence_length, config.n_head, width // config.n_head
         q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
         if drops:
-            # The fused kernels cannot drop attention probabilities; flax's can.
+            # Fused attention cannot drop probabilities; flax's plain form can.
             mask = jnp.tri(sequence_length, dtype=bool)[None, None]
             y_BTHC = nn.dot_product_attention(
                 q_BTHC,
@@ -115,12 +119,10 @@ class Attention(nn.Module):
                 deterministic=False,
             )
         elif position is not None:
-            keys_BTHC = self._cached("keys", k_BTHC, position)
-            values_BTHC = self._cached("values", v_BTHC, position)
             y_BTHC = jax.nn.dot_product_attention(
                 q_BTHC,
-                keys_BTHC,
-                values_BTHC,
+                self._cached("keys", k_BTHC, position),
+                self._cached("values", v_BTHC, position),
                 key_value_seq_lengths=jnp.full(len(q_BTHC), position + 1),
             )
         else:
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
-        """All that is cached, [B, T, H, C], with the new from `start` on."""
+        """Writes new keys or values to the cache and returns all of it [B, T, H, C]."""
         cached = self.variable("cache", name, lambda: new_BtHC)
         cached.value = jax.lax.dynamic_update_slice_in_dim(
             cached.value, new_BtHC, start, axis=1
@@ -142,30 +144,26 @@ class Attention(nn.Module):
 
 
 @jax.custom_vjp
-def _thirds(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
-    """Three [N, D] that make up x @ kernel.
+def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
+    """The thirds of x @ kernel as three arrays [N, D].
 
-    By a product each, whose results need not be copied out of one; their gradients are
-    brought together, so that one product gives that of x and one that of the kernel.
+    Three products avoid copies out of one large result. The custom gradient joins the
+    thirds' gradients, so that the backward pass has two products instead of six.
     """
-    # The barriers keep XLA from merging products of one array, here and in
-    # the gradients, and from then slicing the result after all.
+    # The barrier keeps XLA from merging the products and slicing the result after all.
     xs = jax.lax.optimization_barrier((x_ND,) * 3)
     parts = jnp.split(kernel_DX, 3, axis=1)
     return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
 
 
-def _thirds_forward(x_ND, kernel_DX):
-    return _thirds(x_ND, kernel_DX), (x_ND, kernel_DX)
-
-
-def _thirds_backward(residuals, gradients):
+def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
+    # Without the barrier, XLA would split the two products at the seams again.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 
-_thirds.defvjp(_thirds_forward, _thirds_backward)
+_split_product.defvjp(lambda *a: (_split_product(*a), a), _split_product_backward)
 
 
 class MLP(nn.Module):
@@ -175,7 +173,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, deterministic: bool):
-        """[N, D] -> [N, D] and its bias [D]."""
+        """Normed stream [N, D] -> its update."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
@@ -184,17 +182,17 @@ class MLP(nn.Module):
         return project_back(self.config, h_NF, None, deterministic)
 
 
-# The backward pass adds the bias again, which saves an [N, F] array a layer.
+# Adding the bias again in the backward pass saves an [N, F] array per layer.
 @jax.checkpoint
 def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """`kernels.gelu.bias_gelu` in its plain form."""
+    """The plain form of `kernels.gelu.bias_gelu`."""
     return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
 
 
 def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
-    """The layer 'proj' back into the residual stream: [N, D], and a bias [D] to add.
+    """Projects x + input_bias to an update of the stream by the caller's layer 'proj'.
 
-    Of x + input_bias, if there is one.
+    The bias is projected apart from x, which saves adding it to an [N, X] array.
     """
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
@@ -204,14 +202,13 @@ def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
         bias_D += input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
-    dropped_ND = nn.Dropout(config.dropout)(
-        _add_bias(y_ND, bias_D), deterministic=False
-    )
-    return dropped_ND, jnp.zeros_like(bias_D)
+    # Dropout acts on the sum of both, so the bias is added here, not in the next norm.
+    y_ND = nn.Dropout(config.dropout)(_add_bias(y_ND, bias_D), deterministic=False)
+    return y_ND, jnp.zeros_like(bias_D)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, between two additions to the residual stream."""
+    """One pre-norm transformer block."""
 
     config: GPTConfig
 
@@ -219,10 +216,7 @@ class Block(nn.Module):
     def __call__(
         self, x_ND, update, sequence_length: int, deterministic: bool, position=None
     ):
-        """The residual stream [N, D] and what is still to be added, to the same.
-
-        What is to be added is ([N, D], a bias [D]); position as for `Attention`.
-        """
+        """(Stream [N, D], pending update) -> the same after this block."""
         x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
         update = Attention(self.config, name="attn")(
             y_ND, sequence_length, deterministic, position

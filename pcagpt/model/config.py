@@ -1,9 +1,18 @@
-"""What a model is made of: sizes, switches, and the bands of its vocabulary."""
+"""The sizes and switches of a model, and the bands of its vocabulary."""
 
 import dataclasses
 from typing import NamedTuple
 
 INIT_STD = 0.02
+
+
+class BandSpec(NamedTuple):
+    """A range of token positions with one table."""
+
+    start: int  # the first position
+    size: int
+    padding: int  # rows without a token at the end of the table
+    rank: int | None  # None: the table is [size + padding, D], without scale matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +28,7 @@ class GPTConfig:
     n_embd_wte: int | None = None
     n_embd_wte_scale_tying: bool = True
     band_sizes: tuple[int, ...] = ()
-    band_ranks: tuple[int, ...] = ()
+    band_ranks: tuple[int | None, ...] = ()
     bias: bool = True
     dropout: float = 0.0
     compute_dtype: str = "float32"
@@ -28,29 +37,17 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows stored: the vocabulary rounded up to `vocab_multiple`."""
+        """Stored rows: the vocabulary rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def bands(self) -> tuple["BandSpec", ...]:
-        """The bands in order of token position; padding rows belong to the last."""
+    def bands(self) -> tuple[BandSpec, ...]:
+        """The bands in order of token position; the last one holds the padding rows."""
+        sizes = self.band_sizes or (self.vocab_size,)
+        ranks = self.band_ranks if self.band_sizes else (self.n_embd_wte,)
+        bands, start = [], 0
+        for size, rank in zip(sizes, ranks, strict=True):
+            bands.append(BandSpec(start, size, 0, rank))
+            start += size
         padding = self.padded_vocab_size - self.vocab_size
-        if not self.band_sizes:
-            return (BandSpec(0, self.vocab_size, padding, self.n_embd_wte),)
-        starts = [sum(self.band_sizes[:i]) for i in range(len(self.band_sizes))]
-        last = len(self.band_sizes) - 1
-        return tuple(
-            BandSpec(start, size, padding if i == last else 0, rank)
-            for i, (start, size, rank) in enumerate(
-                zip(starts, self.band_sizes, self.band_ranks, strict=True)
-            )
-        )
-
-
-class BandSpec(NamedTuple):
-    """Token positions start .. start + size - 1, stored at `rank` (None: at full D)."""
-
-    start: int
-    size: int
-    padding: int
-    rank: int | None
+        return (*bands[:-1], bands[-1]._replace(padding=padding))

@@ -1,1 +1,1 @@
-"""TODO."""
+"""From settings to results: plans, the jobs in them, and the tasks of one model."""

@@ -1,5 +1,6 @@
 """Carries out a plan: checks everything, makes what is missing, writes the report."""
 
+import operator
 import os
 import shlex
 from pathlib import Path
@@ -17,7 +18,6 @@ from pcagpt.pipeline.plan import Job, Plan, recovery_plan
 from pcagpt.pipeline.train_job import DONE, TrainJob
 from pcagpt.report import collect_results, recovered_rows, write_report
 from pcagpt.run import checkpoint
-from pcagpt.run.build import build_config, hardware
 from pcagpt.run.folder import read_record
 from pcagpt.telemetry.record import import_wandb
 
@@ -36,7 +36,8 @@ def describe(plan: Plan) -> list[str]:
       UserError: a run with other settings is in the way.
     """
     return [
-        f"{job.label:<32} {job.amount:>14}  {job.status()}" for job in _needed(plan)
+        f"{job.label:<32} {job.amount:>14}  {status}"
+        for job, status in _needed(plan).items()
     ]
 
 
@@ -56,15 +57,17 @@ def check(plan: Plan, settings: Settings) -> None:
             f"factorize.method is '{settings.factorize.method}': it must be one of "
             f"{', '.join(factorize.METHODS)}"
         )
-    jobs = _needed(plan)
-    to_do = [job for job in jobs if job.status() != DONE]
-    missing = [job for job in to_do if not job.is_target]
-    if missing and not settings.build_prerequisites:
-        raise _missing(missing[0], settings)
+    needed = _needed(plan)
+    to_do = [job for job, status in needed.items() if status != DONE]
+    for job in to_do:
+        if not job.is_target and not settings.build_prerequisites:
+            raise _missing(job)
     if any(isinstance(job, TrainJob) for job in to_do):
-        _check_sizes(jobs, to_do, settings)
-    for job in jobs:
-        if isinstance(job, TrainJob) and not job.is_target and job not in to_do:
+        corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
+        for job in to_do:
+            job.check_vocabulary(corpus.vocab_size)
+    for job, status in needed.items():
+        if isinstance(job, TrainJob) and not job.is_target and status == DONE:
             _check_baseline(job.folder, settings)
 
 
@@ -82,17 +85,16 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
     """
     check(plan, settings)
     _say(*describe(plan))
-    jobs, done, to_be_made = _needed(plan), [], set()
-    for job in jobs:
-        if job.status() != DONE or job.sources & to_be_made:
+    needed, to_be_made = _needed(plan), set()
+    for job, status in needed.items():
+        if status != DONE or job.sources & to_be_made:
             job.check(to_be_made)
             to_be_made.add(job.folder)
-        elif isinstance(job, TrainJob):
-            done.append(job)
-    if to_be_made:  # New runs are compared with finished ones: same tokens for both.
-        for job in done:
+    for job in needed:
+        # New runs are compared with finished ones: both must have the same tokens.
+        if to_be_made and isinstance(job, TrainJob) and job.folder not in to_be_made:
             job.check_corpus()
-    for job in jobs:
+    for job in needed:
         if job.folder in to_be_made:
             job.run()
     if plan.reported and jax.process_index() == 0:
@@ -118,19 +120,18 @@ def recover(settings: Settings) -> None:
         _say(f"report: {add_recovered(folder, rows)}")
 
 
-def _needed(plan: Plan) -> tuple[Job, ...]:
-    """The jobs of the plan, but no prerequisites of a finished run.
+def _needed(plan: Plan) -> dict[Job, str]:
+    """The jobs of the plan with their status, without prerequisites of a finished run.
 
-    Prerequisites stay if they are there and were made in another way.
+    A factorization stays if its files were made in another way than is asked for now.
     """
-    target = plan.jobs[-1]
+    jobs, target = plan.jobs, plan.jobs[-1]
     is_done = not plan.reported and target.status() == DONE
-    if not is_done or any(
-        isinstance(job, FactorizeJob) and job.has_source() and job.differing()
-        for job in plan.jobs
+    if is_done and not any(
+        isinstance(job, FactorizeJob) and job.differing() for job in jobs
     ):
-        return plan.jobs
-    return tuple(job for job in plan.jobs if job.is_target)
+        jobs = tuple(job for job in jobs if job.is_target)
+    return {job: job.status() for job in jobs}
 
 
 def _check_workdir(workdir: str) -> None:
@@ -144,31 +145,15 @@ def _check_workdir(workdir: str) -> None:
         )
 
 
-def _check_sizes(jobs, to_do, settings: Settings) -> None:
-    """Raises UserError if models or ranks do not fit the corpus's vocabulary."""
-    corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
-    device = hardware()
-    for job in to_do:
-        if isinstance(job, TrainJob):
-            build_config(job.settings.model, corpus.vocab_size, device)
-    for job in jobs:
-        highest = max(job.settings.ranks)
-        if isinstance(job, FactorizeJob) and highest > corpus.vocab_size:
-            raise UserError(
-                f"ranks holds {highest}: the corpus has {corpus.vocab_size} tokens, "
-                "the rank of the table is at most that"
-            )
-
-
 def _check_baseline(folder: Path, settings: Settings) -> None:
     """Raises UserError if a finished D is too different to start from."""
-    trained = (read_record(folder) or {}).get("model", {})
+    trained, asked = Settings.of(read_record(folder) or {}).model, settings.model
     takes = ARMS[settings.arm].takes
     shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
     differing = [
-        f"model.{name} (there {trained.get(name)}, here {own})"
+        f"model.{name} (there {getattr(trained, name)}, here {getattr(asked, name)})"
         for name in dict.fromkeys(shared)
-        if trained.get(name) != (own := getattr(settings.model, name))
+        if getattr(trained, name) != getattr(asked, name)
     ]
     if differing:
         raise UserError(
@@ -177,41 +162,32 @@ def _check_baseline(folder: Path, settings: Settings) -> None:
         )
 
 
-def _missing(job: Job, settings: Settings) -> UserError:
+def _missing(job: Job) -> UserError:
     """Says which prerequisite is missing, with the command that makes it."""
+    settings = job.settings
     if isinstance(job, TrainJob):
-        return UserError(
-            f"{job.folder} is not trained and build_prerequisites is off; train it "
-            f"with: {_command('configs/baseline.py', job.settings)}"
-        )
-    alone = Settings().replace(
-        {
-            "workdir": settings.workdir,
-            "model_path": str(job.source),
-            "ranks": job.settings.ranks,
-            "factorize": settings.factorize,
-            "telemetry.tensorboard": settings.telemetry.tensorboard,
-        }
-    )
-    return UserError(
-        f"{job.folder} lacks {job.amount} and build_prerequisites is off; make it "
-        f"with: {_command('configs/factorize.py', alone)}"
-    )
-
-
-def _command(config_file: str, settings: Settings) -> str:
-    """The command line that runs a config file with these settings."""
-    chosen = ("task", "arm", "build_prerequisites", "overwrite")
+        lacks, config_file = "is not trained", "configs/baseline.py"
+    else:
+        lacks, config_file = f"lacks {job.amount}", "configs/factorize.py"
+        kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
+        # Statistics depend on these, too.
+        kept += ("compress.calibration_tokens", "train.batch_size")
+        known = {path: operator.attrgetter(path)(settings) for path in kept}
+        settings = Settings(model_path=str(job.source)).replace(known)
+    set_by_file = ("task", "arm", "build_prerequisites", "overwrite")
     words = [
         override(path, value)
         for path, value in settings.flat().items()
-        if path not in chosen and value != KNOBS[path].default
+        if path not in set_by_file and value != KNOBS[path].default
     ]
-    return shlex.join(
-        ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
+    command = ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
+    return UserError(
+        f"{job.folder} {lacks} and build_prerequisites is off; make it with: "
+        f"{shlex.join(command)}"
     )
 
 
 def _say(*lines: str) -> None:
+    """Prints lines, on the first process only."""
     if jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)

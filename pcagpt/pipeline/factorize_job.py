@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
+from pcagpt.compress.effort import GPU
 from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
@@ -59,183 +60,203 @@ class FactorizeJob:
         Raises:
           UserError: the folder holds the files of another source or method.
         """
-        if not self.has_source():
-            return TO_DO
         differing = self.differing()
-        if differing and self.settings.overwrite:
+        if differing and not self.settings.overwrite:
+            raise self._other_files(differing)
+        if differing or self._source_sha256() is None:
             return TO_DO
-        if differing:
-            raise UserError(
-                f"{self.folder} holds another factorization ({', '.join(differing)} "
-                "differ): use another --config.workdir, or --config.overwrite=True"
-            )
         metadata = files.read_metadata(self.folder) or {"ranks": {}}
-        is_banded = self.settings.factorize.bands > 1
+        in_bands = self.settings.factorize.bands > 1
         is_complete = all(
-            str(rank) in metadata["ranks"]
-            and files.exists(self.folder, rank, is_banded)
+            str(rank) in metadata["ranks"] and files.exists(self.folder, rank, in_bands)
             for rank in self.settings.ranks
         )
         return DONE if is_complete else TO_DO
 
-    def has_source(self) -> bool:
-        """The table or the checkpoint exists."""
-        if self.is_bare_table:
-            return self.source.exists()
-        try:
-            checkpoint.find(self.source)
-        except UserError:
-            return False
-        return True
-
-    @property
-    def is_bare_table(self) -> bool:
-        """The source is a .npy file and not a run."""
-        return self.source.suffix == ".npy"
-
     def differing(self) -> list[str]:
-        """Parts of `identity` in which the files in the folder differ."""
-        metadata = files.read_metadata(self.folder)
-        if metadata is None:
+        """Parts of `identity` in which the files in the folder differ.
+
+        Empty if there are no files, or no source yet to compare them with.
+        """
+        metadata, identity = files.read_metadata(self.folder), self.identity()
+        if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in self.identity().items() if metadata.get(k) != v]
+        return [k for k, v in identity.items() if metadata.get(k) != v]
 
     def identity(self) -> dict[str, Any]:
-        """What the files depend on besides the ranks."""
-        chosen, path = self.settings.factorize, self._statistics_path
-        source = self.source
+        """What the files depend on besides the ranks; metadata.json holds it."""
+        chosen, given = self.settings.factorize, self._statistics_path
         found = {
             "method": chosen.method,
             "bands": chosen.bands,
             "singular_value_split": chosen.singular_value_split,
-            "source_sha256": (
-                sha256_of_file(source)
-                if self.is_bare_table
-                else checkpoint.fingerprint(source)
-            ),
+            "source_sha256": self._source_sha256(),
         }
-        if path and path.exists():
-            found["statistics_sha256"] = sha256_of_file(path)
-        elif self._calibrates:
-            found["calibration_tokens"] = self.settings.compress.calibration_tokens
+        if self._calibrates:
+            found["calibration_tokens"] = self._calibration_tokens
             found["calibration_batch_size"] = self.settings.train.batch_size
+        elif given and given.exists():
+            found["statistics_sha256"] = sha256_of_file(given)
         return found
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError if a rank does not fit the vocabulary of a D to be made."""
+        highest = max(self.settings.ranks)
+        if highest > vocab_size:
+            raise UserError(
+                f"ranks holds {highest}: the corpus has {vocab_size} tokens, the rank "
+                "of the table is at most that"
+            )
+
     def check(self, to_be_made: set[Path]) -> None:
-        """Raises UserError if the source is missing and no earlier job makes it."""
-        if self.source not in to_be_made:
-            self._open()
+        """Raises UserError if the source does not fit or no earlier job makes it.
+
+        Reads no weights. A source in `to_be_made` is checked by `run`.
+        """
+        if self.source in to_be_made:
+            # A new D is never the D that the files in the folder were made from.
+            if files.read_metadata(self.folder) and not self.settings.overwrite:
+                raise self._other_files(["source_sha256"])
+            return
+        if self._is_bare_table:
+            shape = files.read_table(self.source).shape
+        else:
+            shape = Run.open(self.source).table_shape
+        for rank in self.settings.ranks:
+            if rank > min(shape):
+                raise UserError(
+                    f"ranks holds {rank}: the table of {self.source} is {shape}, its "
+                    f"rank is at most {min(shape)}"
+                )
+        self._given_statistics(shape[0])
 
     def run(self) -> None:
         """Writes the files on the first process; every process calibrates."""
-        opened, table_VD, statistics = self._open()
+        self.check(set())
+        run = None if self._is_bare_table else Run.open(self.source)
+        table_VD = run.table() if run else files.read_table(self.source)
         if self._calibrates:
-            statistics = Subject.of(opened, self.settings).statistics()
+            tokens = {"compress.calibration_tokens": self._calibration_tokens}
+            statistics = Subject.of(run, self.settings.replace(tokens)).statistics
+        else:
+            statistics = self._given_statistics(len(table_VD))
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.settings.overwrite and self.differing():
                 shutil.rmtree(self.folder)
-            self._write(opened, table_VD, statistics)
+            step = {"step": run.step} if run else {}
+            self._write(table_VD, statistics, step)
         placement.wait_for_all(str(self.folder))
 
-    def _open(self) -> tuple[Run | None, np.ndarray, Statistics | None]:
-        """The run, its table [V, D], and statistics that come from a file.
-
-        Raises:
-          UserError: no table there, it is factorized already, a rank is too high, or
-            the statistics are missing or those of another table.
-        """
-        run = None if self.is_bare_table else Run.open(self.source)
-        table_VD = run.table() if run else files.read_table(self.source)
-        for rank in self.settings.ranks:
-            if rank > min(table_VD.shape):
-                raise UserError(
-                    f"ranks holds {rank}: the table of {self.source} is "
-                    f"{table_VD.shape}, its rank is at most {min(table_VD.shape)}"
-                )
-        statistics, path = None, self._statistics_path
-        if path:
-            statistics = calibrate.read(path)
-            if statistics is None:
-                raise UserError(
-                    f"factorize.method is '{self.settings.factorize.method}', which "
-                    f"needs statistics, and {path} holds none: name their file as "
-                    "--config.factorize.statistics"
-                )
-            if len(statistics.probability) != len(table_VD):
-                raise UserError(
-                    f"{path} has statistics of {len(statistics.probability)} tokens, "
-                    f"the table of {self.source} has {len(table_VD)}: give it its own"
-                )
-        return run, table_VD, statistics
-
     def _write(
-        self, run: Run | None, table_VD: np.ndarray, statistics: Statistics | None
+        self, table_VD: np.ndarray, statistics: Statistics | None, step: dict[str, int]
     ) -> None:
         """Writes the files of all ranks, those that are there already, too."""
-        chosen, shape = self.settings.factorize, table_VD.shape
+        chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
         )
         earlier = files.read_metadata(self.folder) or {"ranks": {}}
         ranks = sorted({*self.settings.ranks, *map(int, earlier["ranks"])})
-        tables = {}
-        for rank in ranks:
-            budget = factorize.budget_of_rank(*shape, rank)
-            try:
-                tables[rank] = make(budget, chosen.bands)
-            except ValueError:
-                raise UserError(
-                    f"rank {rank} of {len(table_VD):,} tokens is too small for "
-                    f"{chosen.bands} bands: raise the rank or lower factorize.bands"
-                ) from None
         singular_values = make.factors.singular_values
         energy = factorize.energy_kept(singular_values)
-
-        def describe(rank: int) -> dict[str, Any]:
-            table, kept = tables[rank], energy[rank - 1]
-            if chosen.bands == 1:
-                return {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
-            return {
-                "parameters": table.parameters,
-                "band_sizes": table.sizes,
-                "band_ranks": table.ranks,
-            }
-
+        tables, described = {}, {}
+        for rank in ranks:
+            budget = factorize.budget_of_rank(vocab_size, width, rank)
+            try:
+                table = tables[rank] = make(budget, chosen.bands)
+            except ValueError:
+                raise UserError(
+                    f"rank {rank} of {vocab_size:,} tokens is too small for "
+                    f"{chosen.bands} bands: raise the rank or lower factorize.bands"
+                ) from None
+            kept = energy[rank - 1]
+            described[str(rank)] = (
+                {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
+                if chosen.bands == 1
+                else {
+                    "parameters": table.parameters,
+                    "band_sizes": table.sizes,
+                    "band_ranks": table.ranks,
+                }
+            )
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **({"step": run.step} if run else {}),
-            "vocab_size": len(table_VD),
-            "n_embd": table_VD.shape[1],
+            **step,
+            "vocab_size": vocab_size,
+            "n_embd": width,
             "effective_rank": factorize.effective_rank(singular_values),
-            "ranks": {str(rank): describe(rank) for rank in ranks},
+            "ranks": described,
         }
         files.write(self.folder, tables, singular_values, metadata, chosen.bands > 1)
-        with Telemetry(
-            self.folder,
-            tensorboard=self.settings.telemetry.tensorboard,
-        ) as telemetry:
-            figure = spectrum_figure(singular_values, ranks)
-            telemetry.figure("spectrum", figure)
+        board = self.settings.telemetry.tensorboard
+        with Telemetry(self.folder, tensorboard=board) as telemetry:
+            telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
+
+    def _given_statistics(self, vocab_size: int) -> Statistics | None:
+        """The statistics of the file, or None if the method needs no file.
+
+        Raises:
+          UserError: the file is missing, or holds statistics of another table.
+        """
+        path = self._statistics_path
+        if path is None:
+            return None
+        statistics = calibrate.read(path)
+        if statistics is None:
+            raise UserError(
+                f"factorize.method is '{self.settings.factorize.method}', which needs "
+                f"statistics, and {path} holds none: name their file as "
+                "--config.factorize.statistics"
+            )
+        if len(statistics.probability) != vocab_size:
+            raise UserError(
+                f"{path} has statistics of {len(statistics.probability)} tokens, the "
+                f"table of {self.source} has {vocab_size}: give it its own"
+            )
+        return statistics
+
+    def _other_files(self, differing: list[str]) -> UserError:
+        return UserError(
+            f"{self.folder} holds another factorization ({', '.join(differing)} "
+            "differ): use another --config.workdir, or --config.overwrite=True"
+        )
+
+    def _source_sha256(self) -> str | None:
+        """Hash of the table or the checkpoint; None if it does not exist."""
+        try:
+            if self._is_bare_table:
+                return sha256_of_file(self.source)
+            return checkpoint.fingerprint(self.source)
+        except UserError:
+            return None
 
     @property
-    def _needs_statistics(self) -> bool:
-        return METHODS[self.settings.factorize.method].needs_statistics
+    def _is_bare_table(self) -> bool:
+        """The source is a .npy file and not a run."""
+        return self.source.suffix == ".npy"
 
     @property
     def _calibrates(self) -> bool:
         """Statistics are measured on the run."""
-        return self._needs_statistics and self._statistics_path is None
+        needed = METHODS[self.settings.factorize.method].needs_statistics
+        return needed and self._statistics_path is None
+
+    @property
+    def _calibration_tokens(self) -> int:
+        """As set, by default as many as on a GPU: the files must not depend on it."""
+        return self.settings.compress.calibration_tokens or GPU.calibration_tokens
 
     @property
     def _statistics_path(self) -> Path | None:
-        """The file of the statistics, if they are not measured here."""
-        if not self._needs_statistics:
+        """The file of the statistics, if the method needs one."""
+        chosen = self.settings.factorize
+        if not METHODS[chosen.method].needs_statistics:
             return None
-        if self.settings.factorize.statistics:
-            return Path(self.settings.factorize.statistics)
-        return (
-            self.source.with_suffix(".statistics.npz") if self.is_bare_table else None
-        )
+        if chosen.statistics:
+            return Path(chosen.statistics)
+        # A bare table cannot be measured: its statistics lie beside it.
+        beside = self.source.with_suffix(".statistics.npz")
+        return beside if self._is_bare_table else None

@@ -35,15 +35,15 @@ def make_plan(settings: Settings) -> Plan:
       UserError: that run does not exist, or is of another model than was asked for.
     """
     if settings.task == "factorize":
-        source = Path(settings.model_path)
-        return Plan((_factorize_job(settings, source, is_target=True),))
+        return Plan((_factorize_job(settings, Path(settings.model_path)),))
     if settings.task == "train":
-        from_run = bool(settings.init.weights_from)
-        return Plan((_job_from_run(settings),) if from_run else _run_jobs(settings))
+        if settings.init.weights_from:
+            return Plan((_job_from_run(settings),))
+        return Plan(_jobs_of_run(settings))
     jobs = []
     for seed in settings.experiment.seeds or (settings.seed,):
         suffix = "" if seed == settings.seed else f"_seed{seed}"
-        jobs += _experiment_jobs(settings.replace({"seed": seed}), suffix)
+        jobs += _jobs_of_experiment(settings.replace({"seed": seed}), suffix)
     runs = tuple(job.folder.name for job in jobs if isinstance(job, TrainJob))
     return Plan(tuple(jobs), runs)
 
@@ -57,75 +57,60 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
       settings: of task 'compress'; `compress.recover_ranks` says which models.
       folder: of the compressed models; the runs go there, too.
     """
-    source = Run.open(settings.model_path)
-    stored, own = source.settings, source.record.keys()
-    taken = ("finetune", "distill", "evaluate", "checkpoint", "telemetry", "mesh")
-    base = Settings().replace(
-        {name: getattr(settings, name) for name in taken}
-        | {f"model.{name}": getattr(settings.model, name) for name in DEVICE_KNOBS}
-        | {
-            "data": settings.data if settings.data.source else stored.data,
-            "train": stored.train if "train" in own else settings.train,
-            "seed": stored.seed if "seed" in own else settings.seed,
-            "overwrite": settings.overwrite,
+    baseline = Run.open(settings.model_path)
+    stored, known = baseline.settings, baseline.record.keys()
+    base = settings.replace(
+        {
+            "task": "train",
+            "arm": "baseline",
             "workdir": str(folder),
+            "data": baseline.data(settings.data),
+            "data.cache_dir": str(settings.cache_dir),
+            "train": stored.train if "train" in known else settings.train,
+            "seed": stored.seed if "seed" in known else settings.seed,
         }
     )
-    base = base.replace({"data.cache_dir": str(settings.cache_dir)})
-    run = str(source.folder)
+    run = str(baseline.folder)
     starts = [(run, "")]
     for rank in settings.compress.recover_ranks:
         starts += [(str(folder / f"best_k{rank}"), teacher) for teacher in ("", run)]
-    return Plan(
-        tuple(
-            _job_from_run(
-                base.replace({"init.weights_from": start, "distill.teacher": teacher})
-            )
-            for start, teacher in starts
-        )
-    )
+    jobs = []
+    for start, teacher in starts:
+        chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
+        jobs.append(_job_from_run(base.replace(chosen)))
+    return Plan(tuple(jobs))
 
 
-def _experiment_jobs(settings: Settings, suffix: str) -> list[Job]:
+def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
     """D, its factorization and all arms at all ranks; the suffix names the seed."""
-    settings = settings.replace({"task": "train"})
-    baseline = _train_job(_baseline(settings), suffix, is_target=True)
-    jobs = [
-        baseline,
-        _factorize_job(settings, baseline.folder, is_target=True, suffix=suffix),
-    ]
-    arms = arms_of(settings)
-    if "continued" in arms:  # D, trained further: it has no rank.
-        continued = _finished(_baseline(settings), "continued", suffix)
-        jobs.append(_train_job(continued, suffix, is_target=True))
+    settings, arms = settings.replace({"task": "train"}), arms_of(settings)
+    baseline = _train_job(_full(settings), "baseline", suffix=suffix)
+    jobs = [baseline, _factorize_job(settings, baseline.folder, suffix=suffix)]
+    # An arm that takes D as it is has D's table, and no rank.
+    whole = [arm for arm in arms if "weights" in ARMS[arm].takes]
+    jobs += [_train_job(_full(settings), arm, suffix=suffix) for arm in whole]
     for rank in settings.ranks:
         for arm in arms:
-            if arm != "continued":
-                ranked = settings.replace({"model.n_embd_wte": rank})
-                if "factors" not in ARMS[arm].takes:
-                    ranked = ranked.replace({"init": InitSettings()})
-                ranked = _finished(ranked, arm, suffix)
-                jobs.append(_train_job(ranked, suffix, is_target=True))
+            if arm in whole:
+                continue
+            ranked = settings.replace({"model.n_embd_wte": rank})
+            if "factors" not in ARMS[arm].takes:
+                ranked = ranked.replace({"init": InitSettings()})
+            jobs.append(_train_job(ranked, arm, suffix=suffix))
     return jobs
 
 
-def _run_jobs(settings: Settings) -> tuple[Job, ...]:
+def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
     """One run, after everything that it needs."""
-    arm, init, needed = ARMS[settings.arm], settings.init, []
-    needs_factors = _starts_from_factors(settings) and not _imports_table(init)
-    if (
-        needs_factors
-        or "weights" in arm.takes
-        or ("blocks" in arm.takes and not init.blocks_from)
-        or (arm.is_taught and not settings.distill.teacher)
-    ):
-        baseline = _train_job(_baseline(settings), "", is_target=False)
-        needed.append(baseline)
-        if needs_factors:
-            one = settings.replace({"ranks": (settings.model.n_embd_wte,)})
-            needed.append(_factorize_job(one, baseline.folder, is_target=False))
-    run = _finished(settings, settings.arm, "")
-    return (*needed, _train_job(run, "", is_target=True))
+    run = _train_job(settings, settings.arm)
+    taken = _taken_from_baseline(settings, settings.arm)
+    if not taken:
+        return (run,)
+    baseline = _train_job(_full(settings), "baseline", is_target=False)
+    if not any(knob.startswith("init.import_") for knob in taken):
+        return baseline, run
+    one_rank = settings.replace({"ranks": (settings.model.n_embd_wte,)})
+    return baseline, _factorize_job(one_rank, baseline.folder, is_target=False), run
 
 
 def _job_from_run(settings: Settings) -> TrainJob:
@@ -141,16 +126,38 @@ def _job_from_run(settings: Settings) -> TrainJob:
         arm = "pca_distill"
     elif model.n_embd_wte is not None or model.band_sizes:
         arm = "pca_finetune"
-    settings = _with_budget(settings.replace({"arm": arm}))
+    settings = settings.replace({"arm": arm, **_budget(settings, arm)})
     name = FROM_RUN.format(arm=arm, source=source.folder.resolve().name)
     return TrainJob(Path(settings.workdir) / name, settings, is_target=True)
 
 
-def _baseline(settings: Settings) -> Settings:
-    """The settings of the D that belongs to an arm or an experiment."""
+def _train_job(
+    settings: Settings, arm: str, *, suffix: str = "", is_target: bool = True
+) -> TrainJob:
+    """The run of an arm: what it takes from D, and its share of D's budget."""
+    taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
+    if arm == "random" and ("init.import_bands" in taken or settings.init.import_bands):
+        keep = "shape"  # C has the bands of A, but none of its numbers.
+    if keep != "all":
+        taken["init.keep"] = keep
+    settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
+    model = settings.model
+    rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
+    name = ARMS[arm].run_name.format(rank=rank) + suffix
+    return TrainJob(Path(settings.workdir) / name, settings, is_target)
+
+
+def _factorize_job(
+    settings: Settings, source: Path, *, suffix: str = "", is_target: bool = True
+) -> FactorizeJob:
+    folder = Path(settings.workdir) / f"pca_factorized{suffix}"
+    return FactorizeJob(source, folder, settings, is_target)
+
+
+def _full(settings: Settings) -> Settings:
+    """The settings with a full table, and without imports and teacher."""
     return settings.replace(
         {
-            "arm": "baseline",
             "distill": DistillSettings(),
             "init": InitSettings(),
             "model.n_embd_wte": None,
@@ -160,80 +167,47 @@ def _baseline(settings: Settings) -> Settings:
     )
 
 
-def _finished(settings: Settings, arm: str, suffix: str) -> Settings:
-    """The settings of an arm: where it starts, and its share of the budget."""
-    settings = settings.replace({"arm": arm})
-    return _with_budget(settings.replace(_start(settings, suffix)))
+def _taken_from_baseline(
+    settings: Settings, arm: str, suffix: str = ""
+) -> dict[str, str]:
+    """{knob: path} of what an arm takes from D, unless the person names another."""
+    takes, init = ARMS[arm].takes, settings.init
+    workdir, bands = Path(settings.workdir), settings.factorize.bands
+    baseline = str(workdir / (ARMS["baseline"].run_name + suffix))
+    # In several bands, C needs the sizes of A's bands.
+    needs_factors = "factors" in takes or (arm == "random" and bands > 1)
+    has_factors = (
+        init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
+    )
+    taken = {}
+    if needs_factors and not has_factors:
+        folder, rank = workdir / f"pca_factorized{suffix}", settings.model.n_embd_wte
+        if bands > 1:
+            taken["init.import_bands"] = str(files.bands_path(folder, rank))
+        else:
+            scales = str(files.scale_path(folder, rank))
+            taken["init.import_wte_npy"] = str(files.table_path(folder, rank))
+            taken["init.import_scale_matrices_npz"] = scales
+    if "blocks" in takes and not init.blocks_from:
+        taken["init.blocks_from"] = baseline
+    if "weights" in takes:
+        taken["init.weights_from"] = baseline
+    if ARMS[arm].is_taught and not settings.distill.teacher:
+        taken["distill.teacher"] = baseline
+    return taken
 
 
-def _with_budget(settings: Settings) -> Settings:
-    """`train` is D's budget; the other arms get their declared share of it."""
-    arm, train, share = ARMS[settings.arm], settings.train, settings.finetune
-    changes, rate = {}, 1.0
-    if arm.is_fine_tuned:
+def _budget(settings: Settings, arm: str) -> dict[str, float]:
+    """{knob: value} of an arm's share of D's budget, which `train` declares."""
+    train, share, changes, rate = settings.train, settings.finetune, {}, 1.0
+    if ARMS[arm].is_fine_tuned:
         rate = share.learning_rate_share
         changes = {
             "train.steps": max(1, round(train.steps * share.steps_share)),
             "train.warmup_steps": round(train.warmup_steps * share.steps_share),
         }
-    elif "factors" in arm.takes:
+    elif "factors" in ARMS[arm].takes:
         rate = settings.scratch.pca_learning_rate_share
-    elif settings.arm == "random":
+    elif arm == "random":
         rate = settings.scratch.random_learning_rate_share
-    changes["train.learning_rate"] = train.learning_rate * rate
-    return settings.replace(changes)
-
-
-def _starts_from_factors(settings: Settings) -> bool:
-    """The arm needs D's factors, or at least the shape of their bands."""
-    has_bands = settings.arm == "random" and settings.factorize.bands > 1
-    return has_bands or "factors" in ARMS[settings.arm].takes
-
-
-def _imports_table(init: InitSettings) -> bool:
-    """The person has said which table to start from."""
-    return bool(
-        init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
-    )
-
-
-def _start(settings: Settings, suffix: str) -> dict[str, str]:
-    """Knobs that say what an arm takes from D, unless the person has set them."""
-    arm, init = ARMS[settings.arm], settings.init
-    workdir = Path(settings.workdir)
-    baseline = str(workdir / (ARMS["baseline"].run_name + suffix))
-    found = {}
-    if _starts_from_factors(settings) and not _imports_table(init):
-        folder = workdir / f"pca_factorized{suffix}"
-        rank = settings.model.n_embd_wte
-        if settings.factorize.bands > 1:
-            found["init.import_bands"] = str(files.bands_path(folder, rank))
-        else:
-            scales = files.scale_path(folder, rank)
-            found["init.import_wte_npy"] = str(files.table_path(folder, rank))
-            found["init.import_scale_matrices_npz"] = str(scales)
-    if arm.keep != "all":
-        found["init.keep"] = arm.keep
-    if settings.arm == "random" and (init.import_bands or "init.import_bands" in found):
-        found["init.keep"] = "shape"
-    if "blocks" in arm.takes and not init.blocks_from:
-        found["init.blocks_from"] = baseline
-    if "weights" in arm.takes:
-        found["init.weights_from"] = baseline
-    if arm.is_taught and not settings.distill.teacher:
-        found["distill.teacher"] = baseline
-    return found
-
-
-def _train_job(settings: Settings, suffix: str, is_target: bool) -> TrainJob:
-    model = settings.model
-    rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
-    name = ARMS[settings.arm].run_name.format(rank=rank) + suffix
-    return TrainJob(Path(settings.workdir) / name, settings, is_target)
-
-
-def _factorize_job(
-    settings: Settings, source: Path, is_target: bool, suffix: str = ""
-) -> FactorizeJob:
-    folder = Path(settings.workdir) / f"pca_factorized{suffix}"
-    return FactorizeJob(source, folder, settings, is_target)
+    return changes | {"train.learning_rate": train.learning_rate * rate}

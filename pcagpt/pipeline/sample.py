@@ -57,12 +57,11 @@ def sample(settings: Settings) -> list[str]:
     )
     found, total = [], options.tokens
     with Progress(f"sampling from {run.folder.name}", total) as progress:
-        for number, drawn_B in enumerate(itertools.islice(drawn, total)):
-            progress.update(number)
+        drawn = progress.track(itertools.islice(drawn, total))
+        for number, drawn_B in enumerate(drawn):
             found.append(drawn_B)
             if number >= FETCH_DELAY:
                 found[-1 - FETCH_DELAY] = np.asarray(found[-1 - FETCH_DELAY])
-        progress.update(total)
     samples = []
     for tokens in np.stack(found, axis=1).tolist():
         kept = itertools.takewhile(lambda token: token != end, tokens)

@@ -9,10 +9,12 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus, open_corpus
+from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, initialise
+from pcagpt.run.build import build_config
 from pcagpt.run.folder import changed_fields, read_record, read_result, write_record
+from pcagpt.run.opened import open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
@@ -73,15 +75,14 @@ class TrainJob:
     def settled(self) -> Settings:
         """The settings, with the bands that they import once these exist."""
         folder = self.settings.init.import_bands
-        exists = bool(folder) and Path(folder).exists()
-        return (
-            initialise.with_imported_bands(self.settings) if exists else self.settings
-        )
+        if not folder or not Path(folder).exists():
+            return self.settings
+        return initialise.with_imported_bands(self.settings)
 
     def record(self) -> dict[str, Any]:
         """What config.json holds: the settings and the hashes of all imports.
 
-        Imports that do not exist yet have no hash.
+        The hashes are None as long as an import does not exist.
         """
         paths = initialise.imported_paths(self.settings).values()
         exist = all(path.exists() for path in paths)
@@ -89,13 +90,12 @@ class TrainJob:
         return {**self.settled().to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; the first process tokenizes its text if need be."""
-        data = self.settings.data
-        source = data.source, self.settings.cache_dir, data.tokenizer
-        if jax.process_index() == 0:
-            open_corpus(*source)
-        placement.wait_for_all(f"corpus {data.source}")
-        return open_corpus(*source)
+        """The run's corpus; its text is tokenized if need be."""
+        return open_shared_corpus(self.settings.data, self.settings.cache_dir)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError if the model does not fit the vocabulary or the device."""
+        build_config(self.settings.model, vocab_size)
 
     def check(self, to_be_made: set[Path]) -> None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
@@ -104,20 +104,20 @@ class TrainJob:
           to_be_made: folders of earlier jobs. Imports from them cannot be checked yet.
         """
         settings = self.settled()
-        dropped: dict[str, Any] = {
+        left_out: dict[str, Any] = {
             knob: ""
             for knob, path in initialise.imported_paths(settings).items()
             if {path, path.parent} & to_be_made
         }
-        if "init.import_bands" in dropped:
-            dropped |= {"model.band_sizes": (), "model.band_ranks": ()}
-        if dropped:
-            dropped |= {
+        if "init.import_bands" in left_out:
+            left_out |= {"model.band_sizes": (), "model.band_ranks": ()}
+        if left_out:  # What needs an import is left out with it.
+            left_out |= {
                 "init.keep": "all",
                 "init.import_wte_freeze": False,
                 "init.import_scale_matrices_freeze": False,
             }
-        Setup.of(settings.replace(dropped), self.corpus())
+        Setup.of(settings.replace(left_out), self.corpus())
         self.check_corpus()
 
     def check_corpus(self) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcagpt.files import read_npy, write_file, write_json, write_text
-from pcagpt.report import text
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
@@ -15,22 +14,17 @@ from pcagpt.report.figures import (
     spectrum_figure,
 )
 from pcagpt.report.sweep import sweep_view
+from pcagpt.report.text import Markdown, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FILTERS = (text.fixed, text.signed, text.effect, text.interval, text.count, text.times)
-FILTERS += (text.percent, text.duration, text.code, text.fields)
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, plots/*.png, report.md and report.html; returns the last.
 
-    Args:
-      workdir: folder of the run folders: their curves and spectrum are drawn.
-      results: what `collect_results` returned.
+    `results` come from `collect_results`. Curves and spectrum are read from `workdir`.
     """
-    workdir = Path(workdir)
     write_json(workdir / "results.json", results)
     view, spectrum = experiment_view(results), results["spectrum"] or {}
     figures = {
@@ -46,52 +40,35 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
 
 
 def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
-    """Writes plots/pareto.png, report.md and report.html of a sweep; returns the last.
-
-    Args:
-      folder: that holds sweep.json.
-      sweep: its content.
-    """
-    figures = {"pareto": pareto_figure(sweep)}
-    return _write(Path(folder), "sweep", sweep_view(sweep), figures)
+    """Writes plots/pareto.png, report.md and report.html; returns the last."""
+    return _write(folder, "sweep", sweep_view(sweep), {"pareto": pareto_figure(sweep)})
 
 
 def _write(
     folder: Path, name: str, view: dict, figures: "dict[str, Figure | None]"
 ) -> Path:
-    """Writes the figures that are not None, and both pages."""
+    """Writes the figures and both pages; removes figures of an earlier report."""
     import markdown
-    from jinja2 import Environment, PackageLoader
 
-    _save(folder / "plots", figures)
-    environment = Environment(
-        loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=text.escaped
-    )
-    environment.filters |= {function.__name__: function for function in FILTERS}
-    plots = [name for name, figure in figures.items() if figure is not None]
-    template = environment.get_template(f"{name}.md.j2")
-    page = re.sub(r"\n{3,}", "\n\n", template.render(view, plots=plots)).strip() + "\n"
-    write_text(folder / "report.md", page)
+    (folder / "plots").mkdir(exist_ok=True)
+    for plot, figure in figures.items():
+        path = folder / "plots" / f"{plot}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            png = {"format": "png", "metadata": {"Software": None}}
+            write_file(path, lambda file, f=figure, png=png: f.savefig(file, **png))
+    plots = [plot for plot, figure in figures.items() if figure is not None]
+    page = render(f"{name}.md.j2", plots=plots, **view)
+    write_text(folder / "report.md", page + "\n")
 
     def inlined(match: re.Match) -> str:
         image = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
         return f'src="data:image/png;base64,{image}"'
 
     body = markdown.markdown(page, extensions=["tables"], output_format="html")
-    body = re.sub(r'src="(plots/\w+\.png)"', inlined, body)
-    title, body = page.splitlines()[0].removeprefix("# "), text.Markdown(body)
-    wrapper = environment.get_template("page.html.j2")
-    write_text(folder / "report.html", wrapper.render(title=title, body=body))
+    body = Markdown(re.sub(r'src="(plots/\w+\.png)"', inlined, body))
+    title = page.splitlines()[0].removeprefix("# ")
+    html = render("page.html.j2", title=title, body=body)
+    write_text(folder / "report.html", html + "\n")
     return folder / "report.html"
-
-
-def _save(folder: Path, figures: "dict[str, Figure | None]") -> None:
-    """Writes the figures as PNG files; removes the one of an earlier report."""
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            png = {"format": "png", "metadata": {"Software": None}}
-            write_file(path, lambda file, f=figure, png=png: f.savefig(file, **png))

@@ -1,39 +1,25 @@
-"""Tables and texts of a compression sweep, from the content of sweep.json."""
+"""sweep.json -> tables and texts of the report on a compression sweep."""
 
 from typing import Any
 
 import numpy as np
 
 from pcagpt.report.compare import INTERVAL
-from pcagpt.report.text import (
-    NOTHING,
-    Markdown,
-    count,
-    fixed,
-    interval,
-    percent,
-    signed,
-    table,
-)
+from pcagpt.report.text import Markdown, count, fixed, render, signed, table
 
-SMALLEST_ADDED = 1e-3  # nats: measured values below are mostly rounding
-SMALL_LOSS = 0.3  # nats: predictions are meant to be accurate up to here
+SMALLEST_ADDED = 1e-3  # nats: smaller measured values are mostly rounding
+SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
-    """What the template of the report shows of a sweep."""
-    rows = sweep["rows"]
+    """The data of the report's template."""
+    rows = sorted(sweep["rows"], key=lambda row: (row["bytes"], row["added_loss"]))
     return {
         "sweep": sweep,
         "baseline": baseline_of(sweep),
         "equal_size": equal_size_table(sweep),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
-        "rows": [
-            {"name": row_name(row)} | row
-            for row in sorted(
-                sweep["rows"], key=lambda r: (r["bytes"], r["added_loss"])
-            )
-        ],
+        "rows": [{"name": row_name(row)} | row for row in rows],
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
         "small_loss": SMALL_LOSS,
@@ -41,14 +27,14 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def advice_text(row: dict[str, Any], folder: str) -> str:
-    """The chosen table in a few lines for the terminal."""
+    """Describes the chosen table in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
         for size, rank in zip(row["band_sizes"], row["band_ranks"], strict=True)
     )
     return (
-        f"{row_name(row)}: {count(row['params'])} numbers, "
-        f"{count(row['bytes'])} bytes\n"
+        f"{row_name(row)}: {count(row['params'])} numbers, {count(row['bytes'])} bytes"
+        "\n"
         f"bands: {bands}\n"
         f"added loss: {fixed(row['predicted_loss'], 4)} predicted, "
         f"{fixed(row['added_loss'], 4)} measured, in nats per token\n"
@@ -64,7 +50,7 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:
-    """'context, 12 bands, int8', without the parts that do not apply."""
+    """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
     method = "D's table" if method == "baseline" else method
     return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 
@@ -76,7 +62,7 @@ def row_name(row: dict[str, Any]) -> str:
 
 
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
-    """Added loss of each method and number of bands, a column for each rank."""
+    """Added loss: a row for each method and number of bands, a column for each rank."""
     rows = [row for row in sweep["rows"] if row["bits"] == 32]
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -92,9 +78,8 @@ def equal_size_table(sweep: dict[str, Any]) -> Markdown:
 
 
 def recovery_table(sweep: dict[str, Any]) -> Markdown:
-    """Models that were trained further, the same without, and D trained further."""
-    recovered, loss = sweep["recovered"], baseline_of(sweep)["loss"]
-    lines = []
+    """Added loss of compressed models before and after training, and of D+."""
+    recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
         untrained = [
@@ -103,37 +88,20 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
             if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
         ]
         for name, added in [*untrained, (row_name(runs[0]), runs[0]["added_at_start"])]:
-            loss_and_added = [fixed(loss + added, 4), signed(added, 4)]
-            lines.append(["", name, f"k={rank}", *loss_and_added, *6 * [NOTHING]])
+            rows.append({"name": name, "rank": rank, "added_loss": added})
         for row in runs:
             on = " on D's predictions" if row["letter"] == "Bd" else ""
-            name = f"{row_name(row)}, trained further{on}"
-            lines.append([f"**{row['letter']}**", name, f"k={rank}", *_numbers(row)])
-    for row in (row for row in recovered if row["rank"] is None):
-        numbers = _numbers(row | {"less_continued": None})
-        lines.append([f"**{row['letter']}**", "D, trained further", NOTHING, *numbers])
-    header = ["", "Model", "Size of", "Loss", "Added", INTERVAL, "Minus D+", INTERVAL]
-    header += ["Tokens", "Of D's", "Learning rate"]
-    return table(header, lines, "ll" + "r" * (len(header) - 2))
-
-
-def _numbers(row: dict[str, Any]) -> list[str]:
-    """The cells of a trained model from its loss on."""
-    compared = row["less_continued"] is not None
-    return [
-        fixed(row["val_loss"], 4),
-        signed(row["added_loss"], 4),
-        interval(row["interval"]),
-        signed(row["less_continued"], 4),
-        interval(row["less_continued_interval"] if compared else None),
-        count(row["tokens_seen"]),
-        percent(row["share_of_tokens"]),
-        f"{row['learning_rate']:g}",
-    ]
+            rows.append(row | {"name": f"{row_name(row)}, trained further{on}"})
+    for row in recovered:
+        if row["rank"] is None:
+            none = {"less_continued": None, "less_continued_interval": None}
+            rows.append(row | none | {"name": "D, trained further"})
+    loss = baseline_of(sweep)["loss"]
+    return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """How well tables are predicted that the prediction was not fitted to."""
+    """Accuracy of the predictions on float32 tables that were not used to fit them."""
     pairs = [
         (row["predicted_loss"], row["added_loss"])
         for row in rows

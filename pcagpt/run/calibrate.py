@@ -1,13 +1,11 @@
-"""What a model does on calibration text: the statistics that weigh table errors.
+"""Measures the statistics of a model on calibration text, and caches them.
 
 Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, D width.
 """
 
 import functools
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.data.corpus import count_tokens
+from pcagpt.config import Settings
+from pcagpt.data.batches import TrainingBatches
+from pcagpt.data.corpus import Corpus, count_tokens
+from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
+from pcagpt.files import read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
+from pcagpt.run.opened import Run
 from pcagpt.sharding import inside, placement
+from pcagpt.telemetry.progress import Progress
 
-
-def token_frequency(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Share of each token id among the tokens: [V] float64."""
-    return count_tokens(tokens, vocab_size) / len(tokens)
+SEED = 0  # of the order of the calibration text
 
 
 def collect(
@@ -36,10 +37,10 @@ def collect(
     mesh,
     chunks: int,
 ) -> Statistics:
-    """Runs a model with a full table over batches of token ids, int32 [B, T].
+    """Runs a model with a full table on batches of token ids, int32 [B, T].
 
-    Products are in float32 at the highest precision, their sums over batches in
-    float64; the model itself runs in its compute dtype.
+    The model runs in its compute dtype. Products are float32 at the highest precision,
+    their sums over batches float64.
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)
@@ -56,7 +57,7 @@ def collect(
 
 
 def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
-    """Sums over a batch of every statistic but the frequency."""
+    """Sums of all statistics but the frequency over a batch."""
     vocab_size = model.config.vocab_size
 
     def trunk(x_ND):
@@ -67,7 +68,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     )
     h_ND, pull_back = jax.vjp(trunk, x_ND)
     wte_VD = model.apply(variables, method="head")[0].wte
-    # Whole before the chunks: else devices would send each other hidden states in each.
+    # Gathered once: otherwise every chunk would exchange hidden states.
     wte_VD = inside.gathered(wte_VD)[:vocab_size]
     compute_VD = wte_VD.astype(h_ND.dtype)
     keys_N = jax.random.split(key, h_ND.shape[0])
@@ -80,7 +81,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
             p_nV.astype(h_nD.dtype), compute_VD, preferred_element_type=jnp.float32
         )
         drawn_n = jax.vmap(jax.random.categorical)(keys_n, logits_nV)
-        # Of the loss of the drawn tokens with respect to h.
+        # The gradient of the loss of the drawn tokens with respect to h.
         gradient_nD = expected_nD - wte_VD[drawn_n]
         return probability_V + p_nV.sum(axis=0), (expected_nD, gradient_nD)
 
@@ -99,28 +100,64 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     }
 
 
-def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
-    """Statistics and how they came about, as one .npz."""
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
-        np.savez(file, protocol=json.dumps(protocol), **statistics._asdict())
-    temporary.replace(path)
+def statistics(
+    run: Run, settings: Settings, corpus: Corpus, model: GPT, variables: dict, mesh
+) -> Statistics:
+    """Statistics of a run; they are measured once and kept in the run's folder.
 
-
-def beside(run_dir: Path, step: int, protocol: dict[str, Any]) -> Path:
-    """Where the statistics of a checkpoint under a protocol are kept."""
+    Args:
+      run: a run with a full table.
+      settings: `compress.calibration_tokens` is rounded up to batches of
+        `train.batch_size`.
+      corpus: the calibration text is its training split.
+      model: the model of the run.
+      variables: its variables, placed on the mesh.
+      mesh: the devices.
+    """
+    batch_size, train = settings.train.batch_size, corpus.tokens("train")
+    block_size = model.config.block_size
+    batches = TrainingBatches(train, block_size, batch_size, SEED)
+    steps = -(-settings.compress.calibration_tokens // (batch_size * block_size))
+    protocol = {
+        "checkpoint": run.fingerprint,
+        "corpus": corpus.fingerprint(),
+        "split": "train",
+        "tokens": steps * batch_size * block_size,
+        "window": block_size,
+        "batch_size": batch_size,
+        "seed": SEED,
+        "compute_dtype": model.config.compute_dtype,
+    }
     text = json.dumps(protocol, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return run_dir / f"statistics_step{step}_{digest[:8]}.npz"
+    path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
+    known = read(path, protocol)
+    if known is not None:
+        return known
+    frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
+    windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
+    with Progress(f"calibrating on {corpus.name}", steps) as progress:
+        windows, chunks = progress.track(windows), settings.train.loss_chunks
+        found = collect(model, variables, frequency_V, windows, mesh, chunks)
+    if jax.process_index() == 0:
+        write(path, found, protocol)
+    return found
+
+
+def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
+    """Writes statistics, and how they were measured, as one .npz file."""
+    write_npz(path, protocol=json.dumps(protocol), **statistics._asdict())
 
 
 def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:
-    """Statistics from a file, of the same protocol if one is given; else None."""
+    """Statistics from a file; None if it lacks them or was measured otherwise."""
     try:
-        # From memory: of a damaged archive np.load would leave the file open.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            if protocol and json.loads(str(archive["protocol"])) != protocol:
-                return None
-            return Statistics(**{name: archive[name] for name in Statistics._fields})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(path)
+    except UserError:  # A missing or damaged file is measured anew.
+        return None
+    if protocol and json.loads(str(arrays.get("protocol", "null"))) != protocol:
+        return None
+    try:
+        return Statistics(**{name: arrays[name] for name in Statistics._fields})
+    except KeyError:
         return None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.data.batches import EvaluationBatches
-from pcagpt.data.corpus import Corpus
+from pcagpt.data.corpus import Corpus, TextSize
 from pcagpt.data.tokenizer import tokenizer_sha256
 from pcagpt.losses import scan_chunks, token_losses
 from pcagpt.model import GPT
@@ -111,28 +111,32 @@ class Evaluator:
                 scores[-2] = jax.tree.map(np.asarray, scores[-2])
             if progress is not None:
                 progress.update(number)
-        loss_WT, cosine_WT, cosine_d_WT = (
-            np.concatenate([np.asarray(a_BT) for a_BT in parts])
-            for parts in zip(*scores, strict=True)
-        )
-        # The last batch is padded with windows that have no targets.
-        counted_WT = np.concatenate(targets) >= 0
+        # The last batch is filled up with windows that have no targets.
         windows = self.batches.window_count
-        sums_W = loss_WT.sum(axis=1, dtype=np.float64)
-        window_losses = np.stack([sums_W, counted_WT.sum(axis=1)], axis=1)[:windows]
-        nats, tokens = window_losses.sum(axis=0)
-        cosines, text = cosine_WT[counted_WT], self._text
-        metrics = {
-            "loss": nats / tokens,
-            "perplexity": _exp(nats / tokens),
-            "word_perplexity": _exp(nats / text.words) if text else None,
-            "bits_per_byte": nats / math.log(2) / text.bytes if text else None,
-            "ln_f_cosine": float(cosines.mean(dtype=np.float64)),
-            "ln_f_cosine_p05": float(np.quantile(cosines, 0.05)),
-            "ln_f_cosine_d": float(cosine_d_WT[counted_WT].mean(dtype=np.float64)),
-            "tokens_predicted": int(tokens),
-        }
-        return Evaluation(metrics, window_losses)
+        targets_WT = np.concatenate(targets)[:windows]
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:windows], *scores)
+        return summarize(whole, targets_WT >= 0, self._text)
+
+
+def summarize(
+    scores: TokenScores, has_target_WT: np.ndarray, text: TextSize | None
+) -> Evaluation:
+    """The metrics of a split from the scores [W, T] of all its windows."""
+    sums_W = scores.loss.sum(axis=1, dtype=np.float64)
+    window_losses = np.stack([sums_W, has_target_WT.sum(axis=1)], axis=1)
+    nats, tokens = window_losses.sum(axis=0)
+    cosines, cosines_d = scores.cosine[has_target_WT], scores.cosine_d[has_target_WT]
+    metrics = {
+        "loss": nats / tokens,
+        "perplexity": _exp(nats / tokens),
+        "word_perplexity": _exp(nats / text.words) if text else None,
+        "bits_per_byte": nats / math.log(2) / text.bytes if text else None,
+        "ln_f_cosine": float(cosines.mean(dtype=np.float64)),
+        "ln_f_cosine_p05": float(np.quantile(cosines, 0.05)),
+        "ln_f_cosine_d": float(cosines_d.mean(dtype=np.float64)),
+        "tokens_predicted": int(tokens),
+    }
+    return Evaluation(metrics, window_losses)
 
 
 def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):

@@ -1,6 +1,7 @@
-"""Text from a model, token by token.
+"""Generates text from a model, token by token.
 
-Shape letters: B samples, T tokens of a window, D width, V vocabulary.
+Shape letters: B samples, T tokens of a window, H heads, C head width, D model width,
+V vocabulary.
 """
 
 import functools
@@ -14,11 +15,11 @@ import numpy as np
 
 from pcagpt.model import GPT
 
-LEAST_REACH = 128  # tokens that there is place for from the start, a power of 2
+LEAST_CAPACITY = 128  # tokens; a power of 2
 
 
-class Drawing(NamedTuple):
-    """What tokens are drawn by; `generate` says what it means."""
+class Sampler(NamedTuple):
+    """The static arguments of the compiled functions; see `generate`."""
 
     model: GPT
     temperature: float
@@ -34,57 +35,54 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
 ) -> Iterator[jax.Array]:
-    """Draws one token after the other, without end.
+    """Draws the next token of each sample, int32 [B], without end.
 
-    What the model sees is the last `block_size` tokens, prompt included. Until they are
-    that many, keys and values of earlier tokens are kept and each token is read once;
-    from then on every token has another position with each that is drawn, and the whole
-    window is read again.
+    The model sees the last `block_size` tokens, prompt included. A KV cache serves the
+    first `block_size` tokens. After that, every new token shifts the positions of all
+    others, so the model reads the whole window each time.
 
     Args:
-      model: any, factorized or not.
-      variables: its own; matrices are used in the model's compute dtype.
-      prompt: int32, one token id or more.
-      samples: B, drawn side by side from the one prompt.
+      model: any GPT, factorized or not.
+      variables: of the model; matrices are cast to its compute dtype.
+      prompt: int32, at least one token id.
+      samples: B, the number of continuations of the prompt.
       seed: the same seed draws the same tokens.
-      temperature: that logits are divided by; 0 takes the likeliest token.
-      top_k: draw from the k likeliest only; 0: from all.
-
-    Yields:
-      int32 [B], the next token of each sample.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: draws from the k most likely tokens only; 0 means all.
     """
     length, key = model.config.block_size, jax.random.key(seed)
-    drawing = Drawing(model, temperature, top_k)
+    sampler = Sampler(model, temperature, top_k)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
     start = len(prompt)
     if start < length:
-        reach = places(start, length)
+        capacity = cache_capacity(start, length)
         window_BT, cache, drawn_B = _read(
-            variables, window_BT, start, key, drawing, reach
+            variables, window_BT, start, key, sampler, capacity
         )
         yield drawn_B
         for known in range(start + 1, length):
-            if known > reach:
-                reach = places(known, length)
-                cache = _widened(cache, reach)
+            if known > capacity:
+                capacity = cache_capacity(known, length)
+                cache = _enlarge(cache, capacity)
             window_BT, cache, drawn_B = _read_next(
-                variables, window_BT, cache, known, key, drawing
+                variables, window_BT, cache, known, key, sampler
             )
             yield drawn_B
-        del cache
+        del cache  # frees its memory for the rest of the loop
     for known in itertools.count(length):
-        window_BT, drawn_B = _read_again(variables, window_BT, known, key, drawing)
+        window_BT, drawn_B = _read_full(variables, window_BT, known, key, sampler)
         yield drawn_B
 
 
-def places(known: int, block_size: int) -> int:
-    """For how many tokens keys and values have a place when so many are known.
+def cache_capacity(known: int, block_size: int) -> int:
+    """KV-cache capacity for `known` tokens: a power of 2, at most block_size.
 
-    A power of 2 up to block_size: what is behind the last is attended to in vain.
+    Attention reads the whole cache, so a large one is slow from the start. Every size
+    compiles a new program, so sizes double.
     """
-    return min(block_size, max(LEAST_REACH, 1 << (known - 1).bit_length()))
+    return min(block_size, max(LEAST_CAPACITY, 1 << (known - 1).bit_length()))
 
 
 def in_compute_dtype(variables: dict, model: GPT) -> dict:
@@ -96,64 +94,54 @@ def in_compute_dtype(variables: dict, model: GPT) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
-def _read(variables, window_BT, known, key, drawing: Drawing, reach: int):
-    """Reads `reach` tokens of a window and draws the one behind the `known` ones.
-
-    Returns the window with it, keys and values of what was read, and the drawn [B].
-    """
-    read_BT = window_BT[:, :reach]
-    h_ND, written = drawing.model.apply(
+def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
+    """Reads `capacity` tokens; returns (window with a new token, cache, drawn [B])."""
+    read_BT = window_BT[:, :capacity]
+    h_ND, written = sampler.model.apply(
         variables, read_BT, method="hidden", mutable="cache"
     )
     h_BD = h_ND.reshape(*read_BT.shape, -1)[:, known - 1]
-    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    drawn_B = _draw(variables, h_BD, known, key, sampler)
     return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _widened(cache, reach: int):
-    """Keys and values with place for so many tokens."""
-    return jax.tree.map(
-        lambda kept_BTHC: jnp.pad(
-            kept_BTHC, ((0, 0), (0, reach - kept_BTHC.shape[1]), (0, 0), (0, 0))
-        ),
-        cache,
-    )
+def _enlarge(cache, capacity: int):
+    """The cache with room for more keys and values, each [B, T, H, C]."""
+
+    def pad(kept_BTHC):
+        more = capacity - kept_BTHC.shape[1]
+        return jnp.pad(kept_BTHC, ((0, 0), (0, more), (0, 0), (0, 0)))
+
+    return jax.tree.map(pad, cache)
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=(1, 2))
-def _read_next(variables, window_BT, cache, known, key, drawing: Drawing):
-    """Reads the last of the `known` tokens and draws the one behind it.
-
-    Returns the window with it, keys and values with those of what was read, and the
-    drawn [B].
-    """
-    h_BD, written = drawing.model.apply(
+def _read_next(variables, window_BT, cache, known, key, sampler: Sampler):
+    """Reads the last known token with the cache; returns the same as `_read`."""
+    h_BD, written = sampler.model.apply(
         variables | {"cache": cache},
         window_BT[:, known - 1],
         known - 1,
         method="next_hidden",
         mutable="cache",
     )
-    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    drawn_B = _draw(variables, h_BD, known, key, sampler)
     return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def _read_again(variables, window_BT, known, key, drawing: Drawing):
-    """Reads a full window and draws the token behind it, for which it moves on by one.
-
-    Returns the window and the drawn [B]; `known` is how many tokens there were.
-    """
-    h_ND = drawing.model.apply(variables, window_BT, method="hidden")
+def _read_full(variables, window_BT, known, key, sampler: Sampler):
+    """Reads a full window; returns (window shifted to the next token, drawn [B])."""
+    h_ND = sampler.model.apply(variables, window_BT, method="hidden")
     h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
-    drawn_B = _draw(variables, h_BD, known, key, drawing)
+    drawn_B = _draw(variables, h_BD, known, key, sampler)
     return jnp.roll(window_BT, -1, axis=1).at[:, -1].set(drawn_B), drawn_B
 
 
-def _draw(variables, h_BD, known, key, drawing: Drawing) -> jax.Array:
-    """The token behind the `known` ones, by the output of ln_f at the last: [B]."""
-    model, temperature, top_k = drawing
+def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
+    """Draws tokens [B] that follow the output of ln_f at the last known ones."""
+    model, temperature, top_k = sampler
     logits_BV = model.apply(variables, h_BD, method="logits")
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]

@@ -18,6 +18,7 @@ from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import read_record
+from pcagpt.sharding import placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Run:
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob younger than the run has its default."""
         stored = Settings.of(self.record)
@@ -105,29 +106,38 @@ class Run:
         source = str(self._checkpoint)
         return {"constants": {}} | trees.replace(wanted, found, source=source)
 
-    def table(self) -> np.ndarray:
-        """The full token table without padding rows: [V, D] float32.
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """[V, D] of the full token table, without padding rows.
 
         Raises:
           UserError: the table is factorized already.
         """
-        embed = self.weights["params"]["embed"]
-        if len(embed) > 1 or "scale_up" in embed["band_0"]:
+        model = self.settings.model
+        if model.n_embd_wte is not None or model.band_sizes:
             raise UserError(
                 f"{self.folder} has a factorized embedding already: give a baseline, "
                 "such as checkpoints/gpt_baseline"
             )
-        wte_VD = embed["band_0"]["wte"][: self.record["vocab_size"]]
+        return self.record["vocab_size"], model.n_embd
+
+    def table(self) -> np.ndarray:
+        """The full token table: `table_shape`, float32. Raises the same error."""
+        vocab_size, _ = self.table_shape
+        wte_VD = self.weights["params"]["embed"]["band_0"]["wte"][:vocab_size]
         return np.asarray(wte_VD, np.float32)
 
+    def data(self, asked: DataSettings) -> DataSettings:
+        """The corpus that was asked for; by default the run's own."""
+        return asked if asked.source else self.settings.data
+
     def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
-        """The corpus that was asked for; by default the run's own.
+        """Opens the corpus of `data`.
 
         Raises:
           UserError: there is no such corpus, or its tokens do not fit the model.
         """
-        data = asked if asked.source else self.settings.data
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer)
+        corpus = open_shared_corpus(self.data(asked), cache_dir)
         self.check_corpus(corpus)
         return corpus
 
@@ -156,3 +166,16 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return self.folder / checkpoint.FOLDER / str(self.step)
+
+
+def open_shared_corpus(data: DataSettings, cache_dir: Path) -> Corpus:
+    """Opens a corpus; of several processes, only the first tokenizes its text.
+
+    Raises:
+      UserError: there is no such corpus.
+    """
+    source = data.source, cache_dir, data.tokenizer
+    if jax.process_index() == 0:
+        open_corpus(*source)
+    placement.wait_for_all(f"corpus {data.source}")
+    return open_corpus(*source)

@@ -177,7 +177,7 @@ def train_step(
                 teacher.head,
                 share=distill_share,
                 **precision,
-            )._asdict()
+            )
         losses = {name: value / targets_N.size for name, value in losses.items()}
         return losses["loss"], losses
 

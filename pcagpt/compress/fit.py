@@ -1,0 +1,163 @@
+"""Finds the table that fits a bound on loss or size."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pcagpt.compress.candidates import BASELINE, Candidate, Recipe
+from pcagpt.compress.score import SwapScores
+from pcagpt.factorize import Calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A measured candidate; predicted: the added loss that was expected of it."""
+
+    candidate: Candidate
+    scores: SwapScores
+    predicted: float
+
+    def row(self) -> dict[str, Any]:
+        """The row of advice.json."""
+        return self.candidate.row(self.scores) | {"predicted_loss": self.predicted}
+
+
+class Fit:
+    """Searches the budget of one method for a bound; `trials` keeps what it measured.
+
+    Args:
+      make: a `Compressor`.
+      measure: scores a candidate.
+      method: the method of all tables.
+      bands: numbers of frequency bands to choose from.
+      table: (V, D) of the full table.
+    """
+
+    TRIALS = 6  # measurements at most
+
+    def __init__(
+        self,
+        make: Callable[[Recipe], Candidate],
+        measure: Callable[[Candidate], SwapScores],
+        method: str,
+        bands: Sequence[int],
+        table: tuple[int, int],
+    ):
+        self._make, self._measure = make, measure
+        self._method, self._bands = method, bands
+        self._rank_1, self._whole = sum(table), math.prod(table)
+        self.trials: list[Trial] = []
+
+    def within_loss(self, max_added_loss: float) -> Trial | None:
+        """The smallest float32 table that adds at most this loss, if one is found."""
+
+        def added_loss(budget: int) -> float | None:
+            made = self._best(budget, 32)
+            return None if made is None else self._try(made).scores.added_loss
+
+        start = math.sqrt(4 * self._rank_1 * self._whole)
+        span = self._rank_1, min(start, self._whole), self._whole
+        search(added_loss, max_added_loss, span, -1.5, 0.1, self.TRIALS)
+        kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
+        return min(kept, key=lambda t: t.candidate.table.parameters, default=None)
+
+    def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
+        """The table with the least added loss that takes at most this many bytes.
+
+        Args:
+          max_bytes: the bound.
+          bits: of stored values, to choose from. Below 32, the full table is an option.
+        """
+        for bit in bits:
+            self._fill_bytes(max_bytes, bit)
+            if bit < 32:
+                whole = self._make(Recipe(BASELINE, 1, self._whole, 0, bit))
+                if whole.bytes <= max_bytes:
+                    self._try(whole)
+        return min(self.trials, key=lambda t: t.scores.added_loss, default=None)
+
+    def _fill_bytes(self, max_bytes: int, bits: int) -> None:
+        """Measures the largest table that fits, if any."""
+        made: list[Candidate] = []
+
+        def size(budget: int) -> int | None:
+            candidate = self._best(budget, bits)
+            if candidate is None:
+                return None
+            made.append(candidate)
+            return candidate.bytes
+
+        most = min(self._whole, max_bytes * 8 // bits)
+        if most < self._rank_1:
+            return
+        # Besides the codes, 8 and 4 bits store scales.
+        start = most if bits == 32 else max(most / 1.15, self._rank_1)
+        search(size, max_bytes, (self._rank_1, start, most), 1.0, 0.02, 3)
+        fitting = [candidate for candidate in made if candidate.bytes <= max_bytes]
+        if fitting:
+            self._try(max(fitting, key=lambda candidate: candidate.bytes))
+
+    def _best(self, budget: int, bits: int) -> Candidate | None:
+        """The candidate of least second-order loss; None if the budget is too small."""
+        found = []
+        for bands in self._bands:
+            try:
+                found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
+            except ValueError:  # The budget is too small for this many bands.
+                continue
+        return min(found, key=lambda made: sum(made.second_order), default=None)
+
+    def _try(self, candidate: Candidate) -> Trial:
+        calibration = Calibration(
+            (t.candidate.recipe.method, t.candidate.second_order, t.scores.added_loss)
+            for t in self.trials
+        )
+        predicted = calibration(candidate.recipe.method, candidate.second_order)
+        self.trials.append(Trial(candidate, self._measure(candidate), predicted))
+        return self.trials[-1]
+
+
+def search(
+    value: Callable[[int], float | None],
+    bound: float,
+    span: tuple[float, float, float],
+    slope: float,
+    slack: float,
+    tries: int,
+) -> None:
+    """Moves a budget to where value(budget) meets a bound from below.
+
+    Bisection in log budget. log value is nearly linear in it, so that the next budget
+    comes from the line through the two values nearest to the bound.
+
+    Args:
+      value: a monotone function of the budget; None if the budget is too small.
+      bound: the largest value that fits.
+      span: the least budget, the first to try, and the most.
+      slope: a first guess of d log value / d log budget, with the right sign.
+      slack: stops at a value that is at most this share below the bound.
+      tries: calls of `value` at most.
+    """
+    low, place, high = map(math.log, span)
+    target, points = math.log(bound * (1 - slack / 2)), []
+    rises = slope > 0
+    for _ in range(tries):
+        found = value(round(math.exp(place)))
+        if found is None:
+            low, place = place, (place + high) / 2
+            continue
+        fits = found <= bound
+        if fits == rises:
+            low = place
+        else:
+            high = place
+        if (fits and found >= (1 - slack) * bound) or high - low < 0.02:
+            return
+        points.append((math.log(max(found, 1e-6)), place))
+        points.sort(key=lambda point: abs(point[0] - target))
+        (y0, x0), *others = points
+        if others and abs(others[0][0] - y0) > 1e-9:
+            slope = (others[0][0] - y0) / (others[0][1] - x0)
+        margin = 0.05 * (high - low)
+        place = min(max(x0 + (target - y0) / slope, low + margin), high - margin)

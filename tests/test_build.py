@@ -1,0 +1,58 @@
+"""The model that the knobs and the device ask for."""
+
+import pytest
+
+from pcagpt.config.schema import ModelSettings
+from pcagpt.errors import UserError
+from pcagpt.run.build import Hardware, build_config
+
+CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
+NVIDIA = Hardware("gpu", has_kernels=True)
+
+
+def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
+    assert build_config(ModelSettings(), 97, CPU).vocab_size == 97
+    model = ModelSettings(vocab_size=200)
+    assert build_config(model, 97, CPU).vocab_size == 200
+    with pytest.raises(UserError, match="model.vocab_size is 200, .* up to 200"):
+        build_config(model, 201, CPU)
+
+
+def test_bands_must_hold_the_whole_vocabulary():
+    model = ModelSettings(band_sizes=(10, 80), band_ranks=(8, 0))
+    assert build_config(model, 90, CPU).band_ranks == (8, None)
+    with pytest.raises(UserError, match="add up to 90: .* 97"):
+        build_config(model, 97, CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [
+        (CPU, {}, ("float32", "xla", "xla")),
+        (NVIDIA, {}, ("bfloat16", "cudnn", "pallas")),
+        (OTHER_GPU, {}, ("bfloat16", "cudnn", "xla")),
+        (Hardware("tpu"), {}, ("float32", "xla", "xla")),
+        (NVIDIA, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
+        (NVIDIA, {"attention": "xla"}, ("bfloat16", "xla", "pallas")),
+        (NVIDIA, {"kernels": "xla"}, ("bfloat16", "cudnn", "xla")),
+        (CPU, {"compute_dtype": "bfloat16"}, ("bfloat16", "xla", "xla")),
+        (CPU, {"kernels": "pallas"}, ("float32", "xla", "pallas")),
+    ],
+)
+def test_auto_takes_what_the_device_does_best(device, asked, expected):
+    config = build_config(ModelSettings(**asked), 97, device)
+    assert (config.compute_dtype, config.attention, config.kernels) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "words"),
+    [
+        (OTHER_GPU, {"kernels": "pallas"}, "leave model.kernels=auto"),
+        (NVIDIA, {"kernels": "pallas"}, "leave model.kernels=auto"),
+        (NVIDIA, {"attention": "cudnn"}, "model.compute_dtype=bfloat16"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(device, asked, words):
+    dtype = "bfloat16" if device == OTHER_GPU else "float32"
+    with pytest.raises(UserError, match=words):
+        build_config(ModelSettings(compute_dtype=dtype, **asked), 97, device)

@@ -1,0 +1,307 @@
+"""From a run, a checkpoint or a bare table to the files of its factorization."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import changed, execute, plan, snapshot, write_statistics
+
+from pcagpt import factorize
+from pcagpt.config import Settings
+from pcagpt.errors import UserError
+from pcagpt.factorize import files
+from pcagpt.files import write_json
+from pcagpt.pipeline.execute import describe
+from pcagpt.pipeline.factorize_job import FactorizeJob
+from pcagpt.run import checkpoint
+
+
+@pytest.fixture
+def baseline_dir(finished_experiment):
+    return Path(finished_experiment.workdir) / "gpt_baseline"
+
+
+@pytest.fixture
+def job(baseline_dir, tmp_path):
+    """Rank 4 of D's table by SVD."""
+    settings = Settings().replace({"ranks": (4,), "telemetry.tensorboard": False})
+    return FactorizeJob(baseline_dir, tmp_path / "pca_factorized", settings, True)
+
+
+def by(job, source=None, **knobs):
+    """The same job of another source, or with other knobs: by(job, ranks=(8,))."""
+    paths = {n if n == "ranks" else f"factorize.{n}": v for n, v in knobs.items()}
+    settings = job.settings.replace(paths)
+    return dataclasses.replace(job, source=source or job.source, settings=settings)
+
+
+def made(job):
+    """Checks and does a job; returns the metadata that it wrote."""
+    job.check(set())
+    job.run()
+    return files.read_metadata(job.folder)
+
+
+def product(folder, rank):
+    """The table [V, d] that the files of a rank stand for."""
+    scales = files.read_scale_matrices(files.scale_path(folder, rank))
+    table = files.read_table(files.table_path(folder, rank))
+    mean = 0 if scales.mean is None else scales.mean
+    return mean + table @ scales.scale_up
+
+
+def table_of(run_dir, step):
+    params, _, _ = checkpoint.load_weights(run_dir / "ckpt" / str(step))
+    return params["embed"]["band_0"]["wte"]
+
+
+def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
+    metadata = made(by(job, ranks=(32,)))
+    stored = table_of(baseline_dir, 6)
+    assert stored.shape == (128, 32)
+    assert stored[97:].any()  # Padding rows that must not count.
+    np.testing.assert_allclose(product(job.folder, 32), stored[:97], atol=1e-6)
+    assert (metadata["vocab_size"], metadata["n_embd"]) == (97, 32)
+    assert metadata["step"] == 6
+
+
+def test_a_chosen_checkpoint_is_factorized(job, baseline_dir):
+    job = by(job, source=baseline_dir / "ckpt" / "3", ranks=(32,))
+    assert made(job)["step"] == 3
+    wanted = table_of(baseline_dir, 3)[:97]
+    np.testing.assert_allclose(product(job.folder, 32), wanted, atol=1e-6)
+    assert not np.allclose(wanted, table_of(baseline_dir, 6)[:97], atol=1e-6)
+
+
+def test_a_bare_table_is_factorized(job, tmp_path):
+    table = np.random.default_rng(0).normal(size=(50, 6))
+    np.save(tmp_path / "table.npy", table)
+    metadata = made(by(job, source=tmp_path / "table.npy", ranks=(2, 6)))
+    np.testing.assert_allclose(product(job.folder, 6), table, atol=1e-5)
+    assert (metadata["vocab_size"], metadata["n_embd"]) == (50, 6)
+    assert "step" not in metadata
+
+
+def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
+    metadata = made(by(job, ranks=(4, 16)))
+    table = table_of(baseline_dir, 6)[:97].astype(np.float64)
+    singular_values = np.linalg.svd(table, compute_uv=False)
+    spectrum = np.load(job.folder / "spectrum.npy")
+    np.testing.assert_allclose(spectrum, singular_values, rtol=1e-4)
+    shares = singular_values**2 / np.sum(singular_values**2)
+    entropy = -np.sum(shares * np.log(shares))
+    assert metadata["effective_rank"] == pytest.approx(np.exp(entropy), rel=1e-4)
+    for rank in (4, 16):
+        stated = metadata["ranks"][str(rank)]
+        assert stated["energy_kept"] == pytest.approx(shares[:rank].sum(), rel=1e-4)
+        error = np.linalg.norm(product(job.folder, rank) - table)
+        assert stated["relative_error"] == pytest.approx(
+            error / np.linalg.norm(table), rel=1e-3
+        )
+    assert metadata["method"] == "svd"
+    assert metadata["source"] == str(baseline_dir)
+
+
+def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
+    made(by(job, method="pca"))
+    scales = files.read_scale_matrices(files.scale_path(job.folder, 4))
+    table = table_of(baseline_dir, 6)[:97]
+    np.testing.assert_allclose(scales.mean, table.mean(axis=0), atol=1e-7)
+
+
+def test_the_split_moves_the_singular_values_between_the_two_factors(job):
+    made(job)
+    other = by(job, singular_value_split=1.0)
+    other = dataclasses.replace(other, folder=job.folder / "other")
+    made(other)
+    whole = product(job.folder, 4)
+    np.testing.assert_allclose(product(other.folder, 4), whole, atol=1e-6)
+    table = files.read_table(files.table_path(other.folder, 4))
+    np.testing.assert_allclose(table.T @ table, np.eye(4), atol=1e-4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_checkpoint_is_read_once_also_to_calibrate_on_it(
+    job, baseline_dir, corpus_folder, tmp_path, monkeypatch
+):
+    copy = Path(shutil.copytree(baseline_dir, tmp_path / "gpt_baseline"))
+    knobs = {"train.batch_size": 8, "compress.calibration_tokens": 128}
+    knobs |= {"data.source": str(corpus_folder), "mesh.data": 1}
+    job = by(job, source=copy, method="kl")
+    job = dataclasses.replace(job, settings=job.settings.replace(knobs))
+    read, load = [], checkpoint.load_weights
+
+    def counted(path):
+        read.append(path)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load_weights", counted)
+    assert made(job)["calibration_tokens"] == 128
+    assert len(read) == 1
+
+
+# Again
+
+
+def test_adding_a_rank_keeps_those_that_are_there(job):
+    made(job)
+    table = files.table_path(job.folder, 4).read_bytes()
+    more = by(job, ranks=(4, 8))
+    assert more.status() == "to do"
+    assert made(by(job, ranks=(8,)))["ranks"].keys() == {"4", "8"}
+    assert files.table_path(job.folder, 4).read_bytes() == table
+    assert more.status() == "done"
+
+
+@pytest.mark.parametrize("path", [files.table_path, files.scale_path])
+def test_a_rank_without_one_of_its_files_is_to_do(path, job):
+    made(job)
+    path(job.folder, 4).unlink()
+    assert job.status() == "to do"
+
+
+def test_files_of_an_earlier_version_still_count_as_done(job):
+    metadata = made(job)
+    del metadata["bands"]
+    write_json(job.folder / "metadata.json", metadata)
+    assert job.status() == "done"
+
+
+def test_the_automatic_number_of_calibration_tokens_is_the_same_on_every_device(job):
+    calibrated = {"method": "kl", "calibration_batch_size": 32}
+    metadata = made(job) | calibrated | {"calibration_tokens": 1_048_576}
+    write_json(job.folder / "metadata.json", metadata)
+    assert by(job, method="kl").status() == "done"
+    write_json(job.folder / "metadata.json", metadata | {"calibration_tokens": 1_000})
+    with pytest.raises(UserError, match=r"\(calibration_tokens differ\)"):
+        by(job, method="kl").status()
+
+
+def test_files_made_in_another_way_are_refused_and_kept(job, baseline_dir, tmp_path):
+    made(job)
+    before = snapshot(job.folder)
+    other_run = Path(shutil.copytree(baseline_dir, tmp_path / "gpt_other"))
+    (other_run / "result.json").write_text("{}")
+    np.save(tmp_path / "table.npy", np.eye(5))
+    for other, differing in (
+        (by(job, method="pca"), "method"),
+        (by(job, singular_value_split=0.5), "singular_value_split"),
+        (by(job, bands=2), "bands"),
+        (by(job, source=baseline_dir / "ckpt/3"), "source_sha256"),
+        (by(job, source=other_run), "source_sha256"),
+        (by(job, source=tmp_path / "table.npy"), "source_sha256"),
+    ):
+        with pytest.raises(UserError, match=rf"factorization \({differing} differ\)"):
+            other.status()
+    assert snapshot(job.folder) == before
+    moved = by(job, source=baseline_dir / "ckpt" / "6")
+    assert moved.status() == "done"  # The same weights under another name.
+
+
+def test_factors_of_a_lost_baseline_are_refused_before_a_new_one_is_trained(
+    finished_experiment, tmp_path
+):
+    config = changed(finished_experiment, workdir=str(tmp_path / "runs"))
+    shutil.copytree(finished_experiment.workdir, config.workdir)
+    for run in ("gpt_baseline", "gpt_pca_k8"):
+        shutil.rmtree(tmp_path / "runs" / run)
+    before = snapshot(tmp_path / "runs")
+    a = changed(config, task="train", arm="pca", **{"model.n_embd_wte": 8})
+    with pytest.raises(UserError, match=r"pca_factorized holds another .*source_sha"):
+        execute(a)
+    assert snapshot(tmp_path / "runs") == before
+
+
+def test_overwrite_replaces_the_files_of_another_source(job, tmp_path):
+    for number in (1, 2):
+        np.save(tmp_path / f"{number}.npy", np.diag([4.0, 3.0, 2.0]) * number)
+    made(by(job, source=tmp_path / "1.npy", ranks=(1, 2)))
+    other = by(job, source=tmp_path / "2.npy", ranks=(2,))
+    with pytest.raises(UserError, match="another factorization"):
+        other.status()
+    settings = other.settings.replace({"overwrite": True})
+    other = dataclasses.replace(other, settings=settings)
+    assert other.status() == "to do"
+    made(other)
+    assert other.status() == "done"
+    expected = np.diag([8.0, 6.0, 0])
+    np.testing.assert_allclose(product(job.folder, 2), expected, atol=1e-5)
+    assert not files.table_path(job.folder, 1).exists()
+
+
+def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_path):
+    config = changed(
+        finished_experiment,
+        task="factorize",
+        workdir=str(tmp_path / "runs"),
+        model_path=f"{finished_experiment.workdir}/gpt_baseline/ckpt/3",
+        ranks=(2, 4),
+    )
+    folder = execute(config)
+    assert folder == tmp_path / "runs" / "pca_factorized"
+    before = snapshot(folder)
+    (line,) = describe(plan(config))
+    assert line.split() == ["pca_factorized", "rank", "2,", "4", "done"]
+    execute(config)
+    assert snapshot(folder) == before
+
+
+# What cannot be factorized
+
+
+def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path):
+    np.save(tmp_path / "wide.npy", np.ones((3, 10)))
+    bare = tmp_path / "bare"
+    shutil.copytree(job.source / "ckpt", bare / "ckpt")
+    low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
+    for other, words in (
+        (by(job, source=low_rank), "has a factorized embedding already"),
+        (by(job, ranks=(4, 33)), r"holds 33: the table .* \(97, 32\), .* most 32"),
+        (by(job, source=tmp_path / "wide.npy"), "at most 3"),
+        (by(job, source=tmp_path / "nothing"), "nothing does not exist"),
+        (by(job, source=tmp_path / "nothing.npy"), "nothing.npy does not exist"),
+        (by(job, source=bare), "has no config.json: it is not a run's folder"),
+    ):
+        assert other.status() == "to do"
+        with pytest.raises(UserError, match=words):
+            other.check(set())
+        with pytest.raises(UserError, match=words):
+            other.run()
+    assert not job.folder.exists()
+
+
+def test_a_rank_above_the_vocabulary_is_refused_before_the_baseline_is_trained(job):
+    job.check_vocabulary(4)
+    with pytest.raises(UserError, match="ranks holds 4: the corpus has 3 tokens"):
+        job.check_vocabulary(3)
+
+
+def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
+    np.save(tmp_path / "table.npy", np.ones((97, 32)))
+    bare = by(job, source=tmp_path / "table.npy", method="kl")
+    named = by(job, method="kl", statistics=str(tmp_path / "statistics.npz"))
+    for other in (bare, named):
+        with pytest.raises(UserError, match="holds none: name their file as"):
+            other.check(set())
+    write_statistics(tmp_path / "statistics.npz", 96, 32)
+    with pytest.raises(UserError, match="statistics of 96 tokens, .* has 97"):
+        named.check(set())
+    assert not job.folder.exists()
+    write_statistics(tmp_path / "statistics.npz", 97, 32)
+    made(named)
+    with pytest.raises(UserError, match=r"\(method differ\)"):
+        job.status()
+    write_statistics(tmp_path / "statistics.npz", 97, 32, seed=1)
+    with pytest.raises(UserError, match=r"\(statistics_sha256 differ\)"):
+        named.status()
+
+
+def test_every_method_has_files_of_its_own_to_show(job, tmp_path):
+    write_statistics(tmp_path / "statistics.npz", 97, 32)
+    for method in factorize.METHODS:
+        one = by(job, method=method, statistics=str(tmp_path / "statistics.npz"))
+        one = dataclasses.replace(one, folder=job.folder / method)
+        assert made(one)["method"] == method
+        assert one.status() == "done"

@@ -1,0 +1,217 @@
+"""Recipes, predictions, and the search for a table that fits a bound."""
+
+import numpy as np
+import pytest
+
+from pcagpt.compress.candidates import (
+    Candidate,
+    Compressor,
+    Recipe,
+    quantized,
+    recipes,
+)
+from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.fit import Fit
+from pcagpt.compress.score import SwapScores
+from pcagpt.config import Settings
+from pcagpt.factorize import (
+    METHODS,
+    BandFactors,
+    Calibration,
+    FactorizedTable,
+    SecondOrder,
+    Statistics,
+    quantize,
+)
+
+# Recipes
+
+
+def test_recipes_are_all_that_fit_and_the_most_useful_come_first():
+    tried = recipes(1000, 20, ["svd", "fisher", "kl"], [4, 8], [1, 3], [8])
+    assert [(r.method, r.bands, r.rank, r.bits) for r in tried] == [
+        *(("kl", 3, 4, 32), ("kl", 3, 8, 32)),
+        *(("svd", 1, 4, 32), ("svd", 1, 8, 32)),
+        *(("baseline", 1, 0, 8), ("kl", 3, 4, 8), ("kl", 3, 8, 8)),
+        *(("fisher", 3, 4, 32), ("fisher", 3, 8, 32)),
+        *(("kl", 1, 4, 32), ("kl", 1, 8, 32)),
+        *(("fisher", 1, 4, 32), ("fisher", 1, 8, 32)),
+    ]
+    assert {r.budget for r in tried if r.rank == 4} == {4 * 1020}
+    # Rank 2 cannot pay for the order of the tokens and rank 1 in each of three bands.
+    assert recipes(1000, 20, ["kl"], [2], [3], []) == []
+
+
+def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
+    cpu, gpu = (decide_effort(Settings(), platform) for platform in ("cpu", "gpu"))
+    assert gpu.compress.methods.split(",") == list(METHODS)
+    assert gpu.compress.bands == (1, 7, 12)
+    assert gpu.compress.calibration_tokens == 1_048_576
+    assert gpu.evaluate.max_tokens == 0
+    assert set(cpu.compress.methods.split(",")) < set(METHODS)
+    assert set(cpu.compress.bands) < {1, 7, 12}
+    assert cpu.compress.calibration_tokens < 100_000
+    assert 0 < cpu.evaluate.max_tokens < 100_000
+    explicit = Settings().replace(
+        {
+            "compress.methods": "kl",
+            "compress.bands": (2,),
+            "compress.calibration_tokens": 7,
+            "evaluate.max_tokens": 8,
+        }
+    )
+    assert decide_effort(explicit, "cpu") == explicit
+    recovering = Settings().replace({"compress.recover_ranks": (8,)})
+    assert decide_effort(recovering, "cpu").evaluate.max_tokens == 0
+
+
+# Predictions
+
+
+def test_a_power_law_is_fitted_to_each_method():
+    def added(method, total):
+        return {"a": 2.0, "b": 0.5}[method] * total**0.7
+
+    measured = [
+        (method, SecondOrder(total / 2, total / 2), added(method, total))
+        for method in "ab"
+        for total in (0.01, 0.3)
+    ]
+    calibration = Calibration(measured)
+    for method in "ab":
+        predicted = calibration(method, SecondOrder(0.05, 0.02))
+        assert predicted == pytest.approx(added(method, 0.07), rel=1e-6)
+    # An unmeasured method is proportional, through the smallest measured point.
+    assert calibration("c", SecondOrder(0.07, 0)) == pytest.approx(7 * added("b", 0.01))
+    assert calibration("a", SecondOrder(0, 0)) == 0
+    assert Calibration([])("a", SecondOrder(0.1, 0.2)) == pytest.approx(0.3)
+    single = Calibration([("a", SecondOrder(0.1, 0), 0.2)])
+    assert single("a", SecondOrder(0.2, 0)) == pytest.approx(0.4)
+
+
+# Bounds. In this world the loss is a power of the budget. Two bands are better than
+# one, and five are too many for small budgets.
+
+TABLE = (990, 10)  # 1,000 values per rank, 9,900 in all
+UNIT = 10_000  # the budget at which a single band has loss 1
+
+
+def scores(added_loss):
+    return SwapScores(5.0, added_loss, 0, 0, 0, 1, [])
+
+
+def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
+    """A `Fit` of this world; factor scales the loss."""
+
+    def make(recipe):
+        if recipe.bands == 5 and recipe.budget < least:
+            raise ValueError("too small")
+        gain = {1: 1.0, 2: 0.5, 5: 0.6}[recipe.bands]
+        loss = gain * (recipe.budget / UNIT) ** -exponent
+        if recipe.method == "baseline":
+            loss = 1e-9 * 2 ** (32 - recipe.bits)
+        wte = np.empty((1, recipe.budget - 3), np.int8)
+        stored = FactorizedTable.of_one_band(BandFactors(wte, None))
+        size = recipe.budget * recipe.bits // 8
+        return Candidate(recipe, stored, wte, size, SecondOrder(loss, 0), 0.0)
+
+    def measure(candidate):
+        return scores(factor * candidate.second_order.head**1.1)
+
+    return Fit(make, measure, "kl", bands, table)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("bound", [0.02, 0.1, 0.5])
+def test_the_smallest_table_within_a_loss_is_found_in_a_few_trials(bound, exponent):
+    fit = world(exponent, 1.7, table=(4000, 3000))
+    needed = UNIT * (0.5 / (bound / 1.7) ** (1 / 1.1)) ** (1 / exponent)
+    chosen = fit.within_loss(bound)
+    assert chosen.scores.added_loss <= bound
+    assert chosen.candidate.recipe.bands == 2
+    assert chosen.candidate.table.parameters <= 1.35 * needed
+    assert len(fit.trials) <= Fit.TRIALS
+    last = fit.trials[-1]
+    if len(fit.trials) > 2:
+        assert last.predicted == pytest.approx(last.scores.added_loss, rel=0.01)
+
+
+def test_a_loss_that_no_table_keeps_has_no_table():
+    assert world(factor=1e9).within_loss(1e-3) is None
+
+
+def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
+    fit = world(0.7, 20.0, least=3000, bands=(5,))
+    chosen = fit.within_loss(20.0)
+    assert chosen.scores.added_loss <= 20.0
+    never = world(least=10**9, bands=(5,))
+    assert never.within_loss(1.0) is None
+    assert never.trials == []
+
+
+def test_a_bound_on_size_is_used_up():
+    fit = world()
+    chosen = fit.within_bytes(4 * 5000, [32])
+    assert 4900 <= chosen.candidate.table.parameters <= 5000
+    assert len(fit.trials) == 1
+    for bits, most in ((32, 4 * 5000), (8, 5000), (4, 4000)):
+        chosen = world().within_bytes(most, [bits])
+        assert chosen.candidate.recipe.bits == bits
+        assert 0.97 * most < chosen.candidate.bytes <= most
+    assert world().within_bytes(4 * 900, [32]) is None  # Rank 1 stores 1,000 values.
+
+
+def test_fewer_bits_and_the_full_table_are_options_for_a_bound_on_bytes():
+    def tried(fit):
+        recipes = [trial.candidate.recipe for trial in fit.trials]
+        return {(recipe.method, recipe.bits) for recipe in recipes}
+
+    fit = world()
+    chosen = fit.within_bytes(9900, [32, 8, 4]).candidate.recipe
+    assert (chosen.method, chosen.bits) == ("baseline", 8)
+    in_bands = {("kl", 32), ("kl", 8), ("kl", 4)}
+    assert tried(fit) == in_bands | {("baseline", 8), ("baseline", 4)}
+    fit = world()
+    fit.within_bytes(6000, [32, 8, 4])
+    assert tried(fit) == in_bands | {("baseline", 4)}
+
+
+# Candidates
+
+
+def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
+    random = np.random.default_rng(0)
+    bands = tuple(BandFactors(random.normal(size=(n, 4)), None) for n in (3, 5))
+    order = np.array([7, 0, 3, 1, 2, 4, 5, 6], np.int32)
+    table, size = quantized(FactorizedTable(order, bands, None), 8)
+    assert table.parameters == 8 * 4 + 8
+    assert size == sum(quantize(band.wte, 8).bytes for band in bands) + 4 * 8
+
+
+def compressor():
+    """A table [300, 6] of uneven rows and its compressor."""
+    random = np.random.default_rng(0)
+    table = (random.normal(size=(300, 6)) * np.arange(6, 0, -1)).astype(np.float32)
+    flat, eye = np.full(300, 1 / 300), np.eye(6)
+    statistics = Statistics(
+        random.dirichlet(np.full(300, 0.1)), flat, np.zeros(6), eye, eye, eye
+    )
+    return table, Compressor(table, statistics)
+
+
+def test_a_budget_beyond_the_full_rank_is_the_full_rank():
+    table, make = compressor()
+    made = make(Recipe("kl", 1, 10_000, 0))
+    assert made.table.parameters == 6 * (300 + 6)
+    np.testing.assert_allclose(made.dense, table, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
+    _, make = compressor()
+    rounded, whole = (make(Recipe("freq", bands, 1000, 0, b)) for b in (bits, 32))
+    np.testing.assert_array_equal(rounded.table.dense(), rounded.dense)
+    assert not np.array_equal(rounded.dense, whole.dense)
+    np.testing.assert_allclose(rounded.dense, whole.dense, atol=2.0)
+    assert rounded.bytes < whole.bytes == 4 * whole.table.parameters

@@ -1,0 +1,296 @@
+"""Run folders: what is done is skipped, and a run with other settings is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import (
+    changed,
+    execute,
+    job,
+    metrics,
+    plan,
+    signal_at,
+    snapshot,
+)
+
+from pcagpt.config import Settings
+from pcagpt.errors import Interrupted, UserError
+from pcagpt.files import write_json
+from pcagpt.pipeline.execute import describe
+from pcagpt.run import checkpoint
+from pcagpt.run.folder import (
+    changed_fields,
+    config_sha256,
+    identity,
+    read_record,
+    read_result,
+    write_record,
+    write_result,
+)
+
+pytestmark = pytest.mark.usefixtures("quick")
+OTHER = {"distill.share": 0.5}  # another run, but the same compiled step
+PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
+
+
+@pytest.fixture
+def copied(finished_experiment, tiny_config):
+    """tiny_config with a copy of the finished experiment as its workdir."""
+    shutil.copytree(finished_experiment.workdir, tiny_config.workdir)
+    return tiny_config
+
+
+def pca(config):
+    """The config of A."""
+    return changed(config, arm="pca", **{"model.n_embd_wte": 8})
+
+
+def finetuned(config):
+    """The config of B."""
+    return changed(config, arm="pca_finetune", **{"model.n_embd_wte": 8})
+
+
+def status(config):
+    return job(config).status()
+
+
+def statuses(config):
+    """The status of each job that is needed, as it is shown."""
+    return [line.split("  ")[-1] for line in describe(plan(config))]
+
+
+# Finished runs
+
+
+def test_a_finished_run_is_skipped_and_not_a_file_is_touched(copied):
+    before = snapshot(Path(copied.workdir))
+    execute(copied)
+    execute(pca(copied))
+    execute(changed(copied, overwrite=True))
+    assert snapshot(Path(copied.workdir)) == before
+
+
+def test_a_finished_run_does_not_need_its_prerequisites_any_more(copied):
+    assert statuses(pca(copied)) == ["done"]
+    for folder in ("pca_factorized", "gpt_baseline"):
+        shutil.rmtree(Path(copied.workdir) / folder)
+        assert statuses(pca(copied)) == ["done"]
+    before = snapshot(Path(copied.workdir))
+    execute(pca(copied))
+    assert snapshot(Path(copied.workdir)) == before
+
+
+def test_the_plan_says_what_is_done_and_what_is_not(copied):
+    assert statuses(copied) == ["done"]
+    shutil.rmtree(Path(copied.workdir) / "gpt_pca_k8")
+    assert statuses(pca(copied)) == ["done", "done", "to do"]
+    assert statuses(changed(copied, overwrite=True, seed=7)) == ["to do"]
+
+
+def test_a_half_finished_run_is_never_taken_for_a_finished_one(copied):
+    run_dir = job(copied).folder
+    wanted = read_result(run_dir)
+    write_json(run_dir / "result.json", {**wanted, "status": "failed"})
+    assert read_result(run_dir) is None
+    assert status(copied) == "resumes at step 6"
+    (run_dir / "result.json").unlink()
+    assert read_result(run_dir) is None
+    assert status(copied) == "resumes at step 6"
+    shutil.rmtree(run_dir / "ckpt")
+    assert status(copied) == "to do"
+
+
+def test_a_damaged_result_is_refused_by_its_name(copied):
+    (job(copied).folder / "result.json").write_text('{"status": "do')
+    with pytest.raises(UserError, match=r"result.json is damaged .*: delete .*gpt_bas"):
+        status(copied)
+
+
+# Other settings
+
+
+def test_a_run_with_other_settings_is_refused_with_old_and_new_values(copied):
+    before = snapshot(Path(copied.workdir))
+    other = changed(copied, **{"train.learning_rate": 1e-3, "model.dropout": 0.1})
+    with pytest.raises(UserError) as caught:
+        execute(other)
+    message = str(caught.value)
+    assert "gpt_baseline was trained with another config" in message
+    assert "train.learning_rate (was 0.0006, now 0.001)" in message
+    assert "model.dropout (was 0.0, now 0.1)" in message
+    assert "--config.overwrite=True" in message
+    assert "\n" not in message
+    assert message.count("(was") == 2
+    assert snapshot(Path(copied.workdir)) == before
+
+
+def test_a_stopped_run_is_refused_with_other_settings(tiny_config, monkeypatch):
+    signal_at(monkeypatch, 2, 15)
+    with pytest.raises(Interrupted):
+        execute(tiny_config)
+    with pytest.raises(UserError, match=r"seed \(was 1, now 2\)"):
+        status(changed(tiny_config, seed=2))
+    assert status(tiny_config) == "resumes at step 3"
+
+
+def test_overwrite_discards_the_run_and_trains_it_anew(copied):
+    run_dir = job(copied).folder
+    (run_dir / "left over").write_text("")
+    before = read_result(run_dir)
+    other = changed(copied, overwrite=True, **OTHER)
+    assert status(other) == "to do"
+    execute(other)
+    assert status(changed(copied, **OTHER)) == "done"
+    assert not (run_dir / "left over").exists()
+    assert read_result(run_dir)["config_sha256"] != before["config_sha256"]
+    assert [line["step"] for line in metrics(run_dir)].count(6) == 2
+    assert checkpoint.steps(run_dir) == [3, 6]
+
+
+def test_overwriting_a_run_leaves_its_prerequisites_and_other_ranks_alone(copied):
+    workdir = Path(copied.workdir)
+    factors = {"task": "factorize", "model_path": f"{workdir}/gpt_baseline"}
+    execute(changed(copied, ranks=(4,), **factors))
+    baseline = snapshot(workdir / "gpt_baseline")
+    execute(changed(pca(copied), overwrite=True, **OTHER))
+    assert status(changed(pca(copied), **OTHER)) == "done"
+    assert snapshot(workdir / "gpt_baseline") == baseline
+    tables = sorted(path.name for path in (workdir / "pca_factorized").glob("wte*"))
+    assert tables == ["wte_pca_k4.npy", "wte_pca_k8.npy"]
+
+
+def test_other_tokens_are_refused_for_a_resumed_run_and_for_an_arm_beside_it(
+    tiny_config, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_config.data.source, tmp_path / "tokens"))
+    tiny_config.data.source = str(folder)
+    run_dir = execute(tiny_config)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    tokens[::-1].tofile(folder / "train.bin")
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        execute(pca(tiny_config))
+    assert not (Path(tiny_config.workdir) / "gpt_pca_k8").exists()
+    (run_dir / "result.json").unlink()
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        execute(tiny_config)
+    tokens.tofile(folder / "train.bin")
+    execute(tiny_config)
+    assert read_result(run_dir)["steps"] == 6
+
+
+def test_knobs_that_do_not_change_the_numbers_do_not_change_the_run(copied):
+    for knob in (
+        {"telemetry.every": 5},
+        {"telemetry.tensorboard": True},
+        {"evaluate.every": 2},
+        {"evaluate.batch_size": 4},
+        {"checkpoint.every": 2},
+        {"checkpoint.keep_last": 5},
+        {"mesh.data": 2},
+        {"mesh.fsdp": 2},
+        {"data.cache_dir": "elsewhere"},
+        {"build_prerequisites": False},
+        {"ranks": (4,)},
+        {"model.compute_dtype": "bfloat16"},
+        {"model.attention": "xla"},
+        {"model.kernels": "xla"},
+    ):
+        assert status(changed(copied, **knob)) == "done", knob
+        assert status(changed(pca(copied), **knob)) == "done", knob
+
+
+def test_a_record_of_an_earlier_version_is_the_same_run(copied):
+    """Its device knobs once counted, and it lacks the knobs that came later."""
+    run_dir = job(copied).folder
+    record = read_record(run_dir)
+    record["model"] |= {"compute_dtype": "bfloat16", "kernels": "pallas"}
+    record["model"]["attention"] = "cudnn"
+    del record["init"]["weights_from"], record["distill"], record["train"]["beta1"]
+    write_record(run_dir, record)
+    (run_dir / "result.json").unlink()
+    assert status(copied) == "resumes at step 6"
+    with pytest.raises(UserError, match=r"train.beta1 \(was 0.9, now 0.5\)"):
+        status(changed(copied, **{"train.beta1": 0.5}))
+
+
+def test_published_records_are_the_runs_of_their_settings():
+    paths = sorted(PUBLISHED.glob("*/gpt_*/config.json"))
+    assert len(paths) > 5
+    for path in paths:
+        stored = read_record(path.parent)
+        moved = {"workdir": "elsewhere", "model.kernels": "xla", "mesh.fsdp": 4}
+        settings = Settings.of(stored).replace(moved)
+        record = {**settings.to_dict(), "imported_sha256": stored["imported_sha256"]}
+        assert changed_fields(path.parent, record) == []
+        record["train"]["steps"] += 1
+        assert len(changed_fields(path.parent, record)) == 1
+
+
+def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
+    moved = changed(copied, workdir=str(tmp_path / "moved"))
+    Path(copied.workdir).rename(moved.workdir)
+    for config in (moved, pca(moved), finetuned(moved)):
+        assert status(config) == "done"
+
+
+def test_imports_of_other_content_are_other_settings(copied):
+    a, b = pca(copied), finetuned(copied)
+    assert status(a) == status(b) == "done"
+    workdir = Path(copied.workdir)
+    result = workdir / "gpt_baseline" / "result.json"
+    write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
+    with pytest.raises(UserError, match=r"imported_sha256\.blocks_from \(was"):
+        status(b)
+    for name, path in (
+        ("import_wte_npy", workdir / "pca_factorized" / "wte_pca_k8.npy"),
+        (
+            "import_scale_matrices_npz",
+            workdir / "pca_factorized" / "scale_mats_pca_k8.npz",
+        ),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        with pytest.raises(UserError, match=rf"256\.{name} \(was \w+, now \w+\): use"):
+            status(a)
+        path.write_bytes(content)
+
+
+# Files
+
+
+def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
+    found = identity(tiny_config.to_dict())
+    assert {name.split(".")[0] for name in found} == {
+        "arm", "seed", "model", "data", "train", "distill", "init",
+        "imported_sha256",
+    }  # fmt: skip
+    assert found["model.n_embd"] == 32
+    other = changed(tiny_config, seed=7).to_dict()
+    assert config_sha256(tiny_config.to_dict()) != config_sha256(other)
+
+
+def test_an_identity_survives_being_written_and_read(tiny_config, tmp_path):
+    bands = {"model.band_sizes": (50, 47), "model.band_ranks": (0, 4)}
+    record = changed(tiny_config, **bands).to_dict()
+    write_record(tmp_path, record)
+    assert identity(read_record(tmp_path)) == identity(record)
+    assert changed_fields(tmp_path, record) == []
+
+
+def test_a_result_is_written_after_the_window_losses(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="full"):
+        write_result(tmp_path, {"status": "done"}, np.zeros((1, 2)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
+    assert read_record(tmp_path) is None
+    assert read_result(tmp_path) is None
+    assert changed_fields(tmp_path, {"seed": 1}) == []
