@@ -55,7 +55,7 @@ def corpus(corpus_folder, place):
         ({"factorize.method": "nmf"}, "it must be one of svd, pca"),
         ({"init.import_wte_freeze": True}, "set init.import_wte_npy"),
         ({"data.source": "nowhere"}, "data source 'nowhere' does not exist"),
-        ({"data.tokenizer": "bert"}, "unknown tokenizer 'bert': it must be one of"),
+        ({"data.tokenizer": "bert"}, "unknown tokenizer 'bert': set --config.data"),
         ({"workdir": "notes.txt"}, "notes.txt is not a writable folder"),
     ],
 )

@@ -4,5 +4,3 @@ A CPU interprets the kernels. That is slow, and only tests do it.
 """
 
 from pcagpt.kernels.launch import are_available
-
-__all__ = ["are_available"]

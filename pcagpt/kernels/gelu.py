@@ -43,20 +43,8 @@ def _tile_shape(h_NF) -> tuple[int, int]:
     return launch.power_of_2(count, ROWS), launch.power_of_2(width, MOST_COLUMNS)
 
 
+@inside.by_device([True, False], [True])
 def _forward(h_NF, bias_F):
-    split = inside.by_device(_forward_rows, [True, False], [True])
-    return split(h_NF, bias_F)[0], (h_NF, bias_F)
-
-
-def _backward(residuals, of_gelu_NF):
-    split = inside.by_device(_backward_rows, [True, True, False], [True, False])
-    return split(of_gelu_NF, *residuals)
-
-
-bias_gelu.defvjp(_forward, _backward)
-
-
-def _forward_rows(h_NF, bias_F):
     (count, width), (rows, columns) = h_NF.shape, _tile_shape(h_NF)
     tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     gelu_NF = launch.call(
@@ -76,7 +64,8 @@ def _visit_forward(h_ref, bias_ref, gelu_ref):
     gelu_ref[...] = (x_nf * _sigmoid(x_nf)).astype(gelu_ref.dtype)
 
 
-def _backward_rows(of_gelu_NF, h_NF, bias_F):
+@inside.by_device([True, True, False], [True, False])
+def _backward(of_gelu_NF, h_NF, bias_F):
     (count, width), (rows, columns) = h_NF.shape, _tile_shape(h_NF)
     tiles = launch.power_of_2(count // rows, max(1, count // (rows * ROW_PROGRAMS)))
     many = pl.BlockSpec((rows * tiles, columns), lambda i, j: (i, j))
@@ -118,6 +107,12 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
         name="bias_gelu_gradient",
     )(of_gelu_NF, h_NF, bias_F)
     return of_h_NF, parts_PF.sum(axis=0)
+
+
+bias_gelu.defvjp(
+    lambda h_NF, bias_F: (bias_gelu(h_NF, bias_F), (h_NF, bias_F)),
+    lambda residuals, of_gelu_NF: _backward(of_gelu_NF, *residuals),
+)
 
 
 def _sigmoid(x_nf):

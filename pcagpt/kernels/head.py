@@ -60,6 +60,7 @@ def summarize(
     tiles = TILES[_padded_rank(rank)]
     wte_VK = _pad(wte_VK, tiles.streamed)
 
+    @inside.by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
         count = z_NK.shape[0]
         z_NK = _pad(z_NK, tiles.kept)
@@ -79,7 +80,7 @@ def summarize(
         )(z_NK, wte_VK)
         return normaliser_N[:count], mean_NK[:count, :rank]
 
-    return inside.by_device(of_rows, [True, False], [True, True])(z_NK, wte_VK)
+    return of_rows(z_NK, wte_VK)
 
 
 def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, rows: int):

@@ -38,25 +38,23 @@ def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
 
 
 def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
-    forward = functools.partial(_forward_rows, epsilon=epsilon)
-    split = inside.by_device(forward, [True, True, False, False, False], [True] * 4)
-    sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
+    sum_ND, normed_ND, *statistics = _forward_rows(
+        x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon
+    )
     return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
 
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    split = inside.by_device(
-        _backward_rows, [True, True, True, False, True, True], [True, False]
-    )
     # The gradients of bias, scale and offset are one array: one sum over the devices.
-    gradient_ND, of_parameters_3D = split(*gradients, *residuals)
+    gradient_ND, of_parameters_3D = _backward_rows(*gradients, *residuals)
     return gradient_ND, gradient_ND, *of_parameters_3D
 
 
 add_and_norm.defvjp(_forward, _backward)
 
 
+@inside.by_device([True, True, False, False, False], [True] * 4)
 def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     count, width = x_ND.shape
     rows = launch.power_of_2(count, ROWS)
@@ -100,6 +98,7 @@ def _visit_forward(*references, epsilon: float):
     inverse_deviation_ref[...] = inverse_n1.sum(axis=1)
 
 
+@inside.by_device([True, True, True, False, True, True], [True, False])
 def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
     rows = launch.power_of_2(count, ROWS)

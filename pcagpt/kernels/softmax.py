@@ -24,10 +24,10 @@ def loss_and_gradient(
     The gradients [n, V] overwrite the logits. Columns from `size` on get no
     probability; a negative target gives a loss and a gradient of 0.
     """
-    of_rows = functools.partial(_of_rows, size=size)
-    return inside.by_device(of_rows, [True] * 2, [True] * 2)(logits_nV, targets_n)
+    return _of_rows(logits_nV, targets_n, size=size)
 
 
+@inside.by_device([True, True], [True, True])
 def _of_rows(logits_nV, targets_n, *, size: int):
     count, width = logits_nV.shape
     columns = min(COLUMNS, 1 << (width.bit_length() - 1))

@@ -18,14 +18,8 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
     the leading axis is split over devices. `chunks` is lowered to the nearest divisor
     of the rows on each device, or of N if the devices cannot share N evenly.
 
-    Args:
-      function: (carry, tuple of chunks [n, ...]) -> (carry, outputs [n, ...]).
-      carry: the first carry.
-      chunks: the limit.
-      *arrays_N: arrays with leading axis N.
-
-    Returns:
-      The last carry, and the outputs with leading axis N, in the order of the input.
+    `function` maps (carry, tuple of chunks [n, ...]) to (carry, outputs [n, ...]).
+    Returns the last carry, and the outputs [N, ...] in the order of the input.
     """
     count = arrays_N[0].shape[0]
     own_rows, remainder = divmod(count, device_count())
@@ -67,15 +61,14 @@ def sum_of_chunks(function, chunks, h_ND, head, constants, arrays_N):
 
 
 def _forward(function, chunks, h_ND, head, constants, arrays_N):
+    @by_device([True, False, False, False, True], [False, True, True])
     def of_rows(h_ND, head, zeros, constants, arrays_N):
         def chunk(total, inputs):
             h_nD, *arrays_n = inputs
             sums, (of_h_nD, of_head) = function(h_nD, head, constants, *arrays_n)
-
-            def add(t, x):
-                return t + x.astype(t.dtype)
-
-            return jax.tree.map(add, total, (sums, of_head)), of_h_nD
+            found = sums, of_head
+            total = jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found)
+            return total, of_h_nD
 
         sums, _ = jax.eval_shape(function, h_ND, head, constants, *arrays_N)
         start = jax.tree.map(jnp.zeros_like, sums), zeros
@@ -87,12 +80,14 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
         lambda leaf: leaf.astype(h_ND.dtype), (head, constants)
     )
     zeros = jax.tree.map(jnp.zeros_like, head)
-    split = by_device(of_rows, [True, False, False, False, True], [False, True, True])
-    sums, *gradients = split(h_ND, cast_head, zeros, constants, arrays_N)
+    sums, *gradients = of_rows(h_ND, cast_head, zeros, constants, arrays_N)
     return sums, gradients
 
 
 def _backward(function, chunks, gradients, cotangents):
+    # The sum over devices is here, not in the forward pass, so that XLA can merge it
+    # with the sums of the same tables' other gradients.
+    @by_device([True, True, False], [True, False])
     def scaled(of_h_ND, own_of_head, factor):
         def by_factor(gradient):
             return (gradient * factor).astype(gradient.dtype)
@@ -100,10 +95,7 @@ def _backward(function, chunks, gradients, cotangents):
         own_of_head = jax.tree.map(lambda g: by_factor(g[0]), own_of_head)
         return by_factor(of_h_ND), own_of_head
 
-    # The sum over devices is here, not in the forward pass, so that XLA can merge it
-    # with the sums of the same tables' other gradients.
-    split = by_device(scaled, [True, True, False], [True, False])
-    return *split(*gradients, cotangents[0]), None, None
+    return *scaled(*gradients, cotangents[0]), None, None
 
 
 sum_of_chunks.defvjp(_forward, _backward)

@@ -52,7 +52,7 @@ def cross_entropy(
 
 
 def _by_softmax_kernel(h_nD, head: Head, _, targets_n, *, logits_dtype):
-    """Loss and gradients of a chunk for a head of one band, as `sum_of_chunks` needs."""
+    """Loss and gradients of a chunk for a head of one band; see `sum_of_chunks`."""
     [band] = head
     z_nK, back = jax.vjp(project, h_nD, band.scale_down)
     logits_nV = products(z_nK, band.wte, logits_dtype)

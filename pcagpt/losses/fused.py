@@ -38,10 +38,7 @@ def _forward(chunks, z_of_bands, tables, targets_N):
     cast_tables = jax.tree.map(lambda wte_VK: gathered(wte_VK.astype(dtype)), tables)
     summaries, rows, target_logit_N = [], [], 0.0
     for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-        if kernels.fits(wte_VK.shape[1]):
-            summaries.append(kernels.summarize(z_NK, wte_VK, size))
-        else:
-            summaries.append(_summarize(z_NK, wte_VK, size, chunks))
+        summaries.append(_summarize(z_NK, wte_VK, size, chunks))
         is_here_N1 = ((local_N >= 0) & (local_N < size))[:, None]
         row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
         rows.append(jnp.where(is_here_N1, row_NK, 0.0))
@@ -64,22 +61,18 @@ def _backward(chunks, residuals, cotangent):
         for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
     )
 
+    # Do not compute with the sum over devices here: XLA can then add the lookup's
+    # gradient of the same table before that sum, and sums once over the devices.
+    @by_device([False, True, True, True, False], [False])
     def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
         for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-            if kernels.fits(wte_VK.shape[1]):
-                gradient = kernels.table_gradient
-            else:
-                gradient = functools.partial(_table_gradient, chunks=chunks)
-            gradient_VK = gradient(wte_VK, z_NK, normaliser_N, local_N)
+            gradient_VK = _table_gradient(wte_VK, z_NK, normaliser_N, local_N, chunks)
             is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
         return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
 
-    # Do not compute with the sum over devices here: XLA can then add the lookup's
-    # gradient of the same table before that sum, and sums once over the devices.
-    split = by_device(of_rows, [False, True, True, True, False], [False])
-    [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
+    [of_tables] = of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
     of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
     return of_z, of_tables, None
 
@@ -96,8 +89,11 @@ def _bands(z_of_bands, tables: Head, targets_N):
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
-    """The plain form of `kernels.summarize`, one chunk of tokens at a time."""
+    """`kernels.summarize`, or its plain form one chunk of tokens at a time."""
+    if kernels.fits(wte_VK.shape[1]):
+        return kernels.summarize(z_NK, wte_VK, size)
 
+    @by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
         def summarize(_, arrays):
             logits_nV = _logits(arrays[0], wte_VK)
@@ -108,11 +104,13 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 
         return scan_chunks(summarize, None, chunks, z_NK)[1]
 
-    return by_device(of_rows, [True, False], [True, True])(z_NK, wte_VK[:size])
+    return of_rows(z_NK, wte_VK[:size])
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
-    """The plain form of `kernels.table_gradient`, one chunk of tokens at a time."""
+    """`kernels.table_gradient`, or its plain form one chunk of tokens at a time."""
+    if kernels.fits(wte_VK.shape[1]):
+        return kernels.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays

@@ -20,14 +20,3 @@ from pcagpt.model.size import (
     total_parameters,
     training_flops_per_token,
 )
-
-__all__ = [
-    "GPT",
-    "BandSpec",
-    "GPTConfig",
-    "Head",
-    "HeadBand",
-    "embedding_parameters",
-    "total_parameters",
-    "training_flops_per_token",
-]

@@ -63,15 +63,15 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
     wte_VK, rows_N = residuals
     shape, table_dtype = wte_VK.shape, wte_VK.dtype
 
+    # Each device sums the gradients of its own tokens before the sums are added up.
+    # Otherwise XLA would scatter into the head's gradient, and every device would first
+    # need all of that gradient.
+    @by_device([True, True], [False])
     def of_table(gradient_NK, rows_N):
         zeros_VK = jnp.zeros(shape, table_dtype)
         return (zeros_VK.at[rows_N].add(gradient_NK.astype(table_dtype)),)
 
-    # Each device sums the gradients of its own tokens before the sums are added up.
-    # Otherwise XLA would scatter into the head's gradient, and every device would first
-    # need all of that gradient.
-    split = by_device(of_table, [True, True], [False])
-    return *split(gradient_NK, rows_N), None
+    return *of_table(gradient_NK, rows_N), None
 
 
 _take_rows.defvjp(
@@ -121,10 +121,3 @@ class TokenEmbedding(nn.Module):
             found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
             x_ND += jnp.where(is_here_N1, found_ND, 0)
         return x_ND
-
-    def head(self) -> Head:
-        """The output side of every band."""
-        return tuple(
-            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
-            for embedding in self.band_embeddings
-        )

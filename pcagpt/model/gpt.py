@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pcagpt.model.block import Block, ResidualNorm
 from pcagpt.model.config import INIT_STD, GPTConfig
-from pcagpt.model.embedding import Head, TokenEmbedding
+from pcagpt.model.embedding import Head, HeadBand, TokenEmbedding
 
 
 class GPT(nn.Module):
@@ -40,10 +40,11 @@ class GPT(nn.Module):
         return self.contextualize(x_ND, tokens_BT.shape[1], deterministic)
 
     def contextualize(
-        self, x_ND: jax.Array, length: int, deterministic: bool = True
+        self, x_ND: jax.Array, length: int, deterministic: bool = True, position=None
     ) -> jax.Array:
         """Token embeddings [N, D] of sequences of a length -> output of ln_f [N, D]."""
-        wpe_TD = self.wpe[:length].astype(x_ND.dtype)
+        wpe_TD = self.wpe[:length] if position is None else self.wpe[position][None]
+        wpe_TD = wpe_TD.astype(x_ND.dtype)
         wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
         wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
         if self.config.dropout and not deterministic:
@@ -52,7 +53,7 @@ class GPT(nn.Module):
         # The first norm adds the position embeddings, like any other update.
         update = wpe_ND, bias_D
         for block in self.blocks:
-            x_ND, update = block(x_ND, update, length, deterministic)
+            x_ND, update = block(x_ND, update, length, deterministic, position)
         return self.ln_f(x_ND, *update)[1]
 
     def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
@@ -61,16 +62,14 @@ class GPT(nn.Module):
         Reads the earlier tokens' keys and values in the collection 'cache', which
         `hidden` and this method write and the caller keeps.
         """
-        x_BD = self.embed(tokens_B)
-        wpe_D = self.wpe[position].astype(x_BD.dtype)
-        update = jnp.broadcast_to(wpe_D, x_BD.shape), jnp.zeros(wpe_D.shape)
-        for block in self.blocks:
-            x_BD, update = block(x_BD, update, 1, True, position)
-        return self.ln_f(x_BD, *update)[1]
+        return self.contextualize(self.embed(tokens_B), 1, position=position)
 
     def head(self) -> Head:
         """The bands of the output head; their columns follow one another."""
-        return self.embed.head()
+        return tuple(
+            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
+            for embedding in self.embed.band_embeddings
+        )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
         """Token ids -> columns of the head; -1 (no token) stays -1."""
