@@ -9,13 +9,14 @@ class Arm:
 
     Attributes:
       letter: short name in tables and questions.
-      title: name in words.
-      meaning: half a sentence that defines it, for the report.
-      run_name: name of its run folder, with `{rank}` filled in.
-      colour, marker: of its lines in figures, as matplotlib takes them.
+      title: long name.
+      meaning: definition in the report.
+      run_name: name of its run folder, where `{rank}` stands for the rank.
+      colour: matplotlib colour of its lines.
+      marker: matplotlib marker of its points.
       takes: what it starts from: 'factors' (of D's table), 'blocks' (D's other
-        weights), 'weights' (D as it is).
-      keep: what it keeps of the factors, a value of `init.keep`.
+        weights), 'weights' (all weights of D).
+      keep: which property of the factors it keeps, a value of `init.keep`.
       is_taught: whether it learns D's predictions.
     """
 
@@ -35,8 +36,8 @@ class Arm:
         return "blocks" in self.takes or "weights" in self.takes
 
 
-# Tables and legends show the arms in this order. The colours are Okabe and Ito's, which
-# stay distinct in colour blindness; the markers do so in black and white.
+# Tables and legends show the arms in this order. Colour-blind readers can tell most of
+# the colours apart (they are Okabe and Ito's); the markers differ in black and white.
 ARMS = {
     "baseline": Arm(
         letter="D",

@@ -1,4 +1,4 @@
-"""Parameter trees by path: flatten, label by patterns, count, replace strictly."""
+"""Parameter trees: flatten to paths, label by path patterns, count, replace leaves."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def label(tree: Any, rules: Sequence[tuple[str, Any]]) -> Any:
     Args:
       tree: any pytree. In an optimizer state the path starts with the names of the
         containers: '0/mu/block_0/...'.
-      rules: (pattern, label); the pattern must match the whole path, like
+      rules: (pattern, label); a pattern must match the whole path, such as
         'block_0/mlp/fc/kernel'.
 
     Raises:
@@ -51,12 +51,10 @@ def count(tree: Any) -> int:
 def replace(
     tree: Mapping[str, Any], new: Mapping[str, Any], *, source: str
 ) -> dict[str, Any]:
-    """Returns the tree with other leaves at the paths of `new`, in the tree's dtypes.
+    """Returns the tree with the arrays of `new` ({path: array}), cast to its dtypes.
 
-    Args:
-      tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-      new: {path: array}.
-      source: where `new` comes from, for the error message.
+    The leaves of `tree` may be `jax.ShapeDtypeStruct`. `source` is the origin of `new`
+    for the error message.
 
     Raises:
       UserError: the tree lacks a path, or its leaf has another shape.

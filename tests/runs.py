@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from pcagpt.config import Settings
+from pcagpt.config import KNOBS, Settings, override
 from pcagpt.factorize import Statistics
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline.plan import Job, Plan, make_plan
@@ -68,6 +68,15 @@ def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:
 def plan(config: ConfigDict) -> Plan:
     """What a config asks for."""
     return make_plan(Settings.of(config))
+
+
+def overrides(config: ConfigDict) -> list[str]:
+    """The arguments that set a config's knobs on the command line."""
+    return [
+        override(path, value)
+        for path, value in Settings.of(config).flat().items()
+        if value != KNOBS[path].default
+    ]
 
 
 def job(config: ConfigDict) -> Job:

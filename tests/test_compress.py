@@ -215,7 +215,7 @@ def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
     subject = Subject.of(
         Run.open(asked.model_path), Settings.of(changed(asked, **limited))
     )
-    assert sum((t >= 0).sum() for _, t in subject.validation()) == 100
+    assert sum((t >= 0).sum() for _, t in subject.batches) == 100
 
 
 def test_another_checkpoint_is_refused_or_measured_anew(asked):
@@ -265,7 +265,7 @@ def test_a_new_table_is_scored_as_two_naive_models_are(subject):
     own, table = subject.table_VD, subject.table_VD + 0.05 * noise.astype(np.float32)
     deciles = frequency_deciles(subject.corpus.count_tokens("train") * 1.0)
     swap = TableSwap(subject.model, subject.variables, deciles, subject.mesh, 3)
-    batches = list(subject.validation())[:2]
+    batches = list(subject.batches)[:2]
     scores = swap(table, batches)
 
     def log_p(input_table, head_table):
@@ -522,6 +522,7 @@ def test_a_model_that_cannot_be_compared_is_refused_before_training(path, asked)
     assert not folder_of(asked).exists()
 
 
+@pytest.mark.slow
 def test_a_best_table_at_full_width_is_trained_under_names_of_its_own(asked):
     full = {"ranks": (32,), "compress.methods": "context", "compress.bands": (3,)}
     sweep = recovered(asked, **full, **{"compress.recover_ranks": (32,)})

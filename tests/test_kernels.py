@@ -236,11 +236,10 @@ def test_eight_devices_work_on_their_own_rows_and_add_up():
 
     def all_kernels(z, wte, targets, h, bias):
         normaliser, mean = head.summarize(z, wte, 50)
-        (gradient,) = by_device(
-            lambda *arrays: (head.table_gradient(*arrays),),
-            [False, True, True, True],
-            [False],
-        )(wte, z, normaliser, targets)
+        add_up = by_device([False, True, True, True], [False])
+        (gradient,) = add_up(lambda *arrays: (head.table_gradient(*arrays),))(
+            wte, z, normaliser, targets
+        )
         loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
 
         def activations(h, bias):

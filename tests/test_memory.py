@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pcagpt.config.schema import TrainSettings
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.training import optim
-from pcagpt.training.step import StepSettings, initial_state, train_step
+from pcagpt.training.step import initial_state, train_step
 
 ROWS, WIDTH, CHUNKS = 50304, 768, 8
 
@@ -37,14 +38,15 @@ def traced_step(rank, kernels):
         compute_dtype="bfloat16",
         kernels=kernels,
     )
-    model, adamw = GPT(config), optim.OptimizerConfig(10, 6e-4)
+    model, adamw = GPT(config), TrainSettings(steps=10, warmup_steps=0)
     optimizer = optim.optimizer(adamw)
     step = functools.partial(
         train_step,
         model=model,
         optimizer=optimizer,
         schedule=optim.learning_rate_schedule(adamw),
-        settings=StepSettings(1, loss_chunks=CHUNKS),
+        seed=1,
+        loss_chunks=CHUNKS,
     )
     state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 1))
     batch = shape(1, 32, 129, dtype=jnp.int32)

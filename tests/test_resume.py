@@ -1,6 +1,5 @@
-"""A run that was stopped or killed ends as one that never was."""
+"""A run that was stopped or killed ends like one that never was."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,19 +16,20 @@ from runs import (
     assert_equal,
     changed,
     execute,
-    last_run_dir,
+    job,
     metrics,
     quick_environment,
     saved_state,
     signal_at,
-    status,
     without_timings,
 )
 
-from pcagpt import config as knobs
+from pcagpt.config import KNOBS, Settings, override
 from pcagpt.errors import Interrupted
-from pcagpt.pipeline.evaluate_task import evaluate_run
-from pcagpt.run import folder as run_folder
+from pcagpt.factorize import BandFactors, FactorizedTable
+from pcagpt.factorize.files import write_bands
+from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.run import folder
 from pcagpt.run.checkpoint import steps
 from pcagpt.training.interrupt import StopRequest
 
@@ -44,8 +44,25 @@ def straight_dir(finished_experiment):
     return Path(finished_experiment.workdir) / "gpt_baseline"
 
 
+@pytest.fixture
+def resumable(straight_dir, tiny_config):
+    """A function: makes tiny_config's D look as if it was killed after a save."""
+
+    def cut(step):
+        run_dir = Path(shutil.copytree(straight_dir, job(tiny_config).folder))
+        (run_dir / "result.json").unlink()
+        (run_dir / "val_window_losses.npy").unlink()
+        for later in steps(run_dir):
+            if later > step:
+                shutil.rmtree(run_dir / "ckpt" / str(later))
+        assert job(tiny_config).status() == f"resumes at step {step}"
+        return run_dir
+
+    return cut
+
+
 def stop(config, at, number=signal.SIGTERM):
-    """Trains until a signal, sent in the middle of step `at`, is obeyed after it."""
+    """Trains until a signal that arrives during step `at`; training stops after it."""
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, at - 1, number)
         with pytest.raises(Interrupted, match=f"stopped at step {at} of 6, saved"):
@@ -58,61 +75,48 @@ def assert_same_run(found_dir, wanted_dir):
     assert metrics(found_dir) == metrics(wanted_dir)
     keys = [(line["step"], line["split"]) for line in metrics(found_dir)]
     assert len(set(keys)) == len(keys)
-    found, wanted = (run_folder.read_result(path) for path in (found_dir, wanted_dir))
+    found, wanted = (folder.read_result(path) for path in (found_dir, wanted_dir))
     assert without_timings(found) == without_timings(wanted)
     np.testing.assert_array_equal(
-        run_folder.read_window_losses(found_dir),
-        run_folder.read_window_losses(wanted_dir),
+        folder.read_window_losses(found_dir), folder.read_window_losses(wanted_dir)
     )
 
 
-@pytest.fixture
-def well_mixed(tiny_config):
-    """A run with dropout and accumulation."""
-    return changed(
+def test_a_run_with_dropout_parts_and_frozen_bands_resumes_bit_identical(
+    tiny_config, tmp_path
+):
+    random = np.random.default_rng(0)
+    sizes = zip(BANDS["model.band_sizes"], BANDS["model.band_ranks"], strict=True)
+    bands = [
+        BandFactors(
+            random.normal(size=(n, k or 32)), random.normal(size=(k, 32)) if k else None
+        )
+        for n, k in sizes
+    ]
+    write_bands(
+        tmp_path / "bands",
+        FactorizedTable(random.permutation(97).astype(np.int32), tuple(bands), None),
+    )
+    straight = changed(
         tiny_config,
+        arm="pca",
         **{"model.dropout": 0.2, "train.accumulation": 2, "train.learning_rate": 3e-3},
+        **{
+            "init.import_bands": str(tmp_path / "bands"),
+            "init.import_wte_freeze": True,
+        },
     )
-
-
-def assert_resumes(straight, workdir):
-    """That it ends the same when it is stopped; returns its folder."""
-    stopped = changed(straight, workdir=str(workdir))
-    stop(stopped, 4)  # due for neither an evaluation nor a checkpoint
-    assert status(stopped) == "resumes at step 4"
+    stopped = changed(straight, workdir=str(tmp_path / "stopped"))
+    stop(stopped, 4)  # neither an evaluation nor a save is due
+    assert job(stopped).status() == "resumes at step 4"
     run_dir = execute(straight)
     assert_same_run(execute(stopped), run_dir)
-    return run_dir
-
-
-def test_several_bands_train_resume_bit_identical_and_are_evaluated(
-    well_mixed, tmp_path
-):
-    banded = changed(well_mixed, arm="random", **BANDS)
-    run_dir = assert_resumes(banded, tmp_path / "stopped")
-    result = run_folder.read_result(run_dir)
-    assert (result["rank"], result["band_sizes"]) == (None, [10, 40, 47])
-    assert result["params_embedding"] == (
-        10 * 32 + 40 * 8 + 8 * 32 + 47 * 4 + 4 * 32 + 97
-    )
+    result = folder.read_result(run_dir)
+    assert result["band_sizes"] == [10, 40, 47]
     before, *_, after = (m["loss"] for m in metrics(run_dir) if m["split"] == "val")
     assert after < before - 0.1
-    evaluation = changed(
-        well_mixed, task="evaluate", model_path=str(run_dir), **{"data.source": ""}
-    )
-    assert evaluate_run(evaluation)["loss"] == result["val_loss"]
-
-
-def test_a_run_with_a_frozen_table_resumes_bit_identical(well_mixed, tmp_path):
-    table = np.random.default_rng(0).normal(0, 0.02, (97, 8)).astype(np.float32)
-    np.save(tmp_path / "table.npy", table)
-    frozen = changed(
-        well_mixed,
-        arm="pca",
-        **{"model.n_embd_wte": 8, "init.import_wte_freeze": True},
-        **{"init.import_wte_npy": str(tmp_path / "table.npy")},
-    )
-    assert_resumes(frozen, tmp_path / "stopped")
+    again = changed(tiny_config, model_path=str(run_dir), **{"data.source": ""})
+    assert evaluate(Settings.of(again))["loss"] == result["val_loss"]
 
 
 def test_a_run_stopped_twice_ends_bit_identical_to_one_never_stopped(
@@ -120,61 +124,77 @@ def test_a_run_stopped_twice_ends_bit_identical_to_one_never_stopped(
 ):
     stop(tiny_config, 2)
     stop(tiny_config, 4, signal.SIGINT)
-    assert not (last_run_dir(tiny_config) / "result.json").exists()
-    assert_same_run(execute(tiny_config), straight_dir)
+    assert not (job(tiny_config).folder / "result.json").exists()
+    run_dir = execute(tiny_config)
+    assert_same_run(run_dir, straight_dir)
+    # Kept: the last two, and the best. A signal saves, but does not evaluate.
+    assert steps(run_dir) == [4, 6]
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_result_ends_the_same(
-    tiny_config, straight_dir
+def test_a_run_killed_between_its_last_save_and_its_result_ends_the_same(
+    tiny_config, straight_dir, resumable
 ):
-    killed_dir = last_run_dir(tiny_config)
-    shutil.copytree(straight_dir, killed_dir)
-    (killed_dir / "result.json").unlink()
-    (killed_dir / "val_window_losses.npy").unlink()
-    assert status(tiny_config) == "resumes at step 6"
+    killed_dir = resumable(6)
     execute(tiny_config)
     assert_same_run(killed_dir, straight_dir)
-    found, wanted = (
-        run_folder.read_result(path) for path in (killed_dir, straight_dir)
-    )
+    found, wanted = (folder.read_result(path) for path in (killed_dir, straight_dir))
     assert all(found[name] == wanted[name] for name in TIMINGS & wanted.keys())
 
 
-def test_lines_logged_after_the_checkpoint_are_dropped_when_resuming(
-    tiny_config, straight_dir
+def test_lines_logged_after_the_checkpoint_are_dropped_and_logged_again(
+    tiny_config, straight_dir, resumable
 ):
-    stop(tiny_config, 4)
-    with (last_run_dir(tiny_config) / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 5, "tokens": 0, "split": "train"}) + "\n")
+    run_dir = resumable(3)
+    with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tok')
-    assert metrics(execute(tiny_config)) == metrics(straight_dir)
+    execute(tiny_config)
+    assert_same_run(run_dir, straight_dir)
 
 
 def test_resuming_may_change_how_often_is_evaluated_and_saved(
-    tiny_config, straight_dir
+    tiny_config, straight_dir, resumable
 ):
-    stop(tiny_config, 4)
+    run_dir = resumable(3)
     tiny_config.evaluate.every = tiny_config.checkpoint.every = 1
-    run_dir = execute(tiny_config)
+    execute(tiny_config)
     assert_equal(saved_state(run_dir), saved_state(straight_dir))
     evaluated = [line["step"] for line in metrics(run_dir) if line["split"] == "val"]
-    assert evaluated == [0, 3, 5, 6]
+    assert evaluated == [0, 3, 4, 5, 6]
+    assert steps(run_dir) == [5, 6]
 
 
-def test_a_run_killed_by_force_resumes_to_end_bit_identical(
-    tiny_config, compiled, tmp_path
+def test_resuming_may_change_how_the_device_computes_which_the_result_records(
+    tiny_config, straight_dir, resumable
 ):
+    """Records of older versions count these knobs as part of a run's identity."""
+    auto = {"compute_dtype": "float32", "attention": "xla", "kernels": "xla"}
+    assert folder.read_result(straight_dir)["resolved"] == auto
+    run_dir = resumable(3)
+    record = folder.read_record(run_dir)
+    record["model"] |= {"compute_dtype": "auto", "attention": "auto", "kernels": "auto"}
+    del record["compress"], record["train"]["beta1"]  # knobs younger than the run
+    folder.write_record(run_dir, record)
+    named = changed(tiny_config, **{f"model.{name}": v for name, v in auto.items()})
+    assert job(named).status() == "resumes at step 3"
+    execute(named)
+    assert_same_run(run_dir, straight_dir)
+    assert folder.read_record(run_dir)["model"]["kernels"] == "xla"
+    assert folder.read_result(run_dir)["resolved"] == auto
+    assert job(tiny_config).status() == "done"
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tmp_path):
     straight = changed(
         tiny_config,
         **{"train.steps": 100, "checkpoint.every": 10, "evaluate.every": 50},
     )
     killed = changed(straight, workdir=str(tmp_path / "killed"))
-    killed_dir = last_run_dir(killed)
-    default = knobs.flat(knobs.base())
+    killed_dir = job(killed).folder
     overrides = [
-        knobs.override(path, value)
-        for path, value in knobs.flat(killed).items()
-        if value != default[path]
+        override(path, value)
+        for path, value in Settings.of(killed).flat().items()
+        if value != KNOBS[path].default
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "pcagpt.main", "--config=configs/baseline.py"]
@@ -193,7 +213,7 @@ def test_a_run_killed_by_force_resumes_to_end_bit_identical(
         process.kill()
         _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
-    assert run_folder.read_result(killed_dir) is None
+    assert folder.read_result(killed_dir) is None
     assert 10 <= max(steps(killed_dir)) < 100
     assert_same_run(execute(killed), execute(straight))
 
@@ -201,9 +221,9 @@ def test_a_run_killed_by_force_resumes_to_end_bit_identical(
 def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest() as request:
-        assert not request.received
+        assert not request.stops_at(3)
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.received
+        assert request.stops_at(3)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from pcagpt import trees
+from pcagpt.config.schema import TrainSettings
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig, HeadBand
@@ -29,7 +30,7 @@ CONFIG = GPTConfig(
     n_embd_wte=4,
     n_embd_wte_scale_tying=False,
 )
-ADAMW = optim.OptimizerConfig(steps=4, learning_rate=1e-2)
+ADAMW = TrainSettings(steps=4, warmup_steps=0)
 
 
 def state_shapes(config=CONFIG):
@@ -159,7 +160,7 @@ def test_replicated_array_is_whole_on_every_device():
 def test_a_function_compiled_for_a_mesh_knows_its_devices():
     def devices(x):
         found.append(inside.device_count())
-        (found_inside,) = inside.by_device(count_inside, [True], [False])(x)
+        (found_inside,) = inside.by_device([True], [False])(count_inside)(x)
         return found_inside
 
     def count_inside(x):

@@ -42,7 +42,7 @@ def test_unknown_tokenizer_is_refused_with_the_known_names():
 
 
 def test_damaged_or_missing_rank_file_is_refused_and_left_alone(tmp_path, monkeypatch):
-    damaged = tmp_path / RANKS["gpt2"].file
+    damaged = tmp_path / "gpt2.tiktoken"
     damaged.write_bytes((tokenizer.ASSETS / damaged.name).read_bytes()[:-1])
     monkeypatch.setattr(tokenizer, "ASSETS", tmp_path)
     load_tokenizer.cache_clear()
@@ -62,6 +62,6 @@ def test_training_script_makes_the_packaged_ranks(tmp_path, monkeypatch, capsys)
     made = tmp_path / "made.tiktoken"
     monkeypatch.setattr("sys.argv", [str(path), "--output", str(made)])
     script.main()
-    packaged = tokenizer.ASSETS / RANKS["sotu4096"].file
+    packaged = tokenizer.ASSETS / "sotu4096.tiktoken"
     assert made.read_bytes() == packaged.read_bytes()
     assert RANKS["sotu4096"].sha256 in capsys.readouterr().out

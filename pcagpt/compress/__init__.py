@@ -1,1 +1,1 @@
-"""TODO."""
+"""Compression of a trained model's table without training."""

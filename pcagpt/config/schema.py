@@ -209,7 +209,8 @@ class CompressSettings:
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens to measure statistics on; 0: 1048576, on a CPU 32768",
+        "training tokens to measure statistics on; 0: 1048576, for compress on a CPU "
+        "32768",
         at_least(0),
     )
     max_added_loss: float = knob(

@@ -14,35 +14,16 @@ from pcagpt.errors import UserError
 IGNORED = -1  # the target where there is nothing to predict
 
 
-class _Windows:
-    """Windows of T + 1 tokens that start every T tokens: the source for grain."""
-
-    def __init__(self, tokens: np.ndarray, block_size: int):
-        self._tokens, self._block_size = tokens, block_size
-
-    def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._block_size
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self._block_size
-        return self._tokens[start : start + self._block_size + 1].astype(np.int32)
-
-
 class TrainingBatches:
     """Training batches; their order depends only on the seed.
 
     Windows hold T + 1 tokens and start every T tokens, so every epoch trains once on
     each of the (n - 1) // T * T transitions. Each epoch is a new permutation of the
-    windows. A batch may hold the end of one epoch and the start of the next.
-
-    Args:
-      tokens: integers [n]; may be a memory map.
-      block_size: T.
-      batch_size: B.
-      seed: of the order.
+    windows. A batch may hold the end of one epoch and the start of the next. `tokens`
+    [n] may be a memory map.
 
     Raises:
-      UserError: there are not enough tokens for one window.
+      UserError: the split is too short for one window.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
@@ -52,13 +33,15 @@ class TrainingBatches:
                 f"train split has {len(tokens)}: lower --config.model.block_size, or "
                 "give more text as --config.data.source"
             )
-        windows = _Windows(tokens, block_size)
+        # A view: a window is read from the file when grain asks for it.
+        every = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
+        windows = every[::block_size]
         self.windows_per_epoch = len(windows)
         dataset = grain.MapDataset.source(windows).seed(seed).shuffle()
         self._batches = dataset.repeat().batch(batch_size)
 
     def batch_at(self, step: int) -> np.ndarray:
-        """The batch of a step, int32 [B, T + 1]: inputs and targets overlap.
+        """Returns the batch of a step: int32 [B, T + 1], inputs and targets overlap.
 
         The cost does not depend on the step: no earlier batch is made.
         """
@@ -66,16 +49,15 @@ class TrainingBatches:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
-        return self._batches[step]
+        return self._batches[step].astype(np.int32)
 
 
 class EvaluationBatches:
     """A split in order, as windows that do not overlap.
 
-    Iterating yields (inputs, targets), both int32 [B, T]. Every token after the first
-    one of the split is a target exactly once. Where there is nothing to predict,
-    targets are -1 and inputs 0: at the end of the last window, and in rows that fill
-    up the last batch.
+    Iterating yields (inputs, targets), both int32 [B, T]. Every token of the split
+    after the first is a target exactly once. The padding at the end of the last window
+    and of the last batch has the target -1 and the input 0.
 
     Raises:
       UserError: the split has fewer than two tokens.
@@ -96,12 +78,11 @@ class EvaluationBatches:
         return -(-self.window_count // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        shape_BT = self._batch_size, self._block_size
         size = self._batch_size * self._block_size
-        for start in range(0, self.window_count * self._block_size, size):
+        for start in range(0, len(self) * size, size):
             found = self._tokens[start : start + size + 1]
             padded = np.full(size + 1, IGNORED, np.int32)
             padded[: len(found)] = found
-            inputs_BT = padded[:-1].reshape(shape_BT)
-            targets_BT = padded[1:].reshape(shape_BT)
+            inputs_BT = padded[:-1].reshape(self._batch_size, -1)
+            targets_BT = padded[1:].reshape(self._batch_size, -1)
             yield np.where(targets_BT == IGNORED, 0, inputs_BT), targets_BT

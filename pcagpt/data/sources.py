@@ -18,11 +18,9 @@ Document = Iterable[str]  # consecutive blocks of its text, of any size
 _SOTU_SHA256 = "6f9e2605f2ca1284be8565dab901767419942184a16fd403b5a1b9f05f884d2d"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 _TEXT_ENDINGS = (".txt", ".raw", ".tokens", ".text")
-_SPLIT_WORDS = {
-    "train": r"train(ing)?\d*",
-    "val": r"val(id(ation)?)?\d*",
-    "test": r"test(ing)?\d*",
-}
+_SPLIT_WORD = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test(?:ing)?))\d*"
+)
 
 
 class TextSource(NamedTuple):
@@ -34,7 +32,7 @@ class TextSource(NamedTuple):
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
 
     def info(self, tokenizer: str) -> CorpusInfo:
-        """The corpus that a tokenizer, or 'auto', makes from the text."""
+        """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
         name = self.tokenizer if tokenizer == "auto" else tokenizer
         vocab_size = rank_file(name).vocab_size
         dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -42,7 +40,7 @@ class TextSource(NamedTuple):
 
 
 def find_source(source: str) -> TextSource | Path:
-    """The text that `source` names, or the path of a folder of token files.
+    """Returns the text that `source` names, or the path of a folder of token files.
 
     Raises:
       UserError: `source` is neither.
@@ -75,10 +73,10 @@ def find_source(source: str) -> TextSource | Path:
 
 
 def sotu_documents(split: str) -> list[str]:
-    """The addresses of a split of `sotu`, each with its line end.
+    """Returns the addresses of a split of `sotu`, each with its line end.
 
     Address i, in the order of the file, is in test if i % 20 == 0, in val if
-    i % 20 == 10, and in train otherwise. So every split has addresses of all periods.
+    i % 20 == 10, and in train otherwise: every split has addresses of all periods.
     """
     text = lzma.decompress(packaged_bytes("sotu.txt.xz", _SOTU_SHA256)).decode()
     # splitlines() would also cut at other characters than the line feed.
@@ -89,13 +87,13 @@ def sotu_documents(split: str) -> list[str]:
     ]
 
 
-def _sotu_blocks(split: str) -> Iterator[Document]:
+def _sotu_blocks(split: str) -> Iterable[Document]:
     """Each address as a document of one block."""
-    return ([address] for address in sotu_documents(split))
+    return [[address] for address in sotu_documents(split)]
 
 
 def _wikitext_documents(split: str) -> Iterator[Document]:
-    """WikiText-103's raw split as one document, byte for byte as in its file."""
+    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
     try:
         import datasets
     except ImportError:
@@ -112,26 +110,22 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
             "the network once; or give --config.data.source a folder with "
             "wiki.train.raw and wiki.valid.raw"
         ) from error
-    # The hub's rows are the lines of the file, but its blank lines, " \n", became "".
+    # The hub's rows are the lines of the file, but a blank line, " \n", became "".
     yield (row["text"] or " \n" for row in rows)
 
 
 def _text_files(folder: Path) -> dict[str, list[Path]]:
-    """A folder's text files by the split word in their names, in sorted order."""
+    """The text files of each split, in sorted order."""
     files: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in _TEXT_ENDINGS or not path.is_file():
             continue
-        words = re.split(r"[._-]", path.stem.lower())
-        splits = [
-            split
-            for split, pattern in _SPLIT_WORDS.items()
-            if any(re.fullmatch(pattern, word) for word in words)
-        ]
+        words = map(_SPLIT_WORD.fullmatch, re.split(r"[._-]", path.stem.lower()))
+        splits = sorted({word.lastgroup for word in words if word})
         if len(splits) > 1:
             raise UserError(
-                f"{path} is named for more than one split ({', '.join(splits)}): "
-                "rename it so that it names only one of train, val, test"
+                f"the name of {path} has more than one split ({', '.join(splits)}): "
+                "rename it so that it has only one of train, val, test"
             )
         if splits and path.stat().st_size == 0:
             raise UserError(f"{path} is empty: fill or remove it")

@@ -1,4 +1,4 @@
-"""The format of a folder of token files: nanoGPT's, and what describes its ids."""
+"""Folders of token files in nanoGPT's format, and their meta files."""
 
 import pickle
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What is known about a corpus before its tokens are read."""
+    """Description of a corpus, known before its tokens are read."""
 
     name: str
     vocab_size: int
@@ -33,12 +33,11 @@ def present_splits(folder: Path) -> tuple[str, ...]:
 def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     """Reads meta.json or nanoGPT's meta.pkl, and checks it against the token files.
 
-    A folder with neither holds GPT-2's tokens.
     meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
     tokenizer, tokenizer_sha256 and tokens (the number of tokens of each split).
 
     Args:
-      folder: with at least one token file.
+      folder: has at least one token file.
       tokenizer: a name in RANKS, or 'auto'.
 
     Raises:
@@ -86,7 +85,7 @@ def _agreed_tokenizer(
         )
     name = stated if asked == "auto" else asked
     if not isinstance(name, str) or name not in RANKS:
-        return None  # A model can train on such ids, but they give no text.
+        return None  # A model can train on such ids, but they cannot become text.
     if RANKS[name].vocab_size != vocab_size:
         raise UserError(
             f"{path} gives vocab_size {vocab_size}, but tokenizer '{name}' has "
@@ -101,7 +100,7 @@ def _agreed_tokenizer(
 
 
 def _check_lengths(folder: Path, counts: Any, itemsize: int) -> None:
-    """Compares the sizes of the files with the numbers of tokens in meta.json."""
+    """Raises if the size of a file contradicts its number of tokens in meta.json."""
     for split in present_splits(folder) if isinstance(counts, dict) else ():
         path, stated = folder / f"{split}.bin", counts.get(split)
         size = path.stat().st_size
@@ -114,7 +113,7 @@ def _check_lengths(folder: Path, counts: Any, itemsize: int) -> None:
 
 
 def _refuse_wide_ids(folder: Path) -> None:
-    """Raises if ids look like uint32: every second uint16 is 0."""
+    """Raises if a file seems to hold uint32: every second uint16 is 0."""
     for split in present_splits(folder):
         path = folder / f"{split}.bin"
         head = np.fromfile(path, DTYPES["uint16"], count=4096)
@@ -126,7 +125,7 @@ def _refuse_wide_ids(folder: Path) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain values only. It looks up no name, so no code can run."""
+    """Unpickles plain values. It refuses to look up any name, so no code can run."""
 
     def find_class(self, module_name: str, global_name: str) -> object:
         """Refuses every name."""

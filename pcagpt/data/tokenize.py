@@ -20,22 +20,22 @@ from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
 from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
-# GPT-2's pattern never matches across this place, so text that is cut here encodes as
-# the whole does. Python's \S excludes each space of the pattern's \s, and a few more.
+# GPT-2's pattern never matches across this place, so the parts encode as the whole
+# does. Python's \S excludes every space that the pattern's \s matches, and a few more.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> None:
-    """Tokenizes every split of `source` into `folder`, and reports on stderr.
+    """Tokenizes every split of `source` into `folder`, with progress on stderr.
 
-    The folder appears only when it is complete. Several processes may write it at the
-    same time: the first one wins.
+    The folder appears only when it is complete. If several processes write it at the
+    same time, the first one wins.
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-            # A folder of its own, because the temporary one is closed to other users.
+            # Other users cannot read the temporary folder, but they can read this one.
             draft = Path(temporary) / folder.name
             draft.mkdir()
             _write_splits(draft, source, info)
@@ -45,7 +45,7 @@ def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> No
                 if not folder.is_dir():  # No other process wrote it first.
                     raise
     except BaseException:
-        # A person's mistake leaves nothing behind.
+        # A failure leaves no empty folder behind.
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
@@ -77,16 +77,14 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
 def _encode(
     documents: Iterable[Document], encoding: tiktoken.Encoding
 ) -> Iterator[tuple[list[int], int]]:
-    """Yields consecutive (ids, characters); `<|endoftext|>` comes first in a document.
-
-    Batches of pieces are encoded in parallel threads.
-    """
+    """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document."""
     pieces = (
         (number == 0, piece)
         for document in documents
         for number, piece in enumerate(_pieces(document))
     )
     threads = os.cpu_count() or 1
+    # tiktoken encodes the texts of a batch in parallel threads.
     while batch := list(islice(pieces, 8 * threads)):
         texts = [text for _, text in batch]
         encoded = encoding.encode_ordinary_batch(texts, num_threads=threads)
@@ -95,9 +93,8 @@ def _encode(
 
 
 def _pieces(document: Document) -> Iterator[str]:
-    """Cuts a document into pieces that encode, one by one, as the whole would."""
-    blocks: list[str] = []
-    size, enough = 0, _PIECE_CHARACTERS
+    """Cuts a document into pieces that encode to the ids of the whole document."""
+    blocks, size, enough = [], 0, _PIECE_CHARACTERS
     for block in document:
         blocks.append(block)
         size += len(block)

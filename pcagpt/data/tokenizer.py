@@ -12,36 +12,31 @@ from pcagpt.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pattern with possessive quantifiers: the same pieces without backtracking.
+# GPT-2's pattern with possessive quantifiers: it finds the same pieces faster.
 GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
 
 
 class RankFile(NamedTuple):
-    """A vocabulary in pcagpt/assets; its last id is `<|endoftext|>`."""
+    """A vocabulary, NAME.tiktoken in pcagpt/assets; its last id is `<|endoftext|>`."""
 
-    file: str
-    sha256: str
     vocab_size: int
+    sha256: str
 
 
 RANKS = {
     "gpt2": RankFile(
-        "gpt2.tiktoken",
-        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-        50257,
+        50257, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
     ),
     "sotu4096": RankFile(
-        "sotu4096.tiktoken",
-        "e770fd9744a9162ba6181dde40376c67430f22dd3d338ba0c652d31794765acf",
-        4096,
+        4096, "e770fd9744a9162ba6181dde40376c67430f22dd3d338ba0c652d31794765acf"
     ),
 }
 
 
 def rank_file(name: str) -> RankFile:
-    """The entry of RANKS; UserError if the tokenizer is unknown."""
+    """Looks a name up in RANKS; UserError if it is unknown."""
     if name not in RANKS:
         raise UserError(
             f"unknown tokenizer '{name}': set --config.data.tokenizer to 'auto' or to "
@@ -51,7 +46,7 @@ def rank_file(name: str) -> RankFile:
 
 
 def packaged_bytes(file: str, sha256: str) -> bytes:
-    """Content of a file in pcagpt/assets; UserError if its hash differs."""
+    """Reads a file in pcagpt/assets; UserError if its hash differs."""
     path = ASSETS / file
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -65,7 +60,7 @@ def packaged_bytes(file: str, sha256: str) -> bytes:
 def encoding_from_ranks(
     name: str, ranks: dict[bytes, int], vocab_size: int
 ) -> tiktoken.Encoding:
-    """An encoding like GPT-2's: ranks 0..vocab_size-2, then `<|endoftext|>`."""
+    """Returns an encoding like GPT-2's: vocab_size - 1 ranks, then `<|endoftext|>`."""
     return tiktoken.Encoding(
         name,
         pat_str=GPT2_PATTERN,
@@ -77,11 +72,11 @@ def encoding_from_ranks(
 
 @functools.lru_cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding `name` of RANKS; UserError if it is unknown or damaged."""
-    file, sha256, vocab_size = rank_file(name)
-    # Each line is `base64(token) rank`. tiktoken's own loader is not used: it deletes
-    # the file if its hash differs.
-    rows = map(bytes.split, packaged_bytes(file, sha256).splitlines())
+    """Builds an encoding of RANKS; UserError if it is unknown or damaged."""
+    vocab_size, sha256 = rank_file(name)
+    # Each line is `base64(token) rank`. tiktoken's own loader would delete the file if
+    # its hash differs.
+    rows = map(bytes.split, packaged_bytes(f"{name}.tiktoken", sha256).splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
     return encoding_from_ranks(name, ranks, vocab_size)
 

@@ -12,7 +12,6 @@ from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
 from pcagpt.factorize.predict import Calibration, Predictor, SecondOrder
 from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
-    Factors,
     effective_rank,
     energy_kept,
     solve,
@@ -20,29 +19,3 @@ from pcagpt.factorize.solve import (
     truncate,
 )
 from pcagpt.factorize.table import BandFactors, FactorizedTable
-
-__all__ = [
-    "CONTROLS",
-    "Calibration",
-    "METHODS",
-    "BandFactors",
-    "FactorizedTable",
-    "Factorizer",
-    "Factors",
-    "Method",
-    "Predictor",
-    "SecondOrder",
-    "Statistics",
-    "Weighting",
-    "allocate_ranks",
-    "banded",
-    "budget_of_rank",
-    "control",
-    "effective_rank",
-    "energy_kept",
-    "frequency_bands",
-    "quantize",
-    "solve",
-    "table_of_rank",
-    "truncate",
-]

@@ -1,7 +1,7 @@
-"""Frequency bands: each group of tokens has a rank of its own, within one budget.
+"""Frequency bands: each group of tokens has its own rank, within one budget.
 
-Shape letters: V vocabulary, D model width, G bands, K rank. A band of n tokens at rank
-k stores k * (n + D) values, at full width n * D.
+Shape letters: V vocabulary, D model width, G bands, K rank. A band of n tokens stores
+k * (n + D) values at rank k, and n * D at full width.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 from pcagpt.factorize.methods import METHODS, Statistics, Weighting
 from pcagpt.factorize.solve import (
     Factors,
+    centred,
     metric_roots,
     principal,
     solve,
@@ -22,12 +23,12 @@ from pcagpt.factorize.solve import (
 )
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 
-FIRST_BAND = 64  # size of the band of the most frequent tokens
-REGROUPINGS = 3  # rounds in which tokens move to the band that suits them best
+FIRST_BAND = 64  # initial size of the band of the most frequent tokens
+REGROUPINGS = 3  # rounds in which tokens move to their best band
 
 
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
-    """Number of values that a single band stores at a rank."""
+    """Number of values that a single band of this rank stores."""
     return rank * (vocab_size + width)
 
 
@@ -46,18 +47,13 @@ class Factorizer:
 
     @functools.cached_property
     def factors(self) -> Factors:
-        """All ranks of a single band; solved once."""
+        """All ranks of a single band."""
         return solve(self._table_VD, self._weighting)
 
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
-        """A table that stores at most `budget` values.
+        """A table that stores at most `budget` values; `bands` as in `banded`.
 
-        Args:
-          budget: may exceed the size of the full table.
-          bands: number of bands to start from; 1: the highest rank that fits.
-
-        Raises:
-          ValueError: the budget is too small.
+        Raises ValueError if the budget is too small.
         """
         table_VD = self._table_VD
         if bands > 1:
@@ -67,10 +63,9 @@ class Factorizer:
 
 
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
-    """Cuts tokens into bands by falling weight; band sizes grow geometrically.
+    """Groups tokens by falling weight into bands of geometrically growing sizes.
 
-    Returns:
-      `count` arrays of token ids (fewer for a small vocabulary).
+    Returns `count` arrays of token ids, or fewer for a small vocabulary.
     """
     order = np.argsort(-weights_V, kind="stable")
     first = min(FIRST_BAND, len(order))
@@ -85,17 +80,17 @@ def allocate_ranks(
     """Chooses the ranks with the smallest total error within a budget.
 
     Greedy: the next rank goes to the band in which it removes most error per stored
-    value. This is optimal if each further rank removes less than the one before, as in
-    a spectrum. A band is stored at full width if its factors would be as large.
+    value. This is optimal because each rank removes no more than the one before. A band
+    is stored at full width if its factors would be as large.
 
     Args:
-      spectra: for each band, the squared singular values, descending.
+      spectra: squared singular values of each band, descending.
       sizes: number of tokens in each band.
       width: D.
       budget: number of values that may be stored.
 
     Returns:
-      (rank of each band, 0 for full width; error removed per value by the last rank).
+      (rank of each band, 0 for full width; error per value that the last rank removed).
 
     Raises:
       ValueError: the budget is too small for rank 1 in every band.
@@ -105,15 +100,16 @@ def allocate_ranks(
     if left < 0:
         raise ValueError(f"a budget of {budget} is too small for {len(sizes)} bands")
 
-    def gain(band: int) -> tuple[float, int] | None:
-        next_rank = ranks[band]
-        if not 0 < next_rank < len(spectra[band]):
-            return None
-        return -float(spectra[band][next_rank]) / (sizes[band] + width), band
+    queue, price = [], 0.0
 
-    queue = [entry for band in range(len(sizes)) if (entry := gain(band))]
-    heapq.heapify(queue)
-    price = 0.0
+    def enqueue(band: int) -> None:
+        """Adds the error per value that the next rank of a band would remove."""
+        if 0 < ranks[band] < len(spectra[band]):
+            gain = float(spectra[band][ranks[band]]) / (sizes[band] + width)
+            heapq.heappush(queue, (-gain, band))
+
+    for band in range(len(sizes)):
+        enqueue(band)
     while queue:
         negative_price, band = heapq.heappop(queue)
         full, so_far = sizes[band] * width, ranks[band] * (sizes[band] + width)
@@ -123,9 +119,18 @@ def allocate_ranks(
         left -= cost
         price = -negative_price
         ranks[band] = 0 if so_far + cost == full else ranks[band] + 1
-        if entry := gain(band):
-            heapq.heappush(queue, entry)
+        enqueue(band)
     return tuple(ranks), price
+
+
+class _Attempt(NamedTuple):
+    """Bands of token ids with the best ranks for them."""
+
+    error: float  # the weighted squared error that remains
+    bands: list[np.ndarray]
+    ranks: tuple[int, ...]
+    bases: tuple[np.ndarray, ...]  # the principal directions of each band: [D, R]
+    price: float  # the error that one more stored value would remove
 
 
 def banded(
@@ -158,73 +163,57 @@ def banded(
         weighting = weighting._replace(token_weights=weights_V)
     metric_DD = np.eye(width) if weighting.metric is None else weighting.metric
     roots = metric_roots(metric_DD)
-    mean_D = weighting.mean
-    if mean_D is not None:
-        mean_D = mean_D.astype(table_VD.dtype)
-    rows_VD = table_VD if mean_D is None else table_VD - mean_D
+    rows_VD, mean_D = centred(table_VD, weighting)
     whitened_VD = rows_VD @ roots[0].astype(table_VD.dtype)
     bands, attempts = frequency_bands(weights_V, count), []
     for remaining in reversed(range(REGROUPINGS + 1)):
         if len(bands) == 1:
             break
-        bases, attempt, price = _ranked(
-            whitened_VD, weights_V, bands, budget - vocab_size
-        )
+        attempt = _ranked(whitened_VD, weights_V, bands, budget - vocab_size)
         attempts.append(attempt)
         if remaining:
-            kept = [basis[:, :k] for basis, k in zip(bases, attempt.ranks, strict=True)]
-            bands = _regrouped(whitened_VD, weights_V, kept, attempt.ranks, price)
-    # A single band needs no stored order, so that it has more budget for its rank.
+            bands = _regrouped(whitened_VD, weights_V, attempt)
+    # A single band stores no token order, so it has more budget for its rank.
     whole = [np.arange(vocab_size)]
-    attempts.append(_ranked(whitened_VD, weights_V, whole, budget)[1])
-    _, bands, ranks = min(attempts, key=lambda attempt: attempt.error)
+    attempts.append(_ranked(whitened_VD, weights_V, whole, budget))
+    best = min(attempts, key=lambda attempt: attempt.error)
     made = tuple(
         truncate(solve(table_VD, weighting, rows, roots), rank, split)
         if rank
         else BandFactors(rows_VD[rows], None)
-        for rows, rank in zip(bands, ranks, strict=True)
+        for rows, rank in zip(best.bands, best.ranks, strict=True)
     )
-    order = np.concatenate(bands).astype(np.int32)
+    order = np.concatenate(best.bands).astype(np.int32)
     return FactorizedTable(order, made, mean_D)
 
 
-class _Attempt(NamedTuple):
-    """Bands, their ranks and the weighted squared error that remains."""
-
-    error: float
-    bands: list[np.ndarray]
-    ranks: tuple[int, ...]
-
-
-def _ranked(whitened_VD, weights_V, bands, budget):
-    """(directions of each band, bands with their best ranks, price of a value)."""
-    spectra, bases = zip(
-        *(principal(whitened_VD[rows], weights_V[rows]) for rows in bands),
-        strict=True,
-    )
-    width = whitened_VD.shape[1]
-    ranks, price = allocate_ranks(spectra, [len(rows) for rows in bands], width, budget)
+def _ranked(whitened_VD, weights_V, bands, budget) -> _Attempt:
+    """The bands with their best ranks."""
+    found = [principal(whitened_VD[rows], weights_V[rows]) for rows in bands]
+    spectra, bases = zip(*found, strict=True)
+    sizes, width = [len(rows) for rows in bands], whitened_VD.shape[1]
+    ranks, price = allocate_ranks(spectra, sizes, width, budget)
     left = sum(s[k:].sum() for s, k in zip(spectra, ranks, strict=True) if k)
-    return bases, _Attempt(float(left), bands, ranks), price
+    return _Attempt(float(left), bands, ranks, bases, price)
 
 
-def _regrouped(whitened_VD, weights_V, bases, ranks, price):
-    """Moves each token to the band of least error plus price."""
-    vocab_size, width = whitened_VD.shape
+def _regrouped(whitened_VD, weights_V, attempt: _Attempt) -> list[np.ndarray]:
+    """Moves each token to the band with the smallest sum of error and price."""
+    width = whitened_VD.shape[1]
     norm_V = np.einsum("vd,vd->v", whitened_VD, whitened_VD)
-    cost_VG = np.empty((vocab_size, len(bases)))
-    for band, (basis_DK, rank) in enumerate(zip(bases, ranks, strict=True)):
+    costs = []
+    for basis_DR, rank in zip(attempt.bases, attempt.ranks, strict=True):
         kept_V = norm_V
         if rank:
-            scores_VK = whitened_VD @ basis_DK
+            scores_VK = whitened_VD @ basis_DR[:, :rank]
             kept_V = np.einsum("vk,vk->v", scores_VK, scores_VK)
         error_V = np.maximum(norm_V - kept_V, 0)
-        cost_VG[:, band] = weights_V * error_V + price * (rank or width)
-    choice_V = cost_VG.argmin(axis=1)
-    found = [np.flatnonzero(choice_V == band) for band in range(len(bases))]
+        costs.append(weights_V * error_V + attempt.price * (rank or width))
+    choice_V = np.argmin(costs, axis=0)
+    found = [np.flatnonzero(choice_V == band) for band in range(len(costs))]
     kept = [rows for rows in found if len(rows) > 1]
     lost = [rows for rows in found if len(rows) == 1]
-    if lost:  # A band of one token saves nothing: the token joins the first band.
+    if lost:  # A band of one token saves nothing, so the token joins the first band.
         kept[0] = np.sort(np.concatenate([kept[0], *lost]))
-    # Most frequent first, like the bands of a model.
+    # The most frequent band comes first, as in a model.
     return sorted(kept, key=lambda rows: -weights_V[rows].mean())

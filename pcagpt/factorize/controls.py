@@ -1,7 +1,7 @@
 """Control experiments: random factors that keep one property of a factorized table.
 
-Training from them shows whether a model gains from the directions of another model's
-table or only from their scale. Shape letters: V rows, D model width, K rank.
+Training from them shows whether a model gains from the directions of an imported table
+or only from their scale. Shape letters: V rows, D width, K rank, R = min(V, K).
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _std(wte_VK, scale_KD, random):
-    """Gaussian factors with the same root mean squares, so also that of the product."""
+    """Gaussian factors with the same root mean squares, as has their product."""
     return tuple(
         random.normal(scale=np.sqrt(np.mean(np.square(factor))), size=factor.shape)
         for factor in (wte_VK, scale_KD)
@@ -20,7 +20,7 @@ def _std(wte_VK, scale_KD, random):
 def _spectrum(wte_VK, scale_KD, random):
     """Random orthonormal bases on both sides, with the product's singular values."""
     rank = wte_VK.shape[1]
-    # QR first: the SVD is then of a K x K matrix instead of V x D.
+    # QR reduces the SVD from a V x D to a K x K matrix.
     singular_R = np.linalg.svd(
         np.linalg.qr(wte_VK, "r") @ np.linalg.qr(scale_KD.T, "r").T, compute_uv=False
     )
@@ -31,7 +31,7 @@ def _spectrum(wte_VK, scale_KD, random):
     # The rows of scale keep their lengths, which decide how training moves them.
     length_R = np.linalg.norm(scale_KD, axis=1)[: len(singular_R)]
     wte, scale = left_VR * (singular_R / length_R), right_DR.T * length_R[:, None]
-    missing = rank - len(singular_R)  # More than 0 if a band has fewer tokens than K.
+    missing = rank - len(singular_R)  # positive if a band has fewer tokens than K
     return np.pad(wte, ((0, 0), (0, missing))), np.pad(scale, ((0, missing), (0, 0)))
 
 
@@ -49,20 +49,15 @@ def control(
     keep: str,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Makes random factors that keep the 'std', the 'spectrum' or the 'rows'.
+    """Random factors of the same shapes, float32, that keep what `CONTROLS` names.
 
-    Args:
-      wte_VK: the table of a band, without padding rows.
-      scale_KD: its scale matrix; None for a band at full width, which counts as the
-        factor of an identity matrix.
-      keep: a name in `CONTROLS`.
-      random: the source of randomness.
-
-    Returns:
-      A table and scale matrix of the same shapes, float32.
+    `wte_VK` has no padding rows. A band at full width (scale None) is treated as the
+    product with an identity matrix.
     """
-    if scale_KD is None:
-        wte, scale = CONTROLS[keep](wte_VK, np.eye(wte_VK.shape[1]), random)
-        return (wte @ scale if keep == "spectrum" else wte).astype(np.float32), None
+    is_full = scale_KD is None
+    if is_full:
+        scale_KD = np.eye(wte_VK.shape[1])
     wte, scale = CONTROLS[keep](wte_VK, scale_KD, random)
-    return wte.astype(np.float32), scale.astype(np.float32)
+    if is_full and keep == "spectrum":
+        wte = wte @ scale  # For the others, wte alone keeps the property.
+    return wte.astype(np.float32), None if is_full else scale.astype(np.float32)

@@ -2,7 +2,7 @@
 
 wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
-bands_pca_k{k}/           in place of these two: several bands, as large as rank k
+bands_pca_k{k}/           replaces both for several bands of the same total size
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank; written last
 """
@@ -15,14 +15,7 @@ import numpy as np
 
 from pcagpt.errors import UserError
 from pcagpt.factorize.table import BandFactors, FactorizedTable
-from pcagpt.files import (
-    read_json,
-    read_npy,
-    read_npz,
-    write_json,
-    write_npy,
-    write_npz,
-)
+from pcagpt.files import read_json, read_npy, read_npz, write_json, write_npy, write_npz
 
 ORDER_FILE = "token_order.npy"
 MEAN_FILE = "mean.npy"
@@ -37,17 +30,17 @@ class ScaleMatrices(NamedTuple):
 
 
 def table_path(folder: Path, rank: int) -> Path:
-    """Path of the token table of a rank."""
+    """Token table of a rank."""
     return folder / f"wte_pca_k{rank}.npy"
 
 
 def scale_path(folder: Path, rank: int) -> Path:
-    """Path of the scale matrices of a rank."""
+    """Scale matrices of a rank."""
     return folder / f"scale_mats_pca_k{rank}.npz"
 
 
 def bands_path(folder: Path, rank: int) -> Path:
-    """Folder of the table in bands that is as large as rank k."""
+    """Folder of the table in bands that is as large as a rank."""
     return folder / f"bands_pca_k{rank}"
 
 
@@ -65,14 +58,9 @@ def write(
     metadata: dict,
     in_bands: bool = False,
 ) -> None:
-    """Writes all files of a factorization.
+    """Writes all files of a factorization: the table of each rank, spectrum, metadata.
 
-    Args:
-      folder: created if needed.
-      tables: the table of each rank.
-      singular_values: [d], descending.
-      metadata: JSON values. A folder without metadata.json is incomplete.
-      in_bands: writes `bands_pca_k{k}/`; otherwise every table has a single band.
+    `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for rank, table in tables.items():
@@ -87,9 +75,9 @@ def write(
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
-    """Replaces `folder` by the files of a table; the order is written last.
+    """Replaces `folder` by the files of a table.
 
-    token_order.npy           [V] int32, the token at each position, band after band
+    token_order.npy           [V] int32, the token at each position; written last
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
     scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; not at full width
     mean.npy                  [d] float32, added to the input, if the table is centred
@@ -106,11 +94,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
 
 
 def read_bands(folder: str | Path) -> FactorizedTable:
-    """The table that `write_bands` wrote.
-
-    Raises:
-      UserError: a file is missing or damaged, or the files contradict each other.
-    """
+    """Reads the files of `write_bands`; UserError if they are damaged or mismatched."""
     folder = Path(folder)
     order_V = read_npy(folder / ORDER_FILE)
     bands, rows = [], 0
@@ -137,23 +121,21 @@ def read_bands(folder: str | Path) -> FactorizedTable:
     mean_D = None
     if (folder / MEAN_FILE).exists():
         mean_D = _checked(read_npy(folder / MEAN_FILE), 1, str(folder / MEAN_FILE))
-    if len(bands) == 1:  # A model of one band keeps its tokens in the order of ids.
+    if len(bands) == 1:  # A model of one band stores its tokens in the order of ids.
         band = bands[0]._replace(wte=bands[0].wte[np.argsort(order_V)])
         return FactorizedTable.of_one_band(band, mean_D)
     return FactorizedTable(order_V, tuple(bands), mean_D)
 
 
 def read_metadata(folder: Path) -> dict | None:
-    """The metadata that `write` wrote; None if the factorization is incomplete."""
+    """The metadata of `write`; None if the factorization is incomplete."""
     return read_json(folder / "metadata.json", f"delete {folder} and run again")
 
 
 def read_table(path: str | Path) -> np.ndarray:
     """A token table [V, k] as float32, from a .npy file of any origin.
 
-    Raises:
-      UserError: the file is missing or damaged, or the array is not a finite
-        floating-point matrix.
+    Raises UserError unless the file holds a finite floating-point matrix.
     """
     return _checked(read_npy(Path(path)), 2, str(path))
 
@@ -161,30 +143,25 @@ def read_table(path: str | Path) -> np.ndarray:
 def read_scale_matrices(path: str | Path) -> ScaleMatrices:
     """The scale matrices of a .npz file of any origin, as float32.
 
-    Raises:
-      UserError: as for `read_table`, or a matrix is missing, or the shapes differ.
+    Raises UserError as `read_table`, and for a missing matrix or unequal shapes.
     """
-    arrays = read_npz(Path(path))
-    for name in ("scale_up", "scale_down"):
-        if name not in arrays:
+    arrays, found = read_npz(Path(path)), {"mean": None}
+    for name, dimensions in (("scale_up", 2), ("scale_down", 2), ("mean", 1)):
+        if name in arrays:
+            found[name] = _checked(arrays[name], dimensions, f"{path}: '{name}'")
+        elif name != "mean":
             raise UserError(
                 f"{path} has no array '{name}', only {sorted(arrays)}: it must hold "
                 "scale_up and scale_down, each [k, d]"
             )
-    up, down = (
-        _checked(arrays[name], 2, f"{path}: '{name}'")
-        for name in ("scale_up", "scale_down")
-    )
-    mean = arrays.get("mean")
-    if mean is not None:
-        mean = _checked(mean, 1, f"{path}: 'mean'")
+    up, down, mean = scales = ScaleMatrices(**found)
     if up.shape != down.shape or (mean is not None and mean.shape != up.shape[1:]):
         shown = "" if mean is None else f", mean {mean.shape}"
         raise UserError(
             f"{path}: scale_up is {up.shape}, scale_down {down.shape}{shown}: both "
             "matrices must be [k, d], the mean [d]"
         )
-    return ScaleMatrices(up, down, mean)
+    return scales
 
 
 def _write_scale(path: Path, scale_KD: np.ndarray, mean_D: np.ndarray | None = None):
@@ -195,14 +172,14 @@ def _write_scale(path: Path, scale_KD: np.ndarray, mean_D: np.ndarray | None = N
 
 
 def _checked(array: np.ndarray, dimensions: int, what: str) -> np.ndarray:
-    """The array as float32; raises UserError unless it is finite floating point."""
+    """The array as float32; UserError unless it holds finite floating-point values."""
     if array.ndim != dimensions or array.size == 0:
         raise UserError(
             f"{what} has shape {array.shape}: {dimensions} dimensions are needed"
         )
     if not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{what} has dtype {array.dtype}: floating point is needed")
-    with np.errstate(over="ignore"):  # Values beyond float32 become infinite.
+    with np.errstate(over="ignore"):  # The next check reports values beyond float32.
         array = _float32(array)
     if not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])

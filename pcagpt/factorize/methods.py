@@ -1,7 +1,7 @@
-"""Factorization methods: which errors of a token table count, and how much.
+"""Factorization methods: how much each error of a token table counts.
 
-Shape letters: V vocabulary, D model width. A method turns a table W [V, D] and
-statistics of its model into a `Weighting`, under which `solve` minimises the error.
+Shape letters: V vocabulary, D model width. A method makes a `Weighting` from a table W
+[V, D] and statistics of its model; `solve` minimises the error under this weighting.
 
 To second order, an error E [V, D] of the table adds this loss (nats per token):
 
@@ -17,59 +17,49 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Share of the mean probability that is added to every token's weight: tokens that are
-# rare in the calibration text must not vanish.
+# Every token's weight gets this share of the mean probability, so that tokens which are
+# rare in the calibration text do not vanish.
 SMOOTHING = 0.1
 # Weight of the identity in the metric of 'joint'; the hidden states have weight 1.
 INPUT_SHARE = 0.3
 
 
 class Statistics(NamedTuple):
-    """Statistics of a model on calibration text; float64.
+    """Statistics of a model on calibration text, float64; h is the output of ln_f.
 
-    frequency: [V], share of the training split's tokens.
-    probability: [V], mean predicted probability.
-    hidden_mean, hidden_moment: [D], [D, D] of h, the output of ln_f: E[h], E[h h'].
-    gradient_moment: [D, D], E[g g'] for the loss gradient g of an input embedding. The
-      targets are drawn from the model: this is the Fisher information of the input.
-    context_moment: [D, D], E[h e'], e the mean table row under the prediction from h.
+    `gradient_moment` is the Fisher information of an input embedding: g is its loss
+    gradient for targets drawn from the model. e is the mean table row under the
+    prediction from h.
     """
 
-    frequency: np.ndarray
-    probability: np.ndarray
-    hidden_mean: np.ndarray
-    hidden_moment: np.ndarray
-    gradient_moment: np.ndarray
-    context_moment: np.ndarray
+    frequency: np.ndarray  # [V], share of the training split's tokens
+    probability: np.ndarray  # [V], mean predicted probability
+    hidden_mean: np.ndarray  # [D], E[h]
+    hidden_moment: np.ndarray  # [D, D], E[h h']
+    gradient_moment: np.ndarray  # [D, D], E[g g']
+    context_moment: np.ndarray  # [D, D], E[h e']
 
 
 class Weighting(NamedTuple):
     """Weights that define the approximation error.
 
-    token_weights: [V], or None (all equal).
-    metric: [D, D] symmetric, or None (the identity).
-    mean: [D], subtracted from every row first, or None.
-    contexts: [V, D] or None: the mean hidden state in which each token is predicted,
-      minus the overall mean. Rows are then refitted to keep their logits there.
+    A context is the mean hidden state in which a token is predicted, minus the overall
+    mean. With contexts, rows are refitted to keep their logits there.
     """
 
-    token_weights: np.ndarray | None = None
-    metric: np.ndarray | None = None
-    mean: np.ndarray | None = None
-    contexts: np.ndarray | None = None
+    token_weights: np.ndarray | None = None  # [V]; None: all equal
+    metric: np.ndarray | None = None  # [D, D] symmetric; None: the identity
+    mean: np.ndarray | None = None  # [D], subtracted from every row first
+    contexts: np.ndarray | None = None  # [V, D]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A factorization method.
+    """A factorization method."""
 
-    weigh: (table [V, D], statistics) -> weighting; needs_statistics: whether `weigh`
-    reads them; colour: in figures.
-    """
-
-    weigh: Callable[[np.ndarray, Statistics | None], Weighting]
+    weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # of a table [V, D]
     needs_statistics: bool
-    colour: str
+    colour: str  # in figures
 
 
 def _svd(table_VD, statistics):
@@ -104,7 +94,7 @@ def _kl(table_VD, statistics):
 
 
 def _joint(table_VD, statistics):
-    """Like 'kl', with the identity standing for the input side."""
+    """Like 'kl', plus the identity as a metric for the input side."""
     moment_DD, width = statistics.hidden_moment, table_VD.shape[1]
     metric_DD = moment_DD / np.trace(moment_DD) + INPUT_SHARE * np.eye(width) / width
     return _centred(table_VD, _smoothed(statistics), metric_DD)
@@ -117,13 +107,12 @@ def _fisher(table_VD, statistics):
 
 
 def _context(table_VD, statistics):
-    """Like 'fisher'; each row also keeps its logit where the model predicts it."""
+    """Like 'fisher'; each row also keeps its logit in its context."""
     weighting = _fisher(table_VD, statistics)
     return weighting._replace(contexts=token_contexts(table_VD, statistics))
 
 
-# The colours (Okabe and Ito 2008) stay distinct in colour blindness; the methods that
-# serve only for comparison are grey.
+# Colours for colour blindness (Okabe and Ito 2008); grey: only for comparison.
 METHODS = {
     "svd": Method(_svd, False, "#d55e00"),
     "pca": Method(_pca, False, "#c8c8c8"),
@@ -138,11 +127,10 @@ METHODS = {
 
 
 def token_contexts(table_VD: np.ndarray, statistics: Statistics) -> np.ndarray:
-    """Mean hidden state in which a token is predicted, minus the overall mean: [V, D].
+    """The contexts of `Weighting`, estimated as a linear map of the table rows: [V, D].
 
-    It is approximated by the least-squares linear map from table rows:
-    E[h | v] - E[h] = T (w_v - w) with T = cov(h, e) cov(w)^-1, where tokens are
-    weighted by their probability.
+    By least squares, E[h | v] - E[h] = T (w_v - w) with T = cov(h, e) cov(w)^-1, where
+    tokens are weighted by their probability.
     """
     share_V = statistics.probability / statistics.probability.sum()
     mean_D = share_V @ table_VD
@@ -161,7 +149,7 @@ def _smoothed(statistics: Statistics) -> np.ndarray:
 
 
 def _centred(table_VD, weights_V, metric_DD=None) -> Weighting:
-    """Subtracts the weighted mean row."""
+    """A weighting with the weighted mean row."""
     total = weights_V.sum()
     mean_D = weights_V @ table_VD / total if total > 0 else np.zeros(table_VD.shape[1])
     return Weighting(weights_V, metric_DD, mean_D)

@@ -1,4 +1,4 @@
-"""Predicts the loss that a replaced table adds.
+"""Predicts the loss that the replacement of a table adds.
 
 Shape letters: V vocabulary, D model width.
 """
@@ -27,15 +27,16 @@ class Predictor:
         self._contexts_VD = token_contexts(table_VD, statistics)
 
     def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
-        """Added loss of a table [V, D] with error E.
+        """Added loss of a table [V, D] with error E, in the terms of `methods`.
 
         head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
-        input: 1/2 sum_v f_v E_v G E_v'. The head ignores an error that all rows share.
+        input: 1/2 sum_v f_v E_v G E_v'.
         """
         statistics, dtype = self._statistics, self._table_VD.dtype
         error_VD = dense_VD - self._table_VD
         input_ = statistics.frequency @ _squares(error_VD, statistics.gradient_moment)
         probability_V = statistics.probability
+        # The softmax cancels an error that all rows share.
         shared_D = probability_V @ error_VD / probability_V.sum()
         error_VD = error_VD - shared_D.astype(dtype)
         squares_V = _squares(error_VD, statistics.hidden_moment)
@@ -51,16 +52,15 @@ def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
 
 
 class Calibration:
-    """Predicts added loss from second order, fitted to a few measured tables.
+    """Predicts added loss from second-order loss, fitted to a few measured tables.
 
-    Each method has a line log(added loss) = offset + slope * log(second order), by
-    least squares. The second-order loss is too high where errors are large, and too low
-    for a method that minimises it. Unmeasured methods use slope 1 through the smallest
-    measured point.
+    Second order overestimates large errors, and underestimates a method that minimises
+    it. So each method has its own least-squares line log(added loss) = offset + slope *
+    log(second order). Unmeasured methods use slope 1 through the smallest point.
     """
 
     def __init__(self, measured: Iterable[tuple[str, SecondOrder, float]]):
-        """Takes (method, second order, added loss) of each measured table."""
+        """Takes (method, second order, added loss) for each measured table."""
         points: dict[str, list[tuple[float, float]]] = {}
         for method, second_order, added_loss in measured:
             if added_loss > 0 and sum(second_order) > 0:
@@ -79,7 +79,7 @@ class Calibration:
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(slope, offset) of the line through points; slope 1 if all have one x."""
+    """(slope, offset) of the line through points; slope 1 if all have the same x."""
     x, y = np.array(points).T
     if np.ptp(x) < 1e-3:
         return 1.0, float(np.mean(y - x))

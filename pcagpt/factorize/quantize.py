@@ -7,27 +7,23 @@ import dataclasses
 
 import numpy as np
 
-# Columns that share a scale. 8 bits: the whole row. 4 bits have few levels, so that
-# the scale must follow the values more closely.
+# Columns per scale. At 8 bits, one scale serves the whole row. 4 bits have few levels,
+# so their scale must follow the values more closely.
 GROUP = {8: None, 4: 32}
 SCALE_BYTES = 2  # float16
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A quantized array.
+    """A quantized array."""
 
-    codes: int8 [N, D], at most 2^(bits-1) - 1 in magnitude; scales: float16
-    [N, groups], the value of code 1; bits: 8 or 4.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
+    codes: np.ndarray  # int8 [N, D], at most 2^(bits-1) - 1 in magnitude
+    scales: np.ndarray  # float16 [N, groups], the value of code 1
     bits: int
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of codes and scales; two 4-bit codes share a byte."""
+        """Bytes of codes and scales in storage; two 4-bit codes share a byte."""
         row_bytes = -(-self.codes.shape[1] * self.bits // 8)
         return len(self.codes) * row_bytes + self.scales.size * SCALE_BYTES
 
@@ -40,15 +36,11 @@ class Quantized:
 
 
 def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
-    """Rounds to the nearest of 2^bits - 1 equidistant levels in each group.
+    """Rounds to 2^bits - 1 equidistant levels between -max and max of each group.
 
-    The levels span -max to max of the group. The error of an entry is at most half a
-    step plus the rounding of the scale to float16: max / (2^bits - 2) * 1.002 + 2^-11 *
-    max. Groups below the range of float16 become zero.
-
-    Args:
-      array_ND: finite, below 65504 * (2^(bits-1) - 1) in magnitude.
-      bits: 8 or 4.
+    Half a step and the rounding of the scale to float16 bound the error of an entry:
+    max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below the range of float16 become
+    zero; entries must be below 65504 * (2^(bits-1) - 1) in magnitude.
     """
     largest_code = 2 ** (bits - 1) - 1
     rows, width = array_ND.shape

@@ -1,7 +1,7 @@
-"""Solves all methods: one solver, one truncation.
+"""The solver of all methods.
 
-Shape letters: V rows of a table, D model width, R = min(V, D), K rank. Factors hold
-all ranks at once, rank k is a prefix of them:
+Shape letters: V rows of a table, D model width, R = min(V, D), K rank. `Factors` hold
+all ranks at once; rank k is a prefix:
 
     W ~ 1 mean + table[:, :k] @ directions[:k]
 """
@@ -15,28 +15,33 @@ import numpy as np
 from pcagpt.factorize.methods import Weighting
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 
-# Eigenvalues of a metric are raised to this share of the largest one: a direction of
-# weight 0 would make the metric's root singular.
+# Eigenvalues of a metric are raised to this share of the largest one, because a
+# direction of weight 0 would make the metric's root singular.
 SMALLEST_EIGENVALUE = 1e-10
 
 
 class Factors(NamedTuple):
     """All ranks of one factorization.
 
-    table: [V, R], columns in order of importance; directions: [R, D];
-    singular_values: [R] descending, the sum of their squares beyond k is the weighted
-    squared error of rank k; mean: [D] or None; contexts: [V, R] or None, the contexts
-    of `Weighting` in the basis of the columns of `table`.
-
-    Without a metric, directions are orthonormal. Without token weights, singular values
-    are the column norms of `table`.
+    The squares of the singular values beyond k add up to the weighted squared error of
+    rank k. Without token weights, singular values are the column norms of `table`.
     """
 
-    table: np.ndarray
-    directions: np.ndarray
-    singular_values: np.ndarray
-    mean: np.ndarray | None
-    contexts: np.ndarray | None = None
+    table: np.ndarray  # [V, R], columns in order of importance
+    directions: np.ndarray  # [R, D], orthonormal without a metric
+    singular_values: np.ndarray  # [R], descending
+    mean: np.ndarray | None  # [D]
+    contexts: np.ndarray | None  # [V, R], those of `Weighting` in the basis of `table`
+
+
+def centred(
+    table_VD: np.ndarray, weighting: Weighting
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(The table minus the mean of the weighting, that mean in the table's dtype)."""
+    if weighting.mean is None:
+        return table_VD, None
+    mean_D = weighting.mean.astype(table_VD.dtype)
+    return table_VD - mean_D, mean_D
 
 
 def solve(
@@ -48,29 +53,26 @@ def solve(
     """Finds the best approximation of every rank under a weighting.
 
     Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, L the token weights,
-    M the metric. The weights are never divided by: a token may have weight 0. The
+    M the metric. It never divides by a weight, because a token may have weight 0. The
     largest entry of each direction is positive, which fixes the signs.
 
     Args:
       table_VD: the table, floating point.
-      weighting: for all its rows.
-      rows: int, the rows to approximate; None: all.
+      weighting: of the whole table.
+      rows: indices of the rows to approximate; None: all.
       roots: `metric_roots` of the metric, if already known.
 
     Returns:
       Factors of those rows, in the dtype of the table.
     """
     chosen = slice(None) if rows is None else rows
-    rows_VD, mean_D = table_VD[chosen], None
-    if weighting.mean is not None:
-        mean_D = weighting.mean.astype(table_VD.dtype)
-        rows_VD = rows_VD - mean_D
+    rows_VD, mean_D = centred(table_VD[chosen], weighting)
     unroot_DD = None
     if weighting.metric is not None:
         root_DD, unroot_DD = roots or metric_roots(weighting.metric)
         rows_VD = rows_VD @ root_DD.astype(table_VD.dtype)
     if weighting.token_weights is None:
-        # JAX decomposes float32 on the device, where the default may be TF32.
+        # JAX runs this on the device, where float32 products may be TF32 by default.
         with jax.default_matmul_precision("highest"):
             parts = jnp.linalg.svd(jnp.asarray(rows_VD), full_matrices=False)
         u_VR, singular_R, basis_RD = (np.asarray(part) for part in parts)
@@ -100,10 +102,10 @@ def solve(
 def principal(
     rows_VD: np.ndarray, weights_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squared singular values [R] (float64, descending) and directions [D, R].
+    """Squared singular values [R] (descending) and directions [D, R] of weighted rows.
 
-    Each row is multiplied by the root of its weight. Eigenvectors of the Gram matrix in
-    float64 give the directions.
+    Eigenvectors of the Gram matrix are much faster than an SVD of tall rows. Float64 on
+    the host, because the Gram matrix squares the condition number.
     """
     scaled_VD = rows_VD.astype(np.float64) * np.sqrt(weights_V)[:, None]
     squares_D, basis_DD = np.linalg.eigh(scaled_VD.T @ scaled_VD)
@@ -113,7 +115,7 @@ def principal(
 
 
 def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M^1/2 and M^-1/2 of a symmetric, possibly singular metric [D, D], in float64."""
+    """M^1/2 and M^-1/2 [D, D] float64 of a symmetric, possibly singular metric."""
     values_D, vectors_DD = np.linalg.eigh(np.asarray(metric_DD, np.float64))
     values_D = np.clip(values_D, SMALLEST_EIGENVALUE * values_D[-1], None)
     root_D = np.sqrt(values_D)
@@ -123,19 +125,16 @@ def metric_roots(metric_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def truncate(
     factors: Factors, rank: int, singular_value_split: float = 0.0
 ) -> BandFactors:
-    """Cuts factors to rank k and shares the singular values between wte and scale.
+    """Cuts factors to rank k and splits the singular values between wte and scale.
 
     Let s_i be the norm of column i of `table` times the norm of row i of `directions`
-    (the singular value, without weights). Then columns of wte get s^(1-a) and rows of
-    scale s^a. Every split is the same function of the tokens, but trains differently.
+    (without weights, the singular value). Column i of wte then has the norm s_i^(1-a),
+    row i of scale s_i^a. Every split gives the same product, but trains differently.
 
     Args:
-      factors: of any method; with contexts, rows are refitted to them.
-      rank: k, from 1 to R.
+      factors: of any method. If they have contexts, rows are refitted to them.
+      rank: k, from 1 to R, otherwise ValueError.
       singular_value_split: a in [0, 1]; at 0 the rows of `scale` have norm 1.
-
-    Raises:
-      ValueError: the rank is out of range.
     """
     if not 1 <= rank <= len(factors.singular_values):
         raise ValueError(f"rank {rank} is not in 1..{len(factors.singular_values)}")
@@ -152,7 +151,7 @@ def truncate(
 def table_of_rank(
     factors: Factors, rank: int, singular_value_split: float = 0.0
 ) -> FactorizedTable:
-    """The table of a single band at rank k; see `truncate`."""
+    """The table of a single band; arguments as for `truncate`."""
     band = truncate(factors, rank, singular_value_split)
     return FactorizedTable.of_one_band(band, factors.mean)
 
@@ -160,8 +159,8 @@ def table_of_rank(
 def _context_step(factors: Factors, rank: int) -> np.ndarray:
     """Change of the first k columns that keeps each row's logit in its context: [V, K].
 
-    It minimises |E|^2 + (E c)^2 for the error E and the context c of each row. The gain
-    is the Sherman-Morrison formula, applied to the logit error that rank k leaves.
+    It minimises |E|^2 + (E c)^2 for the error E and the context c of each row, by the
+    Sherman-Morrison formula for the logit error that rank k leaves.
     """
     seen_VK = factors.contexts[:, :rank]
     residual_V = np.einsum(
@@ -172,10 +171,7 @@ def _context_step(factors: Factors, rank: int) -> np.ndarray:
 
 
 def energy_kept(singular_values: np.ndarray) -> np.ndarray:
-    """Share of the squared singular values in the first k, for k = 1..R: [R] float64.
-
-    It is one minus the squared relative (weighted) error of rank k.
-    """
+    """One minus the squared relative (weighted) error of ranks 1..R: [R] float64."""
     squares = np.square(singular_values, dtype=np.float64)
     return np.cumsum(squares) / np.sum(squares)
 

@@ -1,4 +1,4 @@
-"""A factorized token table: a list of bands, each with factors of its own.
+"""A factorized token table: a list of bands with their factors.
 
 Shape letters: V vocabulary, n tokens of a band, K rank, D model width.
 """
@@ -9,13 +9,10 @@ import numpy as np
 
 
 class BandFactors(NamedTuple):
-    """Factors of one band's rows.
+    """Factors of one band's rows."""
 
-    wte: [n, K], or [n, D] at full width; scale: [K, D], None at full width.
-    """
-
-    wte: np.ndarray
-    scale: np.ndarray | None
+    wte: np.ndarray  # [n, K], or [n, D] at full width
+    scale: np.ndarray | None  # [K, D]; None at full width
 
     @property
     def rank(self) -> int:
@@ -35,20 +32,19 @@ class BandFactors(NamedTuple):
 class FactorizedTable(NamedTuple):
     """A token table as a list of bands; a table of one rank is a list of one.
 
-    order: [V] int32, the token at each position, band after band (0, 1, 2, ... for a
-    single band); mean: [D] or None, added to the input vector of every token. The head
-    does not need the mean: a logit that all tokens share cancels in the softmax.
+    Only the input embedding adds the mean. In the head, it would add the same logit to
+    all tokens, which the softmax cancels.
     """
 
-    order: np.ndarray
+    order: np.ndarray  # [V] int32, the token at each position; a single band: 0, 1, ...
     bands: tuple[BandFactors, ...]
-    mean: np.ndarray | None
+    mean: np.ndarray | None  # [D]
 
     @classmethod
     def of_one_band(
         cls, band: BandFactors, mean: np.ndarray | None = None
     ) -> "FactorizedTable":
-        """A table of a single band, with the tokens in the order of their ids."""
+        """A table of a single band in the order of token ids."""
         return cls(np.arange(len(band.wte), dtype=np.int32), (band,), mean)
 
     @property

@@ -1,8 +1,6 @@
-"""Pallas kernels for NVIDIA GPUs; the code that uses one also has a plain form of it.
+"""Pallas kernels for NVIDIA GPUs; their users also have a plain JAX form of each.
 
-A CPU interprets the kernels, which is slow and serves tests.
+A CPU interprets the kernels. That is slow, and only tests do it.
 """
 
 from pcagpt.kernels.launch import are_available
-
-__all__ = ["are_available"]

@@ -1,10 +1,9 @@
-"""Bias and GELU in one visit to each element; backward also sums the bias's gradient.
+"""Bias and GELU in one kernel; the backward kernel also sums the bias's gradient.
 
 The tanh form (Hendrycks and Gimpel 2016) is x * sigmoid(2 * u(x)) with
 u(x) = sqrt(2 / pi) * (x + 0.044715 * x**3).
 
-Shape letters: N rows, F their width, P programs; n rows of a tile, f columns of a
-piece.
+Shape letters: N rows, F columns, P programs; n rows and f columns of a tile.
 """
 
 import math
@@ -16,16 +15,18 @@ from jax.experimental import pallas as pl
 from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
-ROWS = 4  # of a tile
-PIECE = 256  # columns of a piece at the most, a power of 2
-LEAST_PIECE = 32
+ROWS = 4  # per tile
+MOST_COLUMNS = 256  # per tile; a power of 2
+LEAST_COLUMNS = 32
 WARPS = 4
+# Backward programs along the rows. Each writes one partial sum of the bias's gradient.
 ROW_PROGRAMS = 128
 TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715
-LOG2_E = math.log2(math.e)
 
 
+# XLA cannot differentiate a kernel. The backward kernel recomputes the sigmoid from h,
+# so only the inputs are kept.
 @jax.custom_vjp
 def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     """gelu(h + bias), tanh form, computed in float32: [N, F] in the dtype of h."""
@@ -33,26 +34,18 @@ def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def fits(width: int) -> bool:
-    """Whether rows of this width divide into pieces large enough for a GPU."""
-    return launch.power_of_2(width, PIECE) >= LEAST_PIECE
+    """Whether rows of this width divide into tiles that are large enough for a GPU."""
+    return launch.power_of_2(width, MOST_COLUMNS) >= LEAST_COLUMNS
 
 
-def _forward(h_NF, bias_F):
-    split = inside.by_device(_forward_rows, [True, False], [True])
-    return split(h_NF, bias_F)[0], (h_NF, bias_F)
-
-
-def _backward(residuals, of_gelu_NF):
-    split = inside.by_device(_backward_rows, [True, True, False], [True, False])
-    return split(of_gelu_NF, *residuals)
-
-
-bias_gelu.defvjp(_forward, _backward)
-
-
-def _forward_rows(h_NF, bias_F):
+def _tile_shape(h_NF) -> tuple[int, int]:
     count, width = h_NF.shape
-    rows, columns = launch.power_of_2(count, ROWS), launch.power_of_2(width, PIECE)
+    return launch.power_of_2(count, ROWS), launch.power_of_2(width, MOST_COLUMNS)
+
+
+@inside.by_device([True, False], [True])
+def _forward(h_NF, bias_F):
+    (count, width), (rows, columns) = h_NF.shape, _tile_shape(h_NF)
     tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     gelu_NF = launch.call(
         _visit_forward,
@@ -71,9 +64,9 @@ def _visit_forward(h_ref, bias_ref, gelu_ref):
     gelu_ref[...] = (x_nf * _sigmoid(x_nf)).astype(gelu_ref.dtype)
 
 
-def _backward_rows(of_gelu_NF, h_NF, bias_F):
-    count, width = h_NF.shape
-    rows, columns = launch.power_of_2(count, ROWS), launch.power_of_2(width, PIECE)
+@inside.by_device([True, True, False], [True, False])
+def _backward(of_gelu_NF, h_NF, bias_F):
+    (count, width), (rows, columns) = h_NF.shape, _tile_shape(h_NF)
     tiles = launch.power_of_2(count // rows, max(1, count // (rows * ROW_PROGRAMS)))
     many = pl.BlockSpec((rows * tiles, columns), lambda i, j: (i, j))
     programs = count // (rows * tiles)
@@ -87,7 +80,7 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
 
         def visit_tile(tile, carry):
             (h_nf, of_gelu_nf), total_nf = carry
-            # The next tile loads while this one is computed.
+            # Loading the next tile here overlaps it with the computation of this one.
             following = load(jnp.minimum(tile + 1, tiles - 1))
             x_nf = h_nf.astype(jnp.float32) + bias_1f
             sigmoid_nf = _sigmoid(x_nf)
@@ -116,7 +109,13 @@ def _backward_rows(of_gelu_NF, h_NF, bias_F):
     return of_h_NF, parts_PF.sum(axis=0)
 
 
+bias_gelu.defvjp(
+    lambda h_NF, bias_F: (bias_gelu(h_NF, bias_F), (h_NF, bias_F)),
+    lambda residuals, of_gelu_NF: _backward(of_gelu_NF, *residuals),
+)
+
+
 def _sigmoid(x_nf):
-    """sigmoid(2 * u(x)), by exp2, which is the GPU's own instruction."""
-    exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * LOG2_E)
+    """sigmoid(2 * u(x))."""
+    exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * launch.LOG2_E)
     return 1.0 / (1.0 + jnp.exp2(exponent_nf))

@@ -1,17 +1,15 @@
 """The output head's softmax and gradients as attention, without an [N, V] array.
 
-The softmax of z @ wte.T over the vocabulary weighs the rows of wte as attention weighs
-its values: z are the queries, wte is both keys and values. With FlashAttention's
-running normaliser (Dao et al. 2022, section 3.1), one pass over the vocabulary gives
-the loss and, with p the softmax, its gradient in z: the mean row p @ wte minus the
-target's row. One pass over the tokens then gives the gradient of the table: p.T @ z
-minus the z of each row's targets.
+Softmax over the vocabulary is attention with z as queries and wte as keys and values.
+With FlashAttention's running normaliser (Dao et al. 2022, section 3.1), one pass over
+the vocabulary gives the loss and its gradient in z: the mean row p @ wte under the
+softmax p, minus the target's row. One pass over the tokens then gives the gradient of
+the table: p.T @ z, minus z at the row of each token's target.
 
-Shape letters: N tokens, V rows of a table, K rank; n and v of a tile.
+Shape letters: N tokens, V rows of a table, K rank; n and v: those of one tile.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,27 +17,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pcagpt.kernels import launch
+from pcagpt.kernels.launch import LOG2_E
 from pcagpt.sharding import inside
 
-LEAST_RANK = 16  # the smallest operand of the matrix units
-LOG2_E = math.log2(math.e)  # Kernels use exp2, which is the GPU's own instruction.
+LEAST_RANK = 16  # the smallest operand of a GPU's matrix units
 
 
 class Tiles(NamedTuple):
-    """Tile sizes of a kernel: a program holds one tile and loops over the other's.
+    """A program keeps one tile of an array and loops over the tiles of another."""
 
-    staying: rows that a program holds; passing: rows that it loads per iteration;
-    warps and stages: as for `launch.call`.
-    """
-
-    staying: int
-    passing: int
+    kept: int  # rows of the tile that stays
+    streamed: int  # rows loaded per iteration
     warps: int
     stages: int
 
 
-# By padded rank. The fastest of ten that were tried on an H100 at ranks 32, 64, 128 and
-# 256; 16 has those of 32.
+# By padded rank: the fastest of ten choices on an H100 (16 was not measured).
 TILES = {
     16: Tiles(64, 128, 4, 3),
     32: Tiles(64, 128, 4, 3),
@@ -51,36 +44,32 @@ MAX_RANK = max(TILES)
 
 
 def fits(rank: int) -> bool:
-    """Whether the kernels take a table of that rank."""
+    """Whether the kernels support a table of that rank."""
     return rank <= MAX_RANK
 
 
 def summarize(
     z_NK: jax.Array, wte_VK: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The normaliser log(sum(exp(z @ wte[:size].T))) and the mean row under softmax.
+    """log(sum(exp(z @ wte[:size].T))) [N], and the mean row under the softmax [N, K].
 
-    Args:
-      z_NK: in the compute dtype.
-      wte_VK: in the compute dtype; rows from `size` on get no probability.
-      size: 1 .. V.
-
-    Returns:
-      [N] and [N, K], float32.
+    Both are float32; z and wte share the compute dtype. Rows of wte from `size` on get
+    no probability.
     """
     rank = z_NK.shape[1]
     tiles = TILES[_padded_rank(rank)]
-    wte_VK = _pad(wte_VK, tiles.passing)
+    wte_VK = _pad(wte_VK, tiles.streamed)
 
+    @inside.by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
         count = z_NK.shape[0]
-        z_NK = _pad(z_NK, tiles.staying)
-        staying = pl.BlockSpec((tiles.staying, z_NK.shape[1]), lambda i: (i, 0))
+        z_NK = _pad(z_NK, tiles.kept)
+        kept = pl.BlockSpec((tiles.kept, z_NK.shape[1]), lambda i: (i, 0))
         normaliser_N, mean_NK = launch.call(
-            functools.partial(_summarize, size=size, passing=tiles.passing),
-            grid=(z_NK.shape[0] // tiles.staying,),
-            in_specs=[staying, pl.BlockSpec(wte_VK.shape, lambda i: (0, 0))],
-            out_specs=[pl.BlockSpec((tiles.staying,), lambda i: (i,)), staying],
+            functools.partial(_summarize, size=size, rows=tiles.streamed),
+            grid=(z_NK.shape[0] // tiles.kept,),
+            in_specs=[kept, pl.BlockSpec(wte_VK.shape, lambda i: (0, 0))],
+            out_specs=[pl.BlockSpec((tiles.kept,), lambda i: (i,)), kept],
             out_shape=[
                 jax.ShapeDtypeStruct(z_NK.shape[:1], jnp.float32),
                 jax.ShapeDtypeStruct(z_NK.shape, jnp.float32),
@@ -91,21 +80,20 @@ def summarize(
         )(z_NK, wte_VK)
         return normaliser_N[:count], mean_NK[:count, :rank]
 
-    split = inside.by_device(of_rows, [True, False], [True, True])
-    return split(z_NK, wte_VK)
+    return of_rows(z_NK, wte_VK)
 
 
-def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: int):
-    """Kernel: a tile of tokens stays, the table passes by."""
+def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, rows: int):
+    """Kernel: keeps a tile of tokens and loops over the table."""
     z_nK = z_ref[...]
 
-    def pass_by(tile, carry, is_last=False):
+    def visit(tile, carry, is_last=False):
         mean_nK, sum_n, highest_n = carry
-        wte_vK = wte_ref[pl.ds(tile * passing, passing), :]
+        wte_vK = wte_ref[pl.ds(tile * rows, rows), :]
         exponent_nv = _products(z_nK, wte_vK) * LOG2_E
         if is_last:
             column_nv = jax.lax.broadcasted_iota(jnp.int32, exponent_nv.shape, 1)
-            is_real_nv = column_nv < size - tile * passing
+            is_real_nv = column_nv < size - tile * rows
             exponent_nv = jnp.where(is_real_nv, exponent_nv, -jnp.inf)
         new_highest_n = jnp.maximum(highest_n, exponent_nv.max(axis=1))
         p_nv = jnp.exp2(exponent_nv - new_highest_n[:, None])
@@ -120,10 +108,10 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, passing: 
         jnp.zeros(z_nK.shape[:1], jnp.float32),
         jnp.full(z_nK.shape[:1], -jnp.inf, jnp.float32),
     )
-    full_tiles = size // passing
-    carry = jax.lax.fori_loop(0, full_tiles, pass_by, start)
-    if size % passing:  # Only this tile pays for the mask.
-        carry = pass_by(full_tiles, carry, is_last=True)
+    full_tiles = size // rows
+    carry = jax.lax.fori_loop(0, full_tiles, visit, start)
+    if size % rows:  # Only the last tile pays for the mask.
+        carry = visit(full_tiles, carry, is_last=True)
     mean_nK, sum_n, highest_n = carry
     normaliser_ref[...] = (highest_n + jnp.log2(sum_n)) / LOG2_E
     mean_ref[...] = mean_nK / sum_n[:, None]
@@ -134,37 +122,33 @@ def table_gradient(
 ) -> jax.Array:
     """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
-    Sums over the tokens of one device; call it inside `inside.by_device`.
-
-    Args:
-      wte_VK: in the compute dtype.
-      z_NK: in the compute dtype.
-      normaliser_N: float32; infinity gives the token probability 0 everywhere.
-      targets_N: int32 rows; targets outside of 0 .. V - 1 match no row.
+    Sums over the tokens of one device; call it inside `inside.by_device`. A token with
+    an infinite normaliser has no probability in any row; a target outside of 0 .. V - 1
+    matches no row.
     """
     size, rank = wte_VK.shape
     tiles = TILES[_padded_rank(rank)]
-    wte_VK = _pad(wte_VK, tiles.staying)
-    # A short table has few tiles; splitting the tokens, too, keeps the GPU busy.
-    splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.staying))
-    splits = min(splits, -(-z_NK.shape[0] // tiles.passing))
-    z_NK = _pad(z_NK, tiles.passing * splits)
+    wte_VK = _pad(wte_VK, tiles.kept)
+    # A short table has few tiles. Splitting the tokens, too, keeps the GPU busy.
+    splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.kept))
+    splits = min(splits, -(-z_NK.shape[0] // tiles.streamed))
+    z_NK = _pad(z_NK, tiles.streamed * splits)
     padding = z_NK.shape[0] - normaliser_N.shape[0]
     normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
     targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
     count, padded_rank = z_NK.shape[0] // splits, z_NK.shape[1]
     number = pl.BlockSpec((count,), lambda i, j: (j,))
-    staying = tiles.staying, padded_rank
+    kept = tiles.kept, padded_rank
     parts = launch.call(
-        functools.partial(_table_gradient, passing=tiles.passing),
-        grid=(wte_VK.shape[0] // tiles.staying, splits),
+        functools.partial(_table_gradient, rows=tiles.streamed),
+        grid=(wte_VK.shape[0] // tiles.kept, splits),
         in_specs=[
-            pl.BlockSpec(staying, lambda i, j: (i, 0)),
+            pl.BlockSpec(kept, lambda i, j: (i, 0)),
             pl.BlockSpec((count, padded_rank), lambda i, j: (j, 0)),
             number,
             number,
         ],
-        out_specs=pl.BlockSpec((None, *staying), lambda i, j: (j, i, 0)),
+        out_specs=pl.BlockSpec((None, *kept), lambda i, j: (j, i, 0)),
         out_shape=jax.ShapeDtypeStruct((splits, *wte_VK.shape), jnp.float32),
         warps=tiles.warps,
         stages=tiles.stages,
@@ -174,25 +158,25 @@ def table_gradient(
 
 
 def _table_gradient(
-    wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, passing: int
+    wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, rows: int
 ):
-    """Kernel: a tile of the table stays, the tokens pass by."""
+    """Kernel: keeps a tile of the table and loops over the tokens."""
     wte_vK = wte_ref[...]
     first_row = pl.program_id(0) * wte_vK.shape[0]
 
-    def pass_by(tile, gradient_vK):
-        rows = pl.ds(tile * passing, passing)
-        z_nK, normaliser_n = z_ref[rows, :], normaliser_ref[rows]
+    def visit(tile, gradient_vK):
+        place = pl.ds(tile * rows, rows)
+        z_nK, normaliser_n = z_ref[place, :], normaliser_ref[place]
         exponent_vn = _products(wte_vK, z_nK) * LOG2_E - normaliser_n[None, :]
         row_vn = jax.lax.broadcasted_iota(jnp.int32, exponent_vn.shape, 0)
-        is_target_vn = row_vn == (target_ref[rows] - first_row)[None, :]
+        is_target_vn = row_vn == (target_ref[place] - first_row)[None, :]
         p_vn = jnp.exp2(exponent_vn)
         error_vn = jnp.where(is_target_vn, p_vn - 1.0, p_vn)
         return gradient_vK + _weighted(error_vn, z_nK)
 
     start = jnp.zeros(wte_vK.shape, jnp.float32)
-    tiles = z_ref.shape[0] // passing
-    gradient_ref[...] = jax.lax.fori_loop(0, tiles, pass_by, start)
+    tiles = z_ref.shape[0] // rows
+    gradient_ref[...] = jax.lax.fori_loop(0, tiles, visit, start)
 
 
 def _products(a_aK, b_bK) -> jax.Array:
@@ -204,12 +188,7 @@ def _products(a_aK, b_bK) -> jax.Array:
 
 def _weighted(p_ab, b_bK) -> jax.Array:
     """p @ b with p in the dtype of b, accumulated in float32: [a, K]."""
-    return jax.lax.dot_general(
-        p_ab.astype(b_bK.dtype),
-        b_bK,
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    return jnp.dot(p_ab.astype(b_bK.dtype), b_bK, preferred_element_type=jnp.float32)
 
 
 def _padded_rank(rank: int) -> int:
@@ -217,6 +196,6 @@ def _padded_rank(rank: int) -> int:
 
 
 def _pad(rows_XK, multiple: int) -> jax.Array:
-    """Adds zeros up to a multiple of rows and to a rank that the matrix units take."""
+    """Adds rows of zeros up to a multiple, and columns up to a padded rank."""
     count, rank = rows_XK.shape
     return jnp.pad(rows_XK, ((0, -count % multiple), (0, _padded_rank(rank) - rank)))

@@ -1,7 +1,7 @@
-"""Starts kernels on GPUs and interprets them on CPUs.
+"""Runs kernels on GPUs and interprets them on CPUs.
 
-Pallas's Triton backend runs on every NVIDIA GPU since Ampere. JAX has announced its
-end: without it, model.kernels=auto takes the plain forms.
+Pallas's Triton backend runs on every NVIDIA GPU since Ampere. A future JAX may lack it:
+model.kernels=auto then selects the plain forms.
 """
 
 import math
@@ -17,11 +17,12 @@ except ImportError:
     triton = None
 
 LEAST_COMPUTE_CAPABILITY = 8.0  # the first with bfloat16
-PROGRAMS = 264  # enough to keep a GPU busy: two for each multiprocessor of an H100
+PROGRAMS = 264  # two for each multiprocessor of an H100 keep it busy
+LOG2_E = math.log2(math.e)  # Kernels use exp2, the GPU's own instruction.
 
 
 def are_available(device: jax.Device) -> bool:
-    """Whether this device can run the kernels compiled."""
+    """Whether this device can run compiled kernels."""
     capability = getattr(device, "compute_capability", None)
     try:
         is_recent = float(capability) >= LEAST_COMPUTE_CAPABILITY
@@ -39,16 +40,16 @@ def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
 
 
 def power_of_2(count: int, at_most: int) -> int:
-    """The largest power of 2 that divides `count` and is no more than `at_most` >= 1.
+    """The largest power of 2 that divides `count` and is at most `at_most` (>= 1).
 
-    Triton's arrays have sizes that are powers of 2.
+    Triton only has arrays with powers of 2 as sizes.
     """
     return math.gcd(count, 1 << (at_most.bit_length() - 1))
 
 
 def store(reference, value: jax.Array, mask: jax.Array) -> None:
     """Writes only the elements of `value` that the mask selects."""
-    if jax.default_backend() == "cpu":  # Triton may be missing there.
+    if jax.default_backend() == "cpu":  # Triton may be missing.
         reference[...] = jnp.where(mask, value, reference[...])
-    else:  # Reading back what is masked would race with another thread's write.
+    else:  # On a GPU, reading masked elements would race with other threads' writes.
         triton.store(reference, value, mask=mask)

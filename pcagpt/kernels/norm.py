@@ -1,7 +1,7 @@
-"""Residual addition and LayerNorm in one visit to each row, forward and backward.
+"""Residual addition and LayerNorm in one kernel, forward and backward.
 
-A row lies in registers as several pieces: Triton's arrays have sizes that are powers
-of 2, and 768 is none.
+A program keeps whole rows in registers, each as several pieces, because the sizes of
+Triton's arrays are powers of 2 and a width like 768 is not.
 
 Shape letters: N rows, D their width, P programs; n rows of a tile, d columns of a
 piece.
@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
-ROWS = 4  # of a tile
-PIECE = 256  # columns of a piece at the most, a power of 2
+ROWS = 4  # per tile
+PIECE = 256  # most columns per piece; a power of 2
 MOST_PIECES = 8
 WARPS = 4
 
@@ -29,42 +29,32 @@ def fits(width: int) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
-    """s = x + update + bias, and LayerNorm(s) * scale + offset.
+    """s = x + update + bias, and LayerNorm(s) * scale + offset, both [N, D].
 
-    Args:
-      x_ND: the residual stream, in the compute dtype.
-      update_ND: added to it; in the compute dtype.
-      bias_D: added to every row; like the next two in float32.
-      scale_D: the norm's scale.
-      offset_D: the norm's bias.
-      epsilon: added to the variance.
-
-    Returns:
-      Two [N, D] in the compute dtype; statistics and sums are in float32.
+    x, update and the results have the compute dtype; bias, scale, offset, statistics
+    and sums are float32. `epsilon` is added to the variance.
     """
     return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon)[0]
 
 
 def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
-    forward = functools.partial(_forward_rows, epsilon=epsilon)
-    split = inside.by_device(forward, [True, True, False, False, False], [True] * 4)
-    sum_ND, normed_ND, *statistics = split(x_ND, update_ND, bias_D, scale_D, offset_D)
+    sum_ND, normed_ND, *statistics = _forward_rows(
+        x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon
+    )
     return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
 
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    split = inside.by_device(
-        _backward_rows, [True, True, True, False, True, True], [True, False]
-    )
-    # The gradients of bias, scale and offset are one array, so that devices add up one.
-    gradient_ND, of_parameters_3D = split(*gradients, *residuals)
+    # The gradients of bias, scale and offset are one array: one sum over the devices.
+    gradient_ND, of_parameters_3D = _backward_rows(*gradients, *residuals)
     return gradient_ND, gradient_ND, *of_parameters_3D
 
 
 add_and_norm.defvjp(_forward, _backward)
 
 
+@inside.by_device([True, True, False, False, False], [True] * 4)
 def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     count, width = x_ND.shape
     rows = launch.power_of_2(count, ROWS)
@@ -94,7 +84,7 @@ def _visit_forward(*references, epsilon: float):
         x_nd = x_ref[:, piece].astype(jnp.float32)
         x_nd += update_ref[:, piece].astype(jnp.float32) + bias_ref[piece][None, :]
         sum_ref[:, piece] = x_nd.astype(sum_ref.dtype)
-        # Statistics are of the rounded sum, which is all that the backward pass sees.
+        # Statistics describe the rounded sum, because the backward pass only has that.
         sums.append(x_nd.astype(sum_ref.dtype).astype(jnp.float32))
     mean_n1 = _row_sums(sums) / width
     centred = [x_nd - mean_n1 for x_nd in sums]
@@ -108,6 +98,7 @@ def _visit_forward(*references, epsilon: float):
     inverse_deviation_ref[...] = inverse_n1.sum(axis=1)
 
 
+@inside.by_device([True, True, True, False, True, True], [True, False])
 def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
     rows = launch.power_of_2(count, ROWS)
@@ -132,7 +123,7 @@ def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
 
 
 def _visit_backward(*references, rows: int):
-    """Kernel: many tiles of rows, and their share of the parameters' gradients."""
+    """Kernel: many tiles of rows, and their part of the parameters' gradients."""
     of_sum_ref, of_normed_ref, sum_ref, scale_ref, mean_ref = references[:5]
     inverse_deviation_ref, gradient_ref, of_parameters_ref = references[5:]
     count, width = sum_ref.shape
@@ -148,7 +139,7 @@ def _visit_backward(*references, rows: int):
 
     def visit(tile, carry):
         (arrays, mean_n, inverse_n), totals = carry
-        # The next tile loads while this one is computed.
+        # Loading the next tile here overlaps it with the computation of this one.
         following = load(jnp.minimum(tile + 1, tiles - 1))
         place = pl.ds(tile * rows, rows)
         mean_n1, inverse_n1 = mean_n[:, None], inverse_n[:, None]
@@ -187,5 +178,5 @@ def _pieces(width: int) -> list:
 
 
 def _row_sums(pieces) -> jax.Array:
-    """Sums of rows that lie in pieces: [n, 1]."""
+    """Row sums over all pieces: [n, 1]."""
     return sum(piece_nd.sum(axis=1) for piece_nd in pieces)[:, None]

@@ -1,4 +1,4 @@
-"""Cross entropy and its gradient in one visit to each row of stored logits.
+"""Cross entropy and its gradient in one kernel over stored logits.
 
 Shape letters: n tokens, V columns, v columns of a tile.
 """
@@ -12,28 +12,22 @@ from jax.experimental import pallas as pl
 from pcagpt.kernels import launch
 from pcagpt.sharding import inside
 
-COLUMNS = 8192  # of a tile at the most
+COLUMNS = 8192  # most columns per tile
 WARPS = 16
 
 
 def loss_and_gradient(
     logits_nV: jax.Array, size: int, targets_n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods, and their gradients in the memory of the logits.
+    """Negative log-likelihoods [n] float32 in nats, and their gradients in the logits.
 
-    Args:
-      logits_nV: of any float dtype; columns from `size` on get no probability.
-      size: 1 .. V.
-      targets_n: int32; a negative target gives a loss and a gradient of 0.
-
-    Returns:
-      [n] float32 in nats, and [n, V] in the logits' dtype.
+    The gradients [n, V] overwrite the logits. Columns from `size` on get no
+    probability; a negative target gives a loss and a gradient of 0.
     """
-    of_rows = functools.partial(_of_rows, size=size)
-    split = inside.by_device(of_rows, [True, True], [True, True])
-    return split(logits_nV, targets_n)
+    return _of_rows(logits_nV, targets_n, size=size)
 
 
+@inside.by_device([True, True], [True, True])
 def _of_rows(logits_nV, targets_n, *, size: int):
     count, width = logits_nV.shape
     columns = min(COLUMNS, 1 << (width.bit_length() - 1))
@@ -55,15 +49,15 @@ def _of_rows(logits_nV, targets_n, *, size: int):
 
 
 def _visit_row(logits_ref, target_ref, loss_ref, gradient_ref, *, size, columns):
-    """Kernel: one row. Reads it once for the normaliser and once for the gradient."""
+    """Kernel: reads one row for the normaliser and again for the gradient."""
     del logits_ref  # It is the same memory as gradient_ref.
     width = gradient_ref.shape[0]
     full_tiles = size // columns
-    # The remaining tiles must not go past the end of the row. They start earlier if
-    # necessary, and then overlap the tile before.
+    # A tile must not exceed the row, so a last tile may start earlier and overlap the
+    # tile before it.
     rest = range(full_tiles * columns, width, columns)
     target = target_ref[0]
-    # This must be read before any thread writes.
+    # Read this before any thread overwrites it.
     target_logit = gradient_ref[jnp.maximum(target, 0)].astype(jnp.float32)
 
     def tile_at(first):
@@ -91,7 +85,7 @@ def _visit_row(logits_ref, target_ref, loss_ref, gradient_ref, *, size, columns)
     sum_, highest = carry
     normaliser = highest + jnp.log(sum_)
     loss_ref[0] = jnp.where(target >= 0, normaliser - target_logit, 0.0)
-    # Without a target all probabilities, and so the gradient, become 0.
+    # An infinite normaliser makes all probabilities, and so the gradient, 0.
     normaliser = jnp.where(target >= 0, normaliser, jnp.inf)
 
     def gradient_of(logit_v, column_v):

@@ -4,10 +4,3 @@ from pcagpt.losses.chunks import scan_chunks
 from pcagpt.losses.cross_entropy import cross_entropy
 from pcagpt.losses.distillation import distillation
 from pcagpt.losses.logits import token_losses
-
-__all__ = [
-    "cross_entropy",
-    "distillation",
-    "scan_chunks",
-    "token_losses",
-]

@@ -12,7 +12,7 @@ from pcagpt.kernels import head as head_kernels
 from pcagpt.kernels import softmax
 from pcagpt.losses import fused
 from pcagpt.losses.chunks import sum_of_chunks
-from pcagpt.losses.logits import project, token_losses
+from pcagpt.losses.logits import products, project, token_losses
 from pcagpt.model import Head
 
 
@@ -27,12 +27,11 @@ def cross_entropy(
 ) -> jax.Array:
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar.
 
-    Differentiable in h_ND and the head. The gradients are computed together with the
-    loss, chunk by chunk, so that only one chunk's logits exist at a time. With
+    Differentiable in h_ND and the head. Only one chunk's logits exist at a time; with
     kernels, a low-rank head (`fused`) stores no logits at all.
 
     Args:
-      h_ND: final hidden state, in the compute dtype.
+      h_ND: output of ln_f, in the compute dtype.
       head: the bands of the output head.
       targets_N: as for `token_losses`.
       logits_dtype: dtype of stored logits.
@@ -49,23 +48,17 @@ def cross_entropy(
         def function(h_nD, head, _, targets_n):
             return jnp.sum(token_losses(h_nD, head, targets_n, logits_dtype)), ()
 
-    loss, _ = sum_of_chunks(function, chunks, h_ND, head, (), (targets_N,))
-    return loss
+    return sum_of_chunks(function, chunks, h_ND, head, (), (targets_N,))[0]
 
 
 def _by_softmax_kernel(h_nD, head: Head, _, targets_n, *, logits_dtype):
-    """Loss and gradients of one chunk for a head of one band, for `sum_of_chunks`.
-
-    The gradient of the logits overwrites the logits.
-    """
+    """Loss and gradients of a chunk for a head of one band; see `sum_of_chunks`."""
     [band] = head
     z_nK, back = jax.vjp(project, h_nD, band.scale_down)
-    logits_nV = jax.lax.dot_general(
-        z_nK, band.wte, (((1,), (1,)), ((), ())), preferred_element_type=logits_dtype
-    )
+    logits_nV = products(z_nK, band.wte, logits_dtype)
     loss_n, gradient_nV = softmax.loss_and_gradient(logits_nV, band.size, targets_n)
     of_h_nD, of_scale_KD = back((gradient_nV @ band.wte).astype(z_nK.dtype))
-    # In float32, so that XLA adds it to the other chunks' in the product itself.
+    # In float32, so that XLA adds it to the other chunks' sum in the product itself.
     of_wte_VK = jnp.matmul(gradient_nV.T, z_nK, preferred_element_type=jnp.float32)
     of_band = band.replace(wte=of_wte_VK, scale_down=of_scale_KD)
     return (jnp.sum(loss_n), ()), (of_h_nD, (of_band,))

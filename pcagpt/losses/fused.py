@@ -1,10 +1,7 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-The loss of a token is its normaliser minus its target's logit. Its gradient in z is the
-mean row under the softmax minus the target's row. The gradient of a row sums z over all
-tokens, weighted by the row's probability, minus z over the tokens that have the row as
-target. Bands of a higher rank than the kernels take store one chunk of logits at a
-time, in float32.
+See `kernels.head` for the mathematics. A band with a rank that is too high for the
+kernels stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -22,12 +19,14 @@ from pcagpt.sharding.inside import by_device, gathered
 
 
 def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
-    """`losses.cross_entropy`; `chunks` is for bands that the kernels do not take."""
+    """`losses.cross_entropy`; `chunks` is for bands without kernels."""
     z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, z_of_bands, tables, targets_N)
 
 
+# XLA cannot differentiate a kernel. The forward pass also gives the gradients in z; the
+# backward pass computes the gradients of the tables.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(chunks, z_of_bands, tables: Head, targets_N):
     return _forward(chunks, z_of_bands, tables, targets_N)[0]
@@ -39,10 +38,7 @@ def _forward(chunks, z_of_bands, tables, targets_N):
     cast_tables = jax.tree.map(lambda wte_VK: gathered(wte_VK.astype(dtype)), tables)
     summaries, rows, target_logit_N = [], [], 0.0
     for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-        if kernels.fits(wte_VK.shape[1]):
-            summaries.append(kernels.summarize(z_NK, wte_VK, size))
-        else:
-            summaries.append(_summarize(z_NK, wte_VK, size, chunks))
+        summaries.append(_summarize(z_NK, wte_VK, size, chunks))
         is_here_N1 = ((local_N >= 0) & (local_N < size))[:, None]
         row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
         rows.append(jnp.where(is_here_N1, row_NK, 0.0))
@@ -65,22 +61,18 @@ def _backward(chunks, residuals, cotangent):
         for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
     )
 
+    # Do not compute with the sum over devices here: XLA can then add the lookup's
+    # gradient of the same table before that sum, and sums once over the devices.
+    @by_device([False, True, True, True, False], [False])
     def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
         for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-            if kernels.fits(wte_VK.shape[1]):
-                gradient = kernels.table_gradient
-            else:
-                gradient = functools.partial(_table_gradient, chunks=chunks)
-            gradient_VK = gradient(wte_VK, z_NK, normaliser_N, local_N)
+            gradient_VK = _table_gradient(wte_VK, z_NK, normaliser_N, local_N, chunks)
             is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
         return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
 
-    # The result of the sum over devices is used as it is: XLA can then add the lookup's
-    # gradient of the same table before that sum, and sum once.
-    split = by_device(of_rows, [False, True, True, True, False], [False])
-    [of_tables] = split(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
+    [of_tables] = of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent)
     of_tables = jax.tree.map(lambda g, wte: g.astype(wte.dtype), of_tables, tables)
     return of_z, of_tables, None
 
@@ -89,7 +81,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _bands(z_of_bands, tables: Head, targets_N):
-    """For each band: z, table, targets as rows of the table, number of real rows."""
+    """Yields z, table, targets as rows of the table, and real rows of each band."""
     start = 0
     for z_NK, band in zip(z_of_bands, tables, strict=True):
         yield z_NK, band.wte, targets_N - start, band.size
@@ -97,8 +89,11 @@ def _bands(z_of_bands, tables: Head, targets_N):
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
-    """The plain form of `kernels.summarize`, one chunk of tokens at a time."""
+    """`kernels.summarize`, or its plain form one chunk of tokens at a time."""
+    if kernels.fits(wte_VK.shape[1]):
+        return kernels.summarize(z_NK, wte_VK, size)
 
+    @by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
         def summarize(_, arrays):
             logits_nV = _logits(arrays[0], wte_VK)
@@ -109,11 +104,13 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 
         return scan_chunks(summarize, None, chunks, z_NK)[1]
 
-    return by_device(of_rows, [True, False], [True, True])(z_NK, wte_VK[:size])
+    return of_rows(z_NK, wte_VK[:size])
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
-    """The plain form of `kernels.table_gradient`, one chunk of tokens at a time."""
+    """`kernels.table_gradient`, or its plain form one chunk of tokens at a time."""
+    if kernels.fits(wte_VK.shape[1]):
+        return kernels.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays

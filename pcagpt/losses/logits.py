@@ -1,4 +1,4 @@
-"""Logits of the output head, band by band, and what is computed from them.
+"""Logits of the output head by band, and losses computed from them.
 
 Shape letters: N tokens, V rows of a band, D width, K rank.
 """
@@ -6,39 +6,44 @@ Shape letters: N tokens, V rows of a band, D width, K rank.
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model import Head, HeadBand
+from pcagpt.model import Head
 
 
 def token_losses(h_ND, head: Head, targets_N, logits_dtype=jnp.float32) -> jax.Array:
     """Negative log-likelihood of each target, in nats: [N] float32.
 
     Args:
-      h_ND: final hidden state, in the compute dtype.
+      h_ND: output of ln_f, in the compute dtype.
       head: the bands of the output head; padding rows get no probability.
       targets_N: int32 column of the concatenated bands; negative means no target and
         a loss of 0.
       logits_dtype: dtype of the logits; all reductions are in float32.
     """
-    logits = [band_logits(h_ND, band, logits_dtype) for band in head]
+    logits = head_logits(h_ND, head, logits_dtype)
     return negative_log_likelihood(logits, head, targets_N)
 
 
 def project(h_ND: jax.Array, scale_down_KD: jax.Array | None) -> jax.Array:
-    """The factor z that meets a band's table, [N, K]: h itself at full width."""
+    """z = h @ scale_down.T [N, K], or h itself at full width; logits are z @ wte.T."""
     if scale_down_KD is None:
         return h_ND
     return h_ND @ scale_down_KD.astype(h_ND.dtype).T
 
 
-def band_logits(h_ND, band: HeadBand, logits_dtype) -> jax.Array:
-    """Logits of one band, padding columns included: [N, V] float32."""
-    z_NK = project(h_ND, band.scale_down)
+def products(z_NK: jax.Array, wte_VK: jax.Array, dtype) -> jax.Array:
+    """z @ wte.T in `dtype`, without a transposed copy of the table: [N, V]."""
     return jax.lax.dot_general(
-        z_NK,
-        band.wte.astype(h_ND.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=logits_dtype,
-    ).astype(jnp.float32)
+        z_NK, wte_VK, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+
+
+def head_logits(h_ND, head: Head, logits_dtype) -> list[jax.Array]:
+    """Logits of each band, padding columns included: [N, V] float32."""
+    logits = []
+    for band in head:
+        z_NK, wte_VK = project(h_ND, band.scale_down), band.wte.astype(h_ND.dtype)
+        logits.append(products(z_NK, wte_VK, logits_dtype).astype(jnp.float32))
+    return logits
 
 
 def _columns(logits_NV) -> jax.Array:
@@ -59,8 +64,8 @@ def negative_log_likelihood(logits, head: Head, targets_N) -> jax.Array:
     """Negative log-likelihood of each target, 0 without a target: [N] float32."""
     target_logit_N, start = jnp.zeros(targets_N.shape, jnp.float32), 0
     for logits_NV, band in zip(logits, head, strict=True):
-        # Comparing with a column index fuses into the reduction; a gather's gradient
-        # would be a scatter into [N, V]. Other bands' targets match no column.
+        # XLA fuses this comparison into the reduction. A gather's gradient would be a
+        # scatter into [N, V]. Targets of other bands match no column.
         local_N1 = (targets_N - start)[:, None]
         is_target_NV = (_columns(logits_NV) == local_N1) & (local_N1 < band.size)
         target_logit_N += jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
@@ -69,7 +74,7 @@ def negative_log_likelihood(logits, head: Head, targets_N) -> jax.Array:
 
 
 def divergence(logits, teacher_logits, head: Head) -> jax.Array:
-    """KL(teacher || model) over all bands, for each token: [N] float32."""
+    """KL(teacher || model) of each token over all bands: [N] float32."""
     normaliser_N = _normaliser(logits, head)
     teacher_normaliser_N = _normaliser(teacher_logits, head)
     divergence_N = normaliser_N - teacher_normaliser_N

@@ -7,9 +7,9 @@ H heads, C head width, F = 4D.
     h = ln_f(blocks(x))                   [N,D]
     logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
 
-A band is a run of token positions with its own table and scale matrices. The baseline
-is one band without scale matrices; a single rank is one band with them. With several
-bands, the model keeps a position for each token id.
+A band is a range of token positions with its own table and scale matrices. The baseline
+is one band without scale matrices, a model of a single rank one band with them. With
+several bands, the model stores the position of each token id.
 """
 
 from pcagpt.model.config import BandSpec, GPTConfig
@@ -20,14 +20,3 @@ from pcagpt.model.size import (
     total_parameters,
     training_flops_per_token,
 )
-
-__all__ = [
-    "GPT",
-    "BandSpec",
-    "GPTConfig",
-    "Head",
-    "HeadBand",
-    "embedding_parameters",
-    "total_parameters",
-    "training_flops_per_token",
-]

@@ -2,7 +2,8 @@
 
 Between the layers, activations are [N, D], not [B, T, D]: XLA then needs no transposes
 in the backward pass of LayerNorm. A layer does not add its result to the residual
-stream. It returns an update (y [N, D], bias [D]); the next norm adds both in one visit.
+stream. It returns an update (y [N, D], bias [D]), which the next norm adds, so that one
+kernel reads and writes the stream.
 
 Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head width,
 F = 4D, X any width.
@@ -16,7 +17,7 @@ from pcagpt.kernels import gelu, norm
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
-LAYER_NORM_EPSILON = 1e-5  # GPT-2's; flax's default is 1e-6.
+LAYER_NORM_EPSILON = 1e-5  # as in GPT-2; flax's default is 1e-6
 
 
 class Linear(nn.Module):
@@ -82,16 +83,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
-        """[N, D] -> the update of the residual stream.
+        """Normed stream [N, D] -> its update.
 
-        Args:
-          x_ND: sequence after sequence.
-          sequence_length: T, the number of rows of each sequence.
-          deterministic: no dropout.
-          position: None to read whole sequences, whose keys and values are then written
-            to the collection 'cache' if it is mutable. With a position, T is 1: each
-            sequence gives its token at that position, which attends to the earlier
-            tokens in 'cache' and is added to it.
+        Without a position, it reads whole sequences of `sequence_length` rows, and
+        writes their keys and values to the collection 'cache' if that is mutable. With
+        a position, it reads one token of each sequence, which attends to the earlier
+        tokens in 'cache' and is added to it.
         """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
@@ -101,7 +98,7 @@ class Attention(nn.Module):
         # cancels it. The value's bias passes through the average unchanged and can be
         # added after attention, unless attention probabilities are dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
-        # Otherwise devices that hold rows of 'proj' would exchange parts of this bias.
+        # XLA would split this bias like the rows of 'proj' and then exchange the parts.
         v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
@@ -109,7 +106,7 @@ class Attention(nn.Module):
         shape = -1, sequence_length, config.n_head, width // config.n_head
         q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
         if drops:
-            # The fused kernels cannot drop attention probabilities; flax's form can.
+            # Fused attention cannot drop probabilities; flax's plain form can.
             mask = jnp.tri(sequence_length, dtype=bool)[None, None]
             y_BTHC = nn.dot_product_attention(
                 q_BTHC,
@@ -138,7 +135,7 @@ class Attention(nn.Module):
         return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
-        """Writes new keys or values to the cache, returns all of them [B, T, H, C]."""
+        """Writes new keys or values to the cache and returns all of it [B, T, H, C]."""
         cached = self.variable("cache", name, lambda: new_BtHC)
         cached.value = jax.lax.dynamic_update_slice_in_dim(
             cached.value, new_BtHC, start, axis=1
@@ -150,27 +147,23 @@ class Attention(nn.Module):
 def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
     """The thirds of x @ kernel as three arrays [N, D].
 
-    Three products write three arrays, so that nothing is copied out of one large array.
-    The backward pass joins the gradients instead: one product for x, one for the
-    kernel.
+    Three products avoid copies out of one large result. The custom gradient joins the
+    thirds' gradients, so that the backward pass has two products instead of six.
     """
-    # The barriers keep XLA from merging the products and slicing the result after all.
+    # The barrier keeps XLA from merging the products and slicing the result after all.
     xs = jax.lax.optimization_barrier((x_ND,) * 3)
     parts = jnp.split(kernel_DX, 3, axis=1)
     return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
 
 
-def _split_product_forward(x_ND, kernel_DX):
-    return _split_product(x_ND, kernel_DX), (x_ND, kernel_DX)
-
-
 def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
+    # Without the barrier, XLA would split the two products at the seams again.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 
-_split_product.defvjp(_split_product_forward, _split_product_backward)
+_split_product.defvjp(lambda *a: (_split_product(*a), a), _split_product_backward)
 
 
 class MLP(nn.Module):
@@ -180,7 +173,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, deterministic: bool):
-        """[N, D] -> the update of the residual stream."""
+        """Normed stream [N, D] -> its update."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
@@ -189,7 +182,7 @@ class MLP(nn.Module):
         return project_back(self.config, h_NF, None, deterministic)
 
 
-# The backward pass adds the bias again, which saves an [N, F] array per layer.
+# Adding the bias again in the backward pass saves an [N, F] array per layer.
 @jax.checkpoint
 def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     """The plain form of `kernels.gelu.bias_gelu`."""
@@ -197,7 +190,10 @@ def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
-    """Projects x + input_bias by the layer 'proj' to an update (y [N, D], bias [D])."""
+    """Projects x + input_bias to an update of the stream by the caller's layer 'proj'.
+
+    The bias is projected apart from x, which saves adding it to an [N, X] array.
+    """
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
     kernel, bias_D = linear(x_NX.shape[-1])
@@ -206,7 +202,7 @@ def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
         bias_D += input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
-    # Dropout acts on the sum, so nothing is left for the next norm to add.
+    # Dropout acts on the sum of both, so the bias is added here, not in the next norm.
     y_ND = nn.Dropout(config.dropout)(_add_bias(y_ND, bias_D), deterministic=False)
     return y_ND, jnp.zeros_like(bias_D)
 
@@ -220,10 +216,7 @@ class Block(nn.Module):
     def __call__(
         self, x_ND, update, sequence_length: int, deterministic: bool, position=None
     ):
-        """(Residual stream [N, D], pending update) -> the same after this block.
-
-        The other arguments are those of `Attention`.
-        """
+        """(Stream [N, D], pending update) -> the same after this block."""
         x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
         update = Attention(self.config, name="attn")(
             y_ND, sequence_length, deterministic, position

@@ -7,15 +7,12 @@ INIT_STD = 0.02
 
 
 class BandSpec(NamedTuple):
-    """Token positions start .. start + size - 1, stored at `rank` (None: at full D).
+    """A range of token positions with one table."""
 
-    `padding` rows without a token follow them in the table.
-    """
-
-    start: int
+    start: int  # the first position
     size: int
-    padding: int
-    rank: int | None
+    padding: int  # rows without a token at the end of the table
+    rank: int | None  # None: the table is [size + padding, D], without scale matrices
 
 
 @dataclasses.dataclass(frozen=True)

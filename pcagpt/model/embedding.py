@@ -1,4 +1,4 @@
-"""Token ids to vectors and back: the tables that input and output share.
+"""Token embedding and output head, which share their tables.
 
 Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
@@ -16,17 +16,11 @@ from pcagpt.sharding.inside import by_device
 
 @flax.struct.dataclass
 class HeadBand:
-    """The part of the output head that gives one band's logits, as a pytree.
+    """One band of the output head, as a pytree."""
 
-    Attributes:
-      wte: [V, K]; rows from `size` on are padding.
-      scale_down: [K, D], or None: wte is [V, D].
-      size: the number of real rows. It is static, not a leaf.
-    """
-
-    wte: jax.Array
-    scale_down: jax.Array | None
-    size: int = flax.struct.field(pytree_node=False)
+    wte: jax.Array  # [V, K]; rows from `size` on are padding
+    scale_down: jax.Array | None  # [K, D]; None: wte is [V, D]
+    size: int = flax.struct.field(pytree_node=False)  # static: it shapes the program
 
 
 Head = tuple[HeadBand, ...]  # in order of token position
@@ -40,7 +34,7 @@ class BandEmbedding(nn.Module):
     scale_tying: bool
 
     def setup(self):
-        """Declares wte [V,K] and, if the band has a rank, its scale matrices [K,D]."""
+        """Declares wte [V, K] and, at a rank K, the scale matrices [K, D]."""
         rows, rank = self.band.size + self.band.padding, self.band.rank
         init = nn.initializers.normal(INIT_STD)
         self.wte = self.param("wte", init, (rows, rank or self.n_embd))
@@ -59,13 +53,9 @@ class BandEmbedding(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [N, K] in `dtype`; the gradient is summed in the dtype of the table."""
-    # Cast first: if the table is split, devices exchange it in that smaller dtype.
+    """Rows [N, K] in `dtype`; the gradient is summed in the table's own dtype."""
+    # Cast before the lookup: devices exchange a split table in the smaller dtype.
     return wte_VK.astype(dtype)[rows_N]
-
-
-def _take_rows_forward(wte_VK, rows_N, dtype):
-    return _take_rows(wte_VK, rows_N, dtype), (wte_VK, rows_N)
 
 
 def _take_rows_backward(dtype, residuals, gradient_NK):
@@ -73,18 +63,21 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
     wte_VK, rows_N = residuals
     shape, table_dtype = wte_VK.shape, wte_VK.dtype
 
+    # Each device sums the gradients of its own tokens before the sums are added up.
+    # Otherwise XLA would scatter into the head's gradient, and every device would first
+    # need all of that gradient.
+    @by_device([True, True], [False])
     def of_table(gradient_NK, rows_N):
         zeros_VK = jnp.zeros(shape, table_dtype)
         return (zeros_VK.at[rows_N].add(gradient_NK.astype(table_dtype)),)
 
-    # Each device sums the gradients of its own tokens, and the sums are added up last.
-    # Left alone, XLA would scatter into the head's gradient, for which every device
-    # would first need all of that gradient.
-    split = by_device(of_table, [True, True], [False])
-    return *split(gradient_NK, rows_N), None
+    return *of_table(gradient_NK, rows_N), None
 
 
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+_take_rows.defvjp(
+    lambda wte_VK, rows_N, dtype: (_take_rows(wte_VK, rows_N, dtype), (wte_VK, rows_N)),
+    _take_rows_backward,
+)
 
 
 class TokenEmbedding(nn.Module):
@@ -93,7 +86,7 @@ class TokenEmbedding(nn.Module):
     config: GPTConfig
 
     def setup(self):
-        """Declares one embedding per band and, for several bands, the token order."""
+        """Declares the bands and, if there are several, the position of each token."""
         config = self.config
         self.band_embeddings = [
             BandEmbedding(
@@ -109,7 +102,7 @@ class TokenEmbedding(nn.Module):
             )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
-        """Token ids -> token positions, which count through the bands; -1 stays -1."""
+        """Token ids -> token positions, counted over all bands; -1 stays -1."""
         if len(self.config.bands) == 1:
             return tokens
         return jnp.where(tokens < 0, tokens, self.position_of_token.value[tokens])
@@ -117,21 +110,14 @@ class TokenEmbedding(nn.Module):
     def __call__(self, tokens_N: jax.Array) -> jax.Array:
         """Embeds tokens [N] as [N, D] in the compute dtype."""
         dtype = jnp.dtype(self.config.compute_dtype)
-        bands = self.config.bands
-        if len(bands) == 1:
+        if len(self.config.bands) == 1:
             return self.band_embeddings[0].lookup(tokens_N, dtype)
         positions_N = self.renumber(tokens_N)
         x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
-        for band, embedding in zip(bands, self.band_embeddings, strict=True):
-            rows_N = positions_N - band.start
-            is_here_N1 = ((rows_N >= 0) & (rows_N < band.size))[:, None]
-            found_ND = embedding.lookup(jnp.clip(rows_N, 0, band.size - 1), dtype)
+        # Every band looks up all tokens, since a program needs static shapes.
+        for embedding in self.band_embeddings:
+            rows_N, size = positions_N - embedding.band.start, embedding.band.size
+            is_here_N1 = ((rows_N >= 0) & (rows_N < size))[:, None]
+            found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
             x_ND += jnp.where(is_here_N1, found_ND, 0)
         return x_ND
-
-    def head(self) -> Head:
-        """The output side of every band."""
-        return tuple(
-            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
-            for embedding in self.band_embeddings
-        )

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from pcagpt.model.block import Block, ResidualNorm
 from pcagpt.model.config import INIT_STD, GPTConfig
-from pcagpt.model.embedding import Head, TokenEmbedding
+from pcagpt.model.embedding import Head, HeadBand, TokenEmbedding
 
 
 class GPT(nn.Module):
     """GPT-2 with a tied, possibly factorized token embedding.
 
-    A batch goes to its loss by three methods: `hidden` for the inputs, `renumber` for
-    the targets, and `head`, which `pcagpt.losses` takes.
+    Training calls `hidden` on the inputs and `renumber` on the targets; `pcagpt.losses`
+    computes the loss from both and from `head`.
     """
 
     config: GPTConfig
@@ -34,54 +34,52 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT: jax.Array, deterministic: bool = True) -> jax.Array:
         """Token ids [B, T] int32 -> output of ln_f [N, D] in the compute dtype.
 
-        With dropout on and not deterministic, needs an rng named 'dropout'.
+        Dropout (not deterministic) needs an rng named 'dropout'.
         """
         x_ND = self.embed(tokens_BT.reshape(-1))
         return self.contextualize(x_ND, tokens_BT.shape[1], deterministic)
 
     def contextualize(
-        self, x_ND: jax.Array, sequence_length: int, deterministic: bool = True
+        self, x_ND: jax.Array, length: int, deterministic: bool = True, position=None
     ) -> jax.Array:
-        """Token embeddings [N, D], sequence after sequence -> output of ln_f [N, D]."""
-        length = sequence_length
-        wpe_TD = self.wpe[:length].astype(x_ND.dtype)
+        """Token embeddings [N, D] of sequences of a length -> output of ln_f [N, D]."""
+        wpe_TD = self.wpe[:length] if position is None else self.wpe[position][None]
+        wpe_TD = wpe_TD.astype(x_ND.dtype)
         wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
         wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
         if self.config.dropout and not deterministic:
             x_ND = self.embedding_dropout(x_ND + wpe_ND, deterministic=False)
             wpe_ND = jnp.zeros_like(x_ND)
-        # The first norm adds the positions, as it adds every other update.
+        # The first norm adds the position embeddings, like any other update.
         update = wpe_ND, bias_D
         for block in self.blocks:
-            x_ND, update = block(x_ND, update, length, deterministic)
+            x_ND, update = block(x_ND, update, length, deterministic, position)
         return self.ln_f(x_ND, *update)[1]
 
     def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
-        """One more token of each sequence, at `position` -> output of ln_f [B, D].
+        """The next token of each sequence, at `position` -> output of ln_f [B, D].
 
-        `hidden` or earlier calls have read the tokens before it; the caller keeps the
-        collection 'cache' between calls.
+        Reads the earlier tokens' keys and values in the collection 'cache', which
+        `hidden` and this method write and the caller keeps.
         """
-        x_BD = self.embed(tokens_B)
-        wpe_D = self.wpe[position].astype(x_BD.dtype)
-        update = jnp.broadcast_to(wpe_D, x_BD.shape), jnp.zeros(wpe_D.shape)
-        for block in self.blocks:
-            x_BD, update = block(x_BD, update, 1, True, position)
-        return self.ln_f(x_BD, *update)[1]
+        return self.contextualize(self.embed(tokens_B), 1, position=position)
 
     def head(self) -> Head:
-        """The output head, whose bands' columns follow one another."""
-        return self.embed.head()
+        """The bands of the output head; their columns follow one another."""
+        return tuple(
+            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
+            for embedding in self.embed.band_embeddings
+        )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
         """Token ids -> columns of the head; -1 (no token) stays -1."""
         return self.embed.renumber(tokens)
 
     def logits(self, h_ND: jax.Array) -> jax.Array:
-        """Outputs of ln_f [N, D] -> logits [N, V] float32, by token id.
+        """Outputs of ln_f [N, D] -> logits [N, V] float32 by token id, for sampling.
 
-        Computed in the dtype of the tables, without padding columns. For inspection
-        and sampling; training and evaluation use `pcagpt.losses`.
+        Computed in the dtype of the tables. Training and evaluation use
+        `pcagpt.losses`, which do not store all logits.
         """
         logits = []
         for band in self.head():
@@ -89,12 +87,10 @@ class GPT(nn.Module):
             z_NK = h_ND.astype(wte_VK.dtype)
             if band.scale_down is not None:
                 z_NK = z_NK @ band.scale_down.T
-            logits.append(
-                jnp.matmul(z_NK, wte_VK.T, preferred_element_type=jnp.float32)
-            )
+            logits.append(jnp.dot(z_NK, wte_VK.T, preferred_element_type=jnp.float32))
         logits_NV = jnp.concatenate(logits, axis=-1)
         return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits [B, T, V] float32 of the token after each."""
+        """Token ids [B, T] int32 -> logits [B, T, V] float32 of the next tokens."""
         return self.logits(self.hidden(tokens_BT)).reshape(*tokens_BT.shape, -1)

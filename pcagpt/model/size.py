@@ -1,24 +1,24 @@
-"""Number of values that a model stores, and of operations to train on a token."""
+"""Number of stored values of a model, and of operations per training token."""
 
 from pcagpt.model.config import GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
-    """Stored values of token tables and scale matrices, padding rows not counted.
+    """Values in token tables and scale matrices, without padding rows.
 
-    With several bands, the position of each token counts as a value, too.
+    With several bands, the position of each token counts as one value.
     """
     scales = 1 if config.n_embd_wte_scale_tying else 2
     positions = config.vocab_size if len(config.bands) > 1 else 0
     return positions + sum(
         band.size * (band.rank or config.n_embd)
-        + (scales * band.rank * config.n_embd if band.rank else 0)
+        + scales * (band.rank or 0) * config.n_embd
         for band in config.bands
     )
 
 
 def total_parameters(config: GPTConfig) -> int:
-    """Stored values of the whole model, padding rows not counted."""
+    """Values in the whole model, without padding rows."""
     width, biases = config.n_embd, int(config.bias)
     norm = width * (1 + biases)
     attention = 4 * width * width + biases * 4 * width
@@ -30,15 +30,13 @@ def total_parameters(config: GPTConfig) -> int:
 def training_flops_per_token(config: GPTConfig) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
-    Six per weight of every matrix product. Attention counts in full, 12 * L * T * D,
-    not halved for causality, as in PaLM (Chowdhery et al. 2022, appendix B).
+    Six per weight of every matrix product, and 12 * L * T * D for attention, not halved
+    for causality, as in PaLM (Chowdhery et al. 2022, appendix B).
     """
     width = config.n_embd
     weights = config.n_layer * 12 * width * width
     for band in config.bands:
-        rank = band.rank or width
-        weights += (band.size + band.padding) * rank
-        if band.rank:
-            weights += 2 * rank * width
+        weights += (band.size + band.padding) * (band.rank or width)
+        weights += 2 * (band.rank or 0) * width
     attention = 12 * config.n_layer * config.block_size * width
     return 6.0 * weights + attention

@@ -103,7 +103,7 @@ def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
 def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
     """One run, after everything that it needs."""
     run = _train_job(settings, settings.arm)
-    taken = _taken_from_baseline(settings)
+    taken = _taken_from_baseline(settings, settings.arm)
     if not taken:
         return (run,)
     baseline = _train_job(_full(settings), "baseline", is_target=False)
@@ -126,7 +126,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
         arm = "pca_distill"
     elif model.n_embd_wte is not None or model.band_sizes:
         arm = "pca_finetune"
-    settings = _with_budget(settings.replace({"arm": arm}))
+    settings = settings.replace({"arm": arm, **_budget(settings, arm)})
     name = FROM_RUN.format(arm=arm, source=source.folder.resolve().name)
     return TrainJob(Path(settings.workdir) / name, settings, is_target=True)
 
@@ -135,17 +135,16 @@ def _train_job(
     settings: Settings, arm: str, *, suffix: str = "", is_target: bool = True
 ) -> TrainJob:
     """The run of an arm: what it takes from D, and its share of D's budget."""
-    settings = settings.replace({"arm": arm})
-    settings = settings.replace(_taken_from_baseline(settings, suffix))
-    keep = ARMS[arm].keep
-    if arm == "random" and settings.init.import_bands:
-        keep = "shape"  # C has A's bands, and no number of A.
+    taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
+    if arm == "random" and ("init.import_bands" in taken or settings.init.import_bands):
+        keep = "shape"  # C has the bands of A, but none of its numbers.
     if keep != "all":
-        settings = settings.replace({"init.keep": keep})
+        taken["init.keep"] = keep
+    settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
     model = settings.model
     rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
     name = ARMS[arm].run_name.format(rank=rank) + suffix
-    return TrainJob(Path(settings.workdir) / name, _with_budget(settings), is_target)
+    return TrainJob(Path(settings.workdir) / name, settings, is_target)
 
 
 def _factorize_job(
@@ -168,13 +167,15 @@ def _full(settings: Settings) -> Settings:
     )
 
 
-def _taken_from_baseline(settings: Settings, suffix: str = "") -> dict[str, str]:
-    """{knob: path} of what the arm takes from D, unless the person names another."""
-    arm, init = ARMS[settings.arm], settings.init
+def _taken_from_baseline(
+    settings: Settings, arm: str, suffix: str = ""
+) -> dict[str, str]:
+    """{knob: path} of what an arm takes from D, unless the person names another."""
+    takes, init = ARMS[arm].takes, settings.init
     workdir, bands = Path(settings.workdir), settings.factorize.bands
     baseline = str(workdir / (ARMS["baseline"].run_name + suffix))
     # In several bands, C needs the sizes of A's bands.
-    needs_factors = "factors" in arm.takes or (settings.arm == "random" and bands > 1)
+    needs_factors = "factors" in takes or (arm == "random" and bands > 1)
     has_factors = (
         init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
     )
@@ -187,28 +188,26 @@ def _taken_from_baseline(settings: Settings, suffix: str = "") -> dict[str, str]
             scales = str(files.scale_path(folder, rank))
             taken["init.import_wte_npy"] = str(files.table_path(folder, rank))
             taken["init.import_scale_matrices_npz"] = scales
-    if "blocks" in arm.takes and not init.blocks_from:
+    if "blocks" in takes and not init.blocks_from:
         taken["init.blocks_from"] = baseline
-    if "weights" in arm.takes:
+    if "weights" in takes:
         taken["init.weights_from"] = baseline
-    if arm.is_taught and not settings.distill.teacher:
+    if ARMS[arm].is_taught and not settings.distill.teacher:
         taken["distill.teacher"] = baseline
     return taken
 
 
-def _with_budget(settings: Settings) -> Settings:
-    """`train` is D's budget; the other arms get their declared share of it."""
-    arm, train, share = ARMS[settings.arm], settings.train, settings.finetune
-    changes, rate = {}, 1.0
-    if arm.is_fine_tuned:
+def _budget(settings: Settings, arm: str) -> dict[str, float]:
+    """{knob: value} of an arm's share of D's budget, which `train` declares."""
+    train, share, changes, rate = settings.train, settings.finetune, {}, 1.0
+    if ARMS[arm].is_fine_tuned:
         rate = share.learning_rate_share
         changes = {
             "train.steps": max(1, round(train.steps * share.steps_share)),
             "train.warmup_steps": round(train.warmup_steps * share.steps_share),
         }
-    elif "factors" in arm.takes:
+    elif "factors" in ARMS[arm].takes:
         rate = settings.scratch.pca_learning_rate_share
-    elif settings.arm == "random":
+    elif arm == "random":
         rate = settings.scratch.random_learning_rate_share
-    changes["train.learning_rate"] = train.learning_rate * rate
-    return settings.replace(changes)
+    return changes | {"train.learning_rate": train.learning_rate * rate}

@@ -1,7 +1,7 @@
-"""Finished runs and sweeps to results.json, report.md, report.html and figures.
+"""Finished runs and sweeps -> results.json, report.md, report.html and figures.
 
-Data and view are apart: `collect` makes the dictionary of results.json, `experiment`
-and `sweep` turn results.json and sweep.json into sections, `page` renders sections.
+`collect` makes the dictionary of results.json. `experiment` and `sweep` select from
+results.json and sweep.json what the templates show. `page` fills in the templates.
 """
 
 from pcagpt.report.collect import collect_results, recovered_rows

@@ -1,7 +1,8 @@
-"""Finished run folders → the dictionary of results.json."""
+"""Finished run folders -> the dictionary of results.json."""
 
 import datetime
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,36 @@ from pcagpt.report.compare import (
     judge_claims,
     window_interval,
 )
-from pcagpt.report.read import read_config, read_corpus, read_row, read_spectrum
+from pcagpt.report.read import read_config, read_row, read_spectrum
 
 
 def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[str, Any]:
-    """All data of the report, as strict JSON values.
-
-    Args:
-      workdir: folder of the run folders, and of pca_factorized/ if there is one.
-      runs: names of run folders in it: any of the arms, at any ranks and seeds.
-      command: the command line that made them.
+    """Collects all data of the report on run folders in `workdir`, as JSON values.
 
     Raises:
       UserError: a run is missing, unfinished or damaged, appears twice, or was
         evaluated under another protocol than the others.
     """
-    workdir = Path(workdir)
     rows = [read_row(workdir / run) for run in runs]
     if not rows:
         raise UserError(f"no runs to report on in {workdir}: name at least one")
     order = list(ARMS)
     rows.sort(key=lambda r: (r["rank"] or 0, order.index(r["arm"]), r["seed"]))
-    _refuse_duplicates(rows)
+    for row, other in pairwise(rows):
+        if all(row[name] == other[name] for name in ("arm", "rank", "seed")):
+            raise UserError(
+                f"{row['folder']} and {other['folder']} are both {row['arm']} at rank "
+                f"{row['rank']}, seed {row['seed']}: report on one of them"
+            )
     protocol = _shared_protocol(rows)
     baselines = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     rows = [row | _against(baselines.get(row["seed"]), row) for row in rows]
     comparisons = compare_arms(workdir, rows)
-    first = workdir / rows[0]["folder"]  # D's, if there is a D
+    first = workdir / rows[0]["folder"]  # D if there is a D
     factors = first.name.replace(ARMS["baseline"].run_name, "pca_factorized")
+    config = read_config(first)
+    vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
+    corpus = {"name": protocol.get("corpus"), **config.get("data", {})}
     versions = [row.get("versions") or {} for row in rows]
     return strict(
         {
@@ -54,7 +57,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
                 name: _joined(found.get(name) for found in versions)
                 for name in sorted(set().union(*versions))
             },
-            "corpus": {"name": protocol.get("corpus"), **read_corpus(first)},
+            "corpus": corpus | {"vocab_size": vocab_size},
             "protocol": protocol,
             "confidence": CONFIDENCE,
             "margin": MARGIN,
@@ -71,17 +74,9 @@ def recovered_rows(
 ) -> list[dict[str, Any]]:
     """Compares runs that continue from a compressed model, or from D, with D.
 
-    Args:
-      folder: of the run folders.
-      runs: their names, one of them D's further training.
-      baseline: the run folder of D.
-
-    Returns:
-      For each run letter, run, rank (of the model it started from; None for D's),
-      method, bands, val_loss, start_loss, added_loss, added_at_start, interval (of
-      added_loss over evaluation windows, or None), less_continued (its loss minus that
-      of D trained further), less_continued_interval, tokens_seen, share_of_tokens (of
-      D's), learning_rate.
+    One of the runs is D+. `added_loss` is a run's loss minus D's and `less_continued`
+    its loss minus that of D+, each with its interval over evaluation windows or None.
+    `rank`, `method` and `bands` describe the table that the run started from.
     """
     own = read_row(baseline)
     rows = [read_row(folder / run) for run in runs]
@@ -91,14 +86,15 @@ def recovered_rows(
     for row in rows:
         run_dir = folder / row["folder"]
         source = Path(read_config(run_dir)["init"]["weights_from"])
-        made = read_config(source).get("compressed", {})
+        table = read_config(source).get("compressed", {})
+        copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
+        result = {name: row[name] for name in (*copied, "learning_rate")}
+        result |= {name: table.get(name) for name in ("rank", "method", "bands")}
         added = row["val_loss"] - own["val_loss"]
         less = row["val_loss"] - continued["val_loss"]
         further = folder / continued["folder"]
-        copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
         found.append(
-            {name: row[name] for name in (*copied, "learning_rate")}
-            | {name: made.get(name) for name in ("rank", "method", "bands")}
+            result
             | {
                 "added_loss": added,
                 "added_at_start": row["start_loss"] - own["val_loss"],
@@ -112,7 +108,7 @@ def recovered_rows(
 
 
 def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """Losses of a row minus those of D, and its tokens with D's if it starts from D."""
+    """Losses of a row minus D's last loss, and its tokens with D's if it uses D."""
 
     def added(loss: float | None) -> float | None:
         known = baseline and None not in (loss, baseline["val_loss"])
@@ -128,25 +124,8 @@ def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, 
     }
 
 
-def _refuse_duplicates(rows: list[dict[str, Any]]) -> None:
-    """Raises UserError if two rows are of the same arm, rank and seed."""
-    seen = {}
-    for row in rows:
-        key = (row["arm"], row["rank"], row["seed"])
-        if key in seen:
-            raise UserError(
-                f"{seen[key]} and {row['folder']} are both {row['arm']} at rank "
-                f"{row['rank']}, seed {row['seed']}: report on one of them"
-            )
-        seen[key] = row["folder"]
-
-
 def _shared_protocol(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation protocol of all rows.
-
-    Raises:
-      UserError: they differ in it.
-    """
+    """The evaluation protocol of all rows; UserError if they differ in it."""
     protocol = rows[0].get("protocol") or {}
     for row in rows[1:]:
         other = row.get("protocol") or {}
@@ -162,5 +141,5 @@ def _shared_protocol(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _joined(values: Iterable[str | None]) -> str | None:
-    """The one value, or all different ones separated by commas."""
+    """The different values, separated by commas; None without any."""
     return ", ".join(dict.fromkeys(value for value in values if value)) or None

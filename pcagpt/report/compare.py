@@ -20,10 +20,10 @@ HELD, FAILED, UNRESOLVED = "held", "did not hold", "not resolved"
 
 
 class Question(NamedTuple):
-    """What a comparison of two arms asks.
+    """A question about two arms, and what the original system claimed, if anything.
 
-    claim: what the original system expected, if anything; kind: 'less' (in loss),
-    'equal' or 'less at fewer tokens', of the first arm against the second.
+    kind says what the claim is about: 'less' (the first arm has the lower loss),
+    'less at fewer tokens', or 'equal'.
     """
 
     asks: str
@@ -31,7 +31,7 @@ class Question(NamedTuple):
     kind: str = ""
 
 
-QUESTIONS = {  # by the letters of both arms
+QUESTIONS = {  # "first vs second", by the letters of the arms
     "A vs C": Question(
         "Does PCA initialisation help, at the same rank?",
         "A < C in loss: PCA initialisation is the better start",
@@ -48,10 +48,10 @@ QUESTIONS = {  # by the letters of both arms
         "less at fewer tokens",
     ),
     "B vs D": Question("Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
-    "B vs D+": Question("And the loss of D after the same further training?"),
+    "B vs D+": Question("Does it also win back the loss of D, trained further?"),
     "Bd vs B": Question("Do D's predictions teach more than the text?"),
-    "A vs E": Question("Does more than the scale of A's factors help?"),
-    "A vs F": Question("Does more than the spectrum of A's table help?"),
+    "A vs E": Question("Do A's factors help beyond their scale?"),
+    "A vs F": Question("Do A's factors help beyond their spectrum?"),
     "A vs G": Question("Does it matter which token has which row?"),
 }
 
@@ -61,8 +61,8 @@ def mean_interval(
 ) -> tuple[float, list[float] | None]:
     """Weighted mean and its Student-t interval at CONFIDENCE; None below two values.
 
-    The standard error is that of a weighted mean of independent values,
-    sqrt(Σ w² (x − m)² / (1 − Σ w²)) with Σ w = 1; s/√n when the weights are equal.
+    The standard error of a weighted mean of independent values is
+    sqrt(Σ w² (x − m)² / (1 − Σ w²)) with Σ w = 1, which is s/√n for equal weights.
     """
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights)
@@ -78,15 +78,10 @@ def mean_interval(
 def window_interval(
     first: Path, second: Path, effect: float
 ) -> tuple[list[float] | None, int | None, str | None]:
-    """Interval of a loss difference over the windows that two runs were evaluated on.
+    """Interval of the loss difference of two run folders over evaluation windows.
 
-    Args:
-      first: a run folder.
-      second: the run folder that it is compared with.
-      effect: the difference according to their results, in nats per token.
-
-    Returns:
-      (interval, number of windows, None), or (None, None, why there is no interval).
+    `effect` is the difference according to result.json. Returns (interval, number of
+    windows, None), or (None, None, reason).
     """
     one, other = read_window_losses(first), read_window_losses(second)
     if one is None or other is None:
@@ -106,41 +101,28 @@ def window_interval(
 def verdict(
     kind: str, bounds: Sequence[float] | None, tokens: Sequence[float] = (0, 1)
 ) -> str:
-    """Whether a claim holds, by the interval of first − second.
+    """Judges a claim of a `Question.kind`: HELD, FAILED or UNRESOLVED.
 
-    Args:
-      kind: as in `Question`.
-      bounds: the interval, in nats per token.
-      tokens: own training tokens of both, for the claim 'less at fewer tokens'.
+    `bounds` is the interval of first - second in nats per token; `tokens` are the
+    training tokens of both, for 'less at fewer tokens'.
     """
-    if bounds is None:
-        return UNRESOLVED
-    low, high = bounds
+    low, high = bounds or (-np.inf, np.inf)
     if kind == "equal":
-        if low >= -MARGIN and high <= MARGIN:
-            return HELD
-        return FAILED if low > MARGIN or high < -MARGIN else UNRESOLVED
-    if low <= 0 <= high:
-        return UNRESOLVED
-    if low > 0:
-        return FAILED
-    # A run that is better with as many tokens says nothing about fewer.
-    is_tested = kind == "less" or tokens[0] < tokens[1]
-    return HELD if is_tested else UNRESOLVED
+        has_held = low >= -MARGIN and high <= MARGIN
+        has_failed = low > MARGIN or high < -MARGIN
+    else:
+        # A run that is better with as many tokens says nothing about fewer.
+        has_held = high < 0 and (kind == "less" or tokens[0] < tokens[1])
+        has_failed = low > 0
+    return HELD if has_held else FAILED if has_failed else UNRESOLVED
 
 
 def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every question, at every rank at which both arms have a run of the same seed.
-
-    Args:
-      workdir: folder of the run folders.
-      rows: finished runs with letter, folder, rank, seed, val_loss, tokens_seen and
-        tokens_with_baseline.
-    """
+    """Answers each question at each rank where both arms have a run of the same seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
         for name, question in QUESTIONS.items():
-            # Rank None is the full table, of D: every rank is compared with it.
+            # D has rank None: every rank is compared with it.
             first, second = (
                 {
                     row["seed"]: row
@@ -159,19 +141,19 @@ def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str
 
 
 def judge_claims(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdict of each comparison on what the original system expected."""
+    """Judges the claims of the original system by the comparisons."""
     judged = []
     for found in comparisons:
-        question = QUESTIONS[found["question"]]
-        if question.claim:
-            verdict_on_it = verdict(question.kind, found["interval"], found["tokens"])
+        _, claim, kind = QUESTIONS[found["question"]]
+        if claim:
+            judgement = verdict(kind, found["interval"], found["tokens"])
             copied = {name: found[name] for name in ("question", "rank", "caveat")}
-            judged.append({"claim": question.claim, "verdict": verdict_on_it} | copied)
+            judged.append({"claim": claim, "verdict": judgement} | copied)
     return judged
 
 
 def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """Effect and interval of (first, second) runs that are paired by seed."""
+    """Effect and interval of pairs (first, second) of runs with the same seed."""
     differences = [first["val_loss"] - second["val_loss"] for first, second in pairs]
     effect, bounds = mean_interval(differences)
     over, units, reason = "seeds", len(pairs), None
@@ -200,9 +182,9 @@ def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
 
 
 def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | None:
-    """Own tokens at which the first run reaches the second's last loss.
+    """Tokens at which the first run reaches the second's last loss, mean over seeds.
 
-    From the evaluations during training, mean over seeds; None if one never does.
+    None if the first run of any pair never reaches it.
     """
     reached = []
     for first, second in pairs:

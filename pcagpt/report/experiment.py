@@ -1,4 +1,4 @@
-"""What the report on an experiment shows, from the content of results.json."""
+"""results.json -> the data that the template of an experiment's report shows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.report.compare import CONFIDENCE, mean_interval, verdict
+from pcagpt.report.compare import CONFIDENCE, FAILED, HELD, mean_interval, verdict
 
 
 def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def models_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each arm and rank, in the order of the rows.
+    """Makes one entry for each arm and rank, in the order of the rows.
 
     Numbers are means over seeds; `half` is half the interval of the loss over seeds.
     """
@@ -43,15 +43,18 @@ def models_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if all(type(value) in (int, float) for value in values)
         }
         bounds = mean_interval(columns["val_loss"])[1] if "val_loss" in model else None
-        names = {"arm": arm, "letter": ARMS[arm].letter, "title": ARMS[arm].title}
-        names |= {"rank": rank, "bands": len(seeds[0].get("band_ranks") or ())}
-        half = (bounds[1] - bounds[0]) / 2 if bounds else None
-        models.append(model | names | {"half": half})
+        models.append(
+            model
+            | {"arm": arm, "letter": ARMS[arm].letter, "title": ARMS[arm].title}
+            | {"rank": rank, "bands": len(seeds[0].get("band_ranks") or ())}
+            | {"half": (bounds[1] - bounds[0]) / 2 if bounds else None}
+        )
     return models
 
 
 def _answer(comparison: dict[str, Any]) -> str:
     """'A is lower', 'A is higher' or 'not resolved'."""
     first = comparison["question"].split()[0]
-    answers = {"held": f"{first} is lower", "did not hold": f"{first} is higher"}
-    return answers.get(verdict("less", comparison["interval"]), "not resolved")
+    answers = {HELD: f"{first} is lower", FAILED: f"{first} is higher"}
+    found = verdict("less", comparison["interval"])
+    return answers.get(found, found)

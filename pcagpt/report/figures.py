@@ -1,6 +1,7 @@
-"""The figures, as matplotlib Figure objects that are drawn without pyplot.
+"""The figures of the reports, as matplotlib Figure objects.
 
-matplotlib is imported by the first figure, so that training starts without it.
+The first figure imports matplotlib, so that training starts without it. pyplot is not
+used: it would keep every figure in memory.
 """
 
 from collections.abc import Sequence
@@ -31,17 +32,12 @@ STYLE = {
     "font.size": 9,
     "grid.color": "#e2e2e2",
 }
-START_SHARE = 0.08  # of the tokens: losses above those of that time are cut off
+START_SHARE = 0.08  # of the tokens: higher losses before that point are cut off
 BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
 
 
 def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
-    """Validation loss against tokens, a panel for each rank; None without curves.
-
-    Args:
-      workdir: folder of the run folders: their metrics.jsonl is drawn.
-      rows: the rows of results.json.
-    """
+    """Draws validation loss against tokens, a panel per rank; None without curves."""
     curves = {row["folder"]: read_curve(workdir / row["folder"]).T for row in rows}
     rows = [row for row in rows if curves[row["folder"]].size]
     if not rows:
@@ -76,10 +72,9 @@ def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | No
 
 
 def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
-    """Loss against the parameters of the table and of the model; None without sizes.
+    """Draws loss against parameters of the table and of the model; None without sizes.
 
-    Args:
-      models: as from `pcagpt.report.experiment.models_of`.
+    `models` come from `pcagpt.report.experiment.models_of`.
     """
     fields = {"params_embedding": "token table", "params_total": "whole model"}
     models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]
@@ -113,11 +108,9 @@ def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
 def spectrum_figure(
     singular_values: Sequence[float] | np.ndarray, ranks: Sequence[int]
 ) -> "Figure":
-    """Singular values on a log scale, and the share of energy that each rank keeps.
+    """Draws descending singular values [d] on a log scale, and the energy kept.
 
-    Args:
-      singular_values: float [d], descending, of the token table.
-      ranks: the ranks to mark.
+    The energy kept by each of `ranks` is marked.
     """
     values = np.asarray(singular_values, np.float64)
     index = np.arange(1, len(values) + 1)
@@ -130,17 +123,16 @@ def spectrum_figure(
     right.set(xlabel="rank", ylabel="energy kept (%)", ylim=(0, 104))
     for rank in sorted(rank for rank in ranks if 1 <= rank <= len(values)):
         share = energy[rank - 1]
-        label = f"rank {rank}: {percent(share)}"
-        right.plot(rank, 100 * share, "o", label=label)
+        right.plot(rank, 100 * share, "o", label=f"rank {rank}: {percent(share)}")
     if right.get_legend_handles_labels()[0]:
         right.legend(loc="lower right", frameon=False)
     return figure
 
 
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
-    """Added loss of a sweep's tables against numbers and bytes stored, on log scales.
+    """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    For each kind of table and size, the number of bands with the lowest loss is drawn.
+    For each kind of table and size, it shows the number of bands with the lowest loss.
     """
     best: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in sweep["rows"]:
@@ -156,7 +148,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row["params"])
-            colour = colours.get(method, "#f0a6ca")  # of a method that was removed
+            colour = colours.get(method, "#f0a6ca")  # An old sweep may have others.
             axes.plot(
                 [row[field] / 1e6 for row in rows],
                 [max(row["added_loss"], SMALLEST_ADDED) for row in rows],
@@ -180,7 +172,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
 def _panels(
     rows: int, columns: int, height: float, sharey: bool = True
 ) -> "tuple[Figure, list[Axes]]":
-    """A figure with rows × columns panels; height in inches."""
+    """Makes a figure with rows × columns panels; height in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -191,22 +183,17 @@ def _panels(
 
 
 def _add_legend(figure: "Figure") -> None:
-    """One legend above all panels, each label once."""
+    """Adds one legend above all panels, with each label once."""
     entries = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside upper left",
-        ncols=5,
-        frameon=False,
-    )
+    place = {"loc": "outside upper left", "ncols": 5, "frameon": False}
+    figure.legend(entries.values(), entries.keys(), **place)
 
 
 def _loss_limits(curves: list[np.ndarray]) -> tuple[float, float]:
-    """Limits that show where the arms end rather than where all of them begin."""
+    """Limits of the loss axis that cut off the high losses at the start."""
     start = START_SHARE * max(tokens[-1] for tokens, _ in curves)
     settled = [
         losses[min(np.searchsorted(tokens, start), len(losses) - 1)]
@@ -218,7 +205,7 @@ def _loss_limits(curves: list[np.ndarray]) -> tuple[float, float]:
 
 
 def _use_plain_ticks(axis: "Axis") -> None:
-    """Plain numbers at 1, 2, 5, 10, ... of a log scale."""
+    """Labels a log scale with plain numbers at 1, 2, 5, 10, ..."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

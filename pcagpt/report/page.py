@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, plots/*.png, report.md and report.html; returns the last.
 
-    Args:
-      workdir: folder of the run folders: their curves and spectrum are drawn.
-      results: what `collect_results` returned.
+    `results` come from `collect_results`. Curves and spectrum are read from `workdir`.
     """
-    workdir = Path(workdir)
     write_json(workdir / "results.json", results)
     view, spectrum = experiment_view(results), results["spectrum"] or {}
     figures = {
@@ -43,24 +40,25 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
 
 
 def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
-    """Writes plots/pareto.png, report.md and report.html of a sweep; returns the last.
-
-    Args:
-      folder: that holds sweep.json.
-      sweep: its content.
-    """
-    figures = {"pareto": pareto_figure(sweep)}
-    return _write(Path(folder), "sweep", sweep_view(sweep), figures)
+    """Writes plots/pareto.png, report.md and report.html; returns the last."""
+    return _write(folder, "sweep", sweep_view(sweep), {"pareto": pareto_figure(sweep)})
 
 
 def _write(
     folder: Path, name: str, view: dict, figures: "dict[str, Figure | None]"
 ) -> Path:
-    """Writes the figures that are not None, and both pages."""
+    """Writes the figures and both pages; removes figures of an earlier report."""
     import markdown
 
-    _save(folder / "plots", figures)
-    plots = [name for name, figure in figures.items() if figure is not None]
+    (folder / "plots").mkdir(exist_ok=True)
+    for plot, figure in figures.items():
+        path = folder / "plots" / f"{plot}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            png = {"format": "png", "metadata": {"Software": None}}
+            write_file(path, lambda file, f=figure, png=png: f.savefig(file, **png))
+    plots = [plot for plot, figure in figures.items() if figure is not None]
     page = render(f"{name}.md.j2", plots=plots, **view)
     write_text(folder / "report.md", page + "\n")
 
@@ -71,19 +69,6 @@ def _write(
     body = markdown.markdown(page, extensions=["tables"], output_format="html")
     body = Markdown(re.sub(r'src="(plots/\w+\.png)"', inlined, body))
     title = page.splitlines()[0].removeprefix("# ")
-    write_text(
-        folder / "report.html", render("page.html.j2", title=title, body=body) + "\n"
-    )
+    html = render("page.html.j2", title=title, body=body)
+    write_text(folder / "report.html", html + "\n")
     return folder / "report.html"
-
-
-def _save(folder: Path, figures: "dict[str, Figure | None]") -> None:
-    """Writes the figures as PNG files; removes the one of an earlier report."""
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            png = {"format": "png", "metadata": {"Software": None}}
-            write_file(path, lambda file, f=figure, png=png: f.savefig(file, **png))

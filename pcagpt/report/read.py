@@ -1,6 +1,5 @@
 """Reads finished run folders."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.factorize.files import read_metadata
 from pcagpt.run import folder as run_folder
-
-REQUIRED = ("run", "arm", "rank", "seed", "val_loss", "tokens_seen")
+from pcagpt.telemetry.record import read_metrics
 
 
 def read_row(folder: Path) -> dict[str, Any]:
-    """The result of a finished run, with its letter, folder and learning rate.
+    """Reads a finished run's result; adds letter, folder, learning rate, first loss.
 
     Raises:
       UserError: the run is missing, unfinished, damaged or of an unknown arm.
@@ -23,7 +21,8 @@ def read_row(folder: Path) -> dict[str, Any]:
     result = run_folder.read_result(folder)
     if result is None:
         raise UserError(f"{folder} is not a finished run: run its command again")
-    missing = [name for name in REQUIRED if name not in result]
+    required = ("run", "arm", "rank", "seed", "val_loss", "tokens_seen")
+    missing = [name for name in required if name not in result]
     if missing:
         raise UserError(f"{folder / 'result.json'} lacks {', '.join(missing)}")
     if result["arm"] not in ARMS:
@@ -42,22 +41,11 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
+    """Reads config.json of a run; UserError if it is missing or damaged."""
     config = run_folder.read_record(folder)
     if config is None:
         raise UserError(f"{folder / 'config.json'} is missing: run its command again")
     return config
-
-
-def read_corpus(folder: Path) -> dict[str, Any]:
-    """The data section of a run's config, and the vocabulary size."""
-    config = read_config(folder)
-    vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
-    return {**config.get("data", {}), "vocab_size": vocab_size}
 
 
 def read_spectrum(folder: Path) -> dict[str, Any] | None:
@@ -76,20 +64,16 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
 
 def read_curve(folder: Path) -> np.ndarray:
     """(tokens, validation loss) of each evaluation: float64 [evaluations, 2]."""
-    path = folder / "metrics.jsonl"
-    losses = {}
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # A killed run can leave half a line.
-        if entry.get("split") == "val" and entry.get("loss") is not None:
-            losses[entry["tokens"]] = entry["loss"]
+    losses = {
+        entry["tokens"]: entry["loss"]
+        for entry in read_metrics(folder / "metrics.jsonl")
+        if entry["split"] == "val" and entry.get("loss") is not None
+    }
     return np.array(sorted(losses.items()), np.float64).reshape(-1, 2)
 
 
 def read_window_losses(folder: Path) -> np.ndarray | None:
-    """(summed loss, targets) of each window: float64 [windows, 2]; None without them.
+    """(summed loss, targets) of each window: float64 [windows, 2]; None without a file.
 
     Raises:
       UserError: the file is damaged.

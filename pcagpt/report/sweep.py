@@ -1,37 +1,25 @@
-"""Tables and texts of a compression sweep, from the content of sweep.json."""
+"""sweep.json -> tables and texts of the report on a compression sweep."""
 
 from typing import Any
 
 import numpy as np
 
 from pcagpt.report.compare import INTERVAL
-from pcagpt.report.text import (
-    Markdown,
-    count,
-    fixed,
-    render,
-    signed,
-    table,
-)
+from pcagpt.report.text import Markdown, count, fixed, render, signed, table
 
-SMALLEST_ADDED = 1e-3  # nats: measured values below are mostly rounding
-SMALL_LOSS = 0.3  # nats: predictions are meant to be accurate up to here
+SMALLEST_ADDED = 1e-3  # nats: smaller measured values are mostly rounding
+SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
-    """What the template of the report shows of a sweep."""
-    rows = sweep["rows"]
+    """The data of the report's template."""
+    rows = sorted(sweep["rows"], key=lambda row: (row["bytes"], row["added_loss"]))
     return {
         "sweep": sweep,
         "baseline": baseline_of(sweep),
         "equal_size": equal_size_table(sweep),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
-        "rows": [
-            {"name": row_name(row)} | row
-            for row in sorted(
-                sweep["rows"], key=lambda r: (r["bytes"], r["added_loss"])
-            )
-        ],
+        "rows": [{"name": row_name(row)} | row for row in rows],
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
         "small_loss": SMALL_LOSS,
@@ -39,14 +27,14 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def advice_text(row: dict[str, Any], folder: str) -> str:
-    """The chosen table in a few lines for the terminal."""
+    """Describes the chosen table in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
         for size, rank in zip(row["band_sizes"], row["band_ranks"], strict=True)
     )
     return (
-        f"{row_name(row)}: {count(row['params'])} numbers, "
-        f"{count(row['bytes'])} bytes\n"
+        f"{row_name(row)}: {count(row['params'])} numbers, {count(row['bytes'])} bytes"
+        "\n"
         f"bands: {bands}\n"
         f"added loss: {fixed(row['predicted_loss'], 4)} predicted, "
         f"{fixed(row['added_loss'], 4)} measured, in nats per token\n"
@@ -62,7 +50,7 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:
-    """'context, 12 bands, int8', without the parts that do not apply."""
+    """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
     method = "D's table" if method == "baseline" else method
     return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 
@@ -74,7 +62,7 @@ def row_name(row: dict[str, Any]) -> str:
 
 
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
-    """Added loss of each method and number of bands, a column for each rank."""
+    """Added loss: a row for each method and number of bands, a column for each rank."""
     rows = [row for row in sweep["rows"] if row["bits"] == 32]
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -90,7 +78,7 @@ def equal_size_table(sweep: dict[str, Any]) -> Markdown:
 
 
 def recovery_table(sweep: dict[str, Any]) -> Markdown:
-    """Models that were trained further, the same without, and D trained further."""
+    """Added loss of compressed models before and after training, and of D+."""
     recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
@@ -113,7 +101,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """How well tables are predicted that the prediction was not fitted to."""
+    """Accuracy of the predictions on float32 tables that were not used to fit them."""
     pairs = [
         (row["predicted_loss"], row["added_loss"])
         for row in rows

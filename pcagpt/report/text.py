@@ -1,6 +1,6 @@
-"""Numbers and foreign text as markdown, and templates filled in with them.
+"""Numbers and foreign text as markdown, and templates that show them.
 
-Jinja2 is imported by the first template, so that training starts without it.
+The first template imports Jinja2, so that training starts without it.
 """
 
 import datetime
@@ -14,7 +14,7 @@ _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]|\\#!~$"})
 
 
 class Markdown(str):
-    """Text that is markdown already: it is not escaped again."""
+    """Text that is already markdown: `escaped` leaves it as it is."""
 
 
 def fixed(value: Any, places: int = 3) -> str:
@@ -33,7 +33,7 @@ def signed(value: Any, places: int = 3) -> str:
 
 
 def effect(value: float) -> str:
-    """As `signed`, with so many decimals (3 to 6) that only zero is shown as zero."""
+    """As `signed`, with more decimals (up to 6) if 3 would show a small value as 0."""
     places = next((p for p in (3, 4, 5) if not value or round(value, p)), 6)
     return signed(value, places)
 
@@ -69,16 +69,16 @@ def duration(seconds: float | None) -> str:
 
 
 def escaped(value: object) -> str:
-    """Text in one line, none of it acting as markup of markdown or HTML."""
+    """Text in one line, with all markup of markdown and HTML escaped."""
     if isinstance(value, Markdown):
         return value
     text = html.escape(" ".join(str(value).split()), quote=False).translate(_MARKUP)
-    # An underscore within a word is no markup.
+    # An underscore within a word is not markup.
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", "&#95;", text)
 
 
 def code(value: object) -> Markdown:
-    """Text in the typeface of code, in a table, too."""
+    """Text in the typeface of code; safe in a table."""
     text = " ".join(str(value).split())
     is_plain = re.fullmatch(r"[\w./:=,+@ -]+", text)
     return Markdown(f"`{text}`" if is_plain else f"<code>{escaped(text)}</code>")
@@ -88,25 +88,24 @@ def fields(value: object) -> str:
     """{'window': 8, 'split': ''} → 'window 8'; other values as they are."""
     if not isinstance(value, dict):
         return str(value)
-    known = [f"{name} {v}" for name, v in value.items() if v not in (None, "")]
-    return ", ".join(known)
+    return ", ".join(f"{k} {v}" for k, v in value.items() if v not in (None, ""))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> Markdown:
-    """A table of markdown; `sides` has 'l' or 'r' for each column."""
+    """A markdown table; `sides` aligns each column: 'l' left, 'r' right."""
     rule = ["---:" if side == "r" else ":---" for side in sides]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     return Markdown("\n".join(lines))
 
 
 def render(template: str, **view: Any) -> Markdown:
-    """Fills in a template. What it inserts is escaped, and never acts as markup."""
+    """Fills in a template; escapes every inserted value that is not Markdown."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
         loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
     )
-    filters = (fixed, signed, effect, interval, plain, count, times, percent)
+    filters = fixed, signed, effect, interval, plain, count, times, percent
     for function in (*filters, duration, code, fields):
         environment.filters[function.__name__] = function
     text = environment.get_template(template).render(view)

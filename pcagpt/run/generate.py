@@ -15,11 +15,11 @@ import numpy as np
 
 from pcagpt.model import GPT
 
-LEAST_CAPACITY = 128  # tokens, a power of 2
+LEAST_CAPACITY = 128  # tokens; a power of 2
 
 
 class Sampler(NamedTuple):
-    """What the compiled functions depend on; see `generate`."""
+    """The static arguments of the compiled functions; see `generate`."""
 
     model: GPT
     temperature: float
@@ -35,11 +35,11 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
 ) -> Iterator[jax.Array]:
-    """Draws one token after the other, without end.
+    """Draws the next token of each sample, int32 [B], without end.
 
-    The model sees the last `block_size` tokens, prompt included. Until there are that
-    many, the KV cache keeps earlier tokens and each token is read once. Then every new
-    token shifts the positions of all others, and the whole window is read each time.
+    The model sees the last `block_size` tokens, prompt included. A KV cache serves the
+    first `block_size` tokens. After that, every new token shifts the positions of all
+    others, so the model reads the whole window each time.
 
     Args:
       model: any GPT, factorized or not.
@@ -49,9 +49,6 @@ def generate(
       seed: the same seed draws the same tokens.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: draws from the k most likely tokens only; 0 means all.
-
-    Yields:
-      int32 [B], the next token of each sample.
     """
     length, key = model.config.block_size, jax.random.key(seed)
     sampler = Sampler(model, temperature, top_k)
@@ -73,7 +70,7 @@ def generate(
                 variables, window_BT, cache, known, key, sampler
             )
             yield drawn_B
-        del cache
+        del cache  # frees its memory for the rest of the loop
     for known in itertools.count(length):
         window_BT, drawn_B = _read_full(variables, window_BT, known, key, sampler)
         yield drawn_B
@@ -82,8 +79,8 @@ def generate(
 def cache_capacity(known: int, block_size: int) -> int:
     """KV-cache capacity for `known` tokens: a power of 2, at most block_size.
 
-    Attention visits all of the cache, so a cache of block_size from the start would be
-    slow. Each new size compiles a new program, so sizes double.
+    Attention reads the whole cache, so a large one is slow from the start. Every size
+    compiles a new program, so sizes double.
     """
     return min(block_size, max(LEAST_CAPACITY, 1 << (known - 1).bit_length()))
 
@@ -98,10 +95,7 @@ def in_compute_dtype(variables: dict, model: GPT) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
 def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
-    """Reads the first `capacity` tokens of a window and draws the next token.
-
-    Returns (window with the drawn token, cache, drawn [B]).
-    """
+    """Reads `capacity` tokens; returns (window with a new token, cache, drawn [B])."""
     read_BT = window_BT[:, :capacity]
     h_ND, written = sampler.model.apply(
         variables, read_BT, method="hidden", mutable="cache"
@@ -114,20 +108,17 @@ def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
 @functools.partial(jax.jit, static_argnums=1)
 def _enlarge(cache, capacity: int):
     """The cache with room for more keys and values, each [B, T, H, C]."""
-    return jax.tree.map(
-        lambda kept_BTHC: jnp.pad(
-            kept_BTHC, ((0, 0), (0, capacity - kept_BTHC.shape[1]), (0, 0), (0, 0))
-        ),
-        cache,
-    )
+
+    def pad(kept_BTHC):
+        more = capacity - kept_BTHC.shape[1]
+        return jnp.pad(kept_BTHC, ((0, 0), (0, more), (0, 0), (0, 0)))
+
+    return jax.tree.map(pad, cache)
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=(1, 2))
 def _read_next(variables, window_BT, cache, known, key, sampler: Sampler):
-    """Reads the last known token and draws the next one.
-
-    Returns (window with the drawn token, cache with the read one, drawn [B]).
-    """
+    """Reads the last known token with the cache; returns the same as `_read`."""
     h_BD, written = sampler.model.apply(
         variables | {"cache": cache},
         window_BT[:, known - 1],
@@ -141,10 +132,7 @@ def _read_next(variables, window_BT, cache, known, key, sampler: Sampler):
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
 def _read_full(variables, window_BT, known, key, sampler: Sampler):
-    """Reads a full window, draws the next token and shifts the window by one.
-
-    Returns (window with the drawn token, drawn [B]).
-    """
+    """Reads a full window; returns (window shifted to the next token, drawn [B])."""
     h_ND = sampler.model.apply(variables, window_BT, method="hidden")
     h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
     drawn_B = _draw(variables, h_BD, known, key, sampler)
@@ -152,7 +140,7 @@ def _read_full(variables, window_BT, known, key, sampler: Sampler):
 
 
 def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
-    """Draws a token [B] from the output of ln_f at the last known one."""
+    """Draws tokens [B] that follow the output of ln_f at the last known ones."""
     model, temperature, top_k = sampler
     logits_BV = model.apply(variables, h_BD, method="logits")
     if top_k and top_k < logits_BV.shape[-1]:

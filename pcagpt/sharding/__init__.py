@@ -1,1 +1,1 @@
-"""Devices: `placement` puts arrays on a mesh, `inside` serves computations on it."""
+"""Sharding: `placement` puts arrays on a mesh; computations on it use `inside`."""

@@ -1,6 +1,6 @@
 """Sharding helpers used inside computations.
 
-They read the mesh in use (`jax.set_mesh`), and do nothing without one. A batch is split
+They read the mesh in use (`jax.set_mesh`) and do nothing without one. A batch is split
 over all axes of the mesh.
 """
 
@@ -18,7 +18,7 @@ def device_count() -> int:
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """The array, replicated on every device; its gradient is replicated, too."""
+    """The array, replicated on every device, like its gradient."""
     if device_count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec())
@@ -32,41 +32,52 @@ def gathered(array: jax.Array) -> jax.Array:
     """
     if device_count() == 1:
         return array
-    # If the array was cast, XLA would gather it before the cast, in the larger dtype.
+    # Without the barrier, XLA would gather a cast array before the cast, in the larger
+    # dtype.
     return whole(jax.lax.optimization_barrier(array))
 
 
+# The gradient passes through: the transpose of `whole` would replicate it.
 gathered.defvjp(lambda array: (gathered(array), None), lambda _, gradient: (gradient,))
 
 
-def by_device(
-    function: Callable, split: Sequence[bool], split_results: Sequence[bool]
-) -> Callable:
-    """The function, run on each device with that device's rows of the arrays.
+def by_device(split: Sequence[bool], split_results: Sequence[bool]) -> Callable:
+    """Decorates a function to run on each device with that device's rows of the arrays.
+
+    XLA cannot partition kernels, and it partitions some other computations badly. The
+    function takes arrays or trees of arrays and returns a tuple of such; its keyword
+    arguments are static.
 
     Args:
-      function: takes arrays or trees of arrays, returns a tuple of the same.
       split: for each argument, whether its leading axis is split over the devices.
-      split_results: for each result, whether its leading axis is split; otherwise the
+      split_results: for each result, whether its leading axis is split. Otherwise the
         result is a sum over rows, and the devices' sums are added up.
     """
-    if device_count() == 1:
-        return function
-    axes = jax.sharding.get_abstract_mesh().axis_names
 
-    @functools.wraps(function)
-    def of_own_rows(*arrays):
-        return tuple(
-            result if is_split else jax.lax.psum(result, axes)
-            for result, is_split in zip(function(*arrays), split_results, strict=True)
-        )
-
-    def place(is_split):
+    def place(is_split, axes):
         return PartitionSpec(axes) if is_split else PartitionSpec()
 
-    return jax.shard_map(
-        of_own_rows,
-        in_specs=tuple(map(place, split)),
-        out_specs=tuple(map(place, split_results)),
-        check_vma=False,
-    )
+    def decorate(function):
+        @functools.wraps(function)
+        def on_devices(*arrays, **static):
+            if device_count() == 1:
+                return function(*arrays, **static)
+            axes = jax.sharding.get_abstract_mesh().axis_names
+
+            def of_own_rows(*arrays):
+                results = function(*arrays, **static)
+                return tuple(
+                    result if is_split else jax.lax.psum(result, axes)
+                    for result, is_split in zip(results, split_results, strict=True)
+                )
+
+            return jax.shard_map(
+                of_own_rows,
+                in_specs=tuple(place(is_split, axes) for is_split in split),
+                out_specs=tuple(place(is_split, axes) for is_split in split_results),
+                check_vma=False,
+            )(*arrays)
+
+        return on_devices
+
+    return decorate

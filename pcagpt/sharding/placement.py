@@ -1,7 +1,7 @@
-"""Processes, the mesh of devices, and which axis of which array is split over it.
+"""Processes, the mesh of devices, and the sharding of each array.
 
-The mesh has two axes. 'data' splits the batch. 'fsdp' also splits the batch, and it
-splits the rows of every parameter matrix together with the matrix's optimizer moments.
+The mesh has two axes. Both split the batch. 'fsdp' also splits the rows of every
+parameter matrix and of its optimizer moments.
 """
 
 import functools
@@ -18,8 +18,8 @@ from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# XLA adds up each gradient where it lies. With this pass it would first copy all of
-# them into one array, and out of it again after the sum.
+# With this pass, XLA would copy all gradients into one array for their sum over devices
+# and out of it again.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 
 # The first full match wins. Paths of optimizer states end in the parameter's own path.
@@ -33,7 +33,7 @@ PARTITION_RULES = (
 def start_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins this process to the others; None lets JAX ask the cluster (Slurm, ...)."""
+    """Joins the other processes; None lets JAX ask the cluster (Slurm, ...)."""
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except ValueError as error:
@@ -46,8 +46,7 @@ def start_processes(
 def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh of data * fsdp devices; data = -1 uses all devices.
 
-    Raises:
-      UserError: there are too few devices, or devices of another process are left out.
+    Raises UserError for too few devices, or if devices of any process stay unused.
     """
     devices = jax.devices()
     data_is_open = data == -1
@@ -61,7 +60,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"{len(devices)} devices: leave mesh.data at -1 and let mesh.fsdp divide "
             f"{len(devices)}"
         )
-    # Auto axes: with Explicit ones, looking up rows by sharded token ids is an error.
+    # With Explicit axes, a lookup of rows by sharded token ids raises an error.
     return jax.make_mesh(
         (data, fsdp),
         BATCH_AXES,
@@ -91,7 +90,7 @@ def check_splits(n_embd: int, mesh: Mesh) -> None:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
 
-    A matrix stays whole if the mesh does not divide its rows, as some tables do.
+    A matrix is replicated if 'fsdp' does not divide its rows, as in some bands.
     """
 
     def place(leaf, spec):
@@ -102,7 +101,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same whole array on every device."""
+    """Puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -117,14 +116,14 @@ def part_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds whole, as one global device array."""
+    """A host array, the same in every process, as one global device array."""
     return jax.make_array_from_callback(
         batch.shape, sharding, lambda index: batch[index]
     )
 
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
-    """`jax.jit` on a mesh that `inside` can see, with replicated results."""
+    """`jax.jit` with replicated results; `inside` sees the mesh."""
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, a line now and then in a log file."""
+"""Progress on stderr: a live bar on a terminal, occasional lines in a log file."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ _open_bars: list["Progress"] = []  # outermost first; they share one display
 
 
 def _new_display() -> progress.Progress:
-    """A rich display, disabled where stderr cannot show live bars."""
+    """Makes a rich display; it is disabled if stderr cannot show live bars."""
 
     def text(template: str) -> progress.TextColumn:
         column = Column(no_wrap=True)
@@ -48,16 +48,12 @@ class Progress:
     """Progress of counted work on stderr; a context manager.
 
     A terminal shows a live bar. A log file gets a line at the start, at most one every
-    LINE_SECONDS, and one at the end. Bars can nest: an inner one vanishes when it is
-    done, and a log file shows it only if it lasts. Only the first process shows any.
-
-    Args:
-      label: what is being done, e.g. 'D gpt_baseline'.
-      total: number of steps of the whole work.
-      start: steps that are done already, e.g. by the run that is resumed.
+    LINE_SECONDS, and one at the end. Bars can nest: an inner bar disappears at its end,
+    and a log file shows it only if it takes longer than LINE_SECONDS. Only the first
+    process shows progress. A run that is resumed gives its finished steps as `start`.
     """
 
-    _display: progress.Progress | None = None  # stays None where nothing is shown
+    _display: progress.Progress | None = None  # stays None on other processes
 
     def __init__(self, label: str, total: int, start: int = 0):
         self.label, self.total, self.step = label, total, start
@@ -94,7 +90,7 @@ class Progress:
             self._print_line()
 
     def track(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items and counts each one when it has been used."""
+        """Yields the items and counts an item after its use."""
         for step, item in enumerate(items, self.step + 1):
             yield item
             self.update(step)

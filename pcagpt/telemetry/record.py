@@ -1,5 +1,6 @@
 """The metrics of a run: metrics.jsonl, TensorBoard and W&B."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,32 +16,22 @@ from pcagpt.errors import UserError
 from pcagpt.files import strict, write_text
 
 
-def _cut_metrics(path: Path, last_step: int) -> set[tuple[int, str]]:
-    """Removes torn lines and lines after a step; returns each (step, split) left."""
-    kept = {}
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                if entry["step"] <= last_step:
-                    kept[entry["step"], entry["split"]] = line + "\n"
-            except (ValueError, KeyError, TypeError):
-                continue  # The run was killed while it wrote this line.
-        write_text(path, "".join(kept.values()))
-    return set(kept)
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, without torn lines; none if it does not exist."""
+    entries = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # A killed run can leave half a line.
+            entries.append(json.loads(line))
+    return entries
 
 
 def import_wandb() -> ModuleType:
-    """The optional package wandb.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Imports the optional package wandb; UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError(
-            "W&B logging was asked for, but the package wandb is not installed: "
+            "telemetry.wandb needs the package wandb, which is not installed: "
             "pip install 'pcagpt[wandb]', or --config.telemetry.wandb=False"
         ) from None
     return wandb
@@ -49,7 +40,7 @@ def import_wandb() -> ModuleType:
 def _start_wandb(
     run_dir: Path, config: Mapping[str, Any] | None, project: str, resume: bool
 ) -> Any:
-    """Starts a W&B run, or continues the one that the folder names."""
+    """Starts a W&B run, or continues the run of the folder's wandb_id."""
     wandb = import_wandb()
     run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"
@@ -73,7 +64,7 @@ def _start_wandb(
         ) from None
     write_text(id_file, run.id + "\n")
     # W&B ignores entries behind its own step counter, and a resumed run writes such
-    # entries. So our step is a metric and the x-axis of all others.
+    # entries. So our step is a metric, and the x-axis of all other metrics.
     run.define_metric("*", step_metric="step")
     return run
 
@@ -81,23 +72,17 @@ def _start_wandb(
 class Telemetry:
     """Records one run in its folder; a context manager.
 
-    On all processes but the first, every method does nothing.
+    Every method does nothing except on the first process. `config` is for W&B.
 
-    Args:
-      run_dir: the run's folder; made if it does not exist.
-      config: the resolved config (nested mappings), for W&B.
-      resume_step: step of the checkpoint that the run continues from; None starts
-        metrics.jsonl anew. Lines after that step are removed, and a line that is
-        already there is not written again: there is one line per (step, split).
-      tensorboard: whether to write TensorBoard event files.
-      wandb: whether to log to Weights & Biases.
-      wandb_project: the project there.
+    A run that continues from the checkpoint of `resume_step` removes later lines of
+    metrics.jsonl and does not write existing lines again, so that each (step, split)
+    has one line. None starts a new metrics.jsonl.
 
     Raises:
-      UserError: W&B cannot start; nothing has been written to metrics.jsonl then.
+      UserError: W&B cannot start; metrics.jsonl is then unchanged.
     """
 
-    _path = _board = _wandb = None  # stay None on all processes but the first
+    _path = _board = _wandb = None  # stay None except on the first process
 
     def __init__(
         self,
@@ -112,12 +97,19 @@ class Telemetry:
         if jax.process_index() > 0:
             return
         run_dir, resume = Path(run_dir), resume_step is not None
-        if wandb:  # first, because it can fail
+        if wandb:  # first, because it can fail and must leave metrics.jsonl unchanged
             self._wandb = _start_wandb(run_dir, config, wandb_project, resume)
         run_dir.mkdir(parents=True, exist_ok=True)
         last_step = resume_step if resume else -1
         self._path = run_dir / "metrics.jsonl"
-        self._logged = _cut_metrics(self._path, last_step)
+        kept = {
+            (entry["step"], entry["split"]): json.dumps(entry) + "\n"
+            for entry in read_metrics(self._path)
+            if entry["step"] <= last_step
+        }
+        if self._path.exists():
+            write_text(self._path, "".join(kept.values()))
+        self._logged = set(kept)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -131,9 +123,9 @@ class Telemetry:
     def log(
         self, step: int, tokens: int, split: str, metrics: Mapping[str, Any]
     ) -> None:
-        """Records scalars after `step` updates, which took `tokens` tokens.
+        """Records scalars after `step` updates on `tokens` training tokens.
 
-        A metric is None if it was not measured. NaN and infinities become null in
+        None means that a metric was not measured. NaN and infinities become null in
         metrics.jsonl.
         """
         if self._path is None or (step, split) in self._logged:
@@ -168,7 +160,7 @@ class Telemetry:
     def hyperparameters(
         self, flat_dict: Mapping[str, Any], final_metrics: Mapping[str, Any]
     ) -> None:
-        """Adds the run to TensorBoard's HPARAMS table, each metric as `final/name`."""
+        """Adds the run to TensorBoard's HPARAMS table, with metrics `final/NAME`."""
         metrics = {
             f"final/{name}": float(value)
             for name, value in final_metrics.items()
@@ -179,9 +171,9 @@ class Telemetry:
                 name: value if isinstance(value, (int, float, str)) else str(value)
                 for name, value in flat_dict.items()
             }
-            # It opens a second file, and TensorBoard never goes back to the first one.
+            # add_hparams opens a second file; TensorBoard never returns to the first.
             self._board.flush()
-            # The folder "." is the run's own; a name would make a second run.
+            # "." is the run's own folder; another name would show up as a second run.
             self._board.add_hparams(settings, metrics, name=".")
         if self._wandb:
             self._wandb.summary.update(metrics)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training of one run: its setup, its step and its loop."""
