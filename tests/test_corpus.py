@@ -85,7 +85,7 @@ def test_sotu_puts_end_of_text_before_every_address(sotu):
     assert decoded == "".join(f"<|endoftext|>{text}" for text in documents)
 
 
-def test_a_source_is_described_as_it_is_opened(sotu):
+def test_a_description_equals_the_opened_corpus(sotu):
     info = describe_corpus("sotu")
     assert vars(sotu) == {**vars(info), "folder": sotu.folder}
     info = describe_corpus("sotu", "gpt2")
@@ -306,13 +306,13 @@ def test_meta_pickle_of_nanogpt_is_read(folder):
     assert (info.vocab_size, info.tokenizer) == (65, None)
 
 
-def test_tokenizer_may_be_named_for_a_folder_that_does_not_say(folder, cache):
+def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
     write_tokens(folder, [1, 2, 3], vocab_size=4096)
     assert open_corpus(str(folder), cache).tokenizer is None
     assert open_corpus(str(folder), cache, "sotu4096").tokenizer == "sotu4096"
 
 
-# What is refused
+# Refused sources
 
 
 def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
