@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file; `strict` says what becomes of each value."""
+    """Replaces a JSON file; `strict` converts the value."""
     text = json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
 
@@ -54,24 +54,20 @@ def strict(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any] | None:
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     """The JSON object in a file, or None if the file does not exist.
 
-    Args:
-      path: the file.
-      mend: what a person can do about a damaged file, for the error message.
-
     Raises:
-      UserError: the file is not a JSON object.
+      UserError: the file holds no JSON object; `remedy` ends the message.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {mend}") from None
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object): {mend}")
+        raise UserError(f"{path} is damaged (it holds no JSON object): {remedy}")
     return strict(value)
 
 
