@@ -28,8 +28,8 @@ class FactorizeJob:
     """A factorization with its source and the folder of its files.
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
-    `factorize` say what to make, `compress` and `train.batch_size` how to calibrate;
-    is_target: the person asked for it by name, it is not a prerequisite.
+    `factorize` define the factorization, `compress` and `train.batch_size` the
+    calibration; is_target: the person asked for it by name, it is not a prerequisite.
     """
 
     source: Path
@@ -82,7 +82,7 @@ class FactorizeJob:
         if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in identity.items() if metadata.get(k) != v]
+        return [part for part in identity if metadata.get(part) != identity[part]]
 
     def identity(self) -> dict[str, Any]:
         """What the files depend on besides the ranks; metadata.json holds it."""
@@ -152,7 +152,7 @@ class FactorizeJob:
     def _write(
         self, table_VD: np.ndarray, statistics: Statistics | None, step: dict[str, int]
     ) -> None:
-        """Writes the files of all ranks, those that are there already, too."""
+        """Writes the files of all ranks, and rewrites those of earlier commands."""
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
@@ -246,7 +246,7 @@ class FactorizeJob:
 
     @property
     def _calibration_tokens(self) -> int:
-        """As set, by default as many as on a GPU: the files must not depend on it."""
+        """A GPU's default on every device: the files must not depend on the device."""
         return self.settings.compress.calibration_tokens or GPU.calibration_tokens
 
     @property
@@ -257,6 +257,6 @@ class FactorizeJob:
             return None
         if chosen.statistics:
             return Path(chosen.statistics)
-        # A bare table cannot be measured: its statistics lie beside it.
+        # A bare table has no model to measure: its statistics are a file beside it.
         beside = self.source.with_suffix(".statistics.npz")
         return beside if self._is_bare_table else None

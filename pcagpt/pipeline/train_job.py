@@ -1,4 +1,4 @@
-"""A training run as a job: whether it is done, resumes or is to do, and doing it."""
+"""A training run as a job: its status, its checks and its training."""
 
 import dataclasses
 import shutil
@@ -82,7 +82,7 @@ class TrainJob:
     def record(self) -> dict[str, Any]:
         """What config.json holds: the settings and the hashes of all imports.
 
-        The hashes are None as long as an import does not exist.
+        The hashes are None while an import does not exist.
         """
         paths = initialise.imported_paths(self.settings).values()
         exist = all(path.exists() for path in paths)
@@ -90,7 +90,7 @@ class TrainJob:
         return {**self.settled().to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; its text is tokenized if need be."""
+        """The run's corpus; tokenizes its text if necessary."""
         return open_shared_corpus(self.settings.data, self.settings.cache_dir)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -111,7 +111,7 @@ class TrainJob:
         }
         if "init.import_bands" in left_out:
             left_out |= {"model.band_sizes": (), "model.band_ranks": ()}
-        if left_out:  # What needs an import is left out with it.
+        if left_out:  # These knobs need an import.
             left_out |= {
                 "init.keep": "all",
                 "init.import_wte_freeze": False,

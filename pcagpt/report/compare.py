@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from pcagpt.report.read import read_curve, read_window_losses
+from pcagpt.report.read import read_curve
+from pcagpt.run.folder import read_window_losses
 
 CONFIDENCE = 0.95
 INTERVAL = f"{CONFIDENCE:.0%} interval"
@@ -118,7 +119,7 @@ def verdict(
 
 
 def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers each question at each rank where both arms have a run of the same seed."""
+    """Answers each question at each rank where both arms share a seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
         for name, question in QUESTIONS.items():

@@ -36,7 +36,7 @@ def build_config(
     Args:
       model: the section.
       vocab_size: of the corpus; `model.vocab_size` may be larger.
-      device: that the model runs on; None: this process's own.
+      device: None: this process's own.
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to

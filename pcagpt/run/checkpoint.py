@@ -178,7 +178,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options for one process: the others need not take part."""
+    """Options with which this process acts without the others."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -197,10 +197,7 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Writes host arrays as checkpoint 0 and deletes all other checkpoints.
-
-    Called by one process. The others need not take part.
-    """
+    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
     folder = (run_dir / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.

@@ -58,15 +58,7 @@ class Evaluator:
         batch_size: int,
         chunks: int,
     ):
-        """Opens the split.
-
-        Args:
-          model: full or factorized.
-          mesh: of devices.
-          corpus: with ids that the model knows.
-          split: 'train', 'val' or 'test'.
-          batch_size: windows at a time.
-          chunks: number of parts that logits are computed in.
+        """Opens the split; computes `batch_size` windows at a time, logits in `chunks`.
 
         Raises:
           UserError: the corpus lacks the split, or the mesh cannot split the batch.

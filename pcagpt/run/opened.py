@@ -49,14 +49,17 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """The settings of the run; a knob younger than the run has its default."""
+        """The settings of the run; a knob newer than the run has its default."""
         stored = Settings.of(self.record)
         return stored.replace({"model.vocab_size": self.record["vocab_size"]})
 
     def check_model(
         self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
     ) -> None:
-        """Raises UserError for a knob that was set, is not free, and is another."""
+        """Raises UserError if `asked` sets a knob to another value than the run's.
+
+        Knobs in `free` may differ. A knob at its default counts as not set.
+        """
         own = self.settings.model
         for field in dataclasses.fields(asked):
             value, trained = getattr(asked, field.name), getattr(own, field.name)
@@ -128,7 +131,7 @@ class Run:
         return np.asarray(wte_VD, np.float32)
 
     def data(self, asked: DataSettings) -> DataSettings:
-        """The corpus that was asked for; by default the run's own."""
+        """The corpus that was asked for, or the run's own if none was."""
         return asked if asked.source else self.settings.data
 
     def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
