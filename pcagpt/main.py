@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
-    """Does what the settings ask for, or only describes it."""
+    """Runs the task, or only prints the settings and the plan."""
     validate(settings)
     with _ended_by_interrupt():
         # These imports take seconds. Mistakes in the settings are reported before.

@@ -27,7 +27,7 @@ class TextSource(NamedTuple):
     """Text that is not tokenized yet."""
 
     name: str
-    tokenizer: str  # what 'auto' means for it
+    tokenizer: str  # its own, for 'auto'
     fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
 

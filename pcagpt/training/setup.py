@@ -103,10 +103,7 @@ class Setup:
         return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
 
     def import_into(self, variables: dict) -> dict:
-        """The variables with the imports of `settings.init` put in.
-
-        Args:
-          variables: {'params', 'constants'}, random.
+        """Random {'params', 'constants'} with the imports of `settings.init` put in.
 
         Raises:
           UserError: an import that does not fit the model.
