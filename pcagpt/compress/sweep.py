@@ -104,7 +104,7 @@ def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> No
         for number, recipe in enumerate(progress.track(lacking), 1):
             candidate = make(recipe)
             known[recipe] = candidate.row(subject.measure(candidate))
-            if writes:  # After every row: an interrupted sweep goes on from here.
+            if writes:  # After every row: an interrupted sweep resumes here.
                 sweep = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, sweep)
@@ -255,7 +255,7 @@ def _protocol(subject: Subject) -> dict[str, Any]:
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} if there is none."""
+    """An earlier sweep.json; {} without one."""
     return read_json(folder / "sweep.json", "delete it to measure again") or {}
 
 

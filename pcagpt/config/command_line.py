@@ -63,7 +63,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _load(source: str) -> ConfigDict:
-    """What get_config() returns, for 'FILE' or 'FILE:ARGUMENT'."""
+    """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))

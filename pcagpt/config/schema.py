@@ -62,9 +62,9 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
 class ModelSettings:
     """The model; the defaults are GPT-2 small."""
 
-    vocab_size: int | None = knob(None, "tokens; None: as many as the tokenizer has")
-    vocab_multiple: int = knob(64, "round the rows up to a multiple of this")
-    block_size: int = knob(1024, "tokens of a sequence")
+    vocab_size: int | None = knob(None, "number of tokens; None: that of the tokenizer")
+    vocab_multiple: int = knob(64, "pad the table to a multiple of this many rows")
+    block_size: int = knob(1024, "tokens per sequence")
     n_layer: int = knob(12, "transformer blocks")
     n_head: int = knob(12, "attention heads of a block")
     n_embd: int = knob(768, "model width d")
@@ -159,7 +159,7 @@ class DistillSettings:
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
-    """What a run starts from instead of random weights."""
+    """Weights that a run starts from instead of random ones."""
 
     import_wte_npy: str = knob("", "file of a token table [V, k]")
     import_scale_matrices_npz: str = knob("", "file of scale_up, scale_down [k, d]")
@@ -261,19 +261,19 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """What is saved while training."""
+    """Checkpoints while training."""
 
-    every: int = knob(1000, "steps between saves; the last is saved too")
+    every: int = knob(1000, "steps between saves; the last step is also saved")
     keep_last: int = knob(2, "checkpoints to keep besides the best one")
 
 
 @dataclasses.dataclass(frozen=True)
 class TelemetrySettings:
-    """What is logged while training."""
+    """Logs while training."""
 
     every: int = knob(10, "steps between logged training metrics")
     tensorboard: bool = knob(True, "write event files for TensorBoard")
-    wandb: bool = knob(False, "log to Weights & Biases, too")
+    wandb: bool = knob(False, "also log to Weights & Biases")
     wandb_project: str = knob("pcagpt", "project in Weights & Biases")
 
 

@@ -1,4 +1,4 @@
-"""Carries out a plan: checks everything, makes what is missing, writes the report."""
+"""Executes a plan: checks everything, does the missing jobs, writes the report."""
 
 import operator
 import os
@@ -72,7 +72,7 @@ def check(plan: Plan, settings: Settings) -> None:
 
 
 def execute(plan: Plan, settings: Settings, command: str) -> None:
-    """Makes what is not done, in order, and writes the report of an experiment.
+    """Does the missing jobs in order, and writes the report of an experiment.
 
     `settings` are what the plan was made from. The report shows the `command`.
 
@@ -167,7 +167,7 @@ def _missing(job: Job) -> UserError:
     else:
         lacks, config_file = f"lacks {job.amount}", "configs/factorize.py"
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
-        # Statistics depend on these, too.
+        # Statistics also depend on these.
         kept += ("compress.calibration_tokens", "train.batch_size")
         known = {path: operator.attrgetter(path)(settings) for path in kept}
         settings = Settings(model_path=str(job.source)).replace(known)

@@ -76,7 +76,7 @@ class FactorizeJob:
     def differing(self) -> list[str]:
         """Parts of `identity` in which the files in the folder differ.
 
-        Empty if there are no files, or no source yet to compare them with.
+        Empty without files, and without a source to compare them with.
         """
         metadata, identity = files.read_metadata(self.folder), self.identity()
         if metadata is None or identity["source_sha256"] is None:
@@ -85,7 +85,7 @@ class FactorizeJob:
         return [part for part in identity if metadata.get(part) != identity[part]]
 
     def identity(self) -> dict[str, Any]:
-        """What the files depend on besides the ranks; metadata.json holds it."""
+        """Everything besides the ranks that decides the files; in metadata.json."""
         chosen, given = self.settings.factorize, self._statistics_path
         found = {
             "method": chosen.method,

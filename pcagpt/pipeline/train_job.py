@@ -80,7 +80,7 @@ class TrainJob:
         return initialise.with_imported_bands(self.settings)
 
     def record(self) -> dict[str, Any]:
-        """What config.json holds: the settings and the hashes of all imports.
+        """The content of config.json: the settings and the hashes of all imports.
 
         The hashes are None while an import does not exist.
         """

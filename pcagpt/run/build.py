@@ -40,7 +40,7 @@ def build_config(
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to
-        the vocabulary, or the device lacks what was asked for by name.
+        the vocabulary, or the device lacks a feature that was asked for.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a number was measured with: versions, commit, device and its peak speed."""
+"""Provenance of results: versions, commit, device and its peak speed."""
 
 import os
 import platform

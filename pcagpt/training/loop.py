@@ -119,7 +119,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
 def start(
     setup: Setup, checkpoints: Checkpoints
 ) -> tuple[TrainState, TrainState, History]:
-    """The state to go on from on the mesh, its shardings, and the history.
+    """The first state to train, placed on the mesh, its shardings, and the history.
 
     Precedence: the newest checkpoint, then what `init` imports, then random weights.
     """
@@ -216,7 +216,7 @@ def _result(
     history: History,
     compiled_step: Callable,
 ) -> dict[str, Any]:
-    """What result.json holds."""
+    """The content of result.json."""
     settings, model = setup.settings, setup.model.config
     full = dataclasses.replace(model, n_embd_wte=None, band_sizes=(), band_ranks=())
     embedding, total = embedding_parameters(model), total_parameters(model)

@@ -17,7 +17,7 @@ from pcagpt.training.setup import Setup
 
 @dataclasses.dataclass
 class History:
-    """What a run remembers across resumes; each checkpoint holds it."""
+    """Figures that a run keeps when it resumes; each checkpoint holds them."""
 
     best_val_loss: float = math.inf
     timed_tokens: int = 0  # of steps without compiling, evaluating and saving

@@ -23,7 +23,7 @@ from pcagpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What does not change while a run trains.
+    """The parts of a training run that do not change while it trains.
 
     frozen: path patterns of parameters that are not trained; teacher: a model and its
     host variables, or None.
