@@ -82,11 +82,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file.
-
-    Raises:
-      UserError: the file is missing, damaged or of another kind.
-    """
+    """The array of a .npy file; UserError if it is missing, damaged or no such file."""
     loaded = _load(path, ".npy")
     if not isinstance(loaded, np.ndarray):
         raise UserError(f"{path} is not a .npy file")
@@ -94,11 +90,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file by name.
-
-    Raises:
-      UserError: the file is missing, damaged or of another kind.
-    """
+    """The arrays of a .npz file by name; UserError as for `read_npy`."""
     loaded = _load(path, ".npz")
     if isinstance(loaded, np.ndarray):
         raise UserError(f"{path} is not a .npz file")
@@ -124,11 +116,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash of a file's content.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
+    """Hash of a file's content; UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

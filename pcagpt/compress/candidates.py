@@ -93,11 +93,7 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe.
-
-        Raises:
-          ValueError: the budget is too small.
-        """
+        """Makes the candidate of a recipe; ValueError if the budget is too small."""
         began = time.monotonic()
         table = self._make(recipe)
         size = table.parameters * FLOAT_BYTES

@@ -40,11 +40,7 @@ class TextSource(NamedTuple):
 
 
 def find_source(source: str) -> TextSource | Path:
-    """Returns the text that `source` names, or the path of a folder of token files.
-
-    Raises:
-      UserError: `source` is neither.
-    """
+    """A source's text or folder of token files; UserError if it is neither."""
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)

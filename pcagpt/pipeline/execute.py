@@ -30,11 +30,7 @@ SHARED_WITH_BASELINE = {
 
 
 def describe(plan: Plan) -> list[str]:
-    """A line for each job: its name, its amount and its status.
-
-    Raises:
-      UserError: a run with other settings is in the way.
-    """
+    """A line for each job: name, amount and status; UserError as for `Job.status`."""
     return [
         f"{job.label:<32} {job.amount:>14}  {status}"
         for job, status in _needed(plan).items()
@@ -102,11 +98,7 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
 
 
 def recover(settings: Settings) -> None:
-    """Trains the best models of a sweep and D further; adds them to its report.
-
-    Raises:
-      UserError: as for `execute`.
-    """
+    """Trains the best models of a sweep and D further; adds them to its report."""
     folder = folder_of(settings)
     plan = recovery_plan(settings, folder)
     execute(plan, plan.jobs[0].settings, command="")

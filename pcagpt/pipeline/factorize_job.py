@@ -55,11 +55,7 @@ class FactorizeJob:
         return {self.source}
 
     def status(self) -> str:
-        """'done' or 'to do'.
-
-        Raises:
-          UserError: the folder holds the files of another source or method.
-        """
+        """'done' or 'to do'; UserError for the files of another source or method."""
         differing = self.differing()
         if differing and not self.settings.overwrite:
             raise self._other_files(differing)
@@ -196,11 +192,7 @@ class FactorizeJob:
             telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
 
     def _given_statistics(self, vocab_size: int) -> Statistics | None:
-        """The statistics of the file, or None if the method needs no file.
-
-        Raises:
-          UserError: the file is missing, or holds statistics of another table.
-        """
+        """The given statistics; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
         if path is None:
             return None

@@ -50,11 +50,7 @@ class TrainJob:
         return {*paths, *(path.parent for path in paths)}
 
     def status(self) -> str:
-        """'done', 'resumes at step N' or 'to do'.
-
-        Raises:
-          UserError: the folder holds a run with other settings; names them.
-        """
+        """'done', 'resumes at step N' or 'to do'; UserError for other settings."""
         is_finished = read_result(self.folder) is not None
         if is_finished and not self.is_target:
             return DONE
@@ -100,8 +96,7 @@ class TrainJob:
     def check(self, to_be_made: set[Path]) -> None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
 
-        Args:
-          to_be_made: folders of earlier jobs. Imports from them cannot be checked yet.
+        Imports from `to_be_made`, the folders of earlier jobs, cannot be checked yet.
         """
         settings = self.settled()
         left_out: dict[str, Any] = {

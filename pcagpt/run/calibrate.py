@@ -124,8 +124,8 @@ def statistics(
         "seed": SEED,
         "compute_dtype": model.config.compute_dtype,
     }
-    text = json.dumps(protocol, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(protocol, sort_keys=True).encode()
+    digest = hashlib.sha256(text).hexdigest()
     path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
     known = read(path, protocol)
     if known is not None:

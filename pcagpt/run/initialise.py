@@ -54,21 +54,13 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
-    """Hash of each import's content, by the last part of its knob's name.
-
-    Raises:
-      UserError: an import is missing.
-    """
+    """{last part of a knob's name: hash of its import}; UserError if one is missing."""
     paths = imported_paths(settings)
     return {knob.split(".")[1]: IMPORTS[knob](path) for knob, path in paths.items()}
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
-    """Path patterns of the parameters that `init.import_*_freeze` keeps fixed.
-
-    Raises:
-      UserError: there is no import to freeze.
-    """
+    """Path patterns of frozen parameters; UserError if their import is missing."""
     has_bands = bool(init.import_bands) and init.keep != "shape"
     patterns = []
     for freeze, (imported, pattern) in FREEZES.items():

@@ -60,8 +60,7 @@ class Meter:
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of update `step` and reads those of the update before.
 
-        Raises:
-          UserError: the loss or gradient norm read is not finite.
+        Raises UserError if the loss or gradient norm read is not finite.
         """
         self._read()
         self._held = step, metrics
