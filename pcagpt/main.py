@@ -51,7 +51,8 @@ _OUT_OF_MEMORY = (
 def main(arguments: list[str]) -> int:
     """Runs a command line (program name first) and returns its exit code.
 
-    A person's mistake becomes one line on stderr. A bug stays an exception.
+    A person's mistake becomes one line on stderr. A bug stays an exception, with its
+    traceback.
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
@@ -79,7 +80,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the settings and the plan."""
     validate(settings)
     with _ended_by_interrupt():
-        # These imports take seconds. Mistakes in the settings are reported before.
+        # Imported here because this takes seconds: mistakes are reported before.
         import jax
 
         from pcagpt.compress.sweep import compress
@@ -96,35 +97,36 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
             settings.distributed.num_processes,
             settings.distributed.process_id,
         )
-    if settings.task in TASKS_OF_A_MODEL:
-        run_dir, step = checkpoint.find(settings.model_path)
-        if print_only:
-            print(command_line.listing(settings))
-            print(f"\n{settings.task} {run_dir} at step {step}")
-            return
-        if settings.task == "compress":
-            compress(settings, command)
-            if settings.compress.recover_ranks:
-                execute.recover(settings)
-            return
-        if settings.task == "evaluate":
-            text = json.dumps(evaluate(settings), indent=2)
-        else:
-            text = "\n---\n".join(sample(settings))
-        if jax.process_index() == 0:
-            print(text)
-        return
-    plan = make_plan(settings)
+    lines: list[str] = []
     if print_only:
-        execute.check(plan, settings)
-        print(command_line.listing(settings), "", *execute.describe(plan), sep="\n")
+        lines = [command_line.listing(settings), ""]
+        if settings.task in TASKS_OF_A_MODEL:
+            run_dir, step = checkpoint.find(settings.model_path)
+            lines.append(f"{settings.task} {run_dir} at step {step}")
+        else:
+            plan = make_plan(settings)
+            execute.check(plan, settings)
+            lines += execute.describe(plan)
+    elif settings.task == "compress":
+        compress(settings, command)
+        if settings.compress.recover_ranks:
+            execute.recover(settings)
+    elif settings.task == "evaluate":
+        lines.append(json.dumps(evaluate(settings), indent=2))
+    elif settings.task == "sample":
+        lines.append("\n---\n".join(sample(settings)))
     else:
-        execute.execute(plan, settings, command)
+        execute.execute(make_plan(settings), settings, command)
+    if lines and jax.process_index() == 0:
+        print(*lines, sep="\n")
 
 
 @contextlib.contextmanager
 def _ended_by_interrupt() -> Iterator[None]:
-    """Makes Ctrl-C end the process: an import may swallow a KeyboardInterrupt."""
+    """Makes Ctrl-C end the process at once.
+
+    A KeyboardInterrupt would not do: some libraries swallow it while they are imported.
+    """
 
     def end(*_):
         os.write(sys.stderr.fileno(), f"pcagpt: {_INTERRUPTED}\n".encode())
@@ -147,7 +149,7 @@ def _say(message: str, exit_code: int) -> int:
 
 
 def prepare_process() -> None:
-    """Silences libraries and caches compiled programs. Call before importing them."""
+    """Silences libraries and caches compiled programs; call before importing jax."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault(
@@ -165,8 +167,8 @@ def prepare_process() -> None:
 def _keep_freed_memory() -> None:
     """Makes glibc keep freed memory, so that each step on a CPU reuses it.
 
-    Otherwise glibc returns large buffers to the system after each step and gets them
-    back with a page fault for every 4 KiB. Settings in the environment win.
+    By default glibc returns large buffers to the system after each step and gets them
+    back with a page fault for every 4 KiB. Variables of glibc's own take precedence.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from runs import snapshot
+
 from pcagpt import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,26 +63,17 @@ def tiny(config_name, corpus_folder, **sections):
     return [f"--config={CONFIGS / config_name}", *overrides]
 
 
-def snapshot(*folders):
-    """Every file and folder below, with the files' bytes."""
-    return {
-        path: path.read_bytes() if path.is_file() else None
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*"))
-    }
-
-
 def refusal(*arguments, unchanged):
     """The one line of a call that must fail for the person's mistake.
 
     `unchanged`: folders in which nothing may be written, changed or lost.
     """
-    before = snapshot(*unchanged)
+    before = [snapshot(folder) for folder in unchanged]
     outcome = call(*arguments)
     assert outcome.code == 2, outcome
     assert outcome.err.count("\n") == 1, outcome.err
     assert outcome.err.startswith("pcagpt: "), outcome.err
-    assert snapshot(*unchanged) == before
+    assert [snapshot(folder) for folder in unchanged] == before
     return outcome.err
 
 

@@ -180,27 +180,21 @@ def samples(config):
     return found, str(asked)
 
 
-def compressed(config):
-    """The folder of a compression."""
-    sweep.compress(Settings.of(config), "a command")
-    return Path(config.workdir) / "compressed"
+def compression(config):
+    """The tables that a compression tries, or the bound that it fits."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "_sweep", lambda _, tried, heading: asked.append(tried))
+        patch.setattr(sweep, "_fit", lambda *arguments: asked.append(arguments[1:3]))
+        sweep.compress(Settings.of(config), "a command")
+    return asked
 
 
 def swept(config):
-    """What a sweep measured."""
-    found = json.loads((compressed(config) / "sweep.json").read_text())["rows"]
-    return [{n: v for n, v in row.items() if n != "seconds"} for row in found]
-
-
-def compressed_files(config):
-    """The names of a compression's files."""
-    return {path.name for path in compressed(config).iterdir()}
-
-
-def advice(config):
-    """The size and loss of the table that was found for a bound."""
-    chosen = json.loads((compressed(config) / "advice.json").read_text())["chosen"]
-    return chosen["params"], chosen["bytes"], chosen["added_loss"]
+    """What the tables of a compression cost."""
+    sweep.compress(Settings.of(config), "a command")
+    path = Path(config.workdir) / "compressed" / "sweep.json"
+    return [row["added_loss"] for row in json.loads(path.read_text())["rows"]]
 
 
 def mesh(config):
@@ -237,8 +231,9 @@ EVALUATE = FINISHED | {"task": "evaluate", "data.source": "", "model_path": D}
 COMPRESS = EVALUATE | {
     "task": "compress",
     "ranks": (4,),
-    "compress.methods": "svd,context",
+    "compress.methods": "context",
     "compress.bands": (1,),
+    "compress.bits": (),
     "compress.calibration_tokens": 512,
 }
 FACTORIZE = {"task": "factorize", "ranks": (2,), "model_path": "PLACE/table.npy"}
@@ -255,7 +250,6 @@ IMPORT = FINISHED | {
 }
 PROCESSES = {"distributed.enabled": True}
 KEPT = {"checkpoint.keep_last": 9}
-PARAMS, BYTES = {"compress.max_params": 2000}, {"compress.max_bytes": 5000}
 
 # {knob: (what is observed, another value, the other knobs that are set)}
 KNOBS = {
@@ -316,17 +310,17 @@ KNOBS = {
     "factorize.statistics": (factors, "PLACE/other_statistics.npz", KL),
     "factorize.singular_value_split": (factors, 0.5, FACTORIZE),
     "factorize.bands": (factors, 2, FACTORIZE),
-    "compress.methods": (swept, "svd,fisher", COMPRESS),
-    "compress.bands": (swept, (1, 3), COMPRESS),
-    "compress.bits": (swept, (4,), COMPRESS),
+    "compress.methods": (compression, "svd,fisher", COMPRESS),
+    "compress.bands": (compression, (1, 3), COMPRESS),
+    "compress.bits": (compression, (4,), COMPRESS),
     "compress.calibration_tokens": (swept, 4096, COMPRESS),
-    "compress.max_added_loss": (compressed_files, 0.05, COMPRESS),
-    "compress.max_params": (advice, 900, COMPRESS | PARAMS),
-    "compress.max_bytes": (advice, 3000, COMPRESS | BYTES),
+    "compress.max_added_loss": (compression, 0.05, COMPRESS),
+    "compress.max_params": (compression, 900, COMPRESS),
+    "compress.max_bytes": (compression, 3000, COMPRESS),
     "compress.recover_ranks": (recovered, (4,), COMPRESS),
     "evaluate.every": (left, 2, KEPT),
     "evaluate.batch_size": (evaluation_batches, 16, {}),
-    "evaluate.max_tokens": (swept, 100, COMPRESS),
+    "evaluate.max_tokens": (swept, 320, COMPRESS),
     "sample.prompt": (samples, "The people", SAMPLE),
     "sample.tokens": (samples, 8, SAMPLE),
     "sample.count": (samples, 2, SAMPLE),

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from command_line import CONFIGS, ROOT, call, refusal, snapshot, tiny
-from runs import quick_environment
+from command_line import CONFIGS, ROOT, call, refusal, tiny
+from runs import quick_environment, snapshot
 
 from pcagpt import config as knobs
 from pcagpt import errors
@@ -164,10 +164,10 @@ def test_one_call_leaves_nothing_behind_for_the_next():
 
 def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp_path):
     arguments = tiny("experiment.py:8,4", corpus_folder, workdir="runs")
-    before = snapshot(tmp_path, corpus_folder)
+    before = snapshot(tmp_path), snapshot(corpus_folder)
     outcome = call(*arguments, "--print_config")
     assert (outcome.code, outcome.err) == (0, "")
-    assert snapshot(tmp_path, corpus_folder) == before
+    assert (snapshot(tmp_path), snapshot(corpus_folder)) == before
     shown, plan = outcome.out.split("\n\n")
     for path in knobs.KNOBS:
         assert re.search(rf"^{path} ", shown, re.MULTILINE)

@@ -203,7 +203,6 @@ class CompressSettings:
         (),
         "numbers of frequency bands to try; 1: one rank for all tokens; empty: 1,7,12, "
         "on a CPU 1,7",
-        at_least(1),
     )
     bits: tuple[int, ...] = knob(
         (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
@@ -227,7 +226,6 @@ class CompressSettings:
         (),
         "afterwards train the best model of each of these ranks, with and without D as "
         "teacher, and D for the same steps",
-        at_least(1),
     )
 
 
@@ -235,8 +233,8 @@ class CompressSettings:
 class EvaluateSettings:
     """Validation."""
 
-    every: int = knob(250, "steps between evaluations", at_least(1))
-    batch_size: int = knob(32, "sequences at a time", at_least(1))
+    every: int = knob(250, "steps between evaluations")
+    batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
         "compress: validation tokens to measure a table on; 0: all, on a CPU 32768",
