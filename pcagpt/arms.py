@@ -1,4 +1,4 @@
-"""The compared models: their names, what they start from, and how they are drawn."""
+"""The compared models: their names, initial weights, colours and markers."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class Arm:
       run_name: name of its run folder, where `{rank}` stands for the rank.
       colour: matplotlib colour of its lines.
       marker: matplotlib marker of its points.
-      takes: what it starts from: 'factors' (of D's table), 'blocks' (D's other
+      takes: the weights it starts from: 'factors' (of D's table), 'blocks' (D's other
         weights), 'weights' (all weights of D).
       keep: which property of the factors it keeps, a value of `init.keep`.
       is_taught: whether it learns D's predictions.

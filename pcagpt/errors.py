@@ -5,7 +5,7 @@ class UserError(Exception):
     """A mistake in the command or its inputs; exit code 2.
 
     The message is printed as it is. It names what was wrong, the value seen, what would
-    be right, and the knob or command that mends it.
+    be right, and the knob or command that corrects it.
     """
 
 

@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file; `strict` says what becomes of each value."""
+    """Replaces a JSON file; `strict` converts the value."""
     text = json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
 
@@ -54,24 +54,20 @@ def strict(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any] | None:
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     """The JSON object in a file, or None if the file does not exist.
 
-    Args:
-      path: the file.
-      mend: what a person can do about a damaged file, for the error message.
-
     Raises:
-      UserError: the file is not a JSON object.
+      UserError: the file holds no JSON object; `remedy` ends the message.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {mend}") from None
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object): {mend}")
+        raise UserError(f"{path} is damaged (it holds no JSON object): {remedy}")
     return strict(value)
 
 
@@ -86,11 +82,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file.
-
-    Raises:
-      UserError: the file is missing, damaged or of another kind.
-    """
+    """The array of a .npy file; UserError if it is missing, damaged or no such file."""
     loaded = _load(path, ".npy")
     if not isinstance(loaded, np.ndarray):
         raise UserError(f"{path} is not a .npy file")
@@ -98,11 +90,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file by name.
-
-    Raises:
-      UserError: the file is missing, damaged or of another kind.
-    """
+    """The arrays of a .npz file by name; UserError as for `read_npy`."""
     loaded = _load(path, ".npz")
     if isinstance(loaded, np.ndarray):
         raise UserError(f"{path} is not a .npz file")
@@ -128,11 +116,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash of a file's content.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
+    """Hash of a file's content; UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
-    """Does what the settings ask for, or only describes it."""
+    """Runs the task, or only prints the settings and the plan."""
     validate(settings)
     with _ended_by_interrupt():
         # Imported here because this takes seconds: mistakes are reported before.

@@ -48,8 +48,8 @@ class Recipe:
 class Candidate:
     """A compressed table.
 
-    dense: [V, D], the table that the model computes with; bytes: stored; second_order:
-    the predicted loss; seconds: the time it took to make the table.
+    dense: [V, D], the table that the model computes with; bytes: its storage;
+    second_order: predicted loss; seconds: time to make the table.
     """
 
     recipe: Recipe
@@ -91,11 +91,7 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe.
-
-        Raises:
-          ValueError: the budget is too small.
-        """
+        """Makes the candidate of a recipe; ValueError if the budget is too small."""
         began = time.monotonic()
         table = self._make(recipe)
         size = table.parameters * FLOAT_BYTES
@@ -119,7 +115,7 @@ class Compressor:
 
 
 def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
-    """The table after rounding to 8 or 4 bits, and the bytes that it takes."""
+    """The table after rounding to 8 or 4 bits, and its size in bytes."""
     size = FLOAT_BYTES * len(table.order) if len(table.bands) > 1 else 0
     bands = []
     for band in table.bands:
@@ -139,10 +135,10 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    The last method is taken for the best. Its tables in bands come first, then plain
-    SVD, the baseline and the best method at fewer bits, and the other methods. Methods
-    that do not weight tokens have a single band only. Recipes in bands are left out if
-    the budget of their rank is too small.
+    The last method counts as the best. Its tables in bands come first, then plain SVD,
+    then the baseline and the best method at fewer bits, then the other methods. Methods
+    without token weights get a single band. Recipes in bands are left out if the budget
+    of their rank is too small.
     """
     best = methods[-1]
 

@@ -1,12 +1,13 @@
-"""How much a compression tries and measures if the person does not say it."""
+"""How much a compression tries and measures by default."""
 
 from typing import NamedTuple
 
 from pcagpt.config import Settings
+from pcagpt.factorize import METHODS
 
 
 class Effort(NamedTuple):
-    """Values of the knobs that are open by default.
+    """Values for knobs that are 0 or empty by default.
 
     max_tokens: number of validation tokens to evaluate on; 0: all of them.
     """
@@ -17,18 +18,16 @@ class Effort(NamedTuple):
     max_tokens: int
 
 
-GPU = Effort(
-    "svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context", (1, 7, 12), 1_048_576, 0
-)
+GPU = Effort(",".join(METHODS), (1, 7, 12), 1_048_576, 0)
 # A first answer for a small model within three minutes on two cores.
 CPU = Effort("svd,context", (1, 7), 32_768, 32_768)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
-    """Fills in the knobs that are open (0 or empty), for 'cpu' or another platform.
+    """Fills in the knobs that are 0 or empty, for 'cpu' or another platform.
 
-    With `compress.recover_ranks` all tokens count: results of training, which are
-    measured on the whole split, appear beside the rows of the sweep.
+    With `compress.recover_ranks`, the sweep evaluates all tokens, because its report
+    compares it with training results, which are measured on the whole split.
     """
     automatic = CPU if platform == "cpu" else GPU
     compress, evaluate = settings.compress, settings.evaluate

@@ -65,9 +65,7 @@ class Fit:
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
         """The table with the least added loss that takes at most this many bytes.
 
-        Args:
-          max_bytes: the bound.
-          bits: of stored values, to choose from. Below 32, the full table is an option.
+        `bits` of stored values are choices. Below 32, the full table is one, too.
         """
         for bit in bits:
             self._fill_bytes(max_bytes, bit)

@@ -46,9 +46,8 @@ class Subject:
     def of(cls, run: Run, settings: Settings) -> "Subject":
         """The run with its own corpus, or with the one in `settings.data`.
 
-        Raises:
-          UserError: the table is factorized already, or the corpus or the devices do
-            not fit.
+        Raises UserError if the table is factorized already, or the corpus or the
+        devices do not fit.
         """
         table_VD = run.table()
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -105,12 +104,8 @@ class Subject:
         """Writes the model with another table: config.json, ckpt/0 and factors/.
 
         Every command takes the folder as a run. A folder that holds this model already
-        is left alone, because other runs may have started from it.
-
-        Args:
-          folder: created or replaced.
-          table: replaces the model's own table.
-          origin: JSON values, how the table was made; 'compressed' in config.json.
+        is left alone, because other runs may have started from it. `origin` tells how
+        the table was made: JSON values for 'compressed' in config.json.
         """
         record = self.run.record
         made = {

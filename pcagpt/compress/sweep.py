@@ -64,9 +64,7 @@ def compress(settings: Settings, command: str) -> None:
         "command": command,
         "run": str(run.folder),
         "step": run.step,
-        "device": provenance.device(subject.mesh.size),
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        **provenance.summary(subject.mesh.size),
         "protocol": _protocol(subject),
     }
     bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
@@ -106,7 +104,7 @@ def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> No
         for number, recipe in enumerate(progress.track(lacking), 1):
             candidate = make(recipe)
             known[recipe] = candidate.row(subject.measure(candidate))
-            if writes:  # After every row: an interrupted sweep goes on from here.
+            if writes:  # After every row: an interrupted sweep resumes here.
                 sweep = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, sweep)
@@ -169,7 +167,7 @@ def _methods(text: str) -> list[str]:
 
 
 def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
-    """The recipes of the sweep; ranks that the table cannot have are left out."""
+    """The recipes of the sweep, without ranks that are too high for the table."""
     settings, shape = subject.settings, subject.table_VD.shape
     ranks = [rank for rank in settings.ranks if rank <= min(shape)]
     if not ranks:
@@ -194,7 +192,7 @@ def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
 
 
 def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
-    """Raises UserError if a best model could not be compared with D after training."""
+    """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
     run, settings = subject.run, subject.settings
     if not settings.compress.recover_ranks:
         return
@@ -252,7 +250,7 @@ def _protocol(subject: Subject) -> dict[str, Any]:
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} if there is none."""
+    """An earlier sweep.json; {} without one."""
     return read_json(folder / "sweep.json", "delete it to measure again") or {}
 
 
@@ -261,8 +259,8 @@ def _write_sweep(
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
-    other_rows: rows that an earlier command measured and this one does not ask for;
-    rows_left: number of rows still to measure, absent at the end.
+    other_rows: rows of earlier commands that are not in `tried`; rows_left: number of
+    rows still to measure, absent at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [known[recipe] for recipe in tried if recipe in known]

@@ -2,14 +2,3 @@
 
 from pcagpt.config.checks import arms_of, ranks_of, validate, words_of
 from pcagpt.config.schema import KNOBS, Settings, base, override
-
-__all__ = [
-    "KNOBS",
-    "Settings",
-    "arms_of",
-    "base",
-    "override",
-    "ranks_of",
-    "validate",
-    "words_of",
-]

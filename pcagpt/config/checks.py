@@ -1,4 +1,4 @@
-"""Checks that need nothing but the settings, and the lists inside text knobs."""
+"""Rules between knobs, and the lists inside text knobs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pcagpt.arms import ARMS
 from pcagpt.config.schema import (
     COMPRESS_BOUNDS,
     KNOBS,
-    OF_A_RUN,
+    MODEL_PATH_TASKS,
     OTHER_ARMS,
     InitSettings,
     Settings,
@@ -70,7 +70,7 @@ def validate(settings: Settings) -> None:
     _check_weights_from(settings)
     _check_experiment(settings)
     _check_bounds(settings)
-    if settings.task in OF_A_RUN and not settings.model_path:
+    if settings.task in MODEL_PATH_TASKS and not settings.model_path:
         raise UserError(
             f"model_path is empty: name the run to {settings.task}, as in "
             "--config.model_path=checkpoints/gpt_baseline"
@@ -165,7 +165,7 @@ def _check_table(settings: Settings) -> None:
     if settings.task != "train" or settings.init.weights_from:
         return
     is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
-    is_full = arm in ("baseline", "continued")
+    is_full = arm == "baseline" or "weights" in takes
     if not is_full and not is_factorized:
         or_run = ", or --config.init.weights_from=RUN" if "blocks" in takes else ""
         raise UserError(
@@ -179,7 +179,7 @@ def _check_table(settings: Settings) -> None:
 
 
 def _check_weights_from(settings: Settings) -> None:
-    """`init.weights_from` belongs to a fine-tuned arm and to no other import."""
+    """Only fine-tuned arms take `init.weights_from`, which excludes other imports."""
     arm = settings.arm
     if settings.task != "train" or not settings.init.weights_from:
         return

@@ -19,11 +19,8 @@ from pcagpt.errors import UserError
 def parse(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings of a command line, and whether --print_config was given.
 
-    Args:
-      arguments: the program name and its arguments.
-
-    Raises:
-      UserError: an argument or the config file makes no sense.
+    `arguments` begin with the program name. Raises UserError for a wrong argument or
+    config file.
     """
     source, words = _take_config_file(arguments)
     for word in words[1:]:
@@ -63,7 +60,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _load(source: str) -> ConfigDict:
-    """What get_config() returns, for 'FILE' or 'FILE:ARGUMENT'."""
+    """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_dict
 from pcagpt.arms import ARMS
 
 TASKS = ("train", "experiment", "factorize", "compress", "evaluate", "sample")
-OF_A_RUN = ("factorize", "compress", "evaluate", "sample")  # tasks that read model_path
+MODEL_PATH_TASKS = ("factorize", "compress", "evaluate", "sample")
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
 
@@ -62,9 +62,9 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
 class ModelSettings:
     """The model; the defaults are GPT-2 small."""
 
-    vocab_size: int | None = knob(None, "tokens; None: as many as the tokenizer has")
-    vocab_multiple: int = knob(64, "round the rows up to a multiple of this")
-    block_size: int = knob(1024, "tokens of a sequence")
+    vocab_size: int | None = knob(None, "number of tokens; None: that of the tokenizer")
+    vocab_multiple: int = knob(64, "pad the table to a multiple of this many rows")
+    block_size: int = knob(1024, "tokens per sequence")
     n_layer: int = knob(12, "transformer blocks")
     n_head: int = knob(12, "attention heads of a block")
     n_embd: int = knob(768, "model width d")
@@ -77,7 +77,7 @@ class ModelSettings:
         (), "rank of each band; 0: full width", at_least(0)
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
-    dropout: float = knob(0.0, "share of activations to drop", BELOW_1)
+    dropout: float = knob(0.0, "probability that an activation is dropped", BELOW_1)
     compute_dtype: str = knob(
         "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")
     )
@@ -107,7 +107,7 @@ class TrainSettings:
 
     steps: int = knob(5000, "optimizer updates")
     batch_size: int = knob(32, "sequences per update, over all devices together")
-    accumulation: int = knob(1, "split the batch of an update into this many parts")
+    accumulation: int = knob(1, "compute an update in this many parts, in turn")
     learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
     schedule: str = knob(
         "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
@@ -159,7 +159,7 @@ class DistillSettings:
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
-    """What a run starts from instead of random weights."""
+    """Weights that a run starts from instead of random ones."""
 
     import_wte_npy: str = knob("", "file of a token table [V, k]")
     import_scale_matrices_npz: str = knob("", "file of scale_up, scale_down [k, d]")
@@ -196,21 +196,21 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        "methods to try, as in svd,context; the last one also at fewer bits, and for a "
-        "bound; empty: all, on a CPU svd,context",
+        "methods to try, as in svd,context; only the last is tried at fewer bits or "
+        "for a bound; empty: all, on a CPU svd,context",
     )
     bands: tuple[int, ...] = knob(
         (),
-        "numbers of frequency bands to try; 1: one rank for all; empty: 1,7,12, on a "
-        "CPU 1,7",
+        "numbers of frequency bands to try; 1: one rank for all tokens; empty: 1,7,12, "
+        "on a CPU 1,7",
     )
     bits: tuple[int, ...] = knob(
         (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens to measure statistics on; 0: 1048576, for compress on a CPU "
-        "32768",
+        "training tokens to measure statistics on; 0: 1048576, or 32768 if compress "
+        "runs on a CPU",
         at_least(0),
     )
     max_added_loss: float = knob(
@@ -224,8 +224,8 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "then train the best table of each of these ranks, with D as teacher and "
-        "without, and D for the same steps",
+        "afterwards train the best model of each of these ranks, with and without D as "
+        "teacher, and D for the same steps",
     )
 
 
@@ -259,19 +259,19 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """What is saved while training."""
+    """Checkpoints while training."""
 
-    every: int = knob(1000, "steps between saves; the last is saved too")
+    every: int = knob(1000, "steps between saves; the last step is also saved")
     keep_last: int = knob(2, "checkpoints to keep besides the best one")
 
 
 @dataclasses.dataclass(frozen=True)
 class TelemetrySettings:
-    """What is logged while training."""
+    """Logs while training."""
 
     every: int = knob(10, "steps between logged training metrics")
     tensorboard: bool = knob(True, "write event files for TensorBoard")
-    wandb: bool = knob(False, "log to Weights & Biases, too")
+    wandb: bool = knob(False, "also log to Weights & Biases")
     wandb_project: str = knob("pcagpt", "project in Weights & Biases")
 
 
@@ -301,7 +301,7 @@ class MeshSettings:
 class DistributedSettings:
     """Several processes."""
 
-    enabled: bool = knob(False, "this is one of several processes; Slurm sets the rest")
+    enabled: bool = knob(False, "one of several processes; Slurm sets the rest")
     coordinator_address: str | None = knob(None, "HOST:PORT of process 0")
     num_processes: int | None = knob(None, "number of processes")
     process_id: int | None = knob(None, "number of this process, from 0", at_least(0))
@@ -315,11 +315,12 @@ class Settings:
     arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
     workdir: str = knob("checkpoints", "folder that runs are read from and written to")
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
-    overwrite: bool = knob(False, "discard a run of the same name and another config")
+    overwrite: bool = knob(False, "discard an existing run with other settings")
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",
-        f"{', '.join(OF_A_RUN)}: a run or one checkpoint; factorize: or a .npy table",
+        f"{', '.join(MODEL_PATH_TASKS)}: a run or one checkpoint; factorize: or a .npy "
+        "table",
     )
     split: str = knob(
         "val", "evaluate: part of the corpus", one_of("train", "val", "test")

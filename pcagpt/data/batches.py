@@ -11,7 +11,7 @@ import numpy as np
 
 from pcagpt.errors import UserError
 
-IGNORED = -1  # the target where there is nothing to predict
+IGNORED = -1  # target of positions without a prediction
 
 
 class TrainingBatches:

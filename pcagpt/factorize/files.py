@@ -17,6 +17,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 from pcagpt.files import read_json, read_npy, read_npz, write_json, write_npy, write_npz
 
+FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
 ORDER_FILE = "token_order.npy"
 MEAN_FILE = "mean.npy"
 
@@ -40,7 +41,7 @@ def scale_path(folder: Path, rank: int) -> Path:
 
 
 def bands_path(folder: Path, rank: int) -> Path:
-    """Folder of the table in bands that is as large as a rank."""
+    """Folder of the table in bands with the size of a rank."""
     return folder / f"bands_pca_k{rank}"
 
 

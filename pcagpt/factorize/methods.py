@@ -112,7 +112,8 @@ def _context(table_VD, statistics):
     return weighting._replace(contexts=token_contexts(table_VD, statistics))
 
 
-# Colours for colour blindness (Okabe and Ito 2008); grey: only for comparison.
+# Best last: a sweep tries the last method in more ways. Colours for colour blindness
+# (Okabe and Ito 2008); grey: only for comparison.
 METHODS = {
     "svd": Method(_svd, False, "#d55e00"),
     "pca": Method(_pca, False, "#c8c8c8"),

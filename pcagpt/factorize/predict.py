@@ -1,4 +1,4 @@
-"""Predicts the loss that the replacement of a table adds.
+"""Predicts the loss that a replacement of the token table adds.
 
 Shape letters: V vocabulary, D model width.
 """

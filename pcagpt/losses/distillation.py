@@ -1,4 +1,4 @@
-"""The loss of predicting what another model predicts.
+"""Knowledge distillation: the loss against another model's predictions.
 
 Shape letters: N tokens, n tokens of a chunk, D width, E width of the teacher.
 """

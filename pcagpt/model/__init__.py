@@ -8,8 +8,8 @@ H heads, C head width, F = 4D.
     logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
 
 A band is a range of token positions with its own table and scale matrices. The baseline
-is one band without scale matrices, a model of a single rank one band with them. With
-several bands, the model stores the position of each token id.
+has one band without scale matrices, a model of a single rank has one band with them. A
+model of several bands also stores the position of each token id.
 """
 
 from pcagpt.model.config import BandSpec, GPTConfig

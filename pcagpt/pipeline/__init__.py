@@ -1,1 +1,1 @@
-"""From settings to results: plans, the jobs in them, and the tasks of one model."""
+"""From settings to results: plans, their jobs, and tasks on one trained model."""

@@ -48,9 +48,7 @@ def evaluate(settings: Settings) -> dict:
         "run": run.folder.name,
         "step": run.step,
         **measured.metrics,
-        "device": provenance.device(mesh.size),
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        **provenance.summary(mesh.size),
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:

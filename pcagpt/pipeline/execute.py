@@ -1,4 +1,4 @@
-"""Carries out a plan: checks everything, makes what is missing, writes the report."""
+"""Executes a plan: checks everything, does the missing jobs, writes the report."""
 
 import operator
 import os
@@ -21,7 +21,7 @@ from pcagpt.run import checkpoint
 from pcagpt.run.folder import read_record
 from pcagpt.telemetry.record import import_wandb
 
-# Knobs of the model that D must share with an arm, by what the arm takes from it.
+# The `model` knobs that D and an arm must share, by what the arm takes from D.
 SHARED_WITH_BASELINE = {
     "factors": ("n_embd",),
     "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
@@ -30,11 +30,7 @@ SHARED_WITH_BASELINE = {
 
 
 def describe(plan: Plan) -> list[str]:
-    """A line for each job: what it is, and if it is done, resumes or is to do.
-
-    Raises:
-      UserError: a run with other settings is in the way.
-    """
+    """A line for each job: name, amount and status; UserError as for `Job.status`."""
     return [
         f"{job.label:<32} {job.amount:>14}  {status}"
         for job, status in _needed(plan).items()
@@ -42,7 +38,7 @@ def describe(plan: Plan) -> list[str]:
 
 
 def check(plan: Plan, settings: Settings) -> None:
-    """Checks what takes no time and writes nothing.
+    """Checks what can be checked at once; writes nothing.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a run with other
@@ -72,16 +68,13 @@ def check(plan: Plan, settings: Settings) -> None:
 
 
 def execute(plan: Plan, settings: Settings, command: str) -> None:
-    """Makes what is not done, in order, and writes the report of an experiment.
+    """Does the missing jobs in order, and writes the report of an experiment.
 
-    Args:
-      plan: what to make.
-      settings: what the plan was made from.
-      command: the command line, for the report.
+    `settings` are what the plan was made from. The report shows the `command`.
 
     Raises:
       UserError: as for `check`, or something does not fit the corpus or the devices.
-        Nothing but the corpus's token files is written then.
+        Then only the token files of the corpus have been written.
     """
     check(plan, settings)
     _say(*describe(plan))
@@ -105,11 +98,7 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
 
 
 def recover(settings: Settings) -> None:
-    """Trains the best models of a sweep further, and D, and adds them to its report.
-
-    Raises:
-      UserError: as for `execute`.
-    """
+    """Trains the best models of a sweep and D further; adds them to its report."""
     folder = folder_of(settings)
     plan = recovery_plan(settings, folder)
     execute(plan, plan.jobs[0].settings, command="")
@@ -123,7 +112,7 @@ def recover(settings: Settings) -> None:
 def _needed(plan: Plan) -> dict[Job, str]:
     """The jobs of the plan with their status, without prerequisites of a finished run.
 
-    A factorization stays if its files were made in another way than is asked for now.
+    They stay if the factorization on disk differs from the one that is asked for.
     """
     jobs, target = plan.jobs, plan.jobs[-1]
     is_done = not plan.reported and target.status() == DONE
@@ -170,7 +159,7 @@ def _missing(job: Job) -> UserError:
     else:
         lacks, config_file = f"lacks {job.amount}", "configs/factorize.py"
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
-        # Statistics depend on these, too.
+        # Statistics also depend on these.
         kept += ("compress.calibration_tokens", "train.batch_size")
         known = {path: operator.attrgetter(path)(settings) for path in kept}
         settings = Settings(model_path=str(job.source)).replace(known)

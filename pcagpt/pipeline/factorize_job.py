@@ -28,8 +28,8 @@ class FactorizeJob:
     """A factorization with its source and the folder of its files.
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
-    `factorize` say what to make, `compress` and `train.batch_size` how to calibrate;
-    is_target: the person asked for it by name, it is not a prerequisite.
+    `factorize` define the factorization, `compress` and `train.batch_size` the
+    calibration; is_target: the person asked for it by name, it is not a prerequisite.
     """
 
     source: Path
@@ -55,11 +55,7 @@ class FactorizeJob:
         return {self.source}
 
     def status(self) -> str:
-        """'done' or 'to do'.
-
-        Raises:
-          UserError: the folder holds the files of another source or method.
-        """
+        """'done' or 'to do'; UserError for the files of another source or method."""
         differing = self.differing()
         if differing and not self.settings.overwrite:
             raise self._other_files(differing)
@@ -76,16 +72,16 @@ class FactorizeJob:
     def differing(self) -> list[str]:
         """Parts of `identity` in which the files in the folder differ.
 
-        Empty if there are no files, or no source yet to compare them with.
+        Empty without files, and without a source to compare them with.
         """
         metadata, identity = files.read_metadata(self.folder), self.identity()
         if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [k for k, v in identity.items() if metadata.get(k) != v]
+        return [part for part in identity if metadata.get(part) != identity[part]]
 
     def identity(self) -> dict[str, Any]:
-        """What the files depend on besides the ranks; metadata.json holds it."""
+        """Everything besides the ranks that decides the files; in metadata.json."""
         chosen, given = self.settings.factorize, self._statistics_path
         found = {
             "method": chosen.method,
@@ -152,7 +148,7 @@ class FactorizeJob:
     def _write(
         self, table_VD: np.ndarray, statistics: Statistics | None, step: dict[str, int]
     ) -> None:
-        """Writes the files of all ranks, those that are there already, too."""
+        """Writes the files of all ranks, and rewrites those of earlier commands."""
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
@@ -196,11 +192,7 @@ class FactorizeJob:
             telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
 
     def _given_statistics(self, vocab_size: int) -> Statistics | None:
-        """The statistics of the file, or None if the method needs no file.
-
-        Raises:
-          UserError: the file is missing, or holds statistics of another table.
-        """
+        """The given statistics; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
         if path is None:
             return None
@@ -246,7 +238,7 @@ class FactorizeJob:
 
     @property
     def _calibration_tokens(self) -> int:
-        """As set, by default as many as on a GPU: the files must not depend on it."""
+        """A GPU's default on every device: the files must not depend on the device."""
         return self.settings.compress.calibration_tokens or GPU.calibration_tokens
 
     @property
@@ -257,6 +249,6 @@ class FactorizeJob:
             return None
         if chosen.statistics:
             return Path(chosen.statistics)
-        # A bare table cannot be measured: its statistics lie beside it.
+        # A bare table has no model to measure: its statistics are a file beside it.
         beside = self.source.with_suffix(".statistics.npz")
         return beside if self._is_bare_table else None

@@ -20,7 +20,7 @@ Job = TrainJob | FactorizeJob
 
 
 class Plan(NamedTuple):
-    """Jobs in the order they are done in, and names of the runs to report on."""
+    """Jobs in the order in which they run, and names of the runs to report on."""
 
     jobs: tuple[Job, ...]
     reported: tuple[str, ...] = ()
@@ -49,13 +49,10 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def recovery_plan(settings: Settings, folder: Path) -> Plan:
-    """The runs that train the best compressed models further, and D beside them.
+    """The runs that train the best compressed models and D further.
 
     They train under D's settings, for the share of its budget in `finetune`.
-
-    Args:
-      settings: of task 'compress'; `compress.recover_ranks` says which models.
-      folder: of the compressed models; the runs go there, too.
+    `compress.recover_ranks` lists the models; the runs go into their `folder`, too.
     """
     baseline = Run.open(settings.model_path)
     stored, known = baseline.settings, baseline.record.keys()
@@ -150,7 +147,7 @@ def _train_job(
 def _factorize_job(
     settings: Settings, source: Path, *, suffix: str = "", is_target: bool = True
 ) -> FactorizeJob:
-    folder = Path(settings.workdir) / f"pca_factorized{suffix}"
+    folder = Path(settings.workdir) / f"{files.FOLDER}{suffix}"
     return FactorizeJob(source, folder, settings, is_target)
 
 
@@ -181,7 +178,7 @@ def _taken_from_baseline(
     )
     taken = {}
     if needs_factors and not has_factors:
-        folder, rank = workdir / f"pca_factorized{suffix}", settings.model.n_embd_wte
+        folder, rank = workdir / f"{files.FOLDER}{suffix}", settings.model.n_embd_wte
         if bands > 1:
             taken["init.import_bands"] = str(files.bands_path(folder, rank))
         else:
@@ -198,7 +195,7 @@ def _taken_from_baseline(
 
 
 def _budget(settings: Settings, arm: str) -> dict[str, float]:
-    """{knob: value} of an arm's share of D's budget, which `train` declares."""
+    """{knob: value} of an arm's share of D's budget (`train`)."""
     train, share, changes, rate = settings.train, settings.finetune, {}, 1.0
     if ARMS[arm].is_fine_tuned:
         rate = share.learning_rate_share

@@ -1,4 +1,4 @@
-"""A training run as a job: whether it is done, resumes or is to do, and doing it."""
+"""A training run as a job: its status, its checks and its training."""
 
 import dataclasses
 import shutil
@@ -50,11 +50,7 @@ class TrainJob:
         return {*paths, *(path.parent for path in paths)}
 
     def status(self) -> str:
-        """'done', 'resumes at step N' or 'to do'.
-
-        Raises:
-          UserError: the folder holds a run with other settings; names them.
-        """
+        """'done', 'resumes at step N' or 'to do'; UserError for other settings."""
         is_finished = read_result(self.folder) is not None
         if is_finished and not self.is_target:
             return DONE
@@ -80,9 +76,9 @@ class TrainJob:
         return initialise.with_imported_bands(self.settings)
 
     def record(self) -> dict[str, Any]:
-        """What config.json holds: the settings and the hashes of all imports.
+        """The content of config.json: the settings and the hashes of all imports.
 
-        The hashes are None as long as an import does not exist.
+        The hashes are None while an import does not exist.
         """
         paths = initialise.imported_paths(self.settings).values()
         exist = all(path.exists() for path in paths)
@@ -90,7 +86,7 @@ class TrainJob:
         return {**self.settled().to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; its text is tokenized if need be."""
+        """The run's corpus; tokenizes its text if necessary."""
         return open_shared_corpus(self.settings.data, self.settings.cache_dir)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -100,8 +96,7 @@ class TrainJob:
     def check(self, to_be_made: set[Path]) -> None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
 
-        Args:
-          to_be_made: folders of earlier jobs. Imports from them cannot be checked yet.
+        Imports from `to_be_made`, the folders of earlier jobs, cannot be checked yet.
         """
         settings = self.settled()
         left_out: dict[str, Any] = {
@@ -111,7 +106,7 @@ class TrainJob:
         }
         if "init.import_bands" in left_out:
             left_out |= {"model.band_sizes": (), "model.band_ranks": ()}
-        if left_out:  # What needs an import is left out with it.
+        if left_out:  # These knobs need an import.
             left_out |= {
                 "init.keep": "all",
                 "init.import_wte_freeze": False,

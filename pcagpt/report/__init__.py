@@ -13,16 +13,3 @@ from pcagpt.report.sweep import (
     equal_size_table,
     recovery_table,
 )
-
-__all__ = [
-    "SMALLEST_ADDED",
-    "advice_text",
-    "collect_results",
-    "equal_size_table",
-    "pareto_figure",
-    "recovered_rows",
-    "recovery_table",
-    "spectrum_figure",
-    "write_report",
-    "write_sweep_report",
-]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
+from pcagpt.factorize.files import FOLDER
 from pcagpt.files import strict
 from pcagpt.report.compare import (
     CONFIDENCE,
@@ -42,7 +43,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
     rows = [row | _against(baselines.get(row["seed"]), row) for row in rows]
     comparisons = compare_arms(workdir, rows)
     first = workdir / rows[0]["folder"]  # D if there is a D
-    factors = first.name.replace(ARMS["baseline"].run_name, "pca_factorized")
+    factors = first.name.replace(ARMS["baseline"].run_name, FOLDER)
     config = read_config(first)
     vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
     corpus = {"name": protocol.get("corpus"), **config.get("data", {})}
@@ -141,5 +142,5 @@ def _shared_protocol(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _joined(values: Iterable[str | None]) -> str | None:
-    """The different values, separated by commas; None without any."""
+    """The distinct values, separated by commas; None if all are empty."""
     return ", ".join(dict.fromkeys(value for value in values if value)) or None

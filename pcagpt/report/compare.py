@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from pcagpt.report.read import read_curve, read_window_losses
+from pcagpt.report.read import read_curve
+from pcagpt.run.folder import read_window_losses
 
 CONFIDENCE = 0.95
 INTERVAL = f"{CONFIDENCE:.0%} interval"

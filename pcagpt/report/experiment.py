@@ -15,12 +15,13 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
     comparisons = results["comparisons"]
     questions = list(dict.fromkeys(found["question"] for found in comparisons))
     comparisons = sorted(comparisons, key=lambda c: questions.index(c["question"]))
+    caveats = dict.fromkeys(c["caveat"] for c in comparisons if c["caveat"])
     return {
         "results": results,
         "models": models,
         "meanings": {ARMS[m["arm"]].letter: ARMS[m["arm"]].meaning for m in models},
         "comparisons": [found | {"answer": _answer(found)} for found in comparisons],
-        "caveats": " ".join({c["caveat"]: 0 for c in comparisons if c["caveat"]}),
+        "caveats": " ".join(caveats),
         "seeds": sorted({row["seed"] for row in results["rows"]}),
         "interval_name": f"{results.get('confidence', CONFIDENCE):.0%} interval",
     }

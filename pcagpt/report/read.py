@@ -8,7 +8,7 @@ import numpy as np
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.factorize.files import read_metadata
-from pcagpt.run import folder as run_folder
+from pcagpt.run.folder import read_record, read_result
 from pcagpt.telemetry.record import read_metrics
 
 
@@ -18,7 +18,7 @@ def read_row(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: the run is missing, unfinished, damaged or of an unknown arm.
     """
-    result = run_folder.read_result(folder)
+    result = read_result(folder)
     if result is None:
         raise UserError(f"{folder} is not a finished run: run its command again")
     required = ("run", "arm", "rank", "seed", "val_loss", "tokens_seen")
@@ -42,7 +42,7 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json of a run; UserError if it is missing or damaged."""
-    config = run_folder.read_record(folder)
+    config = read_record(folder)
     if config is None:
         raise UserError(f"{folder / 'config.json'} is missing: run its command again")
     return config
@@ -70,21 +70,3 @@ def read_curve(folder: Path) -> np.ndarray:
         if entry["split"] == "val" and entry.get("loss") is not None
     }
     return np.array(sorted(losses.items()), np.float64).reshape(-1, 2)
-
-
-def read_window_losses(folder: Path) -> np.ndarray | None:
-    """(summed loss, targets) of each window: float64 [windows, 2]; None without a file.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    path = folder / "val_window_losses.npy"
-    if not path.exists():
-        return None
-    windows = run_folder.read_window_losses(folder)
-    if windows.ndim != 2 or windows.shape[1] != 2 or not np.isfinite(windows).all():
-        raise UserError(
-            f"{path} is damaged: it must hold finite numbers of shape [windows, 2]; "
-            "delete it to get a report without intervals"
-        )
-    return windows.astype(np.float64)

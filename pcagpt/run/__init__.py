@@ -1,1 +1,1 @@
-"""One run: its folder and checkpoints, its start, and what a trained model can do."""
+"""One run: its folder and checkpoints, its initial weights, evaluation, generation."""

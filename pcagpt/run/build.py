@@ -36,11 +36,11 @@ def build_config(
     Args:
       model: the section.
       vocab_size: of the corpus; `model.vocab_size` may be larger.
-      device: that the model runs on; None: this process's own.
+      device: None: this process's own.
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to
-        the vocabulary, or the device lacks what was asked for by name.
+        the vocabulary, or the device lacks a feature that was asked for.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(

@@ -63,6 +63,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     def trunk(x_ND):
         return model.apply(variables, x_ND, tokens_BT.shape[1], method="contextualize")
 
+    # flax calls a submodule only through a method of the model.
     x_ND = model.apply(
         variables, tokens_BT.reshape(-1), method=lambda gpt, tokens: gpt.embed(tokens)
     )
@@ -103,16 +104,11 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
 def statistics(
     run: Run, settings: Settings, corpus: Corpus, model: GPT, variables: dict, mesh
 ) -> Statistics:
-    """Statistics of a run; they are measured once and kept in the run's folder.
+    """Statistics of a run with a full table; the run's folder keeps them.
 
-    Args:
-      run: a run with a full table.
-      settings: `compress.calibration_tokens` is rounded up to batches of
-        `train.batch_size`.
-      corpus: the calibration text is its training split.
-      model: the model of the run.
-      variables: its variables, placed on the mesh.
-      mesh: the devices.
+    The calibration text is the training split of the corpus. Its length,
+    `compress.calibration_tokens`, is rounded up to batches of `train.batch_size`. The
+    model's `variables` are on the mesh.
     """
     batch_size, train = settings.train.batch_size, corpus.tokens("train")
     block_size = model.config.block_size
@@ -128,8 +124,8 @@ def statistics(
         "seed": SEED,
         "compute_dtype": model.config.compute_dtype,
     }
-    text = json.dumps(protocol, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(protocol, sort_keys=True).encode()
+    digest = hashlib.sha256(text).hexdigest()
     path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
     known = read(path, protocol)
     if known is not None:
@@ -150,7 +146,7 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
 
 
 def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:
-    """Statistics from a file; None if it lacks them or was measured otherwise."""
+    """Statistics from a file; None without them or under another protocol."""
     try:
         arrays = read_npz(path)
     except UserError:  # A missing or damaged file is measured anew.

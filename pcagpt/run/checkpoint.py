@@ -134,11 +134,7 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """Resolves RUN, RUN/ckpt or RUN/ckpt/STEP to (run folder, step).
-
-    Raises:
-      UserError: no such folder, or no finished checkpoint in it.
-    """
+    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step); UserError without one."""
     path = Path(path)
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
@@ -162,9 +158,7 @@ def fingerprint(path: str | Path) -> str:
 
     It covers the result of a finished run. For other runs it covers the config and the
     manifest of the weights, since weights can be rewritten under the same config.
-
-    Args:
-      path: as for `find`, which raises the same errors.
+    `path` and errors are as for `find`.
     """
     run_dir, step = find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
@@ -178,7 +172,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options for one process: the others need not take part."""
+    """Options with which this process acts without the others."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -197,10 +191,7 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Writes host arrays as checkpoint 0 and deletes all other checkpoints.
-
-    Called by one process. The others need not take part.
-    """
+    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
     folder = (run_dir / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
@@ -217,16 +208,9 @@ def save_weights(run_dir: Path, variables: dict) -> None:
 
 
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:
-    """Weights without optimizer state, as host arrays.
+    """(params, constants, step) of RUN or RUN/ckpt/STEP: nested dicts of host arrays.
 
-    Args:
-      path: RUN or RUN/ckpt/STEP.
-
-    Returns:
-      (params, constants, step): nested dicts of numpy arrays.
-
-    Raises:
-      UserError: the checkpoint is missing or damaged.
+    Raises UserError if the checkpoint is missing or damaged.
     """
     run_dir, step = find(path)
     folder = (run_dir / FOLDER / str(step)).absolute()

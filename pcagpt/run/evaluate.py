@@ -1,4 +1,4 @@
-"""Loss of a model on a split, and how its final hidden state points at the next token.
+"""Loss of a model on a split, and cosines of its output with the next token's row.
 
 Every token of the split after the first is predicted exactly once, in fixed order, in
 windows that do not overlap.
@@ -25,7 +25,7 @@ from pcagpt.telemetry.progress import Progress
 
 
 class TokenScores(NamedTuple):
-    """Per target, [B, T] float32; 0 if there is no target.
+    """Scores of each target, [B, T] float32; 0 without a target.
 
     loss is in nats; cosine is between z = h @ scale_down.T and the target's wte row;
     cosine_d is between h and the target's row of the table in D dimensions.
@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Evaluates weights of one model on one split; compiles its program once.
 
-    `protocol` is what makes two losses comparable, as JSON values.
+    Two losses are comparable if their `protocol` (JSON values) is the same.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.config import KNOBS
+from pcagpt.errors import UserError
 from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
 from pcagpt.run.build import DEVICE_KNOBS
 
@@ -35,20 +36,34 @@ NOT_IDENTITY = (
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """config.json, or None if no run has begun."""
-    mend = f"delete {run_dir}, or use --config.overwrite=True"
-    return read_json(run_dir / "config.json", mend)
+    return read_json(run_dir / "config.json", _remedy(run_dir))
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json of a finished run, else None."""
-    mend = f"delete {run_dir}, or use --config.overwrite=True"
-    result = read_json(run_dir / "result.json", mend)
+    """result.json of a finished run; None if it is missing or unfinished."""
+    result = read_json(run_dir / "result.json", _remedy(run_dir))
     return result if result and result.get("status") == "done" else None
 
 
-def read_window_losses(run_dir: Path) -> np.ndarray:
-    """Summed loss and number of targets of each validation window: [W, 2] float64."""
-    return read_npy(run_dir / "val_window_losses.npy")
+def _remedy(run_dir: Path) -> str:
+    return f"delete {run_dir}, or use --config.overwrite=True"
+
+
+def read_window_losses(run_dir: Path) -> np.ndarray | None:
+    """(summed loss, targets) of each validation window: float64 [windows, 2].
+
+    None without a file, as in runs of older versions. UserError if it is damaged.
+    """
+    path = run_dir / "val_window_losses.npy"
+    if not path.exists():
+        return None
+    windows = read_npy(path)
+    if windows.ndim != 2 or windows.shape[1] != 2 or not np.isfinite(windows).all():
+        raise UserError(
+            f"{path} is damaged: it must hold finite numbers of shape [windows, 2]; "
+            "delete it to get a report without intervals"
+        )
+    return windows.astype(np.float64)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
@@ -68,7 +83,7 @@ def write_result(
 def identity(record: dict[str, Any]) -> dict[str, Any]:
     """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
 
-    A knob that is younger than the record counts at its default.
+    A knob that the record lacks, because it is newer, has its default.
     """
     found = {
         path: knob.default
@@ -93,8 +108,8 @@ def config_sha256(record: dict[str, Any]) -> str:
 def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
-    Empty if no run has begun. A record without `imported_sha256` is that of a run with
-    imports that do not exist yet: what depends on them is not compared.
+    Empty if no run has begun. If `record` has no `imported_sha256`, its imports do not
+    exist yet, and the fields that depend on them are not compared.
     """
     stored = read_record(run_dir)
     if stored is None:

@@ -27,7 +27,7 @@ def _sha256_of_arrays(folder: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# The knobs that name a file or a run to start from, and what hashes its content.
+# {knob that names a file or run to start from: hash of its content}
 IMPORTS: dict[str, Callable[[Path], str]] = {
     "init.import_wte_npy": sha256_of_file,
     "init.import_scale_matrices_npz": sha256_of_file,
@@ -54,21 +54,13 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
-    """Hash of each import's content, by the last part of its knob's name.
-
-    Raises:
-      UserError: an import is missing.
-    """
+    """{last part of a knob's name: hash of its import}; UserError if one is missing."""
     paths = imported_paths(settings)
     return {knob.split(".")[1]: IMPORTS[knob](path) for knob, path in paths.items()}
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
-    """Path patterns of the parameters that `init.import_*_freeze` keeps fixed.
-
-    Raises:
-      UserError: there is no import to freeze.
-    """
+    """Path patterns of frozen parameters; UserError if their import is missing."""
     has_bands = bool(init.import_bands) and init.keep != "shape"
     patterns = []
     for freeze, (imported, pattern) in FREEZES.items():
@@ -94,13 +86,10 @@ def with_imported_bands(settings: Settings) -> Settings:
 def imported_weights(
     init: InitSettings, config: GPTConfig, params: dict, seed: int
 ) -> dict[str, np.ndarray]:
-    """{parameter path: host array} of all that is imported.
+    """{parameter path: host array} of all imports.
 
-    Args:
-      init: the section of the settings.
-      config: of the model that starts.
-      params: its random parameters.
-      seed: for what is random when `init.keep` keeps a part of the factors.
+    `params` are the model's random parameters. `seed` draws what `init.keep` leaves
+    random.
 
     Raises:
       UserError: a file or run that does not fit the model.
@@ -171,9 +160,9 @@ def _bands(folder: str, config: GPTConfig, new: dict, params: dict) -> dict:
 
 
 def _mean(mean_D: np.ndarray | None, new: dict, params: dict) -> dict:
-    """Positions that hold the mean row of a centred table.
+    """Position embeddings plus the mean row of a centred table.
 
-    The head needs no mean: it shifts all logits alike, and softmax cancels it.
+    The head needs no mean: it would shift all logits alike, which softmax cancels.
     """
     if mean_D is None:
         return {}
@@ -216,7 +205,7 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
             f"init.blocks_from: {path} lacks '{missing[0]}', which this model has: the "
             "two models differ in model.n_layer or model.bias"
         )
-    # It fails if a shape differs.
+    # Only for its check of the shapes.
     trees.replace(params, blocks, source=f"init.blocks_from={path}")
     return blocks
 

@@ -49,14 +49,17 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """The settings of the run; a knob younger than the run has its default."""
+        """The settings of the run; a knob newer than the run has its default."""
         stored = Settings.of(self.record)
         return stored.replace({"model.vocab_size": self.record["vocab_size"]})
 
     def check_model(
         self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
     ) -> None:
-        """Raises UserError for a knob that was set, is not free, and is another."""
+        """Raises UserError if `asked` sets a knob to another value than the run's.
+
+        Knobs in `free` may differ. A knob at its default counts as not set.
+        """
         own = self.settings.model
         for field in dataclasses.fields(asked):
             value, trained = getattr(asked, field.name), getattr(own, field.name)
@@ -80,11 +83,7 @@ class Run:
 
     @functools.cached_property
     def weights(self) -> dict:
-        """{'params', 'constants'} as stored: host arrays, read once.
-
-        Raises:
-          UserError: the checkpoint is damaged.
-        """
+        """Stored {'params', 'constants'}: host arrays; UserError for a damaged file."""
         params, constants, _ = checkpoint.load_weights(self._checkpoint)
         return {"params": params, "constants": constants}
 
@@ -108,11 +107,7 @@ class Run:
 
     @property
     def table_shape(self) -> tuple[int, int]:
-        """[V, D] of the full token table, without padding rows.
-
-        Raises:
-          UserError: the table is factorized already.
-        """
+        """[V, D] of the table without padding rows; UserError if it is factorized."""
         model = self.settings.model
         if model.n_embd_wte is not None or model.band_sizes:
             raise UserError(
@@ -128,15 +123,11 @@ class Run:
         return np.asarray(wte_VD, np.float32)
 
     def data(self, asked: DataSettings) -> DataSettings:
-        """The corpus that was asked for; by default the run's own."""
+        """The corpus that was asked for, or the run's own if none was."""
         return asked if asked.source else self.settings.data
 
     def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
-        """Opens the corpus of `data`.
-
-        Raises:
-          UserError: there is no such corpus, or its tokens do not fit the model.
-        """
+        """Opens the corpus of `data`; UserError if its tokens do not fit the model."""
         corpus = open_shared_corpus(self.data(asked), cache_dir)
         self.check_corpus(corpus)
         return corpus
@@ -169,11 +160,7 @@ class Run:
 
 
 def open_shared_corpus(data: DataSettings, cache_dir: Path) -> Corpus:
-    """Opens a corpus; of several processes, only the first tokenizes its text.
-
-    Raises:
-      UserError: there is no such corpus.
-    """
+    """Opens a corpus; only the first of several processes tokenizes its text."""
     source = data.source, cache_dir, data.tokenizer
     if jax.process_index() == 0:
         open_corpus(*source)

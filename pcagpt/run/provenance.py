@@ -1,4 +1,4 @@
-"""What a number was measured with: versions, commit, device and its peak speed."""
+"""Provenance of results: versions, commit, device and its peak speed."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,15 +27,20 @@ PEAK_FLOPS = {
 }
 
 
+def summary(device_count: int) -> dict[str, Any]:
+    """Device, versions and commit, as results on that many devices store them."""
+    return {
+        "device": device(device_count),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, of pcagpt and of the packages that compute its numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    return {
-        "python": platform.python_version(),
-        "pcagpt": pcagpt.__version__,
-        **found,
-    }
+    own = {"python": platform.python_version(), "pcagpt": pcagpt.__version__}
+    return own | {name: metadata.version(name) for name in names}
 
 
 def git_commit() -> str | None:

@@ -1,1 +1,1 @@
-"""What a run shows and records while it trains."""
+"""Progress bars, and the metrics that a run records while it trains."""

@@ -76,10 +76,8 @@ class Telemetry:
 
     A run that continues from the checkpoint of `resume_step` removes later lines of
     metrics.jsonl and does not write existing lines again, so that each (step, split)
-    has one line. None starts a new metrics.jsonl.
-
-    Raises:
-      UserError: W&B cannot start; metrics.jsonl is then unchanged.
+    has one line. None starts a new metrics.jsonl. UserError if W&B cannot start; then
+    metrics.jsonl is unchanged.
     """
 
     _path = _board = _wandb = None  # stay None except on the first process

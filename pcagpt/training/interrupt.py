@@ -1,4 +1,4 @@
-"""Stops training between two steps when a signal asks for it."""
+"""Stops training between two steps after SIGINT or SIGTERM."""
 
 import signal
 

@@ -37,7 +37,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
     Args:
       setup: what to train with.
       run_dir: the run's folder; a checkpoint in it is resumed.
-      record: what config.json holds; each checkpoint gets a copy.
+      record: the content of config.json; each checkpoint gets a copy.
       label: of the progress bar.
 
     Returns:
@@ -67,7 +67,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
         # this state if that is due, and then makes the next update.
         for step in range(first_step, last_step + 1):
             is_last, stopping = step == last_step, stop.stops_at(step)
-            is_new = step != resumed_at  # else it was evaluated and saved before
+            is_new = step != resumed_at  # A resumed state was evaluated and saved.
 
             # The last state is always evaluated: a run may have been killed between its
             # last save and its result.
@@ -119,7 +119,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
 def start(
     setup: Setup, checkpoints: Checkpoints
 ) -> tuple[TrainState, TrainState, History]:
-    """The state to go on from on the mesh, its shardings, and the history.
+    """The first state to train, placed on the mesh, its shardings, and the history.
 
     Precedence: the newest checkpoint, then what `init` imports, then random weights.
     """
@@ -139,9 +139,9 @@ def start(
 
 
 def _constants(setup: Setup) -> dict:
-    """The order of the tokens in several bands: as imported, or by falling count."""
+    """The token order of several bands: imported, or by falling frequency."""
     config, init = setup.model.config, setup.settings.init
-    # One band needs no order, and a run that is copied brings its own.
+    # One band needs no order, and `init.weights_from` imports one.
     if len(config.bands) == 1 or init.weights_from:
         return {}
     if init.import_bands:
@@ -216,7 +216,7 @@ def _result(
     history: History,
     compiled_step: Callable,
 ) -> dict[str, Any]:
-    """What result.json holds."""
+    """The content of result.json."""
     settings, model = setup.settings, setup.model.config
     full = dataclasses.replace(model, n_embd_wte=None, band_sizes=(), band_ranks=())
     embedding, total = embedding_parameters(model), total_parameters(model)
@@ -251,9 +251,7 @@ def _result(
             - memory.alias_size_in_bytes
         ),
         "resolved": {name: getattr(model, name) for name in DEVICE_KNOBS},
-        "device": provenance.device(setup.mesh.size),
-        "versions": provenance.versions(),
         "config_sha256": config_sha256(record),
-        "git_commit": provenance.git_commit(),
+        **provenance.summary(setup.mesh.size),
         "protocol": setup.validation.protocol,
     }

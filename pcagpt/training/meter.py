@@ -17,7 +17,7 @@ from pcagpt.training.setup import Setup
 
 @dataclasses.dataclass
 class History:
-    """What a run remembers across resumes; each checkpoint holds it."""
+    """Figures that a run keeps when it resumes; each checkpoint holds them."""
 
     best_val_loss: float = math.inf
     timed_tokens: int = 0  # of steps without compiling, evaluating and saving
@@ -60,8 +60,7 @@ class Meter:
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of update `step` and reads those of the update before.
 
-        Raises:
-          UserError: the loss or gradient norm read is not finite.
+        Raises UserError if the loss or gradient norm read is not finite.
         """
         self._read()
         self._held = step, metrics

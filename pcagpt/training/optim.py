@@ -42,11 +42,7 @@ def learning_rate_schedule(train: TrainSettings) -> optax.Schedule:
 
 
 def freeze_labels(params, frozen_patterns: Sequence[str]):
-    """The tree with each leaf 'frozen' or 'trained'; patterns match whole paths.
-
-    Raises:
-      ValueError: a pattern that matches no parameter.
-    """
+    """'frozen' or 'trained' for each leaf; ValueError if a pattern matches none."""
     rules = [(pattern, FROZEN) for pattern in frozen_patterns]
     labels = trees.label(params, [*rules, (".*", TRAINED)])
     for pattern in frozen_patterns:

@@ -23,7 +23,7 @@ from pcagpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What does not change while a run trains.
+    """The parts of a training run that do not change while it trains.
 
     frozen: path patterns of parameters that are not trained; teacher: a model and its
     host variables, or None.
@@ -44,12 +44,8 @@ class Setup:
     def of(cls, settings: Settings, corpus: Corpus) -> "Setup":
         """Checks everything that can be checked before the first file is written.
 
-        Args:
-          settings: with the bands of `init.import_bands` filled in.
-          corpus: with a training and a validation split.
-
-        Raises:
-          UserError: the settings do not fit the corpus, the imports or the devices.
+        `settings` include the bands of `init.import_bands`. Raises UserError if they do
+        not fit the corpus, the imports or the devices.
         """
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -103,14 +99,7 @@ class Setup:
         return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
 
     def import_into(self, variables: dict) -> dict:
-        """The variables with the imports of `settings.init` put in.
-
-        Args:
-          variables: {'params', 'constants'}, random.
-
-        Raises:
-          UserError: an import that does not fit the model.
-        """
+        """Random variables with the imports put in; UserError if these do not fit."""
         init, config = self.settings.init, self.model.config
         if init.weights_from:
             return Run.open(init.weights_from).variables(config)
