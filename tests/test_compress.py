@@ -401,8 +401,11 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"compress.methods": "svd,nmf"}, "compress.methods holds 'nmf'"),
-        ({"compress.methods": " , "}, "compress.methods is empty"),
+        (
+            {"compress.methods": "svd,nmf"},
+            "compress.methods is 'svd,nmf': name some of svd",
+        ),
+        ({"compress.methods": " , "}, "compress.methods is ' , '"),
         ({"ranks": (33,)}, "its rank is at most 32"),
         ({"ranks": (1,)} | ONLY_IN_BANDS, "no table fits"),
         ({"model.n_layer": 5}, "model.n_layer is 5, but"),

@@ -35,16 +35,12 @@ def test_every_epoch_holds_every_window_once_in_another_order():
     assert len({tuple(order) for order in [*orders, every_start]}) == 8
 
 
-def test_order_depends_on_the_seed():
+def test_order_depends_on_the_seed_and_is_that_of_earlier_runs():
     first, second = (
-        starts(TrainingBatches(TOKENS, BLOCK, 4, seed), range(25)) for seed in (0, 1)
+        starts(TrainingBatches(TOKENS, BLOCK, 4, seed), range(2)) for seed in (0, 1)
     )
-    assert not np.array_equal(first, second)
-
-
-def test_order_is_the_one_that_earlier_runs_had():
-    order = starts(TrainingBatches(TOKENS, BLOCK, 4, seed=0), range(2))
-    assert order.tolist() == [960, 770, 310, 790, 90, 700, 280, 830]
+    assert first.tolist() == [960, 770, 310, 790, 90, 700, 280, 830]
+    assert first.tolist() != second.tolist()
 
 
 def test_batch_of_a_step_is_the_same_in_a_fresh_run_in_any_order():
@@ -55,14 +51,11 @@ def test_batch_of_a_step_is_the_same_in_a_fresh_run_in_any_order():
         np.testing.assert_array_equal(second.batch_at(step), in_order[step])
 
 
-def test_steps_far_away_can_be_reached_at_once():
+def test_any_later_step_can_be_reached_at_once_but_no_negative_step():
     batches = TrainingBatches(TOKENS, BLOCK, 4, seed=5)
     assert batches.batch_at(np.int64(10**9)).shape == (4, BLOCK + 1)
-
-
-def test_negative_step_is_refused():
     with pytest.raises(ValueError, match="step"):
-        TrainingBatches(TOKENS, BLOCK, 4, seed=0).batch_at(-1)
+        batches.batch_at(-1)
 
 
 def test_batch_larger_than_the_split_takes_windows_of_later_epochs():

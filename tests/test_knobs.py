@@ -318,7 +318,7 @@ KNOBS = {
     "compress.recover_ranks": (recovered, (4,), COMPRESS),
     "evaluate.every": (left, 2, KEPT),
     "evaluate.batch_size": (evaluation_batches, 16, {}),
-    "evaluate.max_tokens": (swept, 100, COMPRESS),
+    "evaluate.max_tokens": (swept, 320, COMPRESS),
     "sample.prompt": (samples, "The people", SAMPLE),
     "sample.tokens": (samples, 8, SAMPLE),
     "sample.count": (samples, 2, SAMPLE),

@@ -24,13 +24,13 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.join(words) for words in commands("\n".join(BLOCKS))]
 
-# Rank 128 is in the commands, so that the model must have that width.
+# The commands use rank 128, so the model needs that width.
 SMALL = TINY | {
     "model.n_embd": 128,
     "compress.methods": "svd,context",
     "compress.bands": "1,3",
 }
-# What demo.sh asks of a .venv in which everything is installed.
+# A python of .venv that answers what demo.sh asks when all packages are installed.
 INSTALLED = f"""#!/bin/sh
 [ "$1" = -m ] && [ "$2" = pip ] && exit 0
 exec '{sys.executable}' "$@"
@@ -42,7 +42,7 @@ def test_result_tables_are_those_of_the_published_results():
     assert SCRIPT["updated"](README) == README
 
 
-def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
+def test_speed_table_shows_the_numbers_of_the_benchmark(tmp_path):
     names = ("system", "model", "devices", "batch", "tokens_per_step", "rounds_ms")
     names += ("ms_per_step", "tokens_per_second", "utilisation", "peak_bytes", "steps")
     ours = "pcagpt", "D", 1, 32, 32768, 3 * [62.254], 62.254, 526_341.5, 0.4546, None
@@ -57,7 +57,7 @@ def test_figures_of_speed_are_those_of_the_benchmark(tmp_path):
     assert lines[-1].startswith("    python scripts/bench.py")
 
 
-def test_scaling_shows_each_machine_beside_the_others(tmp_path):
+def test_scaling_table_has_columns_for_each_machine(tmp_path):
     def write(gpus, commit, systems):
         rows = [
             {
@@ -101,7 +101,7 @@ def test_scaling_shows_each_machine_beside_the_others(tmp_path):
     ]
 
 
-def test_local_links_and_pictures_lead_somewhere():
+def test_local_links_and_pictures_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if "://" not in target]
     assert len(local) > 3
@@ -159,7 +159,7 @@ def runs_made(folder):
 @pytest.mark.usefixtures("quick")
 def test_every_script_of_the_readme_does_what_its_name_says(clone, compiled):
     lines = [line for line in COMMANDS if line.startswith("bash scripts/")]
-    lines.remove("bash scripts/test.sh")  # This very run.
+    lines.remove("bash scripts/test.sh")  # It runs this test.
     made = {}
     for line in lines:
         in_bash(shrunken(line), clone, compiled)
@@ -184,7 +184,7 @@ def test_every_script_of_the_readme_does_what_its_name_says(clone, compiled):
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_command_of_the_readme_runs_and_a_second_time_finds_all_done(
+def test_every_command_of_the_readme_runs_and_a_second_run_finds_nothing_to_do(
     clone, monkeypatch
 ):
     monkeypatch.chdir(clone)
@@ -192,7 +192,7 @@ def test_every_command_of_the_readme_runs_and_a_second_time_finds_all_done(
     assert len(lines) > 8
     for line in lines:
         words = shrunken(line)[3:]
-        if "--config.model.n_embd_wte=64" in words:  # A change of what is there.
+        if "--config.model.n_embd_wte=64" in words:  # It changes an existing run.
             words.append("--config.workdir=other")
         outcome = call(*words)
         assert outcome.code == 0, (line, outcome)
@@ -206,7 +206,7 @@ def test_every_command_of_the_readme_runs_and_a_second_time_finds_all_done(
     assert runs_made(clone / "other") == {"gpt_baseline", "gpt_pca_k64"}
 
 
-def test_what_the_readme_gives_for_other_machines_is_known():
+def test_other_commands_of_the_readme_are_listed_here():
     lines = {line for block in BLOCKS for line in block.splitlines() if line.strip()}
     run = {shlex.join(words) for line in lines for words in commands(line)}
     assert run == set(COMMANDS)

@@ -1,4 +1,4 @@
-"""Going on from all the weights of a run, with a teacher or without."""
+"""Training all the weights of a run further, with a teacher or without."""
 
 import json
 import re
@@ -8,60 +8,68 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from runs import (
     BANDS,
     assert_equal,
     changed,
     execute,
+    job,
     losses,
     metrics,
     quick_compiles,
     saved_state,
+    setup,
     signal_at,
     start,
-    status,
-    training,
 )
 
-from pcagpt import config as knobs
 from pcagpt import trees
+from pcagpt.config import Settings, base, validate
+from pcagpt.config.schema import DistillSettings
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.pipeline import execute as experiment
+from pcagpt.files import write_json
 from pcagpt.pipeline.plan import make_plan
-from pcagpt.run import checkpoint
-from pcagpt.run import folder as run_folder
+from pcagpt.run import checkpoint, folder
+from pcagpt.run.opened import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-RUNS = ("gpt_baseline", "gpt_pca_k8", "banded")
+
+def write_run(run_dir, record, weights):
+    """A config.json and weights as another program might write them."""
+    kept = ("model", "vocab_size", "tokenizer", "data")
+    folder.write_record(run_dir, {name: record[name] for name in kept})
+    checkpoint.save_weights(run_dir, weights)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
 def sources(finished_experiment, compiled, tmp_path_factory):
-    """Folders of finished runs: D, A at rank 8, and one of three bands."""
-    workdir = tmp_path_factory.mktemp("sources")
-    finished = Path(finished_experiment.workdir)
+    """Folders of runs: D, A at rank 8, and weights of three bands in random order."""
+    finished, banded = Path(finished_experiment.workdir), tmp_path_factory.mktemp("r")
+    config = changed(finished_experiment, task="train", arm="random", **BANDS)
     with quick_compiles(compiled):
-        banded = execute(
-            changed(
-                finished_experiment,
-                task="train",
-                arm="random",
-                workdir=str(workdir / "runs"),
-                **BANDS,
-            )
-        )
-    return {"banded": banded} | {name: finished / name for name in RUNS[:2]}
+        state, _ = start(setup(config), banded / "not there")
+    # Larger weights are worse than D, and so have something to learn from it.
+    weights = jax.tree.map(lambda leaf: 3 * np.asarray(leaf), state.variables)
+    order = np.random.default_rng(0).permutation(97).astype(np.int32)
+    weights["constants"] = {"embed": {"position_of_token": order}}
+    known = {"vocab_size": 97, "tokenizer": None}
+    record = Settings.of(config).to_dict() | known
+    return {
+        "gpt_baseline": finished / "gpt_baseline",
+        "gpt_pca_k8": finished / "gpt_pca_k8",
+        "banded": write_run(banded / "banded", record, weights),
+    }
 
 
 @pytest.fixture
 def recover(tiny_config):
-    """A function: the config that goes on from a run; all of the model is left open."""
+    """A function: the config that trains a run further; the model is left open."""
 
     def config(source, **overrides):
-        copy = knobs.base()
+        copy = base()
         for section in ("train", "data", "evaluate", "checkpoint", "telemetry"):
             copy[section] = tiny_config[section]
         copy.workdir, copy.mesh.data = tiny_config.workdir, 1
@@ -73,10 +81,6 @@ def recover(tiny_config):
     return config
 
 
-def variables(state):
-    return trees.flatten(jax.tree.map(np.asarray, state.variables))
-
-
 def refusal(config):
     """The one line with which a plan is not made or not carried out."""
     with pytest.raises(UserError) as caught:
@@ -86,119 +90,80 @@ def refusal(config):
     return str(caught.value)
 
 
-def elsewhere(source, folder, **model):
-    """A run's config and newest weights as another program might write them."""
-    weights, constants, _ = checkpoint.load_weights(source)
-    record = run_folder.read_config(source)
-    kept = {name: record[name] for name in ("vocab_size", "tokenizer", "data")}
-    run_folder.write_config(folder, kept | {"model": record["model"] | model})
-    write_weights(folder, {"params": weights, "constants": constants})
-    return folder
-
-
-def write_weights(folder, weights):
-    path = (folder / "ckpt" / "0").absolute()
-    shutil.rmtree(path, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            path, ocp.args.Composite(weights=ocp.args.StandardSave(weights))
-        )
+def elsewhere(source, run_dir, **model):
+    """A copy of a run's weights, with some model knobs in its record changed."""
+    run = Run.open(source)
+    record = run.record | {"model": run.record["model"] | model}
+    return write_run(run_dir, record, run.weights)
 
 
 # Where it starts
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["gpt_baseline", "gpt_pca_k8/ckpt/3", "banded"])
 def test_every_weight_the_token_order_and_the_loss_are_taken_over(
     name, sources, recover
 ):
-    run = training(recover(sources[name]))
-    state, _ = start(run)
-    weights, constants, _ = checkpoint.load_weights(sources[name])
-    wanted = trees.flatten({"params": weights, "constants": constants})
-    assert_equal(variables(state), wanted)
-    assert ("constants/embed/position_of_token" in wanted) == (name == "banded")
-    loss = run.validate(state).metrics["loss"]
-    assert loss == run_folder.read_result(sources[name])["val_loss"]
-
-
-def test_the_token_order_is_the_run_s_own_whatever_the_corpus_counts(
-    sources, recover, tmp_path
-):
-    source = elsewhere(sources["banded"], tmp_path / "renumbered")
-    weights, constants, _ = checkpoint.load_weights(source)
-    order = constants["embed"]["position_of_token"]
-    constants["embed"]["position_of_token"] = order[::-1].copy()
-    write_weights(source, {"params": weights, "constants": constants})
-    state, _ = start(training(recover(source)))
-    found = variables(state)["constants/embed/position_of_token"]
-    np.testing.assert_array_equal(found, order[::-1])
-
-
-def test_an_earlier_checkpoint_can_be_gone_on_from(sources, recover):
-    state, _ = start(training(recover(sources["gpt_pca_k8"] / "ckpt" / "3")))
-    wanted, _, _ = checkpoint.load_weights(sources["gpt_pca_k8"] / "ckpt" / "3")
-    assert_equal(trees.flatten(state.params), trees.flatten(wanted))
+    source, *below = name.split("/")
+    path = sources[source].joinpath(*below)
+    made = setup(recover(path))
+    state, _ = start(made, Path(made.settings.workdir) / "run")
+    found = trees.flatten(jax.tree.map(np.asarray, state.variables))
+    # The banded run has an order of its own, not that of the corpus's counts.
+    assert_equal(found, trees.flatten(Run.open(path).weights))
+    assert ("constants/embed/position_of_token" in found) == (source == "banded")
+    if name == "gpt_baseline":
+        loss = made.validation(state.variables).metrics["loss"]
+        assert loss == folder.read_result(path)["val_loss"]
 
 
 def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
     config = recover(sources["banded"], **{"model.dropout": 0.1, "train.steps": 20})
-    (job,) = make_plan(config).jobs
-    assert job.folder.name == "gpt_pca_finetune_from_" + sources["banded"].name
-    assert job.config.model.band_sizes == BANDS["model.band_sizes"]
-    assert job.config.model.band_ranks == BANDS["model.band_ranks"]
-    assert (job.config.model.n_embd, job.config.model.n_layer) == (32, 1)
-    assert (job.config.model.vocab_size, job.config.model.dropout) == (97, 0.1)
-    assert (job.config.train.steps, job.config.train.warmup_steps) == (10, 1)
-    assert job.config.train.learning_rate == pytest.approx(3e-4)
-    (job,) = make_plan(recover(sources["gpt_baseline"])).jobs
-    assert job.folder.name == "gpt_continued_from_gpt_baseline"
-    assert job.config.train.steps == 3
-
-
-def test_a_folder_of_weights_that_was_not_trained_is_trained_on(
-    sources, recover, tmp_path
-):
-    source = elsewhere(sources["banded"], tmp_path / "best")
-    config = recover(source)
-    run_dir = execute(config)
-    assert run_dir.name == "gpt_pca_finetune_from_best"
-    result = run_folder.read_result(run_dir)
-    assert (result["arm"], result["steps"]) == ("pca_finetune", 3)
-    assert result["band_ranks"] == [0, 8, 4]
-    assert result["val_loss"] < run_folder.read_result(sources["banded"])["val_loss"]
-    shutil.move(source, tmp_path / "moved" / "best")
-    assert status(recover(tmp_path / "moved" / "best")) == "done"
-
-
-def test_weights_written_anew_are_another_run(sources, recover, tmp_path):
-    source = elsewhere(sources["gpt_pca_k8"], tmp_path / "best")
-    config = recover(source)
-    execute(config)
-    weights, _, _ = checkpoint.load_weights(source)
-    write_weights(source, {"params": weights, "constants": {}})
-    with pytest.raises(UserError, match=r"imported_sha256\.weights_from \(was"):
-        status(config)
-
-
-def test_a_plan_is_described_and_nothing_written(sources, recover):
-    config = recover(sources["gpt_pca_k8"])
-    plan = make_plan(config)
-    experiment.check(plan, config)
-    (line,) = experiment.describe(plan)
-    wanted = "B gpt_pca_finetune_from_gpt_pca_k8 3 steps to do"
-    assert " ".join(line.split()) == wanted
+    further = job(config)
+    assert further.folder.name == "gpt_pca_finetune_from_banded"
+    assert further.status() == "to do"
+    model, train = further.settings.model, further.settings.train
+    assert model.band_sizes == BANDS["model.band_sizes"]
+    assert model.band_ranks == BANDS["model.band_ranks"]
+    assert (model.n_embd, model.n_layer, model.vocab_size) == (32, 1, 97)
+    assert model.dropout == 0.1
+    assert (train.steps, train.warmup_steps) == (10, 1)
+    assert train.learning_rate == pytest.approx(3e-4)
+    further = job(recover(sources["gpt_baseline"]))
+    assert further.folder.name == "gpt_continued_from_gpt_baseline"
+    assert further.settings.train.steps == 3
     assert not Path(config.workdir).exists()
 
 
-def test_runs_older_than_a_knob_count_at_its_default(tiny_config):
-    run_dir = execute(tiny_config)
-    record = run_folder.read_config(run_dir)
-    del record["init"]["weights_from"], record["distill"], record["train"]["beta1"]
-    run_folder.write_config(run_dir, record)
-    assert status(tiny_config) == "done"
-    with pytest.raises(UserError, match=r"train.beta1 \(was 0.9, now 0.5\)"):
-        status(changed(tiny_config, **{"train.beta1": 0.5}))
+@pytest.mark.parametrize("asked", ["baseline", "continued", "pca_finetune"])
+def test_the_run_decides_the_arm(asked, sources, recover):
+    def arm(source, **overrides):
+        return job(recover(sources[source], arm=asked, **overrides)).settings.arm
+
+    assert arm("gpt_baseline") == "continued"
+    assert arm("banded") == "pca_finetune"
+    teacher = {"distill.teacher": str(sources["gpt_baseline"])}
+    assert arm("banded", **teacher) == "pca_distill"
+
+
+def test_weights_of_another_program_are_trained_and_known_by_their_content(
+    sources, recover, tmp_path
+):
+    source = elsewhere(sources["banded"], tmp_path / "best")
+    run_dir = execute(recover(source, **{"train.learning_rate": 0.01}))
+    assert run_dir.name == "gpt_pca_finetune_from_best"
+    result = folder.read_result(run_dir)
+    assert (result["arm"], result["steps"]) == ("pca_finetune", 3)
+    assert result["band_ranks"] == [0, 8, 4]
+    assert result["val_loss"] < metrics(run_dir)[0]["loss"]
+    (tmp_path / "moved").mkdir()
+    moved = source.rename(tmp_path / "moved" / "best")
+    again = recover(moved, **{"train.learning_rate": 0.01})
+    assert job(again).status() == "done"
+    # The hash covers the files: saving the same weights again makes another start.
+    checkpoint.save_weights(moved, Run.open(moved).weights)
+    with pytest.raises(UserError, match=r"imported_sha256\.weights_from \(was"):
+        job(again).status()
 
 
 # With a teacher
@@ -206,122 +171,90 @@ def test_runs_older_than_a_knob_count_at_its_default(tiny_config):
 
 @pytest.fixture
 def distilled(sources, recover):
-    """A banded model that is trained on towards D's predictions."""
-    teacher = str(sources["gpt_baseline"])
+    """A banded model that learns from D's predictions and from the text."""
     return recover(
         sources["banded"],
-        **{"distill.teacher": teacher, "train.steps": 12, "train.learning_rate": 0.01},
+        **{"distill.teacher": str(sources["gpt_baseline"]), "distill.share": 0.5},
+        **{"train.steps": 12, "train.learning_rate": 0.01},
     )
 
 
-def logged(run_dir, split="train"):
-    return [line for line in metrics(run_dir) if line["split"] == split]
-
-
-def test_a_teacher_is_learnt_and_stays_as_it_is(distilled, sources):
-    before = saved_state(sources["gpt_baseline"])
-    run_dir = execute(distilled)
-    first, *_, last = logged(run_dir)
-    assert all(line["loss"] == line["kl"] for line in logged(run_dir))
-    assert 0 < last["kl"] < first["kl"]
-    assert last["cross_entropy"] > last["kl"]
-    assert_equal(saved_state(sources["gpt_baseline"]), before)
-    plain = execute(changed(distilled, overwrite=True, **{"distill.teacher": ""}))
-    assert "kl" not in logged(plain)[0]
-
-
-def test_a_teacher_is_neither_changed_by_a_step_nor_saved_with_the_run(distilled):
-    run = training(distilled)
-    state, shardings = start(run)
-    teacher = run.place_teacher(state)
-    before = jax.tree.map(np.array, teacher)
-    step = run.compile_step(state, shardings, teacher)
-    for number in range(2):
-        state, _ = step(state, run.batch(number), teacher)
-    jax.tree.map(np.testing.assert_array_equal, teacher, before)
-    shutil.rmtree(distilled.workdir)
-    names = saved_state(execute(distilled)).keys()
-    plain = changed(distilled, overwrite=True, **{"distill.teacher": ""})
-    assert names == saved_state(execute(plain)).keys()
-
-
-def test_the_share_mixes_divergence_and_cross_entropy(distilled):
-    config = changed(distilled, **{"distill.share": 0.5, "train.steps": 2})
-    (line,) = logged(execute(config))
-    mean = (line["kl"] + line["cross_entropy"]) / 2
-    assert line["loss"] == pytest.approx(mean, rel=1e-6)
-
-
-def test_a_distilled_run_resumes_bit_identical(distilled, tmp_path):
+def test_a_distilled_run_learns_from_its_teacher_and_resumes_bit_identical(
+    distilled, tmp_path
+):
     straight = changed(distilled, **{"model.dropout": 0.2, "train.accumulation": 2})
+    run_dir = execute(straight)
+    lines = [line for line in metrics(run_dir) if line["split"] == "train"]
+    for line in lines:
+        mean = (line["kl"] + line["cross_entropy"]) / 2
+        assert line["loss"] == pytest.approx(mean, rel=1e-6)
+    assert 0 < lines[-1]["kl"] < lines[0]["kl"]
     stopped = changed(straight, workdir=str(tmp_path / "stopped"))
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 1, signal.SIGTERM)
         with pytest.raises(Interrupted, match="stopped at step 2 of 6, saved"):
             execute(stopped)
-    assert status(stopped) == "resumes at step 2"
-    found, wanted = execute(stopped), execute(straight)
-    assert_equal(saved_state(found), saved_state(wanted))
-    assert metrics(found) == metrics(wanted)
+    assert job(stopped).status() == "resumes at step 2"
+    found = execute(stopped)
+    assert_equal(saved_state(found), saved_state(run_dir))
+    assert metrics(found) == metrics(run_dir)
 
 
-def test_devices_do_not_change_what_is_learnt(distilled):
-    overrides = {"mesh.data": 2, "mesh.fsdp": 4, "evaluate.batch_size": 64}
+def test_devices_do_not_change_what_is_learnt_from_a_teacher(distilled):
     wanted = losses(distilled, 2)
     shutil.rmtree(distilled.workdir)
-    assert losses(changed(distilled, **overrides), 2) == pytest.approx(wanted, rel=1e-5)
+    on_eight = changed(distilled, **{"mesh.data": 2, "mesh.fsdp": 4})
+    assert losses(on_eight, 2) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_another_teacher_or_share_is_another_run(distilled, sources):
-    execute(distilled)
+    run = job(distilled)
+    folder.write_record(run.folder, run.record())
+    write_json(run.folder / "result.json", {"status": "done"})
+    assert run.status() == "done"
+    other = str(sources["gpt_pca_k8"])
     for override, words in (
-        ({"distill.share": 0.5}, r"distill.share \(was 1.0, now 0.5\)"),
-        (
-            {"distill.teacher": str(sources["gpt_pca_k8"])},
-            r"imported_sha256.teacher \(was",
-        ),
+        ({"distill.share": 1.0}, r"distill.share \(was 0.5, now 1.0\)"),
+        ({"distill.teacher": other}, r"imported_sha256.teacher \(was"),
     ):
         with pytest.raises(UserError, match=words):
-            status(changed(distilled, **override))
-    plain = make_plan(changed(distilled, **{"distill.teacher": ""})).jobs[-1]
-    assert plain.folder.name.startswith("gpt_pca_finetune_from_")  # Not in its way.
+            job(changed(distilled, **override)).status()
+    plain = job(changed(distilled, **{"distill.teacher": ""}))
+    assert plain.folder.name.startswith("gpt_pca_finetune_from_")
     assert plain.status() == "to do"
 
 
-def test_what_a_distilled_run_needs_is_not_distilled(distilled):
-    pca = changed(distilled, arm="pca", **{"init.weights_from": ""})
-    pca = changed(pca, **{"model.n_embd_wte": 8, "distill.share": 0.5})
-    baseline, _, target = make_plan(pca).jobs
-    assert baseline.config.distill == knobs.base().distill
-    assert target.config.distill == pca.distill
+def test_the_prerequisites_of_a_distilled_run_are_not_distilled(distilled):
+    pca = {"model.n_embd_wte": 8, "init.weights_from": ""}
+    settings = Settings.of(changed(distilled, arm="pca", **pca))
+    baseline, _, target = make_plan(settings).jobs
+    assert baseline.settings.distill == DistillSettings()
+    assert target.settings.distill == settings.distill
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ({"vocab_size": 100}, "has 100 tokens, this model 97: both must have the same"),
-        ({"block_size": 8}, "reads 8 tokens at a time, this model 16: lower"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused(model, words, distilled, tmp_path):
-    copy = elsewhere(Path(distilled.distill.teacher), tmp_path / "teacher", **model)
-    record = run_folder.read_config(copy)
-    record["vocab_size"] = record["model"]["vocab_size"] or record["vocab_size"]
-    run_folder.write_config(copy, record)
-    message = refusal(changed(distilled, **{"distill.teacher": str(copy)}))
-    assert words in message
+def test_a_teacher_that_does_not_fit_is_refused(distilled, sources, tmp_path):
+    for number, (model, words) in enumerate(
+        [
+            ({"vocab_size": 100}, "100 tokens, this model 97: both must have the same"),
+            ({"block_size": 8}, "reads 8 tokens at a time, this model 16: lower"),
+            (None, "does not exist: give the folder of a run"),
+        ]
+    ):
+        copy = tmp_path / str(number)
+        if model:
+            elsewhere(sources["gpt_baseline"], copy, **model)
+            record = folder.read_record(copy)
+            known = record["model"]["vocab_size"] or record["vocab_size"]
+            folder.write_record(copy, record | {"vocab_size": known})
+        message = refusal(changed(distilled, **{"distill.teacher": str(copy)}))
+        assert words in message
 
 
-def test_no_teacher_where_one_is_named_is_refused(distilled, tmp_path):
-    teacher = str(tmp_path / "nothing")
-    message = refusal(changed(distilled, **{"distill.teacher": teacher}))
-    assert "nothing does not exist: give the folder of a run" in message
-
-
-def test_an_experiment_has_no_teacher(tiny_config):
-    config = changed(tiny_config, task="experiment", **{"distill.teacher": "x"})
-    with pytest.raises(UserError, match="distill.teacher is set: the models of an exp"):
-        knobs.validate(config)
+def test_an_experiment_starts_from_no_run_and_has_no_teacher(tiny_config):
+    for knob in ("distill.teacher", "init.weights_from"):
+        config = changed(tiny_config, task="experiment", **{knob: "x"})
+        with pytest.raises(UserError, match=rf"{knob} is set"):
+            validate(Settings.of(config))
 
 
 # What does not fit
@@ -341,25 +274,11 @@ def test_an_experiment_has_no_teacher(tiny_config):
         ({"arm": "pca"}, "set for arm pca: "),
     ],
 )
-def test_what_contradicts_the_run_is_refused(override, words, sources, recover):
+def test_settings_that_contradict_the_run_are_refused(
+    override, words, sources, recover
+):
     message = refusal(recover(sources["gpt_pca_k8"], **override))
     assert re.search(words, message), message
-
-
-def test_an_experiment_goes_on_from_no_run(sources, recover):
-    with pytest.raises(UserError, match="init.weights_from is set for an experiment"):
-        knobs.validate(recover(sources["gpt_pca_k8"], task="experiment"))
-
-
-@pytest.mark.parametrize("asked", ["baseline", "continued", "pca_finetune"])
-def test_the_run_decides_what_it_is_trained_on_as(asked, sources, recover):
-    (job,) = make_plan(recover(sources["gpt_baseline"], arm=asked)).jobs
-    assert job.config.arm == "continued"
-    (job,) = make_plan(recover(sources["banded"], arm=asked)).jobs
-    assert job.config.arm == "pca_finetune"
-    teacher = {"distill.teacher": str(sources["gpt_baseline"])}
-    (job,) = make_plan(recover(sources["banded"], arm=asked, **teacher)).jobs
-    assert job.config.arm == "pca_distill"
 
 
 @pytest.mark.parametrize(
@@ -399,11 +318,11 @@ def test_weights_of_another_model_than_the_config_says_are_refused(
 def test_tokens_of_another_tokenizer_are_refused(sources, recover, tmp_path):
     source = elsewhere(sources["gpt_pca_k8"], tmp_path / "best")
     known = {"tokenizer": "gpt2", "vocab_size": 5000}
-    run_folder.write_config(source, run_folder.read_config(source) | known)
+    folder.write_record(source, folder.read_record(source) | known)
     config = recover(source)
     corpus = Path(shutil.copytree(config.data.source, tmp_path / "corpus"))
     meta = {"vocab_size": 4096, "tokenizer": "sotu4096"}
     (corpus / "meta.json").write_text(json.dumps(meta))
     message = refusal(changed(config, **{"data.source": str(corpus)}))
-    assert "in tokens of sotu4096" in message
+    assert "has tokens of sotu4096" in message
     assert "knows those of gpt2" in message

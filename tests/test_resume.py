@@ -18,13 +18,14 @@ from runs import (
     execute,
     job,
     metrics,
+    overrides,
     quick_environment,
     saved_state,
     signal_at,
     without_timings,
 )
 
-from pcagpt.config import KNOBS, Settings, override
+from pcagpt.config import Settings
 from pcagpt.errors import Interrupted
 from pcagpt.factorize import BandFactors, FactorizedTable
 from pcagpt.factorize.files import write_bands
@@ -191,14 +192,9 @@ def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tm
     )
     killed = changed(straight, workdir=str(tmp_path / "killed"))
     killed_dir = job(killed).folder
-    overrides = [
-        override(path, value)
-        for path, value in Settings.of(killed).flat().items()
-        if value != KNOBS[path].default
-    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "pcagpt.main", "--config=configs/baseline.py"]
-        + overrides,
+        + overrides(killed),
         cwd=REPOSITORY,
         env=quick_environment(compiled),
         stderr=subprocess.PIPE,

@@ -70,23 +70,23 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "spl')
     with start(tmp_path, resume_step=2) as log:
-        log.log(2, 128, "val", {"loss": 9.0})  # measured before it was stopped
+        log.log(2, 128, "val", {"loss": 9.0})  # logged already
         log.log(3, 192, "train", {"loss": 3.5})
     lines = [f"{e['step']} {e['split']} {e['loss']}" for e in read_lines(tmp_path)]
     assert lines == ["1 train 1.0", "2 train 2.0", "2 val 9.0", "3 train 3.5"]
-    # TensorBoard is told to forget what it has from step 3 on.
+    # TensorBoard drops what it has from step 3 on.
     sessions = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
     assert sessions == [0, 3]
 
 
-def test_a_new_run_in_an_old_folder_begins_anew(tmp_path):
+def test_a_new_run_in_an_old_folder_replaces_its_metrics(tmp_path):
     for loss in (1.0, 2.0):
         with start(tmp_path, tensorboard=False) as log:
             log.log(1, 64, "train", {"loss": loss})
     assert [line["loss"] for line in read_lines(tmp_path)] == [2.0]
 
 
-def test_text_figures_and_hyperparameters_lie_in_the_same_folder(tmp_path):
+def test_text_figures_and_hyperparameters_go_to_the_same_folder(tmp_path):
     figure = Figure((2, 1), dpi=50)
     figure.subplots().plot([1, 2], [3, 4])
     with start(tmp_path) as log:
@@ -121,7 +121,7 @@ def test_only_the_first_process_records_and_shows(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_folder_holds_only_what_was_asked_for(tmp_path):
+def test_without_tensorboard_a_folder_holds_only_metrics(tmp_path):
     with start(tmp_path, tensorboard=False) as log:
         log.text("config", "text")
         assert not list(tmp_path.iterdir())
@@ -144,7 +144,7 @@ def wandb_home(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, wandb_home):
+def test_wandb_logs_offline_and_continues_the_same_run(tmp_path, wandb_home):
     run = tmp_path / "run"
     with start(run, wandb=True, wandb_project="project-of-the-test") as log:
         log.log(1, 64, "train", {"loss": 1.5})
@@ -162,7 +162,9 @@ def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, wandb_home):
     assert [line["step"] for line in read_lines(run)] == [1, 1, 2]
 
 
-def test_wandb_without_an_account_is_one_clear_line(tmp_path, wandb_home, monkeypatch):
+def test_wandb_without_an_account_is_refused_in_one_line(
+    tmp_path, wandb_home, monkeypatch
+):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "")
     with pytest.raises(UserError, match=r"W&B did not start.*WANDB_MODE=offline") as e:
@@ -193,7 +195,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_sparse_lines_with_all_that_matters(clock, capsys):
+def test_a_log_file_gets_few_lines_with_all_readings(clock, capsys):
     with Progress("D gpt_baseline", total=2000, start=1000) as bar:
         clock.now += 30  # compilation
         for step in range(1001, 2001):
@@ -257,7 +259,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     assert "\x1b" not in sys.stderr.getvalue()
 
 
-def test_tracked_items_are_counted_when_they_have_been_used(clock):
+def test_tracked_items_are_counted_after_their_use(clock):
     with Progress("label", total=5, start=3) as bar:
         steps = [(item, bar.step) for item in bar.track("ab")]
     assert steps == [("a", 3), ("b", 4)]

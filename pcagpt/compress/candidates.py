@@ -61,19 +61,17 @@ class Candidate:
 
     def row(self, scores: SwapScores) -> dict[str, Any]:
         """The row of the candidate in sweep.json, still without a prediction."""
-        measured = scores._asdict()
         return {
             **dataclasses.asdict(self.recipe),
             "band_sizes": self.table.sizes,
             "band_ranks": self.table.ranks,
             "params": self.table.parameters,
             "bytes": self.bytes,
-            "added_loss": measured.pop("added_loss"),
             "predicted_loss": None,
             "is_anchor": False,
             "second_order_head": self.second_order.head,
             "second_order_input": self.second_order.input,
-            **measured,
+            **scores._asdict(),
             "seconds": self.seconds,
         }
 

@@ -77,20 +77,11 @@ class TableSwap:
             sums = self._score(self._variables, table, self._decile_V, *placed)
             sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
-        own, added_input, added_head, added, kl, same, count = total["scalars"]
-        by_decile, in_decile = total["deciles"]
-        return SwapScores(
-            own / count,
-            added / count,
-            added_input / count,
-            added_head / count,
-            kl / count,
-            same / count,
-            [
-                float(total / number) if number else None
-                for total, number in zip(by_decile, in_decile, strict=True)
-            ],
-        )
+        by_decile = zip(*total.pop("deciles"), strict=True)
+        count = total.pop("count")
+        means = {name: float(value / count) for name, value in total.items()}
+        decile_means = [float(a / n) if n else None for a, n in by_decile]
+        return SwapScores(**means, added_loss_by_decile=decile_means)
 
 
 def _score(
@@ -128,25 +119,27 @@ def _score(
         )
         kl_n = (expected_n1 - own_normaliser_n1 + both_normaliser_n1)[:, 0]
         same_n = own_nV.argmax(axis=1) == both_nV.argmax(axis=1)
-        scalars = [
-            own_n,
-            predict(swapped_nD, tables[0])[2] - own_n,
-            predict(own_nD, tables[1])[2] - own_n,
-            both_n - own_n,
-            jnp.where(counted_n, kl_n, 0),
-            counted_n & same_n,
-            counted_n,
-        ]
+        scalars = {
+            "loss": own_n,
+            "added_loss": both_n - own_n,
+            "added_loss_input": predict(swapped_nD, tables[0])[2] - own_n,
+            "added_loss_head": predict(own_nD, tables[1])[2] - own_n,
+            "kl": jnp.where(counted_n, kl_n, 0),
+            "top1_agreement": counted_n & same_n,
+            "count": counted_n,
+        }
         in_decile_nE = counted_n[:, None] & (
             decile_V[target_n1] == jnp.arange(DECILES)[None]
         )
         by_decile_E = jnp.sum(jnp.where(in_decile_nE, (both_n - own_n)[:, None], 0), 0)
-        found = {
-            "scalars": jnp.stack([jnp.sum(a, dtype=jnp.float32) for a in scalars]),
-            "deciles": jnp.stack([by_decile_E, in_decile_nE.sum(0, dtype=jnp.float32)]),
-        }
+        found = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
+        in_decile_E = in_decile_nE.sum(0, dtype=jnp.float32)
+        found["deciles"] = jnp.stack([by_decile_E, in_decile_E])
         return jax.tree.map(jnp.add, sums, found), None
 
-    zeros = {"scalars": jnp.zeros(7), "deciles": jnp.zeros((2, DECILES))}
+    names = [*SwapScores._fields[:-1], "count"]
+    zeros = {name: jnp.zeros(()) for name in names} | {
+        "deciles": jnp.zeros((2, DECILES))
+    }
     arrays = (own_ND, swapped_ND, targets_BT.reshape(-1))
     return scan_chunks(chunk, zeros, chunks, *arrays)[0]

@@ -12,7 +12,7 @@ from pcagpt.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pattern with possessive quantifiers: it finds the same pieces faster.
+# GPT-2's pattern with possessive quantifiers: the same pieces without backtracking.
 GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )

@@ -87,13 +87,10 @@ def allocate_ranks(
       spectra: squared singular values of each band, descending.
       sizes: number of tokens in each band.
       width: D.
-      budget: number of values that may be stored.
+      budget: number of stored values; ValueError if too small for rank 1 everywhere.
 
     Returns:
       (rank of each band, 0 for full width; error per value that the last rank removed).
-
-    Raises:
-      ValueError: the budget is too small for rank 1 in every band.
     """
     ranks = [1] * len(sizes)
     left = budget - sum(size + width for size in sizes)
@@ -150,11 +147,9 @@ def banded(
       table_VD: the table.
       weighting: of any method.
       count: number of bands to start from.
-      budget: number of values that may be stored, including scales and token order.
+      budget: number of stored values, including scales and token order; ValueError if
+        too small for that many bands.
       split: as for `truncate`.
-
-    Raises:
-      ValueError: the budget is too small for that many bands.
     """
     vocab_size, width = table_VD.shape
     weights_V = weighting.token_weights

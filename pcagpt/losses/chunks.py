@@ -18,14 +18,8 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
     the leading axis is split over devices. `chunks` is lowered to the nearest divisor
     of the rows on each device, or of N if the devices cannot share N evenly.
 
-    Args:
-      function: (carry, tuple of chunks [n, ...]) -> (carry, outputs [n, ...]).
-      carry: the first carry.
-      chunks: the limit.
-      *arrays_N: arrays with leading axis N.
-
-    Returns:
-      The last carry, and the outputs with leading axis N, in the order of the input.
+    `function` maps (carry, tuple of chunks [n, ...]) to (carry, outputs [n, ...]).
+    Returns the last carry, and the outputs [N, ...] in the order of the input.
     """
     count = arrays_N[0].shape[0]
     own_rows, remainder = divmod(count, device_count())
@@ -72,7 +66,6 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
         def chunk(total, inputs):
             h_nD, *arrays_n = inputs
             sums, (of_h_nD, of_head) = function(h_nD, head, constants, *arrays_n)
-
             found = sums, of_head
             total = jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found)
             return total, of_h_nD

@@ -158,7 +158,7 @@ def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ..
 
 def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
-    # Without the barrier, XLA would split the two products at the seams again.
+    # The barrier makes XLA join the gradients once, for both products.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 

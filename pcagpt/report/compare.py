@@ -118,7 +118,7 @@ def verdict(
 
 
 def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers each question at each rank where both arms have a run of the same seed."""
+    """Answers each question at each rank that has runs of both arms with one seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
         for name, question in QUESTIONS.items():

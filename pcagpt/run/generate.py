@@ -42,8 +42,8 @@ def generate(
     others, so the model reads the whole window each time.
 
     Args:
-      model: any GPT, factorized or not.
-      variables: of the model; matrices are cast to its compute dtype.
+      model: a GPT.
+      variables: its variables; matrices are cast to its compute dtype.
       prompt: int32, at least one token id.
       samples: B, the number of continuations of the prompt.
       seed: the same seed draws the same tokens.
