@@ -350,6 +350,4 @@ for _ in range(2):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[1] - faults[0])
 """
-    assert (
-        int(python("-c", script).stdout) < 100
-    )  # 65,536 if not kept
+    assert int(python("-c", script).stdout) < 100  # 65,536 if not kept
