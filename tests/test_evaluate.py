@@ -297,6 +297,20 @@ def test_on_the_validation_split_it_is_the_loss_of_the_run_s_result(run, asked):
     assert found["tokens_predicted"] == wanted["protocol"]["tokens_predicted"]
 
 
+def test_max_tokens_predicts_the_first_tokens_and_writes_a_file_of_its_own(asked):
+    config = asked(**{"evaluate.max_tokens": 48})  # Three windows.
+    run_dir, found = Path(config.model_path), evaluate(config)
+    assert found["tokens_predicted"] == found["protocol"]["tokens_predicted"] == 48
+    losses, targets = np.load(run_dir / "val_window_losses.npy")[:3].sum(axis=0)
+    assert (found["loss"], targets) == (pytest.approx(losses / 48, rel=1e-6), 48)
+    assert found["loss"] != evaluate(asked())["loss"]
+    names = {path.name for path in run_dir.glob("evaluation_*_step6.json")}
+    assert {name.split("_val")[1] for name in names} == {
+        "_first48_step6.json",
+        "_step6.json",
+    }
+
+
 def test_each_corpus_split_and_step_has_a_file_beside_the_run(asked, tmp_path):
     source = write_corpus(tmp_path / "other", vocab_size=50)
     wanted = {

@@ -27,15 +27,20 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def process(*arguments, cache=None, **environment):
-    """Runs the command line in a process of its own."""
+def python(*arguments, cache=None, modules=ROOT):
+    """Runs Python in a process of its own; `modules` come first in imports."""
     return subprocess.run(
-        [sys.executable, "-m", "pcagpt.main", *map(str, arguments)],
-        env=quick_environment(cache) | environment,
+        [sys.executable, *arguments],
+        env=quick_environment(cache) | {"PYTHONPATH": f"{modules}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def process(*arguments, **options):
+    """Runs the command line in a process of its own."""
+    return python("-m", "pcagpt.main", *map(str, arguments), **options)
 
 
 # Help.
@@ -249,16 +254,16 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
 
 def test_help_and_mistakes_end_a_process_before_jax_is_imported(tmp_path):
     (tmp_path / "jax.py").write_text("raise RuntimeError('jax is imported')")
-    asked = process("--help", PYTHONPATH=str(tmp_path))
+    asked = process("--help", modules=tmp_path)
     assert (asked.returncode, asked.stderr) == (0, "")
-    mistaken = process(DEMO, "--config.train.steps=abc", PYTHONPATH=str(tmp_path))
+    mistaken = process(DEMO, "--config.train.steps=abc", modules=tmp_path)
     assert (mistaken.returncode, mistaken.stdout) == (2, "")
     assert re.fullmatch("pcagpt: train.steps is 'abc': .*\n", mistaken.stderr)
 
 
 def test_a_bug_ends_a_process_with_exit_code_1_and_a_traceback(tmp_path):
     (tmp_path / "ml_collections.py").write_text("raise RuntimeError('a bug')")
-    ended = process(DEMO, PYTHONPATH=str(tmp_path))
+    ended = process(DEMO, modules=tmp_path)
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
 
@@ -270,8 +275,7 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(corpus_folder, tm
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "except BaseException:\n    pass\n"
     )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    ended = process(*tiny("baseline.py", corpus_folder), PYTHONPATH=path)
+    ended = process(*tiny("baseline.py", corpus_folder), modules=tmp_path)
     assert ended.returncode == 1
     assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
     assert ended.stdout == ""
@@ -296,13 +300,9 @@ for given in ({}, {"JAX_COMPILATION_CACHE_DIR": "/x"}):
     logging.getLogger("pcagpt").handlers[1:] = []
 logging.getLogger("pcagpt.run").warning("a file is damaged")
 """
-    command = [sys.executable, "-c", script]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    ended = python("-c", script)
     assert ended.stdout.split() == ["cache/pcagpt/compilation", "/x"]
     assert ended.stderr == "pcagpt: a file is damaged\n"
-
-
-GLIBC = ("MALLOC_", "GLIBC_TUNABLES")  # names of its variables begin so
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_memory_is_kept_unless_glibc_or_the_person_objects(
             calls.append(arguments)
             return accepted
 
-    for name in [name for name in os.environ if name.startswith(GLIBC)]:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv(variable, "4")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
@@ -335,8 +335,9 @@ def test_memory_is_kept_unless_glibc_or_the_person_objects(
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_memory_of_one_step_serves_the_next():
     script = """
-import ctypes, resource
+import ctypes, os, resource
 from pcagpt import main
+os.environ.clear()
 main._keep_freed_memory()
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype = ctypes.c_void_p
@@ -349,6 +350,6 @@ for _ in range(2):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[1] - faults[0])
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(GLIBC)}
-    faults = subprocess.check_output([sys.executable, "-c", script], env=environment)
-    assert int(faults) < 100  # 65,536 where the memory is given back.
+    assert (
+        int(python("-c", script).stdout) < 100
+    )  # 65,536 if not kept

@@ -237,7 +237,7 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "compress: validation tokens to measure a table on; 0: all, on a CPU 32768",
+        "evaluate, compress: tokens to predict; 0: all, but compress on a CPU 32768",
         at_least(0),
     )
 

@@ -17,6 +17,8 @@ from pcagpt.telemetry.progress import Progress
 def evaluate(settings: Settings) -> dict:
     """Evaluates `model_path` on `split`; writes the result beside the run.
 
+    `evaluate.max_tokens` cuts the split; the file then has another name.
+
     The corpus is the run's own unless `data.source` names another.
 
     Raises:
@@ -35,6 +37,7 @@ def evaluate(settings: Settings) -> dict:
         settings.split,
         settings.evaluate.batch_size,
         settings.train.loss_chunks,
+        settings.evaluate.max_tokens,
     )
     variables = run.variables(model.config)
     variables = jax.device_put(variables, placement.shardings(variables, mesh))
@@ -50,6 +53,8 @@ def evaluate(settings: Settings) -> dict:
     }
     if jax.process_index() == 0:
         corpus_name = re.sub(r"[^\w.-]+", "_", corpus.name)
-        name = f"evaluation_{corpus_name}_{settings.split}_step{run.step}.json"
+        tokens = settings.evaluate.max_tokens
+        part = f"{settings.split}_first{tokens}" if tokens else settings.split
+        name = f"evaluation_{corpus_name}_{part}_step{run.step}.json"
         write_json(run.folder / name, result)
     return result

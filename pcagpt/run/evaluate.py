@@ -57,16 +57,30 @@ class Evaluator:
         split: str,
         batch_size: int,
         chunks: int,
+        max_tokens: int = 0,
     ):
-        """Opens the split; computes `batch_size` windows at a time, logits in `chunks`.
+        """Opens the split.
+
+        Args:
+          model: full or factorized.
+          mesh: of devices.
+          corpus: with ids that the model knows.
+          split: 'train', 'val' or 'test'.
+          batch_size: windows at a time.
+          chunks: number of parts that logits are computed in.
+          max_tokens: predict only this many tokens, the first ones; 0: all.
 
         Raises:
           UserError: the corpus lacks the split, or the mesh cannot split the batch.
         """
         placement.check_divisible("evaluate.batch_size", batch_size, mesh)
-        window = model.config.block_size
-        self.batches = EvaluationBatches(corpus.tokens(split), window, batch_size)
-        self._text = corpus.text_size(split)
+        window, tokens = model.config.block_size, corpus.tokens(split)
+        is_cut = 0 < max_tokens < len(tokens) - 1
+        if is_cut:
+            tokens = tokens[: max_tokens + 1]  # The first token is not predicted.
+        self.batches = EvaluationBatches(tokens, window, batch_size)
+        # Words and bytes are counted for whole splits only.
+        self._text = None if is_cut else corpus.text_size(split)
         score = functools.partial(score_tokens, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
         self._sharding = placement.batch_sharding(mesh)
@@ -76,14 +90,14 @@ class Evaluator:
             "window": window,
             "stride": window,
             "windows": self.batches.window_count,
-            "tokens_predicted": len(corpus.tokens(split)) - 1,
+            "tokens_predicted": len(tokens) - 1,
             "corpus": corpus.name,
             "tokenizer": tokenizer,
             "tokenizer_sha256": tokenizer and tokenizer_sha256(tokenizer),
         }
 
     def __call__(self, variables: dict, progress: Progress | None = None) -> Evaluation:
-        """Evaluates {'params', 'constants'} on the whole split.
+        """Evaluates {'params', 'constants'} on all tokens.
 
         Returns:
           Metrics loss (nats per token), perplexity, word_perplexity and bits_per_byte

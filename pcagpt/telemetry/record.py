@@ -21,7 +21,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # A killed run can leave half a line.
-            entries.append(json.loads(line))
+            entry = json.loads(line)
+            # Half a line can be JSON, too, as the number at its end.
+            if isinstance(entry, dict) and {"step", "tokens", "split"} <= entry.keys():
+                entries.append(entry)
     return entries
 
 
