@@ -58,9 +58,9 @@ def times(value: Any) -> str:
     return f"{fixed(value, 2)}×".replace(f"{NOTHING}×", NOTHING)
 
 
-def percent(value: Any, places: int = 1) -> str:
+def percent(value: Any) -> str:
     """0.8245 → '82.5%'."""
-    return f"{fixed(100 * value, places)}%" if fixed(value) != NOTHING else NOTHING
+    return f"{fixed(100 * value, 1)}%" if fixed(value) != NOTHING else NOTHING
 
 
 def duration(seconds: float | None) -> str:
