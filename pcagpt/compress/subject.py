@@ -74,19 +74,14 @@ class Subject:
         return Compressor(self.table_VD, self.statistics, split)
 
     @functools.cached_property
-    def evaluated_tokens(self) -> int | None:
-        """Number of validation tokens to evaluate on; None: all."""
-        asked = self.settings.evaluate.max_tokens
-        return asked if 0 < asked < len(self.corpus.tokens("val")) - 1 else None
-
-    @functools.cached_property
     def batches(self) -> EvaluationBatches:
-        """The validation split, or its first `evaluated_tokens` targets."""
-        tokens = self.corpus.tokens("val")
-        if self.evaluated_tokens:  # The first token is not a target.
-            tokens = tokens[: self.evaluated_tokens + 1]
-        batch_size = self.settings.evaluate.batch_size
-        return EvaluationBatches(tokens, self.model.config.block_size, batch_size)
+        """The validation split, or its first `evaluate.max_tokens` targets."""
+        return EvaluationBatches(
+            self.corpus.tokens("val"),
+            self.model.config.block_size,
+            self.settings.evaluate.batch_size,
+            self.settings.evaluate.max_tokens,
+        )
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""

@@ -183,7 +183,7 @@ def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
         )
     compress = settings.compress
     tried = recipes(*shape, methods, ranks, compress.bands, compress.bits)
-    if all(recipe.method == BASELINE for recipe in tried):
+    if all(recipe.method == BASELINE or recipe.bits < 32 for recipe in tried):
         raise UserError(
             "ranks are too small for compress.bands: no table fits; raise the ranks, "
             "or try fewer bands"
@@ -244,8 +244,8 @@ def _protocol(subject: Subject) -> dict[str, Any]:
         "compute_dtype": model.compute_dtype,
         "singular_value_split": settings.factorize.singular_value_split,
     }
-    if subject.evaluated_tokens:  # Absent if all tokens count, as in older files.
-        protocol["evaluated_tokens"] = subject.evaluated_tokens
+    if subject.batches.is_cut:  # Absent if all tokens count, as in older files.
+        protocol["evaluated_tokens"] = subject.batches.target_count
     return protocol
 
 

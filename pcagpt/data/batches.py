@@ -57,21 +57,31 @@ class EvaluationBatches:
 
     Iterating yields (inputs, targets), both int32 [B, T]. Every token of the split
     after the first is a target exactly once. The padding at the end of the last window
-    and of the last batch has the target -1 and the input 0.
+    and of the last batch has the target -1 and the input 0. With `max_tokens` only
+    that many tokens are targets, the first ones.
 
     Raises:
       UserError: the split has fewer than two tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        max_tokens: int = 0,
+    ):
         if len(tokens) < 2:
             raise UserError(
                 f"the split has {len(tokens)} tokens: at least 2 are needed to predict "
                 "one from the other"
             )
-        self._tokens = tokens
+        self.is_cut = 0 < max_tokens < len(tokens) - 1
+        # The first token is not a target.
+        self._tokens = tokens[: max_tokens + 1] if self.is_cut else tokens
         self._block_size, self._batch_size = block_size, batch_size
-        self.window_count = -(-(len(tokens) - 1) // block_size)
+        self.target_count = len(self._tokens) - 1
+        self.window_count = -(-self.target_count // block_size)
 
     def __len__(self) -> int:
         """Number of batches."""

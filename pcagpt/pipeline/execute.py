@@ -78,18 +78,18 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
     """
     check(plan, settings)
     _say(*describe(plan))
-    needed, to_be_made = _needed(plan), set()
+    needed, checked = _needed(plan), {}
     for job, status in needed.items():
-        if status != DONE or job.sources & to_be_made:
-            job.check(to_be_made)
-            to_be_made.add(job.folder)
+        if status != DONE or job.sources & checked.keys():
+            checked[job.folder] = job.check(set(checked))
     for job in needed:
         # New runs are compared with finished ones: both must have the same tokens.
-        if to_be_made and isinstance(job, TrainJob) and job.folder not in to_be_made:
+        if checked and isinstance(job, TrainJob) and job.folder not in checked:
             job.check_corpus()
     for job in needed:
-        if job.folder in to_be_made:
-            job.run()
+        if job.folder in checked:
+            # Dropped after its run: a teacher's weights take memory.
+            job.run(checked.pop(job.folder))
     if plan.reported and jax.process_index() == 0:
         workdir = Path(settings.workdir)
         results = collect_results(workdir, plan.reported, command)

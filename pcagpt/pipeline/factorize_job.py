@@ -127,7 +127,7 @@ class FactorizeJob:
                 )
         self._given_statistics(shape[0])
 
-    def run(self) -> None:
+    def run(self, _: None = None) -> None:
         """Writes the files on the first process; every process calibrates."""
         self.check(set())
         run = None if self._is_bare_table else Run.open(self.source)

@@ -93,10 +93,11 @@ class TrainJob:
         """Raises UserError if the model does not fit the vocabulary or the device."""
         build_config(self.settings.model, vocab_size)
 
-    def check(self, to_be_made: set[Path]) -> None:
+    def check(self, to_be_made: set[Path]) -> Setup | None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
 
         Imports from `to_be_made`, the folders of earlier jobs, cannot be checked yet.
+        Without such imports it returns what `run` trains with.
         """
         settings = self.settled()
         left_out: dict[str, Any] = {
@@ -112,8 +113,9 @@ class TrainJob:
                 "init.import_wte_freeze": False,
                 "init.import_scale_matrices_freeze": False,
             }
-        Setup.of(settings.replace(left_out), self.corpus())
+        setup = Setup.of(settings.replace(left_out), self.corpus())
         self.check_corpus()
+        return None if left_out else setup
 
     def check_corpus(self) -> None:
         """Raises UserError if the run was trained on other tokens."""
@@ -127,15 +129,18 @@ class TrainJob:
                 f"another --config.workdir, or delete {self.folder}"
             )
 
-    def run(self) -> None:
-        """Trains, from the newest checkpoint if there is one."""
-        corpus, is_new = self.corpus(), self.status() == TO_DO
-        setup = Setup.of(self.settled(), corpus)
+    def run(self, checked: Setup | None = None) -> None:
+        """Trains, from the newest checkpoint if there is one.
+
+        `checked` is the result of `check`.
+        """
+        is_new = self.status() == TO_DO
+        setup = checked or Setup.of(self.settled(), self.corpus())
         record = {
             **self.record(),
             "vocab_size": setup.model.config.vocab_size,
-            "tokenizer": corpus.tokenizer,
-            "corpus_sha256": corpus.fingerprint(),
+            "tokenizer": setup.corpus.tokenizer,
+            "corpus_sha256": setup.corpus.fingerprint(),
         }
         if jax.process_index() == 0:
             if is_new and (self.folder / "config.json").exists():

@@ -75,12 +75,9 @@ class Evaluator:
         """
         placement.check_divisible("evaluate.batch_size", batch_size, mesh)
         window, tokens = model.config.block_size, corpus.tokens(split)
-        is_cut = 0 < max_tokens < len(tokens) - 1
-        if is_cut:
-            tokens = tokens[: max_tokens + 1]  # The first token is not predicted.
-        self.batches = EvaluationBatches(tokens, window, batch_size)
+        self.batches = EvaluationBatches(tokens, window, batch_size, max_tokens)
         # Words and bytes are counted for whole splits only.
-        self._text = None if is_cut else corpus.text_size(split)
+        self._text = None if self.batches.is_cut else corpus.text_size(split)
         score = functools.partial(score_tokens, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
         self._sharding = placement.batch_sharding(mesh)
@@ -90,7 +87,7 @@ class Evaluator:
             "window": window,
             "stride": window,
             "windows": self.batches.window_count,
-            "tokens_predicted": len(tokens) - 1,
+            "tokens_predicted": self.batches.target_count,
             "corpus": corpus.name,
             "tokenizer": tokenizer,
             "tokenizer_sha256": tokenizer and tokenizer_sha256(tokenizer),
