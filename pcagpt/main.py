@@ -83,6 +83,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         # Imported here because this takes seconds: mistakes are reported before.
         import jax
 
+        from pcagpt.compress.effort import decide_effort
         from pcagpt.compress.sweep import compress
         from pcagpt.pipeline import execute
         from pcagpt.pipeline.evaluate import evaluate
@@ -99,6 +100,8 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         )
     lines: list[str] = []
     if print_only:
+        if settings.task == "compress":  # Shows the values that 0 and empty stand for.
+            settings = decide_effort(settings, jax.default_backend())
         lines = [command_line.listing(settings), ""]
         if settings.task in TASKS_OF_A_MODEL:
             run_dir, step = checkpoint.find(settings.model_path)

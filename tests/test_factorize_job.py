@@ -286,7 +286,7 @@ def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
         with pytest.raises(UserError, match="holds none: name their file as"):
             other.check(set())
     write_statistics(tmp_path / "statistics.npz", 96, 32)
-    with pytest.raises(UserError, match="statistics of 96 tokens, .* has 97"):
+    with pytest.raises(UserError, match=r"a table \(96, 32\), .* is \(97, 32\)"):
         named.check(set())
     assert not job.folder.exists()
     write_statistics(tmp_path / "statistics.npz", 97, 32)

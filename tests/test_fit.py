@@ -61,8 +61,22 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
         }
     )
     assert decide_effort(explicit, "cpu") == explicit
-    recovering = Settings().replace({"compress.recover_ranks": (8,)})
-    assert decide_effort(recovering, "cpu").evaluate.max_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"compress.recover_ranks": (8,)},
+        {"compress.max_added_loss": 0.1},
+        {"compress.max_bytes": 1000},
+        {"compress.methods": "kl"},
+        {"compress.calibration_tokens": 7},
+    ],
+    ids=str,
+)
+def test_a_sweep_with_a_choice_is_evaluated_on_the_whole_split(choice):
+    chosen = decide_effort(Settings().replace(choice), "cpu")
+    assert chosen.evaluate.max_tokens == 0
 
 
 # Predictions

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from pcagpt.config import Settings
+from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.factorize import METHODS
 
 
@@ -26,12 +27,16 @@ CPU = Effort("svd,context", (1, 7), 32_768, 32_768)
 def decide_effort(settings: Settings, platform: str) -> Settings:
     """Fills in the knobs that are 0 or empty, for 'cpu' or another platform.
 
-    With `compress.recover_ranks`, the sweep evaluates all tokens, because its report
-    compares it with training results, which are measured on the whole split.
+    Only a sweep that leaves all of them open evaluates a part of the split. Otherwise
+    the person has chosen what to measure, or a table must keep a bound, or the sweep is
+    compared with trained models: all of these count on the whole split.
     """
     automatic = CPU if platform == "cpu" else GPU
     compress, evaluate = settings.compress, settings.evaluate
-    max_tokens = 0 if compress.recover_ranks else automatic.max_tokens
+    is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
+    has_bound = any(getattr(compress, name) for name in COMPRESS_BOUNDS)
+    is_first_look = is_open and not has_bound and not compress.recover_ranks
+    max_tokens = automatic.max_tokens if is_first_look else 0
     return settings.replace(
         {
             "compress.methods": compress.methods or automatic.methods,

@@ -145,7 +145,9 @@ def _fit(
         else:
             chosen = fit.within_bytes(bound, [32, *compress.bits])
     if chosen is None:
-        raise UserError(f"no table fits compress.{name} = {bound}: raise it")
+        enough = {"max_params": sum(shape), "max_bytes": FLOAT_BYTES * sum(shape)}
+        hint = f" to {enough[name]} or more" if name in enough else ""
+        raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
         origin = dataclasses.asdict(candidate.recipe)

@@ -237,7 +237,8 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: tokens to predict; 0: all, but compress on a CPU 32768",
+        "evaluate, compress: tokens to predict; 0: all (the default sweep on a CPU: "
+        "32768)",
         at_least(0),
     )
 

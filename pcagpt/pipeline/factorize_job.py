@@ -125,7 +125,7 @@ class FactorizeJob:
                     f"ranks holds {rank}: the table of {self.source} is {shape}, its "
                     f"rank is at most {min(shape)}"
                 )
-        self._given_statistics(shape[0])
+        self._given_statistics(shape)
 
     def run(self, _: None = None) -> None:
         """Writes the files on the first process; every process calibrates."""
@@ -136,7 +136,7 @@ class FactorizeJob:
             tokens = {"compress.calibration_tokens": self._calibration_tokens}
             statistics = Subject.of(run, self.settings.replace(tokens)).statistics
         else:
-            statistics = self._given_statistics(len(table_VD))
+            statistics = self._given_statistics(table_VD.shape)
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.settings.overwrite and self.differing():
@@ -191,7 +191,7 @@ class FactorizeJob:
         with Telemetry(self.folder, tensorboard=board) as telemetry:
             telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
 
-    def _given_statistics(self, vocab_size: int) -> Statistics | None:
+    def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:
         """The given statistics; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
         if path is None:
@@ -203,10 +203,11 @@ class FactorizeJob:
                 f"statistics, and {path} holds none: name their file as "
                 "--config.factorize.statistics"
             )
-        if len(statistics.probability) != vocab_size:
+        found = len(statistics.probability), len(statistics.hidden_mean)
+        if found != shape:
             raise UserError(
-                f"{path} has statistics of {len(statistics.probability)} tokens, the "
-                f"table of {self.source} has {vocab_size}: give it its own"
+                f"{path} has statistics of a table {found}, the table of {self.source} "
+                f"is {shape}: give it its own"
             )
         return statistics
 

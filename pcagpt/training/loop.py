@@ -97,9 +97,11 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
                 break
             if stopping:
                 checkpoints.wait()
+                saved = "saved: the same command goes on from there"
+                fresh = "nothing to save yet: the same command starts again"
                 raise Interrupted(
-                    f"{run_dir.name} stopped at step {step} of {last_step}, saved: the "
-                    "same command goes on from there"
+                    f"{run_dir.name} stopped at step {step} of {last_step}, "
+                    f"{saved if step else fresh}"
                 )
 
             # This returns before the device is done. The meter reads the metrics one
