@@ -473,6 +473,7 @@ def recovered(config, **overrides):
     return json.loads((folder_of(config) / "sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkeypatch):
     # The sweep's own batch size and learning rate do not matter for the training.
     own = {"train.batch_size": 16, "train.learning_rate": 1.0}

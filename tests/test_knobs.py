@@ -204,7 +204,7 @@ def tokenized(config):
     """Which tokenizer a text goes through, and where the tokens are put."""
     corpora = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainJob, "run", lambda job: corpora.append(job.corpus()))
+        patch.setattr(TrainJob, "run", lambda job, _: corpora.append(job.corpus()))
         execute(config)
     (corpus,) = corpora
     return corpus.tokenizer, corpus.folder.parent

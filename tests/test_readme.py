@@ -156,6 +156,7 @@ def runs_made(folder):
     return {path.parent.name for path in folder.glob("*/result.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_every_script_of_the_readme_does_what_its_name_says(clone, compiled):
     lines = [line for line in COMMANDS if line.startswith("bash scripts/")]
@@ -183,6 +184,7 @@ def test_every_script_of_the_readme_does_what_its_name_says(clone, compiled):
         assert "</html>" in (clone / folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_every_command_of_the_readme_runs_and_a_second_run_finds_nothing_to_do(
     clone, monkeypatch

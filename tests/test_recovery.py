@@ -200,6 +200,7 @@ def test_a_distilled_run_learns_from_its_teacher_and_resumes_bit_identical(
     assert metrics(found) == metrics(run_dir)
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_what_is_learnt_from_a_teacher(distilled):
     wanted = losses(distilled, 2)
     shutil.rmtree(distilled.workdir)

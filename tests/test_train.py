@@ -175,7 +175,7 @@ ON_EIGHT = {"mesh.data": 4, "mesh.fsdp": 2}
     ("table", "devices"),
     [
         ("full", ON_EIGHT),
-        ("bands", ON_EIGHT),
+        pytest.param("bands", ON_EIGHT, marks=pytest.mark.slow),
         pytest.param("full", ON_ONE, marks=pytest.mark.slow),
         pytest.param("bands", ON_ONE, marks=pytest.mark.slow),
     ],

@@ -410,7 +410,7 @@ def aligned(config, student, variables, student_variables):
 @pytest.mark.parametrize(
     ("name", "student", "parts"),
     [
-        ("full", MODEL, 1),
+        pytest.param("full", MODEL, 1, marks=pytest.mark.slow),
         ("low rank", MODEL, 1),
         ("other bands", MODEL, 2),
         ("other bands", TEACHERS["low rank"], 1),
