@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
-from pcagpt.kernels import gelu, head, launch, norm, softmax
+from pcagpt.kernels import gelu, launch, low_rank_head, norm, softmax
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -80,7 +80,7 @@ def test_normaliser_and_mean_row_are_those_of_a_softmax(
     count, rows, size, rank, precision
 ):
     z, wte = factors(count, rows, rank, precision.dtype)
-    normaliser, mean = jax.jit(head.summarize, static_argnums=2)(z, wte, size)
+    normaliser, mean = jax.jit(low_rank_head.summarize, static_argnums=2)(z, wte, size)
     assert (normaliser.dtype, mean.dtype) == (jnp.float32,) * 2
     z, wte = exact(z, wte[:size])
     logits = z @ wte.T
@@ -95,7 +95,7 @@ def test_normaliser_is_right_for_logits_far_from_0(precision):
     sign = jnp.asarray([1, -1] * 4, precision.dtype)
     z = jnp.full((8, 16), 20.0, precision.dtype) * sign[:, None]
     wte = jnp.full((40, 16), 4.0, precision.dtype)
-    normaliser, mean = head.summarize(z, wte, 30)
+    normaliser, mean = low_rank_head.summarize(z, wte, 30)
     logits = np.where(np.arange(8) % 2, -1280.0, 1280.0)
     np.testing.assert_allclose(normaliser, logits + np.log(30), rtol=1e-6)
     np.testing.assert_allclose(mean, 4.0, rtol=1e-6)
@@ -114,7 +114,7 @@ def test_gradient_of_the_table_is_predictions_minus_occurrences(
     logits = np.matmul(*exact(z, wte.T))
     p, normaliser = softmax_of(logits), np.log(np.exp(logits).sum(axis=1))
     normaliser = jnp.where(is_counted, normaliser, jnp.inf).astype(jnp.float32)
-    found = jax.jit(head.table_gradient)(wte, z, normaliser, targets)
+    found = jax.jit(low_rank_head.table_gradient)(wte, z, normaliser, targets)
     assert found.dtype == jnp.float32
     occurs = targets[:, None] == np.arange(rows)
     wanted = (p * is_counted[:, None] - occurs).T @ exact(z)[0]
@@ -235,9 +235,9 @@ def test_eight_devices_work_on_their_own_rows_and_add_up():
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def all_kernels(z, wte, targets, h, bias):
-        normaliser, mean = head.summarize(z, wte, 50)
+        normaliser, mean = low_rank_head.summarize(z, wte, 50)
         add_up = by_device([False, True, True, True], [False])
-        (gradient,) = add_up(lambda *arrays: (head.table_gradient(*arrays),))(
+        (gradient,) = add_up(lambda *arrays: (low_rank_head.table_gradient(*arrays),))(
             wte, z, normaliser, targets
         )
         loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
@@ -283,11 +283,13 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
     half, full, whole = jnp.bfloat16, jnp.float32, jnp.int32
     count, rows = 2048, 1000
     with gpu_that_is_not_here():
-        for rank in head.TILES:
+        for rank in low_rank_head.TILES:
             z, wte = ((count, rank), half), ((rows, rank), half)
-            assert lower(functools.partial(head.summarize, size=999), z, wte) == 1
+            assert (
+                lower(functools.partial(low_rank_head.summarize, size=999), z, wte) == 1
+            )
             numbers = ((count,), full), ((count,), whole)
-            assert lower(head.table_gradient, wte, z, *numbers) == 1
+            assert lower(low_rank_head.table_gradient, wte, z, *numbers) == 1
         logits = ((count, rows), half)
         stored = functools.partial(softmax.loss_and_gradient, size=999)
         assert (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt.kernels import head as head_kernels
+from pcagpt.kernels import low_rank_head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 from pcagpt.model import HeadBand
 
@@ -30,7 +30,7 @@ both_forms = pytest.mark.parametrize("kernels", ["xla", "pallas"])
 
 @pytest.fixture(autouse=True)
 def low_limit(monkeypatch):
-    monkeypatch.setattr(head_kernels, "MAX_RANK", 4)
+    monkeypatch.setattr(low_rank_head, "MAX_RANK", 4)
 
 
 def inputs(bands, tokens=28, dtype=np.float32):

@@ -27,7 +27,7 @@ from pcagpt.compress import score
 from pcagpt.config import Settings, base
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError
-from pcagpt.kernels import head
+from pcagpt.kernels import low_rank_head
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline.plan import Plan, make_plan
 from pcagpt.run import calibrate, checkpoint, evaluate, folder
@@ -163,7 +163,7 @@ TABLES = {
 @pytest.fixture
 def stored_logits(monkeypatch):
     """Makes the tiny full table too wide for the kernels of the head, as others are."""
-    monkeypatch.setattr(head, "MAX_RANK", 8)
+    monkeypatch.setattr(low_rank_head, "MAX_RANK", 8)
 
 
 ON_ONE = {"train.accumulation": 2}

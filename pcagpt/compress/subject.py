@@ -19,7 +19,7 @@ from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import FactorizedTable, Statistics
-from pcagpt.factorize import files as factor_files
+from pcagpt.factorize.files import write_bands
 from pcagpt.model import GPT
 from pcagpt.run import calibrate, checkpoint, initialise
 from pcagpt.run.folder import read_record, write_record
@@ -115,7 +115,7 @@ class Subject:
             return
         (folder / "config.json").unlink(missing_ok=True)  # Written last.
         checkpoint.save_weights(folder, self._variables_with(table))
-        factor_files.write_bands(folder / "factors", table)
+        write_bands(folder / "factors", table)
         is_banded = len(table.bands) > 1
         model = {
             "n_embd_wte": None if is_banded else table.ranks[0] or None,

@@ -8,8 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import head as head_kernels
-from pcagpt.kernels import softmax
+from pcagpt.kernels import low_rank_head, softmax
 from pcagpt.losses import fused
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.logits import products, project, token_losses
@@ -39,7 +38,7 @@ def cross_entropy(
       kernels: 'pallas' or 'xla'.
     """
     if kernels == "pallas":
-        if len(head) > 1 or head_kernels.fits(head[0].wte.shape[1]):
+        if len(head) > 1 or low_rank_head.fits(head[0].wte.shape[1]):
             return fused.cross_entropy(h_ND, head, targets_N, chunks)
         function = functools.partial(_by_softmax_kernel, logits_dtype=logits_dtype)
     else:

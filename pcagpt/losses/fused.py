@@ -1,6 +1,6 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-See `kernels.head` for the mathematics. A band with a rank that is too high for the
+`kernels.low_rank_head` has the mathematics. A band with a rank that is too high for the
 kernels stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import head as kernels
+from pcagpt.kernels import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.losses.logits import project
 from pcagpt.model import Head
@@ -89,9 +89,9 @@ def _bands(z_of_bands, tables: Head, targets_N):
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
-    """`kernels.summarize`, or its plain form one chunk of tokens at a time."""
-    if kernels.fits(wte_VK.shape[1]):
-        return kernels.summarize(z_NK, wte_VK, size)
+    """`low_rank_head.summarize`, or its plain form by chunks of tokens."""
+    if low_rank_head.fits(wte_VK.shape[1]):
+        return low_rank_head.summarize(z_NK, wte_VK, size)
 
     @by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
@@ -108,9 +108,9 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
-    """`kernels.table_gradient`, or its plain form one chunk of tokens at a time."""
-    if kernels.fits(wte_VK.shape[1]):
-        return kernels.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
+    """`low_rank_head.table_gradient`, or its plain form by chunks of tokens."""
+    if low_rank_head.fits(wte_VK.shape[1]):
+        return low_rank_head.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays
