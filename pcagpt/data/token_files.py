@@ -63,7 +63,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     dtype = meta.get("dtype", "uint16")
     if dtype not in list(DTYPES):
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
-    _check_lengths(folder, meta.get("tokens"), DTYPES[dtype].itemsize)
+    _check_lengths(folder, meta.get("tokens", {}), DTYPES[dtype].itemsize)
     name = meta.get("name")
     return CorpusInfo(
         name if isinstance(name, str) and name else folder.resolve().name,
@@ -101,7 +101,12 @@ def _agreed_tokenizer(
 
 def _check_lengths(folder: Path, counts: Any, itemsize: int) -> None:
     """Raises if the size of a file contradicts its number of tokens in meta.json."""
-    for split in present_splits(folder) if isinstance(counts, dict) else ():
+    if not isinstance(counts, dict):
+        raise UserError(
+            f"{folder / 'meta.json'} is damaged: 'tokens' is {counts!r}, it must give "
+            "the number of tokens of each split"
+        )
+    for split in present_splits(folder):
         path, stated = folder / f"{split}.bin", counts.get(split)
         size = path.stat().st_size
         if stated is not None and size / itemsize != stated:
