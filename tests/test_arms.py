@@ -12,7 +12,7 @@ from pcagpt import arms, trees
 from pcagpt.compress import sweep
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import files
+from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.execute import describe
@@ -75,13 +75,13 @@ def trained(planned):
 
 
 def bands_of(config):
-    return files.bands_path(Path(config.workdir) / "pca_factorized", 8)
+    return factor_files.bands_path(Path(config.workdir) / "pca_factorized", 8)
 
 
 @pytest.fixture
 def table(planned):
     """What was factorized, as it was written."""
-    return files.read_bands(bands_of(planned))
+    return factor_files.read_bands(bands_of(planned))
 
 
 def parts(flat):
@@ -364,7 +364,7 @@ def test_a_finished_run_is_made_anew_from_other_factors_if_asked(banded, tmp_pat
     config = alone(banded, "pca", workdir=str(workdir), overwrite=True)
     execute(changed(config, **{"factorize.bands": 2}))
     found = read_record(workdir / "gpt_pca_k8")["model"]["band_sizes"]
-    assert tuple(found) == files.read_bands(bands_of(config)).sizes
+    assert tuple(found) == factor_files.read_bands(bands_of(config)).sizes
 
 
 @pytest.mark.slow

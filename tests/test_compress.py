@@ -13,17 +13,17 @@ from runs import changed, execute, quick_compiles, snapshot
 from pcagpt import main
 from pcagpt.compress import sweep as sweep_module
 from pcagpt.compress.candidates import Compressor
+from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
-from pcagpt.compress.subject import Subject
 from pcagpt.compress.sweep import compress
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics, files
+from pcagpt.factorize import Statistics, factor_files
 from pcagpt.model import GPT
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97
@@ -60,8 +60,8 @@ def swept(finished_experiment, compiled, tmp_path_factory):
 
 
 @pytest.fixture
-def subject(asked):
-    return Subject.of(Run.open(asked.model_path), Settings.of(asked))
+def original(asked):
+    return Original.of(Run.open(asked.model_path), Settings.of(asked))
 
 
 def folder_of(config):
@@ -212,10 +212,10 @@ def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
     assert "evaluated_tokens" not in whole["protocol"]
     for one, other in zip(sweep["rows"], whole["rows"], strict=True):
         assert one["loss"] != other["loss"]
-    subject = Subject.of(
+    original = Original.of(
         Run.open(asked.model_path), Settings.of(changed(asked, **limited))
     )
-    assert sum((t >= 0).sum() for _, t in subject.batches) == 100
+    assert sum((t >= 0).sum() for _, t in original.batches) == 100
 
 
 def test_another_checkpoint_is_refused_or_measured_anew(asked):
@@ -231,19 +231,19 @@ def test_another_factorization_makes_another_best_model(asked):
     table, methods = [], {"compress.methods": "svd", "compress.bits": ()}
     for split in (0.0, 0.5):
         sweep_of(asked, **methods, **{"factorize.singular_value_split": split})
-        factors = files.read_bands(folder_of(asked) / "best_k8" / "factors")
+        factors = factor_files.read_bands(folder_of(asked) / "best_k8" / "factors")
         table.append(factors.bands[0].wte)
     assert not np.allclose(*table)
 
 
-def test_exported_bands_and_the_model_are_the_same_dense_table(asked, subject):
+def test_exported_bands_and_the_model_are_the_same_dense_table(asked, original):
     """The permutation stays inside the model: logits come by token id."""
     sweep_of(asked, **{"compress.methods": "freq", "compress.bands": (3,)})
     folder = folder_of(asked) / "best_k8"
-    dense = padded(files.read_bands(folder / "factors").dense())
-    params = subject.run.weights["params"] | {"embed": {"band_0": {"wte": dense}}}
+    dense = padded(factor_files.read_bands(folder / "factors").dense())
+    params = original.run.weights["params"] | {"embed": {"band_0": {"wte": dense}}}
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16) * 3
-    wanted = subject.model.apply({"params": params}, tokens)
+    wanted = original.model.apply({"params": params}, tokens)
     run = Run.open(folder)
     assert sum(run.record["model"]["band_sizes"]) == VOCAB_SIZE
     model = GPT(run.config(Settings.of(asked).model))
@@ -260,19 +260,19 @@ def padded(table):
 # What is measured
 
 
-def test_a_new_table_is_scored_as_two_naive_models_are(subject):
-    noise = np.random.default_rng(0).normal(size=subject.table_VD.shape)
-    own, table = subject.table_VD, subject.table_VD + 0.05 * noise.astype(np.float32)
-    deciles = frequency_deciles(subject.corpus.count_tokens("train") * 1.0)
-    swap = TableSwap(subject.model, subject.variables, deciles, subject.mesh, 3)
-    batches = list(subject.batches)[:2]
+def test_a_new_table_is_scored_as_two_naive_models_are(original):
+    noise = np.random.default_rng(0).normal(size=original.table_VD.shape)
+    own, table = original.table_VD, original.table_VD + 0.05 * noise.astype(np.float32)
+    deciles = frequency_deciles(original.corpus.count_tokens("train") * 1.0)
+    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    batches = list(original.batches)[:2]
     scores = swap(table, batches)
 
     def log_p(input_table, head_table):
         embed = {"band_0": {"wte": padded(input_table)}}
-        params = subject.run.weights["params"] | {"embed": embed}
+        params = original.run.weights["params"] | {"embed": embed}
         hidden = [
-            subject.model.apply({"params": params}, inputs, method="hidden")
+            original.model.apply({"params": params}, inputs, method="hidden")
             for inputs, _ in batches
         ]
         logits = np.concatenate(hidden) @ head_table.T
@@ -311,16 +311,16 @@ def test_each_decile_covers_a_tenth_of_the_text():
     assert list(frequency_deciles(np.array([0.05, 0.9, 0.05]))) == [9, 0, 9]
 
 
-def test_statistics_are_what_a_naive_pass_over_the_text_finds(subject):
+def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % VOCAB_SIZE
     frequency = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
     found = calibrate.collect(
-        subject.model, subject.variables, frequency, [tokens], subject.mesh, 2
+        original.model, original.variables, frequency, [tokens], original.mesh, 2
     )
-    variables, table = {"params": subject.run.weights["params"]}, subject.table_VD
+    variables, table = {"params": original.run.weights["params"]}, original.table_VD
 
     def hidden(x):
-        return subject.model.apply(variables, x, 16, method="contextualize")
+        return original.model.apply(variables, x, 16, method="contextualize")
 
     x = table[tokens.reshape(-1)]
     h = np.asarray(hidden(x), np.float64)

@@ -21,7 +21,7 @@ from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.pipeline import evaluate as task
 from pcagpt.pipeline import sample
-from pcagpt.run.evaluate import (
+from pcagpt.run.evaluator import (
     Evaluator,
     TokenScores,
     score_tokens,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, files
+from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(7, 2)).astype(np.float32)
@@ -22,7 +22,7 @@ BANDS = FactorizedTable(
 
 def write(folder, mean=None, **metadata):
     table = FactorizedTable.of_one_band(BandFactors(TABLE, SCALE), mean)
-    files.write(folder, {2: table}, SPECTRUM, {"method": "svd", **metadata})
+    factor_files.write(folder, {2: table}, SPECTRUM, {"method": "svd", **metadata})
 
 
 def test_a_folder_holds_the_documented_names_keys_and_types(tmp_path):
@@ -48,36 +48,38 @@ def test_a_folder_holds_the_documented_names_keys_and_types(tmp_path):
 @pytest.mark.parametrize("mean", [None, MEAN])
 def test_a_table_of_one_band_is_read_back(mean, tmp_path):
     write(tmp_path, mean)
-    table = files.read_table(files.table_path(tmp_path, 2))
-    scales = files.read_scale_matrices(files.scale_path(tmp_path, 2))
+    table = factor_files.read_table(factor_files.table_path(tmp_path, 2))
+    scales = factor_files.read_scale_matrices(factor_files.scale_path(tmp_path, 2))
     np.testing.assert_array_equal(table, TABLE)
     np.testing.assert_array_equal(scales.scale_up, SCALE)
     np.testing.assert_array_equal(scales.scale_down, SCALE)
     np.testing.assert_array_equal(scales.mean, mean)
-    assert files.read_metadata(tmp_path) == {"method": "svd"}
-    assert files.exists(tmp_path, 2, in_bands=False)
-    assert not files.exists(tmp_path, 3, in_bands=False)
+    assert factor_files.read_metadata(tmp_path) == {"method": "svd"}
+    assert factor_files.exists(tmp_path, 2, in_bands=False)
+    assert not factor_files.exists(tmp_path, 3, in_bands=False)
 
 
 @pytest.mark.parametrize("mean", [None, MEAN])
 def test_a_table_in_bands_is_read_back(mean, tmp_path):
-    files.write_bands(files.bands_path(tmp_path, 4), BANDS)
+    factor_files.write_bands(factor_files.bands_path(tmp_path, 4), BANDS)
     table = BANDS._replace(mean=mean)
-    files.write(tmp_path, {4: table}, SPECTRUM, {}, in_bands=True)  # Replaces it.
-    found = files.read_bands(files.bands_path(tmp_path, 4))
+    factor_files.write(
+        tmp_path, {4: table}, SPECTRUM, {}, in_bands=True
+    )  # Replaces it.
+    found = factor_files.read_bands(factor_files.bands_path(tmp_path, 4))
     assert (found.sizes, found.ranks) == ((3, 4), (0, 2))
     np.testing.assert_array_equal(found.dense(), table.dense())
     np.testing.assert_array_equal(found.mean, mean)
-    assert files.exists(tmp_path, 4, in_bands=True)
-    assert not files.exists(tmp_path, 4, in_bands=False)
+    assert factor_files.exists(tmp_path, 4, in_bands=True)
+    assert not factor_files.exists(tmp_path, 4, in_bands=False)
 
 
 @pytest.mark.parametrize("scale", [None, SCALE])
 def test_a_single_band_of_any_order_is_read_by_token_id(scale, tmp_path):
     wte = TABLE @ SCALE if scale is None else TABLE
     table = FactorizedTable(ORDER, (BandFactors(wte, scale),), None)
-    files.write_bands(tmp_path / "bands", table)
-    found = files.read_bands(tmp_path / "bands")
+    factor_files.write_bands(tmp_path / "bands", table)
+    found = factor_files.read_bands(tmp_path / "bands")
     np.testing.assert_array_equal(found.order, np.arange(7))
     np.testing.assert_allclose(found.dense(), table.dense(), atol=1e-6)
 
@@ -86,20 +88,20 @@ def test_files_without_metadata_are_incomplete(tmp_path):
     with pytest.raises(TypeError):  # Stands for a crash before the last file.
         write(tmp_path, method=object())
     assert (tmp_path / "wte_pca_k2.npy").exists()
-    assert files.read_metadata(tmp_path) is None
+    assert factor_files.read_metadata(tmp_path) is None
 
 
 def test_damaged_metadata_name_the_folder_to_delete(tmp_path):
     (tmp_path / "metadata.json").write_text('{"method": ')
     with pytest.raises(UserError, match=r"metadata.json is damaged .*: delete"):
-        files.read_metadata(tmp_path)
+        factor_files.read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_tables_of_any_origin_become_float32(dtype, order, tmp_path):
     np.save(tmp_path / "t.npy", np.asarray(TABLE, dtype, order=order))
-    found = files.read_table(tmp_path / "t.npy")
+    found = factor_files.read_table(tmp_path / "t.npy")
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found, TABLE.astype(dtype).astype(np.float32))
@@ -118,19 +120,19 @@ def test_tables_of_any_origin_become_float32(dtype, order, tmp_path):
 def test_an_array_that_is_no_table_is_refused(array, words, tmp_path):
     np.save(tmp_path / "t.npy", array)
     with pytest.raises(UserError, match=words):
-        files.read_table(tmp_path / "t.npy")
+        factor_files.read_table(tmp_path / "t.npy")
 
 
 def test_scale_matrices_need_both_matrices_and_ignore_other_arrays(tmp_path):
     np.savez(tmp_path / "s.npz", scale_up=SCALE, scale_down=SCALE, note=np.array("x"))
-    found = files.read_scale_matrices(tmp_path / "s.npz")
+    found = factor_files.read_scale_matrices(tmp_path / "s.npz")
     np.testing.assert_array_equal(found.scale_up, SCALE)
     np.savez(tmp_path / "s.npz", scale_up=SCALE)
     with pytest.raises(UserError, match="has no array 'scale_down'"):
-        files.read_scale_matrices(tmp_path / "s.npz")
+        factor_files.read_scale_matrices(tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", scale_up=SCALE, scale_down=SCALE[:1])
     with pytest.raises(UserError, match=r"scale_down \(1, 5\): both matrices must"):
-        files.read_scale_matrices(tmp_path / "s.npz")
+        factor_files.read_scale_matrices(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(
@@ -145,10 +147,10 @@ def test_scale_matrices_need_both_matrices_and_ignore_other_arrays(tmp_path):
     ],
 )
 def test_bands_that_contradict_each_other_are_refused(name, content, says, tmp_path):
-    files.write_bands(tmp_path, BANDS)
+    factor_files.write_bands(tmp_path, BANDS)
     (tmp_path / name).unlink()
     if content is not None:
         np.save(tmp_path / name, content)
     with pytest.raises(UserError, match=says) as caught:
-        files.read_bands(tmp_path)
+        factor_files.read_bands(tmp_path)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from runs import changed, execute, plan, snapshot, write_statistics
 from pcagpt import factorize
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import files
+from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.execute import describe
 from pcagpt.pipeline.factorize_job import FactorizeJob
@@ -41,13 +41,13 @@ def made(job):
     """Checks and does a job; returns the metadata that it wrote."""
     job.check(set())
     job.run()
-    return files.read_metadata(job.folder)
+    return factor_files.read_metadata(job.folder)
 
 
 def product(folder, rank):
     """The table [V, d] that the files of a rank stand for."""
-    scales = files.read_scale_matrices(files.scale_path(folder, rank))
-    table = files.read_table(files.table_path(folder, rank))
+    scales = factor_files.read_scale_matrices(factor_files.scale_path(folder, rank))
+    table = factor_files.read_table(factor_files.table_path(folder, rank))
     mean = 0 if scales.mean is None else scales.mean
     return mean + table @ scales.scale_up
 
@@ -106,7 +106,7 @@ def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
 
 def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
     made(by(job, method="pca"))
-    scales = files.read_scale_matrices(files.scale_path(job.folder, 4))
+    scales = factor_files.read_scale_matrices(factor_files.scale_path(job.folder, 4))
     table = table_of(baseline_dir, 6)[:97]
     np.testing.assert_allclose(scales.mean, table.mean(axis=0), atol=1e-7)
 
@@ -118,7 +118,7 @@ def test_the_split_moves_the_singular_values_between_the_two_factors(job):
     made(other)
     whole = product(job.folder, 4)
     np.testing.assert_allclose(product(other.folder, 4), whole, atol=1e-6)
-    table = files.read_table(files.table_path(other.folder, 4))
+    table = factor_files.read_table(factor_files.table_path(other.folder, 4))
     np.testing.assert_allclose(table.T @ table, np.eye(4), atol=1e-4)
 
 
@@ -147,15 +147,15 @@ def test_a_checkpoint_is_read_once_also_to_calibrate_on_it(
 
 def test_adding_a_rank_keeps_those_that_are_there(job):
     made(job)
-    table = files.table_path(job.folder, 4).read_bytes()
+    table = factor_files.table_path(job.folder, 4).read_bytes()
     more = by(job, ranks=(4, 8))
     assert more.status() == "to do"
     assert made(by(job, ranks=(8,)))["ranks"].keys() == {"4", "8"}
-    assert files.table_path(job.folder, 4).read_bytes() == table
+    assert factor_files.table_path(job.folder, 4).read_bytes() == table
     assert more.status() == "done"
 
 
-@pytest.mark.parametrize("path", [files.table_path, files.scale_path])
+@pytest.mark.parametrize("path", [factor_files.table_path, factor_files.scale_path])
 def test_a_rank_without_one_of_its_files_is_to_do(path, job):
     made(job)
     path(job.folder, 4).unlink()
@@ -228,7 +228,7 @@ def test_overwrite_replaces_the_files_of_another_source(job, tmp_path):
     assert other.status() == "done"
     expected = np.diag([8.0, 6.0, 0])
     np.testing.assert_allclose(product(job.folder, 2), expected, atol=1e-5)
-    assert not files.table_path(job.folder, 1).exists()
+    assert not factor_files.table_path(job.folder, 1).exists()
 
 
 def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_path):

@@ -17,8 +17,8 @@ from pcagpt.config import Settings
 from pcagpt.factorize import (
     METHODS,
     BandFactors,
-    Calibration,
     FactorizedTable,
+    LossRegression,
     SecondOrder,
     Statistics,
     quantize,
@@ -91,15 +91,15 @@ def test_a_power_law_is_fitted_to_each_method():
         for method in "ab"
         for total in (0.01, 0.3)
     ]
-    calibration = Calibration(measured)
+    regression = LossRegression(measured)
     for method in "ab":
-        predicted = calibration(method, SecondOrder(0.05, 0.02))
+        predicted = regression(method, SecondOrder(0.05, 0.02))
         assert predicted == pytest.approx(added(method, 0.07), rel=1e-6)
     # An unmeasured method is proportional, through the smallest measured point.
-    assert calibration("c", SecondOrder(0.07, 0)) == pytest.approx(7 * added("b", 0.01))
-    assert calibration("a", SecondOrder(0, 0)) == 0
-    assert Calibration([])("a", SecondOrder(0.1, 0.2)) == pytest.approx(0.3)
-    single = Calibration([("a", SecondOrder(0.1, 0), 0.2)])
+    assert regression("c", SecondOrder(0.07, 0)) == pytest.approx(7 * added("b", 0.01))
+    assert regression("a", SecondOrder(0, 0)) == 0
+    assert LossRegression([])("a", SecondOrder(0.1, 0.2)) == pytest.approx(0.3)
+    single = LossRegression([("a", SecondOrder(0.1, 0), 0.2)])
     assert single("a", SecondOrder(0.2, 0)) == pytest.approx(0.4)
 
 

@@ -13,7 +13,7 @@ from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import files
+from pcagpt.factorize import factor_files
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, initialise
 from pcagpt.training import loop
@@ -96,7 +96,8 @@ def test_arms_start_from_the_factors_d_s_blocks_or_random_weights(
     a, b, c = map(started, ("pca", "pca_finetune", "random"))
     d, folder = leaves(d_dir), d_dir.parent / "pca_factorized"
     table, scales = (
-        np.load(path(folder, 8)) for path in (files.table_path, files.scale_path)
+        np.load(path(folder, 8))
+        for path in (factor_files.table_path, factor_files.scale_path)
     )
     for params in (a, b):
         np.testing.assert_array_equal(params["embed/band_0/wte"][:97], table)
@@ -333,8 +334,8 @@ def test_an_import_that_does_not_fit_leaves_an_overwritten_run_as_it_was(
 def test_the_files_of_a_factorization_are_imported_and_hashed(d_dir):
     folder = d_dir.parent / "pca_factorized"
     init = {
-        "import_wte_npy": str(files.table_path(folder, 8)),
-        "import_scale_matrices_npz": str(files.scale_path(folder, 8)),
+        "import_wte_npy": str(factor_files.table_path(folder, 8)),
+        "import_scale_matrices_npz": str(factor_files.scale_path(folder, 8)),
     }
     assert imported(**init).keys() == {"embed/band_0/wte", "embed/band_0/scale_up"}
     knobs = {f"init.{name}": path for name, path in init.items()}

@@ -16,8 +16,7 @@ from pcagpt import main
 from pcagpt.compress import sweep
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize import files as factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline import sample as sampling

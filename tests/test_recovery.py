@@ -31,7 +31,7 @@ from pcagpt.errors import Interrupted, UserError
 from pcagpt.files import write_json
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, folder
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
 

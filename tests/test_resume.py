@@ -28,7 +28,7 @@ from runs import (
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted
 from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.files import write_bands
+from pcagpt.factorize.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import folder
 from pcagpt.run.checkpoint import steps

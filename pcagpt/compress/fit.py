@@ -7,7 +7,7 @@ from typing import Any
 
 from pcagpt.compress.candidates import BASELINE, Candidate, Recipe
 from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import Calibration
+from pcagpt.factorize import LossRegression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Fit:
         return min(found, key=lambda made: sum(made.second_order), default=None)
 
     def _try(self, candidate: Candidate) -> Trial:
-        calibration = Calibration(
+        regression = LossRegression(
             (t.candidate.recipe.method, t.candidate.second_order, t.scores.added_loss)
             for t in self.trials
         )
-        predicted = calibration(candidate.recipe.method, candidate.second_order)
+        predicted = regression(candidate.recipe.method, candidate.second_order)
         self.trials.append(Trial(candidate, self._measure(candidate), predicted))
         return self.trials[-1]
 

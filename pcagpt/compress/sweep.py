@@ -21,17 +21,17 @@ from pcagpt.compress.candidates import (
 )
 from pcagpt.compress.effort import decide_effort
 from pcagpt.compress.fit import Fit
+from pcagpt.compress.original import Original
 from pcagpt.compress.score import SwapScores
-from pcagpt.compress.subject import Subject
 from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS, Calibration, SecondOrder
+from pcagpt.factorize import METHODS, LossRegression, SecondOrder
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import SMALLEST_ADDED, advice_text, pareto_figure, write_sweep_report
 from pcagpt.run import provenance
 from pcagpt.run.folder import read_result
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
@@ -59,23 +59,23 @@ def compress(settings: Settings, command: str) -> None:
     methods = _methods(settings.compress.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
-    subject = Subject.of(run, settings)
+    original = Original.of(run, settings)
     heading = {
         "command": command,
         "run": str(run.folder),
         "step": run.step,
-        **provenance.summary(subject.mesh.size),
-        "protocol": _protocol(subject),
+        **provenance.summary(original.mesh.size),
+        "protocol": _protocol(original),
     }
     bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
     bounds = {name: bound for name, bound in bounds.items() if bound}
-    tried = [] if bounds else _recipes(subject, methods)
-    _check_recoverable(subject, {recipe.rank for recipe in tried})
+    tried = [] if bounds else _recipes(original, methods)
+    _check_recoverable(original, {recipe.rank for recipe in tried})
     _check_folder(folder_of(settings), heading["protocol"], settings.overwrite)
     if bounds:
-        _fit(subject, methods[-1], bounds, heading)
+        _fit(original, methods[-1], bounds, heading)
     else:
-        _sweep(subject, tried, heading)
+        _sweep(original, tried, heading)
     placement.wait_for_all(str(folder_of(settings)))
 
 
@@ -86,9 +86,9 @@ def add_recovered(folder: Path, rows: list[Row]) -> Path:
     return write_sweep_report(folder, sweep)
 
 
-def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> None:
+def _sweep(original: Original, tried: list[Recipe], heading: dict[str, Any]) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank."""
-    folder, writes = folder_of(subject.settings), jax.process_index() == 0
+    folder, writes = folder_of(original.settings), jax.process_index() == 0
     earlier = _read_sweep(folder)
     known: dict[Recipe, Row] = {}
     if earlier.get("protocol") == strict(heading["protocol"]):
@@ -98,12 +98,12 @@ def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> No
             heading = {**heading, "recovered": earlier["recovered"]}
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
-    make = subject.compressor  # Calibrates first.
-    label = f"compressing {subject.run.folder.name}"
+    make = original.compressor  # Calibrates first.
+    label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
             candidate = make(recipe)
-            known[recipe] = candidate.row(subject.measure(candidate))
+            known[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
                 sweep = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
@@ -115,25 +115,25 @@ def _sweep(subject: Subject, tried: list[Recipe], heading: dict[str, Any]) -> No
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
         table = make(best).table
-        subject.write(folder / f"best_k{rank}", table, dataclasses.asdict(best))
-    tensorboard = subject.settings.telemetry.tensorboard
+        original.write(folder / f"best_k{rank}", table, dataclasses.asdict(best))
+    tensorboard = original.settings.telemetry.tensorboard
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(sweep))
     print(f"report: {write_sweep_report(folder, sweep)}", flush=True)
 
 
 def _fit(
-    subject: Subject, method: str, bounds: dict[str, float], heading: dict[str, Any]
+    original: Original, method: str, bounds: dict[str, float], heading: dict[str, Any]
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json."""
     ((name, bound),) = bounds.items()
-    compress, folder = subject.settings.compress, folder_of(subject.settings)
-    make, shape = subject.compressor, subject.table_VD.shape  # Calibrates first.
-    label = f"fitting {subject.run.folder.name}"
+    compress, folder = original.settings.compress, folder_of(original.settings)
+    make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
+    label = f"fitting {original.run.folder.name}"
     with Progress(label, Fit.TRIALS) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
-            scores = subject.measure(candidate)
+            scores = original.measure(candidate)
             progress.update(len(fit.trials) + 1)
             return scores
 
@@ -151,7 +151,7 @@ def _fit(
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
         origin = dataclasses.asdict(candidate.recipe)
-        subject.write(folder / "advised", candidate.table, origin)
+        original.write(folder / "advised", candidate.table, origin)
         trials = [trial.row() for trial in fit.trials]
         advice = {"bounds": bounds, "chosen": row, "trials": trials}
         write_json(folder / "advice.json", heading | advice)
@@ -168,14 +168,14 @@ def _methods(text: str) -> list[str]:
     return methods
 
 
-def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
+def _recipes(original: Original, methods: list[str]) -> list[Recipe]:
     """The recipes of the sweep, without ranks that are too high for the table."""
-    settings, shape = subject.settings, subject.table_VD.shape
+    settings, shape = original.settings, original.table_VD.shape
     ranks = [rank for rank in settings.ranks if rank <= min(shape)]
     if not ranks:
         raise UserError(
-            f"ranks is {settings.ranks}: the table of {subject.run.folder} is {shape}, "
-            f"its rank is at most {min(shape)}"
+            f"ranks is {settings.ranks}: the table of {original.run.folder} is "
+            f"{shape}, its rank is at most {min(shape)}"
         )
     if len(ranks) < len(settings.ranks) and jax.process_index() == 0:
         left_out = ", ".join(str(rank) for rank in settings.ranks if rank > min(shape))
@@ -193,9 +193,9 @@ def _recipes(subject: Subject, methods: list[str]) -> list[Recipe]:
     return tried
 
 
-def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
+def _check_recoverable(original: Original, ranks: set[int]) -> None:
     """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
-    run, settings = subject.run, subject.settings
+    run, settings = original.run, original.settings
     if not settings.compress.recover_ranks:
         return
     lacking = set(settings.compress.recover_ranks) - ranks
@@ -210,10 +210,10 @@ def _check_recoverable(subject: Subject, ranks: set[int]) -> None:
             f"compress.recover_ranks is set, but {settings.model_path} is not "
             "the end of a finished run: D is trained further only from there"
         )
-    if run.record.get("corpus_sha256") != subject.corpus.fingerprint():
+    if run.record.get("corpus_sha256") != original.corpus.fingerprint():
         raise UserError(
             f"compress.recover_ranks is set, but {run.folder} was trained on another "
-            f"corpus than {subject.corpus.name}: leave data.source out"
+            f"corpus than {original.corpus.name}: leave data.source out"
         )
 
 
@@ -230,24 +230,24 @@ def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> No
         )
 
 
-def _protocol(subject: Subject) -> dict[str, Any]:
+def _protocol(original: Original) -> dict[str, Any]:
     """Everything besides a recipe that decides the numbers of a row."""
-    model, settings = subject.model.config, subject.settings
+    model, settings = original.model.config, original.settings
     protocol = {
-        "checkpoint": subject.run.fingerprint,
-        "table": subject.table_VD.shape,
-        "corpus_sha256": subject.corpus.fingerprint(),
+        "checkpoint": original.run.fingerprint,
+        "table": original.table_VD.shape,
+        "corpus_sha256": original.corpus.fingerprint(),
         "split": "val",
         "window": model.block_size,
         "stride": model.block_size,
-        "corpus": subject.corpus.name,
-        "tokenizer": subject.corpus.tokenizer,
+        "corpus": original.corpus.name,
+        "tokenizer": original.corpus.tokenizer,
         "calibration_tokens": settings.compress.calibration_tokens,
         "compute_dtype": model.compute_dtype,
         "singular_value_split": settings.factorize.singular_value_split,
     }
-    if subject.batches.is_cut:  # Absent if all tokens count, as in older files.
-        protocol["evaluated_tokens"] = subject.batches.target_count
+    if original.batches.is_cut:  # Absent if all tokens count, as in older files.
+        protocol["evaluated_tokens"] = original.batches.target_count
     return protocol
 
 
@@ -296,10 +296,10 @@ def _predict(rows: list[Row]) -> None:
         kind = [row for row in kind if row["bands"] == fewest]
         for choose in (min, max):
             choose(kind, key=lambda row: row["budget"])["is_anchor"] = True
-    calibration = Calibration(
+    regression = LossRegression(
         (row["method"], second_order(row), row["added_loss"])
         for row in rows
         if row["is_anchor"]
     )
     for row in rows:
-        row["predicted_loss"] = calibration(row["method"], second_order(row))
+        row["predicted_loss"] = regression(row["method"], second_order(row))

@@ -9,7 +9,7 @@ from pcagpt.factorize.bands import (
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
-from pcagpt.factorize.predict import Calibration, Predictor, SecondOrder
+from pcagpt.factorize.predict import LossRegression, Predictor, SecondOrder
 from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
     effective_rank,

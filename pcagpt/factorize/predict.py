@@ -51,7 +51,7 @@ def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
     return np.einsum("vd,vd->v", product_VD, rows_VD)
 
 
-class Calibration:
+class LossRegression:
     """Predicts added loss from second-order loss, fitted to a few measured tables.
 
     Second order overestimates large errors, and underestimates a method that minimises

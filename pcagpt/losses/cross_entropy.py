@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import low_rank_head, softmax
-from pcagpt.losses import fused
 from pcagpt.losses.chunks import sum_of_chunks
+from pcagpt.losses.fused import fused_cross_entropy
 from pcagpt.losses.logits import products, project, token_losses
 from pcagpt.model import Head
 
@@ -27,7 +27,7 @@ def cross_entropy(
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar.
 
     Differentiable in h_ND and the head. Only one chunk's logits exist at a time; with
-    kernels, a low-rank head (`fused`) stores no logits at all.
+    kernels, a low-rank head (`fused_cross_entropy`) stores no logits at all.
 
     Args:
       h_ND: output of ln_f, in the compute dtype.
@@ -39,7 +39,7 @@ def cross_entropy(
     """
     if kernels == "pallas":
         if len(head) > 1 or low_rank_head.fits(head[0].wte.shape[1]):
-            return fused.cross_entropy(h_ND, head, targets_N, chunks)
+            return fused_cross_entropy(h_ND, head, targets_N, chunks)
         function = functools.partial(_by_softmax_kernel, logits_dtype=logits_dtype)
     else:
 

@@ -18,8 +18,8 @@ from pcagpt.model import Head
 from pcagpt.sharding.inside import by_device, gathered
 
 
-def cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
-    """`losses.cross_entropy`; `chunks` is for bands without kernels."""
+def fused_cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
+    """`cross_entropy`; `chunks` is for bands without kernels."""
     z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, z_of_bands, tables, targets_N)

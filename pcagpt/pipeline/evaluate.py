@@ -8,8 +8,8 @@ from pcagpt.config import Settings
 from pcagpt.files import write_json
 from pcagpt.model import GPT
 from pcagpt.run import provenance
-from pcagpt.run.evaluate import Evaluator
-from pcagpt.run.opened import Run
+from pcagpt.run.evaluator import Evaluator
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.progress import Progress
 

@@ -10,15 +10,15 @@ import numpy as np
 
 from pcagpt import factorize
 from pcagpt.compress.effort import GPU
-from pcagpt.compress.subject import Subject
+from pcagpt.compress.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS, Factorizer, Statistics, files
+from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import sha256_of_file
 from pcagpt.pipeline.train_job import DONE, TO_DO
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import Telemetry
 
@@ -61,10 +61,11 @@ class FactorizeJob:
             raise self._other_files(differing)
         if differing or self._source_sha256() is None:
             return TO_DO
-        metadata = files.read_metadata(self.folder) or {"ranks": {}}
+        metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
         in_bands = self.settings.factorize.bands > 1
         is_complete = all(
-            str(rank) in metadata["ranks"] and files.exists(self.folder, rank, in_bands)
+            str(rank) in metadata["ranks"]
+            and factor_files.exists(self.folder, rank, in_bands)
             for rank in self.settings.ranks
         )
         return DONE if is_complete else TO_DO
@@ -74,7 +75,7 @@ class FactorizeJob:
 
         Empty without files, and without a source to compare them with.
         """
-        metadata, identity = files.read_metadata(self.folder), self.identity()
+        metadata, identity = factor_files.read_metadata(self.folder), self.identity()
         if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
@@ -112,11 +113,11 @@ class FactorizeJob:
         """
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from.
-            if files.read_metadata(self.folder) and not self.settings.overwrite:
+            if factor_files.read_metadata(self.folder) and not self.settings.overwrite:
                 raise self._other_files(["source_sha256"])
             return
         if self._is_bare_table:
-            shape = files.read_table(self.source).shape
+            shape = factor_files.read_table(self.source).shape
         else:
             shape = Run.open(self.source).table_shape
         for rank in self.settings.ranks:
@@ -131,10 +132,10 @@ class FactorizeJob:
         """Writes the files on the first process; every process calibrates."""
         self.check(set())
         run = None if self._is_bare_table else Run.open(self.source)
-        table_VD = run.table() if run else files.read_table(self.source)
+        table_VD = run.table() if run else factor_files.read_table(self.source)
         if self._calibrates:
             tokens = {"compress.calibration_tokens": self._calibration_tokens}
-            statistics = Subject.of(run, self.settings.replace(tokens)).statistics
+            statistics = Original.of(run, self.settings.replace(tokens)).statistics
         else:
             statistics = self._given_statistics(table_VD.shape)
         if jax.process_index() == 0:
@@ -153,7 +154,7 @@ class FactorizeJob:
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
         )
-        earlier = files.read_metadata(self.folder) or {"ranks": {}}
+        earlier = factor_files.read_metadata(self.folder) or {"ranks": {}}
         ranks = sorted({*self.settings.ranks, *map(int, earlier["ranks"])})
         singular_values = make.factors.singular_values
         energy = factorize.energy_kept(singular_values)
@@ -186,7 +187,9 @@ class FactorizeJob:
             "effective_rank": factorize.effective_rank(singular_values),
             "ranks": described,
         }
-        files.write(self.folder, tables, singular_values, metadata, chosen.bands > 1)
+        factor_files.write(
+            self.folder, tables, singular_values, metadata, chosen.bands > 1
+        )
         board = self.settings.telemetry.tensorboard
         with Telemetry(self.folder, tensorboard=board) as telemetry:
             telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from pcagpt.arms import ARMS, FROM_RUN
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, InitSettings
-from pcagpt.factorize import files
+from pcagpt.factorize import factor_files
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run.build import DEVICE_KNOBS
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 
 Job = TrainJob | FactorizeJob
 
@@ -147,7 +147,7 @@ def _train_job(
 def _factorize_job(
     settings: Settings, source: Path, *, suffix: str = "", is_target: bool = True
 ) -> FactorizeJob:
-    folder = Path(settings.workdir) / f"{files.FOLDER}{suffix}"
+    folder = Path(settings.workdir) / f"{factor_files.FOLDER}{suffix}"
     return FactorizeJob(source, folder, settings, is_target)
 
 
@@ -178,12 +178,15 @@ def _taken_from_baseline(
     )
     taken = {}
     if needs_factors and not has_factors:
-        folder, rank = workdir / f"{files.FOLDER}{suffix}", settings.model.n_embd_wte
+        folder, rank = (
+            workdir / f"{factor_files.FOLDER}{suffix}",
+            settings.model.n_embd_wte,
+        )
         if bands > 1:
-            taken["init.import_bands"] = str(files.bands_path(folder, rank))
+            taken["init.import_bands"] = str(factor_files.bands_path(folder, rank))
         else:
-            scales = str(files.scale_path(folder, rank))
-            taken["init.import_wte_npy"] = str(files.table_path(folder, rank))
+            scales = str(factor_files.scale_path(folder, rank))
+            taken["init.import_wte_npy"] = str(factor_files.table_path(folder, rank))
             taken["init.import_scale_matrices_npz"] = scales
     if "blocks" in takes and not init.blocks_from:
         taken["init.blocks_from"] = baseline

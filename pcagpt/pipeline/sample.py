@@ -10,7 +10,7 @@ from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.model import GPT
 from pcagpt.run.generate import generate
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
 FETCH_DELAY = 8  # tokens that stay on the device, so that it never waits for the host

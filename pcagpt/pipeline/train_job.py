@@ -14,7 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, initialise
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import changed_fields, read_record, read_result, write_record
-from pcagpt.run.opened import open_shared_corpus
+from pcagpt.run.trained import open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup

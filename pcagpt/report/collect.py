@@ -8,7 +8,7 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.factorize.files import FOLDER
+from pcagpt.factorize.factor_files import FOLDER
 from pcagpt.files import strict
 from pcagpt.report.compare import (
     CONFIDENCE,

@@ -7,7 +7,7 @@ import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.factorize.files import read_metadata
+from pcagpt.factorize.factor_files import read_metadata
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.telemetry.record import read_metrics
 

@@ -22,7 +22,7 @@ from pcagpt.factorize import Statistics
 from pcagpt.files import read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 from pcagpt.sharding import inside, placement
 from pcagpt.telemetry.progress import Progress
 

@@ -14,11 +14,11 @@ from pcagpt import factorize, trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FactorizedTable, files
+from pcagpt.factorize import FactorizedTable, factor_files
 from pcagpt.files import sha256_of_file
 from pcagpt.model import GPTConfig
 from pcagpt.run import checkpoint
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 
 
 def _sha256_of_arrays(folder: Path) -> str:
@@ -78,7 +78,7 @@ def with_imported_bands(settings: Settings) -> Settings:
     """The settings with the sizes and ranks of the bands that they import."""
     if not settings.init.import_bands:
         return settings
-    table = files.read_bands(settings.init.import_bands)
+    table = factor_files.read_bands(settings.init.import_bands)
     bands = {"model.band_sizes": table.sizes, "model.band_ranks": table.ranks}
     return settings.replace(bands)
 
@@ -146,7 +146,7 @@ def band_parameters(
 
 def _bands(folder: str, config: GPTConfig, new: dict, params: dict) -> dict:
     """The parameters of `init.import_bands`."""
-    table = files.read_bands(folder)
+    table = factor_files.read_bands(folder)
     wanted = [(band.size, band.rank or 0) for band in config.bands]
     found = list(zip(table.sizes, table.ranks, strict=True))
     if found != wanted or table.width != config.n_embd:
@@ -212,7 +212,7 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
 
 def _table(path: str, config: GPTConfig) -> np.ndarray:
     """The table of `init.import_wte_npy`, with padding rows."""
-    table_VK = files.read_table(path)
+    table_VK = factor_files.read_table(path)
     band = config.bands[0]
     wanted = (band.size, band.rank or config.n_embd)
     if table_VK.shape != wanted:
@@ -225,7 +225,7 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
 
 def _scales(path: str, config: GPTConfig, new: dict, params: dict) -> dict:
     """The parameters of `init.import_scale_matrices_npz`."""
-    scales = files.read_scale_matrices(path)
+    scales = factor_files.read_scale_matrices(path)
     shape, rank = scales.scale_up.shape, config.bands[0].rank
     if rank is None:
         raise UserError(

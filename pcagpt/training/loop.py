@@ -14,12 +14,12 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.errors import Interrupted
-from pcagpt.factorize import files
+from pcagpt.factorize import factor_files
 from pcagpt.model import embedding_parameters, total_parameters
 from pcagpt.run import provenance
 from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.checkpoint import Checkpoints
-from pcagpt.run.evaluate import Evaluation
+from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import config_sha256, write_result
 from pcagpt.run.initialise import position_constants
 from pcagpt.sharding import placement
@@ -147,7 +147,7 @@ def _constants(setup: Setup) -> dict:
     if len(config.bands) == 1 or init.weights_from:
         return {}
     if init.import_bands:
-        return position_constants(files.read_bands(init.import_bands).order)
+        return position_constants(factor_files.read_bands(init.import_bands).order)
     count_V = setup.corpus.count_tokens("train")
     missing = config.vocab_size - len(count_V)
     return position_constants(np.argsort(-np.pad(count_V, (0, missing)), kind="stable"))

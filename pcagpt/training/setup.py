@@ -15,8 +15,8 @@ from pcagpt.errors import UserError
 from pcagpt.model import GPT
 from pcagpt.run import initialise
 from pcagpt.run.build import build_config
-from pcagpt.run.evaluate import Evaluator
-from pcagpt.run.opened import Run
+from pcagpt.run.evaluator import Evaluator
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.training import optim
 

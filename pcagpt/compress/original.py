@@ -19,16 +19,16 @@ from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import FactorizedTable, Statistics
-from pcagpt.factorize.files import write_bands
+from pcagpt.factorize.factor_files import write_bands
 from pcagpt.model import GPT
 from pcagpt.run import calibrate, checkpoint, initialise
 from pcagpt.run.folder import read_record, write_record
-from pcagpt.run.opened import Run
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Original:
     """A run with a full table, on the devices of a mesh.
 
     table_VD: [V, D] float32 without padding rows; variables: placed on the mesh.
@@ -43,7 +43,7 @@ class Subject:
     table_VD: np.ndarray
 
     @classmethod
-    def of(cls, run: Run, settings: Settings) -> "Subject":
+    def of(cls, run: Run, settings: Settings) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
 
         Raises UserError if the table is factorized already, or the corpus or the
