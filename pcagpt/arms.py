@@ -17,7 +17,9 @@ class Arm:
       takes: the weights it starts from: 'factors' (of D's table), 'blocks' (D's other
         weights), 'weights' (all weights of D).
       keep: which property of the factors it keeps, a value of `init.keep`.
-      is_taught: whether it learns D's predictions.
+      has_bands_of_a: it takes the sizes and ranks of A's bands, if there are several.
+      is_taught: it learns D's predictions.
+      rate_share: the knob with its share of D's learning rate; empty: all of it.
     """
 
     letter: str
@@ -28,13 +30,19 @@ class Arm:
     marker: str = "o"
     takes: tuple[str, ...] = ()
     keep: str = "all"
+    has_bands_of_a: bool = False
     is_taught: bool = False
+    rate_share: str = ""
 
     @property
     def is_fine_tuned(self) -> bool:
         """Whether it continues from D's blocks, with a share of D's budget."""
         return "blocks" in self.takes or "weights" in self.takes
 
+
+FINETUNE_SHARE = "finetune.learning_rate_share"
+PCA_SHARE = "scratch.pca_learning_rate_share"
+RANDOM_SHARE = "scratch.random_learning_rate_share"
 
 # Tables and legends show the arms in this order. Colour-blind readers can tell most of
 # the colours apart (they are Okabe and Ito's); the markers differ in black and white.
@@ -55,6 +63,7 @@ ARMS = {
         colour="#8c8c8c",
         marker="P",
         takes=("weights",),
+        rate_share=FINETUNE_SHARE,
     ),
     "pca": Arm(
         letter="A",
@@ -64,6 +73,7 @@ ARMS = {
         colour="#0072b2",
         marker="o",
         takes=("factors",),
+        rate_share=PCA_SHARE,
     ),
     "pca_finetune": Arm(
         letter="B",
@@ -73,6 +83,7 @@ ARMS = {
         colour="#d55e00",
         marker="D",
         takes=("factors", "blocks"),
+        rate_share=FINETUNE_SHARE,
     ),
     "pca_distill": Arm(
         letter="Bd",
@@ -83,6 +94,7 @@ ARMS = {
         marker="d",
         takes=("factors", "blocks"),
         is_taught=True,
+        rate_share=FINETUNE_SHARE,
     ),
     "random": Arm(
         letter="C",
@@ -91,6 +103,8 @@ ARMS = {
         run_name="gpt_random_lowrank_k{rank}",
         colour="#009e73",
         marker="^",
+        has_bands_of_a=True,
+        rate_share=RANDOM_SHARE,
     ),
     # Controls of A: random, except for one property of A's factors.
     "random_std": Arm(
@@ -102,6 +116,7 @@ ARMS = {
         marker="v",
         takes=("factors",),
         keep="std",
+        rate_share=PCA_SHARE,
     ),
     "random_spectrum": Arm(
         letter="F",
@@ -112,6 +127,7 @@ ARMS = {
         marker="<",
         takes=("factors",),
         keep="spectrum",
+        rate_share=PCA_SHARE,
     ),
     "shuffled": Arm(
         letter="G",
@@ -122,7 +138,15 @@ ARMS = {
         marker=">",
         takes=("factors",),
         keep="rows",
+        rate_share=PCA_SHARE,
     ),
 }
 # Name of a run that continues from another run's weights.
 FROM_RUN = "gpt_{arm}_from_{source}"
+
+
+def arm_from_run(is_factorized: bool, is_taught: bool) -> str:
+    """The arm that a run from another run's weights counts as."""
+    if is_taught:
+        return "pca_distill"
+    return "pca_finetune" if is_factorized else "continued"

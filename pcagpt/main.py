@@ -36,10 +36,10 @@ from pathlib import Path
 from absl import logging as absl_logging
 
 from pcagpt.config import Settings, command_line, validate
+from pcagpt.config.schema import RUN_TASKS
 from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
-TASKS_OF_A_MODEL = ("evaluate", "sample", "compress")
 
 _INTERRUPTED = "interrupted: the same command goes on from what is saved"
 _OUT_OF_MEMORY = (
@@ -84,8 +84,8 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         import jax
 
         from pcagpt.compress.effort import decide_effort
-        from pcagpt.compress.sweep import compress
         from pcagpt.pipeline import execute
+        from pcagpt.pipeline.compress import compress
         from pcagpt.pipeline.evaluate import evaluate
         from pcagpt.pipeline.plan import make_plan
         from pcagpt.pipeline.sample import sample
@@ -103,17 +103,14 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         if settings.task == "compress":  # Shows the values that 0 and empty stand for.
             settings = decide_effort(settings, jax.default_backend())
         lines = [command_line.listing(settings), ""]
-        if settings.task in TASKS_OF_A_MODEL:
+        if settings.task in RUN_TASKS:
             run_dir, step = checkpoint.find(settings.model_path)
             lines.append(f"{settings.task} {run_dir} at step {step}")
         else:
             plan = make_plan(settings)
-            execute.check(plan, settings)
-            lines += execute.describe(plan)
+            lines += execute.describe(execute.check(plan, settings))
     elif settings.task == "compress":
         compress(settings, command)
-        if settings.compress.recover_ranks:
-            execute.recover(settings)
     elif settings.task == "evaluate":
         lines.append(json.dumps(evaluate(settings), indent=2))
     elif settings.task == "sample":

@@ -84,6 +84,11 @@ def job(config: ConfigDict) -> Job:
     return plan(config).jobs[-1]
 
 
+def described(config: ConfigDict) -> list[str]:
+    """A line for each job that is needed, as the program prints it."""
+    return pipeline.describe(pipeline.check(plan(config), Settings.of(config)))
+
+
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
     pipeline.execute(plan(config), Settings.of(config), "a command")
@@ -93,7 +98,7 @@ def execute(config: ConfigDict) -> Path:
 def setup(config: ConfigDict) -> Setup:
     """What the run of a 'train' config trains with."""
     asked = job(config)
-    return Setup.of(asked.settled(), asked.corpus())
+    return Setup.of(asked.settings, asked.corpus())
 
 
 def start(setup: Setup, run_dir: Path) -> tuple[TrainState, Any]:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, execute, job, plan, quick_compiles, setup, start
+from runs import changed, described, execute, job, plan, quick_compiles, setup, start
 
 from pcagpt import arms, trees
-from pcagpt.compress import sweep
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
+from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
-from pcagpt.pipeline.execute import describe
 from pcagpt.run.checkpoint import load_weights
 from pcagpt.run.folder import identity, read_record, read_result, write_record
 
@@ -261,10 +260,10 @@ def test_a_finished_run_in_bands_outlives_its_factors(finished):
     ],
 )
 def test_a_finished_run_notices_factors_that_are_asked_for_otherwise(other, finished):
-    assert len(describe(plan(finished))) == 1
+    assert len(described(finished)) == 1
     with pytest.raises(UserError, match=r"holds another factorization"):
-        describe(plan(changed(finished, **other)))
-    lines = describe(plan(changed(finished, overwrite=True, **other)))
+        described(changed(finished, **other))
+    lines = described(changed(finished, overwrite=True, **other))
     assert lines[1].endswith("  to do")
 
 
@@ -375,6 +374,6 @@ def test_compressing_d_otherwise_leaves_its_experiment_done(banded, tmp_path):
     asked |= {"compress.bits": (), "compress.calibration_tokens": 256}
     model_path = str(workdir / "gpt_baseline")
     compressed = changed(config, task="compress", model_path=model_path, **asked)
-    sweep.compress(Settings.of(compressed), "a command")
+    compress(Settings.of(compressed), "a command")
     assert len(list((workdir / "gpt_baseline").glob("statistics_*"))) == 2
     assert all(job.status() == "done" for job in plan(config).jobs)

@@ -11,15 +11,15 @@ from command_line import call
 from runs import changed, execute, quick_compiles, snapshot
 
 from pcagpt import main
-from pcagpt.compress import sweep as sweep_module
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
-from pcagpt.compress.sweep import compress
+from pcagpt.compress.sweep import _predict
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics, factor_files
 from pcagpt.model import GPT
+from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
@@ -140,7 +140,7 @@ def test_anchors_are_the_extremes_of_each_method_and_leave_out_exact_tables():
             *((1, 320, 1e-13, 3e-7), (3, 80, 0.15, 0.12), (5, 80, 0.14, 0.11)),
         )
     ]
-    sweep_module._predict(rows)
+    _predict(rows)
     anchors = [i for i, row in enumerate(rows) if row["is_anchor"]]
     assert anchors == [0, 2, 4]
     for row in rows[:3]:

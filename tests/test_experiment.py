@@ -8,13 +8,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from runs import changed, execute, plan, snapshot, without_timings
+from runs import changed, described, execute, plan, snapshot, without_timings
 
 from pcagpt.arms import ARMS
 from pcagpt.config import checks
 from pcagpt.config.schema import DistillSettings, InitSettings
 from pcagpt.errors import UserError
-from pcagpt.pipeline.execute import describe
 from pcagpt.run.folder import read_result, read_window_losses
 
 RESULT_FIELDS = {
@@ -329,5 +328,5 @@ def test_missing_factors_are_refused_with_all_that_they_depend_on(copied):
 
 def test_a_finished_baseline_is_used_whatever_its_budget_was(copied):
     a = {"task": "train", "arm": "pca", "model.n_embd_wte": 4, "train.steps": 2}
-    lines = describe(plan(changed(copied, **a)))
+    lines = described(changed(copied, **a))
     assert [line.split("  ")[-1] for line in lines] == ["done", "to do", "to do"]

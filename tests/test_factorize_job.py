@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, execute, plan, snapshot, write_statistics
+from runs import changed, described, execute, snapshot, write_statistics
 
 from pcagpt import factorize
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
-from pcagpt.pipeline.execute import describe
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import checkpoint
 
@@ -242,7 +241,7 @@ def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_p
     folder = execute(config)
     assert folder == tmp_path / "runs" / "pca_factorized"
     before = snapshot(folder)
-    (line,) = describe(plan(config))
+    (line,) = described(config)
     assert line.split() == ["pca_factorized", "rank", "2,", "4", "done"]
     execute(config)
     assert snapshot(folder) == before

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from runs import (
     changed,
+    described,
     execute,
     job,
     metrics,
-    plan,
     signal_at,
     snapshot,
 )
@@ -19,7 +19,6 @@ from runs import (
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.files import write_json
-from pcagpt.pipeline.execute import describe
 from pcagpt.run import checkpoint
 from pcagpt.run.folder import (
     changed_fields,
@@ -59,7 +58,7 @@ def status(config):
 
 def statuses(config):
     """The status of each job that is needed, as it is shown."""
-    return [line.split("  ")[-1] for line in describe(plan(config))]
+    return [line.split("  ")[-1] for line in described(config)]
 
 
 # Finished runs

@@ -37,8 +37,10 @@ def template(config=MODEL):
 
 def imported(config=MODEL, params=None, **init):
     """{path: array} of all imports."""
+    init = InitSettings(**init)
+    _, table = initialise.with_bands(Settings(init=init))
     params = params or template(config)
-    return initialise.imported_weights(InitSettings(**init), config, params, seed=1)
+    return initialise.imported_weights(init, table, config, params, seed=1)
 
 
 def refusal(config=MODEL, **init):

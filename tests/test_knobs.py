@@ -13,11 +13,11 @@ from runs import changed, execute, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
-from pcagpt.compress import sweep
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
+from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline import sample as sampling
 from pcagpt.pipeline.evaluate import evaluate
@@ -157,9 +157,9 @@ def recovered(config):
     """The ranks that a sweep trains further."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "compress", lambda *_: None)
-        patch.setattr(pipeline, "recover", found.append)
-        main.run(Settings.of(config), "a command", print_only=False)
+        patch.setattr(compressing, "sweep", lambda *_: None)
+        patch.setattr(compressing, "_recover", lambda asked, _: found.append(asked))
+        compressing.compress(Settings.of(config), "a command")
     return [settings.compress.recover_ranks for settings in found]
 
 
@@ -181,15 +181,15 @@ def compression(config):
     """The tables that a compression tries, or the bound that it fits."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "_sweep", lambda _, tried, heading: asked.append(tried))
-        patch.setattr(sweep, "_fit", lambda *arguments: asked.append(arguments[1:3]))
-        sweep.compress(Settings.of(config), "a command")
+        patch.setattr(compressing, "sweep", lambda _, tried, *__: asked.append(tried))
+        patch.setattr(compressing, "advise", lambda *given: asked.append(given[1:3]))
+        compressing.compress(Settings.of(config), "a command")
     return asked
 
 
 def swept(config):
     """What the tables of a compression cost."""
-    sweep.compress(Settings.of(config), "a command")
+    compressing.compress(Settings.of(config), "a command")
     path = Path(config.workdir) / "compressed" / "sweep.json"
     return [row["added_loss"] for row in json.loads(path.read_text())["rows"]]
 

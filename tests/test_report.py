@@ -26,6 +26,7 @@ from pcagpt.report.figures import curves_figure, size_figure
 
 V, D, BLOCKS = 100, 16, 5000
 TARGETS = np.array([8.0] * 9 + [5.0])
+FACTORS = "pca_factorized"
 COMMAND = "python -m pcagpt.main --config=configs/demo.py"
 LOSSES = {"baseline": 3.0, "pca": 3.1, "pca_finetune": 3.02, "random": 3.3}
 OTHER_LOSSES = {"pca": 2.9, "pca_finetune": 2.95, "random": 2.8}  # of rank 8
@@ -87,7 +88,7 @@ def write_experiment(workdir, arms=LOSSES, seeds=(0,)):
 
 
 def write_factorization(workdir, ranks=(4,)):
-    folder = workdir / "pca_factorized"
+    folder = workdir / FACTORS
     folder.mkdir()
     values = np.arange(D, 0, -1.0)
     np.save(folder / "spectrum.npy", values)
@@ -191,7 +192,7 @@ def reported(tmp_path_factory):
         for arm, loss in OTHER_LOSSES.items()
     ]
     write_factorization(workdir, ranks=(4, 8))
-    results = collect_results(workdir, list(reversed(runs)), COMMAND)
+    results = collect_results(workdir, list(reversed(runs)), FACTORS, COMMAND)
     write_report(workdir, results)
     return workdir, results
 
@@ -263,7 +264,7 @@ def test_one_seed_has_an_interval_over_its_windows(reported):
 def test_without_comparable_windows_nothing_is_resolved(tmp_path, spoil, reason):
     runs = write_experiment(tmp_path)
     spoil(tmp_path / "gpt_pca_k4" / "val_window_losses.npy")
-    results = collect_results(tmp_path, runs, COMMAND)
+    results = collect_results(tmp_path, runs, FACTORS, COMMAND)
     assert find(results, "A vs D")["interval"] is None
     assert verdicts(results)["A vs D"] == "not resolved"
     assert find(results, "B vs D")["interval"] is not None
@@ -278,7 +279,7 @@ def test_seeds_are_paired_and_shown_with_their_interval(tmp_path):
     changed.write_text(json.dumps(row | {"val_loss": row["val_loss"] + 0.03}))
     for seed in (1, 2):
         runs.remove(f"gpt_random_lowrank_k4_seed{seed}")
-    results = collect_results(tmp_path, runs, COMMAND)
+    results = collect_results(tmp_path, runs, FACTORS, COMMAND)
     found = find(results, "A vs D")
     # Differences 0.10, 0.13, 0.10: the 0.125 between seeds is not in them.
     half = 4.302653 * 0.03 / 3
@@ -300,7 +301,9 @@ def test_seeds_are_paired_and_shown_with_their_interval(tmp_path):
 
 @pytest.mark.parametrize("arms", [["baseline", "random"], ["pca"]])
 def test_some_arms_without_a_factorization_make_a_report(arms, tmp_path):
-    results = collect_results(tmp_path, write_experiment(tmp_path, arms), COMMAND)
+    results = collect_results(
+        tmp_path, write_experiment(tmp_path, arms), FACTORS, COMMAND
+    )
     assert results["comparisons"] == results["hypotheses"] == []
     assert results["spectrum"] is None
     text = markdown_of(results)
@@ -329,7 +332,7 @@ def test_a_run_that_cannot_be_read_is_named_in_one_line(tmp_path, change, messag
         change = json.dumps(json.loads(path.read_text()) | change)
     path.unlink() if change is None else path.write_text(change)
     with pytest.raises(UserError, match=message) as error:
-        collect_results(tmp_path, [run], COMMAND)
+        collect_results(tmp_path, [run], FACTORS, COMMAND)
     assert run in str(error.value) and "\n" not in str(error.value)
 
 
@@ -337,11 +340,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     run = write_run(tmp_path, "baseline")
     other = write_run(tmp_path, "pca", 4, protocol={"split": "val", "window": 16})
     with pytest.raises(UserError, match="are both baseline at rank None, seed 0"):
-        collect_results(tmp_path, [run, run], COMMAND)
+        collect_results(tmp_path, [run, run], FACTORS, COMMAND)
     with pytest.raises(UserError, match=r"different protocols \(corpus: 'sotu' and"):
-        collect_results(tmp_path, [run, other], COMMAND)
+        collect_results(tmp_path, [run, other], FACTORS, COMMAND)
     with pytest.raises(UserError, match="no runs to report on"):
-        collect_results(tmp_path, [], COMMAND)
+        collect_results(tmp_path, [], FACTORS, COMMAND)
 
 
 @pytest.mark.parametrize("damage", [lambda w: w[:, :1], lambda w: w * np.nan])
@@ -350,7 +353,7 @@ def test_damaged_window_losses_are_refused(damage, tmp_path):
     path = tmp_path / "gpt_pca_k4" / "val_window_losses.npy"
     np.save(path, damage(np.load(path)))
     with pytest.raises(UserError, match=r"gpt_pca_k4.val_window_losses\.npy is dam"):
-        collect_results(tmp_path, runs, COMMAND)
+        collect_results(tmp_path, runs, FACTORS, COMMAND)
 
 
 # The pages
@@ -426,7 +429,7 @@ def test_foreign_text_stays_text(tmp_path):
     path.write_text(json.dumps(row))
     odd = "odd | <i>run* (1)"
     (tmp_path / run).rename(tmp_path / odd)
-    write_report(tmp_path, collect_results(tmp_path, [odd], hostile))
+    write_report(tmp_path, collect_results(tmp_path, [odd], FACTORS, hostile))
     page = (tmp_path / "report.html").read_text("utf-8")
     addresses, links, tags = resources(page)
     assert not {"script", "i"} & set(tags)
@@ -440,7 +443,9 @@ def test_foreign_text_stays_text(tmp_path):
 
 
 def test_a_second_report_replaces_the_first(tmp_path):
-    results = collect_results(tmp_path, [write_run(tmp_path, "baseline")], COMMAND)
+    results = collect_results(
+        tmp_path, [write_run(tmp_path, "baseline")], FACTORS, COMMAND
+    )
     (tmp_path / "plots").mkdir()
     for name in ("report.md", "plots/spectrum.png"):
         (tmp_path / name).write_text("old")
@@ -461,7 +466,7 @@ def test_every_arm_and_a_new_one_are_in_results_figures_and_pages(
     asks = compare.Question("Is it better?", "X < A in loss", "less")
     monkeypatch.setitem(compare.QUESTIONS, "X vs A", asks)
     runs = write_experiment(tmp_path, arms=ARMS)
-    results = collect_results(tmp_path, reversed(runs), COMMAND)
+    results = collect_results(tmp_path, reversed(runs), FACTORS, COMMAND)
     # D and D+ have no rank and come first; the others keep the order of ARMS.
     assert [row["arm"] for row in results["rows"]] == list(ARMS)
     assert verdicts(results)["X vs A"] == "did not hold"
@@ -614,7 +619,7 @@ def test_curves_show_every_arm_and_b_twice(reported):
 def test_without_data_no_figure_is_drawn(tmp_path):
     run = write_run(tmp_path, "baseline", params_total=None)
     (tmp_path / run / "metrics.jsonl").unlink()
-    rows = collect_results(tmp_path, [run], COMMAND)["rows"]
+    rows = collect_results(tmp_path, [run], FACTORS, COMMAND)["rows"]
     assert curves_figure(tmp_path, rows) is None
     assert size_figure(models_of(rows)) is None
 

@@ -6,7 +6,6 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
+from pcagpt.report import SweepRow
 
 FLOAT_BYTES = 4
 BASELINE = "baseline"  # the method that keeps the table at full width
@@ -59,7 +59,7 @@ class Candidate:
     second_order: SecondOrder
     seconds: float
 
-    def row(self, scores: SwapScores) -> dict[str, Any]:
+    def row(self, scores: SwapScores) -> SweepRow:
         """The row of the candidate in sweep.json, still without a prediction."""
         return {
             **dataclasses.asdict(self.recipe),

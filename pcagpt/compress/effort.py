@@ -5,6 +5,7 @@ from typing import NamedTuple
 from pcagpt.config import Settings
 from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.factorize import METHODS
+from pcagpt.run import calibrate
 
 
 class Effort(NamedTuple):
@@ -19,7 +20,7 @@ class Effort(NamedTuple):
     max_tokens: int
 
 
-GPU = Effort(",".join(METHODS), (1, 7, 12), 1_048_576, 0)
+GPU = Effort(",".join(METHODS), (1, 7, 12), calibrate.TOKENS, 0)
 # A first answer for a small model within three minutes on two cores.
 CPU = Effort("svd,context", (1, 7), 32_768, 32_768)
 

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pcagpt.compress.candidates import BASELINE, Candidate, Recipe
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import LossRegression
+from pcagpt.report import SweepRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Trial:
     scores: SwapScores
     predicted: float
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> SweepRow:
         """The row of advice.json."""
         return self.candidate.row(self.scores) | {"predicted_loss": self.predicted}
 

@@ -1,28 +1,23 @@
-"""A trained model with a table to compress, and the compressed models made of it.
+"""The trained model to compress: its table, statistics and measurements.
 
 Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
 import functools
-import hashlib
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from pcagpt import trees
 from pcagpt.compress.candidates import Candidate, Compressor
 from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
-from pcagpt.factorize import FactorizedTable, Statistics
-from pcagpt.factorize.factor_files import write_bands
+from pcagpt.factorize import Statistics
 from pcagpt.model import GPT
-from pcagpt.run import calibrate, checkpoint, initialise
-from pcagpt.run.folder import read_record, write_record
+from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
@@ -38,7 +33,7 @@ class Original:
     settings: Settings
     corpus: Corpus
     model: GPT
-    mesh: Any
+    mesh: Mesh
     variables: dict
     table_VD: np.ndarray
 
@@ -55,16 +50,21 @@ class Original:
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir)
-        model = GPT(run.config(settings.model))
-        host = run.variables(model.config)
-        variables = jax.device_put(host, placement.shardings(host, mesh))
+        model, variables = run.load(settings.model, mesh)
         return cls(run, settings, corpus, model, mesh, variables, table_VD)
 
     @functools.cached_property
     def statistics(self) -> Statistics:
         """Statistics on calibration text; see `calibrate.statistics`."""
         return calibrate.statistics(
-            self.run, self.settings, self.corpus, self.model, self.variables, self.mesh
+            self.run,
+            self.model,
+            self.variables,
+            self.corpus,
+            self.mesh,
+            tokens=self.settings.compress.calibration_tokens,
+            batch_size=self.settings.train.batch_size,
+            chunks=self.settings.train.loss_chunks,
         )
 
     @functools.cached_property
@@ -93,56 +93,23 @@ class Original:
         chunks = self.settings.train.loss_chunks
         return TableSwap(self.model, self.variables, deciles, self.mesh, chunks)
 
-    def write(
-        self, folder: Path, table: FactorizedTable, origin: dict[str, Any]
-    ) -> None:
-        """Writes the model with another table: config.json, ckpt/0 and factors/.
-
-        Every command takes the folder as a run. A folder that holds this model already
-        is left alone, because other runs may have started from it. `origin` tells how
-        the table was made: JSON values for 'compressed' in config.json.
-        """
-        record = self.run.record
-        made = {
-            "run": str(self.run.folder),
-            "step": self.run.step,
-            "fingerprint": self.run.fingerprint,
-            **origin,
-            "table_sha256": _sha256(table),
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Everything besides a recipe that decides the numbers of a row."""
+        model, settings = self.model.config, self.settings
+        protocol = {
+            "checkpoint": self.run.fingerprint,
+            "table": self.table_VD.shape,
+            "corpus_sha256": self.corpus.fingerprint(),
+            "split": "val",
+            "window": model.block_size,
+            "stride": model.block_size,
+            "corpus": self.corpus.name,
+            "tokenizer": self.corpus.tokenizer,
+            "calibration_tokens": settings.compress.calibration_tokens,
+            "compute_dtype": model.compute_dtype,
+            "singular_value_split": settings.factorize.singular_value_split,
         }
-        earlier = (read_record(folder) or {}).get("compressed") or {}
-        if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
-            return
-        (folder / "config.json").unlink(missing_ok=True)  # Written last.
-        checkpoint.save_weights(folder, self._variables_with(table))
-        write_bands(folder / "factors", table)
-        is_banded = len(table.bands) > 1
-        model = {
-            "n_embd_wte": None if is_banded else table.ranks[0] or None,
-            "n_embd_wte_scale_tying": True,
-            "band_sizes": table.sizes if is_banded else (),
-            "band_ranks": table.ranks if is_banded else (),
-        }
-        model = {**record["model"], **model}
-        write_record(folder, {**record, "model": model, "compressed": made})
-
-    def _variables_with(self, table: FactorizedTable) -> dict:
-        """{'params', 'constants'} of the model with another table."""
-        config = self.model.config
-        params, constants = dict(self.run.variables(config)["params"]), {}
-        padding = config.padded_vocab_size - len(table.order)
-        leaves = initialise.band_parameters(table, padding)
-        params["embed"] = trees.unflatten(leaves)["embed"]
-        if table.mean is not None:
-            params["wpe"] = (params["wpe"] + table.mean).astype(np.float32)
-        if len(table.bands) > 1:
-            constants = initialise.position_constants(table.order)
-        return {"params": params, "constants": constants}
-
-
-def _sha256(table: FactorizedTable) -> str:
-    """Hash of all values of a table, because the same recipe can give another table."""
-    digest = hashlib.sha256(table.order.tobytes())
-    for leaf in jax.tree.leaves((table.bands, table.mean)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+        if self.batches.is_cut:  # Absent if all tokens count, as in older files.
+            protocol["evaluated_tokens"] = self.batches.target_count
+        return protocol

@@ -137,7 +137,8 @@ def _score(
         found["deciles"] = jnp.stack([by_decile_E, in_decile_E])
         return jax.tree.map(jnp.add, sums, found), None
 
-    names = [*SwapScores._fields[:-1], "count"]
+    names = [*SwapScores._fields, "count"]
+    names.remove("added_loss_by_decile")
     zeros = {name: jnp.zeros(()) for name in names} | {
         "deciles": jnp.zeros((2, DECILES))
     }

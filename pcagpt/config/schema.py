@@ -1,4 +1,4 @@
-"""Every knob: its name, type, default, meaning and rule. Nothing else declares one.
+"""Every knob of the program: name, type, default, meaning and rule.
 
 The program works with `Settings`: frozen and typed, one dataclass for each section.
 Config files and the command line change a `ConfigDict` of the same names, made by
@@ -6,56 +6,31 @@ Config files and the command line change a `ConfigDict` of the same names, made 
 """
 
 import dataclasses
-import math
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from pcagpt.arms import ARMS
+from pcagpt.config.knobs import (
+    BELOW_1,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Knob,
+    at_least,
+    declared,
+    knob,
+    one_of,
+)
 
-TASKS = ("train", "experiment", "factorize", "compress", "evaluate", "sample")
-MODEL_PATH_TASKS = ("factorize", "compress", "evaluate", "sample")
+RUN_TASKS = ("compress", "evaluate", "sample")  # each reads one run
+TASKS = ("train", "experiment", "factorize", *RUN_TASKS)
+MODEL_PATH_TASKS = ("factorize", *RUN_TASKS)
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A test of a value, and the words that follow 'it must be' in an error."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def one_of(*choices: str | int) -> Rule:
-    """Only these words or numbers."""
-    return Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
-
-
-def at_least(low: int) -> Rule:
-    """Finite numbers from `low` on."""
-    return Rule(f"at least {low}", lambda value: low <= value < math.inf)
-
-
-ANYTHING = Rule("anything", lambda value: True)
-COUNT = at_least(1)
-POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
-BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
-SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
-PART = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
-SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-
-
-def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
-    """A field of a section. The rule holds for each entry of a tuple.
-
-    Without a rule, whole numbers must be a `COUNT` and other values can be anything.
-    """
-    metadata = {"meaning": meaning, "rule": rule}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,38 +372,7 @@ def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """One entry of `KNOBS`; type is int, float, bool, str or tuple (of int)."""
-
-    default: Any
-    meaning: str
-    rule: Rule
-    type: type
-
-
-def _declared(kind: type, prefix: str = "") -> dict[str, Knob]:
-    """The knobs of a dataclass by path, read off its fields."""
-    types, found = typing.get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        hint = types[field.name]
-        if dataclasses.is_dataclass(hint):
-            found |= _declared(hint, f"{field.name}.")
-            continue
-        # `tuple[int, ...]` is a tuple, `int | None` an int that may be unset.
-        is_tuple = typing.get_origin(hint) is tuple
-        plain = tuple if is_tuple else (typing.get_args(hint) or (hint,))[0]
-        rule = COUNT if plain in (int, tuple) else ANYTHING
-        found[prefix + field.name] = Knob(
-            field.default,
-            field.metadata["meaning"],
-            field.metadata["rule"] or rule,
-            plain,
-        )
-    return found
-
-
-KNOBS: dict[str, Knob] = _declared(Settings)
+KNOBS: dict[str, Knob] = declared(Settings)
 
 
 def base() -> ConfigDict:
@@ -437,10 +381,10 @@ def base() -> ConfigDict:
     It is locked: only declared knobs can be set.
     """
     config = ConfigDict(Settings().to_dict())
-    for path, declared in KNOBS.items():
-        if declared.default is None:  # A plain None would accept any type.
+    for path, entry in KNOBS.items():
+        if entry.default is None:  # A plain None would accept any type.
             section, name = path.split(".")
-            config[section][name] = config_dict.placeholder(declared.type)
+            config[section][name] = config_dict.placeholder(entry.type)
     return config.lock()
 
 

@@ -6,7 +6,6 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.files import write_json
-from pcagpt.model import GPT
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -28,8 +27,8 @@ def evaluate(settings: Settings) -> dict:
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     corpus = run.corpus(settings.data, settings.cache_dir)
-    model = GPT(run.config(settings.model))
     mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    model, variables = run.load(settings.model, mesh)
     evaluator = Evaluator(
         model,
         mesh,
@@ -39,8 +38,6 @@ def evaluate(settings: Settings) -> dict:
         settings.train.loss_chunks,
         settings.evaluate.max_tokens,
     )
-    variables = run.variables(model.config)
-    variables = jax.device_put(variables, placement.shardings(variables, mesh))
     label = f"{run.folder.name} on {settings.split}"
     with Progress(label, len(evaluator.batches)) as progress:
         measured = evaluator(variables, progress)

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import jax
 
-from pcagpt import factorize
 from pcagpt.arms import ARMS
-from pcagpt.compress.sweep import add_recovered, folder_of
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.data.corpus import describe_corpus
 from pcagpt.errors import UserError
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.pipeline.plan import Job, Plan, recovery_plan
-from pcagpt.pipeline.train_job import DONE, TrainJob
-from pcagpt.report import collect_results, recovered_rows, write_report
-from pcagpt.run import checkpoint
+from pcagpt.pipeline.plan import Job, Plan
+from pcagpt.pipeline.train_job import DONE, TO_DO, TrainJob
+from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
 from pcagpt.telemetry.record import import_wandb
 
@@ -29,30 +26,20 @@ SHARED_WITH_BASELINE = {
 }
 
 
-def describe(plan: Plan) -> list[str]:
-    """A line for each job: name, amount and status; UserError as for `Job.status`."""
-    return [
-        f"{job.label:<32} {job.amount:>14}  {status}"
-        for job, status in _needed(plan).items()
-    ]
+def check(plan: Plan, settings: Settings) -> dict[Job, str]:
+    """Checks what can be checked at once; returns the needed jobs with their status.
 
-
-def check(plan: Plan, settings: Settings) -> None:
-    """Checks what can be checked at once; writes nothing.
+    Prerequisites of a finished run are not needed, unless the factorization on disk
+    differs from the one that is asked for. Writes nothing.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a run with other
         settings is there, a prerequisite is missing and `build_prerequisites` is off,
-        or there is no such corpus or method.
+        or there is no such corpus.
     """
     _check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
-    if settings.factorize.method not in factorize.METHODS:
-        raise UserError(
-            f"factorize.method is '{settings.factorize.method}': it must be one of "
-            f"{', '.join(factorize.METHODS)}"
-        )
     needed = _needed(plan)
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
@@ -65,6 +52,14 @@ def check(plan: Plan, settings: Settings) -> None:
     for job, status in needed.items():
         if isinstance(job, TrainJob) and not job.is_target and status == DONE:
             _check_baseline(job.folder, settings)
+    return needed
+
+
+def describe(needed: dict[Job, str]) -> list[str]:
+    """A line for each job that `check` returned: name, amount and status."""
+    return [
+        f"{job.label:<32} {job.amount:>14}  {status}" for job, status in needed.items()
+    ]
 
 
 def execute(plan: Plan, settings: Settings, command: str) -> None:
@@ -76,15 +71,14 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
       UserError: as for `check`, or something does not fit the corpus or the devices.
         Then only the token files of the corpus have been written.
     """
-    check(plan, settings)
-    _say(*describe(plan))
-    needed, checked = _needed(plan), {}
+    needed, checked = check(plan, settings), {}
+    _say(*describe(needed))
     for job, status in needed.items():
         if status != DONE or job.sources & checked.keys():
             checked[job.folder] = job.check(set(checked))
-    for job in needed:
+    for job, status in needed.items():
         # New runs are compared with finished ones: both must have the same tokens.
-        if checked and isinstance(job, TrainJob) and job.folder not in checked:
+        if checked and isinstance(job, TrainJob) and status != TO_DO:
             job.check_corpus()
     for job in needed:
         if job.folder in checked:
@@ -92,35 +86,20 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
             job.run(checked.pop(job.folder))
     if plan.reported and jax.process_index() == 0:
         workdir = Path(settings.workdir)
-        results = collect_results(workdir, plan.reported, command)
+        results = collect_results(workdir, plan.reported, plan.factors, command)
         write_report(workdir, results)
         _say(f"report: {workdir / 'report.html'}")
 
 
-def recover(settings: Settings) -> None:
-    """Trains the best models of a sweep and D further; adds them to its report."""
-    folder = folder_of(settings)
-    plan = recovery_plan(settings, folder)
-    execute(plan, plan.jobs[0].settings, command="")
-    if jax.process_index() == 0:
-        runs = [job.folder.name for job in plan.jobs]
-        baseline = checkpoint.find(settings.model_path)[0]
-        rows = recovered_rows(folder, runs, baseline)
-        _say(f"report: {add_recovered(folder, rows)}")
-
-
 def _needed(plan: Plan) -> dict[Job, str]:
-    """The jobs of the plan with their status, without prerequisites of a finished run.
-
-    They stay if the factorization on disk differs from the one that is asked for.
-    """
+    """The jobs that `check` returns."""
     jobs, target = plan.jobs, plan.jobs[-1]
-    is_done = not plan.reported and target.status() == DONE
-    if is_done and not any(
-        isinstance(job, FactorizeJob) and job.differing() for job in jobs
-    ):
-        jobs = tuple(job for job in jobs if job.is_target)
-    return {job: job.status() for job in jobs}
+    known = {target: target.status()}
+    if known[target] == DONE and not plan.reported:
+        made = [job for job in jobs if isinstance(job, FactorizeJob)]
+        if not any(job.differing() for job in made):
+            jobs = tuple(job for job in jobs if job.is_target)
+    return {job: known.get(job) or job.status() for job in jobs}
 
 
 def _check_workdir(workdir: str) -> None:

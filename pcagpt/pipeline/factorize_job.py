@@ -9,8 +9,6 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
-from pcagpt.compress.effort import GPU
-from pcagpt.compress.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
@@ -133,11 +131,11 @@ class FactorizeJob:
         self.check(set())
         run = None if self._is_bare_table else Run.open(self.source)
         table_VD = run.table() if run else factor_files.read_table(self.source)
-        if self._calibrates:
-            tokens = {"compress.calibration_tokens": self._calibration_tokens}
-            statistics = Original.of(run, self.settings.replace(tokens)).statistics
-        else:
-            statistics = self._given_statistics(table_VD.shape)
+        statistics = (
+            self._measured_statistics(run)
+            if self._calibrates
+            else self._given_statistics(table_VD.shape)
+        )
         if jax.process_index() == 0:
             print(f"factorizing {self.source}, {self.amount}", flush=True)
             if self.settings.overwrite and self.differing():
@@ -194,6 +192,24 @@ class FactorizeJob:
         with Telemetry(self.folder, tensorboard=board) as telemetry:
             telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
 
+    def _measured_statistics(self, run: Run) -> Statistics:
+        """Statistics on the run's own corpus, or on the one that was asked for."""
+        settings, batch_size = self.settings, self.settings.train.batch_size
+        mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+        placement.check_divisible("train.batch_size", batch_size, mesh)
+        corpus = run.corpus(settings.data, settings.cache_dir)
+        model, variables = run.load(settings.model, mesh)
+        return calibrate.statistics(
+            run,
+            model,
+            variables,
+            corpus,
+            mesh,
+            tokens=self._calibration_tokens,
+            batch_size=batch_size,
+            chunks=settings.train.loss_chunks,
+        )
+
     def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:
         """The given statistics; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
@@ -242,8 +258,8 @@ class FactorizeJob:
 
     @property
     def _calibration_tokens(self) -> int:
-        """A GPU's default on every device: the files must not depend on the device."""
-        return self.settings.compress.calibration_tokens or GPU.calibration_tokens
+        """The same default on every device: the files must not depend on the device."""
+        return self.settings.compress.calibration_tokens or calibrate.TOKENS
 
     @property
     def _statistics_path(self) -> Path | None:

@@ -7,10 +7,11 @@ what each arm takes from D. A run that copies all weights of another run needs n
 from pathlib import Path
 from typing import NamedTuple
 
-from pcagpt.arms import ARMS, FROM_RUN
+from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, InitSettings
-from pcagpt.factorize import factor_files
+from pcagpt.errors import UserError
+from pcagpt.factorize import METHODS, factor_files
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run.build import DEVICE_KNOBS
@@ -20,10 +21,14 @@ Job = TrainJob | FactorizeJob
 
 
 class Plan(NamedTuple):
-    """Jobs in the order in which they run, and names of the runs to report on."""
+    """Jobs in the order in which they run, and folders in the workdir to report on.
+
+    reported: the runs; factors: the factorization.
+    """
 
     jobs: tuple[Job, ...]
     reported: tuple[str, ...] = ()
+    factors: str = ""
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -32,8 +37,14 @@ def make_plan(settings: Settings) -> Plan:
     Reads nothing but the settings and the record of the run in `init.weights_from`.
 
     Raises:
-      UserError: that run does not exist, or is of another model than was asked for.
+      UserError: that run does not exist or is of another model than was asked for, or
+        there is no such method.
     """
+    method = settings.factorize.method
+    if method not in METHODS:
+        raise UserError(
+            f"factorize.method is '{method}': it must be one of {', '.join(METHODS)}"
+        )
     if settings.task == "factorize":
         return Plan((_factorize_job(settings, Path(settings.model_path)),))
     if settings.task == "train":
@@ -45,7 +56,8 @@ def make_plan(settings: Settings) -> Plan:
         suffix = "" if seed == settings.seed else f"_seed{seed}"
         jobs += _jobs_of_experiment(settings.replace({"seed": seed}), suffix)
     runs = tuple(job.folder.name for job in jobs if isinstance(job, TrainJob))
-    return Plan(tuple(jobs), runs)
+    made = [job.folder.name for job in jobs if isinstance(job, FactorizeJob)]
+    return Plan(tuple(jobs), runs, made[0])  # The seeds' spectra are alike.
 
 
 def recovery_plan(settings: Settings, folder: Path) -> Plan:
@@ -118,11 +130,8 @@ def _job_from_run(settings: Settings) -> TrainJob:
     settings = settings.replace({"model": source.model_settings(settings.model, free)})
     validate(settings)
     model = settings.model
-    arm = "continued"
-    if settings.distill.teacher:
-        arm = "pca_distill"
-    elif model.n_embd_wte is not None or model.band_sizes:
-        arm = "pca_finetune"
+    is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
+    arm = arm_from_run(is_factorized, bool(settings.distill.teacher))
     settings = settings.replace({"arm": arm, **_budget(settings, arm)})
     name = FROM_RUN.format(arm=arm, source=source.folder.resolve().name)
     return TrainJob(Path(settings.workdir) / name, settings, is_target=True)
@@ -133,8 +142,9 @@ def _train_job(
 ) -> TrainJob:
     """The run of an arm: what it takes from D, and its share of D's budget."""
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
-    if arm == "random" and ("init.import_bands" in taken or settings.init.import_bands):
-        keep = "shape"  # C has the bands of A, but none of its numbers.
+    if ARMS[arm].has_bands_of_a:
+        bands = taken.get("init.import_bands", settings.init.import_bands)
+        keep = "shape" if bands else keep
     if keep != "all":
         taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
@@ -171,17 +181,15 @@ def _taken_from_baseline(
     takes, init = ARMS[arm].takes, settings.init
     workdir, bands = Path(settings.workdir), settings.factorize.bands
     baseline = str(workdir / (ARMS["baseline"].run_name + suffix))
-    # In several bands, C needs the sizes of A's bands.
-    needs_factors = "factors" in takes or (arm == "random" and bands > 1)
+    needs_bands = ARMS[arm].has_bands_of_a and bands > 1
+    needs_factors = "factors" in takes or needs_bands
     has_factors = (
         init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
     )
     taken = {}
     if needs_factors and not has_factors:
-        folder, rank = (
-            workdir / f"{factor_files.FOLDER}{suffix}",
-            settings.model.n_embd_wte,
-        )
+        folder = workdir / f"{factor_files.FOLDER}{suffix}"
+        rank = settings.model.n_embd_wte
         if bands > 1:
             taken["init.import_bands"] = str(factor_files.bands_path(folder, rank))
         else:
@@ -199,15 +207,12 @@ def _taken_from_baseline(
 
 def _budget(settings: Settings, arm: str) -> dict[str, float]:
     """{knob: value} of an arm's share of D's budget (`train`)."""
-    train, share, changes, rate = settings.train, settings.finetune, {}, 1.0
+    train, share, knob = settings.train, settings.finetune, ARMS[arm].rate_share
+    rate = settings.flat()[knob] if knob else 1.0
+    changes = {"train.learning_rate": train.learning_rate * rate}
     if ARMS[arm].is_fine_tuned:
-        rate = share.learning_rate_share
-        changes = {
+        changes |= {
             "train.steps": max(1, round(train.steps * share.steps_share)),
             "train.warmup_steps": round(train.warmup_steps * share.steps_share),
         }
-    elif "factors" in ARMS[arm].takes:
-        rate = settings.scratch.pca_learning_rate_share
-    elif arm == "random":
-        rate = settings.scratch.random_learning_rate_share
-    return changes | {"train.learning_rate": train.learning_rate * rate}
+    return changes

@@ -2,13 +2,11 @@
 
 import itertools
 
-import jax
 import numpy as np
 
 from pcagpt.config import Settings
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
-from pcagpt.model import GPT
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
@@ -35,13 +33,12 @@ def sample(settings: Settings) -> list[str]:
             "no text to show"
         )
     tokenizer = load_tokenizer(name)
-    model = GPT(run.config(settings.model))
+    model, variables = run.load(settings.model)
     if model.config.vocab_size > tokenizer.n_vocab:
         raise UserError(
             f"{run.folder} has {model.config.vocab_size} tokens, its tokenizer {name} "
             f"{tokenizer.n_vocab}: some of its tokens stand for no text"
         )
-    variables = jax.device_put(run.variables(model.config))
     end = tokenizer.encode_single_token(END_OF_TEXT)
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
     # In the training text an end of text precedes each document.

@@ -68,22 +68,17 @@ class TrainJob:
             )
         return DONE if is_finished else f"resumes at step {step}"
 
-    def settled(self) -> Settings:
-        """The settings, with the bands that they import once these exist."""
-        folder = self.settings.init.import_bands
-        if not folder or not Path(folder).exists():
-            return self.settings
-        return initialise.with_imported_bands(self.settings)
-
     def record(self) -> dict[str, Any]:
-        """The content of config.json: the settings and the hashes of all imports.
+        """What `status` compares with config.json: settings and hashes of all imports.
 
         The hashes are None while an import does not exist.
         """
         paths = initialise.imported_paths(self.settings).values()
-        exist = all(path.exists() for path in paths)
-        hashes = initialise.fingerprints(self.settings) if exist else None
-        return {**self.settled().to_dict(), "imported_sha256": hashes}
+        if not all(path.exists() for path in paths):
+            return {**self.settings.to_dict(), "imported_sha256": None}
+        settings, _ = initialise.with_bands(self.settings)
+        hashes = initialise.fingerprints(settings)
+        return {**settings.to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
         """The run's corpus; tokenizes its text if necessary."""
@@ -99,30 +94,24 @@ class TrainJob:
         Imports from `to_be_made`, the folders of earlier jobs, cannot be checked yet.
         Without such imports it returns what `run` trains with.
         """
-        settings = self.settled()
         left_out: dict[str, Any] = {
             knob: ""
-            for knob, path in initialise.imported_paths(settings).items()
+            for knob, path in initialise.imported_paths(self.settings).items()
             if {path, path.parent} & to_be_made
         }
-        if "init.import_bands" in left_out:
-            left_out |= {"model.band_sizes": (), "model.band_ranks": ()}
         if left_out:  # These knobs need an import.
             left_out |= {
                 "init.keep": "all",
                 "init.import_wte_freeze": False,
                 "init.import_scale_matrices_freeze": False,
             }
-        setup = Setup.of(settings.replace(left_out), self.corpus())
-        self.check_corpus()
+        setup = Setup.of(self.settings.replace(left_out), self.corpus())
         return None if left_out else setup
 
     def check_corpus(self) -> None:
-        """Raises UserError if the run was trained on other tokens."""
+        """Raises UserError if the run in the folder was trained on other tokens."""
         trained_on = (read_record(self.folder) or {}).get("corpus_sha256")
-        if self.status() == TO_DO or trained_on is None:
-            return
-        if trained_on != self.corpus().fingerprint():
+        if trained_on not in (None, self.corpus().fingerprint()):
             raise UserError(
                 f"{self.folder} was trained on other tokens than "
                 f"{self.settings.data.source} holds now: give it the same data, use "
@@ -134,10 +123,11 @@ class TrainJob:
 
         `checked` is the result of `check`.
         """
-        is_new = self.status() == TO_DO
-        setup = checked or Setup.of(self.settled(), self.corpus())
+        is_new = self.status() == TO_DO  # Imports may have been made since `check`.
+        setup = checked or Setup.of(self.settings, self.corpus())
         record = {
-            **self.record(),
+            **setup.settings.to_dict(),
+            "imported_sha256": initialise.fingerprints(setup.settings),
             "vocab_size": setup.model.config.vocab_size,
             "tokenizer": setup.corpus.tokenizer,
             "corpus_sha256": setup.corpus.fingerprint(),

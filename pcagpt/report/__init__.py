@@ -9,6 +9,7 @@ from pcagpt.report.figures import pareto_figure, spectrum_figure
 from pcagpt.report.page import write_report, write_sweep_report
 from pcagpt.report.sweep import (
     SMALLEST_ADDED,
+    SweepRow,
     advice_text,
     equal_size_table,
     recovery_table,

@@ -8,7 +8,6 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.factorize.factor_files import FOLDER
 from pcagpt.files import strict
 from pcagpt.report.compare import (
     CONFIDENCE,
@@ -20,8 +19,12 @@ from pcagpt.report.compare import (
 from pcagpt.report.read import read_config, read_row, read_spectrum
 
 
-def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[str, Any]:
+def collect_results(
+    workdir: Path, runs: Sequence[str], factors: str, command: str
+) -> dict[str, Any]:
     """Collects all data of the report on run folders in `workdir`, as JSON values.
+
+    `factors` is the folder in `workdir` of the factorization of D's table.
 
     Raises:
       UserError: a run is missing, unfinished or damaged, appears twice, or was
@@ -42,9 +45,7 @@ def collect_results(workdir: Path, runs: Sequence[str], command: str) -> dict[st
     baselines = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     rows = [row | _against(baselines.get(row["seed"]), row) for row in rows]
     comparisons = compare_arms(workdir, rows)
-    first = workdir / rows[0]["folder"]  # D if there is a D
-    factors = first.name.replace(ARMS["baseline"].run_name, FOLDER)
-    config = read_config(first)
+    config = read_config(workdir / rows[0]["folder"])
     vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
     corpus = {"name": protocol.get("corpus"), **config.get("data", {})}
     versions = [row.get("versions") or {} for row in rows]
@@ -99,9 +100,11 @@ def recovered_rows(
             | {
                 "added_loss": added,
                 "added_at_start": row["start_loss"] - own["val_loss"],
-                "interval": window_interval(run_dir, baseline, added)[0],
+                "interval": window_interval(run_dir, baseline, added).bounds,
                 "less_continued": less,
-                "less_continued_interval": window_interval(run_dir, further, less)[0],
+                "less_continued_interval": window_interval(
+                    run_dir, further, less
+                ).bounds,
                 "share_of_tokens": row["tokens_seen"] / own["tokens_seen"],
             }
         )

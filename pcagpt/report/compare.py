@@ -76,27 +76,33 @@ def mean_interval(
     return mean, [mean - half, mean + half]
 
 
-def window_interval(
-    first: Path, second: Path, effect: float
-) -> tuple[list[float] | None, int | None, str | None]:
-    """Interval of the loss difference of two run folders over evaluation windows.
+class WindowInterval(NamedTuple):
+    """Interval of a loss difference over evaluation windows, or why there is none."""
 
-    `effect` is the difference according to result.json. Returns (interval, number of
-    windows, None), or (None, None, reason).
-    """
+    bounds: list[float] | None
+    windows: int | None
+    reason: str | None = None
+
+
+def window_interval(first: Path, second: Path, effect: float) -> WindowInterval:
+    """Compares two run folders; `effect` is their difference in result.json."""
     one, other = read_window_losses(first), read_window_losses(second)
     if one is None or other is None:
-        return None, None, "one of the runs has no losses by window"
+        return WindowInterval(None, None, "one of the runs has no losses by window")
     if one.shape != other.shape or (one[:, 1] != other[:, 1]).any():
-        return None, None, "the runs were evaluated on different windows"
+        return WindowInterval(
+            None, None, "the runs were evaluated on different windows"
+        )
     used = one[:, 1] > 0
     targets = one[used, 1]
     if len(targets) < 2:
-        return None, None, "one evaluation window has no interval"
+        return WindowInterval(None, None, "one evaluation window has no interval")
     mean, bounds = mean_interval((one - other)[used, 0] / targets, targets)
     if abs(mean - effect) > LOSS_AGREEMENT:
-        return None, None, "the losses by window disagree with result.json"
-    return bounds, len(targets), None
+        return WindowInterval(
+            None, None, "the losses by window disagree with result.json"
+        )
+    return WindowInterval(bounds, len(targets))
 
 
 def verdict(

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError
@@ -27,6 +27,7 @@ from pcagpt.sharding import inside, placement
 from pcagpt.telemetry.progress import Progress
 
 SEED = 0  # of the order of the calibration text
+TOKENS = 1_048_576  # of the calibration text, unless a knob says otherwise
 
 
 def collect(
@@ -34,7 +35,7 @@ def collect(
     variables: dict,
     frequency_V: np.ndarray,
     batches: Iterable[np.ndarray],
-    mesh,
+    mesh: Mesh,
     chunks: int,
 ) -> Statistics:
     """Runs a model with a full table on batches of token ids, int32 [B, T].
@@ -102,18 +103,31 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
 
 
 def statistics(
-    run: Run, settings: Settings, corpus: Corpus, model: GPT, variables: dict, mesh
+    run: Run,
+    model: GPT,
+    variables: dict,
+    corpus: Corpus,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    batch_size: int,
+    chunks: int,
 ) -> Statistics:
     """Statistics of a run with a full table; the run's folder keeps them.
 
-    The calibration text is the training split of the corpus. Its length,
-    `compress.calibration_tokens`, is rounded up to batches of `train.batch_size`. The
-    model's `variables` are on the mesh.
+    Args:
+      run: the folder and the step.
+      model: the run's, with its `variables` on the mesh.
+      variables: see `model`.
+      corpus: its training split is the calibration text.
+      mesh: of devices.
+      tokens: length of that text, rounded up to whole batches.
+      batch_size: windows at a time.
+      chunks: number of parts that logits are computed in.
     """
-    batch_size, train = settings.train.batch_size, corpus.tokens("train")
-    block_size = model.config.block_size
+    train, block_size = corpus.tokens("train"), model.config.block_size
     batches = TrainingBatches(train, block_size, batch_size, SEED)
-    steps = -(-settings.compress.calibration_tokens // (batch_size * block_size))
+    steps = -(-tokens // (batch_size * block_size))
     protocol = {
         "checkpoint": run.fingerprint,
         "corpus": corpus.fingerprint(),
@@ -133,7 +147,7 @@ def statistics(
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
-        windows, chunks = progress.track(windows), settings.train.loss_chunks
+        windows = progress.track(windows)
         found = collect(model, variables, frequency_V, windows, mesh, chunks)
     if jax.process_index() == 0:
         write(path, found, protocol)

@@ -74,22 +74,29 @@ def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def with_imported_bands(settings: Settings) -> Settings:
-    """The settings with the sizes and ranks of the bands that they import."""
+def with_bands(settings: Settings) -> tuple[Settings, FactorizedTable | None]:
+    """Reads `init.import_bands`: (settings with its sizes and ranks, the table).
+
+    Without that import, (the same settings, None).
+    """
     if not settings.init.import_bands:
-        return settings
+        return settings, None
     table = factor_files.read_bands(settings.init.import_bands)
     bands = {"model.band_sizes": table.sizes, "model.band_ranks": table.ranks}
-    return settings.replace(bands)
+    return settings.replace(bands), table
 
 
 def imported_weights(
-    init: InitSettings, config: GPTConfig, params: dict, seed: int
+    init: InitSettings,
+    table: FactorizedTable | None,
+    config: GPTConfig,
+    params: dict,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """{parameter path: host array} of all imports.
 
-    `params` are the model's random parameters. `seed` draws what `init.keep` leaves
-    random.
+    `table` is what `init.import_bands` names, `params` are the model's random
+    parameters, and `seed` draws what `init.keep` leaves random.
 
     Raises:
       UserError: a file or run that does not fit the model.
@@ -101,16 +108,17 @@ def imported_weights(
             "init.import_* files hold one table for all tokens, this model has "
             f"{len(config.bands)} bands: leave model.band_sizes empty"
         )
-    if init.keep == "shape" and not init.import_bands:
+    if init.keep == "shape" and table is None:
         raise UserError("init.keep is 'shape', of bands: set init.import_bands")
     if init.blocks_from:
         new |= _blocks(init.blocks_from, config, params)
-    if init.import_bands and init.keep != "shape":
-        new |= _bands(init.import_bands, config, new, params)
+    wpe_TD = new.get("wpe", params["wpe"])
+    if table and init.keep != "shape":
+        new |= _bands(table, init.import_bands, config, wpe_TD)
     if init.import_wte_npy:
         new["embed/band_0/wte"] = _table(init.import_wte_npy, config)
     if init.import_scale_matrices_npz:
-        new |= _scales(init.import_scale_matrices_npz, config, new, params)
+        new |= _scales(init.import_scale_matrices_npz, config, wpe_TD)
     if init.keep in factorize.CONTROLS:
         new |= _controls(init.keep, config, new, seed)
     return new
@@ -123,17 +131,18 @@ def position_constants(order_V: np.ndarray) -> dict:
     return {"embed": {"position_of_token": position_V}}
 
 
-def band_parameters(
-    table: FactorizedTable, padding: int, scale_tying: bool = True
+def table_parameters(
+    table: FactorizedTable, wpe_TD: np.ndarray, padding: int, scale_tying: bool = True
 ) -> dict[str, np.ndarray]:
     """{parameter path: array} of a table, for a model with the same bands.
 
     Args:
-      table: its mean is left out.
+      table: its mean is added to the position embeddings.
+      wpe_TD: the model's position embeddings.
       padding: rows of zeros to append to the last band.
       scale_tying: the two scale matrices of the model are one parameter.
     """
-    found, last = {}, len(table.bands) - 1
+    found, last = _mean(table.mean, wpe_TD), len(table.bands) - 1
     for number, (wte, scale) in enumerate(table.bands):
         name = f"embed/band_{number}"
         padded = np.pad(wte, ((0, padding if number == last else 0), (0, 0)))
@@ -144,9 +153,18 @@ def band_parameters(
     return found
 
 
-def _bands(folder: str, config: GPTConfig, new: dict, params: dict) -> dict:
-    """The parameters of `init.import_bands`."""
-    table = factor_files.read_bands(folder)
+def _mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.ndarray]:
+    """Position embeddings plus the mean row of a centred table.
+
+    The head needs no mean: it would shift all logits alike, which softmax cancels.
+    """
+    return {} if mean_D is None else {"wpe": (wpe_TD + mean_D).astype(np.float32)}
+
+
+def _bands(
+    table: FactorizedTable, folder: str, config: GPTConfig, wpe_TD: np.ndarray
+) -> dict:
+    """The parameters of `init.import_bands`, read from `folder`."""
     wanted = [(band.size, band.rank or 0) for band in config.bands]
     found = list(zip(table.sizes, table.ranks, strict=True))
     if found != wanted or table.width != config.n_embd:
@@ -156,17 +174,7 @@ def _bands(folder: str, config: GPTConfig, new: dict, params: dict) -> dict:
             f"width {config.n_embd}"
         )
     padding, tying = config.bands[-1].padding, config.n_embd_wte_scale_tying
-    return band_parameters(table, padding, tying) | _mean(table.mean, new, params)
-
-
-def _mean(mean_D: np.ndarray | None, new: dict, params: dict) -> dict:
-    """Position embeddings plus the mean row of a centred table.
-
-    The head needs no mean: it would shift all logits alike, which softmax cancels.
-    """
-    if mean_D is None:
-        return {}
-    return {"wpe": new.get("wpe", params["wpe"]) + mean_D}
+    return table_parameters(table, wpe_TD, padding, tying)
 
 
 def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
@@ -223,7 +231,7 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
     return np.pad(table_VK, ((0, band.padding), (0, 0)))
 
 
-def _scales(path: str, config: GPTConfig, new: dict, params: dict) -> dict:
+def _scales(path: str, config: GPTConfig, wpe_TD: np.ndarray) -> dict:
     """The parameters of `init.import_scale_matrices_npz`."""
     scales = factor_files.read_scale_matrices(path)
     shape, rank = scales.scale_up.shape, config.bands[0].rank
@@ -245,4 +253,4 @@ def _scales(path: str, config: GPTConfig, new: dict, params: dict) -> dict:
             f"{path} has two different scale matrices and this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
-    return found | _mean(scales.mean, new, params)
+    return found | _mean(scales.mean, wpe_TD)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
@@ -104,6 +105,15 @@ class Run:
             )
         source = str(self._checkpoint)
         return {"constants": {}} | trees.replace(wanted, found, source=source)
+
+    def load(self, asked: ModelSettings, mesh: Mesh | None = None) -> tuple[GPT, dict]:
+        """The model as in `config`, and its variables on the mesh or on one device.
+
+        Raises UserError as for `variables`.
+        """
+        model = GPT(self.config(asked))
+        host = self.variables(model.config)
+        return model, jax.device_put(host, mesh and placement.shardings(host, mesh))
 
     @property
     def table_shape(self) -> tuple[int, int]:

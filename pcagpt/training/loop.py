@@ -14,7 +14,6 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.errors import Interrupted
-from pcagpt.factorize import factor_files
 from pcagpt.model import embedding_parameters, total_parameters
 from pcagpt.run import provenance
 from pcagpt.run.build import DEVICE_KNOBS
@@ -142,12 +141,12 @@ def start(
 
 def _constants(setup: Setup) -> dict:
     """The token order of several bands: imported, or by falling frequency."""
-    config, init = setup.model.config, setup.settings.init
+    config = setup.model.config
     # One band needs no order, and `init.weights_from` imports one.
-    if len(config.bands) == 1 or init.weights_from:
+    if len(config.bands) == 1 or setup.settings.init.weights_from:
         return {}
-    if init.import_bands:
-        return position_constants(factor_files.read_bands(init.import_bands).order)
+    if setup.imported_table:
+        return position_constants(setup.imported_table.order)
     count_V = setup.corpus.count_tokens("train")
     missing = config.vocab_size - len(count_V)
     return position_constants(np.argsort(-np.pad(count_V, (0, missing)), kind="stable"))

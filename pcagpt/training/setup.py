@@ -12,6 +12,7 @@ from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
+from pcagpt.factorize import FactorizedTable
 from pcagpt.model import GPT
 from pcagpt.run import initialise
 from pcagpt.run.build import build_config
@@ -25,14 +26,16 @@ from pcagpt.training import optim
 class Setup:
     """The parts of a training run that do not change while it trains.
 
-    frozen: path patterns of parameters that are not trained; teacher: a model and its
-    host variables, or None.
+    settings: with the sizes and ranks of imported bands; imported_table: these bands,
+    or None; frozen: path patterns of parameters that are not trained; teacher: a model
+    and its host variables, or None.
     """
 
     settings: Settings
     corpus: Corpus
     mesh: jax.sharding.Mesh
     model: GPT
+    imported_table: FactorizedTable | None
     frozen: tuple[str, ...]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -44,9 +47,10 @@ class Setup:
     def of(cls, settings: Settings, corpus: Corpus) -> "Setup":
         """Checks everything that can be checked before the first file is written.
 
-        `settings` include the bands of `init.import_bands`. Raises UserError if they do
-        not fit the corpus, the imports or the devices.
+        Raises UserError if the settings do not fit the corpus, the imports or the
+        devices.
         """
+        settings, table = initialise.with_bands(settings)
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_splits(settings.model.n_embd, mesh)
@@ -64,6 +68,7 @@ class Setup:
             corpus=corpus,
             mesh=mesh,
             model=model,
+            imported_table=table,
             frozen=frozen,
             optimizer=optim.optimizer(train, frozen),
             schedule=optim.learning_rate_schedule(train),
@@ -103,8 +108,10 @@ class Setup:
         init, config = self.settings.init, self.model.config
         if init.weights_from:
             return Run.open(init.weights_from).variables(config)
-        params = variables["params"]
-        imported = initialise.imported_weights(init, config, params, self.settings.seed)
+        params, seed = variables["params"], self.settings.seed
+        imported = initialise.imported_weights(
+            init, self.imported_table, config, params, seed
+        )
         return variables | {"params": trees.replace(params, imported, source="init")}
 
 

@@ -1,0 +1,74 @@
+"""How a knob is declared: a dataclass field with its meaning and its rule."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A test of a value, and the words that follow 'it must be' in an error."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*choices: str | int) -> Rule:
+    """Only these words or numbers."""
+    return Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
+
+
+def at_least(low: int) -> Rule:
+    """Finite numbers from `low` on."""
+    return Rule(f"at least {low}", lambda value: low <= value < math.inf)
+
+
+ANYTHING = Rule("anything", lambda value: True)
+COUNT = at_least(1)
+POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
+BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
+PART = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
+    """A field of a section. The rule holds for each entry of a tuple.
+
+    Without a rule, whole numbers must be a `COUNT` and other values can be anything.
+    """
+    metadata = {"meaning": meaning, "rule": rule}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """What a field declares; type is int, float, bool, str or tuple (of int)."""
+
+    default: Any
+    meaning: str
+    rule: Rule
+    type: type
+
+
+def declared(kind: type, prefix: str = "") -> dict[str, Knob]:
+    """The knobs of a dataclass by path, read off its fields."""
+    types, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        hint = types[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= declared(hint, f"{field.name}.")
+            continue
+        # `tuple[int, ...]` is a tuple, `int | None` an int that may be unset.
+        is_tuple = typing.get_origin(hint) is tuple
+        plain = tuple if is_tuple else (typing.get_args(hint) or (hint,))[0]
+        rule = COUNT if plain in (int, tuple) else ANYTHING
+        found[prefix + field.name] = Knob(
+            field.default,
+            field.metadata["meaning"],
+            field.metadata["rule"] or rule,
+            plain,
+        )
+    return found
