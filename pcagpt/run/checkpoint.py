@@ -167,6 +167,27 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
+def updates_done(run_dir: Path, step: int) -> int | None:
+    """The number of updates stored in a checkpoint; None if it has only weights.
+
+    A damaged checkpoint counts as what its name says.
+    """
+    folder = (run_dir / FOLDER / str(step)).absolute()
+    if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
+        return None
+    options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
+    try:
+        with _local_checkpointer() as checkpointer:
+            wanted = ocp.args.PyTreeRestore(
+                item={"step": 0}, restore_args=options, partial_restore=True
+            )
+            stored = checkpointer.restore(folder / "optimizer", args=wanted)
+            return int(stored["step"])
+    # Orbax and what it calls raise errors of many types.
+    except Exception:
+        return step
+
+
 def fingerprint(path: str | Path) -> str:
     """A hash that differs between runs and between steps of a run.
 

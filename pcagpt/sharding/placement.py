@@ -5,6 +5,7 @@ parameter matrix and of its optimizer moments.
 """
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +139,28 @@ def wait_for_all(name: str) -> None:
     """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, on every process: a JSON value.
+
+    Files may change while several processes look at them, and all must do the same. If
+    `decide` fails, every process raises: the first the error, others its text.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            answer["value"] = decide()
+        except Exception as error:
+            answer["error"], failure = str(error), error
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    answer = json.loads(np.asarray(text, np.uint8).tobytes())
+    if failure:
+        raise failure
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
