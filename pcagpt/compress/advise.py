@@ -1,6 +1,7 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from pcagpt.files import write_json
 from pcagpt.report import advice_text
 from pcagpt.telemetry.progress import Progress
 
+ADVISED = "advised"  # the folder of the model
+
 
 def advise(
     original: Original,
@@ -23,11 +26,13 @@ def advise(
     bounds: dict[str, float],
     heading: dict[str, Any],
     folder: Path,
+    check_lock: Callable[[], None],
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
     `bounds` holds one of `COMPRESS_BOUNDS`; `heading` has the other fields of
-    advice.json. Raises UserError if no table fits.
+    advice.json. `check_lock` raises if the folder may not be written any more. Raises
+    UserError if no table fits.
     """
     ((name, bound),) = bounds.items()
     compress = original.settings.compress
@@ -54,8 +59,9 @@ def advise(
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
         origin = dataclasses.asdict(candidate.recipe)
-        write_model(folder / "advised", original, candidate.table, origin)
+        check_lock()
+        write_model(folder / ADVISED, original, candidate.table, origin)
         trials = [trial.row() for trial in fit.trials]
         advice = {"bounds": bounds, "chosen": row, "trials": trials}
         write_json(folder / "advice.json", heading | advice)
-        print(advice_text(row, str(folder / "advised")), flush=True)
+        print(advice_text(row, str(folder / ADVISED)), flush=True)

@@ -9,20 +9,21 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.advise import advise
+from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import BASELINE, Recipe, recipes
 from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
-from pcagpt.compress.sweep import add_recovered, read_sweep, sweep
+from pcagpt.compress.sweep import add_recovered, best_model, read_sweep, sweep
 from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
-from pcagpt.files import strict
+from pcagpt.files import remove_leftovers, strict
 from pcagpt.pipeline.execute import execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
-from pcagpt.run import checkpoint, provenance
+from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -56,14 +57,26 @@ def compress(settings: Settings, command: str) -> None:
     bounds = {name: bound for name, bound in bounds.items() if bound}
     tried = [] if bounds else _recipes(original, methods)
     _check_recoverable(original, {recipe.rank for recipe in tried})
-    _check_folder(folder, heading["protocol"], settings.overwrite)
-    if bounds:
-        advise(original, methods[-1], bounds, heading, folder)
-    else:
-        sweep(original, tried, heading, folder)
-    placement.wait_for_all(str(folder))
-    if settings.compress.recover_ranks:
-        _recover(settings, folder)
+    models = {best_model(folder, recipe.rank) for recipe in tried if recipe.rank}
+    models = models or {folder / ADVISED}
+
+    def check_folder() -> None:
+        if not settings.overwrite:
+            _check_folder(folder, heading["protocol"])
+            for model in sorted(models):
+                check_place(model)
+
+    with lock.held(folder, meanwhile=check_folder) as check_lock:
+        placement.from_first(check_folder)
+        if bounds:
+            advise(original, methods[-1], bounds, heading, folder, check_lock)
+        else:
+            sweep(original, tried, heading, folder, check_lock)
+        if jax.process_index() == 0:
+            remove_leftovers(folder)
+        placement.wait_for_all(str(folder))
+        if settings.compress.recover_ranks:
+            _recover(settings, folder)
 
 
 def _methods(text: str) -> list[str]:
@@ -125,16 +138,16 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
         )
 
 
-def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+def _check_folder(folder: Path, protocol: dict[str, Any]) -> None:
     """Raises UserError if the folder holds the sweep of another model or corpus."""
     own, there = strict(protocol), read_sweep(folder).get("protocol")
     names = ("checkpoint", "corpus_sha256", "split", "window")
     differing = [name for name in names if there and there.get(name) != own[name]]
-    if differing and not overwrite:
+    if differing:
         raise UserError(
             f"{folder} holds the sweep of another model or corpus "
             f"({', '.join(differing)} differ): use another --config.workdir, or "
-            "--config.overwrite=True to replace it"
+            "--config.overwrite=True to move that sweep aside"
         )
 
 

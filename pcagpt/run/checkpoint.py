@@ -6,7 +6,6 @@ and the number of updates done) and `meta` (JSON). Its number is the updates don
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +225,11 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
+    """Writes host arrays as checkpoint 0, the first in a folder; one process calls it.
+
+    FileExistsError if the folder has checkpoints.
+    """
     folder = (run_dir / FOLDER).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=_alone()

@@ -58,7 +58,7 @@ def find_record(run_dir: Path) -> dict[str, Any] | None:
 def _newest_copy(run_dir: Path) -> dict[str, Any] | None:
     """The record in the newest checkpoint that has a readable one."""
     for step in reversed(checkpoint.steps(run_dir)):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, OSError):  # A run may be deleting it.
             copy = checkpoint.read_meta(run_dir, step).get("config")
             if isinstance(copy, dict):
                 return copy
@@ -126,16 +126,20 @@ def is_made_here(run_dir: Path) -> bool:
     )
 
 
-def move_aside(folder: Path) -> None:
-    """Renames a folder to NAME.replaced-TIME and says so; nothing is ever deleted."""
-    if not folder.exists():
+def is_vacant(path: Path) -> bool:
+    """Whether nothing is there but perhaps an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def move_aside(path: Path) -> None:
+    """Renames a folder or file to NAME.replaced-TIME and says so; deletes nothing."""
+    if is_vacant(path):
         return
-    started = time.strftime("%Y%m%d-%H%M%S")
-    kept = folder.with_name(f"{folder.name}.replaced-{started}")
-    while kept.exists():
+    kept = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+    while kept.exists():  # More than one in a second.
         kept = kept.with_name(f"{kept.name}x")
-    folder.rename(kept)
-    print(f"{folder} was moved to {kept.name}", flush=True)
+    path.rename(kept)
+    print(f"{path} was moved to {kept.name}", flush=True)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:

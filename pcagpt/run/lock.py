@@ -112,8 +112,8 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
 
     Args:
       folder: need not exist; the lock is beside it.
-      meanwhile: called now and then while another command holds the folder; its error
-        ends the wait.
+      meanwhile: called now and then while another command holds the folder; a
+        UserError ends the wait.
 
     Yields:
       A function to call before files are written: it raises Interrupted if the lock was
@@ -125,7 +125,8 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
     def look() -> str | None:
         holder = lock.attempt()
         if holder is not None:
-            meanwhile()
+            with contextlib.suppress(OSError):  # The holder changes what is read.
+                meanwhile()
         return holder
 
     try:
