@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pcagpt.errors import Interrupted, UserError
+from pcagpt.errors import UserError
 from pcagpt.run import lock
 from pcagpt.run.lock import BEAT, STALE, Lock, held
 
@@ -305,6 +305,6 @@ def test_a_holder_whose_lock_was_taken_learns_it_before_it_writes(folder):
         (path,) = lock_files(folder)
         path.unlink()
         other = elsewhere(folder)
-        with pytest.raises(Interrupted, match="is gone: .* took over, or the folder"):
+        with pytest.raises(UserError, match="is gone: .* took over, or the folder"):
             check()
     assert lock_files(folder) == [other]

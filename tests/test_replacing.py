@@ -209,7 +209,7 @@ def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypat
         return batch(self, step)
 
     monkeypatch.setattr(Setup, "batch", batch_and_replace)
-    with pytest.raises(Interrupted, match="was removed or replaced while this run"):
+    with pytest.raises(UserError, match="was removed or replaced while this run"):
         execute(tiny_config)
     assert checkpoint.steps(run_dir) == []
 

@@ -291,7 +291,7 @@ class Settings:
     arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
     workdir: str = knob("checkpoints", "folder that runs are read from and written to")
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
-    overwrite: bool = knob(False, "discard an existing run with other settings")
+    overwrite: bool = knob(False, "move aside an existing run with other settings")
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",

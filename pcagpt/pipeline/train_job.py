@@ -10,7 +10,7 @@ import jax
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
 from pcagpt.data.corpus import Corpus
-from pcagpt.errors import Interrupted, UserError
+from pcagpt.errors import UserError
 from pcagpt.files import remove_leftovers
 from pcagpt.run import checkpoint, initialise, lock
 from pcagpt.run.build import build_config
@@ -184,7 +184,7 @@ class TrainJob:
             def check_place() -> None:
                 check_lock()
                 if (read_record(self.folder) or {}).get("run_id") != run_id:
-                    raise Interrupted(
+                    raise UserError(
                         f"stopped, because {self.folder} was removed or replaced while "
                         "this run trained there"
                     )

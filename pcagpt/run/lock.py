@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from pcagpt.errors import Interrupted, UserError
+from pcagpt.errors import UserError
 from pcagpt.files import read_json, write_json
 from pcagpt.sharding import placement
 
@@ -60,12 +60,12 @@ class Lock:
         return None
 
     def check(self) -> None:
-        """Raises Interrupted if this command does not hold the lock any more.
+        """Raises UserError if this command does not hold the lock any more.
 
         Another machine takes it if this one stood still for `STALE` seconds.
         """
         if not self._own.exists():
-            raise Interrupted(
+            raise UserError(
                 f"stopped, because the lock {self._own} is gone: this process stood "
                 "still for minutes and another command took over, or the folder was "
                 "removed; the same command goes on from what is saved"
@@ -116,7 +116,7 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
         UserError ends the wait.
 
     Yields:
-      A function to call before files are written: it raises Interrupted if the lock was
+      A function to call before files are written: it raises UserError if the lock was
       lost, on the process that holds it.
     """
     lock, told, pause = Lock(folder), False, SHORTEST

@@ -44,7 +44,7 @@ def train(
       run_dir: the run's folder; a checkpoint in it is resumed.
       record: the content of config.json; each checkpoint gets a copy.
       label: of the progress bar.
-      check_place: called before each save on the first process; raises Interrupted if
+      check_place: called before each save on the first process; raises UserError if
         the folder belongs to another command now.
 
     Returns:
@@ -52,7 +52,7 @@ def train(
 
     Raises:
       UserError: the loss is not finite.
-      Interrupted: a signal asked to stop and the state is saved, or `check_place`.
+      Interrupted: a signal asked to stop; the state is saved.
     """
     settings, began = setup.settings, time.monotonic()
     last_step = settings.train.steps
