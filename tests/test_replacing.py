@@ -224,6 +224,9 @@ def test_a_lost_config_json_is_restored_from_a_checkpoint(copied):
     assert described(copied)[0].endswith("lacks its config.json")
     assert described(finetuned(copied))[0].endswith("done")  # needs no D any more
     assert snapshot(run_dir) == before
+    workdir = Path(copied.workdir)
+    (workdir / "gpt_pca_finetune_k8").rename(workdir / "lost")
+    assert described(finetuned(copied))[0].endswith("lacks its config.json")
     execute(copied)
     found, lost = (
         json.loads((run_dir / n).read_text()) for n in ("config.json", "lost")

@@ -69,8 +69,10 @@ class TrainJob:
         if not holds_run(self.folder):
             return TO_DO
         is_finished = read_result(self.folder) is not None
-        if not self.is_target and (is_finished or self._holds_model_made_elsewhere()):
-            return DONE  # `execute` checks that it fits.
+        has_record = read_record(self.folder) is not None
+        if not self.is_target and has_record:
+            if is_finished or self._holds_model_made_elsewhere():
+                return DONE  # `execute` checks that it fits.
         conflict = self._conflict()
         if conflict and self.is_target and self.settings.overwrite:
             return TO_DO
@@ -81,14 +83,14 @@ class TrainJob:
                 else f"move {self.folder} away"
             )
             raise UserError(f"{conflict}: use another --config.workdir, or {remedy}")
-        if read_record(self.folder) is None:
+        if not has_record:
             return "lacks its config.json"
         step = max(checkpoint.steps(self.folder), default=0)
         return DONE if is_finished else f"resumes at step {step}" if step else TO_DO
 
     def _holds_model_made_elsewhere(self) -> bool:
-        has_model = read_record(self.folder) and checkpoint.steps(self.folder)
-        return bool(has_model) and not is_made_here(self.folder)
+        has_weights = bool(checkpoint.steps(self.folder))
+        return has_weights and not is_made_here(self.folder)
 
     def _conflict(self) -> str | None:
         """What the folder holds, if it is not this run; None if it is, or is empty."""
