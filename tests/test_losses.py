@@ -63,6 +63,7 @@ def log_softmax(h, head):
     return jax.nn.log_softmax(jnp.concatenate(logits, axis=1))
 
 
+@jax.jit
 def dense_losses(h, head, targets):
     log_p = log_softmax(h, head)
     picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[:, None], axis=1)
