@@ -246,11 +246,11 @@ def test_exported_bands_and_the_model_are_the_same_dense_table(asked, original):
     dense = padded(factor_files.read_bands(folder / "factors").dense())
     params = original.run.weights["params"] | {"embed": {"band_0": {"wte": dense}}}
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16) * 3
-    wanted = original.model.apply({"params": params}, tokens)
+    wanted = jax.jit(original.model.apply)({"params": params}, tokens)
     run = Run.open(folder)
     assert sum(run.record["model"]["band_sizes"]) == VOCAB_SIZE
     model = GPT(run.config(Settings.of(asked).model))
-    logits = model.apply(run.variables(model.config), tokens)
+    logits = jax.jit(model.apply)(run.variables(model.config), tokens)
     np.testing.assert_allclose(
         jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted), atol=2e-5
     )
@@ -271,13 +271,14 @@ def test_a_new_table_is_scored_as_two_naive_models_are(original):
     batches = list(original.batches)[:2]
     scores = swap(table, batches)
 
+    @jax.jit
+    def hidden_of(params, inputs):
+        return original.model.apply({"params": params}, inputs, method="hidden")
+
     def log_p(input_table, head_table):
         embed = {"band_0": {"wte": padded(input_table)}}
         params = original.run.weights["params"] | {"embed": embed}
-        hidden = [
-            original.model.apply({"params": params}, inputs, method="hidden")
-            for inputs, _ in batches
-        ]
+        hidden = [hidden_of(params, inputs) for inputs, _ in batches]
         logits = np.concatenate(hidden) @ head_table.T
         return np.asarray(jax.nn.log_softmax(logits), np.float64)
 
@@ -322,6 +323,7 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     )
     variables, table = {"params": original.run.weights["params"]}, original.table_VD
 
+    @jax.jit
     def hidden(x):
         return original.model.apply(variables, x, 16, method="contextualize")
 
@@ -340,13 +342,14 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
             getattr(found, name), wanted, rtol=1e-4, atol=1e-5, err_msg=name
         )
     keys = jax.random.split(jax.random.key(0), 64)
-    drawn = jax.vmap(jax.random.categorical)(keys, jax.numpy.asarray(logits, "float32"))
+    draw = jax.jit(jax.vmap(jax.random.categorical))
+    drawn = draw(keys, jax.numpy.asarray(logits, "float32"))
 
     def loss(x):
         log_p = jax.nn.log_softmax(hidden(x) @ table.T)
         return -log_p[np.arange(64), drawn].sum()
 
-    gradient = np.asarray(jax.grad(loss)(x), np.float64)
+    gradient = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)
     np.testing.assert_allclose(
         found.gradient_moment, gradient.T @ gradient / 64, rtol=1e-3, atol=1e-5
     )
