@@ -68,11 +68,8 @@ class TrainJob:
         """
         if not holds_run(self.folder):
             return TO_DO
-        is_finished = read_result(self.folder) is not None
-        has_record = read_record(self.folder) is not None
-        if not self.is_target and has_record:
-            if is_finished or self._holds_model_made_elsewhere():
-                return DONE  # `execute` checks that it fits.
+        if self._serves_as_prerequisite():
+            return DONE  # `execute` checks that it fits.
         conflict = self._conflict()
         if conflict and self.is_target and self.settings.overwrite:
             return TO_DO
@@ -83,14 +80,20 @@ class TrainJob:
                 else f"move {self.folder} away"
             )
             raise UserError(f"{conflict}: use another --config.workdir, or {remedy}")
-        if not has_record:
+        if read_record(self.folder) is None:
             return "lacks its config.json"
+        if read_result(self.folder):
+            return DONE
         step = max(checkpoint.steps(self.folder), default=0)
-        return DONE if is_finished else f"resumes at step {step}" if step else TO_DO
+        return f"resumes at step {step}" if step else TO_DO
 
-    def _holds_model_made_elsewhere(self) -> bool:
-        has_weights = bool(checkpoint.steps(self.folder))
-        return has_weights and not is_made_here(self.folder)
+    def _serves_as_prerequisite(self) -> bool:
+        """Whether a finished run is there, or a model that was made elsewhere."""
+        if self.is_target or read_record(self.folder) is None:
+            return False
+        if read_result(self.folder):
+            return True
+        return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
 
     def _conflict(self) -> str | None:
         """What the folder holds, if it is not this run; None if it is, or is empty."""
