@@ -100,7 +100,8 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
                 fresh = "nothing to save yet: the same command starts again"
                 raise Interrupted(
                     f"{run_dir.name} stopped at step {step} of {last_step}, "
-                    f"{saved if step else fresh}"
+                    f"{saved if step else fresh}",
+                    stopping,
                 )
 
             # This returns before the device is done. The meter reads the metrics one
