@@ -8,6 +8,7 @@ import hashlib
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt.errors import UserError
+from pcagpt.files import read_json
 
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
@@ -151,6 +153,18 @@ def find(path: str | Path) -> tuple[Path, int]:
             f"{run_dir} holds no finished checkpoint: give the folder of a trained run"
         )
     return run_dir, max(found)
+
+
+def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
+    """The item 'meta' of a checkpoint: {'history', 'config'}.
+
+    Raises UserError if it is missing or damaged.
+    """
+    path = run_dir / FOLDER / str(step) / "meta" / "metadata"
+    meta = read_json(path, "name another step beside it")
+    if meta is None:
+        raise UserError(f"{path} does not exist: {run_dir} was not trained here")
+    return meta
 
 
 def fingerprint(path: str | Path) -> str:
