@@ -25,6 +25,7 @@ class Interrupted(Exception):
         self.number = number
 
 
+_KEPT = "what is saved is kept, and the same command goes on from it"
 # What a person can do about an error of the system.
 _REMEDIES = {
     errno.ENOSPC: "free some space, or use another --config.workdir",
@@ -49,7 +50,7 @@ _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error of the operating system: path, problem and remedy.
+    """One line for an error of the operating system: path, problem, remedy, rest.
 
     None for every other error, which is then a bug. Orbax raises what happened in its
     threads as an OSError, or as a ValueError with tensorstore's text.
@@ -66,4 +67,4 @@ def explain(error: BaseException) -> str | None:
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]
     remedy = _REMEDIES.get(code)
-    return f"{subject}{problem}" + (f": {remedy}" if remedy else "")
+    return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"

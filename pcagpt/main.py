@@ -41,7 +41,6 @@ from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.files import strict
 from pcagpt.process import DONE, FAILED, INTERRUPTED, REFUSED
 
-_KEPT = "what is saved is kept, and the same command goes on from it"
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
     "raise train.accumulation or train.loss_chunks, or lower model.block_size"
@@ -73,7 +72,7 @@ def main(arguments: list[str]) -> int:
         return _say(_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
-            return _say(f"{_output_or_disk()}{line}; {_KEPT}", REFUSED)
+            return _say(f"{_output_or_disk()}{line}", REFUSED)
         # JAX's own errors are RuntimeErrors.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return _say(_OUT_OF_MEMORY, REFUSED)

@@ -6,15 +6,16 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from pcagpt.errors import Interrupted
+from pcagpt.errors import Interrupted, explain
 
 DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
@@ -43,7 +44,9 @@ def prepare() -> None:
     # The run goes on without a cache.
     warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
     _keep_freed_memory()
-    # What Orbax logs as an error it also raises. Its threads are not ours to report.
+    sys.unraisablehook = _report_unraisable
+    threading.excepthook = _end_with_thread
+    # What Orbax logs as an error it also raises.
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -55,6 +58,25 @@ def prepare() -> None:
     for name in _NOT_HEEDED:
         if os.environ.pop(name, "0").lower() not in ("0", "false", "off", "no", ""):
             logger.warning("%s is not heeded: it would change the numbers", name)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Drops what tensorstore prints, without an object, of writes that failed.
+
+    The first of them is raised as well.
+    """
+    if unraisable.object is not None:
+        sys.__unraisablehook__(unraisable)
+
+
+def _end_with_thread(uncaught: threading.ExceptHookArgs) -> None:
+    """Ends the process if the system stopped a thread: others may wait for its work."""
+    line = uncaught.exc_value and explain(uncaught.exc_value)
+    if not line:
+        threading.__excepthook__(uncaught)
+        return
+    os.write(2, f"pcagpt: {line}\n".encode())
+    os._exit(REFUSED)
 
 
 def _open_streams() -> None:

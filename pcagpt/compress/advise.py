@@ -53,9 +53,10 @@ def advise(
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
+        # First, because writing may fail.
+        print(advice_text(row, str(folder / "advised")), flush=True)
         origin = dataclasses.asdict(candidate.recipe)
         write_model(folder / "advised", original, candidate.table, origin)
         trials = [trial.row() for trial in fit.trials]
         advice = {"bounds": bounds, "chosen": row, "trials": trials}
         write_json(folder / "advice.json", heading | advice)
-        print(advice_text(row, str(folder / "advised")), flush=True)

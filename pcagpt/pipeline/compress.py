@@ -19,7 +19,7 @@ from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import strict
-from pcagpt.pipeline.execute import execute
+from pcagpt.pipeline.execute import check_workdir, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, provenance
@@ -39,6 +39,7 @@ def compress(settings: Settings, command: str) -> None:
       UserError: no such run or method, the table is factorized already, the folder
         holds the sweep of another model, or no table fits.
     """
+    check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     methods = _methods(settings.compress.methods)
     folder = Path(settings.workdir) / FOLDER
