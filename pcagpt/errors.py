@@ -43,7 +43,7 @@ _REMEDIES = {
     errno.ENOENT: "it was removed, or is a link to nothing",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
-    errno.EPIPE: "whatever read it has ended",
+    errno.EPIPE: "what read the output has ended",
 }
 # As tensorstore words it, in a ValueError.
 _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         return _say(_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
-            return _say(f"{_output_or_disk()}{line}", REFUSED)
+            return _say(line, REFUSED)
         # JAX's own errors are RuntimeErrors.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return _say(_OUT_OF_MEMORY, REFUSED)
@@ -84,7 +84,12 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     validate(settings)
     with process.ended_by_signals():
         # Imported here because this takes seconds: mistakes are reported before.
-        import jax
+        try:
+            import jax
+        except ValueError as error:
+            raise UserError(
+                f"JAX refuses its environment ({error}): correct or unset the variable"
+            ) from None
 
         from pcagpt.compress.effort import decide_effort
         from pcagpt.pipeline import execute
@@ -128,15 +133,6 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         raise
     if lines and jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)
-
-
-def _output_or_disk() -> str:
-    """'standard output: ' if that is what fails: it has no path."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return "standard output: "
-    return ""
 
 
 def _say(message: str, exit_code: int) -> int:

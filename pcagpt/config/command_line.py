@@ -25,8 +25,10 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     config file.
     """
     for word in arguments:
-        if not word.isprintable() and any("\udc80" <= c <= "\udcff" for c in word):
-            raise UserError(f"{word!r} is no text in UTF-8: name files and text in it")
+        if any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise UserError(
+                f"{word!r} is no UTF-8: write it in UTF-8, with LANG=C.UTF-8"
+            )
     source, words = _take_config_file(arguments)
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
@@ -88,7 +90,8 @@ def _load(source: str) -> ConfigDict:
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         hint = f"there are {here}" if here else "run from the repository's folder"
-        raise UserError(f"config file '{path}' does not exist: {hint}")
+        problem = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"config file '{path}' {problem}: {hint}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

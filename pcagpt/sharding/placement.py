@@ -83,7 +83,7 @@ def open_devices() -> None:
         raise UserError(
             f"JAX finds no device with JAX_PLATFORMS='{asked}'"
             f"{f' ({reason})' if reason else ''}: unset JAX_PLATFORMS to use what is "
-            "there, or install the package of that platform (README, Installation)"
+            "there, or install the package of that platform"
         ) from None
 
 
