@@ -124,17 +124,12 @@ def test_tokens_are_drawn_by_their_probability_at_the_temperature_among_top_k():
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"temperature": 0}])
+@pytest.mark.parametrize("options", [{"top_k": 40}, {"temperature": 0}])
 def test_ids_beyond_those_of_the_tokenizer_are_never_drawn(options):
-    model, variables = model_of("bands")
-    flat = jax.tree.map(jnp.zeros_like, variables)
-    for chosen in (flat, variables):
-        found = drawn(model, chosen, [1], 12, samples=100, known_ids=30, **options)
-        assert found.max() < 30
-    np.testing.assert_array_equal(
-        drawn(model, variables, [1], 12, known_ids=97, **options),
-        drawn(model, variables, [1], 12, **options),
-    )
+    model, variables = model_of("full")
+    assert drawn(model, variables, [1], 1, samples=99, **options).max() >= 30
+    found = drawn(model, variables, [1], 1, samples=99, known_ids=30, **options)
+    assert found.max() < 30
 
 
 def test_each_token_and_each_sample_is_drawn_anew_and_repeats_with_the_seed():
@@ -199,7 +194,7 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
 
 def rewritten(trained, tmp_path, **changes):
     """A copy of a run of 97 bare ids, with another record."""
-    run = shutil.copytree(trained, tmp_path / "run")
+    run = shutil.copytree(trained, tmp_path / "copy")
     record = json.loads((run / "config.json").read_text()) | changes
     record.pop("sha256", None)
     (run / "config.json").write_text(json.dumps(record))
@@ -250,7 +245,7 @@ def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_pa
     data = {"data.source": str(folder), "data.tokenizer": "sotu4096"}
     steps = {"train.steps": 1, "train.warmup_steps": 0}
     run = execute(changed(tiny_config, **data, **steps, **{"model.vocab_size": 5000}))
-    done = ask(run, "--config.sample.count=20", "--config.sample.temperature=5")
+    done = ask(run, "--config.sample.count=99", "--config.sample.tokens=3")
     assert done.code == 0, done.err
 
 
