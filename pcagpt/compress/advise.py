@@ -69,6 +69,8 @@ def advise(
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
+        # First, because writing may fail.
+        print(advice_text(row, str(folder / ADVISED)), flush=True)
         origin = dataclasses.asdict(candidate.recipe)
         check_lock()
         write_model(folder / ADVISED, original, candidate.table, origin)
@@ -79,4 +81,3 @@ def advise(
         if any(earlier.get(n) != strict(advice[n]) for n in ("protocol", "bounds")):
             move_aside(path)
         write_json(path, advice)
-        print(advice_text(row, str(folder / ADVISED)), flush=True)

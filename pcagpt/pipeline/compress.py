@@ -20,7 +20,7 @@ from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import read_json, remove_leftovers, strict
-from pcagpt.pipeline.execute import check, execute
+from pcagpt.pipeline.execute import check, check_workdir, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, lock, provenance
@@ -40,6 +40,7 @@ def compress(settings: Settings, command: str) -> None:
       UserError: no such run or method, the table is factorized already, the folder
         holds the sweep of another model, or no table fits.
     """
+    check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     options, folder = settings.compress, Path(settings.workdir) / FOLDER
     methods = _methods(options.methods)

@@ -3,6 +3,7 @@
 import operator
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import import_wandb
+from pcagpt.training.setup import Setup
 
 # The `model` knobs that D and an arm must share, by what the arm takes from D.
 SHARED_WITH_BASELINE = {
@@ -38,7 +40,7 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
         settings is there, a prerequisite is missing and `build_prerequisites` is off,
         or there is no such corpus.
     """
-    _check_workdir(settings.workdir)
+    check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
     # Other commands may be at work: every process must see the same.
@@ -85,6 +87,11 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         # New runs are compared with finished ones: both must have the same tokens.
         if checked and isinstance(job, TrainJob) and status != TO_DO:
             job.check_corpus()
+    for corpus in _corpora_without_text(checked.values()):
+        _say(
+            f"{corpus} holds bare token ids: its models cannot be sampled, unless "
+            "--config.data.tokenizer names the tokenizer"
+        )
     for job in needed:
         if job.folder in checked:
             # Dropped after its run: a teacher's weights take memory.
@@ -107,7 +114,13 @@ def _needed(plan: Plan) -> list[tuple[Job, str]]:
     return [(job, known.get(job) or job.status()) for job in jobs]
 
 
-def _check_workdir(workdir: str) -> None:
+def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
+    """Names of the corpora of training runs whose tokens stand for no known text."""
+    corpora = {setup.corpus for setup in checked if setup is not None}
+    return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
+
+
+def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())

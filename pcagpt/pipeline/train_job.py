@@ -197,6 +197,7 @@ class TrainJob:
                 "imported_sha256": initialise.fingerprints(setup.settings),
                 "vocab_size": setup.model.config.vocab_size,
                 "tokenizer": setup.corpus.tokenizer,
+                "characters": setup.corpus.characters,
                 "corpus_sha256": setup.corpus.fingerprint(),
             }
 

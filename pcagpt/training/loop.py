@@ -110,7 +110,8 @@ def train(
                 fresh = "nothing to save yet: the same command starts again"
                 raise Interrupted(
                     f"{run_dir.name} stopped at step {step} of {last_step}, "
-                    f"{saved if step else fresh}"
+                    f"{saved if step else fresh}",
+                    stopping,
                 )
 
             # This returns before the device is done. The meter reads the metrics one
