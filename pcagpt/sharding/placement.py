@@ -138,3 +138,11 @@ def wait_for_all(name: str) -> None:
     """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(holds: Callable[[], bool]) -> bool:
+    """What `holds` returns in the first process, the only one that calls it."""
+    if jax.process_count() == 1:
+        return holds()
+    own = holds() if jax.process_index() == 0 else False
+    return bool(multihost_utils.broadcast_one_to_all(np.array(own)))
