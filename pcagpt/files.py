@@ -131,8 +131,12 @@ def strict(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+def read_json(
+    path: Path, remedy: str, has_infinities: bool = False
+) -> dict[str, Any] | None:
     """The JSON object in a file, without its seal, or None if there is no file.
+
+    `has_infinities` accepts NaN and the infinities as None, for files of old versions.
 
     Raises:
       UserError: the file cannot be read, holds no JSON object, or was changed after
@@ -147,7 +151,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
             size = os.fstat(file.fileno()).st_size
             if size > _LARGEST_JSON:
                 raise damaged(f"{size} bytes are too many")
-            value = parse_json(file.read())
+            value = parse_json(file.read(), has_infinities)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -165,11 +169,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     return value
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, has_infinities: bool = False) -> Any:
     """The value of strict JSON in UTF-8; ValueError for anything else."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
+        if not has_infinities:
+            raise ValueError(f"{word} is not JSON")
 
     def finite(digits: str) -> float:
         number = float(digits)

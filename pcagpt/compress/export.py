@@ -33,7 +33,9 @@ def write_model(
         "table_sha256": _sha256(table),
     }
     earlier = (read_record(folder) or {}).get("compressed") or {}
-    if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
+    # A run may have been moved, and an older version had another fingerprint.
+    moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
+    if moved == made and run.is_at(earlier.get("fingerprint")):
         return
     (folder / "config.json").unlink(missing_ok=True)  # Written last.
     checkpoint.save_weights(folder, _variables_with(original, table))

@@ -1,6 +1,7 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import write_model
 from pcagpt.compress.original import Original
 from pcagpt.factorize import LossRegression, SecondOrder
-from pcagpt.files import read_json, strict, write_json
+from pcagpt.files import check_fields, read_json, strict, write_json
 from pcagpt.report import SMALLEST_ADDED, SweepRow, pareto_figure, write_sweep_report
+from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 
 REPORT_EVERY = 5  # rows
+# {field of a row: its types in JSON}
+_ROW: dict[str, tuple] = {
+    name: {float: (int, float), float | None: (int, float, None)}.get(
+        kind, (typing.get_origin(kind) or kind,)
+    )
+    for name, kind in typing.get_type_hints(SweepRow).items()
+}
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 
 
@@ -28,7 +37,7 @@ def sweep(
     the other fields of sweep.json.
     """
     writes = jax.process_index() == 0
-    earlier = read_sweep(folder)
+    earlier = read_sweep(folder, original.run)
     known: dict[Recipe, SweepRow] = {}
     if earlier.get("protocol") == strict(heading["protocol"]):
         rows = [*earlier["rows"], *earlier.get("other_rows", ())]
@@ -69,9 +78,25 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return write_sweep_report(folder, content)
 
 
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} without one."""
-    return read_json(folder / "sweep.json", "delete it to measure again") or {}
+def read_sweep(folder: Path, run: Run | None = None) -> dict[str, Any]:
+    """An earlier sweep.json; {} without one.
+
+    If an older version measured `run`, the protocol gets the fingerprint of today.
+
+    Raises UserError if the file is damaged.
+    """
+    path, remedy = folder / "sweep.json", "delete it to measure again"
+    found = read_json(path, remedy)
+    if found is None:
+        return {}
+    lists = {"rows": (list,), "other_rows": (list, None), "recovered": (list, None)}
+    check_fields(found, lists | {"protocol": (dict,)}, path, remedy)
+    for number, row in enumerate([*found["rows"], *(found.get("other_rows") or ())]):
+        check_fields(row, _ROW, f"{path}: row {number}", remedy)
+    protocol = found["protocol"]
+    if run and run.is_at(protocol.get("checkpoint")):
+        protocol["checkpoint"] = run.fingerprint
+    return found
 
 
 def _write_sweep(

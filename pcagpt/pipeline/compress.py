@@ -56,7 +56,7 @@ def compress(settings: Settings, command: str) -> None:
     bounds = {name: bound for name, bound in bounds.items() if bound}
     tried = [] if bounds else _recipes(original, methods)
     _check_recoverable(original, {recipe.rank for recipe in tried})
-    _check_folder(folder, heading["protocol"], settings.overwrite)
+    _check_folder(folder, run, heading["protocol"], settings.overwrite)
     if bounds:
         advise(original, methods[-1], bounds, heading, folder)
     else:
@@ -125,9 +125,11 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
         )
 
 
-def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+def _check_folder(
+    folder: Path, run: Run, protocol: dict[str, Any], overwrite: bool
+) -> None:
     """Raises UserError if the folder holds the sweep of another model or corpus."""
-    own, there = strict(protocol), read_sweep(folder).get("protocol")
+    own, there = strict(protocol), read_sweep(folder, run).get("protocol")
     names = ("checkpoint", "corpus_sha256", "split", "window")
     differing = [name for name in names if there and there.get(name) != own[name]]
     if differing and not overwrite:

@@ -30,6 +30,7 @@ from pcagpt.files import (
     check_values,
     digests,
     read_json,
+    strict,
     sync,
     write_json,
 )
@@ -106,7 +107,7 @@ class Checkpoints:
         self._saving = step
         self._manager.save(
             step,
-            args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)),
+            args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(strict(meta))),
             metrics=None if val_loss is None else {"val_loss": val_loss},
         )
 
@@ -187,9 +188,9 @@ def find(path: str | Path) -> tuple[Path, int]:
             f"{path} {problem}: give the folder of a run, such as "
             "checkpoints/gpt_baseline, or train it first"
         )
-    if path.name.isdigit() and path.parent.name == FOLDER:
-        return path.parent.parent, int(path.name)
-    run_dir = path.parent if path.name == FOLDER else path
+    run_dir, step = _parts(path)
+    if step is not None:
+        return run_dir, step
     found = steps(run_dir)
     if not found:
         raise UserError(
@@ -209,6 +210,20 @@ def find(path: str | Path) -> tuple[Path, int]:
     )
 
 
+def exists(path: str | Path) -> bool:
+    """Whether `find` would find a checkpoint, damaged or not."""
+    run_dir, step = _parts(Path(path))
+    found = steps(run_dir)
+    return bool(found) if step is None else step in found
+
+
+def _parts(path: Path) -> tuple[Path, int | None]:
+    """Run folder and step that a path names."""
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        return path.parent.parent, int(path.name)
+    return path.parent if path.name == FOLDER else path, None
+
+
 @functools.lru_cache
 def _warn(message: str) -> None:
     """Logs a warning once: a command looks for its runs many times."""
@@ -222,7 +237,10 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     """
     folder = run_dir / FOLDER / str(step)
     damage = _damage(folder, "meta/")
-    meta = None if damage else read_json(folder / "meta/metadata", "name another step")
+    meta = None
+    if not damage:
+        remedy = "name another step beside it"
+        meta = read_json(folder / "meta/metadata", remedy, has_infinities=True)
     if meta is None:
         reason = damage or "it has no meta/metadata, so that it was not trained here"
         raise UserError(f"checkpoint {folder} cannot be read: {reason}")

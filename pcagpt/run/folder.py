@@ -2,7 +2,8 @@
 
 config.json   the run's record: its settings and what it depends on; written first
 result.json   written last: a run is finished when it is there with status 'done'
-val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window
+val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window;
+                        result.json has its sha256
 """
 
 import hashlib
@@ -12,9 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.config import KNOBS
+from pcagpt.config import KNOBS, check_stored
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
+from pcagpt.files import (
+    check_fields,
+    read_json,
+    read_npy,
+    sha256_of_file,
+    strict,
+    write_json,
+    write_npy,
+)
 from pcagpt.run.build import DEVICE_KNOBS
 
 # The sections that decide a run's numbers. Other knobs may change when it resumes.
@@ -33,15 +42,37 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+_WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
+# {field of config.json besides the knobs: its types}
+_RECORD = {
+    "vocab_size": (int, None),
+    "tokenizer": (str, None),
+    "imported_sha256": (dict, None),
+    "corpus_sha256": (str, None),
+    "compressed": (dict, None),
+}
+
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """config.json, or None if no run has begun."""
-    return read_json(run_dir / "config.json", _remedy(run_dir))
+    """config.json, or None if no run has begun; UserError if it is damaged."""
+    path, remedy = run_dir / "config.json", _remedy(run_dir)
+    record = read_json(path, remedy)
+    if record is not None:
+        check_fields(record, _RECORD, path, remedy)
+        check_stored(record, f"{path} is damaged", remedy)
+    return record
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json of a finished run; None if it is missing or unfinished."""
-    result = read_json(run_dir / "result.json", _remedy(run_dir))
+    """result.json of a finished run; None if it is missing or unfinished.
+
+    Raises UserError if it is damaged.
+    """
+    path, remedy = run_dir / "result.json", _remedy(run_dir)
+    result = read_json(path, remedy)
+    if result is not None:
+        fields = {"status": (str, None), "steps": (int, None), "protocol": (dict, None)}
+        check_fields(result, fields, path, remedy)
     return result if result and result.get("status") == "done" else None
 
 
@@ -57,11 +88,15 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
     path = run_dir / "val_window_losses.npy"
     if not path.exists():
         return None
+    remedy = "delete it to get a report without intervals"
+    result = read_json(run_dir / "result.json", _remedy(run_dir)) or {}
+    if result.get(_WINDOWS_HASH) not in (None, sha256_of_file(path)):
+        raise UserError(f"{path} was changed since it was written: {remedy}")
     windows = read_npy(path)
     if windows.ndim != 2 or windows.shape[1] != 2 or not np.isfinite(windows).all():
         raise UserError(
             f"{path} is damaged: it must hold finite numbers of shape [windows, 2]; "
-            "delete it to get a report without intervals"
+            f"{remedy}"
         )
     return windows.astype(np.float64)
 
@@ -76,8 +111,9 @@ def write_result(
     run_dir: Path, result: dict[str, Any], window_losses: np.ndarray
 ) -> None:
     """Writes the window losses, then result.json."""
-    write_npy(run_dir / "val_window_losses.npy", window_losses)
-    write_json(run_dir / "result.json", result)
+    path = run_dir / "val_window_losses.npy"
+    write_npy(path, window_losses)
+    write_json(run_dir / "result.json", result | {_WINDOWS_HASH: sha256_of_file(path)})
 
 
 def identity(record: dict[str, Any]) -> dict[str, Any]:
