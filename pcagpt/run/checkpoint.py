@@ -41,6 +41,7 @@ ITEMS = ("weights", "optimizer", "meta")
 DIGESTS = "digests.json"
 # Orbax writes these two after the digests; no restored value depends on them.
 _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the names of saves that are not complete
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -65,6 +66,9 @@ class Checkpoints:
         self._folder = (run_dir / FOLDER).absolute()
         self._saving = 0  # the step that is written in the background
         if jax.process_index() == 0:
+            # Orbax's own clean-up can remove what it is just saving.
+            for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             _remove_damaged_notes(run_dir)
         placement.wait_for_all(str(self._folder))
         self._manager = ocp.CheckpointManager(
@@ -73,7 +77,6 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=lambda m: m["val_loss"],
-                cleanup_tmp_directories=True,  # of killed saves
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=lambda: _seal(self._folder, self._saving)
                 ),
@@ -296,7 +299,7 @@ def _seal(folder: Path, step: int) -> None:
     """Writes digests.json of a checkpoint that is about to get its final name."""
     if jax.process_index() > 0:
         return
-    written = folder / f"{step}.orbax-checkpoint-tmp"
+    written = folder / f"{step}{_UNFINISHED}"
     written = written if written.exists() else folder / str(step)
     below = [path for path in written.rglob("*") if path.name not in _UNLISTED]
     files = [str(path.relative_to(written)) for path in below if path.is_file()]
