@@ -1,36 +1,52 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pcagpt.compress.candidates import FLOAT_BYTES, Candidate
+from pcagpt.compress.candidates import Candidate
 from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import SwapScores
 from pcagpt.errors import UserError
-from pcagpt.files import write_json
+from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import advice_text
+from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
+
+ADVISED = "advised"  # the folder of the model
 
 
 def advise(
     original: Original,
     method: str,
+    bands: Sequence[int],
+    bits: Sequence[int],
     bounds: dict[str, float],
     heading: dict[str, Any],
     folder: Path,
+    check_lock: Callable[[], None],
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
-    `bounds` holds one of `COMPRESS_BOUNDS`; `heading` has the other fields of
-    advice.json. Raises UserError if no table fits.
+    Args:
+      original: the model.
+      method: of the table.
+      bands: numbers of frequency bands to choose from.
+      bits: of a stored value, to choose from besides 32 for a bound on bytes.
+      bounds: one of `COMPRESS_BOUNDS`.
+      heading: the other fields of advice.json.
+      folder: for advice.json and the model; an earlier advice is moved aside.
+      check_lock: raises if the folder may not be written any more.
+
+    Raises UserError if no table fits.
     """
     ((name, bound),) = bounds.items()
-    compress = original.settings.compress
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
     label = f"fitting {original.run.folder.name}"
     with Progress(label, Fit.TRIALS) as progress:
@@ -40,13 +56,13 @@ def advise(
             progress.update(len(fit.trials) + 1)
             return scores
 
-        fit = Fit(make, measure, method, compress.bands, shape)
+        fit = Fit(make, measure, method, bands, shape)
         if name == "max_added_loss":
             chosen = fit.within_loss(bound)
         elif name == "max_params":
             chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
         else:
-            chosen = fit.within_bytes(bound, [32, *compress.bits])
+            chosen = fit.within_bytes(bound, [32, *bits])
     if chosen is None:
         enough = {"max_params": sum(shape), "max_bytes": FLOAT_BYTES * sum(shape)}
         hint = f" to {enough[name]} or more" if name in enough else ""
@@ -54,8 +70,13 @@ def advise(
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
         origin = dataclasses.asdict(candidate.recipe)
-        write_model(folder / "advised", original, candidate.table, origin)
+        check_lock()
+        write_model(folder / ADVISED, original, candidate.table, origin)
         trials = [trial.row() for trial in fit.trials]
-        advice = {"bounds": bounds, "chosen": row, "trials": trials}
-        write_json(folder / "advice.json", heading | advice)
-        print(advice_text(row, str(folder / "advised")), flush=True)
+        advice = heading | {"bounds": bounds, "chosen": row, "trials": trials}
+        path = folder / "advice.json"
+        earlier = read_json(path, "delete it") or {}
+        if any(earlier.get(n) != strict(advice[n]) for n in ("protocol", "bounds")):
+            move_aside(path)
+        write_json(path, advice)
+        print(advice_text(row, str(folder / ADVISED)), flush=True)

@@ -1,7 +1,7 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
 import dataclasses
-import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,69 @@ import jax
 from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import write_model
 from pcagpt.compress.original import Original
-from pcagpt.factorize import LossRegression, SecondOrder
+from pcagpt.compress.score import SwapScores
+from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import check_fields, read_json, strict, write_json
-from pcagpt.report import SMALLEST_ADDED, SweepRow, pareto_figure, write_sweep_report
-from pcagpt.run.trained import Run
+from pcagpt.report import pareto_figure, write_sweep_report
+from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 
 REPORT_EVERY = 5  # rows
-# {field of a row: its types in JSON}
-_ROW: dict[str, tuple] = {
-    name: {float: (int, float), float | None: (int, float, None)}.get(
-        kind, (typing.get_origin(kind) or kind,)
-    )
-    for name, kind in typing.get_type_hints(SweepRow).items()
-}
+
+Row = dict[str, Any]  # of sweep.json, made by `Candidate.row`
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+_REMEDY = "delete it to measure again"
+_NUMBER = (int, float)
+# {field: its types in sweep.json}
+_SWEEP: dict[str, tuple] = {
+    "protocol": (dict,),
+    "rows": (list,),
+    "other_rows": (list, None),
+    "recovered": (list, None),
+}
+_ROW: dict[str, tuple] = {
+    **dict.fromkeys(SwapScores._fields, _NUMBER),
+    "added_loss_by_decile": (list,),
+    **dict.fromkeys((*RECIPE, "params", "bytes"), (int,)),
+    "method": (str,),
+    **dict.fromkeys(("band_sizes", "band_ranks"), (list,)),
+    **dict.fromkeys(("second_order_head", "second_order_input"), _NUMBER),
+    "seconds": _NUMBER,
+}
+
+
+def best_model(folder: Path, rank: int) -> Path:
+    """The folder of the best model of a rank."""
+    return folder / f"best_k{rank}"
 
 
 def sweep(
-    original: Original, tried: list[Recipe], heading: dict[str, Any], folder: Path
+    original: Original,
+    tried: list[Recipe],
+    heading: dict[str, Any],
+    folder: Path,
+    tensorboard: bool,
+    check_lock: Callable[[], None],
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
-    Rows that an earlier sweep measured under the same protocol are kept. `heading` has
-    the other fields of sweep.json.
+    Rows that an earlier sweep measured under the same protocol are kept; a sweep under
+    another is moved aside. `heading` has the other fields of sweep.json. `check_lock`
+    raises if the folder may not be written any more.
     """
     writes = jax.process_index() == 0
-    earlier = read_sweep(folder, original.run)
-    known: dict[Recipe, SweepRow] = {}
-    if earlier.get("protocol") == strict(heading["protocol"]):
-        rows = [*earlier["rows"], *earlier.get("other_rows", ())]
+    earlier = _read_sweep(folder)
+    known: dict[Recipe, Row] = {}
+    if earlier and original.today(earlier["protocol"]) == strict(heading["protocol"]):
+        rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
+        for number, row in enumerate(rows):
+            check_fields(row, _ROW, f"{folder / 'sweep.json'}: row {number}", _REMEDY)
         known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
         if "recovered" in earlier:
             heading = {**heading, "recovered": earlier["recovered"]}
+    elif writes:
+        move_aside(folder / "sweep.json")
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
     make = original.compressor  # Calibrates first.
@@ -53,19 +82,20 @@ def sweep(
             candidate = make(recipe)
             known[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
+                check_lock()
                 content = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
     if not writes:
         return
+    check_lock()
     content = _write_sweep(folder, heading, tried, known)
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
         table = make(best).table
         origin = dataclasses.asdict(best)
-        write_model(folder / f"best_k{rank}", original, table, origin)
-    tensorboard = original.settings.telemetry.tensorboard
+        write_model(best_model(folder, rank), original, table, origin)
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -73,34 +103,21 @@ def sweep(
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Adds the results of further training to sweep.json; rewrites its report."""
-    content = read_sweep(folder) | {"recovered": strict(rows)}
+    content = _read_sweep(folder) | {"recovered": strict(rows)}
     write_json(folder / "sweep.json", content)
     return write_sweep_report(folder, content)
 
 
-def read_sweep(folder: Path, run: Run | None = None) -> dict[str, Any]:
-    """An earlier sweep.json; {} without one.
-
-    If an older version measured `run`, the protocol gets the fingerprint of today.
-
-    Raises UserError if the file is damaged.
-    """
-    path, remedy = folder / "sweep.json", "delete it to measure again"
-    found = read_json(path, remedy)
-    if found is None:
-        return {}
-    lists = {"rows": (list,), "other_rows": (list, None), "recovered": (list, None)}
-    check_fields(found, lists | {"protocol": (dict,)}, path, remedy)
-    for number, row in enumerate([*found["rows"], *(found.get("other_rows") or ())]):
-        check_fields(row, _ROW, f"{path}: row {number}", remedy)
-    protocol = found["protocol"]
-    if run and run.is_at(protocol.get("checkpoint")):
-        protocol["checkpoint"] = run.fingerprint
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    """An earlier sweep.json; {} without one. UserError if it is damaged."""
+    found = read_json(folder / "sweep.json", _REMEDY) or {}
+    if found:
+        check_fields(found, _SWEEP, folder / "sweep.json", _REMEDY)
     return found
 
 
 def _write_sweep(
-    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, SweepRow]
+    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
@@ -108,8 +125,7 @@ def _write_sweep(
     rows still to measure, absent at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [known[recipe] for recipe in tried if recipe in known]
-    _predict(rows)
+    rows = _predicted([known[recipe] for recipe in tried if recipe in known])
     others = [row for recipe, row in known.items() if recipe not in tried]
     content = {**heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
@@ -118,31 +134,38 @@ def _write_sweep(
     return content
 
 
-def _predict(rows: list[SweepRow]) -> None:
-    """Fills in `predicted_loss` and `is_anchor` of every row.
+def _predicted(rows: list[Row]) -> list[Row]:
+    """The rows with `predicted_loss` and `is_anchor`.
 
     Anchors are the smallest and the largest table of each method, both in a single band
     and in the fewest bands. The other rows are predicted from them.
     """
 
-    def second_order(row: SweepRow) -> SecondOrder:
+    def second_order(row: Row) -> SecondOrder:
         return SecondOrder(row["second_order_head"], row["second_order_input"])
 
-    kinds: dict[tuple[str, bool], list[SweepRow]] = {}
+    kinds: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        row["is_anchor"] = False
         # Smaller losses are mostly rounding and predict nothing.
         if row["bits"] == 32 and row["added_loss"] >= SMALLEST_ADDED:
             kinds.setdefault((row["method"], row["bands"] > 1), []).append(row)
+    anchors = []
     for kind in kinds.values():
         fewest = min(row["bands"] for row in kind)
         kind = [row for row in kind if row["bands"] == fewest]
-        for choose in (min, max):
-            choose(kind, key=lambda row: row["budget"])["is_anchor"] = True
+        anchors += [
+            choose(kind, key=lambda row: row["budget"]) for choose in (min, max)
+        ]
     regression = LossRegression(
         (row["method"], second_order(row), row["added_loss"])
         for row in rows
-        if row["is_anchor"]
+        if row in anchors
     )
-    for row in rows:
-        row["predicted_loss"] = regression(row["method"], second_order(row))
+    return [
+        row
+        | {
+            "predicted_loss": regression(row["method"], second_order(row)),
+            "is_anchor": row in anchors,
+        }
+        for row in rows
+    ]

@@ -172,7 +172,7 @@ class CompressSettings:
     methods: str = knob(
         "",
         "methods to try, as in svd,context; only the last is tried at fewer bits or "
-        "for a bound; empty: all, on a CPU svd,context",
+        "for a bound; empty: all, on a CPU svd and the last of all",
     )
     bands: tuple[int, ...] = knob(
         (),
@@ -200,7 +200,7 @@ class CompressSettings:
     recover_ranks: tuple[int, ...] = knob(
         (),
         "afterwards train the best model of each of these ranks, with and without D as "
-        "teacher, and D for the same steps",
+        "teacher, and D for the same steps; with D's own train settings and seed",
     )
 
 
@@ -291,7 +291,7 @@ class Settings:
     arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
     workdir: str = knob("checkpoints", "folder that runs are read from and written to")
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
-    overwrite: bool = knob(False, "discard an existing run with other settings")
+    overwrite: bool = knob(False, "move aside an existing run with other settings")
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",

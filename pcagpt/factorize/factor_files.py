@@ -5,13 +5,14 @@ scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if cent
 bands_pca_k{k}/           replaces both for several bands of the same total size
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
-                          the files beside it, which every reader checks; written last
+                          the files beside it, which every reader checks; written last,
+                          and before, with the ranks that are 'unfinished'
 """
 
 import hashlib
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +69,19 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
     return table_path(folder, rank).exists() and scale_path(folder, rank).exists()
 
 
+def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
+    """What is where `write` would put these ranks, and was not written by it."""
+    metadata = read_metadata(folder)
+    if metadata is None:
+        ours, there = set(), [folder / SPECTRUM_FILE]
+    else:
+        ours = {*map(int, metadata["ranks"]), *metadata.get("unfinished", ())}
+        there = []
+    for rank in {*ranks} - ours:
+        there += [path(folder, rank) for path in (table_path, scale_path, bands_path)]
+    return sorted(path for path in there if path.exists())
+
+
 def write(
     folder: Path,
     tables: dict[int, FactorizedTable],
@@ -77,13 +91,23 @@ def write(
 ) -> None:
     """Writes all files of a factorization: the table of each rank, spectrum, metadata.
 
-    `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band.
+    `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band. Ranks
+    that `metadata` describes and `tables` lacks are there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # It describes files that are replaced now.
-    (folder / METADATA_FILE).unlink(missing_ok=True)
+    ranks = metadata.get("ranks", {})
+    there = {rank: ranks[rank] for rank in ranks if int(rank) not in tables}
+    files = _listed(folder)
     written = [folder / SPECTRUM_FILE]
-    write_npy(written[0], np.asarray(singular_values, np.float64))
+    if not in_bands:
+        written += [
+            p(folder, rank) for rank in tables for p in (table_path, scale_path)
+        ]
+    for path in written:
+        files.pop(path.name, None)
+    begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
+    write_json(folder / METADATA_FILE, metadata | begun)  # What comes next is ours.
+    write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -91,13 +115,12 @@ def write(
         (band,) = table.bands
         write_npy(table_path(folder, rank), _float32(band.wte))
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
-        written += [table_path(folder, rank), scale_path(folder, rank)]
-    files = digests(folder, [path.name for path in written])
+    files |= digests(folder, [path.name for path in written])
     write_json(folder / METADATA_FILE, metadata | {"files": files})
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
-    """Replaces `folder` by the files of a table.
+    """Writes the files of a table in place of those of an earlier one.
 
     token_order.npy           [V] int32, the token at each position
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
@@ -105,8 +128,13 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     mean.npy                  [d] float32, added to the input, if the table is centred
     metadata.json             digests of these files; written last
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Nothing else in the folder is ours. Without its order, a table is unfinished.
+    for pattern in (
+        METADATA_FILE, ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"
+    ):  # fmt: skip
+        for path in folder.glob(pattern):
+            path.unlink()
     for number, band in enumerate(table.bands):
         write_npy(folder / f"wte_band{number}.npy", _float32(band.wte))
         if band.scale is not None:
@@ -157,7 +185,7 @@ def read_bands(folder: str | Path) -> FactorizedTable:
 
 
 def read_metadata(folder: Path) -> dict | None:
-    """The metadata of `write`, without digests; None if files are lacking.
+    """The metadata of `write`, without digests; None if it wrote nothing there.
 
     Raises UserError if they are damaged.
     """
@@ -166,7 +194,9 @@ def read_metadata(folder: Path) -> dict | None:
     if metadata is None:
         return None
     metadata.pop("files", None)
-    check_fields(metadata, {"ranks": (dict, None)}, path, remedy)
+    check_fields(
+        metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
+    )
     for rank, described in metadata.setdefault("ranks", {}).items():
         where = f"{path}: the rank '{rank:.20}'"
         check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
@@ -198,21 +228,29 @@ def sha256_of_bands(folder: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _listed(folder: Path) -> dict[str, Any]:
+    """The digests in a folder's metadata, for `check_digests`; {} without."""
+    remedy = "write the files beside it again, or delete it if it describes other files"
+    files = (read_json(folder / METADATA_FILE, remedy) or {}).get("files")
+    return files if isinstance(files, dict) else {}
+
+
 def _checked_file(path: Path) -> Path:
     """The path; UserError if the metadata beside it list other content.
 
-    Files of older versions and of other programs are not listed.
+    A token order stands for all files of its bands. Files of older versions and of
+    other programs are not listed.
     """
-    described = path.parent / METADATA_FILE
-    remedy = f"write it again, or delete {described} if that describes other files"
-    metadata = read_json(described, remedy) or {}
-    files = metadata.get("files")
-    if isinstance(files, dict) and path.name in files:
-        known = files if path.name == ORDER_FILE else {path.name: files[path.name]}
-        try:
-            check_digests(path.parent, known)
-        except UserError as error:
-            raise UserError(f"{error}: {remedy}") from None
+    known = _listed(path.parent)
+    if path.name != ORDER_FILE:
+        known = {name: known[name] for name in known if name == path.name}
+    try:
+        check_digests(path.parent, known)
+    except UserError as error:
+        raise UserError(
+            f"{error}: write it again, or delete {path.parent / METADATA_FILE} if that "
+            "describes other files"
+        ) from None
     return path
 
 

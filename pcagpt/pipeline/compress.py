@@ -5,24 +5,24 @@ runs. A sweep also writes sweep.json with one row per table, a bound advice.json
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from pcagpt.compress.advise import advise
-from pcagpt.compress.candidates import BASELINE, Recipe, recipes
+from pcagpt.compress.advise import ADVISED, advise
+from pcagpt.compress.candidates import Recipe, recipes
 from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
-from pcagpt.compress.sweep import add_recovered, read_sweep, sweep
+from pcagpt.compress.sweep import add_recovered, best_model, sweep
 from pcagpt.config import Settings, words_of
-from pcagpt.config.schema import COMPRESS_BOUNDS
+from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
-from pcagpt.files import strict
-from pcagpt.pipeline.execute import execute
+from pcagpt.files import check_fields, read_json, remove_leftovers, strict
+from pcagpt.pipeline.execute import check, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
-from pcagpt.run import checkpoint, provenance
+from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -40,8 +40,8 @@ def compress(settings: Settings, command: str) -> None:
         holds the sweep of another model, or no table fits.
     """
     settings = decide_effort(settings, jax.default_backend())
-    methods = _methods(settings.compress.methods)
-    folder = Path(settings.workdir) / FOLDER
+    options, folder = settings.compress, Path(settings.workdir) / FOLDER
+    methods = _methods(options.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
@@ -52,65 +52,123 @@ def compress(settings: Settings, command: str) -> None:
         **provenance.summary(original.mesh.size),
         "protocol": original.protocol,
     }
-    bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
+    bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
     bounds = {name: bound for name, bound in bounds.items() if bound}
-    tried = [] if bounds else _recipes(original, methods)
-    _check_recoverable(original, {recipe.rank for recipe in tried})
-    _check_folder(folder, run, heading["protocol"], settings.overwrite)
     if bounds:
-        advise(original, methods[-1], bounds, heading, folder)
+        tried, file, models = [], folder / "advice.json", {folder / ADVISED}
     else:
-        sweep(original, tried, heading, folder)
-    placement.wait_for_all(str(folder))
-    if settings.compress.recover_ranks:
-        _recover(settings, folder)
+        tried = _recipes(original, methods, settings.ranks, options)
+        file = folder / "sweep.json"
+        models = {best_model(folder, recipe.rank) for recipe in tried if recipe.rank}
+
+    def check_folder() -> None:
+        if not settings.overwrite:
+            _check_file(file, original)
+            for model in sorted(models):
+                check_place(model)
+
+    with lock.held(folder, meanwhile=check_folder) as check_lock:
+        placement.from_first(check_folder)
+        if bounds:
+            advise(
+                original,
+                methods[-1],
+                options.bands,
+                options.bits,
+                bounds,
+                heading,
+                folder,
+                check_lock,
+            )
+        else:
+            _check_recoverable(original, tried, settings, folder)
+            tensorboard = settings.telemetry.tensorboard
+            sweep(original, tried, heading, folder, tensorboard, check_lock)
+        if jax.process_index() == 0:
+            remove_leftovers(folder)
+        placement.wait_for_all(str(folder))
+        if options.recover_ranks:
+            _recover(settings, folder)
 
 
 def _methods(text: str) -> list[str]:
-    """The names in `compress.methods`."""
-    methods = words_of(text)
+    """The names in `compress.methods`; 'all' stands for every method."""
+    methods = list(METHODS) if text == "all" else words_of(text)
     if not methods or set(methods) - METHODS.keys():
         raise UserError(
-            f"compress.methods is '{text}': name some of {', '.join(METHODS)}"
+            f"compress.methods is '{text}': it must be all, or some of "
+            f"{', '.join(METHODS)}"
         )
     return methods
 
 
-def _recipes(original: Original, methods: list[str]) -> list[Recipe]:
-    """The recipes of the sweep, without ranks that are too high for the table."""
-    settings, shape = original.settings, original.table_VD.shape
-    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
-    if not ranks:
+def _recipes(
+    original: Original,
+    methods: list[str],
+    ranks: tuple[int, ...],
+    options: CompressSettings,
+) -> list[Recipe]:
+    """The recipes of the sweep, without ranks that no table can have."""
+    shape = original.table_VD.shape
+    possible = [rank for rank in ranks if rank <= min(shape)]
+    if not possible:
         raise UserError(
-            f"ranks is {settings.ranks}: the table of {original.run.folder} is "
-            f"{shape}, its rank is at most {min(shape)}"
+            f"ranks is {ranks}: the table of {original.run.folder} is {shape}, its "
+            f"rank is at most {min(shape)}"
         )
-    if len(ranks) < len(settings.ranks) and jax.process_index() == 0:
-        left_out = ", ".join(str(rank) for rank in settings.ranks if rank > min(shape))
+    found = recipes(*shape, methods, possible, options.bands, options.bits)
+    kept = {recipe.rank for recipe in found if recipe.rank and recipe.bits == 32}
+    if not kept:
+        raise UserError(
+            "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "
+            "hidden have a single band)"
+        )
+    if len(kept) < len(ranks) and jax.process_index() == 0:
+        left_out = ", ".join(str(rank) for rank in ranks if rank not in kept)
         print(
-            f"left out: rank {left_out}, the table's is at most {min(shape)}",
+            f"left out: rank {left_out}, too high for the table {shape} or too low for "
+            f"compress.bands {options.bands}",
             flush=True,
         )
-    compress = settings.compress
-    tried = recipes(*shape, methods, ranks, compress.bands, compress.bits)
-    if all(recipe.method == BASELINE or recipe.bits < 32 for recipe in tried):
-        raise UserError(
-            "ranks are too small for compress.bands: no table fits; raise the ranks, "
-            "or try fewer bands"
-        )
-    return tried
+    return [recipe for recipe in found if recipe.rank in {0, *kept}]
 
 
-def _check_recoverable(original: Original, ranks: set[int]) -> None:
-    """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
-    run, settings = original.run, original.settings
-    if not settings.compress.recover_ranks:
+def _check_file(path: Path, original: Original) -> None:
+    """Raises UserError if the file holds numbers of another protocol.
+
+    Numbers of a part of the split may be replaced by those of the whole split.
+    """
+    own, remedy = strict(original.protocol), "delete it to measure again"
+    found = read_json(path, remedy)
+    if found is None:
         return
-    lacking = set(settings.compress.recover_ranks) - ranks
+    check_fields(found, {"protocol": (dict,)}, path, remedy)
+    there = original.today(found["protocol"])
+    differing = [
+        f"{name} (there {there.get(name)}, here {own.get(name)})"
+        for name in sorted(own.keys() | there.keys())
+        if own.get(name) != there.get(name)
+        and not (name == "evaluated_tokens" and name not in own)
+    ]
+    if differing:
+        raise UserError(
+            f"{path} holds other numbers, {'; '.join(differing)}: use another "
+            "--config.workdir, or --config.overwrite=True to move them aside"
+        )
+
+
+def _check_recoverable(
+    original: Original, tried: list[Recipe], settings: Settings, folder: Path
+) -> None:
+    """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
+    run, ranks = original.run, settings.compress.recover_ranks
+    if not ranks:
+        return
+    lacking = set(ranks) - {recipe.rank for recipe in tried}
     if lacking:
         raise UserError(
-            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: only "
-            "the best table of a rank that was tried can be trained further"
+            f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
+            "only the best table of a rank that was tried can be trained further"
         )
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:
@@ -123,21 +181,10 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
             f"compress.recover_ranks is set, but {run.folder} was trained on another "
             f"corpus than {original.corpus.name}: leave data.source out"
         )
-
-
-def _check_folder(
-    folder: Path, run: Run, protocol: dict[str, Any], overwrite: bool
-) -> None:
-    """Raises UserError if the folder holds the sweep of another model or corpus."""
-    own, there = strict(protocol), read_sweep(folder, run).get("protocol")
-    names = ("checkpoint", "corpus_sha256", "split", "window")
-    differing = [name for name in names if there and there.get(name) != own[name]]
-    if differing and not overwrite:
-        raise UserError(
-            f"{folder} holds the sweep of another model or corpus "
-            f"({', '.join(differing)} differ): use another --config.workdir, or "
-            "--config.overwrite=True to replace it"
-        )
+    # The models do not exist yet; D, trained further, has the same settings.
+    plan = recovery_plan(settings.replace({"compress.recover_ranks": ()}), folder)
+    for job in check(plan, plan.jobs[0].settings):
+        job.check(set())
 
 
 def _recover(settings: Settings, folder: Path) -> None:

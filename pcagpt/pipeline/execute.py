@@ -16,6 +16,7 @@ from pcagpt.pipeline.plan import Job, Plan
 from pcagpt.pipeline.train_job import DONE, TO_DO, TrainJob
 from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
+from pcagpt.sharding import placement
 from pcagpt.telemetry.record import import_wandb
 
 # The `model` knobs that D and an arm must share, by what the arm takes from D.
@@ -40,7 +41,11 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
     _check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
-    needed = _needed(plan)
+    # Other commands may be at work: every process must see the same.
+    shared = placement.from_first(
+        lambda: [(plan.jobs.index(job), status) for job, status in _needed(plan)]
+    )
+    needed = {plan.jobs[number]: status for number, status in shared}
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
@@ -91,15 +96,15 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         _say(f"report: {workdir / 'report.html'}")
 
 
-def _needed(plan: Plan) -> dict[Job, str]:
-    """The jobs that `check` returns."""
+def _needed(plan: Plan) -> list[tuple[Job, str]]:
+    """The jobs that `check` returns, with their status."""
     jobs, target = plan.jobs, plan.jobs[-1]
     known = {target: target.status()}
     if known[target] == DONE and not plan.reported:
         made = [job for job in jobs if isinstance(job, FactorizeJob)]
         if not any(job.differing() for job in made):
             jobs = tuple(job for job in jobs if job.is_target)
-    return {job: known.get(job) or job.status() for job in jobs}
+    return [(job, known.get(job) or job.status()) for job in jobs]
 
 
 def _check_workdir(workdir: str) -> None:

@@ -140,7 +140,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 # One process reads all files, the others follow its judgement.
-                if not placement.agreed(lambda at=step: not self._damage(at)):
+                if not placement.from_first(lambda at=step: not self._damage(at)):
                     raise UserError(self._damage(step))
                 restored = self._manager.restore(step, args=wanted)
                 if not _is_sane({name: restored[name] for name in template}):
@@ -250,6 +250,27 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
+def updates_done(run_dir: Path, step: int) -> int | None:
+    """The number of updates stored in a checkpoint; None if it has only weights.
+
+    A damaged checkpoint counts as what its name says.
+    """
+    folder = (run_dir / FOLDER / str(step)).absolute()
+    if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
+        return None
+    options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
+    try:
+        with _local_checkpointer() as checkpointer:
+            wanted = ocp.args.PyTreeRestore(
+                item={"step": 0}, restore_args=options, partial_restore=True
+            )
+            stored = checkpointer.restore(folder / "optimizer", args=wanted)
+            return int(stored["step"])
+    # Orbax and what it calls raise errors of many types.
+    except Exception:
+        return step
+
+
 def fingerprint(path: str | Path) -> str:
     """A hash of the weights and of the number of heads: what a run computes with.
 
@@ -280,7 +301,7 @@ def same(path: str | Path, recorded: str | None) -> bool:
 
     Errors are as for `fingerprint`.
     """
-    return recorded in (_first_fingerprint(path), fingerprint(path))
+    return recorded == _first_fingerprint(path) or recorded == fingerprint(path)
 
 
 def _first_fingerprint(path: str | Path) -> str:
@@ -401,9 +422,11 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
+    """Writes host arrays as checkpoint 0, the first in a folder; one process calls it.
+
+    FileExistsError if the folder has checkpoints.
+    """
     folder = (run_dir / FOLDER).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=_alone()

@@ -5,6 +5,7 @@ parameter matrix and of its optimizer moments.
 """
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -140,9 +141,26 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agreed(holds: Callable[[], bool]) -> bool:
-    """What `holds` returns in the first process, the only one that calls it."""
+def from_first(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, on every process: a JSON value.
+
+    Files may change while several processes look at them, and all must do the same. If
+    `decide` fails, every process raises: the first the error, others its text.
+    """
     if jax.process_count() == 1:
-        return holds()
-    own = holds() if jax.process_index() == 0 else False
-    return bool(multihost_utils.broadcast_one_to_all(np.array(own)))
+        return decide()
+    answer, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            answer["value"] = decide()
+        except Exception as error:
+            answer["error"], failure = str(error), error
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    answer = json.loads(np.asarray(text, np.uint8).tobytes())
+    if failure:
+        raise failure
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
