@@ -241,8 +241,9 @@ def test_imports_of_other_content_are_other_settings(copied):
     a, b = pca(copied), finetuned(copied)
     assert status(a) == status(b) == "done"
     workdir = Path(copied.workdir)
-    result = workdir / "gpt_baseline" / "result.json"
-    write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
+    checkpoints = workdir / "gpt_baseline" / "ckpt"
+    shutil.rmtree(checkpoints / "6")
+    shutil.copytree(checkpoints / "3", checkpoints / "6")
     with pytest.raises(UserError, match=r"imported_sha256\.blocks_from \(was"):
         status(b)
     for name, path in (

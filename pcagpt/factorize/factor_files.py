@@ -107,7 +107,6 @@ def write(
         files.pop(path.name, None)
     begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
     write_json(folder / METADATA_FILE, metadata | begun)  # What comes next is ours.
-    write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -115,6 +114,7 @@ def write(
         (band,) = table.bands
         write_npy(table_path(folder, rank), _float32(band.wte))
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
+    write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     files |= digests(folder, [path.name for path in written])
     write_json(folder / METADATA_FILE, metadata | {"files": files})
 
