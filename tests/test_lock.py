@@ -146,6 +146,14 @@ def test_two_that_come_at_the_same_moment_both_step_back(folder, monkeypatch):
     first.release()
 
 
+def test_a_folder_with_two_names_has_one_lock(folder):
+    folder.mkdir(parents=True)
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    with held(link, busy), pytest.raises(UserError, match="busy"), held(folder, busy):
+        pass
+
+
 # Waiting
 
 

@@ -138,6 +138,17 @@ def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     assert moved(run_dir).is_dir()
 
 
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_is_refused_and_with_overwrite_moved_aside(copied, name):
+    run_dir = job(copied).folder
+    (run_dir / name).write_text("{")
+    assert f"{name} is damaged" in refusal(copied)
+    before = content(run_dir)
+    execute(changed(copied, overwrite=True))
+    assert content(moved(run_dir)) == before
+    assert read_result(run_dir)["steps"] == 6
+
+
 def test_what_is_moved_aside_twice_in_a_second_has_two_names(tmp_path, monkeypatch):
     monkeypatch.setattr(train_job.move_aside.__globals__["time"], "strftime", str)
     for number in range(3):

@@ -71,7 +71,7 @@ class TrainJob:
         if self._serves_as_prerequisite():
             return DONE  # `execute` checks that it fits.
         conflict = self._conflict()
-        if conflict and self.is_target and self.settings.overwrite:
+        if conflict and self._may_replace:
             return TO_DO
         if conflict:
             remedy = (
@@ -95,10 +95,24 @@ class TrainJob:
             return True
         return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
 
+    @property
+    def _may_replace(self) -> bool:
+        return self.is_target and self.settings.overwrite
+
     def _conflict(self) -> str | None:
-        """What the folder holds, if it is not this run; None if it is, or is empty."""
-        if not holds_run(self.folder):
-            return None
+        """What the folder holds, if it is not this run; None if it is, or is empty.
+
+        Raises UserError for a damaged file, unless the folder may be replaced.
+        """
+        try:
+            return self._difference() if holds_run(self.folder) else None
+        except UserError as damage:
+            if self._may_replace:
+                return str(damage)
+            raise
+
+    def _difference(self) -> str | None:
+        """How a folder that holds a run differs from this run; None if it does not."""
         if find_record(self.folder) is None:
             return (
                 f"{self.folder} holds a run without its config.json, and no checkpoint "
@@ -208,9 +222,8 @@ class TrainJob:
 
         Restores a lost config.json. The caller holds the lock.
         """
-        status, stored = self.status(), find_record(self.folder)
-        if self._conflict():
-            stored = None
+        status = self.status()
+        stored = None if self._conflict() else find_record(self.folder)
         if stored and read_record(self.folder) is None:
             write_record(self.folder, stored)
             status = self.status()

@@ -37,6 +37,7 @@ class Lock:
     """What one command does to hold a folder; `held` is the way to use it."""
 
     def __init__(self, folder: Path):
+        folder = folder.resolve()  # It may have several names.
         self._start = f".{folder.name}.lock."
         self._own = folder.parent / f"{self._start}{secrets.token_hex(8)}"
         self._released = threading.Event()
