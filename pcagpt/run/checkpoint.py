@@ -305,7 +305,7 @@ def same(path: str | Path, recorded: str | None) -> bool:
 
 
 def _first_fingerprint(path: str | Path) -> str:
-    """The formula until version 0.3, over files with timings in them."""
+    """The formula before digests, over files with timings in them."""
     run_dir, step = find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
     written = f"{FOLDER}/{step}/weights/manifest.ocdbt"

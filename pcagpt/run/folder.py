@@ -46,6 +46,13 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+_CONFIG_REMEDY = (
+    "delete it, the checkpoints of a trained run have a copy, or use "
+    "--config.overwrite=True"
+)
+_RESULT_REMEDY = (
+    "delete it, and the run's command finishes it again, or use --config.overwrite=True"
+)
 _WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
 # {field of config.json besides the knobs: its types}
 _RECORD = {
@@ -65,7 +72,7 @@ WRITTEN = (
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """config.json, or None if no run has begun; UserError if it is damaged."""
-    path, remedy = run_dir / "config.json", _remedy(run_dir)
+    path, remedy = run_dir / "config.json", _CONFIG_REMEDY
     record = read_json(path, remedy)
     if record is not None:
         check_fields(record, _RECORD, path, remedy)
@@ -95,7 +102,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     None if it is missing, unfinished, or of another run than config.json. Raises
     UserError if it is damaged.
     """
-    path, remedy = run_dir / "result.json", _remedy(run_dir)
+    path, remedy = run_dir / "result.json", _RESULT_REMEDY
     result = read_json(path, remedy)
     if result is None:
         return None
@@ -107,10 +114,6 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return result if result.get("run_id") == record.get("run_id") else None
 
 
-def _remedy(run_dir: Path) -> str:
-    return f"delete {run_dir}, or use --config.overwrite=True"
-
-
 def read_window_losses(run_dir: Path) -> np.ndarray | None:
     """(summed loss, targets) of each validation window: float64 [windows, 2].
 
@@ -120,7 +123,7 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     remedy = "delete it to get a report without intervals"
-    result = read_json(run_dir / "result.json", _remedy(run_dir)) or {}
+    result = read_json(run_dir / "result.json", _RESULT_REMEDY) or {}
     if result.get(_WINDOWS_HASH) not in (None, sha256_of_file(path)):
         raise UserError(f"{path} was changed since it was written: {remedy}")
     windows = read_npy(path)
