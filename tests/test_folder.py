@@ -106,7 +106,9 @@ def test_a_half_finished_run_is_never_taken_for_a_finished_one(copied):
 
 def test_a_damaged_result_is_refused_by_its_name(copied):
     (job(copied).folder / "result.json").write_text('{"status": "do')
-    with pytest.raises(UserError, match=r"gpt_baseline.result.json is damaged .*: delete it"):
+    with pytest.raises(
+        UserError, match=r"gpt_baseline.result.json is damaged .*: delete it"
+    ):
         status(copied)
 
 

@@ -56,6 +56,10 @@ def read_row(folder: Path) -> dict[str, Any]:
     result = read_result(folder)
     if result is None:
         raise UserError(f"{folder} is not a finished run: run its command again")
+    required = ("run", "arm", "rank", "seed", "val_loss", "tokens_seen")
+    missing = [name for name in required if name not in result]
+    if missing:
+        raise UserError(f"{folder / 'result.json'} lacks {', '.join(missing)}")
     check_fields(
         result, _RESULT, folder / "result.json", "run its command again with overwrite"
     )

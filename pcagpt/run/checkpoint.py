@@ -280,7 +280,8 @@ def fingerprint(path: str | Path) -> str:
     """
     run_dir, step = find(path)
     named_step = Path(path).name == str(step)
-    last = (read_json(run_dir / "result.json", "delete it") or {}).get("steps", step)
+    result = read_json(run_dir / "result.json", "delete it", has_infinities=True)
+    last = (result or {}).get("steps", step)
     if last != step and not named_step:
         raise UserError(
             f"the last checkpoint of {run_dir}, step {last}, is damaged: delete "

@@ -103,7 +103,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     UserError if it is damaged.
     """
     path, remedy = run_dir / "result.json", _RESULT_REMEDY
-    result = read_json(path, remedy)
+    # Older versions wrote Infinity for a perplexity beyond floats.
+    result = read_json(path, remedy, has_infinities=True)
     if result is None:
         return None
     fields = {"status": (str, None), "steps": (int, None), "protocol": (dict, None)}
@@ -123,7 +124,8 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     remedy = "delete it to get a report without intervals"
-    result = read_json(run_dir / "result.json", _RESULT_REMEDY) or {}
+    path_of_result = run_dir / "result.json"
+    result = read_json(path_of_result, _RESULT_REMEDY, has_infinities=True) or {}
     if result.get(_WINDOWS_HASH) not in (None, sha256_of_file(path)):
         raise UserError(f"{path} was changed since it was written: {remedy}")
     windows = read_npy(path)
