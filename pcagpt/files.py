@@ -1,8 +1,9 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
 A writer replaces the file in one step: a reader sees the old file or the new one, even
-after a power cut. JSON is strict in both directions: NaN and the infinities are not
-JSON.
+after a power cut. A reader sees damage: JSON carries a hash of its content, and lists
+of digests tell the content of other files. JSON is strict in both directions: NaN and
+the infinities are not JSON. Nothing is read that declares more than its file can hold.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,17 @@ import numpy as np
 
 from pcagpt.errors import UserError
 
+LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
+_SEAL = "sha256"  # in a JSON object: the hash of all other fields
+_LARGEST_JSON = 2**28  # bytes
+# Real arrays hardly compress; an archive that unpacks to more than this is no archive
+# of arrays, but made to fill the memory.
+_LARGEST_RATIO, _ALWAYS_ALLOWED = 20, 2**26  # times the file's size, or bytes
+_LARGEST_HEADER = 2**16  # bytes, of a .npy file
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 # Temporaries of `write_file`, .NAME.PID.partial; older versions called them .NAME.PID.
 _LEFTOVER = re.compile(
     r"\..+\.(\d+)\.partial|\..+\.(?:json|jsonl|npy|npz|bin|md|html|png)\.(\d+)"
@@ -94,9 +106,15 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file; `strict` converts the value."""
-    text = json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False)
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replaces a JSON file; `strict` converts the value, and a hash seals it."""
+    value = strict(value)
+    text = json.dumps(
+        value | {_SEAL: _sha256_of_json(value)},
+        indent=2,
+        allow_nan=False,
+        ensure_ascii=False,
+    )
     write_text(path, text + "\n")
 
 
@@ -113,21 +131,89 @@ def strict(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
-    """The JSON object in a file, or None if the file does not exist.
+def read_json(
+    path: Path, remedy: str, has_infinities: bool = False
+) -> dict[str, Any] | None:
+    """The JSON object in a file, without its seal, or None if there is no file.
+
+    `has_infinities` accepts NaN and the infinities as None, for files of old versions.
 
     Raises:
-      UserError: the file holds no JSON object; `remedy` ends the message.
+      UserError: the file cannot be read, holds no JSON object, or was changed after
+        `write_json` had sealed it; `remedy` ends the message.
     """
+
+    def damaged(reason: object) -> UserError:
+        return UserError(f"{path} is damaged ({reason}): {remedy}")
+
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _LARGEST_JSON:
+                raise damaged(f"{size} bytes are too many")
+            value = parse_json(file.read(), has_infinities)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise damaged(error.strerror) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+        raise damaged(error) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object): {remedy}")
-    return strict(value)
+        raise damaged("it holds no JSON object")
+    seal = value.pop(_SEAL, None)
+    if seal is not None and seal != _sha256_of_json(value):
+        raise damaged(
+            f"its content was changed since it was written; whoever changed it on "
+            f"purpose removes its '{_SEAL}'"
+        )
+    return value
+
+
+def parse_json(text: bytes, has_infinities: bool = False) -> Any:
+    """The value of strict JSON in UTF-8; ValueError for anything else."""
+
+    def refuse(word: str) -> None:
+        if not has_infinities:
+            raise ValueError(f"{word} is not JSON")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits)
+
+    try:
+        decoded = text.decode("utf-8")
+        value = json.loads(decoded, parse_constant=refuse, parse_float=finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # No lone surrogates.
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def check_fields(
+    content: Any, fields: Mapping[str, tuple], where: object, remedy: str
+) -> None:
+    """Raises UserError unless an object has fields of these types.
+
+    Args:
+      content: of a JSON file, or a part of it.
+      fields: {name: types}; None among the types: the field may be null or absent.
+      where: names the file, and the part of it.
+      remedy: ends the message.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is damaged (it is no JSON object): {remedy}")
+    for name, types in fields.items():
+        value = content.get(name)
+        if value is None and None in types:
+            continue
+        if type(value) not in types:
+            shown = f"is {value!r:.40}" if name in content else "is missing"
+            raise UserError(f"{where} is damaged ('{name}' {shown}): {remedy}")
+
+
+def _sha256_of_json(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
@@ -141,37 +227,109 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file; UserError if it is missing, damaged or no such file."""
-    loaded = _load(path, ".npy")
-    if not isinstance(loaded, np.ndarray):
-        raise UserError(f"{path} is not a .npy file")
-    return loaded
+    """The array of a .npy file.
+
+    Raises UserError if it is missing, damaged, no such file, or holds Python objects.
+    """
+    with _reading(path, ".npy") as file:
+        size = os.fstat(file.fileno()).st_size
+        check_size(path, size, size)
+        if file.read(4) == b"PK\x03\x04":
+            raise UserError(f"{path} is not a .npy file")
+        file.seek(0)
+        content = bytearray(size)
+        file.readinto(content)
+        return _array(content)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by name; UserError as for `read_npy`."""
-    loaded = _load(path, ".npz")
-    if isinstance(loaded, np.ndarray):
-        raise UserError(f"{path} is not a .npz file")
-    with loaded as archive:
-        try:
-            return {name: archive[name] for name in archive}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise _damaged(path, error) from None
+    with _reading(path, ".npz") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise UserError(f"{path} is not a .npz file")
+        size = os.fstat(file.fileno()).st_size
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            check_size(path, sum(member.file_size for member in members), size)
+            return {
+                # Reading a member as a whole checks its CRC.
+                member.filename.removesuffix(".npy"): _array(
+                    bytearray(archive.read(member))
+                )
+                for member in members
+            }
 
 
-def _load(path: Path, ending: str):
+@contextlib.contextmanager
+def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
+    """The open file; any error while it is read becomes a UserError."""
     try:
-        # From memory: np.load leaves the file of a damaged archive open.
-        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        with open(path, "rb") as file:
+            yield file
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from None
+    # zipfile and NumPy's parser raise errors of many types for what is no array.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{path} is not a readable array file ({reason}): write it again"
+        ) from None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a readable array file ({error}): write it again")
+def _array(content: bytearray) -> np.ndarray:
+    """The array in the bytes of a .npy file; ValueError unless it fills them."""
+    stream = io.BytesIO(content[:_LARGEST_HEADER])
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADER_READERS:  # Others are for structures.
+        raise ValueError(f"it has version {version} of the format")
+    shape, is_fortran, dtype = _HEADER_READERS[version](stream)
+    offset, count = stream.tell(), math.prod(shape)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(content) - offset:
+        raise ValueError(
+            f"shape {shape} of {dtype} does not fill its {len(content) - offset} bytes"
+        )
+    if not len(content) - offset:
+        return np.empty(shape, dtype)
+    array = np.frombuffer(content, dtype, offset=offset)
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
+def check_size(path: Path, declared: int, stored: int) -> None:
+    """Raises UserError for a file that declares more bytes than it can hold.
+
+    `declared` is the size of its arrays in memory, `stored` the file's own.
+    """
+    if declared > max(_LARGEST_RATIO * stored, _ALWAYS_ALLOWED):
+        raise UserError(
+            f"{path} declares arrays of {declared:,} bytes, its own size is {stored:,}:"
+            " it is damaged; write it again"
+        )
+    if declared > memory_bytes():
+        raise UserError(
+            f"{path} holds arrays of {declared:,} bytes, this machine has a memory of "
+            f"{memory_bytes():,}: read it on a larger one"
+        )
+
+
+def memory_bytes() -> int:
+    """Size of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_values(array: np.ndarray, what: str) -> None:
+    """Raises UserError unless a floating-point array is finite and below LARGEST."""
+    with np.errstate(invalid="ignore"):
+        is_bad = ~(np.abs(array) <= LARGEST)
+    if is_bad.any():
+        where = tuple(int(i) for i in np.argwhere(is_bad)[0])
+        raise UserError(
+            f"{what} holds {array[where]} at {where}: all must be finite in float32 "
+            f"and at most {LARGEST:,.0f}"
+        )
 
 
 def sha256_of_file(path: Path) -> str:
@@ -181,3 +339,33 @@ def sha256_of_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{name: {'bytes', 'sha256'}} of files in a folder, for `check_digests`."""
+    return {
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": sha256_of_file(folder / name),
+        }
+        for name in sorted(names)
+    }
+
+
+def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -> None:
+    """Raises UserError if files of `digests` whose names begin with `below` differ."""
+    if not isinstance(known, dict):
+        raise UserError(f"the list of files in {folder} is damaged: write it again")
+    for name, digest in known.items():
+        if not name.startswith(below):
+            continue
+        path = folder / name
+        check_fields(
+            digest, {"bytes": (int,), "sha256": (str,)}, name, "write it again"
+        )
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if size != digest["bytes"] or sha256_of_file(path) != digest["sha256"]:
+            raise UserError(f"{path} was changed or damaged since it was written")

@@ -56,3 +56,21 @@ def test_what_the_device_cannot_do_is_refused(device, asked, words):
     dtype = "bfloat16" if device == OTHER_GPU else "float32"
     with pytest.raises(UserError, match=words):
         build_config(ModelSettings(compute_dtype=dtype, **asked), 97, device)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_embd": 12 * 10**6, "n_layer": 1},
+        {"n_layer": 10**9, "n_embd": 12},
+        {"block_size": 10**12},
+        {"vocab_multiple": 10**12},
+    ],
+)
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(sizes):
+    device = Hardware("cpu", memory=2**37)
+    with pytest.raises(
+        UserError, match=r"a model of .* weights: .* lower model.n_layer"
+    ):
+        build_config(ModelSettings(**sizes), 97, device)
+    assert build_config(ModelSettings(), 50257, device)

@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, what happens to damaged ones, and reading them."""
 
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from runs import changed, execute, metrics, saved_state
 
+from pcagpt import files
 from pcagpt.errors import UserError
+from pcagpt.files import write_json
 from pcagpt.run import checkpoint
 from pcagpt.run.checkpoint import Checkpoints
 
@@ -103,6 +106,7 @@ def test_the_newest_checkpoint_is_restored_if_there_is_one(tmp_path):
     assert (latest, meta) == (2, {"at": 2})
     assert_same(items, items_at(2))
     assert checkpoint.steps(tmp_path) == [1, 2]
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"1", "2"}
 
 
 @pytest.mark.parametrize("item", ["weights", "optimizer", "meta"])
@@ -186,22 +190,144 @@ def test_weights_are_loaded_with_constants_and_damaged_ones_refused(tmp_path):
     assert_same({"params": params, "constants": constants}, items_at(5)["weights"])
     assert step == 5
     damage(tmp_path, 5)
-    with pytest.raises(UserError, match="cannot be read .*name another step") as caught:
+    with pytest.raises(UserError, match="can be read .*weights.*again") as caught:
         checkpoint.load_weights(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_fingerprint_tells_steps_and_runs_apart(tmp_path):
-    save(tmp_path / "run", {1: 1.0, 2: 2.0})
-    one, two = (checkpoint.fingerprint(tmp_path / f"run/ckpt/{n}") for n in (1, 2))
-    assert one != two == checkpoint.fingerprint(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"seed": 1}))
-    other = checkpoint.fingerprint(tmp_path / "run")
-    assert other != two
-    (tmp_path / "run" / "result.json").write_text(json.dumps({"val_loss": 1}))
-    assert checkpoint.fingerprint(tmp_path / "run") not in (two, other)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert checkpoint.fingerprint(tmp_path / "moved/ckpt/1") != one
+# Damage
+
+
+def damages(content):
+    """A content with one flipped bit, its first half, and none."""
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    return (bytes(flipped), content[: len(content) // 2], None)
+
+
+def listed(run_dir, step):
+    """The files of a checkpoint that its digests list, and the list itself."""
+    folder = run_dir / "ckpt" / str(step)
+    names = json.loads((folder / "digests.json").read_text())["files"]
+    return [folder / name for name in (*names, "digests.json")]
+
+
+def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path, said):
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    save(run_dir, {1: 3.0, 2: 4.0})
+    for path in listed(run_dir, 2):
+        item = path.relative_to(run_dir / "ckpt/2").parts[0]
+        if item == "metrics":
+            continue
+        for content in damages(path.read_bytes()):
+            if (item, content) == ("digests.json", None):
+                continue  # A checkpoint of an older version.
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(run_dir, copy)
+            damaged = copy / path.relative_to(run_dir)
+            damaged.unlink()
+            if content is not None:
+                damaged.write_bytes(content)
+            is_of_weights = item in ("weights", "digests.json")
+            assert checkpoint.find(copy)[1] == (1 if is_of_weights else 2)
+            if is_of_weights:
+                with pytest.raises(UserError, match=f"ckpt/2.*{damaged.name}"):
+                    checkpoint.load_weights(copy / "ckpt/2")
+                assert_same(
+                    checkpoint.load_weights(copy)[0], items_at(1)["weights"]["params"]
+                )
+            if item == "meta":
+                with pytest.raises(UserError, match="meta/metadata"):
+                    checkpoint.read_meta(copy, 2)
+            assert checkpoint._damage(copy / "ckpt/2", f"{item}")
+    assert "falling back to the one before, step 1" in said()[-1]
+
+
+@pytest.mark.parametrize("item", ["weights", "optimizer"])
+def test_values_that_are_not_finite_are_not_restored(item, tmp_path, said):
+    save(tmp_path, {1: 3.0})
+    items = items_at(2)
+    items[item] = jax.tree.map(lambda array: array * np.float32(np.nan), items[item])
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        checkpoints.save(2, items, {"at": 2})
+        checkpoints.wait()
+    if item == "weights":
+        with pytest.raises(UserError, match="holds nan at"):
+            checkpoint.load_weights(tmp_path / "ckpt/2")
+    assert restore(tmp_path)[1] == 1
+    assert "not finite" in said()[-1]
+
+
+@pytest.mark.parametrize("name", ["metrics/metrics", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("content", [b"[1]", b"\xff", b"{"])
+def test_damaged_notes_on_a_checkpoint_lose_only_themselves(
+    name, content, tmp_path, said
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    (tmp_path / "ckpt/2" / name).write_bytes(content)
+    assert restore(tmp_path)[1] == 2
+    assert f"ckpt/2/{name}" in said()[0]
+
+
+def test_a_checkpoint_without_digests_is_one_of_an_older_version(tmp_path):
+    save(tmp_path, {1: 3.0})
+    known = checkpoint.fingerprint(tmp_path)
+    (tmp_path / "ckpt/1/digests.json").unlink()
+    assert restore(tmp_path)[1] == 1
+    assert checkpoint.fingerprint(tmp_path) == known
+
+
+def test_weights_larger_than_their_files_are_refused_before_memory_is_taken(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, {1: 3.0})
+    monkeypatch.setattr(files, "_ALWAYS_ALLOWED", 0)
+    monkeypatch.setattr(files, "_LARGEST_RATIO", 0.001)
+    with pytest.raises(UserError, match="declares arrays of 36 bytes"):
+        checkpoint.load_weights(tmp_path)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_that_of_the_weights(tmp_path):
+    run_dir = tmp_path / "run"
+    save(run_dir, {1: 1.0, 2: 2.0})
+    (run_dir / "config.json").write_text(json.dumps({"model": {"n_head": 2}}))
+    one, two = (checkpoint.fingerprint(run_dir / f"ckpt/{n}") for n in (1, 2))
+    assert one != two == checkpoint.fingerprint(run_dir)
+    # The same numbers, at another time and place.
+    save(tmp_path / "again", {2: 5.0})
+    shutil.copy(run_dir / "config.json", tmp_path / "again")
+    write_json(tmp_path / "again" / "result.json", {"seconds": 3, "steps": 2})
+    assert checkpoint.fingerprint(tmp_path / "again") == two
+    (run_dir / "config.json").write_text(json.dumps({"model": {"n_head": 4}}))
+    assert checkpoint.fingerprint(run_dir) != two
+
+
+def test_a_fingerprint_of_an_older_version_still_counts(tmp_path):
+    save(tmp_path, {1: 1.0})
+    (tmp_path / "config.json").write_text("{}")
+    manifest = (tmp_path / "ckpt/1/weights/manifest.ocdbt").read_bytes()
+    unfinished = hashlib.sha256(b"step 1\n{}" + manifest).hexdigest()
+    assert checkpoint.same(tmp_path, unfinished)
+    (tmp_path / "result.json").write_text('{"steps": 1}')
+    finished = hashlib.sha256(b'step 1\n{"steps": 1}').hexdigest()
+    assert checkpoint.same(tmp_path, finished)
+    assert checkpoint.same(tmp_path, checkpoint.fingerprint(tmp_path))
+    for other in (unfinished, "", None):
+        assert not checkpoint.same(tmp_path, other)
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_not_started_from(tmp_path):
+    save(tmp_path, {1: 1.0, 2: 2.0})
+    write_json(tmp_path / "result.json", {"steps": 2})
+    damage(tmp_path, 2)
+    with pytest.raises(
+        UserError, match="last checkpoint .* step 2, is damaged: delete"
+    ):
+        checkpoint.fingerprint(tmp_path)
+    assert checkpoint.fingerprint(tmp_path / "ckpt/1")
 
 
 # Other numbers of devices

@@ -10,7 +10,7 @@ import pytest
 from command_line import call
 from runs import changed, execute, quick_compiles, snapshot
 
-from pcagpt import main
+from pcagpt import files, main
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
@@ -355,16 +355,28 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     )
 
 
-def test_statistics_of_another_protocol_or_a_damaged_file_are_not_used(tmp_path):
-    statistics = Statistics(*(np.ones(2) * i for i in range(6)))
+def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
+    shapes = [(3,), (3,), (2,), (2, 2), (2, 2), (2, 2)]
+    statistics = Statistics(*(np.full(s, i, float) for i, s in enumerate(shapes)))
     path = tmp_path / "statistics.npz"
     calibrate.write(path, statistics, {"tokens": 5})
-    assert calibrate.read(path, {"tokens": 6}) is None
-    found = calibrate.read(path, {"tokens": 5})
+    found = calibrate.read(path)
     for array, wanted in zip(found, statistics, strict=True):
         np.testing.assert_array_equal(array, wanted)
-    path.write_bytes(path.read_bytes()[:100])
-    assert calibrate.read(path, {"tokens": 5}) is None
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="is not a readable array file"):
+        calibrate.read(path)
+    for name, bad, says in (
+        ("hidden_mean", np.array([np.nan, 1]), "no statistics"),
+        ("probability", np.array([-1.0, 1, 1]), "no statistics"),
+        ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),
+        ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),
+    ):
+        path.write_bytes(whole)
+        files.write_npz(path, **files.read_npz(path) | {name: bad})
+        with pytest.raises(UserError, match=says):
+            calibrate.read(path)
 
 
 # A bound

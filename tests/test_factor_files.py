@@ -54,7 +54,7 @@ def test_a_table_of_one_band_is_read_back(mean, tmp_path):
     np.testing.assert_array_equal(scales.scale_up, SCALE)
     np.testing.assert_array_equal(scales.scale_down, SCALE)
     np.testing.assert_array_equal(scales.mean, mean)
-    assert factor_files.read_metadata(tmp_path) == {"method": "svd"}
+    assert factor_files.read_metadata(tmp_path) == {"method": "svd", "ranks": {}}
     assert factor_files.exists(tmp_path, 2, in_bands=False)
     assert not factor_files.exists(tmp_path, 3, in_bands=False)
 
@@ -184,9 +184,57 @@ def test_scale_matrices_need_both_matrices_and_ignore_other_arrays(tmp_path):
 )
 def test_bands_that_contradict_each_other_are_refused(name, content, says, tmp_path):
     factor_files.write_bands(tmp_path, BANDS)
+    (tmp_path / "metadata.json").unlink()  # As in older versions: no digests.
     (tmp_path / name).unlink()
     if content is not None:
         np.save(tmp_path / name, content)
     with pytest.raises(UserError, match=says) as caught:
         factor_files.read_bands(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_any_flipped_byte_of_the_files_is_seen_by_every_reader(tmp_path):
+    write(tmp_path, MEAN)
+    readers = {
+        factor_files.table_path(tmp_path, 2): factor_files.read_table,
+        factor_files.scale_path(tmp_path, 2): factor_files.read_scale_matrices,
+        tmp_path / "spectrum.npy": lambda path: factor_files.read_spectrum(path.parent),
+    }
+    for path, read in readers.items():
+        whole = path.read_bytes()
+        read(path)
+        for place in range(10, len(whole) - 1, 7):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            for reader in (read, factor_files.sha256):
+                with pytest.raises(UserError, match=f"{path.name} was changed"):
+                    reader(path)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["token_order.npy", "wte_band1.npy", "scale_mats_band1.npz", "mean.npy"]
+)
+def test_bands_that_changed_since_they_were_written_are_refused(name, tmp_path):
+    factor_files.write_bands(tmp_path, BANDS)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-2] ^= 1
+    for damaged in (content, content[:-1], None):
+        (tmp_path / name).unlink()
+        if damaged is not None:
+            (tmp_path / name).write_bytes(damaged)
+        for read in (factor_files.read_bands, factor_files.sha256_of_bands):
+            with pytest.raises(UserError, match=name):
+                read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"ranks": []}', '{"ranks": {"x": {}}}', '{"ranks": {"8": 1}}', "[]", "{"]
+    + ['{"ranks": {"8": {"energy_kept": "0.5"}}}', '{"effective_rank": NaN}'],
+)
+def test_metadata_of_another_shape_are_refused(text, tmp_path):
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(UserError, match=r"metadata.json.*: delete"):
+        factor_files.read_metadata(tmp_path)

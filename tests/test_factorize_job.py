@@ -182,7 +182,8 @@ def test_files_made_in_another_way_are_refused_and_kept(job, baseline_dir, tmp_p
     made(job)
     before = snapshot(job.folder)
     other_run = Path(shutil.copytree(baseline_dir, tmp_path / "gpt_other"))
-    (other_run / "result.json").write_text("{}")
+    shutil.rmtree(other_run / "ckpt/6")
+    shutil.copytree(other_run / "ckpt/3", other_run / "ckpt/6")
     np.save(tmp_path / "table.npy", np.eye(5))
     for other, differing in (
         (by(job, method="pca"), "method"),
@@ -282,7 +283,7 @@ def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
     bare = by(job, source=tmp_path / "table.npy", method="kl")
     named = by(job, method="kl", statistics=str(tmp_path / "statistics.npz"))
     for other in (bare, named):
-        with pytest.raises(UserError, match="holds none: name their file as"):
+        with pytest.raises(UserError, match="does not exist.*: name their file as"):
             other.check(set())
     write_statistics(tmp_path / "statistics.npz", 96, 32)
     with pytest.raises(UserError, match=r"a table \(96, 32\), .* is \(97, 32\)"):

@@ -1,7 +1,10 @@
 """Files: replaced in one step, strict in both directions, damage named."""
 
+import contextlib
 import json
+import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         files.write_file(path, stop)
     with pytest.raises(TypeError):
         files.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert files.read_json(path, "") == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -33,8 +36,10 @@ def test_json_is_strict_in_both_directions(tmp_path):
     expected = {"8": [0.5, None, None], "é": {"n": 3}}
     assert files.read_json(path, "delete it") == expected
     assert "é" in path.read_text("utf-8")
-    path.write_text('{"old": NaN}')
-    assert files.read_json(path, "delete it") == {"old": None}
+    for bad in ('{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}'):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="a.json is damaged .*: delete it"):
+            files.read_json(path, "delete it")
     assert files.read_json(tmp_path / "none.json", "delete it") is None
 
 
@@ -69,7 +74,7 @@ def test_arrays_that_are_missing_damaged_or_pickled_are_refused(read, tmp_path):
     pickled = (tmp_path / "object.npy").read_bytes()
     for content in (b"", b"no array", pickled, whole[:300]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="a.np is not a readable array file"):
+        with pytest.raises(UserError, match=r"a.np is not a (readable|\.np)"):
             read(path)
 
 
@@ -89,3 +94,121 @@ def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):
     assert files.sha256_of_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
     with pytest.raises(UserError, match="No such file"):
         files.sha256_of_file(tmp_path / "b")
+
+
+def test_changed_json_is_refused_unless_its_seal_is_removed(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"loss": 1.5, "steps": [1, 2]})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"1.5", b"1.4"))
+    with pytest.raises(UserError, match="a.json is damaged .*changed since"):
+        files.read_json(path, "delete it")
+    path.write_text(json.dumps({"loss": 1.4}))
+    assert files.read_json(path, "delete it") == {"loss": 1.4}
+
+
+def test_no_flipped_bit_of_json_changes_what_is_read(tmp_path):
+    path, value = tmp_path / "a.json", {"loss": 1.5, "name": "é", "none": None}
+    files.write_json(path, value)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(UserError):
+            found = files.read_json(path, "delete it")
+            assert {name: found[name] for name in value} == value
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"n": "x"}', "'n' is 'x'"),
+        (b'{"n": true}', "'n' is True"),
+        (b"{}", "'n' is missing"),
+        (b'{"n": null}', "'n' is None"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(content, says):
+    with pytest.raises(UserError, match=f"a.json is damaged .*{says}.*: delete it"):
+        files.check_fields(json.loads(content), {"n": (int,)}, "a.json", "delete it")
+
+
+def test_an_array_file_that_declares_more_than_it_holds_is_not_read(tmp_path):
+    for shape in ((10**12,), (2**62, 2**62), (3,), (-1, -6)):
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with open(tmp_path / "a.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(24))
+        with pytest.raises(UserError, match=r"a.npy is not a readable.* 24 bytes"):
+            files.read_npy(tmp_path / "a.npy")
+    # 128 MiB of zeros in a file of 130 kB.
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(2**27, np.uint8))
+    with pytest.raises(UserError, match="a.npz declares arrays of 134,"):
+        files.read_npz(tmp_path / "a.npz")
+
+
+def test_no_flipped_bit_of_an_archive_changes_what_is_read(tmp_path):
+    path, a = tmp_path / "a.npz", np.arange(3.0)
+    files.write_npz(path, a=a)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(UserError):
+            found = files.read_npz(path)
+            if "a" in found:
+                np.testing.assert_array_equal(found["a"], a)
+
+
+def test_values_that_only_damage_can_make_are_refused():
+    files.check_values(np.array([1e6, -1e6]), "t")
+    for bad in (np.nan, np.inf, -2e6):
+        with pytest.raises(UserError, match=r"t holds .* at \(1,\)"):
+            files.check_values(np.array([0.0, bad]), "t")
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, n=name, call=call: (done.append(n), call(*a))
+        )
+    files.write_text(tmp_path / "a", "text")
+    assert done == ["fsync", "replace", "fsync"]
+
+
+def test_a_result_that_cannot_be_kept_is_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
+    path = tmp_path / "none" / "a.json"
+    assert not files.keep(path, lambda path: files.write_json(path, {}))
+    assert "a.json was not written: No such file" in caplog.text
+    assert files.keep(tmp_path / "a.json", lambda path: files.write_json(path, {}))
+
+
+def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    dead, own = 2**22 + 1, os.getpid()  # Linux numbers processes to 2**22.
+    gone = [f".result.json.{dead}.partial", f"ckpt/.a.npy.{dead}", f".b.json.{dead}"]
+    kept = [f".result.json.{own}.partial", ".hidden", f".mine.{dead}", "a.json"]
+    for name in gone + kept:
+        (tmp_path / name).write_text("")
+    files.remove_leftovers(tmp_path)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == set(kept)
+
+
+def test_files_that_differ_from_their_digests_are_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    known = files.digests(tmp_path, ["a", "b"])
+    files.check_digests(tmp_path, known)
+    (tmp_path / "b").write_text("c")
+    files.check_digests(tmp_path, known, "a")
+    with pytest.raises(UserError, match="/b was changed or damaged"):
+        files.check_digests(tmp_path, known)
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match="/b: No such file"):
+        files.check_digests(tmp_path, known)

@@ -19,6 +19,7 @@ from runs import (
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.files import write_json
+from pcagpt.report.read import read_row
 from pcagpt.run import checkpoint
 from pcagpt.run.folder import (
     changed_fields,
@@ -26,6 +27,7 @@ from pcagpt.run.folder import (
     identity,
     read_record,
     read_result,
+    read_window_losses,
     write_record,
     write_result,
 )
@@ -104,7 +106,9 @@ def test_a_half_finished_run_is_never_taken_for_a_finished_one(copied):
 
 def test_a_damaged_result_is_refused_by_its_name(copied):
     (job(copied).folder / "result.json").write_text('{"status": "do')
-    with pytest.raises(UserError, match=r"result.json is damaged .*: delete .*gpt_bas"):
+    with pytest.raises(
+        UserError, match=r"gpt_baseline.result.json is damaged .*: delete it"
+    ):
         status(copied)
 
 
@@ -239,8 +243,9 @@ def test_imports_of_other_content_are_other_settings(copied):
     a, b = pca(copied), finetuned(copied)
     assert status(a) == status(b) == "done"
     workdir = Path(copied.workdir)
-    result = workdir / "gpt_baseline" / "result.json"
-    write_json(result, {**json.loads(result.read_text()), "val_loss": 1.0})
+    checkpoints = workdir / "gpt_baseline" / "ckpt"
+    shutil.rmtree(checkpoints / "6")
+    shutil.copytree(checkpoints / "3", checkpoints / "6")
     with pytest.raises(UserError, match=r"imported_sha256\.blocks_from \(was"):
         status(b)
     for name, path in (
@@ -252,8 +257,12 @@ def test_imports_of_other_content_are_other_settings(copied):
     ):
         content = path.read_bytes()
         path.write_bytes(content + b" ")
+        with pytest.raises(UserError, match=f"{path.name} was changed or damaged"):
+            status(a)
+        metadata = path.with_name("metadata.json").rename(path.with_suffix(".json"))
         with pytest.raises(UserError, match=rf"256\.{name} \(was \w+, now \w+\): use"):
             status(a)
+        metadata.rename(path.with_name("metadata.json"))
         path.write_bytes(content)
 
 
@@ -293,3 +302,49 @@ def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
     assert read_record(tmp_path) is None
     assert read_result(tmp_path) is None
     assert changed_fields(tmp_path, {"seed": 1}) == []
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": []}, "'model' is no section"),
+        ({"model": {"n_layer": "2"}}, "'model.n_layer' is '2'"),
+        ({"model": {"n_layer": 0}}, "model.n_layer is 0"),
+        ({"model": {"n_layer": True}}, "'model.n_layer' is True"),
+        ({"model": {"n_head": 7}}, "does not divide"),
+        ({"model": {"band_sizes": [3], "band_ranks": []}}, "give every band both"),
+        ({"model": {"band_sizes": [3.5], "band_ranks": [1]}}, "whole numbers"),
+        ({"train": {"learning_rate": None}}, "'train.learning_rate' is None"),
+        ({"vocab_size": "97"}, "'vocab_size' is '97'"),
+        ({"imported_sha256": [1]}, r"'imported_sha256' is \[1\]"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused(change, says, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match=f"config.json is damaged .*{says}") as caught:
+        read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_window_losses_that_changed_since_the_result_are_refused(tmp_path):
+    windows = np.array([[3.0, 2.0], [4.0, 2.0]])
+    write_result(tmp_path, {"status": "done"}, windows)
+    np.testing.assert_array_equal(read_window_losses(tmp_path), windows)
+    np.save(tmp_path / "val_window_losses.npy", windows * 2)
+    with pytest.raises(UserError, match="val_window_losses.npy was changed"):
+        read_window_losses(tmp_path)
+    # Results of older versions have no hash.
+    write_json(tmp_path / "result.json", {"status": "done"})
+    np.testing.assert_array_equal(read_window_losses(tmp_path), windows * 2)
+
+
+def test_every_published_record_and_result_is_read():
+    records = list(PUBLISHED.rglob("config.json"))
+    assert records
+    for path in records:
+        assert read_record(path.parent)
+        if (path.parent / "result.json").exists():
+            assert read_row(path.parent)["letter"]

@@ -160,8 +160,12 @@ def test_weights_of_another_program_are_trained_and_known_by_their_content(
     moved = source.rename(tmp_path / "moved" / "best")
     again = recover(moved, **{"train.learning_rate": 0.01})
     assert job(again).status() == "done"
-    # The hash covers the files: saving the same weights again makes another start.
+    # The same numbers, saved again, are the same start; others are not.
     weights = Run.open(moved).weights
+    shutil.rmtree(moved / "ckpt")
+    checkpoint.save_weights(moved, weights)
+    assert job(again).status() == "done"
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 1
     shutil.rmtree(moved / "ckpt")
     checkpoint.save_weights(moved, weights)
     with pytest.raises(UserError, match=r"imported_sha256\.weights_from \(was"):

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import struct
 import sys
 import types
@@ -77,6 +78,24 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
     # TensorBoard drops what it has from step 3 on.
     sessions = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
     assert sessions == [0, 3]
+
+
+def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
+    with start(tmp_path, tensorboard=False) as log:
+        for step in range(5):
+            log.log(step, 64 * step, "train", {"loss": 2.5})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1] = lines[1].replace(b"2.5", b"\xff.5")
+    lines[2] = b"[1]"
+    lines[3] = lines[3].replace(b"2.5", b"NaN")
+    path.write_bytes(b"\n".join(lines))
+    with start(tmp_path, tensorboard=False, resume_step=4):
+        pass
+    assert [line["step"] for line in read_lines(tmp_path)] == [0, 4]
+    (record,) = caplog.records
+    assert "metrics.jsonl: damaged lines are left out: 2, 3, 4" in record.message
 
 
 def test_a_new_run_in_an_old_folder_replaces_its_metrics(tmp_path):

@@ -37,7 +37,9 @@ def write_model(
         "table_sha256": _sha256(table),
     }
     earlier = (read_record(folder) or {}).get("compressed") or {}
-    if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
+    # A run may have been moved, and an older version had another fingerprint.
+    moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
+    if moved == made and run.is_at(earlier.get("fingerprint")):
         return
     # Gets its name when it is complete. What is there now is of a killed command.
     written = folder.with_name(f".{folder.name}.partial")

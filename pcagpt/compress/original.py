@@ -125,3 +125,9 @@ class Original:
         if self.batches.is_cut:  # Absent if all tokens count, as in older files.
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol
+
+    def today(self, protocol: dict[str, Any]) -> dict[str, Any]:
+        """A stored protocol; an older version's fingerprint of this run is replaced."""
+        if not self.run.is_at(protocol.get("checkpoint")):
+            return protocol
+        return protocol | {"checkpoint": self.run.fingerprint}

@@ -10,8 +10,9 @@ import jax
 from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import write_model
 from pcagpt.compress.original import Original
+from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
-from pcagpt.files import read_json, strict, write_json
+from pcagpt.files import check_fields, read_json, strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
@@ -21,6 +22,24 @@ REPORT_EVERY = 5  # rows
 
 Row = dict[str, Any]  # of sweep.json, made by `Candidate.row`
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+_REMEDY = "delete it to measure again"
+_NUMBER = (int, float)
+# {field: its types in sweep.json}
+_SWEEP: dict[str, tuple] = {
+    "protocol": (dict,),
+    "rows": (list,),
+    "other_rows": (list, None),
+    "recovered": (list, None),
+}
+_ROW: dict[str, tuple] = {
+    **dict.fromkeys(SwapScores._fields, _NUMBER),
+    "added_loss_by_decile": (list,),
+    **dict.fromkeys((*RECIPE, "params", "bytes"), (int,)),
+    "method": (str,),
+    **dict.fromkeys(("band_sizes", "band_ranks"), (list,)),
+    **dict.fromkeys(("second_order_head", "second_order_input"), _NUMBER),
+    "seconds": _NUMBER,
+}
 
 
 def best_model(folder: Path, rank: int) -> Path:
@@ -45,8 +64,10 @@ def sweep(
     writes = jax.process_index() == 0
     earlier = _read_sweep(folder)
     known: dict[Recipe, Row] = {}
-    if earlier.get("protocol") == strict(heading["protocol"]):
-        rows = [*earlier["rows"], *earlier.get("other_rows", ())]
+    if earlier and original.today(earlier["protocol"]) == strict(heading["protocol"]):
+        rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
+        for number, row in enumerate(rows):
+            check_fields(row, _ROW, f"{folder / 'sweep.json'}: row {number}", _REMEDY)
         known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
         if "recovered" in earlier:
             heading = {**heading, "recovered": earlier["recovered"]}
@@ -88,8 +109,11 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} without one."""
-    return read_json(folder / "sweep.json", "delete it to measure again") or {}
+    """An earlier sweep.json; {} without one. UserError if it is damaged."""
+    found = read_json(folder / "sweep.json", _REMEDY) or {}
+    if found:
+        check_fields(found, _SWEEP, folder / "sweep.json", _REMEDY)
+    return found
 
 
 def _write_sweep(

@@ -1,7 +1,7 @@
 """Rules between knobs, and the lists inside text knobs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcagpt.arms import ARMS
@@ -11,6 +11,7 @@ from pcagpt.config.schema import (
     MODEL_PATH_TASKS,
     OTHER_ARMS,
     InitSettings,
+    ModelSettings,
     Settings,
     override,
 )
@@ -50,12 +51,8 @@ def validate(settings: Settings) -> None:
     """Raises UserError for a value that cannot work on any machine or corpus."""
     for path, value in settings.flat().items():
         _check_value(path, value)
-    model, train = settings.model, settings.train
-    if model.n_embd % model.n_head:
-        raise UserError(
-            f"model.n_head = {model.n_head} does not divide model.n_embd = "
-            f"{model.n_embd}: every head needs the same width"
-        )
+    train = settings.train
+    _check_sizes(settings.model)
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.accumulation = {train.accumulation} does not divide "
@@ -74,6 +71,48 @@ def validate(settings: Settings) -> None:
         raise UserError(
             f"model_path is empty: name the run to {settings.task}, as in "
             "--config.model_path=checkpoints/gpt_baseline"
+        )
+
+
+def check_stored(record: Mapping[str, Any], problem: str, remedy: str) -> None:
+    """Raises UserError if a run's record has a knob of a type that it cannot have.
+
+    Sizes of the model must also follow their rules. Other knobs may have values of an
+    older version. `problem` begins the message, `remedy` ends it.
+    """
+    for path, knob in KNOBS.items():
+        holder, _, name = path.rpartition(".")
+        section = record.get(holder, {}) if holder else record
+        if not isinstance(section, Mapping):
+            raise UserError(f"{problem} ('{holder}' is no section): {remedy}")
+        value = section.get(name, knob.default)
+        fits = {
+            tuple: isinstance(value, (list, tuple)),
+            float: type(value) in (int, float),
+        }.get(knob.type, type(value) is knob.type)
+        if not (fits or (value is None and knob.default is None)):
+            raise UserError(f"{problem} ('{path}' is {value!r:.40}): {remedy}")
+    stored = Settings.of(record)
+    try:
+        for path, value in stored.flat().items():
+            if path.startswith("model.") and KNOBS[path].type is not str:
+                _check_value(path, value)
+        _check_sizes(stored.model)
+    except UserError as error:
+        raise UserError(f"{problem} ({error}): {remedy}") from None
+
+
+def _check_sizes(model: ModelSettings) -> None:
+    """Heads share the width, and every band has a size and a rank."""
+    if model.n_embd % model.n_head:
+        raise UserError(
+            f"model.n_head = {model.n_head} does not divide model.n_embd = "
+            f"{model.n_embd}: every head needs the same width"
+        )
+    if len(model.band_sizes) != len(model.band_ranks):
+        raise UserError(
+            f"model.band_sizes has {len(model.band_sizes)} entries and "
+            f"model.band_ranks {len(model.band_ranks)}: give every band both"
         )
 
 
@@ -135,11 +174,6 @@ def _check_ranks(settings: Settings) -> None:
 def _check_bands(settings: Settings) -> None:
     """Only the random model chooses its bands, and only in one way."""
     model, init = settings.model, settings.init
-    if len(model.band_sizes) != len(model.band_ranks):
-        raise UserError(
-            f"model.band_sizes has {len(model.band_sizes)} entries and "
-            f"model.band_ranks {len(model.band_ranks)}: give every band both"
-        )
     if not model.band_sizes:
         return
     is_random = (settings.task, settings.arm) == ("train", "random")

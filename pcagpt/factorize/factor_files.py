@@ -4,21 +4,37 @@ wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
 bands_pca_k{k}/           replaces both for several bands of the same total size
 spectrum.npy              singular values [d] float64, descending
-metadata.json             method, source, energy kept by each rank; written last, and
-                          before, with the ranks that are 'unfinished'
+metadata.json             method, source, energy kept by each rank, and the digests of
+                          the files beside it, which every reader checks; written last,
+                          and before, with the ranks that are 'unfinished'
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pcagpt.errors import UserError
 from pcagpt.factorize.table import BandFactors, FactorizedTable
-from pcagpt.files import read_json, read_npy, read_npz, write_json, write_npy, write_npz
+from pcagpt.files import (
+    check_digests,
+    check_fields,
+    check_values,
+    digests,
+    read_json,
+    read_npy,
+    read_npz,
+    sha256_of_file,
+    write_json,
+    write_npy,
+    write_npz,
+)
 
 FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
+METADATA_FILE = "metadata.json"
+SPECTRUM_FILE = "spectrum.npy"
 ORDER_FILE = "token_order.npy"
 MEAN_FILE = "mean.npy"
 
@@ -57,7 +73,7 @@ def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
     """What is where `write` would put these ranks, and was not written by it."""
     metadata = read_metadata(folder)
     if metadata is None:
-        ours, there = set(), [folder / "spectrum.npy"]
+        ours, there = set(), [folder / SPECTRUM_FILE]
     else:
         ours = {*map(int, metadata["ranks"]), *metadata.get("unfinished", ())}
         there = []
@@ -81,8 +97,16 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     ranks = metadata.get("ranks", {})
     there = {rank: ranks[rank] for rank in ranks if int(rank) not in tables}
-    begun = {**metadata, "ranks": there, "unfinished": sorted(tables)}
-    write_json(folder / "metadata.json", begun)  # What comes next is ours.
+    files = _listed(folder)
+    written = [folder / SPECTRUM_FILE]
+    if not in_bands:
+        written += [
+            p(folder, rank) for rank in tables for p in (table_path, scale_path)
+        ]
+    for path in written:
+        files.pop(path.name, None)
+    begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
+    write_json(folder / METADATA_FILE, metadata | begun)  # What comes next is ours.
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -90,21 +114,25 @@ def write(
         (band,) = table.bands
         write_npy(table_path(folder, rank), _float32(band.wte))
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
-    write_npy(folder / "spectrum.npy", np.asarray(singular_values, np.float64))
-    write_json(folder / "metadata.json", metadata)
+    write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
+    files |= digests(folder, [path.name for path in written])
+    write_json(folder / METADATA_FILE, metadata | {"files": files})
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
     """Writes the files of a table in place of those of an earlier one.
 
-    token_order.npy           [V] int32, the token at each position; written last
+    token_order.npy           [V] int32, the token at each position
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
     scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; not at full width
     mean.npy                  [d] float32, added to the input, if the table is centred
+    metadata.json             digests of these files; written last
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Nothing else in the folder is ours. Without its order, a table is unfinished.
-    for pattern in (ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"):
+    for pattern in (
+        METADATA_FILE, ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"
+    ):  # fmt: skip
         for path in folder.glob(pattern):
             path.unlink()
     for number, band in enumerate(table.bands):
@@ -114,12 +142,17 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     if table.mean is not None:
         write_npy(folder / MEAN_FILE, _float32(table.mean))
     write_npy(folder / ORDER_FILE, table.order)
+    files = digests(folder, [path.name for path in folder.glob("*.np[yz]")])
+    write_json(folder / METADATA_FILE, {"files": files})
 
 
 def read_bands(folder: str | Path) -> FactorizedTable:
     """Reads the files of `write_bands`; UserError if they are damaged or mismatched."""
     folder = Path(folder)
-    order_V = read_npy(folder / ORDER_FILE)
+    order_V = read_npy(_checked_file(folder / ORDER_FILE))
+    is_list = order_V.ndim == 1 and np.issubdtype(order_V.dtype, np.integer)
+    if not (is_list and np.array_equal(np.sort(order_V), np.arange(len(order_V)))):
+        raise UserError(f"{folder / ORDER_FILE} does not hold each token once")
     bands, rows = [], 0
     while rows < len(order_V):
         wte = read_table(folder / f"wte_band{len(bands)}.npy")
@@ -134,16 +167,17 @@ def read_bands(folder: str | Path) -> FactorizedTable:
         bands.append(BandFactors(wte, scale))
         rows += len(wte)
     widths = {(b.wte if b.scale is None else b.scale).shape[1] for b in bands}
-    if rows != len(order_V) or len(widths) > 1:
+    if rows != len(order_V) or len(widths) != 1:
         raise UserError(
             f"{folder} holds bands of {rows} rows and widths {sorted(widths)} for "
             f"{len(order_V)} tokens: write them again"
         )
-    if not np.array_equal(np.sort(order_V), np.arange(len(order_V))):
-        raise UserError(f"{folder / ORDER_FILE} does not hold each token once")
     mean_D = None
     if (folder / MEAN_FILE).exists():
-        mean_D = _checked(read_npy(folder / MEAN_FILE), 1, str(folder / MEAN_FILE))
+        path = _checked_file(folder / MEAN_FILE)
+        mean_D = _checked(read_npy(path), 1, str(path))
+        if {len(mean_D)} != widths:
+            raise UserError(f"{path} has width {len(mean_D)}, the table {widths}")
     if len(bands) == 1:  # A model of one band stores its tokens in the order of ids.
         band = bands[0]._replace(wte=bands[0].wte[np.argsort(order_V)])
         return FactorizedTable.of_one_band(band, mean_D)
@@ -151,8 +185,73 @@ def read_bands(folder: str | Path) -> FactorizedTable:
 
 
 def read_metadata(folder: Path) -> dict | None:
-    """The metadata of `write`; None if it wrote nothing there."""
-    return read_json(folder / "metadata.json", f"delete {folder} and run again")
+    """The metadata of `write`, without digests; None if it wrote nothing there.
+
+    Raises UserError if they are damaged.
+    """
+    path, remedy = folder / METADATA_FILE, f"delete {folder} and run again"
+    metadata = read_json(path, remedy)
+    if metadata is None:
+        return None
+    metadata.pop("files", None)
+    check_fields(
+        metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
+    )
+    for rank, described in metadata.setdefault("ranks", {}).items():
+        where = f"{path}: the rank '{rank:.20}'"
+        check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
+        if not (rank.isascii() and rank.isdigit()):
+            raise UserError(f"{where} is no whole number: {remedy}")
+    return metadata
+
+
+def read_spectrum(folder: Path) -> np.ndarray:
+    """Singular values [d] float64; UserError if they are missing or damaged."""
+    path = _checked_file(folder / SPECTRUM_FILE)
+    values = read_npy(path)
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.floating):
+        raise UserError(f"{path} does not hold a list of singular values")
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise UserError(f"{path} holds values that are no singular values")
+    return values.astype(np.float64)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a factor file; UserError if it is missing or damaged."""
+    return sha256_of_file(_checked_file(path))
+
+
+def sha256_of_bands(folder: Path) -> str:
+    """Hash of the arrays of a table in bands; UserError if one is damaged."""
+    _checked_file(folder / ORDER_FILE)
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.np[yz]")))
+    return hashlib.sha256(content).hexdigest()
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """The digests in a folder's metadata, for `check_digests`; {} without."""
+    remedy = "write the files beside it again, or delete it if it describes other files"
+    files = (read_json(folder / METADATA_FILE, remedy) or {}).get("files")
+    return files if isinstance(files, dict) else {}
+
+
+def _checked_file(path: Path) -> Path:
+    """The path; UserError if the metadata beside it list other content.
+
+    A token order stands for all files of its bands. Files of older versions and of
+    other programs are not listed.
+    """
+    known = _listed(path.parent)
+    if path.name != ORDER_FILE:
+        known = {name: known[name] for name in known if name == path.name}
+    try:
+        check_digests(path.parent, known)
+    except UserError as error:
+        raise UserError(
+            f"{error}: write it again, or delete {path.parent / METADATA_FILE} if that "
+            "describes other files"
+        ) from None
+    return path
 
 
 def read_table(path: str | Path) -> np.ndarray:
@@ -160,7 +259,7 @@ def read_table(path: str | Path) -> np.ndarray:
 
     Raises UserError unless the file holds a finite floating-point matrix.
     """
-    return _checked(read_npy(Path(path)), 2, str(path))
+    return _checked(read_npy(_checked_file(Path(path))), 2, str(path))
 
 
 def read_scale_matrices(path: str | Path) -> ScaleMatrices:
@@ -168,7 +267,7 @@ def read_scale_matrices(path: str | Path) -> ScaleMatrices:
 
     Raises UserError as `read_table`, and for a missing matrix or unequal shapes.
     """
-    arrays, found = read_npz(Path(path)), {"mean": None}
+    arrays, found = read_npz(_checked_file(Path(path))), {"mean": None}
     for name, dimensions in (("scale_up", 2), ("scale_down", 2), ("mean", 1)):
         if name in arrays:
             found[name] = _checked(arrays[name], dimensions, f"{path}: '{name}'")
@@ -204,11 +303,7 @@ def _checked(array: np.ndarray, dimensions: int, what: str) -> np.ndarray:
         raise UserError(f"{what} has dtype {array.dtype}: floating point is needed")
     with np.errstate(over="ignore"):  # The next check reports values beyond float32.
         array = _float32(array)
-    if not np.isfinite(array).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise UserError(
-            f"{what} holds {array[where]} at {where}: all must be finite in float32"
-        )
+    check_values(array, what)
     return array
 
 

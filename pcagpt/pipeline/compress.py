@@ -5,7 +5,6 @@ runs. A sweep also writes sweep.json with one row per table, a bound advice.json
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,7 +18,7 @@ from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
-from pcagpt.files import read_json, remove_leftovers, strict
+from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.execute import check, check_workdir, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
@@ -65,7 +64,7 @@ def compress(settings: Settings, command: str) -> None:
 
     def check_folder() -> None:
         if not settings.overwrite:
-            _check_file(file, original.protocol)
+            _check_file(file, original)
             for model in sorted(models):
                 check_place(model)
 
@@ -135,13 +134,17 @@ def _recipes(
     return [recipe for recipe in found if recipe.rank in {0, *kept}]
 
 
-def _check_file(path: Path, protocol: dict[str, Any]) -> None:
+def _check_file(path: Path, original: Original) -> None:
     """Raises UserError if the file holds numbers of another protocol.
 
     Numbers of a part of the split may be replaced by those of the whole split.
     """
-    own = strict(protocol)
-    there = (read_json(path, "delete it to measure again") or {}).get("protocol", own)
+    own, remedy = strict(original.protocol), "delete it to measure again"
+    found = read_json(path, remedy)
+    if found is None:
+        return
+    check_fields(found, {"protocol": (dict,)}, path, remedy)
+    there = original.today(found["protocol"])
     differing = [
         f"{name} (there {there.get(name)}, here {own.get(name)})"
         for name in sorted(own.keys() | there.keys())

@@ -96,7 +96,11 @@ class FactorizeJob:
         if metadata is None or identity["source_sha256"] is None:
             return []
         metadata = {"bands": 1} | metadata  # Older files do not say.
-        return [part for part in identity if metadata.get(part) != identity[part]]
+        differing = [part for part in identity if metadata.get(part) != identity[part]]
+        recorded = metadata.get("source_sha256")
+        if "source_sha256" in differing and self._is_source(recorded):
+            differing.remove("source_sha256")
+        return differing
 
     def identity(self) -> dict[str, Any]:
         """Everything besides the ranks that decides the files; in metadata.json."""
@@ -257,13 +261,14 @@ class FactorizeJob:
         path = self._statistics_path
         if path is None:
             return None
-        statistics = calibrate.read(path)
-        if statistics is None:
+        try:
+            statistics = calibrate.read(path)
+        except UserError as error:
             raise UserError(
                 f"factorize.method is '{self.settings.factorize.method}', which needs "
-                f"statistics, and {path} holds none: name their file as "
+                f"statistics, and {error}: name their file as "
                 "--config.factorize.statistics"
-            )
+            ) from None
         found = len(statistics.probability), len(statistics.hidden_mean)
         if found != shape:
             raise UserError(
@@ -280,12 +285,14 @@ class FactorizeJob:
 
     def _source_sha256(self) -> str | None:
         """Hash of the table or the checkpoint; None if it does not exist."""
-        try:
-            if self._is_bare_table:
-                return sha256_of_file(self.source)
-            return checkpoint.fingerprint(self.source)
-        except UserError:
-            return None
+        if self._is_bare_table:
+            return factor_files.sha256(self.source) if self.source.exists() else None
+        there = checkpoint.exists(self.source)
+        return checkpoint.fingerprint(self.source) if there else None
+
+    def _is_source(self, recorded: str | None) -> bool:
+        """Whether an older version recorded this hash of the checkpoint."""
+        return not self._is_bare_table and checkpoint.same(self.source, recorded)
 
     @property
     def _is_bare_table(self) -> bool:

@@ -138,7 +138,8 @@ class TrainJob:
         if not all(path.exists() for path in paths):
             return {**self.settings.to_dict(), "imported_sha256": None}
         settings, _ = initialise.with_bands(self.settings)
-        hashes = initialise.fingerprints(settings)
+        recorded = (find_record(self.folder) or {}).get("imported_sha256")
+        hashes = initialise.fingerprints(settings, recorded)
         return {**settings.to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:

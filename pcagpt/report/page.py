@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcagpt.files import read_npy, write_file, write_json, write_text
+from pcagpt.files import write_file, write_json, write_text
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
@@ -13,6 +13,7 @@ from pcagpt.report.figures import (
     size_figure,
     spectrum_figure,
 )
+from pcagpt.report.read import read_singular_values
 from pcagpt.report.sweep import sweep_view
 from pcagpt.report.text import Markdown, render
 
@@ -32,10 +33,11 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
         "size": size_figure(view["models"]),
         "spectrum": None,
     }
-    path = workdir / spectrum.get("folder", "") / "spectrum.npy"
-    if spectrum and path.exists():
+    if spectrum:
         ranks = [int(rank) for rank in spectrum["energy"]]
-        figures["spectrum"] = spectrum_figure(read_npy(path), ranks)
+        values = read_singular_values(workdir / spectrum["folder"])
+        if values is not None:
+            figures["spectrum"] = spectrum_figure(values, ranks)
     return _write(workdir, "experiment", view, figures)
 
 

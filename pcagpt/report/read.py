@@ -1,5 +1,6 @@
 """Reads finished run folders."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,43 @@ import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.factorize.factor_files import read_metadata
+from pcagpt.factorize import factor_files
+from pcagpt.files import check_fields
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.telemetry.record import read_metrics
+
+_LOGGER = logging.getLogger(__name__)
+_NUMBER = (int, float, None)
+# {field of result.json: its types}; None: older results lack it, or have no value.
+_RESULT: dict[str, tuple] = {
+    "run": (str,),
+    "arm": (str,),
+    "rank": (int, None),
+    "seed": (int,),
+    "val_loss": _NUMBER,
+    "tokens_seen": (int,),
+    "steps": (int, None),
+    "best_val_loss": _NUMBER,
+    "perplexity": _NUMBER,
+    "word_perplexity": _NUMBER,
+    "bits_per_byte": _NUMBER,
+    "ln_f_cosine": _NUMBER,
+    "ln_f_cosine_p05": _NUMBER,
+    "ln_f_cosine_d": _NUMBER,
+    "params_total": _NUMBER,
+    "params_embedding": _NUMBER,
+    "compression_embedding": _NUMBER,
+    "compression_total": _NUMBER,
+    "tokens_per_second": _NUMBER,
+    "seconds": _NUMBER,
+    "peak_bytes": _NUMBER,
+    "band_sizes": (list, None),
+    "band_ranks": (list, None),
+    "device": (str, None),
+    "git_commit": (str, None),
+    "versions": (dict, None),
+    "protocol": (dict, None),
+}
 
 
 def read_row(folder: Path) -> dict[str, Any]:
@@ -25,6 +60,9 @@ def read_row(folder: Path) -> dict[str, Any]:
     missing = [name for name in required if name not in result]
     if missing:
         raise UserError(f"{folder / 'result.json'} lacks {', '.join(missing)}")
+    check_fields(
+        result, _RESULT, folder / "result.json", "run its command again with overwrite"
+    )
     if result["arm"] not in ARMS:
         raise UserError(
             f"{folder / 'result.json'} has the arm {result['arm']!r}: it must be one "
@@ -50,7 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_spectrum(folder: Path) -> dict[str, Any] | None:
     """Effective rank and energy kept by each rank; None without a factorization."""
-    metadata = read_metadata(folder)
+    metadata = factor_files.read_metadata(folder)
     if metadata is None:
         return None
     ranks = metadata.get("ranks") or {}
@@ -60,6 +98,15 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
         "effective_rank": metadata.get("effective_rank"),
         "energy": {k: ranks[k].get("energy_kept") for k in sorted(ranks, key=int)},
     }
+
+
+def read_singular_values(folder: Path) -> np.ndarray | None:
+    """Singular values of a factorization; None, with a warning, if they are damaged."""
+    try:
+        return factor_files.read_spectrum(folder)
+    except UserError as error:
+        _LOGGER.warning("the report has no figure of the spectrum: %s", error)
+        return None
 
 
 def read_curve(folder: Path) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Turns the `model` knobs into a `GPTConfig` for the device at hand."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,24 +9,37 @@ import jax
 from pcagpt import kernels
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.model import GPTConfig
+from pcagpt.files import memory_bytes
+from pcagpt.model import GPTConfig, total_parameters
 
 # Knobs about the device. They change results by no more than rounding, so a run may be
 # resumed and evaluated with other values.
 DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
 
+MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
+
 
 class Hardware(NamedTuple):
-    """Device of a model: its platform ('cpu', 'gpu'), and if it runs Pallas kernels."""
+    """Device of a model.
+
+    platform: 'cpu', 'gpu'; has_kernels: it runs Pallas kernels; memory: bytes of all
+    such devices.
+    """
 
     platform: str
     has_kernels: bool = False
+    memory: float = math.inf
 
 
 def hardware() -> Hardware:
     """The device that models run on here."""
     device = jax.devices()[0]
-    return Hardware(device.platform, kernels.are_available(device))
+    if device.platform == "cpu":
+        memory = memory_bytes() * jax.process_count()
+    else:
+        known = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+        memory = known * jax.device_count()
+    return Hardware(device.platform, kernels.are_available(device), memory)
 
 
 def build_config(
@@ -40,7 +54,8 @@ def build_config(
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to
-        the vocabulary, or the device lacks a feature that was asked for.
+        the vocabulary, or the device lacks the memory for the weights or a feature that
+        was asked for.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(
@@ -53,10 +68,27 @@ def build_config(
             f"model.band_sizes add up to {sum(model.band_sizes)}: they must hold the "
             f"whole vocabulary, {vocab_size}"
         )
-    choices = _device_choices(model, device or hardware())
+    device = device or hardware()
+    choices = _device_choices(model, device)
     ranks = tuple(rank or None for rank in model.band_ranks)
     section = dataclasses.asdict(model) | choices
-    return GPTConfig(**section | {"vocab_size": vocab_size, "band_ranks": ranks})
+    config = GPTConfig(**section | {"vocab_size": vocab_size, "band_ranks": ranks})
+    _check_memory(config, device.memory)
+    return config
+
+
+def _check_memory(config: GPTConfig, memory: float) -> None:
+    """Raises UserError for a model that cannot be, before anything is allocated."""
+    weights = total_parameters(config)
+    weights += (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    if 4 * weights > memory or config.n_layer > MOST_LAYERS:
+        raise UserError(
+            f"a model of {config.n_layer:,} blocks of width {config.n_embd:,}, "
+            f"{config.block_size:,} tokens and a vocabulary of "
+            f"{config.padded_vocab_size:,} has {weights:,} weights: {MOST_LAYERS:,} "
+            f"blocks and the {memory:,} bytes of the devices are the limit; lower "
+            "model.n_layer, model.n_embd or model.block_size"
+        )
 
 
 def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, D width.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,13 +20,21 @@ from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
-from pcagpt.files import read_npz, write_npz
+from pcagpt.files import keep, parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
 from pcagpt.run.trained import Run
 from pcagpt.sharding import inside, placement
 from pcagpt.telemetry.progress import Progress
 
+_SHAPES = {
+    "frequency": "V",
+    "probability": "V",
+    "hidden_mean": "D",
+    "hidden_moment": "DD",
+    "gradient_moment": "DD",
+    "context_moment": "DD",
+}
 SEED = 0  # of the order of the calibration text
 TOKENS = 1_048_576  # of the calibration text, unless a knob says otherwise
 
@@ -138,36 +147,74 @@ def statistics(
         "seed": SEED,
         "compute_dtype": model.config.compute_dtype,
     }
-    text = json.dumps(protocol, sort_keys=True).encode()
-    digest = hashlib.sha256(text).hexdigest()
-    path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
-    known = read(path, protocol)
-    if known is not None:
-        return known
+    found = _known(run, protocol)
+    if found is not None:
+        return found
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
         windows = progress.track(windows)
         found = collect(model, variables, frequency_V, windows, mesh, chunks)
     if jax.process_index() == 0:
-        write(path, found, protocol)
+        text = json.dumps(protocol, sort_keys=True).encode()
+        digest = hashlib.sha256(text).hexdigest()
+        path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
+        keep(path, lambda path: write(path, found, protocol))
     return found
+
+
+def _known(run: Run, protocol: dict[str, Any]) -> Statistics | None:
+    """What the run's folder keeps of this protocol; damaged files do not count."""
+    for path in sorted(run.folder.glob(f"statistics_step{run.step}_*.npz")):
+        try:
+            found, measured = _read(path)
+        except UserError:
+            continue
+        own = measured | {"checkpoint": protocol["checkpoint"]}
+        if own == protocol and run.is_at(measured.get("checkpoint")):
+            return found
+    return None
 
 
 def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
     """Writes statistics, and how they were measured, as one .npz file."""
+    protocol = protocol | {"arrays_sha256": _sha256(statistics)}
     write_npz(path, protocol=json.dumps(protocol), **statistics._asdict())
 
 
-def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:
-    """Statistics from a file; None without them or under another protocol."""
-    try:
-        arrays = read_npz(path)
-    except UserError:  # A missing or damaged file is measured anew.
-        return None
-    if protocol and json.loads(str(arrays.get("protocol", "null"))) != protocol:
-        return None
-    try:
-        return Statistics(**{name: arrays[name] for name in Statistics._fields})
-    except KeyError:
-        return None
+def read(path: Path) -> Statistics:
+    """Statistics from a file; UserError if it is missing, damaged or no such file."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics from a file, and their protocol; errors are those of `read`."""
+    arrays = read_npz(path)
+    lacking = [name for name in Statistics._fields if name not in arrays]
+    if lacking:
+        raise UserError(f"{path} holds no statistics: it has no '{lacking[0]}'")
+    found = Statistics(**{name: arrays[name] for name in Statistics._fields})
+    protocol: Any = None
+    with contextlib.suppress(ValueError):
+        protocol = parse_json(str(arrays.get("protocol")).encode())
+    protocol = protocol if isinstance(protocol, dict) else {}
+    sizes = {"V": found.probability.size, "D": found.hidden_mean.size}
+    for name, letters in _SHAPES.items():
+        array, shape = getattr(found, name), tuple(sizes[letter] for letter in letters)
+        if array.dtype != np.float64 or array.shape != shape or not array.size:
+            raise UserError(
+                f"{path}: '{name}' is {array.dtype} {array.shape}, it must be float64 "
+                f"{shape}"
+            )
+        if not np.isfinite(array).all() or (letters == "V" and array.min() < 0):
+            raise UserError(f"{path}: '{name}' holds values that are no statistics")
+    if protocol.pop("arrays_sha256", None) not in (None, _sha256(found)):
+        raise UserError(f"{path} was changed or damaged since it was written")
+    return found, protocol
+
+
+def _sha256(statistics: Statistics) -> str:
+    digest = hashlib.sha256()
+    for array in statistics:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

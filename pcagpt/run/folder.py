@@ -3,7 +3,8 @@
 config.json   the run's record: its settings and what it depends on; written first.
               Its 'run_id' is also in the checkpoints and in result.json
 result.json   written last: a run is finished when it is there with status 'done'
-val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window
+val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window;
+                        result.json has its sha256
 """
 
 import contextlib
@@ -15,9 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.config import KNOBS
+from pcagpt.config import KNOBS, check_stored
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
+from pcagpt.files import (
+    check_fields,
+    read_json,
+    read_npy,
+    sha256_of_file,
+    strict,
+    write_json,
+    write_npy,
+)
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS
 
@@ -37,6 +46,23 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+_CONFIG_REMEDY = (
+    "delete it, the checkpoints of a trained run have a copy, or use "
+    "--config.overwrite=True"
+)
+_RESULT_REMEDY = (
+    "delete it, and the run's command finishes it again, or use --config.overwrite=True"
+)
+_WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
+# {field of config.json besides the knobs: its types}
+_RECORD = {
+    "run_id": (str, None),
+    "vocab_size": (int, None),
+    "tokenizer": (str, None),
+    "imported_sha256": (dict, None),
+    "corpus_sha256": (str, None),
+    "compressed": (dict, None),
+}
 # What training writes into a folder. With one of these it holds a run.
 WRITTEN = (
     "config.json", "result.json", "val_window_losses.npy", "metrics.jsonl",
@@ -45,8 +71,13 @@ WRITTEN = (
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """config.json, or None if no run has begun."""
-    return read_json(run_dir / "config.json", _remedy(run_dir))
+    """config.json, or None if no run has begun; UserError if it is damaged."""
+    path, remedy = run_dir / "config.json", _CONFIG_REMEDY
+    record = read_json(path, remedy)
+    if record is not None:
+        check_fields(record, _RECORD, path, remedy)
+        check_stored(record, f"{path} is damaged", remedy)
+    return record
 
 
 def find_record(run_dir: Path) -> dict[str, Any] | None:
@@ -68,17 +99,20 @@ def _newest_copy(run_dir: Path) -> dict[str, Any] | None:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """result.json of a finished run.
 
-    None if it is missing, unfinished, or of another run than config.json.
+    None if it is missing, unfinished, or of another run than config.json. Raises
+    UserError if it is damaged.
     """
-    result = read_json(run_dir / "result.json", _remedy(run_dir))
-    if not result or result.get("status") != "done":
+    path, remedy = run_dir / "result.json", _RESULT_REMEDY
+    # Older versions wrote Infinity for a perplexity beyond floats.
+    result = read_json(path, remedy, has_infinities=True)
+    if result is None:
+        return None
+    fields = {"status": (str, None), "steps": (int, None), "protocol": (dict, None)}
+    check_fields(result, fields, path, remedy)
+    if result.get("status") != "done":
         return None
     record = read_record(run_dir) or result  # Older versions give no run_id.
     return result if result.get("run_id") == record.get("run_id") else None
-
-
-def _remedy(run_dir: Path) -> str:
-    return f"delete {run_dir}, or use --config.overwrite=True"
 
 
 def read_window_losses(run_dir: Path) -> np.ndarray | None:
@@ -89,11 +123,16 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
     path = run_dir / "val_window_losses.npy"
     if not path.exists():
         return None
+    remedy = "delete it to get a report without intervals"
+    path_of_result = run_dir / "result.json"
+    result = read_json(path_of_result, _RESULT_REMEDY, has_infinities=True) or {}
+    if result.get(_WINDOWS_HASH) not in (None, sha256_of_file(path)):
+        raise UserError(f"{path} was changed since it was written: {remedy}")
     windows = read_npy(path)
     if windows.ndim != 2 or windows.shape[1] != 2 or not np.isfinite(windows).all():
         raise UserError(
             f"{path} is damaged: it must hold finite numbers of shape [windows, 2]; "
-            "delete it to get a report without intervals"
+            f"{remedy}"
         )
     return windows.astype(np.float64)
 
@@ -152,8 +191,9 @@ def write_result(
     run_dir: Path, result: dict[str, Any], window_losses: np.ndarray
 ) -> None:
     """Writes the window losses, then result.json."""
-    write_npy(run_dir / "val_window_losses.npy", window_losses)
-    write_json(run_dir / "result.json", result)
+    path = run_dir / "val_window_losses.npy"
+    write_npy(path, window_losses)
+    write_json(run_dir / "result.json", result | {_WINDOWS_HASH: sha256_of_file(path)})
 
 
 def identity(record: dict[str, Any]) -> dict[str, Any]:

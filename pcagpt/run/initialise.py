@@ -3,7 +3,6 @@
 Precedence: a checkpoint of the run itself, then these imports, then random weights.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,15 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable, factor_files
-from pcagpt.files import sha256_of_file
 from pcagpt.model import GPTConfig
 from pcagpt.run import checkpoint
 from pcagpt.run.trained import Run
 
-
-def _sha256_of_arrays(folder: Path) -> str:
-    """Hash of the arrays of a table in bands."""
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.np[yz]")))
-    return hashlib.sha256(content).hexdigest()
-
-
 # {knob that names a file or run to start from: hash of its content}
 IMPORTS: dict[str, Callable[[Path], str]] = {
-    "init.import_wte_npy": sha256_of_file,
-    "init.import_scale_matrices_npz": sha256_of_file,
-    "init.import_bands": _sha256_of_arrays,
+    "init.import_wte_npy": factor_files.sha256,
+    "init.import_scale_matrices_npz": factor_files.sha256,
+    "init.import_bands": factor_files.sha256_of_bands,
     "init.blocks_from": checkpoint.fingerprint,
     "init.weights_from": checkpoint.fingerprint,
     "distill.teacher": checkpoint.fingerprint,
@@ -53,10 +44,23 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def fingerprints(settings: Settings) -> dict[str, str]:
-    """{last part of a knob's name: hash of its import}; UserError if one is missing."""
-    paths = imported_paths(settings)
-    return {knob.split(".")[1]: IMPORTS[knob](path) for knob, path in paths.items()}
+def fingerprints(
+    settings: Settings, recorded: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """{last part of a knob's name: hash of its import}.
+
+    Of a run that is the same by an older formula, it is the hash that was `recorded`.
+
+    Raises UserError if an import is missing or damaged.
+    """
+    found = {}
+    for knob, path in imported_paths(settings).items():
+        name = knob.split(".")[1]
+        known = (recorded or {}).get(name)
+        is_run = IMPORTS[knob] is checkpoint.fingerprint
+        same = is_run and known and checkpoint.same(path, known)
+        found[name] = known if same else IMPORTS[knob](path)
+    return found
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:

@@ -164,6 +164,10 @@ class Run:
         """A hash that tells this checkpoint from others."""
         return checkpoint.fingerprint(self._checkpoint)
 
+    def is_at(self, recorded: str | None) -> bool:
+        """Whether `recorded` is this checkpoint's fingerprint, by any version."""
+        return checkpoint.same(self._checkpoint, recorded)
+
     @property
     def _checkpoint(self) -> Path:
         return self.folder / checkpoint.FOLDER / str(self.step)

@@ -1,7 +1,7 @@
 """The metrics of a run: metrics.jsonl, TensorBoard and W&B."""
 
-import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -13,18 +13,36 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError
-from pcagpt.files import strict, write_text
+from pcagpt.files import check_fields, parse_json, strict, write_text
+
+_LOGGER = logging.getLogger(__name__)
+# {field of a line in metrics.jsonl: its types}
+_ENTRY = {
+    "step": (int,),
+    "tokens": (int,),
+    "split": (str,),
+    "loss": (int, float, None),
+}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, without torn lines; none if it does not exist."""
-    entries = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # A killed run can leave half a line.
-            entry = json.loads(line)
-            # Half a line can be JSON, too, as the number at its end.
-            if isinstance(entry, dict) and {"step", "tokens", "split"} <= entry.keys():
-                entries.append(entry)
+    """The entries of a metrics.jsonl; none if it does not exist.
+
+    Lines that are no entries are left out with one warning. The last line may be torn,
+    because a killed run can leave half a line.
+    """
+    entries, bad = [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = parse_json(line)
+            check_fields(entry, _ENTRY, f"line {number}", "leave it out")
+            entries.append(entry)
+        except (ValueError, UserError):
+            if line.strip() and number < len(lines):
+                bad.append(str(number))
+    if bad:
+        _LOGGER.warning("%s: damaged lines are left out: %s", path, ", ".join(bad))
     return entries
 
 

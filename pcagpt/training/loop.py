@@ -144,7 +144,11 @@ def start(
     restored = checkpoints.restore_latest(init.eval_shape().items)
     if restored:
         items, meta = restored
-        return TrainState.from_items(**items), shardings, History(**meta["history"])
+        return (
+            TrainState.from_items(**items),
+            shardings,
+            History.of(meta.get("history")),
+        )
     state = init()
     variables = {"params": state.params, "constants": _constants(setup)}
     state = state.replace(**setup.import_into(variables))

@@ -4,10 +4,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from pcagpt.errors import UserError
+from pcagpt.files import check_fields
 from pcagpt.model import training_flops_per_token
 from pcagpt.run import provenance
 from pcagpt.telemetry.progress import Progress
@@ -23,6 +25,18 @@ class History:
     timed_tokens: int = 0  # of steps without compiling, evaluating and saving
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
+
+    @classmethod
+    def of(cls, stored: Any) -> "History":
+        """From a checkpoint's meta, where null stands for a loss not measured yet.
+
+        Raises UserError if it is damaged.
+        """
+        number = (int, float, None)
+        fields = {field.name: number for field in dataclasses.fields(cls)}
+        check_fields(stored, fields, "the history of the checkpoint", "delete it")
+        known = {name: stored.get(name) for name in fields}
+        return cls(**{name: v for name, v in known.items() if v is not None})
 
     @property
     def tokens_per_second(self) -> float | None:
