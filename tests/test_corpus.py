@@ -2,8 +2,10 @@
 
 import collections
 import json
+import os
 import pickle
 import random
+import shutil
 import sys
 import threading
 import tracemalloc
@@ -13,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pcagpt.data import corpus as corpus_module
+from pcagpt.data import content, token_files
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
+from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import find_source, sotu_documents
-from pcagpt.data.token_files import SPLITS, present_splits
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 
@@ -87,24 +89,114 @@ def test_sotu_puts_end_of_text_before_every_address(sotu):
 
 def test_a_description_equals_the_opened_corpus(sotu):
     info = describe_corpus("sotu")
-    assert vars(sotu) == {**vars(info), "folder": sotu.folder}
+    for name in ("name", "splits", "vocab_size", "tokenizer", "tokenizer_sha256"):
+        assert getattr(info, name) == getattr(sotu, name)
     info = describe_corpus("sotu", "gpt2")
     assert (info.vocab_size, info.tokenizer) == (50257, "gpt2")
 
 
-def test_the_cache_folder_and_the_fingerprint_are_those_of_earlier_runs(sotu):
+def test_the_cache_folder_and_the_old_hash_are_those_of_earlier_runs(sotu):
     assert sotu.folder.name == "sotu-sotu4096-939c2a16e4b2"
     sha256 = "a096889e4ac1caf7403fd155f86cccde0c14c1cafe29e5465dd4a4eda2eecd23"
-    assert sotu.fingerprint() == sha256
+    assert sotu.differences({"corpus_sha256": sha256}) == []
+    assert sotu.differences({"corpus_sha256": "other"}) == ["tokens"]
+    assert sotu.differences({}) is None
 
 
-def test_fingerprint_depends_on_tokens_and_vocabulary(folder, cache):
-    found = set()
-    for ids, vocab_size in (([1, 2], 10), ([1, 3], 10), ([1, 2], 11)):
-        write_tokens(folder, [1], vocab_size=vocab_size)
-        write_tokens(folder, ids, "val")
-        found.add(open_corpus(str(folder), cache).fingerprint())
-    assert len(found) == 3
+# What a corpus is
+
+
+def contents(folder, cache):
+    """The content of a corpus and its one hash."""
+    corpus = open_corpus(str(folder), cache)
+    return corpus.content, corpus.sha256
+
+
+def test_the_content_depends_on_every_token_the_vocabulary_and_the_numbering(
+    folder, cache
+):
+    ids = np.arange(600_000) % 7  # The old hash would sample 2 * 64 * 4096 of them.
+    other, known = ids.copy(), {"vocab_size": 10, "stoi": {"a": 0, "b": 1}}
+    other[4099] = 9
+    found = []
+    for train, val, meta in (
+        (ids, ids, known),
+        (other, ids, known),
+        (ids, other, known),
+        (ids, ids, known | {"vocab_size": 11}),
+        (ids, ids, known | {"stoi": {"a": 1, "b": 0}}),
+    ):
+        write_tokens(folder, train, **meta)
+        write_tokens(folder, val, "val")
+        found.append(contents(folder, cache))
+    assert len({sha256 for _, sha256 in found}) == 5
+    first = {"corpus": found[0][0]}
+    corpus = open_corpus(str(folder), cache)
+    assert corpus.differences(first) == ["tokenizer_sha256"]
+    assert found[1][0]["train"] == found[2][0]["val"] != found[0][0]["train"]
+
+
+def test_the_content_does_not_depend_on_place_spelling_or_width(
+    folder, cache, tmp_path, monkeypatch
+):
+    write_tokens(folder, [1, 2, 3] * 50, vocab_size=10)
+    wanted = contents(folder, cache)
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    write_tokens(moved, [1, 2, 3] * 50, stored="<u4", name="another", vocab_size=10)
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("moved", "moved/", "./moved", moved):
+        assert contents(spelling, cache) == wanted
+
+
+def test_a_file_is_read_once_until_it_changes(folder, cache, monkeypatch):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    write_tokens(folder, [99], "test")  # Nobody asks for it here.
+    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    wanted = open_corpus(str(folder), cache).tokens("train").tolist()
+    assert json.loads((folder / "content.json").read_text()).keys() >= {"train.bin"}
+    content._settled.cache_clear()  # As in another process.
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "_read", None)
+        assert open_corpus(str(folder), cache).tokens("train").tolist() == wanted
+    write_tokens(folder, [1, 2, 4])
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == [1, 2, 4]
+    write_tokens(folder, [1, 2, 11])
+    with pytest.raises(UserError, match="id 11 at position 2"):
+        open_corpus(str(folder), cache).tokens("train")
+
+
+def test_a_file_that_may_change_within_its_time_is_read_every_time(folder, cache):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    path = folder / "train.bin"
+    status, before = path.stat(), contents(folder, cache)
+    assert not (folder / "content.json").exists()
+    write_tokens(folder, [1, 2, 4])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert contents(folder, cache) != before
+
+
+def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypatch):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    write = content.write_json
+
+    def refuse(path, value):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        write(path, value)
+
+    monkeypatch.setattr(content, "write_json", refuse)
+    wanted = contents(folder, cache)
+    assert not (folder / "content.json").exists()
+    (file,) = cache.glob("content-*.json")
+    content._settled.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "_read", None)
+        assert contents(folder, cache) == wanted
+    file.write_text("{")
+    content._settled.cache_clear()
+    assert contents(folder, cache) == wanted
 
 
 # Tokens, words and bytes
@@ -124,22 +216,9 @@ def test_counting_never_converts_the_whole_map(folder, cache):
     assert count_tokens(np.uint32([3, 1, 3]), 5).tolist() == [0, 1, 0, 2, 0]
 
 
-def test_ids_are_checked_once_until_the_file_changes(folder, cache, monkeypatch):
-    write_tokens(folder, [1, 2, 3], vocab_size=10)
-    write_tokens(folder, [99], "test")  # never read here
-    corpus = open_corpus(str(folder), cache)
-    corpus.tokens("train")
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_chunks", None)
-        open_corpus(str(folder), cache).tokens("train")
-    write_tokens(folder, [1, 2, 3, 11])
-    with pytest.raises(UserError, match="id 11 at position 3"):
-        corpus.tokens("train")
-
-
 @pytest.mark.parametrize("chunk", [1 << 20, 1000])
 def test_text_size_of_sotu_is_that_of_its_text(sotu, chunk, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(token_files, "_CHUNK_TOKENS", chunk)
     documents = sotu_documents("val")
     words = sum(len(text.split()) + text.count("\n") for text in documents)
     assert sotu.text_size("val") == (words, len("".join(documents).encode()))
@@ -233,7 +312,7 @@ def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
 
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(open_together, range(4)))
-    assert len(set(opened)) == 1
+    assert all(corpus == opened[0] for corpus in opened)
     assert list(cache.iterdir()) == [opened[0].folder]
     expected = load_tokenizer("gpt2").encode_ordinary("some words to read\n" * 20_000)
     assert opened[0].tokens("train")[1:].tolist() == expected
@@ -361,7 +440,7 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
         ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
-        ("train.bin", bytes([1, 0, 0, 0] * 99), "looks like uint32"),
+        ("train.bin", bytes([1, 0, 0, 0] * 99), "seems to hold other ids than gpt2's"),
     ],
 )
 def test_unusable_files_are_refused(folder, cache, name, content, match):
