@@ -263,7 +263,7 @@ def test_imports_of_other_content_are_other_settings(copied):
 def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
     found = identity(tiny_config.to_dict())
     assert {name.split(".")[0] for name in found} == {
-        "arm", "seed", "model", "data", "train", "distill", "init",
+        "arm", "seed", "model", "corpus", "train", "distill", "init",
         "imported_sha256",
     }  # fmt: skip
     assert found["model.n_embd"] == 32

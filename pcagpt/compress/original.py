@@ -49,7 +49,7 @@ class Original:
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir)
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train", "val"])
         model, variables = run.load(settings.model, mesh)
         return cls(run, settings, corpus, model, mesh, variables, table_VD)
 
@@ -100,7 +100,7 @@ class Original:
         protocol = {
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
-            "corpus_sha256": self.corpus.fingerprint(),
+            "corpus_sha256": self.corpus.sha256,
             "split": "val",
             "window": model.block_size,
             "stride": model.block_size,

@@ -43,10 +43,8 @@ class Content:
 
 def content_of(path: Path, cache_dir: Path) -> Content:
     """The content of a file; reads content.json instead if it knows the file."""
-    stamp = _stamp(path)
-    if time.time_ns() - max(stamp[1:]) < _SETTLED_SECONDS * 10**9:
-        return _read(path)
-    return _settled(path, stamp, cache_dir)
+    stamp = stamp_of(path)
+    return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
 
 
 @functools.lru_cache
@@ -60,7 +58,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
             with contextlib.suppress(KeyError, TypeError):  # Another version wrote it.
                 return Content(**entry["content"])
     content = _read(path)
-    if _stamp(path) != stamp:
+    if stamp_of(path) != stamp:
         raise UserError(f"{path} changed while it was read: run the command again")
     entry = {"stamp": stamp, "content": dataclasses.asdict(content)}
     for file in files:
@@ -80,10 +78,15 @@ def _entries(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def stamp_of(path: Path) -> tuple[int, int, int]:
     """Size, and when the content and when anything last changed in nanoseconds."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def is_settled(stamp: tuple[int, int, int]) -> bool:
+    """The stamp tells the file from any later one."""
+    return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
 
 
 def _read(path: Path) -> Content:

@@ -15,8 +15,10 @@ _FOREIGN = {
     rb"\x89HDF\r\n": "an HDF5 file",
     rb"PAR1": "a Parquet file",
     rb"ARROW1": "an Arrow file",
+    rb"%PDF-": "a PDF",
     rb"SQLite format 3\0": "a database",
-    rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: remove its header of 1,024 bytes",
+    # 20240520 for GPT-2's tokens, 20240801 for those of Llama.
+    rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: drop its header of 1,024 bytes",
 }
 
 

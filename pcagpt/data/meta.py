@@ -14,6 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import read_json
 
 SPLITS = ("train", "val", "test")
+META_FILES = ("meta.json", "meta.pkl")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

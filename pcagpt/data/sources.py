@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.data import text_files
-from pcagpt.data.meta import SPLITS, CorpusInfo, present_splits
+from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
+NAMED = ("sotu", "wikitext103")
 _SOTU_SHA256 = "6f9e2605f2ca1284be8565dab901767419942184a16fd403b5a1b9f05f884d2d"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 
@@ -38,6 +39,11 @@ class TextSource(NamedTuple):
             tokenizer=name,
             tokenizer_sha256=sha256,
         )
+
+
+def absolute(source: str) -> str:
+    """A source in words that mean the same in any working directory."""
+    return source if source in NAMED else str(Path(source).expanduser().resolve())
 
 
 def find_source(source: str) -> TextSource | Path:
@@ -71,6 +77,16 @@ def find_source(source: str) -> TextSource | Path:
     }
     fingerprint = partial(text_files.fingerprint, files)
     return TextSource(name, "gpt2", fingerprint, documents, str(files))
+
+
+def describe_files(source: str) -> str:
+    """Which files of a folder are used, and which are not; '' if all of them are."""
+    found = find_source(source)
+    if isinstance(found, TextSource):
+        return found.files
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, "content.json"}
+    others = text_files.other_names(found, used)
+    return f"tokens in {found}; left out: {others}" if others else ""
 
 
 def sotu_documents(split: str) -> list[str]:

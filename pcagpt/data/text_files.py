@@ -2,11 +2,13 @@
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from pcagpt.data.content import is_settled, stamp_of
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import SPLITS
 from pcagpt.data.tokenizer import END_OF_TEXT
@@ -66,7 +68,7 @@ def find_text_files(folder: Path) -> TextFiles:
         splits = sorted({word.lastgroup for word in words if word})
         is_text = path.suffix.lower() in ENDINGS and path.is_file()
         if not is_text or not splits:
-            left_out.append(path.name + "/" * path.is_dir())
+            left_out.append(_name(path))
             continue
         if len(splits) > 1:
             raise UserError(
@@ -81,6 +83,12 @@ def find_text_files(folder: Path) -> TextFiles:
     )
 
 
+def other_names(folder: Path, used: Collection[str]) -> str:
+    """The names in a folder besides these and hidden ones, with commas; '' for none."""
+    names = (_name(path) for path in sorted(folder.iterdir()))
+    return _listed([name for name in names if name not in used and name[0] != "."])
+
+
 def fingerprint(files: TextFiles) -> str:
     """Hash of the tokens' source: the bytes of each file, and which files they are.
 
@@ -89,7 +97,9 @@ def fingerprint(files: TextFiles) -> str:
     digest = hashlib.sha256()
     for split, paths in files.of_split.items():
         for path in paths:
-            content, is_changed = _check(path)
+            stamp = stamp_of(path)
+            check = _check if is_settled(stamp) else _check.__wrapped__
+            content, is_changed = check(path, stamp)
             # Earlier versions left such text as it was, so it has other tokens now.
             mark = " without its marks" if is_changed else ""
             digest.update(f"{split} {content}{mark}\n".encode())
@@ -102,10 +112,11 @@ def read_text(path: Path) -> Iterator[str]:
         yield from file
 
 
-def _check(path: Path) -> tuple[str, bool]:
+@functools.lru_cache
+def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
     """(sha256 of a file, whether it has a byte order mark or `<|endoftext|>`).
 
-    UserError unless it is UTF-8 without NUL.
+    UserError unless it is UTF-8 without NUL. `stamp` tells versions of it apart.
     """
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     line, end, is_changed = 1, b"", False
@@ -138,7 +149,7 @@ def _check(path: Path) -> tuple[str, bool]:
 
 
 def _refuse_other(path: Path, head: bytes) -> None:
-    """Raises for the beginning of UTF-16, UTF-32, with a mark or without, or no text."""
+    """Raises for the beginning of UTF-16 or UTF-32, even without a mark, or no text."""
     if kind := foreign_kind(head):
         raise UserError(f"{path} is not text, it is {kind}")
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
@@ -182,6 +193,11 @@ def _not_utf8(path: Path, byte: int, line: int) -> UserError:
 def _is_blank(path: Path) -> bool:
     """It has no byte, or only a byte order mark."""
     return path.read_bytes() in (b"", _BOM)
+
+
+def _name(path: Path) -> str:
+    """A folder's ends in a slash."""
+    return path.name + "/" * path.is_dir()
 
 
 def _listed(names: list[str]) -> str:

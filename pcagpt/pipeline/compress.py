@@ -50,7 +50,7 @@ def compress(settings: Settings, command: str) -> None:
         "run": str(run.folder),
         "step": run.step,
         **provenance.summary(original.mesh.size),
-        "protocol": original.protocol,
+        "protocol": _protocol(original, folder),
     }
     bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
     bounds = {name: bound for name, bound in bounds.items() if bound}
@@ -118,11 +118,22 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
             f"compress.recover_ranks is set, but {settings.model_path} is not "
             "the end of a finished run: D is trained further only from there"
         )
-    if run.record.get("corpus_sha256") != original.corpus.fingerprint():
+    if not run.is_own(original.corpus):
         raise UserError(
             f"compress.recover_ranks is set, but {run.folder} was trained on another "
             f"corpus than {original.corpus.name}: leave data.source out"
         )
+
+
+def _protocol(original: Original, folder: Path) -> dict[str, Any]:
+    """The protocol of a sweep into a folder.
+
+    The sweep of an earlier version in it has another hash of the same corpus.
+    """
+    earlier = read_sweep(folder).get("protocol") or {}
+    known = {"corpus_sha256": earlier.get("corpus_sha256")}
+    is_same = original.corpus.differences(known) == []
+    return original.protocol | (known if is_same else {})
 
 
 def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:

@@ -46,7 +46,8 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
         if not job.is_target and not settings.build_prerequisites:
             raise _missing(job)
     if any(isinstance(job, TrainJob) for job in to_do):
-        corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
+        data = settings.data
+        corpus = describe_corpus(data.source, data.tokenizer, ["train", "val"])
         for job in to_do:
             job.check_vocabulary(corpus.vocab_size)
     for job, status in needed.items():
@@ -78,8 +79,8 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
             checked[job.folder] = job.check(set(checked))
     for job, status in needed.items():
         # New runs are compared with finished ones: both must have the same tokens.
-        if checked and isinstance(job, TrainJob) and status != TO_DO:
-            job.check_corpus()
+        if isinstance(job, TrainJob) and status != TO_DO:
+            _check_corpus(job, is_needed=bool(checked))
     for job in needed:
         if job.folder in checked:
             # Dropped after its run: a teacher's weights take memory.
@@ -100,6 +101,21 @@ def _needed(plan: Plan) -> dict[Job, str]:
         if not any(job.differing() for job in made):
             jobs = tuple(job for job in jobs if job.is_target)
     return {job: known.get(job) or job.status() for job in jobs}
+
+
+def _check_corpus(job: TrainJob, is_needed: bool) -> None:
+    """Raises UserError if a run was trained on other tokens than its source holds.
+
+    A corpus that is not needed any more may be missing; that is said.
+    """
+    try:
+        job.corpus()
+    except UserError as error:
+        if is_needed:
+            raise
+        _say(f"{job.folder.name} is not compared with its corpus: {error}")
+    else:
+        job.check_corpus()
 
 
 def _check_workdir(workdir: str) -> None:

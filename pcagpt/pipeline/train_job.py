@@ -10,6 +10,7 @@ import jax
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
 from pcagpt.data.corpus import Corpus
+from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, initialise
 from pcagpt.run.build import build_config
@@ -58,6 +59,8 @@ class TrainJob:
         if not is_finished and step == 0:
             return TO_DO
         changed = changed_fields(self.folder, self.record())
+        if self.is_target and self.settings.overwrite and not changed:
+            changed = self.corpus().differences(read_record(self.folder) or {})
         if changed and self.is_target and self.settings.overwrite:
             return TO_DO
         if changed:
@@ -82,7 +85,9 @@ class TrainJob:
 
     def corpus(self) -> Corpus:
         """The run's corpus; tokenizes its text if necessary."""
-        return open_shared_corpus(self.settings.data, self.settings.cache_dir)
+        return open_shared_corpus(
+            self.settings.data, self.settings.cache_dir, ["train", "val"]
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device."""
@@ -110,12 +115,17 @@ class TrainJob:
 
     def check_corpus(self) -> None:
         """Raises UserError if the run in the folder was trained on other tokens."""
-        trained_on = (read_record(self.folder) or {}).get("corpus_sha256")
-        if trained_on not in (None, self.corpus().fingerprint()):
+        differing = self.corpus().differences(read_record(self.folder) or {})
+        if differing:
+            remedy = (
+                "--config.overwrite=True to discard the run"
+                if self.is_target
+                else f"delete {self.folder}"
+            )
             raise UserError(
                 f"{self.folder} was trained on other tokens than "
-                f"{self.settings.data.source} holds now: give it the same data, use "
-                f"another --config.workdir, or delete {self.folder}"
+                f"{self.settings.data.source} holds now ({', '.join(differing)} differ)"
+                f": give it the same data, use another --config.workdir, or {remedy}"
             )
 
     def run(self, checked: Setup | None = None) -> None:
@@ -131,7 +141,8 @@ class TrainJob:
             "vocab_size": setup.model.config.vocab_size,
             "tokenizer": setup.corpus.tokenizer,
             "characters": setup.corpus.characters,
-            "corpus_sha256": setup.corpus.fingerprint(),
+            "corpus": setup.corpus.content,
+            "corpus_source": absolute(self.settings.data.source),
         }
         if jax.process_index() == 0:
             if is_new and (self.folder / "config.json").exists():
