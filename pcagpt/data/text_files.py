@@ -177,7 +177,7 @@ def _not_utf8(path: Path, byte: int, line: int) -> UserError:
             f"-f UTF-8 -t UTF-8 '{path}' > NEW"
         )
     high = sum(byte > 0x7F for byte in head)
-    if high > 0.2 * len(head):
+    if high > 0.4 * len(head):
         return UserError(
             f"{said}convert it with: iconv -f ENCODING -t UTF-8 '{path}' > NEW, where "
             "ENCODING is what wrote it, perhaps GB18030, SHIFT_JIS, EUC-KR or CP1251"

@@ -145,7 +145,7 @@ def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
         f"vocabulary size is {vocab_size}: "
     )
     head = tokens[: HEAD_BYTES // 2].tobytes()
-    for other in ("big-endian uint16", "big-endian uint32", "uint8"):
+    for other in ("big-endian uint32", "big-endian uint16", "uint8"):
         dtype = np.dtype(other.split()[-1]).newbyteorder(">")
         ids = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
         if ids.max(initial=0) < vocab_size:
