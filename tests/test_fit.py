@@ -10,10 +10,10 @@ from pcagpt.compress.candidates import (
     quantized,
     recipes,
 )
-from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.effort import CPU, GPU, decide_effort
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.score import SwapScores
-from pcagpt.config import Settings
+from pcagpt.config import KNOBS, Settings
 from pcagpt.factorize import (
     METHODS,
     BandFactors,
@@ -61,6 +61,15 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
         }
     )
     assert decide_effort(explicit, "cpu") == explicit
+
+
+def test_help_states_the_values_that_empty_knobs_stand_for():
+    meaning = {path: knob.meaning for path, knob in KNOBS.items()}
+    for effort in (CPU, GPU):
+        assert ",".join(map(str, effort.bands)) in meaning["compress.bands"]
+        tokens = str(effort.calibration_tokens)
+        assert tokens in meaning["compress.calibration_tokens"]
+    assert str(CPU.max_tokens) in meaning["evaluate.max_tokens"]
 
 
 @pytest.mark.parametrize(
