@@ -152,15 +152,19 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same in two runs of one config, whoever commits meanwhile."""
-    left_out = TIMINGS | {"git_commit"}
+    left_out = TIMINGS | {"git_commit", "run_id"}
     return {name: v for name, v in values.items() if name not in left_out}
 
 
 def snapshot(folder: Path) -> dict[str, int]:
-    """{file: when it was written}, to see that nothing was."""
+    """{file: when it was written}, to see that nothing was.
+
+    content.json does not count: it may appear whenever tokens are read.
+    """
     return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        str(path.relative_to(folder)): path.is_file() and path.stat().st_mtime_ns
         for path in folder.rglob("*")
+        if path.name != "content.json"
     }
 
 

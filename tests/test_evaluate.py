@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -51,9 +52,13 @@ class Tokens:
     split: np.ndarray
     name: str = "tokens"
     tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
 
     def tokens(self, split):
         return self.split
+
+    def tokens_sha256(self, split):
+        return hashlib.sha256(self.split.tobytes()).hexdigest()
 
     def text_size(self, split):
         return TEXT

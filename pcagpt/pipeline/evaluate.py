@@ -8,7 +8,7 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, write_json
+from pcagpt.files import keep, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -17,7 +17,7 @@ from pcagpt.telemetry.progress import Progress
 
 
 def evaluate(settings: Settings) -> dict:
-    """Evaluates `model_path` on `split`; writes the result beside the run.
+    """Evaluates `model_path` on `split`; writes the result beside the run if it can.
 
     `evaluate.max_tokens` cuts the split; the file then has another name.
 
@@ -56,7 +56,8 @@ def evaluate(settings: Settings) -> dict:
         tokens = settings.evaluate.max_tokens
         part = f"{settings.split}_first{tokens}" if tokens else settings.split
         path = _path(run, part, evaluator.protocol)
-        write_json(path, result)
+        # The folder of a shared model may be read-only.
+        keep(path, lambda place: write_json(place, result))
     return result
 
 

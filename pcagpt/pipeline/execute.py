@@ -3,6 +3,7 @@
 import operator
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -13,10 +14,12 @@ from pcagpt.data.corpus import describe_corpus
 from pcagpt.errors import UserError
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.plan import Job, Plan
-from pcagpt.pipeline.train_job import DONE, TO_DO, TrainJob
+from pcagpt.pipeline.train_job import DONE, SPLITS, TO_DO, TrainJob
 from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
+from pcagpt.sharding import placement
 from pcagpt.telemetry.record import import_wandb
+from pcagpt.training.setup import Setup
 
 # The `model` knobs that D and an arm must share, by what the arm takes from D.
 SHARED_WITH_BASELINE = {
@@ -37,17 +40,21 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
         settings is there, a prerequisite is missing and `build_prerequisites` is off,
         or there is no such corpus.
     """
-    _check_workdir(settings.workdir)
+    check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
-    needed = _needed(plan)
+    # Other commands may be at work: every process must see the same.
+    shared = placement.from_first(
+        lambda: [(plan.jobs.index(job), status) for job, status in _needed(plan)]
+    )
+    needed = {plan.jobs[number]: status for number, status in shared}
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
             raise _missing(job)
     if any(isinstance(job, TrainJob) for job in to_do):
         data = settings.data
-        corpus = describe_corpus(data.source, data.tokenizer, ["train", "val"])
+        corpus = describe_corpus(data.source, data.tokenizer, SPLITS)
         for job in to_do:
             job.check_vocabulary(corpus.vocab_size)
     for job, status in needed.items():
@@ -81,6 +88,11 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         # New runs are compared with finished ones: both must have the same tokens.
         if isinstance(job, TrainJob) and status != TO_DO:
             _check_corpus(job, is_needed=bool(checked))
+    for corpus in _corpora_without_text(checked.values()):
+        _say(
+            f"{corpus} holds bare token ids: its models cannot be sampled, unless "
+            "--config.data.tokenizer names the tokenizer"
+        )
     for job in needed:
         if job.folder in checked:
             # Dropped after its run: a teacher's weights take memory.
@@ -92,15 +104,15 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         _say(f"report: {workdir / 'report.html'}")
 
 
-def _needed(plan: Plan) -> dict[Job, str]:
-    """The jobs that `check` returns."""
+def _needed(plan: Plan) -> list[tuple[Job, str]]:
+    """The jobs that `check` returns, with their status."""
     jobs, target = plan.jobs, plan.jobs[-1]
     known = {target: target.status()}
     if known[target] == DONE and not plan.reported:
         made = [job for job in jobs if isinstance(job, FactorizeJob)]
         if not any(job.differing() for job in made):
             jobs = tuple(job for job in jobs if job.is_target)
-    return {job: known.get(job) or job.status() for job in jobs}
+    return [(job, known.get(job) or job.status()) for job in jobs]
 
 
 def _check_corpus(job: TrainJob, is_needed: bool) -> None:
@@ -118,7 +130,13 @@ def _check_corpus(job: TrainJob, is_needed: bool) -> None:
         job.check_corpus()
 
 
-def _check_workdir(workdir: str) -> None:
+def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
+    """Names of the corpora of training runs whose tokens stand for no known text."""
+    corpora = [setup.corpus for setup in checked if setup is not None]
+    return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
+
+
+def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
