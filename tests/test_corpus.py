@@ -1,9 +1,14 @@
 """Sources of text and tokens: what is read, what is written, what is refused."""
 
 import collections
+import gzip
+import hashlib
+import io
 import json
+import os
 import pickle
 import random
+import shutil
 import sys
 import threading
 import tracemalloc
@@ -13,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pcagpt.data import corpus as corpus_module
+from pcagpt.data import content, text_files, token_files
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
-from pcagpt.data.sources import find_source, sotu_documents
-from pcagpt.data.token_files import SPLITS, present_splits
+from pcagpt.data.meta import SPLITS, present_splits
+from pcagpt.data.sources import describe_files, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 
@@ -87,24 +92,114 @@ def test_sotu_puts_end_of_text_before_every_address(sotu):
 
 def test_a_description_equals_the_opened_corpus(sotu):
     info = describe_corpus("sotu")
-    assert vars(sotu) == {**vars(info), "folder": sotu.folder}
+    for name in ("name", "splits", "vocab_size", "tokenizer", "tokenizer_sha256"):
+        assert getattr(info, name) == getattr(sotu, name)
     info = describe_corpus("sotu", "gpt2")
     assert (info.vocab_size, info.tokenizer) == (50257, "gpt2")
 
 
-def test_the_cache_folder_and_the_fingerprint_are_those_of_earlier_runs(sotu):
+def test_the_cache_folder_and_the_old_hash_are_those_of_earlier_runs(sotu):
     assert sotu.folder.name == "sotu-sotu4096-939c2a16e4b2"
     sha256 = "a096889e4ac1caf7403fd155f86cccde0c14c1cafe29e5465dd4a4eda2eecd23"
-    assert sotu.fingerprint() == sha256
+    assert sotu.differences({"corpus_sha256": sha256}) == []
+    assert sotu.differences({"corpus_sha256": "other"}) == ["tokens"]
+    assert sotu.differences({}) is None
 
 
-def test_fingerprint_depends_on_tokens_and_vocabulary(folder, cache):
-    found = set()
-    for ids, vocab_size in (([1, 2], 10), ([1, 3], 10), ([1, 2], 11)):
-        write_tokens(folder, [1], vocab_size=vocab_size)
-        write_tokens(folder, ids, "val")
-        found.add(open_corpus(str(folder), cache).fingerprint())
-    assert len(found) == 3
+# What a corpus is
+
+
+def contents(folder, cache):
+    """The content of a corpus and its one hash."""
+    corpus = open_corpus(str(folder), cache)
+    return corpus.content, corpus.sha256
+
+
+def test_the_content_depends_on_every_token_the_vocabulary_and_the_numbering(
+    folder, cache
+):
+    ids = np.arange(600_000) % 7  # The old hash would sample 2 * 64 * 4096 of them.
+    other, known = ids.copy(), {"vocab_size": 10, "stoi": {"a": 0, "b": 1}}
+    other[4099] = 9
+    found = []
+    for train, val, meta in (
+        (ids, ids, known),
+        (other, ids, known),
+        (ids, other, known),
+        (ids, ids, known | {"vocab_size": 11}),
+        (ids, ids, known | {"stoi": {"a": 1, "b": 0}}),
+    ):
+        write_tokens(folder, train, **meta)
+        write_tokens(folder, val, "val")
+        found.append(contents(folder, cache))
+    assert len({sha256 for _, sha256 in found}) == 5
+    first = {"corpus": found[0][0]}
+    corpus = open_corpus(str(folder), cache)
+    assert corpus.differences(first) == ["tokenizer_sha256"]
+    assert found[1][0]["train"] == found[2][0]["val"] != found[0][0]["train"]
+
+
+def test_the_content_does_not_depend_on_place_spelling_or_width(
+    folder, cache, tmp_path, monkeypatch
+):
+    write_tokens(folder, [1, 2, 3] * 50, vocab_size=10)
+    wanted = contents(folder, cache)
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    write_tokens(moved, [1, 2, 3] * 50, stored="<u4", name="another", vocab_size=10)
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("moved", "moved/", "./moved", moved):
+        assert contents(spelling, cache) == wanted
+
+
+def test_a_file_is_read_once_until_it_changes(folder, cache, monkeypatch):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    write_tokens(folder, [99], "test")  # Nobody asks for it here.
+    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    wanted = open_corpus(str(folder), cache).tokens("train").tolist()
+    assert json.loads((folder / "content.json").read_text()).keys() >= {"train.bin"}
+    content._settled.cache_clear()  # As in another process.
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "_read", None)
+        assert open_corpus(str(folder), cache).tokens("train").tolist() == wanted
+    write_tokens(folder, [1, 2, 4])
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == [1, 2, 4]
+    write_tokens(folder, [1, 2, 11])
+    with pytest.raises(UserError, match="id 11 at position 2"):
+        open_corpus(str(folder), cache).tokens("train")
+
+
+def test_a_file_that_may_change_within_its_time_is_read_every_time(folder, cache):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    path = folder / "train.bin"
+    status, before = path.stat(), contents(folder, cache)
+    assert not (folder / "content.json").exists()
+    write_tokens(folder, [1, 2, 4])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert contents(folder, cache) != before
+
+
+def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypatch):
+    write_tokens(folder, [1, 2, 3], vocab_size=10)
+    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    write = content.write_json
+
+    def refuse(path, value):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        write(path, value)
+
+    monkeypatch.setattr(content, "write_json", refuse)
+    wanted = contents(folder, cache)
+    assert not (folder / "content.json").exists()
+    (file,) = cache.glob("content-*.json")
+    content._settled.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "_read", None)
+        assert contents(folder, cache) == wanted
+    file.write_text("{")
+    content._settled.cache_clear()
+    assert contents(folder, cache) == wanted
 
 
 # Tokens, words and bytes
@@ -124,22 +219,9 @@ def test_counting_never_converts_the_whole_map(folder, cache):
     assert count_tokens(np.uint32([3, 1, 3]), 5).tolist() == [0, 1, 0, 2, 0]
 
 
-def test_ids_are_checked_once_until_the_file_changes(folder, cache, monkeypatch):
-    write_tokens(folder, [1, 2, 3], vocab_size=10)
-    write_tokens(folder, [99], "test")  # never read here
-    corpus = open_corpus(str(folder), cache)
-    corpus.tokens("train")
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_chunks", None)
-        open_corpus(str(folder), cache).tokens("train")
-    write_tokens(folder, [1, 2, 3, 11])
-    with pytest.raises(UserError, match="id 11 at position 3"):
-        corpus.tokens("train")
-
-
 @pytest.mark.parametrize("chunk", [1 << 20, 1000])
 def test_text_size_of_sotu_is_that_of_its_text(sotu, chunk, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(token_files, "_CHUNK_TOKENS", chunk)
     documents = sotu_documents("val")
     words = sum(len(text.split()) + text.count("\n") for text in documents)
     assert sotu.text_size("val") == (words, len("".join(documents).encode()))
@@ -233,10 +315,116 @@ def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
 
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(open_together, range(4)))
-    assert len(set(opened)) == 1
+    assert all(corpus == opened[0] for corpus in opened)
     assert list(cache.iterdir()) == [opened[0].folder]
     expected = load_tokenizer("gpt2").encode_ordinary("some words to read\n" * 20_000)
     assert opened[0].tokens("train")[1:].tolist() == expected
+
+
+def test_end_of_text_in_a_text_is_one_token(folder, cache):
+    (folder / "train.txt").write_text("one<|endoftext|>\ntwo<|endoftext|>")
+    (folder / "val.txt").write_text("<|endoftext|>three")
+    corpus = open_corpus(str(folder), cache)
+    assert corpus.tokens("train").tolist() == [50256, 505, 50256, 198, 11545, 50256]
+    assert corpus.tokens("val").tolist() == [50256, 15542]  # not twice
+
+
+def test_old_token_files_of_a_text_with_marks_are_not_taken(folder, cache):
+    """Earlier versions made seven tokens of `<|endoftext|>` and kept the mark."""
+    names = set()
+    for text in ("one", "one<|endoftext|>", "\ufeffone"):
+        (folder / "train.txt").write_bytes(text.encode())
+        names.add(open_corpus(str(folder), cache).folder.name)
+    recipe = [1, hashlib.sha256(b"".join(_old_lines(folder))).hexdigest()]
+    key = json.dumps([*recipe, RANKS["gpt2"].sha256]).encode()
+    assert f"my_data-gpt2-{hashlib.sha256(key).hexdigest()[:12]}" not in names
+    assert len(names) == 3
+
+
+def _old_lines(folder):
+    """What earlier versions hashed of a folder of text."""
+    for path in sorted(folder.glob("*.txt")):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        yield f"{path.stem} {sha256}\n".encode()
+
+
+def test_a_byte_order_mark_is_not_text(folder, cache):
+    (folder / "train.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == [50256, 505]
+    (folder / "train.txt").write_bytes(b"\xef\xbb\xbf")
+    refused(folder, folder / "cache", r"train\.txt is empty")
+
+
+TEXT = "Crème brûlée, “naïve” café.\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        *(
+            (TEXT.encode(name), f"is {said}, .*iconv -f {said} -t UTF-8 '/.*txt' > NEW")
+            for name, said in (
+                ("utf-16", "UTF-16"),
+                ("utf-32", "UTF-32"),
+                ("utf-16-le", "UTF-16LE"),
+                ("utf-16-be", "UTF-16BE"),
+                ("utf-32-le", "UTF-32LE"),
+                ("utf-32-be", "UTF-32BE"),
+            )
+        ),
+        (TEXT.encode("cp1252"), "byte 0xe8 in line 1; .*iconv -f CP1252 "),
+        ("né\n".encode("latin1") * 9, "byte 0xe9 in line 1; .*iconv -f ISO-8859-1 "),
+        ("Привет мир\n".encode("cp1251") * 9, "iconv -f ENCODING .*CP1251"),
+        ("日本語の文章\n".encode("shift_jis") * 9, "iconv -f ENCODING .*SHIFT_JIS"),
+        (
+            TEXT.encode() + b"\xff\n",
+            "0xff in line 21; the rest is, .*iconv -c -f UTF-8",
+        ),
+        ("né".encode()[:-1], "byte 0xc3 in line 1"),
+        (b"one\ntwo\0\n", r"NUL byte in line 2; .*tr -d '\\000' < '/.*txt' > NEW"),
+        (gzip.compress(TEXT.encode()), "is not text, it is compressed: .*gunzip"),
+    ],
+)
+def test_text_that_is_not_plain_utf8_is_named_with_the_command_that_converts_it(
+    folder, cache, content, match
+):
+    (folder / "train.txt").write_bytes(content)
+    refused(folder, cache, match)
+
+
+def test_a_text_of_many_blocks_is_checked_to_its_end(folder, cache, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 7)
+    text = "Crème brûlée\n<|endoftext|>\n" * 3
+    (folder / "train.txt").write_bytes(text.encode())
+    assert text_files._check(folder / "train.txt", ())[1]
+    (folder / "train.txt").write_bytes(text.encode() + b"one\n\0")
+    refused(folder, cache, "NUL byte in line 8")
+    (folder / "train.txt").write_bytes(text.encode() + b"one\n\xe8\n")
+    refused(folder, cache, "byte 0xe8 in line 8")
+
+
+def test_what_is_used_and_what_is_left_out_is_said(folder):
+    for name in ("a.train.txt", "b.train.txt", "val.raw", "notes.txt", "train.csv"):
+        (folder / name).write_text("text\n")
+    (folder / "._val.txt").write_bytes(b"\0")  # hidden
+    (folder / "test").mkdir()
+    assert describe_files(str(folder)) == (
+        f"text in {folder}: train from a.train.txt, b.train.txt, val from val.raw; "
+        "left out: notes.txt, test/, train.csv"
+    )
+    write_tokens(folder, [1], vocab_size=10)
+    assert describe_files(str(folder)).startswith(f"tokens in {folder}; left out: a.tr")
+    assert describe_files("sotu") == ""
+
+
+def test_a_missing_split_is_refused_before_anything_is_tokenized(folder, cache):
+    (folder / "train.txt").write_text("text\n")
+    for find in (describe_corpus, lambda *a: open_corpus(a[0], cache, *a[1:])):
+        with pytest.raises(
+            UserError, match=r"no 'val' split in /.*present: train\): add"
+        ):
+            find(str(folder), "auto", ["train", "val"])
+    assert not cache.exists()
 
 
 # WikiText-103 through the optional package
@@ -342,6 +530,93 @@ def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
     assert open_corpus(str(folder), cache, "sotu4096").tokenizer == "sotu4096"
 
 
+@pytest.mark.parametrize("stored", ["<u2", "<u4"])
+@pytest.mark.parametrize("vocab_size", [65, 100_000])
+@pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
+def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size, meta):
+    ids = np.arange(1, 9000) % 65
+    ids[:5000] = 0  # The beginning does not tell.
+    write_tokens(folder, ids, stored=stored)
+    known = {"vocab_size": vocab_size}
+    written = json.dumps(known).encode() if meta[-1] == "n" else pickle.dumps(known)
+    (folder / meta).write_bytes(written)
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("stored", "meta", "match"),
+    [
+        ("<u4", {"dtype": "uint16"}, "looks like uint32, not uint16: correct dtype"),
+        ("<u2", {"dtype": "uint32"}, "looks like uint16, not uint32: correct dtype"),
+        ("<i8", {}, r"looks like int64: .*astype\('uint16'\)"),
+        ("<i8", {"dtype": "uint32"}, "looks like int64"),
+        (">u2", {}, "id 256 at position 0, .*it looks like big-endian uint16"),
+        (">u4", {"dtype": "uint32"}, "it looks like big-endian uint32"),
+        ("|u1", {}, "it looks like uint8"),
+        ("<f4", {}, "id .* at position .*vocabulary size is 65"),
+    ],
+)
+def test_ids_of_another_width_are_refused_by_its_name(
+    folder, cache, stored, meta, match
+):
+    write_tokens(folder, np.arange(1, 6001) % 65, stored=stored, vocab_size=65, **meta)
+    refused(folder, cache, match)
+
+
+def npy(array):
+    """The content of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+TRUE_IDS = np.array(
+    load_tokenizer("gpt2").encode_ordinary("It was a bright day. " * 99)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (npy(TRUE_IDS.astype("<u2")), r"it is a \.npy file: write its ids with tofile"),
+        (npy(TRUE_IDS), r"it is a \.npy file"),
+        (pickle.dumps(TRUE_IDS.tolist()), "it is a pickle"),
+        (pickle.dumps(TRUE_IDS.tolist(), 2), "it is a pickle"),
+        (gzip.compress(TRUE_IDS.tobytes()), "it is compressed"),
+        (TEXT.encode(), r"it is text: name it train\.txt"),
+        (b"It was a bright day", "it is text"),
+        ((20240520).to_bytes(4, "little") + bytes(1020), "it is llm.c's"),
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [None, 50257, 65536])
+def test_what_is_no_token_file_is_refused_by_its_name(
+    folder, cache, content, match, vocab_size
+):
+    (folder / "train.bin").write_bytes(content)
+    if vocab_size:
+        (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    refused(folder, cache, match)
+
+
+def test_ids_of_other_tokenizers_do_not_pass_as_gpt2s(folder, cache):
+    text = "".join(sotu_documents("val"))[:100_000]
+    letters = sorted(set(text))
+    for ids in (
+        [letters.index(letter) for letter in text],
+        list(text.encode()),
+        load_tokenizer("sotu4096").encode_ordinary(text),
+        np.random.default_rng(0).integers(0, 50257, 20_000),
+    ):
+        write_tokens(folder, ids)
+        refused(folder, cache, "other ids than gpt2's, .*data.tokenizer=gpt2 if they")
+        # Who says so is believed.
+        assert len(open_corpus(str(folder), cache, "gpt2").tokens("train")) == len(ids)
+    for other in (text, "日本語の文章です。\n" * 900, "é🙂 \r\n\t  x\n" * 3000):
+        write_tokens(folder, load_tokenizer("gpt2").encode_ordinary(other))
+        assert open_corpus(str(folder), cache).tokenizer == "gpt2"
+        open_corpus(str(folder), cache).tokens("train")
+
+
 # Refused sources
 
 
@@ -361,7 +636,7 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
         ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
-        ("train.bin", bytes([1, 0, 0, 0] * 99), "looks like uint32"),
+        ("train.bin", bytes([1, 0, 0, 0] * 99), "seems to hold other ids than gpt2's"),
     ],
 )
 def test_unusable_files_are_refused(folder, cache, name, content, match):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from runs import changed, snapshot
 from pcagpt import main, trees
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
-from pcagpt.data.corpus import TextSize
+from pcagpt.data.corpus import TextSize, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.pipeline import evaluate as task
@@ -51,9 +52,13 @@ class Tokens:
     split: np.ndarray
     name: str = "tokens"
     tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
 
     def tokens(self, split):
         return self.split
+
+    def tokens_sha256(self, split):
+        return hashlib.sha256(self.split.tobytes()).hexdigest()
 
     def text_size(self, split):
         return TEXT
@@ -331,6 +336,75 @@ def test_each_corpus_split_and_step_has_a_file_beside_the_run(asked, tmp_path):
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     (logged,) = (x for x in lines if (x["step"], x["split"]) == (3, "val"))
     assert wanted["corpus_val_step3"]["loss"] == logged["loss"]
+
+
+def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
+    config, found = asked(), {}
+    for number in (1, 2, 1):
+        place = tmp_path / str(number)
+        if not place.exists():
+            place.mkdir()
+            source = write_corpus(place / "corpus", vocab_size=40 + number)
+        source = str(place / "corpus")
+        found[number] = evaluate(changed(config, **{"data.source": source}))
+    paths = (tmp_path / "runs" / "gpt_baseline").glob("evaluation_corpus_val_*.json")
+    written = [json.loads(path.read_text()) for path in paths]
+    assert sorted(result["loss"] for result in written) == sorted(
+        result["loss"] for result in found.values()
+    )
+    assert not any(result["is_own_corpus"] for result in written)
+    assert evaluate(config)["is_own_corpus"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "another" in line]
+    assert len(said) == 2
+    assert "is another corpus than the one that " in said[0]
+
+
+@pytest.fixture
+def own_corpus(asked, corpus_folder, tmp_path):
+    """A config that evaluates a run on its own corpus, and that corpus."""
+    config = asked()
+    folder = Path(shutil.copytree(corpus_folder, tmp_path / "tokens"))
+    path = Path(config.model_path) / "config.json"
+    record = json.loads(path.read_text())
+    record["data"]["source"], record["corpus_source"] = "tokens", str(folder)
+    path.write_text(json.dumps(record))
+    return config, folder
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
+    config, folder = own_corpus  # Its own folder is found from another one.
+    assert evaluate(config)["is_own_corpus"]
+    tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
+    tokens[700] ^= 1
+    tokens.tofile(folder / f"{split}.bin")
+    before = snapshot(Path(config.model_path))
+    with pytest.raises(UserError, match=rf"\({split} changed\): restore it, or name"):
+        evaluate(config)
+    assert snapshot(Path(config.model_path)) == before
+    named = evaluate(changed(config, **{"data.source": str(folder)}))
+    assert named["is_own_corpus"] == (split == "test")
+
+
+def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
+    config, folder = own_corpus
+    path = Path(config.model_path) / "config.json"
+    record = json.loads(path.read_text())
+    for order, words in ((1, None), (-1, "numbers its tokens in another way")):
+        letters = [chr(200 + number) for number in range(97)][::order]
+        meta = {"vocab_size": 97, "itos": letters}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        corpus = open_corpus(str(folder), folder)
+        named = changed(config, **{"data.source": str(folder)})
+        if words is None:
+            record["corpus"] = corpus.content
+            path.write_text(json.dumps(record))
+            evaluate(named)
+            continue
+        with pytest.raises(UserError, match=words):
+            evaluate(named)
+        with pytest.raises(UserError, match="tokenizer_sha256 changed"):
+            evaluate(config)
 
 
 def test_what_does_not_fit_the_run_is_refused_and_nothing_written(asked, tmp_path):

@@ -212,7 +212,8 @@ def test_results_count_real_rows_and_compare_with_the_full_table(results):
 def test_results_state_the_protocol_and_what_auto_meant(results):
     result = results["gpt_pca_k8"]
     protocol = result["protocol"]
-    assert protocol.pop("corpus").startswith("corpus")
+    assert protocol.pop("corpus").endswith("corpus")
+    assert len(protocol.pop("tokens_sha256")) == 64
     assert protocol == {
         **{"split": "val", "window": 16, "stride": 16, "windows": 63},
         **{"tokens_predicted": 1002, "tokenizer": None, "tokenizer_sha256": None},

@@ -184,6 +184,75 @@ def test_other_tokens_are_refused_for_a_resumed_run_and_for_an_arm_beside_it(
     assert read_result(run_dir)["steps"] == 6
 
 
+@pytest.fixture
+def own_corpus(copied, tmp_path):
+    """A config whose corpus can be changed, of a finished run."""
+    folder = Path(shutil.copytree(copied.data.source, tmp_path / "tokens"))
+    return changed(copied, **{"data.source": str(folder)}), folder
+
+
+def reverse(path):
+    """Changes a token file, but not its size, its first tokens or its counts."""
+    tokens = np.fromfile(path, np.uint16)
+    tokens[500:520] = tokens[500:520][::-1]
+    tokens.tofile(path)
+
+
+def test_a_finished_run_is_not_done_for_another_corpus(own_corpus):
+    config, folder = own_corpus
+    execute(config)
+    before = snapshot(Path(config.workdir))
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        content = path.read_bytes()
+        reverse(path)
+        assert path.read_bytes() != content
+        with pytest.raises(UserError, match=rf"other tokens .*\({split} differ\)"):
+            execute(config)
+        assert status(changed(config, overwrite=True)) == "to do"
+        path.write_bytes(content)
+    execute(config)
+    assert status(changed(config, overwrite=True)) == "done"
+    assert snapshot(Path(config.workdir)) == before
+
+
+def test_the_spelling_and_the_place_of_a_corpus_decide_nothing(
+    own_corpus, tmp_path, monkeypatch
+):
+    config, folder = own_corpus
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "moved")
+    for source in ("tokens", "tokens/", "./tokens", "../" + f"{tmp_path.name}/moved"):
+        execute(changed(config, **{"data.source": source}))
+        assert status(changed(config, **{"data.source": source})) == "done"
+
+
+def test_a_finished_run_whose_corpus_is_gone_is_done_and_that_is_said(
+    own_corpus, capsys
+):
+    config, folder = own_corpus
+    shutil.rmtree(folder)
+    execute(config)
+    assert "gpt_baseline is not compared with its corpus: " in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_knows_its_corpus_by_the_old_hash(own_corpus):
+    config, folder = own_corpus
+    run_dir = job(config).folder
+    record = read_record(run_dir)
+    del record["corpus"]
+    old = "1d62"
+    write_record(run_dir, record | {"corpus_sha256": old})
+    with pytest.raises(UserError, match=r"other tokens .*\(tokens differ\)"):
+        execute(config)
+    old = job(config).corpus()._sampled_sha256()
+    write_record(run_dir, record | {"corpus_sha256": old})
+    execute(config)
+    write_record(run_dir, record)  # The oldest knew its path alone.
+    with pytest.raises(UserError, match=r"data.source \(was .*, now .*tokens\)"):
+        execute(config)
+
+
 def test_knobs_that_do_not_change_the_numbers_do_not_change_the_run(copied):
     for knob in (
         {"telemetry.every": 5},
@@ -272,7 +341,7 @@ def test_imports_of_other_content_are_other_settings(copied):
 def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
     found = identity(tiny_config.to_dict())
     assert {name.split(".")[0] for name in found} == {
-        "arm", "seed", "model", "data", "train", "distill", "init",
+        "arm", "seed", "model", "corpus", "train", "distill", "init",
         "imported_sha256",
     }  # fmt: skip
     assert found["model.n_embd"] == 32

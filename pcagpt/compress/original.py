@@ -55,7 +55,7 @@ class Original:
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir)
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train", "val"])
         model, variables = run.load(settings.model, mesh)
         return cls(
             run,
@@ -112,7 +112,7 @@ class Original:
         protocol = {
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
-            "corpus_sha256": self.corpus.fingerprint(),
+            "corpus_sha256": self.corpus.sha256,
             "split": "val",
             "window": model.block_size,
             "stride": model.block_size,
@@ -127,7 +127,15 @@ class Original:
         return protocol
 
     def today(self, protocol: dict[str, Any]) -> dict[str, Any]:
-        """A stored protocol; an older version's fingerprint of this run is replaced."""
-        if not self.run.is_at(protocol.get("checkpoint")):
-            return protocol
-        return protocol | {"checkpoint": self.run.fingerprint}
+        """A stored protocol in today's terms, if it is of this run and this corpus.
+
+        Older versions hashed both in another way. The name of a corpus does not count.
+        """
+        found, corpus = dict(protocol), self.corpus
+        if self.run.is_at(found.get("checkpoint")):
+            found["checkpoint"] = self.run.fingerprint
+        stated = found.get("corpus_sha256")
+        is_older = corpus.differences({"corpus_sha256": stated}) == []
+        if stated == corpus.sha256 or is_older:
+            found |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
+        return found

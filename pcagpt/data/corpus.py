@@ -6,24 +6,26 @@ folder of text files.
 """
 
 import codecs
-import functools
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pcagpt.data.meta import CorpusInfo, read_meta
 from pcagpt.data.sources import find_source
-from pcagpt.data.token_files import DTYPES, CorpusInfo, present_splits, read_meta
+from pcagpt.data.token_files import TokenFile, check_tokens, chunks, map_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError
 
+# Parts of a corpus's content that decide the numbers of a training run.
+IDENTITY = ("train", "val", "vocab_size", "tokenizer_sha256")
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
-_CHUNK_TOKENS = 1 << 20
 
 
 class TextSize(NamedTuple):
@@ -39,19 +41,67 @@ class TextSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus(CorpusInfo):
-    """A folder of token files, `<split>.bin`: little-endian ids without a header."""
+    """A folder of token files, `<split>.bin`: little-endian ids without a header.
 
-    folder: Path
+    cache_dir: keeps what is known of files in a folder that is read-only.
+    """
+
+    folder: Path = Path()
+    cache_dir: Path = Path()
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
 
-        The first call in a process reads the whole file to check every id. Raises
-        UserError if the file is missing, empty, truncated or holds an id >= vocab_size.
+        Raises UserError as for `check_tokens`.
         """
-        tokens, status = self._map(split), self._path(split).stat()
-        _check_ids(self, split, (status.st_ino, status.st_size, status.st_mtime_ns))
-        return tokens
+        return map_tokens(self._path(split), self._checked(split).dtype)
+
+    def tokens_sha256(self, split: str) -> str:
+        """Hash of all ids of a split; raises as `tokens` does."""
+        return self._checked(split).sha256
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the corpus is, wherever it lies: JSON values.
+
+        The hash of each split, `vocab_size` and `tokenizer_sha256`. A damaged test
+        split is left out: only who asks for it needs it.
+        """
+        hashes = {s: self.tokens_sha256(s) for s in self.splits if s != "test"}
+        with contextlib.suppress(UserError):
+            hashes["test"] = self.tokens_sha256("test")
+        return {
+            **hashes,
+            "vocab_size": self.vocab_size,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+    @property
+    def sha256(self) -> str:
+        """One hash of the train and val splits, the vocabulary and the tokenizer."""
+        content = self.content
+        parts = [content.get(name) for name in IDENTITY]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def differences(
+        self, record: Mapping[str, Any], names: Iterable[str] = IDENTITY
+    ) -> list[str] | None:
+        """Parts of `content` in which a run's corpus differs; None if it is unknown.
+
+        Args:
+          record: the run's config.json.
+          names: the parts to compare. A part that one side does not know, such as a
+            split that the corpus lacks, is not compared.
+        """
+        known = record.get("corpus")
+        if isinstance(known, dict):
+            content = self.content
+            pairs = {name: (known.get(name), content.get(name)) for name in names}
+            return [n for n, (a, b) in pairs.items() if None not in (a, b) and a != b]
+        if record.get("corpus_sha256"):  # Of an earlier version.
+            is_same = self._sampled_sha256() == record["corpus_sha256"]
+            return [] if is_same else ["tokens"]
+        return None
 
     def count_tokens(self, split: str) -> np.ndarray:
         """Number of occurrences of each token id in a split: int64 [V]."""
@@ -69,7 +119,7 @@ class Corpus(CorpusInfo):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = byte_count = 0
         in_word = False
-        for chunk in _chunks(self.tokens(split)):
+        for chunk in chunks(self.tokens(split)):
             documents = np.split(chunk, np.flatnonzero(chunk == end))
             raw = b" ".join(
                 encoding.decode_bytes(ids[ids != end].tolist()) for ids in documents
@@ -82,54 +132,28 @@ class Corpus(CorpusInfo):
             in_word = bool(text[-1:].strip())
         return TextSize(words, byte_count)
 
-    def fingerprint(self) -> str:
-        """sha256 of the vocabulary size and of samples of the train and val splits.
+    def _sampled_sha256(self) -> str | None:
+        """What earlier versions recorded: a hash of samples of train and val.
 
-        A sample is 64 evenly spaced runs of 4,096 tokens: the cost does not depend on
-        the size of the corpus.
+        A sample is 64 evenly spaced runs of 4,096 tokens.
         """
+        if not {"train", "val"} <= set(self.splits):
+            return None
         digest = hashlib.sha256(f"{self.vocab_size}".encode())
         for split in ("train", "val"):
-            tokens = self._map(split)
+            tokens = self.tokens(split)
             digest.update(f" {split} {len(tokens)} ".encode())
             for start in np.linspace(0, max(len(tokens) - 4096, 0), 64).astype(int):
                 digest.update(tokens[start : start + 4096].tobytes())
         return digest.hexdigest()
 
+    def _checked(self, split: str) -> TokenFile:
+        """What the file of a split is; UserError as for `check_tokens`."""
+        check_splits(self, [split], self.folder)
+        return check_tokens(self._path(split), self, self.cache_dir)
+
     def _path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"
-
-    def _map(self, split: str) -> np.memmap:
-        """Maps a split without checking its ids."""
-        path, dtype = self._path(split), DTYPES[self.dtype]
-        if not path.is_file():
-            present = ", ".join(present_splits(self.folder)) or "none"
-            raise UserError(
-                f"no '{split}' split in {self.folder} (present: {present}): "
-                f"add {path.name}, or ask for a split that is there"
-            )
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(
-                f"{path} is empty or truncated: it has {size} bytes, which must be a "
-                f"positive multiple of {dtype.itemsize}, the size of a {self.dtype}; "
-                "write its tokens again"
-            )
-        return np.memmap(path, dtype=dtype, mode="r")
-
-
-@functools.lru_cache
-def _check_ids(corpus: Corpus, split: str, version: tuple) -> None:
-    """Raises UserError for an invalid id; the cache skips an unchanged file."""
-    for number, chunk in enumerate(_chunks(corpus._map(split))):
-        if chunk.max() >= corpus.vocab_size:
-            at = int(np.argmax(chunk >= corpus.vocab_size))
-            raise UserError(
-                f"{corpus._path(split)} holds id {chunk[at]} at position "
-                f"{number * _CHUNK_TOKENS + at}, but the vocabulary size is "
-                f"{corpus.vocab_size}: correct vocab_size or dtype (now "
-                f"{corpus.dtype}) in meta.json beside it, or write the tokens again"
-            )
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -139,26 +163,45 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """
     # np.bincount of all tokens at once would make an int64 copy: 8 bytes per token.
     count_V = np.zeros(vocab_size, np.int64)
-    for chunk in _chunks(tokens):
+    for chunk in chunks(tokens):
         count_V += np.bincount(chunk, minlength=vocab_size)
     return count_V
 
 
-def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive pieces of an array of tokens, small enough to convert."""
-    for start in range(0, len(tokens), _CHUNK_TOKENS):
-        yield tokens[start : start + _CHUNK_TOKENS]
+def check_splits(info: CorpusInfo, needed: Collection[str], place: object) -> None:
+    """Raises UserError if a corpus, which comes from `place`, lacks a split."""
+    for split in needed:
+        if split not in info.splits:
+            raise UserError(
+                f"no '{split}' split in {place} (present: "
+                f"{', '.join(info.splits) or 'none'}): add a file for it, such as "
+                f"{split}.txt or {split}.bin, or ask for a split that is there"
+            )
 
 
-def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
-    """Describes what `open_corpus` would open, without tokenizing; raises the same."""
+def describe_corpus(
+    source: str, tokenizer: str = "auto", splits: Collection[str] = ()
+) -> CorpusInfo:
+    """Describes what `open_corpus` would open, without reading tokens or tokenizing.
+
+    Raises the same, unless only the token files show it.
+    """
     found = find_source(source)
-    if isinstance(found, Path):
-        return read_meta(found, tokenizer)
-    return found.info(tokenizer)
+    info = (
+        read_meta(found, tokenizer)
+        if isinstance(found, Path)
+        else found.info(tokenizer)
+    )
+    check_splits(info, splits, source)
+    return info
 
 
-def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus:
+def open_corpus(
+    source: str,
+    cache_dir: Path,
+    tokenizer: str = "auto",
+    splits: Collection[str] = (),
+) -> Corpus:
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
     Args:
@@ -169,18 +212,20 @@ def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus
       cache_dir: folder for the token files of text.
       tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
         and the tokenizer in the folder's meta file for token files.
+      splits: those that must be there.
 
     Raises:
-      UserError: the source cannot be read as one of these.
+      UserError: the source cannot be read as one of these, or lacks a split. Nothing
+        has been tokenized then.
     """
-    found = find_source(source)
+    info, found = describe_corpus(source, tokenizer, splits), find_source(source)
     if isinstance(found, Path):
         folder = found
     else:
-        info = found.info(tokenizer)
         recipe = [_RECIPE, found.fingerprint(), info.tokenizer_sha256]
         key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
         folder = Path(cache_dir) / f"{info.name}-{info.tokenizer}-{key}"
         if not folder.is_dir():
             write_token_folder(folder, found, info)
-    return Corpus(**vars(read_meta(folder, tokenizer)), folder=folder)
+        info = read_meta(folder, tokenizer)
+    return Corpus(**vars(info), folder=folder, cache_dir=Path(cache_dir))

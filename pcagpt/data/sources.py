@@ -1,6 +1,5 @@
 """Where text comes from: the embedded corpus, the Hugging Face hub, a local folder."""
 
-import hashlib
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,19 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pcagpt.data.token_files import SPLITS, CorpusInfo, present_splits
+from pcagpt.data import text_files
+from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
-from pcagpt.files import sha256_of_file
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
+NAMED = ("sotu", "wikitext103")
 _SOTU_SHA256 = "6f9e2605f2ca1284be8565dab901767419942184a16fd403b5a1b9f05f884d2d"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
-_TEXT_ENDINGS = (".txt", ".raw", ".tokens", ".text")
-_SPLIT_WORD = re.compile(
-    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test(?:ing)?))\d*"
-)
 
 
 class TextSource(NamedTuple):
@@ -30,13 +26,24 @@ class TextSource(NamedTuple):
     tokenizer: str  # its own, for 'auto'
     fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
+    files: str = ""  # a line that says which files are used and which are left out
 
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
         name = self.tokenizer if tokenizer == "auto" else tokenizer
         vocab_size, sha256 = rank_file(name)
-        dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        return CorpusInfo(self.name, vocab_size, dtype, name, sha256, None)
+        return CorpusInfo(
+            name=self.name,
+            splits=tuple(self.documents),
+            vocab_size=vocab_size,
+            tokenizer=name,
+            tokenizer_sha256=sha256,
+        )
+
+
+def absolute(source: str) -> str:
+    """A source in words that mean the same in any working directory."""
+    return source if source in NAMED else str(Path(source).expanduser().resolve())
 
 
 def find_source(source: str) -> TextSource | Path:
@@ -56,16 +63,30 @@ def find_source(source: str) -> TextSource | Path:
         )
     if present_splits(folder):
         return folder
-    files = _text_files(folder)
-    if not files:
+    files = text_files.find_text_files(folder)
+    if not files.of_split:
         raise UserError(
             f"nothing recognisable in {folder}: it must hold train.bin and val.bin, or "
-            f"text files named by split and ending in {', '.join(_TEXT_ENDINGS)}, such "
-            "as train.txt and val.txt"
+            f"text files named by split and ending in {', '.join(text_files.ENDINGS)}, "
+            "such as train.txt and val.txt"
         )
     name = re.sub(r"[^\w.-]+", "_", folder.resolve().name) or "text"
-    documents = {split: partial(map, _read_lines, files[split]) for split in files}
-    return TextSource(name, "gpt2", partial(_fingerprint, files), documents)
+    documents = {
+        split: partial(map, text_files.read_text, paths)
+        for split, paths in files.of_split.items()
+    }
+    fingerprint = partial(text_files.fingerprint, files)
+    return TextSource(name, "gpt2", fingerprint, documents, str(files))
+
+
+def describe_files(source: str) -> str:
+    """Which files of a folder are used, and which are not; '' if all of them are."""
+    found = find_source(source)
+    if isinstance(found, TextSource):
+        return found.files
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, "content.json"}
+    others = text_files.other_names(found, used)
+    return f"tokens in {found}; left out: {others}" if others else ""
 
 
 def sotu_documents(split: str) -> list[str]:
@@ -108,45 +129,3 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
         ) from error
     # The hub's rows are the lines of the file, but a blank line, " \n", became "".
     yield (row["text"] or " \n" for row in rows)
-
-
-def _text_files(folder: Path) -> dict[str, list[Path]]:
-    """The text files of each split, in sorted order."""
-    files: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in _TEXT_ENDINGS or not path.is_file():
-            continue
-        words = map(_SPLIT_WORD.fullmatch, re.split(r"[._-]", path.stem.lower()))
-        splits = sorted({word.lastgroup for word in words if word})
-        if len(splits) > 1:
-            raise UserError(
-                f"the name of {path} has more than one split ({', '.join(splits)}): "
-                "rename it so that it has only one of train, val, test"
-            )
-        if splits and path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: fill or remove it")
-        for split in splits:
-            files[split].append(path)
-    return {split: paths for split, paths in files.items() if paths}
-
-
-def _fingerprint(files: dict[str, list[Path]]) -> str:
-    """Hash of the text files of each split."""
-    digest = hashlib.sha256()
-    for split, paths in files.items():
-        for path in paths:
-            digest.update(f"{split} {sha256_of_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _read_lines(path: Path) -> Document:
-    """The lines of a file as they are; UserError if it is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} is not UTF-8: byte 0x{line[error.start]:02x} in line "
-                    f"{number}; convert it, e.g. with iconv -f latin1 -t utf-8"
-                ) from error

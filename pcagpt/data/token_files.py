@@ -1,209 +1,174 @@
-"""Folders of token files in nanoGPT's format, and their meta files."""
+"""Token files in nanoGPT's format: little-endian ids without a header.
 
-import hashlib
-import json
-import pickle
-from dataclasses import dataclass
+Nothing in such a file says what it holds. Its ids tell how wide they are, and the
+contents that are most often taken for ids are recognised.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.data.tokenizer import RANKS, rank_file
+from pcagpt.data.content import Content, content_of
+from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text
+from pcagpt.data.meta import DTYPES, CorpusInfo
+from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
-from pcagpt.files import read_json
 
-SPLITS = ("train", "val", "test")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_CHUNK_TOKENS = 1 << 20
+_ENOUGH_BYTES = 128  # A shorter file looks wider than it is by chance.
+# Windows of ids that are decoded and encoded again, and the share of all pairs of
+# neighbours that must come back. Of GPT-2's tokens 0.99 do, of other ids 0.9 at most.
+_WINDOWS, _WINDOW, _SHARE = 8, 1024, 0.95
 
 
-@dataclass(frozen=True)
-class CorpusInfo:
-    """Description of a corpus, known before its tokens are read.
+class TokenFile(NamedTuple):
+    """A token file all of whose ids are in the vocabulary.
 
-    tokenizer: a name in RANKS, or None if it is none of them; characters: the text of
-    each id, from the `itos` or `stoi` of a meta file, or None; tokenizer_sha256: what
-    tells the numbering of the ids from others, or None if nothing is known of it.
+    sha256: of the ids as uint16 if all of them fit, as uint32 otherwise.
     """
 
-    name: str
-    vocab_size: int
-    dtype: str  # a key of DTYPES
-    tokenizer: str | None
-    tokenizer_sha256: str | None
-    characters: tuple[str, ...] | None
+    dtype: np.dtype
+    length: int
+    sha256: str
 
 
-def present_splits(folder: Path) -> tuple[str, ...]:
-    """The splits that have a token file in the folder."""
-    return tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
-
-
-def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
-    """Reads meta.json or nanoGPT's meta.pkl, and checks it against the token files.
-
-    meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
-    tokenizer, tokenizer_sha256, itos or stoi (the text of each id, or the id of each
-    text), and tokens (the number of tokens of each split).
+def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
+    """Checks `<split>.bin`; reads the whole file, once until it changes.
 
     Args:
-      folder: has at least one token file.
-      tokenizer: a name in RANKS, or 'auto'.
+      path: of an existing file.
+      info: what is known of the corpus.
+      cache_dir: see `content_of`.
 
     Raises:
-      UserError: the meta file is damaged, or contradicts `tokenizer` or the files.
+      UserError: the file is empty, truncated, something else than ids, holds an id >=
+        vocab_size, or contradicts its meta file.
     """
-    if tokenizer != "auto":
-        rank_file(tokenizer)
-    path = folder / "meta.json"
-    if path.is_file():
-        meta = read_json(path, 'write it again, e.g. {"vocab_size": 50257}')
-    elif (path := folder / "meta.pkl").is_file():
-        pickled = _read_pickle(path)
-        meta = {
-            name: pickled[name]
-            for name in ("vocab_size", "itos", "stoi")
-            if name in pickled
-        }
-    else:
-        # nanoGPT writes no meta file for GPT-2's tokens.
-        name = "gpt2" if tokenizer == "auto" else tokenizer
-        meta = {"vocab_size": RANKS[name].vocab_size, "tokenizer": name}
-        _refuse_wide_ids(folder)
-    vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
+    _refuse_foreign(path)
+    content = content_of(path, cache_dir)
+    stated = info.counts.get(path.stem)
+    name = _dtype(path, content, info, stated)
+    dtype, highest = DTYPES[name], content.highest[name]
+    if highest is None:
         raise UserError(
-            f"{path} gives vocab_size {vocab_size!r}: it must be a positive integer"
+            f"{path} is empty or truncated: it has {content.size} bytes, which must be "
+            f"a positive multiple of {dtype.itemsize}, the size of a {name}; write its "
+            "tokens again"
         )
-    dtype = meta.get("dtype", "uint16")
-    if dtype not in list(DTYPES):
-        raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
-    _check_lengths(folder, meta.get("tokens", {}), DTYPES[dtype].itemsize)
-    name = meta.get("name")
-    agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
-    text_of_id = {} if agreed else _vocabulary(path, meta)
-    is_whole = text_of_id.keys() == set(range(vocab_size))
-    return CorpusInfo(
-        name if isinstance(name, str) and name else folder.resolve().name,
-        vocab_size,
-        dtype,
-        agreed,
-        RANKS[agreed].sha256 if agreed else _numbering_sha256(meta, text_of_id),
-        tuple(text_of_id[i] for i in range(vocab_size)) if is_whole else None,
-    )
-
-
-def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
-    """{id: text} from `itos` and `stoi`; UserError if they contradict each other.
-
-    JSON has the ids of `itos` as a list or as text. Entries of other types are left
-    out.
-    """
-    itos, stoi = meta.get("itos"), meta.get("stoi")
-    pairs = list(enumerate(itos)) if isinstance(itos, (list, tuple)) else []
-    pairs += itos.items() if isinstance(itos, dict) else []
-    pairs += [(i, text) for text, i in stoi.items()] if isinstance(stoi, dict) else []
-    found: dict[int, str] = {}
-    for number, text in pairs:
-        is_number = type(number) is int or (
-            isinstance(number, str) and number.isascii() and number.isdigit()
+    length = content.size // dtype.itemsize
+    if stated is not None and length != stated:
+        raise UserError(
+            f"{path} is truncated or belongs to other tokens: it has {content.size} "
+            f"bytes, but meta.json says {stated!r} tokens of {dtype.itemsize} bytes; "
+            f"remove {path.parent} and make it again"
         )
-        if not is_number or not isinstance(text, str):
-            continue
-        if found.setdefault(int(number), text) != text:
-            raise UserError(
-                f"{path} gives id {number} two texts, {found[int(number)]!r} and "
-                f"{text!r}: correct its itos and stoi"
-            )
+    if highest >= info.vocab_size:
+        raise _beyond(path, name, info.vocab_size)
+    if info.is_assumed and not _are_tokens(map_tokens(path, dtype), info.tokenizer):
+        raise UserError(
+            f"{path} seems to hold other ids than {info.tokenizer}'s, which are assumed"
+            ' without a meta file: add meta.json beside it with {"vocab_size": …}, or '
+            f"set --config.data.tokenizer={info.tokenizer} if they are"
+        )
+    is_narrow = name == "uint32" and content.narrow_sha256 is not None
+    sha256 = content.narrow_sha256 if is_narrow else content.sha256
+    return TokenFile(dtype, length, sha256)
+
+
+def map_tokens(path: Path, dtype: np.dtype) -> np.memmap:
+    """The ids in a file: [n], read-only and read when they are used."""
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive pieces of an array of tokens, small enough to convert."""
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        yield tokens[start : start + _CHUNK_TOKENS]
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises for the beginning of another kind of file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if kind := foreign_kind(head):
+        raise UserError(f"{path} holds no token ids, it is {kind}")
+    if len(head) >= 16 and is_text(head):
+        raise UserError(
+            f"{path} holds no token ids, it is text: name it {path.stem}.txt, in a "
+            "folder without .bin files, to have it tokenized"
+        )
+
+
+def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -> str:
+    """The key of DTYPES that a file's ids have; UserError if meta.json has another."""
+    # Ids look narrower than they are, as each second one is then 0, but not wider.
+    fitting = [
+        name
+        for name, highest in content.highest.items()
+        if highest is not None and highest < info.vocab_size
+    ]
+    is_clear = content.size >= _ENOUGH_BYTES and content.highest["uint16"]
+    named = info.dtype or "uint16"
+    is_proven = info.dtype and stated == content.size / DTYPES[named].itemsize
+    if not is_clear or not fitting or fitting[-1] == named or is_proven:
+        return named
+    found = fitting[-1]
+    if found == "int64":
+        raise UserError(
+            f"{path} looks like int64: write it again as uint16 or uint32, e.g. with "
+            f"ids.astype('{'uint16' if info.vocab_size <= 1 << 16 else 'uint32'}')"
+            ".tofile(…)"
+        )
+    if info.dtype:
+        raise UserError(
+            f"{path} looks like {found}, not {named}: correct dtype in meta.json, or "
+            "write the tokens again"
+        )
     return found
 
 
-def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:
-    """What tells the ids of an unknown tokenizer from others; None without a hint."""
-    stated = meta.get("tokenizer_sha256")
-    if isinstance(stated, str) and stated:
-        return stated
-    known = sorted(text_of_id.items()) or meta.get("tokenizer")
-    if not known:
-        return None
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
+    """Names the first id outside the vocabulary, and what the file could be instead."""
+    tokens, position = map_tokens(path, DTYPES[name]), 0
+    for chunk in chunks(tokens):
+        beyond = np.flatnonzero(chunk >= vocab_size)
+        if len(beyond):
+            position += int(beyond[0])
+            break
+        position += len(chunk)
+    message = (
+        f"{path} holds id {tokens[position]} at position {position}, but the "
+        f"vocabulary size is {vocab_size}: "
+    )
+    head = tokens[: HEAD_BYTES // 2].tobytes()
+    for other in ("big-endian uint32", "big-endian uint16", "uint8"):
+        dtype = np.dtype(other.split()[-1]).newbyteorder(">")
+        ids = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
+        if ids.max(initial=0) < vocab_size:
+            message += f"it looks like {other}, it must be little-endian uint16; or "
+            break
+    return UserError(
+        f"{message}correct vocab_size or dtype (now {name}) in meta.json beside it, or "
+        "write the tokens again"
+    )
 
 
-def _agreed_tokenizer(
-    path: Path, meta: dict, vocab_size: int, asked: str
-) -> str | None:
-    """The tokenizer that fits both the meta file and the request; None if unknown."""
-    stated = meta.get("tokenizer")
-    if stated is not None and asked not in ("auto", stated):
-        raise UserError(
-            f"{path} says that the tokens were made by {stated!r}, not '{asked}': set "
-            "--config.data.tokenizer=auto"
-        )
-    name = stated if asked == "auto" else asked
-    if not isinstance(name, str) or name not in RANKS:
-        return None  # A model can train on such ids, but they cannot become text.
-    if RANKS[name].vocab_size != vocab_size:
-        raise UserError(
-            f"{path} gives vocab_size {vocab_size}, but tokenizer '{name}' has "
-            f"{RANKS[name].vocab_size}: correct one of them"
-        )
-    if meta.get("tokenizer_sha256", RANKS[name].sha256) != RANKS[name].sha256:
-        raise UserError(
-            f"{path} was made with another version of tokenizer '{name}': remove "
-            f"{path.parent} and tokenize its text again"
-        )
-    return name
+def _are_tokens(tokens: np.ndarray, tokenizer: str) -> bool:
+    """Decoding and encoding gives the tokens back, as a tokenizer does with its own.
 
-
-def _check_lengths(folder: Path, counts: Any, itemsize: int) -> None:
-    """Raises if the size of a file contradicts its number of tokens in meta.json."""
-    if not isinstance(counts, dict):
-        raise UserError(
-            f"{folder / 'meta.json'} is damaged: 'tokens' is {counts!r}, it must give "
-            "the number of tokens of each split"
-        )
-    for split in present_splits(folder):
-        path, stated = folder / f"{split}.bin", counts.get(split)
-        size = path.stat().st_size
-        if stated is not None and size / itemsize != stated:
-            raise UserError(
-                f"{path} is truncated or belongs to other tokens: it has {size} bytes, "
-                f"but meta.json says {stated!r} tokens of {itemsize} bytes; remove "
-                f"{folder} and make it again"
-            )
-
-
-def _refuse_wide_ids(folder: Path) -> None:
-    """Raises if a file seems to hold uint32: every second uint16 is 0."""
-    for split in present_splits(folder):
-        path = folder / f"{split}.bin"
-        head = np.fromfile(path, DTYPES["uint16"], count=4096)
-        if len(head) >= 64 and head[::2].any() and not head[1::2].any():
-            raise UserError(
-                f"{path} looks like uint32, not uint16: add meta.json beside it with "
-                '{"vocab_size": …, "dtype": "uint32"}'
-            )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain values. It refuses to look up any name, so no code can run."""
-
-    def find_class(self, module_name: str, global_name: str) -> object:
-        """Refuses every name."""
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-
-
-def _read_pickle(path: Path) -> dict:
-    """Reads nanoGPT's meta.pkl; UserError unless it is a dict of plain values."""
-    try:
-        with path.open("rb") as file:
-            meta = _PlainUnpickler(file).load()
-        if not isinstance(meta, dict):
-            raise TypeError(f"it is a {type(meta).__name__}")
-    except Exception as error:  # A damaged pickle can raise almost any error.
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
-            'write meta.json instead, {"vocab_size": …}'
-        ) from error
-    return meta
+    A sample of some thousand tokens is tried.
+    """
+    encoding = load_tokenizer(tokenizer)
+    size, kept, total = min(_WINDOW, len(tokens)), 0, 0
+    for start in np.linspace(0, len(tokens) - size, _WINDOWS).astype(int):
+        ids = tokens[start : start + size].tolist()
+        text = encoding.decode_bytes(ids).decode("utf-8", "replace")
+        again = encoding.encode(text, allowed_special={END_OF_TEXT})
+        pairs, pairs_again = Counter(pairwise(ids)), Counter(pairwise(again))
+        kept += (pairs & pairs_again).total()
+        total += pairs.total()
+    return kept >= _SHARE * total

@@ -7,16 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from pcagpt.data.meta import DTYPES, CorpusInfo
 from pcagpt.data.sources import Document, TextSource
-from pcagpt.data.token_files import DTYPES, CorpusInfo
-from pcagpt.data.tokenizer import load_tokenizer
+from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
@@ -55,11 +54,12 @@ def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> No
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
+    dtype = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
     characters, reported = 0, time.monotonic()
     for split, documents in source.documents.items():
         with (folder / f"{split}.bin").open("wb") as file:
             for ids, length in _encode(documents(), load_tokenizer(info.tokenizer)):
-                file.write(np.asarray(ids, DTYPES[info.dtype]).tobytes())
+                file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
                 counts[split] += len(ids)
                 characters += length
                 if time.monotonic() - reported > 2:
@@ -69,15 +69,24 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
                         f"characters so far, now in {split}",
                         file=sys.stderr,
                     )
-    meta = {**asdict(info), "tokens": counts}
-    del meta["characters"]  # The tokenizer is a packaged one.
+    meta = {
+        "name": info.name,
+        "vocab_size": info.vocab_size,
+        "dtype": dtype,
+        "tokenizer": info.tokenizer,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "tokens": counts,
+    }
     write_json(folder / "meta.json", meta)
 
 
 def _encode(
     documents: Iterable[Document], encoding: tiktoken.Encoding
 ) -> Iterator[tuple[list[int], int]]:
-    """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document."""
+    """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document.
+
+    The same text inside a document is the same token, as in GPT-2's own corpora.
+    """
     pieces = (
         (number == 0, piece)
         for document in documents
@@ -87,9 +96,13 @@ def _encode(
     # tiktoken encodes the texts of a batch in parallel threads.
     while batch := list(islice(pieces, 8 * threads)):
         texts = [text for _, text in batch]
-        encoded = encoding.encode_ordinary_batch(texts, num_threads=threads)
+        encoded = encoding.encode_batch(
+            texts, num_threads=threads, allowed_special={END_OF_TEXT}
+        )
         for (is_first, text), ids in zip(batch, encoded, strict=True):
-            yield [encoding.eot_token] * is_first + ids, len(text)
+            # A text that marks its documents itself gets no second mark.
+            is_marked = ids[:1] == [encoding.eot_token]
+            yield [encoding.eot_token] * (is_first and not is_marked) + ids, len(text)
 
 
 def _pieces(document: Document) -> Iterator[str]:

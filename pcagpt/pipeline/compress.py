@@ -46,6 +46,9 @@ def compress(settings: Settings, command: str) -> None:
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
+    bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
+    bounds = {name: bound for name, bound in bounds.items() if bound}
+    path = folder / ("advice.json" if bounds else "sweep.json")
     heading = {
         "command": command,
         "run": str(run.folder),
@@ -53,18 +56,15 @@ def compress(settings: Settings, command: str) -> None:
         **provenance.summary(original.mesh.size),
         "protocol": original.protocol,
     }
-    bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
-    bounds = {name: bound for name, bound in bounds.items() if bound}
     if bounds:
-        tried, file, models = [], folder / "advice.json", {folder / ADVISED}
+        tried, models = [], {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
-        file = folder / "sweep.json"
         models = {best_model(folder, recipe.rank) for recipe in tried if recipe.rank}
 
     def check_folder() -> None:
         if not settings.overwrite:
-            _check_file(file, original)
+            _check_file(path, original)
             for model in sorted(models):
                 check_place(model)
 
@@ -177,7 +177,7 @@ def _check_recoverable(
             f"compress.recover_ranks is set, but {settings.model_path} is not "
             "the end of a finished run: D is trained further only from there"
         )
-    if run.record.get("corpus_sha256") != original.corpus.fingerprint():
+    if not run.is_own(original.corpus):
         raise UserError(
             f"compress.recover_ranks is set, but {run.folder} was trained on another "
             f"corpus than {original.corpus.name}: leave data.source out"

@@ -1,11 +1,14 @@
 """The task 'evaluate': the loss of any run on any split of a corpus that fits it."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import jax
 
 from pcagpt.config import Settings
-from pcagpt.files import keep, write_json
+from pcagpt.errors import UserError
+from pcagpt.files import keep, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -26,7 +29,7 @@ def evaluate(settings: Settings) -> dict:
     """
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
-    corpus = run.corpus(settings.data, settings.cache_dir)
+    corpus = run.corpus(settings.data, settings.cache_dir, [settings.split])
     mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     model, variables = run.load(settings.model, mesh)
     evaluator = Evaluator(
@@ -46,13 +49,30 @@ def evaluate(settings: Settings) -> dict:
         "step": run.step,
         **measured.metrics,
         **provenance.summary(mesh.size),
+        "is_own_corpus": run.is_own(corpus),
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:
-        corpus_name = re.sub(r"[^\w.-]+", "_", corpus.name)
         tokens = settings.evaluate.max_tokens
         part = f"{settings.split}_first{tokens}" if tokens else settings.split
-        name = f"evaluation_{corpus_name}_{part}_step{run.step}.json"
+        path = _path(run, part, evaluator.protocol)
         # The folder of a shared model may be read-only.
-        keep(run.folder / name, lambda path: write_json(path, result))
+        keep(path, lambda place: write_json(place, result))
     return result
+
+
+def _path(run: Run, part: str, protocol: dict[str, Any]) -> Path:
+    """The file of a result: one for each corpus, by content, even of equal names."""
+    name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
+    plain = run.folder / f"evaluation_{name}_{part}_step{run.step}.json"
+    try:
+        there = read_json(plain, "delete it")
+    except UserError:  # It is damaged, and a new one can replace it.
+        there = None
+    known = ("tokens_sha256", "tokenizer_sha256")
+    is_same = there is None or all(
+        (there.get("protocol") or {}).get(key) == protocol[key] for key in known
+    )
+    if is_same:
+        return plain
+    return plain.with_stem(f"{plain.stem}_{protocol['tokens_sha256'][:8]}")

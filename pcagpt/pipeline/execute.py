@@ -14,7 +14,7 @@ from pcagpt.data.corpus import describe_corpus
 from pcagpt.errors import UserError
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.plan import Job, Plan
-from pcagpt.pipeline.train_job import DONE, TO_DO, TrainJob
+from pcagpt.pipeline.train_job import DONE, SPLITS, TO_DO, TrainJob
 from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
 from pcagpt.sharding import placement
@@ -53,7 +53,8 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
         if not job.is_target and not settings.build_prerequisites:
             raise _missing(job)
     if any(isinstance(job, TrainJob) for job in to_do):
-        corpus = describe_corpus(settings.data.source, settings.data.tokenizer)
+        data = settings.data
+        corpus = describe_corpus(data.source, data.tokenizer, SPLITS)
         for job in to_do:
             job.check_vocabulary(corpus.vocab_size)
     for job, status in needed.items():
@@ -85,8 +86,8 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
             checked[job.folder] = job.check(set(checked))
     for job, status in needed.items():
         # New runs are compared with finished ones: both must have the same tokens.
-        if checked and isinstance(job, TrainJob) and status != TO_DO:
-            job.check_corpus()
+        if isinstance(job, TrainJob) and status != TO_DO:
+            _check_corpus(job, is_needed=bool(checked))
     for corpus in _corpora_without_text(checked.values()):
         _say(
             f"{corpus} holds bare token ids: its models cannot be sampled, unless "
@@ -114,9 +115,24 @@ def _needed(plan: Plan) -> list[tuple[Job, str]]:
     return [(job, known.get(job) or job.status()) for job in jobs]
 
 
+def _check_corpus(job: TrainJob, is_needed: bool) -> None:
+    """Raises UserError if a run was trained on other tokens than its source holds.
+
+    A corpus that is not needed any more may be missing; that is said.
+    """
+    try:
+        job.corpus()
+    except UserError as error:
+        if is_needed:
+            raise
+        _say(f"{job.folder.name} is not compared with its corpus: {error}")
+    else:
+        job.check_corpus()
+
+
 def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
     """Names of the corpora of training runs whose tokens stand for no known text."""
-    corpora = {setup.corpus for setup in checked if setup is not None}
+    corpora = [setup.corpus for setup in checked if setup is not None]
     return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pcagpt import factorize
 from pcagpt.config import Settings
+from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
@@ -95,7 +96,8 @@ class FactorizeJob:
         metadata, identity = factor_files.read_metadata(self.folder), self.identity()
         if metadata is None or identity["source_sha256"] is None:
             return []
-        metadata = {"bands": 1} | metadata  # Older files do not say.
+        older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
+        metadata = older | metadata  # Older files do not say.
         differing = [part for part in identity if metadata.get(part) != identity[part]]
         recorded = metadata.get("source_sha256")
         if "source_sha256" in differing and self._is_source(recorded):
@@ -114,6 +116,7 @@ class FactorizeJob:
         if self._calibrates:
             found["calibration_tokens"] = self._calibration_tokens
             found["calibration_batch_size"] = self.settings.train.batch_size
+            found["calibration_sha256"] = self._calibration_sha256()
         elif given and given.exists():
             found["statistics_sha256"] = sha256_of_file(given)
         return found
@@ -243,7 +246,7 @@ class FactorizeJob:
         settings, batch_size = self.settings, self.settings.train.batch_size
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_divisible("train.batch_size", batch_size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir)
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train"])
         model, variables = run.load(settings.model, mesh)
         return calibrate.statistics(
             run,
@@ -293,6 +296,14 @@ class FactorizeJob:
     def _is_source(self, recorded: str | None) -> bool:
         """Whether an older version recorded this hash of the checkpoint."""
         return not self._is_bare_table and checkpoint.same(self.source, recorded)
+
+    def _calibration_sha256(self) -> str | None:
+        """Hash of the calibration text's tokens; None if the source does not exist."""
+        if self._source_sha256() is None:
+            return None
+        data = Run.open(self.source).data(self.settings.data)
+        corpus = open_corpus(data.source, self.settings.cache_dir, data.tokenizer)
+        return corpus.tokens_sha256("train")
 
     @property
     def _is_bare_table(self) -> bool:

@@ -9,7 +9,8 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus
+from pcagpt.data.corpus import Corpus, open_corpus
+from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError
 from pcagpt.files import remove_leftovers
 from pcagpt.run import checkpoint, initialise, lock
@@ -30,6 +31,7 @@ from pcagpt.sharding import placement
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
 
+SPLITS = ("train", "val")  # that a run needs
 DONE, TO_DO = "done", "to do"  # values of a job's status
 
 
@@ -74,12 +76,9 @@ class TrainJob:
         if conflict and self._may_replace:
             return TO_DO
         if conflict:
-            remedy = (
-                "--config.overwrite=True to move it aside"
-                if self.is_target
-                else f"move {self.folder} away"
+            raise UserError(
+                f"{conflict}: use another --config.workdir, or {self._remedy}"
             )
-            raise UserError(f"{conflict}: use another --config.workdir, or {remedy}")
         if read_record(self.folder) is None:
             return "lacks its config.json"
         if read_result(self.folder):
@@ -94,6 +93,12 @@ class TrainJob:
         if read_result(self.folder):
             return True
         return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
+
+    @property
+    def _remedy(self) -> str:
+        if self.is_target:
+            return "--config.overwrite=True to move it aside"
+        return f"move {self.folder} away"
 
     @property
     def _may_replace(self) -> bool:
@@ -119,6 +124,8 @@ class TrainJob:
                 "has a copy"
             )
         changed = changed_fields(self.folder, self.record())
+        if not changed and self._may_replace and (other := self._other_tokens()):
+            return other
         if changed:
             return (
                 f"{self.folder} was trained with another config: {'; '.join(changed)}"
@@ -143,8 +150,8 @@ class TrainJob:
         return {**settings.to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; tokenizes its text if necessary."""
-        return open_shared_corpus(self.settings.data, self.settings.cache_dir)
+        """The run's corpus; tokenizes its text if necessary, in the first process."""
+        return open_shared_corpus(self.settings.data, self.settings.cache_dir, SPLITS)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device."""
@@ -172,13 +179,25 @@ class TrainJob:
 
     def check_corpus(self) -> None:
         """Raises UserError if the run in the folder was trained on other tokens."""
-        trained_on = (read_record(self.folder) or {}).get("corpus_sha256")
-        if trained_on not in (None, self.corpus().fingerprint()):
+        if other := self._other_tokens():
             raise UserError(
-                f"{self.folder} was trained on other tokens than "
-                f"{self.settings.data.source} holds now: give it the same data, use "
-                f"another --config.workdir, or delete {self.folder}"
+                f"{other}: give it the same data, use another --config.workdir, or "
+                f"{self._remedy}"
             )
+
+    def _other_tokens(self) -> str | None:
+        """How the corpus differs from that of the run in the folder, if it does."""
+        data = self.settings.data
+        corpus = open_corpus(
+            data.source, self.settings.cache_dir, data.tokenizer, SPLITS
+        )
+        differing = corpus.differences(find_record(self.folder) or {})
+        if not differing:
+            return None
+        return (
+            f"{self.folder} was trained on other tokens than {data.source} holds now "
+            f"({', '.join(differing)} differ)"
+        )
 
     def run(self, checked: Setup | None = None) -> None:
         """Trains, from the newest checkpoint if there is one.
@@ -199,7 +218,8 @@ class TrainJob:
                 "vocab_size": setup.model.config.vocab_size,
                 "tokenizer": setup.corpus.tokenizer,
                 "characters": setup.corpus.characters,
-                "corpus_sha256": setup.corpus.fingerprint(),
+                "corpus": setup.corpus.content,
+                "corpus_source": absolute(self.settings.data.source),
             }
 
             def check_place() -> None:
@@ -225,6 +245,8 @@ class TrainJob:
         """
         status = self.status()
         stored = None if self._conflict() else find_record(self.folder)
+        if stored:  # Another command may just have made it from another corpus.
+            self.check_corpus()
         if stored and read_record(self.folder) is None:
             write_record(self.folder, stored)
             status = self.status()

@@ -129,19 +129,38 @@ def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, 
 
 
 def _shared_protocol(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation protocol of all rows; UserError if they differ in it."""
-    protocol = rows[0].get("protocol") or {}
+    """The evaluation protocol of all rows; UserError if they differ in it.
+
+    The rows must also have been trained on the same corpus. A corpus counts by its
+    tokens: its name only if a run of an earlier version does not know them.
+    """
+    protocol = _conditions(rows[0])
     for row in rows[1:]:
-        other = row.get("protocol") or {}
+        other = _conditions(row)
+        by_content = None not in (protocol["tokens_sha256"], other["tokens_sha256"])
         for name in sorted(protocol.keys() | other.keys()):
-            if protocol.get(name) != other.get(name):
+            known = protocol.get(name), other.get(name)
+            if name == "corpus" and by_content:
+                continue
+            if name.endswith("sha256") and None in known:
+                continue
+            if known[0] != known[1]:
                 raise UserError(
                     f"{rows[0]['folder']} and {row['folder']} were evaluated under "
-                    f"different protocols ({name}: {protocol.get(name)!r} and "
-                    f"{other.get(name)!r}): train both with the same data and block "
-                    "size"
+                    f"different protocols ({name}: {known[0]!r} and {known[1]!r}): "
+                    "train both with the same data and block size"
                 )
-    return protocol
+    return rows[0].get("protocol") or {}
+
+
+def _conditions(row: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation protocol of a row, and the tokens it was trained on."""
+    trained_on = (row.get("corpus") or {}).get("train")
+    return {
+        "tokens_sha256": None,
+        "trained_on_sha256": trained_on,
+        **(row.get("protocol") or {}),
+    }
 
 
 def _joined(values: Iterable[str | None]) -> str | None:

@@ -48,7 +48,7 @@ _RESULT: dict[str, tuple] = {
 
 
 def read_row(folder: Path) -> dict[str, Any]:
-    """Reads a finished run's result; adds letter, folder, learning rate, first loss.
+    """Reads a finished run's result; adds what the report also shows.
 
     Raises:
       UserError: the run is missing, unfinished, damaged or of an unknown arm.
@@ -68,11 +68,12 @@ def read_row(folder: Path) -> dict[str, Any]:
             f"{folder / 'result.json'} has the arm {result['arm']!r}: it must be one "
             f"of {', '.join(ARMS)}"
         )
-    curve = read_curve(folder)
+    curve, config = read_curve(folder), read_config(folder)
     return {
         "letter": ARMS[result["arm"]].letter,
         "folder": folder.name,
-        "learning_rate": read_config(folder).get("train", {}).get("learning_rate"),
+        "learning_rate": config.get("train", {}).get("learning_rate"),
+        "corpus": config.get("corpus"),
         "start_loss": curve[0, 1] if len(curve) and curve[0, 0] == 0 else None,
         **result,
     }

@@ -139,7 +139,7 @@ def statistics(
     steps = -(-tokens // (batch_size * block_size))
     protocol = {
         "checkpoint": run.fingerprint,
-        "corpus": corpus.fingerprint(),
+        "corpus": corpus.tokens_sha256("train"),
         "split": "train",
         "tokens": steps * batch_size * block_size,
         "window": block_size,

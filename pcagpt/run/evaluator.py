@@ -89,6 +89,7 @@ class Evaluator:
             "corpus": corpus.name,
             "tokenizer": corpus.tokenizer,
             "tokenizer_sha256": corpus.tokenizer_sha256,
+            "tokens_sha256": corpus.tokens_sha256(split),
         }
 
     def __call__(self, variables: dict, progress: Progress | None = None) -> Evaluation:

@@ -32,10 +32,12 @@ from pcagpt.run.build import DEVICE_KNOBS
 
 # The sections that decide a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
-    "arm", "seed", "model", "data", "train", "distill", "init", "imported_sha256"
+    "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# Imports count by the hash of their content, so a folder of runs can be moved.
+# The corpus and imports count by the hash of their content, so that both can be moved
+# and a folder of runs, too. Only `evaluate` reads a run's test split.
 NOT_IDENTITY = (
+    "corpus.test",
     "data.cache_dir",
     "init.import_wte_npy",
     "init.import_scale_matrices_npz",
@@ -196,7 +198,9 @@ def write_result(
     write_json(run_dir / "result.json", result | {_WINDOWS_HASH: sha256_of_file(path)})
 
 
-def identity(record: dict[str, Any]) -> dict[str, Any]:
+def identity(
+    record: dict[str, Any], sections: tuple[str, ...] = IDENTITY
+) -> dict[str, Any]:
     """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
 
     A knob that the record lacks, because it is newer, has its default.
@@ -204,9 +208,9 @@ def identity(record: dict[str, Any]) -> dict[str, Any]:
     found = {
         path: knob.default
         for path, knob in KNOBS.items()
-        if path.split(".")[0] in IDENTITY
+        if path.split(".")[0] in sections
     }
-    for section in IDENTITY:
+    for section in sections:
         value = record.get(section)
         if isinstance(value, dict):
             found |= {f"{section}.{name}": entry for name, entry in value.items()}
@@ -225,7 +229,8 @@ def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
     Empty if no run has begun. If `record` has no `imported_sha256`, its imports do not
-    exist yet, and the fields that depend on them are not compared.
+    exist yet, and the fields that depend on them are not compared. Neither is a corpus
+    that only one of both records knows: `Corpus.differences` compares it.
     """
     stored = find_record(run_dir)
     if stored is None:
@@ -235,7 +240,12 @@ def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
         if record.get("init", {}).get("import_bands"):
             bands = ("band_sizes", "band_ranks")
             stored["model"] |= {name: record["model"][name] for name in bands}
-    old, new = identity(stored), identity(record)
+    # The oldest runs know only where their corpus lay.
+    is_oldest = not {"corpus", "corpus_sha256"} & stored.keys()
+    sections = (*IDENTITY, "data") if is_oldest else IDENTITY
+    if "corpus" not in record or "corpus" not in stored:
+        record, stored = record | {"corpus": None}, stored | {"corpus": None}
+    old, new = identity(stored, sections), identity(record, sections)
     return [
         f"{name} (was {old.get(name)}, now {new.get(name)})"
         for name in sorted(old.keys() | new.keys())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
-from pcagpt.data.corpus import Corpus, open_corpus
+from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
+from pcagpt.data.sources import describe_files
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint
@@ -133,17 +135,48 @@ class Run:
         return np.asarray(wte_VD, np.float32)
 
     def data(self, asked: DataSettings) -> DataSettings:
-        """The corpus that was asked for, or the run's own if none was."""
-        return asked if asked.source else self.settings.data
+        """The corpus that was asked for, or the run's own if none was.
 
-    def corpus(self, asked: DataSettings, cache_dir: Path) -> Corpus:
-        """Opens the corpus of `data`; UserError if its tokens do not fit the model."""
-        corpus = open_shared_corpus(self.data(asked), cache_dir)
+        The run's own folder is found from any working directory.
+        """
+        if asked.source:
+            return asked
+        own, folder = self.settings.data, self.record.get("corpus_source")
+        is_there = isinstance(folder, str) and Path(folder).is_dir()
+        return dataclasses.replace(own, source=folder) if is_there else own
+
+    def corpus(
+        self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
+    ) -> Corpus:
+        """Opens the corpus of `data`, which must have some splits.
+
+        Another corpus than the run's own can be asked for; that is said on stderr.
+
+        Raises:
+          UserError: its tokens do not fit the model, a split is missing, or the run's
+            own corpus, which nobody asked for by name, has changed.
+        """
+        corpus = open_shared_corpus(self.data(asked), cache_dir, splits)
+        differing = corpus.differences(self.record, (*IDENTITY, "test"))
+        if differing and not asked.source:
+            raise UserError(
+                f"{corpus.folder} is not any more what {self.folder} was trained on ("
+                f"{', '.join(differing)} changed): restore it, or name a corpus as "
+                "--config.data.source"
+            )
         self.check_corpus(corpus)
         return corpus
 
+    def is_own(self, corpus: Corpus) -> bool | None:
+        """The run was trained on these tokens; None if its record does not say."""
+        differing = corpus.differences(self.record)
+        return None if differing is None else not differing
+
     def check_corpus(self, corpus: Corpus) -> None:
-        """Raises UserError if the corpus has unknown ids, or another tokenizer."""
+        """Raises UserError if the corpus has unknown ids, or another tokenizer.
+
+        Says on stderr if it is another corpus than the run's own.
+        """
         known_ids = self.record["vocab_size"]
         if corpus.vocab_size > known_ids:
             raise UserError(
@@ -157,6 +190,18 @@ class Run:
                 f"{corpus.name} has tokens of {corpus.tokenizer}, the model of "
                 f"{self.folder} knows those of {known}: set "
                 f"--config.data.tokenizer={known}"
+            )
+        differing = corpus.differences(self.record) or []
+        if "tokenizer_sha256" in differing:
+            raise UserError(
+                f"{corpus.name} numbers its tokens in another way than the corpus of "
+                f"{self.folder}: its ids mean other text to the model; make them with "
+                "the run's own meta file"
+            )
+        if differing:
+            _say_once(
+                f"{corpus.folder} is another corpus than the one that {self.folder} "
+                "was trained on"
             )
 
     @property
@@ -173,10 +218,24 @@ class Run:
         return self.folder / checkpoint.FOLDER / str(self.step)
 
 
-def open_shared_corpus(data: DataSettings, cache_dir: Path) -> Corpus:
-    """Opens a corpus; only the first of several processes tokenizes its text."""
-    source = data.source, cache_dir, data.tokenizer
-    if jax.process_index() == 0:
-        open_corpus(*source)
+def open_shared_corpus(
+    data: DataSettings, cache_dir: Path, splits: Collection[str]
+) -> Corpus:
+    """Opens a corpus; only the first of several processes tokenizes its text.
+
+    Says on stderr which files of a folder are used and which are left out.
+    """
+    source = data.source, cache_dir, data.tokenizer, splits
+    describe_corpus(data.source, data.tokenizer, splits)
+    if files := describe_files(data.source):
+        _say_once(files)
+    corpus = open_corpus(*source) if jax.process_index() == 0 else None
     placement.wait_for_all(f"corpus {data.source}")
-    return open_corpus(*source)
+    return corpus or open_corpus(*source)
+
+
+@functools.lru_cache
+def _say_once(line: str) -> None:
+    """Prints a line on stderr, on the first process and once."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""What the bytes of a token file are: their hash and the highest id at each width.
+
+The whole file is read for it, but only once until it changes: content.json keeps the
+answer beside the token file, or in the cache folder if that folder is read-only. An
+answer counts for one size and two times of the file (its last change of content, and of
+anything). A file that changed in the last two seconds could change again without
+another time, so its answer is not kept.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcagpt.errors import UserError
+from pcagpt.files import read_json, write_json
+
+_SETTLED_SECONDS = 2
+_CHUNK_BYTES = 1 << 22
+_WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """The content of a file of little-endian whole numbers of unknown width.
+
+    size: in bytes; sha256: of the bytes; narrow_sha256: of the numbers as uint16, if
+    they are uint32 and all of them fit, else None; highest: the highest number at each
+    width, None if the size is no positive multiple of the width.
+    """
+
+    size: int
+    sha256: str
+    narrow_sha256: str | None
+    highest: dict[str, int | None]
+
+
+def content_of(path: Path, cache_dir: Path) -> Content:
+    """The content of a file; reads content.json instead if it knows the file."""
+    stamp = stamp_of(path)
+    return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
+
+
+@functools.lru_cache
+def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
+    """The content of a file whose times tell it from any later one."""
+    place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
+    files = path.parent / "content.json", cache_dir / f"content-{place}.json"
+    for file in files:
+        entry = _entries(file).get(path.name)
+        if isinstance(entry, dict) and entry.get("stamp") == list(stamp):
+            with contextlib.suppress(KeyError, TypeError):  # Another version wrote it.
+                return Content(**entry["content"])
+    content = _read(path)
+    if stamp_of(path) != stamp:
+        raise UserError(f"{path} changed while it was read: run the command again")
+    entry = {"stamp": stamp, "content": dataclasses.asdict(content)}
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.parent == cache_dir:
+                cache_dir.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**_entries(file), path.name: entry})
+            break
+    return content
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """What content.json says of each file; {} if it is missing or damaged."""
+    try:
+        return read_json(file, "delete it") or {}
+    except (UserError, OSError):
+        return {}
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Size, and when the content and when anything last changed in nanoseconds."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def is_settled(stamp: tuple[int, int, int]) -> bool:
+    """The stamp tells the file from any later one."""
+    return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
+
+
+def _read(path: Path) -> Content:
+    """Reads the whole file."""
+    whole, narrow = hashlib.sha256(), hashlib.sha256()
+    size, is_narrow = 0, True
+    highest = dict.fromkeys(_WIDTHS, 0)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size += len(chunk)
+            whole.update(chunk)
+            for name, width in _WIDTHS.items():
+                found = np.frombuffer(chunk, f"<u{width}", len(chunk) // width)
+                highest[name] = max(highest[name], int(found.max(initial=0)))
+            is_narrow = is_narrow and highest["uint32"] < 1 << 16
+            if is_narrow:
+                words = np.frombuffer(chunk, "<u2", len(chunk) // 2)
+                narrow.update(words[::2].tobytes())
+    return Content(
+        size,
+        whole.hexdigest(),
+        narrow.hexdigest() if is_narrow else None,
+        {
+            name: None if size == 0 or size % width else highest[name]
+            for name, width in _WIDTHS.items()
+        },
+    )

@@ -1,0 +1,192 @@
+"""Meta files: what a folder of token files says of them."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+
+from pcagpt.data.tokenizer import RANKS, rank_file
+from pcagpt.errors import UserError
+from pcagpt.files import read_json
+
+SPLITS = ("train", "val", "test")
+META_FILES = ("meta.json", "meta.pkl")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusInfo:
+    """Description of a corpus, known before its tokens are read.
+
+    splits: those that it has; tokenizer: a name in RANKS, or None if it is none of
+    them; is_assumed: nobody named the tokenizer; tokenizer_sha256: what tells the
+    numbering of the ids from others, or None if nothing is known of it; characters: the
+    text of each id, from the `itos` or `stoi` of a meta file, or None; dtype: a key of
+    DTYPES, or None if nobody named one; counts: stated number of tokens of each split.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+    vocab_size: int
+    tokenizer: str | None
+    is_assumed: bool = False
+    tokenizer_sha256: str | None = None
+    characters: tuple[str, ...] | None = None
+    dtype: str | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def present_splits(folder: Path) -> tuple[str, ...]:
+    """The splits that have a token file in the folder."""
+    return tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
+
+
+def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
+    """Reads meta.json or nanoGPT's meta.pkl, but no token file.
+
+    meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
+    tokenizer, tokenizer_sha256, itos or stoi (the text of each id, or the id of each
+    text), and tokens (the number of tokens of each split).
+
+    Args:
+      folder: has at least one token file.
+      tokenizer: a name in RANKS, or 'auto'.
+
+    Raises:
+      UserError: the meta file is damaged, or contradicts `tokenizer`.
+    """
+    if tokenizer != "auto":
+        rank_file(tokenizer)
+    path, is_assumed = folder / "meta.json", False
+    if path.is_file():
+        meta = read_json(path, 'write it again, e.g. {"vocab_size": 50257}')
+    elif (path := folder / "meta.pkl").is_file():
+        known = ("vocab_size", "itos", "stoi")
+        meta = {name: v for name, v in _read_pickle(path).items() if name in known}
+    else:
+        # nanoGPT writes no meta file for GPT-2's tokens.
+        name = "gpt2" if tokenizer == "auto" else tokenizer
+        meta = {"vocab_size": RANKS[name].vocab_size, "tokenizer": name}
+        is_assumed = tokenizer == "auto"
+    vocab_size = meta.get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise UserError(
+            f"{path} gives vocab_size {vocab_size!r}: it must be a positive integer"
+        )
+    dtype, counts = meta.get("dtype"), meta.get("tokens", {})
+    if dtype is not None and dtype not in list(DTYPES):
+        raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
+    if not isinstance(counts, dict):
+        raise UserError(
+            f"{path} is damaged: 'tokens' is {counts!r}, it must give the number of "
+            "tokens of each split"
+        )
+    name = meta.get("name")
+    agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
+    text_of_id = {} if agreed else _vocabulary(path, meta)
+    is_whole = text_of_id.keys() == set(range(vocab_size))
+    return CorpusInfo(
+        name=name if isinstance(name, str) and name else folder.resolve().name,
+        splits=present_splits(folder),
+        vocab_size=vocab_size,
+        tokenizer=agreed,
+        is_assumed=is_assumed,
+        tokenizer_sha256=(
+            RANKS[agreed].sha256 if agreed else _numbering_sha256(meta, text_of_id)
+        ),
+        characters=tuple(map(text_of_id.get, range(vocab_size))) if is_whole else None,
+        dtype=dtype,
+        counts=counts,
+    )
+
+
+def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
+    """{id: text} from `itos` and `stoi`; UserError if they contradict each other.
+
+    JSON has the ids of `itos` as a list or as text. Entries of other types, and texts
+    that UTF-8 cannot write, are left out.
+    """
+    itos, stoi = meta.get("itos"), meta.get("stoi")
+    pairs = list(enumerate(itos)) if isinstance(itos, (list, tuple)) else []
+    pairs += itos.items() if isinstance(itos, dict) else []
+    pairs += [(i, text) for text, i in stoi.items()] if isinstance(stoi, dict) else []
+    found: dict[int, str] = {}
+    for number, text in pairs:
+        is_number = type(number) is int or (
+            isinstance(number, str) and re.fullmatch("[0-9]{1,10}", number)
+        )
+        if not is_number or not isinstance(text, str) or _SURROGATE.search(text):
+            continue
+        if found.setdefault(int(number), text) != text:
+            raise UserError(
+                f"{path} gives id {number} two texts, {found[int(number)]!r} and "
+                f"{text!r}: correct its itos and stoi"
+            )
+    return found
+
+
+def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:
+    """What tells the ids of an unknown tokenizer from others; None without a hint."""
+    stated = meta.get("tokenizer_sha256")
+    if isinstance(stated, str) and stated:
+        return stated
+    known = sorted(text_of_id.items()) or meta.get("tokenizer")
+    if not known:
+        return None
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _agreed_tokenizer(
+    path: Path, meta: dict, vocab_size: int, asked: str
+) -> str | None:
+    """The tokenizer that fits both the meta file and the request; None if unknown."""
+    stated = meta.get("tokenizer")
+    if stated is not None and asked not in ("auto", stated):
+        raise UserError(
+            f"{path} says that the tokens were made by {stated!r}, not '{asked}': set "
+            "--config.data.tokenizer=auto"
+        )
+    name = stated if asked == "auto" else asked
+    if not isinstance(name, str) or name not in RANKS:
+        return None  # A model can train on such ids, but they cannot become text.
+    if RANKS[name].vocab_size != vocab_size:
+        raise UserError(
+            f"{path} gives vocab_size {vocab_size}, but tokenizer '{name}' has "
+            f"{RANKS[name].vocab_size}: correct one of them"
+        )
+    if meta.get("tokenizer_sha256", RANKS[name].sha256) != RANKS[name].sha256:
+        raise UserError(
+            f"{path} was made with another version of tokenizer '{name}': remove "
+            f"{path.parent} and tokenize its text again"
+        )
+    return name
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain values. It refuses to look up any name, so no code can run."""
+
+    def find_class(self, module_name: str, global_name: str) -> object:
+        """Refuses every name."""
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+
+def _read_pickle(path: Path) -> dict:
+    """Reads nanoGPT's meta.pkl; UserError unless it is a dict of plain values."""
+    try:
+        with path.open("rb") as file:
+            meta = _PlainUnpickler(file).load()
+        if not isinstance(meta, dict):
+            raise TypeError(f"it is a {type(meta).__name__}")
+    except Exception as error:  # A damaged pickle can raise almost any error.
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
+            'write meta.json instead, {"vocab_size": …}'
+        ) from error
+    return meta

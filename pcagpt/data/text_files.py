@@ -1,0 +1,206 @@
+"""Folders of text files: which are read, and the check of every byte of them."""
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from pcagpt.data.content import is_settled, stamp_of
+from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.meta import SPLITS
+from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.errors import UserError
+
+ENDINGS = (".txt", ".raw", ".tokens", ".text")
+_SPLIT_WORD = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test(?:ing)?))\d*"
+)
+_BLOCK_BYTES = 1 << 20
+_BOM = codecs.BOM_UTF8
+# The longer mark comes first: UTF-32's begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+# Which of four bytes are often 0.
+_WIDE = {
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """The files of each split in sorted order, and the other names in the folder."""
+
+    folder: Path
+    of_split: dict[str, list[Path]]
+    left_out: list[str]
+
+    def __str__(self) -> str:
+        """As in 'text in wiki: train from a.train.txt; left out: notes.md'."""
+        used = (
+            f"{split} from {_listed([path.name for path in paths])}"
+            for split, paths in self.of_split.items()
+        )
+        rest = f"; left out: {_listed(self.left_out)}" if self.left_out else ""
+        return f"text in {self.folder}: {', '.join(used)}{rest}"
+
+
+def find_text_files(folder: Path) -> TextFiles:
+    """The text files in a folder; UserError for a name or a size that cannot be right.
+
+    Hidden files are not looked at.
+    """
+    of_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    left_out = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        words = map(_SPLIT_WORD.fullmatch, re.split(r"[._-]", path.stem.lower()))
+        splits = sorted({word.lastgroup for word in words if word})
+        is_text = path.suffix.lower() in ENDINGS and path.is_file()
+        if not is_text or not splits:
+            left_out.append(_name(path))
+            continue
+        if len(splits) > 1:
+            raise UserError(
+                f"the name of {path} has more than one split ({', '.join(splits)}): "
+                "rename it so that it has only one of train, val, test"
+            )
+        if path.stat().st_size in (0, len(_BOM)) and _is_blank(path):
+            raise UserError(f"{path} is empty: fill or remove it")
+        of_split[splits[0]].append(path)
+    return TextFiles(
+        folder, {split: paths for split, paths in of_split.items() if paths}, left_out
+    )
+
+
+def other_names(folder: Path, used: Collection[str]) -> str:
+    """The names in a folder besides these and hidden ones, with commas; '' for none."""
+    names = (_name(path) for path in sorted(folder.iterdir()))
+    return _listed([name for name in names if name not in used and name[0] != "."])
+
+
+def fingerprint(files: TextFiles) -> str:
+    """Hash of the tokens' source: the bytes of each file, and which files they are.
+
+    Raises UserError if a file is not plain UTF-8; each is read wholly.
+    """
+    digest = hashlib.sha256()
+    for split, paths in files.of_split.items():
+        for path in paths:
+            stamp = stamp_of(path)
+            check = _check if is_settled(stamp) else _check.__wrapped__
+            content, is_changed = check(path, stamp)
+            # Earlier versions left such text as it was, so it has other tokens now.
+            mark = " without its marks" if is_changed else ""
+            digest.update(f"{split} {content}{mark}\n".encode())
+    return digest.hexdigest()
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file as they are, without a byte order mark."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        yield from file
+
+
+@functools.lru_cache
+def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
+    """(sha256 of a file, whether it has a byte order mark or `<|endoftext|>`).
+
+    UserError unless it is UTF-8 without NUL. `stamp` tells versions of it apart.
+    """
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    line, end, is_changed = 1, b"", False
+    with path.open("rb") as file:
+        while True:
+            block = file.read(_BLOCK_BYTES)
+            if not end:  # It is the first block.
+                _refuse_other(path, block[:HEAD_BYTES])
+                is_changed = block.startswith(_BOM)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                # The decoder had up to three bytes of the block before.
+                at = error.start - (len(error.object) - len(block))
+                line += block.count(b"\n", 0, max(at, 0))
+                raise _not_utf8(path, error.object[error.start], line) from None
+            if (at := block.find(b"\0")) >= 0:
+                line += block.count(b"\n", 0, at)
+                raise UserError(
+                    f"{path} is not text: it has a NUL byte in line {line}; if the "
+                    f"rest is right, remove them with: tr -d '\\000' < '{path}' > NEW"
+                )
+            if not block:
+                return digest.hexdigest(), is_changed
+            digest.update(block)
+            joined = end + block
+            is_changed = is_changed or END_OF_TEXT.encode() in joined
+            line += block.count(b"\n")
+            end = joined[-len(END_OF_TEXT) :]
+
+
+def _refuse_other(path: Path, head: bytes) -> None:
+    """Raises for the beginning of UTF-16 or UTF-32, even without a mark, or no text."""
+    if kind := foreign_kind(head):
+        raise UserError(f"{path} is not text, it is {kind}")
+    found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    # The high bytes of the commonest characters are 0, the low bytes almost never.
+    zeros = [head[start::4].count(0) for start in range(4)]
+    wide = tuple(count > 4 + sum(zeros) / 20 for count in zeros)
+    found = found or _WIDE.get(wide)
+    if found:
+        raise UserError(
+            f"{path} is {found}, not UTF-8: convert it with: iconv -f {found} -t UTF-8 "
+            f"'{path}' > NEW"
+        )
+
+
+def _not_utf8(path: Path, byte: int, line: int) -> UserError:
+    """Says what a file may be instead of UTF-8, and the command that converts it."""
+    with path.open("rb") as file:
+        head = file.read(_BLOCK_BYTES)
+    said = f"{path} is not UTF-8: byte 0x{byte:02x} in line {line}; "
+    text = head.decode("utf-8", "replace")
+    wrong = text.count("\ufffd")
+    if sum(character > "\x7f" for character in text) > 2 * wrong:
+        return UserError(
+            f"{said}the rest is, so it is damaged; leave such bytes out with: iconv -c "
+            f"-f UTF-8 -t UTF-8 '{path}' > NEW"
+        )
+    high = sum(byte > 0x7F for byte in head)
+    if high > 0.4 * len(head):
+        return UserError(
+            f"{said}convert it with: iconv -f ENCODING -t UTF-8 '{path}' > NEW, where "
+            "ENCODING is what wrote it, perhaps GB18030, SHIFT_JIS, EUC-KR or CP1251"
+        )
+    # These bytes are letters and quotation marks in Windows only.
+    western = "CP1252" if re.search(rb"[\x80-\x9f]", head) else "ISO-8859-1"
+    return UserError(
+        f"{said}if it is Western European text, convert it with: iconv -f {western} -t "
+        f"UTF-8 '{path}' > NEW"
+    )
+
+
+def _is_blank(path: Path) -> bool:
+    """It has no byte, or only a byte order mark."""
+    return path.read_bytes() in (b"", _BOM)
+
+
+def _name(path: Path) -> str:
+    """A folder's ends in a slash."""
+    return path.name + "/" * path.is_dir()
+
+
+def _listed(names: list[str]) -> str:
+    """At most eight names, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
