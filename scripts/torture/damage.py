@@ -1,0 +1,159 @@
+"""Ways to damage a file. Each changes it in place and says what it did."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PAGE = 4096
+
+
+def flip(path: Path, chance: random.Random) -> str:
+    """Flips one bit."""
+    data = bytearray(path.read_bytes())
+    place = chance.randrange(8 * len(data))
+    data[place // 8] ^= 1 << place % 8
+    path.write_bytes(data)
+    return f"bit {place % 8} of byte {place // 8}"
+
+
+def truncate(path: Path, chance: random.Random) -> str:
+    """Cuts the end off; one time in four, everything."""
+    size = path.stat().st_size
+    length = 0 if chance.random() < 0.25 else chance.randrange(size)
+    path.write_bytes(path.read_bytes()[:length])
+    return f"{length} of {size} bytes"
+
+
+def delete(path: Path, _: random.Random) -> str:
+    """Removes the file."""
+    path.unlink()
+    return "gone"
+
+
+def zero(path: Path, chance: random.Random) -> str:
+    """Zeros one page, as after a power cut."""
+    data = bytearray(path.read_bytes())
+    begin = PAGE * chance.randrange(-(-len(data) // PAGE))
+    end = min(begin + PAGE, len(data))
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    return f"zeros in {begin}:{end}"
+
+
+def append(path: Path, chance: random.Random) -> str:
+    """Appends garbage."""
+    garbage = chance.randbytes(chance.choice((1, 2, 64, PAGE)))
+    with path.open("ab") as file:
+        file.write(garbage)
+    return f"{len(garbage)} bytes more"
+
+
+def reshape(path: Path, chance: random.Random) -> str:
+    """Gives JSON another shape: the whole, or one value in it."""
+    odd = chance.choice(([], {}, None, "x", 3, -1.5, [[1]], {"a": 1}, True))
+    lines = path.suffix == ".jsonl"
+    text = path.read_text()
+    value = json.loads(text.splitlines()[0] if lines else text)
+    where = "the whole"
+    if chance.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
+        value = odd
+    else:
+        holder, where = value, ""
+        while True:
+            keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+            key = chance.choice(list(keys))
+            where += f".{key}"
+            inner = holder[key]
+            if (
+                not isinstance(inner, (dict, list))
+                or not inner
+                or chance.random() < 0.4
+            ):
+                break
+            holder = inner
+        if chance.random() < 0.3:
+            del holder[key]
+            odd = "gone"
+        else:
+            holder[key] = odd
+    rest = "\n".join([*text.splitlines()[1:], ""]) if lines else ""
+    path.write_text(json.dumps(value) + "\n" + rest)
+    return f"{where.strip('.')} is {odd!r}"
+
+
+def not_finite(path: Path, chance: random.Random) -> str:
+    """Writes NaN or infinity into an array, a JSON file, or a checkpoint's weights."""
+    bad = chance.choice((np.nan, np.inf))
+    if path.suffix in (".npy", ".npz"):
+        loaded = np.load(path)
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        real = [name for name, array in arrays.items() if array.dtype.kind == "f"]
+        if not real:
+            return flip(path, chance)
+        name = chance.choice(real)
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[chance.randrange(arrays[name].size)] = bad
+        if path.suffix == ".npy":
+            np.save(path, arrays[""])
+        else:
+            np.savez(path, **arrays)
+        return f"{bad} in {name or 'the array'}"
+    value = json.loads(path.read_text().splitlines()[0])
+    numbers = [key for key, entry in value.items() if isinstance(entry, float)]
+    value[chance.choice(numbers or [*value] or ["loss"])] = bad
+    rest = path.read_text().split("\n", 1)[1:] if path.suffix == ".jsonl" else []
+    path.write_text("\n".join([json.dumps(value), *rest]))
+    return f"{bad} in it"
+
+
+def poison(run_dir: str, number: int) -> str:
+    """Saves a run's newest weights with one NaN, as a training that diverged would.
+
+    For a child of its own: it starts JAX. The checkpoint loses its list of digests, as
+    one of an older version.
+    """
+    import orbax.checkpoint as ocp
+
+    from pcagpt.run.checkpoint import FOLDER, load_weights
+
+    params, constants, step = load_weights(run_dir)
+    folder = (Path(run_dir) / FOLDER / str(step)).absolute()
+    table = np.array(next(iter(params["embed"].values()))["wte"])
+    table.flat[number % table.size] = np.nan
+    params["embed"][next(iter(params["embed"]))]["wte"] = table
+    (folder / "digests.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "weights")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            folder / "weights", {"params": params, "constants": constants}
+        )
+        checkpointer.wait_until_finished()
+    return "NaN in the table"
+
+
+WAYS: dict[str, Callable[[Path, random.Random], str]] = {
+    "flip": flip,
+    "truncate": truncate,
+    "delete": delete,
+    "zero page": zero,
+    "append": append,
+    "shape": reshape,
+    "NaN": not_finite,
+}
+
+
+def ways_for(path: Path) -> list[str]:
+    """The ways that make sense for a file."""
+    ways: list[Any] = ["truncate", "delete"]
+    if path.stat().st_size:
+        ways += ["flip", "zero page", "append"]
+    if path.suffix in (".json", ".jsonl"):
+        ways += ["shape", "shape", "NaN"]
+    if path.suffix in (".npy", ".npz"):
+        ways += ["NaN"]
+    return ways if path.stat().st_size else ["delete", "append"]
