@@ -6,8 +6,8 @@
 
 Prints progress and a table and writes the table to --out, as torture.md and with every
 case as torture.json. The exit code is 1 if anything was silently wrong, was lost, ended
-in a traceback or did not end. The folder of such a case, with its commands and what they
-printed, is kept in --out, and the table names the command that repeats the case. The
+in a traceback or did not end. The folder of such a case, with its commands and what
+they printed, is kept in --out, and the table names the command that repeats it. The
 seed decides everything but the moments of signals, which depend on the machine.
 
 A case has one of these outcomes, of several commands the worst:
@@ -55,7 +55,7 @@ os.environ.update(
 from torture import scene
 from torture.case import Case
 from torture.children import pool
-from torture.judge import BAD, OUTCOMES, UNCLEAR
+from torture.judge import BAD, OUTCOMES, TRACEBACK, UNCLEAR
 from torture.parts import PARTS
 
 # What the commands import. None of it may start JAX's backend or a thread.
@@ -122,8 +122,10 @@ def campaign(args: argparse.Namespace, folder: Path, began: float) -> list[dict]
             tasks[part, index] = functools.partial(_one, part, index, case, args.out)
     cases, counts = [], Counter()
     for (part, index), found in pool(tasks.items(), args.jobs):
-        if isinstance(found, RuntimeError):
-            raise RuntimeError(f"case {part} {index}: {found}")
+        if isinstance(found, RuntimeError):  # The campaign itself is wrong.
+            why = f"the campaign: {str(found)[-500:]}"
+            found = {"outcome": TRACEBACK, "what": "no case", "why": why, "seconds": 0}
+            found |= {"outcomes": {TRACEBACK: 1}, "kept": None}
         found |= {"part": part, "case": index}
         cases.append(found)
         counts[found["outcome"]] += 1

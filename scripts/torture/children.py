@@ -25,6 +25,8 @@ from typing import Any
 _CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 _FLUSH_FAILED = 120  # Python's exit code if stdout cannot be written at the end
 
+PROGRAM = "pcagpt.main"  # the module that a command runs
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -93,7 +95,7 @@ def start(
         os.chdir(place)
         sys.argv = ["pcagpt", *words]
         prepare()
-        runpy.run_module("pcagpt.main", run_name="__main__", alter_sys=True)
+        runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
 
     pid = _fork(body, stdout or out, err)
     return Started(pid, out, err, time.monotonic())

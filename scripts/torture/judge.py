@@ -122,12 +122,15 @@ def said(ended: Ended) -> set[str]:
 
 
 def names(line: str, path: str) -> bool:
-    """Whether a line names a file, its checkpoint, or the folder that it belongs to."""
+    """Whether a line names a file, its checkpoint, or the very folder that it is in."""
     file = PurePosixPath(path)
-    folders = [str(parent) for parent in file.parents if len(parent.parts) > 1]
-    # The corpus is a folder beside those of the runs.
-    folders += [file.parts[0]] if len(file.parts) == 2 else []
-    return file.name in line or any(folder in line for folder in folders)
+    found = [file.name, str(file.parent), *map(str, file.parents[1:-2])]
+    if file.name.isdigit():  # It is a checkpoint.
+        found[0] = f"ckpt/{file.name}"
+    checkpoint = re.search(r"ckpt/\d+", path)
+    if checkpoint and f"{checkpoint[0]}/" in line:  # Anything in it.
+        return True
+    return any(re.search(rf"(?<![\w.]){re.escape(n)}(?![\w/])", line) for n in found)
 
 
 def differing(wanted: Any, found: Any, where: str = "") -> str:
