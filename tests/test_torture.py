@@ -14,7 +14,7 @@ SCRIPTS = ROOT / "scripts"
 SAME, REFUSED, WARNED, UNCLEAR = "same", "refused", "warned", "unclear"
 SILENT, LOST, TRACEBACK, HANG = "SILENT", "LOST", "TRACEBACK", "HANG"
 
-# A program whose only input, d.json, is its own fault as Python; `say` prints a warning.
+# A program whose only input, d.json, is its own fault, as Python; `say` warns.
 PROGRAM = """
 import os, pathlib, signal, sys, time
 def say(text):

@@ -110,29 +110,36 @@ def _fork(body: Callable[[], None], out: Path, err: Path) -> int:
     code = 1
     try:
         os.setsid()
-        # A shell starts background commands with Ctrl-C ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _redirect(out, err)
+        try:
+            body()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        except BaseException:
+            traceback.print_exc()
+        try:
+            threading._shutdown()  # Waits for threads, as the interpreter does.
+            sys.stdout.flush()
+        except BaseException:
+            code = _FLUSH_FAILED
+            traceback.print_exc()
+    finally:
+        os._exit(code)  # Even if nothing can be printed any more.
+
+
+def _redirect(out: Path, err: Path) -> None:
+    """Gives a child standard streams and signals of its own."""
+    # A shell starts background commands with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for path, number in ((out, 1), (err, 2)):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        for path, number in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, flags, 0o666), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)
-        faulthandler.enable(2)
-        body()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    try:
-        threading._shutdown()  # Waits for threads, as the interpreter does.
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
-        code = _FLUSH_FAILED
-    os._exit(code)
+        os.dup2(os.open(path, flags, 0o666), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)
+    faulthandler.enable(2)
 
 
 def apart(function: Callable[..., Any], *arguments: Any, limit: float = 300) -> Any:

@@ -111,29 +111,26 @@ def not_finite(path: Path, chance: random.Random) -> str:
     return f"{bad} in it"
 
 
-def poison(run_dir: str, number: int) -> str:
-    """Saves a run's newest weights with one NaN, as a training that diverged would.
+def poison(checkpoint: str, number: int) -> str:
+    """Saves the weights of a checkpoint again, with one NaN in the token table.
 
     For a child of its own: it starts JAX. The checkpoint loses its list of digests, as
-    one of an older version.
+    if an older version had saved it.
     """
     import orbax.checkpoint as ocp
 
-    from pcagpt.run.checkpoint import FOLDER, load_weights
+    from pcagpt.run.checkpoint import load_weights
 
-    params, constants, step = load_weights(run_dir)
-    folder = (Path(run_dir) / FOLDER / str(step)).absolute()
-    table = np.array(next(iter(params["embed"].values()))["wte"])
-    table.flat[number % table.size] = np.nan
-    params["embed"][next(iter(params["embed"]))]["wte"] = table
-    (folder / "digests.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / "weights")
+    params, constants, _ = load_weights(checkpoint)
+    band, *_ = params["embed"].values()
+    band["wte"] = np.array(band["wte"])
+    band["wte"].flat[number % band["wte"].size] = np.nan
+    weights = Path(checkpoint).absolute() / "weights"
+    shutil.rmtree(weights)
+    weights.with_name("digests.json").unlink(missing_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            folder / "weights", {"params": params, "constants": constants}
-        )
-        checkpointer.wait_until_finished()
-    return "NaN in the table"
+        checkpointer.save(weights, {"params": params, "constants": constants})
+    return "NaN in its table"
 
 
 WAYS: dict[str, Callable[[Path, random.Random], str]] = {

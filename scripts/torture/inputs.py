@@ -167,7 +167,8 @@ def _as_command(words: list[str], limit: float) -> Ended:
     """Runs `python -m pcagpt.main WORD...` as anyone would."""
     began = time.monotonic()
     command = [sys.executable, "-m", "pcagpt.main", *words]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     try:
         ended = subprocess.run(
             command, env=environment, capture_output=True, timeout=limit

@@ -56,13 +56,14 @@ def crashed(ended: Ended) -> Verdict | None:
     """The verdict on a hang, a traceback or an odd exit code; None without them."""
     if ended.hung:
         return Verdict(HANG, f"no end after {ended.seconds:.0f} s")
-    if _MARK in ended.err or _MARK in ended.out or "Fatal Python error" in ended.err:
+    last = " ".join(ended.err.split())[-200:]
+    if _MARK in ended.out + ended.err or "Fatal Python error" in ended.err:
         errors = re.findall(
-            r"^\w[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", ended.err, re.M
+            r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", ended.err, re.M
         )
-        return Verdict(TRACEBACK, errors[-1][:200] if errors else "a traceback")
+        return Verdict(TRACEBACK, errors[-1][:200] if errors else last)
     if ended.code not in (0, 2):
-        return Verdict(TRACEBACK, f"exit code {ended.code}: {ended.err[-200:].strip()}")
+        return Verdict(TRACEBACK, f"exit code {ended.code}: {last}")
     return None
 
 

@@ -47,7 +47,7 @@ _QUICK = {
 # What clocks, commits and chance decide, and what follows from it.
 _VARIES = {
     "checkpoint", "command", "config_sha256", "created", "flop_utilisation",
-    "git_commit", "run_id", "seconds", "sha256", "source_sha256",
+    "git_commit", "imported_sha256", "run_id", "seconds", "sha256", "source_sha256",
     "statistics_sha256", "tokens_per_second",
 }  # fmt: skip
 
@@ -183,7 +183,7 @@ def result(command: Command, place: Path, out: str) -> Any:
     found: dict[str, Any] = {}
     for path in sorted(made.rglob("*")):
         name = str(path.relative_to(made))
-        if "ckpt" in path.parts:
+        if "ckpt" in path.parts or path.name.startswith("evaluation_"):
             continue
         if path.suffix == ".json":
             found[name] = _stripped(json.loads(path.read_text()))
