@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="only this case of the part")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once")
-    parser.add_argument("--limit", type=float, default=120, help="seconds of a command")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of a command")
     args = parser.parse_args()
     began = time.monotonic()
     args.out = args.out.absolute()

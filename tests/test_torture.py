@@ -135,7 +135,7 @@ def damage(monkeypatch):
 
 def test_every_way_changes_every_file_that_it_is_for(damage, tmp_path):
     files = {
-        "a.json": json.dumps({"a": {"b": 1.5}, "c": [1, 2]}).encode(),
+        "a.json": json.dumps({"a": {"b": 1.5}, "c": [1, 2]}, indent=1).encode(),
         "a.jsonl": b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n',
         "a.bin": np.arange(1, 4000, dtype=np.uint16).tobytes(),
     }

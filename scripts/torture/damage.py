@@ -56,9 +56,9 @@ def append(path: Path, chance: random.Random) -> str:
 def reshape(path: Path, chance: random.Random) -> str:
     """Gives JSON another shape: the whole, or one value in it."""
     odd = chance.choice(([], {}, None, "x", 3, -1.5, [[1]], {"a": 1}, True))
-    lines = path.suffix == ".jsonl"
     text = path.read_text()
-    value = json.loads(text.splitlines()[0] if lines else text)
+    first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
+    value = json.loads(first)
     where = "the whole"
     if chance.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
         value = odd
@@ -81,8 +81,7 @@ def reshape(path: Path, chance: random.Random) -> str:
             odd = "gone"
         else:
             holder[key] = odd
-    rest = "\n".join([*text.splitlines()[1:], ""]) if lines else ""
-    path.write_text(json.dumps(value) + "\n" + rest)
+    path.write_text("\n".join([json.dumps(value), *rest, ""]))
     return f"{where.strip('.')} is {odd!r}"
 
 
@@ -103,11 +102,12 @@ def not_finite(path: Path, chance: random.Random) -> str:
         else:
             np.savez(path, **arrays)
         return f"{bad} in {name or 'the array'}"
-    value = json.loads(path.read_text().splitlines()[0])
+    text = path.read_text()
+    first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
+    value = json.loads(first)
     numbers = [key for key, entry in value.items() if isinstance(entry, float)]
-    value[chance.choice(numbers or [*value] or ["loss"])] = bad
-    rest = path.read_text().split("\n", 1)[1:] if path.suffix == ".jsonl" else []
-    path.write_text("\n".join([json.dumps(value), *rest]))
+    value[chance.choice(numbers or list(value) or ["loss"])] = bad
+    path.write_text("\n".join([json.dumps(value), *rest, ""]))
     return f"{bad} in it"
 
 
