@@ -12,9 +12,8 @@ fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes
 Cost: on a GPU, a minute of calibration and about 2 seconds per table of GPT-2 small.
 On a CPU, two to three minutes for the demo's D: by default it tries fewer tables and
 measures them on fewer tokens. As much as on a GPU:
-    --config.compress.methods=svd,pca,freq,sqrt_freq,hidden,kl,joint,fisher,context
-    --config.compress.bands=1,7,12 --config.compress.calibration_tokens=1048576
-    --config.evaluate.max_tokens=1000000000
+    --config.compress.methods=all --config.compress.bands=1,7,12
+    --config.compress.calibration_tokens=1048576
 """
 
 from pcagpt.config import base

@@ -10,7 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests on each core leave none to NumPy's threads, which would wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import fcntl
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,16 +25,43 @@ VOCAB_SIZE = 97
 
 
 @pytest.fixture(scope="session")
-def corpus_folder(tmp_path_factory):
+def shared(tmp_path_factory):
+    """A function that makes a folder once for all the processes of a test session.
+
+    shared(name, make) calls make(folder) in the first process that asks. The others
+    wait for it and get the same folder, so no test may change anything there.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name: str, make) -> Path:
+        folder, done = root / f"shared_{name}", root / f"shared_{name}.done"
+        with (root / f"shared_{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(shared):
     """A folder of .bin files of 97 token ids, Zipf-like, with some order to learn."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return shared("corpus", write_corpus)
+
+
+def write_corpus(folder):
+    """Writes the files of `corpus_folder`."""
     random = np.random.default_rng(0)
     for split, length in (("train", 6001), ("val", 1003), ("test", 901)):
         tokens = np.minimum(random.zipf(1.3, length) - 1, VOCAB_SIZE - 1)
         tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 3 + 1) % VOCAB_SIZE
         tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
     (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
-    return folder
 
 
 @pytest.fixture
@@ -81,31 +110,37 @@ def quick(compiled):
 
 
 @pytest.fixture(scope="session")
-def finished_experiment(corpus_folder, compiled, tmp_path_factory):
+def finished_experiment(corpus_folder, compiled, shared):
     """The config of a tiny experiment that is done: D, A, C and B at rank 8.
 
     All checkpoints are there: 3 and 6 (B: 3). Copy its workdir to change it.
     """
     config = shrink(base())
     config.task = "experiment"
-    config.workdir = str(tmp_path_factory.mktemp("finished") / "runs")
     config.data.source = str(corpus_folder)
     config.checkpoint.keep_last = 10
-    with quick_compiles(compiled):
-        execute(config)
+
+    def make(folder):
+        config.workdir = str(folder / "runs")
+        with quick_compiles(compiled):
+            execute(config)
+
+    config.workdir = str(shared("finished", make) / "runs")
     return config
 
 
 @pytest.fixture(scope="session")
-def trained(corpus_folder, compiled, tmp_path_factory):
+def trained(corpus_folder, compiled, shared):
     """The folder of a finished baseline of width 16, with checkpoints 1 and 2.
 
     Copy it to change it.
     """
-    workdir = tmp_path_factory.mktemp("trained")
-    kept = {"every": 1, "keep_last": 3}
-    arguments = tiny("baseline.py", corpus_folder, workdir=workdir, checkpoint=kept)
-    with quick_compiles(compiled):
-        outcome = call(*arguments)
-    assert outcome.code == 0, outcome
-    return workdir / "gpt_baseline"
+
+    def make(folder):
+        kept = {"every": 1, "keep_last": 3}
+        arguments = tiny("baseline.py", corpus_folder, workdir=folder, checkpoint=kept)
+        with quick_compiles(compiled):
+            outcome = call(*arguments)
+        assert outcome.code == 0, outcome
+
+    return shared("trained", make) / "gpt_baseline"

@@ -147,6 +147,7 @@ class Scripted:
 @pytest.fixture
 def scripted(monkeypatch):
     monkeypatch.setattr(Scripted, "done", [])
+    monkeypatch.setattr(gc, "collect", lambda: None)  # It takes long beside JAX.
     monkeypatch.setattr(bench, "TRAINED", {"pcagpt": Scripted})
     monkeypatch.setattr(bench_pcagpt, "write_corpus", lambda *_: None)
     monkeypatch.setattr(provenance, "peak_flops", lambda count: 1000.0 * count)

@@ -14,7 +14,7 @@ from pcagpt import main
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
-from pcagpt.compress.sweep import _predict
+from pcagpt.compress.sweep import _predicted
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics, factor_files
@@ -140,7 +140,7 @@ def test_anchors_are_the_extremes_of_each_method_and_leave_out_exact_tables():
             *((1, 320, 1e-13, 3e-7), (3, 80, 0.15, 0.12), (5, 80, 0.14, 0.11)),
         )
     ]
-    _predict(rows)
+    rows = _predicted(rows)
     anchors = [i for i, row in enumerate(rows) if row["is_anchor"]]
     assert anchors == [0, 2, 4]
     for row in rows[:3]:
@@ -209,6 +209,8 @@ def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
     report = (folder_of(asked) / "report.md").read_text()
     assert "first 100 tokens of the validation split" in report
     whole = sweep_of(asked, **limited | {"evaluate.max_tokens": 10**9})
+    with pytest.raises(UserError, match=r"evaluated_tokens \(there None, here 100\)"):
+        sweep_of(asked, **limited)  # A part does not replace the whole.
     assert "evaluated_tokens" not in whole["protocol"]
     for one, other in zip(sweep["rows"], whole["rows"], strict=True):
         assert one["loss"] != other["loss"]
@@ -222,7 +224,7 @@ def test_another_checkpoint_is_refused_or_measured_anew(asked):
     methods = {"compress.methods": "svd"}
     step_6 = sweep_of(asked, **methods)["rows"][0]["loss"]
     earlier = {"model_path": asked.model_path + "/ckpt/3"} | methods
-    with pytest.raises(UserError, match=r"another model or corpus \(checkpoint differ"):
+    with pytest.raises(UserError, match=r"other numbers, checkpoint \(there"):
         sweep_of(asked, **earlier)
     assert sweep_of(asked, overwrite=True, **earlier)["rows"][0]["loss"] != step_6
 
@@ -230,7 +232,8 @@ def test_another_checkpoint_is_refused_or_measured_anew(asked):
 def test_another_factorization_makes_another_best_model(asked):
     table, methods = [], {"compress.methods": "svd", "compress.bits": ()}
     for split in (0.0, 0.5):
-        sweep_of(asked, **methods, **{"factorize.singular_value_split": split})
+        methods |= {"factorize.singular_value_split": split, "overwrite": True}
+        sweep_of(asked, **methods)
         factors = factor_files.read_bands(folder_of(asked) / "best_k8" / "factors")
         table.append(factors.bands[0].wte)
     assert not np.allclose(*table)
@@ -243,11 +246,11 @@ def test_exported_bands_and_the_model_are_the_same_dense_table(asked, original):
     dense = padded(factor_files.read_bands(folder / "factors").dense())
     params = original.run.weights["params"] | {"embed": {"band_0": {"wte": dense}}}
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16) * 3
-    wanted = original.model.apply({"params": params}, tokens)
+    wanted = jax.jit(original.model.apply)({"params": params}, tokens)
     run = Run.open(folder)
     assert sum(run.record["model"]["band_sizes"]) == VOCAB_SIZE
     model = GPT(run.config(Settings.of(asked).model))
-    logits = model.apply(run.variables(model.config), tokens)
+    logits = jax.jit(model.apply)(run.variables(model.config), tokens)
     np.testing.assert_allclose(
         jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted), atol=2e-5
     )
@@ -268,13 +271,14 @@ def test_a_new_table_is_scored_as_two_naive_models_are(original):
     batches = list(original.batches)[:2]
     scores = swap(table, batches)
 
+    @jax.jit
+    def hidden_of(params, inputs):
+        return original.model.apply({"params": params}, inputs, method="hidden")
+
     def log_p(input_table, head_table):
         embed = {"band_0": {"wte": padded(input_table)}}
         params = original.run.weights["params"] | {"embed": embed}
-        hidden = [
-            original.model.apply({"params": params}, inputs, method="hidden")
-            for inputs, _ in batches
-        ]
+        hidden = [hidden_of(params, inputs) for inputs, _ in batches]
         logits = np.concatenate(hidden) @ head_table.T
         return np.asarray(jax.nn.log_softmax(logits), np.float64)
 
@@ -319,6 +323,7 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     )
     variables, table = {"params": original.run.weights["params"]}, original.table_VD
 
+    @jax.jit
     def hidden(x):
         return original.model.apply(variables, x, 16, method="contextualize")
 
@@ -337,13 +342,14 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
             getattr(found, name), wanted, rtol=1e-4, atol=1e-5, err_msg=name
         )
     keys = jax.random.split(jax.random.key(0), 64)
-    drawn = jax.vmap(jax.random.categorical)(keys, jax.numpy.asarray(logits, "float32"))
+    draw = jax.jit(jax.vmap(jax.random.categorical))
+    drawn = draw(keys, jax.numpy.asarray(logits, "float32"))
 
     def loss(x):
         log_p = jax.nn.log_softmax(hidden(x) @ table.T)
         return -log_p[np.arange(64), drawn].sum()
 
-    gradient = np.asarray(jax.grad(loss)(x), np.float64)
+    gradient = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)
     np.testing.assert_allclose(
         found.gradient_moment, gradient.T @ gradient / 64, rtol=1e-3, atol=1e-5
     )
@@ -403,7 +409,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
     [
         (
             {"compress.methods": "svd,nmf"},
-            "compress.methods is 'svd,nmf': name some of svd",
+            "compress.methods is 'svd,nmf': it must be all, or some of svd",
         ),
         ({"compress.methods": " , "}, "compress.methods is ' , '"),
         ({"ranks": (33,)}, "its rank is at most 32"),
@@ -412,7 +418,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"model_path": "nowhere"}, "nowhere does not exist"),
         ({"compress.max_params": 100}, "no table fits compress.max_params = 100"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
-        ({"compress.recover_ranks": (16,)}, "holds 16, which ranks does not"),
+        ({"compress.recover_ranks": (16,)}, "holds 16, which the sweep leaves out"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(
@@ -445,7 +451,9 @@ def test_a_model_that_is_factorized_already_is_refused(asked, finished_experimen
 
 def test_ranks_that_the_table_cannot_have_are_named(asked, capsys):
     sweep_of(asked, ranks=(8, 64), **{"compress.methods": "svd", "compress.bits": ()})
-    assert "left out: rank 64, the table's is at most 32" in capsys.readouterr().out
+    assert (
+        "left out: rank 64, too high for the table (97, 32)" in capsys.readouterr().out
+    )
 
 
 def test_print_config_says_what_would_be_compressed(asked):

@@ -160,11 +160,7 @@ def test_every_number_is_that_of_plain_numpy(config):
 
 def test_the_result_does_not_depend_on_batch_size_chunks_or_devices():
     expected = evaluated(BANDS, 1)
-    for batch_size, devices, chunks in (
-        (3, (1, 1), 4),
-        (16, (8, 1), 3),
-        (8, (2, 4), 1),
-    ):
+    for batch_size, devices, chunks in ((3, (1, 1), 4), (16, (2, 4), 3)):
         found = evaluated(BANDS, batch_size, devices, chunks)
         np.testing.assert_allclose(
             found.window_losses, expected.window_losses, rtol=5e-7

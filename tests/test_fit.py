@@ -69,7 +69,6 @@ def test_help_states_the_values_that_empty_knobs_stand_for():
         assert ",".join(map(str, effort.bands)) in meaning["compress.bands"]
         tokens = str(effort.calibration_tokens)
         assert tokens in meaning["compress.calibration_tokens"]
-    assert CPU.methods in meaning["compress.methods"]
     assert str(CPU.max_tokens) in meaning["evaluate.max_tokens"]
 
 

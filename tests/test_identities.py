@@ -15,7 +15,7 @@ from pcagpt.model import GPT, GPTConfig, embedding_parameters, total_parameters
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, WIDTH = 29, 8
 DENSE = GPTConfig(
-    vocab_size=VOCAB, vocab_multiple=8, block_size=6, n_layer=2, n_head=2, n_embd=WIDTH
+    vocab_size=VOCAB, vocab_multiple=8, block_size=6, n_layer=1, n_head=2, n_embd=WIDTH
 )
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, 6), np.int32)
 RANDOM = np.random.default_rng(2)

@@ -60,10 +60,10 @@ TABLE, CHUNK, HIDDEN = ROWS * WIDTH, TOKENS // CHUNKS * ROWS, TOKENS * 4 * WIDTH
 @pytest.mark.parametrize(
     ("rank", "kernels", "largest", "gigabytes"),
     [
-        (None, "pallas", TABLE, 1.0),
         (None, "xla", TABLE, 1.2),
-        (128, "pallas", HIDDEN, 0.5),
-        (128, "xla", CHUNK, 0.9),
+        pytest.param(None, "pallas", TABLE, 1.0, marks=pytest.mark.slow),
+        pytest.param(128, "pallas", HIDDEN, 0.5, marks=pytest.mark.slow),
+        pytest.param(128, "xla", CHUNK, 0.9, marks=pytest.mark.slow),
     ],
 )
 def test_step_stores_no_logits_of_all_tokens(rank, kernels, largest, gigabytes):

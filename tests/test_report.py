@@ -513,7 +513,7 @@ def sweep_of(rows):
 def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     tmp_path, monkeypatch
 ):
-    new = Method(METHODS["svd"].weigh, needs_statistics=False, colour="#123456")
+    new = Method(METHODS["svd"].weigh, False, True, colour="#123456")
     monkeypatch.setitem(METHODS, "new", new)
     rows = [sweep_row(m, bands, k) for m in METHODS for bands in (1, 3) for k in (4, 8)]
     rows += [sweep_row("gone"), sweep_row("baseline", rank=0, bits=8, added=-0.1)]

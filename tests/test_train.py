@@ -30,7 +30,7 @@ from pcagpt.errors import UserError
 from pcagpt.kernels import low_rank_head
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline.plan import Plan, make_plan
-from pcagpt.run import calibrate, checkpoint, evaluate, folder
+from pcagpt.run import calibrate, checkpoint, evaluator, folder
 from pcagpt.sharding import placement
 from pcagpt.training import loop
 
@@ -271,7 +271,7 @@ def test_the_compiler_is_told_to_sum_gradients_where_they_lie(tiny_config, monke
 
 
 @pytest.mark.parametrize(
-    "measure", [evaluate.score_tokens, calibrate._measure, score._score]
+    "measure", [evaluator.score_tokens, calibrate._measure, score._score]
 )
 def test_an_evaluation_exchanges_no_hidden_states_in_its_chunks(measure, tiny_config):
     in_parts = {"mesh.data": 1, "mesh.fsdp": 8, "train.batch_size": 24}

@@ -69,14 +69,14 @@ def first_state(config=MODEL, adamw=ADAMW, frozen=()):
 
 
 @functools.cache
-def step_of(config=MODEL, adamw=ADAMW, seed=0, frozen=(), chunks=2, **jit_options):
+def step_of(config=MODEL, adamw=ADAMW, frozen=(), chunks=2, **jit_options):
     """The jitted step: (state, [A, B, T + 1]) -> (state, metrics)."""
     step = functools.partial(
         train_step,
         model=GPT(config),
         optimizer=optim.optimizer(adamw, frozen),
         schedule=optim.learning_rate_schedule(adamw),
-        seed=seed,
+        seed=0,
         frozen=frozen,
         loss_chunks=chunks,
     )
@@ -203,12 +203,11 @@ def test_the_token_order_of_bands_is_not_trained():
 # What it must not depend on
 
 
-@pytest.mark.parametrize(("parts", "chunks"), [(4, 2), (1, 8)])
-def test_parts_and_loss_chunks_do_not_change_the_update(parts, chunks):
+def test_parts_and_loss_chunks_do_not_change_the_update():
     whole = divided = first_state()
     for _ in range(2):
         whole, expected = step_of()(whole, in_parts(1))
-        divided, found = step_of(chunks=chunks)(divided, in_parts(parts))
+        divided, found = step_of(chunks=8)(divided, in_parts(4))
         assert_close(found, expected, rtol=2e-6)
     assert_same_state(divided, whole)
 
@@ -221,7 +220,9 @@ def test_logits_exist_for_one_chunk_at_a_time(chunks):
     assert ("128,48" in shapes) == (chunks == 1)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
+)
 def test_eight_devices_make_the_update_of_one(data, fsdp):
     mesh = placement.make_mesh(data, fsdp)
     places = placement.shardings(first_state(), mesh)
@@ -231,7 +232,7 @@ def test_eight_devices_make_the_update_of_one(data, fsdp):
     for _ in range(2):
         with jax.set_mesh(mesh):
             many, found = step(many, batch)
-        one, expected = step_of()(one, in_parts(2))
+        one, expected = step_of()(one, in_parts(1))
         assert_close(found, expected, rtol=2e-6)
     assert_same_state(many, one)
     kernel = many.params["block_0"]["attn"]["qkv"]["kernel"]
@@ -259,12 +260,22 @@ DROPOUT = dataclasses.replace(
 )
 
 
-def loss_at(step, parts=1, seed=0, config=DROPOUT):
+@jax.jit
+def dropout_loss(state, batch, seed):
+    """As the step reports it; the compiler leaves out the rest of the step."""
+    step = functools.partial(
+        train_step,
+        model=GPT(DROPOUT),
+        optimizer=optim.optimizer(ADAMW),
+        schedule=optim.learning_rate_schedule(ADAMW),
+    )
+    return step(state, batch, seed=seed)[1]["loss"]
+
+
+def loss_at(step, parts=1, seed=0):
     """The loss if every part has the same eight sequences."""
-    state = first_state(config).replace(step=jnp.int32(step))
-    batch = np.stack([BATCH[:8]] * parts)
-    _, metrics = step_of(config, seed=seed)(state, batch)
-    return float(metrics["loss"])
+    state = first_state(DROPOUT).replace(step=jnp.int32(step))
+    return float(dropout_loss(state, np.stack([BATCH[:8]] * parts), seed))
 
 
 def test_dropout_repeats_and_differs_between_steps_seeds_and_parts():
@@ -369,12 +380,11 @@ TEACHERS = {
 def variables_of(config, seed):
     """Large weights and a random token order."""
     random = np.random.default_rng(seed)
-    variables = GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(
         lambda leaf: np.asarray(random.normal(0.1, 0.4, leaf.shape), np.float32),
-        variables["params"],
+        shapes_of(config),
     )
-    if "constants" not in variables:
+    if len(config.bands) == 1:
         return {"params": params, "constants": {}}
     order = random.permutation(config.vocab_size).astype(np.int32)
     return {"params": params, "constants": {"embed": {"position_of_token": order}}}
@@ -421,15 +431,17 @@ def test_a_teacher_s_tokens_are_matched_in_any_order_of_either(name, student, pa
     known = variables_of(taught, 4)
     inputs, targets = BATCH[:, :-1], BATCH[:, 1:]
 
-    def dense(params):
-        variables = {"params": params, "constants": learnt["constants"]}
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def dense(params, constants, known):
+        variables = {"params": params, "constants": constants}
         log_q = jax.nn.log_softmax(GPT(student).apply(variables, inputs))
         log_p = jax.nn.log_softmax(GPT(taught).apply(known, inputs))
         kl = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
         picked = jnp.take_along_axis(log_q, targets[..., None], axis=-1)
         return 0.75 * kl - 0.25 * jnp.mean(picked), (kl, -jnp.mean(picked))
 
-    (loss, sums), gradient = jax.value_and_grad(dense, has_aux=True)(learnt["params"])
+    (loss, sums), gradient = dense(learnt["params"], learnt["constants"], known)
     metrics, found = one_step_of_descent(
         student,
         learnt,

@@ -1,17 +1,19 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pcagpt.compress.candidates import FLOAT_BYTES, Candidate
+from pcagpt.compress.candidates import Candidate
 from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import SwapScores
 from pcagpt.errors import UserError
+from pcagpt.factorize import FLOAT_BYTES
 from pcagpt.files import write_json
 from pcagpt.report import advice_text
 from pcagpt.telemetry.progress import Progress
@@ -20,17 +22,26 @@ from pcagpt.telemetry.progress import Progress
 def advise(
     original: Original,
     method: str,
+    bands: Sequence[int],
+    bits: Sequence[int],
     bounds: dict[str, float],
     heading: dict[str, Any],
     folder: Path,
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
-    `bounds` holds one of `COMPRESS_BOUNDS`; `heading` has the other fields of
-    advice.json. Raises UserError if no table fits.
+    Args:
+      original: the model.
+      method: of the table.
+      bands: numbers of frequency bands to choose from.
+      bits: of a stored value, to choose from besides 32 for a bound on bytes.
+      bounds: one of `COMPRESS_BOUNDS`.
+      heading: the other fields of advice.json.
+      folder: for advice.json and the model.
+
+    Raises UserError if no table fits.
     """
     ((name, bound),) = bounds.items()
-    compress = original.settings.compress
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
     label = f"fitting {original.run.folder.name}"
     with Progress(label, Fit.TRIALS) as progress:
@@ -40,13 +51,13 @@ def advise(
             progress.update(len(fit.trials) + 1)
             return scores
 
-        fit = Fit(make, measure, method, compress.bands, shape)
+        fit = Fit(make, measure, method, bands, shape)
         if name == "max_added_loss":
             chosen = fit.within_loss(bound)
         elif name == "max_params":
             chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
         else:
-            chosen = fit.within_bytes(bound, [32, *compress.bits])
+            chosen = fit.within_bytes(bound, [32, *bits])
     if chosen is None:
         enough = {"max_params": sum(shape), "max_bytes": FLOAT_BYTES * sum(shape)}
         hint = f" to {enough[name]} or more" if name in enough else ""

@@ -6,12 +6,15 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import (
+    FLOAT_BYTES,
     METHODS,
+    OWN_TABLE,
     BandFactors,
     FactorizedTable,
     Factorizer,
@@ -21,19 +24,15 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-from pcagpt.report import SweepRow
-
-FLOAT_BYTES = 4
-BASELINE = "baseline"  # the method that keeps the table at full width
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A way to compress a table.
 
-    method: a name in `METHODS`, or 'baseline'; bands: number of frequency bands to
+    method: a name in `METHODS`, or `OWN_TABLE`; bands: number of frequency bands to
     start from; budget: number of values that may be stored; rank: the rank with this
-    budget in a single band (0 for the baseline); bits: of a stored value, 32 (float32),
+    budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32 (float32),
     8 or 4.
     """
 
@@ -59,7 +58,7 @@ class Candidate:
     second_order: SecondOrder
     seconds: float
 
-    def row(self, scores: SwapScores) -> SweepRow:
+    def row(self, scores: SwapScores) -> dict[str, Any]:
         """The row of the candidate in sweep.json, still without a prediction."""
         return {
             **dataclasses.asdict(self.recipe),
@@ -104,7 +103,7 @@ class Compressor:
         )
 
     def _make(self, recipe: Recipe) -> FactorizedTable:
-        if recipe.method == BASELINE:
+        if recipe.method == OWN_TABLE:
             return FactorizedTable.of_one_band(BandFactors(self._table_VD, None))
         if recipe.method != self._method:  # One solve serves all ranks of a method.
             self._method = recipe.method
@@ -136,14 +135,14 @@ def recipes(
     """All combinations of method, bands and rank, the most useful ones first.
 
     The last method counts as the best. Its tables in bands come first, then plain SVD,
-    then the baseline and the best method at fewer bits, then the other methods. Methods
+    then its tables and the model's own at fewer bits, then the other methods. Methods
     without token weights get a single band. Recipes in bands are left out if the budget
     of their rank is too small.
     """
     best = methods[-1]
 
     def can_have(method: str, count: int) -> bool:
-        return count == 1 or METHODS[method].needs_statistics
+        return count == 1 or METHODS[method].weighs_tokens
 
     def usefulness(kind: tuple[str, int, int]) -> tuple[int, int]:
         method, count, bit = kind
@@ -161,13 +160,13 @@ def recipes(
         for count in bands
         if can_have(method, count)
     ]
-    most = max(bands) if METHODS[best].needs_statistics else 1
+    most = max(bands) if METHODS[best].weighs_tokens else 1
     for bit in bits:
-        kinds += [(BASELINE, most, bit), (best, most, bit)]
+        kinds += [(OWN_TABLE, most, bit), (best, most, bit)]
     found = []
     for method, count, bit in sorted(kinds, key=usefulness):
-        if method == BASELINE:
-            found.append(Recipe(BASELINE, 1, vocab_size * width, 0, bit))
+        if method == OWN_TABLE:
+            found.append(Recipe(OWN_TABLE, 1, vocab_size * width, 0, bit))
             continue
         for rank in ranks:
             budget = budget_of_rank(vocab_size, width, rank)

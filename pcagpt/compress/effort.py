@@ -22,7 +22,7 @@ class Effort(NamedTuple):
 
 GPU = Effort(",".join(METHODS), (1, 7, 12), calibrate.TOKENS, 0)
 # A first answer for a small model within three minutes on two cores.
-CPU = Effort("svd,context", (1, 7), 32_768, 32_768)
+CPU = Effort(f"svd,{list(METHODS)[-1]}", (1, 7), 32_768, 32_768)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:

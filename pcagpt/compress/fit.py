@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from pcagpt.compress.candidates import BASELINE, Candidate, Recipe
+from pcagpt.compress.candidates import Candidate, Recipe
 from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import LossRegression
-from pcagpt.report import SweepRow
+from pcagpt.factorize import OWN_TABLE, LossRegression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Trial:
     scores: SwapScores
     predicted: float
 
-    def row(self) -> SweepRow:
+    def row(self) -> dict[str, Any]:
         """The row of advice.json."""
         return self.candidate.row(self.scores) | {"predicted_loss": self.predicted}
 
@@ -70,7 +70,7 @@ class Fit:
         for bit in bits:
             self._fill_bytes(max_bytes, bit)
             if bit < 32:
-                whole = self._make(Recipe(BASELINE, 1, self._whole, 0, bit))
+                whole = self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bit))
                 if whole.bytes <= max_bytes:
                     self._try(whole)
         return min(self.trials, key=lambda t: t.scores.added_loss, default=None)

@@ -26,16 +26,22 @@ from pcagpt.sharding import placement
 class Original:
     """A run with a full table, on the devices of a mesh.
 
-    table_VD: [V, D] float32 without padding rows; variables: placed on the mesh.
+    variables: placed on the mesh; table_VD: [V, D] float32 without padding rows;
+    batches: of the validation split, or of its first `evaluate.max_tokens` targets;
+    calibration: tokens and batch_size for `calibrate.statistics`; chunks: number of
+    parts that logits are computed in; split: of the singular values, as for `truncate`.
     """
 
     run: Run
-    settings: Settings
     corpus: Corpus
     model: GPT
     mesh: Mesh
     variables: dict
     table_VD: np.ndarray
+    batches: EvaluationBatches
+    calibration: dict[str, int]
+    chunks: int
+    split: float
 
     @classmethod
     def of(cls, run: Run, settings: Settings) -> "Original":
@@ -51,7 +57,26 @@ class Original:
             placement.check_divisible(f"{section}.batch_size", size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir)
         model, variables = run.load(settings.model, mesh)
-        return cls(run, settings, corpus, model, mesh, variables, table_VD)
+        return cls(
+            run,
+            corpus,
+            model,
+            mesh,
+            variables,
+            table_VD,
+            batches=EvaluationBatches(
+                corpus.tokens("val"),
+                model.config.block_size,
+                settings.evaluate.batch_size,
+                settings.evaluate.max_tokens,
+            ),
+            calibration={
+                "tokens": settings.compress.calibration_tokens,
+                "batch_size": settings.train.batch_size,
+            },
+            chunks=settings.train.loss_chunks,
+            split=settings.factorize.singular_value_split,
+        )
 
     @functools.cached_property
     def statistics(self) -> Statistics:
@@ -62,26 +87,14 @@ class Original:
             self.variables,
             self.corpus,
             self.mesh,
-            tokens=self.settings.compress.calibration_tokens,
-            batch_size=self.settings.train.batch_size,
-            chunks=self.settings.train.loss_chunks,
+            **self.calibration,
+            chunks=self.chunks,
         )
 
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        split = self.settings.factorize.singular_value_split
-        return Compressor(self.table_VD, self.statistics, split)
-
-    @functools.cached_property
-    def batches(self) -> EvaluationBatches:
-        """The validation split, or its first `evaluate.max_tokens` targets."""
-        return EvaluationBatches(
-            self.corpus.tokens("val"),
-            self.model.config.block_size,
-            self.settings.evaluate.batch_size,
-            self.settings.evaluate.max_tokens,
-        )
+        return Compressor(self.table_VD, self.statistics, self.split)
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
@@ -90,13 +103,12 @@ class Original:
     @functools.cached_property
     def _swap(self) -> TableSwap:
         deciles = frequency_deciles(self.statistics.frequency)
-        chunks = self.settings.train.loss_chunks
-        return TableSwap(self.model, self.variables, deciles, self.mesh, chunks)
+        return TableSwap(self.model, self.variables, deciles, self.mesh, self.chunks)
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Everything besides a recipe that decides the numbers of a row."""
-        model, settings = self.model.config, self.settings
+        model = self.model.config
         protocol = {
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
@@ -106,9 +118,9 @@ class Original:
             "stride": model.block_size,
             "corpus": self.corpus.name,
             "tokenizer": self.corpus.tokenizer,
-            "calibration_tokens": settings.compress.calibration_tokens,
+            "calibration_tokens": self.calibration["tokens"],
             "compute_dtype": model.compute_dtype,
-            "singular_value_split": settings.factorize.singular_value_split,
+            "singular_value_split": self.split,
         }
         if self.batches.is_cut:  # Absent if all tokens count, as in older files.
             protocol["evaluated_tokens"] = self.batches.target_count

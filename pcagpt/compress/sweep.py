@@ -9,18 +9,24 @@ import jax
 from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import write_model
 from pcagpt.compress.original import Original
-from pcagpt.factorize import LossRegression, SecondOrder
+from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import read_json, strict, write_json
-from pcagpt.report import SMALLEST_ADDED, SweepRow, pareto_figure, write_sweep_report
+from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 
 REPORT_EVERY = 5  # rows
+
+Row = dict[str, Any]  # of sweep.json, made by `Candidate.row`
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 
 
 def sweep(
-    original: Original, tried: list[Recipe], heading: dict[str, Any], folder: Path
+    original: Original,
+    tried: list[Recipe],
+    heading: dict[str, Any],
+    folder: Path,
+    tensorboard: bool,
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
@@ -28,8 +34,8 @@ def sweep(
     the other fields of sweep.json.
     """
     writes = jax.process_index() == 0
-    earlier = read_sweep(folder)
-    known: dict[Recipe, SweepRow] = {}
+    earlier = _read_sweep(folder)
+    known: dict[Recipe, Row] = {}
     if earlier.get("protocol") == strict(heading["protocol"]):
         rows = [*earlier["rows"], *earlier.get("other_rows", ())]
         known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
@@ -56,7 +62,6 @@ def sweep(
         table = make(best).table
         origin = dataclasses.asdict(best)
         write_model(folder / f"best_k{rank}", original, table, origin)
-    tensorboard = original.settings.telemetry.tensorboard
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -64,18 +69,18 @@ def sweep(
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Adds the results of further training to sweep.json; rewrites its report."""
-    content = read_sweep(folder) | {"recovered": strict(rows)}
+    content = _read_sweep(folder) | {"recovered": strict(rows)}
     write_json(folder / "sweep.json", content)
     return write_sweep_report(folder, content)
 
 
-def read_sweep(folder: Path) -> dict[str, Any]:
+def _read_sweep(folder: Path) -> dict[str, Any]:
     """An earlier sweep.json; {} without one."""
     return read_json(folder / "sweep.json", "delete it to measure again") or {}
 
 
 def _write_sweep(
-    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, SweepRow]
+    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
@@ -83,8 +88,7 @@ def _write_sweep(
     rows still to measure, absent at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [known[recipe] for recipe in tried if recipe in known]
-    _predict(rows)
+    rows = _predicted([known[recipe] for recipe in tried if recipe in known])
     others = [row for recipe, row in known.items() if recipe not in tried]
     content = {**heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
@@ -93,31 +97,38 @@ def _write_sweep(
     return content
 
 
-def _predict(rows: list[SweepRow]) -> None:
-    """Fills in `predicted_loss` and `is_anchor` of every row.
+def _predicted(rows: list[Row]) -> list[Row]:
+    """The rows with `predicted_loss` and `is_anchor`.
 
     Anchors are the smallest and the largest table of each method, both in a single band
     and in the fewest bands. The other rows are predicted from them.
     """
 
-    def second_order(row: SweepRow) -> SecondOrder:
+    def second_order(row: Row) -> SecondOrder:
         return SecondOrder(row["second_order_head"], row["second_order_input"])
 
-    kinds: dict[tuple[str, bool], list[SweepRow]] = {}
+    kinds: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        row["is_anchor"] = False
         # Smaller losses are mostly rounding and predict nothing.
         if row["bits"] == 32 and row["added_loss"] >= SMALLEST_ADDED:
             kinds.setdefault((row["method"], row["bands"] > 1), []).append(row)
+    anchors = []
     for kind in kinds.values():
         fewest = min(row["bands"] for row in kind)
         kind = [row for row in kind if row["bands"] == fewest]
-        for choose in (min, max):
-            choose(kind, key=lambda row: row["budget"])["is_anchor"] = True
+        anchors += [
+            choose(kind, key=lambda row: row["budget"]) for choose in (min, max)
+        ]
     regression = LossRegression(
         (row["method"], second_order(row), row["added_loss"])
         for row in rows
-        if row["is_anchor"]
+        if row in anchors
     )
-    for row in rows:
-        row["predicted_loss"] = regression(row["method"], second_order(row))
+    return [
+        row
+        | {
+            "predicted_loss": regression(row["method"], second_order(row)),
+            "is_anchor": row in anchors,
+        }
+        for row in rows
+    ]

@@ -172,7 +172,7 @@ class CompressSettings:
     methods: str = knob(
         "",
         "methods to try, as in svd,context; only the last is tried at fewer bits or "
-        "for a bound; empty: all, on a CPU svd,context",
+        "for a bound; empty: all, on a CPU svd and the last of all",
     )
     bands: tuple[int, ...] = knob(
         (),
@@ -200,7 +200,7 @@ class CompressSettings:
     recover_ranks: tuple[int, ...] = knob(
         (),
         "afterwards train the best model of each of these ranks, with and without D as "
-        "teacher, and D for the same steps",
+        "teacher, and D for the same steps; with D's own train settings and seed",
     )
 
 

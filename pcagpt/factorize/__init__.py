@@ -9,7 +9,12 @@ from pcagpt.factorize.bands import (
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
-from pcagpt.factorize.predict import LossRegression, Predictor, SecondOrder
+from pcagpt.factorize.predict import (
+    SMALLEST_ADDED,
+    LossRegression,
+    Predictor,
+    SecondOrder,
+)
 from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
     effective_rank,
@@ -18,4 +23,9 @@ from pcagpt.factorize.solve import (
     table_of_rank,
     truncate,
 )
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorize.table import (
+    FLOAT_BYTES,
+    OWN_TABLE,
+    BandFactors,
+    FactorizedTable,
+)

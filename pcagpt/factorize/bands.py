@@ -153,7 +153,7 @@ def banded(
     """
     vocab_size, width = table_VD.shape
     weights_V = weighting.token_weights
-    if weights_V is None:
+    if weights_V is None:  # The first bands are then ranges of token ids.
         weights_V = np.ones(vocab_size)
         weighting = weighting._replace(token_weights=weights_V)
     metric_DD = np.eye(width) if weighting.metric is None else weighting.metric

@@ -59,6 +59,7 @@ class Method:
 
     weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # of a table [V, D]
     needs_statistics: bool
+    weighs_tokens: bool  # a sweep tries only such methods in frequency bands
     colour: str  # in figures
 
 
@@ -115,15 +116,15 @@ def _context(table_VD, statistics):
 # Best last: a sweep tries the last method in more ways. Colours for colour blindness
 # (Okabe and Ito 2008); grey: only for comparison.
 METHODS = {
-    "svd": Method(_svd, False, "#d55e00"),
-    "pca": Method(_pca, False, "#c8c8c8"),
-    "freq": Method(_freq, True, "#b0b0b0"),
-    "sqrt_freq": Method(_sqrt_freq, True, "#989898"),
-    "hidden": Method(_hidden, True, "#808080"),
-    "kl": Method(_kl, True, "#e69f00"),
-    "joint": Method(_joint, True, "#56b4e9"),
-    "fisher": Method(_fisher, True, "#0072b2"),
-    "context": Method(_context, True, "#009e73"),
+    "svd": Method(_svd, False, False, "#d55e00"),
+    "pca": Method(_pca, False, False, "#c8c8c8"),
+    "freq": Method(_freq, True, True, "#b0b0b0"),
+    "sqrt_freq": Method(_sqrt_freq, True, True, "#989898"),
+    "hidden": Method(_hidden, True, False, "#808080"),
+    "kl": Method(_kl, True, True, "#e69f00"),
+    "joint": Method(_joint, True, True, "#56b4e9"),
+    "fisher": Method(_fisher, True, True, "#0072b2"),
+    "context": Method(_context, True, True, "#009e73"),
 }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from pcagpt.factorize.methods import Statistics, token_contexts
 
+SMALLEST_ADDED = 1e-3  # nats: smaller measured losses are mostly rounding
+
 
 class SecondOrder(NamedTuple):
     """Added loss of head and input to second order, in nats per token."""

@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+FLOAT_BYTES = 4  # of a stored value
+OWN_TABLE = (
+    "baseline"  # stands for a method in a sweep: the model's table, not factorized
+)
+
 
 class BandFactors(NamedTuple):
     """Factors of one band's rows."""

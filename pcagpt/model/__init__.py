@@ -7,9 +7,9 @@ H heads, C head width, F = 4D.
     h = ln_f(blocks(x))                   [N,D]
     logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
 
-A band is a range of token positions with its own table and scale matrices. The baseline
-has one band without scale matrices, a model of a single rank has one band with them. A
-model of several bands also stores the position of each token id.
+A band is a range of columns of the logits with its own table and scale matrices. The
+baseline has one band without scale matrices, a model of a single rank has one band with
+them. A model of several bands also stores the column of each token id.
 """
 
 from pcagpt.model.config import BandSpec, GPTConfig

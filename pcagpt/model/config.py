@@ -7,9 +7,9 @@ INIT_STD = 0.02
 
 
 class BandSpec(NamedTuple):
-    """A range of token positions with one table."""
+    """A range of columns of the logits with one table."""
 
-    start: int  # the first position
+    start: int  # the first column
     size: int
     padding: int  # rows without a token at the end of the table
     rank: int | None  # None: the table is [size + padding, D], without scale matrices
@@ -42,7 +42,7 @@ class GPTConfig:
 
     @property
     def bands(self) -> tuple[BandSpec, ...]:
-        """The bands in order of token position; the last one holds the padding rows."""
+        """The bands in the order of their columns; the last has the padding rows."""
         sizes = self.band_sizes or (self.vocab_size,)
         ranks = self.band_ranks if self.band_sizes else (self.n_embd_wte,)
         bands, start = [], 0

@@ -23,7 +23,7 @@ class HeadBand:
     size: int = flax.struct.field(pytree_node=False)  # static: it shapes the program
 
 
-Head = tuple[HeadBand, ...]  # in order of token position
+Head = tuple[HeadBand, ...]  # in the order of their columns
 
 
 class BandEmbedding(nn.Module):
@@ -86,7 +86,7 @@ class TokenEmbedding(nn.Module):
     config: GPTConfig
 
     def setup(self):
-        """Declares the bands and, if there are several, the position of each token."""
+        """Declares the bands and, if there are several, the column of each token."""
         config = self.config
         self.band_embeddings = [
             BandEmbedding(
@@ -102,7 +102,7 @@ class TokenEmbedding(nn.Module):
             )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
-        """Token ids -> token positions, counted over all bands; -1 stays -1."""
+        """Token ids -> columns of the logits of all bands together; -1 stays -1."""
         if len(self.config.bands) == 1:
             return tokens
         return jnp.where(tokens < 0, tokens, self.position_of_token.value[tokens])
@@ -112,11 +112,11 @@ class TokenEmbedding(nn.Module):
         dtype = jnp.dtype(self.config.compute_dtype)
         if len(self.config.bands) == 1:
             return self.band_embeddings[0].lookup(tokens_N, dtype)
-        positions_N = self.renumber(tokens_N)
+        columns_N = self.renumber(tokens_N)
         x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
         # Every band looks up all tokens, since a program needs static shapes.
         for embedding in self.band_embeddings:
-            rows_N, size = positions_N - embedding.band.start, embedding.band.size
+            rows_N, size = columns_N - embedding.band.start, embedding.band.size
             is_here_N1 = ((rows_N >= 0) & (rows_N < size))[:, None]
             found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
             x_ND += jnp.where(is_here_N1, found_ND, 0)

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 
 from pcagpt.compress.advise import advise
-from pcagpt.compress.candidates import BASELINE, Recipe, recipes
+from pcagpt.compress.candidates import Recipe, recipes
 from pcagpt.compress.effort import decide_effort
 from pcagpt.compress.original import Original
-from pcagpt.compress.sweep import add_recovered, read_sweep, sweep
+from pcagpt.compress.sweep import add_recovered, sweep
 from pcagpt.config import Settings, words_of
-from pcagpt.config.schema import COMPRESS_BOUNDS
+from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
-from pcagpt.files import strict
-from pcagpt.pipeline.execute import execute
+from pcagpt.files import read_json, strict
+from pcagpt.pipeline.execute import check, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, provenance
@@ -40,8 +40,8 @@ def compress(settings: Settings, command: str) -> None:
         holds the sweep of another model, or no table fits.
     """
     settings = decide_effort(settings, jax.default_backend())
-    methods = _methods(settings.compress.methods)
-    folder = Path(settings.workdir) / FOLDER
+    options, folder = settings.compress, Path(settings.workdir) / FOLDER
+    methods = _methods(options.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
@@ -52,65 +52,103 @@ def compress(settings: Settings, command: str) -> None:
         **provenance.summary(original.mesh.size),
         "protocol": original.protocol,
     }
-    bounds = {name: getattr(settings.compress, name) for name in COMPRESS_BOUNDS}
+    bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
     bounds = {name: bound for name, bound in bounds.items() if bound}
-    tried = [] if bounds else _recipes(original, methods)
-    _check_recoverable(original, {recipe.rank for recipe in tried})
-    _check_folder(folder, heading["protocol"], settings.overwrite)
     if bounds:
-        advise(original, methods[-1], bounds, heading, folder)
+        _check_file(folder / "advice.json", original.protocol, settings.overwrite)
+        advise(
+            original,
+            methods[-1],
+            options.bands,
+            options.bits,
+            bounds,
+            heading,
+            folder,
+        )
     else:
-        sweep(original, tried, heading, folder)
+        tried = _recipes(original, methods, settings.ranks, options)
+        _check_file(folder / "sweep.json", original.protocol, settings.overwrite)
+        _check_recoverable(original, tried, settings, folder)
+        sweep(original, tried, heading, folder, settings.telemetry.tensorboard)
     placement.wait_for_all(str(folder))
-    if settings.compress.recover_ranks:
+    if options.recover_ranks:
         _recover(settings, folder)
 
 
 def _methods(text: str) -> list[str]:
-    """The names in `compress.methods`."""
-    methods = words_of(text)
+    """The names in `compress.methods`; 'all' stands for every method."""
+    methods = list(METHODS) if text == "all" else words_of(text)
     if not methods or set(methods) - METHODS.keys():
         raise UserError(
-            f"compress.methods is '{text}': name some of {', '.join(METHODS)}"
+            f"compress.methods is '{text}': it must be all, or some of "
+            f"{', '.join(METHODS)}"
         )
     return methods
 
 
-def _recipes(original: Original, methods: list[str]) -> list[Recipe]:
-    """The recipes of the sweep, without ranks that are too high for the table."""
-    settings, shape = original.settings, original.table_VD.shape
-    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
-    if not ranks:
+def _recipes(
+    original: Original,
+    methods: list[str],
+    ranks: tuple[int, ...],
+    options: CompressSettings,
+) -> list[Recipe]:
+    """The recipes of the sweep, without ranks that no table can have."""
+    shape = original.table_VD.shape
+    possible = [rank for rank in ranks if rank <= min(shape)]
+    if not possible:
         raise UserError(
-            f"ranks is {settings.ranks}: the table of {original.run.folder} is "
-            f"{shape}, its rank is at most {min(shape)}"
+            f"ranks is {ranks}: the table of {original.run.folder} is {shape}, its "
+            f"rank is at most {min(shape)}"
         )
-    if len(ranks) < len(settings.ranks) and jax.process_index() == 0:
-        left_out = ", ".join(str(rank) for rank in settings.ranks if rank > min(shape))
+    found = recipes(*shape, methods, possible, options.bands, options.bits)
+    kept = {recipe.rank for recipe in found if recipe.rank and recipe.bits == 32}
+    if not kept:
+        raise UserError(
+            "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "
+            "hidden have a single band)"
+        )
+    if len(kept) < len(ranks) and jax.process_index() == 0:
+        left_out = ", ".join(str(rank) for rank in ranks if rank not in kept)
         print(
-            f"left out: rank {left_out}, the table's is at most {min(shape)}",
+            f"left out: rank {left_out}, too high for the table {shape} or too low for "
+            f"compress.bands {options.bands}",
             flush=True,
         )
-    compress = settings.compress
-    tried = recipes(*shape, methods, ranks, compress.bands, compress.bits)
-    if all(recipe.method == BASELINE or recipe.bits < 32 for recipe in tried):
+    return [recipe for recipe in found if recipe.rank in {0, *kept}]
+
+
+def _check_file(path: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+    """Raises UserError if the file holds numbers of another protocol.
+
+    Numbers of a part of the split may be replaced by those of the whole split.
+    """
+    own = strict(protocol)
+    there = (read_json(path, "delete it to measure again") or {}).get("protocol", own)
+    differing = [
+        f"{name} (there {there.get(name)}, here {own.get(name)})"
+        for name in sorted(own.keys() | there.keys())
+        if own.get(name) != there.get(name)
+        and not (name == "evaluated_tokens" and name not in own)
+    ]
+    if differing and not overwrite:
         raise UserError(
-            "ranks are too small for compress.bands: no table fits; raise the ranks, "
-            "or try fewer bands"
+            f"{path} holds other numbers, {'; '.join(differing)}: use another "
+            "--config.workdir, or --config.overwrite=True to replace them"
         )
-    return tried
 
 
-def _check_recoverable(original: Original, ranks: set[int]) -> None:
+def _check_recoverable(
+    original: Original, tried: list[Recipe], settings: Settings, folder: Path
+) -> None:
     """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
-    run, settings = original.run, original.settings
-    if not settings.compress.recover_ranks:
+    run, ranks = original.run, settings.compress.recover_ranks
+    if not ranks:
         return
-    lacking = set(settings.compress.recover_ranks) - ranks
+    lacking = set(ranks) - {recipe.rank for recipe in tried}
     if lacking:
         raise UserError(
-            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: only "
-            "the best table of a rank that was tried can be trained further"
+            f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
+            "only the best table of a rank that was tried can be trained further"
         )
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:
@@ -123,19 +161,10 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
             f"compress.recover_ranks is set, but {run.folder} was trained on another "
             f"corpus than {original.corpus.name}: leave data.source out"
         )
-
-
-def _check_folder(folder: Path, protocol: dict[str, Any], overwrite: bool) -> None:
-    """Raises UserError if the folder holds the sweep of another model or corpus."""
-    own, there = strict(protocol), read_sweep(folder).get("protocol")
-    names = ("checkpoint", "corpus_sha256", "split", "window")
-    differing = [name for name in names if there and there.get(name) != own[name]]
-    if differing and not overwrite:
-        raise UserError(
-            f"{folder} holds the sweep of another model or corpus "
-            f"({', '.join(differing)} differ): use another --config.workdir, or "
-            "--config.overwrite=True to replace it"
-        )
+    # The models do not exist yet; D, trained further, has the same settings.
+    plan = recovery_plan(settings.replace({"compress.recover_ranks": ()}), folder)
+    for job in check(plan, plan.jobs[0].settings):
+        job.check(set())
 
 
 def _recover(settings: Settings, folder: Path) -> None:

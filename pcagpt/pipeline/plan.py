@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
 from pcagpt.config import Settings, arms_of, validate
-from pcagpt.config.schema import DistillSettings, InitSettings
+from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, factor_files
 from pcagpt.pipeline.factorize_job import FactorizeJob
@@ -77,6 +77,7 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
             "data.cache_dir": str(settings.cache_dir),
             "train": stored.train if "train" in known else settings.train,
             "seed": stored.seed if "seed" in known else settings.seed,
+            "factorize": FactorizeSettings(),
         }
     )
     run = str(baseline.folder)

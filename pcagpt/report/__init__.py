@@ -8,8 +8,6 @@ from pcagpt.report.collect import collect_results, recovered_rows
 from pcagpt.report.figures import pareto_figure, spectrum_figure
 from pcagpt.report.page import write_report, write_sweep_report
 from pcagpt.report.sweep import (
-    SMALLEST_ADDED,
-    SweepRow,
     advice_text,
     equal_size_table,
     recovery_table,

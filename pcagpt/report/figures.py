@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.factorize import METHODS
+from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED
 from pcagpt.report.read import read_curve
-from pcagpt.report.sweep import SMALLEST_ADDED, baseline_of, table_name
+from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         known = of_kind.setdefault(row["rank"], row)
         if row["added_loss"] < known["added_loss"]:
             of_kind[row["rank"]] = row
-    colours = {"baseline": INK} | {name: m.colour for name, m in METHODS.items()}
+    colours = {OWN_TABLE: INK} | {name: m.colour for name, m in METHODS.items()}
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
     for axes, (field, unit) in zip(grid, units.items(), strict=True):

@@ -1,43 +1,14 @@
 """sweep.json -> tables and texts of the report on a compression sweep."""
 
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
+from pcagpt.factorize import FLOAT_BYTES, OWN_TABLE, SMALLEST_ADDED
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import Markdown, count, fixed, render, signed, table
 
-SMALLEST_ADDED = 1e-3  # nats: smaller measured values are mostly rounding
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
-
-
-class SweepRow(TypedDict):
-    """A row of sweep.json: a compressed table, as made and as measured.
-
-    Losses are in nats per token. The comments name what defines a field.
-    """
-
-    method: str  # to seconds: Recipe, Candidate
-    bands: int
-    budget: int
-    rank: int
-    bits: int
-    band_sizes: list[int]
-    band_ranks: list[int]
-    params: int
-    bytes: int
-    seconds: float
-    second_order_head: float
-    second_order_input: float
-    predicted_loss: float | None  # fitted to the anchors of the sweep
-    is_anchor: bool
-    loss: float  # to the end: SwapScores
-    added_loss: float
-    added_loss_input: float
-    added_loss_head: float
-    kl: float
-    top1_agreement: float
-    added_loss_by_decile: list[float | None]
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +26,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def advice_text(row: SweepRow, folder: str) -> str:
+def advice_text(row: dict[str, Any], folder: str) -> str:
     """Describes the chosen table in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
@@ -75,12 +46,16 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
     """params, bytes (as float32) and loss of the model with its own table."""
     vocab_size, width = sweep["protocol"]["table"]
     numbers = vocab_size * width
-    return {"params": numbers, "bytes": 4 * numbers, "loss": sweep["rows"][0]["loss"]}
+    return {
+        "params": numbers,
+        "bytes": FLOAT_BYTES * numbers,
+        "loss": sweep["rows"][0]["loss"],
+    }
 
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:
     """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
-    method = "D's table" if method == "baseline" else method
+    method = "D's table" if method == OWN_TABLE else method
     return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 
 
@@ -129,7 +104,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
 
 
-def _accuracy(rows: list[SweepRow]) -> dict[str, Any] | None:
+def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Accuracy of the predictions on float32 tables that were not used to fit them."""
     pairs = [
         (row["predicted_loss"], row["added_loss"])

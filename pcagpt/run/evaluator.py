@@ -151,24 +151,24 @@ def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
         for band in model.apply(variables, method="head")
     )
     targets_N = targets_BT.reshape(-1)
-    positions_N = model.apply(variables, targets_N, method="renumber")
+    columns_N = model.apply(variables, targets_N, method="renumber")
 
     def chunk(carry, arrays):
-        h_nD, positions_n = arrays
-        loss_n = token_losses(h_nD, head, positions_n)
-        return carry, TokenScores(loss_n, *target_cosines(h_nD, head, positions_n))
+        h_nD, columns_n = arrays
+        loss_n = token_losses(h_nD, head, columns_n)
+        return carry, TokenScores(loss_n, *target_cosines(h_nD, head, columns_n))
 
-    _, scores = scan_chunks(chunk, None, chunks, h_ND, positions_N)
+    _, scores = scan_chunks(chunk, None, chunks, h_ND, columns_N)
     return jax.tree.map(lambda a_N: a_N.reshape(targets_BT.shape), scores)
 
 
-def target_cosines(h_ND, head, positions_N) -> tuple[jax.Array, jax.Array]:
+def target_cosines(h_ND, head, columns_N) -> tuple[jax.Array, jax.Array]:
     """(cosine in the table's own width, cosine in D dimensions), each [N] float32."""
     h_ND = h_ND.astype(jnp.float32)
     cosine_N = cosine_d_N = jnp.zeros(h_ND.shape[0], jnp.float32)
     start = 0
     for band in head:
-        local_N = positions_N - start
+        local_N = columns_N - start
         row_NK = band.wte[jnp.clip(local_N, 0, band.size - 1)]
         z_NK, row_ND = h_ND, row_NK
         if band.scale_down is not None:
