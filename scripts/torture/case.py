@@ -120,13 +120,18 @@ def _is_kept(unit: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def units(place: Path) -> dict[str, str]:
-    """{path: hash} of every file; a checkpoint is one unit of all its files."""
+    """{path: hash} of every file; a checkpoint is one unit of all its files.
+
+    Plots are left out: a report without their data has no use for them.
+    """
     found: dict[str, Any] = {}
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place)
         try:
             content = path.read_bytes()
         except OSError:  # A folder; or it was removed meanwhile.
+            continue
+        if path.parent.name == "plots":
             continue
         unit = next((str(p) for p in name.parents if _is_step(str(p))), str(name))
         digest = found.setdefault(unit, hashlib.sha256())

@@ -255,7 +255,7 @@ TOGETHER = (
     ("A", "B"),
     ("train", "train at another rate"),
     ("train", "train", "train"),
-    ("resume", "resume at another rate", "evaluate stopped"),
+    ("resume", "resume at another rate", "evaluate"),
     ("train", "train (killed)", "train"),
     ("A", "B", "train"),
     ("compress anew", "compress anew"),
