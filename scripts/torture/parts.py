@@ -125,9 +125,11 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     Every second case flips a bit of weights or of the optimizer.
     """
     kinds: dict[str, list[str]] = {}
-    for path in sorted(units_of_files(case.scene)):
+    for path in sorted(files_of(case.scene)):
         if readers(path):
             kinds.setdefault(_kind(path), []).append(path)
+    for paths in kinds.values():  # Orbax's names differ each time, their sizes do not.
+        paths.sort(key=lambda path: (case.scene / path).stat().st_size)
     stored = [kind for kind in kinds if kind.endswith("arrays")]
     turn = index // 2
     kind = (stored if index % 2 else list(kinds))[
@@ -156,7 +158,7 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     return f"{way} in {kind}, read by '{name}'", found
 
 
-def units_of_files(scene: Path) -> list[str]:
+def files_of(scene: Path) -> list[str]:
     """The path of every file in the scene."""
     return [str(p.relative_to(scene)) for p in scene.rglob("*") if p.is_file()]
 
@@ -230,7 +232,7 @@ def _read_only(case: Case) -> _Failure:
 
 
 def _unreadable(case: Case) -> _Failure:
-    files = [path for path in units_of_files(case.place) if readers(path)]
+    files = [path for path in files_of(case.place) if readers(path)]
     path = case.random.choice(files)
     for part in (case.place, *case.place.rglob("*")):
         part.chmod(0o777)
