@@ -1,5 +1,10 @@
 """Errors that end a command with one line instead of a traceback."""
 
+import errno
+import os
+import re
+import signal
+
 
 class UserError(Exception):
     """A mistake in the command or its inputs; exit code 2.
@@ -10,4 +15,56 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked to stop, and everything done so far is saved; exit code 1."""
+    """A signal asked to stop, and everything done so far is saved.
+
+    `number` is the signal's. The exit code depends on it, see `pcagpt.main`.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
+
+
+_KEPT = "what is saved is kept, and the same command goes on from it"
+# What a person can do about an error of the system.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or use another --config.workdir",
+    errno.EDQUOT: "free some space, or use another --config.workdir",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "use a --config.workdir that can be written to",
+    errno.EACCES: "change its permissions, or name another file or folder",
+    errno.EPERM: "change its permissions, or name another file or folder",
+    errno.EMFILE: "raise the limit (ulimit -n 4096)",
+    errno.ENFILE: "end other programs, or raise the limit of the system",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EISDIR: "a file should be there, move the folder away",
+    errno.ENOTDIR: "a folder should be there, move the file away",
+    errno.EEXIST: "something else is there, perhaps a link to nothing, move it away",
+    errno.ENOENT: "it was removed, or is a link to nothing",
+    errno.ENOTEMPTY: "another program writes there, end it",
+    errno.ELOOP: "links lead in a circle, remove one",
+    errno.EPIPE: "what read the output has ended",
+}
+# As tensorstore words it, in a ValueError.
+_TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error of the operating system: path, problem, remedy, rest.
+
+    None for every other error, which is then a bug. Orbax raises what happened in its
+    threads as an OSError, or as a ValueError with tensorstore's text.
+    """
+    if isinstance(error, OSError):
+        code, path = error.errno, error.filename2 or error.filename
+    else:
+        told = _TENSORSTORE.search(str(error))
+        paths = re.findall(r'local file "([^"]*)"', str(error))
+        code, path = told and int(told[1]), paths[-1] if paths else None
+    if not code:
+        return None
+    subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
+    problem = os.strerror(code)
+    problem = problem[:1].lower() + problem[1:]
+    remedy = _REMEDIES.get(code)
+    return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"

@@ -1,14 +1,18 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
-A writer replaces the file in one step: a reader sees the old file or the new one. JSON
-is strict in both directions: NaN and the infinities are not JSON.
+A writer replaces the file in one step: a reader sees the old file or the new one, even
+after a power cut. JSON is strict in both directions: NaN and the infinities are not
+JSON.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import logging
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +22,71 @@ import numpy as np
 
 from pcagpt.errors import UserError
 
+# Temporaries of `write_file`, .NAME.PID.partial; older versions called them .NAME.PID.
+_LEFTOVER = re.compile(
+    r"\..+\.(\d+)\.partial|\..+\.(?:json|jsonl|npy|npz|bin|md|html|png)\.(\d+)"
+)
+_LOGGER = logging.getLogger(__name__)
+
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` by what `write` writes into an open binary file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power cut."""
+    with contextlib.suppress(OSError):  # Some file systems cannot sync a folder.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def keep(path: Path, write: Callable[[Path], Any]) -> bool:
+    """Calls `write(path)` for a result that is shown anyway; tells if it is on disk.
+
+    A system's error, such as a read-only folder, becomes a warning of one line.
+    """
+    try:
+        write(path)
+    except OSError as error:
+        _LOGGER.warning("%s was not written: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in a folder and the folders in it.
+
+    The caller holds the folder's lock. Files of a writer that still lives on this
+    machine stay.
+    """
+    for path in list(folder.rglob(".*")):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found and not _lives(int(found[1] or found[2])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # It is another user's.
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,34 +14,33 @@
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
   --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
 
-Finished runs are skipped, interrupted runs resume. Exit codes: 0 done, 2 a mistake in
-the command or its inputs (nothing was written), 1 anything else.
+Finished runs are skipped, interrupted runs resume. Exit codes:
+
+   0  done
+   2  a mistake in the command or its inputs (nothing was written), or an error of the
+      system, such as a full disk (what was saved before is kept)
+  75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
+      training has saved, the same command goes on
+   1  anything else; also Ctrl-C and SIGTERM, after which training has saved as well
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text
 """
 
 import contextlib
-import ctypes
 import json
-import logging
-import os
 import re
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+import traceback
 
-from absl import logging as absl_logging
-
+from pcagpt import process
 from pcagpt.config import Settings, command_line, validate
 from pcagpt.config.schema import RUN_TASKS
-from pcagpt.errors import Interrupted, UserError
+from pcagpt.errors import Interrupted, UserError, explain
+from pcagpt.files import strict
+from pcagpt.process import DONE, FAILED, INTERRUPTED, REFUSED
 
-DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
-
-_INTERRUPTED = "interrupted: the same command goes on from what is saved"
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
     "raise train.accumulation or train.loss_chunks, or lower model.block_size"
@@ -51,37 +50,46 @@ _OUT_OF_MEMORY = (
 def main(arguments: list[str]) -> int:
     """Runs a command line (program name first) and returns its exit code.
 
-    A person's mistake becomes one line on stderr. A bug stays an exception, with its
-    traceback.
+    A person's mistake and an error of the system become one line on stderr. A bug stays
+    an exception, with its traceback.
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
-            print(__doc__, command_line.knobs_text(), sep="\n")
+            print(__doc__, command_line.knobs_text(), sep="\n", flush=True)
             return DONE
         settings, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
-        run(settings, command, print_only)
+        with process.interrupted_by_signals():
+            run(settings, command, print_only)
         return DONE
     except UserError as error:
-        return _say(str(error), PERSONS_MISTAKE)
+        return _say(str(error), REFUSED)
     except Interrupted as error:
-        return _say(str(error), FAILED)
+        return _say(str(error), process.exit_code(error.number))
     except KeyboardInterrupt:
-        return _say(_INTERRUPTED, FAILED)
+        return _say(INTERRUPTED, FAILED)
     except MemoryError:
-        return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
-    except RuntimeError as error:  # JAX's own errors are of this class.
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
+        return _say(_OUT_OF_MEMORY, REFUSED)
+    except (OSError, ValueError, RuntimeError) as error:
+        if line := explain(error):
+            return _say(line, REFUSED)
+        # JAX's own errors are RuntimeErrors.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            return _say(_OUT_OF_MEMORY, REFUSED)
+        raise
 
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the settings and the plan."""
     validate(settings)
-    with _ended_by_interrupt():
+    with process.ended_by_signals():
         # Imported here because this takes seconds: mistakes are reported before.
-        import jax
+        try:
+            import jax
+        except ValueError as error:
+            raise UserError(
+                f"JAX refuses its environment ({error}): correct or unset the variable"
+            ) from None
 
         from pcagpt.compress.effort import decide_effort
         from pcagpt.pipeline import execute
@@ -98,91 +106,46 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
             settings.distributed.num_processes,
             settings.distributed.process_id,
         )
+    placement.open_devices()
     lines: list[str] = []
-    if print_only:
-        if settings.task == "compress":  # Shows the values that 0 and empty stand for.
-            settings = decide_effort(settings, jax.default_backend())
-        lines = [command_line.listing(settings), ""]
-        if settings.task in RUN_TASKS:
-            run_dir, step = checkpoint.find(settings.model_path)
-            lines.append(f"{settings.task} {run_dir} at step {step}")
+    try:
+        if print_only:
+            if settings.task == "compress":  # Shows what 0 and empty stand for.
+                settings = decide_effort(settings, jax.default_backend())
+            lines = [command_line.listing(settings), ""]
+            if settings.task in RUN_TASKS:
+                run_dir, step = checkpoint.find(settings.model_path)
+                lines.append(f"{settings.task} {run_dir} at step {step}")
+            else:
+                plan = make_plan(settings)
+                lines += execute.describe(execute.check(plan, settings))
+        elif settings.task == "compress":
+            compress(settings, command)
+        elif settings.task == "evaluate":
+            result = strict(evaluate(settings))
+            lines.append(json.dumps(result, indent=2, allow_nan=False))
+        elif settings.task == "sample":
+            lines.append("\n---\n".join(sample(settings)))
         else:
-            plan = make_plan(settings)
-            lines += execute.describe(execute.check(plan, settings))
-    elif settings.task == "compress":
-        compress(settings, command)
-    elif settings.task == "evaluate":
-        lines.append(json.dumps(evaluate(settings), indent=2))
-    elif settings.task == "sample":
-        lines.append("\n---\n".join(sample(settings)))
-    else:
-        execute.execute(make_plan(settings), settings, command)
+            execute.execute(make_plan(settings), settings, command)
+    except Interrupted:  # All processes stop at the same step.
+        placement.leave_processes()
+        raise
     if lines and jax.process_index() == 0:
-        print(*lines, sep="\n")
-
-
-@contextlib.contextmanager
-def _ended_by_interrupt() -> Iterator[None]:
-    """Makes Ctrl-C end the process at once.
-
-    A KeyboardInterrupt would not do: some libraries swallow it while they are imported.
-    """
-
-    def end(*_):
-        os.write(sys.stderr.fileno(), f"pcagpt: {_INTERRUPTED}\n".encode())
-        os._exit(FAILED)
-
-    try:
-        before = signal.signal(signal.SIGINT, end)
-    except ValueError:  # Only the main thread may set handlers.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        print(*lines, sep="\n", flush=True)
 
 
 def _say(message: str, exit_code: int) -> int:
-    print(f"pcagpt: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # Nobody reads it.
+        print(f"pcagpt: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return exit_code
 
 
-def prepare_process() -> None:
-    """Silences libraries and caches compiled programs; call before importing jax."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(cache / "pcagpt" / "compilation")
-    )
-    _keep_freed_memory()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    warnings_shown = logging.StreamHandler()
-    warnings_shown.setFormatter(logging.Formatter("pcagpt: %(message)s"))
-    logger = logging.getLogger("pcagpt")
-    logger.addHandler(warnings_shown)
-    logger.propagate = False  # Libraries add their own handlers to the root logger.
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc keep freed memory, so that each step on a CPU reuses it.
-
-    By default glibc returns large buffers to the system after each step and gets them
-    back with a page fault for every 4 KiB. Variables of glibc's own take precedence.
-    """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    trim_threshold, mmap_threshold, arenas = -1, -3, -8  # Numbers of <malloc.h>.
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # Another C library.
-        return
-    # Older versions refuse this threshold. The other options alone would do harm.
-    if mallopt(mmap_threshold, 2**30):
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arenas, 1)
-
-
 if __name__ == "__main__":
-    prepare_process()
-    sys.exit(main(sys.argv))
+    process.prepare()
+    try:
+        code = main(sys.argv)
+    except Exception:  # A bug: the traceback, and no waiting.
+        traceback.print_exc()
+        code = FAILED
+    process.end(code)

@@ -53,10 +53,10 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from pcagpt.main import prepare_process
+from pcagpt import process
 
 if __name__ == "__main__":
-    prepare_process()  # Sets JAX's compilation cache, so it runs before the import.
+    process.prepare()  # Sets JAX's compilation cache, so it runs before the import.
 
 import bench_pcagpt
 import jax

@@ -152,7 +152,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same in two runs of one config, whoever commits meanwhile."""
-    left_out = TIMINGS | {"git_commit"}
+    left_out = TIMINGS | {"git_commit", "run_id"}
     return {name: v for name, v in values.items() if name not in left_out}
 
 

@@ -1,10 +1,20 @@
 """The knobs: declared once, frozen, checked alone and together."""
 
 import dataclasses
+import os
 
 import pytest
 
-from pcagpt.config import KNOBS, Settings, base, override, ranks_of, validate
+from pcagpt.config import (
+    KNOBS,
+    Settings,
+    base,
+    command_line,
+    override,
+    ranks_of,
+    validate,
+)
+from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 
@@ -183,3 +193,31 @@ def test_ranks_are_read_from_a_list_with_commas():
     assert ranks_of("64,128") == (64, 128)
     with pytest.raises(UserError, match="'64,x' is not a list of ranks"):
         ranks_of("64,x")
+
+
+def test_every_path_is_expanded_and_no_folder_is_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from pcagpt.config import base\n"
+        "def get_config():\n"
+        "    c = base()\n    c.workdir = '~/runs'\n    return c\n"
+    )
+    paths = [path for path, knob in KNOBS.items() if knob.rule is PATH]
+    assert {"workdir", "model_path", "data.source", "data.cache_dir"} < set(paths)
+    assert {"distill.teacher", "factorize.statistics"} < set(paths)
+    assert sum(path.startswith("init.") for path in paths) == 5
+    words = [f"--config.{path}=~/x" for path in paths if path != "workdir"]
+    settings, _ = command_line.parse(["pcagpt", "--config=~/mine.py", *words])
+    for path in paths:
+        wanted = "runs" if path == "workdir" else "x"
+        assert settings.flat()[path] == str(tmp_path / wanted)
+    for name in ("~nobody-here/x", "~"):
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        with pytest.raises(UserError, match="there is no such home folder"):
+            command_line.parse(["pcagpt", f"--config={name}/x.py"])
+
+
+def test_a_word_that_is_no_utf8_is_refused():
+    with pytest.raises(UserError, match="is no UTF-8"):
+        command_line.parse(["pcagpt", "--config.workdir=a\udcff"])

@@ -17,7 +17,7 @@ from pcagpt.data import corpus as corpus_module
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.sources import find_source, sotu_documents
 from pcagpt.data.token_files import SPLITS, present_splits
-from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
+from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
@@ -72,7 +72,7 @@ def test_sotu_has_the_declared_splits_which_share_no_address(sotu):
         "vocab_size": 4096,
         "dtype": "uint16",
         "tokenizer": "sotu4096",
-        "tokenizer_sha256": tokenizer_sha256("sotu4096"),
+        "tokenizer_sha256": RANKS["sotu4096"].sha256,
         "tokens": {"train": 2195114, "val": 166033, "test": 118490},
     }
     assert {split: len(sotu.tokens(split)) for split in SPLITS} == meta["tokens"]
@@ -303,7 +303,37 @@ def test_meta_pickle_of_nanogpt_is_read(folder):
     meta = {"vocab_size": 65, "itos": dict(enumerate("abc")), "stoi": {"a": 0}}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     info = describe_corpus(str(folder))
-    assert (info.vocab_size, info.tokenizer) == (65, None)
+    assert (info.vocab_size, info.tokenizer, info.characters) == (65, None, None)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"itos": {0: "a", 1: "\n", 2: "é"}},
+        {"itos": {"0": "a", "2": "é", "1": "\n"}},
+        {"itos": ["a", "\n", "é"]},
+        {"stoi": {"é": 2, "a": 0, "\n": 1}},
+        {"itos": ["a", "\n", "é"], "stoi": {"é": 2, "a": 0, "\n": 1}},
+    ],
+)
+@pytest.mark.parametrize("name", ["meta.json", "meta.pkl"])
+def test_the_characters_of_a_meta_file_are_known_in_the_order_of_ids(
+    folder, name, known
+):
+    write_tokens(folder, [0, 1, 2])
+    meta = {"vocab_size": 3, **known}
+    stored = json.dumps(meta).encode() if name == "meta.json" else pickle.dumps(meta)
+    (folder / name).write_bytes(stored)
+    info = describe_corpus(str(folder))
+    assert info.characters == ("a", "\n", "é")
+    write_tokens(folder, [0, 1, 2], vocab_size=3, itos=["a", "é", "\n"])
+    assert describe_corpus(str(folder)).tokenizer_sha256 != info.tokenizer_sha256
+
+
+def test_texts_that_contradict_each_other_are_refused(folder, cache):
+    known = {"itos": ["a", "b"], "stoi": {"a": 1, "b": 0}}
+    write_tokens(folder, [0, 1], vocab_size=2, **known)
+    refused(folder, cache, r"meta.json gives id 1 two texts, 'b' and 'a'")
 
 
 def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):

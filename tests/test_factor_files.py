@@ -84,11 +84,47 @@ def test_a_single_band_of_any_order_is_read_by_token_id(scale, tmp_path):
     np.testing.assert_allclose(found.dense(), table.dense(), atol=1e-6)
 
 
-def test_files_without_metadata_are_incomplete(tmp_path):
-    with pytest.raises(TypeError):  # Stands for a crash before the last file.
-        write(tmp_path, method=object())
+def test_a_killed_factorization_is_known_as_unfinished(tmp_path, monkeypatch):
+    write_npy = factor_files.write_npy
+
+    def killed(path, array):
+        if path.name == "spectrum.npy":
+            raise KeyboardInterrupt
+        write_npy(path, array)
+
+    monkeypatch.setattr(factor_files, "write_npy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, ranks={"1": {}, "2": {}})
     assert (tmp_path / "wte_pca_k2.npy").exists()
-    assert factor_files.read_metadata(tmp_path) is None
+    metadata = factor_files.read_metadata(tmp_path)
+    assert (metadata["ranks"], metadata["unfinished"]) == ({"1": {}}, [2])
+    assert factor_files.not_ours(tmp_path, [1, 2]) == []
+
+
+def test_files_that_a_person_put_there_are_known_as_not_ours(tmp_path):
+    (tmp_path / "wte_pca_k2.npy").write_bytes(b"mine")
+    (tmp_path / "bands_pca_k4").mkdir()
+    found = factor_files.not_ours(tmp_path, [2, 4, 8])
+    assert [path.name for path in found] == ["bands_pca_k4", "wte_pca_k2.npy"]
+    write(tmp_path / "made", ranks={"2": {}})
+    (tmp_path / "made" / "wte_pca_k4.npy").write_bytes(b"mine")
+    (found,) = factor_files.not_ours(tmp_path / "made", [2, 4, 8])
+    assert found.name == "wte_pca_k4.npy"
+
+
+def test_a_table_in_bands_replaces_only_files_of_a_table(tmp_path):
+    longer = BANDS._replace(
+        order=np.arange(9, dtype=np.int32),
+        bands=(*BANDS.bands, BandFactors(TABLE[:2], SCALE)),
+    )
+    factor_files.write_bands(tmp_path, longer)
+    (tmp_path / "notes.txt").write_text("mine")
+    factor_files.write_bands(tmp_path, BANDS)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "wte_band2.npy").exists()
+    np.testing.assert_array_equal(
+        factor_files.read_bands(tmp_path).dense(), BANDS.dense()
+    )
 
 
 def test_damaged_metadata_name_the_folder_to_delete(tmp_path):

@@ -2,15 +2,18 @@
 
 import functools
 import itertools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import call
-from runs import BANDS, changed, setup, start
+from runs import BANDS, changed, execute, setup, start
 
 from pcagpt.config import Settings
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.pipeline import sample
@@ -121,6 +124,14 @@ def test_tokens_are_drawn_by_their_probability_at_the_temperature_among_top_k():
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.02)
 
 
+@pytest.mark.parametrize("options", [{"top_k": 40}, {"temperature": 0}])
+def test_ids_beyond_those_of_the_tokenizer_are_never_drawn(options):
+    model, variables = model_of("full")
+    assert drawn(model, variables, [1], 1, samples=99, **options).max() >= 30
+    found = drawn(model, variables, [1], 1, samples=99, known_ids=30, **options)
+    assert found.max() < 30
+
+
 def test_each_token_and_each_sample_is_drawn_anew_and_repeats_with_the_seed():
     model, variables = model_of("full")
     flat = jax.tree.map(jnp.zeros_like, variables)  # All tokens are equally likely.
@@ -179,6 +190,68 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
     done = ask(f"{finished_experiment.workdir}/gpt_baseline")
     assert done.code == 2
     assert "without a tokenizer there is no text" in done.err
+
+
+def rewritten(trained, tmp_path, **changes):
+    """A copy of a run of 97 bare ids, with another record."""
+    run = shutil.copytree(trained, tmp_path / "copy")
+    record = json.loads((run / "config.json").read_text()) | changes
+    record.pop("sha256", None)
+    (run / "config.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_run_on_characters_is_sampled_with_them(trained, tmp_path):
+    texts = [chr(33 + number) for number in range(96)] + ["\n"]
+    run = rewritten(trained, tmp_path, characters=texts)
+    done = ask(run, "--config.sample.prompt=abc", "--config.sample.tokens=5")
+    assert done.code == 0, done.err
+    assert done.out.startswith("abc")
+    assert len(done.out) == len("abc") + 5 + len("\n")
+    assert ask(run, "--config.sample.tokens=5").code == 0
+    refused = ask(run, "--config.sample.prompt=ab\u00e9")
+    assert refused.code == 2
+    assert "sample.prompt holds '\u00e9', which is none of the 97" in refused.err
+    assert ask(run, "--config.data.tokenizer=gpt2").code == 2
+
+
+def test_characters_of_several_letters_are_matched_longest_first():
+    tokenizer = CharacterTokenizer(("a", "ab", "b", "", END_OF_TEXT))
+    assert tokenizer.encode("aabb" + END_OF_TEXT) == [0, 1, 2, 4]
+    assert tokenizer.decode([1, 0]) == "aba"
+    assert tokenizer.eot_token == 4
+
+
+def test_the_tokenizer_of_bare_ids_can_be_named_and_others_are_refused(
+    talker, trained, tmp_path
+):
+    run = rewritten(talker, tmp_path, tokenizer=None)
+    assert ask(run, "--config.sample.tokens=3").code == 2
+    asked = ask(run, "--config.sample.tokens=3", "--config.data.tokenizer=sotu4096")
+    assert asked.out == ask(talker, "--config.sample.tokens=3").out
+    other = ask(talker, "--config.data.tokenizer=gpt2")
+    assert other.code == 2
+    assert "was trained on tokens of sotu4096" in other.err
+    small = ask(trained, "--config.data.tokenizer=sotu4096")
+    assert small.code == 2
+    assert "has 4096 tokens, the model" in small.err
+
+
+def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "val"):
+        (folder / f"{split}.txt").write_text("The people of the United States. " * 60)
+    data = {"data.source": str(folder), "data.tokenizer": "sotu4096"}
+    steps = {"train.steps": 1, "train.warmup_steps": 0}
+    run = execute(changed(tiny_config, **data, **steps, **{"model.vocab_size": 5000}))
+    done = ask(run, "--config.sample.count=99", "--config.sample.tokens=3")
+    assert done.code == 0, done.err
+
+
+def test_that_a_run_cannot_be_sampled_is_said_before_training(tiny_config, capsys):
+    execute(changed(tiny_config, **{"train.steps": 2, "train.warmup_steps": 1}))
+    assert capsys.readouterr().out.count("models cannot be sampled, unless") == 1
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):

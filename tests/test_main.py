@@ -1,10 +1,8 @@
 """The command line: help, mistakes in it, --print_config, exit codes, clean output."""
 
-import ctypes
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -14,7 +12,6 @@ from runs import quick_environment, snapshot
 
 from pcagpt import config as knobs
 from pcagpt import errors
-from pcagpt import main as main_module
 from pcagpt.config import command_line
 from pcagpt.pipeline import execute
 
@@ -279,75 +276,3 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(corpus_folder, tm
     assert ended.returncode == 1
     assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
     assert ended.stdout == ""
-
-
-def test_the_handler_of_interrupts_is_given_back_after_the_imports():
-    before = signal.getsignal(signal.SIGINT)
-    with main_module._ended_by_interrupt():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_process_keeps_compiled_programs_and_shows_warnings_as_its_own():
-    script = """
-import logging, os
-from pcagpt import main
-for given in ({}, {"JAX_COMPILATION_CACHE_DIR": "/x"}):
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    os.environ.update(given, XDG_CACHE_HOME="cache")
-    main.prepare_process()
-    print(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    logging.getLogger("pcagpt").handlers[1:] = []
-logging.getLogger("pcagpt.run").warning("a file is damaged")
-"""
-    ended = python("-c", script)
-    assert ended.stdout.split() == ["cache/pcagpt/compilation", "/x"]
-    assert ended.stderr == "pcagpt: a file is damaged\n"
-
-
-@pytest.mark.parametrize(
-    ("variable", "accepted", "expected"),
-    [
-        ("OTHER", 1, [(-3, 2**30), (-1, 2**31 - 1), (-8, 1)]),
-        ("OTHER", 0, [(-3, 2**30)]),  # An older glibc refuses this threshold.
-        ("MALLOC_ARENA_MAX", 1, []),
-    ],
-)
-def test_memory_is_kept_unless_glibc_or_the_person_objects(
-    variable, accepted, expected, monkeypatch
-):
-    calls = []
-
-    class Library:
-        def mallopt(self, *arguments):
-            calls.append(arguments)
-            return accepted
-
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(variable, "4")
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
-    main_module._keep_freed_memory()
-    assert calls == expected
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
-def test_memory_of_one_step_serves_the_next():
-    script = """
-import ctypes, os, resource
-from pcagpt import main
-os.environ.clear()
-main._keep_freed_memory()
-libc = ctypes.CDLL("libc.so.6")
-libc.malloc.restype = ctypes.c_void_p
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-faults = []
-for _ in range(2):
-    place = ctypes.c_void_p(libc.malloc(256 << 20))
-    libc.memset(place, 1, 256 << 20)
-    libc.free(place)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[1] - faults[0])
-"""
-    assert int(python("-c", script).stdout) < 100  # 65,536 if not kept

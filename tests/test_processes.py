@@ -19,7 +19,9 @@ from runs import changed, metrics, overrides, quick_environment
 
 from pcagpt import main
 from pcagpt.config import Settings, override
+from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, folder
+from pcagpt.sharding import placement
 from pcagpt.training.interrupt import StopRequest
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -44,6 +46,38 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch):
     assert not request.stops_at(13)  # processes exchange signals every ten steps
     others[:] = [False]
     assert request.stops_at(20)
+
+
+def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatch):
+    """In this process, as one process after the other."""
+    sent = []
+
+    def as_process(number, decide):
+        waiting = list(sent)
+
+        def broadcast(value):
+            if number == 0:
+                sent.append(value)
+                return value
+            assert np.shape(value) == np.shape(waiting[0])
+            return waiting.pop(0)
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+        return placement.from_first(decide)
+
+    def refuse():
+        raise UserError("no such folder")
+
+    for value in (None, "to do", [[0, "done"], [1, "résumé"]]):
+        sent.clear()
+        assert as_process(0, lambda v=value: v) == value
+        assert as_process(1, pytest.fail) == value
+    sent.clear()
+    for number, decide in enumerate((refuse, pytest.fail)):
+        with pytest.raises(UserError, match="no such folder"):
+            as_process(number, decide)
 
 
 def free_address():

@@ -161,7 +161,9 @@ def test_weights_of_another_program_are_trained_and_known_by_their_content(
     again = recover(moved, **{"train.learning_rate": 0.01})
     assert job(again).status() == "done"
     # The hash covers the files: saving the same weights again makes another start.
-    checkpoint.save_weights(moved, Run.open(moved).weights)
+    weights = Run.open(moved).weights
+    shutil.rmtree(moved / "ckpt")
+    checkpoint.save_weights(moved, weights)
     with pytest.raises(UserError, match=r"imported_sha256\.weights_from \(was"):
         job(again).status()
 

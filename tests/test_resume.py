@@ -66,8 +66,10 @@ def stop(config, at, number=signal.SIGTERM):
     """Trains until a signal that arrives during step `at`; training stops after it."""
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, at - 1, number)
-        with pytest.raises(Interrupted, match=f"stopped at step {at} of 6, saved"):
+        stopped = f"stopped at step {at} of 6, saved"
+        with pytest.raises(Interrupted, match=stopped) as caught:
             execute(config)
+    assert caught.value.number == number
 
 
 def assert_same_run(found_dir, wanted_dir):

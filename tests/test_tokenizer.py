@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pcagpt.data import tokenizer
-from pcagpt.data.tokenizer import RANKS, load_tokenizer, tokenizer_sha256
+from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ def test_gpt2_gives_the_published_ids():
     gpt2 = load_tokenizer("gpt2")
     assert gpt2.encode("hello world") == [31373, 995]
     assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
-    assert tokenizer_sha256("gpt2").startswith("306cd27f03c1a714")
+    assert RANKS["gpt2"].sha256.startswith("306cd27f03c1a714")
 
 
 def test_sotu4096_has_gpt2s_bytes_first_and_end_of_text_last():

@@ -1,7 +1,7 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from pcagpt.compress.original import Original
 from pcagpt.compress.score import SwapScores
 from pcagpt.errors import UserError
 from pcagpt.factorize import FLOAT_BYTES
-from pcagpt.files import write_json
+from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import advice_text
+from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
+
+ADVISED = "advised"  # the folder of the model
 
 
 def advise(
@@ -27,6 +30,7 @@ def advise(
     bounds: dict[str, float],
     heading: dict[str, Any],
     folder: Path,
+    check_lock: Callable[[], None],
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
@@ -37,7 +41,8 @@ def advise(
       bits: of a stored value, to choose from besides 32 for a bound on bytes.
       bounds: one of `COMPRESS_BOUNDS`.
       heading: the other fields of advice.json.
-      folder: for advice.json and the model.
+      folder: for advice.json and the model; an earlier advice is moved aside.
+      check_lock: raises if the folder may not be written any more.
 
     Raises UserError if no table fits.
     """
@@ -64,9 +69,15 @@ def advise(
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() == 0:
         candidate, row = chosen.candidate, chosen.row()
+        # First, because writing may fail.
+        print(advice_text(row, str(folder / ADVISED)), flush=True)
         origin = dataclasses.asdict(candidate.recipe)
-        write_model(folder / "advised", original, candidate.table, origin)
+        check_lock()
+        write_model(folder / ADVISED, original, candidate.table, origin)
         trials = [trial.row() for trial in fit.trials]
-        advice = {"bounds": bounds, "chosen": row, "trials": trials}
-        write_json(folder / "advice.json", heading | advice)
-        print(advice_text(row, str(folder / "advised")), flush=True)
+        advice = heading | {"bounds": bounds, "chosen": row, "trials": trials}
+        path = folder / "advice.json"
+        earlier = read_json(path, "delete it") or {}
+        if any(earlier.get(n) != strict(advice[n]) for n in ("protocol", "bounds")):
+            move_aside(path)
+        write_json(path, advice)

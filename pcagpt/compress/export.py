@@ -1,6 +1,8 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
 import hashlib
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.compress.original import Original
+from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
 from pcagpt.run import checkpoint, initialise
-from pcagpt.run.folder import read_record, write_record
+from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
 
 def write_model(
@@ -21,8 +24,9 @@ def write_model(
     """Writes the model with another table: config.json, ckpt/0 and factors/.
 
     Every command takes the folder as a run. A folder that holds this model already is
-    left alone, because other runs may have started from it. `origin` tells how the
-    table was made: JSON values for 'compressed' in config.json.
+    left alone, because other runs may have started from it; one that holds another
+    model is moved aside. `origin` tells how the table was made: JSON values for
+    'compressed' in config.json.
     """
     run = original.run
     made = {
@@ -35,9 +39,11 @@ def write_model(
     earlier = (read_record(folder) or {}).get("compressed") or {}
     if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
         return
-    (folder / "config.json").unlink(missing_ok=True)  # Written last.
-    checkpoint.save_weights(folder, _variables_with(original, table))
-    write_bands(folder / "factors", table)
+    # Gets its name when it is complete. What is there now is of a killed command.
+    written = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(written, ignore_errors=True)
+    checkpoint.save_weights(written, _variables_with(original, table))
+    write_bands(written / "factors", table)
     is_banded = len(table.bands) > 1
     model = {
         "n_embd_wte": None if is_banded else table.ranks[0] or None,
@@ -45,8 +51,19 @@ def write_model(
         "band_sizes": table.sizes if is_banded else (),
         "band_ranks": table.ranks if is_banded else (),
     }
-    model = {**run.record["model"], **model}
-    write_record(folder, {**run.record, "model": model, "compressed": made})
+    own = {"model": {**run.record["model"], **model}, "run_id": secrets.token_hex(8)}
+    write_record(written, {**run.record, **own, "compressed": made})
+    move_aside(folder)
+    written.rename(folder)
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError if `write_model` would put something in a stranger's place."""
+    if not is_vacant(folder) and "compressed" not in (read_record(folder) or {}):
+        raise UserError(
+            f"{folder} holds something else than a compressed model: use another "
+            "--config.workdir, or --config.overwrite=True to move it aside"
+        )
 
 
 def _variables_with(original: Original, table: FactorizedTable) -> dict:

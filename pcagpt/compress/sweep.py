@@ -1,6 +1,7 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pcagpt.compress.original import Original
 from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
+from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
 from pcagpt.telemetry.record import Telemetry
 
@@ -21,17 +23,24 @@ Row = dict[str, Any]  # of sweep.json, made by `Candidate.row`
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 
 
+def best_model(folder: Path, rank: int) -> Path:
+    """The folder of the best model of a rank."""
+    return folder / f"best_k{rank}"
+
+
 def sweep(
     original: Original,
     tried: list[Recipe],
     heading: dict[str, Any],
     folder: Path,
     tensorboard: bool,
+    check_lock: Callable[[], None],
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
-    Rows that an earlier sweep measured under the same protocol are kept. `heading` has
-    the other fields of sweep.json.
+    Rows that an earlier sweep measured under the same protocol are kept; a sweep under
+    another is moved aside. `heading` has the other fields of sweep.json. `check_lock`
+    raises if the folder may not be written any more.
     """
     writes = jax.process_index() == 0
     earlier = _read_sweep(folder)
@@ -41,6 +50,8 @@ def sweep(
         known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
         if "recovered" in earlier:
             heading = {**heading, "recovered": earlier["recovered"]}
+    elif writes:
+        move_aside(folder / "sweep.json")
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
     make = original.compressor  # Calibrates first.
@@ -50,18 +61,20 @@ def sweep(
             candidate = make(recipe)
             known[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
+                check_lock()
                 content = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
     if not writes:
         return
+    check_lock()
     content = _write_sweep(folder, heading, tried, known)
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
         best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
         table = make(best).table
         origin = dataclasses.asdict(best)
-        write_model(folder / f"best_k{rank}", original, table, origin)
+        write_model(best_model(folder, rank), original, table, origin)
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)

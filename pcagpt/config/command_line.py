@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 import runpy
 import textwrap
@@ -12,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pcagpt.config.checks import wrong_type
+from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import KNOBS, Settings, base, override
 from pcagpt.errors import UserError
 
@@ -22,6 +24,11 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     `arguments` begin with the program name. Raises UserError for a wrong argument or
     config file.
     """
+    for word in arguments:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise UserError(
+                f"{word!r} is no UTF-8: write it in UTF-8, with LANG=C.UTF-8"
+            )
     source, words = _take_config_file(arguments)
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
@@ -42,7 +49,24 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
         raise _explained(error) from None
     if stray:
         raise UserError(f"'{stray[0]}' is not a flag: write --config.KNOB=VALUE")
-    return Settings.of(config.value), print_only.value
+    settings = Settings.of(config.value)
+    paths = {
+        path: _expanded(path, value)
+        for path, value in settings.flat().items()
+        if KNOBS[path].rule is PATH
+    }
+    return settings.replace(paths), print_only.value
+
+
+def _expanded(name: str, path: str) -> str:
+    """The path with ~ as the shell expands it, which it does not after '='."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{name} is '{path}': there is no such home folder; write ./{path} if it "
+            "is a name"
+        )
+    return expanded
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -62,10 +86,12 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 def _load(source: str) -> ConfigDict:
     """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
+    path = _expanded("--config", path)
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         hint = f"there are {here}" if here else "run from the repository's folder"
-        raise UserError(f"config file '{path}' does not exist: {hint}")
+        problem = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"config file '{path}' {problem}: {hint}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

@@ -31,6 +31,7 @@ POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
 BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 PART = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+PATH = Rule("a path, which has no NUL", lambda value: "\0" not in value)
 SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
@@ -38,6 +39,7 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
     """A field of a section. The rule holds for each entry of a tuple.
 
     Without a rule, whole numbers must be a `COUNT` and other values can be anything.
+    The command line expands ~ in a `PATH`.
     """
     metadata = {"meaning": meaning, "rule": rule}
     return dataclasses.field(default=default, metadata=metadata)

@@ -16,6 +16,7 @@ from pcagpt.arms import ARMS
 from pcagpt.config.knobs import (
     BELOW_1,
     PART,
+    PATH,
     POSITIVE,
     SEED,
     SHARE,
@@ -71,9 +72,11 @@ class ModelSettings:
 class DataSettings:
     """The corpus."""
 
-    source: str = knob("sotu", "sotu, wikitext103, or a folder of text or .bin files")
+    source: str = knob(
+        "sotu", "sotu, wikitext103, or a folder of text or .bin files", PATH
+    )
     tokenizer: str = knob("auto", "sotu4096 or gpt2; auto: the source's own")
-    cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data")
+    cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data", PATH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ class FinetuneSettings:
 class DistillSettings:
     """Knowledge distillation from a trained model."""
 
-    teacher: str = knob("", "run with the same vocabulary; empty: no teacher")
+    teacher: str = knob("", "run with the same vocabulary; empty: no teacher", PATH)
     share: float = knob(
         1.0, "weight of KL(teacher || model); the cross entropy has the rest", PART
     )
@@ -136,19 +139,23 @@ class DistillSettings:
 class InitSettings:
     """Weights that a run starts from instead of random ones."""
 
-    import_wte_npy: str = knob("", "file of a token table [V, k]")
-    import_scale_matrices_npz: str = knob("", "file of scale_up, scale_down [k, d]")
+    import_wte_npy: str = knob("", "file of a token table [V, k]", PATH)
+    import_scale_matrices_npz: str = knob(
+        "", "file of scale_up, scale_down [k, d]", PATH
+    )
     import_wte_freeze: bool = knob(False, "keep the imported table fixed")
     import_scale_matrices_freeze: bool = knob(False, "keep the imported matrices fixed")
-    import_bands: str = knob("", "folder of a banded table from factorize or compress")
+    import_bands: str = knob(
+        "", "folder of a banded table from factorize or compress", PATH
+    )
     keep: str = knob(
         "all",
         "what to keep of the imported factors, with the rest random; std: standard "
         "deviation, rows: in random order, shape: only the sizes of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
-    blocks_from: str = knob("", "run to copy all weights but the embedding from")
-    weights_from: str = knob("", "run to copy the model and all weights from")
+    blocks_from: str = knob("", "run to copy all weights but the embedding from", PATH)
+    weights_from: str = knob("", "run to copy the model and all weights from", PATH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +165,9 @@ class FactorizeSettings:
     method: str = knob(
         "svd", "a name in pcagpt.factorize.METHODS, such as svd, pca or context"
     )
-    statistics: str = knob("", "file of statistics; empty: measure them on the run")
+    statistics: str = knob(
+        "", "file of statistics; empty: measure them on the run", PATH
+    )
     singular_value_split: float = knob(
         0.0, "a: the table is U S^(1-a), the scale matrix S^a V^T", SHARE
     )
@@ -289,14 +298,17 @@ class Settings:
 
     task: str = knob("train", "what to do", one_of(*TASKS))
     arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
-    workdir: str = knob("checkpoints", "folder that runs are read from and written to")
+    workdir: str = knob(
+        "checkpoints", "folder that runs are read from and written to", PATH
+    )
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
-    overwrite: bool = knob(False, "discard an existing run with other settings")
+    overwrite: bool = knob(False, "move aside an existing run with other settings")
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",
         f"{', '.join(MODEL_PATH_TASKS)}: a run or one checkpoint; factorize: or a .npy "
         "table",
+        PATH,
     )
     split: str = knob(
         "val", "evaluate: part of the corpus", one_of("train", "val", "test")

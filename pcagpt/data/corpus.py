@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from pcagpt.data.sources import find_source
 from pcagpt.data.token_files import DTYPES, CorpusInfo, present_splits, read_meta
 from pcagpt.data.tokenize import write_token_folder
-from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
+from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError
 
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
@@ -178,9 +178,9 @@ def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus
         folder = found
     else:
         info = found.info(tokenizer)
-        recipe = [_RECIPE, found.fingerprint(), tokenizer_sha256(info.tokenizer)]
+        recipe = [_RECIPE, found.fingerprint(), info.tokenizer_sha256]
         key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
         folder = Path(cache_dir) / f"{info.name}-{info.tokenizer}-{key}"
         if not folder.is_dir():
             write_token_folder(folder, found, info)
-    return Corpus(**asdict(read_meta(folder, tokenizer)), folder=folder)
+    return Corpus(**vars(read_meta(folder, tokenizer)), folder=folder)

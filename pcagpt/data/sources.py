@@ -34,9 +34,9 @@ class TextSource(NamedTuple):
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
         name = self.tokenizer if tokenizer == "auto" else tokenizer
-        vocab_size = rank_file(name).vocab_size
+        vocab_size, sha256 = rank_file(name)
         dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        return CorpusInfo(self.name, vocab_size, dtype, name)
+        return CorpusInfo(self.name, vocab_size, dtype, name, sha256, None)
 
 
 def find_source(source: str) -> TextSource | Path:

@@ -1,5 +1,7 @@
 """Folders of token files in nanoGPT's format, and their meta files."""
 
+import hashlib
+import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,19 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """Description of a corpus, known before its tokens are read."""
+    """Description of a corpus, known before its tokens are read.
+
+    tokenizer: a name in RANKS, or None if it is none of them; characters: the text of
+    each id, from the `itos` or `stoi` of a meta file, or None; tokenizer_sha256: what
+    tells the numbering of the ids from others, or None if nothing is known of it.
+    """
 
     name: str
     vocab_size: int
     dtype: str  # a key of DTYPES
-    tokenizer: str | None  # a name in RANKS, or None if unknown
+    tokenizer: str | None
+    tokenizer_sha256: str | None
+    characters: tuple[str, ...] | None
 
 
 def present_splits(folder: Path) -> tuple[str, ...]:
@@ -34,7 +43,8 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     """Reads meta.json or nanoGPT's meta.pkl, and checks it against the token files.
 
     meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
-    tokenizer, tokenizer_sha256 and tokens (the number of tokens of each split).
+    tokenizer, tokenizer_sha256, itos or stoi (the text of each id, or the id of each
+    text), and tokens (the number of tokens of each split).
 
     Args:
       folder: has at least one token file.
@@ -49,7 +59,12 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     if path.is_file():
         meta = read_json(path, 'write it again, e.g. {"vocab_size": 50257}')
     elif (path := folder / "meta.pkl").is_file():
-        meta = {"vocab_size": _read_pickle(path).get("vocab_size")}
+        pickled = _read_pickle(path)
+        meta = {
+            name: pickled[name]
+            for name in ("vocab_size", "itos", "stoi")
+            if name in pickled
+        }
     else:
         # nanoGPT writes no meta file for GPT-2's tokens.
         name = "gpt2" if tokenizer == "auto" else tokenizer
@@ -65,12 +80,53 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
     _check_lengths(folder, meta.get("tokens", {}), DTYPES[dtype].itemsize)
     name = meta.get("name")
+    agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
+    text_of_id = {} if agreed else _vocabulary(path, meta)
+    is_whole = text_of_id.keys() == set(range(vocab_size))
     return CorpusInfo(
         name if isinstance(name, str) and name else folder.resolve().name,
         vocab_size,
         dtype,
-        _agreed_tokenizer(path, meta, vocab_size, tokenizer),
+        agreed,
+        RANKS[agreed].sha256 if agreed else _numbering_sha256(meta, text_of_id),
+        tuple(text_of_id[i] for i in range(vocab_size)) if is_whole else None,
     )
+
+
+def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
+    """{id: text} from `itos` and `stoi`; UserError if they contradict each other.
+
+    JSON has the ids of `itos` as a list or as text. Entries of other types are left
+    out.
+    """
+    itos, stoi = meta.get("itos"), meta.get("stoi")
+    pairs = list(enumerate(itos)) if isinstance(itos, (list, tuple)) else []
+    pairs += itos.items() if isinstance(itos, dict) else []
+    pairs += [(i, text) for text, i in stoi.items()] if isinstance(stoi, dict) else []
+    found: dict[int, str] = {}
+    for number, text in pairs:
+        is_number = type(number) is int or (
+            isinstance(number, str) and number.isascii() and number.isdigit()
+        )
+        if not is_number or not isinstance(text, str):
+            continue
+        if found.setdefault(int(number), text) != text:
+            raise UserError(
+                f"{path} gives id {number} two texts, {found[int(number)]!r} and "
+                f"{text!r}: correct its itos and stoi"
+            )
+    return found
+
+
+def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:
+    """What tells the ids of an unknown tokenizer from others; None without a hint."""
+    stated = meta.get("tokenizer_sha256")
+    if isinstance(stated, str) and stated:
+        return stated
+    known = sorted(text_of_id.items()) or meta.get("tokenizer")
+    if not known:
+        return None
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _agreed_tokenizer(

@@ -16,7 +16,7 @@ import tiktoken
 
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.token_files import DTYPES, CorpusInfo
-from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
+from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
@@ -69,8 +69,8 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
                         f"characters so far, now in {split}",
                         file=sys.stderr,
                     )
-    sha256 = tokenizer_sha256(info.tokenizer)
-    meta = {**asdict(info), "tokenizer_sha256": sha256, "tokens": counts}
+    meta = {**asdict(info), "tokens": counts}
+    del meta["characters"]  # The tokenizer is a packaged one.
     write_json(folder / "meta.json", meta)
 
 

@@ -79,8 +79,3 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     rows = map(bytes.split, packaged_bytes(f"{name}.tiktoken", sha256).splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
     return encoding_from_ranks(name, ranks, vocab_size)
-
-
-def tokenizer_sha256(name: str) -> str:
-    """sha256 of the rank file, which identifies the vocabulary."""
-    return rank_file(name).sha256

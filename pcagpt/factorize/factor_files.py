@@ -4,10 +4,11 @@ wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
 bands_pca_k{k}/           replaces both for several bands of the same total size
 spectrum.npy              singular values [d] float64, descending
-metadata.json             method, source, energy kept by each rank; written last
+metadata.json             method, source, energy kept by each rank; written last, and
+                          before, with the ranks that are 'unfinished'
 """
 
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,19 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
     return table_path(folder, rank).exists() and scale_path(folder, rank).exists()
 
 
+def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
+    """What is where `write` would put these ranks, and was not written by it."""
+    metadata = read_metadata(folder)
+    if metadata is None:
+        ours, there = set(), [folder / "spectrum.npy"]
+    else:
+        ours = {*map(int, metadata["ranks"]), *metadata.get("unfinished", ())}
+        there = []
+    for rank in {*ranks} - ours:
+        there += [path(folder, rank) for path in (table_path, scale_path, bands_path)]
+    return sorted(path for path in there if path.exists())
+
+
 def write(
     folder: Path,
     tables: dict[int, FactorizedTable],
@@ -61,9 +75,14 @@ def write(
 ) -> None:
     """Writes all files of a factorization: the table of each rank, spectrum, metadata.
 
-    `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band.
+    `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band. Ranks
+    that `metadata` describes and `tables` lacks are there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    ranks = metadata.get("ranks", {})
+    there = {rank: ranks[rank] for rank in ranks if int(rank) not in tables}
+    begun = {**metadata, "ranks": there, "unfinished": sorted(tables)}
+    write_json(folder / "metadata.json", begun)  # What comes next is ours.
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -76,15 +95,18 @@ def write(
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
-    """Replaces `folder` by the files of a table.
+    """Writes the files of a table in place of those of an earlier one.
 
     token_order.npy           [V] int32, the token at each position; written last
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
     scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; not at full width
     mean.npy                  [d] float32, added to the input, if the table is centred
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Nothing else in the folder is ours. Without its order, a table is unfinished.
+    for pattern in (ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"):
+        for path in folder.glob(pattern):
+            path.unlink()
     for number, band in enumerate(table.bands):
         write_npy(folder / f"wte_band{number}.npy", _float32(band.wte))
         if band.scale is not None:
@@ -129,7 +151,7 @@ def read_bands(folder: str | Path) -> FactorizedTable:
 
 
 def read_metadata(folder: Path) -> dict | None:
-    """The metadata of `write`; None if the factorization is incomplete."""
+    """The metadata of `write`; None if it wrote nothing there."""
     return read_json(folder / "metadata.json", f"delete {folder} and run again")
 
 

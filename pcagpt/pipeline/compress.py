@@ -9,20 +9,21 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.advise import advise
+from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import Recipe, recipes
 from pcagpt.compress.effort import decide_effort
+from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
-from pcagpt.compress.sweep import add_recovered, sweep
+from pcagpt.compress.sweep import add_recovered, best_model, sweep
 from pcagpt.config import Settings, words_of
 from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
-from pcagpt.files import read_json, strict
-from pcagpt.pipeline.execute import check, execute
+from pcagpt.files import read_json, remove_leftovers, strict
+from pcagpt.pipeline.execute import check, check_workdir, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
-from pcagpt.run import checkpoint, provenance
+from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -39,6 +40,7 @@ def compress(settings: Settings, command: str) -> None:
       UserError: no such run or method, the table is factorized already, the folder
         holds the sweep of another model, or no table fits.
     """
+    check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     options, folder = settings.compress, Path(settings.workdir) / FOLDER
     methods = _methods(options.methods)
@@ -55,24 +57,40 @@ def compress(settings: Settings, command: str) -> None:
     bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
     bounds = {name: bound for name, bound in bounds.items() if bound}
     if bounds:
-        _check_file(folder / "advice.json", original.protocol, settings.overwrite)
-        advise(
-            original,
-            methods[-1],
-            options.bands,
-            options.bits,
-            bounds,
-            heading,
-            folder,
-        )
+        tried, file, models = [], folder / "advice.json", {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
-        _check_file(folder / "sweep.json", original.protocol, settings.overwrite)
-        _check_recoverable(original, tried, settings, folder)
-        sweep(original, tried, heading, folder, settings.telemetry.tensorboard)
-    placement.wait_for_all(str(folder))
-    if options.recover_ranks:
-        _recover(settings, folder)
+        file = folder / "sweep.json"
+        models = {best_model(folder, recipe.rank) for recipe in tried if recipe.rank}
+
+    def check_folder() -> None:
+        if not settings.overwrite:
+            _check_file(file, original.protocol)
+            for model in sorted(models):
+                check_place(model)
+
+    with lock.held(folder, meanwhile=check_folder) as check_lock:
+        placement.from_first(check_folder)
+        if bounds:
+            advise(
+                original,
+                methods[-1],
+                options.bands,
+                options.bits,
+                bounds,
+                heading,
+                folder,
+                check_lock,
+            )
+        else:
+            _check_recoverable(original, tried, settings, folder)
+            tensorboard = settings.telemetry.tensorboard
+            sweep(original, tried, heading, folder, tensorboard, check_lock)
+        if jax.process_index() == 0:
+            remove_leftovers(folder)
+        placement.wait_for_all(str(folder))
+        if options.recover_ranks:
+            _recover(settings, folder)
 
 
 def _methods(text: str) -> list[str]:
@@ -117,7 +135,7 @@ def _recipes(
     return [recipe for recipe in found if recipe.rank in {0, *kept}]
 
 
-def _check_file(path: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+def _check_file(path: Path, protocol: dict[str, Any]) -> None:
     """Raises UserError if the file holds numbers of another protocol.
 
     Numbers of a part of the split may be replaced by those of the whole split.
@@ -130,10 +148,10 @@ def _check_file(path: Path, protocol: dict[str, Any], overwrite: bool) -> None:
         if own.get(name) != there.get(name)
         and not (name == "evaluated_tokens" and name not in own)
     ]
-    if differing and not overwrite:
+    if differing:
         raise UserError(
             f"{path} holds other numbers, {'; '.join(differing)}: use another "
-            "--config.workdir, or --config.overwrite=True to replace them"
+            "--config.workdir, or --config.overwrite=True to move them aside"
         )
 
 

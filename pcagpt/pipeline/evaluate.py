@@ -5,7 +5,7 @@ import re
 import jax
 
 from pcagpt.config import Settings
-from pcagpt.files import write_json
+from pcagpt.files import keep, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -14,7 +14,7 @@ from pcagpt.telemetry.progress import Progress
 
 
 def evaluate(settings: Settings) -> dict:
-    """Evaluates `model_path` on `split`; writes the result beside the run.
+    """Evaluates `model_path` on `split`; writes the result beside the run if it can.
 
     `evaluate.max_tokens` cuts the split; the file then has another name.
 
@@ -53,5 +53,6 @@ def evaluate(settings: Settings) -> dict:
         tokens = settings.evaluate.max_tokens
         part = f"{settings.split}_first{tokens}" if tokens else settings.split
         name = f"evaluation_{corpus_name}_{part}_step{run.step}.json"
-        write_json(run.folder / name, result)
+        # The folder of a shared model may be read-only.
+        keep(run.folder / name, lambda path: write_json(path, result))
     return result

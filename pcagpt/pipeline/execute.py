@@ -3,6 +3,7 @@
 import operator
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -16,7 +17,9 @@ from pcagpt.pipeline.plan import Job, Plan
 from pcagpt.pipeline.train_job import DONE, TO_DO, TrainJob
 from pcagpt.report import collect_results, write_report
 from pcagpt.run.folder import read_record
+from pcagpt.sharding import placement
 from pcagpt.telemetry.record import import_wandb
+from pcagpt.training.setup import Setup
 
 # The `model` knobs that D and an arm must share, by what the arm takes from D.
 SHARED_WITH_BASELINE = {
@@ -37,10 +40,14 @@ def check(plan: Plan, settings: Settings) -> dict[Job, str]:
         settings is there, a prerequisite is missing and `build_prerequisites` is off,
         or there is no such corpus.
     """
-    _check_workdir(settings.workdir)
+    check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
-    needed = _needed(plan)
+    # Other commands may be at work: every process must see the same.
+    shared = placement.from_first(
+        lambda: [(plan.jobs.index(job), status) for job, status in _needed(plan)]
+    )
+    needed = {plan.jobs[number]: status for number, status in shared}
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
@@ -80,6 +87,11 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         # New runs are compared with finished ones: both must have the same tokens.
         if checked and isinstance(job, TrainJob) and status != TO_DO:
             job.check_corpus()
+    for corpus in _corpora_without_text(checked.values()):
+        _say(
+            f"{corpus} holds bare token ids: its models cannot be sampled, unless "
+            "--config.data.tokenizer names the tokenizer"
+        )
     for job in needed:
         if job.folder in checked:
             # Dropped after its run: a teacher's weights take memory.
@@ -91,18 +103,24 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         _say(f"report: {workdir / 'report.html'}")
 
 
-def _needed(plan: Plan) -> dict[Job, str]:
-    """The jobs that `check` returns."""
+def _needed(plan: Plan) -> list[tuple[Job, str]]:
+    """The jobs that `check` returns, with their status."""
     jobs, target = plan.jobs, plan.jobs[-1]
     known = {target: target.status()}
     if known[target] == DONE and not plan.reported:
         made = [job for job in jobs if isinstance(job, FactorizeJob)]
         if not any(job.differing() for job in made):
             jobs = tuple(job for job in jobs if job.is_target)
-    return {job: known.get(job) or job.status() for job in jobs}
+    return [(job, known.get(job) or job.status()) for job in jobs]
 
 
-def _check_workdir(workdir: str) -> None:
+def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
+    """Names of the corpora of training runs whose tokens stand for no known text."""
+    corpora = {setup.corpus for setup in checked if setup is not None}
+    return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
+
+
+def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())

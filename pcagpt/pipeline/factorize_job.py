@@ -1,7 +1,7 @@
 """The factorization of a run's table, or of a bare table, as a job."""
 
 import dataclasses
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from pcagpt import factorize
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
-from pcagpt.files import sha256_of_file
+from pcagpt.files import remove_leftovers, sha256_of_file
 from pcagpt.pipeline.train_job import DONE, TO_DO
 from pcagpt.report import spectrum_figure
-from pcagpt.run import calibrate, checkpoint
+from pcagpt.run import calibrate, checkpoint, lock
+from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import Telemetry
@@ -54,19 +55,37 @@ class FactorizeJob:
 
     def status(self) -> str:
         """'done' or 'to do'; UserError for the files of another source or method."""
-        differing = self.differing()
-        if differing and not self.settings.overwrite:
-            raise self._other_files(differing)
-        if differing or self._source_sha256() is None:
+        conflict = self._conflict()
+        if conflict and not self.settings.overwrite:
+            raise conflict
+        if conflict or self._source_sha256() is None or self._lacking():
             return TO_DO
+        return DONE
+
+    def _lacking(self) -> list[int]:
+        """The ranks whose files are not complete."""
         metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
         in_bands = self.settings.factorize.bands > 1
-        is_complete = all(
-            str(rank) in metadata["ranks"]
-            and factor_files.exists(self.folder, rank, in_bands)
+        return [
+            rank
             for rank in self.settings.ranks
-        )
-        return DONE if is_complete else TO_DO
+            if str(rank) not in metadata["ranks"]
+            or not factor_files.exists(self.folder, rank, in_bands)
+        ]
+
+    def _conflict(self) -> UserError | None:
+        """The error for what the folder holds; None if it may be added to."""
+        differing = self.differing()
+        if differing:
+            return self._other_files(differing)
+        others = factor_files.not_ours(self.folder, self._lacking())
+        if others:
+            return UserError(
+                f"{others[0]} is not of a factorization that was made here: use "
+                "another --config.workdir, or --config.overwrite=True to move "
+                f"{self.folder} aside"
+            )
+        return None
 
     def differing(self) -> list[str]:
         """Parts of `identity` in which the files in the folder differ.
@@ -110,8 +129,11 @@ class FactorizeJob:
         Reads no weights. A source in `to_be_made` is checked by `run`.
         """
         if self.source in to_be_made:
-            # A new D is never the D that the files in the folder were made from.
-            if factor_files.read_metadata(self.folder) and not self.settings.overwrite:
+            # A new D is never the D that the files in the folder were made from, unless
+            # another command has made both meanwhile.
+            has_files = factor_files.read_metadata(self.folder) is not None
+            made = has_files and read_result(self.source) and not self.differing()
+            if has_files and not made and not self.settings.overwrite:
                 raise self._other_files(["source_sha256"])
             return
         if self._is_bare_table:
@@ -127,36 +149,51 @@ class FactorizeJob:
         self._given_statistics(shape)
 
     def run(self, _: None = None) -> None:
-        """Writes the files on the first process; every process calibrates."""
-        self.check(set())
-        run = None if self._is_bare_table else Run.open(self.source)
-        table_VD = run.table() if run else factor_files.read_table(self.source)
-        statistics = (
-            self._measured_statistics(run)
-            if self._calibrates
-            else self._given_statistics(table_VD.shape)
-        )
-        if jax.process_index() == 0:
-            print(f"factorizing {self.source}, {self.amount}", flush=True)
-            if self.settings.overwrite and self.differing():
-                shutil.rmtree(self.folder)
-            step = {"step": run.step} if run else {}
-            self._write(table_VD, statistics, step)
-        placement.wait_for_all(str(self.folder))
+        """Writes the files on the first process; every process calibrates.
+
+        Waits while another command holds the folder; nothing is left to do if it made
+        these files.
+        """
+        with lock.held(self.folder, meanwhile=self.status) as check_lock:
+            if placement.from_first(self.status) == DONE:
+                return
+            self.check(set())
+            run = None if self._is_bare_table else Run.open(self.source)
+            table_VD = run.table() if run else factor_files.read_table(self.source)
+            statistics = (
+                self._measured_statistics(run)
+                if self._calibrates
+                else self._given_statistics(table_VD.shape)
+            )
+            if jax.process_index() == 0:
+                print(f"factorizing {self.source}, {self.amount}", flush=True)
+                step = {"step": run.step} if run else {}
+                self._write(table_VD, statistics, step, check_lock)
+            placement.wait_for_all(str(self.folder))
 
     def _write(
-        self, table_VD: np.ndarray, statistics: Statistics | None, step: dict[str, int]
+        self,
+        table_VD: np.ndarray,
+        statistics: Statistics | None,
+        step: dict[str, int],
+        check_lock: Callable[[], None],
     ) -> None:
-        """Writes the files of all ranks, and rewrites those of earlier commands."""
+        """Writes the files of the ranks that lack them.
+
+        Those of earlier commands stay as they are: runs may be reading them.
+        """
+        is_replaced = self._conflict() is not None  # Else `status` had raised.
+        ranks, described = self.settings.ranks, {}
+        if not is_replaced:
+            metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
+            ranks, described = self._lacking(), dict(metadata["ranks"])
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
         )
-        earlier = factor_files.read_metadata(self.folder) or {"ranks": {}}
-        ranks = sorted({*self.settings.ranks, *map(int, earlier["ranks"])})
         singular_values = make.factors.singular_values
         energy = factorize.energy_kept(singular_values)
-        tables, described = {}, {}
+        tables = {}
         for rank in ranks:
             budget = factorize.budget_of_rank(vocab_size, width, rank)
             try:
@@ -176,6 +213,7 @@ class FactorizeJob:
                     "band_ranks": table.ranks,
                 }
             )
+        known = sorted(map(int, described))
         metadata = {
             **self.identity(),
             "source": str(self.source),
@@ -183,14 +221,18 @@ class FactorizeJob:
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorize.effective_rank(singular_values),
-            "ranks": described,
+            "ranks": {str(rank): described[str(rank)] for rank in known},
         }
+        check_lock()
+        if is_replaced:
+            move_aside(self.folder)
         factor_files.write(
             self.folder, tables, singular_values, metadata, chosen.bands > 1
         )
         board = self.settings.telemetry.tensorboard
         with Telemetry(self.folder, tensorboard=board) as telemetry:
-            telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
+            telemetry.figure("spectrum", spectrum_figure(singular_values, known))
+        remove_leftovers(self.folder)
 
     def _measured_statistics(self, run: Run) -> Statistics:
         """Statistics on the run's own corpus, or on the one that was asked for."""

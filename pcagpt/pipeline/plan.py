@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
+from pcagpt.compress.sweep import best_model
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
 from pcagpt.errors import UserError
@@ -83,7 +84,7 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
     run = str(baseline.folder)
     starts = [(run, "")]
     for rank in settings.compress.recover_ranks:
-        starts += [(str(folder / f"best_k{rank}"), teacher) for teacher in ("", run)]
+        starts += [(str(best_model(folder, rank)), teacher) for teacher in ("", run)]
     jobs = []
     for start, teacher in starts:
         chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}

@@ -3,8 +3,10 @@
 import itertools
 
 import numpy as np
+import tiktoken
 
 from pcagpt.config import Settings
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.run.generate import generate
@@ -21,28 +23,17 @@ def sample(settings: Settings) -> list[str]:
       The samples, prompt included, each up to its first end of text.
 
     Raises:
-      UserError: no such run, a run without a tokenizer, or a `model` knob that
-        contradicts it.
+      UserError: no such run, a run without a tokenizer or of another one than
+        `data.tokenizer`, a prompt that it cannot encode, or a `model` knob that
+        contradicts the run.
     """
     run, options = Run.open(settings.model_path), settings.sample
     run.check_model(settings.model)
-    name = run.record.get("tokenizer")
-    if not name:
-        raise UserError(
-            f"{run.folder} was trained on bare token ids: without a tokenizer there is "
-            "no text to show"
-        )
-    tokenizer = load_tokenizer(name)
-    model, variables = run.load(settings.model)
-    if model.config.vocab_size > tokenizer.n_vocab:
-        raise UserError(
-            f"{run.folder} has {model.config.vocab_size} tokens, its tokenizer {name} "
-            f"{tokenizer.n_vocab}: some of its tokens stand for no text"
-        )
-    end = tokenizer.encode_single_token(END_OF_TEXT)
+    tokenizer = _tokenizer(run, settings.data.tokenizer)
+    end = tokenizer.eot_token
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
-    # In the training text an end of text precedes each document.
-    prompt = np.array(text or [end], np.int32)
+    prompt = np.array(text or _beginning(tokenizer), np.int32)
+    model, variables = run.load(settings.model)
     drawn = generate(
         model,
         variables,
@@ -51,6 +42,7 @@ def sample(settings: Settings) -> list[str]:
         settings.seed,
         options.temperature,
         options.top_k,
+        tokenizer.n_vocab,
     )
     found, total = [], options.tokens
     with Progress(f"sampling from {run.folder.name}", total) as progress:
@@ -64,3 +56,36 @@ def sample(settings: Settings) -> list[str]:
         kept = itertools.takewhile(lambda token: token != end, tokens)
         samples.append(tokenizer.decode([*text, *kept]))
     return samples
+
+
+def _beginning(tokenizer: tiktoken.Encoding | CharacterTokenizer) -> list[int]:
+    """What precedes a document in the training text: an end of text, or a line end."""
+    if tokenizer.eot_token is not None:
+        return [tokenizer.eot_token]
+    return tokenizer.encode("\n") if "\n" in tokenizer.texts else [0]
+
+
+def _tokenizer(run: Run, asked: str) -> tiktoken.Encoding | CharacterTokenizer:
+    """The run's own tokenizer, or the one that was asked for if the run has none."""
+    name, texts = run.record.get("tokenizer"), run.record.get("characters")
+    if asked != "auto" and (texts or name not in (None, asked)):
+        own = name or f"its own {len(texts)} characters"
+        raise UserError(
+            f"data.tokenizer is '{asked}', but {run.folder} was trained on tokens of "
+            f"{own}: leave it out"
+        )
+    if not texts and not name and asked == "auto":
+        raise UserError(
+            f"{run.folder} was trained on bare token ids: without a tokenizer there is "
+            "no text to show; name it, as in --config.data.tokenizer=gpt2"
+        )
+    tokenizer = (
+        CharacterTokenizer(tuple(texts)) if texts else load_tokenizer(name or asked)
+    )
+    vocab_size = run.record["vocab_size"]
+    if vocab_size < tokenizer.n_vocab:
+        raise UserError(
+            f"data.tokenizer: {name or asked} has {tokenizer.n_vocab} tokens, the "
+            f"model of {run.folder} {vocab_size}: name the one that made its tokens"
+        )
+    return tokenizer

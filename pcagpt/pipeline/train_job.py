@@ -1,7 +1,7 @@
 """A training run as a job: its status, its checks and its training."""
 
 import dataclasses
-import shutil
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,20 @@ from pcagpt.arms import ARMS
 from pcagpt.config import Settings
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
-from pcagpt.run import checkpoint, initialise
+from pcagpt.files import remove_leftovers
+from pcagpt.run import checkpoint, initialise, lock
 from pcagpt.run.build import build_config
-from pcagpt.run.folder import changed_fields, read_record, read_result, write_record
+from pcagpt.run.folder import (
+    changed_fields,
+    find_record,
+    holds_run,
+    is_made_here,
+    is_unmixed,
+    move_aside,
+    read_record,
+    read_result,
+    write_record,
+)
 from pcagpt.run.trained import open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.training.loop import train
@@ -50,23 +61,73 @@ class TrainJob:
         return {*paths, *(path.parent for path in paths)}
 
     def status(self) -> str:
-        """'done', 'resumes at step N' or 'to do'; UserError for other settings."""
-        is_finished = read_result(self.folder) is not None
-        if is_finished and not self.is_target:
+        """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.
+
+        Raises UserError if the folder holds anything but this run, and may not be
+        replaced.
+        """
+        if not holds_run(self.folder):
+            return TO_DO
+        if self._serves_as_prerequisite():
+            return DONE  # `execute` checks that it fits.
+        conflict = self._conflict()
+        if conflict and self._may_replace:
+            return TO_DO
+        if conflict:
+            remedy = (
+                "--config.overwrite=True to move it aside"
+                if self.is_target
+                else f"move {self.folder} away"
+            )
+            raise UserError(f"{conflict}: use another --config.workdir, or {remedy}")
+        if read_record(self.folder) is None:
+            return "lacks its config.json"
+        if read_result(self.folder):
             return DONE
         step = max(checkpoint.steps(self.folder), default=0)
-        if not is_finished and step == 0:
-            return TO_DO
-        changed = changed_fields(self.folder, self.record())
-        if changed and self.is_target and self.settings.overwrite:
-            return TO_DO
-        if changed:
-            raise UserError(
-                f"{self.folder} was trained with another config: {'; '.join(changed)}:"
-                " use another --config.workdir, or --config.overwrite=True to discard "
-                "the run"
+        return f"resumes at step {step}" if step else TO_DO
+
+    def _serves_as_prerequisite(self) -> bool:
+        """Whether a finished run is there, or a model that was made elsewhere."""
+        if self.is_target or read_record(self.folder) is None:
+            return False
+        if read_result(self.folder):
+            return True
+        return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
+
+    @property
+    def _may_replace(self) -> bool:
+        return self.is_target and self.settings.overwrite
+
+    def _conflict(self) -> str | None:
+        """What the folder holds, if it is not this run; None if it is, or is empty.
+
+        Raises UserError for a damaged file, unless the folder may be replaced.
+        """
+        try:
+            return self._difference() if holds_run(self.folder) else None
+        except UserError as damage:
+            if self._may_replace:
+                return str(damage)
+            raise
+
+    def _difference(self) -> str | None:
+        """How a folder that holds a run differs from this run; None if it does not."""
+        if find_record(self.folder) is None:
+            return (
+                f"{self.folder} holds a run without its config.json, and no checkpoint "
+                "has a copy"
             )
-        return DONE if is_finished else f"resumes at step {step}"
+        changed = changed_fields(self.folder, self.record())
+        if changed:
+            return (
+                f"{self.folder} was trained with another config: {'; '.join(changed)}"
+            )
+        if not is_unmixed(self.folder):
+            return f"{self.folder} holds a checkpoint of another run than config.json"
+        if read_result(self.folder) is None and not is_made_here(self.folder):
+            return f"{self.folder} holds a model that was made elsewhere"
+        return None
 
     def record(self) -> dict[str, Any]:
         """What `status` compares with config.json: settings and hashes of all imports.
@@ -121,20 +182,51 @@ class TrainJob:
     def run(self, checked: Setup | None = None) -> None:
         """Trains, from the newest checkpoint if there is one.
 
-        `checked` is the result of `check`.
+        Waits while another command holds the folder; nothing is left to do if it made
+        this run. `checked` is the result of `check`.
         """
-        is_new = self.status() == TO_DO  # Imports may have been made since `check`.
-        setup = checked or Setup.of(self.settings, self.corpus())
-        record = {
-            **setup.settings.to_dict(),
-            "imported_sha256": initialise.fingerprints(setup.settings),
-            "vocab_size": setup.model.config.vocab_size,
-            "tokenizer": setup.corpus.tokenizer,
-            "corpus_sha256": setup.corpus.fingerprint(),
-        }
-        if jax.process_index() == 0:
-            if is_new and (self.folder / "config.json").exists():
-                shutil.rmtree(self.folder)
-            write_record(self.folder, record)
-        placement.wait_for_all(self.folder.name)
-        train(setup, self.folder, record, self.label)
+        with lock.held(self.folder, meanwhile=self.status) as check_lock:
+            # Imports may have been made since `check`.
+            run_id = placement.from_first(self._take_up)
+            if run_id is None:
+                return
+            setup = checked or Setup.of(self.settings, self.corpus())
+            record = {
+                **setup.settings.to_dict(),
+                "run_id": run_id,
+                "imported_sha256": initialise.fingerprints(setup.settings),
+                "vocab_size": setup.model.config.vocab_size,
+                "tokenizer": setup.corpus.tokenizer,
+                "characters": setup.corpus.characters,
+                "corpus_sha256": setup.corpus.fingerprint(),
+            }
+
+            def check_place() -> None:
+                check_lock()
+                if (read_record(self.folder) or {}).get("run_id") != run_id:
+                    raise UserError(
+                        f"stopped, because {self.folder} was removed or replaced while "
+                        "this run trained there"
+                    )
+
+            if jax.process_index() == 0:
+                if self._conflict():  # May be replaced, or `status` had raised.
+                    move_aside(self.folder)
+                write_record(self.folder, record)
+                remove_leftovers(self.folder)
+            placement.wait_for_all(self.folder.name)
+            train(setup, self.folder, record, self.label, check_place)
+
+    def _take_up(self) -> str | None:
+        """The id of the run that is to be trained; None if it is done.
+
+        Restores a lost config.json. The caller holds the lock.
+        """
+        status = self.status()
+        stored = None if self._conflict() else find_record(self.folder)
+        if stored and read_record(self.folder) is None:
+            write_record(self.folder, stored)
+            status = self.status()
+        if status == DONE:
+            return None
+        return (stored or {}).get("run_id") or secrets.token_hex(8)

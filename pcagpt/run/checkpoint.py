@@ -6,8 +6,8 @@ and the number of updates done) and `meta` (JSON). Its number is the updates don
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt.errors import UserError
+from pcagpt.files import read_json
 
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
@@ -153,6 +154,39 @@ def find(path: str | Path) -> tuple[Path, int]:
     return run_dir, max(found)
 
 
+def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
+    """The item 'meta' of a checkpoint: {'history', 'config'}.
+
+    Raises UserError if it is missing or damaged.
+    """
+    path = run_dir / FOLDER / str(step) / "meta" / "metadata"
+    meta = read_json(path, "name another step beside it")
+    if meta is None:
+        raise UserError(f"{path} does not exist: {run_dir} was not trained here")
+    return meta
+
+
+def updates_done(run_dir: Path, step: int) -> int | None:
+    """The number of updates stored in a checkpoint; None if it has only weights.
+
+    A damaged checkpoint counts as what its name says.
+    """
+    folder = (run_dir / FOLDER / str(step)).absolute()
+    if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
+        return None
+    options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
+    try:
+        with _local_checkpointer() as checkpointer:
+            wanted = ocp.args.PyTreeRestore(
+                item={"step": 0}, restore_args=options, partial_restore=True
+            )
+            stored = checkpointer.restore(folder / "optimizer", args=wanted)
+            return int(stored["step"])
+    # Orbax and what it calls raise errors of many types.
+    except Exception:
+        return step
+
+
 def fingerprint(path: str | Path) -> str:
     """A hash that differs between runs and between steps of a run.
 
@@ -191,9 +225,11 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
+    """Writes host arrays as checkpoint 0, the first in a folder; one process calls it.
+
+    FileExistsError if the folder has checkpoints.
+    """
     folder = (run_dir / FOLDER).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=_alone()

@@ -17,7 +17,6 @@ import numpy as np
 
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus, TextSize
-from pcagpt.data.tokenizer import tokenizer_sha256
 from pcagpt.losses import scan_chunks, token_losses
 from pcagpt.model import GPT
 from pcagpt.sharding import inside, placement
@@ -81,7 +80,6 @@ class Evaluator:
         score = functools.partial(score_tokens, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
         self._sharding = placement.batch_sharding(mesh)
-        tokenizer = corpus.tokenizer
         self.protocol = {
             "split": split,
             "window": window,
@@ -89,8 +87,8 @@ class Evaluator:
             "windows": self.batches.window_count,
             "tokens_predicted": self.batches.target_count,
             "corpus": corpus.name,
-            "tokenizer": tokenizer,
-            "tokenizer_sha256": tokenizer and tokenizer_sha256(tokenizer),
+            "tokenizer": corpus.tokenizer,
+            "tokenizer_sha256": corpus.tokenizer_sha256,
         }
 
     def __call__(self, variables: dict, progress: Progress | None = None) -> Evaluation:

@@ -1,12 +1,15 @@
 """The files of a run besides its checkpoints: its record and its result.
 
-config.json   the run's record: its settings and what it depends on; written first
+config.json   the run's record: its settings and what it depends on; written first.
+              Its 'run_id' is also in the checkpoints and in result.json
 result.json   written last: a run is finished when it is there with status 'done'
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 from pcagpt.config import KNOBS
 from pcagpt.errors import UserError
 from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
+from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS
 
 # The sections that decide a run's numbers. Other knobs may change when it resumes.
@@ -33,16 +37,44 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+# What training writes into a folder. With one of these it holds a run.
+WRITTEN = (
+    "config.json", "result.json", "val_window_losses.npy", "metrics.jsonl",
+    checkpoint.FOLDER,
+)  # fmt: skip
+
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """config.json, or None if no run has begun."""
     return read_json(run_dir / "config.json", _remedy(run_dir))
 
 
+def find_record(run_dir: Path) -> dict[str, Any] | None:
+    """config.json or, if it was lost, the newest checkpoint's copy; None without."""
+    record = read_record(run_dir)
+    return _newest_copy(run_dir) if record is None else record
+
+
+def _newest_copy(run_dir: Path) -> dict[str, Any] | None:
+    """The record in the newest checkpoint that has a readable one."""
+    for step in reversed(checkpoint.steps(run_dir)):
+        with contextlib.suppress(UserError, OSError):  # A run may be deleting it.
+            copy = checkpoint.read_meta(run_dir, step).get("config")
+            if isinstance(copy, dict):
+                return copy
+    return None
+
+
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json of a finished run; None if it is missing or unfinished."""
+    """result.json of a finished run.
+
+    None if it is missing, unfinished, or of another run than config.json.
+    """
     result = read_json(run_dir / "result.json", _remedy(run_dir))
-    return result if result and result.get("status") == "done" else None
+    if not result or result.get("status") != "done":
+        return None
+    record = read_record(run_dir) or result  # Older versions give no run_id.
+    return result if result.get("run_id") == record.get("run_id") else None
 
 
 def _remedy(run_dir: Path) -> str:
@@ -64,6 +96,50 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
             "delete it to get a report without intervals"
         )
     return windows.astype(np.float64)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether anything is there that training would replace."""
+    return any((run_dir / name).exists() for name in WRITTEN)
+
+
+def is_unmixed(run_dir: Path) -> bool:
+    """Whether config.json and the newest checkpoint are of the same run."""
+    own, copy = read_record(run_dir) or {}, _newest_copy(run_dir) or {}
+    known = {record["run_id"] for record in (own, copy) if "run_id" in record}
+    return len(known) < 2
+
+
+def is_made_here(run_dir: Path) -> bool:
+    """Whether training wrote the record and all checkpoints, under these numbers.
+
+    A compressed model was not trained. In a folder that a person put together, a
+    checkpoint need not have an optimizer, or the number of updates that it has done.
+    """
+    record = find_record(run_dir) or {}
+    # Older versions give no run_id, but always the other.
+    if "compressed" in record or not {"run_id", "imported_sha256"} & record.keys():
+        return False
+    return all(
+        checkpoint.updates_done(run_dir, step) == step
+        for step in checkpoint.steps(run_dir)
+    )
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether nothing is there but perhaps an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def move_aside(path: Path) -> None:
+    """Renames a folder or file to NAME.replaced-TIME and says so; deletes nothing."""
+    if is_vacant(path):
+        return
+    kept = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+    while kept.exists():  # More than one in a second.
+        kept = kept.with_name(f"{kept.name}x")
+    path.rename(kept)
+    print(f"{path} was moved to {kept.name}", flush=True)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
@@ -111,7 +187,7 @@ def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     Empty if no run has begun. If `record` has no `imported_sha256`, its imports do not
     exist yet, and the fields that depend on them are not compared.
     """
-    stored = read_record(run_dir)
+    stored = find_record(run_dir)
     if stored is None:
         return []
     if record.get("imported_sha256") is None:

@@ -24,6 +24,7 @@ class Sampler(NamedTuple):
     model: GPT
     temperature: float
     top_k: int
+    known_ids: int
 
 
 def generate(
@@ -34,6 +35,7 @@ def generate(
     seed: int,
     temperature: float = 1.0,
     top_k: int = 0,
+    known_ids: int | None = None,
 ) -> Iterator[jax.Array]:
     """Draws the next token of each sample, int32 [B], without end.
 
@@ -49,9 +51,11 @@ def generate(
       seed: the same seed draws the same tokens.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: draws from the k most likely tokens only; 0 means all.
+      known_ids: draws only ids below it, those of the tokenizer; None means all.
     """
     length, key = model.config.block_size, jax.random.key(seed)
-    sampler = Sampler(model, temperature, top_k)
+    known_ids = known_ids or model.config.vocab_size
+    sampler = Sampler(model, temperature, top_k, known_ids)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
@@ -141,8 +145,8 @@ def _read_full(variables, window_BT, known, key, sampler: Sampler):
 
 def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
     """Draws tokens [B] that follow the output of ln_f at the last known ones."""
-    model, temperature, top_k = sampler
-    logits_BV = model.apply(variables, h_BD, method="logits")
+    model, temperature, top_k, known_ids = sampler
+    logits_BV = model.apply(variables, h_BD, method="logits")[:, :known_ids]
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

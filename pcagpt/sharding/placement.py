@@ -5,6 +5,12 @@ parameter matrix and of its optimizer moments.
 """
 
 import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pcagpt import trees
 from pcagpt.errors import UserError
 
+LEAVE_SECONDS = 10.0  # as long as processes that end wait for each other
 BATCH_AXES = ("data", "fsdp")
 
 # With this pass, XLA would copy all gradients into one array for their sum over devices
@@ -40,6 +47,44 @@ def start_processes(
         raise UserError(
             f"distributed start failed ({error}): outside Slurm and the like give "
             "distributed.coordinator_address=HOST:PORT, .num_processes and .process_id"
+        ) from None
+
+
+def leave_processes() -> None:
+    """Tells the other processes, which also end, that this one ends.
+
+    They would otherwise take it for dead, and end with an error of their own.
+    """
+    if jax.process_count() == 1:
+        return
+    # One that did not get the signal would be waited for, for minutes.
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
+
+
+@functools.cache
+def open_devices() -> None:
+    """Starts JAX's devices; UserError if the environment asks for what is not there."""
+    if flags := os.environ.get("XLA_FLAGS"):
+        # XLA ends the process if it does not know a flag, so another one tries them.
+        script = "from jaxlib import xla_client; xla_client.CompileOptions()"
+        tried = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True
+        )
+        if tried.returncode and (
+            told := re.search(r"\] (.*XLA_FLAGS.*)", tried.stderr)
+        ):
+            raise UserError(f"XLA_FLAGS is '{flags}': {told[1]}; correct or unset it")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # It has no class of its own.
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+        raise UserError(
+            f"JAX finds no device with JAX_PLATFORMS='{asked}'"
+            f"{f' ({reason})' if reason else ''}: unset JAX_PLATFORMS to use what is "
+            "there, or install the package of that platform"
         ) from None
 
 
@@ -138,3 +183,28 @@ def wait_for_all(name: str) -> None:
     """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, on every process: a JSON value.
+
+    Files may change while several processes look at them, and all must do the same. If
+    `decide` fails, every process raises: the first the error, others its text.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            answer["value"] = decide()
+        except Exception as error:
+            answer["error"], failure = str(error), error
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    answer = json.loads(np.asarray(text, np.uint8).tobytes())
+    if failure:
+        raise failure
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]

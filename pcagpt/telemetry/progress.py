@@ -16,6 +16,14 @@ Item = TypeVar("Item")
 _open_bars: list["Progress"] = []  # outermost first; they share one display
 
 
+class _Console(Console):
+    """A console whose reader may end before the work does."""
+
+    def on_broken_pipe(self) -> None:
+        """Goes on in silence; rich would end the process."""
+        self.quiet = True
+
+
 def _new_display() -> progress.Progress:
     """Makes a rich display; it is disabled if stderr cannot show live bars."""
 
@@ -23,7 +31,7 @@ def _new_display() -> progress.Progress:
         column = Column(no_wrap=True)
         return progress.TextColumn(template, table_column=column, markup=False)
 
-    console = Console(stderr=True)
+    console = _Console(stderr=True)
     live = console.is_terminal and not console.is_dumb_terminal
     if not live:
         console.size = 200, 25  # Lines in a log file are not wrapped.

@@ -30,7 +30,13 @@ from pcagpt.training.setup import Setup
 from pcagpt.training.step import Teacher, TrainState, initial_state, train_step
 
 
-def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> dict:
+def train(
+    setup: Setup,
+    run_dir: Path,
+    record: dict[str, Any],
+    label: str,
+    check_place: Callable[[], None],
+) -> dict:
     """Trains to the last step and writes result.json.
 
     Args:
@@ -38,6 +44,8 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
       run_dir: the run's folder; a checkpoint in it is resumed.
       record: the content of config.json; each checkpoint gets a copy.
       label: of the progress bar.
+      check_place: called before each save on the first process; raises UserError if
+        the folder belongs to another command now.
 
     Returns:
       The result. README.md explains its fields.
@@ -86,6 +94,8 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
             if is_new and step > 0 and save_is_due:
                 meter.flush()
                 history.seconds = seconds_before + time.monotonic() - began
+                if jax.process_index() == 0:
+                    check_place()
                 checkpoints.save(
                     step,
                     state.items,
@@ -100,7 +110,8 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
                 fresh = "nothing to save yet: the same command starts again"
                 raise Interrupted(
                     f"{run_dir.name} stopped at step {step} of {last_step}, "
-                    f"{saved if step else fresh}"
+                    f"{saved if step else fresh}",
+                    stopping,
                 )
 
             # This returns before the device is done. The meter reads the metrics one
@@ -113,6 +124,7 @@ def train(setup: Setup, run_dir: Path, record: dict[str, Any], label: str) -> di
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
         telemetry.hyperparameters(settings.flat(), numbers)
         if jax.process_index() == 0:
+            check_place()
             write_result(run_dir, result, measured.window_losses)
     return result
 
@@ -228,6 +240,7 @@ def _result(
     has_rank = settings.init.import_bands or not model.band_sizes
     return {
         "run": run_dir.name,
+        "run_id": record["run_id"],
         "arm": settings.arm,
         "rank": model.n_embd_wte if has_rank else None,
         "band_sizes": model.band_sizes,

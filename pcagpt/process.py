@@ -1,0 +1,179 @@
+"""This process: its environment, its streams, its signals and its end."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from absl import logging as absl_logging
+
+from pcagpt.errors import Interrupted, explain
+
+DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
+STOPS = (signal.SIGTERM, *WARNINGS)
+INTERRUPTED = "interrupted: the same command goes on from what is saved"
+
+# Of JAX, each changes the numbers of a run, which must not depend on the environment.
+_NOT_HEEDED = (
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_DTYPE_BITS",
+    "JAX_DEFAULT_PRNG_IMPL",
+    "JAX_RANDOM_SEED_OFFSET",
+    "JAX_THREEFRY_PARTITIONABLE",
+)
+
+
+def prepare() -> None:
+    """Silences libraries and caches compiled programs; call before importing jax."""
+    _open_streams()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with contextlib.suppress(RuntimeError):  # A user without a home.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", str(cache / "pcagpt" / "compilation")
+        )
+    # The run goes on without a cache.
+    warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
+    _keep_freed_memory()
+    sys.unraisablehook = _report_unraisable
+    threading.excepthook = _end_with_thread
+    # What Orbax logs as an error it also raises.
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    warnings_shown = logging.StreamHandler()
+    warnings_shown.setFormatter(logging.Formatter("pcagpt: %(message)s"))
+    logger = logging.getLogger("pcagpt")
+    logger.addHandler(warnings_shown)
+    logger.propagate = False  # Libraries add their own handlers to the root logger.
+    for name in _NOT_HEEDED:
+        if os.environ.pop(name, "0").lower() not in ("0", "false", "off", "no", ""):
+            logger.warning("%s is not heeded: it would change the numbers", name)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Drops what tensorstore prints, without an object, of writes that failed.
+
+    The first of them is raised as well.
+    """
+    if unraisable.object is not None:
+        sys.__unraisablehook__(unraisable)
+
+
+def _end_with_thread(uncaught: threading.ExceptHookArgs) -> None:
+    """Ends the process if the system stopped a thread: others may wait for its work."""
+    line = uncaught.exc_value and explain(uncaught.exc_value)
+    if not line:
+        threading.__excepthook__(uncaught)
+        return
+    os.write(2, f"pcagpt: {line}\n".encode())
+    os._exit(REFUSED)
+
+
+def _open_streams() -> None:
+    """Opens what was closed, and lets the terminal show any text.
+
+    The next file opened would otherwise get the number of the closed stream, and
+    libraries would write their messages into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep freed memory, so that each step on a CPU reuses it.
+
+    By default glibc returns large buffers to the system after each step and gets them
+    back with a page fault for every 4 KiB. Variables of glibc's own take precedence.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    trim_threshold, mmap_threshold, arenas = -1, -3, -8  # Numbers of <malloc.h>.
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # Another C library.
+        return
+    # Older versions refuse this threshold. The other options alone would do harm.
+    if mallopt(mmap_threshold, 2**30):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arenas, 1)
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a process that a signal stopped."""
+    return WARNED if number in WARNINGS else FAILED
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Makes Ctrl-C and `STOPS` end the process at once.
+
+    An exception would not do: some libraries swallow it while they are imported.
+    """
+
+    def end_at_once(number: int, _) -> None:
+        os.write(2, f"pcagpt: {INTERRUPTED}\n".encode())
+        os._exit(exit_code(number))
+
+    with _handled(end_at_once, signal.SIGINT, *STOPS):
+        yield
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Makes `STOPS` raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, _) -> None:
+        raise Interrupted(INTERRUPTED, number)
+
+    with _handled(stop, *STOPS):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(
+    handler: Callable[[int, FrameType | None], None], *numbers: int
+) -> Iterator[None]:
+    """Handles signals within; without effect outside the main thread."""
+    before = {}
+    try:
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # Only the main thread may set handlers.
+        pass
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process.
+
+    After an error nothing is waited for: threads of Orbax may then wait for ever.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again, and change the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if code != DONE:
+        os._exit(code)
+    sys.exit(code)

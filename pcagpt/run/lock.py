@@ -1,0 +1,199 @@
+"""A lock on a folder: one command at a time writes there, the others wait.
+
+Each command that wants the folder makes a file of its own beside it, `.NAME.lock.ID`,
+and holds the folder if it then sees no file of another living command; otherwise it
+takes its file away and tries again. No two commands ever replace or remove the same
+file, and the later of two always sees the file of the earlier one: this needs nothing
+that a network file system lacks. (It was tried on local disks only.)
+
+A command of this machine lives as long as its process does. What other machines do
+cannot be seen from here: their commands renew the time of their file, and live until
+this has not happened for `STALE` seconds. All times are the file server's.
+"""
+
+import contextlib
+import os
+import random
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pcagpt.errors import UserError
+from pcagpt.files import read_json, write_json
+from pcagpt.sharding import placement
+
+BEAT, STALE = 20, 120  # seconds
+SHORTEST, LONGEST = 0.1, 5  # pause between two looks, in seconds
+
+
+class Lock:
+    """What one command does to hold a folder; `held` is the way to use it."""
+
+    def __init__(self, folder: Path):
+        folder = folder.resolve()  # It may have several names.
+        self._start = f".{folder.name}.lock."
+        self._own = folder.parent / f"{self._start}{secrets.token_hex(8)}"
+        self._released = threading.Event()
+
+    def attempt(self) -> str | None:
+        """Takes the lock if it is free, which None says.
+
+        Otherwise it says who holds it; '' if another command tries at the same moment.
+        """
+        self._own.parent.mkdir(parents=True, exist_ok=True)
+        holders = self._holders()
+        if holders:
+            return holders[0]
+        write_json(self._own, _this_process())
+        if self._holders():
+            self._own.unlink(missing_ok=True)
+            return ""
+        for path in self._others():  # All are of commands that ended.
+            path.unlink(missing_ok=True)
+        threading.Thread(target=self._renew, daemon=True).start()
+        return None
+
+    def check(self) -> None:
+        """Raises UserError if this command does not hold the lock any more.
+
+        Another machine takes it if this one stood still for `STALE` seconds.
+        """
+        if not self._own.exists():
+            raise UserError(
+                f"stopped, because the lock {self._own} is gone: this process stood "
+                "still for minutes and another command took over, or the folder was "
+                "removed; the same command goes on from what is saved"
+            )
+
+    def release(self) -> None:
+        """Gives the lock back, if it was taken."""
+        self._released.set()
+        self._own.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._released.wait(BEAT):
+            with contextlib.suppress(OSError):  # `check` reports a missing file.
+                os.utime(self._own)
+
+    def _others(self) -> list[Path]:
+        folder = self._own.parent
+        names = [n for n in os.listdir(folder) if n.startswith(self._start)]
+        return [folder / name for name in sorted(names) if name != self._own.name]
+
+    def _holders(self) -> list[str]:
+        """Descriptions of the other commands that live."""
+        found = []
+        for path in self._others():
+            try:
+                # Reading makes a network file system look at the file anew.
+                owner = read_json(path, "it is a lock") or {}
+            except UserError:  # Damaged: only its time counts.
+                owner = {}
+            with contextlib.suppress(FileNotFoundError):  # Given back meanwhile.
+                if _lives(owner, path):
+                    found.append(
+                        f"process {owner.get('process')} on {owner.get('host')} holds "
+                        f"it since {owner.get('began')}"
+                    )
+        return found
+
+
+@contextlib.contextmanager
+def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+    """Waits until no other command holds the folder, and holds it within.
+
+    The first of several processes holds it for all of them; every process calls this.
+
+    Args:
+      folder: need not exist; the lock is beside it.
+      meanwhile: called now and then while another command holds the folder; a
+        UserError ends the wait.
+
+    Yields:
+      A function to call before files are written: it raises UserError if the lock was
+      lost, on the process that holds it.
+    """
+    lock, told, pause = Lock(folder), False, SHORTEST
+    is_first = jax.process_index() == 0
+
+    def look() -> str | None:
+        holder = lock.attempt()
+        if holder is not None:
+            with contextlib.suppress(OSError):  # The holder changes what is read.
+                meanwhile()
+        return holder
+
+    try:
+        while (holder := placement.from_first(look)) is not None:
+            if holder and not told:
+                told = True
+                if is_first:
+                    print(
+                        f"waiting for {folder}: {holder}; Ctrl-C ends the wait",
+                        flush=True,
+                    )
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LONGEST)
+        yield lock.check if is_first else lambda: None
+    finally:
+        lock.release()
+
+
+def _this_process() -> dict[str, Any]:
+    """What others need to see that this process lives, and to tell a person."""
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "process_start": _start_of(os.getpid()),
+        "kernel": _kernel(),
+        "began": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _lives(owner: dict[str, Any], path: Path) -> bool:
+    """Whether the command that wrote a lock file still lives."""
+    kernel = _kernel()
+    if kernel and owner.get("kernel") == kernel:
+        try:
+            os.kill(owner["process"], 0)  # Only asks whether there is one.
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # It is another person's.
+            pass
+        return _start_of(owner["process"]) in (None, owner["process_start"])
+    return _server_time(path.parent) - path.stat().st_mtime < STALE
+
+
+def _kernel() -> str | None:
+    """Differs between machines, their starts and containers; None if not on Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _start_of(process: int) -> str | None:
+    """When a process started, by the kernel's clock; '' if it ended, None if hidden.
+
+    Numbers of processes are used again; with the start they are unique.
+    """
+    try:
+        text = Path(f"/proc/{process}/stat").read_text("utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # A program's name holds anything.
+    return "" if state in "ZX" else fields[18]
+
+
+def _server_time(folder: Path) -> float:
+    """The time by which the file system of a folder stamps its files."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime

@@ -1,0 +1,350 @@
+"""The process: errors of the system, the environment, signals and the end."""
+
+import ctypes
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from command_line import ROOT, call, refusal, tiny
+from runs import quick_environment
+
+from pcagpt import process
+from pcagpt.errors import Interrupted, explain
+from pcagpt.pipeline import execute
+from pcagpt.sharding import placement
+
+
+def python(*words, **options):
+    """Runs Python in a process of its own."""
+    environment = quick_environment() | {"PYTHONPATH": str(ROOT)}
+    environment |= options.pop("environment", {})
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={name: value for name, value in environment.items() if value is not None},
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120}
+        | options,
+    )
+
+
+# Errors of the system.
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "x"), "no space left on device: free some space, .*"),
+        (OSError(errno.EROFS, "x", "a/b"), "a/b: read-only file system: .*"),
+        (PermissionError(errno.EACCES, "x", b"a"), "a: permission denied: change .*"),
+        (OSError(errno.EMFILE, "x", "a"), "a: too many open files: .*ulimit -n .*"),
+        (OSError(errno.EIO, "x", "a"), "a: input/output error; what is saved .*"),
+        (
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing "p" in OCDBT database at local file '
+                '"/r/": Error writing local file "/r/m": No space left on device '
+                "[os_error_code='28'] [source locations='x.cc:1']"
+            ),
+            "/r/m: no space left on device: .*",
+        ),
+    ],
+)
+def test_an_error_of_the_system_is_told_with_path_remedy_and_what_is_kept(error, line):
+    told = explain(error)
+    assert re.fullmatch(line, told)
+    assert told.endswith(
+        "; what is saved is kept, and the same command goes on from it"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("28"),
+        RuntimeError("RESOURCE_EXHAUSTED"),
+        OSError("a bug"),
+        KeyError(),
+    ],
+)
+def test_a_bug_is_not_explained(error):
+    assert explain(error) is None
+
+
+def stop_with(error, monkeypatch):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(execute, "execute", stop)
+
+
+def test_a_full_disk_ends_a_command_in_one_line(corpus_folder, monkeypatch, tmp_path):
+    stop_with(OSError(errno.ENOSPC, "x", "runs/a"), monkeypatch)
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path)
+    assert "runs/a: no space left" in refusal(*arguments, unchanged=[tmp_path])
+
+
+def test_files_and_folders_in_each_other_s_place_are_one_line(corpus_folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/runs", "link", "x" * 300):
+        arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / name)
+        refusal(*arguments, unchanged=[corpus_folder])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
+def test_output_that_cannot_be_written_is_one_line_and_an_exit_code():
+    with open("/dev/full", "w") as full:
+        ended = python("-m", "pcagpt.main", "--help", stdout=full)
+    assert ended.returncode == 2
+    assert re.fullmatch("pcagpt: no space left on device: .*\n", ended.stderr)
+
+
+def test_a_reader_that_ends_early_is_one_line_and_an_exit_code():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = python("-m", "pcagpt.main", "--help", stdout=writing)
+    finally:
+        os.close(writing)
+    assert ended.returncode == 2
+    assert re.fullmatch("pcagpt: broken pipe: .*\n", ended.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's limits")
+def test_a_limit_that_stops_a_checkpoint_is_one_line_and_no_process_stays(
+    corpus_folder, tmp_path
+):
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "runs")
+    limited = "import resource, runpy, sys; sys.argv.pop(0)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+    limited += "runpy.run_module('pcagpt.main', run_name='__main__')"
+    ended = python("-c", limited, "pcagpt", *arguments)
+    assert ended.returncode == 2, ended.stderr
+    told = [line for line in ended.stderr.splitlines() if not line.endswith(" left")]
+    assert len(told) == 1, ended.stderr
+    assert re.fullmatch("pcagpt: .*file too large: .*", told[0])
+
+
+def test_the_process_ends_although_a_thread_waits_for_ever():
+    script = """
+import threading
+from pcagpt import process
+threading.Thread(target=threading.Event().wait).start()
+process.end(2)
+"""
+    assert python("-c", script, timeout=30).returncode == 2
+
+
+def test_a_thread_that_the_system_stops_ends_the_process():
+    script = """
+import errno, threading, time
+from pcagpt import process
+process.prepare()
+def write():
+    raise OSError(errno.ENOSPC, "x", "events")
+threading.Thread(target=write).start()
+time.sleep(60)
+"""
+    ended = python("-c", script, timeout=30)
+    assert ended.returncode == 2
+    assert re.fullmatch("pcagpt: events: no space left on device: .*\n", ended.stderr)
+
+
+# The environment.
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("XLA_FLAGS", "--xla_foo=1", "XLA_FLAGS is '--xla_foo=1': Unknown flag .*"),
+        ("XLA_FLAGS", "foo", "XLA_FLAGS is 'foo': Could not open file .*"),
+        ("JAX_PLATFORMS", "cuda", "JAX finds no device with JAX_PLATFORMS='cuda'.*"),
+        ("JAX_PLATFORMS", "nonsense", "JAX finds no device .*'nonsense'.*"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "foo", "JAX refuses its environment .*"),
+    ],
+)
+def test_an_environment_that_jax_lacks_is_one_line(
+    variable, value, line, corpus_folder, tmp_path
+):
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "runs")
+    ended = python("-m", "pcagpt.main", *arguments, environment={variable: value})
+    if value == "cuda" and ended.returncode == 0:
+        pytest.skip("this machine has one")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(f"pcagpt: {line}\n", ended.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flags_are_tried_once_and_good_ones_accepted(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    placement.open_devices.cache_clear()
+    placement.open_devices()
+    monkeypatch.setattr(subprocess, "run", None)
+    placement.open_devices()
+
+
+def test_variables_that_change_numbers_are_not_heeded():
+    script = """
+import os
+from pcagpt import process
+process.prepare()
+import jax
+print(jax.config.jax_enable_x64, jax.config.jax_default_prng_impl)
+"""
+    asked = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+    ended = python("-c", script, environment=asked)
+    assert ended.stdout == "False threefry2x32\n"
+    assert ended.stderr == (
+        "pcagpt: JAX_ENABLE_X64 is not heeded: it would change the numbers\n"
+        "pcagpt: JAX_DEFAULT_PRNG_IMPL is not heeded: it would change the numbers\n"
+    )
+
+
+def test_any_text_can_be_shown_on_an_ascii_terminal():
+    script = "from pcagpt import process; process.prepare(); print('caf\u00e9')"
+    ended = python("-c", script, environment={"PYTHONIOENCODING": "ascii"})
+    assert ended.stdout == "caf\\xe9\n"
+
+
+def test_a_closed_stream_s_number_is_not_given_to_a_file(tmp_path):
+    script = """
+import os, sys
+from pcagpt import process
+process.prepare()
+print(open(sys.argv[1], "w").fileno(), sys.stderr is None)
+"""
+    close = "import os, sys; os.close(2); os.execv(sys.executable, sys.argv[1:])"
+    words = [sys.executable, "-c", script, tmp_path / "file"]
+    ended = python("-c", close, *words)
+    number, is_none = ended.stdout.split()
+    assert int(number) > 2
+    assert is_none == "False"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="needs root")
+def test_a_user_without_home_and_name_gets_help():
+    script = """
+import os, runpy, sys
+sys.argv = ["pcagpt", "--help"]
+from pcagpt import process
+os.setuid(12345)
+process.prepare()
+print(os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+"""
+    nothing = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None}
+    ended = python("-c", script, environment=nothing)
+    assert (ended.stdout, ended.stderr) == ("None\n", "")
+
+
+# Signals.
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 1), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75)],
+)
+def test_a_signal_outside_training_is_one_line_and_its_code(
+    number, code, corpus_folder, monkeypatch
+):
+    monkeypatch.setattr(execute, "execute", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    outcome = call(*tiny("baseline.py", corpus_folder))
+    assert outcome.code == code
+    assert re.fullmatch("pcagpt: interrupted: the same command .*\n", outcome.err)
+    assert signal.getsignal(number) is before
+
+
+def test_what_training_raises_has_the_code_of_its_signal(corpus_folder, monkeypatch):
+    stop_with(Interrupted("saved", signal.SIGUSR1), monkeypatch)
+    assert call(*tiny("baseline.py", corpus_folder)).code == 75
+
+
+def test_a_signal_while_libraries_are_imported_ends_at_once(corpus_folder, tmp_path):
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "except BaseException:\n    pass\n"
+    )
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "runs")
+    ended = python("-m", "pcagpt.main", *arguments, environment=paths)
+    assert ended.returncode == 75
+    assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
+
+
+# The rest.
+
+
+def test_the_handler_of_interrupts_is_given_back_after_the_imports():
+    before = signal.getsignal(signal.SIGINT)
+    with process.ended_by_signals():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_process_keeps_compiled_programs_and_shows_warnings_as_its_own():
+    script = """
+import logging, os
+from pcagpt import process
+for given in ({}, {"JAX_COMPILATION_CACHE_DIR": "/x"}):
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    os.environ.update(given, XDG_CACHE_HOME="cache")
+    process.prepare()
+    print(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    logging.getLogger("pcagpt").handlers[1:] = []
+logging.getLogger("pcagpt.run").warning("a file is damaged")
+"""
+    ended = python("-c", script)
+    assert ended.stdout.split() == ["cache/pcagpt/compilation", "/x"]
+    assert ended.stderr == "pcagpt: a file is damaged\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "accepted", "expected"),
+    [
+        ("OTHER", 1, [(-3, 2**30), (-1, 2**31 - 1), (-8, 1)]),
+        ("OTHER", 0, [(-3, 2**30)]),  # An older glibc refuses this threshold.
+        ("MALLOC_ARENA_MAX", 1, []),
+    ],
+)
+def test_memory_is_kept_unless_glibc_or_the_person_objects(
+    variable, accepted, expected, monkeypatch
+):
+    calls = []
+
+    class Library:
+        def mallopt(self, *arguments):
+            calls.append(arguments)
+            return accepted
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "4")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    process._keep_freed_memory()
+    assert calls == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_memory_of_one_step_serves_the_next():
+    script = """
+import ctypes, os, resource
+from pcagpt import process
+os.environ.clear()
+process._keep_freed_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+faults = []
+for _ in range(2):
+    place = ctypes.c_void_p(libc.malloc(256 << 20))
+    libc.memset(place, 1, 256 << 20)
+    libc.free(place)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[1] - faults[0])
+"""
+    assert int(python("-c", script).stdout) < 100  # 65,536 if not kept

@@ -1,0 +1,378 @@
+"""What a folder holds is replaced only if this code made it, unfinished, as asked."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import (
+    assert_equal,
+    changed,
+    described,
+    execute,
+    job,
+    plan,
+    saved_state,
+    setup,
+    signal_at,
+    snapshot,
+    start,
+)
+
+from pcagpt.compress import export
+from pcagpt.errors import Interrupted, UserError
+from pcagpt.files import write_json
+from pcagpt.pipeline import train_job
+from pcagpt.pipeline.factorize_job import FactorizeJob
+from pcagpt.run import checkpoint, lock
+from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.run.folder import read_record, read_result, write_record
+from pcagpt.training.setup import Setup
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def copied(finished_experiment, tiny_config):
+    """tiny_config, its workdir a copy of the finished experiment's."""
+    shutil.copytree(finished_experiment.workdir, tiny_config.workdir)
+    return tiny_config
+
+
+@pytest.fixture
+def made_elsewhere(finished_experiment, tiny_config):
+    """tiny_config with a model at the place of D: config.json, ckpt/0 and notes."""
+    source = Path(finished_experiment.workdir) / "gpt_baseline"
+    run_dir = job(tiny_config).folder
+    shutil.copytree(source / "ckpt" / "6", run_dir / "ckpt" / "0")
+    shutil.copy(source / "config.json", run_dir)
+    (run_dir / "notes.txt").write_text("mine")
+    return tiny_config
+
+
+def finetuned(config):
+    """The config of B."""
+    return changed(config, arm="pca_finetune", **{"model.n_embd_wte": 8})
+
+
+def content(folder):
+    """{file: its bytes}."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def refusal(config):
+    """The message with which a config is refused; nothing is written."""
+    workdir = Path(config.workdir)
+    before = snapshot(workdir)
+    with pytest.raises(UserError) as caught:
+        execute(config)
+    assert snapshot(workdir) == before
+    return str(caught.value)
+
+
+def moved(folder):
+    """The folder that was moved aside."""
+    (found,) = folder.parent.glob(f"{folder.name}.replaced-*")
+    return found
+
+
+# A model made elsewhere
+
+
+@pytest.mark.parametrize("kept", [("weights",), ("weights", "optimizer", "meta")])
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_a_model_made_elsewhere_is_refused_where_a_run_was_asked_for(
+    made_elsewhere, kept, is_bare
+):
+    run_dir = job(made_elsewhere).folder
+    for item in {"weights", "optimizer", "meta"} - {*kept}:
+        shutil.rmtree(run_dir / "ckpt" / "0" / item)
+    if is_bare:  # As README describes it.
+        record = read_record(run_dir)
+        write_record(run_dir, {name: record[name] for name in ("model", "vocab_size")})
+        asked = changed(made_elsewhere, seed=2)
+        assert "with another config: arm (was None" in refusal(asked)
+    else:
+        assert "holds a model that was made elsewhere: use" in refusal(made_elsewhere)
+
+
+def test_a_model_made_elsewhere_is_d_for_the_arms_and_stays_as_it_is(made_elsewhere):
+    run_dir = job(made_elsewhere).folder
+    before = content(run_dir)
+    b = finetuned(changed(made_elsewhere, seed=7))
+    assert described(b)[0].endswith("done")
+    run_dir_b = execute(b)
+    assert read_result(run_dir_b)["status"] == "done"
+    assert content(run_dir) == before
+    other = changed(finetuned(made_elsewhere), **{"model.n_head": 1})
+    other.workdir = str(Path(shutil.copytree(run_dir.parent, run_dir.parent / "w")))
+    shutil.rmtree(Path(other.workdir) / run_dir_b.name)
+    assert "gpt_baseline has another model.n_head (there 2, here 1)" in refusal(other)
+
+
+def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
+    a = changed(copied, arm="pca", **{"model.n_embd_wte": 8})
+    run_dir = job(a).folder
+    write_record(run_dir, {**read_record(run_dir), "compressed": {"method": "svd"}})
+    (run_dir / "result.json").unlink()
+    assert "holds a model that was made elsewhere" in refusal(a)
+
+
+def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
+    made_elsewhere, capsys
+):
+    run_dir = job(made_elsewhere).folder
+    before = content(run_dir)
+    asked = changed(made_elsewhere, overwrite=True)
+    execute(asked)
+    assert content(moved(run_dir)) == before
+    assert f"{run_dir} was moved to {moved(run_dir).name}\n" in capsys.readouterr().out
+    assert read_result(run_dir)["steps"] == 6
+    execute(asked)  # Now it is done.
+    assert moved(run_dir).is_dir()
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_is_refused_and_with_overwrite_moved_aside(copied, name):
+    run_dir = job(copied).folder
+    (run_dir / name).write_text("{")
+    assert f"{name} is damaged" in refusal(copied)
+    before = content(run_dir)
+    execute(changed(copied, overwrite=True))
+    assert content(moved(run_dir)) == before
+    assert read_result(run_dir)["steps"] == 6
+
+
+def test_what_is_moved_aside_twice_in_a_second_has_two_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_job.move_aside.__globals__["time"], "strftime", str)
+    for number in range(3):
+        (tmp_path / "run" / str(number)).mkdir(parents=True)
+        train_job.move_aside(tmp_path / "run")
+    assert len(list(tmp_path.glob("run.replaced-*/?"))) == 3
+
+
+# Runs of this code
+
+
+def test_a_run_that_saved_nothing_yet_begins_again_in_its_folder(
+    tiny_config, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 0, 15)
+        with pytest.raises(Interrupted, match="nothing to save yet"):
+            execute(tiny_config)
+    run_dir = job(tiny_config).folder
+    (run_dir / "notes.txt").write_text("mine")
+    assert "another config: seed (was 1, now 2)" in refusal(
+        changed(tiny_config, seed=2)
+    )
+    run_id = read_record(run_dir)["run_id"]
+    execute(tiny_config)
+    assert read_result(run_dir)["run_id"] == run_id
+    assert (run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_0_of_an_older_version_is_resumed(tiny_config, copied):
+    run_dir = job(copied).folder
+    record, wanted = read_record(run_dir), saved_state(run_dir)
+    shutil.rmtree(run_dir)
+    state, _ = start(setup(copied), run_dir)
+    meta = {"history": {}, "config": {**record, "seed": 1}}
+    del record["run_id"], meta["config"]["run_id"]
+    with Checkpoints(run_dir, keep_last=1) as checkpoints:
+        checkpoints.save(0, state.items, meta)
+    write_record(run_dir, record)
+    assert job(copied).status() == "to do"
+    execute(copied)
+    assert_equal(saved_state(run_dir), wanted)
+
+
+def test_a_result_of_another_run_does_not_count(copied):
+    run_dir = job(copied).folder
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["run_id"] == read_record(run_dir)["run_id"]
+    write_json(run_dir / "result.json", {**result, "run_id": "another"})
+    assert read_result(run_dir) is None
+    assert job(copied).status() == "resumes at step 6"
+    del result["run_id"]
+    write_json(run_dir / "result.json", result)
+    assert read_result(run_dir) is None
+
+
+def test_checkpoints_of_another_run_than_config_json_are_refused(copied):
+    run_dir = job(copied).folder
+    write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
+    assert "holds a checkpoint of another run than config.json" in refusal(copied)
+
+
+def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypatch):
+    run_dir, batch = job(tiny_config).folder, Setup.batch
+
+    def batch_and_replace(self, step):
+        if step == 1 and (run_dir / "config.json").exists():
+            write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
+        return batch(self, step)
+
+    monkeypatch.setattr(Setup, "batch", batch_and_replace)
+    with pytest.raises(UserError, match="was removed or replaced while this run"):
+        execute(tiny_config)
+    assert checkpoint.steps(run_dir) == []
+
+
+# A lost config.json
+
+
+def test_a_lost_config_json_is_restored_from_a_checkpoint(copied):
+    run_dir = job(copied).folder
+    (run_dir / "config.json").rename(run_dir / "lost")
+    before = snapshot(run_dir)
+    assert described(copied)[0].endswith("lacks its config.json")
+    assert described(finetuned(copied))[0].endswith("done")  # needs no D any more
+    assert snapshot(run_dir) == before
+    workdir = Path(copied.workdir)
+    (workdir / "gpt_pca_finetune_k8").rename(workdir / "lost")
+    assert described(finetuned(copied))[0].endswith("lacks its config.json")
+    execute(copied)
+    found, lost = (
+        json.loads((run_dir / n).read_text()) for n in ("config.json", "lost")
+    )
+    assert found.pop("sha256", None) == lost.pop("sha256", None)
+    assert found == lost
+    (run_dir / "config.json").unlink()
+    (run_dir / "result.json").unlink()
+    execute(copied)
+    assert read_result(run_dir)["run_id"] == found["run_id"]
+
+
+def test_a_lost_config_json_is_no_agreement_with_other_settings(copied):
+    run_dir = job(copied).folder
+    (run_dir / "config.json").unlink()
+    other = changed(copied, **{"train.learning_rate": 1e-2})
+    assert "train.learning_rate (was 0.0006, now 0.01)" in refusal(other)
+    (run_dir / "result.json").unlink()
+    assert "train.learning_rate (was 0.0006, now 0.01)" in refusal(other)
+
+
+def test_without_config_json_and_a_copy_of_it_a_run_is_refused(copied):
+    run_dir = job(copied).folder
+    (run_dir / "config.json").unlink()
+    for step in checkpoint.steps(run_dir):
+        shutil.rmtree(run_dir / "ckpt" / str(step) / "meta")
+    message = "holds a run without its config.json, and no checkpoint has a copy"
+    assert message in refusal(copied)
+    (run_dir / "result.json").unlink()
+    assert message in refusal(copied)
+    before = content(run_dir)
+    execute(changed(copied, overwrite=True))
+    assert content(moved(run_dir)) == before
+
+
+# Factorizations and compressed models
+
+
+@pytest.fixture
+def factorization(copied):
+    """The config of D's factorization at rank 4; rank 8 is there."""
+    return changed(
+        copied,
+        task="factorize",
+        model_path=f"{copied.workdir}/gpt_baseline",
+        ranks=(4,),
+    )
+
+
+def test_a_persons_file_at_the_place_of_factors_is_refused_or_moved(factorization):
+    folder = job(factorization).folder
+    (folder / "wte_pca_k4.npy").write_text("mine")
+    assert "wte_pca_k4.npy is not of a factorization that was" in refusal(factorization)
+    (folder / "metadata.json").unlink()
+    assert "is not of a factorization that was made here" in refusal(factorization)
+    before = content(folder)
+    execute(changed(factorization, overwrite=True))
+    assert content(moved(folder)) == before
+    assert np.load(folder / "wte_pca_k4.npy").shape == (97, 4)
+
+
+def test_another_rank_leaves_the_files_that_are_there_alone(factorization):
+    folder = job(factorization).folder
+    names = ("wte_pca_k8.npy", "scale_mats_pca_k8.npz")
+    before = [(folder / name).stat().st_mtime_ns for name in names]
+    execute(factorization)
+    assert [(folder / name).stat().st_mtime_ns for name in names] == before
+    ranks = json.loads((folder / "metadata.json").read_text())["ranks"]
+    assert list(ranks) == ["4", "8"]
+
+
+def test_the_place_of_a_compressed_model_must_be_its_own(tmp_path):
+    place = tmp_path / "best_k8"
+    export.check_place(place)
+    place.mkdir()
+    export.check_place(place)
+    write_record(place, {"model": {}})
+    with pytest.raises(UserError, match="best_k8 holds something else than"):
+        export.check_place(place)
+    write_record(place, {"model": {}, "compressed": {}})
+    export.check_place(place)
+
+
+# Other commands at the same time
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """A function: holds a folder until its waiter sleeps, and then does something."""
+
+    def hold(folder, action):
+        holder = lock.Lock(folder)
+        assert holder.attempt() is None
+
+        def act(_):
+            action()
+            holder.release()
+
+        monkeypatch.setattr(lock.time, "sleep", act)
+
+    return hold
+
+
+def test_what_another_command_did_meanwhile_is_not_done_again(
+    finished_experiment, tiny_config, meanwhile, monkeypatch, capsys
+):
+    b = finetuned(tiny_config)
+    jobs, finished = plan(b).jobs, Path(finished_experiment.workdir)
+    monkeypatch.setattr(train_job, "train", pytest.fail)
+    monkeypatch.setattr(FactorizeJob, "_write", pytest.fail)
+    for one in jobs:
+        assert one.status() == "to do"
+        source = finished / one.folder.name
+        meanwhile(one.folder, lambda s=source, to=one.folder: shutil.copytree(s, to))
+        one.run()
+        assert (
+            f"waiting for {one.folder}: process {os.getpid()}"
+            in capsys.readouterr().out
+        )
+        assert one.status() == "done"
+
+
+def test_another_config_that_appears_meanwhile_is_refused_without_a_long_wait(
+    tiny_config, meanwhile
+):
+    asked = job(tiny_config)
+    record = {**job(changed(tiny_config, seed=2)).record(), "run_id": "another"}
+    meanwhile(asked.folder, lambda: write_record(asked.folder, record))
+    with pytest.raises(UserError, match=r"seed \(was 2, now 1\)"):
+        asked.run()
+
+
+def test_factors_that_another_command_made_with_d_meanwhile_are_no_mistake(copied):
+    _, factors, _ = plan(finetuned(copied)).jobs
+    factors.check({factors.source})
+    (factors.source / "result.json").unlink()
+    with pytest.raises(UserError, match="another factorization"):
+        factors.check({factors.source})
