@@ -1,7 +1,8 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
-A writer replaces the file in one step: a reader sees the old file or the new one. JSON
-is strict in both directions: NaN and the infinities are not JSON.
+A writer replaces the file in one step: a reader sees the old file or the new one.
+Reading and writing JSON turns NaN and infinities into null, because JSON has no such
+numbers.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from pcagpt.errors import UserError
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write` writes into an open binary file."""
+    """Replaces `path`; `write` gets an open binary file and writes its content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -82,7 +83,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file; UserError if it is missing, damaged or no such file."""
+    """The array of a .npy file; UserError if it is missing, damaged or another file."""
     loaded = _load(path, ".npy")
     if not isinstance(loaded, np.ndarray):
         raise UserError(f"{path} is not a .npy file")
@@ -103,7 +104,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _load(path: Path, ending: str):
     try:
-        # From memory: np.load leaves the file of a damaged archive open.
+        # np.load would leave a damaged archive open, so it reads from memory.
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None

@@ -8,7 +8,7 @@ H heads, C head width, F = 4D.
     logits = (h @ scale_down.T) @ wte.T   [N,K] @ [K,V]
 
 A band is a range of token positions with its own table and scale matrices. The baseline
-has one band without scale matrices, a model of a single rank has one band with them. A
+has one band without scale matrices. A model of a single rank has one band with them. A
 model of several bands also stores the position of each token id.
 """
 
