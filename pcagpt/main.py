@@ -14,8 +14,8 @@
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
   --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
 
-Finished runs are skipped, interrupted runs resume. Exit codes: 0 done, 2 a mistake in
-the command or its inputs (nothing was written), 1 anything else.
+Finished runs are skipped, and interrupted runs resume. Exit codes: 0 done, 2 a mistake
+in the command or its inputs (nothing was written), 1 anything else.
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text
@@ -41,7 +41,7 @@ from pcagpt.errors import Interrupted, UserError
 
 DONE, FAILED, PERSONS_MISTAKE = 0, 1, 2
 
-_INTERRUPTED = "interrupted: the same command goes on from what is saved"
+_INTERRUPTED = "interrupted: run the same command again to continue"
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
     "raise train.accumulation or train.loss_chunks, or lower model.block_size"
@@ -51,8 +51,8 @@ _OUT_OF_MEMORY = (
 def main(arguments: list[str]) -> int:
     """Runs a command line (program name first) and returns its exit code.
 
-    A person's mistake becomes one line on stderr. A bug stays an exception, with its
-    traceback.
+    A person's mistake becomes one line on stderr. A bug raises its exception, so that
+    its traceback is shown.
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return _say(_INTERRUPTED, FAILED)
     except MemoryError:
         return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
-    except RuntimeError as error:  # JAX's own errors are of this class.
+    except RuntimeError as error:  # JAX's own errors derive from it.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _say(_OUT_OF_MEMORY, PERSONS_MISTAKE)
@@ -80,7 +80,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the settings and the plan."""
     validate(settings)
     with _ended_by_interrupt():
-        # Imported here because this takes seconds: mistakes are reported before.
+        # These imports take seconds, so mistakes in the settings are reported first.
         import jax
 
         from pcagpt.compress.effort import decide_effort
@@ -100,7 +100,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         )
     lines: list[str] = []
     if print_only:
-        if settings.task == "compress":  # Shows the values that 0 and empty stand for.
+        if settings.task == "compress":  # Shows the values that replace 0 and empty.
             settings = decide_effort(settings, jax.default_backend())
         lines = [command_line.listing(settings), ""]
         if settings.task in RUN_TASKS:
@@ -125,7 +125,8 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
 def _ended_by_interrupt() -> Iterator[None]:
     """Makes Ctrl-C end the process at once.
 
-    A KeyboardInterrupt would not do: some libraries swallow it while they are imported.
+    A KeyboardInterrupt is not enough, because some libraries catch it while they are
+    imported.
     """
 
     def end(*_):
@@ -167,8 +168,9 @@ def prepare_process() -> None:
 def _keep_freed_memory() -> None:
     """Makes glibc keep freed memory, so that each step on a CPU reuses it.
 
-    By default glibc returns large buffers to the system after each step and gets them
-    back with a page fault for every 4 KiB. Variables of glibc's own take precedence.
+    By default glibc returns large buffers to the system after each step, and every 4
+    KiB of the next buffers then cost a page fault. If the environment has variables of
+    glibc, this function does nothing.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -177,7 +179,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # Another C library.
         return
-    # Older versions refuse this threshold. The other options alone would do harm.
+    # Older versions reject this threshold. Without it, the other options make it worse.
     if mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(arenas, 1)

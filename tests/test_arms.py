@@ -285,14 +285,14 @@ def test_what_is_kept_of_factors_needs_factors(tiny_config):
     config = changed(tiny_config, arm="random", **kept)
     with pytest.raises(UserError, match="import both factors, or a table in bands"):
         setup(config)
-    with pytest.raises(UserError, match="of bands: set init.import_bands"):
+    with pytest.raises(UserError, match="without bands: set init.import_bands"):
         setup(changed(config, **{"init.keep": "shape"}))
 
 
 def test_bands_of_another_model_are_refused(planned, tiny_config):
     given = {"init.import_bands": str(bands_of(planned)), "model.n_embd_wte": 8}
     config = changed(tiny_config, arm="pca", **given, **{"model.n_embd": 64})
-    with pytest.raises(UserError, match=r"width 32, this model's bands .* width 64"):
+    with pytest.raises(UserError, match=r"width 32, but this model has .* width 64"):
         execute(config)
 
 

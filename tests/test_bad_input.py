@@ -52,7 +52,7 @@ def corpus(corpus_folder, place):
             "ranks holds 98: the corpus has 97 tokens",
         ),
         ({"model.block_size": 6001}, "model.block_size=6001 needs 6002 tokens, but"),
-        ({"model.vocab_size": 50}, "model.vocab_size is 50, the corpus has token ids"),
+        ({"model.vocab_size": 50}, "is 50, but the corpus has token ids"),
         ({"mesh.data": 9}, "does not fit the 8 devices"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"factorize.method": "nmf"}, "it must be one of svd, pca"),
@@ -208,7 +208,7 @@ def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, pl
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (np.ones((VOCAB_SIZE - 1, RANK)), "is (96, 4), this model's table is (97, 4)"),
+        (np.ones((VOCAB_SIZE - 1, RANK)), "is (96, 4), but this model needs (97, 4)"),
         (np.full((VOCAB_SIZE, RANK), np.nan), "holds nan at (0, 0)"),
         (np.array([[Payload()]]), "not a readable array file"),
         (None, "does not exist"),

@@ -269,7 +269,7 @@ def test_a_mistake_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize(
     ("system", "reason"),
-    [("torch", "PyTorch is not installed"), ("fsdp", "there is one device")],
+    [("torch", "PyTorch is not installed"), ("fsdp", "it needs several devices")],
 )
 def test_a_system_that_cannot_run_here_is_left_out_with_the_reason(
     monkeypatch, capsys, system, reason

@@ -403,7 +403,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
     [
         (
             {"compress.methods": "svd,nmf"},
-            "compress.methods is 'svd,nmf': name some of svd",
+            "compress.methods is 'svd,nmf': choose from svd",
         ),
         ({"compress.methods": " , "}, "compress.methods is ' , '"),
         ({"ranks": (33,)}, "its rank is at most 32"),
@@ -412,7 +412,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"model_path": "nowhere"}, "nowhere does not exist"),
         ({"compress.max_params": 100}, "no table fits compress.max_params = 100"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
-        ({"compress.recover_ranks": (16,)}, "holds 16, which ranks does not"),
+        ({"compress.recover_ranks": (16,)}, "holds 16, but ranks does not"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(
@@ -439,13 +439,13 @@ def test_a_model_that_is_factorized_already_is_refused(asked, finished_experimen
         )
     )
     for run in (pca, one_band):
-        with pytest.raises(UserError, match="has a factorized embedding already"):
+        with pytest.raises(UserError, match="already has a factorized embedding"):
             sweep_of(asked, model_path=str(run))
 
 
 def test_ranks_that_the_table_cannot_have_are_named(asked, capsys):
     sweep_of(asked, ranks=(8, 64), **{"compress.methods": "svd", "compress.bits": ()})
-    assert "left out: rank 64, the table's is at most 32" in capsys.readouterr().out
+    assert "left out: rank 64; the table has at most rank 32" in capsys.readouterr().out
 
 
 def test_print_config_says_what_would_be_compressed(asked):
@@ -521,7 +521,7 @@ def test_a_model_that_cannot_be_compared_is_refused_before_training(path, asked)
     workdir = Path(asked.workdir)
     bare = shutil.copytree(workdir / "gpt_baseline", workdir / "bare")
     (bare / "result.json").unlink()
-    with pytest.raises(UserError, match="is not the end of a finished run"):
+    with pytest.raises(UserError, match="is not the last step of a finished run"):
         recovered(asked, model_path=str(workdir / path))
     assert not folder_of(asked).exists()
 

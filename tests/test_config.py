@@ -121,7 +121,7 @@ WEIGHTS = {"init.weights_from": "RUN"}
         (EXPERIMENT | {"ranks": (8, 8)}, "each may appear once"),
         ({"experiment.seeds": (1, 2, 1)}, "experiment.seeds is (1, 2, 1): each may"),
         ({"experiment.arms": "pca,pca"}, "experiment.arms is ('pca', 'pca'): each may"),
-        ({"experiment.arms": "pca,svd"}, "experiment.arms holds 'svd': besides D"),
+        ({"experiment.arms": "pca,svd"}, "holds 'svd': the arms besides D are "),
         ({"experiment.arms": "baseline"}, "experiment.arms holds 'baseline'"),
         (EXPERIMENT | {"model.n_embd_wte": 8}, "set its ranks with --config.ranks"),
         (

@@ -256,7 +256,7 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
     shutil.copytree(job.source / "ckpt", bare / "ckpt")
     low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
     for other, words in (
-        (by(job, source=low_rank), "has a factorized embedding already"),
+        (by(job, source=low_rank), "already has a factorized embedding"),
         (by(job, ranks=(4, 33)), r"holds 33: the table .* \(97, 32\), .* most 32"),
         (by(job, source=tmp_path / "wide.npy"), "at most 3"),
         (by(job, source=tmp_path / "nothing"), "nothing does not exist"),
@@ -273,7 +273,7 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
 
 def test_a_rank_above_the_vocabulary_is_refused_before_the_baseline_is_trained(job):
     job.check_vocabulary(4)
-    with pytest.raises(UserError, match="ranks holds 4: the corpus has 3 tokens"):
+    with pytest.raises(UserError, match="ranks holds 4: the vocabulary has 3 tokens"):
         job.check_vocabulary(3)
 
 
@@ -282,7 +282,7 @@ def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
     bare = by(job, source=tmp_path / "table.npy", method="kl")
     named = by(job, method="kl", statistics=str(tmp_path / "statistics.npz"))
     for other in (bare, named):
-        with pytest.raises(UserError, match="holds none: name their file as"):
+        with pytest.raises(UserError, match="does not hold them: name their file as"):
             other.check(set())
     write_statistics(tmp_path / "statistics.npz", 96, 32)
     with pytest.raises(UserError, match=r"a table \(96, 32\), .* is \(97, 32\)"):

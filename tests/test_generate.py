@@ -178,7 +178,7 @@ def test_the_command_prints_each_sample_with_its_prompt_and_writes_nothing(talke
 def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
     done = ask(f"{finished_experiment.workdir}/gpt_baseline")
     assert done.code == 2
-    assert "without a tokenizer there is no text" in done.err
+    assert "without a tokenizer, so its samples" in done.err
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):

@@ -236,8 +236,8 @@ def test_the_prerequisites_of_a_distilled_run_are_not_distilled(distilled):
 def test_a_teacher_that_does_not_fit_is_refused(distilled, sources, tmp_path):
     for number, (model, words) in enumerate(
         [
-            ({"vocab_size": 100}, "100 tokens, this model 97: both must have the same"),
-            ({"block_size": 8}, "reads 8 tokens at a time, this model 16: lower"),
+            ({"vocab_size": 100}, "but this model has 97: both must have the same"),
+            ({"block_size": 8}, "8 tokens at a time, but this model reads 16: lower"),
             (None, "does not exist: give the folder of a run"),
         ]
     ):
@@ -309,7 +309,7 @@ def test_weights_of_another_model_than_the_config_says_are_refused(
         [
             ({"n_layer": 2}, "lacks 'params/block_1/"),
             ({"bias": False}, "which this model does not have"),
-            ({"n_embd_wte": 4}, "has shape (8, 32), this model needs (4, 32)"),
+            ({"n_embd_wte": 4}, "has shape (8, 32), but this model needs (4, 32)"),
         ]
     ):
         source = elsewhere(sources["gpt_pca_k8"], tmp_path / str(number), **model)

@@ -31,7 +31,7 @@ def advise(
     """
     ((name, bound),) = bounds.items()
     compress = original.settings.compress
-    make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
+    make, shape = original.compressor, original.table_VD.shape  # May calibrate.
     label = f"fitting {original.run.folder.name}"
     with Progress(label, Fit.TRIALS) as progress:
 

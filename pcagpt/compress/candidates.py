@@ -32,9 +32,9 @@ class Recipe:
     """A way to compress a table.
 
     method: a name in `METHODS`, or 'baseline'; bands: number of frequency bands to
-    start from; budget: number of values that may be stored; rank: the rank with this
-    budget in a single band (0 for the baseline); bits: of a stored value, 32 (float32),
-    8 or 4.
+    start from; budget: largest number of stored values; rank: the rank of a single band
+    with this budget (0 for the baseline); bits: bits per stored value, 32 (float32), 8
+    or 4.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Candidate:
     """A compressed table.
 
     dense: [V, D], the table that the model computes with; bytes: its storage;
-    second_order: predicted loss; seconds: time to make the table.
+    second_order: estimate of its added loss; seconds: time to make the table.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Candidate:
     seconds: float
 
     def row(self, scores: SwapScores) -> SweepRow:
-        """The row of the candidate in sweep.json, still without a prediction."""
+        """The row of sweep.json; others fill in `predicted_loss` and `is_anchor`."""
         return {
             **dataclasses.asdict(self.recipe),
             "band_sizes": self.table.sizes,
@@ -106,7 +106,7 @@ class Compressor:
     def _make(self, recipe: Recipe) -> FactorizedTable:
         if recipe.method == BASELINE:
             return FactorizedTable.of_one_band(BandFactors(self._table_VD, None))
-        if recipe.method != self._method:  # One solve serves all ranks of a method.
+        if recipe.method != self._method:  # One solution has all ranks of a method.
             self._method = recipe.method
             self._factorize = Factorizer(
                 self._table_VD, recipe.method, self._statistics, self._split
@@ -136,9 +136,9 @@ def recipes(
     """All combinations of method, bands and rank, the most useful ones first.
 
     The last method counts as the best. Its tables in bands come first, then plain SVD,
-    then the baseline and the best method at fewer bits, then the other methods. Methods
-    without token weights get a single band. Recipes in bands are left out if the budget
-    of their rank is too small.
+    then the baseline and the best method at fewer bits, then the other methods. A
+    method without token weights gets a single band. A recipe with several bands is left
+    out if its budget is too small for them.
     """
     best = methods[-1]
 
@@ -171,7 +171,7 @@ def recipes(
             continue
         for rank in ranks:
             budget = budget_of_rank(vocab_size, width, rank)
-            # Rank 1 in each of several bands, and the order of the tokens.
+            # Several bands store at least rank 1 each, and the order of the tokens.
             least = 2 * vocab_size + count * width
             if count == 1 or budget >= least:
                 found.append(Recipe(method, count, budget, rank, bit))

@@ -20,9 +20,9 @@ def write_model(
 ) -> None:
     """Writes the model with another table: config.json, ckpt/0 and factors/.
 
-    Every command takes the folder as a run. A folder that holds this model already is
-    left alone, because other runs may have started from it. `origin` tells how the
-    table was made: JSON values for 'compressed' in config.json.
+    Every command takes the folder as a run. A folder that already holds this model
+    stays unchanged, because other runs may have started from it. `origin` describes how
+    the table was made: JSON values for 'compressed' in config.json.
     """
     run = original.run
     made = {
@@ -33,9 +33,9 @@ def write_model(
         "table_sha256": _sha256(table),
     }
     earlier = (read_record(folder) or {}).get("compressed") or {}
-    if {**earlier, "run": made["run"]} == made:  # A run may have been moved.
+    if {**earlier, "run": made["run"]} == made:  # The run may have moved.
         return
-    (folder / "config.json").unlink(missing_ok=True)  # Written last.
+    (folder / "config.json").unlink(missing_ok=True)  # It is written last.
     checkpoint.save_weights(folder, _variables_with(original, table))
     write_bands(folder / "factors", table)
     is_banded = len(table.bands) > 1

@@ -37,13 +37,13 @@ def sweep(
             heading = {**heading, "recovered": earlier["recovered"]}
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
-    make = original.compressor  # Calibrates first.
+    make = original.compressor  # May calibrate, with a progress bar of its own.
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
             candidate = make(recipe)
             known[recipe] = candidate.row(original.measure(candidate))
-            if writes:  # After every row: an interrupted sweep resumes here.
+            if writes:  # After every row, so that an interrupted sweep can resume.
                 content = _write_sweep(folder, heading, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
@@ -70,7 +70,7 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} without one."""
+    """Reads the sweep.json of an earlier sweep; {} if it does not exist."""
     return read_json(folder / "sweep.json", "delete it to measure again") or {}
 
 
@@ -96,8 +96,9 @@ def _write_sweep(
 def _predict(rows: list[SweepRow]) -> None:
     """Fills in `predicted_loss` and `is_anchor` of every row.
 
-    Anchors are the smallest and the largest table of each method, both in a single band
-    and in the fewest bands. The other rows are predicted from them.
+    The predictions are fitted to the anchors: the smallest and the largest table of
+    each method, once with a single band and once with the smallest number of several
+    bands.
     """
 
     def second_order(row: SweepRow) -> SecondOrder:
@@ -106,7 +107,7 @@ def _predict(rows: list[SweepRow]) -> None:
     kinds: dict[tuple[str, bool], list[SweepRow]] = {}
     for row in rows:
         row["is_anchor"] = False
-        # Smaller losses are mostly rounding and predict nothing.
+        # Smaller losses are mostly rounding errors.
         if row["bits"] == 32 and row["added_loss"] >= SMALLEST_ADDED:
             kinds.setdefault((row["method"], row["bands"] > 1), []).append(row)
     for kind in kinds.values():

@@ -22,7 +22,7 @@ from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer, tokenizer_sha256
 from pcagpt.errors import UserError
 
-_RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
+_RECIPE = 1  # part of a cache folder's name; raise it if the code changes the tokens
 _CHUNK_TOKENS = 1 << 20
 
 
@@ -77,7 +77,7 @@ class Corpus(CorpusInfo):
             byte_count += len(raw) - (len(documents) - 1)
             text = decoder.decode(raw)
             words += len(text.split()) + text.count("\n")
-            # The border between two chunks may cut a word in two.
+            # A word that continues from the last chunk was already counted.
             words -= in_word and bool(text[:1].strip())
             in_word = bool(text[-1:].strip())
         return TextSize(words, byte_count)
@@ -151,7 +151,7 @@ def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def describe_corpus(source: str, tokenizer: str = "auto") -> CorpusInfo:
-    """Describes what `open_corpus` would open, without tokenizing; raises the same."""
+    """Describes the corpus of `open_corpus` without tokenizing; same errors."""
     found = find_source(source)
     if isinstance(found, Path):
         return read_meta(found, tokenizer)
@@ -162,10 +162,10 @@ def open_corpus(source: str, cache_dir: Path, tokenizer: str = "auto") -> Corpus
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
     Args:
-      source: 'sotu' (embedded), 'wikitext103' (needs the package `datasets`), or a
-        folder. The folder holds .bin files in nanoGPT's format with meta.json, meta.pkl
-        or neither (then GPT-2's tokens are assumed), or text files that have train,
-        val, valid, validation or test as a word of their names.
+      source: 'sotu' (in the package), 'wikitext103' (needs the package `datasets`), or
+        a folder. The folder holds .bin files in nanoGPT's format, or text files with
+        train, val, valid, validation or test as a word of their names. .bin files
+        without meta.json or meta.pkl must hold GPT-2's tokens.
       cache_dir: folder for the token files of text.
       tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
         and the tokenizer in the folder's meta file for token files.

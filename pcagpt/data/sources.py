@@ -27,12 +27,12 @@ class TextSource(NamedTuple):
     """Text that is not tokenized yet."""
 
     name: str
-    tokenizer: str  # its own, for 'auto'
+    tokenizer: str  # the one that 'auto' selects
     fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
 
     def info(self, tokenizer: str) -> CorpusInfo:
-        """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
+        """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
         name = self.tokenizer if tokenizer == "auto" else tokenizer
         vocab_size = rank_file(name).vocab_size
         dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -40,7 +40,7 @@ class TextSource(NamedTuple):
 
 
 def find_source(source: str) -> TextSource | Path:
-    """A source's text or folder of token files; UserError if it is neither."""
+    """The text of a source, or its folder of token files; UserError for others."""
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)

@@ -103,8 +103,8 @@ def _check_lengths(folder: Path, counts: Any, itemsize: int) -> None:
     """Raises if the size of a file contradicts its number of tokens in meta.json."""
     if not isinstance(counts, dict):
         raise UserError(
-            f"{folder / 'meta.json'} is damaged: 'tokens' is {counts!r}, it must give "
-            "the number of tokens of each split"
+            f"{folder / 'meta.json'} is damaged: 'tokens' is {counts!r}, but it must "
+            "give the number of tokens of each split"
         )
     for split in present_splits(folder):
         path, stated = folder / f"{split}.bin", counts.get(split)
@@ -147,7 +147,7 @@ def _read_pickle(path: Path) -> dict:
     except Exception as error:  # A damaged pickle can raise almost any error.
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
-            'write meta.json instead, {"vocab_size": …}'
+            f"{path} is refused: it must be a pickled dict of plain values ({reason}); "
+            'write meta.json instead: {"vocab_size": …}'
         ) from error
     return meta

@@ -1,7 +1,8 @@
 """The task 'compress': makes a trained model's token table smaller, without training.
 
 WORKDIR/compressed/ gets a report and compressed models that every command takes as
-runs. A sweep also writes sweep.json with one row per table, a bound advice.json.
+runs. A sweep also writes sweep.json with one row per table; a search for a bound
+writes advice.json instead.
 """
 
 from pathlib import Path
@@ -36,8 +37,8 @@ def compress(settings: Settings, command: str) -> None:
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
 
     Raises:
-      UserError: no such run or method, the table is factorized already, the folder
-        holds the sweep of another model, or no table fits.
+      UserError: the run or a method does not exist, the table is already factorized,
+        the folder holds the sweep of another model, or no table fits.
     """
     settings = decide_effort(settings, jax.default_backend())
     methods = _methods(settings.compress.methods)
@@ -71,7 +72,7 @@ def _methods(text: str) -> list[str]:
     methods = words_of(text)
     if not methods or set(methods) - METHODS.keys():
         raise UserError(
-            f"compress.methods is '{text}': name some of {', '.join(METHODS)}"
+            f"compress.methods is '{text}': choose from {', '.join(METHODS)}"
         )
     return methods
 
@@ -83,12 +84,12 @@ def _recipes(original: Original, methods: list[str]) -> list[Recipe]:
     if not ranks:
         raise UserError(
             f"ranks is {settings.ranks}: the table of {original.run.folder} is "
-            f"{shape}, its rank is at most {min(shape)}"
+            f"{shape}, so its rank is at most {min(shape)}"
         )
     if len(ranks) < len(settings.ranks) and jax.process_index() == 0:
         left_out = ", ".join(str(rank) for rank in settings.ranks if rank > min(shape))
         print(
-            f"left out: rank {left_out}, the table's is at most {min(shape)}",
+            f"left out: rank {left_out}; the table has at most rank {min(shape)}",
             flush=True,
         )
     compress = settings.compress
@@ -109,19 +110,19 @@ def _check_recoverable(original: Original, ranks: set[int]) -> None:
     lacking = set(settings.compress.recover_ranks) - ranks
     if lacking:
         raise UserError(
-            f"compress.recover_ranks holds {min(lacking)}, which ranks does not: only "
-            "the best table of a rank that was tried can be trained further"
+            f"compress.recover_ranks holds {min(lacking)}, but ranks does not: add it "
+            "to ranks, because only tables of the sweep can be trained further"
         )
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:
         raise UserError(
             f"compress.recover_ranks is set, but {settings.model_path} is not "
-            "the end of a finished run: D is trained further only from there"
+            "the last step of a finished run: D can be trained further only from there"
         )
     if run.record.get("corpus_sha256") != original.corpus.fingerprint():
         raise UserError(
-            f"compress.recover_ranks is set, but {run.folder} was trained on another "
-            f"corpus than {original.corpus.name}: leave data.source out"
+            f"compress.recover_ranks is set, but {run.folder} was not trained on "
+            f"{original.corpus.name}: leave data.source out"
         )
 
 

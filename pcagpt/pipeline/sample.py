@@ -11,7 +11,7 @@ from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
-FETCH_DELAY = 8  # tokens that stay on the device, so that it never waits for the host
+FETCH_DELAY = 8  # steps until the host reads a token, so that the device never waits
 
 
 def sample(settings: Settings) -> list[str]:
@@ -21,7 +21,7 @@ def sample(settings: Settings) -> list[str]:
       The samples, prompt included, each up to its first end of text.
 
     Raises:
-      UserError: no such run, a run without a tokenizer, or a `model` knob that
+      UserError: the run does not exist, it has no tokenizer, or a `model` knob
         contradicts it.
     """
     run, options = Run.open(settings.model_path), settings.sample
@@ -29,15 +29,15 @@ def sample(settings: Settings) -> list[str]:
     name = run.record.get("tokenizer")
     if not name:
         raise UserError(
-            f"{run.folder} was trained on bare token ids: without a tokenizer there is "
-            "no text to show"
+            f"{run.folder} was trained on token ids without a tokenizer, so its "
+            "samples cannot become text"
         )
     tokenizer = load_tokenizer(name)
     model, variables = run.load(settings.model)
     if model.config.vocab_size > tokenizer.n_vocab:
         raise UserError(
-            f"{run.folder} has {model.config.vocab_size} tokens, its tokenizer {name} "
-            f"{tokenizer.n_vocab}: some of its tokens stand for no text"
+            f"{run.folder} has {model.config.vocab_size} tokens, but its tokenizer "
+            f"{name} has {tokenizer.n_vocab}: some samples could not become text"
         )
     end = tokenizer.encode_single_token(END_OF_TEXT)
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})

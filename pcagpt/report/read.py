@@ -13,7 +13,7 @@ from pcagpt.telemetry.record import read_metrics
 
 
 def read_row(folder: Path) -> dict[str, Any]:
-    """Reads a finished run's result; adds letter, folder, learning rate, first loss.
+    """Reads the result of a run; adds letter, folder, learning rate and first loss.
 
     Raises:
       UserError: the run is missing, unfinished, damaged or of an unknown arm.

@@ -7,17 +7,17 @@ import numpy as np
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import Markdown, count, fixed, render, signed, table
 
-SMALLEST_ADDED = 1e-3  # nats: smaller measured values are mostly rounding
-SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
+SMALLEST_ADDED = 1e-3  # nats: smaller measured values are mostly rounding errors
+SMALL_LOSS = 0.3  # nats: the report checks the predictions up to this added loss
 
 
 class SweepRow(TypedDict):
     """A row of sweep.json: a compressed table, as made and as measured.
 
-    Losses are in nats per token. The comments name what defines a field.
+    Losses are in nats per token. A comment names the class that explains the fields.
     """
 
-    method: str  # to seconds: Recipe, Candidate
+    method: str  # up to `seconds`: see Recipe and Candidate
     bands: int
     budget: int
     rank: int
@@ -31,7 +31,7 @@ class SweepRow(TypedDict):
     second_order_input: float
     predicted_loss: float | None  # fitted to the anchors of the sweep
     is_anchor: bool
-    loss: float  # to the end: SwapScores
+    loss: float  # from here to the end: see SwapScores
     added_loss: float
     added_loss_input: float
     added_loss_head: float
@@ -41,7 +41,7 @@ class SweepRow(TypedDict):
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
-    """The data of the report's template."""
+    """The data that the template sweep.md.j2 shows."""
     rows = sorted(sweep["rows"], key=lambda row: (row["bytes"], row["added_loss"]))
     return {
         "sweep": sweep,
@@ -79,7 +79,7 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:
-    """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
+    """The name of a table in reports, as in 'context, 12 bands, int8'."""
     method = "D's table" if method == "baseline" else method
     return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 

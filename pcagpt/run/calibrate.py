@@ -26,8 +26,8 @@ from pcagpt.run.trained import Run
 from pcagpt.sharding import inside, placement
 from pcagpt.telemetry.progress import Progress
 
-SEED = 0  # of the order of the calibration text
-TOKENS = 1_048_576  # of the calibration text, unless a knob says otherwise
+SEED = 0  # for the order of the calibration text
+TOKENS = 1_048_576  # default length of the calibration text
 
 
 def collect(
@@ -38,10 +38,10 @@ def collect(
     mesh: Mesh,
     chunks: int,
 ) -> Statistics:
-    """Runs a model with a full table on batches of token ids, int32 [B, T].
+    """Measures a model with a full table on batches of token ids, int32 [B, T].
 
-    The model runs in its compute dtype. Products are float32 at the highest precision,
-    their sums over batches float64.
+    The model runs in its compute dtype. Products are float32 at the highest precision;
+    their sums over batches are float64.
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)
@@ -58,7 +58,7 @@ def collect(
 
 
 def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
-    """Sums of all statistics but the frequency over a batch."""
+    """Sums over a batch of all statistics except the frequency."""
     vocab_size = model.config.vocab_size
 
     def trunk(x_ND):
@@ -70,7 +70,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     )
     h_ND, pull_back = jax.vjp(trunk, x_ND)
     wte_VD = model.apply(variables, method="head")[0].wte
-    # Gathered once: otherwise every chunk would exchange hidden states.
+    # Without this, the devices would exchange hidden states in every chunk.
     wte_VD = inside.gathered(wte_VD)[:vocab_size]
     compute_VD = wte_VD.astype(h_ND.dtype)
     keys_N = jax.random.split(key, h_ND.shape[0])
@@ -113,7 +113,7 @@ def statistics(
     batch_size: int,
     chunks: int,
 ) -> Statistics:
-    """Statistics of a run with a full table; the run's folder keeps them.
+    """Statistics of a run with a full table; cached in the folder of the run.
 
     Args:
       run: the folder and the step.
@@ -121,7 +121,7 @@ def statistics(
       variables: see `model`.
       corpus: its training split is the calibration text.
       mesh: of devices.
-      tokens: length of that text, rounded up to whole batches.
+      tokens: length of the calibration text; it is rounded up to whole batches.
       batch_size: windows at a time.
       chunks: number of parts that logits are computed in.
     """
@@ -160,10 +160,10 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
 
 
 def read(path: Path, protocol: dict[str, Any] | None = None) -> Statistics | None:
-    """Statistics from a file; None without them or under another protocol."""
+    """Statistics from a file; None if it has none, or those of another protocol."""
     try:
         arrays = read_npz(path)
-    except UserError:  # A missing or damaged file is measured anew.
+    except UserError:  # The caller measures again if a file is missing or damaged.
         return None
     if protocol and json.loads(str(arrays.get("protocol", "null"))) != protocol:
         return None

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run: saved in the background, restored whole or weights only.
 
 A checkpoint has three items: `weights` (params and constants), `optimizer` (its state
-and the number of updates done) and `meta` (JSON). Its number is the updates done.
+and the number of updates) and `meta` (JSON). Its name is the number of updates.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Checkpoints:
     def save(
         self, step: int, items: dict, meta: dict, val_loss: float | None = None
     ) -> None:
-        """Starts writing a checkpoint. The arrays may be donated once this returns.
+        """Starts writing a checkpoint. After the return, the arrays may be donated.
 
         Args:
           step: number of updates done.
@@ -84,7 +84,7 @@ class Checkpoints:
     def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.
 
-        Newer ones that are damaged are reported and deleted if a good one is found.
+        If it finds one, it reports and deletes the newer ones, which are damaged.
 
         Args:
           template: items as for `save`, as `jax.ShapeDtypeStruct` with the shardings to
@@ -104,7 +104,7 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=wanted)
             # Orbax and what it calls raise errors of many types.
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):  # The checkpoint may be good.
+                if "RESOURCE_EXHAUSTED" in str(error):  # It may be undamaged.
                     raise
                 reason = str(error).strip().split("\n")[0][:120]
                 damaged.append((step, reason))
@@ -134,10 +134,13 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step); UserError without one."""
+    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step).
+
+    Without a step, it is the newest one. Raises UserError if there is no checkpoint.
+    """
     path = Path(path)
     if not path.is_dir():
-        problem = "is no folder" if path.exists() else "does not exist"
+        problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
             "checkpoints/gpt_baseline, or train it first"
@@ -156,13 +159,13 @@ def find(path: str | Path) -> tuple[Path, int]:
 def fingerprint(path: str | Path) -> str:
     """A hash that differs between runs and between steps of a run.
 
-    It covers the result of a finished run. For other runs it covers the config and the
-    manifest of the weights, since weights can be rewritten under the same config.
-    `path` and errors are as for `find`.
+    It covers the result of a finished run. For other runs, it covers the config and the
+    manifest of the weights, because the same config can get new weights. `path` and
+    errors are as for `find`.
     """
     run_dir, step = find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
-    # Orbax gives files new names at every save, and the manifest lists them.
+    # The manifest differs between saves, because it lists files with new names.
     written = f"{FOLDER}/{step}/weights/manifest.ocdbt"
     finished = (run_dir / "result.json").exists()
     for name in ("result.json",) if finished else ("config.json", written):
@@ -172,7 +175,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options with which this process acts without the others."""
+    """Orbax options for work that this process does without the others."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -191,10 +194,13 @@ def _local_checkpointer() -> ocp.Checkpointer:
 
 
 def save_weights(run_dir: Path, variables: dict) -> None:
-    """Replaces all checkpoints by host arrays as checkpoint 0; one process calls it."""
+    """Replaces all checkpoints by checkpoint 0 with host arrays.
+
+    Only one process may call it.
+    """
     folder = (run_dir / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
+    folder.mkdir(parents=True)  # With these options, Orbax does not make it.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=_alone()
     )

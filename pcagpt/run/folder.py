@@ -1,7 +1,7 @@
 """The files of a run besides its checkpoints: its record and its result.
 
 config.json   the run's record: its settings and what it depends on; written first
-result.json   written last: a run is finished when it is there with status 'done'
+result.json   written last; a run is finished if its status is 'done'
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window
 """
 
@@ -17,11 +17,11 @@ from pcagpt.errors import UserError
 from pcagpt.files import read_json, read_npy, strict, write_json, write_npy
 from pcagpt.run.build import DEVICE_KNOBS
 
-# The sections that decide a run's numbers. Other knobs may change when it resumes.
+# The sections that determine a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
     "arm", "seed", "model", "data", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# Imports count by the hash of their content, so a folder of runs can be moved.
+# The hash of an import's content counts, not its path, so a folder of runs can move.
 NOT_IDENTITY = (
     "data.cache_dir",
     "init.import_wte_npy",
@@ -52,7 +52,8 @@ def _remedy(run_dir: Path) -> str:
 def read_window_losses(run_dir: Path) -> np.ndarray | None:
     """(summed loss, targets) of each validation window: float64 [windows, 2].
 
-    None without a file, as in runs of older versions. UserError if it is damaged.
+    None if the file does not exist, as in runs of older versions. UserError if it is
+    damaged.
     """
     path = run_dir / "val_window_losses.npy"
     if not path.exists():
@@ -81,9 +82,9 @@ def write_result(
 
 
 def identity(record: dict[str, Any]) -> dict[str, Any]:
-    """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
+    """{'train.steps': 5000, ...}: the fields that determine a run's numbers.
 
-    A knob that the record lacks, because it is newer, has its default.
+    A knob that is newer than the record has its default.
     """
     found = {
         path: knob.default

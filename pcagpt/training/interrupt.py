@@ -6,13 +6,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-AGREE_EVERY = 10  # steps between two exchanges among several processes
+AGREE_EVERY = 10  # steps between two exchanges of requests between processes
 
 
 class StopRequest:
-    """Records SIGINT and SIGTERM instead of ending; a second SIGINT ends at once.
+    """Records SIGINT and SIGTERM, so that training can stop after the current step.
 
-    A context manager. It has no effect outside the main thread.
+    A context manager. A second SIGINT raises KeyboardInterrupt at once. It has no
+    effect outside the main thread.
     """
 
     def __init__(self):
@@ -32,10 +33,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def stops_at(self, step: int) -> bool:
-        """True to stop before this step; every process gets the same answer."""
+        """Whether to stop before this step; every process gets the same answer."""
         if jax.process_count() == 1:
             return self.received
-        # An exchange makes the processes wait for each other, so it is not done often.
+        # The exchange makes the processes wait for each other, so it is rare.
         if step % AGREE_EVERY:
             return False
         return bool(multihost_utils.process_allgather(np.array(self.received)).any())
