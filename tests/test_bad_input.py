@@ -137,7 +137,7 @@ def only_job(line, monkeypatch):
 
 
 @pytest.mark.parametrize("config_name", ["pca_k128.py", "pca_finetune_k128.py"])
-def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
+def test_a_missing_baseline_is_refused_with_the_command_that_trains_it(
     config_name, corpus_folder, place, monkeypatch
 ):
     line, (baseline, *_) = lacking(config_name, corpus_folder, place, seed=3)
@@ -147,7 +147,7 @@ def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
     assert job.settings == baseline.settings
 
 
-def test_without_prerequisites_the_command_is_given_that_makes_the_factors(
+def test_missing_factors_are_refused_with_the_command_that_makes_them(
     trained, corpus_folder, place, monkeypatch
 ):
     shutil.copytree(trained, place / "my runs" / trained.name)

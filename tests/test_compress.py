@@ -374,7 +374,7 @@ def advice_of(config, **bounds):
     return chosen, advice["trials"]
 
 
-def test_the_table_within_a_loss_or_a_number_of_values_is_a_run(asked):
+def test_the_table_that_fits_a_bound_is_written_as_a_run(asked):
     chosen, trials = advice_of(asked, max_added_loss=0.001)
     assert chosen["added_loss"] <= 0.001
     assert chosen in trials
@@ -382,7 +382,9 @@ def test_the_table_within_a_loss_or_a_number_of_values_is_a_run(asked):
 
 
 @pytest.mark.parametrize("allowed", [2600, 3300])
-def test_bytes_are_used_up_and_the_full_table_in_few_bits_is_an_option(asked, allowed):
+def test_a_bound_on_bytes_is_used_up_and_allows_the_full_table_in_few_bits(
+    asked, allowed
+):
     """97 x 32 values take 1,649 bytes in 4 bits and 3,201 in 8, with their scales."""
     chosen, trials = advice_of(asked, max_bytes=allowed, bits=(8, 4))
     tried = {(row["method"], row["bits"]): row for row in trials}

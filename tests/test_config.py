@@ -42,7 +42,7 @@ def test_a_section_can_be_replaced_as_a_whole():
     assert replaced.init == InitSettings(weights_from="y")
 
 
-def test_an_older_run_s_record_gets_defaults_and_loses_what_is_no_knob():
+def test_an_older_run_s_record_gets_defaults_and_loses_unknown_names():
     record = {"seed": 3, "ranks": [8, 16], "train": {"steps": 7}, "corpus_sha256": "x"}
     expected = {"seed": 3, "ranks": (8, 16), "train.steps": 7}
     assert Settings.of(record) == Settings().replace(expected)

@@ -74,7 +74,7 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     ],
     ids=str,
 )
-def test_a_sweep_with_a_choice_is_evaluated_on_the_whole_split(choice):
+def test_a_sweep_with_explicit_knobs_is_measured_on_the_whole_split(choice):
     chosen = decide_effort(Settings().replace(choice), "cpu")
     assert chosen.evaluate.max_tokens == 0
 

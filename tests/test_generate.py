@@ -56,7 +56,7 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
     ("table", "prompt"),
     [("full", 1), ("full", 11), ("factorized", 7), ("bands", 3), ("bands", 8)],
 )
-def test_at_temperature_0_each_token_is_the_most_likely_after_the_window(
+def test_temperature_0_takes_the_most_likely_token_after_the_window(
     table, prompt, monkeypatch
 ):
     monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)  # The cache is enlarged twice.

@@ -47,7 +47,7 @@ def process(*arguments, **options):
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull"])
-def test_help_is_shown_for_every_way_of_asking(flag):
+def test_every_spelling_of_help_shows_the_help(flag):
     outcome = call(flag)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("How small can the token embedding")
@@ -313,7 +313,7 @@ logging.getLogger("pcagpt.run").warning("a file is damaged")
         ("MALLOC_ARENA_MAX", 1, []),
     ],
 )
-def test_memory_is_kept_unless_glibc_or_the_person_objects(
+def test_freed_memory_is_kept_unless_glibc_refuses_or_the_environment_sets_it(
     variable, accepted, expected, monkeypatch
 ):
     calls = []

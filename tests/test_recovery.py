@@ -101,7 +101,7 @@ def elsewhere(source, run_dir, **model):
 
 
 @pytest.mark.parametrize("name", ["gpt_baseline", "gpt_pca_k8/ckpt/3", "banded"])
-def test_every_weight_the_token_order_and_the_loss_are_taken_over(
+def test_all_weights_the_token_order_and_the_loss_are_those_of_the_source_run(
     name, sources, recover
 ):
     source, *below = name.split("/")
@@ -117,7 +117,7 @@ def test_every_weight_the_token_order_and_the_loss_are_taken_over(
         assert loss == folder.read_result(path)["val_loss"]
 
 
-def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
+def test_the_source_run_sets_the_model_and_finetune_sets_the_budget(sources, recover):
     config = recover(sources["banded"], **{"model.dropout": 0.1, "train.steps": 20})
     further = job(config)
     assert further.folder.name == "gpt_pca_finetune_from_banded"
@@ -136,7 +136,7 @@ def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
 
 
 @pytest.mark.parametrize("asked", ["baseline", "continued", "pca_finetune"])
-def test_the_run_decides_the_arm(asked, sources, recover):
+def test_the_source_run_and_the_teacher_set_the_arm(asked, sources, recover):
     def arm(source, **overrides):
         return job(recover(sources[source], arm=asked, **overrides)).settings.arm
 
@@ -146,7 +146,7 @@ def test_the_run_decides_the_arm(asked, sources, recover):
     assert arm("banded", **teacher) == "pca_distill"
 
 
-def test_weights_of_another_program_are_trained_and_known_by_their_content(
+def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
     sources, recover, tmp_path
 ):
     source = elsewhere(sources["banded"], tmp_path / "best")

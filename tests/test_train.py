@@ -259,7 +259,7 @@ def test_devices_exchange_only_sums_and_split_parameters(table, kernels, tiny_co
     assert not of_tables
 
 
-def test_the_compiler_is_told_to_sum_gradients_where_they_lie(tiny_config, monkeypatch):
+def test_the_compiler_is_told_to_sum_gradients_in_place(tiny_config, monkeypatch):
     """Only GPUs have that pass of the compiler, so this test sees only the option."""
     made = setup(tiny_config)
     state, shardings = start(made, job(tiny_config).folder)
