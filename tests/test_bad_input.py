@@ -49,7 +49,7 @@ def corpus(corpus_folder, place):
         ({"task": "experiment", "ranks": "4,17"}, "ranks holds 17: a rank is at most"),
         (
             {"task": "experiment", "ranks": "4,98", "model.n_embd": 128},
-            "ranks holds 98: the corpus has 97 tokens",
+            "ranks holds 98: the vocabulary has 97 tokens",
         ),
         ({"model.block_size": 6001}, "model.block_size=6001 needs 6002 tokens, but"),
         ({"model.vocab_size": 50}, "is 50, but the corpus has token ids"),
