@@ -4,10 +4,10 @@ r"""Compresses the token table of a trained model without training it.
         --config.model_path=checkpoints/gpt_baseline
 
 Measures methods x ranks x frequency bands on the validation split and writes
-checkpoints/compressed/: sweep.json, report.html, and the best model of each rank, which
-can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128 also
-trains the best model of that rank, and D for the same steps. To find the one table that
-fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
+checkpoints/compressed/: sweep.json, report.html, and the best model of each rank. This
+model can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128
+also trains the best model of that rank, and D for the same steps. To find the one table
+that fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
 
 Cost: on a GPU, a minute of calibration and about 2 seconds per table of GPT-2 small.
 On a CPU, two to three minutes for the demo's D: by default it tries fewer tables and
@@ -20,7 +20,7 @@ from pcagpt.config import base
 
 
 def get_config():
-    """The base config as a sweep, on the corpus that the run was trained on."""
+    """Task compress: sweeps on the corpus that the run was trained on."""
     config = base()
     config.task = "compress"
     config.data.source = ""

@@ -3,7 +3,7 @@
     python -m pcagpt.main --config=configs/experiment.py:128 --config.data.source=FOLDER
     python -m pcagpt.main --config=configs/experiment.py:64,128,256 ...
 
-D is trained once. train.* applies to every arm; B gets the share of it in finetune.*.
+D is trained once. train.* applies to every arm; finetune.* is B's share of it.
 --config.experiment.arms adds controls, --config.experiment.seeds gives error bars. For
 frequency bands: --config.factorize.bands=12 --config.factorize.method=context.
 """
@@ -12,7 +12,7 @@ from pcagpt.config import base, ranks_of
 
 
 def get_config(ranks="128"):
-    """The base config as an experiment at these ranks."""
+    """Task experiment at the given ranks, as in '64,128'."""
     config = base()
     config.task = "experiment"
     config.ranks = ranks_of(ranks)

@@ -12,7 +12,7 @@ from pcagpt.config import base
 
 
 def get_config():
-    """The base config as a factorization."""
+    """Task factorize."""
     config = base()
     config.task = "factorize"
     config.data.source = ""

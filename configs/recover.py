@@ -5,8 +5,8 @@ r"""Trains a compressed model further, from all its weights, on a teacher's pred
         --config.distill.teacher=checkpoints/gpt_baseline
 
 The folder in init.weights_from determines every size of the model. train.* is D's
-budget; like B, this run gets the share of it in finetune.*. Without a teacher the loss
-is the cross entropy. The control is D, trained further for the same steps:
+budget. finetune.* is the share of it that this run gets, as for B. Without a teacher,
+the loss is the cross entropy. The control is D, trained further for the same steps:
 --config.init.weights_from=checkpoints/gpt_baseline.
 """
 
@@ -14,7 +14,7 @@ from pcagpt.config import base
 
 
 def get_config():
-    """The base config as fine-tuning; the command line names the run to start from."""
+    """Task train, as fine-tuning; the command line names the run to start from."""
     config = base()
     config.arm = "pca_finetune"
     return config

@@ -4,7 +4,7 @@ r"""Continues a text with a trained or compressed model and prints it.
         --config.model_path=checkpoints/gpt_baseline --config.sample.prompt="The people"
 
 Without a prompt, the model begins a document. --config.sample.count=5 draws five
-samples, --config.seed=2 draws other ones. --config.sample.temperature=0 always takes
+samples; --config.seed=2 draws other ones. --config.sample.temperature=0 always takes
 the likeliest token.
 """
 
@@ -12,7 +12,7 @@ from pcagpt.config import base
 
 
 def get_config():
-    """The base config as sampling; the command line names the model."""
+    """Task sample; the command line names the model."""
     config = base()
     config.task = "sample"
     return config

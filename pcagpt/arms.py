@@ -17,9 +17,10 @@ class Arm:
       takes: the weights it starts from: 'factors' (of D's table), 'blocks' (D's other
         weights), 'weights' (all weights of D).
       keep: which property of the factors it keeps, a value of `init.keep`.
-      has_bands_of_a: it takes the sizes and ranks of A's bands, if there are several.
-      is_taught: it learns D's predictions.
-      rate_share: the knob with its share of D's learning rate; empty: all of it.
+      has_bands_of_a: whether it copies the sizes and ranks of A's bands, if A has
+        several.
+      is_taught: whether it learns D's predictions.
+      rate_share: the knob with its share of D's learning rate; empty: D's own rate.
     """
 
     letter: str
@@ -146,7 +147,10 @@ FROM_RUN = "gpt_{arm}_from_{source}"
 
 
 def arm_from_run(is_factorized: bool, is_taught: bool) -> str:
-    """The arm that a run from another run's weights counts as."""
+    """The arm, a key of `ARMS`, of a run that continues from another run's weights.
+
+    `is_factorized` describes its table; `is_taught`: it learns a teacher's predictions.
+    """
     if is_taught:
         return "pca_distill"
     return "pca_finetune" if is_factorized else "continued"

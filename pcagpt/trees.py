@@ -51,10 +51,10 @@ def count(tree: Any) -> int:
 def replace(
     tree: Mapping[str, Any], new: Mapping[str, Any], *, source: str
 ) -> dict[str, Any]:
-    """Returns the tree with the arrays of `new` ({path: array}), cast to its dtypes.
+    """The tree with the arrays of `new` ({path: array}), cast to its own dtypes.
 
-    The leaves of `tree` may be `jax.ShapeDtypeStruct`. `source` is the origin of `new`
-    for the error message.
+    The leaves of `tree` may be `jax.ShapeDtypeStruct`. `source` names the origin of
+    `new` in error messages.
 
     Raises:
       UserError: the tree lacks a path, or its leaf has another shape.
@@ -68,8 +68,9 @@ def replace(
             )
         if flat[path].shape != array.shape:
             raise UserError(
-                f"{source}: '{path}' has shape {tuple(array.shape)}, this model needs "
-                f"{tuple(flat[path].shape)}: give both models the same model.* sizes"
+                f"{source}: '{path}' has shape {tuple(array.shape)}, but this model "
+                f"needs {tuple(flat[path].shape)}: give both models the same model.* "
+                "sizes"
             )
         flat[path] = array.astype(flat[path].dtype)
     return unflatten(flat)

@@ -8,16 +8,16 @@
 Two models are measured: GPT-2 small (D), and GPT-2 small with a token table of rank 128
 (k128). Both compute in bfloat16 on sequences of 1,024 tokens.
 
-The systems take turns in each round, because a GPU that slows down then slows down all
-of them. The GPU rests before each turn, because a hot GPU at its power limit is slower.
-A figure is the median over the rounds. A ratio is computed within each round; its
-median, least and most over the rounds are reported.
+The systems take turns in each round, so that a GPU that slows down affects all of them.
+The GPU rests before each turn, because a hot GPU at its power limit is slower. A figure
+is the median over the rounds. A ratio is computed within each round; the report has its
+median, minimum and maximum over the rounds.
 
   pcagpt         the compiled training step, on one batch that stays on the device
-  pcagpt-loop    a training run: reads data from disk, logs and saves. The time of a
-                 save is divided by the default of checkpoint.every, which is the number
-                 of steps from one save to the next. Compiling and evaluating are not
-                 counted, and neither is the first step after a pause
+  pcagpt-loop    a training run: reads data from disk, logs and saves. Each step counts
+                 its share of a save: the time of a save, divided by the default of
+                 checkpoint.every. Compiling, evaluating and the first step after a
+                 pause are not counted
   data-parallel  the step on all GPUs in CUDA_VISIBLE_DEVICES, one batch on each
   fsdp           the same, with parameters and optimizer state split over the GPUs
   torch          a plain GPT-2
@@ -28,8 +28,9 @@ median, least and most over the rounds are reported.
 torch and transformers need a GPU and `pip install torch transformers`. They run under
 torch.compile with flash attention, fused AdamW, gradient clipping and autocast.
 Autocast keeps the residual stream in float32; in pcagpt it is bfloat16. Their peak
-memory is what PyTorch allocated; pcagpt's is what the compiled program needs. --quick
-measures only pcagpt, at the demo's size, and also runs on a CPU.
+memory is the memory that PyTorch allocated; for pcagpt it is the memory that the
+compiled program needs. --quick measures only pcagpt, at the demo's size, and also runs
+on a CPU.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-# JAX must leave GPU memory to PyTorch. Both are read when JAX is imported.
+# JAX must leave GPU memory to PyTorch. JAX reads both variables during its import.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -124,7 +125,7 @@ def arguments() -> argparse.Namespace:
         batches = set(map(int, (args.batches or str(args.size.batch)).split(",")))
     except ValueError:
         parser.error(f"--batches is {args.batches}: give whole numbers such as 32,64")
-    # The largest batch comes first: smaller ones fit into the memory that it took.
+    # The largest batch comes first, because smaller ones fit into its memory.
     args.batches = sorted(batches, reverse=True)
     if args.steps is None:
         args.steps = 10 if args.quick else 50
@@ -143,7 +144,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, prints a table after each group, writes --out; returns the exit code.
 
-    The file is rewritten after every round, so an interrupted run leaves its rounds.
+    It rewrites the file after every round, so that an interrupted run keeps its rounds.
     """
     args = arguments()
     groups, rows, problem = groups_to_measure(args), [], ""
@@ -189,10 +190,10 @@ def fail(message: str, code: int) -> int:
 
 
 def groups_to_measure(args) -> list[list[tuple]]:
-    """(name, class, batch) of the systems that take turns, one list per group.
+    """Lists of (name, class, batch) of the systems that take turns with each other.
 
-    A group is one batch size in training, or decoding. Prints which systems are left
-    out.
+    A group is training at one batch size, or decoding. Prints the systems that cannot
+    run here.
     """
     possible = []
     for name in args.systems:
@@ -213,7 +214,7 @@ def groups_to_measure(args) -> list[list[tuple]]:
 def why_left_out(name: str, quick: bool) -> str:
     """Why a system cannot be measured here; empty if it can."""
     if name in PARALLEL and jax.device_count() == 1:
-        return "there is one device"
+        return "it needs several devices"
     if name not in PEERS:
         return ""
     if quick:
@@ -237,7 +238,7 @@ def measure(group: list[tuple], args, folder: Path) -> Iterator[list[dict]]:
         for system, turns in zip(systems, rounds, strict=True):
             if system.rests and jax.default_backend() == "gpu":
                 time.sleep(args.rest)
-            gc.collect()  # A collection within the turn would let the GPU wait.
+            gc.collect()  # A collection within the turn would make the GPU wait.
             seconds = system.seconds_per_step(args.steps)
             turns.append((seconds, (gpu_state() or {}).get("clocks.sm")))
             print(
@@ -288,7 +289,7 @@ def row(system, turns: list[tuple], steps: int) -> dict:
 
 
 def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Tokens per second and device of one row divided by those of another."""
+    """{name: `ratio`} of all rows to compare."""
     known = {(r["system"], r["model"], r["batch"]): r for r in rows}
     found = {}
     for (system, model, batch), r in known.items():
@@ -305,7 +306,10 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def ratio(row: dict, base: dict) -> dict[str, float]:
-    """Median, least and most over the rounds of two rows."""
+    """Tokens per second and device of `row` divided by those of `base`.
+
+    Median, minimum and maximum over the rounds.
+    """
     share = row["tokens_per_step"] / row["devices"]
     share /= base["tokens_per_step"] / base["devices"]
     pairs = zip(row["rounds_ms"], base["rounds_ms"], strict=True)
@@ -335,7 +339,7 @@ def table(rows: list[dict]) -> str:
 
 
 def report(rows: list[dict]) -> dict:
-    """All figures, with what they depend on."""
+    """All figures, with their command, device, versions and commit."""
     return {
         "rows": rows,
         "ratios": ratios(rows),

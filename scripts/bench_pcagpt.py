@@ -27,7 +27,7 @@ from pcagpt.training.setup import Setup
 WARM_STEPS = 5
 PROFILED_STEPS = 5
 SHOWN_KERNELS = 25
-MIN_STEPS = 6  # A training run measures no speed around a save and at its end.
+MIN_STEPS = 6  # A training run does not time the steps after a save or at its end.
 NO_WORK = ("ThunkExecutor", "SlinkyThreadPool", "end: ")  # idle threads on CPUs
 
 
@@ -72,8 +72,8 @@ def write_corpus(folder: Path, size: Size) -> None:
     """Writes random tokens as .bin files, about as frequent as the tokens of a text.
 
     The frequencies follow Zipf's law, shifted as Mandelbrot proposed: the first token
-    takes 5 %, the first hundred 40 %. The gradient of the lookup then meets as many
-    equal tokens as in training.
+    takes 5 %, the first hundred 40 %. A batch then has about as many equal tokens as in
+    training, which matters for the gradient of the lookup.
     """
     random = np.random.default_rng(0)
     frequency = 1 / np.arange(2, size.vocab_size + 2)
@@ -90,7 +90,7 @@ def write_corpus(folder: Path, size: Size) -> None:
 
 
 def setup(size: Size, model: str, batch: int, folder: Path, **knobs) -> Setup:
-    """A run with the default knobs at this size, on one device; nothing is trained."""
+    """The setup of a run with the default knobs at this size, on one device."""
     names = {f"model.{name}": getattr(size, name) for name in MODEL_SIZES}
     settings = Settings().replace(
         {
@@ -139,9 +139,9 @@ def steps_between_saves() -> int:
 class System:
     """One model that takes turns with others.
 
-    devices: how many it runs on. batch: sequences on each. tokens_per_step: read by a
-    training step, or decoded. peak_bytes: of one device. details: further figures.
-    rests: whether a GPU rests before its turn.
+    devices: number of devices that it runs on. batch: sequences on each device.
+    tokens_per_step: tokens that a step trains on or decodes. peak_bytes: memory of one
+    device. details: further figures. rests: whether a GPU rests before its turn.
     """
 
     name: str
@@ -159,7 +159,7 @@ class System:
         """Compiles what is measured."""
 
     def seconds_per_step(self, steps: int) -> float:
-        """Measures one turn of so many steps."""
+        """Measures one turn of this many steps."""
         raise NotImplementedError
 
 
@@ -227,19 +227,19 @@ class FullySharded(DataParallel):
 class Loop(System):
     """A whole training run per turn.
 
-    The time of a save is divided by the steps between two saves. Compiling, evaluating
-    and the first step after a pause are not counted.
+    Each step counts its share of a save. Compiling, evaluating and the first step after
+    a pause are not counted.
     """
 
     name = "pcagpt-loop"
     rests = False  # The GPU has little to do while a run starts.
 
     def prepare(self) -> None:
-        """Compiles nothing: each turn starts from the beginning."""
+        """Compiles nothing, because each turn trains a new run."""
         self.details = {"checkpoint_ms": []}
 
     def seconds_per_step(self, steps: int) -> float:
-        """Trains a run of so many steps that saves half way and at its end."""
+        """Trains a run of this many steps, which saves halfway and at its end."""
         knobs = {
             "train.steps": steps,
             "train.warmup_steps": 2,
@@ -272,7 +272,7 @@ class Decoding(System):
         weights = jax.tree.map(
             lambda leaf: 0.02 * random.standard_normal(leaf.shape, leaf.dtype), shapes
         )
-        # In the dtype that `generate` uses, so that it makes no second copy.
+        # `generate` uses this dtype, so it makes no second copy.
         self.variables = jax.device_put(in_compute_dtype(weights, self.gpt))
         self.begin()
         read = functools.partial(self.gpt.apply, method="hidden", mutable="cache")
@@ -292,7 +292,7 @@ class Decoding(System):
             jax.block_until_ready(next(self.drawn))
 
     def seconds_per_step(self, steps: int) -> float:
-        """Mean over the decoded tokens; their number belongs to the size."""
+        """Mean over the decoded tokens; `Size` gives their number."""
         del steps
         self.begin()
         start = time.perf_counter()
@@ -305,7 +305,7 @@ class Decoding(System):
 def exchanged_bytes(program: str, devices: int) -> dict[str, float]:
     """Bytes that each device receives in a compiled step, per kind of exchange.
 
-    Counted as in a ring of all devices. An exchange in a loop is counted once.
+    Assumes a ring of all devices. Counts an exchange in a loop only once.
     """
     others = devices - 1
     received = {  # per byte of the result

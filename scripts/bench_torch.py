@@ -24,9 +24,9 @@ def why_left_out(name: str) -> str:
 
 
 def forget_compiled() -> None:
-    """Makes torch.compile start anew.
+    """Resets torch.compile.
 
-    Once it has seen two batch sizes, it compiles slower kernels for any size.
+    After two batch sizes, it would compile slower kernels that work with any size.
     """
     torch._dynamo.reset()
 
@@ -38,9 +38,9 @@ def release_memory() -> None:
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention for transformers without a mask.
+    """Causal attention for transformers that ignores its mask.
 
-    A compiled model is given a mask by transformers, and flash attention takes none.
+    transformers gives a mask to a compiled model, but flash attention accepts no mask.
     """
     del module, attention_mask
     y = functional.scaled_dot_product_attention(
@@ -93,7 +93,7 @@ class PlainBody(nn.Module):
 
 
 class TransformersBody(nn.Module):
-    """The same parts of Hugging Face's GPT-2."""
+    """Positions, blocks and the final norm of Hugging Face's GPT-2."""
 
     def __init__(self, size):
         super().__init__()
@@ -144,7 +144,7 @@ class WithTable(nn.Module):
 
 
 class Peer:
-    """A PyTorch model that takes turns with pcagpt's; `body` is all but its table."""
+    """A PyTorch model that takes turns with pcagpt; `body` has all but its table."""
 
     name: str
     body: type[nn.Module]
@@ -181,7 +181,7 @@ class Peer:
         self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
     def go(self, steps: int) -> None:
-        """Trains for so many steps and waits until they are done."""
+        """Trains for this many steps and waits until they are done."""
         for _ in range(steps):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = self.compiled(self.tokens[:, :-1], self.tokens[:, 1:])

@@ -2,8 +2,8 @@
 
     python scripts/compare_losses.py OLD/gpt_baseline NEW/gpt_baseline --chart x.png
 
-Takes one or more pairs of run folders. Make each pair with one command, run once with
-the old code and once with the new. Add --config.telemetry.every=1, so that
+Takes one or more pairs of run folders. Make each pair with the same command, once with
+the old code and once with the new code. Add --config.telemetry.every=1, so that
 metrics.jsonl has every step. Prints a line and draws a panel for each pair.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-LAST_SHARE = 0.25  # of the steps; a change of what is learnt shows there
+LAST_SHARE = 0.25  # of the steps: the last ones show a change in what is learnt
 
 
 def train_losses(folder: Path) -> dict[int, float]:
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     before, after = args.runs[::2], args.runs[1::2]
     if len(before) != len(after):
-        parser.error(f"give run folders in pairs, BEFORE AFTER: not {len(args.runs)}")
+        parser.error(f"give folders in pairs, BEFORE AFTER: {len(args.runs)} is odd")
     for folder in args.runs:
         if not (folder / "metrics.jsonl").exists():
             parser.error(f"{folder} has no metrics.jsonl: give the folder of a run")
@@ -85,7 +85,7 @@ def main() -> None:
     pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
     for name, pair in zip(names, pairs, strict=True):
         if not len(pair):
-            parser.error(f"{name}: both runs logged no common step")
+            parser.error(f"{name}: the runs have no logged step in common")
     width = max(map(len, names))
     print(
         f"{'':<{width}}{'steps':>6}{'first':>11}{'largest':>11}{'':<14}"

@@ -6,7 +6,7 @@
 #   bash scripts/setup.sh
 #   PYTHON=/path/to/python3.12 bash scripts/setup.sh
 #
-# PYTHON is the Python that makes .venv, 3.11 or newer; the default is the newest on
+# PYTHON is the Python (3.11 or newer) that makes .venv; the default is the newest one on
 # PATH. An existing .venv is reused and never removed.
 
 # shellcheck source=SCRIPTDIR/launch.sh
@@ -17,12 +17,12 @@ python=.venv/bin/python
 stamp=.venv/pcagpt-installed
 log=.venv/pcagpt-install.log
 
-# runs PYTHON: succeeds if it is 3.11 or newer. Runs it, because a shim may be broken.
+# runs PYTHON: succeeds if it runs and is 3.11 or newer. A shim may exist but not run.
 runs() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# make_environment: makes .venv with the first Python that can.
+# make_environment: makes .venv with the first Python that can make one.
 make_environment() {
   local candidate without_venv=''
   local candidates=(python3.13 python3.12 python3.11 python3 python)
@@ -44,7 +44,7 @@ make_environment() {
     "PYTHON=/path/to/python3.12 bash scripts/$script"
 }
 
-# fingerprint: a hash of all that the installation depends on, with this folder's path.
+# fingerprint: a hash of all that the installation depends on, and of this folder's path.
 fingerprint() {
   "$python" -I - "$requirement" <<'EOF'
 import hashlib, os, sys

@@ -4,9 +4,9 @@
 
 This is a byte-level BPE of 4,096 ids with GPT-2's pattern: 256 bytes in GPT-2's order,
 then 3,839 merges in the order they were learned, then `<|endoftext|>`. The script is
-deterministic and takes seconds. Before it writes, it checks that `tokenizers` (used for
-training) and `tiktoken` (used by the package) encode every split alike and decode it
-back to the same text.
+deterministic and takes seconds. Before it writes the file, it checks two things on
+every split: `tokenizers` (used for training) and `tiktoken` (used by the package) give
+the same ids, and these ids decode to the same text.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def rank_tokens(merges: list[tuple[str, str]]) -> dict[bytes, int]:
 def verify(ranks: dict[bytes, int], merges: list[tuple[str, str]]) -> dict[str, int]:
     """Compares both libraries on every split; returns each split's token count."""
     if sorted(ranks.values()) != list(range(VOCAB_SIZE - 1)):
-        sys.exit(f"there are {len(ranks)} distinct tokens, not {VOCAB_SIZE - 1}")
+        sys.exit(f"training gave {len(ranks)} distinct tokens, not {VOCAB_SIZE - 1}")
     letters = byte_letters()
     vocabulary = {
         "".join(letters[byte] for byte in token): rank for token, rank in ranks.items()
@@ -103,7 +103,7 @@ def main() -> None:
     found = hashlib.sha256(content).hexdigest()
     print(f"{output}: sha256 {found}; tokens without {END_OF_TEXT}: {counts}")
     if found != RANKS["sotu4096"].sha256:
-        print("RANKS in pcagpt/data/tokenizer.py has another sha256: correct it there")
+        print("RANKS in pcagpt/data/tokenizer.py has another sha256: change it there")
 
 
 if __name__ == "__main__":

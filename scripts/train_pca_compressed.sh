@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains A: the embedding comes from the factorized baseline, the rest is random.
+# Trains A: its embedding is the baseline's, factorized; all other weights start random.
 #
 #   bash scripts/train_pca_compressed.sh [RANK [ARGUMENT...]]
 #   bash scripts/train_pca_compressed.sh 128 --config.train.steps=2000

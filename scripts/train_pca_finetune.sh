@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains B: fine-tunes the baseline with its embedding replaced by the factorized one.
+# Trains B: replaces the baseline's embedding by its factorization and fine-tunes.
 #
 #   bash scripts/train_pca_finetune.sh [RANK [ARGUMENT...]]
 #   bash scripts/train_pca_finetune.sh 128 --config.finetune.steps_share=0.2

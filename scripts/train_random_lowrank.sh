@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains C: the low-rank embedding and the rest start at random values.
+# Trains C: the low-rank embedding and all other weights start random.
 #
 #   bash scripts/train_random_lowrank.sh [RANK [ARGUMENT...]]
 #   bash scripts/train_random_lowrank.sh 128 --config.train.steps=2000

@@ -95,7 +95,7 @@ def speed_table(folder: Path) -> str:
 
 
 def scaling_table(folder: Path) -> str:
-    """The N_gpus.json of a folder side by side, with a line of provenance."""
+    """The N_gpus.json files of a folder side by side, with a line of provenance."""
     benches = {
         int(path.stem.removesuffix("_gpus")): json.loads(path.read_text("utf-8"))
         for path in folder.glob("*_gpus.json")
@@ -116,7 +116,7 @@ def scaling_table(folder: Path) -> str:
 def cells_by_system(bench: dict, gpus: int) -> dict[tuple, list[str]]:
     """(system, model, batch) → tokens/s, parallel efficiency, GB per GPU.
 
-    The efficiency is the speed relative to as many independent GPUs.
+    The efficiency is the speed divided by that of equally many independent GPUs.
     """
     cells = {}
     for row in bench["rows"]:
@@ -138,7 +138,7 @@ def gigabytes(row: dict) -> str:
 
 
 def measured(benches: list[dict]) -> str:
-    """How some bench.json were measured; what they share is written once."""
+    """A text about how benches were measured; equal parts appear once."""
     rows = [row for bench in benches for row in bench["rows"]]
     steps = {row["system"]: row["steps"] for row in rows}
     decoded = steps.pop("decode", None)
@@ -163,7 +163,7 @@ def measured(benches: list[dict]) -> str:
 
 
 def joined(texts: list[str], between: str) -> str:
-    """The different texts."""
+    """The distinct texts with `between` between them."""
     return between.join(dict.fromkeys(texts))
 
 

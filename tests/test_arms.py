@@ -163,7 +163,7 @@ def test_c_shares_the_bands_and_the_order_and_no_number(starts):
         ("shuffled", lambda w, s: np.sort(w, axis=0)),
     ],
 )
-def test_a_control_is_a_with_one_thing_kept(arm, keeps, starts):
+def test_a_control_keeps_one_property_of_the_factors_of_a(arm, keeps, starts):
     a, found = starts("pca"), starts(arm)
     same = {path: array for path, array in a.items() if "/band_" not in path}
     for path, array in same.items():  # Blocks, mean and order too.
@@ -259,7 +259,7 @@ def test_a_finished_run_in_bands_outlives_its_factors(finished):
         {"compress.calibration_tokens": 256},
     ],
 )
-def test_a_finished_run_notices_factors_that_are_asked_for_otherwise(other, finished):
+def test_a_finished_run_notices_other_factorize_settings(other, finished):
     assert len(described(finished)) == 1
     with pytest.raises(UserError, match=r"holds another factorization"):
         described(changed(finished, **other))
@@ -280,19 +280,19 @@ def test_a_rank_too_small_for_the_bands_is_refused_before_any_arm(planned, tmp_p
     assert sorted(path.name for path in workdir.iterdir()) == ["gpt_baseline"]
 
 
-def test_what_is_kept_of_factors_needs_factors(tiny_config):
+def test_init_keep_needs_imported_factors(tiny_config):
     kept = {"model.n_embd_wte": 8, "init.keep": "rows"}
     config = changed(tiny_config, arm="random", **kept)
     with pytest.raises(UserError, match="import both factors, or a table in bands"):
         setup(config)
-    with pytest.raises(UserError, match="of bands: set init.import_bands"):
+    with pytest.raises(UserError, match="without bands: set init.import_bands"):
         setup(changed(config, **{"init.keep": "shape"}))
 
 
 def test_bands_of_another_model_are_refused(planned, tiny_config):
     given = {"init.import_bands": str(bands_of(planned)), "model.n_embd_wte": 8}
     config = changed(tiny_config, arm="pca", **given, **{"model.n_embd": 64})
-    with pytest.raises(UserError, match=r"width 32, this model's bands .* width 64"):
+    with pytest.raises(UserError, match=r"width 32, but this model has .* width 64"):
         execute(config)
 
 
@@ -358,7 +358,7 @@ def test_a_run_in_bands_is_evaluated_like_any_other(run, banded):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_made_anew_from_other_factors_if_asked(banded, tmp_path):
+def test_overwrite_trains_a_finished_run_again_from_other_factors(banded, tmp_path):
     workdir = shutil.copytree(banded.workdir, tmp_path / "runs")
     config = alone(banded, "pca", workdir=str(workdir), overwrite=True)
     execute(changed(config, **{"factorize.bands": 2}))
@@ -367,7 +367,7 @@ def test_a_finished_run_is_made_anew_from_other_factors_if_asked(banded, tmp_pat
 
 
 @pytest.mark.slow
-def test_compressing_d_otherwise_leaves_its_experiment_done(banded, tmp_path):
+def test_compressing_d_with_other_settings_leaves_its_experiment_done(banded, tmp_path):
     workdir = shutil.copytree(banded.workdir, tmp_path / "runs")
     config = changed(banded, workdir=str(workdir))
     asked = {"data.source": "", "compress.methods": "kl", "compress.bands": (1,)}

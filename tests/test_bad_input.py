@@ -49,10 +49,10 @@ def corpus(corpus_folder, place):
         ({"task": "experiment", "ranks": "4,17"}, "ranks holds 17: a rank is at most"),
         (
             {"task": "experiment", "ranks": "4,98", "model.n_embd": 128},
-            "ranks holds 98: the corpus has 97 tokens",
+            "ranks holds 98: the vocabulary has 97 tokens",
         ),
         ({"model.block_size": 6001}, "model.block_size=6001 needs 6002 tokens, but"),
-        ({"model.vocab_size": 50}, "model.vocab_size is 50, the corpus has token ids"),
+        ({"model.vocab_size": 50}, "is 50, but the corpus has token ids"),
         ({"mesh.data": 9}, "does not fit the 8 devices"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"factorize.method": "nmf"}, "it must be one of svd, pca"),
@@ -137,7 +137,7 @@ def only_job(line, monkeypatch):
 
 
 @pytest.mark.parametrize("config_name", ["pca_k128.py", "pca_finetune_k128.py"])
-def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
+def test_a_missing_baseline_is_refused_with_the_command_that_trains_it(
     config_name, corpus_folder, place, monkeypatch
 ):
     line, (baseline, *_) = lacking(config_name, corpus_folder, place, seed=3)
@@ -147,7 +147,7 @@ def test_without_prerequisites_the_command_is_given_that_trains_the_baseline(
     assert job.settings == baseline.settings
 
 
-def test_without_prerequisites_the_command_is_given_that_makes_the_factors(
+def test_missing_factors_are_refused_with_the_command_that_makes_them(
     trained, corpus_folder, place, monkeypatch
 ):
     shutil.copytree(trained, place / "my runs" / trained.name)
@@ -208,7 +208,7 @@ def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, pl
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (np.ones((VOCAB_SIZE - 1, RANK)), "is (96, 4), this model's table is (97, 4)"),
+        (np.ones((VOCAB_SIZE - 1, RANK)), "is (96, 4), but this model needs (97, 4)"),
         (np.full((VOCAB_SIZE, RANK), np.nan), "holds nan at (0, 0)"),
         (np.array([[Payload()]]), "not a readable array file"),
         (None, "does not exist"),

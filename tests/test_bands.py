@@ -79,7 +79,7 @@ def test_a_budget_is_never_exceeded_and_stored_values_are_counted(count, budget)
     assert sum(table.sizes) == V
 
 
-def test_a_budget_for_everything_gives_the_table_itself():
+def test_a_budget_for_the_full_table_gives_the_table_itself():
     table = banded(TABLE, WEIGHTING, 3, V * D + V)
     assert set(table.ranks) == {0}
     np.testing.assert_allclose(table.dense(), TABLE, atol=1e-9)

@@ -115,7 +115,7 @@ def test_a_step_is_timed_until_its_result_is_there(quick, tmp_path, monkeypatch)
     assert len(calls) == bench_pcagpt.WARM_STEPS + 4
 
 
-def test_a_step_of_the_loop_has_its_share_of_a_save(tmp_path, monkeypatch):
+def test_a_step_of_the_loop_includes_its_share_of_a_save(tmp_path, monkeypatch):
     loop = bench_pcagpt.Loop(TINY, "D", 8, tmp_path)
     result = {"tokens_per_second": loop.tokens_per_step / 2.0, "peak_bytes": 5}
     monkeypatch.setattr(bench_pcagpt, "setup", lambda *_, **knobs: knobs)
@@ -270,7 +270,7 @@ def test_a_mistake_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize(
     ("system", "reason"),
-    [("torch", "PyTorch is not installed"), ("fsdp", "there is one device")],
+    [("torch", "PyTorch is not installed"), ("fsdp", "it needs several devices")],
 )
 def test_a_system_that_cannot_run_here_is_left_out_with_the_reason(
     monkeypatch, capsys, system, reason

@@ -163,7 +163,7 @@ def test_a_path_that_is_no_run_is_refused_in_one_line(tmp_path):
     save(tmp_path / "run", {1: 3.0})
     for name, message in (
         ("nothing", "nothing does not exist: give the folder of a run"),
-        ("file", "file is no folder: give the folder of a run"),
+        ("file", "file is not a folder: give the folder of a run"),
         ("empty", "empty holds no finished checkpoint"),
         ("run/ckpt/7", "7 does not exist"),
     ):

@@ -46,11 +46,11 @@ def test_each_pair_gets_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        (["a"], "in pairs, BEFORE AFTER: not 1"),
-        (["a", "b", "a"], "in pairs, BEFORE AFTER: not 3"),
+        (["a"], "in pairs, BEFORE AFTER: 1 is odd"),
+        (["a", "b", "a"], "in pairs, BEFORE AFTER: 3 is odd"),
         (["a", "c"], "c has no metrics.jsonl: give the folder of a run"),
         (["a", "b", "--names", "D,k"], "--names must have one name for each pair (1)"),
-        (["a", "empty"], "empty: both runs logged no common step"),
+        (["a", "empty"], "empty: the runs have no logged step in common"),
     ],
 )
 def test_a_mistake_is_refused(tmp_path, monkeypatch, capsys, runs, said):

@@ -392,7 +392,7 @@ def advice_of(config, **bounds):
     return chosen, advice["trials"]
 
 
-def test_the_table_within_a_loss_or_a_number_of_values_is_a_run(asked):
+def test_the_table_that_fits_a_bound_is_written_as_a_run(asked):
     chosen, trials = advice_of(asked, max_added_loss=0.001)
     assert chosen["added_loss"] <= 0.001
     assert chosen in trials
@@ -400,7 +400,9 @@ def test_the_table_within_a_loss_or_a_number_of_values_is_a_run(asked):
 
 
 @pytest.mark.parametrize("allowed", [2600, 3300])
-def test_bytes_are_used_up_and_the_full_table_in_few_bits_is_an_option(asked, allowed):
+def test_a_bound_on_bytes_is_used_up_and_allows_the_full_table_in_few_bits(
+    asked, allowed
+):
     """97 x 32 values take 1,649 bytes in 4 bits and 3,201 in 8, with their scales."""
     chosen, trials = advice_of(asked, max_bytes=allowed, bits=(8, 4))
     tried = {(row["method"], row["bits"]): row for row in trials}
@@ -457,7 +459,7 @@ def test_a_model_that_is_factorized_already_is_refused(asked, finished_experimen
         )
     )
     for run in (pca, one_band):
-        with pytest.raises(UserError, match="has a factorized embedding already"):
+        with pytest.raises(UserError, match="already has a factorized embedding"):
             sweep_of(asked, model_path=str(run))
 
 
@@ -541,7 +543,7 @@ def test_a_model_that_cannot_be_compared_is_refused_before_training(path, asked)
     workdir = Path(asked.workdir)
     bare = shutil.copytree(workdir / "gpt_baseline", workdir / "bare")
     (bare / "result.json").unlink()
-    with pytest.raises(UserError, match="is not the end of a finished run"):
+    with pytest.raises(UserError, match="is not the last step of a finished run"):
         recovered(asked, model_path=str(workdir / path))
     assert not folder_of(asked).exists()
 

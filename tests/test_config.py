@@ -52,7 +52,7 @@ def test_a_section_can_be_replaced_as_a_whole():
     assert replaced.init == InitSettings(weights_from="y")
 
 
-def test_an_older_run_s_record_gets_defaults_and_loses_what_is_no_knob():
+def test_an_older_run_s_record_gets_defaults_and_loses_unknown_names():
     record = {"seed": 3, "ranks": [8, 16], "train": {"steps": 7}, "corpus_sha256": "x"}
     expected = {"seed": 3, "ranks": (8, 16), "train.steps": 7}
     assert Settings.of(record) == Settings().replace(expected)
@@ -131,7 +131,7 @@ WEIGHTS = {"init.weights_from": "RUN"}
         (EXPERIMENT | {"ranks": (8, 8)}, "each may appear once"),
         ({"experiment.seeds": (1, 2, 1)}, "experiment.seeds is (1, 2, 1): each may"),
         ({"experiment.arms": "pca,pca"}, "experiment.arms is ('pca', 'pca'): each may"),
-        ({"experiment.arms": "pca,svd"}, "experiment.arms holds 'svd': besides D"),
+        ({"experiment.arms": "pca,svd"}, "holds 'svd': the arms besides D are "),
         ({"experiment.arms": "baseline"}, "experiment.arms holds 'baseline'"),
         (EXPERIMENT | {"model.n_embd_wte": 8}, "set its ranks with --config.ranks"),
         (

@@ -60,7 +60,7 @@ def test_every_config_plans_its_task(name):
 @pytest.mark.parametrize(
     "name", ["baseline.py", "pca_k128.py", "pca_finetune_k128.py", "random_k128.py"]
 )
-def test_a_config_that_is_named_for_a_model_gives_its_letter(name):
+def test_the_docstring_of_a_config_names_the_letter_of_its_model(name):
     docstring = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
     letter = ALL[name][1][-1][0]
     assert docstring.startswith(f"{letter}, ")

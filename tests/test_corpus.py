@@ -66,7 +66,7 @@ def refused(folder, cache, match, split="train", tokenizer="auto"):
 # The embedded corpus
 
 
-def test_sotu_has_the_declared_splits_which_share_no_address(sotu):
+def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
     documents = {split: sotu_documents(split) for split in SPLITS}
     counts = {split: len(addresses) for split, addresses in documents.items()}
     assert counts == {"train": 189, "val": 11, "test": 11}

@@ -287,7 +287,7 @@ def write_corpus(folder, vocab_size, tokenizer=None):
 
 
 @pytest.mark.parametrize("run", ["gpt_baseline", "gpt_pca_finetune_k8"])
-def test_on_the_validation_split_it_is_the_loss_of_the_run_s_result(run, asked):
+def test_the_loss_on_the_validation_split_is_that_of_the_run_s_result(run, asked):
     config = asked(run)
     found = evaluate(config)
     wanted = json.loads((Path(config.model_path) / "result.json").read_text())
@@ -312,7 +312,7 @@ def test_max_tokens_predicts_the_first_tokens_and_writes_a_file_of_its_own(asked
     }
 
 
-def test_each_corpus_split_and_step_has_a_file_beside_the_run(asked, tmp_path):
+def test_each_corpus_split_and_step_has_its_own_file_in_the_run_folder(asked, tmp_path):
     source = write_corpus(tmp_path / "other", vocab_size=50)
     wanted = {
         "corpus_val_step6": evaluate(asked()),
@@ -436,7 +436,7 @@ def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
         evaluate(config)
 
 
-def test_a_model_of_more_tokens_than_its_corpus_can_be_given_them(asked, tmp_path):
+def test_spare_token_ids_of_a_model_can_be_evaluated(asked, tmp_path):
     """model.vocab_size, not the training corpus, says what a model knows."""
     config = asked()
     path = Path(config.model_path) / "config.json"
@@ -458,7 +458,7 @@ def test_the_devices_and_the_compute_dtype_are_those_of_the_command(asked):
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_of_several_processes_only_the_first_prints_and_writes(
+def test_only_the_first_of_several_processes_prints_and_writes(
     process, asked, capfd, monkeypatch
 ):
     config = asked()

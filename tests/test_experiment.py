@@ -110,7 +110,7 @@ def test_a_run_is_planned_after_what_it_needs(tiny_config):
         assert names(changed(tiny_config, arm=arm, **rank)) == wanted
 
 
-def test_a_run_whose_imports_are_given_needs_nothing_else(tiny_config):
+def test_a_run_with_given_imports_needs_no_other_job(tiny_config):
     given = {"init.import_wte_npy": "table.npy", "model.n_embd_wte": 8}
     assert names(changed(tiny_config, arm="pca", **given)) == ["gpt_pca_k8"]
     finetuned = changed(tiny_config, arm="pca_finetune", **given)
@@ -209,7 +209,7 @@ def test_results_count_real_rows_and_compare_with_the_full_table(results):
     assert d["compression_total"] == 1
 
 
-def test_results_state_the_protocol_and_what_auto_meant(results):
+def test_results_state_the_protocol_and_the_values_of_auto(results):
     result = results["gpt_pca_k8"]
     protocol = result["protocol"]
     assert protocol.pop("corpus").endswith("corpus")

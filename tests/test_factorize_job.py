@@ -257,7 +257,7 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
     shutil.copytree(job.source / "ckpt", bare / "ckpt")
     low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
     for other, words in (
-        (by(job, source=low_rank), "has a factorized embedding already"),
+        (by(job, source=low_rank), "already has a factorized embedding"),
         (by(job, ranks=(4, 33)), r"holds 33: the table .* \(97, 32\), .* most 32"),
         (by(job, source=tmp_path / "wide.npy"), "at most 3"),
         (by(job, source=tmp_path / "nothing"), "nothing does not exist"),
@@ -274,7 +274,7 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
 
 def test_a_rank_above_the_vocabulary_is_refused_before_the_baseline_is_trained(job):
     job.check_vocabulary(4)
-    with pytest.raises(UserError, match="ranks holds 4: the corpus has 3 tokens"):
+    with pytest.raises(UserError, match="ranks holds 4: the vocabulary has 3 tokens"):
         job.check_vocabulary(3)
 
 

@@ -83,7 +83,7 @@ def test_help_states_the_values_that_empty_knobs_stand_for():
     ],
     ids=str,
 )
-def test_a_sweep_with_a_choice_is_evaluated_on_the_whole_split(choice):
+def test_a_sweep_with_explicit_knobs_is_measured_on_the_whole_split(choice):
     chosen = decide_effort(Settings().replace(choice), "cpu")
     assert chosen.evaluate.max_tokens == 0
 

@@ -308,7 +308,7 @@ def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
         assert status(config) == "done"
 
 
-def test_imports_of_other_content_are_other_settings(copied):
+def test_imports_with_other_content_count_as_other_settings(copied):
     a, b = pca(copied), finetuned(copied)
     assert status(a) == status(b) == "done"
     workdir = Path(copied.workdir)
@@ -367,7 +367,7 @@ def test_a_result_is_written_after_the_window_losses(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_known_of_a_folder_where_no_run_began(tmp_path):
+def test_a_folder_without_a_run_has_no_record_and_no_result(tmp_path):
     assert read_record(tmp_path) is None
     assert read_result(tmp_path) is None
     assert changed_fields(tmp_path, {"seed": 1}) == []

@@ -63,7 +63,7 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
     ("table", "prompt"),
     [("full", 1), ("full", 11), ("factorized", 7), ("bands", 3), ("bands", 8)],
 )
-def test_at_temperature_0_each_token_is_the_most_likely_after_the_window(
+def test_temperature_0_takes_the_most_likely_token_after_the_window(
     table, prompt, monkeypatch
 ):
     monkeypatch.setattr(generation, "LEAST_CAPACITY", 2)  # The cache is enlarged twice.
@@ -189,7 +189,7 @@ def test_the_command_prints_each_sample_with_its_prompt_and_writes_nothing(talke
 def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
     done = ask(f"{finished_experiment.workdir}/gpt_baseline")
     assert done.code == 2
-    assert "without a tokenizer there is no text" in done.err
+    assert "without a tokenizer, so its samples" in done.err
 
 
 def rewritten(trained, tmp_path, **changes):

@@ -98,7 +98,7 @@ def test_equal_weights_and_an_identity_metric_change_nothing():
     assert_same_tables(scaled, Weighting(weights), 1e-5)
 
 
-def test_unseen_tokens_and_unused_directions_do_no_harm():
+def test_factors_are_finite_with_unseen_tokens_and_unused_directions():
     frequency = STATISTICS.frequency.copy()
     frequency[V // 2 :] = 0
     hidden = STATISTICS.hidden_moment.copy()

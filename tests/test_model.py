@@ -170,7 +170,7 @@ def test_hidden_state_agrees_with_numpy_to_twelve_digits_in_float64(name):
 @pytest.mark.parametrize(
     ("name", "dropout"), [("tied", 0.0), ("bands", 0.0), ("dense", 0.3)]
 )
-def test_no_hidden_state_depends_on_anything_later(name, dropout):
+def test_no_hidden_state_depends_on_later_tokens(name, dropout):
     config = dataclasses.replace(CONFIGS[name], dropout=dropout)
     variables = random_variables(config)
     # Distinct tokens: the gradient of a table row is that of one place in the text.

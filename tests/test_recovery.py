@@ -101,7 +101,7 @@ def elsewhere(source, run_dir, **model):
 
 
 @pytest.mark.parametrize("name", ["gpt_baseline", "gpt_pca_k8/ckpt/3", "banded"])
-def test_every_weight_the_token_order_and_the_loss_are_taken_over(
+def test_all_weights_the_token_order_and_the_loss_are_those_of_the_source_run(
     name, sources, recover
 ):
     source, *below = name.split("/")
@@ -117,7 +117,7 @@ def test_every_weight_the_token_order_and_the_loss_are_taken_over(
         assert loss == folder.read_result(path)["val_loss"]
 
 
-def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
+def test_the_source_run_sets_the_model_and_finetune_sets_the_budget(sources, recover):
     config = recover(sources["banded"], **{"model.dropout": 0.1, "train.steps": 20})
     further = job(config)
     assert further.folder.name == "gpt_pca_finetune_from_banded"
@@ -136,7 +136,7 @@ def test_the_run_decides_the_model_and_finetune_the_budget(sources, recover):
 
 
 @pytest.mark.parametrize("asked", ["baseline", "continued", "pca_finetune"])
-def test_the_run_decides_the_arm(asked, sources, recover):
+def test_the_source_run_and_the_teacher_set_the_arm(asked, sources, recover):
     def arm(source, **overrides):
         return job(recover(sources[source], arm=asked, **overrides)).settings.arm
 
@@ -146,7 +146,7 @@ def test_the_run_decides_the_arm(asked, sources, recover):
     assert arm("banded", **teacher) == "pca_distill"
 
 
-def test_weights_of_another_program_are_trained_and_known_by_their_content(
+def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
     sources, recover, tmp_path
 ):
     source = elsewhere(sources["banded"], tmp_path / "best")
@@ -241,8 +241,8 @@ def test_the_prerequisites_of_a_distilled_run_are_not_distilled(distilled):
 def test_a_teacher_that_does_not_fit_is_refused(distilled, sources, tmp_path):
     for number, (model, words) in enumerate(
         [
-            ({"vocab_size": 100}, "100 tokens, this model 97: both must have the same"),
-            ({"block_size": 8}, "reads 8 tokens at a time, this model 16: lower"),
+            ({"vocab_size": 100}, "but this model has 97: both must have the same"),
+            ({"block_size": 8}, "8 tokens at a time, but this model reads 16: lower"),
             (None, "does not exist: give the folder of a run"),
         ]
     ):
@@ -314,7 +314,7 @@ def test_weights_of_another_model_than_the_config_says_are_refused(
         [
             ({"n_layer": 2}, "lacks 'params/block_1/"),
             ({"bias": False}, "which this model does not have"),
-            ({"n_embd_wte": 4}, "has shape (8, 32), this model needs (4, 32)"),
+            ({"n_embd_wte": 4}, "has shape (8, 32), but this model needs (4, 32)"),
         ]
     ):
         source = elsewhere(sources["gpt_pca_k8"], tmp_path / str(number), **model)

@@ -247,7 +247,7 @@ def test_one_seed_has_an_interval_over_its_windows(reported):
     assert found["interval"] == pytest.approx([0.1 - half, 0.1 + half], rel=1e-6)
     assert found["interval_over"] == "evaluation windows"
     assert (found["interval_units"], found["seeds"]) == (10, 1)
-    assert "not the luck of training" in found["caveat"]
+    assert "not other training runs" in found["caveat"]
     # A and C have the same waves: their windows are paired, so no spread is left.
     bounds = find(reported[1], "A vs C")["interval"]
     assert bounds == pytest.approx([-0.2, -0.2], abs=1e-9)
@@ -261,7 +261,7 @@ def test_one_seed_has_an_interval_over_its_windows(reported):
         (lambda path: np.save(path, np.load(path) * [1.1, 1]), "disagree with result"),
     ],
 )
-def test_without_comparable_windows_nothing_is_resolved(tmp_path, spoil, reason):
+def test_runs_without_comparable_windows_are_not_resolved(tmp_path, spoil, reason):
     runs = write_experiment(tmp_path)
     spoil(tmp_path / "gpt_pca_k4" / "val_window_losses.npy")
     results = collect_results(tmp_path, runs, FACTORS, COMMAND)
@@ -359,7 +359,7 @@ def test_damaged_window_losses_are_refused(damage, tmp_path):
 # The pages
 
 
-def test_the_report_leaves_its_files_with_strict_json(reported):
+def test_the_report_writes_its_files_with_strict_json(reported):
     workdir = reported[0]
     made = [*workdir.glob("*.*"), *workdir.glob("plots/*")]
     files = {"results.json", "report.md", "report.html"}
@@ -414,7 +414,7 @@ def test_the_tables_hold_every_number(reported):
     cells = row("| Expectation", "| A ≈ D")
     assert cells == "A ≈ D in loss | 4 | **did not hold**"
     assert "Rank 4 keeps 56.6% of the energy" in text
-    assert "One seed: the interval covers the evaluation text, not the luck of" in text
+    assert "One seed: the interval covers the evaluation text, not " in text
     measured = text.split("## How it was measured")[1]
     for word in (COMMAND, "abc1234", "cpu", "windows 10", "sotu4096", "jax 0.10.2"):
         assert word in measured
@@ -616,7 +616,7 @@ def test_curves_show_every_arm_and_b_twice(reported):
         assert low < 2.8 and high < 4  # The first losses of 7 are cut off.
 
 
-def test_without_data_no_figure_is_drawn(tmp_path):
+def test_no_figure_is_drawn_without_data(tmp_path):
     run = write_run(tmp_path, "baseline", params_total=None)
     (tmp_path / run / "metrics.jsonl").unlink()
     rows = collect_results(tmp_path, [run], FACTORS, COMMAND)["rows"]

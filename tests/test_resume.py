@@ -154,7 +154,7 @@ def test_lines_logged_after_the_checkpoint_are_dropped_and_logged_again(
     assert_same_run(run_dir, straight_dir)
 
 
-def test_resuming_may_change_how_often_is_evaluated_and_saved(
+def test_a_run_can_resume_with_other_intervals_of_evaluation_and_saving(
     tiny_config, straight_dir, resumable
 ):
     run_dir = resumable(3)
@@ -166,7 +166,7 @@ def test_resuming_may_change_how_often_is_evaluated_and_saved(
     assert steps(run_dir) == [5, 6]
 
 
-def test_resuming_may_change_how_the_device_computes_which_the_result_records(
+def test_a_run_can_resume_with_other_device_knobs_and_records_them(
     tiny_config, straight_dir, resumable
 ):
     """Records of older versions count these knobs as part of a run's identity."""

@@ -118,7 +118,7 @@ def test_fsdp_splits_the_rows_of_a_teachers_head():
     assert places["order"].spec == PartitionSpec()
 
 
-def test_a_matrix_whose_rows_do_not_divide_evenly_stays_whole():
+def test_a_matrix_with_rows_that_do_not_divide_evenly_stays_whole():
     mesh = placement.make_mesh(1, 8)
     tree = {
         "embed": {"band_0": {"wte": jnp.zeros((12, 8)), "scale_up": jnp.zeros((4, 8))}},

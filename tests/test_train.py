@@ -259,7 +259,7 @@ def test_devices_exchange_only_sums_and_split_parameters(table, kernels, tiny_co
     assert not of_tables
 
 
-def test_the_compiler_is_told_to_sum_gradients_where_they_lie(tiny_config, monkeypatch):
+def test_the_compiler_is_told_to_sum_gradients_in_place(tiny_config, monkeypatch):
     """Only GPUs have that pass of the compiler, so this test sees only the option."""
     made = setup(tiny_config)
     state, shardings = start(made, job(tiny_config).folder)
@@ -310,7 +310,7 @@ def test_an_evaluation_exchanges_no_hidden_states_in_its_chunks(measure, tiny_co
             "mesh.fsdp = 3 does not divide model.n_embd",
         ),
         ({"mesh.data": -1, "mesh.fsdp": 3}, "does not fit the 8 devices"),
-        ({"model.vocab_size": 96}, "model.vocab_size is 96, the corpus has token ids"),
+        ({"model.vocab_size": 96}, "is 96, but the corpus has token ids"),
         ({"model.block_size": 6001}, "model.block_size=6001 needs 6002 tokens"),
         (
             {"model.band_sizes": (50, 48), "model.band_ranks": (4, 4)},

@@ -48,7 +48,7 @@ class Candidate:
     """A compressed table.
 
     dense: [V, D], the table that the model computes with; bytes: its storage;
-    second_order: predicted loss; seconds: time to make the table.
+    second_order: estimate of its added loss; seconds: time to make the table.
     """
 
     recipe: Recipe
@@ -105,7 +105,7 @@ class Compressor:
     def _make(self, recipe: Recipe) -> FactorizedTable:
         if recipe.method == OWN_TABLE:
             return FactorizedTable.of_one_band(BandFactors(self._table_VD, None))
-        if recipe.method != self._method:  # One solve serves all ranks of a method.
+        if recipe.method != self._method:  # One solution has all ranks of a method.
             self._method = recipe.method
             self._factorize = Factorizer(
                 self._table_VD, recipe.method, self._statistics, self._split
@@ -170,7 +170,7 @@ def recipes(
             continue
         for rank in ranks:
             budget = budget_of_rank(vocab_size, width, rank)
-            # Rank 1 in each of several bands, and the order of the tokens.
+            # Several bands store at least rank 1 each, and the order of the tokens.
             least = 2 * vocab_size + count * width
             if count == 1 or budget >= least:
                 found.append(Recipe(method, count, budget, rank, bit))

@@ -9,7 +9,7 @@ from pcagpt.run import calibrate
 
 
 class Effort(NamedTuple):
-    """Values for knobs that are 0 or empty by default.
+    """Values of knobs that the person leaves at 0 or empty.
 
     max_tokens: number of validation tokens to evaluate on; 0: all of them.
     """
@@ -28,9 +28,9 @@ CPU = Effort(f"svd,{list(METHODS)[-1]}", (1, 7), 32_768, 32_768)
 def decide_effort(settings: Settings, platform: str) -> Settings:
     """Fills in the knobs that are 0 or empty, for 'cpu' or another platform.
 
-    Only a sweep that leaves all of them open evaluates a part of the split. Otherwise
-    the person has chosen what to measure, or a table must keep a bound, or the sweep is
-    compared with trained models: all of these count on the whole split.
+    A sweep on a CPU measures only a part of the split if all of these knobs are open.
+    It measures the whole split if the person has chosen what to try, if a table must
+    keep a bound, or if the report compares the sweep with trained models.
     """
     automatic = CPU if platform == "cpu" else GPU
     compress, evaluate = settings.compress, settings.evaluate

@@ -12,7 +12,7 @@ from pcagpt.factorize import OWN_TABLE, LossRegression
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A measured candidate; predicted: the added loss that was expected of it."""
+    """A measured candidate; predicted: its added loss, predicted before measuring."""
 
     candidate: Candidate
     scores: SwapScores
@@ -24,7 +24,7 @@ class Trial:
 
 
 class Fit:
-    """Searches the budget of one method for a bound; `trials` keeps what it measured.
+    """Searches for the budget of one method that meets a bound; `trials` is the log.
 
     Args:
       make: a `Compressor`.
@@ -34,7 +34,7 @@ class Fit:
       table: (V, D) of the full table.
     """
 
-    TRIALS = 6  # measurements at most
+    TRIALS = 6  # largest number of measurements
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Fit:
         self.trials: list[Trial] = []
 
     def within_loss(self, max_added_loss: float) -> Trial | None:
-        """The smallest float32 table that adds at most this loss, if one is found."""
+        """The smallest float32 table found that adds at most this loss, or None."""
 
         def added_loss(budget: int) -> float | None:
             made = self._best(budget, 32)
@@ -63,9 +63,9 @@ class Fit:
         return min(kept, key=lambda t: t.candidate.table.parameters, default=None)
 
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
-        """The table with the least added loss that takes at most this many bytes.
+        """The table with the least added loss of at most this many bytes, or None.
 
-        `bits` of stored values are choices. Below 32, the full table is one, too.
+        Tries each of `bits` (bits per stored value), below 32 also for the full table.
         """
         for bit in bits:
             self._fill_bytes(max_bytes, bit)
@@ -89,7 +89,7 @@ class Fit:
         most = min(self._whole, max_bytes * 8 // bits)
         if most < self._rank_1:
             return
-        # Besides the codes, 8 and 4 bits store scales.
+        # Tables of 8 and 4 bits also store scales, so they have room for fewer codes.
         start = most if bits == 32 else max(most / 1.15, self._rank_1)
         search(size, max_bytes, (self._rank_1, start, most), 1.0, 0.02, 3)
         fitting = [candidate for candidate in made if candidate.bytes <= max_bytes]
@@ -124,18 +124,19 @@ def search(
     slack: float,
     tries: int,
 ) -> None:
-    """Moves a budget to where value(budget) meets a bound from below.
+    """Searches for the budget at which value(budget) is just within a bound.
 
-    Bisection in log budget. log value is nearly linear in it, so that the next budget
-    comes from the line through the two values nearest to the bound.
+    The search brackets the budget. log value is nearly linear in log budget, so the
+    next budget lies on the line through the two values nearest to the bound. Returns
+    nothing: `value` keeps what it computes.
 
     Args:
       value: a monotone function of the budget; None if the budget is too small.
       bound: the largest value that fits.
-      span: the least budget, the first to try, and the most.
+      span: the smallest budget, the first one to try, and the largest.
       slope: a first guess of d log value / d log budget, with the right sign.
-      slack: stops at a value that is at most this share below the bound.
-      tries: calls of `value` at most.
+      slack: the search stops at a value at most this share below the bound.
+      tries: largest number of calls of `value`.
     """
     low, place, high = map(math.log, span)
     target, points = math.log(bound * (1 - slack / 2)), []

@@ -47,8 +47,8 @@ class Original:
     def of(cls, run: Run, settings: Settings) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
 
-        Raises UserError if the table is factorized already, or the corpus or the
-        devices do not fit.
+        Raises UserError if the table is already factorized, or if the corpus or the
+        devices do not fit the run.
         """
         table_VD = run.table()
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -122,7 +122,7 @@ class Original:
             "compute_dtype": model.compute_dtype,
             "singular_value_split": self.split,
         }
-        if self.batches.is_cut:  # Absent if all tokens count, as in older files.
+        if self.batches.is_cut:  # Files without this field used all tokens.
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol
 

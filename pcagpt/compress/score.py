@@ -1,4 +1,4 @@
-"""Loss that a model adds when its token table is replaced, without training.
+"""Loss added by replacing the token table of a model, without training.
 
 Shape letters: B batch, T sequence, n tokens of a chunk, V vocabulary, D width.
 """

@@ -75,7 +75,7 @@ def sweep(
         move_aside(folder / "sweep.json")
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
-    make = original.compressor  # Calibrates first.
+    make = original.compressor  # May calibrate, with a progress bar of its own.
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
@@ -137,8 +137,9 @@ def _write_sweep(
 def _predicted(rows: list[Row]) -> list[Row]:
     """The rows with `predicted_loss` and `is_anchor`.
 
-    Anchors are the smallest and the largest table of each method, both in a single band
-    and in the fewest bands. The other rows are predicted from them.
+    The predictions are fitted to the anchors: the smallest and the largest table of
+    each method, once with a single band and once with the smallest number of several
+    bands.
     """
 
     def second_order(row: Row) -> SecondOrder:

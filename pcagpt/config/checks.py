@@ -24,8 +24,8 @@ def ranks_of(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"'{text}' is not a list of ranks: write whole numbers with commas "
-            "between, as in configs/experiment.py:64,128"
+            f"'{text}' is not a list of ranks: separate whole numbers by commas, "
+            "as in configs/experiment.py:64,128"
         ) from None
 
 
@@ -40,7 +40,7 @@ def arms_of(settings: Settings) -> list[str]:
     for arm in arms:
         if arm not in OTHER_ARMS:
             raise UserError(
-                f"experiment.arms holds '{arm}': besides D there are "
+                f"experiment.arms holds '{arm}': the arms besides D are "
                 f"{', '.join(OTHER_ARMS)}"
             )
     _check_distinct("experiment.arms", arms)
@@ -132,13 +132,13 @@ def _check_value(path: str, value: Any) -> None:
 
 
 def wrong_type(path: str, seen: str) -> UserError:
-    """The error for a knob that was given text of another type."""
+    """The error for a knob that got a value (`seen`) of the wrong type."""
     knob = KNOBS[path]
     wanted = {
         int: "a whole number",
         float: "a number",
         bool: "True or False",
-        tuple: "whole numbers with commas between",
+        tuple: "whole numbers separated by commas",
         str: "text",
     }[knob.type]
     example = (64, 128) if knob.type is tuple else knob.default
@@ -152,7 +152,7 @@ def _check_distinct(path: str, entries: Sequence[int | str]) -> None:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """Ranks must be given where a task needs them, and fit the width of the model."""
+    """Some tasks need ranks. No rank exceeds the width of the model."""
     model = settings.model
     if settings.task in ("factorize", "compress", "experiment"):
         if not settings.ranks:
@@ -172,7 +172,7 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model chooses its bands, and only in one way."""
+    """Only the random model can set its bands, and only one knob may set them."""
     model, init = settings.model, settings.init
     if not model.band_sizes:
         return
@@ -188,8 +188,8 @@ def _check_bands(settings: Settings) -> None:
     ):
         if is_set:
             raise UserError(
-                f"model.band_sizes and {path} are both set, and each of them decides "
-                "the bands: leave one out"
+                f"model.band_sizes and {path} are both set, but both determine the "
+                "bands: leave one out"
             )
 
 

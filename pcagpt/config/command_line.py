@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
             _require_knob(knob[1])
     if source is None:
         raise UserError("no config: give --config=configs/demo.py, or --help")
-    # FlagValues of its own: absl's global flags would remember an earlier call.
+    # absl's global flags would keep the values of an earlier call.
     flag_values = flags.FlagValues()
     print_only = flags.DEFINE_bool(
         "print_config", False, "Show the plan and stop.", flag_values=flag_values
@@ -113,7 +113,7 @@ def _load(source: str) -> ConfigDict:
 
 
 def _where_and_why(path: str, error: Exception) -> str:
-    """As in 'line 4: TypeError: ...', for an error of a config file."""
+    """Place and reason of an error in a config file: 'line 4: TypeError: ...'."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
@@ -147,10 +147,10 @@ def _suggestion(name: str, prefix: str = "") -> str:
 
 
 def _explained(error: flags.Error) -> UserError:
-    """Rewords an error of absl, which knows flags and no knobs."""
+    """Rewords an error of absl about flags as one about knobs."""
     if isinstance(error, flags.UnrecognizedFlagError):
         flag = error.flagname
-        known = ": there are --config=FILE, --config.KNOB=VALUE, --print_config, --help"
+        known = ": use --config=FILE, --config.KNOB=VALUE, --print_config or --help"
         return UserError(
             f"there is no flag --{flag}{_suggestion(flag, '--config.') or known}"
         )
@@ -180,7 +180,7 @@ def knobs_text() -> str:
 
 
 def listing(settings: Settings) -> str:
-    """Every knob's value, and its default if the two differ."""
+    """The value of every knob, with its default if the two differ."""
     lines = []
     for path, value in settings.flat().items():
         default = KNOBS[path].default

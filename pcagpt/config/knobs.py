@@ -16,12 +16,12 @@ class Rule:
 
 
 def one_of(*choices: str | int) -> Rule:
-    """Only these words or numbers."""
+    """One of these words or numbers."""
     return Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
 
 
 def at_least(low: int) -> Rule:
-    """Finite numbers from `low` on."""
+    """Finite numbers that are not below `low`."""
     return Rule(f"at least {low}", lambda value: low <= value < math.inf)
 
 
@@ -36,7 +36,7 @@ SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
 def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
-    """A field of a section. The rule holds for each entry of a tuple.
+    """A field of a section. For a tuple, the rule applies to each entry.
 
     Without a rule, whole numbers must be a `COUNT` and other values can be anything.
     The command line expands ~ in a `PATH`.
@@ -56,7 +56,7 @@ class Knob:
 
 
 def declared(kind: type, prefix: str = "") -> dict[str, Knob]:
-    """The knobs of a dataclass by path, read off its fields."""
+    """{path: knob} from the fields of a dataclass and of its sections."""
     types, found = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         hint = types[field.name]

@@ -62,8 +62,8 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs from "
-        "Ampere on",
+        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs, "
+        "Ampere or newer",
         one_of("auto", "xla", "pallas"),
     )
 
@@ -85,7 +85,7 @@ class TrainSettings:
 
     steps: int = knob(5000, "optimizer updates")
     batch_size: int = knob(32, "sequences per update, over all devices together")
-    accumulation: int = knob(1, "compute an update in this many parts, in turn")
+    accumulation: int = knob(1, "split each update into this many sequential parts")
     learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
     schedule: str = knob(
         "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
@@ -101,7 +101,7 @@ class TrainSettings:
         1.0, "limit of the gradients' global norm; 0: no limit", at_least(0)
     )
     loss_chunks: int = knob(
-        8, "compute the logits in this many parts: more need less memory"
+        8, "compute the logits in this many parts; more parts need less memory"
     )
 
 
@@ -119,7 +119,7 @@ class ScratchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings:
-    """The share of D's budget for B and for every run that starts from a run."""
+    """The share of D's budget for B and for runs that start from another run."""
 
     steps_share: float = knob(0.1, "share of train.steps and train.warmup_steps", PART)
     learning_rate_share: float = knob(0.5, "share of train.learning_rate", PART)
@@ -150,8 +150,9 @@ class InitSettings:
     )
     keep: str = knob(
         "all",
-        "what to keep of the imported factors, with the rest random; std: standard "
-        "deviation, rows: in random order, shape: only the sizes of the bands",
+        "property of the imported factors to keep, the rest is random; std: standard "
+        "deviation; spectrum: singular values; rows: the rows, in random order; shape: "
+        "sizes and ranks of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
     blocks_from: str = knob("", "run to copy all weights but the embedding from", PATH)
@@ -185,20 +186,19 @@ class CompressSettings:
     )
     bands: tuple[int, ...] = knob(
         (),
-        "numbers of frequency bands to try; 1: one rank for all tokens; empty: 1,7,12, "
-        "on a CPU 1,7",
+        "numbers of frequency bands to try; 1: one rank for all tokens; empty: 1,7,12 "
+        "(on a CPU: 1,7)",
     )
     bits: tuple[int, ...] = knob(
-        (8, 4), "bits of a stored number to try besides 32", one_of(8, 4)
+        (8, 4), "bits per stored number to try besides 32", one_of(8, 4)
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens to measure statistics on; 0: 1048576, or 32768 if compress "
-        "runs on a CPU",
+        "training tokens for the statistics; 0: 1048576 (compress on a CPU: 32768)",
         at_least(0),
     )
     max_added_loss: float = knob(
-        0.0, "above 0: find the smallest table within this loss", at_least(0)
+        0.0, "above 0: find the smallest table that adds at most this loss", at_least(0)
     )
     max_params: int = knob(
         0, "above 0: find the best table of at most this many numbers", at_least(0)
@@ -221,8 +221,8 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: tokens to predict; 0: all (the default sweep on a CPU: "
-        "32768)",
+        "evaluate, compress: number of tokens to predict; 0: all (default sweep on a "
+        "CPU: 32768)",
         at_least(0),
     )
 
@@ -265,10 +265,10 @@ class ExperimentSettings:
     """The runs of an experiment."""
 
     arms: str = knob(
-        "pca,random,pca_finetune", f"arms besides D, of {', '.join(OTHER_ARMS)}"
+        "pca,random,pca_finetune", f"arms besides D, from {', '.join(OTHER_ARMS)}"
     )
     seeds: tuple[int, ...] = knob(
-        (), "run every arm with each of these; empty: once, with seed", SEED
+        (), "train every arm with each of these seeds; empty: only with seed", SEED
     )
 
 
@@ -277,7 +277,9 @@ class MeshSettings:
     """The devices of a run."""
 
     data: int = knob(
-        -1, "split the batch over this many devices; -1: all / fsdp", at_least(-1)
+        -1,
+        "split the batch over this many devices; -1: all devices / fsdp",
+        at_least(-1),
     )
     fsdp: int = knob(1, "split parameters and batch over this many devices")
 
@@ -286,7 +288,7 @@ class MeshSettings:
 class DistributedSettings:
     """Several processes."""
 
-    enabled: bool = knob(False, "one of several processes; Slurm sets the rest")
+    enabled: bool = knob(False, "run as one of several processes; Slurm sets the rest")
     coordinator_address: str | None = knob(None, "HOST:PORT of process 0")
     num_processes: int | None = knob(None, "number of processes")
     process_id: int | None = knob(None, "number of this process, from 0", at_least(0))
@@ -335,7 +337,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Settings":
-        """From a ConfigDict or a run's record; a missing knob gets its default."""
+        """Settings of a ConfigDict or of a run's record.
+
+        A missing knob gets its default. Names that are no knobs are ignored.
+        """
         return cls().replace(
             {
                 path: tuple(value) if isinstance(value, list) else value

@@ -17,8 +17,8 @@ IGNORED = -1  # target of positions without a prediction
 class TrainingBatches:
     """Training batches; their order depends only on the seed.
 
-    Windows hold T + 1 tokens and start every T tokens, so every epoch trains once on
-    each of the (n - 1) // T * T transitions. Each epoch is a new permutation of the
+    Windows have T + 1 tokens and start every T tokens, so each epoch predicts
+    (n - 1) // T * T tokens once. Each epoch is a new permutation of the
     windows. A batch may hold the end of one epoch and the start of the next. `tokens`
     [n] may be a memory map.
 
@@ -41,9 +41,9 @@ class TrainingBatches:
         self._batches = dataset.repeat().batch(batch_size)
 
     def batch_at(self, step: int) -> np.ndarray:
-        """Returns the batch of a step: int32 [B, T + 1], inputs and targets overlap.
+        """The batch of a step, int32 [B, T + 1]: inputs [:, :-1], targets [:, 1:].
 
-        The cost does not depend on the step: no earlier batch is made.
+        The cost does not depend on the step, because it makes no earlier batch.
         """
         # grain would also accept a slice, and count a negative step from the end.
         step = operator.index(step)
@@ -57,8 +57,8 @@ class EvaluationBatches:
 
     Iterating yields (inputs, targets), both int32 [B, T]. Every token of the split
     after the first is a target exactly once. The padding at the end of the last window
-    and of the last batch has the target -1 and the input 0. With `max_tokens` only
-    that many tokens are targets, the first ones.
+    and of the last batch has the target -1 and the input 0. With `max_tokens`, only the
+    first `max_tokens` targets are used.
 
     Raises:
       UserError: the split has fewer than two tokens.

@@ -127,7 +127,7 @@ class Corpus(CorpusInfo):
             byte_count += len(raw) - (len(documents) - 1)
             text = decoder.decode(raw)
             words += len(text.split()) + text.count("\n")
-            # The border between two chunks may cut a word in two.
+            # A word that continues from the last chunk was already counted.
             words -= in_word and bool(text[:1].strip())
             in_word = bool(text[-1:].strip())
         return TextSize(words, byte_count)
@@ -205,10 +205,10 @@ def open_corpus(
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
     Args:
-      source: 'sotu' (embedded), 'wikitext103' (needs the package `datasets`), or a
-        folder. The folder holds .bin files in nanoGPT's format with meta.json, meta.pkl
-        or neither (then GPT-2's tokens are assumed), or text files that have train,
-        val, valid, validation or test as a word of their names.
+      source: 'sotu' (in the package), 'wikitext103' (needs the package `datasets`), or
+        a folder. The folder holds .bin files in nanoGPT's format, or text files with
+        train, val, valid, validation or test as a word of their names. .bin files
+        without meta.json or meta.pkl must hold GPT-2's tokens.
       cache_dir: folder for the token files of text.
       tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
         and the tokenizer in the folder's meta file for token files.

@@ -23,13 +23,13 @@ class TextSource(NamedTuple):
     """Text that is not tokenized yet."""
 
     name: str
-    tokenizer: str  # its own, for 'auto'
+    tokenizer: str  # the one that 'auto' selects
     fingerprint: Callable[[], str]  # changes when the text changes
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
     files: str = ""  # a line that says which files are used and which are left out
 
     def info(self, tokenizer: str) -> CorpusInfo:
-        """Describes the corpus that a tokenizer, or 'auto', makes from the text."""
+        """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
         name = self.tokenizer if tokenizer == "auto" else tokenizer
         vocab_size, sha256 = rank_file(name)
         return CorpusInfo(
@@ -47,7 +47,7 @@ def absolute(source: str) -> str:
 
 
 def find_source(source: str) -> TextSource | Path:
-    """A source's text or folder of token files; UserError if it is neither."""
+    """The text of a source, or its folder of token files; UserError for others."""
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
         return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)

@@ -19,8 +19,8 @@ from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
-# GPT-2's pattern never matches across this place, so the parts encode as the whole
-# does. Python's \S excludes every space that the pattern's \s matches, and a few more.
+# GPT-2's pattern never matches across this cut, so both parts encode to the same ids as
+# the whole. Python's \S excludes every space that the pattern's \s matches.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -119,7 +119,7 @@ def _pieces(document: Document) -> Iterator[str]:
             yield cut.group()
             text = text[cut.end() :]
         blocks, size = [text], len(text)
-        # Doubling keeps the work linear if there is no place to cut.
+        # Doubling keeps the work linear if the text has no place to cut.
         enough = max(_PIECE_CHARACTERS, 2 * size)
     if size:
         yield "".join(blocks)

@@ -47,7 +47,7 @@ class Factorizer:
 
     @functools.cached_property
     def factors(self) -> Factors:
-        """All ranks of a single band."""
+        """The factors of a single band, for all ranks."""
         return solve(self._table_VD, self._weighting)
 
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
@@ -79,15 +79,15 @@ def allocate_ranks(
 ) -> tuple[tuple[int, ...], float]:
     """Chooses the ranks with the smallest total error within a budget.
 
-    Greedy: the next rank goes to the band in which it removes most error per stored
-    value. This is optimal because each rank removes no more than the one before. A band
-    is stored at full width if its factors would be as large.
+    Greedy: the next rank goes to the band where it removes most error per stored value.
+    This is optimal because each rank removes no more error than the one before. A band
+    is stored at full width if its factors would need as many values.
 
     Args:
       spectra: squared singular values of each band, descending.
       sizes: number of tokens in each band.
       width: D.
-      budget: number of stored values; ValueError if too small for rank 1 everywhere.
+      budget: largest number of stored values; ValueError if rank 1 exceeds it.
 
     Returns:
       (rank of each band, 0 for full width; error per value that the last rank removed).
@@ -121,7 +121,7 @@ def allocate_ranks(
 
 
 class _Attempt(NamedTuple):
-    """Bands of token ids with the best ranks for them."""
+    """Bands of token ids with their best ranks."""
 
     error: float  # the weighted squared error that remains
     bands: list[np.ndarray]
@@ -137,18 +137,18 @@ def banded(
     budget: int,
     split: float = 0.0,
 ) -> FactorizedTable:
-    """Factorizes a table in bands; groups of tokens and ranks minimise the error.
+    """Factorizes a table in bands; chooses the bands and ranks with a small error.
 
     Starts from frequency bands, as GroupReduce (Chen et al. 2018) does. Then each token
-    moves to the band with the smallest sum of its weighted error and the price of the
-    values that it stores there.
+    moves to the band where its cost is lowest. The cost is its weighted error plus the
+    price of its stored values (the error that the last stored value removed).
 
     Args:
       table_VD: the table.
       weighting: of any method.
-      count: number of bands to start from.
-      budget: number of stored values, including scales and token order; ValueError if
-        too small for that many bands.
+      count: number of bands to start from; the result can have fewer.
+      budget: largest number of stored values, including scales and token order;
+        ValueError if it is too small for that many bands.
       split: as for `truncate`.
     """
     vocab_size, width = table_VD.shape

@@ -1,7 +1,9 @@
 """Control experiments: random factors that keep one property of a factorized table.
 
-Training from them shows whether a model gains from the directions of an imported table
-or only from their scale. Shape letters: V rows, D width, K rank, R = min(V, K).
+Training from them shows whether a model gains from the directions of an imported table,
+or only from the scale of its factors.
+
+Shape letters: V rows, D width, K rank, R = min(V, K).
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ def _spectrum(wte_VK, scale_KD, random):
         np.linalg.qr(random.normal(size=(length, len(singular_R))))[0]
         for length in (len(wte_VK), scale_KD.shape[1])
     )
-    # The rows of scale keep their lengths, which decide how training moves them.
+    # The rows of scale keep their lengths, because training depends on these.
     length_R = np.linalg.norm(scale_KD, axis=1)[: len(singular_R)]
     wte, scale = left_VR * (singular_R / length_R), right_DR.T * length_R[:, None]
     missing = rank - len(singular_R)  # positive if a band has fewer tokens than K
@@ -49,15 +51,15 @@ def control(
     keep: str,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Random factors of the same shapes, float32, that keep what `CONTROLS` names.
+    """Random float32 factors of the same shapes that keep one property.
 
-    `wte_VK` has no padding rows. A band at full width (scale None) is treated as the
-    product with an identity matrix.
+    `keep` is a key of `CONTROLS`. `wte_VK` has no padding rows. A band at full width
+    (scale None) is treated as the product with an identity matrix.
     """
     is_full = scale_KD is None
     if is_full:
         scale_KD = np.eye(wte_VK.shape[1])
     wte, scale = CONTROLS[keep](wte_VK, scale_KD, random)
     if is_full and keep == "spectrum":
-        wte = wte @ scale  # For the others, wte alone keeps the property.
+        wte = wte @ scale  # With the other controls, wte alone keeps the property.
     return wte.astype(np.float32), None if is_full else scale.astype(np.float32)

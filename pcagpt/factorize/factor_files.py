@@ -2,7 +2,7 @@
 
 wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
-bands_pca_k{k}/           replaces both for several bands of the same total size
+bands_pca_k{k}/           replaces both if the table has several bands; same size
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
                           the files beside it, which every reader checks; written last,
@@ -48,17 +48,17 @@ class ScaleMatrices(NamedTuple):
 
 
 def table_path(folder: Path, rank: int) -> Path:
-    """Token table of a rank."""
+    """File of the token table of a rank."""
     return folder / f"wte_pca_k{rank}.npy"
 
 
 def scale_path(folder: Path, rank: int) -> Path:
-    """Scale matrices of a rank."""
+    """File of the scale matrices of a rank."""
     return folder / f"scale_mats_pca_k{rank}.npz"
 
 
 def bands_path(folder: Path, rank: int) -> Path:
-    """Folder of the table in bands with the size of a rank."""
+    """Folder of the table in bands that is as large as a table of this rank."""
     return folder / f"bands_pca_k{rank}"
 
 
@@ -161,7 +161,7 @@ def read_bands(folder: str | Path) -> FactorizedTable:
             scale = read_scale_matrices(path).scale_up
             if len(scale) != wte.shape[1]:
                 raise UserError(
-                    f"{path} has rank {len(scale)}, the table beside it rank "
+                    f"{path} has rank {len(scale)}, but the table beside it has rank "
                     f"{wte.shape[1]}: write them again"
                 )
         bands.append(BandFactors(wte, scale))
@@ -265,7 +265,7 @@ def read_table(path: str | Path) -> np.ndarray:
 def read_scale_matrices(path: str | Path) -> ScaleMatrices:
     """The scale matrices of a .npz file of any origin, as float32.
 
-    Raises UserError as `read_table`, and for a missing matrix or unequal shapes.
+    Raises UserError as `read_table` does, and for a missing matrix or unequal shapes.
     """
     arrays, found = read_npz(_checked_file(Path(path))), {"mean": None}
     for name, dimensions in (("scale_up", 2), ("scale_down", 2), ("mean", 1)):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Every token's weight gets this share of the mean probability, so that tokens which are
-# rare in the calibration text do not vanish.
+# The weight of every token gets this share of the mean probability. Without it, tokens
+# that are rare in the calibration text would have almost no weight.
 SMOOTHING = 0.1
 # Weight of the identity in the metric of 'joint'; the hidden states have weight 1.
 INPUT_SHARE = 0.3
@@ -27,9 +27,9 @@ INPUT_SHARE = 0.3
 class Statistics(NamedTuple):
     """Statistics of a model on calibration text, float64; h is the output of ln_f.
 
-    `gradient_moment` is the Fisher information of an input embedding: g is its loss
-    gradient for targets drawn from the model. e is the mean table row under the
-    prediction from h.
+    `gradient_moment` is the Fisher information of an input embedding: g is the gradient
+    of the loss with respect to it, for targets drawn from the model. e is the mean
+    table row under the probabilities that the model predicts from h.
     """
 
     frequency: np.ndarray  # [V], share of the training split's tokens
@@ -43,8 +43,9 @@ class Statistics(NamedTuple):
 class Weighting(NamedTuple):
     """Weights that define the approximation error.
 
-    A context is the mean hidden state in which a token is predicted, minus the overall
-    mean. With contexts, rows are refitted to keep their logits there.
+    The context of a token is the mean of the hidden states that predict it, minus the
+    mean of all hidden states. If contexts are given, each row is refitted so that the
+    token keeps its logit in its context.
     """
 
     token_weights: np.ndarray | None = None  # [V]; None: all equal
@@ -57,7 +58,7 @@ class Weighting(NamedTuple):
 class Method:
     """A factorization method."""
 
-    weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # of a table [V, D]
+    weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # from a table [V, D]
     needs_statistics: bool
     weighs_tokens: bool  # a sweep tries only such methods in frequency bands
     colour: str  # in figures
@@ -113,8 +114,8 @@ def _context(table_VD, statistics):
     return weighting._replace(contexts=token_contexts(table_VD, statistics))
 
 
-# Best last: a sweep tries the last method in more ways. Colours for colour blindness
-# (Okabe and Ito 2008); grey: only for comparison.
+# The best method comes last: a sweep tries it in more ways. Colour-blind readers can
+# tell the colours apart (Okabe and Ito 2008). Grey methods serve for comparison.
 METHODS = {
     "svd": Method(_svd, False, False, "#d55e00"),
     "pca": Method(_pca, False, False, "#c8c8c8"),
@@ -151,7 +152,7 @@ def _smoothed(statistics: Statistics) -> np.ndarray:
 
 
 def _centred(table_VD, weights_V, metric_DD=None) -> Weighting:
-    """A weighting with the weighted mean row."""
+    """A weighting that subtracts the weighted mean row."""
     total = weights_V.sum()
     mean_D = weights_V @ table_VD / total if total > 0 else np.zeros(table_VD.shape[1])
     return Weighting(weights_V, metric_DD, mean_D)

@@ -1,4 +1,4 @@
-"""Predicts the loss that a replacement of the token table adds.
+"""Predicts the added loss of a replaced token table.
 
 Shape letters: V vocabulary, D model width.
 """
@@ -29,9 +29,9 @@ class Predictor:
         self._contexts_VD = token_contexts(table_VD, statistics)
 
     def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
-        """Added loss of a table [V, D] with error E, in the terms of `methods`.
+        """Added loss of a table [V, D] with error E, in the notation of `methods`.
 
-        head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), c_v the context of the token;
+        head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), with the token's context c_v;
         input: 1/2 sum_v f_v E_v G E_v'.
         """
         statistics, dtype = self._statistics, self._table_VD.dtype
@@ -56,9 +56,10 @@ def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
 class LossRegression:
     """Predicts added loss from second-order loss, fitted to a few measured tables.
 
-    Second order overestimates large errors, and underestimates a method that minimises
-    it. So each method has its own least-squares line log(added loss) = offset + slope *
-    log(second order). Unmeasured methods use slope 1 through the smallest point.
+    The second-order loss is too high for large errors, and too low for a method that
+    minimises it. So each method has its own least-squares line log(added loss) = offset
+    + slope * log(second order). A method without measurements gets slope 1 through the
+    smallest point.
     """
 
     def __init__(self, measured: Iterable[tuple[str, SecondOrder, float]]):

@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-# Columns per scale. At 8 bits, one scale serves the whole row. 4 bits have few levels,
-# so their scale must follow the values more closely.
+# Columns per scale; None: all columns of a row. 4 bits have few levels, so a scale must
+# fit its values more closely.
 GROUP = {8: None, 4: 32}
 SCALE_BYTES = 2  # float16
 
@@ -38,9 +38,9 @@ class Quantized:
 def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
     """Rounds to 2^bits - 1 equidistant levels between -max and max of each group.
 
-    Half a step and the rounding of the scale to float16 bound the error of an entry:
-    max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below the range of float16 become
-    zero; entries must be below 65504 * (2^(bits-1) - 1) in magnitude.
+    The error of an entry is at most half a step plus the rounding of the scale to
+    float16: max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below the range of float16
+    become zero; entries must be below 65504 * (2^(bits-1) - 1) in magnitude.
     """
     largest_code = 2 ** (bits - 1) - 1
     rows, width = array_ND.shape

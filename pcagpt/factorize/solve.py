@@ -1,4 +1,4 @@
-"""The solver of all methods.
+"""Solves the weighted low-rank approximation of all methods.
 
 Shape letters: V rows of a table, D model width, R = min(V, D), K rank. `Factors` hold
 all ranks at once; rank k is a prefix:
@@ -15,16 +15,16 @@ import numpy as np
 from pcagpt.factorize.methods import Weighting
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 
-# Eigenvalues of a metric are raised to this share of the largest one, because a
-# direction of weight 0 would make the metric's root singular.
+# Smaller eigenvalues of a metric are raised to this share of the largest one, because a
+# direction of weight 0 would make the root of the metric singular.
 SMALLEST_EIGENVALUE = 1e-10
 
 
 class Factors(NamedTuple):
     """All ranks of one factorization.
 
-    The squares of the singular values beyond k add up to the weighted squared error of
-    rank k. Without token weights, singular values are the column norms of `table`.
+    The weighted squared error of rank k is the sum of the squared singular values
+    beyond k. Without token weights, singular values are the column norms of `table`.
     """
 
     table: np.ndarray  # [V, R], columns in order of importance
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 def centred(
     table_VD: np.ndarray, weighting: Weighting
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(The table minus the mean of the weighting, that mean in the table's dtype)."""
+    """(the table minus the mean of the weighting, the mean in the table's dtype)."""
     if weighting.mean is None:
         return table_VD, None
     mean_D = weighting.mean.astype(table_VD.dtype)
@@ -52,9 +52,9 @@ def solve(
 ) -> Factors:
     """Finds the best approximation of every rank under a weighting.
 
-    Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, L the token weights,
-    M the metric. It never divides by a weight, because a token may have weight 0. The
-    largest entry of each direction is positive, which fixes the signs.
+    Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, where L holds the
+    token weights and M is the metric. It never divides by a weight, because a token may
+    have weight 0. The signs are fixed: the largest entry of each direction is positive.
 
     Args:
       table_VD: the table, floating point.
@@ -104,8 +104,9 @@ def principal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared singular values [R] (descending) and directions [D, R] of weighted rows.
 
-    Eigenvectors of the Gram matrix are much faster than an SVD of tall rows. Float64 on
-    the host, because the Gram matrix squares the condition number.
+    The eigenvectors of the Gram matrix take much less time than an SVD of a tall
+    matrix. It computes in float64 on the host, because the Gram matrix squares the
+    condition number.
     """
     scaled_VD = rows_VD.astype(np.float64) * np.sqrt(weights_V)[:, None]
     squares_D, basis_DD = np.linalg.eigh(scaled_VD.T @ scaled_VD)
@@ -129,11 +130,12 @@ def truncate(
 
     Let s_i be the norm of column i of `table` times the norm of row i of `directions`
     (without weights, the singular value). Column i of wte then has the norm s_i^(1-a),
-    row i of scale s_i^a. Every split gives the same product, but trains differently.
+    and row i of scale the norm s_i^a. All splits give the same product, but training
+    from them differs.
 
     Args:
-      factors: of any method. If they have contexts, rows are refitted to them.
-      rank: k, from 1 to R, otherwise ValueError.
+      factors: of any method. If they have contexts, rows are refitted.
+      rank: k; ValueError if it is not in 1..R.
       singular_value_split: a in [0, 1]; at 0 the rows of `scale` have norm 1.
     """
     if not 1 <= rank <= len(factors.singular_values):
@@ -159,8 +161,8 @@ def table_of_rank(
 def _context_step(factors: Factors, rank: int) -> np.ndarray:
     """Change of the first k columns that keeps each row's logit in its context: [V, K].
 
-    It minimises |E|^2 + (E c)^2 for the error E and the context c of each row, by the
-    Sherman-Morrison formula for the logit error that rank k leaves.
+    It minimises |E|^2 + (E c)^2 for the error E and the context c of each row. The
+    Sherman-Morrison formula solves this for the logit error of rank k.
     """
     seen_VK = factors.contexts[:, :rank]
     residual_V = np.einsum(

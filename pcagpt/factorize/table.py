@@ -35,7 +35,7 @@ class BandFactors(NamedTuple):
 
 
 class FactorizedTable(NamedTuple):
-    """A token table as a list of bands; a table of one rank is a list of one.
+    """A token table as a list of bands; a table of a single rank has one band.
 
     Only the input embedding adds the mean. In the head, it would add the same logit to
     all tokens, which the softmax cancels.
@@ -64,7 +64,7 @@ class FactorizedTable(NamedTuple):
 
     @property
     def width(self) -> int:
-        """D."""
+        """Model width D."""
         first = self.bands[0]
         return (first.wte if first.scale is None else first.scale).shape[1]
 

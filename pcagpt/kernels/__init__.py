@@ -1,4 +1,4 @@
-"""Pallas kernels for NVIDIA GPUs; their users also have a plain JAX form of each.
+"""Pallas kernels for NVIDIA GPUs; their callers also have a plain form of each in JAX.
 
 A CPU interprets the kernels. That is slow, and only tests do it.
 """

@@ -3,7 +3,8 @@
 The tanh form (Hendrycks and Gimpel 2016) is x * sigmoid(2 * u(x)) with
 u(x) = sqrt(2 / pi) * (x + 0.044715 * x**3).
 
-Shape letters: N rows, F columns, P programs; n rows and f columns of a tile.
+Shape letters: N rows, F columns, P programs; n rows and f columns of a tile. `of_x` is
+the gradient of the loss with respect to x.
 """
 
 import math
@@ -26,7 +27,7 @@ CUBIC = 0.044715
 
 
 # XLA cannot differentiate a kernel. The backward kernel recomputes the sigmoid from h,
-# so only the inputs are kept.
+# so the forward pass stores only its inputs.
 @jax.custom_vjp
 def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     """gelu(h + bias), tanh form, computed in float32: [N, F] in the dtype of h."""
@@ -34,7 +35,7 @@ def bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def fits(width: int) -> bool:
-    """Whether rows of this width divide into tiles that are large enough for a GPU."""
+    """Whether rows of this width can be cut into tiles that are wide enough."""
     return launch.power_of_2(width, MOST_COLUMNS) >= LEAST_COLUMNS
 
 

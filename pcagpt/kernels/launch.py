@@ -1,7 +1,7 @@
 """Runs kernels on GPUs and interprets them on CPUs.
 
-Pallas's Triton backend runs on every NVIDIA GPU since Ampere. A future JAX may lack it:
-model.kernels=auto then selects the plain forms.
+Pallas's Triton backend runs on NVIDIA GPUs, Ampere or newer. A future JAX may lack this
+backend; model.kernels=auto then selects the plain forms.
 """
 
 import math
@@ -42,7 +42,7 @@ def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
 def power_of_2(count: int, at_most: int) -> int:
     """The largest power of 2 that divides `count` and is at most `at_most` (>= 1).
 
-    Triton only has arrays with powers of 2 as sizes.
+    The sizes of Triton's arrays must be powers of 2.
     """
     return math.gcd(count, 1 << (at_most.bit_length() - 1))
 

@@ -2,9 +2,10 @@
 
 Softmax over the vocabulary is attention with z as queries and wte as keys and values.
 With FlashAttention's running normaliser (Dao et al. 2022, section 3.1), one pass over
-the vocabulary gives the loss and its gradient in z: the mean row p @ wte under the
-softmax p, minus the target's row. One pass over the tokens then gives the gradient of
-the table: p.T @ z, minus z at the row of each token's target.
+the vocabulary gives the loss and its gradient with respect to z. This gradient is the
+mean row p @ wte under the softmax p, minus the target's row. One pass over the tokens
+then gives the gradient with respect to the table: p.T @ z, minus z at the row of each
+token's target.
 
 Shape letters: N tokens, V rows of a table, K rank; n and v: those of one tile.
 """
@@ -32,7 +33,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By padded rank: the fastest of ten choices on an H100 (16 was not measured).
+# For each padded rank, the fastest of ten choices on an H100 (16 was not measured).
 TILES = {
     16: Tiles(64, 128, 4, 3),
     32: Tiles(64, 128, 4, 3),
@@ -53,8 +54,8 @@ def summarize(
 ) -> tuple[jax.Array, jax.Array]:
     """log(sum(exp(z @ wte[:size].T))) [N], and the mean row under the softmax [N, K].
 
-    Both are float32; z and wte share the compute dtype. Rows of wte from `size` on get
-    no probability.
+    Both are float32; z and wte have the compute dtype. Only the first `size` rows of
+    wte count; the others are padding.
     """
     rank = z_NK.shape[1]
     tiles = TILES[_padded_rank(rank)]
@@ -123,13 +124,13 @@ def table_gradient(
     """(exp(z @ wte.T - normaliser[:, None]) - onehot(targets)).T @ z: [V, K] float32.
 
     Sums over the tokens of one device; call it inside `inside.by_device`. A token with
-    an infinite normaliser has no probability in any row; a target outside of 0 .. V - 1
-    matches no row.
+    an infinite normaliser has probability 0 in every row. A target that is
+    negative or at least V matches no row.
     """
     size, rank = wte_VK.shape
     tiles = TILES[_padded_rank(rank)]
     wte_VK = _pad(wte_VK, tiles.kept)
-    # A short table has few tiles. Splitting the tokens, too, keeps the GPU busy.
+    # A short table has few tiles, so the tokens are split as well to keep the GPU busy.
     splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.kept))
     splits = min(splits, -(-z_NK.shape[0] // tiles.streamed))
     z_NK = _pad(z_NK, tiles.streamed * splits)

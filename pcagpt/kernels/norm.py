@@ -1,10 +1,10 @@
 """Residual addition and LayerNorm in one kernel, forward and backward.
 
-A program keeps whole rows in registers, each as several pieces, because the sizes of
-Triton's arrays are powers of 2 and a width like 768 is not.
+A program keeps whole rows in registers. A row has several pieces, because the sizes of
+Triton's arrays must be powers of 2, and a width like 768 is not.
 
 Shape letters: N rows, D their width, P programs; n rows of a tile, d columns of a
-piece.
+piece. `of_x` is the gradient of the loss with respect to x.
 """
 
 import functools
@@ -46,7 +46,7 @@ def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
 
 def _backward(epsilon, residuals, gradients):
     del epsilon
-    # The gradients of bias, scale and offset are one array: one sum over the devices.
+    # The gradients of bias, scale and offset are one array, summed once over devices.
     gradient_ND, of_parameters_3D = _backward_rows(*gradients, *residuals)
     return gradient_ND, gradient_ND, *of_parameters_3D
 
@@ -84,7 +84,7 @@ def _visit_forward(*references, epsilon: float):
         x_nd = x_ref[:, piece].astype(jnp.float32)
         x_nd += update_ref[:, piece].astype(jnp.float32) + bias_ref[piece][None, :]
         sum_ref[:, piece] = x_nd.astype(sum_ref.dtype)
-        # Statistics describe the rounded sum, because the backward pass only has that.
+        # The statistics are those of the rounded sum, which the backward pass reads.
         sums.append(x_nd.astype(sum_ref.dtype).astype(jnp.float32))
     mean_n1 = _row_sums(sums) / width
     centred = [x_nd - mean_n1 for x_nd in sums]

@@ -19,10 +19,11 @@ WARPS = 16
 def loss_and_gradient(
     logits_nV: jax.Array, size: int, targets_n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods [n] float32 in nats, and their gradients in the logits.
+    """Negative log-likelihoods [n] float32 in nats, and their gradients [n, V].
 
-    The gradients [n, V] overwrite the logits. Columns from `size` on get no
-    probability; a negative target gives a loss and a gradient of 0.
+    The gradients with respect to the logits overwrite the logits. Only the first `size`
+    columns count; the others are padding. A negative target gives a loss and a gradient
+    of 0.
     """
     return _of_rows(logits_nV, targets_n, size=size)
 
@@ -50,11 +51,11 @@ def _of_rows(logits_nV, targets_n, *, size: int):
 
 def _visit_row(logits_ref, target_ref, loss_ref, gradient_ref, *, size, columns):
     """Kernel: reads one row for the normaliser and again for the gradient."""
-    del logits_ref  # It is the same memory as gradient_ref.
+    del logits_ref  # gradient_ref is the same memory.
     width = gradient_ref.shape[0]
     full_tiles = size // columns
-    # A tile must not exceed the row, so a last tile may start earlier and overlap the
-    # tile before it.
+    # A tile must not extend beyond the row. So the last tile may start earlier and
+    # overlap the tile before it.
     rest = range(full_tiles * columns, width, columns)
     target = target_ref[0]
     # Read this before any thread overwrites it.

@@ -15,8 +15,9 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
     """`jax.lax.scan` over at most `chunks` equal chunks of the arrays' leading axis.
 
     Each chunk takes every `chunks`-th row, so that no row moves to another device if
-    the leading axis is split over devices. `chunks` is lowered to the nearest divisor
-    of the rows on each device, or of N if the devices cannot share N evenly.
+    the leading axis is split over devices. The number of chunks is the largest one up
+    to `chunks` that divides the rows on each device, or N if the devices cannot share N
+    evenly.
 
     `function` maps (carry, tuple of chunks [n, ...]) to (carry, outputs [n, ...]).
     Returns the last carry, and the outputs [N, ...] in the order of the input.
@@ -42,18 +43,19 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
 def sum_of_chunks(function, chunks, h_ND, head, constants, arrays_N):
     """Sums a loss over chunks of the tokens; returns (loss, tree of other sums).
 
-    The forward pass also computes the gradients, so that it computes each chunk's
-    logits once and stores none. Each device sums its own rows; the devices' sums are
-    added up last. Only the loss can be differentiated, in h and head.
+    The forward pass also computes the gradients. So it computes the logits of each
+    chunk only once and stores none. Each device sums its own rows, and the sums of the
+    devices are added last. Only the loss can be differentiated, with respect to h and
+    head.
 
     Args:
       function: (h [n, D], head, constants, *arrays of a chunk) -> ((loss, other sums),
-        (gradient in h, gradient in head)), like
+        (gradient for h, gradient for head)), like
         `jax.value_and_grad(..., argnums=(0, 1), has_aux=True)`.
       chunks: as for `scan_chunks`.
       h_ND: cut into chunks.
-      head: not cut. The function gets it in the dtype of h; gradients are summed in its
-        own dtype.
+      head: a tree, not cut. The function gets it in the dtype of h; its gradients are
+        summed in the head's own dtype.
       constants: a tree without gradients, not cut, cast to the dtype of h.
       arrays_N: a tuple of arrays without gradients, cut into chunks.
     """
@@ -75,7 +77,7 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
         (sums, of_head), of_h_ND = scan_chunks(chunk, start, chunks, h_ND, *arrays_N)
         return sums, of_h_ND, jax.tree.map(lambda g: g[None], of_head)
 
-    # Cast once, not in every chunk.
+    # Casting here avoids a cast in every chunk.
     cast_head, constants = jax.tree.map(
         lambda leaf: leaf.astype(h_ND.dtype), (head, constants)
     )
@@ -85,8 +87,8 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
 
 
 def _backward(function, chunks, gradients, cotangents):
-    # The sum over devices is here, not in the forward pass, so that XLA can merge it
-    # with the sums of the same tables' other gradients.
+    # The sum over devices is here, not in the forward pass. XLA can then merge it with
+    # the sums of the other gradients of the same tables.
     @by_device([True, True, False], [True, False])
     def scaled(of_h_ND, own_of_head, factor):
         def by_factor(gradient):

@@ -26,15 +26,16 @@ def cross_entropy(
 ) -> jax.Array:
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar.
 
-    Differentiable in h_ND and the head. Only one chunk's logits exist at a time; with
-    kernels, a low-rank head (`fused_cross_entropy`) stores no logits at all.
+    It can be differentiated with respect to h_ND and the head. Only the logits of one
+    chunk exist at a time. With kernels, a low-rank head (`fused_cross_entropy`) stores
+    no logits.
 
     Args:
       h_ND: output of ln_f, in the compute dtype.
       head: the bands of the output head.
       targets_N: as for `token_losses`.
       logits_dtype: dtype of stored logits.
-      chunks: the most chunks that the tokens are cut into.
+      chunks: largest number of chunks that the tokens are cut into.
       kernels: 'pallas' or 'xla'.
     """
     if kernels == "pallas":
@@ -57,7 +58,7 @@ def _by_softmax_kernel(h_nD, head: Head, _, targets_n, *, logits_dtype):
     logits_nV = products(z_nK, band.wte, logits_dtype)
     loss_n, gradient_nV = softmax.loss_and_gradient(logits_nV, band.size, targets_n)
     of_h_nD, of_scale_KD = back((gradient_nV @ band.wte).astype(z_nK.dtype))
-    # In float32, so that XLA adds it to the other chunks' sum in the product itself.
+    # The product is in float32, so that XLA fuses it with the sum over chunks.
     of_wte_VK = jnp.matmul(gradient_nV.T, z_nK, preferred_element_type=jnp.float32)
     of_band = band.replace(wte=of_wte_VK, scale_down=of_scale_KD)
     return (jnp.sum(loss_n), ()), (of_h_nD, (of_band,))

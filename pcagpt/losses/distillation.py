@@ -31,8 +31,8 @@ def distillation(
       head: the student's output head.
       targets_N: as for `token_losses`.
       teacher_h_NE: the teacher's output of ln_f.
-      teacher_head: the teacher's output head, with tokens and padding rows in the same
-        places as the student's.
+      teacher_head: the teacher's output head; its bands have the tokens and
+        padding rows of the student's bands, in the same order.
       share: weight of the divergence in the loss.
       logits_dtype: dtype of both models' logits.
       chunks: as for `cross_entropy`.
@@ -40,7 +40,7 @@ def distillation(
     Returns:
       Sums in nats over the tokens with a target: 'cross_entropy', 'kl' = KL(teacher ||
       student), and 'loss' = (1 - share) * cross_entropy + share * kl. Only 'loss' can
-      be differentiated, in h_ND and the head.
+      be differentiated, with respect to h_ND and the head.
     """
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)

@@ -1,7 +1,7 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-`kernels.low_rank_head` has the mathematics. A band with a rank that is too high for the
-kernels stores one chunk of logits at a time, in float32.
+`kernels.low_rank_head` explains the method. If the rank of a band is too high for the
+kernels, the band stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -19,14 +19,14 @@ from pcagpt.sharding.inside import by_device, gathered
 
 
 def fused_cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
-    """`cross_entropy`; `chunks` is for bands without kernels."""
+    """`cross_entropy` with kernels; `chunks` is for bands with too high a rank."""
     z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, z_of_bands, tables, targets_N)
 
 
-# XLA cannot differentiate a kernel. The forward pass also gives the gradients in z; the
-# backward pass computes the gradients of the tables.
+# XLA cannot differentiate a kernel. The forward pass also computes the gradients with
+# respect to z, the backward pass those with respect to the tables.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(chunks, z_of_bands, tables: Head, targets_N):
     return _forward(chunks, z_of_bands, tables, targets_N)[0]
@@ -61,8 +61,8 @@ def _backward(chunks, residuals, cotangent):
         for gradient_NK, z_NK in zip(gradients, z_of_bands, strict=True)
     )
 
-    # Do not compute with the sum over devices here: XLA can then add the lookup's
-    # gradient of the same table before that sum, and sums once over the devices.
+    # The sum over devices must be the last operation. XLA can then add the lookup's
+    # gradient of the same table before this sum, and sums over devices only once.
     @by_device([False, True, True, True, False], [False])
     def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
@@ -81,7 +81,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _bands(z_of_bands, tables: Head, targets_N):
-    """Yields z, table, targets as rows of the table, and real rows of each band."""
+    """Yields (z, table, targets as row numbers of it, number of real rows) per band."""
     start = 0
     for z_NK, band in zip(z_of_bands, tables, strict=True):
         yield z_NK, band.wte, targets_N - start, band.size
@@ -89,7 +89,7 @@ def _bands(z_of_bands, tables: Head, targets_N):
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):
-    """`low_rank_head.summarize`, or its plain form by chunks of tokens."""
+    """`low_rank_head.summarize`; for a high rank, its plain form in chunks."""
     if low_rank_head.fits(wte_VK.shape[1]):
         return low_rank_head.summarize(z_NK, wte_VK, size)
 
@@ -108,7 +108,7 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
 
 
 def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
-    """`low_rank_head.table_gradient`, or its plain form by chunks of tokens."""
+    """`low_rank_head.table_gradient`; for a high rank, its plain form in chunks."""
     if low_rank_head.fits(wte_VK.shape[1]):
         return low_rank_head.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
 

@@ -15,8 +15,8 @@ def token_losses(h_ND, head: Head, targets_N, logits_dtype=jnp.float32) -> jax.A
     Args:
       h_ND: output of ln_f, in the compute dtype.
       head: the bands of the output head; padding rows get no probability.
-      targets_N: int32 column of the concatenated bands; negative means no target and
-        a loss of 0.
+      targets_N: int32, the column of the target in the concatenated bands; negative
+        for no target, which gives a loss of 0.
       logits_dtype: dtype of the logits; all reductions are in float32.
     """
     logits = head_logits(h_ND, head, logits_dtype)
@@ -61,11 +61,11 @@ def _normaliser(logits, head: Head) -> jax.Array:
 
 
 def negative_log_likelihood(logits, head: Head, targets_N) -> jax.Array:
-    """Negative log-likelihood of each target, 0 without a target: [N] float32."""
+    """Negative log-likelihood of each target, 0 for no target: [N] float32."""
     target_logit_N, start = jnp.zeros(targets_N.shape, jnp.float32), 0
     for logits_NV, band in zip(logits, head, strict=True):
-        # XLA fuses this comparison into the reduction. A gather's gradient would be a
-        # scatter into [N, V]. Targets of other bands match no column.
+        # XLA fuses this comparison into the reduction. The gradient of a gather would
+        # be a scatter into [N, V]. Targets of other bands match no column.
         local_N1 = (targets_N - start)[:, None]
         is_target_NV = (_columns(logits_NV) == local_N1) & (local_N1 < band.size)
         target_logit_N += jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)

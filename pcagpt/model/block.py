@@ -1,9 +1,9 @@
-"""A transformer block: attention and MLP, each behind a norm.
+"""A transformer block: attention and MLP, each after a norm.
 
-Between the layers, activations are [N, D], not [B, T, D]: XLA then needs no transposes
-in the backward pass of LayerNorm. A layer does not add its result to the residual
-stream. It returns an update (y [N, D], bias [D]), which the next norm adds, so that one
-kernel reads and writes the stream.
+Activations between layers are [N, D], not [B, T, D], because XLA then needs no
+transposes in the backward pass of LayerNorm. A layer does not add its result to the
+residual stream. It returns an update (y [N, D], bias [D]), and the next norm adds it.
+So only one kernel reads and writes the stream.
 
 Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head width,
 F = 4D, X any width.
@@ -85,20 +85,21 @@ class Attention(nn.Module):
     def __call__(self, x_ND, sequence_length: int, deterministic: bool, position=None):
         """Normed stream [N, D] -> its update.
 
-        Without a position, it reads whole sequences of `sequence_length` rows, and
+        Without a position, it reads whole sequences of `sequence_length` rows. It
         writes their keys and values to the collection 'cache' if that is mutable. With
-        a position, it reads one token of each sequence, which attends to the earlier
-        tokens in 'cache' and is added to it.
+        a position, it reads one token of each sequence. This token attends to the
+        earlier tokens in 'cache', and its keys and values are added there.
         """
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
         q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
         # The key's bias adds the same number to all logits of a query, so the softmax
-        # cancels it. The value's bias passes through the average unchanged and can be
-        # added after attention, unless attention probabilities are dropped.
+        # cancels it. Averaging keeps the value's bias, so it can be added after
+        # attention, unless attention probabilities are dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
-        # XLA would split this bias like the rows of 'proj' and then exchange the parts.
+        # Otherwise XLA would split this bias like the rows of 'proj' and gather it
+        # later.
         v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
@@ -147,10 +148,10 @@ class Attention(nn.Module):
 def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
     """The thirds of x @ kernel as three arrays [N, D].
 
-    Three products avoid copies out of one large result. The custom gradient joins the
-    thirds' gradients, so that the backward pass has two products instead of six.
+    Three products need no copies from one large result. The custom gradient joins the
+    gradients of the thirds, so that the backward pass has two products instead of six.
     """
-    # The barrier keeps XLA from merging the products and slicing the result after all.
+    # Without the barrier, XLA would merge the products and slice their result.
     xs = jax.lax.optimization_barrier((x_ND,) * 3)
     parts = jnp.split(kernel_DX, 3, axis=1)
     return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
@@ -158,7 +159,7 @@ def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ..
 
 def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
-    # The barrier makes XLA join the gradients once, for both products.
+    # Without the barrier, XLA would join the gradients once for each product.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
@@ -182,7 +183,7 @@ class MLP(nn.Module):
         return project_back(self.config, h_NF, None, deterministic)
 
 
-# Adding the bias again in the backward pass saves an [N, F] array per layer.
+# The backward pass adds the bias again. This saves storing an [N, F] array per layer.
 @jax.checkpoint
 def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
     """The plain form of `kernels.gelu.bias_gelu`."""
@@ -192,7 +193,7 @@ def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
 def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
     """Projects x + input_bias to an update of the stream by the caller's layer 'proj'.
 
-    The bias is projected apart from x, which saves adding it to an [N, X] array.
+    It projects the bias separately, so that no sum with an [N, X] array is needed.
     """
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     linear = Linear(config, config.n_embd, residual_std, name="proj")
@@ -202,7 +203,7 @@ def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
         bias_D += input_bias_X @ kernel
     if not config.dropout or deterministic:
         return y_ND, bias_D
-    # Dropout acts on the sum of both, so the bias is added here, not in the next norm.
+    # Dropout applies to the sum, so the bias is added here and not in the next norm.
     y_ND = nn.Dropout(config.dropout)(_add_bias(y_ND, bias_D), deterministic=False)
     return y_ND, jnp.zeros_like(bias_D)
 
@@ -216,7 +217,7 @@ class Block(nn.Module):
     def __call__(
         self, x_ND, update, sequence_length: int, deterministic: bool, position=None
     ):
-        """(Stream [N, D], pending update) -> the same after this block."""
+        """(stream [N, D], update to add to it) -> the same after this block."""
         x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
         update = Attention(self.config, name="attn")(
             y_ND, sequence_length, deterministic, position

@@ -20,7 +20,7 @@ class HeadBand:
 
     wte: jax.Array  # [V, K]; rows from `size` on are padding
     scale_down: jax.Array | None  # [K, D]; None: wte is [V, D]
-    size: int = flax.struct.field(pytree_node=False)  # static: it shapes the program
+    size: int = flax.struct.field(pytree_node=False)  # static: it determines shapes
 
 
 Head = tuple[HeadBand, ...]  # in the order of their columns
@@ -54,7 +54,7 @@ class BandEmbedding(nn.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows [N, K] in `dtype`; the gradient is summed in the table's own dtype."""
-    # Cast before the lookup: devices exchange a split table in the smaller dtype.
+    # The cast comes first, so that devices exchange a split table in the smaller dtype.
     return wte_VK.astype(dtype)[rows_N]
 
 
@@ -63,9 +63,9 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
     wte_VK, rows_N = residuals
     shape, table_dtype = wte_VK.shape, wte_VK.dtype
 
-    # Each device sums the gradients of its own tokens before the sums are added up.
-    # Otherwise XLA would scatter into the head's gradient, and every device would first
-    # need all of that gradient.
+    # Each device first sums the gradients of its own tokens. Otherwise XLA would
+    # scatter into the gradient of the head, and every device would need all of that
+    # gradient.
     @by_device([True, True], [False])
     def of_table(gradient_NK, rows_N):
         zeros_VK = jnp.zeros(shape, table_dtype)

@@ -42,7 +42,11 @@ class GPT(nn.Module):
     def contextualize(
         self, x_ND: jax.Array, length: int, deterministic: bool = True, position=None
     ) -> jax.Array:
-        """Token embeddings [N, D] of sequences of a length -> output of ln_f [N, D]."""
+        """Token embeddings [N, D] -> output of ln_f [N, D] in the compute dtype.
+
+        The N rows are sequences of `length` tokens. With a `position`, `length` is 1,
+        and the rows are the tokens at that position; see `next_hidden`.
+        """
         wpe_TD = self.wpe[:length] if position is None else self.wpe[position][None]
         wpe_TD = wpe_TD.astype(x_ND.dtype)
         wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
@@ -59,8 +63,8 @@ class GPT(nn.Module):
     def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
         """The next token of each sequence, at `position` -> output of ln_f [B, D].
 
-        Reads the earlier tokens' keys and values in the collection 'cache', which
-        `hidden` and this method write and the caller keeps.
+        Reads the keys and values of the earlier tokens from the collection 'cache', and
+        adds those of the new ones. `hidden` fills this collection; the caller keeps it.
         """
         return self.contextualize(self.embed(tokens_B), 1, position=position)
 
@@ -78,8 +82,8 @@ class GPT(nn.Module):
     def logits(self, h_ND: jax.Array) -> jax.Array:
         """Outputs of ln_f [N, D] -> logits [N, V] float32 by token id, for sampling.
 
-        Computed in the dtype of the tables. Training and evaluation use
-        `pcagpt.losses`, which do not store all logits.
+        It computes in the dtype of the tables. Training and evaluation use
+        `pcagpt.losses` instead, because these store fewer logits.
         """
         logits = []
         for band in self.head():

@@ -1,4 +1,4 @@
-"""Number of stored values of a model, and of operations per training token."""
+"""Number of stored values of a model, and of its operations per training token."""
 
 from pcagpt.model.config import GPTConfig
 
@@ -30,8 +30,9 @@ def total_parameters(config: GPTConfig) -> int:
 def training_flops_per_token(config: GPTConfig) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
-    Six per weight of every matrix product, and 12 * L * T * D for attention, not halved
-    for causality, as in PaLM (Chowdhery et al. 2022, appendix B).
+    Counts as PaLM does (Chowdhery et al. 2022, appendix B): 6 for each weight of a
+    matrix product, and 12 * L * T * D for attention, without halving it for the causal
+    mask.
     """
     width = config.n_embd
     weights = config.n_layer * 12 * width * width

@@ -1,7 +1,8 @@
 """The task 'compress': makes a trained model's token table smaller, without training.
 
 WORKDIR/compressed/ gets a report and compressed models that every command takes as
-runs. A sweep also writes sweep.json with one row per table, a bound advice.json.
+runs. A sweep also writes sweep.json with one row per table; a search for a bound
+writes advice.json instead.
 """
 
 from pathlib import Path
@@ -36,8 +37,8 @@ def compress(settings: Settings, command: str) -> None:
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
 
     Raises:
-      UserError: no such run or method, the table is factorized already, the folder
-        holds the sweep of another model, or no table fits.
+      UserError: the run or a method does not exist, the table is already factorized,
+        the folder holds the sweep of another model, or no table fits.
     """
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
@@ -175,12 +176,12 @@ def _check_recoverable(
     if result is None or result["steps"] != run.step:
         raise UserError(
             f"compress.recover_ranks is set, but {settings.model_path} is not "
-            "the end of a finished run: D is trained further only from there"
+            "the last step of a finished run: D can be trained further only from there"
         )
     if not run.is_own(original.corpus):
         raise UserError(
-            f"compress.recover_ranks is set, but {run.folder} was trained on another "
-            f"corpus than {original.corpus.name}: leave data.source out"
+            f"compress.recover_ranks is set, but {run.folder} was not trained on "
+            f"{original.corpus.name}: leave data.source out"
         )
     # The models do not exist yet; D, trained further, has the same settings.
     plan = recovery_plan(settings.replace({"compress.recover_ranks": ()}), folder)

@@ -19,13 +19,15 @@ from pcagpt.telemetry.progress import Progress
 def evaluate(settings: Settings) -> dict:
     """Evaluates `model_path` on `split`; writes the result beside the run if it can.
 
-    `evaluate.max_tokens` cuts the split; the file then has another name.
+    With `evaluate.max_tokens`, it uses only the first tokens of the split, and the name
+    of the file says so.
 
-    The corpus is the run's own unless `data.source` names another.
+    The corpus is the one that the run was trained on, unless `data.source` names
+    another.
 
     Raises:
-      UserError: no such run, a corpus that does not fit it, or a `model` knob that
-        contradicts it.
+      UserError: the run does not exist, or the corpus or a `model` knob does not fit
+        it.
     """
     run = Run.open(settings.model_path)
     run.check_model(settings.model)

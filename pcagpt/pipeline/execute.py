@@ -21,7 +21,7 @@ from pcagpt.sharding import placement
 from pcagpt.telemetry.record import import_wandb
 from pcagpt.training.setup import Setup
 
-# The `model` knobs that D and an arm must share, by what the arm takes from D.
+# {what an arm takes from D: the `model` knobs that must then be the same as D's}
 SHARED_WITH_BASELINE = {
     "factors": ("n_embd",),
     "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
@@ -30,15 +30,15 @@ SHARED_WITH_BASELINE = {
 
 
 def check(plan: Plan, settings: Settings) -> dict[Job, str]:
-    """Checks what can be checked at once; returns the needed jobs with their status.
+    """Makes the fast checks; returns {job: status} of the jobs that are needed.
 
-    Prerequisites of a finished run are not needed, unless the factorization on disk
-    differs from the one that is asked for. Writes nothing.
+    A finished run does not need its prerequisites, unless the factorization on disk
+    differs from the one in the settings. Writes nothing.
 
     Raises:
-      UserError: the workdir is not writable, W&B is not installed, a run with other
-        settings is there, a prerequisite is missing and `build_prerequisites` is off,
-        or there is no such corpus.
+      UserError: the workdir is not writable, W&B is not installed, a folder holds a run
+        with other settings, a prerequisite is missing and `build_prerequisites` is off,
+        or the corpus does not exist.
     """
     check_workdir(settings.workdir)
     if settings.telemetry.wandb:
@@ -73,11 +73,11 @@ def describe(needed: dict[Job, str]) -> list[str]:
 def execute(plan: Plan, settings: Settings, command: str) -> None:
     """Does the missing jobs in order, and writes the report of an experiment.
 
-    `settings` are what the plan was made from. The report shows the `command`.
+    `settings` are those that the plan was made from. The report shows `command`.
 
     Raises:
-      UserError: as for `check`, or something does not fit the corpus or the devices.
-        Then only the token files of the corpus have been written.
+      UserError: as for `check`, or a job does not fit the corpus or the devices. In
+        this case, only the token files of the corpus were written.
     """
     needed, checked = check(plan, settings), {}
     _say(*describe(needed))
@@ -95,7 +95,7 @@ def execute(plan: Plan, settings: Settings, command: str) -> None:
         )
     for job in needed:
         if job.folder in checked:
-            # Dropped after its run: a teacher's weights take memory.
+            # `pop` frees the memory of a teacher before the next job.
             job.run(checked.pop(job.folder))
     if plan.reported and jax.process_index() == 0:
         workdir = Path(settings.workdir)

@@ -1,4 +1,4 @@
-"""The factorization of a run's table, or of a bare table, as a job."""
+"""A job that factorizes the table of a run or of a .npy file."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class FactorizeJob:
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
     `factorize` define the factorization, `compress` and `train.batch_size` the
-    calibration; is_target: the person asked for it by name, it is not a prerequisite.
+    calibration; is_target: the person asked for this job; it is no prerequisite.
     """
 
     source: Path
@@ -44,7 +44,7 @@ class FactorizeJob:
 
     @property
     def amount(self) -> str:
-        """As in 'rank 64, 128'."""
+        """The ranks, as in 'rank 64, 128'."""
         ranks = f"rank {', '.join(map(str, self.settings.ranks))}"
         bands = self.settings.factorize.bands
         return ranks if bands == 1 else f"{ranks} in {bands} bands"
@@ -89,9 +89,9 @@ class FactorizeJob:
         return None
 
     def differing(self) -> list[str]:
-        """Parts of `identity` in which the files in the folder differ.
+        """Parts of `identity` that differ from those of the files in the folder.
 
-        Empty without files, and without a source to compare them with.
+        Empty if there are no files, or no source to compare them with.
         """
         metadata, identity = factor_files.read_metadata(self.folder), self.identity()
         if metadata is None or identity["source_sha256"] is None:
@@ -105,7 +105,7 @@ class FactorizeJob:
         return differing
 
     def identity(self) -> dict[str, Any]:
-        """Everything besides the ranks that decides the files; in metadata.json."""
+        """All that determines the files, except the ranks; stored in metadata.json."""
         chosen, given = self.settings.factorize, self._statistics_path
         found = {
             "method": chosen.method,
@@ -122,18 +122,18 @@ class FactorizeJob:
         return found
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises UserError if a rank does not fit the vocabulary of a D to be made."""
+        """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
         highest = max(self.settings.ranks)
         if highest > vocab_size:
             raise UserError(
-                f"ranks holds {highest}: the corpus has {vocab_size} tokens, the rank "
-                "of the table is at most that"
+                f"ranks holds {highest}: the vocabulary has {vocab_size} tokens, and "
+                "the rank of the table is at most this number"
             )
 
     def check(self, to_be_made: set[Path]) -> None:
         """Raises UserError if the source does not fit or no earlier job makes it.
 
-        Reads no weights. A source in `to_be_made` is checked by `run`.
+        Reads no weights. `run` checks a source in `to_be_made`.
         """
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from, unless
@@ -150,8 +150,8 @@ class FactorizeJob:
         for rank in self.settings.ranks:
             if rank > min(shape):
                 raise UserError(
-                    f"ranks holds {rank}: the table of {self.source} is {shape}, its "
-                    f"rank is at most {min(shape)}"
+                    f"ranks holds {rank}: the table of {self.source} is {shape}, so "
+                    f"its rank is at most {min(shape)}"
                 )
         self._given_statistics(shape)
 
@@ -242,7 +242,7 @@ class FactorizeJob:
         remove_leftovers(self.folder)
 
     def _measured_statistics(self, run: Run) -> Statistics:
-        """Statistics on the run's own corpus, or on the one that was asked for."""
+        """Statistics on the corpus of `settings.data`, or else on the run's own."""
         settings, batch_size = self.settings, self.settings.train.batch_size
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_divisible("train.batch_size", batch_size, mesh)
@@ -260,7 +260,7 @@ class FactorizeJob:
         )
 
     def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:
-        """The given statistics; None if not needed, UserError if they do not fit."""
+        """Statistics from a file; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
         if path is None:
             return None
@@ -275,8 +275,8 @@ class FactorizeJob:
         found = len(statistics.probability), len(statistics.hidden_mean)
         if found != shape:
             raise UserError(
-                f"{path} has statistics of a table {found}, the table of {self.source} "
-                f"is {shape}: give it its own"
+                f"{path} has statistics of a table {found}, but the table of "
+                f"{self.source} is {shape}: name the statistics of this table"
             )
         return statistics
 
@@ -307,18 +307,18 @@ class FactorizeJob:
 
     @property
     def _is_bare_table(self) -> bool:
-        """The source is a .npy file and not a run."""
+        """Whether the source is a .npy file and not a run."""
         return self.source.suffix == ".npy"
 
     @property
     def _calibrates(self) -> bool:
-        """Statistics are measured on the run."""
+        """Whether the job measures statistics on the run."""
         needed = METHODS[self.settings.factorize.method].needs_statistics
         return needed and self._statistics_path is None
 
     @property
     def _calibration_tokens(self) -> int:
-        """The same default on every device: the files must not depend on the device."""
+        """The default does not depend on the device, because the files must not."""
         return self.settings.compress.calibration_tokens or calibrate.TOKENS
 
     @property
@@ -329,6 +329,6 @@ class FactorizeJob:
             return None
         if chosen.statistics:
             return Path(chosen.statistics)
-        # A bare table has no model to measure: its statistics are a file beside it.
+        # Without a model to measure, a file beside the table must hold the statistics.
         beside = self.source.with_suffix(".statistics.npz")
         return beside if self._is_bare_table else None

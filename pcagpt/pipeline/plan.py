@@ -1,4 +1,4 @@
-"""Turns settings into the jobs that they ask for, prerequisites first.
+"""Turns settings into jobs, prerequisites first.
 
 D comes first, then the factorization of its table, then the arms. `pcagpt.arms` says
 what each arm takes from D. A run that copies all weights of another run needs no D.
@@ -35,11 +35,11 @@ class Plan(NamedTuple):
 def make_plan(settings: Settings) -> Plan:
     """The plan of a 'train', 'factorize' or 'experiment' task.
 
-    Reads nothing but the settings and the record of the run in `init.weights_from`.
+    Besides the settings, it reads only the record of the run in `init.weights_from`.
 
     Raises:
-      UserError: that run does not exist or is of another model than was asked for, or
-        there is no such method.
+      UserError: that run does not exist or contradicts the `model` knobs, or the method
+        does not exist.
     """
     method = settings.factorize.method
     if method not in METHODS:
@@ -58,14 +58,14 @@ def make_plan(settings: Settings) -> Plan:
         jobs += _jobs_of_experiment(settings.replace({"seed": seed}), suffix)
     runs = tuple(job.folder.name for job in jobs if isinstance(job, TrainJob))
     made = [job.folder.name for job in jobs if isinstance(job, FactorizeJob)]
-    return Plan(tuple(jobs), runs, made[0])  # The seeds' spectra are alike.
+    return Plan(tuple(jobs), runs, made[0])  # The report shows one seed's spectrum.
 
 
 def recovery_plan(settings: Settings, folder: Path) -> Plan:
     """The runs that train the best compressed models and D further.
 
-    They train under D's settings, for the share of its budget in `finetune`.
-    `compress.recover_ranks` lists the models; the runs go into their `folder`, too.
+    They train with D's settings, for the share of its budget in `finetune`. `folder`
+    holds the models of the ranks `compress.recover_ranks`, and gets the runs.
     """
     baseline = Run.open(settings.model_path)
     stored, known = baseline.settings, baseline.record.keys()
@@ -97,7 +97,7 @@ def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
     settings, arms = settings.replace({"task": "train"}), arms_of(settings)
     baseline = _train_job(_full(settings), "baseline", suffix=suffix)
     jobs = [baseline, _factorize_job(settings, baseline.folder, suffix=suffix)]
-    # An arm that takes D as it is has D's table, and no rank.
+    # An arm that takes all weights of D has a full table and no rank.
     whole = [arm for arm in arms if "weights" in ARMS[arm].takes]
     jobs += [_train_job(_full(settings), arm, suffix=suffix) for arm in whole]
     for rank in settings.ranks:
@@ -112,7 +112,7 @@ def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
 
 
 def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
-    """One run, after everything that it needs."""
+    """One run, with its prerequisites before it."""
     run = _train_job(settings, settings.arm)
     taken = _taken_from_baseline(settings, settings.arm)
     if not taken:
@@ -142,7 +142,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
 def _train_job(
     settings: Settings, arm: str, *, suffix: str = "", is_target: bool = True
 ) -> TrainJob:
-    """The run of an arm: what it takes from D, and its share of D's budget."""
+    """The run of an arm, with what it takes from D and its share of D's budget."""
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
@@ -179,7 +179,7 @@ def _full(settings: Settings) -> Settings:
 def _taken_from_baseline(
     settings: Settings, arm: str, suffix: str = ""
 ) -> dict[str, str]:
-    """{knob: path} of what an arm takes from D, unless the person names another."""
+    """{knob: path} of what an arm takes from D and the settings do not name."""
     takes, init = ARMS[arm].takes, settings.init
     workdir, bands = Path(settings.workdir), settings.factorize.bands
     baseline = str(workdir / (ARMS["baseline"].run_name + suffix))

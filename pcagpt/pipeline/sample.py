@@ -13,7 +13,7 @@ from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
-FETCH_DELAY = 8  # tokens that stay on the device, so that it never waits for the host
+FETCH_DELAY = 8  # steps until the host reads a token, so that the device never waits
 
 
 def sample(settings: Settings) -> list[str]:

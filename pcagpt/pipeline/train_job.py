@@ -39,7 +39,7 @@ DONE, TO_DO = "done", "to do"  # values of a job's status
 class TrainJob:
     """A training run with its folder and its complete settings.
 
-    is_target: the person asked for it by name; it is not a prerequisite.
+    is_target: the person asked for this job; it is no prerequisite.
     """
 
     folder: Path
@@ -48,12 +48,12 @@ class TrainJob:
 
     @property
     def label(self) -> str:
-        """As in 'A gpt_pca_k128'."""
+        """The arm's letter and the folder, as in 'A gpt_pca_k128'."""
         return f"{ARMS[self.settings.arm].letter} {self.folder.name}"
 
     @property
     def amount(self) -> str:
-        """As in '5,000 steps'."""
+        """The budget, as in '5,000 steps'."""
         return f"{self.settings.train.steps:,} steps"
 
     @property
@@ -137,9 +137,9 @@ class TrainJob:
         return None
 
     def record(self) -> dict[str, Any]:
-        """What `status` compares with config.json: settings and hashes of all imports.
+        """The settings and the hashes of all imports, as `status` compares them.
 
-        The hashes are None while an import does not exist.
+        The hashes are None as long as an import does not exist.
         """
         paths = initialise.imported_paths(self.settings).values()
         if not all(path.exists() for path in paths):
@@ -160,15 +160,16 @@ class TrainJob:
     def check(self, to_be_made: set[Path]) -> Setup | None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
 
-        Imports from `to_be_made`, the folders of earlier jobs, cannot be checked yet.
-        Without such imports it returns what `run` trains with.
+        `to_be_made` are the folders of earlier jobs. If the run imports from one of
+        them, this import is not checked and the result is None. Otherwise the result is
+        the setup for `run`.
         """
         left_out: dict[str, Any] = {
             knob: ""
             for knob, path in initialise.imported_paths(self.settings).items()
             if {path, path.parent} & to_be_made
         }
-        if left_out:  # These knobs need an import.
+        if left_out:  # These knobs are valid only with an import.
             left_out |= {
                 "init.keep": "all",
                 "init.import_wte_freeze": False,
@@ -200,7 +201,7 @@ class TrainJob:
         )
 
     def run(self, checked: Setup | None = None) -> None:
-        """Trains, from the newest checkpoint if there is one.
+        """Trains the run; continues from its newest checkpoint if it has one.
 
         Waits while another command holds the folder; nothing is left to do if it made
         this run. `checked` is the result of `check`.

@@ -76,8 +76,9 @@ def recovered_rows(
 ) -> list[dict[str, Any]]:
     """Compares runs that continue from a compressed model, or from D, with D.
 
-    One of the runs is D+. `added_loss` is a run's loss minus D's and `less_continued`
-    its loss minus that of D+, each with its interval over evaluation windows or None.
+    One of the runs must be D+. `added_loss` is the loss of a run minus D's loss, and
+    `less_continued` is its loss minus the loss of D+. Both have an interval over
+    evaluation windows, or None.
     `rank`, `method` and `bands` describe the table that the run started from.
     """
     own = read_row(baseline)
@@ -112,7 +113,7 @@ def recovered_rows(
 
 
 def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """Losses of a row minus D's last loss, and its tokens with D's if it uses D."""
+    """Losses of a row minus D's last loss, and its tokens plus D's if it uses D."""
 
     def added(loss: float | None) -> float | None:
         known = baseline and None not in (loss, baseline["val_loss"])

@@ -13,18 +13,16 @@ from pcagpt.run.folder import read_window_losses
 CONFIDENCE = 0.95
 INTERVAL = f"{CONFIDENCE:.0%} interval"
 MARGIN = 0.05  # nats per token: losses closer than this count as equal
-LOSS_AGREEMENT = 1e-3  # nats: largest rounding between result.json and the windows
-ONE_SEED = (
-    "One seed: the interval covers the evaluation text, not the luck of training."
-)
+LOSS_AGREEMENT = 1e-3  # nats: largest difference of result.json and the windows
+ONE_SEED = "One seed: the interval covers the evaluation text, not other training runs."
 HELD, FAILED, UNRESOLVED = "held", "did not hold", "not resolved"
 
 
 class Question(NamedTuple):
-    """A question about two arms, and what the original system claimed, if anything.
+    """A question about two arms, and the claim of the original system, if any.
 
-    kind says what the claim is about: 'less' (the first arm has the lower loss),
-    'less at fewer tokens', or 'equal'.
+    kind is the kind of the claim: 'less' (the first arm has the lower loss), 'less at
+    fewer tokens', or 'equal'.
     """
 
     asks: str
@@ -49,7 +47,7 @@ QUESTIONS = {  # "first vs second", by the letters of the arms
         "less at fewer tokens",
     ),
     "B vs D": Question("Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
-    "B vs D+": Question("Does it also win back the loss of D, trained further?"),
+    "B vs D+": Question("Does it also reach the loss of D, trained further?"),
     "Bd vs B": Question("Do D's predictions teach more than the text?"),
     "A vs E": Question("Do A's factors help beyond their scale?"),
     "A vs F": Question("Do A's factors help beyond their spectrum?"),
@@ -60,7 +58,7 @@ QUESTIONS = {  # "first vs second", by the letters of the arms
 def mean_interval(
     values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[float, list[float] | None]:
-    """Weighted mean and its Student-t interval at CONFIDENCE; None below two values.
+    """Weighted mean and its Student-t interval at CONFIDENCE, or None for one value.
 
     The standard error of a weighted mean of independent values is
     sqrt(Σ w² (x − m)² / (1 − Σ w²)) with Σ w = 1, which is s/√n for equal weights.
@@ -77,7 +75,7 @@ def mean_interval(
 
 
 class WindowInterval(NamedTuple):
-    """Interval of a loss difference over evaluation windows, or why there is none."""
+    """Interval of a loss difference over evaluation windows, or why it is missing."""
 
     bounds: list[float] | None
     windows: int | None
@@ -96,7 +94,7 @@ def window_interval(first: Path, second: Path, effect: float) -> WindowInterval:
     used = one[:, 1] > 0
     targets = one[used, 1]
     if len(targets) < 2:
-        return WindowInterval(None, None, "one evaluation window has no interval")
+        return WindowInterval(None, None, "one evaluation window gives no interval")
     mean, bounds = mean_interval((one - other)[used, 0] / targets, targets)
     if abs(mean - effect) > LOSS_AGREEMENT:
         return WindowInterval(
@@ -118,18 +116,18 @@ def verdict(
         has_held = low >= -MARGIN and high <= MARGIN
         has_failed = low > MARGIN or high < -MARGIN
     else:
-        # A run that is better with as many tokens says nothing about fewer.
+        # A lower loss at equally many tokens says nothing about fewer tokens.
         has_held = high < 0 and (kind == "less" or tokens[0] < tokens[1])
         has_failed = low > 0
     return HELD if has_held else FAILED if has_failed else UNRESOLVED
 
 
 def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers each question at each rank that has runs of both arms with one seed."""
+    """Answers each question at each rank with runs of both arms and the same seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
         for name, question in QUESTIONS.items():
-            # D has rank None: every rank is compared with it.
+            # D has rank None, so it is compared with every rank.
             first, second = (
                 {
                     row["seed"]: row

@@ -10,7 +10,7 @@ from pcagpt.report.compare import CONFIDENCE, FAILED, HELD, mean_interval, verdi
 
 
 def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
-    """The data of the report's template."""
+    """The data that the template experiment.md.j2 shows."""
     models = models_of(results["rows"])
     comparisons = results["comparisons"]
     questions = list(dict.fromkeys(found["question"] for found in comparisons))

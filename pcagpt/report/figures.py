@@ -32,7 +32,7 @@ STYLE = {
     "font.size": 9,
     "grid.color": "#e2e2e2",
 }
-START_SHARE = 0.08  # of the tokens: higher losses before that point are cut off
+START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before that
 BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
 
 
@@ -132,7 +132,7 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    For each kind of table and size, it shows the number of bands with the lowest loss.
+    Of tables in bands that differ only in their number of bands, it shows the best one.
     """
     best: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in sweep["rows"]:
@@ -148,7 +148,7 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row["params"])
-            colour = colours.get(method, "#f0a6ca")  # An old sweep may have others.
+            colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
             axes.plot(
                 [row[field] / 1e6 for row in rows],
                 [max(row["added_loss"], SMALLEST_ADDED) for row in rows],

@@ -12,7 +12,7 @@ SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
-    """The data of the report's template."""
+    """The data that the template sweep.md.j2 shows."""
     rows = sorted(sweep["rows"], key=lambda row: (row["bytes"], row["added_loss"]))
     return {
         "sweep": sweep,

@@ -1,4 +1,4 @@
-"""Numbers and foreign text as markdown, and templates that show them.
+"""Formats numbers and escapes text for markdown; fills in templates.
 
 The first template imports Jinja2, so that training starts without it.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-MINUS, NOTHING = "−", "–"  # NOTHING stands for a number that was not measured.
+MINUS, NOTHING = "−", "–"  # NOTHING replaces a number that was not measured.
 _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]|\\#!~$"})
 
 

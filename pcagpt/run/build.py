@@ -1,4 +1,4 @@
-"""Turns the `model` knobs into a `GPTConfig` for the device at hand."""
+"""Turns the `model` knobs into a `GPTConfig` for the device of this process."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import memory_bytes
 from pcagpt.model import GPTConfig, total_parameters
 
-# Knobs about the device. They change results by no more than rounding, so a run may be
+# Knobs about the device. They change results only by rounding errors, so a run may be
 # resumed and evaluated with other values.
 DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
 
@@ -32,7 +32,7 @@ class Hardware(NamedTuple):
 
 
 def hardware() -> Hardware:
-    """The device that models run on here."""
+    """The first device of this process."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         memory = memory_bytes() * jax.process_count()
@@ -45,12 +45,12 @@ def hardware() -> Hardware:
 def build_config(
     model: ModelSettings, vocab_size: int, device: Hardware | None = None
 ) -> GPTConfig:
-    """The `model` section with every 'auto' decided.
+    """The `model` section as a GPTConfig, with a value in place of every 'auto'.
 
     Args:
       model: the section.
       vocab_size: of the corpus; `model.vocab_size` may be larger.
-      device: None: this process's own.
+      device: None: that of this process.
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to
@@ -59,14 +59,14 @@ def build_config(
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(
-            f"model.vocab_size is {model.vocab_size}, the corpus has token ids up to "
-            f"{vocab_size - 1}: leave model.vocab_size unset"
+            f"model.vocab_size is {model.vocab_size}, but the corpus has token ids "
+            f"up to {vocab_size - 1}: leave model.vocab_size unset"
         )
     vocab_size = model.vocab_size or vocab_size
     if model.band_sizes and sum(model.band_sizes) != vocab_size:
         raise UserError(
-            f"model.band_sizes add up to {sum(model.band_sizes)}: they must hold the "
-            f"whole vocabulary, {vocab_size}"
+            f"model.band_sizes add up to {sum(model.band_sizes)}: they must add up to "
+            f"the size of the vocabulary, {vocab_size}"
         )
     device = device or hardware()
     choices = _device_choices(model, device)
@@ -108,7 +108,7 @@ def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:
     takes_kernels = device.has_kernels and dtype == "bfloat16"
     if kernel == "auto":
         kernel = "pallas" if takes_kernels else "xla"
-    # A CPU interprets the kernels, which is slow and serves tests.
+    # A CPU interprets the kernels. This is slow, and only tests need it.
     elif kernel == "pallas" and device.platform != "cpu" and not takes_kernels:
         raise UserError(
             "model.kernels is 'pallas': the kernels need an NVIDIA GPU, Ampere or "

@@ -47,10 +47,10 @@ def collect(
     mesh: Mesh,
     chunks: int,
 ) -> Statistics:
-    """Runs a model with a full table on batches of token ids, int32 [B, T].
+    """Measures a model with a full table on batches of token ids, int32 [B, T].
 
-    The model runs in its compute dtype. Products are float32 at the highest precision,
-    their sums over batches float64.
+    The model runs in its compute dtype. Products are float32 at the highest precision;
+    their sums over batches are float64.
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)
@@ -67,7 +67,7 @@ def collect(
 
 
 def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
-    """Sums of all statistics but the frequency over a batch."""
+    """Sums over a batch of all statistics except the frequency."""
     vocab_size = model.config.vocab_size
 
     def trunk(x_ND):
@@ -79,7 +79,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
     )
     h_ND, pull_back = jax.vjp(trunk, x_ND)
     wte_VD = model.apply(variables, method="head")[0].wte
-    # Gathered once: otherwise every chunk would exchange hidden states.
+    # Without this, the devices would exchange hidden states in every chunk.
     wte_VD = inside.gathered(wte_VD)[:vocab_size]
     compute_VD = wte_VD.astype(h_ND.dtype)
     keys_N = jax.random.split(key, h_ND.shape[0])
@@ -122,7 +122,7 @@ def statistics(
     batch_size: int,
     chunks: int,
 ) -> Statistics:
-    """Statistics of a run with a full table; the run's folder keeps them.
+    """Statistics of a run with a full table; cached in the folder of the run.
 
     Args:
       run: the folder and the step.
@@ -130,7 +130,7 @@ def statistics(
       variables: see `model`.
       corpus: its training split is the calibration text.
       mesh: of devices.
-      tokens: length of that text, rounded up to whole batches.
+      tokens: length of the calibration text; it is rounded up to whole batches.
       batch_size: windows at a time.
       chunks: number of parts that logits are computed in.
     """

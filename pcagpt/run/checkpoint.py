@@ -97,7 +97,7 @@ class Checkpoints:
     def save(
         self, step: int, items: dict, meta: dict, val_loss: float | None = None
     ) -> None:
-        """Starts writing a checkpoint. The arrays may be donated once this returns.
+        """Starts writing a checkpoint. After the return, the arrays may be donated.
 
         Args:
           step: number of updates done.
@@ -122,7 +122,7 @@ class Checkpoints:
     def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.
 
-        Newer ones that are damaged are reported and deleted if a good one is found.
+        If it finds one, it reports and deletes the newer ones, which are damaged.
 
         Args:
           template: items as for `save`, as `jax.ShapeDtypeStruct` with the shardings to
@@ -147,7 +147,7 @@ class Checkpoints:
                     raise UserError("it holds values that are not finite, or absurd")
             # Orbax and what it calls raise errors of many types.
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):  # The checkpoint may be good.
+                if "RESOURCE_EXHAUSTED" in str(error):  # It may be undamaged.
                     raise
                 reason = str(error).strip().split("\n")[0][:200]
                 damaged.append((step, reason))
@@ -183,10 +183,13 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step); UserError without one."""
+    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step).
+
+    Without a step, it is the newest one. Raises UserError if there is no checkpoint.
+    """
     path = Path(path)
     if not path.is_dir():
-        problem = "is no folder" if path.exists() else "does not exist"
+        problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
             "checkpoints/gpt_baseline, or train it first"
@@ -404,7 +407,7 @@ def _is_sane(items: dict) -> jax.Array:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options with which this process acts without the others."""
+    """Orbax options for work that this process does without the others."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=process,

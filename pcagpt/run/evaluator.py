@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates weights of one model on one split; compiles its program once.
+    """Evaluates weights of one model on one split; compiles only once.
 
     Two losses are comparable if their `protocol` (JSON values) is the same.
     """
@@ -67,7 +67,7 @@ class Evaluator:
           split: 'train', 'val' or 'test'.
           batch_size: windows at a time.
           chunks: number of parts that logits are computed in.
-          max_tokens: predict only this many tokens, the first ones; 0: all.
+          max_tokens: number of tokens to predict, from the start; 0: all.
 
         Raises:
           UserError: the corpus lacks the split, or the mesh cannot split the batch.
@@ -108,12 +108,12 @@ class Evaluator:
             )
             scores.append(self._score(variables, *placed))
             targets.append(targets_BT)
-            # Scores are fetched one batch late, so the device never waits for the host.
+            # It fetches scores one batch late, so the device never waits for the host.
             if number > 1:
                 scores[-2] = jax.tree.map(np.asarray, scores[-2])
             if progress is not None:
                 progress.update(number)
-        # The last batch is filled up with windows that have no targets.
+        # The last batch may end with windows without targets.
         windows = self.batches.window_count
         targets_WT = np.concatenate(targets)[:windows]
         whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:windows], *scores)
@@ -144,7 +144,7 @@ def summarize(
 def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
     """`TokenScores` of a batch; logits and cosines are in float32."""
     h_ND = model.apply(variables, inputs_BT, method="hidden")
-    # Gathered before the chunks: otherwise devices exchange hidden states in each one.
+    # Without this, the devices would exchange hidden states in every chunk.
     head = tuple(
         band.replace(wte=inside.gathered(band.wte))
         for band in model.apply(variables, method="head")

@@ -30,7 +30,7 @@ from pcagpt.files import (
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS
 
-# The sections that decide a run's numbers. Other knobs may change when it resumes.
+# The sections that determine a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
@@ -120,7 +120,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 def read_window_losses(run_dir: Path) -> np.ndarray | None:
     """(summed loss, targets) of each validation window: float64 [windows, 2].
 
-    None without a file, as in runs of older versions. UserError if it is damaged.
+    None if the file does not exist, as in runs of older versions. UserError if it is
+    damaged.
     """
     path = run_dir / "val_window_losses.npy"
     if not path.exists():
@@ -203,7 +204,7 @@ def identity(
 ) -> dict[str, Any]:
     """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
 
-    A knob that the record lacks, because it is newer, has its default.
+    A knob that is newer than the record has its default.
     """
     found = {
         path: knob.default

@@ -39,9 +39,9 @@ def generate(
 ) -> Iterator[jax.Array]:
     """Draws the next token of each sample, int32 [B], without end.
 
-    The model sees the last `block_size` tokens, prompt included. A KV cache serves the
-    first `block_size` tokens. After that, every new token shifts the positions of all
-    others, so the model reads the whole window each time.
+    The model sees the last `block_size` tokens, prompt included. It uses a KV cache for
+    the first `block_size` tokens. After that, every new token shifts the positions of
+    all others, so the model reads the whole window each time.
 
     Args:
       model: a GPT.
@@ -83,8 +83,8 @@ def generate(
 def cache_capacity(known: int, block_size: int) -> int:
     """KV-cache capacity for `known` tokens: a power of 2, at most block_size.
 
-    Attention reads the whole cache, so a large one is slow from the start. Every size
-    compiles a new program, so sizes double.
+    Attention reads the whole cache, so the cache starts small. Every size needs a new
+    compilation, so the cache grows by doubling.
     """
     return min(block_size, max(LEAST_CAPACITY, 1 << (known - 1).bit_length()))
 
@@ -111,7 +111,7 @@ def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _enlarge(cache, capacity: int):
-    """The cache with room for more keys and values, each [B, T, H, C]."""
+    """The cache, padded to `capacity` keys and values [B, T, H, C]."""
 
     def pad(kept_BTHC):
         more = capacity - kept_BTHC.shape[1]

@@ -1,4 +1,4 @@
-"""Initial weights that are imported: factor files, or the blocks of another run.
+"""Imports initial weights: factor files, or the blocks of another run.
 
 Precedence: a checkpoint of the run itself, then these imports, then random weights.
 """
@@ -99,21 +99,21 @@ def imported_weights(
 ) -> dict[str, np.ndarray]:
     """{parameter path: host array} of all imports.
 
-    `table` is what `init.import_bands` names, `params` are the model's random
-    parameters, and `seed` draws what `init.keep` leaves random.
+    `table` is the one in `init.import_bands`, `params` are the random parameters of the
+    model, and `seed` is for the random part of the controls (`init.keep`).
 
     Raises:
-      UserError: a file or run that does not fit the model.
+      UserError: a file or run does not fit the model.
     """
     new = {}
     imports_files = init.import_wte_npy or init.import_scale_matrices_npz
     if imports_files and len(config.bands) > 1:
         raise UserError(
-            "init.import_* files hold one table for all tokens, this model has "
+            "init.import_* files hold one table for all tokens, but this model has "
             f"{len(config.bands)} bands: leave model.band_sizes empty"
         )
     if init.keep == "shape" and table is None:
-        raise UserError("init.keep is 'shape', of bands: set init.import_bands")
+        raise UserError("init.keep is 'shape' without bands: set init.import_bands")
     if init.blocks_from:
         new |= _blocks(init.blocks_from, config, params)
     wpe_TD = new.get("wpe", params["wpe"])
@@ -129,7 +129,7 @@ def imported_weights(
 
 
 def position_constants(order_V: np.ndarray) -> dict:
-    """The model's constants for a table whose rows are tokens in this order."""
+    """The constants of a model with its table rows in this token order."""
     position_V = np.empty(len(order_V), np.int32)
     position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
     return {"embed": {"position_of_token": position_V}}
@@ -144,7 +144,7 @@ def table_parameters(
       table: its mean is added to the position embeddings.
       wpe_TD: the model's position embeddings.
       padding: rows of zeros to append to the last band.
-      scale_tying: the two scale matrices of the model are one parameter.
+      scale_tying: whether the two scale matrices of the model are one parameter.
     """
     found, last = _mean(table.mean, wpe_TD), len(table.bands) - 1
     for number, (wte, scale) in enumerate(table.bands):
@@ -160,7 +160,8 @@ def table_parameters(
 def _mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.ndarray]:
     """Position embeddings plus the mean row of a centred table.
 
-    The head needs no mean: it would shift all logits alike, which softmax cancels.
+    The head needs no mean: it would add one number to all logits, and softmax cancels
+    it.
     """
     return {} if mean_D is None else {"wpe": (wpe_TD + mean_D).astype(np.float32)}
 
@@ -174,8 +175,8 @@ def _bands(
     if found != wanted or table.width != config.n_embd:
         raise UserError(
             f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
-            f"{table.ranks} of width {table.width}, this model's bands are {wanted} of "
-            f"width {config.n_embd}"
+            f"{table.ranks} of width {table.width}, but this model has the bands "
+            f"{wanted} of width {config.n_embd}"
         )
     padding, tying = config.bands[-1].padding, config.n_embd_wte_scale_tying
     return table_parameters(table, wpe_TD, padding, tying)
@@ -201,12 +202,12 @@ def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
 
 
 def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
-    """All weights of another run but its embedding."""
+    """All weights of another run, except its embedding."""
     run = Run.open(path)
     heads = run.settings.model.n_head
     if heads != config.n_head:
         raise UserError(
-            f"init.blocks_from: {path} has {heads} attention heads, this model "
+            f"init.blocks_from: {path} has {heads} attention heads, but this model has "
             f"{config.n_head}: set model.n_head={heads}"
         )
     stored, wanted = trees.flatten(run.weights["params"]), trees.flatten(params)
@@ -217,7 +218,7 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
             f"init.blocks_from: {path} lacks '{missing[0]}', which this model has: the "
             "two models differ in model.n_layer or model.bias"
         )
-    # Only for its check of the shapes.
+    # This call only checks the shapes.
     trees.replace(params, blocks, source=f"init.blocks_from={path}")
     return blocks
 
@@ -229,8 +230,8 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
     wanted = (band.size, band.rank or config.n_embd)
     if table_VK.shape != wanted:
         raise UserError(
-            f"init.import_wte_npy: {path} is {table_VK.shape}, this model's table is "
-            f"{wanted}: [vocabulary, model.n_embd_wte or, without it, model.n_embd]"
+            f"init.import_wte_npy: {path} is {table_VK.shape}, but this model needs "
+            f"{wanted}: [vocabulary, model.n_embd_wte (if set) or model.n_embd]"
         )
     return np.pad(table_VK, ((0, band.padding), (0, 0)))
 
@@ -246,15 +247,15 @@ def _scales(path: str, config: GPTConfig, wpe_TD: np.ndarray) -> dict:
         )
     if shape != (rank, config.n_embd):
         raise UserError(
-            f"init.import_scale_matrices_npz: {path} is {shape}, this model's scale "
-            f"matrices are {(rank, config.n_embd)}: [model.n_embd_wte, model.n_embd]"
+            f"init.import_scale_matrices_npz: {path} is {shape}, but this model needs "
+            f"{(rank, config.n_embd)}: [model.n_embd_wte, model.n_embd]"
         )
     found = {"embed/band_0/scale_up": scales.scale_up}
     if not config.n_embd_wte_scale_tying:
         found["embed/band_0/scale_down"] = scales.scale_down
     elif not np.array_equal(scales.scale_up, scales.scale_down):
         raise UserError(
-            f"{path} has two different scale matrices and this model ties them: set "
+            f"{path} has two different scale matrices, but this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
     return found | _mean(scales.mean, wpe_TD)

@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 
 
 def summary(device_count: int) -> dict[str, Any]:
-    """Device, versions and commit, as results on that many devices store them."""
+    """{'device', 'versions', 'git_commit'} of a result on `device_count` devices."""
     return {
         "device": device(device_count),
         "versions": versions(),
@@ -44,9 +44,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Hash of the checkout's commit, with '-dirty' if tracked files differ, or None.
+    """Hash of the commit, with '-dirty' if tracked files differ; None if unknown.
 
-    A copy without git, as in a container, reads it from the variable PCAGPT_COMMIT.
+    The environment variable PCAGPT_COMMIT takes precedence. It serves copies without
+    git, as in a container.
     """
     if told := os.environ.get("PCAGPT_COMMIT"):
         return told

@@ -41,7 +41,7 @@ class Run:
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
         Raises:
-          UserError: no such folder, no checkpoint in it, or no config.json.
+          UserError: the folder, its checkpoint or its config.json does not exist.
         """
         folder, step = checkpoint.find(path)
         record = read_record(folder)
@@ -70,18 +70,18 @@ class Run:
             if field.name not in free and value not in (default, trained):
                 raise UserError(
                     f"model.{field.name} is {value}, but {self.folder} was trained "
-                    f"with {trained}: leave it out, a run keeps its model"
+                    f"with {trained}: leave it out, because a run keeps its model"
                 )
 
     def model_settings(
         self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
     ) -> ModelSettings:
-        """The `model` section of the run, with the knobs in `free` as asked."""
+        """The `model` section of the run, with the knobs in `free` from `asked`."""
         chosen = {name: getattr(asked, name) for name in free}
         return dataclasses.replace(self.settings.model, **chosen)
 
     def config(self, asked: ModelSettings) -> GPTConfig:
-        """The run's model on this device; of `asked`, only the device knobs count."""
+        """The config of the run's model; only `DEVICE_KNOBS` come from `asked`."""
         return build_config(self.model_settings(asked), self.record["vocab_size"])
 
     @functools.cached_property
@@ -109,7 +109,7 @@ class Run:
         return {"constants": {}} | trees.replace(wanted, found, source=source)
 
     def load(self, asked: ModelSettings, mesh: Mesh | None = None) -> tuple[GPT, dict]:
-        """The model as in `config`, and its variables on the mesh or on one device.
+        """The model of `config`, and its variables on the mesh or on one device.
 
         Raises UserError as for `variables`.
         """
@@ -123,13 +123,13 @@ class Run:
         model = self.settings.model
         if model.n_embd_wte is not None or model.band_sizes:
             raise UserError(
-                f"{self.folder} has a factorized embedding already: give a baseline, "
+                f"{self.folder} already has a factorized embedding: give a baseline, "
                 "such as checkpoints/gpt_baseline"
             )
         return self.record["vocab_size"], model.n_embd
 
     def table(self) -> np.ndarray:
-        """The full token table: `table_shape`, float32. Raises the same error."""
+        """The full token table, float32 of `table_shape`; raises the same error."""
         vocab_size, _ = self.table_shape
         wte_VD = self.weights["params"]["embed"]["band_0"]["wte"][:vocab_size]
         return np.asarray(wte_VD, np.float32)
@@ -180,14 +180,14 @@ class Run:
         known_ids = self.record["vocab_size"]
         if corpus.vocab_size > known_ids:
             raise UserError(
-                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"of {self.folder} knows {known_ids} tokens: give the corpus it was "
-                "trained on"
+                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
+                f"model of {self.folder} knows {known_ids} tokens: give the corpus "
+                "that it was trained on"
             )
         known = self.record.get("tokenizer")
         if known and corpus.tokenizer and known != corpus.tokenizer:
             raise UserError(
-                f"{corpus.name} has tokens of {corpus.tokenizer}, the model of "
+                f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
                 f"{self.folder} knows those of {known}: set "
                 f"--config.data.tokenizer={known}"
             )
@@ -206,7 +206,7 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that tells this checkpoint from others."""
+        """A hash that identifies this checkpoint."""
         return checkpoint.fingerprint(self._checkpoint)
 
     def is_at(self, recorded: str | None) -> bool:

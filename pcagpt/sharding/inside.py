@@ -12,13 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def device_count() -> int:
-    """Number of devices that an array may be split over: 1 inside `by_device`."""
+    """Number of devices that an array may be split over; 1 inside `by_device`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """The array, replicated on every device, like its gradient."""
+    """The array, replicated on every device; so is its gradient."""
     if device_count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec())
@@ -32,12 +32,12 @@ def gathered(array: jax.Array) -> jax.Array:
     """
     if device_count() == 1:
         return array
-    # Without the barrier, XLA would gather a cast array before the cast, in the larger
-    # dtype.
+    # Without the barrier, XLA would move the cast of an array after the gathering, and
+    # so gather it in the larger dtype.
     return whole(jax.lax.optimization_barrier(array))
 
 
-# The gradient passes through: the transpose of `whole` would replicate it.
+# The gradient passes unchanged, because the transpose of `whole` would replicate it.
 gathered.defvjp(lambda array: (gathered(array), None), lambda _, gradient: (gradient,))
 
 

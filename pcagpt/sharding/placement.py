@@ -25,12 +25,13 @@ from pcagpt.errors import UserError
 LEAVE_SECONDS = 10.0  # as long as processes that end wait for each other
 BATCH_AXES = ("data", "fsdp")
 
-# With this pass, XLA would copy all gradients into one array for their sum over devices
-# and out of it again.
+# This pass copies all gradients into one array before their sum over devices, and back
+# after it. Without the pass, XLA sums them in place.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 
-# The first full match wins. Paths of optimizer states end in the parameter's own path.
-# Rows are split, not columns: gathering rows needs no transpose.
+# The first pattern that matches the whole path applies. The path of an optimizer state
+# ends in the path of its parameter. Rows are split, not columns, because gathering rows
+# needs no transpose.
 PARTITION_RULES = (
     (r"(.*/)?(wte|wpe|scale_up|scale_down|kernel)", PartitionSpec("fsdp", None)),
     (r".*", PartitionSpec()),
@@ -40,13 +41,14 @@ PARTITION_RULES = (
 def start_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the other processes; None lets JAX ask the cluster (Slurm, ...)."""
+    """Joins the other processes; with None, JAX asks the cluster (Slurm, ...)."""
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except ValueError as error:
         raise UserError(
-            f"distributed start failed ({error}): outside Slurm and the like give "
-            "distributed.coordinator_address=HOST:PORT, .num_processes and .process_id"
+            f"distributed start failed ({error}): outside Slurm and similar clusters, "
+            "give distributed.coordinator_address=HOST:PORT, .num_processes and "
+            ".process_id"
         ) from None
 
 
@@ -91,7 +93,8 @@ def open_devices() -> None:
 def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh of data * fsdp devices; data = -1 uses all devices.
 
-    Raises UserError for too few devices, or if devices of any process stay unused.
+    Raises UserError if there are too few devices. It also does so if some stay unused
+    and data is -1 or there are several processes.
     """
     devices = jax.devices()
     data_is_open = data == -1
@@ -124,7 +127,7 @@ def check_divisible(name: str, size: int, mesh: Mesh) -> None:
 
 
 def check_splits(n_embd: int, mesh: Mesh) -> None:
-    """Raises UserError if 'fsdp' cannot split the matrices of a model that wide."""
+    """Raises UserError if 'fsdp' cannot split matrices with n_embd rows evenly."""
     if n_embd % mesh.shape["fsdp"]:
         raise UserError(
             f"mesh.fsdp = {mesh.shape['fsdp']} does not divide model.n_embd = "
@@ -135,7 +138,8 @@ def check_splits(n_embd: int, mesh: Mesh) -> None:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by its path.
 
-    A matrix is replicated if 'fsdp' does not divide its rows, as in some bands.
+    A matrix is replicated if 'fsdp' does not divide its number of rows, as in some
+    bands.
     """
 
     def place(leaf, spec):
@@ -146,29 +150,29 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Puts the whole array on every device."""
+    """The sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading axis over all devices."""
+    """The sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def part_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the second axis of [parts, batch, ...] over all devices."""
+    """The sharding that splits axis 1 of [parts, batch, ...] over all devices."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as one global device array."""
+    """Puts a host array on the devices; every process must give the same array."""
     return jax.make_array_from_callback(
         batch.shape, sharding, lambda index: batch[index]
     )
 
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
-    """`jax.jit` with replicated results; `inside` sees the mesh."""
+    """`jax.jit` with replicated results; the mesh is set for `inside`."""
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     @functools.wraps(function)

@@ -55,10 +55,10 @@ def _new_display() -> progress.Progress:
 class Progress:
     """Progress of counted work on stderr; a context manager.
 
-    A terminal shows a live bar. A log file gets a line at the start, at most one every
-    LINE_SECONDS, and one at the end. Bars can nest: an inner bar disappears at its end,
-    and a log file shows it only if it takes longer than LINE_SECONDS. Only the first
-    process shows progress. A run that is resumed gives its finished steps as `start`.
+    A terminal shows a live bar. A log file gets a line at the start, then at most one
+    line in LINE_SECONDS, and one at the end. Bars can nest: an inner bar disappears at
+    its end, and a log file shows it only if it takes longer than LINE_SECONDS. Only the
+    first process shows progress. `start` is the number of steps that are already done.
     """
 
     _display: progress.Progress | None = None  # stays None on other processes

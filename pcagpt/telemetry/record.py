@@ -74,7 +74,7 @@ def _start_wandb(
             resume="allow" if known else None,
             dir=str(run_dir),
             config=config,
-            # Its copy of the console would break the progress bar.
+            # W&B's capture of the console would break the progress bar.
             settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.errors.Error as error:
@@ -84,8 +84,8 @@ def _start_wandb(
             "WANDB_MODE=offline, or switch it off with --config.telemetry.wandb=False"
         ) from None
     write_text(id_file, run.id + "\n")
-    # W&B ignores entries behind its own step counter, and a resumed run writes such
-    # entries. So our step is a metric, and the x-axis of all other metrics.
+    # W&B ignores entries with a step below its own counter, but a resumed run writes
+    # such entries. So our step is a metric, and it is the x-axis of all other metrics.
     run.define_metric("*", step_metric="step")
     return run
 
@@ -93,12 +93,12 @@ def _start_wandb(
 class Telemetry:
     """Records one run in its folder; a context manager.
 
-    Every method does nothing except on the first process. `config` is for W&B.
+    The methods do nothing on other processes than the first. `config` is for W&B.
 
-    A run that continues from the checkpoint of `resume_step` removes later lines of
-    metrics.jsonl and does not write existing lines again, so that each (step, split)
-    has one line. None starts a new metrics.jsonl. UserError if W&B cannot start; then
-    metrics.jsonl is unchanged.
+    With a `resume_step`, it removes later lines of metrics.jsonl and does not write
+    existing lines again, so that each (step, split) has one line. With None, it starts
+    a new metrics.jsonl. Raises UserError if W&B cannot start; metrics.jsonl is then
+    unchanged.
     """
 
     _path = _board = _wandb = None  # stay None except on the first process
@@ -135,7 +135,7 @@ class Telemetry:
             self._board = SummaryWriter(
                 str(run_dir),
                 purge_step=last_step + 1,
-                # Two writers within a second would otherwise share one file name.
+                # Without this, two writers in one second would have the same file name.
                 filename_suffix=f".{time.time_ns()}",
             )
 
@@ -190,7 +190,7 @@ class Telemetry:
                 name: value if isinstance(value, (int, float, str)) else str(value)
                 for name, value in flat_dict.items()
             }
-            # add_hparams opens a second file; TensorBoard never returns to the first.
+            # add_hparams opens a second file, and TensorBoard then ignores the first.
             self._board.flush()
             # "." is the run's own folder; another name would show up as a second run.
             self._board.add_hparams(settings, metrics, name=".")

@@ -14,7 +14,8 @@ AGREE_EVERY = 10  # steps between two exchanges among several processes
 class StopRequest:
     """Records SIGINT and `STOPS` instead of ending; a second SIGINT ends at once.
 
-    A context manager. It has no effect outside the main thread.
+    A context manager. A second SIGINT raises KeyboardInterrupt at once. It has no
+    effect outside the main thread.
     """
 
     def __init__(self):
@@ -37,7 +38,7 @@ class StopRequest:
         """The signal to stop for before this step, the same in every process, or 0."""
         if jax.process_count() == 1:
             return self.received
-        # An exchange makes the processes wait for each other, so it is not done often.
+        # The exchange makes the processes wait for each other, so it is rare.
         if step % AGREE_EVERY:
             return 0
         return int(multihost_utils.process_allgather(np.array(self.received)).max())

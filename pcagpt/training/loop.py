@@ -70,14 +70,14 @@ def train(
         compiled_step = compile_step(setup, state, shardings, teacher)
         meter = Meter(setup, history, telemetry, progress)
 
-        # `step` counts the updates that `state` has had. Each round evaluates and saves
-        # this state if that is due, and then makes the next update.
+        # `step` is the number of updates of `state`. Each iteration evaluates and saves
+        # this state if it is time, and then makes the next update.
         for step in range(first_step, last_step + 1):
             is_last, stopping = step == last_step, stop.stops_at(step)
-            is_new = step != resumed_at  # A resumed state was evaluated and saved.
+            is_new = step != resumed_at  # A restored state was evaluated and saved.
 
-            # The last state is always evaluated: a run may have been killed between its
-            # last save and its result.
+            # The last state is always evaluated, because a run may have been killed
+            # after its last save and before its result.
             measured = None
             if is_last or (is_new and step % settings.evaluate.every == 0):
                 meter.flush()
@@ -106,16 +106,16 @@ def train(
                 break
             if stopping:
                 checkpoints.wait()
-                saved = "saved: the same command goes on from there"
-                fresh = "nothing to save yet: the same command starts again"
+                saved = "saved: run the same command again to continue"
+                fresh = "nothing to save yet: run the same command to start again"
                 raise Interrupted(
                     f"{run_dir.name} stopped at step {step} of {last_step}, "
                     f"{saved if step else fresh}",
                     stopping,
                 )
 
-            # This returns before the device is done. The meter reads the metrics one
-            # step late, so that the device always has the next step to work on.
+            # This call returns before the device has finished. The meter reads the
+            # metrics one step late, so that the device never waits for the next step.
             state, metrics = compiled_step(state, setup.batch(step), teacher)
             meter.hold(step + 1, metrics)
 
@@ -132,14 +132,14 @@ def train(
 def start(
     setup: Setup, checkpoints: Checkpoints
 ) -> tuple[TrainState, TrainState, History]:
-    """The first state to train, placed on the mesh, its shardings, and the history.
+    """The first state (on the mesh), its shardings, and the history of the run.
 
     Precedence: the newest checkpoint, then what `init` imports, then random weights.
     """
     seed = setup.settings.seed
     init = functools.partial(initial_state, setup.model, setup.optimizer, seed)
     shardings = placement.shardings(jax.eval_shape(init), setup.mesh)
-    # Each device makes its own part: the whole state may not fit on one.
+    # Each device makes only its own part, because the state may not fit on one device.
     init = jax.jit(init, out_shardings=shardings)
     restored = checkpoints.restore_latest(init.eval_shape().items)
     if restored:
@@ -158,7 +158,7 @@ def start(
 def _constants(setup: Setup) -> dict:
     """The token order of several bands: imported, or by falling frequency."""
     config = setup.model.config
-    # One band needs no order, and `init.weights_from` imports one.
+    # One band needs no order, and `init.weights_from` imports the order.
     if len(config.bands) == 1 or setup.settings.init.weights_from:
         return {}
     if setup.imported_table:
@@ -169,7 +169,7 @@ def _constants(setup: Setup) -> dict:
 
 
 def place_teacher(setup: Setup, state: TrainState) -> Teacher | None:
-    """The teacher on the mesh, its rows in the state's order of tokens."""
+    """The teacher on the mesh, with its rows in the token order of the state."""
     if setup.teacher is None:
         return None
     config = setup.model.config
@@ -203,14 +203,14 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(shardings, placement.replicated(setup.mesh)),
     )
-    # Code of the model splits rows over the mesh that is set here (`sharding.inside`).
+    # The helpers of `sharding.inside` read this mesh.
     with jax.set_mesh(setup.mesh):
         lowered = jitted.lower(state, setup.batch(0), teacher)
         return lowered.compile(compiler_options=placement.COMPILER_OPTIONS)
 
 
 def _telemetry(setup: Setup, run_dir: Path, resumed_at: int | None) -> Telemetry:
-    """The logs of the run, with a table of its settings."""
+    """Opens the logs of the run and adds a table of its settings."""
     settings = setup.settings
     telemetry = Telemetry(
         run_dir,
@@ -240,7 +240,7 @@ def _result(
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
     memory = compiled_step.memory_analysis()
-    # Imported bands have the size of a rank; other bands have no rank.
+    # Imported bands are as large as a table of a rank; other bands have no such rank.
     has_rank = settings.init.import_bands or not model.band_sizes
     return {
         "run": run_dir.name,

@@ -19,10 +19,10 @@ from pcagpt.training.setup import Setup
 
 @dataclasses.dataclass
 class History:
-    """Figures that a run keeps when it resumes; each checkpoint holds them."""
+    """Measurements of a run that its checkpoints store, so that they survive a stop."""
 
     best_val_loss: float = math.inf
-    timed_tokens: int = 0  # of steps without compiling, evaluating and saving
+    timed_tokens: int = 0  # of timed steps: no compiling, evaluating or saving
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
 
@@ -45,7 +45,7 @@ class History:
 
 
 def not_finite(step: int, seen: str) -> UserError:
-    """The error for a loss that is not finite after `step` updates."""
+    """The error for a loss or gradient that is not finite after `step` updates."""
     return UserError(
         f"the loss is not finite at step {step} ({seen}): the checkpoint before it is "
         "kept; lower train.learning_rate or train.gradient_clip, then run again with "
@@ -54,10 +54,10 @@ def not_finite(step: int, seen: str) -> UserError:
 
 
 class Meter:
-    """Takes the metrics of each step and reads them once the next step is dispatched.
+    """Takes the metrics of each step and reads them after the next step is dispatched.
 
-    Reading a metric waits for its step. One step later, the device is busy meanwhile.
-    The time of each step is added to the history.
+    Reading a metric waits for its step. With the delay of one step, the device works on
+    the next step during this wait. It adds the time of each step to the history.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Meter:
         self._held = step, metrics
 
     def flush(self) -> None:
-        """Reads the metrics it holds, and leaves what follows out of the timing."""
+        """Reads the metrics that it holds; does not time what follows."""
         self._read()
         self._last_read = None
 

@@ -10,7 +10,7 @@ from pcagpt.config.schema import TrainSettings
 
 FROZEN, TRAINED = "frozen", "trained"
 
-# Weight decay applies to matrices, tables included, and not to biases and norms.
+# Weight decay applies to matrices and tables, not to biases and norms.
 DECAY_RULES = (
     (r".*/(kernel|wte|scale_up|scale_down)", True),
     (r"wpe", True),
@@ -42,7 +42,7 @@ def learning_rate_schedule(train: TrainSettings) -> optax.Schedule:
 
 
 def freeze_labels(params, frozen_patterns: Sequence[str]):
-    """'frozen' or 'trained' for each leaf; ValueError if a pattern matches none."""
+    """'frozen' or 'trained' for each leaf; ValueError if a pattern matches no leaf."""
     rules = [(pattern, FROZEN) for pattern in frozen_patterns]
     labels = trees.label(params, [*rules, (".*", TRAINED)])
     for pattern in frozen_patterns:
@@ -57,8 +57,8 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """AdamW for the trained parameters; frozen ones have no update and no moments.
 
-    Clipping and decay are part of the trained branch. Otherwise gradients of frozen
-    parameters would count in the norm, and frozen parameters would decay.
+    Only the branch of the trained parameters has clipping and decay. Otherwise the norm
+    would contain gradients of frozen parameters, and frozen parameters would decay.
     """
     adamw = optax.adamw(
         learning_rate_schedule(train),
@@ -76,7 +76,7 @@ def optimizer(
 
 
 def stop_frozen_gradients(params, frozen_patterns: Sequence[str]):
-    """The parameters, without gradient and backward pass for frozen leaves."""
+    """The parameters; frozen leaves have no gradient and no backward pass."""
     return jax.tree.map(
         lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf,
         params,

@@ -45,7 +45,7 @@ class Setup:
 
     @classmethod
     def of(cls, settings: Settings, corpus: Corpus) -> "Setup":
-        """Checks everything that can be checked before the first file is written.
+        """Builds the setup; checks all that can be checked before the first file.
 
         Raises UserError if the settings do not fit the corpus, the imports or the
         devices.
@@ -97,14 +97,14 @@ class Setup:
         return self.settings.train.batch_size * self.model.config.block_size
 
     def batch(self, step: int) -> jax.Array:
-        """The batch of a step on the devices: int32 [A, B, T + 1], in A parts."""
+        """The batch of a step on the devices, in A parts: int32 [A, B, T + 1]."""
         tokens_BT = self.batches.batch_at(step)
         parts = self.settings.train.accumulation
         tokens_ABT = tokens_BT.reshape(parts, -1, tokens_BT.shape[-1])
         return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
 
     def import_into(self, variables: dict) -> dict:
-        """Random variables with the imports put in; UserError if these do not fit."""
+        """Replaces imported leaves of `variables`; UserError if they do not fit."""
         init, config = self.settings.init, self.model.config
         if init.weights_from:
             return Run.open(init.weights_from).variables(config)
@@ -127,19 +127,19 @@ def _open_teacher(
     config = run.config(settings.model)
     if config.vocab_size != student.config.vocab_size:
         raise UserError(
-            f"distill.teacher: {path} has {config.vocab_size} tokens, this model "
-            f"{student.config.vocab_size}: both must have the same"
+            f"distill.teacher: {path} has {config.vocab_size} tokens, but this model "
+            f"has {student.config.vocab_size}: both must have the same number"
         )
     if config.block_size < student.config.block_size:
         raise UserError(
-            f"distill.teacher: {path} reads {config.block_size} tokens at a time, this "
-            f"model {student.config.block_size}: lower model.block_size"
+            f"distill.teacher: {path} reads {config.block_size} tokens at a time, but "
+            f"this model reads {student.config.block_size}: lower model.block_size"
         )
     return GPT(config), run.variables(config)
 
 
 def _stand_in(model: GPT) -> Any:
-    """Variables of the right shapes that take no memory, to try imports on."""
+    """Variables with the right shapes and without memory, to check imports with."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
     return jax.tree.map(

@@ -20,7 +20,7 @@ from pcagpt.training import optim
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes, and the constants the model reads."""
+    """Everything that a step changes, and the constants that the model reads."""
 
     step: jax.Array
     params: Any
@@ -29,7 +29,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What `GPT.apply` takes."""
+        """The variables for `GPT.apply`."""
         return {"params": self.params, "constants": self.constants}
 
     @property
@@ -48,8 +48,8 @@ class TrainState:
 class Teacher:
     """A trained model to distill from; a step only reads it.
 
-    variables: what `model.apply` takes; head: its token table at full width, cut into
-    the bands of the student, as `losses.distillation` takes it.
+    variables: those for `model.apply`; head: its token table at full width, cut into
+    the bands of the student, for `losses.distillation`.
     """
 
     model: GPT = flax.struct.field(pytree_node=False)
@@ -64,9 +64,9 @@ class Teacher:
         bands: Sequence[BandSpec],
         position_of_token_V: np.ndarray,
     ) -> "Teacher":
-        """A teacher with its rows in a student's bands and order; host arrays.
+        """A teacher with its rows in the bands and the order of a student; host arrays.
 
-        Every row is brought to full width, so that one product gives all logits.
+        Factorized rows are multiplied out, so that one product gives all logits.
         """
         rows = []
         for band in model.apply(variables, method="head"):
@@ -88,7 +88,7 @@ class Teacher:
 
 def named_key(seed: int, name: str) -> jax.Array:
     """An independent random key for each purpose: 'init' or 'dropout'."""
-    # The number must be the same in every process: Python's own hash is not.
+    # Python's own hash differs between processes, so it cannot be used here.
     number = int.from_bytes(name.encode()[:4], "little")
     return jax.random.fold_in(jax.random.key(seed), number)
 
@@ -125,21 +125,21 @@ def train_step(
 
     Args:
       state: at any step.
-      batch_ABT: windows of T + 1 tokens, int32 [A, B, T + 1]. Parts are computed one
-        after the other, to save memory.
-      teacher: to distill from, if any.
+      batch_ABT: windows of T + 1 tokens, int32 [A, B, T + 1]. The parts are computed
+        in sequence, to save memory.
+      teacher: the model to distill from, or None.
       model: the model that is trained.
       optimizer: freezes the same parameters as `frozen`.
-      schedule: the optimizer's learning rate, to report it.
-      seed: of dropout.
+      schedule: the learning rate of the optimizer, only to report it.
+      seed: for dropout.
       frozen: path patterns of parameters without a backward pass.
       loss_chunks: the logits of a part are computed in this many chunks.
       distill_share: weight of the teacher's divergence; the rest is the cross entropy.
 
     Returns:
-      The new state and, as float32 scalars, the mean loss in nats per token, the
-      gradient norm before clipping over what trains, and the learning rate; with a
-      teacher also the cross entropy and the divergence that make up the loss.
+      (new state, metrics). The metrics are float32 scalars: 'loss' in nats per token,
+      'gradient_norm' of the trained parameters before clipping, and 'learning_rate'.
+      With a teacher, also 'cross_entropy' and 'kl', the two parts of the loss.
     """
     dropout_key = jax.random.fold_in(named_key(seed, "dropout"), state.step)
     logits_dtype = jnp.dtype(model.config.compute_dtype)
@@ -158,7 +158,7 @@ def train_step(
         )
         targets_N = tokens_BT[:, 1:].reshape(-1)
         head = model.apply(variables, method="head")
-        # Bands renumber the tokens: these are the targets' columns in the head.
+        # Bands renumber the tokens, so the columns of the targets are not their ids.
         columns_N = model.apply(variables, targets_N, method="renumber")
         precision = {"logits_dtype": logits_dtype, "chunks": loss_chunks}
         if teacher is None:
