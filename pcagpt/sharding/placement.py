@@ -68,16 +68,7 @@ def leave_processes() -> None:
 @functools.cache
 def open_devices() -> None:
     """Starts JAX's devices; UserError if the environment asks for what is not there."""
-    if flags := os.environ.get("XLA_FLAGS"):
-        # XLA ends the process if it does not know a flag, so another one tries them.
-        script = "from jaxlib import xla_client; xla_client.CompileOptions()"
-        tried = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True
-        )
-        if tried.returncode and (
-            told := re.search(r"\] (.*XLA_FLAGS.*)", tried.stderr)
-        ):
-            raise UserError(f"XLA_FLAGS is '{flags}': {told[1]}; correct or unset it")
+    _check_flags(os.environ.get("XLA_FLAGS", ""))
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # It has no class of its own.
@@ -88,6 +79,20 @@ def open_devices() -> None:
             f"{f' ({reason})' if reason else ''}: unset JAX_PLATFORMS to use what is "
             "there, or install the package of that platform"
         ) from None
+
+
+@functools.cache
+def _check_flags(flags: str) -> None:
+    """Raises UserError for XLA_FLAGS that XLA does not know."""
+    if not flags:
+        return
+    # XLA ends the process if it does not know a flag, so another one tries them.
+    script = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    tried = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    if tried.returncode and (told := re.search(r"\] (.*XLA_FLAGS.*)", tried.stderr)):
+        raise UserError(f"XLA_FLAGS is '{flags}': {told[1]}; correct or unset it")
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
