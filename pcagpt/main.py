@@ -21,7 +21,8 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
       system, such as a full disk (what was saved before is kept)
   75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
       training has saved, the same command goes on
-   1  anything else; also Ctrl-C and SIGTERM, after which training has saved as well
+   1  anything else; also Ctrl-C and SIGTERM, after which training has saved as well,
+      and the end of another process of the same run, noticed within a minute
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text
@@ -76,12 +77,16 @@ def main(arguments: list[str]) -> int:
         # JAX's own errors are RuntimeErrors.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return _say(_OUT_OF_MEMORY, REFUSED)
+        if reason := _lost_another(error):
+            process.say_others_ended(reason)
         raise
 
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the settings and the plan."""
     validate(settings)
+    if settings.distributed.enabled:
+        process.end_with_others()
     with process.ended_by_signals():
         # Imported here because this takes seconds: mistakes are reported before.
         try:
@@ -133,6 +138,15 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         raise
     if lines and jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)
+
+
+def _lost_another(error: Exception) -> str | None:
+    """How JAX worded that another process ended, without the place in its source."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.process_count() == 1:
+        return None
+    told = re.search(r"(Gloo|NCCL|\S*[Bb]arrier|UNAVAILABLE|DEADLINE).*", str(error))
+    return re.sub(r"\[\S+\.cc:\d+\] ", "", told[0]) if told else None
 
 
 def _say(message: str, exit_code: int) -> int:

@@ -21,6 +21,11 @@ DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
 INTERRUPTED = "interrupted: the same command goes on from what is saved"
+_OTHERS_ENDED = (
+    "another process of this run ended or cannot be reached{}, so this one ends, too: "
+    "what is saved is kept, and the same command goes on from it"
+)
+_LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 
 # Of JAX, each changes the numbers of a run, which must not depend on the environment.
 _NOT_HEEDED = (
@@ -35,7 +40,7 @@ _NOT_HEEDED = (
 def prepare() -> None:
     """Silences libraries and caches compiled programs; call before importing jax."""
     _open_streams()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _LOGGED)
     with contextlib.suppress(RuntimeError):  # A user without a home.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         os.environ.setdefault(
@@ -113,6 +118,36 @@ def _keep_freed_memory() -> None:
     if mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(arenas, 1)
+
+
+def end_with_others() -> None:
+    """Makes this process end with one line and FAILED if JAX loses another one.
+
+    Call before importing jax, which then aborts in a thread of its own, perhaps while
+    the main thread waits for ever. JAX's hook for this case is broken: it aborts, too.
+    What XLA and JAX log at an abort is left out, unless the person chose a level.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == _LOGGED:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "4"
+    c_signal = ctypes.CDLL(None).signal  # Python's only runs in the main thread.
+    c_signal.restype = ctypes.c_void_p
+    c_signal(signal.SIGABRT, _on_abort)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    say_others_ended()
+
+
+_first = threading.Lock()
+
+
+def say_others_ended(reason: str = "") -> NoReturn:
+    """Ends this process because another one did; only the first thread says so."""
+    _first.acquire()
+    told = _OTHERS_ENDED.format(reason and f" ({reason})")
+    os.write(2, f"pcagpt: {told}\n".encode())
+    os._exit(FAILED)
 
 
 def exit_code(number: int) -> int:

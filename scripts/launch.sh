@@ -31,10 +31,10 @@ require_ranks() {
       "numbers separated by commas, for example: bash scripts/$script 64,128"
 }
 
-# run_pcagpt ARGUMENT...: runs pcagpt with the Python of the active virtual environment,
-# of .venv if none is active, or with python3 if there is no .venv.
-run_pcagpt() {
-  local python=python3
+# find_python: sets `python` to that of the active virtual environment, of .venv if none
+# is active, or to python3 if there is no .venv.
+find_python() {
+  python=python3
   if [[ -n ${VIRTUAL_ENV-} && -x $VIRTUAL_ENV/bin/python ]]; then
     python=$VIRTUAL_ENV/bin/python
   elif [[ -x .venv/bin/python ]]; then
@@ -42,5 +42,10 @@ run_pcagpt() {
   elif ! python3 -c 'import jax, ml_collections' 2>/dev/null; then
     refuse "pcagpt is not installed for python3: run bash scripts/setup.sh once"
   fi
+}
+
+# run_pcagpt ARGUMENT...: becomes pcagpt.
+run_pcagpt() {
+  find_python
   exec "$python" -m pcagpt.main "$@"
 }

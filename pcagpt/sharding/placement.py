@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pcagpt import trees
 from pcagpt.errors import UserError
 
+LOST_SECONDS = 40  # without a sign of life, after which a process counts as ended
 LEAVE_SECONDS = 10.0  # as long as processes that end wait for each other
 BATCH_AXES = ("data", "fsdp")
 
@@ -43,8 +44,13 @@ def start_processes(
 ) -> None:
     """Joins the other processes; with None, JAX asks the cluster (Slurm, ...)."""
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    except ValueError as error:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
         raise UserError(
             f"distributed start failed ({error}): outside Slurm and similar clusters, "
             "give distributed.coordinator_address=HOST:PORT, .num_processes and "
