@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import changed, execute, metrics, saved_state
+from runs import changed, execute, metrics, saved_state, setup, start
 
 from pcagpt import files
 from pcagpt.errors import UserError
@@ -342,6 +342,30 @@ def restart(run_dir, workdir, at):
         if step > at:
             shutil.rmtree(copy / "ckpt" / str(step))
     return copy
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_what_any_number_of_devices_saves_any_other_restores(tiny_config, tmp_path):
+    counts = (1, 2, 4, 8)
+    on = {n: setup(changed(tiny_config, **{"mesh.fsdp": n})) for n in counts}
+    for saving in counts:
+        run_dir = tmp_path / f"{saving}"
+        state, _ = start(on[saving], run_dir)
+        wanted = jax.tree.map(np.asarray, state.items)
+        assert len(leaf_of(state.items).sharding.device_set) == saving
+        with Checkpoints(run_dir, keep_last=1) as checkpoints:
+            checkpoints.save(1, state.items, {"history": {}})
+            checkpoints.wait()
+        for restoring in counts:
+            found, _ = start(on[restoring], run_dir)
+            assert len(leaf_of(found.items).sharding.device_set) == restoring
+            assert_same(found.items, wanted)
+
+
+def leaf_of(items):
+    """An array that 'fsdp' splits."""
+    return items["weights"]["params"]["embed"]["band_0"]["wte"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from command_line import ROOT, call, refusal, tiny
 from runs import quick_environment
@@ -151,6 +152,50 @@ time.sleep(60)
     ended = python("-c", script, timeout=30)
     assert ended.returncode == 2
     assert re.fullmatch("pcagpt: events: no space left on device: .*\n", ended.stderr)
+
+
+# Other processes.
+
+
+def test_an_abort_of_jax_is_one_line_although_the_main_thread_waits():
+    script = """
+import os, threading, time
+from pcagpt import process
+process.end_with_others()
+for _ in range(2):
+    threading.Thread(target=os.abort).start()
+time.sleep(60)
+"""
+    ended = python("-c", script, timeout=30)
+    assert ended.returncode == 1
+    assert re.fullmatch(
+        "pcagpt: another process of this run .* on from it\n", ended.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "UNKNOWN: Gloo all-reduce failed: [external/gloo/tcp/pair.cc:538] Read "
+            "error [127.0.0.1]:306: Connection reset by peer",
+            "Gloo all-reduce failed: Read error [127.0.0.1]:306: Connection reset by "
+            "peer",
+        ),
+        ("INTERNAL: a bug", None),
+    ],
+)
+def test_an_error_of_communication_counts_as_the_end_of_another_process(
+    text, reason, corpus_folder, monkeypatch
+):
+    told = []
+    error = RuntimeError(text)
+    stop_with(error, monkeypatch)
+    monkeypatch.setattr(process, "say_others_ended", told.append)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        call(*tiny("baseline.py", corpus_folder))
+    assert told == ([reason] if reason else [])
 
 
 # The environment.
