@@ -77,8 +77,11 @@ def main(arguments: list[str]) -> int:
         # JAX's own errors are RuntimeErrors.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return _say(_OUT_OF_MEMORY, REFUSED)
-        if reason := _lost_another(error):
-            process.say_others_ended(reason)
+        if "jax" in sys.modules:
+            from pcagpt.sharding import placement
+
+            if reason := placement.lost_process(error):
+                process.say_others_ended(reason)
         raise
 
 
@@ -138,15 +141,6 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         raise
     if lines and jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)
-
-
-def _lost_another(error: Exception) -> str | None:
-    """How JAX worded that another process ended, without the place in its source."""
-    jax = sys.modules.get("jax")
-    if jax is None or jax.process_count() == 1:
-        return None
-    told = re.search(r"(Gloo|NCCL|\S*[Bb]arrier|UNAVAILABLE|DEADLINE).*", str(error))
-    return re.sub(r"\[\S+\.cc:\d+\] ", "", told[0]) if told else None
 
 
 def _say(message: str, exit_code: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import changed, execute, metrics, saved_state, setup, start
 
@@ -132,6 +133,19 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
     with pytest.raises(
         UserError, match=f"every checkpoint .* damaged .*: delete {tmp_path}"
     ):
+        restore(tmp_path)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_the_end_of_another_process_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+
+    def lose(*_, **__):
+        raise RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+
+    monkeypatch.setattr(checkpoint.placement, "lost_process", str)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", lose)
+    with pytest.raises(RuntimeError, match="Gloo"):
         restore(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2]
 

@@ -147,7 +147,8 @@ class Checkpoints:
                     raise UserError("it holds values that are not finite, or absurd")
             # Orbax and what it calls raise errors of many types.
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):  # It may be undamaged.
+                # It may be undamaged.
+                if "RESOURCE_EXHAUSTED" in str(error) or placement.lost_process(error):
                     raise
                 reason = str(error).strip().split("\n")[0][:200]
                 damaged.append((step, reason))

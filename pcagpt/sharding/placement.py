@@ -71,6 +71,14 @@ def leave_processes() -> None:
     leaving.join(LEAVE_SECONDS)
 
 
+def lost_process(error: Exception) -> str | None:
+    """How JAX words that another process ended, if this is what an error says."""
+    if jax.process_count() == 1:
+        return None
+    told = re.search(r"(Gloo|NCCL|\S*[Bb]arrier|UNAVAILABLE|DEADLINE).*", str(error))
+    return re.sub(r"\[\S+\.cc:\d+\] ", "", told[0]) if told else None
+
+
 @functools.cache
 def open_devices() -> None:
     """Starts JAX's devices; UserError if the environment asks for what is not there."""
