@@ -20,7 +20,7 @@ from pcagpt.errors import Interrupted, explain
 DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
-INTERRUPTED = "interrupted: the same command goes on from what is saved"
+INTERRUPTED = "interrupted: run the same command again to continue"
 
 # Of JAX, each changes the numbers of a run, which must not depend on the environment.
 _NOT_HEEDED = (

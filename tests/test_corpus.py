@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from runs import json_of
 
 from pcagpt.data import content, text_files, token_files
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
@@ -71,7 +72,7 @@ def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
     counts = {split: len(addresses) for split, addresses in documents.items()}
     assert counts == {"train": 189, "val": 11, "test": 11}
     assert len(set().union(*documents.values())) == 211
-    meta = json.loads((sotu.folder / "meta.json").read_text())
+    meta = json_of(sotu.folder / "meta.json")
     assert meta == {
         "name": "sotu",
         "vocab_size": 4096,

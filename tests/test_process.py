@@ -253,7 +253,7 @@ def test_a_signal_outside_training_is_one_line_and_its_code(
     before = signal.getsignal(number)
     outcome = call(*tiny("baseline.py", corpus_folder))
     assert outcome.code == code
-    assert re.fullmatch("pcagpt: interrupted: the same command .*\n", outcome.err)
+    assert re.fullmatch("pcagpt: interrupted: run the same command .*\n", outcome.err)
     assert signal.getsignal(number) is before
 
 
