@@ -107,8 +107,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a JSON file; `strict` converts the value, and a hash seals it."""
-    value = strict(value)
+    """Replaces a JSON file; `strict` converts the value, and a hash seals it.
+
+    A seal that the value has, because it was read as plain JSON, is replaced.
+    """
+    value = {name: entry for name, entry in strict(value).items() if name != _SEAL}
     text = json.dumps(
         value | {_SEAL: _sha256_of_json(value)},
         indent=2,

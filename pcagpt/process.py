@@ -20,10 +20,10 @@ from pcagpt.errors import Interrupted, explain
 DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
-INTERRUPTED = "interrupted: the same command goes on from what is saved"
+INTERRUPTED = "interrupted: run the same command again to continue"
 _OTHERS_ENDED = (
     "another process of this run ended or cannot be reached{}, so this one ends, too: "
-    "what is saved is kept, and the same command goes on from it"
+    "run the same command again to continue from what is saved"
 )
 _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 

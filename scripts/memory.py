@@ -27,7 +27,7 @@ from pcagpt.config import override
 ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 0.25
 WARM_UP = 1 / 3
-# Python alone collects cycles so rarely that the memory of a short run looks like a saw.
+# Python itself collects cycles so rarely that memory rises and falls like a saw.
 COLLECTING = """
 import gc, runpy, threading, time
 def collect():

@@ -84,6 +84,13 @@ def job(config: ConfigDict) -> Job:
     return plan(config).jobs[-1]
 
 
+def json_of(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that pcagpt wrote, without its seal."""
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    return content
+
+
 def described(config: ConfigDict) -> list[str]:
     """A line for each job that is needed, as the program prints it."""
     return pipeline.describe(pipeline.check(plan(config), Settings.of(config)))

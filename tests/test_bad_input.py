@@ -4,6 +4,7 @@ Each kind of input is spoilt here in a few ways, and in all ways in the tests of
 module that reads it.
 """
 
+import json
 import os
 import pickle
 import re
@@ -191,8 +192,10 @@ def damage(step_folder):
 def test_a_damaged_checkpoint_is_not_evaluated(trained, corpus_folder, place):
     run_dir = Path(shutil.copytree(trained, place / "run"))
     damage(run_dir / "ckpt" / "2")
-    arguments = tiny("evaluate.py", corpus_folder, model_path=run_dir)
-    assert "ckpt/2 cannot be read" in refusal(*arguments, unchanged=[place])
+    named = tiny("evaluate.py", corpus_folder, model_path=run_dir / "ckpt" / "2")
+    assert "ckpt/2 cannot be read" in refusal(*named, unchanged=[place])
+    done = call(*tiny("evaluate.py", corpus_folder, model_path=run_dir))
+    assert json.loads(done.out)["step"] == 1  # It falls back to the one before.
 
 
 @pytest.mark.parametrize("config", ["evaluate.py", "baseline.py"])

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from command_line import CONFIGS, ROOT, call, commands, tiny
+from runs import json_of
 
 from pcagpt.config import command_line, validate
 from pcagpt.errors import UserError
@@ -83,7 +84,7 @@ def test_evaluate_writes_beside_the_run_what_it_prints(run_dir, corpus_folder):
     outcome = call(*tiny("evaluate.py", corpus_folder, model_path=run_dir))
     assert outcome.code == 0, outcome
     (written,) = run_dir.glob("evaluation_*_val_step2.json")
-    assert json.loads(written.read_text()) == json.loads(outcome.out)
+    assert json_of(written) == json.loads(outcome.out)
     assert math.isfinite(json.loads(outcome.out)["loss"])
 
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import changed, snapshot
+from runs import changed, json_of, snapshot
 
 from pcagpt import main, trees
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import TextSize, open_corpus
 from pcagpt.errors import UserError
+from pcagpt.files import write_json
 from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.pipeline import evaluate as task
 from pcagpt.pipeline import sample
@@ -290,7 +291,7 @@ def write_corpus(folder, vocab_size, tokenizer=None):
 def test_the_loss_on_the_validation_split_is_that_of_the_run_s_result(run, asked):
     config = asked(run)
     found = evaluate(config)
-    wanted = json.loads((Path(config.model_path) / "result.json").read_text())
+    wanted = json_of(Path(config.model_path) / "result.json")
     assert found["loss"] == wanted["val_loss"]
     for name in ("perplexity", "ln_f_cosine", "ln_f_cosine_p05", "ln_f_cosine_d"):
         assert found[name] == wanted[name]
@@ -322,7 +323,7 @@ def test_each_corpus_split_and_step_has_its_own_file_in_the_run_folder(asked, tm
     }
     run_dir = tmp_path / "runs" / "gpt_baseline"
     found = {
-        path.stem.removeprefix("evaluation_"): json.loads(path.read_text())
+        path.stem.removeprefix("evaluation_"): json_of(path)
         for path in run_dir.glob("evaluation_*.json")
     }
     own = wanted["corpus_val_step6"]["protocol"]["corpus"]
@@ -348,7 +349,7 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
         source = str(place / "corpus")
         found[number] = evaluate(changed(config, **{"data.source": source}))
     paths = (tmp_path / "runs" / "gpt_baseline").glob("evaluation_corpus_val_*.json")
-    written = [json.loads(path.read_text()) for path in paths]
+    written = [json_of(path) for path in paths]
     assert sorted(result["loss"] for result in written) == sorted(
         result["loss"] for result in found.values()
     )
@@ -365,9 +366,9 @@ def own_corpus(asked, corpus_folder, tmp_path):
     config = asked()
     folder = Path(shutil.copytree(corpus_folder, tmp_path / "tokens"))
     path = Path(config.model_path) / "config.json"
-    record = json.loads(path.read_text())
+    record = json_of(path)
     record["data"]["source"], record["corpus_source"] = "tokens", str(folder)
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     return config, folder
 
 
@@ -389,7 +390,7 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
 def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
     config, folder = own_corpus
     path = Path(config.model_path) / "config.json"
-    record = json.loads(path.read_text())
+    record = json_of(path)
     for order, words in ((1, None), (-1, "numbers its tokens in another way")):
         letters = [chr(200 + number) for number in range(97)][::order]
         meta = {"vocab_size": 97, "itos": letters}
@@ -398,7 +399,7 @@ def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
         named = changed(config, **{"data.source": str(folder)})
         if words is None:
             record["corpus"] = corpus.content
-            path.write_text(json.dumps(record))
+            write_json(path, record)
             evaluate(named)
             continue
         with pytest.raises(UserError, match=words):
@@ -413,7 +414,7 @@ def test_what_does_not_fit_the_run_is_refused_and_nothing_written(asked, tmp_pat
     narrow = {"data.source": write_corpus(tmp_path / "narrow", vocab_size=50)}
     before = snapshot(tmp_path / "runs")
     for knobs, words in (
-        (wide, "ids up to 97, the model .* 97 tokens"),
+        (wide, "ids up to 97, but the model .* 97 tokens"),
         (narrow | {"split": "test"}, "no 'test' split .*present: val"),
         ({"model.n_layer": 2}, "model.n_layer is 2, .* trained with 1"),
         ({"model.band_sizes": (90, 7)}, r"band_sizes is .* trained with \(\)"),
@@ -429,7 +430,7 @@ def test_what_does_not_fit_the_run_is_refused_and_nothing_written(asked, tmp_pat
 def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
     config = asked()
     path = Path(config.model_path) / "config.json"
-    trained = json.loads(path.read_text()) | {"tokenizer": "gpt2", "vocab_size": 5000}
+    trained = json_of(path) | {"tokenizer": "gpt2", "vocab_size": 5000}
     path.write_text(json.dumps(trained))
     config.data.source = write_corpus(tmp_path / "sotu", 4096, tokenizer="sotu4096")
     with pytest.raises(UserError, match="tokens of sotu4096, .* those of gpt2"):
@@ -440,7 +441,7 @@ def test_spare_token_ids_of_a_model_can_be_evaluated(asked, tmp_path):
     """model.vocab_size, not the training corpus, says what a model knows."""
     config = asked()
     path = Path(config.model_path) / "config.json"
-    trained = json.loads(path.read_text())
+    trained = json_of(path)
     trained["model"]["vocab_size"] = trained["vocab_size"] = 120
     path.write_text(json.dumps(trained))
     config.data.source = write_corpus(tmp_path / "wide", vocab_size=110)

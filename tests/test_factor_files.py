@@ -177,7 +177,7 @@ def test_scale_matrices_need_both_matrices_and_ignore_other_arrays(tmp_path):
         ("token_order.npy", None, "token_order.npy does not exist"),
         ("wte_band1.npy", None, "wte_band1.npy does not exist"),
         ("token_order.npy", np.zeros(7, np.int32), "does not hold each token once"),
-        ("wte_band1.npy", TABLE[:, :1], "rank 2, the table"),
+        ("wte_band1.npy", TABLE[:, :1], "rank 2, but the table"),
         ("wte_band0.npy", np.ones((3, 9), np.float32), r"widths \[5, 9\]"),
         ("wte_band0.npy", np.ones((9, 5), np.float32), "bands of 9 rows"),
     ],

@@ -178,6 +178,30 @@ def test_the_automatic_number_of_calibration_tokens_is_the_same_on_every_device(
         by(job, method="kl").status()
 
 
+@pytest.mark.usefixtures("quick")
+def test_files_know_the_tokens_that_they_were_calibrated_on(
+    job, corpus_folder, tmp_path
+):
+    folder = Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+    knobs = {"train.batch_size": 8, "compress.calibration_tokens": 128}
+    knobs |= {"data.source": str(folder), "mesh.data": 1}
+    job = by(job, method="kl")
+    job = dataclasses.replace(job, settings=job.settings.replace(knobs))
+    metadata = made(job)
+    assert job.status() == "done"
+    for split in ("val", "train"):
+        np.fromfile(folder / f"{split}.bin", "<u2")[::-1].tofile(
+            folder / f"{split}.bin"
+        )
+        if split == "val":
+            assert job.status() == "done"  # The text is that of train.
+    with pytest.raises(UserError, match=r"\(calibration_sha256 differ\)"):
+        job.status()
+    del metadata["calibration_sha256"]  # As in files of an earlier version.
+    write_json(job.folder / "metadata.json", metadata)
+    assert job.status() == "done"
+
+
 def test_files_made_in_another_way_are_refused_and_kept(job, baseline_dir, tmp_path):
     made(job)
     before = snapshot(job.folder)

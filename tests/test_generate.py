@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import call
-from runs import BANDS, changed, execute, setup, start
+from runs import BANDS, changed, execute, json_of, setup, start
 
 from pcagpt.config import Settings
 from pcagpt.data.characters import CharacterTokenizer
@@ -189,13 +189,13 @@ def test_the_command_prints_each_sample_with_its_prompt_and_writes_nothing(talke
 def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
     done = ask(f"{finished_experiment.workdir}/gpt_baseline")
     assert done.code == 2
-    assert "without a tokenizer, so its samples" in done.err
+    assert "without a tokenizer there is no text to show; name it" in done.err
 
 
 def rewritten(trained, tmp_path, **changes):
     """A copy of a run of 97 bare ids, with another record."""
     run = shutil.copytree(trained, tmp_path / "copy")
-    record = json.loads((run / "config.json").read_text()) | changes
+    record = json_of(run / "config.json") | changes
     record.pop("sha256", None)
     (run / "config.json").write_text(json.dumps(record))
     return run

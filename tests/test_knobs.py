@@ -352,7 +352,9 @@ def place(tmp_path_factory, corpus_folder, finished_experiment):
     for split in ("train", "val"):
         (folder / "text" / f"{split}.txt").write_text("one two three\n" * 40)
     talker = shutil.copytree(folder / "finished" / "gpt_baseline", folder / "talker")
-    write_record(talker, read_record(talker) | {"tokenizer": "sotu4096"})
+    write_record(
+        talker, read_record(talker) | {"characters": [chr(32 + i) for i in range(97)]}
+    )
     order, rows = np.arange(97, dtype=np.int32), random.normal(size=(97, 32))
     parts = tuple(
         BandFactors(rows[part, :rank], rows[:rank])

@@ -169,7 +169,7 @@ time.sleep(60)
     ended = python("-c", script, timeout=30)
     assert ended.returncode == 1
     assert re.fullmatch(
-        "pcagpt: another process of this run .* on from it\n", ended.stderr
+        "pcagpt: another process of this run .* what is saved\n", ended.stderr
     )
 
 
@@ -298,7 +298,7 @@ def test_a_signal_outside_training_is_one_line_and_its_code(
     before = signal.getsignal(number)
     outcome = call(*tiny("baseline.py", corpus_folder))
     assert outcome.code == code
-    assert re.fullmatch("pcagpt: interrupted: the same command .*\n", outcome.err)
+    assert re.fullmatch("pcagpt: interrupted: run the same command .*\n", outcome.err)
     assert signal.getsignal(number) is before
 
 

@@ -13,6 +13,7 @@ from runs import (
     described,
     execute,
     job,
+    json_of,
     plan,
     saved_state,
     setup,
@@ -195,7 +196,7 @@ def test_a_checkpoint_0_of_an_older_version_is_resumed(tiny_config, copied):
 
 def test_a_result_of_another_run_does_not_count(copied):
     run_dir = job(copied).folder
-    result = json.loads((run_dir / "result.json").read_text())
+    result = json_of(run_dir / "result.json")
     assert result["run_id"] == read_record(run_dir)["run_id"]
     write_json(run_dir / "result.json", {**result, "run_id": "another"})
     assert read_result(run_dir) is None
@@ -365,7 +366,12 @@ def test_another_config_that_appears_meanwhile_is_refused_without_a_long_wait(
 ):
     asked = job(tiny_config)
     record = {**job(changed(tiny_config, seed=2)).record(), "run_id": "another"}
-    meanwhile(asked.folder, lambda: write_record(asked.folder, record))
+
+    def begin():
+        write_record(asked.folder, record)
+        (asked.folder / "metrics.jsonl").write_text("{}\n")
+
+    meanwhile(asked.folder, begin)
     with pytest.raises(UserError, match=r"seed \(was 2, now 1\)"):
         asked.run()
 

@@ -20,6 +20,7 @@ from pcagpt.report import (
     write_sweep_report,
 )
 from pcagpt.report import text as texts
+from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import mean_interval, verdict
 from pcagpt.report.experiment import experiment_view, models_of
 from pcagpt.report.figures import curves_figure, size_figure
@@ -334,6 +335,27 @@ def test_a_run_that_cannot_be_read_is_named_in_one_line(tmp_path, change, messag
     with pytest.raises(UserError, match=message) as error:
         collect_results(tmp_path, [run], FACTORS, COMMAND)
     assert run in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_corpus_counts_by_its_tokens_if_they_are_known():
+    def shared(**other):
+        row = {
+            "folder": "D",
+            "corpus": {"train": "a"},
+            "protocol": {"corpus": "one", "tokens_sha256": "b"},
+        }
+        return _shared_protocol([row, row | other])
+
+    shared(protocol={"corpus": "moved", "tokens_sha256": "b"})
+    shared(corpus=None)  # An earlier version trained it.
+    shared(protocol={"corpus": "one"})
+    for other, words in (
+        ({"protocol": {"corpus": "one", "tokens_sha256": "c"}}, "tokens_sha256: 'b'"),
+        ({"protocol": {"corpus": "two"}}, "corpus: 'one' and 'two'"),
+        ({"corpus": {"train": "c"}}, "trained_on_sha256: 'a' and 'c'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            shared(**other)
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):

@@ -139,7 +139,7 @@ def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
 def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"workdir is {workdir}: {there} is not a writable folder; name another one "

@@ -6,6 +6,7 @@ digests.json lists the content of every file and of every array of the weights. 
 checked before Orbax opens a file. Checkpoints of older versions have none.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -292,8 +293,11 @@ def fingerprint(path: str | Path) -> str:
             f"{run_dir / 'result.json'} to train the run on from step {step}, or name "
             f"{run_dir / FOLDER / str(step)}"
         )
-    record = read_json(run_dir / "config.json", f"delete {run_dir}") or {}
-    model = record.get("model")
+    record = read_json(run_dir / "config.json", f"delete {run_dir}")
+    if record is None:  # It is lost; training gave each checkpoint a copy.
+        with contextlib.suppress(UserError):
+            record = read_meta(run_dir, step).get("config")
+    model = (record or {}).get("model")
     heads = model.get("n_head") if isinstance(model, dict) else None
     listed = _digests(run_dir / FOLDER / str(step)) or {}
     arrays = listed.get("arrays") or _digests_of_arrays(run_dir / FOLDER / str(step))

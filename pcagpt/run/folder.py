@@ -65,11 +65,9 @@ _RECORD = {
     "corpus_sha256": (str, None),
     "compressed": (dict, None),
 }
-# What training writes into a folder. With one of these it holds a run.
-WRITTEN = (
-    "config.json", "result.json", "val_window_losses.npy", "metrics.jsonl",
-    checkpoint.FOLDER,
-)  # fmt: skip
+# A record that training wrote has one of these; those of older versions the second.
+_OURS = {"run_id", "imported_sha256"}
+LOGS = ("metrics.jsonl", "val_window_losses.npy", "result.json")  # of begun training
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
@@ -141,8 +139,24 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether anything is there that training would replace."""
-    return any((run_dir / name).exists() for name in WRITTEN)
+    """Whether anything is there that training would replace.
+
+    A record of ours alone does not count: training stopped before its first step, as
+    without enough memory.
+    """
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise UserError(f"{run_dir} is a link to nothing: remove it, or mount its disk")
+    if checkpoint.steps(run_dir) or any(map(_has_content, map(run_dir.joinpath, LOGS))):
+        return True
+    try:
+        record = read_record(run_dir)
+    except UserError:  # It is damaged: who reads it says so.
+        return True
+    return record is not None and not _OURS & record.keys()
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and (path.is_dir() or path.stat().st_size > 0)
 
 
 def is_unmixed(run_dir: Path) -> bool:
@@ -159,8 +173,7 @@ def is_made_here(run_dir: Path) -> bool:
     checkpoint need not have an optimizer, or the number of updates that it has done.
     """
     record = find_record(run_dir) or {}
-    # Older versions give no run_id, but always the other.
-    if "compressed" in record or not {"run_id", "imported_sha256"} & record.keys():
+    if "compressed" in record or not _OURS & record.keys():
         return False
     return all(
         checkpoint.updates_done(run_dir, step) == step
