@@ -1,12 +1,17 @@
-"""What the compiled training step stores, at GPT-2's vocabulary; nothing is run."""
+"""What the compiled step stores at GPT-2's vocabulary; how memory is measured."""
 
 import functools
 import math
 import re
+import runpy
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from command_line import ROOT
+from runs import quick_environment
 
 from pcagpt.config.schema import TrainSettings
 from pcagpt.model import GPT, GPTConfig
@@ -100,3 +105,27 @@ def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels):
     both_ways |= {f"{name}_gradient" for name in both_ways}
     assert kernels_of(traced_step(rank, "pallas").jaxpr) == both_ways | loss_kernels
     assert kernels_of(traced_step(rank, "xla").jaxpr) == set()
+
+
+SCRIPT = ROOT / "scripts" / "memory.py"
+
+
+def test_the_slope_is_that_of_the_samples():
+    fit = runpy.run_path(str(SCRIPT))["fit"]
+    samples = [(step, 7000 + 5 * step + step % 2) for step in range(1000)]
+    slope, error = fit(samples)
+    assert slope == pytest.approx(5, abs=0.01)
+    assert 0 < error < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_script_trains_and_prints_a_slope_and_its_limit_decides_the_exit_code():
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, "--steps=200", "--limit=-1e9"],
+        env=quick_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert re.search(r"MB at step 200; slope -?[\d.]+ ± [\d.]+ bytes", ended.stdout)
