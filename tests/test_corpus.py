@@ -87,6 +87,19 @@ def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
     assert not sotu.tokens("val").flags.writeable
 
 
+def test_tokens_that_changed_since_their_text_was_tokenized_are_refused(folder, cache):
+    for split in ("train", "val"):
+        (folder / f"{split}.txt").write_text(f"A text for {split}, with some words.")
+    made = open_corpus(str(folder), cache, "sotu4096")
+    tokens = np.fromfile(made.folder / "val.bin", np.uint16)
+    tokens[3] ^= 1
+    tokens.tofile(made.folder / "val.bin")
+    changed = open_corpus(str(folder), cache, "sotu4096")
+    changed.tokens("train")
+    with pytest.raises(UserError, match=r"val\.bin was changed .*: delete .* again"):
+        changed.tokens("val")
+
+
 def test_sotu_puts_end_of_text_before_every_address(sotu):
     decoded = load_tokenizer("sotu4096").decode(sotu.tokens("val").tolist())
     documents = sotu_documents("val")
@@ -652,10 +665,10 @@ def test_unusable_files_are_refused(folder, cache, name, content, match):
     refused(folder, cache, match)
 
 
-@pytest.mark.parametrize("tokens", [None, 3, [3], "3"])
+@pytest.mark.parametrize("tokens", [None, 3, [3], "3", {"train": "3"}])
 def test_a_meta_file_with_damaged_counts_is_refused(folder, cache, tokens):
     write_tokens(folder, [1, 2, 3], vocab_size=65, tokens=tokens)
-    refused(folder, cache, r"meta\.json is damaged: 'tokens' is ")
+    refused(folder, cache, r"meta\.json is damaged: 'tokens' must give")
 
 
 def test_tokenizer_that_is_unknown_or_contradicts_meta_is_refused(folder, cache):
@@ -683,8 +696,8 @@ def test_first_id_beyond_the_vocabulary_is_named(folder, cache):
             "another version of tokenizer 'sotu4096'",
         ),
         *(
-            ({"vocab_size": size}, "vocab_size .*must be a positive integer")
-            for size in (0, "65", 65.0, True, None)
+            ({"vocab_size": size}, "vocab_size .*must be a whole number from 1")
+            for size in (0, "65", 65.0, True, None, 10**12)
         ),
         ({"dtype": "int64"}, "must be uint16 or uint32"),
         ({"dtype": ["uint16"]}, "must be uint16 or uint32"),

@@ -108,6 +108,8 @@ def test_top_1_is_the_most_likely_token():
     model, variables = model_of("full")
     for prompt in ([1], [5, 96], [3, 1, 50, 2]):
         greedy = drawn(model, variables, prompt, 1, temperature=0)
+        tiny = drawn(model, variables, prompt, 1, temperature=1e-40)
+        np.testing.assert_array_equal(tiny, greedy)
         found = drawn(model, variables, prompt, 1, top_k=1, temperature=5.0)
         np.testing.assert_array_equal(found, greedy)
 

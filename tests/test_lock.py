@@ -285,7 +285,9 @@ def test_the_servers_clock_decides_and_not_this_machines(folder, monkeypatch):
 
 def test_a_damaged_lock_file_counts_by_its_time_alone(folder):
     path = elsewhere(folder)
-    for text in ("{", "[]", ""):
+    odd = {**lock._this_process(), "process": "12"}
+    beyond, less = odd | {"process": 10**20}, {"kernel": odd["kernel"]}
+    for text in ("{", "[]", "", *map(json.dumps, (odd, beyond, less))):
         path.write_text(text)
         with pytest.raises(UserError, match="busy"), held(folder, busy):
             pass
