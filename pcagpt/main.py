@@ -44,7 +44,8 @@ from pcagpt.process import DONE, FAILED, INTERRUPTED, REFUSED
 
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
-    "raise train.accumulation or train.loss_chunks, or lower model.block_size"
+    "raise train.accumulation or train.loss_chunks, or lower model.block_size (for "
+    "samples: sample.count)"
 )
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from pcagpt.data.meta import SPLITS
 from pcagpt.data.sources import sotu_documents
-from pcagpt.data.token_files import SPLITS
 from pcagpt.data.tokenizer import (
     ASSETS,
     END_OF_TEXT,

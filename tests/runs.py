@@ -166,12 +166,12 @@ def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
 def snapshot(folder: Path) -> dict[str, int]:
     """{file: when it was written}, to see that nothing was.
 
-    content.json does not count: it may appear whenever tokens are read.
+    .pcagpt-content.json does not count: it may appear whenever tokens are read.
     """
     return {
         str(path.relative_to(folder)): path.is_file() and path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.name != "content.json"
+        if path.name != ".pcagpt-content.json"
     }
 
 

@@ -25,6 +25,7 @@ from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import describe_files, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
+from pcagpt.files import sha256_of_file
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
 
@@ -80,6 +81,7 @@ def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
         "tokenizer": "sotu4096",
         "tokenizer_sha256": RANKS["sotu4096"].sha256,
         "tokens": {"train": 2195114, "val": 166033, "test": 118490},
+        "tokens_sha256": {s: sha256_of_file(sotu.folder / f"{s}.bin") for s in SPLITS},
     }
     assert {split: len(sotu.tokens(split)) for split in SPLITS} == meta["tokens"]
     assert not sotu.tokens("val").flags.writeable
@@ -158,7 +160,9 @@ def test_a_file_is_read_once_until_it_changes(folder, cache, monkeypatch):
     write_tokens(folder, [99], "test")  # Nobody asks for it here.
     monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
     wanted = open_corpus(str(folder), cache).tokens("train").tolist()
-    assert json.loads((folder / "content.json").read_text()).keys() >= {"train.bin"}
+    assert json.loads((folder / ".pcagpt-content.json").read_text()).keys() >= {
+        "train.bin"
+    }
     content._settled.cache_clear()  # As in another process.
     with monkeypatch.context() as patch:
         patch.setattr(content, "_read", None)
@@ -174,7 +178,7 @@ def test_a_file_that_may_change_within_its_time_is_read_every_time(folder, cache
     write_tokens(folder, [1, 2, 3], vocab_size=10)
     path = folder / "train.bin"
     status, before = path.stat(), contents(folder, cache)
-    assert not (folder / "content.json").exists()
+    assert not (folder / ".pcagpt-content.json").exists()
     write_tokens(folder, [1, 2, 4])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert contents(folder, cache) != before
@@ -192,8 +196,8 @@ def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypa
 
     monkeypatch.setattr(content, "write_json", refuse)
     wanted = contents(folder, cache)
-    assert not (folder / "content.json").exists()
-    (file,) = cache.glob("content-*.json")
+    assert not (folder / ".pcagpt-content.json").exists()
+    (file,) = cache.glob(".pcagpt-content-*.json")
     content._settled.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(content, "_read", None)

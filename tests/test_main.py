@@ -243,8 +243,10 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     arguments = tiny("pca_k128.py", corpus_folder, model={"n_embd_wte": 4})
     ended = process(*arguments, cache=compiled)
     assert ended.returncode == 0, ended.stderr
-    first_words = [line.split()[0] for line in ended.stdout.splitlines()]
-    assert first_words == ["D", "pca_factorized", "A", "factorizing"]
+    *plan, tokens, made = ended.stdout.splitlines()
+    assert [line.split()[0] for line in plan] == ["D", "pca_factorized", "A"]
+    assert "holds bare token ids: its models cannot be sampled" in tokens
+    assert made.startswith("factorizing")
     for line in ended.stderr.splitlines():
         assert re.fullmatch(r"[DA] gpt_\w+  \d/2 .* left", line), ended.stderr
 

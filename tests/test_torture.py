@@ -164,8 +164,11 @@ def test_a_flip_changes_one_bit(damage, tmp_path):
 @pytest.mark.slow
 def test_the_short_campaign_finds_nothing(tmp_path):
     script = SCRIPTS / "torture.py"
+    # 'disk' needs a Python that other users may read, which a machine may not have.
+    parts = ("kills", "signals", "damages", "together", "inputs")
+    only = [word for part in parts for word in ("--only", part)]
     ended = subprocess.run(
-        [sys.executable, script, "--short", "--out", tmp_path / "torture"],
+        [sys.executable, script, "--short", "--out", tmp_path / "torture", *only],
         capture_output=True,
         text=True,
     )

@@ -1,10 +1,10 @@
 """What the bytes of a token file are: their hash and the highest id at each width.
 
-The whole file is read for it, but only once until it changes: content.json keeps the
-answer beside the token file, or in the cache folder if that folder is read-only. An
-answer counts for one size and two times of the file (its last change of content, and of
-anything). A file that changed in the last two seconds could change again without
-another time, so its answer is not kept.
+The whole file is read for it, but only once until it changes: .pcagpt-content.json
+keeps the answer beside the token file, or in the cache folder if that folder is
+read-only. An answer counts for one size and two times of the file: its last change of
+content, and of anything. A file that changed in the last two seconds could change again
+without another time, so its answer is not kept.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import numpy as np
 from pcagpt.errors import UserError
 from pcagpt.files import read_json, write_json
 
+NAME = ".pcagpt-content.json"
 _SETTLED_SECONDS = 2
 _CHUNK_BYTES = 1 << 22
 _WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
@@ -42,7 +43,7 @@ class Content:
 
 
 def content_of(path: Path, cache_dir: Path) -> Content:
-    """The content of a file; reads content.json instead if it knows the file."""
+    """The content of a file; .pcagpt-content.json saves reading it again."""
     stamp = stamp_of(path)
     return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
 
@@ -51,7 +52,10 @@ def content_of(path: Path, cache_dir: Path) -> Content:
 def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
     """The content of a file whose times tell it from any later one."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
-    files = path.parent / "content.json", cache_dir / f"content-{place}.json"
+    files = (
+        path.parent / ".pcagpt-content.json",
+        cache_dir / f".pcagpt-content-{place}.json",
+    )
     for file in files:
         entry = _entries(file).get(path.name)
         if isinstance(entry, dict) and entry.get("stamp") == list(stamp):
@@ -71,7 +75,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """What content.json says of each file; {} if it is missing or damaged."""
+    """What .pcagpt-content.json says of each file; {} if it is missing or damaged."""
     try:
         return read_json(file, "delete it") or {}
     except (UserError, OSError):

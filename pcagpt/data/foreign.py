@@ -13,6 +13,7 @@ _FOREIGN = {
     rb"\x80[\x04\x05]\x95.{6}\0\0": "a pickle",
     rb"\x80[\x02\x03][\]}(cX](?=.*\.\Z)": "a pickle",
     rb"\x89HDF\r\n": "an HDF5 file",
+    rb".{6}\0\0\{\"": "a safetensors file",
     rb"PAR1": "a Parquet file",
     rb"ARROW1": "an Arrow file",
     rb"%PDF-": "a PDF",

@@ -14,6 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import read_json
 
 SPLITS = ("train", "val", "test")
+MOST_TOKENS = 10**8  # of a vocabulary; known ones have less than 10**6
 META_FILES = ("meta.json", "meta.pkl")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -28,7 +29,8 @@ class CorpusInfo:
     them; is_assumed: nobody named the tokenizer; tokenizer_sha256: what tells the
     numbering of the ids from others, or None if nothing is known of it; characters: the
     text of each id, from the `itos` or `stoi` of a meta file, or None; dtype: a key of
-    DTYPES, or None if nobody named one; counts: stated number of tokens of each split.
+    DTYPES, or None if nobody named one; counts: stated number of tokens of each split;
+    hashes: sha256 of each split's file, which pcagpt states of what it tokenized.
     """
 
     name: str
@@ -40,6 +42,7 @@ class CorpusInfo:
     characters: tuple[str, ...] | None = None
     dtype: str | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def present_splits(folder: Path) -> tuple[str, ...]:
@@ -75,17 +78,19 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         meta = {"vocab_size": RANKS[name].vocab_size, "tokenizer": name}
         is_assumed = tokenizer == "auto"
     vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MOST_TOKENS:
         raise UserError(
-            f"{path} gives vocab_size {vocab_size!r}: it must be a positive integer"
+            f"{path} gives vocab_size {vocab_size!r}: it must be a whole number from 1 "
+            f"to {MOST_TOKENS}"
         )
     dtype, counts = meta.get("dtype"), meta.get("tokens", {})
     if dtype is not None and dtype not in list(DTYPES):
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
-    if not isinstance(counts, dict):
+    hashes = meta.get("tokens_sha256", {})
+    if not _is_by_split(counts, int) or not _is_by_split(hashes, str):
         raise UserError(
-            f"{path} is damaged: 'tokens' is {counts!r}, it must give the number of "
-            "tokens of each split"
+            f"{path} is damaged: 'tokens' must give the number of tokens of each split "
+            "as whole numbers, 'tokens_sha256' the hash of its file as text"
         )
     name = meta.get("name")
     agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
@@ -103,7 +108,13 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         characters=tuple(map(text_of_id.get, range(vocab_size))) if is_whole else None,
         dtype=dtype,
         counts=counts,
+        hashes=hashes,
     )
+
+
+def _is_by_split(value: object, kind: type) -> bool:
+    """Whether a value is a dict with entries of one type."""
+    return isinstance(value, dict) and all(type(e) is kind for e in value.values())
 
 
 def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
@@ -168,7 +179,7 @@ def _agreed_tokenizer(
     return name
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
     """Unpickles plain values. It refuses to look up any name, so no code can run."""
 
     def find_class(self, module_name: str, global_name: str) -> object:

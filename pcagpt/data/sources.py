@@ -84,7 +84,7 @@ def describe_files(source: str) -> str:
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files
-    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, "content.json"}
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, ".pcagpt-content.json"}
     others = text_files.other_names(found, used)
     return f"tokens in {found}; left out: {others}" if others else ""
 

@@ -50,6 +50,11 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
     """
     _refuse_foreign(path)
     content = content_of(path, cache_dir)
+    if info.hashes.get(path.stem, content.sha256) != content.sha256:
+        raise UserError(
+            f"{path} was changed or damaged since its text was tokenized: delete "
+            f"{path.parent} to have it tokenized again"
+        )
     stated = info.counts.get(path.stem)
     name = _dtype(path, content, info, stated)
     dtype, highest = DTYPES[name], content.highest[name]

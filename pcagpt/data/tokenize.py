@@ -16,7 +16,7 @@ import tiktoken
 from pcagpt.data.meta import DTYPES, CorpusInfo
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from pcagpt.files import write_json
+from pcagpt.files import sha256_of_file, write_json
 
 _PIECE_CHARACTERS = 1 << 16
 # GPT-2's pattern never matches across this cut, so both parts encode to the same ids as
@@ -76,6 +76,9 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
         "tokenizer": info.tokenizer,
         "tokenizer_sha256": info.tokenizer_sha256,
         "tokens": counts,
+        "tokens_sha256": {
+            split: sha256_of_file(folder / f"{split}.bin") for split in counts
+        },
     }
     write_json(folder / "meta.json", meta)
 

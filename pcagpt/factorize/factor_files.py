@@ -63,10 +63,16 @@ def bands_path(folder: Path, rank: int) -> Path:
 
 
 def exists(folder: Path, rank: int, in_bands: bool) -> bool:
-    """Whether the files of a rank are complete."""
-    if in_bands:
-        return (bands_path(folder, rank) / ORDER_FILE).exists()
-    return table_path(folder, rank).exists() and scale_path(folder, rank).exists()
+    """Whether the files of a rank are complete and undamaged."""
+    try:
+        if in_bands:
+            read_bands(bands_path(folder, rank))
+        else:
+            read_table(table_path(folder, rank))
+            read_scale_matrices(scale_path(folder, rank))
+    except UserError:
+        return False
+    return True
 
 
 def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:

@@ -326,9 +326,7 @@ def _first_fingerprint(path: str | Path) -> str:
 
 
 def _seal(folder: Path, step: int) -> None:
-    """Writes digests.json of a checkpoint that is about to get its final name."""
-    if jax.process_index() > 0:
-        return
+    """Writes digests.json of a checkpoint, which may not have its final name yet."""
     written = folder / f"{step}{_UNFINISHED}"
     written = written if written.exists() else folder / str(step)
     below = [path for path in written.rglob("*") if path.name not in _UNLISTED]
@@ -447,6 +445,7 @@ def save_weights(run_dir: Path, variables: dict) -> None:
             0, args=ocp.args.Composite(weights=ocp.args.StandardSave(variables))
         )
         manager.wait_until_finished()
+    _seal(folder, 0)
 
 
 def load_weights(path: str | Path) -> tuple[dict, dict, int]:

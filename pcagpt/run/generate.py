@@ -16,6 +16,7 @@ import numpy as np
 from pcagpt.model import GPT
 
 LEAST_CAPACITY = 128  # tokens; a power of 2
+LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn
 
 
 class Sampler(NamedTuple):
@@ -150,7 +151,7 @@ def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         drawn_B = jnp.argmax(logits_BV, axis=-1)
     else:
         key = jax.random.fold_in(key, known)

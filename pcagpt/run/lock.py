@@ -159,15 +159,16 @@ def _this_process() -> dict[str, Any]:
 
 def _lives(owner: dict[str, Any], path: Path) -> bool:
     """Whether the command that wrote a lock file still lives."""
-    kernel = _kernel()
-    if kernel and owner.get("kernel") == kernel:
+    kernel, number = _kernel(), owner.get("process")
+    is_known = type(number) is int and 0 < number < 2**31 and "process_start" in owner
+    if kernel and owner.get("kernel") == kernel and is_known:
         try:
-            os.kill(owner["process"], 0)  # Only asks whether there is one.
+            os.kill(number, 0)  # Only asks whether there is one.
         except ProcessLookupError:
             return False
         except PermissionError:  # It is another person's.
             pass
-        return _start_of(owner["process"]) in (None, owner["process_start"])
+        return _start_of(number) in (None, owner["process_start"])
     return _server_time(path.parent) - path.stat().st_mtime < STALE
 
 

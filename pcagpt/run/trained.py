@@ -20,7 +20,7 @@ from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
-from pcagpt.run.folder import read_record
+from pcagpt.run.folder import find_record
 from pcagpt.sharding import placement
 
 
@@ -44,7 +44,7 @@ class Run:
           UserError: the folder, its checkpoint or its config.json does not exist.
         """
         folder, step = checkpoint.find(path)
-        record = read_record(folder)
+        record = find_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")

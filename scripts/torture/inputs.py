@@ -80,9 +80,11 @@ def inputs(case: Case, index: int) -> tuple[str, Verdict]:
         children.apart(_series, *arguments, limit=count * case.limit)
     except RuntimeError as error:
         outcome = HANG if "exit code -6" in str(error) else TRACEBACK
-        begun = (case.folder / "begun.json").read_text()
-        verdicts.append(Verdict(outcome, f"{error}: {begun}"))
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+        begun = case.folder / "begun.json"
+        words = begun.read_text() if begun.exists() else "before the first example"
+        verdicts.append(Verdict(outcome, f"{error}: {words}"))
+    written = log.read_text() if log.exists() else ""
+    lines = [json.loads(line) for line in written.splitlines()]
     verdicts += [Verdict(line["outcome"], line["why"]) for line in lines]
     found = worst(verdicts)
     counts = dict(Counter(verdict.outcome for verdict in verdicts))
@@ -135,9 +137,9 @@ class _TooLong(BaseException):
 
 def _in_process() -> Callable[[list[str], float], Ended]:
     """A function that calls pcagpt.main.main here and captures what it says."""
-    from pcagpt import main
+    from pcagpt import main, process
 
-    main.prepare_process()
+    process.prepare()
 
     def stop(*_: Any) -> None:
         raise _TooLong
@@ -221,7 +223,7 @@ def _tokens(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
                 [
                     path.read_bytes() + b"\1",
                     beyond.tobytes(),
-                    *(ids.astype(dtype).tobytes() for dtype in ("<u4", ">u2", "<i8")),
+                    *(ids.astype(dtype).tobytes() for dtype in (">u2", "<i8")),
                     np.random.default_rng(0).normal(size=400).tobytes(),
                     arrays.getvalue(),
                     archive.getvalue(),
