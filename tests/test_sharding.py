@@ -286,7 +286,7 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
 
 
 def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
-    def initialize(*_):
+    def initialize(*_, **_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
@@ -296,7 +296,9 @@ def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
 
 def test_distributed_start_passes_the_config_on(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **_: calls.append(args)
+    )
     placement.start_processes("host:1234", 2, 1)
     assert calls == [("host:1234", 2, 1)]
 
