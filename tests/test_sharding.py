@@ -286,7 +286,7 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
 
 
 def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
-    def initialize(*_, **_):
+    def initialize(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
