@@ -129,7 +129,11 @@ def train(run: Setup) -> tuple[dict, list[float]]:
         mock.patch.object(Checkpoints, "save", timed_save),
     ):
         return loop.train(
-            run, Path(run_dir), record={}, label="bench", check_place=lambda: None
+            run,
+            Path(run_dir),
+            record={"run_id": "bench"},
+            label="bench",
+            check_place=lambda: None,
         ), waited
 
 
