@@ -213,7 +213,7 @@ def test_a_run_on_characters_is_sampled_with_them(trained, tmp_path):
     assert ask(run, "--config.sample.tokens=5").code == 0
     refused = ask(run, "--config.sample.prompt=ab\u00e9")
     assert refused.code == 2
-    assert "sample.prompt holds '\u00e9', which is none of the 97" in refused.err
+    assert "sample.prompt holds '\u00e9', but it is not one of the 97" in refused.err
     assert ask(run, "--config.data.tokenizer=gpt2").code == 2
 
 

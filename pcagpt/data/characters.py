@@ -24,7 +24,7 @@ class CharacterTokenizer:
 
     @property
     def eot_token(self) -> int | None:
-        """The id of `<|endoftext|>`; None if there is none."""
+        """The id of `<|endoftext|>`; None if no id stands for it."""
         return self._id_of_text.get(END_OF_TEXT)
 
     @functools.cached_property
@@ -42,7 +42,7 @@ class CharacterTokenizer:
             piece = next((p for p in pieces if p in self._id_of_text), None)
             if piece is None:
                 raise UserError(
-                    f"sample.prompt holds {text[at]!r}, which is none of the "
+                    f"sample.prompt holds {text[at]!r}, but it is not one of the "
                     f"{self.n_vocab} characters that the model was trained on: leave "
                     "it out"
                 )

@@ -25,8 +25,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class CorpusInfo:
     """Description of a corpus, known before its tokens are read.
 
-    splits: those that it has; tokenizer: a name in RANKS, or None if it is none of
-    them; is_assumed: nobody named the tokenizer; tokenizer_sha256: what tells the
+    splits: those that it has; tokenizer: a name in RANKS, or None for any
+    other; is_assumed: nobody named the tokenizer; tokenizer_sha256: what tells the
     numbering of the ids from others, or None if nothing is known of it; characters: the
     text of each id, from the `itos` or `stoi` of a meta file, or None; dtype: a key of
     DTYPES, or None if nobody named one; counts: stated number of tokens of each split;

@@ -279,9 +279,9 @@ def updates_done(run_dir: Path, step: int) -> int | None:
 def fingerprint(path: str | Path) -> str:
     """A hash of the weights and of the number of heads: what a run computes with.
 
-    Two trainings of the same numbers have the same, whenever, wherever and by whichever
-    versions. `path` and errors are as for `find`; a finished run whose last checkpoint
-    is damaged is refused, because the one before is another model.
+    Equal weights give equal hashes: time, device and versions do not enter. `path` and
+    errors are as for `find`. A finished run with a damaged last checkpoint is refused,
+    because the checkpoint before is another model.
     """
     run_dir, step = find(path)
     named_step = Path(path).name == str(step)
@@ -326,7 +326,12 @@ def _first_fingerprint(path: str | Path) -> str:
 
 
 def _seal(folder: Path, step: int) -> None:
-    """Writes digests.json of a checkpoint, which may not have its final name yet."""
+    """Writes digests.json of a checkpoint, which may not have its final name yet.
+
+    Only the first process writes: all of them would write the same file.
+    """
+    if jax.process_index() > 0:
+        return
     written = folder / f"{step}{_UNFINISHED}"
     written = written if written.exists() else folder / str(step)
     below = [path for path in written.rglob("*") if path.name not in _UNLISTED]

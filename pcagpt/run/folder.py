@@ -141,8 +141,8 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 def holds_run(run_dir: Path) -> bool:
     """Whether anything is there that training would replace.
 
-    A record of ours alone does not count: training stopped before its first step, as
-    without enough memory.
+    A config.json alone, if training wrote it, does not count: training ended before its
+    first step, for example because memory was too small.
     """
     if run_dir.is_symlink() and not run_dir.exists():
         raise UserError(f"{run_dir} is a link to nothing: remove it, or mount its disk")
@@ -150,7 +150,7 @@ def holds_run(run_dir: Path) -> bool:
         return True
     try:
         record = read_record(run_dir)
-    except UserError:  # It is damaged: who reads it says so.
+    except UserError:  # Damaged: the caller reads it again and reports it.
         return True
     return record is not None and not _OURS & record.keys()
 
@@ -182,7 +182,7 @@ def is_made_here(run_dir: Path) -> bool:
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether nothing is there but perhaps an empty folder."""
+    """Whether the path does not exist or is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -191,7 +191,7 @@ def move_aside(path: Path) -> None:
     if is_vacant(path):
         return
     kept = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-    while kept.exists():  # More than one in a second.
+    while kept.exists():  # Moved in the same second.
         kept = kept.with_name(f"{kept.name}x")
     path.rename(kept)
     print(f"{path} was moved to {kept.name}", flush=True)

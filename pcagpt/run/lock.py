@@ -195,6 +195,6 @@ def _start_of(process: int) -> str | None:
 
 
 def _server_time(folder: Path) -> float:
-    """The time by which the file system of a folder stamps its files."""
+    """The present time on the clock of the folder's file server."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_mtime

@@ -303,7 +303,7 @@ def _npy(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
 
 
 def _npz(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
-    """A file of statistics, of which a method need not read every array."""
+    """A file of statistics. A method may read only some of its arrays."""
     path = folder / "statistics.npz"
     with np.load("table.statistics.npz") as archive:
         arrays = dict(archive)

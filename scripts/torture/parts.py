@@ -181,7 +181,7 @@ def disk(case: Case, index: int) -> tuple[str, Verdict]:
     first = case.attempt(name, **options)
     for path in (case.place, *case.place.rglob("*")):
         path.chmod(0o755)
-    # What could not be written or shown is not there yet, of which it must say a word.
+    # A result that could not be written may be absent, but the command must say so.
     incomplete = first.outcome in (SILENT, WARNED) and options.get("stdout")
     again = case.attempt(name)
     again = Verdict(again.outcome, again.why and f"undisturbed again: {again.why}")
