@@ -209,6 +209,17 @@ def test_weights_are_loaded_with_constants_and_damaged_ones_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_damage_of_weights_that_were_saved_alone_is_seen(tmp_path):
+    checkpoint.save_weights(tmp_path, items_at(5)["weights"])
+    files = [p for p in (tmp_path / "ckpt/0/weights").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match="changed or damaged"):
+        checkpoint.load_weights(tmp_path / "ckpt/0")
+
+
 # Damage
 
 

@@ -360,6 +360,13 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
     assert "is another corpus than the one that " in said[0]
 
 
+def test_a_lost_config_is_read_from_the_checkpoint(asked):
+    config = asked()
+    wanted = evaluate(config)["loss"]
+    (Path(config.model_path) / "config.json").unlink()
+    assert evaluate(config)["loss"] == wanted
+
+
 @pytest.fixture
 def own_corpus(asked, corpus_folder, tmp_path):
     """A config that evaluates a run on its own corpus, and that corpus."""

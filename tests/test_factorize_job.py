@@ -56,6 +56,17 @@ def table_of(run_dir, step):
     return params["embed"]["band_0"]["wte"]
 
 
+def test_damaged_factors_are_written_again(job):
+    made(job)
+    path = factor_files.table_path(job.folder, 4)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert job.status() == "to do"
+    made(job)
+    assert path.read_bytes() == content
+    assert job.status() == "done"
+
+
 def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
     metadata = made(by(job, ranks=(32,)))
     stored = table_of(baseline_dir, 6)
