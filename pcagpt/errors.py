@@ -9,8 +9,8 @@ import signal
 class UserError(Exception):
     """A mistake in the command or its inputs; exit code 2.
 
-    The message is printed as it is. It names what was wrong, the value seen, what would
-    be right, and the knob or command that corrects it.
+    The message is printed without changes. It names what was wrong, the value seen,
+    what would be right, and the knob or command that corrects it.
     """
 
 
@@ -39,8 +39,10 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EISDIR: "a file should be there, move the folder away",
     errno.ENOTDIR: "a folder should be there, move the file away",
-    errno.EEXIST: "something else is there, perhaps a link to nothing, move it away",
-    errno.ENOENT: "it was removed, or is a link to nothing",
+    errno.EEXIST: "something else is there, perhaps a link to nothing, move it away or "
+    "name another place",
+    errno.ENOENT: "it was removed, is a link to nothing, or cannot be made there; name "
+    "another file or folder",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "what read the output has ended",
@@ -63,6 +65,8 @@ def explain(error: BaseException) -> str | None:
         code, path = told and int(told[1]), paths[-1] if paths else None
     if not code:
         return None
+    if not path and code == errno.ENOENT:  # Only what needs no path has none.
+        path = "the current folder"
     subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]

@@ -184,7 +184,7 @@ def parse_json(text: bytes, has_infinities: bool = False) -> Any:
         return number if math.isfinite(number) else refuse(digits)
 
     try:
-        decoded = text.decode("utf-8")
+        decoded = text.decode("utf-8-sig")  # Some editors begin a file with a mark.
         value = json.loads(decoded, parse_constant=refuse, parse_float=finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # No lone surrogates.
     except RecursionError:

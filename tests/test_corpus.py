@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import threading
@@ -438,6 +439,53 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
     assert describe_files("sotu") == ""
 
 
+def test_odd_names_are_quoted_in_the_lines_and_commands(folder):
+    for name in ("a, b.train.txt", "val.txt", "line\nend", "résumé.md"):
+        (folder / name).write_text("text\n")
+    assert describe_files(str(folder)) == (
+        f"text in {folder}: train from 'a, b.train.txt', val from val.txt; left out: "
+        r"'line\nend', résumé.md"
+    )
+    (folder / "it's.train.txt").write_bytes(b"one\0")
+    command = rf"""tr -d '\000' < '{folder}/it'"'"'s.train.txt' > NEW"""
+    refused(folder, folder / "cache", re.escape(command))
+
+
+def test_a_meta_file_may_begin_with_a_byte_order_mark(folder):
+    write_tokens(folder, [1, 2, 3])
+    (folder / "meta.json").write_bytes(b'\xef\xbb\xbf{"vocab_size": 65}')
+    assert describe_corpus(str(folder)).vocab_size == 65
+
+
+def test_what_is_in_the_place_of_a_split_is_named(folder):
+    write_tokens(folder, [1, 2, 3], vocab_size=65)
+    (folder / "val.bin").mkdir()
+    (folder / "test.bin").symlink_to("nowhere")
+    for split, words in (("val", "a folder"), ("test", "a link to nothing")):
+        match = f"present: train; {split}.bin is {words}.*such as {split}.bin, or"
+        with pytest.raises(UserError, match=match):
+            describe_corpus(str(folder), splits=[split])
+
+
+def test_tokens_of_an_earlier_version_are_found(folder, cache):
+    """It took `<|endoftext|>` for ordinary text."""
+    (folder / "train.txt").write_text("one<|endoftext|>")
+    (folder / "val.txt").write_text("two")
+    now = open_corpus(str(folder), cache)
+    (earlier,) = now.older
+    assert now.older_tokens({"corpus": now.content | {"train": "other"}}) == ""
+    shutil.copytree(now.folder, earlier)
+    (earlier / "meta.json").unlink()
+    counts = {"train": 9, "val": 2}
+    ids = load_tokenizer("gpt2").encode_ordinary("one<|endoftext|>")
+    meta = {"dtype": "uint16", "tokenizer": "gpt2", "tokens": counts}
+    write_tokens(earlier, [50256, *ids], vocab_size=50257, **meta)
+    record = {"corpus": open_corpus(str(earlier), cache).content}
+    assert now.differences(record) == ["train"]
+    assert f"its tokens are in {earlier}, which" in now.older_tokens(record)
+    assert open_corpus(str(earlier), cache).differences(record) == []
+
+
 def test_a_missing_split_is_refused_before_anything_is_tokenized(folder, cache):
     (folder / "train.txt").write_text("text\n")
     for find in (describe_corpus, lambda *a: open_corpus(a[0], cache, *a[1:])):
@@ -733,6 +781,9 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
     (tmp_path / "train.txt").write_text("text")
     refused(tmp_path / "train.txt", cache, "is a file")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(tmp_path / "link", cache, "link' is a link to nothing")
+    refused("", cache, r"data\.source is empty: .*\. is the current folder")
 
 
 @pytest.mark.parametrize(
@@ -744,6 +795,7 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
         ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
         ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
+        ("train.bin", b"\1\0", r"train\.bin holds a single token: at least 2 are"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
         ("train.bin", bytes([1, 0, 0, 0] * 99), "seems to hold other ids than gpt2's"),
     ],
@@ -781,7 +833,7 @@ def test_first_id_beyond_the_vocabulary_is_named(folder, cache):
         ({"tokenizer": "sotu4096"}, "vocab_size 10, but tokenizer 'sotu4096' has 4096"),
         (
             {"vocab_size": 4096, "tokenizer": "sotu4096", "tokenizer_sha256": "00"},
-            "another version of tokenizer 'sotu4096'",
+            "another version of tokenizer 'sotu4096' made",
         ),
         *(
             ({"vocab_size": size}, "vocab_size .*must be a whole number from 1")

@@ -42,6 +42,7 @@ def python(*words, **options):
         (OSError(errno.EROFS, "x", "a/b"), "a/b: read-only file system: .*"),
         (PermissionError(errno.EACCES, "x", b"a"), "a: permission denied: change .*"),
         (OSError(errno.EMFILE, "x", "a"), "a: too many open files: .*ulimit -n .*"),
+        (FileNotFoundError(errno.ENOENT, "x"), "the current folder: no such file .*"),
         (OSError(errno.EIO, "x", "a"), "a: input/output error; what is saved .*"),
         (
             ValueError(

@@ -1,7 +1,7 @@
 """Token files in nanoGPT's format: little-endian ids without a header.
 
-Nothing in such a file says what it holds. Its ids tell how wide they are, and the
-contents that are most often taken for ids are recognised.
+Such a file does not say what it holds. The values show whether ids have 16 or 32 bits.
+Files that people often mistake for token files are recognised and refused.
 """
 
 import shlex
@@ -48,15 +48,16 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       cache_dir: see `content_of`.
 
     Raises:
-      UserError: the file is empty, truncated, something else than ids, holds an id >=
-        vocab_size, or contradicts its meta file.
+      UserError: the file is too short, truncated, something else than ids, holds an id
+        >= vocab_size, or contradicts its meta file.
     """
     _refuse_foreign(path)
     content = content_of(path, cache_dir)
     if info.hashes.get(path.stem, content.sha256) != content.sha256:
         raise UserError(
-            f"{path} was changed or damaged since its text was tokenized: delete "
-            f"{path.parent} to have it tokenized again"
+            f"{path} was changed or damaged since pcagpt tokenized its text: delete "
+            f"the folder {path.parent}, and give the text as --config.data.source to "
+            "have it tokenized again"
         )
     stated = info.counts.get(path.stem)
     name = _dtype(path, content, info, stated)
@@ -72,10 +73,16 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
         raise UserError(
             f"{path} is truncated or belongs to other tokens: it has {content.size} "
             f"bytes, but meta.json says {stated!r} tokens of {dtype.itemsize} bytes; "
-            f"remove {path.parent} and make it again"
+            'write them again, or correct "tokens"; if pcagpt tokenized a text into '
+            f"{path.parent}, delete this folder to have it tokenized again"
         )
     # A meta file that states width and number of ids, as pcagpt's do, is believed.
     is_proven = info.dtype is not None and stated is not None
+    if length == 1:
+        raise UserError(
+            f"{path} holds a single token: at least 2 are needed, to predict one from "
+            "the other; give more text"
+        )
     if not is_proven:
         _refuse_layout(path, name, info.vocab_size)
     if highest >= info.vocab_size:
@@ -119,7 +126,8 @@ def _refuse_foreign(path: Path) -> None:
 
 def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -> str:
     """The key of DTYPES that a file's ids have; UserError if meta.json has another."""
-    # Ids look narrower than they are, as each second one is then 0, but not wider.
+    # Wide ids could also be narrow ones, every second of them 0. Narrow ids are no wide
+    # ones: two of them together are a number beyond the vocabulary.
     fitting = [
         name
         for name, highest in content.highest.items()
@@ -190,8 +198,8 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
     if end > 4 * longest:
         remedy = f"cut them off with: truncate -s {size} {shlex.quote(str(path))}"
         raise UserError(
-            f"{path} ends in {end:,} zeros after {last + 1:,} ids, like a file that was "
-            f"not filled: {remedy if size else 'write its ids'}{_if_right(path)}"
+            f"{path} ends in {end:,} zeros after {last + 1:,} ids, like a file that "
+            f"was not filled: {remedy if size else 'write its ids'}{_if_right(path)}"
         )
 
 

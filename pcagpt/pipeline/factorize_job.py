@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from pcagpt import factorize
 from pcagpt.config import Settings
-from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
@@ -18,7 +16,7 @@ from pcagpt.pipeline.train_job import DONE, TO_DO
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, lock
 from pcagpt.run.folder import move_aside, read_result
-from pcagpt.run.trained import Run
+from pcagpt.run.trained import Run, open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.telemetry.record import Telemetry
 
@@ -93,8 +91,11 @@ class FactorizeJob:
 
         Empty if there are no files, or no source to compare them with.
         """
-        metadata, identity = factor_files.read_metadata(self.folder), self.identity()
-        if metadata is None or identity["source_sha256"] is None:
+        metadata = factor_files.read_metadata(self.folder)
+        if metadata is None:  # `identity` may tokenize a text.
+            return []
+        identity = self.identity()
+        if identity["source_sha256"] is None:
             return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
         metadata = older | metadata  # Older files do not say.
@@ -138,9 +139,7 @@ class FactorizeJob:
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
-            has_files = factor_files.read_metadata(self.folder) is not None
-            made = has_files and read_result(self.source) and not self.differing()
-            if has_files and not made and not self.settings.overwrite:
+            if placement.from_first(self._has_other_files):
                 raise self._other_files(["source_sha256"])
             return
         if self._is_bare_table:
@@ -154,6 +153,12 @@ class FactorizeJob:
                     f"its rank is at most {min(shape)}"
                 )
         self._given_statistics(shape)
+
+    def _has_other_files(self) -> bool:
+        """Whether the folder has files that may not be replaced, of another source."""
+        if self.settings.overwrite or factor_files.read_metadata(self.folder) is None:
+            return False
+        return not read_result(self.source) or bool(self.differing())
 
     def run(self, _: None = None) -> None:
         """Writes the files on the first process; every process calibrates.
@@ -172,11 +177,10 @@ class FactorizeJob:
                 if self._calibrates
                 else self._given_statistics(table_VD.shape)
             )
-            if jax.process_index() == 0:
-                print(f"factorizing {self.source}, {self.amount}", flush=True)
-                step = {"step": run.step} if run else {}
-                self._write(table_VD, statistics, step, check_lock)
-            placement.wait_for_all(str(self.folder))
+            step = {"step": run.step} if run else {}
+            placement.from_first(
+                lambda: self._write(table_VD, statistics, step, check_lock)
+            )
 
     def _write(
         self,
@@ -189,6 +193,7 @@ class FactorizeJob:
 
         Those of earlier commands stay as they are: runs may be reading them.
         """
+        print(f"factorizing {self.source}, {self.amount}", flush=True)
         is_replaced = self._conflict() is not None  # Else `status` had raised.
         ranks, described = self.settings.ranks, {}
         if not is_replaced:
@@ -301,8 +306,9 @@ class FactorizeJob:
         """Hash of the calibration text's tokens; None if the source does not exist."""
         if self._source_sha256() is None:
             return None
-        data = Run.open(self.source).data(self.settings.data)
-        corpus = open_corpus(data.source, self.settings.cache_dir, data.tokenizer)
+        run, settings = Run.open(self.source), self.settings
+        data = run.data(settings.data)
+        corpus = open_shared_corpus(data, settings.cache_dir, ["train"])
         return corpus.tokens_sha256("train")
 
     @property

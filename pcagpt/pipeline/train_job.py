@@ -192,12 +192,13 @@ class TrainJob:
         corpus = open_corpus(
             data.source, self.settings.cache_dir, data.tokenizer, SPLITS
         )
-        differing = corpus.differences(find_record(self.folder) or {})
+        record = find_record(self.folder) or {}
+        differing = corpus.differences(record)
         if not differing:
             return None
         return (
             f"{self.folder} was trained on other tokens than {data.source} holds now "
-            f"({', '.join(differing)} differ)"
+            f"({', '.join(differing)} differ){corpus.older_tokens(record)}"
         )
 
     def run(self, checked: Setup | None = None) -> None:
