@@ -110,7 +110,7 @@ def _needed(plan: Plan) -> list[tuple[Job, str]]:
     known = {target: target.status()}
     if known[target] == DONE and not plan.reported:
         made = [job for job in jobs if isinstance(job, FactorizeJob)]
-        if not any(job.differing() for job in made):
+        if not any(job.is_known_to_differ() for job in made):
             jobs = tuple(job for job in jobs if job.is_target)
     return [(job, known.get(job) or job.status()) for job in jobs]
 
