@@ -268,6 +268,32 @@ def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path,
     assert "falling back to the one before, step 1" in said()[-1]
 
 
+def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
+    tmp_path, said
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    path = tmp_path / "ckpt/2/digests.json"
+    content = json.loads(path.read_text())
+    content["files"]["weights/_METADATA"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(content))
+    damage = f"{path} is damaged (its content was changed since"
+    unchecked = "only without this file can the checkpoint be read, unchecked"
+    assert checkpoint.find(tmp_path)[1] == 1
+    write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
+    with pytest.raises(UserError, match="step 2, is damaged") as caught:
+        fingerprint.of(tmp_path)
+    for message in (said()[0], str(caught.value)):
+        assert damage in message
+        assert unchecked in message
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "ckpt", whole / "ckpt")
+    (whole / "ckpt/2/digests.json").unlink()
+    assert checkpoint.find(whole)[1] == restore(whole)[1] == 2
+    assert restore(tmp_path)[1] == 1
+    assert f"{damage}" in said()[-1]
+    assert f"{unchecked}): falling back" in said()[-1]
+
+
 @pytest.mark.parametrize("item", ["weights", "optimizer"])
 def test_values_that_are_not_finite_are_not_restored(item, tmp_path, said):
     save(tmp_path, {1: 3.0})
@@ -349,7 +375,8 @@ def test_a_finished_run_without_its_last_checkpoint_is_not_started_from(tmp_path
     write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     damage(tmp_path, 2)
     with pytest.raises(
-        UserError, match="last checkpoint .* step 2, is damaged: delete"
+        UserError,
+        match=r"last checkpoint .* step 2, is damaged \(.*weights.*\): delete",
     ):
         fingerprint.of(tmp_path)
     assert fingerprint.of(tmp_path / "ckpt/1")
