@@ -77,7 +77,7 @@ def _holds(folder: Path, weights: dict) -> bool:
 
 def check_place(folder: Path) -> None:
     """Raises UserError if `write_model` would put something in a stranger's place."""
-    if not is_vacant(folder) and not origin_of(folder):
+    if not is_vacant(folder) and "compressed" not in (read_record(folder) or {}):
         raise UserError(
             f"{folder} holds something else than a compressed model: use another "
             "--config.workdir, or --config.overwrite=True to move it aside"

@@ -151,7 +151,7 @@ class FactorizeJob:
             has_files = factor_files.read_metadata(self.folder) is not None
             made = has_files and read_result(self.source) and not self.differing()
             if has_files and not made and not self.settings.overwrite:
-                raise self._other_files(["of another source"])
+                raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
             shape = factor_files.read_table(self.source).shape
