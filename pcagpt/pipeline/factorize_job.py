@@ -1,6 +1,7 @@
 """A job that factorizes the table of a run or of a .npy file."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,33 +10,31 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
-from pcagpt.config import Settings
-from pcagpt.data.corpus import open_corpus
+from pcagpt.config import Settings, effort
+from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
-from pcagpt.pipeline.status import DONE, TO_DO, differences
+from pcagpt.pipeline.differences import differences
+from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Telemetry
+from pcagpt.telemetry.metrics import Telemetry
 
 
 @dataclasses.dataclass(frozen=True)
-class FactorizeJob:
-    """A factorization with its source and the folder of its files.
+class FactorizeJob(Job):
+    """A factorization.
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
     `factorize` define the factorization, `compress` and `train.batch_size` the
-    calibration; is_target: the person asked for this job; it is no prerequisite.
+    calibration.
     """
 
     source: Path
-    folder: Path
-    settings: Settings
-    is_target: bool
 
     @property
     def label(self) -> str:
@@ -76,7 +75,7 @@ class FactorizeJob:
 
     def _conflict(self) -> UserError | None:
         """The error for what the folder holds; None if it may be added to."""
-        differing = self.differing()
+        differing = self._differing()
         if differing:
             return self._other_files(differing)
         others = factor_files.not_ours(self.folder, self._lacking())
@@ -88,7 +87,7 @@ class FactorizeJob:
             )
         return None
 
-    def differing(self) -> list[str]:
+    def _differing(self) -> list[str]:
         """'PART (there VALUE, here VALUE)' where the files' `identity` is another.
 
         Empty if there are no files, or no source to compare them with.
@@ -103,16 +102,13 @@ class FactorizeJob:
             metadata["source_sha256"] = source
         return differences(metadata, identity, identity)
 
-    def is_known_to_differ(self) -> bool:
-        """Whether files from which nothing will be computed are `differing`.
-
-        What is damaged is not compared, and a warning says so.
-        """
+    def differing(self) -> list[str]:
+        """As in `Job`; damaged files are not compared, and a warning says so."""
         try:
-            return bool(self.differing())
+            return self._differing()
         except UserError as error:
             warn_once(f"{self.folder} is not compared with the settings: {error}")
-            return False
+            return []
 
     def identity(self) -> dict[str, Any]:
         """All that determines the files, except the ranks; stored in metadata.json."""
@@ -131,9 +127,12 @@ class FactorizeJob:
             found["statistics_sha256"] = sha256_of_file(given)
         return found
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, to_be_made: set[Path]) -> None:
         """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
-        highest = max(self.settings.ranks)
+        if self.source not in to_be_made:
+            return  # `check` reads the shape of the table.
+        highest, data = max(self.settings.ranks), self.settings.data
+        vocab_size = describe_corpus(data.source, data.tokenizer).vocab_size
         if highest > vocab_size:
             raise UserError(
                 f"ranks holds {highest}: the vocabulary has {vocab_size} tokens, and "
@@ -149,7 +148,7 @@ class FactorizeJob:
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
             has_files = factor_files.read_metadata(self.folder) is not None
-            made = has_files and read_result(self.source) and not self.differing()
+            made = has_files and read_result(self.source) and not self._differing()
             if has_files and not made and not self.settings.overwrite:
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
@@ -290,6 +289,14 @@ class FactorizeJob:
             )
         return statistics
 
+    def _alone(self) -> tuple[str, str, Settings]:
+        kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
+        # Statistics also depend on these.
+        kept += ("compress.calibration_tokens", "train.batch_size")
+        known = {path: operator.attrgetter(path)(self.settings) for path in kept}
+        settings = Settings(model_path=str(self.source)).replace(known)
+        return f"lacks {self.amount}", "configs/factorize.py", settings
+
     def _other_files(self, differing: list[str]) -> UserError:
         return UserError(
             f"{self.folder} holds another factorization, {'; '.join(differing)}: use "
@@ -329,7 +336,9 @@ class FactorizeJob:
     @property
     def _calibration_tokens(self) -> int:
         """The default does not depend on the device, because the files must not."""
-        return self.settings.compress.calibration_tokens or calibrate.TOKENS
+        return (
+            self.settings.compress.calibration_tokens or effort.GPU.calibration_tokens
+        )
 
     @property
     def _statistics_path(self) -> Path | None:

@@ -1,14 +1,10 @@
-"""The status of a job, and how what is there differs from what was asked for.
-
-A job can also have another status, such as 'resumes at step 500'.
-"""
+"""How what a folder holds differs from what was asked for, with the knobs to agree."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcagpt.config import override
 
-DONE, TO_DO = "done", "to do"
 # {part of a stored protocol or identity: the knob that sets it}
 _KNOBS = {
     "bands": "factorize.bands",
