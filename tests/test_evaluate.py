@@ -22,7 +22,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import write_json
 from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.pipeline import evaluate as task
-from pcagpt.pipeline import sample
+from pcagpt.pipeline import tasks
 from pcagpt.run.evaluator import (
     Evaluator,
     TokenScores,
@@ -493,7 +493,7 @@ def test_only_the_first_of_several_processes_prints_and_writes(
     config = asked()
     before = snapshot(Path(config.model_path))
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(sample, "sample", lambda settings: ["one", "two"])
+    monkeypatch.setattr(tasks, "sample", lambda settings: ["one", "two"])
     main.run(Settings.of(config), "a command", print_only=False)
     main.run(Settings.of(changed(config, task="sample")), "a command", print_only=False)
     printed = capfd.readouterr().out
