@@ -5,11 +5,15 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from torture import children, damage
 from torture.case import Case, units
@@ -18,14 +22,16 @@ from torture.judge import (
     REFUSED,
     SAME,
     SILENT,
+    SKIPPED,
     UNCLEAR,
     WARNED,
     Verdict,
     crashed,
     worst,
 )
+from torture.scene import REPOSITORY
 
-NOBODY = 65534
+NOBODY = 65534  # the user that may not read or write what root may
 ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE
 )  # fmt: skip
@@ -131,10 +137,8 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     for paths in kinds.values():  # Orbax's names differ each time, their sizes do not.
         paths.sort(key=lambda path: (case.scene / path).stat().st_size)
     stored = [kind for kind in kinds if kind.endswith("arrays")]
-    turn = index // 2
-    kind = (stored if index % 2 else list(kinds))[
-        turn % len(stored if index % 2 else kinds)
-    ]
+    turn, turns = index // 2, stored if index % 2 else list(kinds)
+    kind = turns[turn % len(turns)]
     path, number = case.random.choice(kinds[kind]), case.random.randrange(1 << 30)
     ways = damage.ways_for(case.scene / path)
     way = "flip" if index % 2 else ways[(turn // len(kinds) + turn) % len(ways)]
@@ -147,7 +151,7 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     for name in [case.random.choice(names)] if case.short else names:
         case.copy()
         if poisons:
-            details = children.apart(damage.poison, str(case.place / path), number)
+            details = children.in_child(damage.save_nan, str(case.place / path), number)
         else:
             details = damage.WAYS[way](case.place / path, random.Random(number))
         found = case.attempt(name, damaged=path)
@@ -178,9 +182,11 @@ def disk(case: Case, index: int) -> tuple[str, Verdict]:
     """Lets writing or reading fail; the same command must then end as if it had not."""
     case.copy()
     what, name, options = DISK[index % len(DISK)](case)
+    if options.get("prepare") is _become_nobody and (path := unreadable()):
+        skipped = Verdict(SKIPPED, f"user {NOBODY} cannot read {path}")
+        return "commands of a user without permission", skipped
     first = case.attempt(name, **options)
-    for path in (case.place, *case.place.rglob("*")):
-        path.chmod(0o755)
+    _permit(case.place, 0o755)
     # A result that could not be written may be absent, but the command must say so.
     incomplete = first.outcome in (SILENT, WARNED) and options.get("stdout")
     again = case.attempt(name)
@@ -224,24 +230,38 @@ def _closed_pipe(case: Case) -> _Failure:
 
 
 def _read_only(case: Case) -> _Failure:
-    for path in (case.place, *case.place.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o555)
+    _permit(case.place, 0o555)
     name = case.random.choice((*_WRITERS, "sample", "evaluate", "evaluate best"))
-    return "in read-only folders", name, {"prepare": _as_nobody}
+    return "in read-only folders", name, {"prepare": _become_nobody}
 
 
 def _unreadable(case: Case) -> _Failure:
     files = [path for path in files_of(case.place) if readers(path)]
     path = case.random.choice(files)
-    for part in (case.place, *case.place.rglob("*")):
-        part.chmod(0o777)
+    _permit(case.place, 0o777)
     (case.place / path).chmod(0o000)
     name = case.random.choice(readers(path))
-    return "with an unreadable file", name, {"prepare": _as_nobody}
+    return "with an unreadable file", name, {"prepare": _become_nobody}
 
 
-def _as_nobody() -> None:
+def _permit(place: Path, mode: int) -> None:
+    for path in (place, *place.rglob("*")):
+        path.chmod(mode)
+
+
+def unreadable() -> str:
+    """A file of Python or pcagpt that the user NOBODY cannot read, or "".
+
+    Only root can become that user; all others already lack permissions.
+    """
+    needed = (sys.executable, os.__file__, np.__file__, REPOSITORY / "pcagpt/main.py")
+    nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    options = nobody if os.getuid() == 0 else {}
+    tested = (subprocess.run(["test", "-r", path], **options) for path in needed)
+    return next((str(test.args[-1]) for test in tested if test.returncode), "")
+
+
+def _become_nobody() -> None:
     if os.getuid() == 0:  # Root may write and read everything.
         os.environ["HOME"] = "/nonexistent"
         os.setgroups([])
