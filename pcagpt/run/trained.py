@@ -156,12 +156,13 @@ class Run:
           UserError: its tokens do not fit the model, a split is missing, or the run's
             own corpus, which nobody asked for by name, has changed.
         """
-        corpus = open_shared_corpus(self.data(asked), cache_dir, splits)
+        data = self.data(asked)
+        corpus = open_shared_corpus(data, cache_dir, splits)
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:
             raise UserError(
-                f"{corpus.folder} is not any more what {self.folder} was trained on ("
-                f"{', '.join(differing)} changed): restore it, or name a corpus as "
+                f"{data.source} is no longer the corpus that {self.folder} was trained "
+                f"on ({', '.join(differing)} changed): restore it, or name a corpus as "
                 "--config.data.source"
             )
         self.check_corpus(corpus)
@@ -200,7 +201,7 @@ class Run:
             )
         if differing:
             _say_once(
-                f"{corpus.folder} is another corpus than the one that {self.folder} "
+                f"{corpus.name} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
 
