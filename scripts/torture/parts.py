@@ -147,8 +147,8 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
         kind, way = case.random.choice(stored), "NaN"
         path = kinds[kind][0].partition("/weights")[0].partition("/optimizer")[0]
     names = readers(kinds[kind][0])
-    verdicts = []
-    for name in [case.random.choice(names)] if case.short else names:
+    names, verdicts = [case.random.choice(names)] if case.short else names, []
+    for name in names:
         case.copy()
         if poisons:
             details = children.in_child(damage.save_nan, str(case.place / path), number)
@@ -156,9 +156,9 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
             details = damage.WAYS[way](case.place / path, random.Random(number))
         found = case.attempt(name, damaged=path)
         why = f"'{name}' of {path}, {details}: {found.why}"
-        verdicts.append((Verdict(found.outcome, why), name))
-    found = worst([verdict for verdict, _ in verdicts])
-    name = next(name for verdict, name in verdicts if verdict is found)
+        verdicts.append(Verdict(found.outcome, why))
+    found = worst(verdicts)
+    name = names[verdicts.index(found)]
     return f"{way} in {kind}, read by '{name}'", found
 
 
@@ -180,11 +180,12 @@ def _kind(path: str) -> str:
 
 def disk(case: Case, index: int) -> tuple[str, Verdict]:
     """Lets writing or reading fail; the same command must then end as if it had not."""
-    case.copy()
-    what, name, options = DISK[index % len(DISK)](case)
-    if options.get("prepare") is _become_nobody and (path := unreadable()):
+    fail = DISK[index % len(DISK)]
+    if fail in (_read_only, _unreadable) and (path := hidden_from_nobody()):
         skipped = Verdict(SKIPPED, f"user {NOBODY} cannot read {path}")
         return "commands of a user without permission", skipped
+    case.copy()
+    what, name, options = fail(case)
     first = case.attempt(name, **options)
     _permit(case.place, 0o755)
     # A result that could not be written may be absent, but the command must say so.
@@ -249,16 +250,23 @@ def _permit(place: Path, mode: int) -> None:
         path.chmod(mode)
 
 
-def unreadable() -> str:
+def hidden_from_nobody() -> str:
     """A file of Python or pcagpt that the user NOBODY cannot read, or "".
 
     Only root can become that user; all others already lack permissions.
     """
-    needed = (sys.executable, os.__file__, np.__file__, REPOSITORY / "pcagpt/main.py")
     nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     options = nobody if os.getuid() == 0 else {}
-    tested = (subprocess.run(["test", "-r", path], **options) for path in needed)
-    return next((str(test.args[-1]) for test in tested if test.returncode), "")
+    needed = (
+        sys.executable,
+        os.__file__,
+        np.__file__,
+        str(REPOSITORY / "pcagpt/main.py"),
+    )
+    for path in needed:
+        if subprocess.run(["test", "-r", path], **options).returncode:
+            return path
+    return ""
 
 
 def _become_nobody() -> None:
