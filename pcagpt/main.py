@@ -29,7 +29,6 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
 """
 
 import contextlib
-import json
 import re
 import shlex
 import sys
@@ -37,9 +36,7 @@ import traceback
 
 from pcagpt import process
 from pcagpt.config import Settings, command_line, validate
-from pcagpt.config.schema import RUN_TASKS
 from pcagpt.errors import Interrupted, UserError, explain
-from pcagpt.files import strict
 from pcagpt.process import DONE, FAILED, INTERRUPTED, REFUSED
 
 _OUT_OF_MEMORY = (
@@ -100,13 +97,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
                 f"JAX refuses its environment ({error}): correct or unset the variable"
             ) from None
 
-        from pcagpt.compress.effort import decide_effort
-        from pcagpt.pipeline import execute
-        from pcagpt.pipeline.compress import compress
-        from pcagpt.pipeline.evaluate import evaluate
-        from pcagpt.pipeline.plan import make_plan
-        from pcagpt.pipeline.sample import sample
-        from pcagpt.run import checkpoint
+        from pcagpt.pipeline import tasks
         from pcagpt.sharding import placement
 
     if settings.distributed.enabled:
@@ -116,32 +107,13 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
             settings.distributed.process_id,
         )
     placement.open_devices()
-    lines: list[str] = []
     try:
-        if print_only:
-            if settings.task == "compress":  # Shows what 0 and empty stand for.
-                settings = decide_effort(settings, jax.default_backend())
-            lines = [command_line.listing(settings), ""]
-            if settings.task in RUN_TASKS:
-                run_dir, step = checkpoint.find(settings.model_path)
-                lines.append(f"{settings.task} {run_dir} at step {step}")
-            else:
-                plan = make_plan(settings)
-                lines += execute.describe(execute.check(plan, settings))
-        elif settings.task == "compress":
-            compress(settings, command)
-        elif settings.task == "evaluate":
-            result = strict(evaluate(settings))
-            lines.append(json.dumps(result, indent=2, allow_nan=False))
-        elif settings.task == "sample":
-            lines.append("\n---\n".join(sample(settings)))
-        else:
-            execute.execute(make_plan(settings), settings, command)
+        text = tasks.preview(settings) if print_only else tasks.do(settings, command)
     except Interrupted:  # All processes stop at the same step.
         placement.leave_processes()
         raise
-    if lines and jax.process_index() == 0:
-        print(*lines, sep="\n", flush=True)
+    if text is not None and jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _say(message: str, exit_code: int) -> int:

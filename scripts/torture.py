@@ -58,9 +58,7 @@ from torture.parts import PARTS
 # What the commands import. None of it may start JAX's backend or a thread. The user of
 # the read-only cases may not be allowed to import anything.
 IMPORTED = (
-    "encodings.ascii", "jax", "matplotlib.pyplot", "pcagpt.compress.effort",
-    "pcagpt.pipeline.compress", "pcagpt.pipeline.evaluate", "pcagpt.pipeline.execute",
-    "pcagpt.pipeline.plan", "pcagpt.pipeline.sample",
+    "encodings.ascii", "jax", "matplotlib.pyplot", "pcagpt.pipeline.tasks",
 )  # fmt: skip
 
 

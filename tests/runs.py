@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.factorize import Statistics
 from pcagpt.pipeline import execute as pipeline
-from pcagpt.pipeline.plan import Job, Plan, make_plan
+from pcagpt.pipeline.job import Job
+from pcagpt.pipeline.plan import Plan, make_plan
 from pcagpt.run import calibrate
 from pcagpt.run.checkpoint import FOLDER, Checkpoints, steps
 from pcagpt.training import loop
@@ -93,12 +94,12 @@ def json_of(path: Path) -> dict[str, Any]:
 
 def described(config: ConfigDict) -> list[str]:
     """A line for each job that is needed, as the program prints it."""
-    return pipeline.describe(pipeline.check(plan(config), Settings.of(config)))
+    return pipeline.describe(pipeline.check(plan(config)))
 
 
 def execute(config: ConfigDict) -> Path:
     """Does what the config asks for; returns the folder of the last job."""
-    pipeline.execute(plan(config), Settings.of(config), "a command")
+    pipeline.execute(plan(config), "a command")
     return job(config).folder
 
 

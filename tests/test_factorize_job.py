@@ -26,7 +26,7 @@ def baseline_dir(finished_experiment):
 def job(baseline_dir, tmp_path):
     """Rank 4 of D's table by SVD."""
     settings = Settings().replace({"ranks": (4,), "telemetry.tensorboard": False})
-    return FactorizeJob(baseline_dir, tmp_path / "pca_factorized", settings, True)
+    return FactorizeJob(tmp_path / "pca_factorized", settings, True, baseline_dir)
 
 
 def by(job, source=None, **knobs):

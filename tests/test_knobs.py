@@ -111,9 +111,8 @@ def plan(config):
 
 def refusal(config):
     """Why a plan is not carried out."""
-    settings = Settings.of(config)
     try:
-        pipeline.check(make_plan(settings), settings)
+        pipeline.check(make_plan(Settings.of(config)))
     except UserError as error:
         return str(error)
     return None

@@ -13,7 +13,8 @@ from runs import quick_environment, snapshot
 from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
-from pcagpt.pipeline import execute
+from pcagpt.config.tasks import TASKS
+from pcagpt.pipeline import execute, tasks
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -186,6 +187,10 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
         ["B", "gpt_pca_finetune_k4"],
     ]
     assert all(line.endswith("to do") for line in plan.splitlines())
+
+
+def test_every_task_has_a_function_that_does_it():
+    assert tasks.DOES.keys() == TASKS.keys()
 
 
 def test_a_finished_run_is_shown_as_done_and_not_touched_again(

@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pcagpt.errors import UserError
 from pcagpt.telemetry import progress
+from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.telemetry.record import Telemetry
 
 
 def start(folder, **options):

@@ -336,7 +336,7 @@ def test_a_model_with_more_tokens_than_the_corpus_is_factorized_in_full(tiny_con
     tiny_config.update_from_flattened_dict({"model.vocab_size": 100, "train.steps": 1})
     a = Settings.of(changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8}))
     *prerequisites, run = make_plan(a).jobs
-    pipeline.execute(Plan(tuple(prerequisites)), a, "a command")
+    pipeline.execute(Plan(a, tuple(prerequisites)), "a command")
     table = np.load(run.settings.init.import_wte_npy)
     assert table.shape == (100, 8)
     assert run.record()["model"]["vocab_size"] == 100

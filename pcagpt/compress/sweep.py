@@ -15,8 +15,8 @@ from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import check_fields, read_json, strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.run.folder import move_aside
+from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.telemetry.record import Telemetry
 
 REPORT_EVERY = 5  # rows
 

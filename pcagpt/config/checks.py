@@ -8,13 +8,13 @@ from pcagpt.arms import ARMS
 from pcagpt.config.schema import (
     COMPRESS_BOUNDS,
     KNOBS,
-    MODEL_PATH_TASKS,
     OTHER_ARMS,
     InitSettings,
     ModelSettings,
     Settings,
     override,
 )
+from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
 
 
@@ -67,7 +67,7 @@ def validate(settings: Settings) -> None:
     _check_weights_from(settings)
     _check_experiment(settings)
     _check_bounds(settings)
-    if settings.task in MODEL_PATH_TASKS and not settings.model_path:
+    if TASKS[settings.task].model and not settings.model_path:
         raise UserError(
             f"model_path is empty: name the run to {settings.task}, as in "
             "--config.model_path=checkpoints/gpt_baseline"
@@ -154,7 +154,7 @@ def _check_distinct(path: str, entries: Sequence[int | str]) -> None:
 def _check_ranks(settings: Settings) -> None:
     """Some tasks need ranks. No rank exceeds the width of the model."""
     model = settings.model
-    if settings.task in ("factorize", "compress", "experiment"):
+    if TASKS[settings.task].ranks:
         if not settings.ranks:
             raise UserError("ranks is empty: give at least one, as in 64,128")
         _check_distinct("ranks", settings.ranks)

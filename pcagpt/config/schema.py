@@ -6,13 +6,14 @@ Config files and the command line change a `ConfigDict` of the same names, made 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from pcagpt.arms import ARMS
+from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.knobs import (
     BELOW_1,
     PART,
@@ -26,12 +27,14 @@ from pcagpt.config.knobs import (
     knob,
     one_of,
 )
+from pcagpt.config.tasks import TASKS
 
-RUN_TASKS = ("compress", "evaluate", "sample")  # each reads one run
-TASKS = ("train", "experiment", "factorize", *RUN_TASKS)
-MODEL_PATH_TASKS = ("factorize", *RUN_TASKS)
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
+
+
+def _listed(entries: Iterable[Any]) -> str:
+    return ",".join(map(str, entries))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,15 +189,16 @@ class CompressSettings:
     )
     bands: tuple[int, ...] = knob(
         (),
-        "numbers of frequency bands to try; 1: one rank for all tokens; empty: 1,7,12 "
-        "(on a CPU: 1,7)",
+        "numbers of frequency bands to try; 1: one rank for all tokens; empty: "
+        f"{_listed(GPU.bands)} (on a CPU: {_listed(CPU.bands)})",
     )
     bits: tuple[int, ...] = knob(
         (8, 4), "bits per stored number to try besides 32", one_of(8, 4)
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens for the statistics; 0: 1048576 (compress on a CPU: 32768)",
+        f"training tokens for the statistics; 0: {GPU.calibration_tokens} (compress on "
+        f"a CPU: {CPU.calibration_tokens})",
         at_least(0),
     )
     max_added_loss: float = knob(
@@ -222,7 +226,7 @@ class EvaluateSettings:
     max_tokens: int = knob(
         0,
         "evaluate, compress: number of tokens to predict; 0: all (default sweep on a "
-        "CPU: 32768)",
+        f"CPU: {CPU.max_tokens})",
         at_least(0),
     )
 
@@ -308,15 +312,16 @@ class Settings:
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",
-        f"{', '.join(MODEL_PATH_TASKS)}: a run or one checkpoint; factorize: or a .npy "
-        "table",
+        f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
+        "checkpoint; factorize: or a .npy table",
         PATH,
     )
     split: str = knob(
         "val", "evaluate: part of the corpus", one_of("train", "val", "test")
     )
     ranks: tuple[int, ...] = knob(
-        (128,), "factorize, compress, experiment: as in 64,128"
+        (128,),
+        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: as in 64,128",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -407,5 +412,5 @@ def base() -> ConfigDict:
 
 def override(path: str, value: Any) -> str:
     """The argument that sets a knob: '--config.ranks=64,128'."""
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = _listed(value) if isinstance(value, tuple) else str(value)
     return f"--config.{path}={text}"

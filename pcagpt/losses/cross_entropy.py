@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pcagpt.kernels import low_rank_head, softmax
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.fused import fused_cross_entropy
-from pcagpt.losses.logits import products, project, token_losses
-from pcagpt.model import Head
+from pcagpt.losses.logits import token_losses
+from pcagpt.model import Head, products, project
 
 
 def cross_entropy(

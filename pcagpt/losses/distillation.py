@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt.losses.chunks import sum_of_chunks
-from pcagpt.losses.logits import divergence, head_logits, negative_log_likelihood
-from pcagpt.model import Head
+from pcagpt.losses.logits import divergence, negative_log_likelihood
+from pcagpt.model import Head, head_logits
 
 
 def distillation(

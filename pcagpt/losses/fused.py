@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from pcagpt.kernels import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
-from pcagpt.losses.logits import project
-from pcagpt.model import Head
+from pcagpt.model import Head, project
 from pcagpt.sharding.inside import by_device, gathered
 
 

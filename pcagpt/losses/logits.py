@@ -1,4 +1,4 @@
-"""Logits of the output head by band, and losses computed from them.
+"""Losses computed from the logits of the output head by band.
 
 Shape letters: N tokens, V rows of a band, D width, K rank.
 """
@@ -6,7 +6,7 @@ Shape letters: N tokens, V rows of a band, D width, K rank.
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model import Head
+from pcagpt.model import Head, head_logits
 
 
 def token_losses(h_ND, head: Head, targets_N, logits_dtype=jnp.float32) -> jax.Array:
@@ -21,29 +21,6 @@ def token_losses(h_ND, head: Head, targets_N, logits_dtype=jnp.float32) -> jax.A
     """
     logits = head_logits(h_ND, head, logits_dtype)
     return negative_log_likelihood(logits, head, targets_N)
-
-
-def project(h_ND: jax.Array, scale_down_KD: jax.Array | None) -> jax.Array:
-    """z = h @ scale_down.T [N, K], or h itself at full width; logits are z @ wte.T."""
-    if scale_down_KD is None:
-        return h_ND
-    return h_ND @ scale_down_KD.astype(h_ND.dtype).T
-
-
-def products(z_NK: jax.Array, wte_VK: jax.Array, dtype) -> jax.Array:
-    """z @ wte.T in `dtype`, without a transposed copy of the table: [N, V]."""
-    return jax.lax.dot_general(
-        z_NK, wte_VK, (((1,), (1,)), ((), ())), preferred_element_type=dtype
-    )
-
-
-def head_logits(h_ND, head: Head, logits_dtype) -> list[jax.Array]:
-    """Logits of each band, padding columns included: [N, V] float32."""
-    logits = []
-    for band in head:
-        z_NK, wte_VK = project(h_ND, band.scale_down), band.wte.astype(h_ND.dtype)
-        logits.append(products(z_NK, wte_VK, logits_dtype).astype(jnp.float32))
-    return logits
 
 
 def _columns(logits_NV) -> jax.Array:

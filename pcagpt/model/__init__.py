@@ -13,7 +13,7 @@ them. A model of several bands also stores the column of each token id.
 """
 
 from pcagpt.model.config import BandSpec, GPTConfig
-from pcagpt.model.embedding import Head, HeadBand
+from pcagpt.model.embedding import Head, HeadBand, head_logits, products, project
 from pcagpt.model.gpt import GPT
 from pcagpt.model.size import (
     embedding_parameters,

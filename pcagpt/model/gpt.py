@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pcagpt.model.block import Block, ResidualNorm
 from pcagpt.model.config import INIT_STD, GPTConfig
-from pcagpt.model.embedding import Head, HeadBand, TokenEmbedding
+from pcagpt.model.embedding import Head, HeadBand, TokenEmbedding, head_logits
 
 
 class GPT(nn.Module):
@@ -85,14 +85,13 @@ class GPT(nn.Module):
         It computes in the dtype of the tables. Training and evaluation use
         `pcagpt.losses` instead, because these store fewer logits.
         """
-        logits = []
-        for band in self.head():
-            wte_VK = band.wte[: band.size]
-            z_NK = h_ND.astype(wte_VK.dtype)
-            if band.scale_down is not None:
-                z_NK = z_NK @ band.scale_down.T
-            logits.append(jnp.dot(z_NK, wte_VK.T, preferred_element_type=jnp.float32))
-        logits_NV = jnp.concatenate(logits, axis=-1)
+        head = self.head()
+        h_ND = h_ND.astype(head[0].wte.dtype)
+        padded = head_logits(h_ND, head, jnp.float32)
+        logits_NV = jnp.concatenate(
+            [found[:, : band.size] for found, band in zip(padded, head, strict=True)],
+            axis=-1,
+        )
         return logits_NV[:, self.renumber(jnp.arange(self.config.vocab_size))]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:

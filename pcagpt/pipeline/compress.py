@@ -11,11 +11,11 @@ import jax
 
 from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import Recipe, recipes
-from pcagpt.compress.effort import decide_effort
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.sweep import add_recovered, best_model, sweep
 from pcagpt.config import Settings, words_of
+from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
@@ -91,6 +91,30 @@ def compress(settings: Settings, command: str) -> None:
         placement.wait_for_all(str(folder))
         if options.recover_ranks:
             _recover(settings, folder)
+
+
+def decide_effort(settings: Settings, platform: str) -> Settings:
+    """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
+
+    A sweep on a CPU measures only a part of the split if all of these knobs are open.
+    It measures the whole split if the person has chosen what to try, if a table must
+    keep a bound, or if the report compares the sweep with trained models.
+    """
+    if settings.task != "compress":
+        return settings
+    is_cpu, compress = platform == "cpu", settings.compress
+    effort, names = CPU if is_cpu else GPU, list(METHODS)
+    is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
+    has_bound = any(getattr(compress, name) for name in COMPRESS_BOUNDS)
+    is_first_look = is_open and not has_bound and not compress.recover_ranks
+    decided = {
+        "compress.methods": ",".join([names[0], names[-1]] if is_cpu else names),
+        "compress.bands": effort.bands,
+        "compress.calibration_tokens": effort.calibration_tokens,
+        "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
+    }
+    given = settings.flat()
+    return settings.replace({path: given[path] or decided[path] for path in decided})
 
 
 def _methods(text: str) -> list[str]:
@@ -185,14 +209,14 @@ def _check_recoverable(
         )
     # The models do not exist yet; D, trained further, has the same settings.
     plan = recovery_plan(settings.replace({"compress.recover_ranks": ()}), folder)
-    for job in check(plan, plan.jobs[0].settings):
+    for job in check(plan):
         job.check(set())
 
 
 def _recover(settings: Settings, folder: Path) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     plan = recovery_plan(settings, folder)
-    execute(plan, plan.jobs[0].settings, command="")
+    execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
         baseline = checkpoint.find(settings.model_path)[0]

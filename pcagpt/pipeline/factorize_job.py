@@ -1,6 +1,7 @@
 """A job that factorizes the table of a run or of a .npy file."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,33 +10,30 @@ import jax
 import numpy as np
 
 from pcagpt import factorize
-from pcagpt.config import Settings
-from pcagpt.data.corpus import open_corpus
+from pcagpt.config import Settings, effort
+from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
-from pcagpt.pipeline.train_job import DONE, TO_DO
+from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
-from pcagpt.telemetry.record import Telemetry
+from pcagpt.telemetry.metrics import Telemetry
 
 
 @dataclasses.dataclass(frozen=True)
-class FactorizeJob:
-    """A factorization with its source and the folder of its files.
+class FactorizeJob(Job):
+    """A factorization.
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
     `factorize` define the factorization, `compress` and `train.batch_size` the
-    calibration; is_target: the person asked for this job; it is no prerequisite.
+    calibration.
     """
 
     source: Path
-    folder: Path
-    settings: Settings
-    is_target: bool
 
     @property
     def label(self) -> str:
@@ -121,9 +119,12 @@ class FactorizeJob:
             found["statistics_sha256"] = sha256_of_file(given)
         return found
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, to_be_made: set[Path]) -> None:
         """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
-        highest = max(self.settings.ranks)
+        if self.source not in to_be_made:
+            return  # `check` reads the shape of the table.
+        highest, data = max(self.settings.ranks), self.settings.data
+        vocab_size = describe_corpus(data.source, data.tokenizer).vocab_size
         if highest > vocab_size:
             raise UserError(
                 f"ranks holds {highest}: the vocabulary has {vocab_size} tokens, and "
@@ -280,6 +281,14 @@ class FactorizeJob:
             )
         return statistics
 
+    def _alone(self) -> tuple[str, str, Settings]:
+        kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
+        # Statistics also depend on these.
+        kept += ("compress.calibration_tokens", "train.batch_size")
+        known = {path: operator.attrgetter(path)(self.settings) for path in kept}
+        settings = Settings(model_path=str(self.source)).replace(known)
+        return f"lacks {self.amount}", "configs/factorize.py", settings
+
     def _other_files(self, differing: list[str]) -> UserError:
         return UserError(
             f"{self.folder} holds another factorization ({', '.join(differing)} "
@@ -319,7 +328,9 @@ class FactorizeJob:
     @property
     def _calibration_tokens(self) -> int:
         """The default does not depend on the device, because the files must not."""
-        return self.settings.compress.calibration_tokens or calibrate.TOKENS
+        return (
+            self.settings.compress.calibration_tokens or effort.GPU.calibration_tokens
+        )
 
     @property
     def _statistics_path(self) -> Path | None:

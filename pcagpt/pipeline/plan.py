@@ -14,19 +14,20 @@ from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSetting
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS, factor_files
 from pcagpt.pipeline.factorize_job import FactorizeJob
+from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.trained import Run
 
-Job = TrainJob | FactorizeJob
-
 
 class Plan(NamedTuple):
-    """Jobs in the order in which they run, and folders in the workdir to report on.
+    """Jobs in the order in which they run, and what to report on.
 
-    reported: the runs; factors: the factorization.
+    settings: those that the plan was made from; reported: the runs' folders in the
+    workdir; factors: the factorization's.
     """
 
+    settings: Settings
     jobs: tuple[Job, ...]
     reported: tuple[str, ...] = ()
     factors: str = ""
@@ -47,18 +48,19 @@ def make_plan(settings: Settings) -> Plan:
             f"factorize.method is '{method}': it must be one of {', '.join(METHODS)}"
         )
     if settings.task == "factorize":
-        return Plan((_factorize_job(settings, Path(settings.model_path)),))
+        return Plan(settings, (_factorize_job(settings, Path(settings.model_path)),))
     if settings.task == "train":
         if settings.init.weights_from:
-            return Plan((_job_from_run(settings),))
-        return Plan(_jobs_of_run(settings))
+            return Plan(settings, (_job_from_run(settings),))
+        return Plan(settings, _jobs_of_run(settings))
     jobs = []
     for seed in settings.experiment.seeds or (settings.seed,):
         suffix = "" if seed == settings.seed else f"_seed{seed}"
         jobs += _jobs_of_experiment(settings.replace({"seed": seed}), suffix)
     runs = tuple(job.folder.name for job in jobs if isinstance(job, TrainJob))
     made = [job.folder.name for job in jobs if isinstance(job, FactorizeJob)]
-    return Plan(tuple(jobs), runs, made[0])  # The report shows one seed's spectrum.
+    # The report shows one seed's spectrum.
+    return Plan(settings, tuple(jobs), runs, made[0])
 
 
 def recovery_plan(settings: Settings, folder: Path) -> Plan:
@@ -89,7 +91,7 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
     for start, teacher in starts:
         chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
         jobs.append(_job_from_run(base.replace(chosen)))
-    return Plan(tuple(jobs))
+    return Plan(base, tuple(jobs))
 
 
 def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
@@ -117,7 +119,7 @@ def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
     taken = _taken_from_baseline(settings, settings.arm)
     if not taken:
         return (run,)
-    baseline = _train_job(_full(settings), "baseline", is_target=False)
+    baseline = _train_job(_full(settings), "baseline", for_arm=settings.arm)
     if not any(knob.startswith("init.import_") for knob in taken):
         return baseline, run
     one_rank = settings.replace({"ranks": (settings.model.n_embd_wte,)})
@@ -140,9 +142,12 @@ def _job_from_run(settings: Settings) -> TrainJob:
 
 
 def _train_job(
-    settings: Settings, arm: str, *, suffix: str = "", is_target: bool = True
+    settings: Settings, arm: str, *, suffix: str = "", for_arm: str = ""
 ) -> TrainJob:
-    """The run of an arm, with what it takes from D and its share of D's budget."""
+    """The run of an arm, with what it takes from D and its share of D's budget.
+
+    A prerequisite names the arm that starts from it.
+    """
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
@@ -153,14 +158,14 @@ def _train_job(
     model = settings.model
     rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
     name = ARMS[arm].run_name.format(rank=rank) + suffix
-    return TrainJob(Path(settings.workdir) / name, settings, is_target)
+    return TrainJob(Path(settings.workdir) / name, settings, not for_arm, for_arm)
 
 
 def _factorize_job(
     settings: Settings, source: Path, *, suffix: str = "", is_target: bool = True
 ) -> FactorizeJob:
     folder = Path(settings.workdir) / f"{factor_files.FOLDER}{suffix}"
-    return FactorizeJob(source, folder, settings, is_target)
+    return FactorizeJob(folder, settings, is_target, source)
 
 
 def _full(settings: Settings) -> Settings:

@@ -9,10 +9,11 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus, open_corpus
+from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError
 from pcagpt.files import remove_leftovers
+from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.run import checkpoint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
@@ -32,19 +33,22 @@ from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
 
 SPLITS = ("train", "val")  # that a run needs
-DONE, TO_DO = "done", "to do"  # values of a job's status
+# {what an arm takes from D: the `model` knobs that must then be the same as D's}
+SHARED_WITH_BASELINE = {
+    "factors": ("n_embd",),
+    "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
+    "weights": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainJob:
-    """A training run with its folder and its complete settings.
+class TrainJob(Job):
+    """A training run.
 
-    is_target: the person asked for this job; it is no prerequisite.
+    for_arm: the arm that starts from this run, if it is a prerequisite.
     """
 
-    folder: Path
-    settings: Settings
-    is_target: bool
+    for_arm: str = ""
 
     @property
     def label(self) -> str:
@@ -66,12 +70,13 @@ class TrainJob:
         """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.
 
         Raises UserError if the folder holds anything but this run, and may not be
-        replaced.
+        replaced, or a prerequisite that the arm cannot start from.
         """
         if not holds_run(self.folder):
             return TO_DO
         if self._serves_as_prerequisite():
-            return DONE  # `execute` checks that it fits.
+            self._check_shared_model()
+            return DONE
         conflict = self._conflict()
         if conflict and self._may_replace:
             return TO_DO
@@ -93,6 +98,25 @@ class TrainJob:
         if read_result(self.folder):
             return True
         return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
+
+    def _check_shared_model(self) -> None:
+        """Raises UserError if the run in the folder is another model than `for_arm`."""
+        trained = Settings.of(read_record(self.folder) or {}).model
+        asked, takes = self.settings.model, ARMS[self.for_arm].takes
+        shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
+        values = {
+            name: (getattr(trained, name), getattr(asked, name)) for name in shared
+        }
+        differing = [
+            f"model.{name} (there {there}, here {here})"
+            for name, (there, here) in values.items()
+            if there != here
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} has another {', another '.join(differing)}: use "
+                "another --config.workdir, or the same model"
+            )
 
     @property
     def _remedy(self) -> str:
@@ -153,9 +177,11 @@ class TrainJob:
         """The run's corpus; tokenizes its text if necessary, in the first process."""
         return open_shared_corpus(self.settings.data, self.settings.cache_dir, SPLITS)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises UserError if the model does not fit the vocabulary or the device."""
-        build_config(self.settings.model, vocab_size)
+    def check_vocabulary(self, to_be_made: set[Path]) -> None:
+        """Raises UserError if the model does not fit the corpus or the device."""
+        data = self.settings.data
+        described = describe_corpus(data.source, data.tokenizer, SPLITS)
+        build_config(self.settings.model, described.vocab_size)
 
     def check(self, to_be_made: set[Path]) -> Setup | None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
@@ -177,6 +203,17 @@ class TrainJob:
             }
         setup = Setup.of(self.settings.replace(left_out), self.corpus())
         return None if left_out else setup
+
+    def compare_corpus(self, is_needed: bool) -> str | None:
+        """As `check_corpus`; a line if a corpus that is not needed is missing."""
+        try:
+            self.corpus()
+        except UserError as error:
+            if is_needed:
+                raise
+            return f"{self.folder.name} is not compared with its corpus: {error}"
+        self.check_corpus()
+        return None
 
     def check_corpus(self) -> None:
         """Raises UserError if the run in the folder was trained on other tokens."""
@@ -238,6 +275,9 @@ class TrainJob:
                 remove_leftovers(self.folder)
             placement.wait_for_all(self.folder.name)
             train(setup, self.folder, record, self.label, check_place)
+
+    def _alone(self) -> tuple[str, str, Settings]:
+        return "is not trained", "configs/baseline.py", self.settings
 
     def _take_up(self) -> str | None:
         """The id of the run that is to be trained; None if it is done.

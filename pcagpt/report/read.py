@@ -11,7 +11,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import check_fields
 from pcagpt.run.folder import read_record, read_result
-from pcagpt.telemetry.record import read_metrics
+from pcagpt.telemetry.metrics import read_metrics
 
 _LOGGER = logging.getLogger(__name__)
 _NUMBER = (int, float, None)

@@ -36,7 +36,6 @@ _SHAPES = {
     "context_moment": "DD",
 }
 SEED = 0  # of the order of the calibration text
-TOKENS = 1_048_576  # of the calibration text, unless a knob says otherwise
 
 
 def collect(

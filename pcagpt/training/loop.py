@@ -22,8 +22,8 @@ from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import config_sha256, write_result
 from pcagpt.run.initialise import position_constants
 from pcagpt.sharding import placement
+from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.telemetry.record import Telemetry
 from pcagpt.training.interrupt import StopRequest
 from pcagpt.training.meter import History, Meter, not_finite
 from pcagpt.training.setup import Setup

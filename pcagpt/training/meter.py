@@ -12,8 +12,8 @@ from pcagpt.errors import UserError
 from pcagpt.files import check_fields
 from pcagpt.model import training_flops_per_token
 from pcagpt.run import provenance
+from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.telemetry.record import Telemetry
 from pcagpt.training.setup import Setup
 
 

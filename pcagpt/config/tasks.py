@@ -1,0 +1,25 @@
+"""The tasks: what each needs. `pcagpt.pipeline.tasks` says what does them."""
+
+from typing import NamedTuple
+
+
+class Task(NamedTuple):
+    """Which knobs a task needs.
+
+    makes_jobs: it has a plan of jobs; model: it reads the model of `model_path`; ranks:
+    it makes a table for each of `ranks`.
+    """
+
+    makes_jobs: bool = False
+    model: bool = False
+    ranks: bool = False
+
+
+TASKS = {
+    "train": Task(makes_jobs=True),
+    "experiment": Task(makes_jobs=True, ranks=True),
+    "factorize": Task(makes_jobs=True, model=True, ranks=True),
+    "compress": Task(model=True, ranks=True),
+    "evaluate": Task(model=True),
+    "sample": Task(model=True),
+}

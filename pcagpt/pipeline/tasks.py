@@ -1,0 +1,57 @@
+"""Does the task that the settings name, or shows what it would do."""
+
+import json
+
+import jax
+
+from pcagpt.config import Settings
+from pcagpt.config.command_line import listing
+from pcagpt.config.tasks import TASKS
+from pcagpt.files import strict
+from pcagpt.pipeline import execute
+from pcagpt.pipeline.compress import compress, decide_effort
+from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.pipeline.sample import sample
+from pcagpt.run import checkpoint
+
+
+def do(settings: Settings, command: str) -> str | None:
+    """Does the task; returns its text, if it has one. Reports show `command`."""
+    return DOES[settings.task](settings, command)
+
+
+def preview(settings: Settings) -> str:
+    """The value of every knob, and a line for each thing that the task would do.
+
+    Writes nothing. Raises UserError as the task would, as far as this shows early.
+    """
+    settings = decide_effort(settings, jax.default_backend())
+    if TASKS[settings.task].makes_jobs:
+        lines = execute.describe(execute.check(make_plan(settings)))
+    else:
+        folder, step = checkpoint.find(settings.model_path)
+        lines = [f"{settings.task} {folder} at step {step}"]
+    return "\n".join([listing(settings), "", *lines])
+
+
+def _execute(settings: Settings, command: str) -> None:
+    execute.execute(make_plan(settings), command)
+
+
+def _evaluate(settings: Settings, _: str) -> str:
+    return json.dumps(strict(evaluate(settings)), indent=2, allow_nan=False)
+
+
+def _sample(settings: Settings, _: str) -> str:
+    return "\n---\n".join(sample(settings))
+
+
+DOES = {
+    "train": _execute,
+    "experiment": _execute,
+    "factorize": _execute,
+    "compress": compress,
+    "evaluate": _evaluate,
+    "sample": _sample,
+}
