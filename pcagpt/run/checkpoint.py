@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt import trees
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError, unreadable
 from pcagpt.files import (
     LARGEST,
     check_digests,
@@ -133,7 +133,8 @@ class Checkpoints:
           (items, meta).
 
         Raises:
-          UserError: every checkpoint is damaged.
+          UserError: every checkpoint is damaged, or the system does not let one be
+            read.
         """
         arrays = {n: ocp.args.StandardRestore(tree) for n, tree in template.items()}
         wanted = ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore())
@@ -151,6 +152,8 @@ class Checkpoints:
                 # It may be undamaged.
                 if "RESOURCE_EXHAUSTED" in str(error) or placement.lost_process(error):
                     raise
+                if found := unreadable(error):
+                    raise found from None
                 reason = str(error).strip().split("\n")[0][:200]
                 damaged.append((step, reason))
                 continue
@@ -362,6 +365,8 @@ def _remove_damaged_notes(run_dir: Path) -> None:
                 if damage and file != path:
                     raise UserError(damage)
                 read_json(file, "it is left out")
+            except Unreadable:
+                raise
             except UserError as error:
                 _LOGGER.warning("%s", error)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -384,6 +389,8 @@ def _damage_at(folder: Path, below: str | tuple[str, ...], _: tuple) -> str | No
         listed = _digests(folder)
         if listed is not None:
             check_digests(folder, listed.get("files"), below)
+    except Unreadable:
+        raise
     except UserError as error:
         return str(error)
     return None
