@@ -99,7 +99,7 @@ def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("content", "is_torn"), [(b'{"step": 1, "lo', True), (bytes(99), False)]
+    ("content", "is_torn"), [(b'{"step": 1, "lo', True), (b"\0\0\0", False)]
 )
 def test_only_the_first_half_of_a_line_is_taken_for_torn(
     content, is_torn, tmp_path, caplog, monkeypatch
