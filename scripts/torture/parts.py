@@ -131,11 +131,9 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     Every second case flips a bit of weights or of the optimizer.
     """
     kinds: dict[str, list[str]] = {}
-    for path in sorted(files_of(case.scene)):
+    for path in files_of(case.scene):
         if readers(path):
             kinds.setdefault(_kind(path), []).append(path)
-    for paths in kinds.values():  # Orbax's names differ each time, their sizes do not.
-        paths.sort(key=lambda path: (case.scene / path).stat().st_size)
     stored = [kind for kind in kinds if kind.endswith("arrays")]
     turn, turns = index // 2, stored if index % 2 else list(kinds)
     kind = turns[turn % len(turns)]
@@ -163,8 +161,13 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
 
 
 def files_of(scene: Path) -> list[str]:
-    """The path of every file in the scene."""
-    return [str(p.relative_to(scene)) for p in scene.rglob("*") if p.is_file()]
+    """The path of every file in the scene, by kind and size.
+
+    Their order must not change: Orbax's names differ each time, sizes hardly do.
+    """
+    found = [path for path in scene.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(scene)): path.stat().st_size for path in found}
+    return sorted(sizes, key=lambda path: (_kind(path), sizes[path]))
 
 
 def _kind(path: str) -> str:
