@@ -201,7 +201,7 @@ class Run:
             )
         if differing:
             _say_once(
-                f"{corpus.name} is another corpus than the one that {self.folder} "
+                f"{corpus.folder} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
 
