@@ -1,6 +1,8 @@
-"""Errors that end a command with one line instead of a traceback."""
+"""Errors that end a command with one line instead of a traceback, and warnings."""
 
 import errno
+import functools
+import logging
 import os
 import re
 import signal
@@ -27,6 +29,12 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int = signal.SIGINT):
         super().__init__(message)
         self.number = number
+
+
+@functools.lru_cache
+def warn_once(message: str) -> None:
+    """Logs a warning of one line once: a command looks at its files many times."""
+    logging.getLogger(__name__).warning(message)
 
 
 _KEPT = "what is saved is kept, and the same command goes on from it"

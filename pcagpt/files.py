@@ -86,14 +86,15 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in list(folder.rglob(".*")):
         found = _LEFTOVER.fullmatch(path.name)
-        if found and not _lives(int(found[1] or found[2])):
+        if found and not is_running(int(found[1] or found[2])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _lives(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number, of any user."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # Only asks.
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # It is another user's.

@@ -12,12 +12,13 @@ import numpy as np
 from pcagpt import factorize
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
+from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.report import spectrum_figure
-from pcagpt.run import calibrate, checkpoint, lock
+from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -74,7 +75,7 @@ class FactorizeJob(Job):
 
     def _conflict(self) -> UserError | None:
         """The error for what the folder holds; None if it may be added to."""
-        differing = self.differing()
+        differing = self._differing()
         if differing:
             return self._other_files(differing)
         others = factor_files.not_ours(self.folder, self._lacking())
@@ -86,8 +87,8 @@ class FactorizeJob(Job):
             )
         return None
 
-    def differing(self) -> list[str]:
-        """Parts of `identity` that differ from those of the files in the folder.
+    def _differing(self) -> list[str]:
+        """'PART (there VALUE, here VALUE)' where the files' `identity` is another.
 
         Empty if there are no files, or no source to compare them with.
         """
@@ -96,11 +97,18 @@ class FactorizeJob(Job):
             return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
         metadata = older | metadata  # Older files do not say.
-        differing = [part for part in identity if metadata.get(part) != identity[part]]
-        recorded = metadata.get("source_sha256")
-        if "source_sha256" in differing and self._is_source(recorded):
-            differing.remove("source_sha256")
-        return differing
+        source, recorded = identity["source_sha256"], metadata.get("source_sha256")
+        if source != recorded and self._is_source(recorded):
+            metadata["source_sha256"] = source
+        return differences(metadata, identity, identity)
+
+    def differing(self) -> list[str]:
+        """As in `Job`; damaged files are not compared, and a warning says so."""
+        try:
+            return self._differing()
+        except UserError as error:
+            warn_once(f"{self.folder} is not compared with the settings: {error}")
+            return []
 
     def identity(self) -> dict[str, Any]:
         """All that determines the files, except the ranks; stored in metadata.json."""
@@ -140,9 +148,9 @@ class FactorizeJob(Job):
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
             has_files = factor_files.read_metadata(self.folder) is not None
-            made = has_files and read_result(self.source) and not self.differing()
+            made = has_files and read_result(self.source) and not self._differing()
             if has_files and not made and not self.settings.overwrite:
-                raise self._other_files(["source_sha256"])
+                raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
             shape = factor_files.read_table(self.source).shape
@@ -291,8 +299,8 @@ class FactorizeJob(Job):
 
     def _other_files(self, differing: list[str]) -> UserError:
         return UserError(
-            f"{self.folder} holds another factorization ({', '.join(differing)} "
-            "differ): use another --config.workdir, or --config.overwrite=True"
+            f"{self.folder} holds another factorization, {'; '.join(differing)}: use "
+            "another --config.workdir, or --config.overwrite=True"
         )
 
     def _source_sha256(self) -> str | None:
@@ -300,11 +308,11 @@ class FactorizeJob(Job):
         if self._is_bare_table:
             return factor_files.sha256(self.source) if self.source.exists() else None
         there = checkpoint.exists(self.source)
-        return checkpoint.fingerprint(self.source) if there else None
+        return fingerprint.of(self.source) if there else None
 
     def _is_source(self, recorded: str | None) -> bool:
         """Whether an older version recorded this hash of the checkpoint."""
-        return not self._is_bare_table and checkpoint.same(self.source, recorded)
+        return not self._is_bare_table and fingerprint.same(self.source, recorded)
 
     def _calibration_sha256(self) -> str | None:
         """Hash of the calibration text's tokens; None if the source does not exist."""

@@ -18,7 +18,7 @@ from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
 from pcagpt.data.sources import describe_files
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import find_record
 from pcagpt.sharding import placement
@@ -208,15 +208,15 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """A hash that identifies this checkpoint."""
-        return checkpoint.fingerprint(self._checkpoint)
+        return fingerprint.of(self._checkpoint)
 
     def is_at(self, recorded: str | None) -> bool:
         """Whether `recorded` is this checkpoint's fingerprint, by any version."""
-        return checkpoint.same(self._checkpoint, recorded)
+        return fingerprint.same(self._checkpoint, recorded)
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / checkpoint.FOLDER / str(self.step)
+        return checkpoint.folder_of(self.folder, self.step)
 
 
 def open_shared_corpus(
