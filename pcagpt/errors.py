@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class Unreadable(UserError):
+    """The system did not let a file be read. The file may be undamaged."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop, and everything done so far is saved.
 
@@ -55,6 +59,8 @@ _REMEDIES = {
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "what read the output has ended",
 }
+# A file or folder is not there at all, or is the other of the two.
+_MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 # As tensorstore words it, in a ValueError.
 _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
 
@@ -65,12 +71,7 @@ def explain(error: BaseException) -> str | None:
     None for every other error, which is then a bug. Orbax raises what happened in its
     threads as an OSError, or as a ValueError with tensorstore's text.
     """
-    if isinstance(error, OSError):
-        code, path = error.errno, error.filename2 or error.filename
-    else:
-        told = _TENSORSTORE.search(str(error))
-        paths = re.findall(r'local file "([^"]*)"', str(error))
-        code, path = told and int(told[1]), paths[-1] if paths else None
+    code, path = _code_and_path(error)
     if not code:
         return None
     if not path and code == errno.ENOENT:  # Only what needs no path has none.
@@ -80,3 +81,22 @@ def explain(error: BaseException) -> str | None:
     problem = problem[:1].lower() + problem[1:]
     remedy = _REMEDIES.get(code)
     return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"
+
+
+def unreadable(error: BaseException) -> Unreadable | None:
+    """The error to raise for a file that the system did not let be read.
+
+    None for every other error, and if the file is missing.
+    """
+    if isinstance(error, Unreadable):
+        return error
+    code, _ = _code_and_path(error)
+    return Unreadable(explain(error)) if code and code not in _MISSING else None
+
+
+def _code_and_path(error: BaseException) -> tuple[int | None, str | bytes | None]:
+    if isinstance(error, OSError):
+        return error.errno, error.filename2 or error.filename
+    told = _TENSORSTORE.search(str(error))
+    paths = re.findall(r'local file "([^"]*)"', str(error))
+    return told and int(told[1]), paths[-1] if paths else None

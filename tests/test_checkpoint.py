@@ -268,6 +268,30 @@ def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path,
     assert "falling back to the one before, step 1" in said()[-1]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["digests.json", "meta/metadata", "weights/manifest.ocdbt", "metrics/metrics"],
+)
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged_and_stays(
+    name, tmp_path, monkeypatch
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+
+    def refuse(path, *arguments):
+        if f"{path}".endswith(f"ckpt/2/{name}"):
+            raise PermissionError(13, "Permission denied", f"{path}")
+        return open(path, *arguments)
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=f"ckpt/2/{name}: permission denied: change"):
+        restore(tmp_path)
+    if name in ("digests.json", "weights/manifest.ocdbt"):
+        with pytest.raises(UserError, match=f"{name}: permission denied: change"):
+            checkpoint.find(tmp_path)
+    monkeypatch.undo()
+    assert restore(tmp_path)[1] == 2
+
+
 def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
     tmp_path, said
 ):

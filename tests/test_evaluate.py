@@ -415,6 +415,15 @@ def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):
     }
 
 
+def test_a_changed_corpus_of_text_is_named_by_its_text(own_corpus):
+    config, folder = own_corpus
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.bin").unlink()
+        (folder / f"{split}.txt").write_text("Other text.")
+    with pytest.raises(UserError, match=f"{folder} is no longer the corpus"):
+        evaluate(config)
+
+
 def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
     config, folder = own_corpus
     path = Path(config.model_path) / "config.json"

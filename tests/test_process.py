@@ -14,7 +14,7 @@ from command_line import ROOT, call, refusal, tiny
 from runs import quick_environment
 
 from pcagpt import process
-from pcagpt.errors import Interrupted, explain
+from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute
 from pcagpt.sharding import placement
 
@@ -60,6 +60,17 @@ def test_an_error_of_the_system_is_told_with_path_remedy_and_what_is_kept(error,
     assert told.endswith(
         "; what is saved is kept, and the same command goes on from it"
     )
+
+
+def test_a_file_that_is_missing_is_not_unreadable():
+    words = "Error reading local file \"/r/m\": Denied [os_error_code='{}']"
+    for number in (errno.EACCES, errno.EIO, errno.EMFILE):
+        for error in (OSError(number, "x", "/r/m"), ValueError(words.format(number))):
+            assert str(unreadable(error)).startswith("/r/m: ")
+    for number in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+        for error in (OSError(number, "x", "/r/m"), ValueError(words.format(number))):
+            assert unreadable(error) is None
+    assert unreadable(ValueError("damaged")) is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt import trees
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import Unreadable, UserError, unreadable, warn_once
 from pcagpt.files import LARGEST, check_values, read_json, strict, sync
 from pcagpt.run import digests
 from pcagpt.run.weights import alone, read_weights
@@ -121,7 +121,8 @@ class Checkpoints:
           (items, meta).
 
         Raises:
-          UserError: every checkpoint is damaged.
+          UserError: every checkpoint is damaged, or the system does not let one be
+            read.
         """
         arrays = {n: ocp.args.StandardRestore(tree) for n, tree in template.items()}
         wanted = ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore())
@@ -142,6 +143,8 @@ class Checkpoints:
                 # It may be undamaged.
                 if "RESOURCE_EXHAUSTED" in str(error) or placement.lost_process(error):
                     raise
+                if found := unreadable(error):
+                    raise found from None
                 reason = str(error).strip().split("\n")[0]
                 limit = None if isinstance(error, UserError) else 200
                 damaged.append((step, reason[:limit]))
@@ -267,6 +270,8 @@ def _remove_damaged_notes(run_dir: Path) -> None:
                 if damage and file != path:
                     raise UserError(damage)
                 read_json(file, "it is left out")
+            except Unreadable:
+                raise
             except UserError as error:
                 _LOGGER.warning("%s", error)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

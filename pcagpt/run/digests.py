@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.files import check_digests, digests, read_json, sync, write_json
 from pcagpt.run.weights import read_weights
 
@@ -50,6 +50,7 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     """Why files of a checkpoint whose names begin with `below` are damaged, or None.
 
     Files are hashed once while their sizes and times stay.
+    Raises Unreadable if the system does not let a file be read: it may be undamaged.
     """
     stamps = tuple(
         (str(path), found.st_size, found.st_mtime_ns)
@@ -65,6 +66,8 @@ def _damage(folder: Path, below: str | tuple[str, ...], _: tuple) -> str | None:
         listed = _listed(folder)
         if listed is not None:
             check_digests(folder, listed.get("files"), below)
+    except Unreadable:
+        raise
     except UserError as error:
         return str(error)
     return None

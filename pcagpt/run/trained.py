@@ -167,9 +167,10 @@ class Run:
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:
             raise UserError(
-                f"{data.source} does not hold what {self.folder} was trained on ("
-                f"{', '.join(differing)} changed){corpus.older_tokens(self.record)}: "
-                "restore it, or name a corpus as --config.data.source"
+                f"{data.source} is no longer the corpus that {self.folder} was trained "
+                f"on ({', '.join(differing)} changed)"
+                f"{corpus.older_tokens(self.record)}: restore it, or name a corpus as "
+                "--config.data.source"
             )
         self.check_corpus(corpus)
         return corpus
