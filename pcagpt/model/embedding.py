@@ -20,7 +20,9 @@ class HeadBand:
 
     wte: jax.Array  # [V, K]; rows from `size` on are padding
     scale_down: jax.Array | None  # [K, D]; None: wte is [V, D]
-    size: int = flax.struct.field(pytree_node=False)  # static: it determines shapes
+    # Static, because they determine shapes; see `BandSpec`.
+    start: int = flax.struct.field(pytree_node=False)
+    size: int = flax.struct.field(pytree_node=False)
 
 
 Head = tuple[HeadBand, ...]  # in the order of their columns

@@ -79,6 +79,7 @@ class Teacher:
             HeadBand(
                 np.pad(rows_VE[start : start + size], ((0, padding), (0, 0))),
                 scale_down=None,
+                start=start,
                 size=size,
             )
             for start, size, padding, _ in bands
