@@ -183,14 +183,9 @@ class Step(System):
         batch = self.batch * self.devices
         run = setup(self.size, self.model, batch, self.folder, **self.mesh())
         self.step, self.state, self.tokens = compiled_step(run)
-        memory = self.step.memory_analysis()
-        self.peak_bytes = (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-        self.details = {"temporary_bytes": memory.temp_size_in_bytes}
+        self.peak_bytes = loop.peak_bytes(self.step)
+        temporary = self.step.memory_analysis().temp_size_in_bytes
+        self.details = {"temporary_bytes": temporary}
 
     def go(self, steps: int) -> None:
         """Dispatches the steps one after the other and waits for the last."""
