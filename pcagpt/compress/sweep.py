@@ -100,7 +100,7 @@ def sweep(
         best, *_ = made or equal
         origin = dataclasses.asdict(best)
         write_model(place, original, make(best).table, origin)
-    with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
+    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
 

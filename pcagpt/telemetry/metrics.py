@@ -171,11 +171,9 @@ class Telemetry:
             self._board.add_text(tag, markdown)
 
     def figure(self, tag: str, figure: Any) -> None:
-        """Adds a matplotlib Figure as an image."""
+        """Adds a matplotlib Figure as an image to TensorBoard."""
         if self._board:
             self._board.add_figure(tag, figure)
-        if self._wandb:
-            self._wandb.log({tag: import_wandb().Image(figure)})
 
     def hyperparameters(
         self, flat_dict: Mapping[str, Any], final_metrics: Mapping[str, Any]
