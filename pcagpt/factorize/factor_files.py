@@ -81,7 +81,7 @@ def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
     if metadata is None:
         ours, there = set(), [folder / SPECTRUM_FILE]
     else:
-        ours = {*map(int, metadata["ranks"]), *metadata.get("unfinished", ())}
+        ours = {*map(int, metadata["ranks"]), *(metadata.get("unfinished") or ())}
         there = []
     for rank in {*ranks} - ours:
         there += [path(folder, rank) for path in (table_path, scale_path, bands_path)]
@@ -164,7 +164,12 @@ def read_bands(folder: str | Path) -> FactorizedTable:
         wte = read_table(folder / f"wte_band{len(bands)}.npy")
         path, scale = folder / f"scale_mats_band{len(bands)}.npz", None
         if path.exists():
-            scale = read_scale_matrices(path).scale_up
+            scale, down, mean = read_scale_matrices(path)
+            if mean is not None or not np.array_equal(scale, down):
+                raise UserError(
+                    f"{path} holds two different scale matrices or a mean: a band has "
+                    f"one matrix, and the mean of a table in bands is in {MEAN_FILE}"
+                )
             if len(scale) != wte.shape[1]:
                 raise UserError(
                     f"{path} has rank {len(scale)}, but the table beside it has rank "
@@ -203,7 +208,8 @@ def read_metadata(folder: Path) -> dict | None:
     check_fields(
         metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
     )
-    for rank, described in metadata.setdefault("ranks", {}).items():
+    metadata["ranks"] = metadata.get("ranks") or {}
+    for rank, described in metadata["ranks"].items():
         where = f"{path}: the rank '{rank:.20}'"
         check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
         if not (rank.isascii() and rank.isdigit()):
