@@ -53,7 +53,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
     """The content of a file that has not changed for a while, from disk if kept."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
-        path.parent / ".pcagpt-content.json",
+        path.parent / NAME,
         cache_dir / f".pcagpt-content-{place}.json",
     )
     for file in files:

@@ -5,8 +5,8 @@ scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if cent
 bands_pca_k{k}/           replaces both if the table has several bands; same size
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
-                          the files beside it, which every reader checks; written last,
-                          and before, with the ranks that are 'unfinished'
+                          the files beside it, which every reader checks; written twice:
+                          first with the 'unfinished' ranks, and last without them
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
 
 
 def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
-    """What is where `write` would put these ranks, and was not written by it."""
+    """Files that `write` would replace for these ranks and did not write itself."""
     metadata = read_metadata(folder)
     if metadata is None:
         ours, there = set(), [folder / SPECTRUM_FILE]
@@ -112,7 +112,8 @@ def write(
     for path in written:
         files.pop(path.name, None)
     begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
-    write_json(folder / METADATA_FILE, metadata | begun)  # What comes next is ours.
+    # From here on, the files of these ranks count as ours.
+    write_json(folder / METADATA_FILE, metadata | begun)
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -135,7 +136,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     metadata.json             digests of these files; written last
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Nothing else in the folder is ours. Without its order, a table is unfinished.
+    # Other files in the folder are not ours. Without its order, a table is unfinished.
     for pattern in (
         METADATA_FILE, ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"
     ):  # fmt: skip

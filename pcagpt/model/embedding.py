@@ -88,9 +88,8 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
     wte_VK, rows_N = residuals
     shape, table_dtype = wte_VK.shape, wte_VK.dtype
 
-    # Each device first sums the gradients of its own tokens. Otherwise XLA would
-    # scatter into the gradient of the head, and every device would need all of that
-    # gradient.
+    # Each device first sums the gradients of its own tokens. Without this, XLA scatters
+    # into the gradient of the head, and every device needs all of that gradient.
     @by_device([True, True], [False])
     def of_table(gradient_NK, rows_N):
         zeros_VK = jnp.zeros(shape, table_dtype)

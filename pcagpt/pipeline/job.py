@@ -69,7 +69,7 @@ class Job(abc.ABC):
         """
 
     def differing(self) -> list[str]:
-        """What the folder holds of another origin, as names of settings and hashes."""
+        """Names of the settings and hashes in which the folder's files differ."""
         return []
 
     def compare_corpus(self, is_needed: bool) -> str | None:

@@ -71,7 +71,7 @@ def train(
         meter = Meter(setup, history, telemetry, progress)
 
         # `step` is the number of updates of `state`. Each iteration evaluates and saves
-        # this state if it is time, and then makes the next update.
+        # this state if that is due, and then makes the next update.
         for step in range(first_step, last_step + 1):
             is_last, stopping = step == last_step, stop.stops_at(step)
             is_new = step != resumed_at  # A restored state was evaluated and saved.
