@@ -137,11 +137,6 @@ def train(run: Setup) -> tuple[dict, list[float]]:
         ), waited
 
 
-def steps_between_saves() -> int:
-    """The default of checkpoint.every."""
-    return Settings().checkpoint.every
-
-
 class System:
     """One model that takes turns with others.
 
@@ -252,7 +247,7 @@ class Loop(System):
         self.peak_bytes = result["peak_bytes"]
         self.details["checkpoint_ms"].append(1e3 * max(waited))
         step = self.tokens_per_step / result["tokens_per_second"]
-        return step + max(waited) / steps_between_saves()
+        return step + max(waited) / Settings().checkpoint.every
 
 
 class Decoding(System):

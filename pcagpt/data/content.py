@@ -33,7 +33,7 @@ class Content:
 
     size: in bytes; sha256: of the bytes; narrow_sha256: hash of the uint32 numbers
     after conversion to uint16, None if one does not fit; highest: the highest number at
-    each width, None if the size is no positive multiple of the width.
+    each width, None if the size is not a positive multiple of the width.
     """
 
     size: int

@@ -214,7 +214,7 @@ def read_metadata(folder: Path) -> dict | None:
         where = f"{path}: the rank '{rank:.20}'"
         check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
         if not (rank.isascii() and rank.isdigit()):
-            raise UserError(f"{where} is no whole number: {remedy}")
+            raise UserError(f"{where} is not a whole number: {remedy}")
     return metadata
 
 
@@ -225,7 +225,7 @@ def read_spectrum(folder: Path) -> np.ndarray:
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.floating):
         raise UserError(f"{path} does not hold a list of singular values")
     if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
-        raise UserError(f"{path} holds values that are no singular values")
+        raise UserError(f"{path} holds values that cannot be singular values")
     return values.astype(np.float64)
 
 

@@ -132,7 +132,7 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    Of tables in bands that differ only in their number of bands, it shows the best one.
+    Among tables in bands that differ only in their number, it shows only the best.
     """
     best: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in sweep["rows"]:

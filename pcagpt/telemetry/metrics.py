@@ -28,8 +28,8 @@ _ENTRY = {
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; none if it does not exist.
 
-    Lines that are no entries are left out with one warning. The last line may be torn,
-    because a killed run can leave the first half of a line.
+    Other lines are left out with one warning. The last line may be torn, because a
+    killed run can leave the first half of a line.
     """
     entries, bad = [], []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
