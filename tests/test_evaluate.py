@@ -360,6 +360,15 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
     assert "is another corpus than the one that " in said[0]
 
 
+def test_a_file_of_another_kind_does_not_cost_the_result(asked):
+    config = asked()
+    wanted = evaluate(config)
+    (path,) = Path(config.model_path).glob("evaluation_*.json")
+    path.write_text('{"protocol": "mine"}')
+    assert evaluate(config)["loss"] == wanted["loss"]
+    assert json_of(path)["loss"] == wanted["loss"]
+
+
 def test_a_lost_config_is_read_from_the_checkpoint(asked):
     config = asked()
     wanted = evaluate(config)["loss"]

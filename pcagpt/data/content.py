@@ -21,7 +21,7 @@ import numpy as np
 from pcagpt.errors import UserError
 from pcagpt.files import read_json, write_json
 
-NAME = ".pcagpt-content.json"
+_NAME = ".pcagpt-content.json"
 _SETTLED_SECONDS = 2
 _CHUNK_BYTES = 1 << 22
 _WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
@@ -53,7 +53,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
     """The content of a file that has not changed for a while, from disk if kept."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
-        path.parent / ".pcagpt-content.json",
+        path.parent / _NAME,
         cache_dir / f".pcagpt-content-{place}.json",
     )
     for file in files:

@@ -44,7 +44,7 @@ class TextSource(NamedTuple):
 
 def absolute(source: str) -> str:
     """A source in words that mean the same in any working directory."""
-    return source if source in NAMED else str(Path(source).expanduser().resolve())
+    return source if source in NAMED else str(Path(source).resolve())
 
 
 def find_source(source: str) -> TextSource | Path:
@@ -61,7 +61,7 @@ def find_source(source: str) -> TextSource | Path:
         documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
         name = "/".join(_WIKITEXT)
         return TextSource("wikitext103", "gpt2", lambda: (name,), documents)
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if not folder.is_dir():
         absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
         problem = "is a file" if folder.exists() else absent
@@ -92,7 +92,7 @@ def describe_files(source: str) -> str:
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files
-    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, ".pcagpt-content.json"}
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES}
     others = text_files.other_names(found, used)
     return f"tokens in {found}; left out: {others}" if others else ""
 
