@@ -30,6 +30,7 @@ from pcagpt.run.evaluator import (
     summarize,
     target_cosines,
 )
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -367,6 +368,13 @@ def test_a_file_of_another_kind_does_not_cost_the_result(asked):
     path.write_text('{"protocol": "mine"}')
     assert evaluate(config)["loss"] == wanted["loss"]
     assert json_of(path)["loss"] == wanted["loss"]
+
+
+def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
+    path = asked().model_path
+    monkeypatch.setattr(placement, "from_first", lambda find: [find()[0], 3])
+    opened = Run.open(path)
+    assert (opened.folder, opened.step) == (Path(path), 3)
 
 
 def test_a_lost_config_is_read_from_the_checkpoint(asked):

@@ -311,10 +311,10 @@ class FactorizeJob(Job):
 
     def _source_sha256(self) -> str | None:
         """Hash of the table or the checkpoint; None if it does not exist."""
-        if self._is_bare_table:
-            return factor_files.sha256(self.source) if self.source.exists() else None
-        there = checkpoint.exists(self.source)
-        return fingerprint.of(self.source) if there else None
+        if not self._source_exists:
+            return None
+        hash_of = factor_files.sha256 if self._is_bare_table else fingerprint.of
+        return hash_of(self.source)
 
     def _is_source(self, recorded: str | None) -> bool:
         """Whether an older version recorded this hash of the checkpoint."""
@@ -322,7 +322,7 @@ class FactorizeJob(Job):
 
     def _calibration_sha256(self) -> str | None:
         """Hash of the calibration text's tokens; None if the source does not exist."""
-        if self._source_sha256() is None:
+        if not self._source_exists:
             return None
         run, settings = Run.open(self.source), self.settings
         data = run.data(settings.data)
@@ -333,6 +333,12 @@ class FactorizeJob(Job):
     def _is_bare_table(self) -> bool:
         """Whether the source is a .npy file and not a run."""
         return self.source.suffix == ".npy"
+
+    @property
+    def _source_exists(self) -> bool:
+        if self._is_bare_table:
+            return self.source.exists()
+        return checkpoint.exists(self.source)
 
     @property
     def _calibrates(self) -> bool:

@@ -288,7 +288,8 @@ class TrainJob(Job):
         """
         status = self.status()
         stored = None if self._conflict() else find_record(self.folder)
-        if stored:  # Another command may just have made it from another corpus.
+        # Another command may just have made it from another corpus.
+        if stored or status == DONE:
             self.check_corpus()
         if stored and read_record(self.folder) is None:
             write_record(self.folder, stored)
