@@ -98,7 +98,7 @@ class FactorizeJob(Job):
         if identity["source_sha256"] is None:
             return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
-        metadata = older | metadata  # Older files do not say.
+        metadata = older | metadata  # Older files lack these fields.
         source, recorded = identity["source_sha256"], metadata.get("source_sha256")
         if source != recorded and self._is_source(recorded):
             metadata["source_sha256"] = source
@@ -204,7 +204,7 @@ class FactorizeJob(Job):
         Those of earlier commands stay as they are: runs may be reading them.
         """
         print(f"factorizing {self.source}, {self.amount}", flush=True)
-        is_replaced = self._conflict() is not None  # Else `status` had raised.
+        is_replaced = self._conflict() is not None  # `status` did not raise.
         ranks, described = self.settings.ranks, {}
         if not is_replaced:
             metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
@@ -257,7 +257,7 @@ class FactorizeJob(Job):
         remove_leftovers(self.folder)
 
     def _measured_statistics(self, run: Run) -> Statistics:
-        """Statistics on the corpus of `settings.data`, or else on the run's own."""
+        """Statistics on the corpus in `settings.data`, by default the run's own."""
         settings, batch_size = self.settings, self.settings.train.batch_size
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_divisible("train.batch_size", batch_size, mesh)

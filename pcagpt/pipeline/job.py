@@ -69,13 +69,13 @@ class Job(abc.ABC):
         """
 
     def differing(self) -> list[str]:
-        """What the folder holds of another origin, as names of settings and hashes."""
+        """The settings and hashes in which the files in the folder differ."""
         return []
 
     def compare_corpus(self, is_needed: bool) -> str | None:
         """Raises UserError if what is in the folder was trained on other tokens.
 
-        A corpus that is not needed any more may be missing: the result then says so.
+        If the corpus is missing and not needed, the result is a line that says so.
         """
         return None
 

@@ -161,12 +161,12 @@ class Run:
     ) -> Corpus:
         """Opens the corpus of `data`, which must have some splits.
 
-        Another corpus than the run's own can be asked for; that is said on stderr.
+        If `asked` names another corpus than the run's own, a line on stderr says so.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
             own corpus has changed and `asked` names no other. If vocabulary or
-            tokenizer do not fit, nothing has been tokenized.
+            tokenizer do not fit, it has tokenized nothing.
         """
         data = self.data(asked)
         self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
