@@ -48,8 +48,8 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       cache_dir: see `content_of`.
 
     Raises:
-      UserError: the file is too short or truncated, holds no ids or an id >= vocab_size,
-        or contradicts its meta file.
+      UserError: the file is too short or truncated, holds no ids or an id
+        >= vocab_size, or contradicts its meta file.
     """
     _refuse_foreign(path)
     content = content_of(path, cache_dir)

@@ -182,7 +182,7 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Statistics:
-    """Statistics from a file; UserError if it is missing, damaged or of another kind."""
+    """Statistics from a file; UserError if it is missing, damaged or another file."""
     return _read(path)[0]
 
 

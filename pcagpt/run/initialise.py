@@ -62,8 +62,8 @@ def known_imports(
 
     Returns:
       The settings of `with_bands`; the `fingerprints`; the reasons why imports that
-      exist cannot be read. The hash of an import that cannot be read is None. A run that
-      is the same by an older formula has the hash that was `recorded`.
+      exist cannot be read. The hash of an import that cannot be read is None. A run
+      that is the same by an older formula has the hash that was `recorded`.
     """
     found, damage = {}, []
     for knob, path in imported_paths(settings).items():
