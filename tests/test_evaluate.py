@@ -30,6 +30,7 @@ from pcagpt.run.evaluator import (
     summarize,
     target_cosines,
 )
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -358,6 +359,22 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "another" in line]
     assert len(said) == 2
     assert "is another corpus than the one that " in said[0]
+
+
+def test_a_file_of_another_kind_does_not_cost_the_result(asked):
+    config = asked()
+    wanted = evaluate(config)
+    (path,) = Path(config.model_path).glob("evaluation_*.json")
+    path.write_text('{"protocol": "mine"}')
+    assert evaluate(config)["loss"] == wanted["loss"]
+    assert json_of(path)["loss"] == wanted["loss"]
+
+
+def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
+    path = asked().model_path
+    monkeypatch.setattr(placement, "from_first", lambda find: [find()[0], 3])
+    opened = Run.open(path)
+    assert (opened.folder, opened.step) == (Path(path), 3)
 
 
 def test_a_lost_config_is_read_from_the_checkpoint(asked):

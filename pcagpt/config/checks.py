@@ -79,7 +79,7 @@ def validate(settings: Settings) -> None:
 
 
 def check_stored(record: Mapping[str, Any], problem: str, remedy: str) -> None:
-    """Raises UserError if a run's record has a knob of a type that it cannot have.
+    """Raises UserError if a knob in a run's record has a wrong type.
 
     Sizes of the model must also follow their rules. Other knobs may have values of an
     older version. `problem` begins the message, `remedy` ends it.

@@ -101,7 +101,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
 
 
 def _expanded(name: str, path: str) -> str:
-    """The path with ~ as the shell expands it, which it does not after '='."""
+    """The path with ~ expanded, which the shell does not do after '='."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(

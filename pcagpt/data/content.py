@@ -43,7 +43,7 @@ class Content:
 
 
 def content_of(path: Path, cache_dir: Path) -> Content:
-    """The content of a file; .pcagpt-content.json saves reading it again."""
+    """The content of a file; .pcagpt-content.json keeps it for the next time."""
     stamp = stamp_of(path)
     return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
 
@@ -75,7 +75,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """What .pcagpt-content.json says of each file; {} if it is missing or damaged."""
+    """The entries of .pcagpt-content.json by file; {} if it is missing or damaged."""
     try:
         return read_json(file, "delete it") or {}
     except (UserError, OSError):

@@ -24,7 +24,7 @@ class TextSource(NamedTuple):
 
     name: str
     tokenizer: str  # the one that 'auto' selects
-    # Changes when the text changes; after it those by which earlier versions knew it.
+    # The first changes when the text changes; the others are those of earlier versions.
     fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
     files: str = ""  # a line that says which files are used and which are left out
@@ -43,8 +43,8 @@ class TextSource(NamedTuple):
 
 
 def absolute(source: str) -> str:
-    """A source in words that mean the same in any working directory."""
-    return source if source in NAMED else str(Path(source).expanduser().resolve())
+    """The source as a name or an absolute path."""
+    return source if source in NAMED else str(Path(source).resolve())
 
 
 def find_source(source: str) -> TextSource | Path:
@@ -61,7 +61,7 @@ def find_source(source: str) -> TextSource | Path:
         documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
         name = "/".join(_WIKITEXT)
         return TextSource("wikitext103", "gpt2", lambda: (name,), documents)
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if not folder.is_dir():
         absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
         problem = "is a file" if folder.exists() else absent
@@ -88,7 +88,7 @@ def find_source(source: str) -> TextSource | Path:
 
 
 def describe_files(source: str) -> str:
-    """Which files of a folder are used, and which are not; '' if all of them are."""
+    """A line about the used and unused files of a folder; '' if all are used."""
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files

@@ -75,7 +75,7 @@ class Job(abc.ABC):
     def compare_corpus(self, is_needed: bool) -> str | None:
         """Raises UserError if what is in the folder was trained on other tokens.
 
-        A corpus that is not needed any more may be missing: the result then says so.
+        If the corpus is missing and not needed, the result is a line that says so.
         """
         return None
 

@@ -165,8 +165,8 @@ class TrainJob(Job):
     def record(self) -> dict[str, Any]:
         """The settings and the hashes of all imports, as `status` compares them.
 
-        The hash of an import that is missing or damaged is None, because `status` reads
-        nothing else from it; damage is said.
+        The hash of an import that is missing or damaged is None, because `status` needs
+        no more of it. A warning says what is damaged.
         """
         recorded = (find_record(self.folder) or {}).get("imported_sha256")
         settings, hashes, damage = initialise.known_imports(self.settings, recorded)
@@ -271,7 +271,7 @@ class TrainJob(Job):
                     )
 
             if jax.process_index() == 0:
-                if self._conflict():  # May be replaced, or `status` had raised.
+                if self._conflict():  # It may be replaced: `status` did not raise.
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
@@ -288,7 +288,8 @@ class TrainJob(Job):
         """
         status = self.status()
         stored = None if self._conflict() else find_record(self.folder)
-        if stored:  # Another command may just have made it from another corpus.
+        # Another command may just have made it from another corpus.
+        if stored or status == DONE:
             self.check_corpus()
         if stored and read_record(self.folder) is None:
             write_record(self.folder, stored)

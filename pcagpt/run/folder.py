@@ -35,8 +35,8 @@ from pcagpt.run.weights import read_updates
 IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# The corpus and imports count by the hash of their content, so that both can be moved
-# and a folder of runs, too. Only `evaluate` reads a run's test split.
+# The hash of their content stands for the corpus and the imports, so that these and a
+# folder of runs can be moved. Only `evaluate` reads a run's test split.
 NOT_IDENTITY = (
     "corpus.test",
     "data.cache_dir",
@@ -140,7 +140,7 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether anything is there that training would replace.
+    """Whether the folder has anything that training would replace.
 
     A config.json alone, if training wrote it, does not count: training ended before its
     first step, for example because memory was too small.
@@ -244,8 +244,8 @@ def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
     Empty if no run has begun. An import whose hash in `record` is None is not compared,
-    nor are the bands that come from it. Neither is a corpus that only one of both
-    records knows: `Corpus.differences` compares it.
+    nor are the bands that come from it. If only one record knows the corpus,
+    `Corpus.differences` compares it, and not this function.
     """
     stored = find_record(run_dir)
     if stored is None:

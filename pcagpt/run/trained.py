@@ -44,7 +44,14 @@ class Run:
         Raises:
           UserError: the folder, its checkpoint or its config.json does not exist.
         """
-        folder, step = checkpoint.find(path)
+
+        def find() -> tuple[str, int]:
+            folder, step = checkpoint.find(path)
+            return str(folder), step
+
+        # The run may be training: every process must open the same step.
+        found, step = placement.from_first(find)
+        folder = Path(found)
         record = find_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
@@ -154,7 +161,7 @@ class Run:
     ) -> Corpus:
         """Opens the corpus of `data`, which must have some splits.
 
-        Another corpus than the run's own can be asked for; that is said on stderr.
+        If `asked` names another corpus than the run's own, a line on stderr says so.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
