@@ -407,8 +407,9 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
     with pytest.raises(UserError, match=rf"\({split} changed\): restore it, or name"):
         evaluate(config)
     assert snapshot(Path(config.model_path)) == before
-    named = evaluate(changed(config, **{"data.source": str(folder)}))
-    assert named["is_own_corpus"] == (split == "test")
+    named = changed(config, **{"data.source": str(folder)})
+    assert evaluate(named)["is_own_corpus"] == (split == "test")
+    assert not evaluate(changed(named, split=split))["is_own_corpus"]
 
 
 def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):

@@ -51,7 +51,7 @@ def evaluate(settings: Settings) -> dict:
         "step": run.step,
         **measured.metrics,
         **provenance.summary(mesh.size),
-        "is_own_corpus": run.is_own(corpus),
+        "is_own_corpus": run.is_own(corpus, [settings.split]),
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:

@@ -21,10 +21,10 @@ from pcagpt.run.folder import (
     find_record,
     holds_run,
     is_made_here,
-    is_unmixed,
     move_aside,
     read_record,
     read_result,
+    stranger,
     write_record,
 )
 from pcagpt.run.trained import open_shared_corpus
@@ -100,7 +100,16 @@ class TrainJob(Job):
         return bool(read_result(self.folder)) or not is_made_here(self.folder)
 
     def _check_shared_model(self) -> None:
-        """Raises UserError if the run in the folder is another model than `for_arm`."""
+        """Raises UserError if `for_arm` cannot start from the run in the folder.
+
+        A warning says in what the run differs from the one that was asked for.
+        """
+        if found := self._stranger():
+            raise UserError(f"{found}: use another --config.workdir, or {self._remedy}")
+        if read_result(self.folder):
+            own = changed_fields(self.folder, self.record())
+            if own:
+                warn_once(f"{self.folder} is used as it is: {'; '.join(own)}")
         trained = Settings.of(read_record(self.folder) or {}).model
         asked, takes = self.settings.model, ARMS[self.for_arm].takes
         shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
@@ -117,6 +126,11 @@ class TrainJob(Job):
                 f"{self.folder} has another {', another '.join(differing)}: use "
                 "another --config.workdir, or the same model"
             )
+
+    def _stranger(self) -> str | None:
+        """Why a checkpoint in the folder is not the run's own, if one is not."""
+        found = (stranger(self.folder, step) for step in checkpoint.steps(self.folder))
+        return next(filter(None, found), None)
 
     @property
     def _remedy(self) -> str:
@@ -156,8 +170,8 @@ class TrainJob(Job):
             return (
                 f"{self.folder} was trained with another config: {'; '.join(changed)}"
             )
-        if not is_unmixed(self.folder):
-            return f"{self.folder} holds a checkpoint of another run than config.json"
+        if found := self._stranger():
+            return found
         if read_result(self.folder) is None and not is_made_here(self.folder):
             return f"{self.folder} holds a model that was made elsewhere"
         return None
@@ -256,9 +270,7 @@ class TrainJob(Job):
                 "run_id": run_id,
                 "imported_sha256": initialise.fingerprints(setup.settings),
                 "vocab_size": setup.model.config.vocab_size,
-                "tokenizer": setup.corpus.tokenizer,
-                "characters": setup.corpus.characters,
-                "corpus": setup.corpus.content,
+                **_text_of(setup.corpus, find_record(self.folder) or {}, run_id),
                 "corpus_source": absolute(self.settings.data.source),
             }
 
@@ -297,3 +309,18 @@ class TrainJob(Job):
         if status == DONE:
             return None
         return (stored or {}).get("run_id") or secrets.token_hex(8)
+
+
+def _text_of(corpus: Corpus, stored: dict[str, Any], run_id: str) -> dict[str, Any]:
+    """What a record says of the corpus and of the text that its tokens stand for.
+
+    A run that goes on keeps what it knows, because the meta file beside its tokens may
+    be gone. `stored` is the record in the folder.
+    """
+    known = stored if stored.get("run_id") == run_id else {}
+    content = {name: value for name, value in corpus.content.items() if value}
+    return {
+        "tokenizer": corpus.tokenizer or known.get("tokenizer"),
+        "characters": corpus.characters or known.get("characters"),
+        "corpus": corpus.content | (known.get("corpus") or {}) | content,
+    }
