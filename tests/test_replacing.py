@@ -211,7 +211,7 @@ def test_a_result_of_another_run_does_not_count(copied):
 def test_checkpoints_of_another_run_than_config_json_are_refused(copied):
     run_dir = job(copied).folder
     write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
-    wanted = "6 is a checkpoint of another run than .*config.json: "
+    wanted = r"ckpt/\d is a checkpoint of another run than .*config.json: "
     for config in (copied, changed(finetuned(copied), overwrite=True)):
         assert re.search(wanted, refusal(config))
     with pytest.raises(UserError, match=wanted):
@@ -238,9 +238,8 @@ def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
     ckpt = job(copied).folder / "ckpt"
     for old, new in (("6", "x"), ("3", "6"), ("x", "3")):
         (ckpt / old).rename(ckpt / new)
-    wanted = "6 holds the weights after 3 updates, not after 6"
-    assert wanted in refusal(copied)
-    with pytest.raises(UserError, match=wanted):
+    assert "3 holds the weights after 6 updates, not after 3" in refusal(copied)
+    with pytest.raises(UserError, match="6 holds the weights after 3 updates"):
         Run.open(ckpt.parent)
 
 

@@ -261,16 +261,17 @@ class TrainJob(Job):
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
             # Imports may have been made since `check`.
-            run_id = placement.from_first(self._take_up)
-            if run_id is None:
+            stored = placement.from_first(self._take_up)
+            if stored is None:
                 return
+            run_id = stored["run_id"]
             setup = checked or Setup.of(self.settings, self.corpus())
             record = {
                 **setup.settings.to_dict(),
                 "run_id": run_id,
                 "imported_sha256": initialise.fingerprints(setup.settings),
                 "vocab_size": setup.model.config.vocab_size,
-                **_text_of(setup.corpus, find_record(self.folder) or {}, run_id),
+                **_text_of(setup.corpus, stored),
                 "corpus_source": absolute(self.settings.data.source),
             }
 
@@ -293,8 +294,8 @@ class TrainJob(Job):
     def _alone(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
 
-    def _take_up(self) -> str | None:
-        """The id of the run that is to be trained; None if it is done.
+    def _take_up(self) -> dict[str, Any] | None:
+        """The record of the run that goes on; of a new one, its id. None if it is done.
 
         Restores a lost config.json. The caller holds the lock.
         """
@@ -308,16 +309,15 @@ class TrainJob(Job):
             status = self.status()
         if status == DONE:
             return None
-        return (stored or {}).get("run_id") or secrets.token_hex(8)
+        return {"run_id": secrets.token_hex(8)} | (stored or {})
 
 
-def _text_of(corpus: Corpus, stored: dict[str, Any], run_id: str) -> dict[str, Any]:
+def _text_of(corpus: Corpus, known: dict[str, Any]) -> dict[str, Any]:
     """What a record says of the corpus and of the text that its tokens stand for.
 
-    A run that goes on keeps what it knows, because the meta file beside its tokens may
-    be gone. `stored` is the record in the folder.
+    A run that goes on keeps what its record knows, because the meta file beside its
+    tokens may be gone.
     """
-    known = stored if stored.get("run_id") == run_id else {}
     content = {name: value for name, value in corpus.content.items() if value}
     return {
         "tokenizer": corpus.tokenizer or known.get("tokenizer"),
