@@ -212,7 +212,8 @@ def test_checkpoints_of_another_run_than_config_json_are_refused(copied):
     run_dir = job(copied).folder
     write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
     wanted = r"ckpt/\d is a checkpoint of another run than .*config.json: "
-    other_b = changed(finetuned(copied), overwrite=True, **{"train.steps": 9})
+    share = {"finetune.learning_rate_share": 0.3}
+    other_b = changed(finetuned(copied), overwrite=True, **share)
     for config in (copied, other_b):
         assert re.search(wanted, refusal(config))
     with pytest.raises(UserError, match=wanted):
