@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import logging
 import os
 import signal
@@ -97,9 +98,25 @@ def _open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False))
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Optional(2, "w", closefd=False)),
+        sys.stderr.encoding,
+        "backslashreplace",
+        line_buffering=True,
+    )
+
+
+class _Optional(io.FileIO):
+    """A stream whose text may be lost, as progress on a full disk: work goes on."""
+
+    def write(self, data: bytes) -> int:
+        """Writes what it can."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
 
 def _keep_freed_memory() -> None:

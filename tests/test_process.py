@@ -115,6 +115,15 @@ def test_output_that_cannot_be_written_is_one_line_and_an_exit_code():
     assert re.fullmatch("pcagpt: no space left on device: .*\n", ended.stderr)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
+def test_a_full_log_does_not_end_the_work(corpus_folder, tmp_path):
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "runs")
+    with open("/dev/full", "w") as full:
+        ended = python("-m", "pcagpt.main", *arguments, stderr=full)
+    assert (ended.returncode, ended.stdout.count("\n")) == (0, 2)
+    assert (tmp_path / "runs" / "gpt_baseline" / "result.json").exists()
+
+
 def test_a_reader_that_ends_early_is_one_line_and_an_exit_code():
     reading, writing = os.pipe()
     os.close(reading)
