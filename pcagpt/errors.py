@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 @functools.lru_cache
 def warn_once(message: str) -> None:
-    """Logs a warning of one line once: a command looks at its files many times."""
+    """Logs a line once, although a command looks at its files many times."""
     logging.getLogger(__name__).warning(message)
 
 
@@ -59,9 +59,9 @@ _REMEDIES = {
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "what read the output has ended",
 }
-# A file or folder is not there at all, or is the other of the two.
+# The path does not exist, or is a folder instead of a file or the reverse.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
-# As tensorstore words it, in a ValueError.
+# How tensorstore writes an error code into a ValueError.
 _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
 
 
@@ -74,7 +74,7 @@ def explain(error: BaseException) -> str | None:
     code, path = _code_and_path(error)
     if not code:
         return None
-    if not path and code == errno.ENOENT:  # Only what needs no path has none.
+    if not path and code == errno.ENOENT:  # os.getcwd() names no path.
         path = "the current folder"
     subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     problem = os.strerror(code)
@@ -84,7 +84,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def unreadable(error: BaseException) -> Unreadable | None:
-    """The error to raise for a file that the system did not let be read.
+    """The error to raise if the system did not let a file be read.
 
     None for every other error, and if the file is missing.
     """

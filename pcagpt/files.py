@@ -1,9 +1,9 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
 A writer replaces the file in one step: a reader sees the old file or the new one, even
-after a power cut. A reader sees damage: JSON carries a hash of its content, and lists
-of digests tell the content of other files. JSON is strict in both directions: NaN and
-the infinities are not JSON. Nothing is read that declares more than its file can hold.
+after a power cut. A reader finds damage: JSON carries a hash of its content, and lists
+of digests carry those of other files. JSON is strict in both directions: NaN and the
+infinities are not JSON. Readers refuse a file that declares more than it can hold.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from pcagpt.errors import UserError, unreadable
 LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
 _LARGEST_JSON = 2**28  # bytes
-# Real arrays hardly compress; an archive that unpacks to more than this is no archive
-# of arrays, but made to fill the memory.
+# Real arrays hardly compress. An archive that unpacks to more than this was made to
+# fill the memory.
 _LARGEST_RATIO, _ALWAYS_ALLOWED = 20, 2**26  # times the file's size, or bytes
 _LARGEST_HEADER = 2**16  # bytes, of a .npy file
 _HEADER_READERS = {
@@ -66,9 +66,9 @@ def sync(path: Path) -> None:
 
 
 def keep(path: Path, write: Callable[[Path], Any]) -> bool:
-    """Calls `write(path)` for a result that is shown anyway; tells if it is on disk.
+    """Calls `write(path)` for a result that is also printed; returns whether it worked.
 
-    A system's error, such as a read-only folder, becomes a warning of one line.
+    An error of the system, such as a read-only folder, becomes a warning of one line.
     """
     try:
         write(path)
@@ -94,7 +94,7 @@ def remove_leftovers(folder: Path) -> None:
 def is_running(process: int) -> bool:
     """Whether this machine has a process of this number, of any user."""
     try:
-        os.kill(process, 0)  # Only asks.
+        os.kill(process, 0)  # Sends nothing.
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # It is another user's.
@@ -110,7 +110,7 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a JSON file; `strict` converts the value, and a hash seals it.
 
-    A seal that the value has, because it was read as plain JSON, is replaced.
+    It replaces a seal that the value already has, because it was read as plain JSON.
     """
     value = {name: entry for name, entry in strict(value).items() if name != _SEAL}
     text = json.dumps(
@@ -167,8 +167,8 @@ def read_json(
     seal = value.pop(_SEAL, None)
     if seal is not None and seal != _sha256_of_json(value):
         raise damaged(
-            f"its content was changed since it was written; whoever changed it on "
-            f"purpose removes its '{_SEAL}'"
+            f"its content was changed since it was written; if that was on purpose, "
+            f"remove its '{_SEAL}'"
         )
     return value
 
@@ -205,7 +205,7 @@ def check_fields(
       remedy: ends the message.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{where} is damaged (it is no JSON object): {remedy}")
+        raise UserError(f"{where} is damaged (it is not a JSON object): {remedy}")
     for name, types in fields.items():
         value = content.get(name)
         if value is None and None in types:
@@ -274,7 +274,7 @@ def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
-    # zipfile and NumPy's parser raise errors of many types for what is no array.
+    # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
@@ -286,7 +286,7 @@ def _array(content: bytearray) -> np.ndarray:
     """The array in the bytes of a .npy file; ValueError unless it fills them."""
     stream = io.BytesIO(content[:_LARGEST_HEADER])
     version = np.lib.format.read_magic(stream)
-    if version not in _HEADER_READERS:  # Others are for structures.
+    if version not in _HEADER_READERS:  # Other versions are for structures.
         raise ValueError(f"it has version {version} of the format")
     shape, is_fortran, dtype = _HEADER_READERS[version](stream)
     offset, count = stream.tell(), math.prod(shape)

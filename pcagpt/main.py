@@ -117,7 +117,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
 
 
 def _say(message: str, exit_code: int) -> int:
-    with contextlib.suppress(OSError):  # Nobody reads it.
+    with contextlib.suppress(OSError):  # stderr is closed.
         print(f"pcagpt: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return exit_code
 

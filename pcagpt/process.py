@@ -22,14 +22,14 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before
 STOPS = (signal.SIGTERM, *WARNINGS)
 INTERRUPTED = "interrupted: run the same command again to continue"
 _OTHERS_ENDED = (
-    "another process of this run ended or cannot be reached{}, so this one ends, too: "
+    "another process of this run ended or cannot be reached{}, so this one ends: "
     "run the same command again to continue from what is saved"
 )
 _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 
 # These variables of JAX change the numbers of a run, which must not depend on the
 # environment.
-_NOT_HEEDED = (
+_IGNORED = (
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_DTYPE_BITS",
     "JAX_DEFAULT_PRNG_IMPL",
@@ -61,15 +61,15 @@ def prepare() -> None:
     logger = logging.getLogger("pcagpt")
     logger.addHandler(warnings_shown)
     logger.propagate = False  # Libraries add their own handlers to the root logger.
-    for name in _NOT_HEEDED:
+    for name in _IGNORED:
         if os.environ.pop(name, "0").lower() not in ("0", "false", "off", "no", ""):
-            logger.warning("%s is not heeded: it would change the numbers", name)
+            logger.warning("%s is ignored: it would change the numbers", name)
 
 
 def _report_unraisable(unraisable: Any) -> None:
     """Hides tensorstore's messages about failed writes, which come without an object.
 
-    It also raises the first failure, so nothing is lost.
+    Nothing is lost, because tensorstore also raises the first failure.
     """
     if unraisable.object is not None:
         sys.__unraisablehook__(unraisable)
@@ -106,7 +106,7 @@ def _keep_freed_memory() -> None:
     """Makes glibc keep freed memory, so that each step on a CPU reuses it.
 
     By default glibc returns large buffers to the system after each step and gets them
-    back with a page fault for every 4 KiB. Variables of glibc's own take precedence.
+    back with a page fault for every 4 KiB. glibc's own variables take precedence.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -125,8 +125,8 @@ def end_with_others() -> None:
     """Makes this process end with one line and FAILED if JAX loses another one.
 
     Call before importing jax, which then aborts in a thread of its own, perhaps while
-    the main thread waits for ever. JAX's hook for this case is broken: it aborts, too.
-    What XLA and JAX log at an abort is left out, unless the person chose a level.
+    the main thread waits for ever. JAX's hook for this case is broken: it also aborts.
+    This hides what XLA and JAX log at an abort, unless the person chose a level.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == _LOGGED:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "4"
@@ -167,7 +167,7 @@ def ended_by_signals() -> Iterator[None]:
         os.write(2, f"pcagpt: {INTERRUPTED}\n".encode())
         os._exit(exit_code(number))
 
-    with _handled(end_at_once, signal.SIGINT, *STOPS):
+    with handled(end_at_once, signal.SIGINT, *STOPS):
         yield
 
 
@@ -178,12 +178,12 @@ def interrupted_by_signals() -> Iterator[None]:
     def stop(number: int, _) -> None:
         raise Interrupted(INTERRUPTED, number)
 
-    with _handled(stop, *STOPS):
+    with handled(stop, *STOPS):
         yield
 
 
 @contextlib.contextmanager
-def _handled(
+def handled(
     handler: Callable[[int, FrameType | None], None], *numbers: int
 ) -> Iterator[None]:
     """Handles signals within; without effect outside the main thread."""
@@ -201,9 +201,9 @@ def _handled(
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process.
+    """Ends this process, after an error without waiting for its threads.
 
-    After an error nothing is waited for: threads of Orbax may then wait for ever.
+    Threads of Orbax may then wait for ever.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -33,7 +33,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call left: its exit code and what it printed."""
+    """The exit code of a call, and what it printed."""
 
     code: int
     out: str

@@ -146,26 +146,26 @@ def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def assert_equal(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]):
-    """Bit for bit."""
+    """Asserts that the arrays are the same bit for bit."""
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what a clock says."""
+    """The lines of metrics.jsonl, without timings."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [without_timings(json.loads(line)) for line in lines]
 
 
 def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same in two runs of one config, whoever commits meanwhile."""
+    """The values that two runs of one config share, at any commit."""
     left_out = TIMINGS | {"git_commit", "run_id"}
     return {name: v for name, v in values.items() if name not in left_out}
 
 
 def snapshot(folder: Path) -> dict[str, int]:
-    """{file: when it was written}, to see that nothing was.
+    """{file: time of its last change}, to see that nothing was written.
 
     .pcagpt-content.json does not count: it may appear whenever tokens are read.
     """
@@ -181,7 +181,7 @@ def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
     batch = Setup.batch
 
     def batch_and_signal(self, asked):
-        # Compilation asks for batch 0, too.
+        # Compilation also asks for batch 0.
         if asked == step:
             os.kill(os.getpid(), number)
         return batch(self, asked)

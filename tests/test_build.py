@@ -1,10 +1,11 @@
 """The model that the knobs and the device ask for."""
 
+import jax
 import pytest
 
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.run.build import Hardware, build_config
+from pcagpt.run.build import Hardware, build_config, hardware
 
 CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
 NVIDIA = Hardware("gpu", has_kernels=True)
@@ -56,6 +57,14 @@ def test_what_the_device_cannot_do_is_refused(device, asked, words):
     dtype = "bfloat16" if device == OTHER_GPU else "float32"
     with pytest.raises(UserError, match=words):
         build_config(ModelSettings(compute_dtype=dtype, **asked), 97, device)
+
+
+def test_a_process_asks_its_own_device(monkeypatch):
+    """The memory of another process's device cannot be read."""
+    (own, *_) = jax.local_devices()
+    monkeypatch.setattr(jax, "devices", pytest.fail)
+    monkeypatch.setattr(jax, "local_devices", lambda: [own])
+    assert hardware().platform == own.platform
 
 
 @pytest.mark.parametrize(

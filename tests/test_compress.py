@@ -1,5 +1,6 @@
 """The task 'compress': what it measures, writes, reuses, finds and refuses."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.run.trained import Run
+from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97
@@ -421,6 +423,29 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     )
 
 
+def test_the_first_process_decides_whether_statistics_are_known(original, monkeypatch):
+    """Another process may see a file that has just appeared, and would not measure."""
+    deciding, known = [], calibrate._known
+
+    def from_first(decide):
+        deciding.append(True)
+        found = decide()
+        deciding.clear()
+        return found
+
+    def decided(*arguments):
+        assert deciding
+        return known(*arguments)
+
+    monkeypatch.setattr(calibrate, "_known", decided)
+    monkeypatch.setattr(placement, "from_first", from_first)
+    measured = original.statistics
+    monkeypatch.setattr(calibrate, "collect", pytest.fail)
+    found = dataclasses.replace(original).statistics
+    for array, wanted in zip(found, measured, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+
+
 def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     shapes = [(3,), (3,), (2,), (2, 2), (2, 2), (2, 2)]
     statistics = Statistics(*(np.full(s, i, float) for i, s in enumerate(shapes)))
@@ -434,8 +459,8 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     with pytest.raises(UserError, match="is not a readable array file"):
         calibrate.read(path)
     for name, bad, says in (
-        ("hidden_mean", np.array([np.nan, 1]), "no statistics"),
-        ("probability", np.array([-1.0, 1, 1]), "no statistics"),
+        ("hidden_mean", np.array([np.nan, 1]), "cannot be statistics"),
+        ("probability", np.array([-1.0, 1, 1]), "cannot be statistics"),
         ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),
         ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),
     ):

@@ -23,7 +23,7 @@ from runs import json_of
 from pcagpt.data import content, text_files, token_files, tokenize
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
-from pcagpt.data.sources import describe_files, find_source, sotu_documents
+from pcagpt.data.sources import absolute, describe_files, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.files import sha256_of_file
@@ -484,6 +484,16 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
     write_tokens(folder, [1], vocab_size=10)
     assert describe_files(str(folder)).startswith(f"tokens in {folder}; left out: a.tr")
     assert describe_files("sotu") == ""
+
+
+def test_a_folder_may_be_called_like_a_home_folder(tmp_path, monkeypatch):
+    """The command line expands ~ and advises ./~NAME for such a folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "~nobody-here"
+    folder.mkdir()
+    write_tokens(folder, [1], vocab_size=10)
+    assert find_source("./~nobody-here").resolve() == folder
+    assert absolute("./~nobody-here") == str(folder)
 
 
 def test_odd_names_are_quoted_in_the_lines_and_commands(folder):

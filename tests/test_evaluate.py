@@ -30,6 +30,7 @@ from pcagpt.run.evaluator import (
     summarize,
     target_cosines,
 )
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -199,7 +200,7 @@ def test_cosines_are_in_float32_also_of_a_bfloat16_hidden_state():
     random = np.random.default_rng(2)
     h = jnp.asarray(random.normal(size=(9, 8)), jnp.bfloat16)
     wte = jnp.asarray(random.normal(size=(9, 8)), jnp.float32)
-    found = target_cosines(h, (HeadBand(wte, None, 9),), jnp.arange(9))
+    found = target_cosines(h, (HeadBand(wte, None, 0, 9),), jnp.arange(9))
     pairs = zip(np.asarray(h, np.float64), np.asarray(wte, np.float64), strict=True)
     expected = [cosine(a, b) for a, b in pairs]
     for cosines in found:
@@ -360,6 +361,22 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
     assert "is another corpus than the one that " in said[0]
 
 
+def test_a_file_of_another_kind_does_not_cost_the_result(asked):
+    config = asked()
+    wanted = evaluate(config)
+    (path,) = Path(config.model_path).glob("evaluation_*.json")
+    path.write_text('{"protocol": "mine"}')
+    assert evaluate(config)["loss"] == wanted["loss"]
+    assert json_of(path)["loss"] == wanted["loss"]
+
+
+def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
+    path = asked().model_path
+    monkeypatch.setattr(placement, "from_first", lambda find: [find()[0], 3])
+    opened = Run.open(path)
+    assert (opened.folder, opened.step) == (Path(path), 3)
+
+
 def test_a_lost_config_is_read_from_the_checkpoint(asked):
     config = asked()
     wanted = evaluate(config)["loss"]
@@ -390,8 +407,9 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
     with pytest.raises(UserError, match=rf"\({split} changed\): restore it, or name"):
         evaluate(config)
     assert snapshot(Path(config.model_path)) == before
-    named = evaluate(changed(config, **{"data.source": str(folder)}))
-    assert named["is_own_corpus"] == (split == "test")
+    named = changed(config, **{"data.source": str(folder)})
+    assert evaluate(named)["is_own_corpus"] == (split == "test")
+    assert not evaluate(changed(named, split=split))["is_own_corpus"]
 
 
 def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):

@@ -13,6 +13,7 @@ from runs import (
     execute,
     job,
     metrics,
+    plan,
     signal_at,
     snapshot,
 )
@@ -241,6 +242,18 @@ def test_a_finished_run_is_not_done_for_another_corpus(own_corpus):
     assert snapshot(Path(config.workdir)) == before
 
 
+def test_a_prerequisite_made_meanwhile_from_other_tokens_is_refused(own_corpus):
+    """Also if its settings differ, which a prerequisite's may."""
+    config, folder = own_corpus
+    other = changed(config, **{"train.beta1": 0.8})
+    baseline = plan(pca(other)).jobs[0]
+    assert baseline.status() == "done"
+    baseline.run()
+    reverse(folder / "train.bin")
+    with pytest.raises(UserError, match="gpt_baseline was trained on other tokens"):
+        baseline.run()
+
+
 def test_the_spelling_and_the_place_of_a_corpus_decide_nothing(
     own_corpus, tmp_path, monkeypatch
 ):
@@ -430,7 +443,7 @@ def test_a_folder_without_a_run_has_no_record_and_no_result(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": []}, "'model' is no section"),
+        ({"model": []}, "'model' is not a section"),
         ({"model": {"n_layer": "2"}}, "'model.n_layer' is '2'"),
         ({"model": {"n_layer": 0}}, "model.n_layer is 0"),
         ({"model": {"n_layer": True}}, "'model.n_layer' is True"),

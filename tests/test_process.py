@@ -255,8 +255,8 @@ print(jax.config.jax_enable_x64, jax.config.jax_default_prng_impl)
     ended = python("-c", script, environment=asked)
     assert ended.stdout == "False threefry2x32\n"
     assert ended.stderr == (
-        "pcagpt: JAX_ENABLE_X64 is not heeded: it would change the numbers\n"
-        "pcagpt: JAX_DEFAULT_PRNG_IMPL is not heeded: it would change the numbers\n"
+        "pcagpt: JAX_ENABLE_X64 is ignored: it would change the numbers\n"
+        "pcagpt: JAX_DEFAULT_PRNG_IMPL is ignored: it would change the numbers\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import checkpoint, lock
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.folder import read_record, read_result, write_record
+from pcagpt.run.trained import Run
 from pcagpt.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -209,7 +211,64 @@ def test_a_result_of_another_run_does_not_count(copied):
 def test_checkpoints_of_another_run_than_config_json_are_refused(copied):
     run_dir = job(copied).folder
     write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
-    assert "holds a checkpoint of another run than config.json" in refusal(copied)
+    wanted = r"ckpt/\d is a checkpoint of another run than .*config.json: "
+    share = {"finetune.learning_rate_share": 0.3}
+    other_b = changed(finetuned(copied), overwrite=True, **share)
+    for config in (copied, other_b):
+        assert re.search(wanted, refusal(config))
+    with pytest.raises(UserError, match=wanted):
+        Run.open(run_dir)
+
+
+@pytest.mark.parametrize("version", ["this", "older"])
+def test_a_run_does_not_fall_back_to_another_run_s_checkpoint(copied, version):
+    run_dir = job(copied).folder
+    (run_dir / "result.json").unlink()
+    (run_dir / "ckpt" / "3" / "digests.json").unlink()
+    path, field = run_dir / "ckpt" / "3" / "meta" / "metadata", "run_id"
+    meta, record = json.loads(path.read_text()), read_record(run_dir)
+    if version == "older":
+        field = "seed"
+        del meta["config"]["run_id"], record["run_id"]
+        write_record(run_dir, record)
+    meta["config"][field] = 9
+    path.write_text(json.dumps(meta))
+    assert "3 is a checkpoint of another run than" in refusal(copied)
+
+
+def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
+    ckpt = job(copied).folder / "ckpt"
+    for old, new in (("6", "x"), ("3", "6"), ("x", "3")):
+        (ckpt / old).rename(ckpt / new)
+    assert "3 holds the weights after 6 updates, not after 3" in refusal(copied)
+    with pytest.raises(UserError, match="6 holds the weights after 3 updates"):
+        Run.open(ckpt.parent)
+
+
+def test_a_missing_last_checkpoint_of_a_finished_run_is_told(copied, caplog):
+    run_dir = job(copied).folder
+    assert (Run.open(run_dir).step, caplog.text) == (6, "")
+    shutil.rmtree(run_dir / "ckpt" / "6")
+    assert Run.open(run_dir / "ckpt" / "3").step == 3
+    assert caplog.text == ""
+    assert Run.open(run_dir).step == 3
+    assert "the last checkpoint of a finished run, is missing: step 3" in caplog.text
+
+
+def test_a_d_of_other_settings_is_used_with_a_word(copied, caplog):
+    asked = changed(finetuned(copied), overwrite=True, **{"train.learning_rate": 0.005})
+    assert described(asked)[0].endswith("done")
+    assert "gpt_baseline is used as it is: train.learning_rate (was" in caplog.text
+
+
+def test_a_run_that_goes_on_keeps_what_it_knows_of_its_text(copied):
+    run_dir = job(copied).folder
+    record = read_record(run_dir) | {"characters": ["a", "b"], "tokenizer": "mine"}
+    write_record(run_dir, record)
+    (run_dir / "result.json").unlink()
+    execute(copied)
+    known = read_record(run_dir)
+    assert (known["characters"], known["tokenizer"]) == (["a", "b"], "mine")
 
 
 def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypatch):
@@ -316,7 +375,7 @@ def test_the_place_of_a_compressed_model_must_be_its_own(tmp_path):
     place.mkdir()
     export.check_place(place)
     write_record(place, {"model": {}})
-    with pytest.raises(UserError, match="best_k8 holds something else than"):
+    with pytest.raises(UserError, match="best_k8 holds something other than"):
         export.check_place(place)
     write_record(place, {"model": {}, "compressed": {}})
     export.check_place(place)

@@ -119,6 +119,7 @@ class Original:
             "corpus": self.corpus.name,
             "tokenizer": self.corpus.tokenizer,
             "calibration_tokens": self.calibration["tokens"],
+            "calibration_batch_size": self.calibration["batch_size"],
             "compute_dtype": model.compute_dtype,
             "singular_value_split": self.split,
         }
@@ -131,7 +132,8 @@ class Original:
 
         Older versions hashed both in another way. The name of a corpus does not count.
         """
-        found, corpus = dict(protocol), self.corpus
+        batch_size = {"calibration_batch_size": self.calibration["batch_size"]}
+        found, corpus = batch_size | protocol, self.corpus  # Older files do not say.
         if self.run.is_at(found.get("checkpoint")):
             found["checkpoint"] = self.run.fingerprint
         stated = found.get("corpus_sha256")

@@ -79,7 +79,7 @@ def validate(settings: Settings) -> None:
 
 
 def check_stored(record: Mapping[str, Any], problem: str, remedy: str) -> None:
-    """Raises UserError if a run's record has a knob of a type that it cannot have.
+    """Raises UserError if a knob in a run's record has a wrong type.
 
     Sizes of the model must also follow their rules. Other knobs may have values of an
     older version. `problem` begins the message, `remedy` ends it.
@@ -88,7 +88,7 @@ def check_stored(record: Mapping[str, Any], problem: str, remedy: str) -> None:
         holder, _, name = path.rpartition(".")
         section = record.get(holder, {}) if holder else record
         if not isinstance(section, Mapping):
-            raise UserError(f"{problem} ('{holder}' is no section): {remedy}")
+            raise UserError(f"{problem} ('{holder}' is not a section): {remedy}")
         value = section.get(name, knob.default)
         fits = {
             tuple: isinstance(value, (list, tuple)),

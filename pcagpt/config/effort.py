@@ -1,10 +1,10 @@
-"""How much a compression tries and measures where the person leaves it open."""
+"""How much `compress` tries and measures if its knobs are open."""
 
 from typing import NamedTuple
 
 
 class Effort(NamedTuple):
-    """bands: numbers of bands to try; max_tokens: validation tokens, 0: all."""
+    """Values of `compress.bands`, `.calibration_tokens` and `evaluate.max_tokens`."""
 
     bands: tuple[int, ...]
     calibration_tokens: int

@@ -1,4 +1,4 @@
-"""The tasks: what each needs. `pcagpt.pipeline.tasks` says what does them."""
+"""The tasks and what each needs. `pcagpt.pipeline.tasks` starts them."""
 
 from typing import NamedTuple
 

@@ -10,9 +10,9 @@ from pcagpt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CharacterTokenizer:
-    """Has what sampling uses of a `tiktoken.Encoding`.
+    """The part of `tiktoken.Encoding` that sampling uses.
 
-    texts: of each id, mostly a single character.
+    texts: the text of each id, mostly a single character.
     """
 
     texts: tuple[str, ...]

@@ -33,7 +33,7 @@ class Content:
 
     size: in bytes; sha256: of the bytes; narrow_sha256: hash of the uint32 numbers
     after conversion to uint16, None if one does not fit; highest: the highest number at
-    each width, None if the size is no positive multiple of the width.
+    each width, None if the size is not a positive multiple of the width.
     """
 
     size: int
@@ -43,7 +43,7 @@ class Content:
 
 
 def content_of(path: Path, cache_dir: Path) -> Content:
-    """The content of a file; .pcagpt-content.json saves reading it again."""
+    """The content of a file; .pcagpt-content.json keeps it for the next time."""
     stamp = stamp_of(path)
     return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
 
@@ -53,7 +53,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
     """The content of a file that has not changed for a while, from disk if kept."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
-        path.parent / ".pcagpt-content.json",
+        path.parent / NAME,
         cache_dir / f".pcagpt-content-{place}.json",
     )
     for file in files:
@@ -75,7 +75,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """What .pcagpt-content.json says of each file; {} if it is missing or damaged."""
+    """The entries of .pcagpt-content.json by file; {} if it is missing or damaged."""
     try:
         return read_json(file, "delete it") or {}
     except (UserError, OSError):

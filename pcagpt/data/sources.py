@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pcagpt.data import text_files
+from pcagpt.data import content, text_files
 from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
@@ -24,7 +24,7 @@ class TextSource(NamedTuple):
 
     name: str
     tokenizer: str  # the one that 'auto' selects
-    # Changes when the text changes; after it those by which earlier versions knew it.
+    # The first changes when the text changes; the others are those of earlier versions.
     fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
     files: str = ""  # a line that says what is used and what is left out
@@ -43,8 +43,8 @@ class TextSource(NamedTuple):
 
 
 def absolute(source: str) -> str:
-    """A source in words that mean the same in any working directory."""
-    return source if source in NAMED else str(Path(source).expanduser().resolve())
+    """The source as a name or an absolute path."""
+    return source if source in NAMED else str(Path(source).resolve())
 
 
 def find_source(source: str) -> TextSource | Path:
@@ -62,7 +62,7 @@ def find_source(source: str) -> TextSource | Path:
         documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
         line, known = _namesake(source), ("/".join(_WIKITEXT),)
         return TextSource("wikitext103", "gpt2", lambda: known, documents, line)
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if not folder.is_dir():
         absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
         problem = "is a file" if folder.exists() else absent
@@ -99,14 +99,11 @@ def _namesake(source: str) -> str:
 
 
 def describe_files(source: str) -> str:
-    """What is used and what is not, of a folder or of two sources of one name.
-
-    '' if nothing is left out.
-    """
+    """A line about used and unused files, or an unused namesake; '' if all is used."""
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files
-    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, ".pcagpt-content.json"}
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
     others = text_files.other_names(found, used)
     return f"tokens in {found}; left out: {others}" if others else ""
 

@@ -59,7 +59,7 @@ class TextFiles:
 def find_text_files(folder: Path) -> TextFiles:
     """The text files in a folder; UserError for a name or a size that cannot be right.
 
-    Hidden files are not looked at.
+    Ignores hidden files.
     """
     of_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
     left_out = []
@@ -92,11 +92,11 @@ def other_names(folder: Path, used: Collection[str]) -> str:
 
 
 def fingerprints(files: TextFiles) -> tuple[str, str]:
-    """Hashes of the bytes of each file and of its split: today's, and an earlier one.
+    """Two hashes of all files and their splits: today's and that of earlier versions.
 
     They differ if some text has marks that earlier versions took for ordinary text.
 
-    Raises UserError if a file is not plain UTF-8; each is read wholly.
+    Reads every file. Raises UserError if one is not plain UTF-8.
     """
     today, earlier = hashlib.sha256(), hashlib.sha256()
     for split, paths in files.of_split.items():
@@ -217,7 +217,7 @@ def _quoted(path: Path) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """At most eight names, quoted unless plain, and how many more there are."""
+    """At most eight names, quoted unless plain, and the number of further ones."""
     names = [n if _PLAIN_NAME.fullmatch(n) else repr(n) for n in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more

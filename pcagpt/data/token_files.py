@@ -25,7 +25,7 @@ _ENOUGH_BYTES = 128  # A shorter file looks wider than it is by chance.
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
 _LONG_END = 1024  # zeros
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
-# neighbours that must come back. Of GPT-2's tokens 0.99 do, of other ids 0.9 at most.
+# neighbours that must come back. GPT-2's tokens reach 0.99, other ids at most 0.9.
 _WINDOWS, _WINDOW, _SHARE = 8, 1024, 0.95
 
 
@@ -49,7 +49,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       cache_dir: see `content_of`.
 
     Raises:
-      UserError: the file is too short, truncated, something else than ids, holds an id
+      UserError: the file is too short or truncated, holds no ids or an id
         >= vocab_size, or contradicts its meta file.
     """
     _refuse_foreign(path)
@@ -241,7 +241,7 @@ def _other_layout(path: Path, layout: str, name: str, vocab_size: int) -> UserEr
 
 
 def _if_right(path: Path) -> str:
-    """How a person overrules what a file looks like."""
+    """Tells a person how to overrule a wrong guess."""
     return (
         '; or, if it is right, add to meta.json its "dtype" and the number of its ids, '
         f'"tokens": {{"{path.stem}": …}}'

@@ -1,4 +1,4 @@
-"""How what a folder holds differs from what was asked for, with the knobs to agree."""
+"""Differences between a folder and the settings, with the knobs that remove them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -8,7 +8,7 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.files import keep, read_json, write_json
+from pcagpt.files import check_fields, keep, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -51,7 +51,7 @@ def evaluate(settings: Settings) -> dict:
         "step": run.step,
         **measured.metrics,
         **provenance.summary(mesh.size),
-        "is_own_corpus": run.is_own(corpus),
+        "is_own_corpus": run.is_own(corpus, [settings.split]),
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:
@@ -69,6 +69,8 @@ def _path(run: Run, part: str, protocol: dict[str, Any]) -> Path:
     plain = run.folder / f"evaluation_{name}_{part}_step{run.step}.json"
     try:
         there = read_json(plain, "delete it")
+        if there is not None:
+            check_fields(there, {"protocol": (dict, None)}, plain, "delete it")
     except UserError:  # It is damaged, and a new one can replace it.
         there = None
     known = ("tokens_sha256", "tokenizer_sha256")

@@ -98,7 +98,7 @@ class FactorizeJob(Job):
         if identity["source_sha256"] is None:
             return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
-        metadata = older | metadata  # Older files do not say.
+        metadata = older | metadata  # Older files lack these fields.
         source, recorded = identity["source_sha256"], metadata.get("source_sha256")
         if source != recorded and self._is_source(recorded):
             metadata["source_sha256"] = source
@@ -204,7 +204,7 @@ class FactorizeJob(Job):
         Those of earlier commands stay as they are: runs may be reading them.
         """
         print(f"factorizing {self.source}, {self.amount}", flush=True)
-        is_replaced = self._conflict() is not None  # Else `status` had raised.
+        is_replaced = self._conflict() is not None  # `status` did not raise.
         ranks, described = self.settings.ranks, {}
         if not is_replaced:
             metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
@@ -257,7 +257,7 @@ class FactorizeJob(Job):
         remove_leftovers(self.folder)
 
     def _measured_statistics(self, run: Run) -> Statistics:
-        """Statistics on the corpus of `settings.data`, or else on the run's own."""
+        """Statistics on the corpus in `settings.data`, by default the run's own."""
         settings, batch_size = self.settings, self.settings.train.batch_size
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_divisible("train.batch_size", batch_size, mesh)
@@ -311,10 +311,10 @@ class FactorizeJob(Job):
 
     def _source_sha256(self) -> str | None:
         """Hash of the table or the checkpoint; None if it does not exist."""
-        if self._is_bare_table:
-            return factor_files.sha256(self.source) if self.source.exists() else None
-        there = checkpoint.exists(self.source)
-        return fingerprint.of(self.source) if there else None
+        if not self._source_exists:
+            return None
+        hash_of = factor_files.sha256 if self._is_bare_table else fingerprint.of
+        return hash_of(self.source)
 
     def _is_source(self, recorded: str | None) -> bool:
         """Whether an older version recorded this hash of the checkpoint."""
@@ -322,7 +322,7 @@ class FactorizeJob(Job):
 
     def _calibration_sha256(self) -> str | None:
         """Hash of the calibration text's tokens; None if the source does not exist."""
-        if self._source_sha256() is None:
+        if not self._source_exists:
             return None
         run, settings = Run.open(self.source), self.settings
         data = run.data(settings.data)
@@ -333,6 +333,12 @@ class FactorizeJob(Job):
     def _is_bare_table(self) -> bool:
         """Whether the source is a .npy file and not a run."""
         return self.source.suffix == ".npy"
+
+    @property
+    def _source_exists(self) -> bool:
+        if self._is_bare_table:
+            return self.source.exists()
+        return checkpoint.exists(self.source)
 
     @property
     def _calibrates(self) -> bool:

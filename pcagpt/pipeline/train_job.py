@@ -21,10 +21,10 @@ from pcagpt.run.folder import (
     find_record,
     holds_run,
     is_made_here,
-    is_unmixed,
     move_aside,
     read_record,
     read_result,
+    stranger,
     write_record,
 )
 from pcagpt.run.trained import open_shared_corpus
@@ -100,7 +100,16 @@ class TrainJob(Job):
         return bool(read_result(self.folder)) or not is_made_here(self.folder)
 
     def _check_shared_model(self) -> None:
-        """Raises UserError if the run in the folder is another model than `for_arm`."""
+        """Raises UserError if `for_arm` cannot start from the run in the folder.
+
+        A warning says in what the run differs from the one that was asked for.
+        """
+        if found := self._stranger():
+            raise UserError(f"{found}: use another --config.workdir, or {self._remedy}")
+        if read_result(self.folder):
+            own = changed_fields(self.folder, self.record())
+            if own:
+                warn_once(f"{self.folder} is used as it is: {'; '.join(own)}")
         trained = Settings.of(read_record(self.folder) or {}).model
         asked, takes = self.settings.model, ARMS[self.for_arm].takes
         shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
@@ -117,6 +126,11 @@ class TrainJob(Job):
                 f"{self.folder} has another {', another '.join(differing)}: use "
                 "another --config.workdir, or the same model"
             )
+
+    def _stranger(self) -> str | None:
+        """Why a checkpoint in the folder is not the run's own, if one is not."""
+        found = (stranger(self.folder, step) for step in checkpoint.steps(self.folder))
+        return next(filter(None, found), None)
 
     @property
     def _remedy(self) -> str:
@@ -156,8 +170,8 @@ class TrainJob(Job):
             return (
                 f"{self.folder} was trained with another config: {'; '.join(changed)}"
             )
-        if not is_unmixed(self.folder):
-            return f"{self.folder} holds a checkpoint of another run than config.json"
+        if found := self._stranger():
+            return found
         if read_result(self.folder) is None and not is_made_here(self.folder):
             return f"{self.folder} holds a model that was made elsewhere"
         return None
@@ -165,8 +179,8 @@ class TrainJob(Job):
     def record(self) -> dict[str, Any]:
         """The settings and the hashes of all imports, as `status` compares them.
 
-        The hash of an import that is missing or damaged is None, because `status` reads
-        nothing else from it; damage is said.
+        The hash of an import that is missing or damaged is None, because `status` needs
+        no more of it. A warning says what is damaged.
         """
         recorded = (find_record(self.folder) or {}).get("imported_sha256")
         settings, hashes, damage = initialise.known_imports(self.settings, recorded)
@@ -247,18 +261,17 @@ class TrainJob(Job):
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
             # Imports may have been made since `check`.
-            run_id = placement.from_first(self._take_up)
-            if run_id is None:
+            stored = placement.from_first(self._take_up)
+            if stored is None:
                 return
+            run_id = stored["run_id"]
             setup = checked or Setup.of(self.settings, self.corpus())
             record = {
                 **setup.settings.to_dict(),
                 "run_id": run_id,
                 "imported_sha256": initialise.fingerprints(setup.settings),
                 "vocab_size": setup.model.config.vocab_size,
-                "tokenizer": setup.corpus.tokenizer,
-                "characters": setup.corpus.characters,
-                "corpus": setup.corpus.content,
+                **_text_of(setup.corpus, stored),
                 "corpus_source": absolute(self.settings.data.source),
             }
 
@@ -271,7 +284,7 @@ class TrainJob(Job):
                     )
 
             if jax.process_index() == 0:
-                if self._conflict():  # May be replaced, or `status` had raised.
+                if self._conflict():  # It may be replaced: `status` did not raise.
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
@@ -281,18 +294,33 @@ class TrainJob(Job):
     def _alone(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
 
-    def _take_up(self) -> str | None:
-        """The id of the run that is to be trained; None if it is done.
+    def _take_up(self) -> dict[str, Any] | None:
+        """The record of the run that goes on; of a new one, its id. None if it is done.
 
         Restores a lost config.json. The caller holds the lock.
         """
         status = self.status()
         stored = None if self._conflict() else find_record(self.folder)
-        if stored:  # Another command may just have made it from another corpus.
+        # Another command may just have made it from another corpus.
+        if stored or status == DONE:
             self.check_corpus()
         if stored and read_record(self.folder) is None:
             write_record(self.folder, stored)
             status = self.status()
         if status == DONE:
             return None
-        return (stored or {}).get("run_id") or secrets.token_hex(8)
+        return {"run_id": secrets.token_hex(8)} | (stored or {})
+
+
+def _text_of(corpus: Corpus, known: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the corpus and of the text that its tokens stand for.
+
+    A run that goes on keeps what its record knows, because the meta file beside its
+    tokens may be gone.
+    """
+    content = {name: value for name, value in corpus.content.items() if value}
+    return {
+        "tokenizer": corpus.tokenizer or known.get("tokenizer"),
+        "characters": corpus.characters or known.get("characters"),
+        "corpus": corpus.content | (known.get("corpus") or {}) | content,
+    }

@@ -33,7 +33,7 @@ class Hardware(NamedTuple):
 
 def hardware() -> Hardware:
     """The first device of this process."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # Another process does not tell its memory.
     if device.platform == "cpu":
         memory = memory_bytes() * jax.process_count()
     else:

@@ -146,9 +146,9 @@ def statistics(
         "seed": SEED,
         "compute_dtype": model.config.compute_dtype,
     }
-    found = _known(run, protocol)
-    if found is not None:
-        return found
+    # Other commands write such files: every process must see the same.
+    if known := placement.from_first(lambda: _known(run, protocol)):
+        return read(run.folder / known)
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
@@ -162,16 +162,16 @@ def statistics(
     return found
 
 
-def _known(run: Run, protocol: dict[str, Any]) -> Statistics | None:
-    """What the run's folder keeps of this protocol; damaged files do not count."""
+def _known(run: Run, protocol: dict[str, Any]) -> str | None:
+    """The undamaged file of statistics with this protocol in the run's folder."""
     for path in sorted(run.folder.glob(f"statistics_step{run.step}_*.npz")):
         try:
-            found, measured = _read(path)
+            _, measured = _read(path)
         except UserError:
             continue
         own = measured | {"checkpoint": protocol["checkpoint"]}
         if own == protocol and run.is_at(measured.get("checkpoint")):
-            return found
+            return path.name
     return None
 
 
@@ -182,7 +182,7 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Statistics:
-    """Statistics from a file; UserError if it is missing, damaged or no such file."""
+    """Statistics from a file; UserError if it is missing, damaged or another file."""
     return _read(path)[0]
 
 
@@ -206,7 +206,7 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
                 f"{shape}"
             )
         if not np.isfinite(array).all() or (letters == "V" and array.min() < 0):
-            raise UserError(f"{path}: '{name}' holds values that are no statistics")
+            raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(found)):
         raise UserError(f"{path} was changed or damaged since it was written")
     return found, protocol

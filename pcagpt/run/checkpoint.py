@@ -205,7 +205,7 @@ def find(path: str | Path) -> tuple[Path, int]:
 
 
 def lack(run_dir: Path) -> str | None:
-    """Says that no checkpoint of a run can be read, and why; None if one can."""
+    """Why no checkpoint of a run can be read; None if one can."""
     step, damaged = _newest_good(run_dir)
     if step is not None:
         return None
@@ -251,15 +251,15 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
         remedy = "name another step beside it"
         meta = read_json(folder / "meta/metadata", remedy, has_infinities=True)
     if meta is None:
-        reason = damage or "it has no meta/metadata, so that it was not trained here"
+        reason = damage or "it has no meta/metadata, so it was not trained here"
         raise UserError(f"checkpoint {folder} cannot be read: {reason}")
     return meta
 
 
 def _remove_damaged_notes(run_dir: Path) -> None:
-    """Removes notes that Orbax reads of every checkpoint and cannot do without if bad.
+    """Removes damaged notes of checkpoints, because Orbax would fail on them.
 
-    The validation loss only tells which checkpoint is the best.
+    Their validation loss only tells which checkpoint is the best.
     """
     for step in steps(run_dir):
         folder = folder_of(run_dir, step)
@@ -298,7 +298,7 @@ def save_weights(run_dir: Path, variables: dict) -> None:
     FileExistsError if the folder has checkpoints.
     """
     folder = (run_dir / FOLDER).absolute()
-    folder.mkdir(parents=True)  # One of several processes: Orbax does not make it.
+    folder.mkdir(parents=True)  # Orbax does not if it is one of several processes.
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=alone()
     )

@@ -35,8 +35,8 @@ from pcagpt.run.weights import read_updates
 IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# The corpus and imports count by the hash of their content, so that both can be moved
-# and a folder of runs, too. Only `evaluate` reads a run's test split.
+# The hash of their content stands for the corpus and the imports, so that these and a
+# folder of runs can be moved. Only `evaluate` reads a run's test split.
 NOT_IDENTITY = (
     "corpus.test",
     "data.cache_dir",
@@ -112,8 +112,11 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     check_fields(result, fields, path, remedy)
     if result.get("status") != "done":
         return None
-    record = read_record(run_dir) or result  # Older versions give no run_id.
-    return result if result.get("run_id") == record.get("run_id") else None
+    record = read_record(run_dir) or result
+    # Older versions give no run_id. The seed tells most of their runs apart.
+    seeds = result.get("seed", record.get("seed")), record.get("seed")
+    is_own = result.get("run_id") == record.get("run_id") and seeds[0] == seeds[1]
+    return result if is_own else None
 
 
 def read_window_losses(run_dir: Path) -> np.ndarray | None:
@@ -140,7 +143,7 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether anything is there that training would replace.
+    """Whether the folder has anything that training would replace.
 
     A config.json alone, if training wrote it, does not count: training ended before its
     first step, for example because memory was too small.
@@ -160,11 +163,27 @@ def _has_content(path: Path) -> bool:
     return path.exists() and (path.is_dir() or path.stat().st_size > 0)
 
 
-def is_unmixed(run_dir: Path) -> bool:
-    """Whether config.json and the newest checkpoint are of the same run."""
-    own, copy = read_record(run_dir) or {}, _newest_copy(run_dir) or {}
-    known = {record["run_id"] for record in (own, copy) if "run_id" in record}
-    return len(known) < 2
+def stranger(run_dir: Path, step: int) -> str | None:
+    """Why a checkpoint cannot be the run's own at this step; None if it can.
+
+    A checkpoint that holds only weights, or a damaged one, is not judged.
+    """
+    folder, own = checkpoint.folder_of(run_dir, step), read_record(run_dir)
+    # A person may have given a trained model's checkpoint another number.
+    updates = read_updates(folder) if read_result(run_dir) else None
+    if updates not in (None, step):
+        return f"{folder} holds the weights after {updates} updates, not after {step}"
+    copy: Any = None
+    with contextlib.suppress(UserError, OSError):
+        copy = checkpoint.read_meta(run_dir, step).get("config")
+    if own is None or not isinstance(copy, dict):
+        return None
+    # Records of older versions have no run_id.
+    parts = ("run_id",) if {"run_id"} <= own.keys() & copy.keys() else ("seed", "train")
+    old, new = identity(copy, parts), identity(own, parts)
+    if any(old[name] != new[name] for name in old.keys() & new.keys()):
+        return f"{folder} is a checkpoint of another run than {run_dir / 'config.json'}"
+    return None
 
 
 def is_made_here(run_dir: Path) -> bool:
@@ -244,8 +263,8 @@ def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
     Empty if no run has begun. An import whose hash in `record` is None is not compared,
-    nor are the bands that come from it. Neither is a corpus that only one of both
-    records knows: `Corpus.differences` compares it.
+    nor are the bands that come from it. If only one record knows the corpus,
+    `Corpus.differences` compares it, and not this function.
     """
     stored = find_record(run_dir)
     if stored is None:

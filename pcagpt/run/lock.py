@@ -3,12 +3,12 @@
 Each command that wants the folder makes a file of its own beside it, `.NAME.lock.ID`,
 and holds the folder if it then sees no file of another living command; otherwise it
 takes its file away and tries again. No two commands ever replace or remove the same
-file, and the later of two always sees the file of the earlier one: this needs nothing
-that a network file system lacks. (It was tried on local disks only.)
+file, and the later of two always sees the file of the earlier one. Network file systems
+have all that this needs, but it was tried on local disks only.
 
-A command of this machine lives as long as its process does. What other machines do
-cannot be seen from here: their commands renew the time of their file, and live until
-this has not happened for `STALE` seconds. All times are the file server's.
+A command of this machine lives as long as its process. The processes of other machines
+cannot be seen from here, so every command renews the time of its file. It counts as
+ended after `STALE` seconds without renewal. All times are the file server's.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ class Lock:
         self._released = threading.Event()
 
     def attempt(self) -> str | None:
-        """Takes the lock if it is free, which None says.
+        """Takes the lock and returns None, or returns who holds it.
 
-        Otherwise it says who holds it; '' if another command tries at the same moment.
+        '' means that another command tries at the same moment.
         """
         self._own.parent.mkdir(parents=True, exist_ok=True)
         holders = self._holders()
@@ -61,7 +61,7 @@ class Lock:
         return None
 
     def check(self) -> None:
-        """Raises UserError if this command does not hold the lock any more.
+        """Raises UserError if this command has lost the lock.
 
         Another machine takes it if this one stood still for `STALE` seconds.
         """
@@ -88,7 +88,7 @@ class Lock:
         return [folder / name for name in sorted(names) if name != self._own.name]
 
     def _holders(self) -> list[str]:
-        """Descriptions of the other commands that live, and of what ends the wait."""
+        """Descriptions of other living commands, with the end of the wait if known."""
         found = []
         for path in self._others():
             try:
@@ -151,7 +151,7 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
 
 
 def _this_process() -> dict[str, Any]:
-    """What others need to see that this process lives, and to tell a person."""
+    """Shows others that this process lives; they also show it to a person."""
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
@@ -162,7 +162,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _limit(silent: float) -> str:
-    """Until when to wait for another machine, silent for so many seconds."""
+    """The end of the wait for another machine, silent for `silent` seconds."""
     last = time.time() - silent
     since, end = (
         time.strftime("%H:%M:%S", time.localtime(t)) for t in (last, last + STALE)
@@ -184,7 +184,7 @@ def _is_known_to_live(owner: dict[str, Any]) -> bool | None:
 
 
 def _kernel() -> str | None:
-    """Differs between machines, their starts and containers; None if not on Linux."""
+    """Identifies a machine's start and container; None if not on Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

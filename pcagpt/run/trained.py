@@ -17,11 +17,11 @@ from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import describe_files
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
-from pcagpt.run.folder import find_record
+from pcagpt.run.folder import find_record, read_result, stranger
 from pcagpt.sharding import placement
 
 
@@ -42,13 +42,30 @@ class Run:
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
         Raises:
-          UserError: the folder, its checkpoint or its config.json does not exist.
+          UserError: the folder, its checkpoint or its config.json does not exist, or
+            the checkpoint is another run's.
         """
-        folder, step = checkpoint.find(path)
+
+        def find() -> tuple[str, int]:
+            folder, step = checkpoint.find(path)
+            return str(folder), step
+
+        # The run may be training: every process must open the same step.
+        found, step = placement.from_first(find)
+        folder = Path(found)
         record = find_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
+        if found := stranger(folder, step):
+            raise UserError(f"{found}: put the run's own checkpoint there")
+        steps = (read_result(folder) or {}).get("steps", step)
+        is_named = Path(path).name == str(step)
+        if not is_named and steps not in checkpoint.steps(folder):
+            warn_once(
+                f"{checkpoint.folder_of(folder, steps)}, the last checkpoint of a "
+                f"finished run, is missing: step {step} is used"
+            )
         return cls(folder, step, record)
 
     @functools.cached_property
@@ -154,15 +171,16 @@ class Run:
     ) -> Corpus:
         """Opens the corpus of `data`, which must have some splits.
 
-        Another corpus than the run's own can be asked for; that is said on stderr.
+        If `asked` names another corpus than the run's own, a line on stderr says so.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
-            own corpus has changed and `asked` names no other. If vocabulary or
-            tokenizer do not fit, nothing has been tokenized.
+            own corpus has changed and `asked` names no other. If the vocabulary or
+            tokenizer that was asked for does not fit, nothing has been tokenized.
         """
         data = self.data(asked)
-        self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
+        if asked.source or asked.tokenizer != "auto":
+            self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
         corpus = open_shared_corpus(data, cache_dir, splits)
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:
@@ -172,21 +190,24 @@ class Run:
                 f"{corpus.older_tokens(self.record)}: restore it, or name a corpus as "
                 "--config.data.source"
             )
-        self.check_corpus(corpus)
+        self.check_corpus(corpus, splits)
         return corpus
 
-    def is_own(self, corpus: Corpus) -> bool | None:
-        """The run was trained on these tokens; None if its record does not say."""
-        differing = corpus.differences(self.record)
+    def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
+        """The run was trained on these tokens; None if its record does not say.
+
+        `splits` must also be those of the run's corpus.
+        """
+        differing = corpus.differences(self.record, {*IDENTITY, *splits})
         return None if differing is None else not differing
 
-    def check_corpus(self, corpus: Corpus) -> None:
+    def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 
-        Says on stderr if it is another corpus than the run's own.
+        Says on stderr if it is another corpus than the run's own, also in `splits`.
         """
         self._check_tokenizer(corpus)
-        differing = corpus.differences(self.record) or []
+        differing = corpus.differences(self.record, {*IDENTITY, *splits}) or []
         if "tokenizer_sha256" in differing:
             raise UserError(
                 f"{corpus.name} numbers its tokens in another way than the corpus of "
