@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from runs import json_of
 
-from pcagpt.data import content, text_files, token_files
+from pcagpt.data import content, text_files, token_files, tokenize
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, describe_files, find_source, sotu_documents
@@ -163,7 +163,8 @@ def test_the_content_does_not_depend_on_place_spelling_or_width(
     wanted = contents(folder, cache)
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
-    write_tokens(moved, [1, 2, 3] * 50, stored="<u4", name="another", vocab_size=10)
+    meta = {"name": "another", "vocab_size": 10, "dtype": "uint32"}
+    write_tokens(moved, [1, 2, 3] * 50, stored="<u4", **meta)
     monkeypatch.chdir(tmp_path)
     for spelling in ("moved", "moved/", "./moved", moved):
         assert contents(spelling, cache) == wanted
@@ -340,6 +341,49 @@ def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
     assert opened[0].tokens("train")[1:].tolist() == expected
 
 
+@pytest.mark.parametrize("later", [b"two", b"t\xe9o"])
+def test_text_that_changes_while_it_is_tokenized_is_not_kept(
+    folder, cache, later, monkeypatch
+):
+    source = folder / "train.txt"
+    source.write_text("one")
+    load = tokenize.load_tokenizer
+
+    def change(name):
+        source.write_bytes(later)
+        return load(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "load_tokenizer", change)
+        refused(folder, cache, "text (my_data changed while it was read: run|.*UTF-8)")
+    source.write_text("one")
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == [50256, 505]
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "猫" * 80])
+def test_a_folder_with_the_longest_name_has_its_tokens_in_the_cache(
+    tmp_path, cache, name
+):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "train.txt").write_text("one")
+    opened = open_corpus(str(tmp_path / name), cache)
+    assert opened.tokens("train").tolist() == [50256, 505]
+    assert opened.name == name
+    assert name.startswith(opened.folder.name.partition("-")[0])
+
+
+def test_a_folder_with_the_name_of_a_known_corpus_is_not_taken_silently(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sotu", "wikitext103"):
+        assert describe_files(name) == ""
+        (tmp_path / name).mkdir()
+        assert f"not the folder {name} here: give --config.data.source=./{name}" in (
+            describe_files(name)
+        )
+
+
 def test_end_of_text_in_a_text_is_one_token(folder, cache):
     (folder / "train.txt").write_text("one<|endoftext|>\ntwo<|endoftext|>")
     (folder / "val.txt").write_text("<|endoftext|>three")
@@ -399,7 +443,10 @@ TEXT = "Crème brûlée, “naïve” café.\n" * 20
             TEXT.encode() + b"\xff\n",
             "0xff in line 21; the rest is, .*iconv -c -f UTF-8",
         ),
-        ("né".encode()[:-1], "byte 0xc3 in line 1"),
+        ("né".encode()[:-1], "byte 0xc3 in line 1; .* truncated UTF-8.*head -c 1 "),
+        ("abc猫".encode()[:-1], "truncated UTF-8: write it again, .*head -c 3 "),
+        ("abc猫".encode()[:-2], "if it is truncated UTF-8, write it again; if it is W"),
+        ("A bright day".encode("utf-16"), "is UTF-16, .*iconv -f UTF-16 -t UTF-8 "),
         (b"one\ntwo\0\n", r"NUL byte in line 2; .*tr -d '\\000' < '/.*txt' > NEW"),
         (
             gzip.compress(TEXT.encode(), mtime=0),
@@ -609,8 +656,9 @@ def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
     assert open_corpus(str(folder), cache, "sotu4096").tokenizer == "sotu4096"
 
 
-@pytest.mark.parametrize("stored", ["<u2", "<u4"])
-@pytest.mark.parametrize("vocab_size", [65, 100_000])
+@pytest.mark.parametrize(
+    ("stored", "vocab_size"), [("<u2", 65), ("<u2", 100_000), ("<u4", 100_000)]
+)
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
 def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size, meta):
     ids = np.arange(1, 9000) % 65
@@ -625,7 +673,7 @@ def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size,
 @pytest.mark.parametrize(
     ("stored", "meta", "match"),
     [
-        ("<u4", {"dtype": "uint16"}, "looks like uint32, not uint16: correct dtype"),
+        ("<u4", {}, "either uint32 ids, or uint16 ids of which every second one is 0"),
         ("<u2", {"dtype": "uint32"}, "looks like uint16, not uint32: correct dtype"),
         ("<i8", {}, r"looks like int64, .*astype\('<u2'\)"),
         ("<i8", {"dtype": "uint32"}, "looks like int64"),
@@ -640,6 +688,63 @@ def test_ids_of_another_width_are_refused_by_its_name(
 ):
     write_tokens(folder, np.arange(1, 6001) % 65, stored=stored, vocab_size=65, **meta)
     refused(folder, cache, match)
+
+
+DIGITS = np.stack([np.arange(3000) % 10 + 1, np.zeros(3000, int)], 1).ravel()
+
+
+@pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
+def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache, meta):
+    """Text such as '3 1 4 1', where a space has id 0, is like uint32 ids."""
+    known = {"vocab_size": 11, "itos": dict(enumerate(" 0123456789"))}
+    write_tokens(folder, DIGITS)
+    write_tokens(folder, DIGITS[:40], "val")
+    is_pickle = meta == "meta.pkl"
+    written = pickle.dumps(known) if is_pickle else json.dumps(known).encode()
+    (folder / meta).write_bytes(written)
+    for split in ("train", "val"):
+        refused(folder, cache, r"every .* 0: say .*json.*\{\"dtype\": \"uint16", split)
+    for stated, ids in (
+        ({"dtype": "uint16"}, DIGITS),
+        ({"dtype": "uint32"}, DIGITS[::2]),
+        ({"tokens": {"train": 6000, "val": 40}}, DIGITS),
+        ({"tokens": {"train": 3000}}, DIGITS[::2]),
+    ):
+        whole = stated if is_pickle else known | stated
+        (folder / "meta.json").write_text(json.dumps(whole))
+        corpus = open_corpus(str(folder), cache)
+        assert "".join(corpus.characters) == " 0123456789"
+        assert corpus.tokens("train").tolist() == ids.tolist()
+        is_wide = len(ids) == 3000
+        assert corpus.tokens("val").tolist() == DIGITS[: 40 : 1 + is_wide].tolist()
+
+
+def test_all_splits_have_the_width_of_the_largest(folder, cache):
+    write_tokens(folder, np.arange(1, 3001) % 11, vocab_size=11)
+    write_tokens(folder, DIGITS[:40], "val")
+    assert open_corpus(str(folder), cache).tokens("val").tolist() == list(DIGITS[:40])
+    write_tokens(folder, DIGITS, "val")  # It is long enough to be of another width.
+    refused(folder, cache, "either uint32 ids, or uint16 ids", "val")
+    wide = np.arange(1, 3001) * 33
+    write_tokens(folder, wide, stored="<u4", vocab_size=100_000)
+    write_tokens(folder, wide[:9], "val", stored="<u4")
+    assert open_corpus(str(folder), cache).tokens("val").tolist() == list(wide[:9])
+    os.truncate(folder / "val.bin", 34)
+    refused(folder, cache, r"val\.bin is empty or truncated: it has 34 bytes", "val")
+    write_tokens(folder, wide, stored="<u4", vocab_size=100_000, dtype="uint16")
+    refused(folder, cache, "looks like uint32, not uint16: correct dtype")
+
+
+def test_meta_json_beside_meta_pickle_is_believed_unless_they_differ(folder, cache):
+    write_tokens(folder, [0, 1], vocab_size=2, tokenizer="letters")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": ["a"]}))
+    assert open_corpus(str(folder), cache).characters is None
+    (folder / "meta.pkl").write_bytes(b"junk")
+    assert open_corpus(str(folder), cache).vocab_size == 2
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3}))
+    refused(
+        folder, cache, r"json gives vocab_size 2, but meta\.pkl beside it 3: correct"
+    )
 
 
 def text_ids(tokenizer="gpt2", split="val"):
@@ -752,6 +857,7 @@ TRUE_IDS = np.array(
         (gzip.compress(TRUE_IDS.tobytes(), mtime=0), "it is compressed"),
         (TEXT.encode(), r"it is text: name it train\.txt"),
         (b"It was a bright day", "it is text"),
+        ("It was a bright day".encode("utf-16"), "in UTF-16: convert it with iconv -f"),
         ((20240520).to_bytes(4, "little") + bytes(1020), "it is llm.c's"),
     ],
 )
@@ -807,7 +913,11 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
         ("train.bin", b"\1\0", r"train\.bin holds a single token: at least 2 are"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
-        ("train.bin", bytes([1, 0, 0, 0] * 99), "seems to hold other ids than gpt2's"),
+        (
+            "train.bin",
+            bytes([1, 0, 0, 0] * 99),
+            r'json beside it: \{"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "u',
+        ),
     ],
 )
 def test_unusable_files_are_refused(folder, cache, name, content, match):

@@ -25,6 +25,7 @@ from pcagpt.errors import UserError
 
 # Parts of a corpus's content that decide the numbers of a training run.
 IDENTITY = ("train", "val", "vocab_size", "tokenizer_sha256")
+_LONGEST_NAME = 255  # bytes, on all common file systems
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
 
 
@@ -247,17 +248,21 @@ def open_corpus(
     cache_dir = Path(cache_dir)
     if isinstance(found, Path):
         return Corpus(**vars(info), folder=found, cache_dir=cache_dir)
+    fingerprints = found.fingerprints()
     folder, *older = (
-        cache_dir / f"{info.name}-{info.tokenizer}-{_key(fingerprint, info)}"
-        for fingerprint in dict.fromkeys(found.fingerprints())
+        cache_dir / _folder_name(fingerprint, info)
+        for fingerprint in dict.fromkeys(fingerprints)
     )
     if not folder.is_dir():
-        write_token_folder(folder, found, info)
+        write_token_folder(folder, found, info, fingerprints)
     info = read_meta(folder, tokenizer)
     return Corpus(**vars(info), folder=folder, cache_dir=cache_dir, older=tuple(older))
 
 
-def _key(fingerprint: str, info: CorpusInfo) -> str:
-    """A name for the tokens that one tokenizer makes of one text."""
+def _folder_name(fingerprint: str, info: CorpusInfo) -> str:
+    """A folder for the tokens that one tokenizer makes of one text."""
     recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    end = f"-{info.tokenizer}-{key}"
+    name = info.name.encode()[: _LONGEST_NAME - len(end)].decode("utf-8", "ignore")
+    return name + end

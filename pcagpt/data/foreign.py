@@ -20,7 +20,9 @@ _FOREIGN = {
     rb"ARROW1": "an Arrow file",
     rb"%PDF-": "a PDF",
     rb"SQLite format 3\0": "a database",
-    rb"\xff\xfe(?:[\t-~]\0){8}": "text in UTF-16",
+    rb"\xff\xfe(?:[\t-~]\0){8}|\xfe\xff(?:\0[\t-~]){8}": (
+        "text in UTF-16: convert it with iconv -f UTF-16 -t UTF-8, into a .txt file"
+    ),
     # 20240520 for GPT-2's tokens, 20240801 for those of Llama.
     rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: drop its header of 1,024 bytes",
 }

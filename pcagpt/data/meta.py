@@ -16,6 +16,7 @@ from pcagpt.files import read_json
 SPLITS = ("train", "val", "test")
 MOST_TOKENS = 10**8  # of a vocabulary; known ones have less than 10**6
 META_FILES = ("meta.json", "meta.pkl")
+_PICKLED_FIELDS = ("vocab_size", "itos", "stoi")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -52,27 +53,29 @@ def present_splits(folder: Path) -> tuple[str, ...]:
 
 
 def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
-    """Reads meta.json or nanoGPT's meta.pkl, but no token file.
+    """Reads meta.json and nanoGPT's meta.pkl, but no token file.
 
     meta.json has vocab_size and, optionally, name, dtype ('uint16' or 'uint32'),
     tokenizer, tokenizer_sha256, itos or stoi (the text of each id, or the id of each
-    text), and tokens (the number of tokens of each split).
+    text), and tokens (the number of tokens of each split). What it lacks comes from
+    the meta.pkl beside it.
 
     Args:
       folder: has at least one token file.
       tokenizer: a name in RANKS, or 'auto'.
 
     Raises:
-      UserError: the meta file is damaged, or contradicts `tokenizer`.
+      UserError: a meta file is damaged, or contradicts the other one or `tokenizer`.
     """
     if tokenizer != "auto":
         rank_file(tokenizer)
-    path, is_assumed = folder / "meta.json", False
+    path, pickled = (folder / name for name in META_FILES)
+    is_assumed = False
     if path.is_file():
         meta = read_json(path, 'write it again, e.g. {"vocab_size": 50257}')
-    elif (path := folder / "meta.pkl").is_file():
-        known = ("vocab_size", "itos", "stoi")
-        meta = {name: v for name, v in _read_pickle(path).items() if name in known}
+        meta = _with_pickle(path, meta, pickled) if pickled.is_file() else meta
+    elif pickled.is_file():
+        path, meta = pickled, _read_pickle(pickled)
     else:
         # nanoGPT writes no meta file for GPT-2's tokens.
         name = "gpt2" if tokenizer == "auto" else tokenizer
@@ -111,6 +114,28 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         counts=counts,
         hashes=hashes,
     )
+
+
+def _with_pickle(path: Path, meta: dict, pickled: Path) -> dict:
+    """The fields of meta.json, and those of meta.pkl that it lacks.
+
+    UserError if they state two sizes of the vocabulary.
+    """
+    try:
+        known = _read_pickle(pickled)
+    except UserError:
+        if "vocab_size" in meta:  # It was written in place of the damaged file.
+            return meta
+        raise
+    sizes = [said["vocab_size"] for said in (meta, known) if "vocab_size" in said]
+    if sizes[1:] and sizes[0] != sizes[1]:
+        raise UserError(
+            f"{path} gives vocab_size {sizes[0]!r}, but {pickled.name} beside it "
+            f"{sizes[1]!r}: correct one of them, or remove meta.pkl"
+        )
+    if meta.keys() & {"tokenizer", "tokenizer_sha256", "itos", "stoi"}:
+        return {"vocab_size": known.get("vocab_size")} | meta
+    return known | meta
 
 
 def _is_by_split(value: object, kind: type) -> bool:
@@ -190,7 +215,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def _read_pickle(path: Path) -> dict:
-    """Reads nanoGPT's meta.pkl; UserError unless it is a dict of plain values."""
+    """The fields of nanoGPT's meta.pkl; UserError unless it has plain values only."""
     try:
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
@@ -202,4 +227,4 @@ def _read_pickle(path: Path) -> dict:
             f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
             'write meta.json instead, {"vocab_size": …}'
         ) from error
-    return meta
+    return {name: v for name, v in meta.items() if name in _PICKLED_FIELDS}

@@ -27,7 +27,7 @@ class TextSource(NamedTuple):
     # The first changes when the text changes; the others are those of earlier versions.
     fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
-    files: str = ""  # a line that says which files are used and which are left out
+    files: str = ""  # a line that says what is used and what is left out
 
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
@@ -56,11 +56,12 @@ def find_source(source: str) -> TextSource | Path:
         )
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
-        return TextSource("sotu", "sotu4096", lambda: (_SOTU_SHA256,), documents)
+        line, known = _namesake(source), (_SOTU_SHA256,)
+        return TextSource("sotu", "sotu4096", lambda: known, documents, line)
     if source == "wikitext103":
         documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
-        name = "/".join(_WIKITEXT)
-        return TextSource("wikitext103", "gpt2", lambda: (name,), documents)
+        line, known = _namesake(source), ("/".join(_WIKITEXT),)
+        return TextSource("wikitext103", "gpt2", lambda: known, documents, line)
     folder = Path(source)
     if not folder.is_dir():
         absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
@@ -87,8 +88,18 @@ def find_source(source: str) -> TextSource | Path:
     return TextSource(name, "gpt2", fingerprints, documents, str(files))
 
 
+def _namesake(source: str) -> str:
+    """A line that says that a folder of this name here is not used; '' without one."""
+    if not Path(source).is_dir():
+        return ""
+    return (
+        f"data source '{source}' is the known corpus, not the folder {source} here: "
+        f"give --config.data.source=./{source} for the folder"
+    )
+
+
 def describe_files(source: str) -> str:
-    """A line about the used and unused files of a folder; '' if all are used."""
+    """A line about used and unused files, or an unused namesake; '' if all is used."""
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files

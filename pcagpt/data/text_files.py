@@ -136,7 +136,7 @@ def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
                 # The decoder had up to three bytes of the block before.
                 at = error.start - (len(error.object) - len(block))
                 line += block.count(b"\n", 0, max(at, 0))
-                raise _not_utf8(path, error.object[error.start], line) from None
+                raise _not_utf8(path, error, line) from None
             if (at := block.find(b"\0")) >= 0:
                 line += block.count(b"\n", 0, at)
                 raise UserError(
@@ -155,9 +155,9 @@ def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
 
 def _refuse_other(path: Path, head: bytes) -> None:
     """Raises for the beginning of UTF-16 or UTF-32, even without a mark, or no text."""
-    if kind := foreign_kind(head):
-        raise UserError(f"{path} is not text, it is {kind}")
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if not found and (kind := foreign_kind(head)):
+        raise UserError(f"{path} is not text, it is {kind}")
     # The high bytes of the commonest characters are 0, the low bytes almost never.
     zeros = [head[start::4].count(0) for start in range(4)]
     wide = tuple(count > 4 + sum(zeros) / 20 for count in zeros)
@@ -169,11 +169,21 @@ def _refuse_other(path: Path, head: bytes) -> None:
         )
 
 
-def _not_utf8(path: Path, byte: int, line: int) -> UserError:
+def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> UserError:
     """Says what a file may be instead of UTF-8, and the command that converts it."""
     with path.open("rb") as file:
         head = file.read(_BLOCK_BYTES)
+    byte, end = error.object[error.start], error.object[error.start :]
     said = f"{path} is not UTF-8: byte 0x{byte:02x} in line {line}; "
+    is_cut = error.reason == "unexpected end of data"
+    # A single such byte can also be the last letter of Western European text.
+    if is_cut and (len(end) > 1 or byte < 0xE0):
+        whole = path.stat().st_size - len(end)
+        return UserError(
+            f"{said}its last character is cut off, so it is truncated UTF-8: write it "
+            f"again, or leave the rest of this character out with: head -c {whole} "
+            f"{_quoted(path)} > NEW"
+        )
     text = head.decode("utf-8", "replace")
     wrong = text.count("\ufffd")
     if sum(character > "\x7f" for character in text) > 2 * wrong:
@@ -190,8 +200,9 @@ def _not_utf8(path: Path, byte: int, line: int) -> UserError:
     # These bytes are letters and quotation marks in Windows only.
     western = "CP1252" if re.search(rb"[\x80-\x9f]", head) else "ISO-8859-1"
     return UserError(
-        f"{said}if it is Western European text, convert it with: iconv -f {western} -t "
-        f"UTF-8 {_quoted(path)} > NEW"
+        f"{said}{'if it is truncated UTF-8, write it again; ' * is_cut}"
+        f"if it is Western European text, convert it with: iconv -f {western} -t UTF-8 "
+        f"{_quoted(path)} > NEW"
     )
 
 

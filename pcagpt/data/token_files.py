@@ -1,7 +1,8 @@
 """Token files in nanoGPT's format: little-endian ids without a header.
 
-Such a file does not say what it holds. The values show whether ids have 16 or 32 bits.
-Files that people often mistake for token files are recognised and refused.
+Such a file does not say what it holds. Mostly the values show whether ids have 16 or
+32 bits. Where they do not, meta.json must say it. Files that people often mistake for
+token files are recognised and refused.
 """
 
 import shlex
@@ -15,7 +16,7 @@ import numpy as np
 
 from pcagpt.data.content import Content, content_of
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text, layout_of
-from pcagpt.data.meta import DTYPES, CorpusInfo
+from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 
@@ -44,7 +45,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
 
     Args:
       path: of an existing file.
-      info: what is known of the corpus.
+      info: what is known of the corpus in the folder of the file.
       cache_dir: see `content_of`.
 
     Raises:
@@ -60,7 +61,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             "have it tokenized again"
         )
     stated = info.counts.get(path.stem)
-    name = _dtype(path, content, info, stated)
+    name = _dtype(path, content, info, cache_dir)
     dtype, highest = DTYPES[name], content.highest[name]
     if highest is None:
         raise UserError(
@@ -84,7 +85,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             "the other; give more text"
         )
     if not is_proven:
-        _refuse_layout(path, name, info.vocab_size)
+        _refuse_layout(path, name, content, info)
     if highest >= info.vocab_size:
         raise _beyond(path, name, info.vocab_size)
     if not is_proven:
@@ -124,32 +125,98 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -> str:
-    """The key of DTYPES that a file's ids have; UserError if meta.json has another."""
-    # Wide ids could also be narrow ids, if every second one is 0. Narrow ids cannot be
-    # wide ids, because two of them together make a number beyond the vocabulary.
-    fitting = [
+def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> str:
+    """The key of DTYPES that a file's ids have: one for all splits of a corpus.
+
+    meta.json states it, or the values show it. UserError if they contradict each other,
+    or if nothing tells uint16 from uint32.
+    """
+    fitting, is_long = _fitting(content, info), content.size >= _ENOUGH_BYTES
+    counted = _counted(path, content, info)
+    if info.dtype and counted == info.dtype:
+        return info.dtype
+    if is_long and content.highest["uint16"] and "int64" in fitting:
+        named = info.dtype or "uint16"
+        raise _other_layout(path, "int64", named, info.vocab_size)
+    if info.dtype:
+        # Uint32 ids of at most 65,535 are also uint16 ids, every second of them 0.
+        is_wide = "uint32" in fitting and content.narrow_sha256 is None
+        found = "uint32" if is_wide else "uint16"
+        is_wrong = is_wide if info.dtype == "uint16" else fitting == ["uint16"]
+        if is_long and is_wrong:
+            raise UserError(
+                f"{path} looks like {found}, not {info.dtype}: correct dtype in "
+                f"meta.json, or write the tokens again{_if_right(path)}"
+            )
+        return info.dtype
+    if counted:
+        return counted
+    own = _width(path, content, info) if is_long else None
+    others = (path.with_name(f"{split}.bin") for split in info.splits)
+    for other in sorted(others, key=lambda file: file.stat().st_size, reverse=True):
+        found = _width(other, content_of(other, cache_dir), info)
+        if found and own not in (None, found):
+            raise UserError(
+                f"{path} looks like {own}, but {other} like {found}, and ids of all "
+                "splits have one width: write one of them again, or "
+                f"{_statement(path, info)}"
+            )
+        if found:
+            return found
+    return "uint16"
+
+
+def _fitting(content: Content, info: CorpusInfo) -> list[str]:
+    """The widths, narrow to wide, at which each number is in the vocabulary.
+
+    Wide ids could also be narrow ones. Narrow ids are seldom wide ones: two of them
+    together are a number beyond the vocabulary, unless every second one is 0.
+    """
+    return [
         name
         for name, highest in content.highest.items()
         if highest is not None and highest < info.vocab_size
     ]
-    is_clear = content.size >= _ENOUGH_BYTES and content.highest["uint16"]
-    named = info.dtype or "uint16"
-    is_proven = info.dtype and stated == content.size / DTYPES[named].itemsize
-    if not is_clear or not fitting or fitting[-1] == named or is_proven:
-        return named
-    found = fitting[-1]
-    if found == "int64":
-        raise _other_layout(path, found, named, info.vocab_size)
-    if info.dtype:
-        raise UserError(
-            f"{path} looks like {found}, not {named}: correct dtype in meta.json, or "
-            "write the tokens again"
-        )
-    return found
 
 
-def _refuse_layout(path: Path, name: str, vocab_size: int) -> None:
+def _counted(path: Path, content: Content, info: CorpusInfo) -> str | None:
+    """The width at which a file has as many ids as meta.json states."""
+    stated = info.counts.get(path.stem, 0)
+    widths = {stated * dtype.itemsize: name for name, dtype in DTYPES.items()}
+    return widths.get(content.size)
+
+
+def _width(path: Path, content: Content, info: CorpusInfo) -> str | None:
+    """The width that a file shows; None if it shows nothing.
+
+    UserError if it may have either.
+    """
+    if counted := _counted(path, content, info):
+        return counted
+    fitting = _fitting(content, info)
+    if not fitting or not content.highest["uint16"]:
+        return None
+    if "uint32" not in fitting:
+        return "uint16"
+    if info.vocab_size > 1 << 16:
+        return "uint32"
+    raise UserError(
+        f"{path} holds either uint32 ids, or uint16 ids of which every second one is "
+        f"0: {_statement(path, info)}"
+    )
+
+
+def _statement(path: Path, info: CorpusInfo) -> str:
+    """How a person states the width of a corpus's ids."""
+    if any(path.with_name(name).is_file() for name in META_FILES):
+        return 'say which in meta.json beside it: {"dtype": "uint16"} or "uint32"'
+    return (
+        f'say which in meta.json beside it: {{"vocab_size": {info.vocab_size}, '
+        f'"tokenizer": "{info.tokenizer}", "dtype": "uint16"}} or "uint32"'
+    )
+
+
+def _refuse_layout(path: Path, name: str, content: Content, info: CorpusInfo) -> None:
     """Raises UserError if samples of the file look like numbers of another layout."""
     octets = map_tokens(path, np.dtype(np.uint8))
     octets_R8 = octets[: len(octets) // 8 * 8].reshape(-1, 8)
@@ -159,9 +226,10 @@ def _refuse_layout(path: Path, name: str, vocab_size: int) -> None:
     count = min(_SAMPLES, len(octets_R8) // size)  # so that they do not overlap
     starts = np.linspace(0, len(octets_R8) - size, count).astype(int)
     sample_R8 = np.concatenate([octets_R8[at : at + size] for at in starts])
-    layout = layout_of(sample_R8, vocab_size)
-    if layout not in (None, name):
-        raise _other_layout(path, layout, name, vocab_size)
+    layout = layout_of(sample_R8, info.vocab_size)
+    # If the ids fit two widths, the choice between them is made already.
+    if layout not in (None, name, *_fitting(content, info)):
+        raise _other_layout(path, layout, name, info.vocab_size)
 
 
 def _other_layout(path: Path, layout: str, name: str, vocab_size: int) -> UserError:

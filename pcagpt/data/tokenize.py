@@ -16,6 +16,7 @@ import tiktoken
 from pcagpt.data.meta import DTYPES, CorpusInfo
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from pcagpt.errors import UserError
 from pcagpt.files import sha256_of_file, write_json
 
 _PIECE_CHARACTERS = 1 << 16
@@ -24,11 +25,14 @@ _PIECE_CHARACTERS = 1 << 16
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
-def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> None:
+def write_token_folder(
+    folder: Path, source: TextSource, info: CorpusInfo, fingerprints: tuple[str, ...]
+) -> None:
     """Tokenizes every split of `source` into `folder`, with progress on stderr.
 
     The folder appears only when it is complete. If several processes write it at the
-    same time, the first one wins.
+    same time, the first one wins. UserError if the text no longer has the
+    `fingerprints` from which the folder's name was made.
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,16 @@ def write_token_folder(folder: Path, source: TextSource, info: CorpusInfo) -> No
             # Other users cannot read the temporary folder, but they can read this one.
             draft = Path(temporary) / folder.name
             draft.mkdir()
-            _write_splits(draft, source, info)
+            try:
+                _write_splits(draft, source, info)
+                is_same = source.fingerprints() == fingerprints
+            except UnicodeDecodeError:  # It was UTF-8 when its fingerprints were taken.
+                is_same = False
+            if not is_same:
+                raise UserError(
+                    f"the text {source.name} changed while it was read: run the "
+                    "command again"
+                )
             try:
                 draft.rename(folder)
             except OSError:
