@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from constriction import stream
 
+from pcagpt.coding.fit import fit
 from pcagpt.coding.models import (
     LARGEST_LOCATION,
     REACHES,
     SCALES,
     TAILS,
     Model,
-    fit,
     frequencies,
 )
 
@@ -43,17 +43,14 @@ class Writer:
 
     def row(self, values: np.ndarray) -> None:
         """Codes one row; the reader knows its length."""
-        model = fit(values)
+        (model,) = fit([values])
         for size, start, index in zip(_FIELDS, _STARTS, model, strict=True):
             self._encoder.encode(index + start, stream.model.Uniform(size))
         self._values(values, model)
 
     def rows(self, rows: Sequence[np.ndarray]) -> None:
         """Codes several rows, which may have unequal lengths."""
-        models, latest = [], None
-        for row in rows:
-            models.append(fit(row, near=latest))
-            latest = models[-1] if models[-1].reach else latest
+        models = fit(rows)
         used = [model for model in models if model.reach]
         self.row(np.diff([model.reach for model in models], prepend=0))
         self.row(np.diff([model.scale for model in used], prepend=0))

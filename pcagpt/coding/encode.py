@@ -18,6 +18,7 @@ from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import (
     LARGEST_SYMBOL,
+    SMALLEST_WEIGHT,
     class_steps,
     quantize,
     step_classes,
@@ -36,7 +37,7 @@ from pcagpt.files import check_values
 BIT = 0.13  # squared steps of error that one bit must remove
 BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2)))  # of a direction of unit energy
 MODEL_BITS = 8  # of the indices of one model
-SAMPLE = 12288  # tokens from which choices and estimates are made
+SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
 
 
@@ -46,7 +47,7 @@ class Prepared:
 
     table_VD: np.ndarray
     weighting: Weighting
-    weights_V: np.ndarray  # relative to their mean
+    weights_V: np.ndarray  # relative to their mean, none near zero
     mean_weight: float
     classes_V: np.ndarray  # [V] int8, of `step_classes`
     synthesis_DD: np.ndarray
@@ -71,8 +72,8 @@ class Prepared:
 
     @property
     def smallest_step(self) -> float:
-        """A step at which symbols have a quarter of their range, for outliers."""
-        return 4 * self._largest_value / LARGEST_SYMBOL
+        """The step at which the largest symbols have all their range."""
+        return self._largest_value / LARGEST_SYMBOL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def prepare(table_VD: np.ndarray, weighting: Weighting) -> Prepared:
             "they must be finite, not negative and not all zero; measure the "
             "statistics of the model again"
         )
-    weights_V = weights_V / mean_weight
+    weights_V = np.maximum(weights_V / mean_weight, SMALLEST_WEIGHT)
     classes_V = step_classes(weights_V)
     synthesis_DD = karhunen_loeve(table_VD, weighting)
     tokens_N, shares_N = _sample(classes_V)
@@ -208,12 +209,15 @@ def _basis_bits(width: int, energy_D: np.ndarray) -> np.ndarray:
 
 def _entropy_bits(symbols_Dn: np.ndarray) -> np.ndarray:
     """Bits of each row at its empirical entropy, with the bias of Miller and Madow."""
+    used = symbols_Dn.any(axis=1)
+    bits_D = np.zeros(len(symbols_Dn))
+    symbols_Dn = symbols_Dn[used]
     rows, count = symbols_Dn.shape
     lowest = int(symbols_Dn.min(initial=0))
     width = int(symbols_Dn.max(initial=0)) - lowest + 1
     places_Dn = symbols_Dn + (np.arange(rows) * width - lowest)[:, None]
     counts = np.bincount(places_Dn.ravel(), minlength=rows * width)
     counts = counts.reshape(rows, width)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = np.nansum(-counts * np.log2(counts / count), axis=1)
-    return bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
+    bits = -(counts * np.log2(np.maximum(counts, 1) / count)).sum(axis=1)
+    bits_D[used] = bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
+    return bits_D

@@ -11,18 +11,19 @@ from pcagpt.coding.transform import Coefficients
 # zero than by rounding to the nearest, which saves more bits than it adds error.
 ROUNDING = 0.4
 LARGEST_SYMBOL = 2**15 - 1
-# Smaller token weights count as this share of the mean: steps have an upper limit.
-SMALLEST_WEIGHT = 2.0**-12
+# Token weights outside, relative to their mean, count as the limit: a token that was
+# never seen has steps, and the most frequent one does not need huge symbols.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-12, 2.0**8
 
 
 def step_classes(weights_V: np.ndarray) -> np.ndarray:
-    """The class of each token's step: [V] int8. Class j means a step of 2^(j/2).
+    """The class of each token's step: [V] int8. Class c means a step of 2^(c/2).
 
     An error e costs p_v e^2, so one step in the units of p_v^-1/2 for all tokens gives
     the least total error for the bits (reverse water-filling). The weights are relative
     to their mean. Each class spans a factor 2 of weights.
     """
-    weights_V = np.maximum(weights_V, SMALLEST_WEIGHT)
+    weights_V = np.clip(weights_V, SMALLEST_WEIGHT, LARGEST_WEIGHT)
     return np.round(-np.log2(weights_V)).astype(np.int8)
 
 

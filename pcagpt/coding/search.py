@@ -1,6 +1,7 @@
 """Finds the step that meets a target of bytes or of predicted loss."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from pcagpt.errors import UserError
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 MOST_ENCODINGS = 4
-_OCTAVES = 0.002  # precision of a step
+_OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +93,32 @@ def _search(
     step, so one or two encodings suffice to correct it.
     """
     ends = np.log2([prepared.smallest_step, prepared.largest_step])
-    rises = estimate(prepared.smallest_step) < estimate(prepared.largest_step)
+    estimate_of = functools.cache(lambda octave: estimate(2.0**octave))
     goal = most
     for _ in range(MOST_ENCODINGS):
-        low, high = ends
-        while high - low > _OCTAVES:
-            middle = (low + high) / 2
-            if (estimate(2.0**middle) > goal) == rises:
-                high = middle
-            else:
-                low = middle
-        made = at_step(prepared, 2.0 ** (low if rises else high))
+        octave = _octave_of(goal, estimate_of, *ends)
+        made = at_step(prepared, 2.0**octave)
         found = value(made)
         if found <= most and (best is None or value(best) < found):
             best = made
         if most * (1 - TOLERANCE) <= found <= most:
             break
-        goal *= most * (1 - TOLERANCE / 2) / max(found, most / 100)
-        ends = np.clip((low - 1, high + 1), *ends)
+        correction = estimate_of(octave) / max(found, most / 100)
+        goal = most * (1 - TOLERANCE / 2) * correction
+        ends = np.clip((octave - 1, octave + 1), *ends)
     return best
+
+
+def _octave_of(
+    goal: float, estimate: Callable[[float], float], low: float, high: float
+) -> float:
+    """The logarithm of the step for a monotonous estimate: bisects, interpolates."""
+    rises = estimate(low) < estimate(high)
+    while high - low > _OCTAVES:
+        middle = (low + high) / 2
+        if (estimate(middle) > goal) == rises:
+            high = middle
+        else:
+            low = middle
+    x, y = (low, high), np.log([estimate(low), estimate(high)])
+    return float(np.interp(np.log(goal), *((y, x) if rises else (y[::-1], x[::-1]))))
