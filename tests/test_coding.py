@@ -211,7 +211,7 @@ def test_tables_cost_little_more_than_the_entropy(draw, deviation):
 
 def test_rows_of_any_kind_come_back():
     rows = [
-        np.zeros(7), np.full(40, 9), RANDOM.normal(0, 40, 500), [32767, -32767], [5], [],
+        np.zeros(7), np.full(40, 9), RANDOM.normal(0, 40, 500), [32767, -32767], [5], []
     ]  # fmt: skip
     rows = [np.array(row).astype(np.int16) for row in rows]
     writer = Writer()
@@ -398,24 +398,21 @@ def test_a_file_of_a_later_version_is_refused(tmp_path):
 
 def test_a_target_of_bytes_is_met_closely():
     prepared = prepare(TABLE, FULL)
-    for most in (2000, 3000, 5000):
+    for most in (2000, 5000):
         made = coding.within_bytes(prepared, most)
         assert 0.97 * most < made.bytes <= most
 
 
 def test_a_target_of_loss_is_met_closely():
     prepared = prepare(TABLE, FULL)
-    for most in (0.5, 0.05):
-        made = coding.within_loss(prepared, most)
-        assert 0.9 * most < made.loss <= most
-        finer = coding.within_bytes(prepared, made.bytes + 300)
-        assert finer.loss < made.loss
+    made = coding.within_loss(prepared, 0.1)
+    assert 0.09 < made.loss <= 0.1
 
 
-@each_weighting
+@pytest.mark.parametrize("weighting", [Weighting(), FULL], ids=["none", "full"])
 def test_finer_steps_take_more_bytes_and_lose_less(weighting):
     prepared = prepare(TABLE, weighting)
-    made = [coding.at_step(prepared, 2.0**-n) for n in range(-1, 8)]
+    made = [coding.at_step(prepared, 2.0**-n) for n in range(0, 8, 2)]
     assert (np.diff([m.bytes for m in made]) > 0).all()
     assert (np.diff([m.loss for m in made]) < 0).all()
 
@@ -490,8 +487,14 @@ def test_unusual_tables_are_coded(table, weighted, tmp_path):
     made = written(tmp_path / "t", table, weighting, step=1e-3)
     dense = coding.read(tmp_path / "t")[0].dense()
     np.testing.assert_array_equal(dense, made.table.dense())
-    # Even a token of weight 0 has steps; they are at most 64 times the mean's.
-    assert np.abs(dense - table).max() < (0.3 if weighted else 0.02)
+    nothing = coding.at_step(prepare(table, weighting), 1e4)
+    assert made.loss < 1e-3 * nothing.loss + 1e-9
+
+
+def test_a_token_that_was_never_seen_is_coded():
+    weights = np.where(np.arange(V) % 4 == 1, 0, WEIGHTS)
+    made = coding.at_step(prepare(TABLE, Weighting(weights)), 1e-3)
+    assert np.abs(made.table.dense() - TABLE)[1::4].max() < 0.3
 
 
 def test_a_singular_metric_leaves_out_what_it_does_not_see():

@@ -4,9 +4,9 @@ Shape letters: V vocabulary, D model width, K directions, C classes, N sampled t
 those of one class.
 
 At small steps, one more bit for each symbol reduces the squared error by 2 ln 2 / 12
-squared steps per symbol, at large ones by a little more. All else is held to that price:
-a direction, or the symbols of one class in it, is left out if it removes less error per
-bit, and a bit in the basis removes as much as a bit in the symbols.
+squared steps per symbol, at large ones by a little more. All else is held to that
+price: a direction, or the symbols of one class in it, is left out if it removes less
+error per bit, and a bit in the basis removes as much as a bit in the symbols.
 """
 
 import dataclasses

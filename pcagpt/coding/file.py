@@ -12,8 +12,8 @@
     words       uint32, of `payload`
     32 bytes    SHA-256 of all before
 
-Integers are little-endian. The size of the header does not depend on its values, so a
-loss that is measured on the decoded table can be added without changing the file's size.
+Integers are little-endian. The size of the header does not depend on its values: a loss
+that is measured on the decoded table can be added without changing the file's size.
 """
 
 import dataclasses

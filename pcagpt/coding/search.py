@@ -94,8 +94,8 @@ def _search(
     """
     ends = np.log2([prepared.smallest_step, prepared.largest_step])
     estimate_of = functools.cache(lambda octave: estimate(2.0**octave))
-    goal = most
-    for _ in range(MOST_ENCODINGS):
+    goal, margin = most, TOLERANCE / 2
+    for count in range(2 * MOST_ENCODINGS):
         octave = _octave_of(goal, estimate_of, *ends)
         made = at_step(prepared, 2.0**octave)
         found = value(made)
@@ -103,8 +103,11 @@ def _search(
             best = made
         if most * (1 - TOLERANCE) <= found <= most:
             break
-        correction = estimate_of(octave) / max(found, most / 100)
-        goal = most * (1 - TOLERANCE / 2) * correction
+        if count >= MOST_ENCODINGS and best is not None:
+            break
+        if found > most:
+            margin *= 1.5
+        goal = most * (1 - margin) * estimate_of(octave) / max(found, most / 100)
         ends = np.clip((octave - 1, octave + 1), *ends)
     return best
 

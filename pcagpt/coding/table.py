@@ -18,7 +18,7 @@ LARGEST_SUM = (
 
 @dataclasses.dataclass(frozen=True)
 class CodedTable:
-    """Row v is step_v * symbols[:, v] @ the first K rows of the basis + its last row."""
+    """Row v is step_v symbols[:, v] @ the first K rows of the basis + its last row."""
 
     symbols: np.ndarray  # [K, V] int16
     classes: np.ndarray  # [V] int8: step_v = step * 2^(class / 2)
@@ -34,7 +34,7 @@ class CodedTable:
         """The table, float32 [V, D], the same bits on every machine.
 
         Sums are of integers, so their order does not matter; what follows is a fixed
-        sequence of single float64 operations. Raises ValueError if a sum may be inexact.
+        sequence of single float64 operations. ValueError if a sum may be inexact.
         """
         integers_KD, rows_K, columns_D = self.basis
         mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)

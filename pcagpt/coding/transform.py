@@ -39,7 +39,7 @@ def chunks(rows: int) -> Iterator[slice]:
 
 
 def karhunen_loeve(table_VD: np.ndarray, weighting: Weighting) -> np.ndarray:
-    """The synthesis with S M S' = I whose coefficients are uncorrelated: [D, D] float64.
+    """The synthesis with S M S' = I and uncorrelated coefficients: [D, D] float64.
 
     The weighted energy of the coefficients falls from row to row.
     """
