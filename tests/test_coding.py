@@ -294,7 +294,7 @@ def test_the_stand_alone_reader_gives_the_same_bits(tmp_path):
                 reader.read(tmp_path / name), made.table.dense()
             )
     content = bytearray((tmp_path / "none").read_bytes())
-    content[700] ^= 1
+    content[-40] ^= 1
     (tmp_path / "none").write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         reader.read(tmp_path / "none")
@@ -441,6 +441,10 @@ def test_a_loss_that_no_table_has_is_refused():
         with pytest.raises(UserError, match="allow more loss"):
             coding.within_loss(prepared, most)
     assert coding.within_loss(prepared, 1e9).table.symbols.size == 0
+    constant = prepare(np.ones((V, D), np.float32), Weighting())
+    with pytest.raises(UserError, match="allow more loss"):
+        coding.within_loss(constant, 0.0)
+    assert coding.within_bytes(constant, 10**9).table.symbols.size == 0
 
 
 # Unusual tables

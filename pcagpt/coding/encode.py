@@ -35,7 +35,10 @@ from pcagpt.factorize import Weighting
 from pcagpt.files import check_values
 
 BIT = 0.13  # squared steps of error that one bit must remove
-BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2)))  # of a direction of unit energy
+# Step of the basis in a direction of unit energy. The second factor is measured: what
+# follows makes up for a part of the error, since coefficients are those of the rounded
+# basis. From 1 to 1.4, it lowered the loss at equal bytes by 1 to 4 %.
+BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2))) * 1.4
 MODEL_BITS = 8  # of the indices of one model
 SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
@@ -181,10 +184,12 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     )
     *synthesis_KD, mean_D = basis.dense()
     synthesis_KD = np.reshape(synthesis_KD, (-1, len(mean_D)))
-    made = coefficients(table_VD, weighting, synthesis_KD, mean_D)
     place_V = np.unique(prepared.classes_V, return_inverse=True)[1]
-    steps_V = class_steps(prepared.classes_V, step)
-    symbols_KV = quantize(made, steps_V, found.kept_DC[chosen_K][:, place_V])
+    symbols_KV = quantize(
+        coefficients(table_VD, weighting, synthesis_KD, mean_D),
+        class_steps(prepared.classes_V, step),
+        found.kept_DC[chosen_K][:, place_V],
+    )
     coded = CodedTable(symbols_KV, prepared.classes_V, step, basis)
     return coded, to_words(coded)
 

@@ -65,19 +65,21 @@ def within_loss(prepared: Prepared, most: float) -> Encoded:
     smallest = at_step(prepared, prepared.largest_step)
     if smallest.loss <= most:
         return smallest
-    finest = trial(prepared, prepared.smallest_step)
-    if not finest.loss <= most:
+    finest, found = trial(prepared, prepared.smallest_step), None
+    if finest.loss <= most:
+        found = _search(
+            prepared,
+            most,
+            None,
+            estimate=lambda step: trial(prepared, step).loss,
+            value=lambda made: made.loss,
+        )
+    if found is None:
         raise UserError(
             f"no coded table has a predicted loss of at most {most}: the finest steps "
-            f"lead to {finest.loss:.2g}; allow more loss"
+            f"lead to about {finest.loss:.2g}; allow more loss"
         )
-    return _search(
-        prepared,
-        most,
-        None,
-        estimate=lambda step: trial(prepared, step).loss,
-        value=lambda made: made.loss,
-    )
+    return found
 
 
 def _search(
@@ -86,7 +88,7 @@ def _search(
     best: Encoded | None,
     estimate: Callable[[float], float],
     value: Callable[[Encoded], float],
-) -> Encoded:
+) -> Encoded | None:
     """The table whose value is just below `most`, or `best` if none is found.
 
     Estimates choose the step. They are off by a factor that hardly changes with the
@@ -123,5 +125,6 @@ def _octave_of(
             high = middle
         else:
             low = middle
-    x, y = (low, high), np.log([estimate(low), estimate(high)])
-    return float(np.interp(np.log(goal), *((y, x) if rises else (y[::-1], x[::-1]))))
+    x, y = (low, high), (estimate(low), estimate(high))
+    goal, *y = np.log(np.maximum((goal, *y), np.finfo(float).tiny))
+    return float(np.interp(goal, *((y, x) if rises else (y[::-1], x[::-1]))))
