@@ -1,6 +1,8 @@
-"""Errors that end a command with one line instead of a traceback."""
+"""Errors that end a command with one line instead of a traceback, and warnings."""
 
 import errno
+import functools
+import logging
 import os
 import re
 import signal
@@ -9,9 +11,13 @@ import signal
 class UserError(Exception):
     """A mistake in the command or its inputs; exit code 2.
 
-    The message is printed as it is. It names what was wrong, the value seen, what would
-    be right, and the knob or command that corrects it.
+    The message is printed without changes. It names what was wrong, the value seen,
+    what would be right, and the knob or command that corrects it.
     """
+
+
+class Unreadable(UserError):
+    """The system did not let a file be read. The file may be undamaged."""
 
 
 class Interrupted(Exception):
@@ -23,6 +29,12 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int = signal.SIGINT):
         super().__init__(message)
         self.number = number
+
+
+@functools.lru_cache
+def warn_once(message: str) -> None:
+    """Logs a warning of one line once: a command looks at its files many times."""
+    logging.getLogger(__name__).warning(message)
 
 
 _KEPT = "what is saved is kept, and the same command goes on from it"
@@ -39,12 +51,16 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EISDIR: "a file should be there, move the folder away",
     errno.ENOTDIR: "a folder should be there, move the file away",
-    errno.EEXIST: "something else is there, perhaps a link to nothing, move it away",
-    errno.ENOENT: "it was removed, or is a link to nothing",
+    errno.EEXIST: "something else is there, perhaps a link to nothing, move it away or "
+    "name another place",
+    errno.ENOENT: "it was removed, is a link to nothing, or cannot be made there; name "
+    "another file or folder",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "what read the output has ended",
 }
+# A file or folder is not there at all, or is the other of the two.
+_MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 # As tensorstore words it, in a ValueError.
 _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
 
@@ -55,16 +71,32 @@ def explain(error: BaseException) -> str | None:
     None for every other error, which is then a bug. Orbax raises what happened in its
     threads as an OSError, or as a ValueError with tensorstore's text.
     """
-    if isinstance(error, OSError):
-        code, path = error.errno, error.filename2 or error.filename
-    else:
-        told = _TENSORSTORE.search(str(error))
-        paths = re.findall(r'local file "([^"]*)"', str(error))
-        code, path = told and int(told[1]), paths[-1] if paths else None
+    code, path = _code_and_path(error)
     if not code:
         return None
+    if not path and code == errno.ENOENT:  # Only what needs no path has none.
+        path = "the current folder"
     subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]
     remedy = _REMEDIES.get(code)
     return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"
+
+
+def unreadable(error: BaseException) -> Unreadable | None:
+    """The error to raise for a file that the system did not let be read.
+
+    None for every other error, and if the file is missing.
+    """
+    if isinstance(error, Unreadable):
+        return error
+    code, _ = _code_and_path(error)
+    return Unreadable(explain(error)) if code and code not in _MISSING else None
+
+
+def _code_and_path(error: BaseException) -> tuple[int | None, str | bytes | None]:
+    if isinstance(error, OSError):
+        return error.errno, error.filename2 or error.filename
+    told = _TENSORSTORE.search(str(error))
+    paths = re.findall(r'local file "([^"]*)"', str(error))
+    return told and int(told[1]), paths[-1] if paths else None

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, unreadable
 
 LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
@@ -86,14 +86,15 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in list(folder.rglob(".*")):
         found = _LEFTOVER.fullmatch(path.name)
-        if found and not _lives(int(found[1] or found[2])):
+        if found and not is_running(int(found[1] or found[2])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _lives(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number, of any user."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # Only asks.
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # It is another user's.
@@ -158,7 +159,7 @@ def read_json(
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise damaged(error.strerror) from None
+        raise unreadable(error) or damaged(error.strerror) from None
     except ValueError as error:
         raise damaged(error) from None
     if not isinstance(value, dict):
@@ -184,7 +185,7 @@ def parse_json(text: bytes, has_infinities: bool = False) -> Any:
         return number if math.isfinite(number) else refuse(digits)
 
     try:
-        decoded = text.decode("utf-8")
+        decoded = text.decode("utf-8-sig")  # Some editors begin a file with a mark.
         value = json.loads(decoded, parse_constant=refuse, parse_float=finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # No lone surrogates.
     except RecursionError:
@@ -341,7 +342,7 @@ def sha256_of_file(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -366,9 +367,5 @@ def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -
         check_fields(
             digest, {"bytes": (int,), "sha256": (str,)}, name, "write it again"
         )
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        if size != digest["bytes"] or sha256_of_file(path) != digest["sha256"]:
+        if sha256_of_file(path) != digest["sha256"]:
             raise UserError(f"{path} was changed or damaged since it was written")

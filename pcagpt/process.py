@@ -27,7 +27,8 @@ _OTHERS_ENDED = (
 )
 _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 
-# Of JAX, each changes the numbers of a run, which must not depend on the environment.
+# These variables of JAX change the numbers of a run, which must not depend on the
+# environment.
 _NOT_HEEDED = (
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_DTYPE_BITS",
@@ -51,7 +52,7 @@ def prepare() -> None:
     _keep_freed_memory()
     sys.unraisablehook = _report_unraisable
     threading.excepthook = _end_with_thread
-    # What Orbax logs as an error it also raises.
+    # Orbax raises every error that it logs.
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -66,9 +67,9 @@ def prepare() -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Drops what tensorstore prints, without an object, of writes that failed.
+    """Hides tensorstore's messages about failed writes, which come without an object.
 
-    The first of them is raised as well.
+    It also raises the first failure, so nothing is lost.
     """
     if unraisable.object is not None:
         sys.__unraisablehook__(unraisable)

@@ -2,24 +2,21 @@
 
     python scripts/torture.py --out FOLDER            an hour at most, on two cores
     python scripts/torture.py --out FOLDER --short    five minutes at most
+
+Prints progress and a table. --out gets the table as torture.md and every case as
+torture.json. The exit code is 1 if a case is SILENT, LOST, TRACEBACK or HANG.
+
+To repeat a case, name its part, seed and number, and --short if it had that:
+
     python scripts/torture.py --only damages --seed 1 --case 17
 
-Prints progress and a table and writes the table to --out, as torture.md and with every
-case as torture.json. The exit code is 1 if anything was silently wrong, was lost, ended
-in a traceback or did not end. The folder of such a case, with its commands and what
-they printed, is kept in --out, and the table names the command that repeats it. The
-seed decides everything but the moments of signals, which depend on the machine.
+The table ends with this command for each kind of failure. FOLDER/damages-17 keeps what
+a failed case left: its commands, what they printed, and its files in place/. The seed
+decides everything but the moments of signals, which depend on the machine.
 
 A case has one of these outcomes, of several commands the worst:
 
-  same       the result is that of an undisturbed run, perhaps after a warning
-  refused    exit code 2 and one line that names the file
-  warned     another result, and a line that says why
-  unclear    refused, but in many lines or without the file's name
-  SILENT     another result and no word
-  LOST       something good was deleted
-  TRACEBACK  a traceback, or an exit code besides 0 and 2
-  HANG       no end within --limit seconds
+OUTCOMES
 """
 
 import argparse
@@ -55,7 +52,7 @@ os.environ.update(
 from torture import scene
 from torture.case import Case
 from torture.children import pool
-from torture.judge import BAD, OUTCOMES, TRACEBACK, UNCLEAR
+from torture.judge import BAD, OUTCOMES, SKIPPED, TRACEBACK, UNCLEAR, Verdict
 from torture.parts import PARTS
 
 # What the commands import. None of it may start JAX's backend or a thread. The user of
@@ -67,13 +64,15 @@ IMPORTED = (
 
 def main() -> int:
     """Runs the campaign; returns the exit code."""
+    outcomes = "\n".join(f"  {name:9}  {text}" for name, text in OUTCOMES.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.replace("OUTCOMES", outcomes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("torture"), help="folder")
     parser.add_argument("--short", action="store_true", help="fewer cases")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="1 if not given")
     parser.add_argument("--case", type=int, help="only this case of the part")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once")
     parser.add_argument("--limit", type=float, default=60, help="seconds of a command")
@@ -101,7 +100,7 @@ def main() -> int:
 def campaign(args: argparse.Namespace, folder: Path, began: float) -> list[dict]:
     """Makes the scene and does every case in it; returns their outcomes."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    (folder / "compiled").mkdir(mode=0o777)
+    (folder / "compiled").mkdir()
     (folder / "compiled").chmod(0o777)
     warnings.filterwarnings("ignore", ".*os.fork.*")
     for name in IMPORTED:
@@ -113,52 +112,44 @@ def campaign(args: argparse.Namespace, folder: Path, began: float) -> list[dict]
     for part in args.only or PARTS:
         count = PARTS[part].short if args.short else PARTS[part].full
         for index in [args.case] if args.case is not None else range(count):
-            chance, own = (
-                random.Random(f"{args.seed} {part} {index}"),
-                f"{part}-{index}",
-            )
-            case = Case(folder / own, chance, folder / "scene", args.limit, args.short)
-            tasks[part, index] = functools.partial(_one, part, index, case, args.out)
+            own = folder / f"{part}-{index}"
+            chance = random.Random(f"{args.seed} {part} {index}")
+            case = Case(own, chance, folder / "scene", args.limit, args.short)
+            tasks[part, index] = functools.partial(_do, part, index, case, args.out)
     cases, counts = [], Counter()
     for (part, index), found in pool(tasks.items(), args.jobs):
         if isinstance(found, RuntimeError):  # The campaign itself is wrong.
             why = f"the campaign: {str(found)[-500:]}"
-            found = {"outcome": TRACEBACK, "what": "no case", "why": why, "seconds": 0}
-            found |= {"outcomes": {TRACEBACK: 1}, "kept": None}
+            found = _entry("no case", Verdict(TRACEBACK, why), 0)
         found |= {"part": part, "case": index}
         cases.append(found)
         counts[found["outcome"]] += 1
         if found["outcome"] in (*BAD, UNCLEAR) or len(cases) % 25 == 0:
-            spent = time.monotonic() - began
-            print(
-                f"{spent:5.0f} s  {len(cases)} of {len(tasks)}  {part} {index}: "
-                f"{found['outcome']}, {found['what']}: {found['why'][:150]}",
-                flush=True,
-            )
-    return sorted(
-        cases, key=lambda case: (list(PARTS).index(case["part"]), case["case"])
-    )
+            spent = f"{time.monotonic() - began:5.0f} s  {len(cases)} of {len(tasks)}"
+            short = f"{found['outcome']}, {found['what']}: {found['why'][:150]}"
+            print(f"{spent}  {part} {index}: {short}", flush=True)
+    order = list(tasks)
+    return sorted(cases, key=lambda case: order.index((case["part"], case["case"])))
 
 
-def _one(part: str, index: int, case: Case, out: Path) -> dict[str, Any]:
+def _do(part: str, index: int, case: Case, out: Path) -> dict[str, Any]:
     """Does one case in this process; keeps its folder if it failed."""
     began = time.monotonic()
     case.folder.mkdir()
     what, verdict = PARTS[part].run(case, index)
-    kept = None
     if verdict.outcome in BAD:
-        kept = out / f"{part}-{index}"
+        kept = out / case.folder.name
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(case.folder, kept, symlinks=True)
     shutil.rmtree(case.folder)
-    return {
-        "what": what,
-        "outcome": verdict.outcome,
-        "why": verdict.why,
-        "outcomes": verdict.outcomes or {verdict.outcome: 1},
-        "seconds": round(time.monotonic() - began, 1),
-        "kept": kept and str(kept),
-    }
+    return _entry(what, verdict, round(time.monotonic() - began, 1))
+
+
+def _entry(what: str, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """A case in torture.json, besides its part and number."""
+    counts = verdict.outcomes or {verdict.outcome: 1}
+    entry = {"what": what, "outcome": verdict.outcome, "why": verdict.why}
+    return entry | {"outcomes": counts, "seconds": seconds}
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -184,22 +175,20 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
-    """Those that must not be, and the unclear ones: a line for each kind."""
+    """Those that must not be, the unclear and the skipped: an entry for each kind."""
     kinds: dict[tuple[str, str], list[dict]] = {}
     for case in report["cases"]:
-        if case["outcome"] in (*BAD, UNCLEAR):
+        if case["outcome"] in (*BAD, UNCLEAR, SKIPPED):
             kinds.setdefault((case["outcome"], case["what"]), []).append(case)
-    lines = []
-    for outcome, what in sorted(kinds, key=lambda kind: OUTCOMES.index(kind[0])):
+    short, lines = " --short" if report["short"] else "", []
+    for outcome, what in sorted(kinds, key=lambda kind: list(OUTCOMES).index(kind[0])):
         cases = kinds[outcome, what]
-        first, short = cases[0], " --short" if report["short"] else ""
-        repeat = (
-            f"--only {first['part']} --seed {report['seed']} --case {first['case']}"
-        )
+        first = cases[0]
         why = first["why"].replace("`", "'").replace("\n", " ")
+        repeat = f"--only {first['part']} --seed {report['seed']} --case"
         lines += [
             f"- **{outcome}** {len(cases)} x {what}: `{why}`",
-            f"  (`python scripts/torture.py {repeat}{short}`)",
+            f"  (`python scripts/torture.py {repeat} {first['case']}{short}`)",
         ]
     return lines or ["No failures."]
 

@@ -16,7 +16,7 @@ from runs import changed, execute, metrics, saved_state, setup, start
 from pcagpt import files
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.checkpoint import Checkpoints
 
 # Orbax is still reading other arrays when it gives up on a damaged one.
@@ -264,8 +264,58 @@ def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path,
             if item == "meta":
                 with pytest.raises(UserError, match="meta/metadata"):
                     checkpoint.read_meta(copy, 2)
-            assert checkpoint._damage(copy / "ckpt/2", f"{item}")
+            assert digests.damage(copy / "ckpt/2", item)
     assert "falling back to the one before, step 1" in said()[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["digests.json", "meta/metadata", "weights/manifest.ocdbt", "metrics/metrics"],
+)
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged_and_stays(
+    name, tmp_path, monkeypatch
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+
+    def refuse(path, *arguments):
+        if f"{path}".endswith(f"ckpt/2/{name}"):
+            raise PermissionError(13, "Permission denied", f"{path}")
+        return open(path, *arguments)
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=f"ckpt/2/{name}: permission denied: change"):
+        restore(tmp_path)
+    if name in ("digests.json", "weights/manifest.ocdbt"):
+        with pytest.raises(UserError, match=f"{name}: permission denied: change"):
+            checkpoint.find(tmp_path)
+    monkeypatch.undo()
+    assert restore(tmp_path)[1] == 2
+
+
+def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
+    tmp_path, said
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    path = tmp_path / "ckpt/2/digests.json"
+    content = json.loads(path.read_text())
+    content["files"]["weights/_METADATA"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(content))
+    damage = f"{path} is damaged (its content was changed since"
+    unchecked = "only without this file can the checkpoint be read, unchecked"
+    assert checkpoint.find(tmp_path)[1] == 1
+    write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
+    with pytest.raises(UserError, match="step 2, is damaged") as caught:
+        fingerprint.of(tmp_path)
+    for message in (said()[0], str(caught.value)):
+        assert damage in message
+        assert unchecked in message
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "ckpt", whole / "ckpt")
+    (whole / "ckpt/2/digests.json").unlink()
+    assert checkpoint.find(whole)[1] == restore(whole)[1] == 2
+    assert restore(tmp_path)[1] == 1
+    assert f"{damage}" in said()[-1]
+    assert f"{unchecked}): falling back" in said()[-1]
 
 
 @pytest.mark.parametrize("item", ["weights", "optimizer"])
@@ -296,10 +346,10 @@ def test_damaged_notes_on_a_checkpoint_lose_only_themselves(
 
 def test_a_checkpoint_without_digests_is_one_of_an_older_version(tmp_path):
     save(tmp_path, {1: 3.0})
-    known = checkpoint.fingerprint(tmp_path)
+    known = fingerprint.of(tmp_path)
     (tmp_path / "ckpt/1/digests.json").unlink()
     assert restore(tmp_path)[1] == 1
-    assert checkpoint.fingerprint(tmp_path) == known
+    assert fingerprint.of(tmp_path) == known
 
 
 def test_weights_larger_than_their_files_are_refused_before_memory_is_taken(
@@ -319,15 +369,15 @@ def test_a_fingerprint_is_that_of_the_weights(tmp_path):
     run_dir = tmp_path / "run"
     save(run_dir, {1: 1.0, 2: 2.0})
     (run_dir / "config.json").write_text(json.dumps({"model": {"n_head": 2}}))
-    one, two = (checkpoint.fingerprint(run_dir / f"ckpt/{n}") for n in (1, 2))
-    assert one != two == checkpoint.fingerprint(run_dir)
+    one, two = (fingerprint.of(run_dir / f"ckpt/{n}") for n in (1, 2))
+    assert one != two == fingerprint.of(run_dir)
     # The same numbers, at another time and place.
     save(tmp_path / "again", {2: 5.0})
     shutil.copy(run_dir / "config.json", tmp_path / "again")
     write_json(tmp_path / "again" / "result.json", {"seconds": 3, "steps": 2})
-    assert checkpoint.fingerprint(tmp_path / "again") == two
+    assert fingerprint.of(tmp_path / "again") == two
     (run_dir / "config.json").write_text(json.dumps({"model": {"n_head": 4}}))
-    assert checkpoint.fingerprint(run_dir) != two
+    assert fingerprint.of(run_dir) != two
 
 
 def test_a_fingerprint_of_an_older_version_still_counts(tmp_path):
@@ -335,24 +385,25 @@ def test_a_fingerprint_of_an_older_version_still_counts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     manifest = (tmp_path / "ckpt/1/weights/manifest.ocdbt").read_bytes()
     unfinished = hashlib.sha256(b"step 1\n{}" + manifest).hexdigest()
-    assert checkpoint.same(tmp_path, unfinished)
+    assert fingerprint.same(tmp_path, unfinished)
     (tmp_path / "result.json").write_text('{"steps": 1}')
     finished = hashlib.sha256(b'step 1\n{"steps": 1}').hexdigest()
-    assert checkpoint.same(tmp_path, finished)
-    assert checkpoint.same(tmp_path, checkpoint.fingerprint(tmp_path))
+    assert fingerprint.same(tmp_path, finished)
+    assert fingerprint.same(tmp_path, fingerprint.of(tmp_path))
     for other in (unfinished, "", None):
-        assert not checkpoint.same(tmp_path, other)
+        assert not fingerprint.same(tmp_path, other)
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_not_started_from(tmp_path):
     save(tmp_path, {1: 1.0, 2: 2.0})
-    write_json(tmp_path / "result.json", {"steps": 2})
+    write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     damage(tmp_path, 2)
     with pytest.raises(
-        UserError, match="last checkpoint .* step 2, is damaged: delete"
+        UserError,
+        match=r"last checkpoint .* step 2, is damaged \(.*weights.*\): delete",
     ):
-        checkpoint.fingerprint(tmp_path)
-    assert checkpoint.fingerprint(tmp_path / "ckpt/1")
+        fingerprint.of(tmp_path)
+    assert fingerprint.of(tmp_path / "ckpt/1")
 
 
 # Other numbers of devices

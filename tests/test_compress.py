@@ -155,6 +155,72 @@ def test_the_best_model_of_a_rank_is_a_run_with_the_loss_that_was_measured(swept
     assert loss_of(config, f"best_k{rank}") == pytest.approx(wanted, abs=2e-6)
 
 
+@pytest.fixture
+def copied_sweep(asked, swept):
+    """The config of a copy of the finished sweep."""
+    config, _ = swept
+    shutil.copytree(folder_of(config), folder_of(asked))
+    return asked
+
+
+def replaced(folder):
+    return [path.name for path in folder.glob("best_k8.replaced-*")]
+
+
+def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
+    folder = folder_of(copied_sweep)
+    sweep = json.loads((folder / "sweep.json").read_text())
+    least = best_of(sweep, 8)["added_loss"]
+    for row in sweep["rows"]:
+        row["added_loss"] = least
+    files.write_json(folder / "sweep.json", sweep)
+    before = snapshot(folder / "best_k8")
+    sweep_of(copied_sweep)
+    assert snapshot(folder / "best_k8") == before
+    # Another one that is as good may be there, too.
+    made = {key(row) for row in sweep["rows"] if row["rank"] == 8 and row["bits"] == 32}
+    record = read_record(folder / "best_k8")
+    of = record["compressed"]
+    (other, *_) = made - {(of["method"], of["bands"], 8, 32)}
+    record["compressed"] |= {"method": other[0], "bands": other[1]}
+    files.write_json(folder / "best_k8" / "config.json", record)
+    row = next(row for row in sweep["rows"] if key(row) == other)
+    record["compressed"]["budget"] = row["budget"]
+    files.write_json(folder / "best_k8" / "config.json", record)
+    sweep_of(copied_sweep)
+    compressed = read_record(folder / "best_k8")["compressed"]
+    assert (compressed["method"], compressed["bands"]) == other[:2]
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_best_model_with_other_weights_is_moved_aside_and_made_again(
+    copied_sweep, is_swapped
+):
+    folder = folder_of(copied_sweep)
+    weights = folder / "best_k8" / "ckpt" / "0"
+    wanted = loss_of(copied_sweep, "best_k8")
+    if is_swapped:
+        shutil.rmtree(weights)
+        shutil.copytree(folder / "best_k4" / "ckpt" / "0", weights)
+    else:
+        (weights / "weights" / "_METADATA").write_text("{}")
+    sweep_of(copied_sweep)
+    assert len(replaced(folder)) == 1
+    assert loss_of(copied_sweep, "best_k8") == wanted
+    sweep_of(copied_sweep)
+    assert len(replaced(folder)) == 1
+
+
+def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
+    copied_sweep,
+):
+    agrees = "--config.compress.calibration_tokens=512"
+    with pytest.raises(
+        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} agrees"
+    ):
+        sweep_of(copied_sweep, **{"compress.calibration_tokens": 256})
+
+
 def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch):
     config, first = swept
     shutil.copytree(folder_of(config), folder_of(asked))

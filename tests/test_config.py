@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import pytest
+from command_line import CONFIGS
 
 from pcagpt.config import (
     KNOBS,
@@ -158,6 +159,7 @@ WEIGHTS = {"init.weights_from": "RUN"}
             {"compress.max_bytes": 9, "compress.recover_ranks": (8,)},
             "compress.recover_ranks is set beside compress.max_bytes",
         ),
+        ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),
     ],
@@ -216,6 +218,43 @@ def test_every_path_is_expanded_and_no_folder_is_called_tilde(tmp_path, monkeypa
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
         with pytest.raises(UserError, match="there is no such home folder"):
             command_line.parse(["pcagpt", f"--config={name}/x.py"])
+
+
+def parse(*words):
+    return command_line.parse(["pcagpt", f"--config={CONFIGS / 'demo.py'}", *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"),
+    [
+        ("train.lr", "train.learning_rate"),
+        ("lr", "train.learning_rate"),
+        ("batch_size", "train.batch_size or evaluate.batch_size"),
+        ("train.max_iters", "train.steps"),
+        ("train.n_steps", "train.steps"),
+        ("model.d_model", "model.n_embd"),
+        ("model.n_ctx", "model.block_size"),
+        ("out_dir", "workdir"),
+    ],
+)
+def test_a_name_of_other_programs_leads_to_the_knob(name, knob):
+    with pytest.raises(UserError, match=rf"'{name}': did you mean {knob}\? \("):
+        parse(f"--config.{name}=3")
+
+
+def test_every_synonym_is_of_a_knob_and_no_knob_itself():
+    known = command_line._SYNONYMS
+    assert known.keys() <= KNOBS.keys()
+    assert not KNOBS.keys() & set(" ".join(known.values()).split())
+
+
+def test_whole_numbers_can_be_short():
+    for text, value in (("1e3", 1000), ("1.5e3", 1500), ("1_000", 1000)):
+        assert parse(f"--config.train.steps={text}")[0].train.steps == value
+    with pytest.raises(
+        UserError, match=r"steps is '1\.5e0': it must be a whole number"
+    ):
+        parse("--config.train.steps=1.5e0")
 
 
 def test_a_word_that_is_no_utf8_is_refused():

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import threading
@@ -438,6 +439,53 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
     assert describe_files("sotu") == ""
 
 
+def test_odd_names_are_quoted_in_the_lines_and_commands(folder):
+    for name in ("a, b.train.txt", "val.txt", "line\nend", "résumé.md"):
+        (folder / name).write_text("text\n")
+    assert describe_files(str(folder)) == (
+        f"text in {folder}: train from 'a, b.train.txt', val from val.txt; left out: "
+        r"'line\nend', résumé.md"
+    )
+    (folder / "it's.train.txt").write_bytes(b"one\0")
+    command = rf"""tr -d '\000' < '{folder}/it'"'"'s.train.txt' > NEW"""
+    refused(folder, folder / "cache", re.escape(command))
+
+
+def test_a_meta_file_may_begin_with_a_byte_order_mark(folder):
+    write_tokens(folder, [1, 2, 3])
+    (folder / "meta.json").write_bytes(b'\xef\xbb\xbf{"vocab_size": 65}')
+    assert describe_corpus(str(folder)).vocab_size == 65
+
+
+def test_what_is_in_the_place_of_a_split_is_named(folder):
+    write_tokens(folder, [1, 2, 3], vocab_size=65)
+    (folder / "val.bin").mkdir()
+    (folder / "test.bin").symlink_to("nowhere")
+    for split, words in (("val", "a folder"), ("test", "a link to nothing")):
+        match = f"present: train; {split}.bin is {words}.*such as {split}.bin, or"
+        with pytest.raises(UserError, match=match):
+            describe_corpus(str(folder), splits=[split])
+
+
+def test_tokens_of_an_earlier_version_are_found(folder, cache):
+    """It took `<|endoftext|>` for ordinary text."""
+    (folder / "train.txt").write_text("one<|endoftext|>")
+    (folder / "val.txt").write_text("two")
+    now = open_corpus(str(folder), cache)
+    (earlier,) = now.older
+    assert now.older_tokens({"corpus": now.content | {"train": "other"}}) == ""
+    shutil.copytree(now.folder, earlier)
+    (earlier / "meta.json").unlink()
+    counts = {"train": 9, "val": 2}
+    ids = load_tokenizer("gpt2").encode_ordinary("one<|endoftext|>")
+    meta = {"dtype": "uint16", "tokenizer": "gpt2", "tokens": counts}
+    write_tokens(earlier, [50256, *ids], vocab_size=50257, **meta)
+    record = {"corpus": open_corpus(str(earlier), cache).content}
+    assert now.differences(record) == ["train"]
+    assert f"its tokens are in {earlier}, which" in now.older_tokens(record)
+    assert open_corpus(str(earlier), cache).differences(record) == []
+
+
 def test_a_missing_split_is_refused_before_anything_is_tokenized(folder, cache):
     (folder / "train.txt").write_text("text\n")
     for find in (describe_corpus, lambda *a: open_corpus(a[0], cache, *a[1:])):
@@ -569,12 +617,12 @@ def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size,
     [
         ("<u4", {"dtype": "uint16"}, "looks like uint32, not uint16: correct dtype"),
         ("<u2", {"dtype": "uint32"}, "looks like uint16, not uint32: correct dtype"),
-        ("<i8", {}, r"looks like int64: .*astype\('uint16'\)"),
+        ("<i8", {}, r"looks like int64, .*astype\('<u2'\)"),
         ("<i8", {"dtype": "uint32"}, "looks like int64"),
-        (">u2", {}, "id 256 at position 0, .*it looks like big-endian uint16"),
-        (">u4", {"dtype": "uint32"}, "it looks like big-endian uint32"),
-        ("|u1", {}, "it looks like uint8"),
-        ("<f4", {}, "id .* at position .*vocabulary size is 65"),
+        (">u2", {}, "looks like big-endian uint16, not little-endian uint16"),
+        (">u4", {"dtype": "uint32"}, "looks like big-endian uint32, not"),
+        ("|u1", {}, "looks like uint8"),
+        ("<f4", {}, "looks like float32"),
     ],
 )
 def test_ids_of_another_width_are_refused_by_its_name(
@@ -582,6 +630,94 @@ def test_ids_of_another_width_are_refused_by_its_name(
 ):
     write_tokens(folder, np.arange(1, 6001) % 65, stored=stored, vocab_size=65, **meta)
     refused(folder, cache, match)
+
+
+def text_ids(tokenizer="gpt2", split="val"):
+    """Ids of real text, with the tokenizer 'letters' or one of RANKS."""
+    text = "".join(sotu_documents(split))[:150_000]
+    if tokenizer == "letters":
+        letters = sorted(set(text))
+        return [letters.index(letter) for letter in text]
+    return load_tokenizer(tokenizer).encode_ordinary(text)
+
+
+BARE = {"vocab_size": 65536}  # Every uint16 is an id: only statistics tell.
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "stored", "layout"),
+    [
+        ("gpt2", ">u2", "big-endian uint16"),
+        ("sotu4096", ">u2", "big-endian uint16"),
+        ("letters", ">u2", "big-endian uint16"),
+        ("gpt2", ">u4", "big-endian uint32"),
+        ("gpt2", ">i8", "big-endian int64"),
+        ("letters", "u1", "uint8"),
+        ("letters", "<f4", "float32"),
+        ("gpt2", "<f4", "float32"),
+        ("gpt2", "<f8", "float64"),
+    ],
+)
+def test_ids_of_another_layout_are_refused_although_each_is_in_the_vocabulary(
+    folder, cache, tokenizer, stored, layout
+):
+    ids = text_ids(tokenizer)
+    write_tokens(folder, ids, stored=stored, **BARE)
+    refused(folder, cache, f"looks like {layout}, not little-endian uint16: write .*")
+    size = (folder / "train.bin").stat().st_size
+    stated = {"dtype": "uint16", "tokens": {"train": size // 2}}
+    (folder / "meta.json").write_text(json.dumps(BARE | stated))
+    assert len(open_corpus(str(folder), cache).tokens("train")) == size // 2
+
+
+def test_wide_ids_beyond_the_vocabulary_are_not_read_as_pairs(folder, cache):
+    ids = np.array(text_ids()) + 30_000  # Some are above 65,535.
+    for stored, cut in (("<u4", 0), ("<u4", 2), ("<i8", 0)):
+        write_tokens(folder, ids, stored=stored, **BARE)
+        file = folder / "train.bin"
+        os.truncate(file, file.stat().st_size - cut)
+        refused(folder, cache, "looks like u?int")
+
+
+def test_an_end_of_zeros_is_refused_with_the_command_that_cuts_it_off(folder, cache):
+    for tokenizer in ("letters", "gpt2"):
+        ids = text_ids(tokenizer)
+        for zeros in (1500, len(ids)):
+            write_tokens(folder, [*ids, *[0] * zeros], **BARE)
+            refused(folder, cache, f"{zeros:,} zeros after {len(ids):,} ids, .*: cut")
+        command = rf"truncate -s {2 * len(ids)} '.*/my data/train\.bin'; or, if it"
+        refused(folder, cache, command)
+    write_tokens(folder, [0] * 5000, **BARE)
+    refused(folder, cache, "ends in 5,000 zeros after 0 ids, .*: write its ids")
+
+
+def test_unusual_ids_are_not_taken_for_another_layout(folder, cache):
+    random = np.random.default_rng(0)
+    ids = np.array(text_ids("letters"))
+    zipf = np.minimum(random.zipf(1.5, 40_000) - 1, 65_535)
+    cases = [
+        text_ids(),
+        text_ids("sotu4096"),
+        ids,
+        np.where(ids == 2, 0, ids),
+        [*ids, *[0] * 400],  # padding
+        np.repeat(ids[:300], 300),
+        np.tile([*ids[:90], *[0] * 2000], 30),  # padded documents
+        np.arange(40_000),
+        np.arange(1, 65_000) % 257,
+        random.permutation(65_536)[zipf],
+        *(random.integers(0, size, 40_000) for size in (2, 300, 4096, 50_257, 65_536)),
+        load_tokenizer("gpt2").encode_ordinary(
+            "日本語の文章です。今日は晴れ。\n" * 2000
+        ),
+        load_tokenizer("gpt2").encode_ordinary("é🙂 \r\n\t  x\n" * 3000),
+    ]
+    for ids in cases:
+        write_tokens(folder, ids, **BARE)
+        assert open_corpus(str(folder), cache).tokens("train").tolist() == list(ids)
+    wide = np.array(text_ids()) * 2
+    write_tokens(folder, wide, stored="<u4", vocab_size=100_600)
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == wide.tolist()
 
 
 def npy(array):
@@ -645,6 +781,9 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
     (tmp_path / "train.txt").write_text("text")
     refused(tmp_path / "train.txt", cache, "is a file")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(tmp_path / "link", cache, "link' is a link to nothing")
+    refused("", cache, r"data\.source is empty: .*\. is the current folder")
 
 
 @pytest.mark.parametrize(
@@ -656,6 +795,7 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
         ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
         ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
+        ("train.bin", b"\1\0", r"train\.bin holds a single token: at least 2 are"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
         ("train.bin", bytes([1, 0, 0, 0] * 99), "seems to hold other ids than gpt2's"),
     ],
@@ -693,7 +833,7 @@ def test_first_id_beyond_the_vocabulary_is_named(folder, cache):
         ({"tokenizer": "sotu4096"}, "vocab_size 10, but tokenizer 'sotu4096' has 4096"),
         (
             {"vocab_size": 4096, "tokenizer": "sotu4096", "tokenizer_sha256": "00"},
-            "another version of tokenizer 'sotu4096'",
+            "another version of tokenizer 'sotu4096' made",
         ),
         *(
             ({"vocab_size": size}, "vocab_size .*must be a whole number from 1")

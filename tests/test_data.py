@@ -94,9 +94,3 @@ def test_every_token_after_the_first_is_predicted_once_in_order(length, batch_si
         # Row i is window i.
         rows = inputs[: batches.window_count, 0]
         assert rows.tolist() == list(range(0, length - 1, BLOCK))
-
-
-@pytest.mark.parametrize("length", [0, 1])
-def test_split_without_anything_to_predict_is_refused(length):
-    with pytest.raises(UserError, match=f"split has {length} tokens: at least 2"):
-        EvaluationBatches(TOKENS[:length], BLOCK, 4)

@@ -22,7 +22,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import write_json
 from pcagpt.model import GPT, GPTConfig, HeadBand
 from pcagpt.pipeline import evaluate as task
-from pcagpt.pipeline import sample
+from pcagpt.pipeline import tasks
 from pcagpt.run.evaluator import (
     Evaluator,
     TokenScores,
@@ -394,6 +394,36 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
     assert named["is_own_corpus"] == (split == "test")
 
 
+def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):
+    config, folder = own_corpus
+    before = snapshot(folder)
+    asked = changed(config, **{"data.tokenizer": "gpt2"})
+    with pytest.raises(UserError, match="vocab_size 97, but tokenizer 'gpt2' has"):
+        evaluate(asked)
+    path = Path(config.model_path) / "config.json"
+    record = json_of(path)
+    write_json(path, record | {"tokenizer": "sotu4096", "vocab_size": 60_000})
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").unlink()
+        (folder / f"{split}.txt").write_text("some text")
+    (folder / "test.bin").unlink()
+    with pytest.raises(UserError, match=r"set --config\.data\.tokenizer=sotu4096"):
+        evaluate(asked)
+    assert not list(Path(config.workdir).glob("data/*"))  # Nothing was tokenized.
+    assert before.keys() - snapshot(folder).keys() == {
+        f"{split}.bin" for split in ("train", "val", "test")
+    }
+
+
+def test_a_changed_corpus_of_text_is_named_by_its_text(own_corpus):
+    config, folder = own_corpus
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.bin").unlink()
+        (folder / f"{split}.txt").write_text("Other text.")
+    with pytest.raises(UserError, match=f"{folder} is no longer the corpus"):
+        evaluate(config)
+
+
 def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
     config, folder = own_corpus
     path = Path(config.model_path) / "config.json"
@@ -472,7 +502,7 @@ def test_only_the_first_of_several_processes_prints_and_writes(
     config = asked()
     before = snapshot(Path(config.model_path))
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(sample, "sample", lambda settings: ["one", "two"])
+    monkeypatch.setattr(tasks, "sample", lambda settings: ["one", "two"])
     main.run(Settings.of(config), "a command", print_only=False)
     main.run(Settings.of(changed(config, task="sample")), "a command", print_only=False)
     printed = capfd.readouterr().out

@@ -1,6 +1,7 @@
 """Run folders: what is done is skipped, and a run with other settings is refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,30 @@ def test_a_damaged_result_is_refused_by_its_name(copied):
         UserError, match=r"gpt_baseline.result.json is damaged .*: delete it"
     ):
         status(copied)
+
+
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_a_finished_run_without_a_readable_checkpoint_is_not_done(copied, is_damaged):
+    run_dir = job(copied).folder
+    if is_damaged:
+        for path in (run_dir / "ckpt").glob("*/weights/_METADATA"):
+            path.write_bytes(path.read_bytes() + b" ")
+        lack = r"can be read \(.*ckpt/6/weights/_METADATA was changed or damaged .*\)"
+    else:
+        shutil.rmtree(run_dir / "ckpt")
+        lack = "finished checkpoint"
+    lack = f"gpt_baseline is finished, but holds no .*{lack}"
+    before = snapshot(Path(copied.workdir))
+    with pytest.raises(UserError, match=f"{lack}: .*overwrite=True .* train again"):
+        status(copied)
+    shutil.rmtree(Path(copied.workdir) / "gpt_pca_finetune_k8")
+    with pytest.raises(UserError, match=f"{lack}: .*move .*gpt_baseline away to train"):
+        execute(finetuned(copied))
+    assert before.items() >= snapshot(Path(copied.workdir)).items()
+    execute(changed(copied, overwrite=True))
+    assert status(copied) == "done"
+    (kept,) = run_dir.parent.glob("gpt_baseline.replaced-*")
+    assert read_result(kept)
 
 
 # Other settings
@@ -326,13 +351,39 @@ def test_imports_with_other_content_count_as_other_settings(copied):
     ):
         content = path.read_bytes()
         path.write_bytes(content + b" ")
-        with pytest.raises(UserError, match=f"{path.name} was changed or damaged"):
-            status(a)
         metadata = path.with_name("metadata.json").rename(path.with_suffix(".json"))
         with pytest.raises(UserError, match=rf"256\.{name} \(was \w+, now \w+\): use"):
             status(a)
         metadata.rename(path.with_name("metadata.json"))
         path.write_bytes(content)
+
+
+def test_damaged_imports_stop_only_what_is_computed_from_them(
+    copied, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
+    factors = Path(copied.workdir) / "pca_factorized"
+    table, metadata = factors / "wte_pca_k8.npy", factors / "metadata.json"
+    for path in (table, metadata):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9])
+        assert statuses(pca(copied)) == ["done"]
+        assert "is not compared with" in caplog.text
+        assert f"{path.name}" in caplog.text
+        with pytest.raises(UserError, match=r"train.beta1 \(was 0.9, now 0.5\)"):
+            status(changed(pca(copied), **{"train.beta1": 0.5}))
+        path.write_bytes(content)
+    last = Path(copied.workdir) / "gpt_baseline" / "ckpt" / "6"
+    last.rename(factors / "6")
+    assert statuses(finetuned(copied)) == ["done"]
+    assert "gpt_baseline, step 6, is damaged" in caplog.text
+    (factors / "6").rename(last)
+    table.unlink()
+    run_dir = job(pca(copied)).folder
+    (run_dir / "result.json").unlink()
+    alone = changed(pca(copied), build_prerequisites=False)
+    with pytest.raises(UserError, match="lacks rank 8 and build_prerequisites is off"):
+        execute(alone)
 
 
 # Files

@@ -14,7 +14,7 @@ from command_line import ROOT, call, refusal, tiny
 from runs import quick_environment
 
 from pcagpt import process
-from pcagpt.errors import Interrupted, explain
+from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute
 from pcagpt.sharding import placement
 
@@ -42,6 +42,7 @@ def python(*words, **options):
         (OSError(errno.EROFS, "x", "a/b"), "a/b: read-only file system: .*"),
         (PermissionError(errno.EACCES, "x", b"a"), "a: permission denied: change .*"),
         (OSError(errno.EMFILE, "x", "a"), "a: too many open files: .*ulimit -n .*"),
+        (FileNotFoundError(errno.ENOENT, "x"), "the current folder: no such file .*"),
         (OSError(errno.EIO, "x", "a"), "a: input/output error; what is saved .*"),
         (
             ValueError(
@@ -59,6 +60,17 @@ def test_an_error_of_the_system_is_told_with_path_remedy_and_what_is_kept(error,
     assert told.endswith(
         "; what is saved is kept, and the same command goes on from it"
     )
+
+
+def test_a_file_that_is_missing_is_not_unreadable():
+    words = "Error reading local file \"/r/m\": Denied [os_error_code='{}']"
+    for number in (errno.EACCES, errno.EIO, errno.EMFILE):
+        for error in (OSError(number, "x", "/r/m"), ValueError(words.format(number))):
+            assert str(unreadable(error)).startswith("/r/m: ")
+    for number in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+        for error in (OSError(number, "x", "/r/m"), ValueError(words.format(number))):
+            assert unreadable(error) is None
+    assert unreadable(ValueError("damaged")) is None
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,9 @@ def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatc
         assert as_process(0, lambda v=value: v) == value
         assert as_process(1, pytest.fail) == value
     sent.clear()
+    nested = as_process(0, lambda: placement.from_first(lambda: "a call"))
+    assert (nested, len(sent)) == ("a call", 2)  # one size and one answer
+    sent.clear()
     for number, decide in enumerate((refuse, pytest.fail)):
         with pytest.raises(UserError, match="no such folder"):
             as_process(number, decide)

@@ -24,6 +24,7 @@ from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import mean_interval, verdict
 from pcagpt.report.experiment import experiment_view, models_of
 from pcagpt.report.figures import curves_figure, size_figure
+from pcagpt.report.read import read_curve
 
 V, D, BLOCKS = 100, 16, 5000
 TARGETS = np.array([8.0] * 9 + [5.0])
@@ -636,6 +637,20 @@ def test_curves_show_every_arm_and_b_twice(reported):
         assert ends == expected | {(tuned, 0.001), (tuned, 0.005)}
         low, high = axes.get_ylim()
         assert low < 2.8 and high < 4  # The first losses of 7 are cut off.
+
+
+def test_curves_and_first_losses_come_from_the_sealed_result(tmp_path):
+    curve = [[0, 5.0], [1000, 2.0]]
+    run = write_run(tmp_path, "baseline", curve=curve)
+    results = collect_results(tmp_path, [run], FACTORS, COMMAND)
+    assert results["rows"][0]["start_loss"] == 5.0
+    np.testing.assert_array_equal(read_curve(tmp_path / run), curve)
+    result = json.loads((tmp_path / run / "result.json").read_text())
+    for wrong in ([[0, "a"]], [1, 2, 3], [[0, {}]]):
+        text = json.dumps(result | {"curve": wrong})
+        (tmp_path / run / "result.json").write_text(text)
+        with pytest.raises(UserError, match="result.json is damaged .'curve'"):
+            read_curve(tmp_path / run)
 
 
 def test_no_figure_is_drawn_without_data(tmp_path):

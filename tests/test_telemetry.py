@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pcagpt.errors import UserError
 from pcagpt.telemetry import progress
-from pcagpt.telemetry.metrics import Telemetry
+from pcagpt.telemetry.metrics import Telemetry, read_metrics
 from pcagpt.telemetry.progress import Progress
 
 
@@ -96,6 +96,18 @@ def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypat
     assert [line["step"] for line in read_lines(tmp_path)] == [0, 4]
     (record,) = caplog.records
     assert "metrics.jsonl: damaged lines are left out: 2, 3, 4" in record.message
+
+
+@pytest.mark.parametrize(
+    ("content", "is_torn"), [(b'{"step": 1, "lo', True), (b"\0\0\0", False)]
+)
+def test_only_the_first_half_of_a_line_is_taken_for_torn(
+    content, is_torn, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert bool(caplog.records) != is_torn
 
 
 def test_a_new_run_in_an_old_folder_replaces_its_metrics(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from command_line import ROOT
 
 SCRIPTS = ROOT / "scripts"
-SAME, REFUSED, WARNED, UNCLEAR = "same", "refused", "warned", "unclear"
+SAME, REFUSED, WARNED = "same", "refused", "warned"
+SKIPPED, UNCLEAR = "skipped", "unclear"
 SILENT, LOST, TRACEBACK, HANG = "SILENT", "LOST", "TRACEBACK", "HANG"
 
 # A program whose only input, d.json, is its own fault, as Python; `say` warns.
@@ -126,11 +127,32 @@ def test_a_kill_at_a_file_operation_comes_before_it(verdicts):
 
 
 @pytest.fixture
-def damage(monkeypatch):
+def parts(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    from torture import damage
+    from torture import parts
 
-    return damage
+    return parts
+
+
+def test_what_this_machine_cannot_try_is_skipped_and_not_passed(
+    parts, monkeypatch, tmp_path
+):
+    python = tmp_path / "python"  # Only its owner can enter pytest's folder.
+    python.touch()
+    monkeypatch.setattr(sys, "executable", str(python))
+    hidden = parts.hidden_from_nobody()
+    assert hidden == (str(python) if os.getuid() == 0 else "")
+    monkeypatch.setattr(parts, "hidden_from_nobody", lambda: "/root/python")
+    for number, fail in enumerate(parts.DISK):
+        if fail in (parts._read_only, parts._unreadable):
+            _, verdict = parts.disk(None, number)
+            assert verdict.outcome == SKIPPED
+            assert verdict.why == "user 65534 cannot read /root/python"
+
+
+@pytest.fixture
+def damage(parts):
+    return parts.damage
 
 
 def test_every_way_changes_every_file_that_it_is_for(damage, tmp_path):

@@ -14,7 +14,7 @@ from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
-from pcagpt.run import checkpoint, initialise
+from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
 
@@ -36,15 +36,16 @@ def write_model(
         **origin,
         "table_sha256": _sha256(table),
     }
-    earlier = (read_record(folder) or {}).get("compressed") or {}
+    earlier, weights = origin_of(folder), _variables_with(original, table)
     # A run may have been moved, and an older version had another fingerprint.
     moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
-    if moved == made and run.is_at(earlier.get("fingerprint")):
+    is_made = moved == made and run.is_at(earlier.get("fingerprint"))
+    if is_made and _holds(folder, weights):
         return
     # Gets its name when it is complete. What is there now is of a killed command.
     written = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(written, ignore_errors=True)
-    checkpoint.save_weights(written, _variables_with(original, table))
+    checkpoint.save_weights(written, weights)
     write_bands(written / "factors", table)
     is_banded = len(table.bands) > 1
     model = {
@@ -57,6 +58,21 @@ def write_model(
     write_record(written, {**run.record, **own, "compressed": made})
     move_aside(folder)
     written.rename(folder)
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """How the compressed model in a folder was made; {} if it is none."""
+    return (read_record(folder) or {}).get("compressed") or {}
+
+
+def _holds(folder: Path, weights: dict) -> bool:
+    """Whether the newest checkpoint in a folder has these weights, undamaged."""
+    try:
+        run_dir, step = checkpoint.find(folder)
+        stored = digests.arrays(checkpoint.folder_of(run_dir, step))
+    except UserError:
+        return False
+    return stored == digests.of_arrays(weights)
 
 
 def check_place(folder: Path) -> None:

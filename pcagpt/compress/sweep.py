@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pcagpt.compress.candidates import Recipe
-from pcagpt.compress.export import write_model
+from pcagpt.compress.export import origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
@@ -92,10 +92,14 @@ def sweep(
     content = _write_sweep(folder, heading, tried, known)
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
-        best = min(of_rank, key=lambda recipe: known[recipe]["added_loss"])
-        table = make(best).table
+        place = best_model(folder, rank)
+        least = min(known[recipe]["added_loss"] for recipe in of_rank)
+        equal = [r for r in of_rank if known[r]["added_loss"] == least]
+        there = origin_of(place)  # Runs may have started from it.
+        made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
+        best, *_ = made or equal
         origin = dataclasses.asdict(best)
-        write_model(best_model(folder, rank), original, table, origin)
+        write_model(place, original, make(best).table, origin)
     with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)

@@ -51,6 +51,10 @@ def validate(settings: Settings) -> None:
     """Raises UserError for a value that cannot work on any machine or corpus."""
     for path, value in settings.flat().items():
         _check_value(path, value)
+    if not settings.workdir:
+        raise UserError(
+            "workdir is empty: give --config.workdir=FOLDER; . is the current folder"
+        )
     train = settings.train
     _check_sizes(settings.model)
     if train.batch_size % train.accumulation:

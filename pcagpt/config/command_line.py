@@ -7,6 +7,7 @@ import re
 import runpy
 import textwrap
 import traceback
+from decimal import Decimal
 from pathlib import Path
 
 from absl import flags
@@ -16,6 +17,46 @@ from pcagpt.config.checks import wrong_type
 from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import KNOBS, Settings, base, override
 from pcagpt.errors import UserError
+
+# What other trainers, such as nanoGPT and Hugging Face's, call a knob.
+_SYNONYMS = {
+    "train.learning_rate": "lr max_lr learning_rate",
+    "train.final_learning_rate_share": "min_lr min_lr_ratio",
+    "train.schedule": "lr_scheduler_type lr_schedule scheduler decay_lr",
+    "train.warmup_steps": "warmup warmup_iters num_warmup_steps",
+    "train.steps": "max_iters max_steps n_steps num_steps total_steps iters",
+    "train.batch_size": "per_device_train_batch_size train_batch_size",
+    "train.accumulation": "gradient_accumulation_steps grad_accum",
+    "train.gradient_clip": "grad_clip max_grad_norm clip clip_norm",
+    "train.weight_decay": "wd",
+    "train.beta1": "adam_beta1 b1",
+    "train.beta2": "adam_beta2 b2",
+    "model.n_embd": "d_model hidden_size width dim embed_dim n_embed emb_dim",
+    "model.n_layer": "num_layers n_layers num_hidden_layers depth",
+    "model.n_head": "num_heads n_heads num_attention_heads heads",
+    "model.block_size": "seq_len seq_length max_seq_len context_length n_ctx "
+    "n_positions max_position_embeddings context_size",
+    "model.n_embd_wte": "rank k",
+    "model.compute_dtype": "dtype precision bf16 fp16",
+    "model.dropout": "resid_pdrop embd_pdrop attn_pdrop",
+    "evaluate.every": "eval_interval eval_steps eval_every",
+    "evaluate.batch_size": "eval_batch_size per_device_eval_batch_size",
+    "evaluate.max_tokens": "eval_iters",
+    "checkpoint.every": "save_steps save_interval save_every checkpoint_every",
+    "checkpoint.keep_last": "save_total_limit keep max_to_keep",
+    "telemetry.every": "log_interval logging_steps log_every",
+    "telemetry.wandb": "wandb_log report_to",
+    "workdir": "out_dir output_dir outdir out log_dir",
+    "data.source": "dataset data_dir dataset_name data_path train_file corpus",
+    "data.tokenizer": "tokenizer_name",
+    "sample.prompt": "start text",
+    "sample.tokens": "max_new_tokens max_tokens",
+    "sample.count": "num_samples num_return_sequences",
+    "model_path": "model_name_or_path init_from checkpoint_path ckpt run resume_from",
+    "init.weights_from": "resume_from_checkpoint pretrained",
+    "experiment.seeds": "num_seeds",
+    "mesh.data": "num_devices n_devices devices",
+}
 
 
 def parse(arguments: list[str]) -> tuple[Settings, bool]:
@@ -30,6 +71,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
                 f"{word!r} is no UTF-8: write it in UTF-8, with LANG=C.UTF-8"
             )
     source, words = _take_config_file(arguments)
+    words = [_plain_number(word) for word in words]
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
             _require_knob(knob[1])
@@ -67,6 +109,17 @@ def _expanded(name: str, path: str) -> str:
             "is a name"
         )
     return expanded
+
+
+def _plain_number(word: str) -> str:
+    """Writes out a power of ten in the value of a whole number: 1e3 becomes 1000."""
+    knob, equals, value = word.partition("=")
+    path = re.sub(r"--?config\.", "", knob)
+    is_short = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d\d?", value)
+    if path not in KNOBS or KNOBS[path].type is not int or not is_short:
+        return word
+    number = Decimal(value)
+    return f"{knob}={int(number)}" if number % 1 == 0 else word
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -135,13 +188,15 @@ def _require_knob(name: str) -> None:
 
 
 def _suggestion(name: str, prefix: str = "") -> str:
-    """': did you mean X or Y?' for knobs with a similar name, or ''."""
+    """': did you mean X or Y?' for knobs of the same or a similar name, or ''."""
     ends = {path: path.split(".")[-1] for path in KNOBS}
     end = name.split(".")[-1]
-    near_ends = difflib.get_close_matches(end, ends.values(), n=1, cutoff=0.7)
-    near = [path for path in KNOBS if ends[path] == end]
-    near += difflib.get_close_matches(name, KNOBS, n=3, cutoff=0.7)
-    near += [path for path in KNOBS if ends[path] in near_ends]
+    near = [path for path, names in _SYNONYMS.items() if end in names.split()]
+    near += [path for path in KNOBS if ends[path] == end]
+    if not near:
+        near = difflib.get_close_matches(name, KNOBS, n=3, cutoff=0.7)
+        ends_like = difflib.get_close_matches(end, ends.values(), n=1, cutoff=0.7)
+        near += [path for path in KNOBS if ends[path] in ends_like]
     found = [prefix + path for path in dict.fromkeys(near)]
     return f": did you mean {' or '.join(found[:3])}?" if found else ""
 

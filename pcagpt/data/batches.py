@@ -58,10 +58,7 @@ class EvaluationBatches:
     Iterating yields (inputs, targets), both int32 [B, T]. Every token of the split
     after the first is a target exactly once. The padding at the end of the last window
     and of the last batch has the target -1 and the input 0. With `max_tokens`, only the
-    first `max_tokens` targets are used.
-
-    Raises:
-      UserError: the split has fewer than two tokens.
+    first `max_tokens` targets are used. There must be at least two tokens.
     """
 
     def __init__(
@@ -71,11 +68,6 @@ class EvaluationBatches:
         batch_size: int,
         max_tokens: int = 0,
     ):
-        if len(tokens) < 2:
-            raise UserError(
-                f"the split has {len(tokens)} tokens: at least 2 are needed to predict "
-                "one from the other"
-            )
         self.is_cut = 0 < max_tokens < len(tokens) - 1
         # The first token is not a target.
         self._tokens = tokens[: max_tokens + 1] if self.is_cut else tokens

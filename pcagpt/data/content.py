@@ -1,10 +1,10 @@
-"""What the bytes of a token file are: their hash and the highest id at each width.
+"""The hash of a token file, and the highest id at each width.
 
-The whole file is read for it, but only once until it changes: .pcagpt-content.json
-keeps the answer beside the token file, or in the cache folder if that folder is
-read-only. An answer counts for one size and two times of the file: its last change of
-content, and of anything. A file that changed in the last two seconds could change again
-without another time, so its answer is not kept.
+Both need the whole file. .pcagpt-content.json beside it, or in the cache folder if that
+folder is read-only, keeps the result with the file's size, mtime and ctime. As long as
+these three stay the same, the file is not read again. A file that changed less than two
+seconds ago may change once more within the resolution of these times. Its result is not
+kept.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ _WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
 class Content:
     """The content of a file of little-endian whole numbers of unknown width.
 
-    size: in bytes; sha256: of the bytes; narrow_sha256: of the numbers as uint16, if
-    they are uint32 and all of them fit, else None; highest: the highest number at each
-    width, None if the size is no positive multiple of the width.
+    size: in bytes; sha256: of the bytes; narrow_sha256: hash of the uint32 numbers
+    after conversion to uint16, None if one does not fit; highest: the highest number at
+    each width, None if the size is no positive multiple of the width.
     """
 
     size: int
@@ -50,7 +50,7 @@ def content_of(path: Path, cache_dir: Path) -> Content:
 
 @functools.lru_cache
 def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
-    """The content of a file whose times tell it from any later one."""
+    """The content of a file that has not changed for a while, from disk if kept."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
         path.parent / ".pcagpt-content.json",
@@ -83,13 +83,13 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
-    """Size, and when the content and when anything last changed in nanoseconds."""
+    """Size in bytes, mtime and ctime in nanoseconds."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def is_settled(stamp: tuple[int, int, int]) -> bool:
-    """The stamp tells the file from any later one."""
+    """Whether any later change of the file would give it another stamp."""
     return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcagpt.data.meta import CorpusInfo, read_meta
+from pcagpt.data.meta import CorpusInfo, present_splits, read_meta
 from pcagpt.data.sources import find_source
 from pcagpt.data.token_files import TokenFile, check_tokens, chunks, map_tokens
 from pcagpt.data.tokenize import write_token_folder
@@ -43,11 +43,13 @@ class TextSize(NamedTuple):
 class Corpus(CorpusInfo):
     """A folder of token files, `<split>.bin`: little-endian ids without a header.
 
-    cache_dir: keeps what is known of files in a folder that is read-only.
+    cache_dir: keeps what is known of files in a folder that is read-only; older: where
+    earlier versions put the tokens of the same text, if they made other ones of it.
     """
 
     folder: Path = Path()
     cache_dir: Path = Path()
+    older: tuple[Path, ...] = ()
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
@@ -65,7 +67,7 @@ class Corpus(CorpusInfo):
         """What the corpus is, wherever it lies: JSON values.
 
         The hash of each split, `vocab_size` and `tokenizer_sha256`. A damaged test
-        split is left out: only who asks for it needs it.
+        split is left out, because most commands do not read it.
         """
         hashes = {s: self.tokens_sha256(s) for s in self.splits if s != "test"}
         with contextlib.suppress(UserError):
@@ -102,6 +104,21 @@ class Corpus(CorpusInfo):
             is_same = self._sampled_sha256() == record["corpus_sha256"]
             return [] if is_same else ["tokens"]
         return None
+
+    def older_tokens(self, record: Mapping[str, Any]) -> str:
+        """The words of an error that say where a run's tokens are; '' if nowhere.
+
+        `record` is the config.json of a run that an earlier version trained.
+        """
+        for folder in filter(Path.is_dir, self.older):
+            older = Corpus(**vars(read_meta(folder, "auto")), folder=folder)
+            if older.differences(record) == []:
+                return (
+                    "; an earlier version took marks such as <|endoftext|> for ordinary"
+                    f" text, and its tokens are in {folder}, which can be given as "
+                    "--config.data.source"
+                )
+        return ""
 
     def count_tokens(self, split: str) -> np.ndarray:
         """Number of occurrences of each token id in a split: int64 [V]."""
@@ -170,13 +187,21 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def check_splits(info: CorpusInfo, needed: Collection[str], place: object) -> None:
     """Raises UserError if a corpus, which comes from `place`, lacks a split."""
+    folder = Path(str(place))
     for split in needed:
-        if split not in info.splits:
-            raise UserError(
-                f"no '{split}' split in {place} (present: "
-                f"{', '.join(info.splits) or 'none'}): add a file for it, such as "
-                f"{split}.txt or {split}.bin, or ask for a split that is there"
-            )
+        if split in info.splits:
+            continue
+        odd = "".join(
+            f"; {path.name} is {'a folder' if path.is_dir() else 'a link to nothing'}"
+            for path in sorted(folder.glob(f"*{split}*"))
+            if not path.is_file()
+        )
+        ending = "bin" if present_splits(folder) else "txt"
+        raise UserError(
+            f"no '{split}' split in {place} (present: "
+            f"{', '.join(info.splits) or 'none'}{odd}): add a file for it, such as "
+            f"{split}.{ending}, or ask for a split that is there"
+        )
 
 
 def describe_corpus(
@@ -219,13 +244,20 @@ def open_corpus(
         has been tokenized then.
     """
     info, found = describe_corpus(source, tokenizer, splits), find_source(source)
+    cache_dir = Path(cache_dir)
     if isinstance(found, Path):
-        folder = found
-    else:
-        recipe = [_RECIPE, found.fingerprint(), info.tokenizer_sha256]
-        key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-        folder = Path(cache_dir) / f"{info.name}-{info.tokenizer}-{key}"
-        if not folder.is_dir():
-            write_token_folder(folder, found, info)
-        info = read_meta(folder, tokenizer)
-    return Corpus(**vars(info), folder=folder, cache_dir=Path(cache_dir))
+        return Corpus(**vars(info), folder=found, cache_dir=cache_dir)
+    folder, *older = (
+        cache_dir / f"{info.name}-{info.tokenizer}-{_key(fingerprint, info)}"
+        for fingerprint in dict.fromkeys(found.fingerprints())
+    )
+    if not folder.is_dir():
+        write_token_folder(folder, found, info)
+    info = read_meta(folder, tokenizer)
+    return Corpus(**vars(info), folder=folder, cache_dir=cache_dir, older=tuple(older))
+
+
+def _key(fingerprint: str, info: CorpusInfo) -> str:
+    """What tells the tokens of one text, by one tokenizer, from others."""
+    recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]

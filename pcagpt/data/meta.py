@@ -1,4 +1,4 @@
-"""Meta files: what a folder of token files says of them."""
+"""Meta files: they describe the token files in their folder."""
 
 import dataclasses
 import hashlib
@@ -26,11 +26,12 @@ class CorpusInfo:
     """Description of a corpus, known before its tokens are read.
 
     splits: those that it has; tokenizer: a name in RANKS, or None for any
-    other; is_assumed: nobody named the tokenizer; tokenizer_sha256: what tells the
-    numbering of the ids from others, or None if nothing is known of it; characters: the
-    text of each id, from the `itos` or `stoi` of a meta file, or None; dtype: a key of
-    DTYPES, or None if nobody named one; counts: stated number of tokens of each split;
-    hashes: sha256 of each split's file, which pcagpt states of what it tokenized.
+    other; is_assumed: neither a meta file nor a knob named the tokenizer;
+    tokenizer_sha256: differs between numberings of tokens, None if the numbering is
+    unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
+    or None; dtype: a key of DTYPES, or None if the meta file names none; counts: number
+    of tokens of each split, as far as the meta file states it; hashes: the same for the
+    sha256 of each split's file, which pcagpt writes when it tokenizes a text.
     """
 
     name: str
@@ -143,7 +144,7 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
 
 
 def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:
-    """What tells the ids of an unknown tokenizer from others; None without a hint."""
+    """Hash of all that is known of an unknown tokenizer; None if nothing is."""
     stated = meta.get("tokenizer_sha256")
     if isinstance(stated, str) and stated:
         return stated
@@ -173,8 +174,9 @@ def _agreed_tokenizer(
         )
     if meta.get("tokenizer_sha256", RANKS[name].sha256) != RANKS[name].sha256:
         raise UserError(
-            f"{path} was made with another version of tokenizer '{name}': remove "
-            f"{path.parent} and tokenize its text again"
+            f"{path} says that another version of tokenizer '{name}' made the tokens: "
+            "give their text as --config.data.source to have it tokenized again, and "
+            f"if pcagpt made the folder {path.parent}, delete it before"
         )
     return name
 

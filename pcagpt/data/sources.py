@@ -24,7 +24,8 @@ class TextSource(NamedTuple):
 
     name: str
     tokenizer: str  # the one that 'auto' selects
-    fingerprint: Callable[[], str]  # changes when the text changes
+    # Changes when the text changes; after it those by which earlier versions knew it.
+    fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
     files: str = ""  # a line that says which files are used and which are left out
 
@@ -48,15 +49,22 @@ def absolute(source: str) -> str:
 
 def find_source(source: str) -> TextSource | Path:
     """The text of a source, or its folder of token files; UserError for others."""
+    if not source:
+        raise UserError(
+            "data.source is empty: give --config.data.source=FOLDER; . is the current "
+            "folder"
+        )
     if source == "sotu":
         documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
-        return TextSource("sotu", "sotu4096", lambda: _SOTU_SHA256, documents)
+        return TextSource("sotu", "sotu4096", lambda: (_SOTU_SHA256,), documents)
     if source == "wikitext103":
         documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
-        return TextSource("wikitext103", "gpt2", lambda: "/".join(_WIKITEXT), documents)
+        name = "/".join(_WIKITEXT)
+        return TextSource("wikitext103", "gpt2", lambda: (name,), documents)
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "does not exist"
+        absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
+        problem = "is a file" if folder.exists() else absent
         raise UserError(
             f"data source '{source}' {problem}: give 'sotu', 'wikitext103' or a folder "
             "of .bin or text files, as --config.data.source"
@@ -75,8 +83,8 @@ def find_source(source: str) -> TextSource | Path:
         split: partial(map, text_files.read_text, paths)
         for split, paths in files.of_split.items()
     }
-    fingerprint = partial(text_files.fingerprint, files)
-    return TextSource(name, "gpt2", fingerprint, documents, str(files))
+    fingerprints = partial(text_files.fingerprints, files)
+    return TextSource(name, "gpt2", fingerprints, documents, str(files))
 
 
 def describe_files(source: str) -> str:

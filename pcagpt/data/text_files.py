@@ -1,10 +1,11 @@
-"""Folders of text files: which are read, and the check of every byte of them."""
+"""Folders of text files: selects the files of each split and checks every byte."""
 
 import codecs
 import dataclasses
 import functools
 import hashlib
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ ENDINGS = (".txt", ".raw", ".tokens", ".text")
 _SPLIT_WORD = re.compile(
     r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test(?:ing)?))\d*"
 )
+_PLAIN_NAME = re.compile(r"[\w.+@%=/-]+")  # of a list that is separated by commas
 _BLOCK_BYTES = 1 << 20
 _BOM = codecs.BOM_UTF8
 # The longer mark comes first: UTF-32's begins with UTF-16's.
@@ -68,7 +70,7 @@ def find_text_files(folder: Path) -> TextFiles:
         splits = sorted({word.lastgroup for word in words if word})
         is_text = path.suffix.lower() in ENDINGS and path.is_file()
         if not is_text or not splits:
-            left_out.append(_name(path))
+            left_out.append(path.name + "/" * path.is_dir())
             continue
         if len(splits) > 1:
             raise UserError(
@@ -85,25 +87,27 @@ def find_text_files(folder: Path) -> TextFiles:
 
 def other_names(folder: Path, used: Collection[str]) -> str:
     """The names in a folder besides these and hidden ones, with commas; '' for none."""
-    names = (_name(path) for path in sorted(folder.iterdir()))
+    names = (p.name + "/" * p.is_dir() for p in sorted(folder.iterdir()))
     return _listed([name for name in names if name not in used and name[0] != "."])
 
 
-def fingerprint(files: TextFiles) -> str:
-    """Hash of the tokens' source: the bytes of each file, and which files they are.
+def fingerprints(files: TextFiles) -> tuple[str, str]:
+    """Hashes of the bytes of each file and of its split: today's, and an earlier one.
+
+    They differ if some text has marks that earlier versions took for ordinary text.
 
     Raises UserError if a file is not plain UTF-8; each is read wholly.
     """
-    digest = hashlib.sha256()
+    today, earlier = hashlib.sha256(), hashlib.sha256()
     for split, paths in files.of_split.items():
         for path in paths:
             stamp = stamp_of(path)
             check = _check if is_settled(stamp) else _check.__wrapped__
-            content, is_changed = check(path, stamp)
-            # Earlier versions left such text as it was, so it has other tokens now.
-            mark = " without its marks" if is_changed else ""
-            digest.update(f"{split} {content}{mark}\n".encode())
-    return digest.hexdigest()
+            content, is_marked = check(path, stamp)
+            mark = " without its marks" if is_marked else ""
+            today.update(f"{split} {content}{mark}\n".encode())
+            earlier.update(f"{split} {content}\n".encode())
+    return today.hexdigest(), earlier.hexdigest()
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -116,16 +120,16 @@ def read_text(path: Path) -> Iterator[str]:
 def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
     """(sha256 of a file, whether it has a byte order mark or `<|endoftext|>`).
 
-    UserError unless it is UTF-8 without NUL. `stamp` tells versions of it apart.
+    UserError unless it is UTF-8 without NUL. `stamp` is only a key of the cache.
     """
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    line, end, is_changed = 1, b"", False
+    line, end, is_marked = 1, b"", False
     with path.open("rb") as file:
         while True:
             block = file.read(_BLOCK_BYTES)
             if not end:  # It is the first block.
                 _refuse_other(path, block[:HEAD_BYTES])
-                is_changed = block.startswith(_BOM)
+                is_marked = block.startswith(_BOM)
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -137,13 +141,14 @@ def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
                 line += block.count(b"\n", 0, at)
                 raise UserError(
                     f"{path} is not text: it has a NUL byte in line {line}; if the "
-                    f"rest is right, remove them with: tr -d '\\000' < '{path}' > NEW"
+                    "rest is right, remove them with: tr -d '\\000' < "
+                    f"{_quoted(path)} > NEW"
                 )
             if not block:
-                return digest.hexdigest(), is_changed
+                return digest.hexdigest(), is_marked
             digest.update(block)
             joined = end + block
-            is_changed = is_changed or END_OF_TEXT.encode() in joined
+            is_marked = is_marked or END_OF_TEXT.encode() in joined
             line += block.count(b"\n")
             end = joined[-len(END_OF_TEXT) :]
 
@@ -160,7 +165,7 @@ def _refuse_other(path: Path, head: bytes) -> None:
     if found:
         raise UserError(
             f"{path} is {found}, not UTF-8: convert it with: iconv -f {found} -t UTF-8 "
-            f"'{path}' > NEW"
+            f"{_quoted(path)} > NEW"
         )
 
 
@@ -174,19 +179,19 @@ def _not_utf8(path: Path, byte: int, line: int) -> UserError:
     if sum(character > "\x7f" for character in text) > 2 * wrong:
         return UserError(
             f"{said}the rest is, so it is damaged; leave such bytes out with: iconv -c "
-            f"-f UTF-8 -t UTF-8 '{path}' > NEW"
+            f"-f UTF-8 -t UTF-8 {_quoted(path)} > NEW"
         )
     high = sum(byte > 0x7F for byte in head)
     if high > 0.4 * len(head):
         return UserError(
-            f"{said}convert it with: iconv -f ENCODING -t UTF-8 '{path}' > NEW, where "
-            "ENCODING is what wrote it, perhaps GB18030, SHIFT_JIS, EUC-KR or CP1251"
+            f"{said}convert it with: iconv -f ENCODING -t UTF-8 {_quoted(path)} > NEW, "
+            "where ENCODING is perhaps GB18030, SHIFT_JIS, EUC-KR or CP1251"
         )
     # These bytes are letters and quotation marks in Windows only.
     western = "CP1252" if re.search(rb"[\x80-\x9f]", head) else "ISO-8859-1"
     return UserError(
         f"{said}if it is Western European text, convert it with: iconv -f {western} -t "
-        f"UTF-8 '{path}' > NEW"
+        f"UTF-8 {_quoted(path)} > NEW"
     )
 
 
@@ -195,12 +200,13 @@ def _is_blank(path: Path) -> bool:
     return path.read_bytes() in (b"", _BOM)
 
 
-def _name(path: Path) -> str:
-    """A folder's ends in a slash."""
-    return path.name + "/" * path.is_dir()
+def _quoted(path: Path) -> str:
+    """The path as a word of a shell's command."""
+    return shlex.quote(str(path))
 
 
 def _listed(names: list[str]) -> str:
-    """At most eight names, and how many more there are."""
+    """At most eight names, quoted unless plain, and how many more there are."""
+    names = [n if _PLAIN_NAME.fullmatch(n) else repr(n) for n in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more

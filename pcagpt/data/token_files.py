@@ -1,9 +1,10 @@
 """Token files in nanoGPT's format: little-endian ids without a header.
 
-Nothing in such a file says what it holds. Its ids tell how wide they are, and the
-contents that are most often taken for ids are recognised.
+Such a file does not say what it holds. The values show whether ids have 16 or 32 bits.
+Files that people often mistake for token files are recognised and refused.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,13 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.data.content import Content, content_of
-from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text
+from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, CorpusInfo
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 
 _CHUNK_TOKENS = 1 << 20
 _ENOUGH_BYTES = 128  # A shorter file looks wider than it is by chance.
+_SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
+_LONG_END = 1024  # zeros
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
 # neighbours that must come back. Of GPT-2's tokens 0.99 do, of other ids 0.9 at most.
 _WINDOWS, _WINDOW, _SHARE = 8, 1024, 0.95
@@ -45,15 +48,16 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       cache_dir: see `content_of`.
 
     Raises:
-      UserError: the file is empty, truncated, something else than ids, holds an id >=
-        vocab_size, or contradicts its meta file.
+      UserError: the file is too short, truncated, something else than ids, holds an id
+        >= vocab_size, or contradicts its meta file.
     """
     _refuse_foreign(path)
     content = content_of(path, cache_dir)
     if info.hashes.get(path.stem, content.sha256) != content.sha256:
         raise UserError(
-            f"{path} was changed or damaged since its text was tokenized: delete "
-            f"{path.parent} to have it tokenized again"
+            f"{path} was changed or damaged since pcagpt tokenized its text: delete "
+            f"the folder {path.parent}, and give the text as --config.data.source to "
+            "have it tokenized again"
         )
     stated = info.counts.get(path.stem)
     name = _dtype(path, content, info, stated)
@@ -69,10 +73,22 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
         raise UserError(
             f"{path} is truncated or belongs to other tokens: it has {content.size} "
             f"bytes, but meta.json says {stated!r} tokens of {dtype.itemsize} bytes; "
-            f"remove {path.parent} and make it again"
+            'write them again, or correct "tokens"; if pcagpt tokenized a text into '
+            f"{path.parent}, delete this folder to have it tokenized again"
         )
+    # A meta file that states width and number of ids, as pcagpt's do, is believed.
+    is_proven = info.dtype is not None and stated is not None
+    if length == 1:
+        raise UserError(
+            f"{path} holds a single token: at least 2 are needed, to predict one from "
+            "the other; give more text"
+        )
+    if not is_proven:
+        _refuse_layout(path, name, info.vocab_size)
     if highest >= info.vocab_size:
         raise _beyond(path, name, info.vocab_size)
+    if not is_proven:
+        _refuse_unfilled(path, map_tokens(path, dtype))
     if info.is_assumed and not _are_tokens(map_tokens(path, dtype), info.tokenizer):
         raise UserError(
             f"{path} seems to hold other ids than {info.tokenizer}'s, which are assumed"
@@ -110,7 +126,8 @@ def _refuse_foreign(path: Path) -> None:
 
 def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -> str:
     """The key of DTYPES that a file's ids have; UserError if meta.json has another."""
-    # Ids look narrower than they are, as each second one is then 0, but not wider.
+    # Wide ids could also be narrow ones, every second of them 0. Narrow ids are no wide
+    # ones: two of them together are a number beyond the vocabulary.
     fitting = [
         name
         for name, highest in content.highest.items()
@@ -123,11 +140,7 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -
         return named
     found = fitting[-1]
     if found == "int64":
-        raise UserError(
-            f"{path} looks like int64: write it again as uint16 or uint32, e.g. with "
-            f"ids.astype('{'uint16' if info.vocab_size <= 1 << 16 else 'uint32'}')"
-            ".tofile(…)"
-        )
+        raise _other_layout(path, found, named, info.vocab_size)
     if info.dtype:
         raise UserError(
             f"{path} looks like {found}, not {named}: correct dtype in meta.json, or "
@@ -136,8 +149,62 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, stated: int | None) -
     return found
 
 
+def _refuse_layout(path: Path, name: str, vocab_size: int) -> None:
+    """Raises UserError if samples of the file look like numbers of another layout."""
+    octets = map_tokens(path, np.dtype(np.uint8))
+    octets_R8 = octets[: len(octets) // 8 * 8].reshape(-1, 8)
+    if 8 * len(octets_R8) < _ENOUGH_BYTES:
+        return
+    size = min(_SAMPLE, len(octets_R8))
+    count = min(_SAMPLES, len(octets_R8) // size)  # so that they do not overlap
+    starts = np.linspace(0, len(octets_R8) - size, count).astype(int)
+    sample_R8 = np.concatenate([octets_R8[at : at + size] for at in starts])
+    layout = layout_of(sample_R8, vocab_size)
+    if layout not in (None, name):
+        raise _other_layout(path, layout, name, vocab_size)
+
+
+def _other_layout(path: Path, layout: str, name: str, vocab_size: int) -> UserError:
+    right = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    return UserError(
+        f"{path} looks like {layout}, not little-endian {name}: write its ids again, "
+        f"as with ids.astype('<u{DTYPES[right].itemsize}').tofile(…){_if_right(path)}"
+    )
+
+
+def _if_right(path: Path) -> str:
+    """How a person overrules what a file looks like."""
+    return (
+        '; or, if it is right, add to meta.json its "dtype" and the number of its ids, '
+        f'"tokens": {{"{path.stem}": …}}'
+    )
+
+
+def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
+    """Raises UserError for an end of zeros like that of a preallocated, unfilled file.
+
+    It is long, and much longer than every other series of zeros.
+    """
+    least = min(_LONG_END, max(_ENOUGH_BYTES // 2, len(tokens) // 20))
+    if tokens[-least:].any() or len(tokens) < least:
+        return
+    last, longest = -1, 0  # place of the last id that is not 0, longest series before
+    for number, chunk in enumerate(chunks(tokens)):
+        places = np.flatnonzero(chunk) + number * _CHUNK_TOKENS
+        if len(places):
+            longest = max(longest, int(np.diff(places, prepend=last).max()) - 1)
+            last = int(places[-1])
+    end, size = len(tokens) - 1 - last, (last + 1) * tokens.itemsize
+    if end > 4 * longest:
+        remedy = f"cut them off with: truncate -s {size} {shlex.quote(str(path))}"
+        raise UserError(
+            f"{path} ends in {end:,} zeros after {last + 1:,} ids, like a file that "
+            f"was not filled: {remedy if size else 'write its ids'}{_if_right(path)}"
+        )
+
+
 def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
-    """Names the first id outside the vocabulary, and what the file could be instead."""
+    """Names the first id outside the vocabulary."""
     tokens, position = map_tokens(path, DTYPES[name]), 0
     for chunk in chunks(tokens):
         beyond = np.flatnonzero(chunk >= vocab_size)
@@ -145,20 +212,10 @@ def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
             position += int(beyond[0])
             break
         position += len(chunk)
-    message = (
-        f"{path} holds id {tokens[position]} at position {position}, but the "
-        f"vocabulary size is {vocab_size}: "
-    )
-    head = tokens[: HEAD_BYTES // 2].tobytes()
-    for other in ("big-endian uint32", "big-endian uint16", "uint8"):
-        dtype = np.dtype(other.split()[-1]).newbyteorder(">")
-        ids = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
-        if ids.max(initial=0) < vocab_size:
-            message += f"it looks like {other}, it must be little-endian uint16; or "
-            break
     return UserError(
-        f"{message}correct vocab_size or dtype (now {name}) in meta.json beside it, or "
-        "write the tokens again"
+        f"{path} holds id {tokens[position]} at position {position}, but the "
+        f"vocabulary size is {vocab_size}: correct vocab_size or dtype (now {name}) in "
+        "meta.json beside it, or write the tokens again"
     )
 
 

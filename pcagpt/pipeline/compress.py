@@ -20,6 +20,7 @@ from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
+from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
@@ -170,13 +171,10 @@ def _check_file(path: Path, original: Original) -> None:
         return
     check_fields(found, {"protocol": (dict,)}, path, remedy)
     there = original.today(found["protocol"])
-    differing = [
-        f"{name} (there {there.get(name)}, here {own.get(name)})"
-        for name in sorted(own.keys() | there.keys())
-        if own.get(name) != there.get(name)
-        and not (name == "evaluated_tokens" and name not in own)
-    ]
-    if differing:
+    parts = own.keys() | there.keys()
+    if "evaluated_tokens" not in own:
+        parts -= {"evaluated_tokens"}
+    if differing := differences(there, own, sorted(parts)):
         raise UserError(
             f"{path} holds other numbers, {'; '.join(differing)}: use another "
             "--config.workdir, or --config.overwrite=True to move them aside"

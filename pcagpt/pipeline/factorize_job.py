@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from pcagpt import factorize
 from pcagpt.config import Settings, effort
-from pcagpt.data.corpus import describe_corpus, open_corpus
-from pcagpt.errors import UserError
+from pcagpt.data.corpus import describe_corpus
+from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
+from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.report import spectrum_figure
-from pcagpt.run import calibrate, checkpoint, lock
+from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
-from pcagpt.run.trained import Run
+from pcagpt.run.trained import Run, open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 
@@ -74,7 +74,7 @@ class FactorizeJob(Job):
 
     def _conflict(self) -> UserError | None:
         """The error for what the folder holds; None if it may be added to."""
-        differing = self.differing()
+        differing = self._differing()
         if differing:
             return self._other_files(differing)
         others = factor_files.not_ours(self.folder, self._lacking())
@@ -86,21 +86,31 @@ class FactorizeJob(Job):
             )
         return None
 
-    def differing(self) -> list[str]:
-        """Parts of `identity` that differ from those of the files in the folder.
+    def _differing(self) -> list[str]:
+        """'PART (there VALUE, here VALUE)' where the files' `identity` is another.
 
         Empty if there are no files, or no source to compare them with.
         """
-        metadata, identity = factor_files.read_metadata(self.folder), self.identity()
-        if metadata is None or identity["source_sha256"] is None:
+        metadata = factor_files.read_metadata(self.folder)
+        if metadata is None:  # `identity` may tokenize a text.
+            return []
+        identity = self.identity()
+        if identity["source_sha256"] is None:
             return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
         metadata = older | metadata  # Older files do not say.
-        differing = [part for part in identity if metadata.get(part) != identity[part]]
-        recorded = metadata.get("source_sha256")
-        if "source_sha256" in differing and self._is_source(recorded):
-            differing.remove("source_sha256")
-        return differing
+        source, recorded = identity["source_sha256"], metadata.get("source_sha256")
+        if source != recorded and self._is_source(recorded):
+            metadata["source_sha256"] = source
+        return differences(metadata, identity, identity)
+
+    def differing(self) -> list[str]:
+        """As in `Job`; damaged files are not compared, and a warning says so."""
+        try:
+            return self._differing()
+        except UserError as error:
+            warn_once(f"{self.folder} is not compared with the settings: {error}")
+            return []
 
     def identity(self) -> dict[str, Any]:
         """All that determines the files, except the ranks; stored in metadata.json."""
@@ -139,10 +149,8 @@ class FactorizeJob(Job):
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
-            has_files = factor_files.read_metadata(self.folder) is not None
-            made = has_files and read_result(self.source) and not self.differing()
-            if has_files and not made and not self.settings.overwrite:
-                raise self._other_files(["source_sha256"])
+            if placement.from_first(self._has_other_files):
+                raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
             shape = factor_files.read_table(self.source).shape
@@ -155,6 +163,12 @@ class FactorizeJob(Job):
                     f"its rank is at most {min(shape)}"
                 )
         self._given_statistics(shape)
+
+    def _has_other_files(self) -> bool:
+        """Whether the folder has files that may not be replaced, of another source."""
+        if self.settings.overwrite or factor_files.read_metadata(self.folder) is None:
+            return False
+        return not read_result(self.source) or bool(self._differing())
 
     def run(self, _: None = None) -> None:
         """Writes the files on the first process; every process calibrates.
@@ -173,11 +187,10 @@ class FactorizeJob(Job):
                 if self._calibrates
                 else self._given_statistics(table_VD.shape)
             )
-            if jax.process_index() == 0:
-                print(f"factorizing {self.source}, {self.amount}", flush=True)
-                step = {"step": run.step} if run else {}
-                self._write(table_VD, statistics, step, check_lock)
-            placement.wait_for_all(str(self.folder))
+            step = {"step": run.step} if run else {}
+            placement.from_first(
+                lambda: self._write(table_VD, statistics, step, check_lock)
+            )
 
     def _write(
         self,
@@ -190,6 +203,7 @@ class FactorizeJob(Job):
 
         Those of earlier commands stay as they are: runs may be reading them.
         """
+        print(f"factorizing {self.source}, {self.amount}", flush=True)
         is_replaced = self._conflict() is not None  # Else `status` had raised.
         ranks, described = self.settings.ranks, {}
         if not is_replaced:
@@ -291,8 +305,8 @@ class FactorizeJob(Job):
 
     def _other_files(self, differing: list[str]) -> UserError:
         return UserError(
-            f"{self.folder} holds another factorization ({', '.join(differing)} "
-            "differ): use another --config.workdir, or --config.overwrite=True"
+            f"{self.folder} holds another factorization, {'; '.join(differing)}: use "
+            "another --config.workdir, or --config.overwrite=True"
         )
 
     def _source_sha256(self) -> str | None:
@@ -300,18 +314,19 @@ class FactorizeJob(Job):
         if self._is_bare_table:
             return factor_files.sha256(self.source) if self.source.exists() else None
         there = checkpoint.exists(self.source)
-        return checkpoint.fingerprint(self.source) if there else None
+        return fingerprint.of(self.source) if there else None
 
     def _is_source(self, recorded: str | None) -> bool:
         """Whether an older version recorded this hash of the checkpoint."""
-        return not self._is_bare_table and checkpoint.same(self.source, recorded)
+        return not self._is_bare_table and fingerprint.same(self.source, recorded)
 
     def _calibration_sha256(self) -> str | None:
         """Hash of the calibration text's tokens; None if the source does not exist."""
         if self._source_sha256() is None:
             return None
-        data = Run.open(self.source).data(self.settings.data)
-        corpus = open_corpus(data.source, self.settings.cache_dir, data.tokenizer)
+        run, settings = Run.open(self.source), self.settings
+        data = run.data(settings.data)
+        corpus = open_shared_corpus(data, settings.cache_dir, ["train"])
         return corpus.tokens_sha256("train")
 
     @property

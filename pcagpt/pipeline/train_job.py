@@ -11,7 +11,7 @@ from pcagpt.arms import ARMS
 from pcagpt.config import Settings
 from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
 from pcagpt.data.sources import absolute
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
 from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.run import checkpoint, initialise, lock
@@ -95,9 +95,9 @@ class TrainJob(Job):
         """Whether a finished run is there, or a model that was made elsewhere."""
         if self.is_target or read_record(self.folder) is None:
             return False
-        if read_result(self.folder):
-            return True
-        return bool(checkpoint.steps(self.folder)) and not is_made_here(self.folder)
+        if checkpoint.lack(self.folder):
+            return False
+        return bool(read_result(self.folder)) or not is_made_here(self.folder)
 
     def _check_shared_model(self) -> None:
         """Raises UserError if the run in the folder is another model than `for_arm`."""
@@ -121,8 +121,8 @@ class TrainJob(Job):
     @property
     def _remedy(self) -> str:
         if self.is_target:
-            return "--config.overwrite=True to move it aside"
-        return f"move {self.folder} away"
+            return "--config.overwrite=True to move it aside and train again"
+        return f"move {self.folder} away to train it again"
 
     @property
     def _may_replace(self) -> bool:
@@ -147,6 +147,8 @@ class TrainJob(Job):
                 f"{self.folder} holds a run without its config.json, and no checkpoint "
                 "has a copy"
             )
+        if read_result(self.folder) and (lack := checkpoint.lack(self.folder)):
+            return f"{self.folder} is finished, but {lack}"
         changed = changed_fields(self.folder, self.record())
         if not changed and self._may_replace and (other := self._other_tokens()):
             return other
@@ -163,14 +165,13 @@ class TrainJob(Job):
     def record(self) -> dict[str, Any]:
         """The settings and the hashes of all imports, as `status` compares them.
 
-        The hashes are None as long as an import does not exist.
+        The hash of an import that is missing or damaged is None, because `status` reads
+        nothing else from it; damage is said.
         """
-        paths = initialise.imported_paths(self.settings).values()
-        if not all(path.exists() for path in paths):
-            return {**self.settings.to_dict(), "imported_sha256": None}
-        settings, _ = initialise.with_bands(self.settings)
         recorded = (find_record(self.folder) or {}).get("imported_sha256")
-        hashes = initialise.fingerprints(settings, recorded)
+        settings, hashes, damage = initialise.known_imports(self.settings, recorded)
+        for reason in damage:
+            warn_once(f"{self.folder} is not compared with an import: {reason}")
         return {**settings.to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
@@ -229,12 +230,13 @@ class TrainJob(Job):
         corpus = open_corpus(
             data.source, self.settings.cache_dir, data.tokenizer, SPLITS
         )
-        differing = corpus.differences(find_record(self.folder) or {})
+        record = find_record(self.folder) or {}
+        differing = corpus.differences(record)
         if not differing:
             return None
         return (
             f"{self.folder} was trained on other tokens than {data.source} holds now "
-            f"({', '.join(differing)} differ)"
+            f"({', '.join(differing)} differ){corpus.older_tokens(record)}"
         )
 
     def run(self, checked: Setup | None = None) -> None:

@@ -93,14 +93,14 @@ def recovered_rows(
         copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
         result = {name: row[name] for name in (*copied, "learning_rate")}
         result |= {name: table.get(name) for name in ("rank", "method", "bands")}
-        added = row["val_loss"] - own["val_loss"]
+        added, start = row["val_loss"] - own["val_loss"], row["start_loss"]
         less = row["val_loss"] - continued["val_loss"]
         further = folder / continued["folder"]
         found.append(
             result
             | {
                 "added_loss": added,
-                "added_at_start": row["start_loss"] - own["val_loss"],
+                "added_at_start": start and start - own["val_loss"],
                 "interval": window_interval(run_dir, baseline, added).bounds,
                 "less_continued": less,
                 "less_continued_interval": window_interval(

@@ -25,6 +25,7 @@ _RESULT: dict[str, tuple] = {
     "tokens_seen": (int,),
     "steps": (int, None),
     "best_val_loss": _NUMBER,
+    "curve": (list, None),
     "perplexity": _NUMBER,
     "word_perplexity": _NUMBER,
     "bits_per_byte": _NUMBER,
@@ -111,10 +112,23 @@ def read_singular_values(folder: Path) -> np.ndarray | None:
 
 
 def read_curve(folder: Path) -> np.ndarray:
-    """(tokens, validation loss) of each evaluation: float64 [evaluations, 2]."""
-    losses = {
-        entry["tokens"]: entry["loss"]
-        for entry in read_metrics(folder / "metrics.jsonl")
-        if entry["split"] == "val" and entry.get("loss") is not None
-    }
-    return np.array(sorted(losses.items()), np.float64).reshape(-1, 2)
+    """(tokens, validation loss) of each evaluation: float64 [evaluations, 2].
+
+    The lines of metrics.jsonl, which have no hash, count only for runs of older
+    versions. Raises UserError if result.json is damaged.
+    """
+    curve = (read_result(folder) or {}).get("curve")
+    if curve is None:
+        losses = {
+            entry["tokens"]: entry["loss"]
+            for entry in read_metrics(folder / "metrics.jsonl")
+            if entry["split"] == "val" and entry.get("loss") is not None
+        }
+        curve = sorted(losses.items())
+    try:
+        return np.array(curve, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{folder / 'result.json'} is damaged ('curve' holds no pairs of numbers): "
+            "run its command again with overwrite"
+        ) from None

@@ -29,6 +29,7 @@ from pcagpt.files import (
 )
 from pcagpt.run import checkpoint
 from pcagpt.run.build import DEVICE_KNOBS
+from pcagpt.run.weights import read_updates
 
 # The sections that determine a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
@@ -176,7 +177,7 @@ def is_made_here(run_dir: Path) -> bool:
     if "compressed" in record or not _OURS & record.keys():
         return False
     return all(
-        checkpoint.updates_done(run_dir, step) == step
+        read_updates(checkpoint.folder_of(run_dir, step)) == step
         for step in checkpoint.steps(run_dir)
     )
 
@@ -242,18 +243,21 @@ def config_sha256(record: dict[str, Any]) -> str:
 def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
-    Empty if no run has begun. If `record` has no `imported_sha256`, its imports do not
-    exist yet, and the fields that depend on them are not compared. Neither is a corpus
-    that only one of both records knows: `Corpus.differences` compares it.
+    Empty if no run has begun. An import whose hash in `record` is None is not compared,
+    nor are the bands that come from it. Neither is a corpus that only one of both
+    records knows: `Corpus.differences` compares it.
     """
     stored = find_record(run_dir)
     if stored is None:
         return []
-    if record.get("imported_sha256") is None:
-        stored["imported_sha256"] = None
-        if record.get("init", {}).get("import_bands"):
-            bands = ("band_sizes", "band_ranks")
-            stored["model"] |= {name: record["model"][name] for name in bands}
+    old, hashes = stored.get("imported_sha256"), record.get("imported_sha256") or {}
+    unknown = {name for name, sha256 in hashes.items() if sha256 is None}
+    if unknown:
+        hashes = hashes | {name: (old or {}).get(name) for name in unknown}
+        record = record | {"imported_sha256": hashes}
+    if "import_bands" in unknown:
+        bands = ("band_sizes", "band_ranks")
+        stored["model"] |= {name: record["model"][name] for name in bands}
     # The oldest runs know only where their corpus lay.
     is_oldest = not {"corpus", "corpus_sha256"} & stored.keys()
     sections = (*IDENTITY, "data") if is_oldest else IDENTITY

@@ -15,7 +15,7 @@ from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable, factor_files
 from pcagpt.model import GPTConfig
-from pcagpt.run import checkpoint
+from pcagpt.run import fingerprint
 from pcagpt.run.trained import Run
 
 # {knob that names a file or run to start from: hash of its content}
@@ -23,9 +23,9 @@ IMPORTS: dict[str, Callable[[Path], str]] = {
     "init.import_wte_npy": factor_files.sha256,
     "init.import_scale_matrices_npz": factor_files.sha256,
     "init.import_bands": factor_files.sha256_of_bands,
-    "init.blocks_from": checkpoint.fingerprint,
-    "init.weights_from": checkpoint.fingerprint,
-    "distill.teacher": checkpoint.fingerprint,
+    "init.blocks_from": fingerprint.of,
+    "init.weights_from": fingerprint.of,
+    "distill.teacher": fingerprint.of,
 }
 
 # {knob: (knob of the import that it freezes, path pattern of its parameters)}
@@ -44,23 +44,41 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def fingerprints(
-    settings: Settings, recorded: Mapping[str, Any] | None = None
-) -> dict[str, str]:
+def fingerprints(settings: Settings) -> dict[str, str]:
     """{last part of a knob's name: hash of its import}.
-
-    Of a run that is the same by an older formula, it is the hash that was `recorded`.
 
     Raises UserError if an import is missing or damaged.
     """
-    found = {}
+    return {
+        knob.split(".")[1]: IMPORTS[knob](path)
+        for knob, path in imported_paths(settings).items()
+    }
+
+
+def known_imports(
+    settings: Settings, recorded: Mapping[str, Any] | None
+) -> tuple[Settings, dict[str, str | None], list[str]]:
+    """What can be told of the imports of a run whose record says `recorded`.
+
+    Returns:
+      The settings of `with_bands`; the `fingerprints`; the reasons why imports that
+      exist cannot be read. The hash of an import that cannot be read is None. Of a run
+      that is the same by an older formula, it is the hash that was `recorded`.
+    """
+    found, damage = {}, []
     for knob, path in imported_paths(settings).items():
         name = knob.split(".")[1]
-        known = (recorded or {}).get(name)
-        is_run = IMPORTS[knob] is checkpoint.fingerprint
-        same = is_run and known and checkpoint.same(path, known)
-        found[name] = known if same else IMPORTS[knob](path)
-    return found
+        known = found[name] = None
+        try:
+            if knob == "init.import_bands":
+                settings, _ = with_bands(settings)
+            elif IMPORTS[knob] is fingerprint.of:
+                known = (recorded or {}).get(name)
+            same = known and fingerprint.same(path, known)
+            found[name] = known if same else IMPORTS[knob](path)
+        except UserError as error:
+            damage += [str(error)] if path.exists() else []
+    return settings, found, damage
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, write_json
+from pcagpt.files import is_running, read_json, write_json
 from pcagpt.sharding import placement
 
 BEAT, STALE = 20, 120  # seconds
@@ -88,7 +88,7 @@ class Lock:
         return [folder / name for name in sorted(names) if name != self._own.name]
 
     def _holders(self) -> list[str]:
-        """Descriptions of the other commands that live."""
+        """Descriptions of the other commands that live, and of what ends the wait."""
         found = []
         for path in self._others():
             try:
@@ -97,10 +97,14 @@ class Lock:
             except UserError:  # Damaged: only its time counts.
                 owner = {}
             with contextlib.suppress(FileNotFoundError):  # Given back meanwhile.
-                if _lives(owner, path):
+                lives, limit = _is_known_to_live(owner), ""
+                if lives is None:
+                    silent = _server_time(path.parent) - path.stat().st_mtime
+                    lives, limit = silent < STALE, _limit(silent)
+                if lives:
                     found.append(
                         f"process {owner.get('process')} on {owner.get('host')} holds "
-                        f"it since {owner.get('began')}"
+                        f"it since {owner.get('began')}{limit}"
                     )
         return found
 
@@ -157,19 +161,26 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _lives(owner: dict[str, Any], path: Path) -> bool:
-    """Whether the command that wrote a lock file still lives."""
+def _limit(silent: float) -> str:
+    """Until when to wait for another machine, silent for so many seconds."""
+    last = time.time() - silent
+    since, end = (
+        time.strftime("%H:%M:%S", time.localtime(t)) for t in (last, last + STALE)
+    )
+    return (
+        f", no sign of life from there since {since}; after {STALE} s without one, at "
+        f"{end}, it is taken over"
+    )
+
+
+def _is_known_to_live(owner: dict[str, Any]) -> bool | None:
+    """Whether the command that wrote a lock file lives; None on another machine."""
     kernel, number = _kernel(), owner.get("process")
     is_known = type(number) is int and 0 < number < 2**31 and "process_start" in owner
     if kernel and owner.get("kernel") == kernel and is_known:
-        try:
-            os.kill(number, 0)  # Only asks whether there is one.
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # It is another person's.
-            pass
-        return _start_of(number) in (None, owner["process_start"])
-    return _server_time(path.parent) - path.stat().st_mtime < STALE
+        started = owner["process_start"]
+        return is_running(number) and _start_of(number) in (None, started)
+    return None
 
 
 def _kernel() -> str | None:

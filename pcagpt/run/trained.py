@@ -15,10 +15,11 @@ from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
+from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import describe_files
 from pcagpt.errors import UserError
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import find_record
 from pcagpt.sharding import placement
@@ -137,13 +138,16 @@ class Run:
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
 
-        The run's own folder is found from any working directory.
+        The run's own folder is found from any working directory. A tokenizer can be
+        asked for with either.
         """
         if asked.source:
             return asked
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).is_dir()
-        return dataclasses.replace(own, source=folder) if is_there else own
+        tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
+        source = folder if is_there else own.source
+        return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -154,14 +158,18 @@ class Run:
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
-            own corpus, which nobody asked for by name, has changed.
+            own corpus has changed and `asked` names no other. If vocabulary or
+            tokenizer do not fit, nothing has been tokenized.
         """
-        corpus = open_shared_corpus(self.data(asked), cache_dir, splits)
+        data = self.data(asked)
+        self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
+        corpus = open_shared_corpus(data, cache_dir, splits)
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:
             raise UserError(
-                f"{corpus.folder} is not any more what {self.folder} was trained on ("
-                f"{', '.join(differing)} changed): restore it, or name a corpus as "
+                f"{data.source} is no longer the corpus that {self.folder} was trained "
+                f"on ({', '.join(differing)} changed)"
+                f"{corpus.older_tokens(self.record)}: restore it, or name a corpus as "
                 "--config.data.source"
             )
         self.check_corpus(corpus)
@@ -177,6 +185,22 @@ class Run:
 
         Says on stderr if it is another corpus than the run's own.
         """
+        self._check_tokenizer(corpus)
+        differing = corpus.differences(self.record) or []
+        if "tokenizer_sha256" in differing:
+            raise UserError(
+                f"{corpus.name} numbers its tokens in another way than the corpus of "
+                f"{self.folder}: its ids mean other text to the model; make them with "
+                "the run's own meta file"
+            )
+        if differing:
+            _say_once(
+                f"{corpus.folder} is another corpus than the one that {self.folder} "
+                "was trained on"
+            )
+
+    def _check_tokenizer(self, corpus: CorpusInfo) -> None:
+        """Raises UserError if the corpus has unknown ids, or tokens of another name."""
         known_ids = self.record["vocab_size"]
         if corpus.vocab_size > known_ids:
             raise UserError(
@@ -191,31 +215,19 @@ class Run:
                 f"{self.folder} knows those of {known}: set "
                 f"--config.data.tokenizer={known}"
             )
-        differing = corpus.differences(self.record) or []
-        if "tokenizer_sha256" in differing:
-            raise UserError(
-                f"{corpus.name} numbers its tokens in another way than the corpus of "
-                f"{self.folder}: its ids mean other text to the model; make them with "
-                "the run's own meta file"
-            )
-        if differing:
-            _say_once(
-                f"{corpus.folder} is another corpus than the one that {self.folder} "
-                "was trained on"
-            )
 
     @property
     def fingerprint(self) -> str:
         """A hash that identifies this checkpoint."""
-        return checkpoint.fingerprint(self._checkpoint)
+        return fingerprint.of(self._checkpoint)
 
     def is_at(self, recorded: str | None) -> bool:
         """Whether `recorded` is this checkpoint's fingerprint, by any version."""
-        return checkpoint.same(self._checkpoint, recorded)
+        return fingerprint.same(self._checkpoint, recorded)
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / checkpoint.FOLDER / str(self.step)
+        return checkpoint.folder_of(self.folder, self.step)
 
 
 def open_shared_corpus(
@@ -223,15 +235,15 @@ def open_shared_corpus(
 ) -> Corpus:
     """Opens a corpus; only the first of several processes tokenizes its text.
 
-    Says on stderr which files of a folder are used and which are left out.
+    Says on stderr which files of a folder are used and which are left out. Every
+    process calls this, or the first one within `placement.from_first`.
     """
     source = data.source, cache_dir, data.tokenizer, splits
     describe_corpus(data.source, data.tokenizer, splits)
     if files := describe_files(data.source):
         _say_once(files)
-    corpus = open_corpus(*source) if jax.process_index() == 0 else None
-    placement.wait_for_all(f"corpus {data.source}")
-    return corpus or open_corpus(*source)
+    placement.from_first(lambda: str(open_corpus(*source).folder))
+    return open_corpus(*source)
 
 
 @functools.lru_cache

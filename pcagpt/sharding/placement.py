@@ -4,6 +4,7 @@ The mesh has two axes. Both split the batch. 'fsdp' also splits the rows of ever
 parameter matrix and of its optimizer moments.
 """
 
+import contextvars
 import functools
 import json
 import os
@@ -208,20 +209,29 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+# This process is the first one, and the others wait for what it decides.
+_is_deciding = contextvars.ContextVar("_is_deciding", default=False)
+
+
 def from_first(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on every process: a JSON value.
 
     Files may change while several processes look at them, and all must do the same. If
     `decide` fails, every process raises: the first the error, others its text.
+
+    `decide` may call this function again, which then only calls.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or _is_deciding.get():
         return decide()
     answer, failure = {}, None
     if jax.process_index() == 0:
+        before = _is_deciding.set(True)
         try:
             answer["value"] = decide()
         except Exception as error:
             answer["error"], failure = str(error), error
+        finally:
+            _is_deciding.reset(before)
     text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, size))

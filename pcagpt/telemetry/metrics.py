@@ -29,7 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; none if it does not exist.
 
     Lines that are no entries are left out with one warning. The last line may be torn,
-    because a killed run can leave half a line.
+    because a killed run can leave the first half of a line.
     """
     entries, bad = [], []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -39,7 +39,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             check_fields(entry, _ENTRY, f"line {number}", "leave it out")
             entries.append(entry)
         except (ValueError, UserError):
-            if line.strip() and number < len(lines):
+            is_torn = number == len(lines) and line.startswith(b"{")
+            if line.strip() and not is_torn:
                 bad.append(str(number))
     if bad:
         _LOGGER.warning("%s: damaged lines are left out: %s", path, ", ".join(bad))

@@ -85,8 +85,8 @@ def train(
                 loss = measured.metrics["loss"]
                 if not math.isfinite(loss):
                     raise not_finite(step, f"validation loss {loss}")
-                history.best_val_loss = min(loss, history.best_val_loss)
                 tokens = step * setup.tokens_per_step
+                history.add(tokens, loss)
                 telemetry.log(step, tokens, "val", measured.metrics)
 
             # Step 0 is not saved: the same seed makes the same state again.
@@ -255,6 +255,7 @@ def _result(
         "tokens_seen": settings.train.steps * setup.tokens_per_step,
         "val_loss": metrics.pop("loss"),
         "best_val_loss": history.best_val_loss,
+        "curve": history.curve,
         **metrics,
         "params_total": total,
         "params_embedding": embedding,

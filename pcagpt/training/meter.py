@@ -22,6 +22,9 @@ class History:
     """Measurements of a run that its checkpoints store, so that they survive a stop."""
 
     best_val_loss: float = math.inf
+    # [tokens, validation loss] of each evaluation, ascending; None if the run began
+    # with a version that did not store them.
+    curve: list[list[float]] | None = dataclasses.field(default_factory=list)
     timed_tokens: int = 0  # of timed steps: no compiling, evaluating or saving
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
@@ -34,9 +37,16 @@ class History:
         """
         number = (int, float, None)
         fields = {field.name: number for field in dataclasses.fields(cls)}
+        fields["curve"] = (list, None)
         check_fields(stored, fields, "the history of the checkpoint", "delete it")
-        known = {name: stored.get(name) for name in fields}
-        return cls(**{name: v for name, v in known.items() if v is not None})
+        known = {name: stored[name] for name in fields if stored.get(name) is not None}
+        return cls(**{"curve": None} | known)
+
+    def add(self, tokens: int, loss: float) -> None:
+        """Adds an evaluation after `tokens` training tokens, unless it is there."""
+        self.best_val_loss = min(loss, self.best_val_loss)
+        if self.curve is not None and all(t < tokens for t, _ in self.curve[-1:]):
+            self.curve.append([tokens, loss])
 
     @property
     def tokens_per_second(self) -> float | None:

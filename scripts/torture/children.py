@@ -142,7 +142,7 @@ def _redirect(out: Path, err: Path) -> None:
     faulthandler.enable(2)
 
 
-def apart(function: Callable[..., Any], *arguments: Any, limit: float = 300) -> Any:
+def in_child(function: Callable[..., Any], *arguments: Any, limit: float = 300) -> Any:
     """The JSON value that a function returns in a child, which may start JAX.
 
     Raises RuntimeError with the child's last line if it fails, or takes too long.
@@ -183,11 +183,10 @@ def at_file_operation(number: int, under: Path, act: Callable[[], Any]) -> None:
 
 def fail_with(number: int) -> Callable[[], None]:
     """A function that raises the system's error of this errno."""
+    injected = f"injected {errno.errorcode[number]}"
 
     def act() -> None:
-        raise OSError(
-            number, os.strerror(number), f"injected {errno.errorcode[number]}"
-        )
+        raise OSError(number, os.strerror(number), injected)
 
     return act
 

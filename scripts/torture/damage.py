@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from torture.scene import arrays_of
+
 PAGE = 4096
 
 
@@ -56,9 +58,7 @@ def append(path: Path, chance: random.Random) -> str:
 def reshape(path: Path, chance: random.Random) -> str:
     """Gives JSON another shape: the whole, or one value in it."""
     odd = chance.choice(([], {}, None, "x", 3, -1.5, [[1]], {"a": 1}, True))
-    text = path.read_text()
-    first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
-    value = json.loads(first)
+    value, rest = _json(path)
     where = "the whole"
     if chance.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
         value = odd
@@ -69,11 +69,8 @@ def reshape(path: Path, chance: random.Random) -> str:
             key = chance.choice(list(keys))
             where += f".{key}"
             inner = holder[key]
-            if (
-                not isinstance(inner, (dict, list))
-                or not inner
-                or chance.random() < 0.4
-            ):
+            is_leaf = not isinstance(inner, (dict, list)) or not inner
+            if is_leaf or chance.random() < 0.4:
                 break
             holder = inner
         if chance.random() < 0.3:
@@ -81,41 +78,48 @@ def reshape(path: Path, chance: random.Random) -> str:
             odd = "gone"
         else:
             holder[key] = odd
-    path.write_text("\n".join([json.dumps(value), *rest, ""]))
+    _write_json(path, value, rest)
     return f"{where.strip('.')} is {odd!r}"
 
 
 def not_finite(path: Path, chance: random.Random) -> str:
-    """Writes NaN or infinity into an array, a JSON file, or a checkpoint's weights."""
+    """Writes NaN or infinity into an array or a JSON file."""
     bad = chance.choice((np.nan, np.inf))
     if path.suffix in (".npy", ".npz"):
-        loaded = np.load(path)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        arrays = arrays_of(path)
         real = [name for name, array in arrays.items() if array.dtype.kind == "f"]
         if not real:
             return flip(path, chance)
         name = chance.choice(real)
-        arrays[name] = arrays[name].copy()
         arrays[name].flat[chance.randrange(arrays[name].size)] = bad
         if path.suffix == ".npy":
             np.save(path, arrays[""])
         else:
             np.savez(path, **arrays)
         return f"{bad} in {name or 'the array'}"
-    text = path.read_text()
-    first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
-    value = json.loads(first)
+    value, rest = _json(path)
     numbers = [key for key, entry in value.items() if isinstance(entry, float)]
     value[chance.choice(numbers or list(value) or ["loss"])] = bad
-    path.write_text("\n".join([json.dumps(value), *rest, ""]))
+    _write_json(path, value, rest)
     return f"{bad} in it"
 
 
-def poison(checkpoint: str, number: int) -> str:
+def _json(path: Path) -> tuple[Any, list[str]]:
+    """The value of a JSON file, or of the first line of JSONL; and the other lines."""
+    text = path.read_text()
+    first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
+    return json.loads(first), rest
+
+
+def _write_json(path: Path, value: Any, rest: list[str]) -> None:
+    path.write_text("\n".join([json.dumps(value), *rest, ""]))
+
+
+def save_nan(checkpoint: str, number: int) -> str:
     """Saves the weights of a checkpoint again, with one NaN in the token table.
 
-    For a child of its own: it starts JAX. The checkpoint loses its list of digests, as
-    if an older version had saved it.
+    Call it in a child: it starts JAX. The checkpoint loses its list of digests, as if
+    an older version had saved it.
     """
     import orbax.checkpoint as ocp
 

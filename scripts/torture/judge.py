@@ -7,17 +7,21 @@ from typing import Any
 
 from torture.children import Ended
 
+SAME, REFUSED, WARNED = "same", "refused", "warned"
+SKIPPED, UNCLEAR = "skipped", "unclear"
+BAD = SILENT, LOST, TRACEBACK, HANG = "SILENT", "LOST", "TRACEBACK", "HANG"
 # From good to bad: a case of several commands has the worst of their outcomes.
-SAME = "same"  # the result of an undisturbed command, perhaps after a warning
-REFUSED = "refused"  # exit code 2 and one line that names the file
-WARNED = "warned"  # another result, and a line that says so
-UNCLEAR = "unclear"  # refused, but without the file's name or in many lines
-SILENT = "SILENT"  # another result and no word
-LOST = "LOST"  # something good was deleted
-TRACEBACK = "TRACEBACK"  # a traceback, or an exit code besides 0 and 2
-HANG = "HANG"  # no end within the time limit
-OUTCOMES = (SAME, REFUSED, WARNED, UNCLEAR, SILENT, LOST, TRACEBACK, HANG)
-BAD = (SILENT, LOST, TRACEBACK, HANG)
+OUTCOMES = {
+    SAME: "the result is that of an undisturbed run, perhaps after a warning",
+    REFUSED: "exit code 2 and one line that names the file",
+    WARNED: "another result, and a line that says why",
+    SKIPPED: "not tried, because this machine cannot",
+    UNCLEAR: "refused, but in many lines or without the file's name",
+    SILENT: "another result and no word",
+    LOST: "something good was deleted",
+    TRACEBACK: "a traceback, or an exit code besides 0 and 2",
+    HANG: "no end within --limit seconds",
+}
 
 _MARK = "Traceback (most recent call last)"
 _MOST_LINES = 5
@@ -49,7 +53,7 @@ class Verdict:
 
 def worst(verdicts: list[Verdict]) -> Verdict:
     """The worst of several, the first of its kind."""
-    return max(verdicts, key=lambda verdict: OUTCOMES.index(verdict.outcome))
+    return max(verdicts, key=lambda verdict: list(OUTCOMES).index(verdict.outcome))
 
 
 def crashed(ended: Ended) -> Verdict | None:

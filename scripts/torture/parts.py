@@ -5,11 +5,15 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from torture import children, damage
 from torture.case import Case, units
@@ -18,14 +22,16 @@ from torture.judge import (
     REFUSED,
     SAME,
     SILENT,
+    SKIPPED,
     UNCLEAR,
     WARNED,
     Verdict,
     crashed,
     worst,
 )
+from torture.scene import REPOSITORY
 
-NOBODY = 65534
+NOBODY = 65534  # the user that may not read or write what root may
 ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE
 )  # fmt: skip
@@ -125,16 +131,12 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
     Every second case flips a bit of weights or of the optimizer.
     """
     kinds: dict[str, list[str]] = {}
-    for path in sorted(files_of(case.scene)):
+    for path in files_of(case.scene):
         if readers(path):
             kinds.setdefault(_kind(path), []).append(path)
-    for paths in kinds.values():  # Orbax's names differ each time, their sizes do not.
-        paths.sort(key=lambda path: (case.scene / path).stat().st_size)
     stored = [kind for kind in kinds if kind.endswith("arrays")]
-    turn = index // 2
-    kind = (stored if index % 2 else list(kinds))[
-        turn % len(stored if index % 2 else kinds)
-    ]
+    turn, turns = index // 2, stored if index % 2 else list(kinds)
+    kind = turns[turn % len(turns)]
     path, number = case.random.choice(kinds[kind]), case.random.randrange(1 << 30)
     ways = damage.ways_for(case.scene / path)
     way = "flip" if index % 2 else ways[(turn // len(kinds) + turn) % len(ways)]
@@ -143,24 +145,29 @@ def damages(case: Case, index: int) -> tuple[str, Verdict]:
         kind, way = case.random.choice(stored), "NaN"
         path = kinds[kind][0].partition("/weights")[0].partition("/optimizer")[0]
     names = readers(kinds[kind][0])
-    verdicts = []
-    for name in [case.random.choice(names)] if case.short else names:
+    names, verdicts = [case.random.choice(names)] if case.short else names, []
+    for name in names:
         case.copy()
         if poisons:
-            details = children.apart(damage.poison, str(case.place / path), number)
+            details = children.in_child(damage.save_nan, str(case.place / path), number)
         else:
             details = damage.WAYS[way](case.place / path, random.Random(number))
         found = case.attempt(name, damaged=path)
         why = f"'{name}' of {path}, {details}: {found.why}"
-        verdicts.append((Verdict(found.outcome, why), name))
-    found = worst([verdict for verdict, _ in verdicts])
-    name = next(name for verdict, name in verdicts if verdict is found)
+        verdicts.append(Verdict(found.outcome, why))
+    found = worst(verdicts)
+    name = names[verdicts.index(found)]
     return f"{way} in {kind}, read by '{name}'", found
 
 
 def files_of(scene: Path) -> list[str]:
-    """The path of every file in the scene."""
-    return [str(p.relative_to(scene)) for p in scene.rglob("*") if p.is_file()]
+    """The path of every file in the scene, by kind and size.
+
+    Their order must not change: Orbax's names differ each time, sizes hardly do.
+    """
+    found = [path for path in scene.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(scene)): path.stat().st_size for path in found}
+    return sorted(sizes, key=lambda path: (_kind(path), sizes[path]))
 
 
 def _kind(path: str) -> str:
@@ -176,16 +183,19 @@ def _kind(path: str) -> str:
 
 def disk(case: Case, index: int) -> tuple[str, Verdict]:
     """Lets writing or reading fail; the same command must then end as if it had not."""
+    fail = DISK[index % len(DISK)]
+    if fail in (_read_only, _unreadable) and (path := hidden_from_nobody()):
+        skipped = Verdict(SKIPPED, f"user {NOBODY} cannot read {path}")
+        return "commands of a user without permission", skipped
     case.copy()
-    what, name, options = DISK[index % len(DISK)](case)
+    what, name, options = fail(case)
     first = case.attempt(name, **options)
-    for path in (case.place, *case.place.rglob("*")):
-        path.chmod(0o755)
-    # A result that could not be written may be absent, but the command must say so.
-    incomplete = first.outcome in (SILENT, WARNED) and options.get("stdout")
+    _permit(case.place, 0o755)
+    # Nobody reads what goes into a closed pipe: it may be missing without a word.
+    is_unread = fail is _closed_pipe and first.outcome in (SILENT, WARNED)
     again = case.attempt(name)
     again = Verdict(again.outcome, again.why and f"undisturbed again: {again.why}")
-    return f"{name} {what}", worst([Verdict(SAME) if incomplete else first, again])
+    return f"{name} {what}", worst([Verdict(SAME) if is_unread else first, again])
 
 
 _WRITERS = ("train", "resume", "factorize", "compress anew", "report", "evaluate", "A")
@@ -224,24 +234,45 @@ def _closed_pipe(case: Case) -> _Failure:
 
 
 def _read_only(case: Case) -> _Failure:
-    for path in (case.place, *case.place.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o555)
+    _permit(case.place, 0o555)
     name = case.random.choice((*_WRITERS, "sample", "evaluate", "evaluate best"))
-    return "in read-only folders", name, {"prepare": _as_nobody}
+    return "in read-only folders", name, {"prepare": _become_nobody}
 
 
 def _unreadable(case: Case) -> _Failure:
     files = [path for path in files_of(case.place) if readers(path)]
     path = case.random.choice(files)
-    for part in (case.place, *case.place.rglob("*")):
-        part.chmod(0o777)
+    _permit(case.place, 0o777)
     (case.place / path).chmod(0o000)
     name = case.random.choice(readers(path))
-    return "with an unreadable file", name, {"prepare": _as_nobody}
+    return "with an unreadable file", name, {"prepare": _become_nobody}
 
 
-def _as_nobody() -> None:
+def _permit(place: Path, mode: int) -> None:
+    for path in (place, *place.rglob("*")):
+        path.chmod(mode)
+
+
+def hidden_from_nobody() -> str:
+    """A file of Python or pcagpt that the user NOBODY cannot read, or "".
+
+    Only root can become that user; all others already lack permissions.
+    """
+    nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    options = nobody if os.getuid() == 0 else {}
+    needed = (
+        sys.executable,
+        os.__file__,
+        np.__file__,
+        str(REPOSITORY / "pcagpt/main.py"),
+    )
+    for path in needed:
+        if subprocess.run(["test", "-r", path], **options).returncode:
+            return path
+    return ""
+
+
+def _become_nobody() -> None:
     if os.getuid() == 0:  # Root may write and read everything.
         os.environ["HOME"] = "/nonexistent"
         os.setgroups([])

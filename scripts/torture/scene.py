@@ -22,8 +22,8 @@ from torture import children
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 VOCAB_SIZE, WIDTH, STEPS, LIMIT = 4096, 16, 6, 600
 
+_CORPUS = {"data.source": "corpus"}
 _MODEL = {
-    "data.source": "corpus",
     "model.n_layer": 1,
     "model.n_head": 2,
     "model.n_embd": WIDTH,
@@ -44,12 +44,14 @@ _QUICK = {
     "compress.calibration_tokens": 256,
     "mesh.data": 1,
 }
+# These configs take the model from a run, and all but the last the corpus, too.
+_OF_A_RUN = {"evaluate": {}, "sample": {}, "factorize": {}, "compress": {}}
+_OF_A_RUN["recover"] = _CORPUS
 # What clocks, commits and chance decide, and what follows from it.
 _VARIES = {
     "checkpoint", "command", "config_sha256", "corpus_source", "created",
     "flop_utilisation", "git_commit", "imported_sha256", "run_id", "seconds", "sha256",
-    "source_sha256",
-    "statistics_sha256", "tokens_per_second",
+    "source_sha256", "statistics_sha256", "tokens_per_second",
 }  # fmt: skip
 
 
@@ -64,12 +66,8 @@ class Command:
     @property
     def words(self) -> list[str]:
         """Its arguments."""
-        trains = self.config not in ("evaluate", "sample", "factorize", "compress")
-        # A run that starts from all weights of another one has its model.
-        model = _MODEL if trains and self.config != "recover" else {}
-        data = {"data.source": "corpus"} if trains else {}
         path = REPOSITORY / "configs" / f"{self.config}.py"
-        values = _QUICK | model | data | self.knobs
+        values = _QUICK | _OF_A_RUN.get(self.config, _CORPUS | _MODEL) | self.knobs
         return [f"--config={path}", *(f"--config.{k}={v}" for k, v in values.items())]
 
 
@@ -121,20 +119,17 @@ COMMANDS = {
     "compress": Command("compress", _SWEEP | {"workdir": "runs"}, "runs/compressed"),
     "compress anew": Command("compress", _SWEEP | {"workdir": "new"}, "new/compressed"),
 }
-_IN_BANDS = _FACTORS_OF_D | {"workdir": "banded", "factorize.bands": 3}
 
 
 def build(scene: Path) -> None:
     """Makes the scene; RuntimeError if a command fails."""
     scene.mkdir()
     _write_corpus(scene / "corpus")
-    making = [Command("experiment", {"workdir": "runs", "ranks": 4})]
-    making += [
-        COMMANDS["evaluate"],
-        COMMANDS["compress"],
-        Command("factorize", _IN_BANDS),
-    ]
-    for command in making:
+    in_bands = Command(
+        "factorize", _FACTORS_OF_D | {"workdir": "banded", "factorize.bands": 3}
+    )
+    making = (COMMANDS[name] for name in ("report", "evaluate", "compress"))
+    for command in (*making, in_bands):
         log = scene.with_name("making")
         ended = children.start(command.words, scene, log).wait(LIMIT)
         if ended.code:
@@ -145,7 +140,7 @@ def build(scene: Path) -> None:
     for name in ("*.np[yz]", "evaluation_*", "result.json"):
         for path in stopped.glob(name):
             path.unlink()
-    children.apart(_write_bare_table, str(scene))
+    children.in_child(_write_bare_table, str(scene))
 
 
 def _write_corpus(folder: Path) -> None:
@@ -192,13 +187,18 @@ def result(command: Command, place: Path, out: str) -> Any:
             lines = path.read_text().splitlines()
             found[name] = [_stripped(json.loads(line)) for line in lines]
         elif path.suffix in (".npy", ".npz"):
-            loaded = np.load(path)
-            arrays = {"": loaded} if isinstance(loaded, np.ndarray) else loaded
+            arrays = arrays_of(path)
             # The protocol of statistics has hashes of results, with their timings.
-            hashes = {key: _hash(arrays[key]) for key in arrays if key != "protocol"}
-            found[name] = hashes
+            arrays.pop("protocol", None)
+            found[name] = {key: _hash(array) for key, array in arrays.items()}
     runs = [str(path.parent) for path in made.rglob("ckpt")]
-    return found | children.apart(_saved_arrays, runs)
+    return found | children.in_child(_saved_arrays, runs)
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file; that of a .npy file has the name ""."""
+    loaded = np.load(path)
+    return {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
 def _saved_arrays(runs: list[str]) -> dict[str, dict[str, str]]:

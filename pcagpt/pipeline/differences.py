@@ -1,0 +1,33 @@
+"""How what a folder holds differs from what was asked for, with the knobs to agree."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pcagpt.config import override
+
+# {part of a stored protocol or identity: the knob that sets it}
+_KNOBS = {
+    "bands": "factorize.bands",
+    "calibration_batch_size": "train.batch_size",
+    "calibration_tokens": "compress.calibration_tokens",
+    "compute_dtype": "model.compute_dtype",
+    "method": "factorize.method",
+    "singular_value_split": "factorize.singular_value_split",
+}
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], parts: Iterable[str]
+) -> list[str]:
+    """'NAME (there VALUE, here VALUE)' for each part that differs.
+
+    A part that a knob sets ends with the argument that makes both agree.
+    """
+    found = []
+    for name in parts:
+        old, new = there.get(name), here.get(name)
+        if old != new:
+            agree = name in _KNOBS and old is not None
+            hint = f"; {override(_KNOBS[name], old)} agrees" if agree else ""
+            found.append(f"{name} (there {old}, here {new}{hint})")
+    return found

@@ -1,0 +1,53 @@
+"""Tells whether two checkpoints compute the same, wherever they were made."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pcagpt.errors import UserError
+from pcagpt.run import checkpoint, digests
+from pcagpt.run.folder import find_record, read_result
+
+
+def of(path: str | Path) -> str:
+    """A hash of the weights and of the number of heads: what a run computes with.
+
+    Equal weights give equal hashes: time, device and versions do not enter. `path` and
+    errors are as for `checkpoint.find`. A finished run with a damaged last checkpoint
+    is refused, because the checkpoint before is another model.
+    """
+    run_dir, step = checkpoint.find(path)
+    folder = checkpoint.folder_of(run_dir, step)
+    last = (read_result(run_dir) or {}).get("steps", step)
+    if last != step and Path(path).name != str(step):
+        reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
+        raise UserError(
+            f"the last checkpoint of {run_dir}, step {last}, is damaged "
+            f"({reason or 'it is missing'}): delete {run_dir / 'result.json'} to train "
+            f"the run on from step {step}, or name {folder}"
+        )
+    model = (find_record(run_dir) or {}).get("model")
+    heads = model.get("n_head") if isinstance(model, dict) else None
+    arrays = digests.arrays(folder)
+    text = json.dumps({"n_head": heads, "arrays": arrays}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def same(path: str | Path, recorded: str | None) -> bool:
+    """Whether `recorded` is the fingerprint of `path`, by this or an older formula.
+
+    Errors are as for `of`.
+    """
+    return recorded == _first(path) or recorded == of(path)
+
+
+def _first(path: str | Path) -> str:
+    """The formula before digests, over files with timings in them."""
+    run_dir, step = checkpoint.find(path)
+    digest = hashlib.sha256(f"step {step}\n".encode())
+    written = checkpoint.folder_of(run_dir, step) / "weights/manifest.ocdbt"
+    name = "result.json" if (run_dir / "result.json").exists() else "config.json"
+    for file in [run_dir / name] + [written] * (name == "config.json"):
+        if file.exists():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Reads the arrays of one checkpoint in this process, without the others."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from pcagpt.errors import UserError
+from pcagpt.files import check_size
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax options for work that this process does without the others."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process_{process}",
+    )
+
+
+def _local_checkpointer() -> ocp.Checkpointer:
+    """A checkpointer that reads in this process alone."""
+    options = alone()
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+        multiprocessing_options=options,
+    )
+
+
+def read_weights(folder: Path) -> dict:
+    """{'params', 'constants'} of a checkpoint's folder: nested dicts of host arrays.
+
+    UserError if they cannot be read; nothing compares them with their digests.
+    """
+    folder = folder.absolute() / "weights"
+    try:
+        with _local_checkpointer() as checkpointer:
+            saved = checkpointer.metadata(folder).item_metadata.tree
+            declared = sum(
+                leaf.dtype.itemsize * math.prod(leaf.shape)
+                for leaf in jax.tree.leaves(saved)
+            )
+            stored = sum(path.stat().st_size for path in folder.rglob("*"))
+            check_size(folder, declared, stored)
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
+            )
+            weights = checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+            )
+        if not isinstance(weights.get("params"), dict):
+            raise ValueError("it holds no params")
+        return weights
+    except (UserError, MemoryError):
+        raise
+    # Orbax and what it calls raise errors of many types.
+    except Exception as error:
+        raise UserError(str(error).strip().split("\n")[0][:120]) from None
+
+
+def read_updates(folder: Path) -> int | None:
+    """The number of updates stored in a checkpoint's folder; None with weights alone.
+
+    A damaged checkpoint counts as what its name says.
+    """
+    folder = folder.absolute()
+    if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
+        return None
+    options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
+    try:
+        with _local_checkpointer() as checkpointer:
+            wanted = ocp.args.PyTreeRestore(
+                item={"step": 0}, restore_args=options, partial_restore=True
+            )
+            stored = checkpointer.restore(folder / "optimizer", args=wanted)
+            return int(stored["step"])
+    # Orbax and what it calls raise errors of many types.
+    except Exception:
+        return int(folder.name)
