@@ -205,7 +205,7 @@ def check_fields(
       remedy: ends the message.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{where} is damaged (it is no JSON object): {remedy}")
+        raise UserError(f"{where} is damaged (it is not a JSON object): {remedy}")
     for name, types in fields.items():
         value = content.get(name)
         if value is None and None in types:
@@ -274,7 +274,7 @@ def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
-    # zipfile and NumPy's parser raise errors of many types for what is no array.
+    # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(

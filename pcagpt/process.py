@@ -167,7 +167,7 @@ def ended_by_signals() -> Iterator[None]:
         os.write(2, f"pcagpt: {INTERRUPTED}\n".encode())
         os._exit(exit_code(number))
 
-    with _handled(end_at_once, signal.SIGINT, *STOPS):
+    with handled(end_at_once, signal.SIGINT, *STOPS):
         yield
 
 
@@ -178,12 +178,12 @@ def interrupted_by_signals() -> Iterator[None]:
     def stop(number: int, _) -> None:
         raise Interrupted(INTERRUPTED, number)
 
-    with _handled(stop, *STOPS):
+    with handled(stop, *STOPS):
         yield
 
 
 @contextlib.contextmanager
-def _handled(
+def handled(
     handler: Callable[[int, FrameType | None], None], *numbers: int
 ) -> Iterator[None]:
     """Handles signals within; without effect outside the main thread."""

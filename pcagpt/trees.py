@@ -1,4 +1,4 @@
-"""Parameter trees: flatten to paths, label by path patterns, count, replace leaves."""
+"""Parameter trees: flatten to paths, label by path patterns, replace leaves."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -41,11 +41,6 @@ def label(tree: Any, rules: Sequence[tuple[str, Any]]) -> Any:
         raise ValueError(f"no rule covers parameter {path!r}")
 
     return jax.tree_util.tree_map_with_path(first_match, tree)
-
-
-def count(tree: Any) -> int:
-    """Number of values in all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def replace(

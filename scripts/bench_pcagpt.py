@@ -137,11 +137,6 @@ def train(run: Setup) -> tuple[dict, list[float]]:
         ), waited
 
 
-def steps_between_saves() -> int:
-    """The default of checkpoint.every."""
-    return Settings().checkpoint.every
-
-
 class System:
     """One model that takes turns with others.
 
@@ -183,14 +178,9 @@ class Step(System):
         batch = self.batch * self.devices
         run = setup(self.size, self.model, batch, self.folder, **self.mesh())
         self.step, self.state, self.tokens = compiled_step(run)
-        memory = self.step.memory_analysis()
-        self.peak_bytes = (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-        self.details = {"temporary_bytes": memory.temp_size_in_bytes}
+        self.peak_bytes = loop.peak_bytes(self.step)
+        temporary = self.step.memory_analysis().temp_size_in_bytes
+        self.details = {"temporary_bytes": temporary}
 
     def go(self, steps: int) -> None:
         """Dispatches the steps one after the other and waits for the last."""
@@ -257,7 +247,7 @@ class Loop(System):
         self.peak_bytes = result["peak_bytes"]
         self.details["checkpoint_ms"].append(1e3 * max(waited))
         step = self.tokens_per_step / result["tokens_per_second"]
-        return step + max(waited) / steps_between_saves()
+        return step + max(waited) / Settings().checkpoint.every
 
 
 class Decoding(System):

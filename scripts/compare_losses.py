@@ -8,20 +8,19 @@ metrics.jsonl has every step. Prints a line and draws a panel for each pair.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from pcagpt.telemetry.metrics import read_metrics
 
 LAST_SHARE = 0.25  # of the steps: the last ones show a change in what is learnt
 
 
 def train_losses(folder: Path) -> dict[int, float]:
     """Loss of each logged training step in a run folder's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-    # A killed run may leave half a line.
-    entries = (json.loads(line) for line in lines if line.endswith("\n"))
+    entries = read_metrics(folder / "metrics.jsonl")
     return {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
 
 

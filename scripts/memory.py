@@ -1,13 +1,13 @@
-"""Whether training leaks: a long run of a tiny model, and the slope of its memory.
+"""Measures whether training leaks memory, in a long run of a tiny model.
 
     python scripts/memory.py                         10,000 steps, minutes; Linux only
     python scripts/memory.py --steps 2000 --config.checkpoint.every=1000000 --limit 100
 
-The run is D of configs/demo.py with a tiny model, so that what happens besides the
-arithmetic happens often: batches, logs, evaluations and checkpoints. Arguments that are
-not named here are passed to it. Prints the slope of the bytes in use, by C and by
-Python. Resident memory shows no leak of this size: it rises and falls by far more when
-freed memory goes back to the system. The exit code is 1 if the slope is above --limit.
+The run is D of configs/demo.py with a tiny model. Its arithmetic is fast, so that it
+makes many batches, logs, evaluations and checkpoints. Other arguments are passed to it.
+Prints the slope of the bytes that C and Python use. Resident memory shows no leak of
+this size: it rises and falls by far more when freed memory goes back to the system. The
+exit code is 1 if the slope is above --limit.
 
 Each save loses some 4 KB for each array: tensorstore 0.1.86, which Orbax uses, loses
 objects in Spec.to_json. With a save every 75 steps the slope was 2326 ± 249 bytes per
@@ -60,7 +60,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--limit", type=float, default=3000, help="bytes per step")
     asked, further = parser.parse_known_args()
-    if os.environ.get("PYTHONMALLOC") != "malloc":  # C then counts Python's, too.
+    # With this variable, C also counts what Python allocates.
+    if os.environ.get("PYTHONMALLOC") != "malloc":
         again = [sys.executable, *sys.argv]
         os.execve(sys.executable, again, os.environ | {"PYTHONMALLOC": "malloc"})
     process.prepare()
@@ -127,7 +128,7 @@ def last_step(log: Path) -> int:
 
 
 def lowest(samples: list[tuple[int, int]], parts: int) -> list[tuple[int, int]]:
-    """The lowest of each part: a save or an evaluation needs more, for a moment."""
+    """The lowest sample of each part: saves and evaluations briefly need more."""
     chunks = np.array_split(np.array(samples), min(parts, len(samples) // 3) or 1)
     return [tuple(part[part[:, 1].argmin()].tolist()) for part in chunks if len(part)]
 

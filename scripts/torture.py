@@ -1,12 +1,13 @@
-"""The torture campaign: kills, damages, full disks, rivals and bad inputs. CPU only.
+"""Tests the promises of README.md with kills, damages, full disks, rivals, bad inputs.
 
     python scripts/torture.py --out FOLDER            an hour at most, on two cores
     python scripts/torture.py --out FOLDER --short    five minutes at most
 
-Prints progress and a table. --out gets the table as torture.md and every case as
-torture.json. The exit code is 1 if a case is SILENT, LOST, TRACEBACK or HANG.
+Runs on a CPU. Prints progress and a table. Writes the table to FOLDER/torture.md and
+every case to FOLDER/torture.json. The exit code is 1 if a case is SILENT, LOST,
+TRACEBACK or HANG.
 
-To repeat a case, name its part, seed and number, and --short if it had that:
+To repeat a case, name its part, seed and number, and give --short if it ran with it:
 
     python scripts/torture.py --only damages --seed 1 --case 17
 
@@ -14,7 +15,7 @@ The table ends with this command for each kind of failure. FOLDER/damages-17 kee
 a failed case left: its commands, what they printed, and its files in place/. The seed
 decides everything but the moments of signals, which depend on the machine.
 
-A case has one of these outcomes, of several commands the worst:
+A case has one of these outcomes. Several commands count as the worst of them:
 
 OUTCOMES
 """
@@ -34,7 +35,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# The code that stands beside this script.
+# Tests the pcagpt of this checkout, even if another one is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Read when NumPy and JAX are imported. OpenBLAS must not start threads: they do not
@@ -55,8 +56,8 @@ from torture.children import pool
 from torture.judge import BAD, OUTCOMES, SKIPPED, TRACEBACK, UNCLEAR, Verdict
 from torture.parts import PARTS
 
-# What the commands import. None of it may start JAX's backend or a thread. The user of
-# the read-only cases may not be allowed to import anything.
+# Imported before the forks, because the user of the read-only cases may not be allowed
+# to read the packages. None of these modules may start JAX's backend or a thread.
 IMPORTED = (
     "encodings.ascii", "jax", "matplotlib.pyplot", "pcagpt.pipeline.tasks",
 )  # fmt: skip
@@ -175,7 +176,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
-    """Those that must not be, the unclear and the skipped: an entry for each kind."""
+    """An entry for each kind of bad, unclear or skipped case."""
     kinds: dict[tuple[str, str], list[dict]] = {}
     for case in report["cases"]:
         if case["outcome"] in (*BAD, UNCLEAR, SKIPPED):

@@ -14,7 +14,7 @@ def write_run(folder, losses):
     """A run folder in which steps 1, 2, ... have these training losses."""
     folder.mkdir(parents=True)
     entries = [
-        {"step": step, "split": split, "loss": loss}
+        {"step": step, "tokens": 64 * step, "split": split, "loss": loss}
         for step, loss in enumerate(losses, start=1)
         for split in ("train", "val")
     ]

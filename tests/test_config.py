@@ -258,5 +258,5 @@ def test_whole_numbers_can_be_short():
 
 
 def test_a_word_that_is_no_utf8_is_refused():
-    with pytest.raises(UserError, match="is no UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8"):
         command_line.parse(["pcagpt", "--config.workdir=a\udcff"])

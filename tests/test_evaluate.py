@@ -199,7 +199,7 @@ def test_cosines_are_in_float32_also_of_a_bfloat16_hidden_state():
     random = np.random.default_rng(2)
     h = jnp.asarray(random.normal(size=(9, 8)), jnp.bfloat16)
     wte = jnp.asarray(random.normal(size=(9, 8)), jnp.float32)
-    found = target_cosines(h, (HeadBand(wte, None, 9),), jnp.arange(9))
+    found = target_cosines(h, (HeadBand(wte, None, 0, 9),), jnp.arange(9))
     pairs = zip(np.asarray(h, np.float64), np.asarray(wte, np.float64), strict=True)
     expected = [cosine(a, b) for a, b in pairs]
     for cosines in found:

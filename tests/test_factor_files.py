@@ -112,6 +112,13 @@ def test_files_that_a_person_put_there_are_known_as_not_ours(tmp_path):
     assert found.name == "wte_pca_k4.npy"
 
 
+def test_metadata_without_ranks_describe_none(tmp_path):
+    (tmp_path / "metadata.json").write_text('{"ranks": null, "unfinished": null}')
+    (tmp_path / "wte_pca_k4.npy").write_bytes(b"mine")
+    assert factor_files.read_metadata(tmp_path)["ranks"] == {}
+    assert len(factor_files.not_ours(tmp_path, [4])) == 1
+
+
 def test_a_table_in_bands_replaces_only_files_of_a_table(tmp_path):
     longer = BANDS._replace(
         order=np.arange(9, dtype=np.int32),
@@ -191,6 +198,18 @@ def test_bands_that_contradict_each_other_are_refused(name, content, says, tmp_p
     with pytest.raises(UserError, match=says) as caught:
         factor_files.read_bands(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "other", [{"scale_down": 2 * SCALE}, {"mean": np.ones(5, np.float32)}]
+)
+def test_a_band_with_more_than_one_scale_matrix_is_refused(other, tmp_path):
+    factor_files.write_bands(tmp_path, BANDS)
+    (tmp_path / "metadata.json").unlink()
+    arrays = {"scale_up": SCALE, "scale_down": SCALE} | other
+    np.savez(tmp_path / "scale_mats_band1.npz", **arrays)
+    with pytest.raises(UserError, match=r"band1.npz holds two .* is in mean.npy"):
+        factor_files.read_bands(tmp_path)
 
 
 def test_any_flipped_byte_of_the_files_is_seen_by_every_reader(tmp_path):

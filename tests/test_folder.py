@@ -430,7 +430,7 @@ def test_a_folder_without_a_run_has_no_record_and_no_result(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": []}, "'model' is no section"),
+        ({"model": []}, "'model' is not a section"),
         ({"model": {"n_layer": "2"}}, "'model.n_layer' is '2'"),
         ({"model": {"n_layer": 0}}, "model.n_layer is 0"),
         ({"model": {"n_layer": True}}, "'model.n_layer' is True"),

@@ -33,6 +33,11 @@ def low_limit(monkeypatch):
     monkeypatch.setattr(low_rank_head, "MAX_RANK", 4)
 
 
+def starts(bands):
+    """The first column of each band."""
+    return [sum(size for _, size, _ in bands[:i]) for i in range(len(bands))]
+
+
 def inputs(bands, tokens=28, dtype=np.float32):
     """Hidden states, head and targets; one target in five is ignored."""
     random = np.random.default_rng(tokens)
@@ -44,9 +49,10 @@ def inputs(bands, tokens=28, dtype=np.float32):
         HeadBand(
             normal(rows, rank or WIDTH),
             None if rank is None else normal(rank, WIDTH),
+            start,
             size,
         )
-        for rows, size, rank in bands
+        for start, (rows, size, rank) in zip(starts(bands), bands, strict=True)
     )
     targets = random.integers(0, sum(band.size for band in head), tokens)
     targets[::5] = -1
@@ -224,7 +230,7 @@ def test_logits_are_rounded_once_and_to_the_dtype_asked_for():
         logits = jnp.matmul(
             z, band.wte.astype(jnp.bfloat16).T, preferred_element_type=logits_dtype
         )
-        identity = (HeadBand(jnp.eye(16), None, band.size),)
+        identity = (HeadBand(jnp.eye(16), None, 0, band.size),)
         expected = dense_losses(logits.astype(jnp.float32), identity, targets)
         assert found.dtype == jnp.float32
         assert_close(found, expected, 1e-6)
@@ -256,8 +262,8 @@ def taught(bands, tokens=30):
     for table, (_, size, _) in zip(tables, bands, strict=True):
         table[size:] = 9.0
     teacher_head = tuple(
-        HeadBand(jnp.asarray(table, jnp.float32), None, size)
-        for table, (_, size, _) in zip(tables, bands, strict=True)
+        HeadBand(jnp.asarray(table, jnp.float32), None, start, size)
+        for table, start, (_, size, _) in zip(tables, starts(bands), bands, strict=True)
     )
     return (*inputs(bands, tokens), teacher_h, teacher_head)
 

@@ -316,7 +316,7 @@ def test_the_place_of_a_compressed_model_must_be_its_own(tmp_path):
     place.mkdir()
     export.check_place(place)
     write_record(place, {"model": {}})
-    with pytest.raises(UserError, match="best_k8 holds something else than"):
+    with pytest.raises(UserError, match="best_k8 holds something other than"):
         export.check_place(place)
     write_record(place, {"model": {}, "compressed": {}})
     export.check_place(place)

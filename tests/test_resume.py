@@ -32,7 +32,7 @@ from pcagpt.factorize.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import folder
 from pcagpt.run.checkpoint import steps
-from pcagpt.training.interrupt import StopRequest
+from pcagpt.training.interrupt import recorded_signals
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -218,7 +218,7 @@ def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tm
 
 def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as request:
+    with recorded_signals() as request:
         assert not request.stops_at(3)
         os.kill(os.getpid(), signal.SIGINT)
         assert request.stops_at(3)

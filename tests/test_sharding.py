@@ -110,7 +110,7 @@ def test_fsdp_splits_every_matrix_and_its_moments_but_no_vector():
 
 
 def test_fsdp_splits_the_rows_of_a_teachers_head():
-    head = tuple(HeadBand(jnp.zeros((rows, 8)), None, rows) for rows in (16, 8))
+    head = tuple(HeadBand(jnp.zeros((rows, 8)), None, 0, rows) for rows in (16, 8))
     tree = {"head": head, "order": jnp.zeros(16)}
     places = placement.shardings(tree, placement.make_mesh(2, 4))
     by_rows = PartitionSpec("fsdp", None)
@@ -224,7 +224,7 @@ def test_any_number_of_chunks_works_on_any_mesh(devices, tokens, chunks, kernels
     loss = functools.partial(cross_entropy, chunks=chunks, kernels=kernels)
     h_ND, targets_N = jax.device_put((h_ND, targets_N), placement.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda h, w, t: loss(h, (HeadBand(w, None, 11),), t))(
+        found = jax.jit(lambda h, w, t: loss(h, (HeadBand(w, None, 0, 11),), t))(
             h_ND, wte_VK, targets_N
         )
     np.testing.assert_allclose(found, tokens * np.log(11), rtol=1e-6)
@@ -261,8 +261,8 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
         return jax.ShapeDtypeStruct(axes, dtype)
 
     head = tuple(
-        HeadBand(shape(rows, rank or width), rank and shape(rank, width), rows)
-        for rows, rank in bands
+        HeadBand(shape(rows, rank or width), rank and shape(rank, width), start, rows)
+        for start, (rows, rank) in zip((0, bands[0][0]), bands, strict=False)
     )
 
     def loss(h_ND, head, targets_N):

@@ -180,7 +180,6 @@ def test_wandb_logs_offline_and_continues_the_same_run(tmp_path, wandb_home):
     with start(run, wandb=True, wandb_project="project-of-the-test") as log:
         log.log(1, 64, "train", {"loss": 1.5})
         log.log(1, 64, "val", {"loss": float("nan")})
-        log.figure("figure", Figure((1, 1), dpi=20))
         log.hyperparameters({"train.steps": 3}, {"val_loss": 1.25})
     with start(run, wandb=True, resume_step=1) as log:
         log.log(2, 128, "train", {"loss": 1.0})

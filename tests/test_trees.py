@@ -56,11 +56,6 @@ def test_optimizer_states_have_the_path_of_their_parameter():
     assert jax.tree.leaves(labels).count("mu") == 2
 
 
-def test_count_adds_the_sizes_of_all_leaves():
-    assert trees.count(TREE) == 4 * 3 + 2 * (3 * 5 + 5)
-    assert trees.count(jax.eval_shape(lambda: TREE)) == trees.count(TREE)
-
-
 def test_replace_puts_in_new_leaves_and_keeps_dtypes_and_the_rest():
     before = TREE["wpe"].copy()
     new = {"wpe": np.full((4, 3), 7, np.float64)}

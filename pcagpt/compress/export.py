@@ -23,10 +23,10 @@ def write_model(
 ) -> None:
     """Writes the model with another table: config.json, ckpt/0 and factors/.
 
-    Every command takes the folder as a run. A folder that holds this model already is
-    left alone, because other runs may have started from it; one that holds another
-    model is moved aside. `origin` tells how the table was made: JSON values for
-    'compressed' in config.json.
+    Every command takes the folder as a run. A folder that already holds this model
+    stays as it is, because other runs may have started from it. A folder that holds
+    another model is moved aside. `origin` tells how the table was made: JSON values
+    for 'compressed' in config.json.
     """
     run = original.run
     made = {
@@ -42,7 +42,7 @@ def write_model(
     is_made = moved == made and run.is_at(earlier.get("fingerprint"))
     if is_made and _holds(folder, weights):
         return
-    # Gets its name when it is complete. What is there now is of a killed command.
+    # The folder gets its name when it is complete. A killed command may have left one.
     written = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(written, ignore_errors=True)
     checkpoint.save_weights(written, weights)
@@ -76,10 +76,10 @@ def _holds(folder: Path, weights: dict) -> bool:
 
 
 def check_place(folder: Path) -> None:
-    """Raises UserError if `write_model` would put something in a stranger's place."""
+    """Raises UserError if `write_model` would replace what it did not write."""
     if not is_vacant(folder) and "compressed" not in (read_record(folder) or {}):
         raise UserError(
-            f"{folder} holds something else than a compressed model: use another "
+            f"{folder} holds something other than a compressed model: use another "
             "--config.workdir, or --config.overwrite=True to move it aside"
         )
 

@@ -57,9 +57,9 @@ def sweep(
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
-    Rows that an earlier sweep measured under the same protocol are kept; a sweep under
-    another is moved aside. `heading` has the other fields of sweep.json. `check_lock`
-    raises if the folder may not be written any more.
+    Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
+    under another protocol aside. `heading` has the other fields of sweep.json.
+    `check_lock` raises if the folder may not be written any more.
     """
     writes = jax.process_index() == 0
     earlier = _read_sweep(folder)
@@ -100,7 +100,7 @@ def sweep(
         best, *_ = made or equal
         origin = dataclasses.asdict(best)
         write_model(place, original, make(best).table, origin)
-    with Telemetry(folder, config={}, tensorboard=tensorboard) as telemetry:
+    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
 

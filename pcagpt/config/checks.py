@@ -88,7 +88,7 @@ def check_stored(record: Mapping[str, Any], problem: str, remedy: str) -> None:
         holder, _, name = path.rpartition(".")
         section = record.get(holder, {}) if holder else record
         if not isinstance(section, Mapping):
-            raise UserError(f"{problem} ('{holder}' is no section): {remedy}")
+            raise UserError(f"{problem} ('{holder}' is not a section): {remedy}")
         value = section.get(name, knob.default)
         fits = {
             tuple: isinstance(value, (list, tuple)),

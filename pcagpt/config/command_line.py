@@ -68,7 +68,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     for word in arguments:
         if any("\udc80" <= letter <= "\udcff" for letter in word):
             raise UserError(
-                f"{word!r} is no UTF-8: write it in UTF-8, with LANG=C.UTF-8"
+                f"{word!r} is not UTF-8: write it in UTF-8, with LANG=C.UTF-8"
             )
     source, words = _take_config_file(arguments)
     words = [_plain_number(word) for word in words]
@@ -143,7 +143,7 @@ def _load(source: str) -> ConfigDict:
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         hint = f"there are {here}" if here else "run from the repository's folder"
-        problem = "is no file" if os.path.lexists(path) else "does not exist"
+        problem = "is not a file" if os.path.lexists(path) else "does not exist"
         raise UserError(f"config file '{path}' {problem}: {hint}")
     try:
         get_config = runpy.run_path(path).get("get_config")

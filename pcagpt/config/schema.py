@@ -344,7 +344,7 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> "Settings":
         """Settings of a ConfigDict or of a run's record.
 
-        A missing knob gets its default. Names that are no knobs are ignored.
+        A missing knob gets its default. Other names are ignored.
         """
         return cls().replace(
             {

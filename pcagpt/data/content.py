@@ -33,7 +33,7 @@ class Content:
 
     size: in bytes; sha256: of the bytes; narrow_sha256: hash of the uint32 numbers
     after conversion to uint16, None if one does not fit; highest: the highest number at
-    each width, None if the size is no positive multiple of the width.
+    each width, None if the size is not a positive multiple of the width.
     """
 
     size: int
@@ -53,7 +53,7 @@ def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
     """The content of a file that has not changed for a while, from disk if kept."""
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
-        path.parent / ".pcagpt-content.json",
+        path.parent / NAME,
         cache_dir / f".pcagpt-content-{place}.json",
     )
     for file in files:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pcagpt.data import text_files
+from pcagpt.data import content, text_files
 from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
@@ -92,7 +92,7 @@ def describe_files(source: str) -> str:
     found = find_source(source)
     if isinstance(found, TextSource):
         return found.files
-    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, ".pcagpt-content.json"}
+    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
     others = text_files.other_names(found, used)
     return f"tokens in {found}; left out: {others}" if others else ""
 

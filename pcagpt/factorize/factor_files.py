@@ -5,8 +5,8 @@ scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if cent
 bands_pca_k{k}/           replaces both if the table has several bands; same size
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
-                          the files beside it, which every reader checks; written last,
-                          and before, with the ranks that are 'unfinished'
+                          the files beside it, which every reader checks; written twice:
+                          first with the 'unfinished' ranks, and last without them
 """
 
 import hashlib
@@ -76,12 +76,12 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
 
 
 def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
-    """What is where `write` would put these ranks, and was not written by it."""
+    """Files that `write` would replace for these ranks and did not write itself."""
     metadata = read_metadata(folder)
     if metadata is None:
         ours, there = set(), [folder / SPECTRUM_FILE]
     else:
-        ours = {*map(int, metadata["ranks"]), *metadata.get("unfinished", ())}
+        ours = {*map(int, metadata["ranks"]), *(metadata.get("unfinished") or ())}
         there = []
     for rank in {*ranks} - ours:
         there += [path(folder, rank) for path in (table_path, scale_path, bands_path)]
@@ -112,7 +112,8 @@ def write(
     for path in written:
         files.pop(path.name, None)
     begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
-    write_json(folder / METADATA_FILE, metadata | begun)  # What comes next is ours.
+    # From here on, the files of these ranks count as ours.
+    write_json(folder / METADATA_FILE, metadata | begun)
     for rank, table in tables.items():
         if in_bands:
             write_bands(bands_path(folder, rank), table)
@@ -135,7 +136,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     metadata.json             digests of these files; written last
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Nothing else in the folder is ours. Without its order, a table is unfinished.
+    # Other files in the folder are not ours. Without its order, a table is unfinished.
     for pattern in (
         METADATA_FILE, ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"
     ):  # fmt: skip
@@ -164,7 +165,12 @@ def read_bands(folder: str | Path) -> FactorizedTable:
         wte = read_table(folder / f"wte_band{len(bands)}.npy")
         path, scale = folder / f"scale_mats_band{len(bands)}.npz", None
         if path.exists():
-            scale = read_scale_matrices(path).scale_up
+            scale, down, mean = read_scale_matrices(path)
+            if mean is not None or not np.array_equal(scale, down):
+                raise UserError(
+                    f"{path} holds two different scale matrices or a mean: a band has "
+                    f"one matrix, and the mean of a table in bands is in {MEAN_FILE}"
+                )
             if len(scale) != wte.shape[1]:
                 raise UserError(
                     f"{path} has rank {len(scale)}, but the table beside it has rank "
@@ -203,11 +209,12 @@ def read_metadata(folder: Path) -> dict | None:
     check_fields(
         metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
     )
-    for rank, described in metadata.setdefault("ranks", {}).items():
+    metadata["ranks"] = metadata.get("ranks") or {}
+    for rank, described in metadata["ranks"].items():
         where = f"{path}: the rank '{rank:.20}'"
         check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
         if not (rank.isascii() and rank.isdigit()):
-            raise UserError(f"{where} is no whole number: {remedy}")
+            raise UserError(f"{where} is not a whole number: {remedy}")
     return metadata
 
 
@@ -218,7 +225,7 @@ def read_spectrum(folder: Path) -> np.ndarray:
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.floating):
         raise UserError(f"{path} does not hold a list of singular values")
     if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
-        raise UserError(f"{path} holds values that are no singular values")
+        raise UserError(f"{path} holds values that cannot be singular values")
     return values.astype(np.float64)
 
 

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 FLOAT_BYTES = 4  # of a stored value
-OWN_TABLE = (
-    "baseline"  # stands for a method in a sweep: the model's table, not factorized
-)
+OWN_TABLE = "baseline"  # the "method" of a model's own table in a sweep
 
 
 class BandFactors(NamedTuple):

@@ -81,10 +81,8 @@ _loss.defvjp(_forward, _backward)
 
 def _bands(z_of_bands, tables: Head, targets_N):
     """Yields (z, table, targets as row numbers of it, number of real rows) per band."""
-    start = 0
     for z_NK, band in zip(z_of_bands, tables, strict=True):
-        yield z_NK, band.wte, targets_N - start, band.size
-        start += band.size
+        yield z_NK, band.wte, targets_N - band.start, band.size
 
 
 def _summarize(z_NK, wte_VK, size: int, chunks: int):

@@ -39,14 +39,13 @@ def _normaliser(logits, head: Head) -> jax.Array:
 
 def negative_log_likelihood(logits, head: Head, targets_N) -> jax.Array:
     """Negative log-likelihood of each target, 0 for no target: [N] float32."""
-    target_logit_N, start = jnp.zeros(targets_N.shape, jnp.float32), 0
+    target_logit_N = jnp.zeros(targets_N.shape, jnp.float32)
     for logits_NV, band in zip(logits, head, strict=True):
         # XLA fuses this comparison into the reduction. The gradient of a gather would
         # be a scatter into [N, V]. Targets of other bands match no column.
-        local_N1 = (targets_N - start)[:, None]
+        local_N1 = (targets_N - band.start)[:, None]
         is_target_NV = (_columns(logits_NV) == local_N1) & (local_N1 < band.size)
         target_logit_N += jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
-        start += band.size
     return jnp.where(targets_N >= 0, _normaliser(logits, head) - target_logit_N, 0.0)
 
 

@@ -98,8 +98,7 @@ class Attention(nn.Module):
         # cancels it. Averaging keeps the value's bias, so it can be added after
         # attention, unless attention probabilities are dropped.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
-        # Otherwise XLA would split this bias like the rows of 'proj' and gather it
-        # later.
+        # Without this, XLA splits the bias like the rows of 'proj' and gathers it.
         v_bias_D = inside.whole(v_bias_D)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:

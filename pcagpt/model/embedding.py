@@ -20,7 +20,9 @@ class HeadBand:
 
     wte: jax.Array  # [V, K]; rows from `size` on are padding
     scale_down: jax.Array | None  # [K, D]; None: wte is [V, D]
-    size: int = flax.struct.field(pytree_node=False)  # static: it determines shapes
+    # Static, because they determine shapes; see `BandSpec`.
+    start: int = flax.struct.field(pytree_node=False)
+    size: int = flax.struct.field(pytree_node=False)
 
 
 Head = tuple[HeadBand, ...]  # in the order of their columns
@@ -86,9 +88,8 @@ def _take_rows_backward(dtype, residuals, gradient_NK):
     wte_VK, rows_N = residuals
     shape, table_dtype = wte_VK.shape, wte_VK.dtype
 
-    # Each device first sums the gradients of its own tokens. Otherwise XLA would
-    # scatter into the gradient of the head, and every device would need all of that
-    # gradient.
+    # Each device first sums the gradients of its own tokens. Without this, XLA scatters
+    # into the gradient of the head, and every device needs all of that gradient.
     @by_device([True, True], [False])
     def of_table(gradient_NK, rows_N):
         zeros_VK = jnp.zeros(shape, table_dtype)

@@ -71,8 +71,8 @@ class GPT(nn.Module):
     def head(self) -> Head:
         """The bands of the output head; their columns follow one another."""
         return tuple(
-            HeadBand(embedding.wte, embedding.scale_down, embedding.band.size)
-            for embedding in self.embed.band_embeddings
+            HeadBand(part.wte, part.scale_down, part.band.start, part.band.size)
+            for part in self.embed.band_embeddings
         )
 
     def renumber(self, tokens: jax.Array) -> jax.Array:

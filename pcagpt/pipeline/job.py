@@ -16,7 +16,7 @@ DONE, TO_DO = "done", "to do"  # two of the values that a status can have
 class Job(abc.ABC):
     """What is made in a folder, with its complete settings.
 
-    is_target: the person asked for this job; it is no prerequisite.
+    is_target: the person asked for this job; it is not a prerequisite.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Job(abc.ABC):
         """
 
     def differing(self) -> list[str]:
-        """What the folder holds of another origin, as names of settings and hashes."""
+        """Names of the settings and hashes in which the folder's files differ."""
         return []
 
     def compare_corpus(self, is_needed: bool) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED
+from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
 from pcagpt.report.read import read_curve
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
@@ -114,7 +114,7 @@ def spectrum_figure(
     """
     values = np.asarray(singular_values, np.float64)
     index = np.arange(1, len(values) + 1)
-    energy = np.cumsum(values**2) / np.sum(values**2)
+    energy = energy_kept(values)
     figure, (left, right) = _panels(1, 2, 3.3, sharey=False)
     positive = values > 0  # A log scale cannot show zeros.
     left.semilogy(index[positive], values[positive], color=INK)
@@ -132,7 +132,7 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    Of tables in bands that differ only in their number of bands, it shows the best one.
+    Among tables in bands that differ only in their number, it shows only the best.
     """
     best: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in sweep["rows"]:

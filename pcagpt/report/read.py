@@ -93,7 +93,7 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
     metadata = factor_files.read_metadata(folder)
     if metadata is None:
         return None
-    ranks = metadata.get("ranks") or {}
+    ranks = metadata["ranks"]
     return {
         "folder": folder.name,
         "method": metadata.get("method"),

@@ -206,7 +206,7 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
                 f"{shape}"
             )
         if not np.isfinite(array).all() or (letters == "V" and array.min() < 0):
-            raise UserError(f"{path}: '{name}' holds values that are no statistics")
+            raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(found)):
         raise UserError(f"{path} was changed or damaged since it was written")
     return found, protocol

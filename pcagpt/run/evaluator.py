@@ -165,9 +165,8 @@ def target_cosines(h_ND, head, columns_N) -> tuple[jax.Array, jax.Array]:
     """(cosine in the table's own width, cosine in D dimensions), each [N] float32."""
     h_ND = h_ND.astype(jnp.float32)
     cosine_N = cosine_d_N = jnp.zeros(h_ND.shape[0], jnp.float32)
-    start = 0
     for band in head:
-        local_N = columns_N - start
+        local_N = columns_N - band.start
         row_NK = band.wte[jnp.clip(local_N, 0, band.size - 1)]
         z_NK, row_ND = h_ND, row_NK
         if band.scale_down is not None:
@@ -176,7 +175,6 @@ def target_cosines(h_ND, head, columns_N) -> tuple[jax.Array, jax.Array]:
         is_inside_N = (local_N >= 0) & (local_N < band.size)
         cosine_N = jnp.where(is_inside_N, _cosine(z_NK, row_NK), cosine_N)
         cosine_d_N = jnp.where(is_inside_N, _cosine(h_ND, row_ND), cosine_d_N)
-        start += band.size
     return cosine_N, cosine_d_N
 
 

@@ -58,12 +58,16 @@ def fingerprints(settings: Settings) -> dict[str, str]:
 def known_imports(
     settings: Settings, recorded: Mapping[str, Any] | None
 ) -> tuple[Settings, dict[str, str | None], list[str]]:
-    """What can be told of the imports of a run whose record says `recorded`.
+    """Hashes of the imports of a run, as far as they can be read.
+
+    Args:
+      settings: of the run.
+      recorded: 'imported_sha256' in the record of the run, or None.
 
     Returns:
       The settings of `with_bands`; the `fingerprints`; the reasons why imports that
-      exist cannot be read. The hash of an import that cannot be read is None. Of a run
-      that is the same by an older formula, it is the hash that was `recorded`.
+      exist cannot be read. The hash of an import that cannot be read is None. A run
+      whose `recorded` hash is right by an older formula keeps that hash.
     """
     found, damage = {}, []
     for knob, path in imported_paths(settings).items():

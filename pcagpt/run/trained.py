@@ -158,11 +158,12 @@ class Run:
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
-            own corpus has changed and `asked` names no other. If vocabulary or
-            tokenizer do not fit, nothing has been tokenized.
+            own corpus has changed and `asked` names no other. If the vocabulary or
+            tokenizer that was asked for does not fit, nothing has been tokenized.
         """
         data = self.data(asked)
-        self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
+        if asked.source or asked.tokenizer != "auto":
+            self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
         corpus = open_shared_corpus(data, cache_dir, splits)
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pcagpt import trees
 from pcagpt.errors import UserError
 
-LOST_SECONDS = 40  # without a sign of life, after which a process counts as ended
-LEAVE_SECONDS = 10.0  # as long as processes that end wait for each other
+LOST_SECONDS = 40  # A process without a sign of life for so long counts as ended.
+LEAVE_SECONDS = 10.0  # the longest time that ending processes wait for each other
 BATCH_AXES = ("data", "fsdp")
 
 # This pass copies all gradients into one array before their sum over devices, and back
@@ -62,18 +62,18 @@ def start_processes(
 def leave_processes() -> None:
     """Tells the other processes, which also end, that this one ends.
 
-    They would otherwise take it for dead, and end with an error of their own.
+    Without this call, they take it for dead and end with an error of their own.
     """
     if jax.process_count() == 1:
         return
-    # One that did not get the signal would be waited for, for minutes.
+    # Without a limit, waiting for a process that got no signal takes minutes.
     leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     leaving.start()
     leaving.join(LEAVE_SECONDS)
 
 
 def lost_process(error: Exception) -> str | None:
-    """How JAX words that another process ended, if this is what an error says."""
+    """JAX's text about the end of another process; None for any other error."""
     if jax.process_count() == 1:
         return None
     told = re.search(r"(Gloo|NCCL|\S*[Bb]arrier|UNAVAILABLE|DEADLINE).*", str(error))
@@ -82,17 +82,17 @@ def lost_process(error: Exception) -> str | None:
 
 @functools.cache
 def open_devices() -> None:
-    """Starts JAX's devices; UserError if the environment asks for what is not there."""
+    """Starts JAX's devices; UserError if the environment asks for missing devices."""
     _check_flags(os.environ.get("XLA_FLAGS", ""))
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # It has no class of its own.
+    except (RuntimeError, AssertionError) as error:  # JAX raises either.
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition(" (set JAX_PLATFORMS")[0]
         raise UserError(
             f"JAX finds no device with JAX_PLATFORMS='{asked}'"
-            f"{f' ({reason})' if reason else ''}: unset JAX_PLATFORMS to use what is "
-            "there, or install the package of that platform"
+            f"{f' ({reason})' if reason else ''}: unset JAX_PLATFORMS to use the "
+            "devices that exist, or install the package of that platform"
         ) from None
 
 
@@ -101,7 +101,7 @@ def _check_flags(flags: str) -> None:
     """Raises UserError for XLA_FLAGS that XLA does not know."""
     if not flags:
         return
-    # XLA ends the process if it does not know a flag, so another one tries them.
+    # XLA ends the process if it does not know a flag, so another process tries them.
     script = "from jaxlib import xla_client; xla_client.CompileOptions()"
     tried = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True
@@ -219,7 +219,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
     Files may change while several processes look at them, and all must do the same. If
     `decide` fails, every process raises: the first the error, others its text.
 
-    `decide` may call this function again, which then only calls.
+    Within `decide`, this function only calls its argument.
     """
     if jax.process_count() == 1 or _is_deciding.get():
         return decide()

@@ -28,8 +28,8 @@ _ENTRY = {
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; none if it does not exist.
 
-    Lines that are no entries are left out with one warning. The last line may be torn,
-    because a killed run can leave the first half of a line.
+    Other lines are left out with one warning. The last line may be torn, because a
+    killed run can leave the first half of a line.
     """
     entries, bad = [], []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -171,11 +171,9 @@ class Telemetry:
             self._board.add_text(tag, markdown)
 
     def figure(self, tag: str, figure: Any) -> None:
-        """Adds a matplotlib Figure as an image."""
+        """Adds a matplotlib Figure as an image to TensorBoard."""
         if self._board:
             self._board.add_figure(tag, figure)
-        if self._wandb:
-            self._wandb.log({tag: import_wandb().Image(figure)})
 
     def hyperparameters(
         self, flat_dict: Mapping[str, Any], final_metrics: Mapping[str, Any]

@@ -1,38 +1,22 @@
 """Stops training between two steps after Ctrl-C or another signal."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pcagpt.process import STOPS
+from pcagpt import process
 
 AGREE_EVERY = 10  # steps between two exchanges among several processes
 
 
 class StopRequest:
-    """Records SIGINT and `STOPS` instead of ending; a second SIGINT ends at once.
+    """The first signal that asked this process to stop."""
 
-    A context manager. A second SIGINT raises KeyboardInterrupt at once. It has no
-    effect outside the main thread.
-    """
-
-    def __init__(self):
-        self.received = 0  # number of the first signal; 0: none
-        self._previous: dict = {}
-
-    def __enter__(self) -> "StopRequest":
-        try:
-            for number in (signal.SIGINT, *STOPS):
-                self._previous[number] = signal.signal(number, self._note)
-        except ValueError:  # Only the main thread may set handlers.
-            pass
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    received = 0  # its number; 0: none
 
     def stops_at(self, step: int) -> int:
         """The signal to stop for before this step, the same in every process, or 0."""
@@ -43,7 +27,16 @@ class StopRequest:
             return 0
         return int(multihost_utils.process_allgather(np.array(self.received)).max())
 
-    def _note(self, number, _) -> None:
+    def note(self, number: int, _) -> None:
+        """Records a signal; a second SIGINT raises KeyboardInterrupt."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
+
+
+@contextlib.contextmanager
+def recorded_signals() -> Iterator[StopRequest]:
+    """Records SIGINT and `process.STOPS` instead of ending."""
+    request = StopRequest()
+    with process.handled(request.note, signal.SIGINT, *process.STOPS):
+        yield request

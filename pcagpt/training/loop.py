@@ -24,7 +24,7 @@ from pcagpt.run.initialise import position_constants
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.training.interrupt import StopRequest
+from pcagpt.training.interrupt import recorded_signals
 from pcagpt.training.meter import History, Meter, not_finite
 from pcagpt.training.setup import Setup
 from pcagpt.training.step import Teacher, TrainState, initial_state, train_step
@@ -65,13 +65,13 @@ def train(
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(_telemetry(setup, run_dir, resumed_at))
         progress = stack.enter_context(Progress(label, last_step, first_step))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(recorded_signals())
         teacher = place_teacher(setup, state)
         compiled_step = compile_step(setup, state, shardings, teacher)
         meter = Meter(setup, history, telemetry, progress)
 
         # `step` is the number of updates of `state`. Each iteration evaluates and saves
-        # this state if it is time, and then makes the next update.
+        # this state if that is due, and then makes the next update.
         for step in range(first_step, last_step + 1):
             is_last, stopping = step == last_step, stop.stops_at(step)
             is_new = step != resumed_at  # A restored state was evaluated and saved.
@@ -144,11 +144,8 @@ def start(
     restored = checkpoints.restore_latest(init.eval_shape().items)
     if restored:
         items, meta = restored
-        return (
-            TrainState.from_items(**items),
-            shardings,
-            History.of(meta.get("history")),
-        )
+        history = History.of(meta.get("history"))
+        return TrainState.from_items(**items), shardings, history
     state = init()
     variables = {"params": state.params, "constants": _constants(setup)}
     state = state.replace(**setup.import_into(variables))
@@ -182,7 +179,7 @@ def place_teacher(setup: Setup, state: TrainState) -> Teacher | None:
 
 def compile_step(
     setup: Setup, state: TrainState, shardings: TrainState, teacher: Teacher | None
-) -> Callable:
+) -> jax.stages.Compiled:
     """Compiles `train_step` for the mesh and the batch; it consumes its state.
 
     Raises jax.errors.JaxRuntimeError if the device's memory is too small.
@@ -209,6 +206,17 @@ def compile_step(
         return lowered.compile(compiler_options=placement.COMPILER_OPTIONS)
 
 
+def peak_bytes(compiled_step: jax.stages.Compiled) -> int:
+    """Memory that a compiled step needs on one device."""
+    memory = compiled_step.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
 def _telemetry(setup: Setup, run_dir: Path, resumed_at: int | None) -> Telemetry:
     """Opens the logs of the run and adds a table of its settings."""
     settings = setup.settings
@@ -231,7 +239,7 @@ def _result(
     record: dict[str, Any],
     measured: Evaluation,
     history: History,
-    compiled_step: Callable,
+    compiled_step: jax.stages.Compiled,
 ) -> dict[str, Any]:
     """The content of result.json."""
     settings, model = setup.settings, setup.model.config
@@ -239,7 +247,6 @@ def _result(
     embedding, total = embedding_parameters(model), total_parameters(model)
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
-    memory = compiled_step.memory_analysis()
     # Imported bands are as large as a table of a rank; other bands have no such rank.
     has_rank = settings.init.import_bands or not model.band_sizes
     return {
@@ -263,12 +270,7 @@ def _result(
         "compression_total": total_parameters(full) / total,
         "tokens_per_second": history.tokens_per_second,
         "seconds": history.seconds,
-        "peak_bytes": (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        ),
+        "peak_bytes": peak_bytes(compiled_step),
         "resolved": {name: getattr(model, name) for name in DEVICE_KNOBS},
         "config_sha256": config_sha256(record),
         **provenance.summary(setup.mesh.size),

@@ -57,8 +57,8 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """AdamW for the trained parameters; frozen ones have no update and no moments.
 
-    Only the branch of the trained parameters has clipping and decay. Otherwise the norm
-    would contain gradients of frozen parameters, and frozen parameters would decay.
+    Only the branch of the trained parameters has clipping and decay, so that the norm
+    contains no gradients of frozen parameters, and frozen parameters do not decay.
     """
     adamw = optax.adamw(
         learning_rate_schedule(train),

@@ -79,6 +79,7 @@ class Teacher:
             HeadBand(
                 np.pad(rows_VE[start : start + size], ((0, padding), (0, 0))),
                 scale_down=None,
+                start=start,
                 size=size,
             )
             for start, size, padding, _ in bands
@@ -142,43 +143,14 @@ def train_step(
       With a teacher, also 'cross_entropy' and 'kl', the two parts of the loss.
     """
     dropout_key = jax.random.fold_in(named_key(seed, "dropout"), state.step)
-    logits_dtype = jnp.dtype(model.config.compute_dtype)
 
     def part_loss(params, tokens_BT, key):
-        """Mean loss per token of a part, and all losses by name."""
+        """The loss of a part, and all its losses by name."""
         params = optim.stop_frozen_gradients(params, frozen)
         variables = {"params": params, "constants": state.constants}
-        inputs_BT = tokens_BT[:, :-1]
-        h_ND = model.apply(
-            variables,
-            inputs_BT,
-            deterministic=model.config.dropout == 0,
-            method="hidden",
-            rngs={"dropout": key},
+        losses = part_losses(
+            variables, tokens_BT, key, teacher, model, loss_chunks, distill_share
         )
-        targets_N = tokens_BT[:, 1:].reshape(-1)
-        head = model.apply(variables, method="head")
-        # Bands renumber the tokens, so the columns of the targets are not their ids.
-        columns_N = model.apply(variables, targets_N, method="renumber")
-        precision = {"logits_dtype": logits_dtype, "chunks": loss_chunks}
-        if teacher is None:
-            kernels = model.config.kernels
-            loss = cross_entropy(h_ND, head, columns_N, kernels=kernels, **precision)
-            losses = {"loss": loss}
-        else:
-            taught_NE = teacher.model.apply(
-                teacher.variables, inputs_BT, method="hidden"
-            )
-            losses = distillation(
-                h_ND,
-                head,
-                columns_N,
-                taught_NE,
-                teacher.head,
-                share=distill_share,
-                **precision,
-            )
-        losses = {name: value / targets_N.size for name, value in losses.items()}
         return losses["loss"], losses
 
     def part_gradients(tokens_BT, index):
@@ -215,3 +187,48 @@ def train_step(
         optimizer=optimizer_state,
     )
     return new_state, metrics
+
+
+def part_losses(
+    variables: dict,
+    tokens_BT: jax.Array,
+    dropout_key: jax.Array,
+    teacher: Teacher | None,
+    model: GPT,
+    loss_chunks: int,
+    distill_share: float,
+) -> dict[str, jax.Array]:
+    """Mean losses per token of windows [B, T + 1], by name; 'loss' is minimised.
+
+    Arguments are as for `train_step`.
+    """
+    inputs_BT = tokens_BT[:, :-1]
+    h_ND = model.apply(
+        variables,
+        inputs_BT,
+        deterministic=model.config.dropout == 0,
+        method="hidden",
+        rngs={"dropout": dropout_key},
+    )
+    targets_N = tokens_BT[:, 1:].reshape(-1)
+    head = model.apply(variables, method="head")
+    # Bands renumber the tokens, so the columns of the targets are not their ids.
+    columns_N = model.apply(variables, targets_N, method="renumber")
+    logits_dtype = jnp.dtype(model.config.compute_dtype)
+    precision = {"logits_dtype": logits_dtype, "chunks": loss_chunks}
+    if teacher is None:
+        kernels = model.config.kernels
+        loss = cross_entropy(h_ND, head, columns_N, kernels=kernels, **precision)
+        losses = {"loss": loss}
+    else:
+        taught_NE = teacher.model.apply(teacher.variables, inputs_BT, method="hidden")
+        losses = distillation(
+            h_ND,
+            head,
+            columns_N,
+            taught_NE,
+            teacher.head,
+            share=distill_share,
+            **precision,
+        )
+    return {name: value / targets_N.size for name, value in losses.items()}
