@@ -11,7 +11,7 @@ from command_line import ROOT
 from constriction import stream
 
 from pcagpt import coding
-from pcagpt.coding import transform
+from pcagpt.coding import coder, transform
 from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.coder import Reader, Writer
 from pcagpt.coding.encode import prepare, trial
@@ -230,6 +230,17 @@ def test_rows_of_any_kind_come_back():
     reader.end()
     with pytest.raises(ValueError, match="end"):
         Reader(words).end()
+
+
+def test_a_decoder_that_goes_astray_is_noticed_at_the_end(monkeypatch):
+    writer = Writer()
+    writer.row(np.arange(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(coder, "_SENTINEL", 77)
+        reader = Reader(writer.words())
+    reader.row(5)
+    with pytest.raises(ValueError, match="end"):
+        reader.end()
 
 
 def test_rows_of_zeros_cost_next_to_nothing():
