@@ -1,0 +1,73 @@
+"""From coefficients to integers: a step for each token, zeros, and compensation.
+
+Shape letters: V vocabulary, K directions, C classes of steps.
+"""
+
+import numpy as np
+
+from pcagpt.coding.transform import Coefficients
+
+# Added to a magnitude before it is cut to an integer. Below 1/2, more values become
+# zero than by rounding to the nearest, which saves more bits than it adds error.
+ROUNDING = 0.4
+LARGEST_SYMBOL = 2**15 - 1
+# Token weights outside, relative to their mean, count as the limit: a token that was
+# never seen has steps, and the most frequent one does not need huge symbols.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-12, 2.0**8
+
+
+def step_classes(weights_V: np.ndarray) -> np.ndarray:
+    """The class of each token's step: [V] int8. Class c means a step of 2^(c/2).
+
+    An error e costs p_v e^2, so one step in the units of p_v^-1/2 for all tokens gives
+    the least total error for the bits (reverse water-filling). The weights are relative
+    to their mean. Each class spans a factor 2 of weights.
+    """
+    weights_V = np.clip(weights_V, SMALLEST_WEIGHT, LARGEST_WEIGHT)
+    return np.round(-np.log2(weights_V)).astype(np.int8)
+
+
+def class_steps(classes: np.ndarray, step: float) -> np.ndarray:
+    """Steps of classes, float64: the same on every machine, because no power is."""
+    whole, odd = np.divmod(classes.astype(np.int32), 2)
+    return np.ldexp(np.where(odd, 1.4142135623730951, 1.0), whole) * step
+
+
+def quantize(
+    coefficients: Coefficients,
+    steps_V: np.ndarray,
+    kept_KV: np.ndarray | None = None,
+    rounding: float = ROUNDING,
+) -> np.ndarray:
+    """Integers [K, V] int16: a symbol n stands for the value n * step.
+
+    Direction after direction, the last (weakest) first, the value that is rounded is
+    the one that is best for what follows it. With the logit error s so far and
+    R = sum of C_i^2 over the directions to come (this one included), the least
+    |e|^2 + (s + e C)^2 is at e = -s C / (1 + R). This is the compensation of GPTQ
+    (Frantar et al. 2022) in closed form, since the Hessian of a row is the identity
+    plus a matrix of rank one.
+
+    Args:
+      coefficients: of K directions.
+      steps_V: the step of each token.
+      kept_KV: False where the symbol must be zero; broadcasts.
+      rounding: `ROUNDING`; 1/2 rounds to the nearest.
+    """
+    values_KV, contexts_KV, left_V = coefficients
+    symbols_KV = np.empty(values_KV.shape, np.int16)
+    if contexts_KV is not None:
+        error_V = left_V.copy()
+        coming_V = np.einsum("kv,kv->v", contexts_KV, contexts_KV, dtype=np.float64)
+    for k in reversed(range(len(values_KV))):
+        target_V = values_KV[k] / steps_V
+        if contexts_KV is not None:
+            target_V -= error_V * contexts_KV[k] / ((1 + coming_V) * steps_V)
+        size_V = np.minimum(np.floor(np.abs(target_V) + rounding), LARGEST_SYMBOL)
+        if kept_KV is not None:
+            size_V *= kept_KV[k]
+        symbols_KV[k] = np.copysign(size_V, target_V)
+        if contexts_KV is not None:
+            error_V += (symbols_KV[k] * steps_V - values_KV[k]) * contexts_KV[k]
+            coming_V = np.maximum(coming_V - np.square(contexts_KV[k]), 0)
+    return symbols_KV

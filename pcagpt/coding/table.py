@@ -1,0 +1,60 @@
+"""A coded token table: integers, and the dense table that they stand for.
+
+Shape letters: V vocabulary, D model width, K directions, n tokens of a class.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from pcagpt.coding.basis import Basis
+from pcagpt.coding.quantize import class_steps
+from pcagpt.coding.transform import chunks
+
+LARGEST_SUM = (
+    2.0**53
+)  # Integers below are exact in float64, whatever the order of sums.
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedTable:
+    """Row v is step_v symbols[:, v] @ the first K rows of the basis + its last row."""
+
+    symbols: np.ndarray  # [K, V] int16
+    classes: np.ndarray  # [V] int8: step_v = step * 2^(class / 2)
+    step: float
+    basis: Basis  # [K + 1, D]; the last row is the mean
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, D)."""
+        return len(self.classes), self.basis.integers.shape[1]
+
+    def dense(self) -> np.ndarray:
+        """The table, float32 [V, D], the same bits on every machine.
+
+        Sums are of integers, so their order does not matter; what follows is a fixed
+        sequence of single float64 operations. ValueError if a sum may be inexact.
+        """
+        integers_KD, rows_K, columns_D = self.basis
+        mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)
+        # Rows of a finer step are the unit of the sums.
+        lowest = rows_K[:-1].min(initial=rows_K[-1])
+        shifts_K = (rows_K[:-1] - lowest)[:, None]
+        integers_KD = np.ldexp(integers_KD[:-1].astype(np.float64), shifts_K)
+        units_D = np.ldexp(1.0, lowest + columns_D)
+        largest_K = np.abs(integers_KD).max(axis=1, initial=0)
+        dense_VD = np.empty(self.shape, np.float32)
+        for name in np.unique(self.classes):
+            tokens = np.flatnonzero(self.classes == name)
+            for part in chunks(len(tokens)):
+                symbols_Kn = self.symbols[:, tokens[part]]
+                used = np.flatnonzero(symbols_Kn.any(axis=1))
+                symbols_Kn = symbols_Kn[used].astype(np.float64)
+                size = np.abs(symbols_Kn).max(axis=1) @ largest_K[used]
+                if not size < LARGEST_SUM:
+                    raise ValueError("its integers are too large for exact sums")
+                sums_nD = symbols_Kn.T @ integers_KD[used]
+                scaled_nD = sums_nD * units_D * class_steps(name, self.step)
+                dense_VD[tokens[part]] = scaled_nD + mean_D
+        return dense_VD

@@ -1,0 +1,529 @@
+"""Coded tables: transform, integers, entropy coder, file and search."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import ROOT
+from constriction import stream
+
+from pcagpt import coding
+from pcagpt.coding import coder, transform
+from pcagpt.coding.basis import quantize_basis
+from pcagpt.coding.coder import Reader, Writer
+from pcagpt.coding.encode import prepare, trial
+from pcagpt.coding.file import HEADER_BYTES
+from pcagpt.coding.fit import fit
+from pcagpt.coding.models import Model, frequencies
+from pcagpt.coding.payload import to_words
+from pcagpt.coding.quantize import class_steps, quantize, step_classes
+from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
+from pcagpt.errors import UserError
+from pcagpt.factorize import Weighting
+
+V, D = 300, 24
+RANDOM = np.random.default_rng(5)
+BASIS = np.linalg.qr(RANDOM.normal(size=(D, D)))[0]
+TABLE = (RANDOM.normal(size=(V, D)) * np.arange(1, D + 1) ** -0.8 @ BASIS + 0.3).astype(
+    np.float32
+)
+HIDDEN = RANDOM.normal(size=(4 * D, D)) * np.linspace(0.3, 3, D)
+METRIC = HIDDEN.T @ HIDDEN / len(HIDDEN)
+WEIGHTS = 1 / np.arange(1, V + 1)
+MEAN = WEIGHTS @ TABLE / WEIGHTS.sum()
+CONTEXTS = (TABLE - MEAN) @ RANDOM.normal(size=(D, D)) * 0.3
+FULL = Weighting(WEIGHTS, METRIC, MEAN, CONTEXTS)
+WEIGHTINGS = {
+    "none": Weighting(),
+    "mean": Weighting(mean=MEAN),
+    "weights": Weighting(WEIGHTS, mean=MEAN),
+    "metric": Weighting(WEIGHTS, METRIC, MEAN),
+    "contexts": FULL,
+}
+DESCRIPTION = coding.Description("context", "a" * 64, "b" * 64, 0.0123456789, None)
+each_weighting = pytest.mark.parametrize(
+    "weighting", WEIGHTINGS.values(), ids=WEIGHTINGS
+)
+
+
+def written(path, table=TABLE, weighting=FULL, step=0.1):
+    """A file of a table, and what was coded."""
+    made = coding.at_step(prepare(table, weighting), step)
+    coding.write(path, made.table, made.words, DESCRIPTION)
+    return made
+
+
+@each_weighting
+def test_a_file_gives_back_every_integer_and_every_bit(weighting, tmp_path):
+    made = written(tmp_path / "table.pcat", weighting=weighting)
+    found, description = coding.read(tmp_path / "table.pcat")
+    np.testing.assert_array_equal(found.symbols, made.table.symbols)
+    np.testing.assert_array_equal(found.classes, made.table.classes)
+    np.testing.assert_array_equal(found.dense(), made.table.dense())
+    assert found.dense().dtype == np.float32
+    assert description == DESCRIPTION
+    assert made.bytes == (tmp_path / "table.pcat").stat().st_size
+
+
+def test_a_loss_that_is_measured_later_does_not_change_the_size(tmp_path):
+    made = written(tmp_path / "table.pcat")
+    known = coding.Description("context", predicted_loss=1e-300, measured_loss=-1 / 3)
+    assert len(coding.to_bytes(made.table, made.words, known)) == made.bytes
+
+
+# Transform
+
+
+def test_the_errors_of_coefficients_are_those_of_the_weighting():
+    synthesis = karhunen_loeve(TABLE, FULL)
+    np.testing.assert_allclose(synthesis @ METRIC @ synthesis.T, np.eye(D), atol=1e-10)
+    values, contexts, left_out = coefficients(TABLE, FULL, synthesis, MEAN)
+    np.testing.assert_allclose(values.T @ synthesis + MEAN, TABLE, atol=1e-4)
+    np.testing.assert_allclose(left_out, 0, atol=1e-4)
+    error = RANDOM.normal(size=values.shape)
+    shift = np.einsum("kv,kv->v", error, contexts)
+    expected = WEIGHTS @ (np.square(error).sum(axis=0) + shift**2) / 2
+    dense = TABLE + error.T @ synthesis
+    found = coding.second_order_loss(TABLE, dense, FULL)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_directions_are_uncorrelated_and_fall_in_energy():
+    synthesis = karhunen_loeve(TABLE, FULL)
+    values = coefficients(TABLE, FULL, synthesis, MEAN).values
+    moment = values * WEIGHTS @ values.T
+    energy = moment.diagonal()
+    assert (np.diff(energy) < 0).all()
+    np.testing.assert_allclose(moment - np.diag(energy), 0, atol=1e-3 * energy[-1])
+
+
+def test_coefficients_of_few_directions_are_the_best_ones():
+    synthesis = karhunen_loeve(TABLE, FULL)[:5] + RANDOM.normal(size=(5, D)) * 0.02
+    values, _, left_out = coefficients(TABLE, FULL, synthesis, MEAN)
+    error = values.T @ synthesis + MEAN - TABLE
+    np.testing.assert_allclose(error @ METRIC @ synthesis.T, 0, atol=1e-3)
+    shift = np.einsum("vd,vd->v", error, CONTEXTS)
+    np.testing.assert_allclose(left_out, shift, atol=1e-3)
+
+
+# Integers
+
+
+def test_without_weights_symbols_are_uniform_quantization_in_the_klt():
+    synthesis = karhunen_loeve(TABLE, Weighting())
+    made = coefficients(TABLE, Weighting(), synthesis, np.zeros(D))
+    basis = np.linalg.svd(TABLE.astype(np.float64))[2]
+    expected = np.abs(np.rint(TABLE @ basis.T / 0.11))
+    steps = class_steps(step_classes(np.ones(V)), 0.11)
+    np.testing.assert_array_equal(
+        np.abs(quantize(made, steps, rounding=0.5)).T, expected
+    )
+
+
+def test_contexts_move_what_is_rounded_as_worked_out_by_hand():
+    # Row 1, step 1, contexts (1, 1): the weak 0.8 becomes 1, so s = 0.2. The strong
+    # 1.55 aims at 1.55 - 0.2 / (1 + 1) = 1.45 and becomes 1 instead of 2.
+    # Row 2, step 1/2, contexts (1, -2), s = 0.4 from what is left out: the weak 0.6
+    # aims at 0.6 + 0.4 * 2 / (1 + 5) = 0.73 and becomes 1 (0.5), so
+    # s = 0.4 + (-0.1)(-2) = 0.6. The strong 0.3 aims at 0.3 - 0.6 / 2 = 0.
+    values = np.array([[1.55, 0.3], [0.8, 0.6]], np.float32)
+    contexts = np.array([[1, 1], [1, -2]], np.float32)
+    steps, left_out = np.array([1, 0.5]), np.array([0, 0.4])
+    made = quantize(Coefficients(values, contexts, left_out), steps, rounding=0.5)
+    np.testing.assert_array_equal(made, [[1, 0], [1, 1]])
+    plain = quantize(Coefficients(values, None, None), steps, rounding=0.5)
+    np.testing.assert_array_equal(plain, [[2, 1], [1, 1]])
+
+
+def test_contexts_lower_the_loss_that_counts_them():
+    with_contexts = prepare(TABLE, FULL)
+    without = prepare(TABLE, FULL._replace(contexts=None))
+    for step in (0.05, 0.2):
+        found = coding.at_step(with_contexts, step)
+        plain = coding.at_step(without, step).table.dense()
+        assert found.loss < 0.95 * coding.second_order_loss(TABLE, plain, FULL)
+
+
+def test_values_between_the_dead_zone_and_half_a_step_become_zero():
+    values = np.array([[0.55, 0.65, -0.55, -0.65, 1.55, 1.65]], np.float32)
+    symbols = quantize(Coefficients(values, None, None), np.ones(6))
+    np.testing.assert_array_equal(symbols, [[0, 1, 0, -1, 1, 2]])
+
+
+def test_steps_follow_the_root_of_the_weights_within_limits():
+    weights = np.array([900.0, 1.0, 0.25, 0.3, 0.0])
+    classes = step_classes(weights)
+    assert classes.tolist() == [-8, 0, 2, 2, 12]
+    steps = class_steps(np.arange(-3, 4), 0.5)
+    np.testing.assert_allclose(steps, 0.5 * 2.0 ** (np.arange(-3, 4) / 2), rtol=1e-15)
+
+
+def test_the_error_of_the_basis_is_that_of_its_steps():
+    rows = karhunen_loeve(TABLE, FULL)
+    steps = 2.0 ** -np.linspace(9, 5, D)
+    basis = quantize_basis(rows, METRIC, steps)
+    error = basis.dense() - rows
+    cost = np.einsum("kd,kd->k", error @ METRIC, error)
+    # Within the factor 2 of steps that are powers of two, and chance.
+    ratio = cost / (D * steps**2 / 12)
+    assert 0.8 < ratio.mean() < 1.3
+    # Rounding without compensation is worse in the metric for the same integers' steps.
+    plain = np.rint(np.ldexp(rows, -basis.rows[:, None] - basis.columns))
+    plain = np.ldexp(plain, basis.rows[:, None] + basis.columns) - rows
+    assert np.einsum("kd,kd->", plain @ METRIC, plain) > 1.2 * cost.sum()
+
+
+# Entropy coder
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Model(1), Model(5, 20, -3, 2), Model(9, 70, 8, 6), Model(15, 127, 1023, 0)],
+)
+def test_frequencies_are_what_the_coder_uses(model):
+    found = frequencies(model)
+    assert found.dtype == np.int64 and (found > 0).all() and found.sum() == 2**24
+    shares = (found - 1).astype(np.float64)
+    coder_model = stream.model.Categorical(shares, perfect=False)
+    for place in {0, len(found) // 2, int(np.argmax(found)), len(found) - 1}:
+        encoder = stream.queue.RangeEncoder()
+        encoder.encode(np.full(20000, place, np.int32), coder_model)
+        bits = 20000 * (24 - np.log2(found[place]))
+        assert abs(encoder.num_bits() - bits) <= 64 + 1e-4 * bits
+
+
+@pytest.mark.parametrize("deviation", [0.2, 0.5, 1, 5, 50])
+@pytest.mark.parametrize(
+    "draw", [RANDOM.normal, RANDOM.laplace], ids=["normal", "laplace"]
+)
+def test_tables_cost_little_more_than_the_entropy(draw, deviation):
+    values = draw(deviation / 3, deviation, 30000)
+    values = np.copysign(np.floor(np.abs(values) + 0.4), values).astype(np.int16)
+    (model,) = fit([values])
+    bits = (24 - np.log2(frequencies(model)))[values + 2**model.reach - 1].mean()
+    shares = np.unique(values, return_counts=True)[1] / len(values)
+    entropy = -(shares * np.log2(shares)).sum()
+    assert bits < 1.02 * entropy + 0.003
+
+
+def test_rows_of_any_kind_come_back():
+    rows = [
+        np.zeros(7), np.full(40, 9), RANDOM.normal(0, 40, 500), [32767, -32767], [5], []
+    ]  # fmt: skip
+    rows = [np.array(row).astype(np.int16) for row in rows]
+    writer = Writer()
+    writer.rows(rows)
+    writer.row(rows[2])
+    writer.rows([])
+    words = writer.words()
+    reader = Reader(words)
+    for row, found in zip(rows, reader.rows([len(row) for row in rows]), strict=True):
+        if not row.any():
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, row)
+    np.testing.assert_array_equal(reader.row(500), rows[2])
+    assert reader.rows([]) == []
+    reader.end()
+    with pytest.raises(ValueError, match="end"):
+        Reader(words).end()
+
+
+def test_a_decoder_that_goes_astray_is_noticed_at_the_end(monkeypatch):
+    writer = Writer()
+    writer.row(np.arange(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(coder, "_SENTINEL", 77)
+        reader = Reader(writer.words())
+    reader.row(5)
+    with pytest.raises(ValueError, match="end"):
+        reader.end()
+
+
+def test_rows_of_zeros_cost_next_to_nothing():
+    empty, writer = Writer(), Writer()
+    empty.rows([])
+    writer.rows([np.zeros(5000, np.int16)] * 1000)
+    assert writer.words().nbytes <= empty.words().nbytes + 4
+
+
+def test_bytes_are_those_of_the_entropy_and_side_information():
+    table = RANDOM.normal(size=(4000, D)) * np.arange(1, D + 1) ** -0.8 @ BASIS
+    made = coding.at_step(prepare(table.astype(np.float32), Weighting()), 0.2)
+    values = 0.0
+    for row in made.table.symbols:
+        counts = np.unique(row, return_counts=True)[1]
+        values -= (counts * np.log2(counts / counts.sum())).sum() / 8
+    writer = Writer()  # Without symbols: header, classes, basis.
+    writer.rows(made.table.basis.integers)
+    side = writer.words().nbytes + HEADER_BYTES + 100
+    assert 0.97 < made.bytes / (values + side) < 1.03
+    assert values > 5 * side
+
+
+# Dense tables
+
+
+def test_bits_do_not_depend_on_the_order_of_sums(monkeypatch):
+    made = coding.at_step(prepare(TABLE, FULL), 0.01).table
+    dense = made.dense()
+    monkeypatch.setattr(transform, "CHUNK", 7)
+    np.testing.assert_array_equal(made.dense(), dense)
+    order = RANDOM.permutation(len(made.symbols))
+    rows = np.append(order, len(order))
+    basis = made.basis._replace(
+        integers=made.basis.integers[rows], rows=made.basis.rows[rows]
+    )
+    shuffled = coding.CodedTable(made.symbols[order], made.classes, made.step, basis)
+    np.testing.assert_array_equal(shuffled.dense(), dense)
+
+
+def test_sums_that_float64_would_round_are_refused():
+    made = coding.at_step(prepare(TABLE, FULL), 0.1).table
+    rows = made.basis.rows.copy()
+    rows[0] += 60
+    made = coding.CodedTable(
+        made.symbols, made.classes, made.step, made.basis._replace(rows=rows)
+    )
+    with pytest.raises(ValueError, match="exact sums"):
+        made.dense()
+
+
+def test_the_stand_alone_reader_gives_the_same_bits(tmp_path):
+    path = ROOT / "scripts" / "read_coded_table.py"
+    assert len(path.read_text().splitlines()) <= 100
+    spec = importlib.util.spec_from_file_location("read_coded_table", path)
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    for name, weighting in WEIGHTINGS.items():
+        for step in (0.003, 0.1, 100.0):
+            made = written(tmp_path / name, weighting=weighting, step=step)
+            np.testing.assert_array_equal(
+                reader.read(tmp_path / name), made.table.dense()
+            )
+    content = bytearray((tmp_path / "none").read_bytes())
+    content[-40] ^= 1
+    (tmp_path / "none").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        reader.read(tmp_path / "none")
+
+
+def test_the_file_of_an_older_version_gives_the_same_bits():
+    coded, _ = coding.read(Path(__file__).parent / "fixtures" / "coded_table_1.pcat")
+    dense = coded.dense()
+    assert dense.shape == (40, 8)
+    digest = hashlib.sha256(dense.astype("<f4").tobytes()).hexdigest()
+    assert digest == FIXTURE_DIGEST
+
+
+FIXTURE_DIGEST = "e65349bf79ab738cf776ba8a57de8f48f523d10eef8886c3b4f566ed744c79e5"
+
+
+# Damage
+
+
+def refused(path, content, words):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        coding.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def sealed(content):
+    return content + hashlib.sha256(content).digest()
+
+
+def test_a_flipped_bit_anywhere_is_refused(tmp_path):
+    path = tmp_path / "table.pcat"
+    written(path)
+    content = path.read_bytes()
+    for place in np.unique(np.linspace(0, len(content) - 1, 250).astype(int)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        refused(path, bytes(damaged), "damaged|no coded table|later pcagpt")
+
+
+def test_a_file_that_ends_early_or_late_is_refused(tmp_path):
+    path = tmp_path / "table.pcat"
+    written(path)
+    content = path.read_bytes()
+    for length in [0, 1, 8, 12, 40, 300, 600, len(content) - 4, len(content) - 1]:
+        refused(path, content[:length], "damaged|no coded table")
+        refused(path, sealed(content[:length]), "damaged|no coded table")
+    refused(path, content + b"\0\0\0\0", "damaged")
+    with pytest.raises(UserError, match="No such file"):
+        coding.read(tmp_path / "other")
+
+
+def test_words_of_another_table_are_refused(tmp_path):
+    path = tmp_path / "table.pcat"
+    written(path)
+    content = bytearray(path.read_bytes()[:-32])
+    for place in range(12 + HEADER_BYTES, len(content), 97):
+        damaged = content.copy()
+        damaged[place] ^= 0x55
+        refused(path, sealed(bytes(damaged)), "damaged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shape": [2**40, 768]}, "memory"),
+        ({"shape": [10**18, 10**18]}, "memory"),
+        ({"shape": [300, 2**40]}, "memory"),
+        ({"shape": [-1, 24]}, "damaged"),
+        ({"shape": [300]}, "damaged"),
+        ({"shape": [300, True]}, "damaged"),
+        ({"shape": None}, "damaged"),
+        ({"dtype": "float64"}, "damaged"),
+        ({"directions": 25}, "damaged"),
+        ({"directions": -1}, "damaged"),
+        ({"step": 0.0}, "damaged"),
+        ({"step": "1"}, "damaged"),
+        ({"method": 1}, "damaged"),
+    ],
+)
+def test_a_header_that_cannot_be_true_is_refused(changes, words, tmp_path):
+    path = tmp_path / "table.pcat"
+    written(path)
+    content = path.read_bytes()
+    end = 12 + HEADER_BYTES
+    header = json.dumps(json.loads(content[12:end]) | changes).encode()
+    changed = content[:12] + header.ljust(HEADER_BYTES) + content[end:-32]
+    refused(path, sealed(changed), words)
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path):
+    path = tmp_path / "table.pcat"
+    written(path)
+    content = bytearray(path.read_bytes()[:-32])
+    content[8] = 2
+    refused(path, sealed(bytes(content)), "version 2.*later pcagpt")
+
+
+# Search
+
+
+def test_a_target_of_bytes_is_met_closely():
+    prepared = prepare(TABLE, FULL)
+    for most in (2000, 5000):
+        made = coding.within_bytes(prepared, most)
+        assert 0.97 * most < made.bytes <= most
+
+
+def test_a_target_of_loss_is_met_closely():
+    prepared = prepare(TABLE, FULL)
+    made = coding.within_loss(prepared, 0.1)
+    assert 0.09 < made.loss <= 0.1
+
+
+@pytest.mark.parametrize("weighting", [Weighting(), FULL], ids=["none", "full"])
+def test_finer_steps_take_more_bytes_and_lose_less(weighting):
+    prepared = prepare(TABLE, weighting)
+    made = [coding.at_step(prepared, 2.0**-n) for n in range(0, 8, 2)]
+    assert (np.diff([m.bytes for m in made]) > 0).all()
+    assert (np.diff([m.loss for m in made]) < 0).all()
+
+
+def test_estimates_are_close_to_what_encoding_gives():
+    prepared = prepare(TABLE, FULL)
+    smallest = coding.at_step(prepared, prepared.largest_step).bytes
+    for step in (0.02, 0.1):
+        found, made = trial(prepared, step), coding.at_step(prepared, step)
+        assert found.loss == pytest.approx(made.loss, rel=0.1)
+        assert found.bits / 8 == pytest.approx(made.bytes - smallest, rel=0.15)
+
+
+def test_a_budget_below_the_side_information_is_refused():
+    prepared = prepare(TABLE, FULL)
+    with pytest.raises(UserError, match="allow more bytes") as caught:
+        coding.within_bytes(prepared, 500)
+    assert "\n" not in str(caught.value)
+    smallest = coding.at_step(prepared, prepared.largest_step)
+    assert coding.within_bytes(prepared, smallest.bytes).bytes == smallest.bytes
+
+
+def test_a_loss_that_no_table_has_is_refused():
+    prepared = prepare(TABLE, FULL)
+    for most in (0, -1, float("nan")):
+        with pytest.raises(UserError, match="allow more loss"):
+            coding.within_loss(prepared, most)
+    assert coding.within_loss(prepared, 1e9).table.symbols.size == 0
+    constant = prepare(np.ones((V, D), np.float32), Weighting())
+    with pytest.raises(UserError, match="allow more loss"):
+        coding.within_loss(constant, 0.0)
+    zeros = prepare(np.zeros((V, D), np.float32), Weighting())
+    assert coding.within_loss(zeros, 0.0).loss == 0
+    assert coding.within_bytes(zeros, 10**9).loss == 0
+
+
+# Unusual tables
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_table_with_a_value_that_is_no_entry_is_refused(value):
+    table = TABLE.copy()
+    table[3, 4] = value
+    with pytest.raises(UserError, match=r"\(3, 4\)"):
+        prepare(table, FULL)
+
+
+@pytest.mark.parametrize("weights", [np.zeros(V), -WEIGHTS, WEIGHTS * np.nan])
+def test_weights_that_weigh_nothing_are_refused(weights):
+    with pytest.raises(UserError, match="weights of the tokens"):
+        prepare(TABLE, FULL._replace(token_weights=weights))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.zeros((V, D)),  # zero everywhere
+        np.ones((V, D)),  # constant
+        np.where(np.arange(V)[:, None] % 3, TABLE, 0),  # rows of zeros
+        np.kron(np.ones((V // D + 1, 1)), np.eye(D))[:V],  # equal eigenvalues
+        np.round(TABLE),  # ties of roundings
+        TABLE[:5],  # fewer tokens than directions
+        TABLE[:1],
+        TABLE[:, :1],
+    ],
+    ids=["zero", "constant", "zero rows", "equal", "ties", "few", "one", "narrow"],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_unusual_tables_are_coded(table, weighted, tmp_path):
+    table = table.astype(np.float32)
+    rows, width = table.shape
+    weighting = Weighting()
+    if weighted:
+        weights = WEIGHTS[:rows] * (np.arange(rows) % 4 != 1)  # Unseen tokens.
+        metric = METRIC[:width, :width]
+        mean = weights @ table / weights.sum()
+        weighting = Weighting(weights, metric, mean, CONTEXTS[:rows, :width])
+    made = written(tmp_path / "t", table, weighting, step=1e-3)
+    dense = coding.read(tmp_path / "t")[0].dense()
+    np.testing.assert_array_equal(dense, made.table.dense())
+    nothing = coding.at_step(prepare(table, weighting), 1e4)
+    assert made.loss < 1e-3 * nothing.loss + 1e-9
+
+
+def test_a_token_that_was_never_seen_is_coded():
+    weights = np.where(np.arange(V) % 4 == 1, 0, WEIGHTS)
+    made = coding.at_step(prepare(TABLE, Weighting(weights)), 1e-3)
+    assert np.abs(made.table.dense() - TABLE)[1::4].max() < 0.3
+
+
+def test_a_singular_metric_leaves_out_what_it_does_not_see():
+    metric = METRIC.copy()
+    metric[:, :6] = metric[:6] = 0
+    weighting = FULL._replace(metric=metric, contexts=None)
+    made = coding.at_step(prepare(TABLE, weighting), 1e-3)
+    assert len(made.table.symbols) <= D - 6
+    assert made.loss < 1e-4
+
+
+def test_words_are_the_same_each_time():
+    one, two = (coding.at_step(prepare(TABLE, FULL), 0.1) for _ in range(2))
+    np.testing.assert_array_equal(one.words, two.words)
+    np.testing.assert_array_equal(to_words(one.table), one.words)
