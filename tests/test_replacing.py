@@ -206,6 +206,12 @@ def test_a_result_of_another_run_does_not_count(copied):
     del result["run_id"]
     write_json(run_dir / "result.json", result)
     assert read_result(run_dir) is None
+    record = read_record(run_dir)
+    del record["run_id"]
+    write_record(run_dir, record)  # As an older version did.
+    assert read_result(run_dir)["seed"] == record["seed"]
+    write_json(run_dir / "result.json", {**result, "seed": 9})
+    assert read_result(run_dir) is None
 
 
 def test_checkpoints_of_another_run_than_config_json_are_refused(copied):

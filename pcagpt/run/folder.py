@@ -114,8 +114,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         return None
     record = read_record(run_dir) or result
     # Older versions give no run_id. The seed tells most of their runs apart.
-    seeds = result.get("seed", record.get("seed")), record.get("seed")
-    is_own = result.get("run_id") == record.get("run_id") and seeds[0] == seeds[1]
+    seeds = {result.get("seed"), record.get("seed")} - {None}
+    is_own = result.get("run_id") == record.get("run_id") and len(seeds) < 2
     return result if is_own else None
 
 
