@@ -673,7 +673,7 @@ def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size,
 @pytest.mark.parametrize(
     ("stored", "meta", "match"),
     [
-        ("<u4", {}, "either uint32 ids, or uint16 ids of which every second one is 0"),
+        ("<u4", {}, "either uint32 ids, or uint16 ids with 0 at every second place"),
         ("<u2", {"dtype": "uint32"}, "looks like uint16, not uint32: correct dtype"),
         ("<i8", {}, r"looks like int64, .*astype\('<u2'\)"),
         ("<i8", {"dtype": "uint32"}, "looks like int64"),
@@ -703,7 +703,7 @@ def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache
     written = pickle.dumps(known) if is_pickle else json.dumps(known).encode()
     (folder / meta).write_bytes(written)
     for split in ("train", "val"):
-        refused(folder, cache, r"every .* 0: say .*json.*\{\"dtype\": \"uint16", split)
+        refused(folder, cache, r"with 0 at every second place: say .*json.*\{\"dtype\": \"uint16", split)
     for stated, ids in (
         ({"dtype": "uint16"}, DIGITS),
         ({"dtype": "uint32"}, DIGITS[::2]),

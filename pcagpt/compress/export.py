@@ -61,7 +61,7 @@ def write_model(
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """How the compressed model in a folder was made; {} if it is none."""
+    """The origin that `write_model` recorded in a folder; {} without a record."""
     return (read_record(folder) or {}).get("compressed") or {}
 
 

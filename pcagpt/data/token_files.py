@@ -201,8 +201,8 @@ def _width(path: Path, content: Content, info: CorpusInfo) -> str | None:
     if info.vocab_size > 1 << 16:
         return "uint32"
     raise UserError(
-        f"{path} holds either uint32 ids, or uint16 ids of which every second one is "
-        f"0: {_statement(path, info)}"
+        f"{path} holds either uint32 ids, or uint16 ids with 0 at every second "
+        f"place: {_statement(path, info)}"
     )
 
 

@@ -75,7 +75,7 @@ class TrainJob(Job):
         if not holds_run(self.folder):
             return TO_DO
         if self._serves_as_prerequisite():
-            self._check_shared_model()
+            self._check_start_of_arm()
             return DONE
         conflict = self._conflict()
         if conflict and self._may_replace:
@@ -99,7 +99,7 @@ class TrainJob(Job):
             return False
         return bool(read_result(self.folder)) or not is_made_here(self.folder)
 
-    def _check_shared_model(self) -> None:
+    def _check_start_of_arm(self) -> None:
         """Raises UserError if `for_arm` cannot start from the run in the folder.
 
         A warning says in what the run differs from the one that was asked for.

@@ -71,7 +71,7 @@ class Checkpoints:
         self._manager.close()
 
     def _seal(self) -> None:
-        """Completes a save, whose folder may not have its final name yet."""
+        """Completes a save. Its folder may still have a temporary name."""
         if jax.process_index() > 0:  # All would write the same file.
             return
         written = self._folder / f"{self._saving}{_UNFINISHED}"

@@ -48,6 +48,15 @@ class Run:
 
         def find() -> tuple[str, int]:
             folder, step = checkpoint.find(path)
+            if reason := stranger(folder, step):
+                raise UserError(f"{reason}: put the run's own checkpoint there")
+            last = (read_result(folder) or {}).get("steps", step)
+            is_named = Path(path).name == str(step)
+            if not is_named and last not in checkpoint.steps(folder):
+                warn_once(
+                    f"{checkpoint.folder_of(folder, last)}, the last checkpoint of a "
+                    f"finished run, is missing: step {step} is used"
+                )
             return str(folder), step
 
         # The run may be training: every process must open the same step.
@@ -57,15 +66,6 @@ class Run:
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
-        if found := stranger(folder, step):
-            raise UserError(f"{found}: put the run's own checkpoint there")
-        steps = (read_result(folder) or {}).get("steps", step)
-        is_named = Path(path).name == str(step)
-        if not is_named and steps not in checkpoint.steps(folder):
-            warn_once(
-                f"{checkpoint.folder_of(folder, steps)}, the last checkpoint of a "
-                f"finished run, is missing: step {step} is used"
-            )
         return cls(folder, step, record)
 
     @functools.cached_property
