@@ -703,7 +703,12 @@ def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache
     written = pickle.dumps(known) if is_pickle else json.dumps(known).encode()
     (folder / meta).write_bytes(written)
     for split in ("train", "val"):
-        refused(folder, cache, r"with 0 at every second place: say .*json.*\{\"dtype\": \"uint16", split)
+        refused(
+            folder,
+            cache,
+            r"with 0 at every second place: say .*json.*\{\"dtype\": \"uint16",
+            split,
+        )
     for stated, ids in (
         ({"dtype": "uint16"}, DIGITS),
         ({"dtype": "uint32"}, DIGITS[::2]),
