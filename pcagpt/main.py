@@ -37,7 +37,7 @@ import traceback
 from pcagpt import process
 from pcagpt.config import Settings, command_line, validate
 from pcagpt.errors import Interrupted, UserError, explain
-from pcagpt.process import DONE, FAILED, INTERRUPTED, REFUSED
+from pcagpt.process import FAILED, INTERRUPTED, REFUSED, SUCCEEDED
 
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
@@ -55,12 +55,12 @@ def main(arguments: list[str]) -> int:
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
             print(__doc__, command_line.knobs_text(), sep="\n", flush=True)
-            return DONE
+            return SUCCEEDED
         settings, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
         with process.interrupted_by_signals():
             run(settings, command, print_only)
-        return DONE
+        return SUCCEEDED
     except UserError as error:
         return _say(str(error), REFUSED)
     except Interrupted as error:

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 
 from pcagpt.errors import Interrupted, explain
 
-DONE, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
+SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
 INTERRUPTED = "interrupted: run the same command again to continue"
@@ -227,6 +227,6 @@ def end(code: int) -> NoReturn:
             stream.flush()
         except OSError:  # Python would try again, and change the exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if code != DONE:
+    if code != SUCCEEDED:
         os._exit(code)
     sys.exit(code)

@@ -23,7 +23,7 @@ from runs import json_of
 from pcagpt.data import content, text_files, token_files, tokenize
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
-from pcagpt.data.sources import absolute, describe_files, find_source, sotu_documents
+from pcagpt.data.sources import absolute, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.files import sha256_of_file
@@ -377,10 +377,10 @@ def test_a_folder_with_the_name_of_a_known_corpus_is_not_taken_silently(
 ):
     monkeypatch.chdir(tmp_path)
     for name in ("sotu", "wikitext103"):
-        assert describe_files(name) == ""
+        assert find_source(name).files == ""
         (tmp_path / name).mkdir()
         assert f"not the folder {name} here: give --config.data.source=./{name}" in (
-            describe_files(name)
+            find_source(name).files
         )
 
 
@@ -477,13 +477,33 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
         (folder / name).write_text("text\n")
     (folder / "._val.txt").write_bytes(b"\0")  # hidden
     (folder / "test").mkdir()
-    assert describe_files(str(folder)) == (
+    assert find_source(str(folder)).files == (
         f"text in {folder}: train from a.train.txt, b.train.txt, val from val.raw; "
         "left out: notes.txt, test/, train.csv"
     )
     write_tokens(folder, [1], vocab_size=10)
-    assert describe_files(str(folder)).startswith(f"tokens in {folder}; left out: a.tr")
-    assert describe_files("sotu") == ""
+    files = find_source(str(folder)).files
+    assert files.startswith(f"tokens in {folder}; left out: a.tr")
+    assert find_source("sotu").files == ""
+
+
+@pytest.mark.parametrize("source", ["text", "tokens"])
+def test_a_corpus_is_looked_for_once_when_it_is_opened(
+    source, folder, cache, monkeypatch
+):
+    if source == "text":
+        (folder / "train.txt").write_text("one")
+    else:
+        write_tokens(folder, [1], vocab_size=10)
+    looked = []
+
+    def counted(source):
+        looked.append(source)
+        return find_source(source)
+
+    monkeypatch.setitem(open_corpus.__globals__, "find_source", counted)
+    open_corpus(str(folder), cache)
+    assert looked == [str(folder)]
 
 
 def test_a_folder_may_be_called_like_a_home_folder(tmp_path, monkeypatch):
@@ -492,14 +512,14 @@ def test_a_folder_may_be_called_like_a_home_folder(tmp_path, monkeypatch):
     folder = tmp_path / "~nobody-here"
     folder.mkdir()
     write_tokens(folder, [1], vocab_size=10)
-    assert find_source("./~nobody-here").resolve() == folder
+    assert find_source("./~nobody-here").folder.resolve() == folder
     assert absolute("./~nobody-here") == str(folder)
 
 
 def test_odd_names_are_quoted_in_the_lines_and_commands(folder):
     for name in ("a, b.train.txt", "val.txt", "line\nend", "résumé.md"):
         (folder / name).write_text("text\n")
-    assert describe_files(str(folder)) == (
+    assert find_source(str(folder)).files == (
         f"text in {folder}: train from 'a, b.train.txt', val from val.txt; left out: "
         r"'line\nend', résumé.md"
     )

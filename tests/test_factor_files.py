@@ -98,25 +98,28 @@ def test_a_killed_factorization_is_known_as_unfinished(tmp_path, monkeypatch):
     assert (tmp_path / "wte_pca_k2.npy").exists()
     metadata = factor_files.read_metadata(tmp_path)
     assert (metadata["ranks"], metadata["unfinished"]) == ({"1": {}}, [2])
-    assert factor_files.not_ours(tmp_path, [1, 2]) == []
+    assert factor_files.not_ours(tmp_path, metadata, [1, 2]) == []
 
 
 def test_files_that_a_person_put_there_are_known_as_not_ours(tmp_path):
     (tmp_path / "wte_pca_k2.npy").write_bytes(b"mine")
     (tmp_path / "bands_pca_k4").mkdir()
-    found = factor_files.not_ours(tmp_path, [2, 4, 8])
+    found = factor_files.not_ours(tmp_path, None, [2, 4, 8])
     assert [path.name for path in found] == ["bands_pca_k4", "wte_pca_k2.npy"]
-    write(tmp_path / "made", ranks={"2": {}})
-    (tmp_path / "made" / "wte_pca_k4.npy").write_bytes(b"mine")
-    (found,) = factor_files.not_ours(tmp_path / "made", [2, 4, 8])
+    made = tmp_path / "made"
+    write(made, ranks={"2": {}})
+    (made / "wte_pca_k4.npy").write_bytes(b"mine")
+    metadata = factor_files.read_metadata(made)
+    (found,) = factor_files.not_ours(made, metadata, [2, 4, 8])
     assert found.name == "wte_pca_k4.npy"
 
 
 def test_metadata_without_ranks_describe_none(tmp_path):
     (tmp_path / "metadata.json").write_text('{"ranks": null, "unfinished": null}')
     (tmp_path / "wte_pca_k4.npy").write_bytes(b"mine")
-    assert factor_files.read_metadata(tmp_path)["ranks"] == {}
-    assert len(factor_files.not_ours(tmp_path, [4])) == 1
+    metadata = factor_files.read_metadata(tmp_path)
+    assert metadata["ranks"] == {}
+    assert len(factor_files.not_ours(tmp_path, metadata, [4])) == 1
 
 
 def test_a_table_in_bands_replaces_only_files_of_a_table(tmp_path):

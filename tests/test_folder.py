@@ -1,5 +1,6 @@
 """Run folders: what is done is skipped, and a run with other settings is refused."""
 
+import copy
 import json
 import logging
 import shutil
@@ -27,6 +28,7 @@ from pcagpt.run.folder import (
     changed_fields,
     config_sha256,
     identity,
+    look,
     read_record,
     read_result,
     read_window_losses,
@@ -84,6 +86,27 @@ def test_a_finished_run_does_not_need_its_prerequisites_any_more(copied):
     before = snapshot(Path(copied.workdir))
     execute(pca(copied))
     assert snapshot(Path(copied.workdir)) == before
+
+
+@pytest.mark.parametrize("is_target", [True, False])
+def test_a_status_reads_each_file_of_a_run_once(copied, is_target, monkeypatch):
+    run, read = plan(finetuned(copied)).jobs[-1 if is_target else 0], []
+    reading = look.__globals__
+
+    def counted(what):
+        function = reading[what]
+
+        def count(path, *arguments, **options):
+            if path.is_relative_to(run.folder):
+                read.append((what, path.name))
+            return function(path, *arguments, **options)
+
+        monkeypatch.setitem(reading, what, count)
+
+    for what in ("read_json", "read_updates"):
+        counted(what)
+    assert run.status() == "done"
+    assert len(read) == len(set(read)) == 2 + len(checkpoint.steps(run.folder))
 
 
 def test_the_plan_says_what_is_done_and_what_is_not(copied):
@@ -334,9 +357,9 @@ def test_published_records_are_the_runs_of_their_settings():
         moved = {"workdir": "elsewhere", "model.kernels": "xla", "mesh.fsdp": 4}
         settings = Settings.of(stored).replace(moved)
         record = {**settings.to_dict(), "imported_sha256": stored["imported_sha256"]}
-        assert changed_fields(path.parent, record) == []
+        assert changed_fields(stored, record) == []
         record["train"]["steps"] += 1
-        assert len(changed_fields(path.parent, record)) == 1
+        assert len(changed_fields(stored, record)) == 1
 
 
 def test_a_folder_of_runs_can_be_moved(copied, tmp_path):
@@ -418,7 +441,19 @@ def test_an_identity_survives_being_written_and_read(tiny_config, tmp_path):
     record = changed(tiny_config, **bands).to_dict()
     write_record(tmp_path, record)
     assert identity(read_record(tmp_path)) == identity(record)
-    assert changed_fields(tmp_path, record) == []
+    assert changed_fields(read_record(tmp_path), record) == []
+
+
+def test_an_import_that_cannot_be_read_is_compared_in_no_way_and_changes_nothing():
+    model = {"band_sizes": [50, 47], "band_ranks": [0, 4]}
+    stored = {"model": model, "imported_sha256": {"import_bands": "1d62"}}
+    now = {"model": {name: [] for name in model}, "corpus": None}
+    before = copy.deepcopy(stored)
+    unread = now | {"imported_sha256": {"import_bands": None}}
+    assert changed_fields(stored, unread) == []
+    assert stored == before
+    known = now | {"imported_sha256": {"import_bands": "ab"}}
+    assert len(changed_fields(stored, known)) == 3
 
 
 def test_a_result_is_written_after_the_window_losses(tmp_path, monkeypatch):
@@ -434,7 +469,6 @@ def test_a_result_is_written_after_the_window_losses(tmp_path, monkeypatch):
 def test_a_folder_without_a_run_has_no_record_and_no_result(tmp_path):
     assert read_record(tmp_path) is None
     assert read_result(tmp_path) is None
-    assert changed_fields(tmp_path, {"seed": 1}) == []
 
 
 # Damage

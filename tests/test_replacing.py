@@ -267,6 +267,17 @@ def test_a_d_of_other_settings_is_used_with_a_word(copied, caplog):
     assert "gpt_baseline is used as it is: train.learning_rate (was" in caplog.text
 
 
+def test_a_d_that_is_used_as_it_is_shows_its_own_number_of_steps(copied):
+    asked = changed(finetuned(copied), overwrite=True, **{"train.steps": 12})
+    d, *_, b = (line.split() for line in described(asked))
+    assert d[2:] == ["6", "steps", "done"]
+    assert b[2:] == ["6", "steps", "to", "do"]  # Half of what was asked for.
+
+
+def test_a_d_that_was_made_elsewhere_shows_this_instead_of_steps(made_elsewhere):
+    assert described(finetuned(made_elsewhere))[0].endswith("made elsewhere  done")
+
+
 def test_a_run_that_goes_on_keeps_what_it_knows_of_its_text(copied):
     run_dir = job(copied).folder
     record = read_record(run_dir) | {"characters": ["a", "b"], "tokenizer": "mine"}
@@ -314,6 +325,17 @@ def test_a_lost_config_json_is_restored_from_a_checkpoint(copied):
     (run_dir / "result.json").unlink()
     execute(copied)
     assert read_result(run_dir)["run_id"] == found["run_id"]
+
+
+def test_without_config_json_checkpoints_of_two_runs_are_refused(copied):
+    run_dir = job(copied).folder
+    (run_dir / "config.json").unlink()
+    (run_dir / "ckpt" / "3" / "digests.json").unlink()
+    path = run_dir / "ckpt" / "3" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["run_id"] = "another"
+    path.write_text(json.dumps(meta))
+    assert "3 is a checkpoint of another run than" in refusal(copied)
 
 
 def test_a_lost_config_json_is_no_agreement_with_other_settings(copied):

@@ -127,7 +127,7 @@ class Original:
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol
 
-    def today(self, protocol: dict[str, Any]) -> dict[str, Any]:
+    def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """A stored protocol in today's terms, if it is of this run and this corpus.
 
         Older versions hashed both in another way. The name of a corpus does not count.

@@ -64,7 +64,7 @@ def sweep(
     writes = jax.process_index() == 0
     earlier = _read_sweep(folder)
     known: dict[Recipe, Row] = {}
-    if earlier and original.today(earlier["protocol"]) == strict(heading["protocol"]):
+    if earlier and original.renewed(earlier["protocol"]) == strict(heading["protocol"]):
         rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
         for number, row in enumerate(rows):
             check_fields(row, _ROW, f"{folder / 'sweep.json'}: row {number}", _REMEDY)

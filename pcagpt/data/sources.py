@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.data import content, text_files
-from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits
+from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits, read_meta
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import UserError
 
@@ -27,7 +27,7 @@ class TextSource(NamedTuple):
     # The first changes when the text changes; the others are those of earlier versions.
     fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
-    files: str = ""  # a line that says what is used and what is left out
+    files: str = ""  # as in `TokenFolder`, or a line about an unused namesake
 
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
@@ -42,13 +42,30 @@ class TextSource(NamedTuple):
         )
 
 
+class TokenFolder(NamedTuple):
+    """A folder of token files."""
+
+    folder: Path
+
+    def info(self, tokenizer: str) -> CorpusInfo:
+        """Describes the corpus, as `read_meta` does."""
+        return read_meta(self.folder, tokenizer)
+
+    @property
+    def files(self) -> str:
+        """A line that says what is used and what is left out; '' if all is used."""
+        used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
+        others = text_files.other_names(self.folder, used)
+        return f"tokens in {self.folder}; left out: {others}" if others else ""
+
+
 def absolute(source: str) -> str:
     """The source as a name or an absolute path."""
     return source if source in NAMED else str(Path(source).resolve())
 
 
-def find_source(source: str) -> TextSource | Path:
-    """The text of a source, or its folder of token files; UserError for others."""
+def find_source(source: str) -> TextSource | TokenFolder:
+    """The text of a source, or its token files; UserError for others."""
     if not source:
         raise UserError(
             "data.source is empty: give --config.data.source=FOLDER; . is the current "
@@ -71,7 +88,7 @@ def find_source(source: str) -> TextSource | Path:
             "of .bin or text files, as --config.data.source"
         )
     if present_splits(folder):
-        return folder
+        return TokenFolder(folder)
     files = text_files.find_text_files(folder)
     if not files.of_split:
         raise UserError(
@@ -96,16 +113,6 @@ def _namesake(source: str) -> str:
         f"data source '{source}' is the known corpus, not the folder {source} here: "
         f"give --config.data.source=./{source} for the folder"
     )
-
-
-def describe_files(source: str) -> str:
-    """A line about used and unused files, or an unused namesake; '' if all is used."""
-    found = find_source(source)
-    if isinstance(found, TextSource):
-        return found.files
-    used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
-    others = text_files.other_names(found, used)
-    return f"tokens in {found}; left out: {others}" if others else ""
 
 
 def sotu_documents(split: str) -> list[str]:

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pcagpt.errors import UserError
 from pcagpt.factorize.methods import METHODS, Statistics, Weighting
 from pcagpt.factorize.solve import (
     Factors,
     centred,
+    energy_kept,
     metric_roots,
     principal,
     solve,
@@ -60,6 +62,28 @@ class Factorizer:
             return banded(table_VD, self._weighting, bands, budget, self._split)
         rank = min(budget // sum(table_VD.shape), *table_VD.shape)
         return table_of_rank(self.factors, rank, self._split)
+
+    def of_rank(self, rank: int, bands: int) -> tuple[FactorizedTable, dict]:
+        """(a table that is as large as one band of this rank, JSON values about it).
+
+        Raises UserError if the rank is too small for so many bands.
+        """
+        vocab_size, width = self._table_VD.shape
+        try:
+            table = self(budget_of_rank(vocab_size, width, rank), bands)
+        except ValueError:
+            raise UserError(
+                f"rank {rank} of {vocab_size:,} tokens is too small for {bands} bands: "
+                "raise the rank or lower factorize.bands"
+            ) from None
+        if bands > 1:
+            return table, {
+                "parameters": table.parameters,
+                "band_sizes": table.sizes,
+                "band_ranks": table.ranks,
+            }
+        kept = energy_kept(self.factors.singular_values)[rank - 1]
+        return table, {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
 
 
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:

@@ -75,9 +75,13 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
     return True
 
 
-def not_ours(folder: Path, ranks: Iterable[int]) -> list[Path]:
-    """Files that `write` would replace for these ranks and did not write itself."""
-    metadata = read_metadata(folder)
+def not_ours(
+    folder: Path, metadata: dict[str, Any] | None, ranks: Iterable[int]
+) -> list[Path]:
+    """Files that `write` would replace for these ranks and did not write itself.
+
+    `metadata` is from `read_metadata` of the folder.
+    """
     if metadata is None:
         ours, there = set(), [folder / SPECTRUM_FILE]
     else:

@@ -21,7 +21,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
-from pcagpt.pipeline.execute import check, check_workdir, execute
+from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, lock, provenance
@@ -150,12 +150,10 @@ def _recipes(
             "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "
             "hidden have a single band)"
         )
-    if len(kept) < len(ranks) and jax.process_index() == 0:
-        left_out = ", ".join(str(rank) for rank in ranks if rank not in kept)
-        print(
-            f"left out: rank {left_out}, too high for the table {shape} or too low for "
-            f"compress.bands {options.bands}",
-            flush=True,
+    if left_out := [str(rank) for rank in ranks if rank not in kept]:
+        say(
+            f"left out: rank {', '.join(left_out)}, too high for the table {shape} or "
+            f"too low for compress.bands {options.bands}"
         )
     return [recipe for recipe in found if recipe.rank in {0, *kept}]
 
@@ -170,7 +168,7 @@ def _check_file(path: Path, original: Original) -> None:
     if found is None:
         return
     check_fields(found, {"protocol": (dict,)}, path, remedy)
-    there = original.today(found["protocol"])
+    there = original.renewed(found["protocol"])
     parts = own.keys() | there.keys()
     if "evaluated_tokens" not in own:
         parts -= {"evaluated_tokens"}
@@ -219,4 +217,4 @@ def _recover(settings: Settings, folder: Path) -> None:
         runs = [job.folder.name for job in plan.jobs]
         baseline = checkpoint.find(settings.model_path)[0]
         rows = recovered_rows(folder, runs, baseline)
-        print(f"report: {add_recovered(folder, rows)}", flush=True)
+        say(f"report: {add_recovered(folder, rows)}")

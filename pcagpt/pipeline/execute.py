@@ -47,7 +47,8 @@ def check(plan: Plan) -> dict[Job, str]:
 def describe(needed: dict[Job, str]) -> list[str]:
     """A line for each job that `check` returned: name, amount and status."""
     return [
-        f"{job.label:<32} {job.amount:>14}  {status}" for job, status in needed.items()
+        f"{job.label:<32} {job.made if status == DONE else job.amount:>14}  {status}"
+        for job, status in needed.items()
     ]
 
 
@@ -61,16 +62,16 @@ def execute(plan: Plan, command: str) -> None:
         this case, only the token files of the corpus were written.
     """
     needed, checked = check(plan), {}
-    _say(*describe(needed))
+    say(*describe(needed))
     for job, status in needed.items():
         if status != DONE or job.sources & checked.keys():
             checked[job.folder] = job.check(set(checked))
     for job, status in needed.items():
         # New runs are compared with finished ones: both must have the same tokens.
         if status != TO_DO and (line := job.compare_corpus(bool(checked))):
-            _say(line)
+            say(line)
     for corpus in _corpora_without_text(checked.values()):
-        _say(
+        say(
             f"{corpus} holds bare token ids: its models cannot be sampled, unless "
             "--config.data.tokenizer names the tokenizer"
         )
@@ -82,15 +83,15 @@ def execute(plan: Plan, command: str) -> None:
         workdir = Path(plan.settings.workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
         write_report(workdir, results)
-        _say(f"report: {workdir / 'report.html'}")
+        say(f"report: {workdir / 'report.html'}")
 
 
 def _needed(plan: Plan) -> list[tuple[Job, str]]:
     """The jobs that `check` returns, with their status."""
     jobs, target = plan.jobs, plan.jobs[-1]
     known = {target: target.status()}
-    is_all = plan.reported or any(job.differing() for job in jobs)
-    if known[target] == DONE and not is_all:
+    is_all = plan.reported or known[target] != DONE
+    if not is_all and not any(job.differing() for job in jobs):
         jobs = tuple(job for job in jobs if job.is_target)
     return [(job, known.get(job) or job.status()) for job in jobs]
 
@@ -112,7 +113,7 @@ def check_workdir(workdir: str) -> None:
         )
 
 
-def _say(*lines: str) -> None:
+def say(*lines: str) -> None:
     """Prints lines, on the first process only."""
     if jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pcagpt import factorize
 from pcagpt.config import Settings, effort
-from pcagpt.data.corpus import describe_corpus
+from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
@@ -19,7 +19,7 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
-from pcagpt.run.trained import Run, open_shared_corpus
+from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 
@@ -54,49 +54,49 @@ class FactorizeJob(Job):
 
     def status(self) -> str:
         """'done' or 'to do'; UserError for the files of another source or method."""
-        conflict = self._conflict()
-        if conflict and not self.settings.overwrite:
-            raise conflict
-        if conflict or self._source_sha256() is None or self._lacking():
-            return TO_DO
-        return DONE
+        return DONE if self._find_work() is None else TO_DO
 
-    def _lacking(self) -> list[int]:
-        """The ranks whose files are not complete."""
-        metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
+    def _find_work(self) -> tuple[list[int], dict[str, Any], bool] | None:
+        """What `run` makes, or None if nothing is left to do.
+
+        The ranks whose files it writes, {rank: description} of the files that stay, and
+        whether the folder is moved aside. Raises the same as `status`.
+        """
+        metadata = factor_files.read_metadata(self.folder)
+        described = metadata["ranks"] if metadata else {}
         in_bands = self.settings.factorize.bands > 1
-        return [
+        lacking = [
             rank
             for rank in self.settings.ranks
-            if str(rank) not in metadata["ranks"]
+            if str(rank) not in described
             or not factor_files.exists(self.folder, rank, in_bands)
         ]
-
-    def _conflict(self) -> UserError | None:
-        """The error for what the folder holds; None if it may be added to."""
-        differing = self._differing()
-        if differing:
-            return self._other_files(differing)
-        others = factor_files.not_ours(self.folder, self._lacking())
-        if others:
-            return UserError(
+        conflict = None
+        if differing := self._differing(metadata):
+            conflict = self._other_files(differing)
+        elif others := factor_files.not_ours(self.folder, metadata, lacking):
+            conflict = UserError(
                 f"{others[0]} is not of a factorization that was made here: use "
                 "another --config.workdir, or --config.overwrite=True to move "
                 f"{self.folder} aside"
             )
+        if conflict and not self.settings.overwrite:
+            raise conflict
+        if conflict:
+            return list(self.settings.ranks), {}, True
+        if lacking or not self._source_exists:
+            return lacking, described, False
         return None
 
-    def _differing(self) -> list[str]:
+    def _differing(self, metadata: dict[str, Any] | None) -> list[str]:
         """'PART (there VALUE, here VALUE)' where the files' `identity` is another.
 
         Empty if there are no files, or no source to compare them with.
         """
-        metadata = factor_files.read_metadata(self.folder)
-        if metadata is None:  # `identity` may tokenize a text.
+        # `identity` may tokenize a text.
+        if metadata is None or not self._source_exists:
             return []
         identity = self.identity()
-        if identity["source_sha256"] is None:
-            return []
         older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
         metadata = older | metadata  # Older files lack these fields.
         source, recorded = identity["source_sha256"], metadata.get("source_sha256")
@@ -107,13 +107,16 @@ class FactorizeJob(Job):
     def differing(self) -> list[str]:
         """As in `Job`; damaged files are not compared, and a warning says so."""
         try:
-            return self._differing()
+            return self._differing(factor_files.read_metadata(self.folder))
         except UserError as error:
             warn_once(f"{self.folder} is not compared with the settings: {error}")
             return []
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the files, except the ranks; stored in metadata.json."""
+        """All that determines the files, except the ranks; stored in metadata.json.
+
+        The source must exist.
+        """
         chosen, given = self.settings.factorize, self._statistics_path
         found = {
             "method": chosen.method,
@@ -166,9 +169,10 @@ class FactorizeJob(Job):
 
     def _has_other_files(self) -> bool:
         """Whether the folder has files that may not be replaced, of another source."""
-        if self.settings.overwrite or factor_files.read_metadata(self.folder) is None:
+        metadata = factor_files.read_metadata(self.folder)
+        if self.settings.overwrite or metadata is None:
             return False
-        return not read_result(self.source) or bool(self._differing())
+        return not read_result(self.source) or bool(self._differing(metadata))
 
     def run(self, _: None = None) -> None:
         """Writes the files on the first process; every process calibrates.
@@ -177,7 +181,8 @@ class FactorizeJob(Job):
         these files.
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
-            if placement.from_first(self.status) == DONE:
+            work = placement.from_first(self._find_work)
+            if work is None:
                 return
             self.check(set())
             run = None if self._is_bare_table else Run.open(self.source)
@@ -189,53 +194,32 @@ class FactorizeJob(Job):
             )
             step = {"step": run.step} if run else {}
             placement.from_first(
-                lambda: self._write(table_VD, statistics, step, check_lock)
+                lambda: self._write(*work, table_VD, statistics, step, check_lock)
             )
 
     def _write(
         self,
+        ranks: list[int],
+        described: dict[str, Any],
+        is_replaced: bool,
         table_VD: np.ndarray,
         statistics: Statistics | None,
         step: dict[str, int],
         check_lock: Callable[[], None],
     ) -> None:
-        """Writes the files of the ranks that lack them.
+        """Writes the files of `ranks`; the first arguments are from `_find_work`.
 
         Those of earlier commands stay as they are: runs may be reading them.
         """
         print(f"factorizing {self.source}, {self.amount}", flush=True)
-        is_replaced = self._conflict() is not None  # `status` did not raise.
-        ranks, described = self.settings.ranks, {}
-        if not is_replaced:
-            metadata = factor_files.read_metadata(self.folder) or {"ranks": {}}
-            ranks, described = self._lacking(), dict(metadata["ranks"])
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
         )
-        singular_values = make.factors.singular_values
-        energy = factorize.energy_kept(singular_values)
-        tables = {}
-        for rank in ranks:
-            budget = factorize.budget_of_rank(vocab_size, width, rank)
-            try:
-                table = tables[rank] = make(budget, chosen.bands)
-            except ValueError:
-                raise UserError(
-                    f"rank {rank} of {vocab_size:,} tokens is too small for "
-                    f"{chosen.bands} bands: raise the rank or lower factorize.bands"
-                ) from None
-            kept = energy[rank - 1]
-            described[str(rank)] = (
-                {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
-                if chosen.bands == 1
-                else {
-                    "parameters": table.parameters,
-                    "band_sizes": table.sizes,
-                    "band_ranks": table.ranks,
-                }
-            )
+        made = {rank: make.of_rank(rank, chosen.bands) for rank in ranks}
+        described = described | {str(rank): what for rank, (_, what) in made.items()}
         known = sorted(map(int, described))
+        singular_values = make.factors.singular_values
         metadata = {
             **self.identity(),
             "source": str(self.source),
@@ -248,6 +232,7 @@ class FactorizeJob(Job):
         check_lock()
         if is_replaced:
             move_aside(self.folder)
+        tables = {rank: table for rank, (table, _) in made.items()}
         factor_files.write(
             self.folder, tables, singular_values, metadata, chosen.bands > 1
         )
@@ -309,10 +294,8 @@ class FactorizeJob(Job):
             "another --config.workdir, or --config.overwrite=True"
         )
 
-    def _source_sha256(self) -> str | None:
-        """Hash of the table or the checkpoint; None if it does not exist."""
-        if not self._source_exists:
-            return None
+    def _source_sha256(self) -> str:
+        """Hash of the table or the checkpoint."""
         hash_of = factor_files.sha256 if self._is_bare_table else fingerprint.of
         return hash_of(self.source)
 
@@ -320,13 +303,11 @@ class FactorizeJob(Job):
         """Whether an older version recorded this hash of the checkpoint."""
         return not self._is_bare_table and fingerprint.same(self.source, recorded)
 
-    def _calibration_sha256(self) -> str | None:
-        """Hash of the calibration text's tokens; None if the source does not exist."""
-        if not self._source_exists:
-            return None
-        run, settings = Run.open(self.source), self.settings
-        data = run.data(settings.data)
-        corpus = open_shared_corpus(data, settings.cache_dir, ["train"])
+    def _calibration_sha256(self) -> str:
+        """Hash of the calibration text's tokens."""
+        data, cache_dir = self.settings.data, self.settings.cache_dir
+        data = Run.open(self.source).data(data)
+        corpus = open_corpus(data.source, cache_dir, data.tokenizer, ["train"])
         return corpus.tokens_sha256("train")
 
     @property

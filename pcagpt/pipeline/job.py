@@ -34,6 +34,11 @@ class Job(abc.ABC):
         """What is made, in a few words: '5,000 steps' or 'rank 64, 128'."""
 
     @property
+    def made(self) -> str:
+        """As `amount`, of what a folder with the status `DONE` holds."""
+        return self.amount
+
+    @property
     @abc.abstractmethod
     def sources(self) -> set[Path]:
         """Paths of other jobs' results that this job reads."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,20 @@ from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
+from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job
-from pcagpt.run import checkpoint, initialise, lock
+from pcagpt.run import initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
+    Contents,
     changed_fields,
     find_record,
-    holds_run,
-    is_made_here,
+    look,
     move_aside,
     read_record,
     read_result,
-    stranger,
     write_record,
 )
-from pcagpt.run.trained import open_shared_corpus
 from pcagpt.sharding import placement
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
@@ -61,6 +61,12 @@ class TrainJob(Job):
         return f"{self.settings.train.steps:,} steps"
 
     @property
+    def made(self) -> str:
+        """As `amount`, of the run in the folder: a D may have had another budget."""
+        steps = (read_result(self.folder) or {}).get("steps")
+        return f"{steps:,} steps" if steps else "made elsewhere"
+
+    @property
     def sources(self) -> set[Path]:
         """Paths of other jobs' results that this job reads."""
         paths = initialise.imported_paths(self.settings).values()
@@ -72,65 +78,54 @@ class TrainJob(Job):
         Raises UserError if the folder holds anything but this run, and may not be
         replaced, or a prerequisite that the arm cannot start from.
         """
-        if not holds_run(self.folder):
-            return TO_DO
-        if self._serves_as_prerequisite():
-            self._check_start_of_arm()
-            return DONE
-        conflict = self._conflict()
-        if conflict and self._may_replace:
-            return TO_DO
-        if conflict:
-            raise UserError(
+        return self._judge(look(self.folder))[0]
+
+    def _judge(self, there: Contents) -> tuple[str, bool]:
+        """The status of what is there, and whether it is moved aside for a new run."""
+        if not there.is_begun:
+            return TO_DO, False
+        if self._serves_as_prerequisite(there):
+            self._check_start_of_arm(there)
+            return DONE, False
+        if conflict := self._conflict(there):
+            if self._may_replace:
+                return TO_DO, True
+            raise there.damage or UserError(
                 f"{conflict}: use another --config.workdir, or {self._remedy}"
             )
-        if read_record(self.folder) is None:
-            return "lacks its config.json"
-        if read_result(self.folder):
-            return DONE
-        step = max(checkpoint.steps(self.folder), default=0)
-        return f"resumes at step {step}" if step else TO_DO
+        if there.record is None:
+            return "lacks its config.json", False
+        if there.result:
+            return DONE, False
+        step = max((saved.step for saved in there.saved), default=0)
+        return f"resumes at step {step}" if step else TO_DO, False
 
-    def _serves_as_prerequisite(self) -> bool:
+    def _serves_as_prerequisite(self, there: Contents) -> bool:
         """Whether a finished run is there, or a model that was made elsewhere."""
-        if self.is_target or read_record(self.folder) is None:
+        if self.is_target or there.record is None or there.lack:
             return False
-        if checkpoint.lack(self.folder):
-            return False
-        return bool(read_result(self.folder)) or not is_made_here(self.folder)
+        return bool(there.result) or not there.is_made_here
 
-    def _check_start_of_arm(self) -> None:
+    def _check_start_of_arm(self, there: Contents) -> None:
         """Raises UserError if `for_arm` cannot start from the run in the folder.
 
         A warning says in what the run differs from the one that was asked for.
         """
-        if found := self._stranger():
+        if found := there.stranger:
             raise UserError(f"{found}: use another --config.workdir, or {self._remedy}")
-        if read_result(self.folder):
-            own = changed_fields(self.folder, self.record())
-            if own:
-                warn_once(f"{self.folder} is used as it is: {'; '.join(own)}")
-        trained = Settings.of(read_record(self.folder) or {}).model
-        asked, takes = self.settings.model, ARMS[self.for_arm].takes
-        shared = [name for taken in takes for name in SHARED_WITH_BASELINE[taken]]
-        values = {
-            name: (getattr(trained, name), getattr(asked, name)) for name in shared
-        }
-        differing = [
-            f"model.{name} (there {there}, here {here})"
-            for name, (there, here) in values.items()
-            if there != here
+        if there.result and (changed := self._changed(there)):
+            warn_once(f"{self.folder} is used as it is: {'; '.join(changed)}")
+        shared = [
+            f"model.{name}"
+            for taken in ARMS[self.for_arm].takes
+            for name in SHARED_WITH_BASELINE[taken]
         ]
-        if differing:
+        trained, asked = Settings.of(there.record).flat(), self.settings.flat()
+        if differing := differences(trained, asked, dict.fromkeys(shared)):
             raise UserError(
                 f"{self.folder} has another {', another '.join(differing)}: use "
                 "another --config.workdir, or the same model"
             )
-
-    def _stranger(self) -> str | None:
-        """Why a checkpoint in the folder is not the run's own, if one is not."""
-        found = (stranger(self.folder, step) for step in checkpoint.steps(self.folder))
-        return next(filter(None, found), None)
 
     @property
     def _remedy(self) -> str:
@@ -142,47 +137,42 @@ class TrainJob(Job):
     def _may_replace(self) -> bool:
         return self.is_target and self.settings.overwrite
 
-    def _conflict(self) -> str | None:
-        """What the folder holds, if it is not this run; None if it is, or is empty.
-
-        Raises UserError for a damaged file, unless the folder may be replaced.
-        """
-        try:
-            return self._difference() if holds_run(self.folder) else None
-        except UserError as damage:
-            if self._may_replace:
-                return str(damage)
-            raise
-
-    def _difference(self) -> str | None:
-        """How a folder that holds a run differs from this run; None if it does not."""
-        if find_record(self.folder) is None:
+    def _conflict(self, there: Contents) -> str | None:
+        """How what is there differs from this run; None if it does not."""
+        if there.damage:
+            return str(there.damage)
+        if there.stored is None:
             return (
                 f"{self.folder} holds a run without its config.json, and no checkpoint "
                 "has a copy"
             )
-        if read_result(self.folder) and (lack := checkpoint.lack(self.folder)):
-            return f"{self.folder} is finished, but {lack}"
-        changed = changed_fields(self.folder, self.record())
-        if not changed and self._may_replace and (other := self._other_tokens()):
-            return other
-        if changed:
+        if there.result and there.lack:
+            return f"{self.folder} is finished, but {there.lack}"
+        if changed := self._changed(there):
             return (
                 f"{self.folder} was trained with another config: {'; '.join(changed)}"
             )
-        if found := self._stranger():
+        if found := there.stranger:
             return found
-        if read_result(self.folder) is None and not is_made_here(self.folder):
+        if there.result is None and not there.is_made_here:
             return f"{self.folder} holds a model that was made elsewhere"
+        if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
+            return self._other_tokens(self.corpus(), there.stored)
         return None
 
-    def record(self) -> dict[str, Any]:
+    def _changed(self, there: Contents) -> list[str]:
+        """`changed_fields` of the run that is there."""
+        return changed_fields(
+            there.stored, self.record(there.stored.get("imported_sha256"))
+        )
+
+    def record(self, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings and the hashes of all imports, as `status` compares them.
 
-        The hash of an import that is missing or damaged is None, because `status` needs
-        no more of it. A warning says what is damaged.
+        `recorded` are the hashes in the record of the run in the folder. The hash of an
+        import that is missing or damaged is None, because `status` needs no more of it.
+        A warning says what is damaged.
         """
-        recorded = (find_record(self.folder) or {}).get("imported_sha256")
         settings, hashes, damage = initialise.known_imports(self.settings, recorded)
         for reason in damage:
             warn_once(f"{self.folder} is not compared with an import: {reason}")
@@ -190,7 +180,8 @@ class TrainJob(Job):
 
     def corpus(self) -> Corpus:
         """The run's corpus; tokenizes its text if necessary, in the first process."""
-        return open_shared_corpus(self.settings.data, self.settings.cache_dir, SPLITS)
+        data, cache_dir = self.settings.data, self.settings.cache_dir
+        return open_corpus(data.source, cache_dir, data.tokenizer, SPLITS)
 
     def check_vocabulary(self, to_be_made: set[Path]) -> None:
         """Raises UserError if the model does not fit the corpus or the device."""
@@ -220,37 +211,33 @@ class TrainJob(Job):
         return None if left_out else setup
 
     def compare_corpus(self, is_needed: bool) -> str | None:
-        """As `check_corpus`; a line if a corpus that is not needed is missing."""
+        """As in `Job`; `run` compares again."""
         try:
-            self.corpus()
+            corpus = self.corpus()
         except UserError as error:
             if is_needed:
                 raise
             return f"{self.folder.name} is not compared with its corpus: {error}"
-        self.check_corpus()
+        self._check_tokens(corpus, find_record(self.folder) or {})
         return None
 
-    def check_corpus(self) -> None:
-        """Raises UserError if the run in the folder was trained on other tokens."""
-        if other := self._other_tokens():
+    def _check_tokens(self, corpus: Corpus, stored: dict[str, Any]) -> None:
+        """Raises UserError if the run with this record was trained on other tokens."""
+        if other := self._other_tokens(corpus, stored):
             raise UserError(
                 f"{other}: give it the same data, use another --config.workdir, or "
                 f"{self._remedy}"
             )
 
-    def _other_tokens(self) -> str | None:
-        """How the corpus differs from that of the run in the folder, if it does."""
-        data = self.settings.data
-        corpus = open_corpus(
-            data.source, self.settings.cache_dir, data.tokenizer, SPLITS
-        )
-        record = find_record(self.folder) or {}
-        differing = corpus.differences(record)
+    def _other_tokens(self, corpus: Corpus, stored: dict[str, Any]) -> str | None:
+        """How the corpus differs from that of the run with this record, if it does."""
+        differing = corpus.differences(stored)
         if not differing:
             return None
         return (
-            f"{self.folder} was trained on other tokens than {data.source} holds now "
-            f"({', '.join(differing)} differ){corpus.older_tokens(record)}"
+            f"{self.folder} was trained on other tokens than "
+            f"{self.settings.data.source} holds now "
+            f"({', '.join(differing)} differ){corpus.older_tokens(stored)}"
         )
 
     def run(self, checked: Setup | None = None) -> None:
@@ -260,12 +247,14 @@ class TrainJob(Job):
         this run. `checked` is the result of `check`.
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
-            # Imports may have been made since `check`.
-            stored = placement.from_first(self._take_up)
-            if stored is None:
+            corpus = checked.corpus if checked else self.corpus()
+            begun = placement.from_first(lambda: self._take_up(corpus))
+            if begun is None:
                 return
+            stored, is_replaced = begun
             run_id = stored["run_id"]
-            setup = checked or Setup.of(self.settings, self.corpus())
+            # Imports may have been made since `check`.
+            setup = checked or Setup.of(self.settings, corpus)
             record = {
                 **setup.settings.to_dict(),
                 "run_id": run_id,
@@ -284,7 +273,7 @@ class TrainJob(Job):
                     )
 
             if jax.process_index() == 0:
-                if self._conflict():  # It may be replaced: `status` did not raise.
+                if is_replaced:
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
@@ -294,22 +283,23 @@ class TrainJob(Job):
     def _alone(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
 
-    def _take_up(self) -> dict[str, Any] | None:
-        """The record of the run that goes on; of a new one, its id. None if it is done.
+    def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
+        """What the run goes on from, or None if it is done; the caller holds the lock.
 
-        Restores a lost config.json. The caller holds the lock.
+        It is the record of the run that is there, or the id of a new one, and whether
+        what is there is moved aside. Restores a lost config.json.
         """
-        status = self.status()
-        stored = None if self._conflict() else find_record(self.folder)
-        # Another command may just have made it from another corpus.
-        if stored or status == DONE:
-            self.check_corpus()
-        if stored and read_record(self.folder) is None:
-            write_record(self.folder, stored)
-            status = self.status()
-        if status == DONE:
-            return None
-        return {"run_id": secrets.token_hex(8)} | (stored or {})
+        there = look(self.folder)
+        status, is_replaced = self._judge(there)
+        stored = None if is_replaced else there.stored
+        if stored:
+            # Another command may just have made it from another corpus.
+            self._check_tokens(corpus, stored)
+            if there.record is None:
+                write_record(self.folder, stored)
+            if status == DONE or there.result:
+                return None
+        return {"run_id": secrets.token_hex(8)} | (stored or {}), is_replaced
 
 
 def _text_of(corpus: Corpus, known: dict[str, Any]) -> dict[str, Any]:
@@ -318,9 +308,10 @@ def _text_of(corpus: Corpus, known: dict[str, Any]) -> dict[str, Any]:
     A run that goes on keeps what its record knows, because the meta file beside its
     tokens may be gone.
     """
-    content = {name: value for name, value in corpus.content.items() if value}
+    content = corpus.content
+    found = {name: value for name, value in content.items() if value}
     return {
         "tokenizer": corpus.tokenizer or known.get("tokenizer"),
         "characters": corpus.characters or known.get("characters"),
-        "corpus": corpus.content | (known.get("corpus") or {}) | content,
+        "corpus": content | (known.get("corpus") or {}) | found,
     }

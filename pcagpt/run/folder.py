@@ -8,11 +8,12 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,26 +84,29 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 
 def find_record(run_dir: Path) -> dict[str, Any] | None:
     """config.json or, if it was lost, the newest checkpoint's copy; None without."""
-    record = read_record(run_dir)
-    return _newest_copy(run_dir) if record is None else record
+    record, steps = read_record(run_dir), checkpoint.steps(run_dir)
+    copies = (_copy(run_dir, step) for step in reversed(steps))
+    return next(filter(None, copies), None) if record is None else record
 
 
-def _newest_copy(run_dir: Path) -> dict[str, Any] | None:
-    """The record in the newest checkpoint that has a readable one."""
-    for step in reversed(checkpoint.steps(run_dir)):
-        with contextlib.suppress(UserError, OSError):  # A run may be deleting it.
-            copy = checkpoint.read_meta(run_dir, step).get("config")
-            if isinstance(copy, dict):
-                return copy
-    return None
+def _copy(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The record in a checkpoint; None if it has none that can be read."""
+    with contextlib.suppress(UserError, OSError):  # A run may be deleting it.
+        copy = checkpoint.read_meta(run_dir, step).get("config")
+        return copy if isinstance(copy, dict) else None
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """result.json of a finished run.
 
     None if it is missing, unfinished, or of another run than config.json. Raises
-    UserError if it is damaged.
+    UserError if either is damaged.
     """
+    return _result_of(run_dir, read_record(run_dir))
+
+
+def _result_of(run_dir: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """As `read_result`, of the run with this record; None: of any run."""
     path, remedy = run_dir / "result.json", _RESULT_REMEDY
     # Older versions wrote Infinity for a perplexity beyond floats.
     result = read_json(path, remedy, has_infinities=True)
@@ -112,7 +116,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     check_fields(result, fields, path, remedy)
     if result.get("status") != "done":
         return None
-    record = read_record(run_dir) or result
+    record = record or result
     # Older versions give no run_id. The seed tells most of their runs apart.
     seeds = {result.get("seed"), record.get("seed")} - {None}
     is_own = result.get("run_id") == record.get("run_id") and len(seeds) < 2
@@ -142,63 +146,125 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
     return windows.astype(np.float64)
 
 
-def holds_run(run_dir: Path) -> bool:
-    """Whether the folder has anything that training would replace.
+class Saved(NamedTuple):
+    """What a checkpoint says of itself.
 
-    A config.json alone, if training wrote it, does not count: training ended before its
-    first step, for example because memory was too small.
+    record: its copy of the run's record, None if it has none that can be read; updates:
+    as `read_updates` says.
     """
+
+    step: int
+    record: dict[str, Any] | None
+    updates: int | None
+
+
+def read_saved(run_dir: Path, step: int) -> Saved:
+    """Reads what a checkpoint says of itself."""
+    updates = read_updates(checkpoint.folder_of(run_dir, step))
+    return Saved(step, _copy(run_dir, step), updates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a run's folder holds, as `look` found it.
+
+    record: config.json; stored: the same or, if it was lost, the newest checkpoint's
+    copy; result: of a finished run; has_logs: whether training has begun to log;
+    damage: of config.json or result.json, which then count as missing; lack: why no
+    checkpoint can be read, if one is needed as it is.
+    """
+
+    folder: Path
+    saved: tuple[Saved, ...]
+    has_logs: bool
+    record: dict[str, Any] | None = None
+    stored: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    damage: UserError | None = None
+    lack: str | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything that training would replace.
+
+        A config.json alone, if training wrote it, does not count: training ended before
+        its first step, for example because memory was too small.
+        """
+        is_foreign = self.record is not None and not _OURS & self.record.keys()
+        return bool(self.saved or self.has_logs or self.damage or is_foreign)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether training wrote the record and all checkpoints, under these numbers.
+
+        A compressed model was not trained. In a folder that a person put together, a
+        checkpoint need not have an optimizer, or the number of updates that it has
+        done.
+        """
+        stored = self.stored or {}
+        if "compressed" in stored or not _OURS & stored.keys():
+            return False
+        return all(saved.updates == saved.step for saved in self.saved)
+
+    @property
+    def stranger(self) -> str | None:
+        """Why a checkpoint is not the run's own, if one is not."""
+        found = (
+            stranger(self.folder, saved, self.stored, self.result)
+            for saved in self.saved
+        )
+        return next(filter(None, found), None)
+
+
+def look(run_dir: Path) -> Contents:
+    """Reads what a run's folder holds; UserError if the folder is a link to nothing."""
     if run_dir.is_symlink() and not run_dir.exists():
         raise UserError(f"{run_dir} is a link to nothing: remove it, or mount its disk")
-    if checkpoint.steps(run_dir) or any(map(_has_content, map(run_dir.joinpath, LOGS))):
-        return True
+    saved = tuple(read_saved(run_dir, step) for step in checkpoint.steps(run_dir))
+    has_logs = any(map(_has_content, map(run_dir.joinpath, LOGS)))
     try:
         record = read_record(run_dir)
-    except UserError:  # Damaged: the caller reads it again and reports it.
-        return True
-    return record is not None and not _OURS & record.keys()
+        copies = (one.record for one in reversed(saved))
+        stored = next(filter(None, copies), None) if record is None else record
+        result = _result_of(run_dir, stored)
+    except UserError as damage:
+        return Contents(run_dir, saved, has_logs, damage=damage)
+    there = Contents(run_dir, saved, has_logs, record, stored, result)
+    if result or not there.is_made_here:  # Other runs find theirs when they go on.
+        there = dataclasses.replace(there, lack=checkpoint.lack(run_dir))
+    return there
 
 
 def _has_content(path: Path) -> bool:
     return path.exists() and (path.is_dir() or path.stat().st_size > 0)
 
 
-def stranger(run_dir: Path, step: int) -> str | None:
-    """Why a checkpoint cannot be the run's own at this step; None if it can.
+def stranger(
+    run_dir: Path,
+    saved: Saved,
+    record: dict[str, Any] | None,
+    result: dict[str, Any] | None,
+) -> str | None:
+    """Why a checkpoint cannot be that of the run with this record and result, if so.
 
     A checkpoint that holds only weights, or a damaged one, is not judged.
     """
-    folder, own = checkpoint.folder_of(run_dir, step), read_record(run_dir)
+    folder, copy = checkpoint.folder_of(run_dir, saved.step), saved.record
     # A person may have given a trained model's checkpoint another number.
-    updates = read_updates(folder) if read_result(run_dir) else None
-    if updates not in (None, step):
-        return f"{folder} holds the weights after {updates} updates, not after {step}"
-    copy: Any = None
-    with contextlib.suppress(UserError, OSError):
-        copy = checkpoint.read_meta(run_dir, step).get("config")
-    if own is None or not isinstance(copy, dict):
+    if result and saved.updates not in (None, saved.step):
+        return (
+            f"{folder} holds the weights after {saved.updates} updates, not after "
+            f"{saved.step}"
+        )
+    if record is None or copy is None:
         return None
     # Records of older versions have no run_id.
-    parts = ("run_id",) if {"run_id"} <= own.keys() & copy.keys() else ("seed", "train")
-    old, new = identity(copy, parts), identity(own, parts)
+    is_known = {"run_id"} <= record.keys() & copy.keys()
+    parts = ("run_id",) if is_known else ("seed", "train")
+    old, new = identity(copy, parts), identity(record, parts)
     if any(old[name] != new[name] for name in old.keys() & new.keys()):
         return f"{folder} is a checkpoint of another run than {run_dir / 'config.json'}"
     return None
-
-
-def is_made_here(run_dir: Path) -> bool:
-    """Whether training wrote the record and all checkpoints, under these numbers.
-
-    A compressed model was not trained. In a folder that a person put together, a
-    checkpoint need not have an optimizer, or the number of updates that it has done.
-    """
-    record = find_record(run_dir) or {}
-    if "compressed" in record or not _OURS & record.keys():
-        return False
-    return all(
-        read_updates(checkpoint.folder_of(run_dir, step)) == step
-        for step in checkpoint.steps(run_dir)
-    )
 
 
 def is_vacant(path: Path) -> bool:
@@ -259,24 +325,20 @@ def config_sha256(record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def changed_fields(run_dir: Path, record: dict[str, Any]) -> list[str]:
+def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
-    Empty if no run has begun. An import whose hash in `record` is None is not compared,
-    nor are the bands that come from it. If only one record knows the corpus,
-    `Corpus.differences` compares it, and not this function.
+    An import whose hash in `record` is None is not compared, nor are the bands that
+    come from it. If only one record knows the corpus, `Corpus.differences` compares it,
+    and not this function.
     """
-    stored = find_record(run_dir)
-    if stored is None:
-        return []
-    old, hashes = stored.get("imported_sha256"), record.get("imported_sha256") or {}
+    known, hashes = (one.get("imported_sha256") or {} for one in (stored, record))
     unknown = {name for name, sha256 in hashes.items() if sha256 is None}
-    if unknown:
-        hashes = hashes | {name: (old or {}).get(name) for name in unknown}
-        record = record | {"imported_sha256": hashes}
+    hashes = hashes | {name: known.get(name) for name in unknown}
+    record = record | {"imported_sha256": hashes}
     if "import_bands" in unknown:
-        bands = ("band_sizes", "band_ranks")
-        stored["model"] |= {name: record["model"][name] for name in bands}
+        bands = {name: record["model"][name] for name in ("band_sizes", "band_ranks")}
+        stored = stored | {"model": stored["model"] | bands}
     # The oldest runs know only where their corpus lay.
     is_oldest = not {"corpus", "corpus_sha256"} & stored.keys()
     sections = (*IDENTITY, "data") if is_oldest else IDENTITY

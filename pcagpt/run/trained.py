@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,17 @@ from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
-from pcagpt.data.sources import describe_files
 from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
-from pcagpt.run.folder import find_record, read_result, stranger
+from pcagpt.run.folder import (
+    find_record,
+    read_record,
+    read_result,
+    read_saved,
+    stranger,
+)
 from pcagpt.sharding import placement
 
 
@@ -48,9 +52,10 @@ class Run:
 
         def find() -> tuple[str, int]:
             folder, step = checkpoint.find(path)
-            if reason := stranger(folder, step):
+            record, result = read_record(folder), read_result(folder)
+            if reason := stranger(folder, read_saved(folder, step), record, result):
                 raise UserError(f"{reason}: put the run's own checkpoint there")
-            last = (read_result(folder) or {}).get("steps", step)
+            last = (result or {}).get("steps", step)
             is_named = Path(path).name == str(step)
             if not is_named and last not in checkpoint.steps(folder):
                 warn_once(
@@ -181,7 +186,7 @@ class Run:
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
             self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
-        corpus = open_shared_corpus(data, cache_dir, splits)
+        corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
         differing = corpus.differences(self.record, (*IDENTITY, "test"))
         if differing and not asked.source:
             raise UserError(
@@ -215,7 +220,7 @@ class Run:
                 "the run's own meta file"
             )
         if differing:
-            _say_once(
+            placement.say_once(
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
@@ -249,26 +254,3 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return checkpoint.folder_of(self.folder, self.step)
-
-
-def open_shared_corpus(
-    data: DataSettings, cache_dir: Path, splits: Collection[str]
-) -> Corpus:
-    """Opens a corpus; only the first of several processes tokenizes its text.
-
-    Says on stderr which files of a folder are used and which are left out. Every
-    process calls this, or the first one within `placement.from_first`.
-    """
-    source = data.source, cache_dir, data.tokenizer, splits
-    describe_corpus(data.source, data.tokenizer, splits)
-    if files := describe_files(data.source):
-        _say_once(files)
-    placement.from_first(lambda: str(open_corpus(*source).folder))
-    return open_corpus(*source)
-
-
-@functools.lru_cache
-def _say_once(line: str) -> None:
-    """Prints a line on stderr, on the first process and once."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -209,6 +209,13 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+@functools.lru_cache
+def say_once(line: str) -> None:
+    """Prints a line on stderr, on the first process and once."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 # This process is the first one, and the others wait for what it decides.
 _is_deciding = contextvars.ContextVar("_is_deciding", default=False)
 
