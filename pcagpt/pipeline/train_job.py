@@ -102,9 +102,9 @@ class TrainJob(Job):
 
     def _serves_as_prerequisite(self, there: Contents) -> bool:
         """Whether a finished run is there, or a model that was made elsewhere."""
-        if self.is_target or there.record is None or there.lack:
+        if self.is_target or there.record is None:
             return False
-        return bool(there.result) or not there.is_made_here
+        return bool(there.result or not there.is_made_here) and not there.lack
 
     def _check_start_of_arm(self, there: Contents) -> None:
         """Raises UserError if `for_arm` cannot start from the run in the folder.

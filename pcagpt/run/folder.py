@@ -9,9 +9,11 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +152,7 @@ class Saved(NamedTuple):
     """What a checkpoint says of itself.
 
     record: its copy of the run's record, None if it has none that can be read; updates:
-    as `read_updates` says.
+    those that it has done, as in `read_updates`.
     """
 
     step: int
@@ -158,20 +160,13 @@ class Saved(NamedTuple):
     updates: int | None
 
 
-def read_saved(run_dir: Path, step: int) -> Saved:
-    """Reads what a checkpoint says of itself."""
-    updates = read_updates(checkpoint.folder_of(run_dir, step))
-    return Saved(step, _copy(run_dir, step), updates)
-
-
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a run's folder holds, as `look` found it.
+    """What a run's folder holds, as `look` read it.
 
     record: config.json; stored: the same or, if it was lost, the newest checkpoint's
-    copy; result: of a finished run; has_logs: whether training has begun to log;
-    damage: of config.json or result.json, which then count as missing; lack: why no
-    checkpoint can be read, if one is needed as it is.
+    copy; result: of a finished run; damage: of config.json or result.json, without
+    which all three are None.
     """
 
     folder: Path
@@ -181,7 +176,6 @@ class Contents:
     stored: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     damage: UserError | None = None
-    lack: str | None = None
 
     @property
     def is_begun(self) -> bool:
@@ -208,19 +202,44 @@ class Contents:
 
     @property
     def stranger(self) -> str | None:
-        """Why a checkpoint is not the run's own, if one is not."""
-        found = (
-            stranger(self.folder, saved, self.stored, self.result)
-            for saved in self.saved
-        )
-        return next(filter(None, found), None)
+        """Why a checkpoint cannot be the run's own at its step; None if all can.
+
+        A checkpoint that holds only weights, or a damaged one, is not judged.
+        """
+        for step, copy, updates in self.saved:
+            folder = checkpoint.folder_of(self.folder, step)
+            # A person may have given a trained model's checkpoint another number.
+            if self.result and updates not in (None, step):
+                return (
+                    f"{folder} holds the weights after {updates} updates, not after "
+                    f"{step}"
+                )
+            if copy and self.stored and not _is_same_run(copy, self.stored):
+                own = self.folder / "config.json"
+                return f"{folder} is a checkpoint of another run than {own}"
+        return None
+
+    @functools.cached_property
+    def lack(self) -> str | None:
+        """Why no checkpoint can be read; None if one can. Checks its weights' files."""
+        return checkpoint.lack(self.folder)
 
 
-def look(run_dir: Path) -> Contents:
-    """Reads what a run's folder holds; UserError if the folder is a link to nothing."""
+def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
+    """Reads what a run's folder holds; `steps`: of these checkpoints only.
+
+    Raises UserError if the folder is a link to nothing.
+    """
     if run_dir.is_symlink() and not run_dir.exists():
         raise UserError(f"{run_dir} is a link to nothing: remove it, or mount its disk")
-    saved = tuple(read_saved(run_dir, step) for step in checkpoint.steps(run_dir))
+    saved = tuple(
+        Saved(
+            step,
+            _copy(run_dir, step),
+            read_updates(checkpoint.folder_of(run_dir, step)),
+        )
+        for step in (checkpoint.steps(run_dir) if steps is None else steps)
+    )
     has_logs = any(map(_has_content, map(run_dir.joinpath, LOGS)))
     try:
         record = read_record(run_dir)
@@ -229,42 +248,19 @@ def look(run_dir: Path) -> Contents:
         result = _result_of(run_dir, stored)
     except UserError as damage:
         return Contents(run_dir, saved, has_logs, damage=damage)
-    there = Contents(run_dir, saved, has_logs, record, stored, result)
-    if result or not there.is_made_here:  # Other runs find theirs when they go on.
-        there = dataclasses.replace(there, lack=checkpoint.lack(run_dir))
-    return there
+    return Contents(run_dir, saved, has_logs, record, stored, result)
 
 
 def _has_content(path: Path) -> bool:
     return path.exists() and (path.is_dir() or path.stat().st_size > 0)
 
 
-def stranger(
-    run_dir: Path,
-    saved: Saved,
-    record: dict[str, Any] | None,
-    result: dict[str, Any] | None,
-) -> str | None:
-    """Why a checkpoint cannot be that of the run with this record and result, if so.
-
-    A checkpoint that holds only weights, or a damaged one, is not judged.
-    """
-    folder, copy = checkpoint.folder_of(run_dir, saved.step), saved.record
-    # A person may have given a trained model's checkpoint another number.
-    if result and saved.updates not in (None, saved.step):
-        return (
-            f"{folder} holds the weights after {saved.updates} updates, not after "
-            f"{saved.step}"
-        )
-    if record is None or copy is None:
-        return None
-    # Records of older versions have no run_id.
-    is_known = {"run_id"} <= record.keys() & copy.keys()
+def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of one run. Those of older versions have no run_id."""
+    is_known = {"run_id"} <= one.keys() & other.keys()
     parts = ("run_id",) if is_known else ("seed", "train")
-    old, new = identity(copy, parts), identity(record, parts)
-    if any(old[name] != new[name] for name in old.keys() & new.keys()):
-        return f"{folder} is a checkpoint of another run than {run_dir / 'config.json'}"
-    return None
+    old, new = identity(one, parts), identity(other, parts)
+    return all(old[name] == new[name] for name in old.keys() & new.keys())
 
 
 def is_vacant(path: Path) -> bool:

@@ -19,13 +19,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
-from pcagpt.run.folder import (
-    find_record,
-    read_record,
-    read_result,
-    read_saved,
-    stranger,
-)
+from pcagpt.run.folder import find_record, look
 from pcagpt.sharding import placement
 
 
@@ -52,10 +46,12 @@ class Run:
 
         def find() -> tuple[str, int]:
             folder, step = checkpoint.find(path)
-            record, result = read_record(folder), read_result(folder)
-            if reason := stranger(folder, read_saved(folder, step), record, result):
-                raise UserError(f"{reason}: put the run's own checkpoint there")
-            last = (result or {}).get("steps", step)
+            there = look(folder, [step])
+            if there.damage:
+                raise there.damage
+            if there.stranger:
+                raise UserError(f"{there.stranger}: put the run's own checkpoint there")
+            last = (there.result or {}).get("steps", step)
             is_named = Path(path).name == str(step)
             if not is_named and last not in checkpoint.steps(folder):
                 warn_once(
