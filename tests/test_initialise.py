@@ -26,7 +26,7 @@ MODEL = GPTConfig(
 
 def leaves(run_dir, step=""):
     """{path: array} of a checkpoint's parameters."""
-    return trees.flatten(checkpoint.load_weights(run_dir / "ckpt" / str(step))[0])
+    return trees.flatten(checkpoint.load_weights(run_dir / "ckpt" / str(step))["params"])
 
 
 def template(config=MODEL):
@@ -311,7 +311,7 @@ def test_blocks_of_another_model_are_refused(other, words, d_dir):
 
 def test_more_blocks_than_the_model_has_are_refused(d_dir, monkeypatch):
     deeper = template(dataclasses.replace(MODEL, n_layer=2))
-    monkeypatch.setattr(checkpoint, "load_weights", lambda _: (deeper, {}, 6))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda _: {"params": deeper})
     message = refusal(blocks_from=str(d_dir))
     assert f"init.blocks_from={d_dir} holds 'block_1/" in message
     assert "the two models differ in model.n_layer" in message
