@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -31,15 +30,6 @@ ITEMS = {
     },
     "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
 }
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """A function that returns all warnings so far."""
-    # The command line switches the logger's propagation off.
-    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
-    caplog.set_level(logging.WARNING, "pcagpt")
-    return lambda: [r.message for r in caplog.records if r.name.startswith("pcagpt")]
 
 
 def items_at(step):
