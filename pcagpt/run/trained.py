@@ -106,8 +106,7 @@ class Run:
     @functools.cached_property
     def weights(self) -> dict:
         """Stored {'params', 'constants'}: host arrays; UserError for a damaged file."""
-        params, constants, _ = checkpoint.load_weights(self._checkpoint)
-        return {"params": params, "constants": constants}
+        return checkpoint.load_weights(self._checkpoint)
 
     def variables(self, config: GPTConfig) -> dict:
         """{'params', 'constants'} for a model of this config, as host arrays.
@@ -215,8 +214,8 @@ class Run:
                 f"{self.folder}: its ids mean other text to the model; make them with "
                 "the run's own meta file"
             )
-        if differing:
-            placement.say_once(
+        if differing and jax.process_index() == 0:
+            warn_once(
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
