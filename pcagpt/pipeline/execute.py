@@ -31,10 +31,7 @@ def check(plan: Plan) -> dict[Job, str]:
     if settings.telemetry.wandb:
         import_wandb()
     # Other commands may be at work: every process must see the same.
-    shared = placement.from_first(
-        lambda: [(plan.jobs.index(job), status) for job, status in _needed(plan)]
-    )
-    needed = {plan.jobs[number]: status for number, status in shared}
+    needed = placement.from_first(lambda: _needed(plan))
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
@@ -86,14 +83,14 @@ def execute(plan: Plan, command: str) -> None:
         say(f"report: {workdir / 'report.html'}")
 
 
-def _needed(plan: Plan) -> list[tuple[Job, str]]:
-    """The jobs that `check` returns, with their status."""
+def _needed(plan: Plan) -> dict[Job, str]:
+    """As `check` returns."""
     jobs, target = plan.jobs, plan.jobs[-1]
     known = {target: target.status()}
     is_all = plan.reported or known[target] != DONE
     if not is_all and not any(job.differing() for job in jobs):
         jobs = tuple(job for job in jobs if job.is_target)
-    return [(job, known.get(job) or job.status()) for job in jobs]
+    return {job: known.get(job) or job.status() for job in jobs}
 
 
 def _corpora_without_text(checked: Iterable[Setup | None]) -> set[str]:
