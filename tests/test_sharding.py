@@ -15,7 +15,7 @@ from pcagpt.config.schema import TrainSettings
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig, HeadBand
-from pcagpt.sharding import inside, placement
+from pcagpt.sharding import inside, placement, processes
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state
 
@@ -291,7 +291,7 @@ def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="distributed.coordinator_address=HOST:PORT"):
-        placement.start_processes(None, None, None)
+        processes.start_processes(None, None, None)
 
 
 def test_distributed_start_passes_the_config_on(monkeypatch):
@@ -299,17 +299,17 @@ def test_distributed_start_passes_the_config_on(monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **_: calls.append(args)
     )
-    placement.start_processes("host:1234", 2, 1)
+    processes.start_processes("host:1234", 2, 1)
     assert calls == [("host:1234", 2, 1)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_several_processes_wait_for_each_other(monkeypatch, processes):
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_wait_for_each_other(monkeypatch, count):
     waited_for = []
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited_for.append)
-    placement.wait_for_all("files are written")
-    assert waited_for == ["files are written"][: processes - 1]
+    processes.wait_for_all("files are written")
+    assert waited_for == ["files are written"][: count - 1]
 
 
 def test_several_processes_must_use_all_their_devices(monkeypatch):

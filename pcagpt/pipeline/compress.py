@@ -27,7 +27,7 @@ from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 FOLDER = "compressed"  # in a workdir
 
@@ -71,7 +71,7 @@ def compress(settings: Settings, command: str) -> None:
                 check_place(model)
 
     with lock.held(folder, meanwhile=check_folder) as check_lock:
-        placement.from_first(check_folder)
+        processes.from_first(check_folder)
         if bounds:
             advise(
                 original,
@@ -89,7 +89,7 @@ def compress(settings: Settings, command: str) -> None:
             sweep(original, tried, heading, folder, tensorboard, check_lock)
         if jax.process_index() == 0:
             remove_leftovers(folder)
-        placement.wait_for_all(str(folder))
+        processes.wait_for_all(str(folder))
         if options.recover_ranks:
             _recover(settings, folder)
 

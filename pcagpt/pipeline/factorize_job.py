@@ -20,7 +20,7 @@ from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run, open_shared_corpus
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.metrics import Telemetry
 
 
@@ -149,7 +149,7 @@ class FactorizeJob(Job):
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
-            if placement.from_first(self._has_other_files):
+            if processes.from_first(self._has_other_files):
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
@@ -177,7 +177,7 @@ class FactorizeJob(Job):
         these files.
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
-            if placement.from_first(self.status) == DONE:
+            if processes.from_first(self.status) == DONE:
                 return
             self.check(set())
             run = None if self._is_bare_table else Run.open(self.source)
@@ -188,7 +188,7 @@ class FactorizeJob(Job):
                 else self._given_statistics(table_VD.shape)
             )
             step = {"step": run.step} if run else {}
-            placement.from_first(
+            processes.from_first(
                 lambda: self._write(table_VD, statistics, step, check_lock)
             )
 

@@ -28,7 +28,7 @@ from pcagpt.run.folder import (
     write_record,
 )
 from pcagpt.run.trained import open_shared_corpus
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
 
@@ -261,7 +261,7 @@ class TrainJob(Job):
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
             # Imports may have been made since `check`.
-            stored = placement.from_first(self._take_up)
+            stored = processes.from_first(self._take_up)
             if stored is None:
                 return
             run_id = stored["run_id"]
@@ -288,7 +288,7 @@ class TrainJob(Job):
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
-            placement.wait_for_all(self.folder.name)
+            processes.wait_for_all(self.folder.name)
             train(setup, self.folder, record, self.label, check_place)
 
     def _alone(self) -> tuple[str, str, Settings]:

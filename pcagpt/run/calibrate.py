@@ -24,7 +24,7 @@ from pcagpt.files import keep, parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT
 from pcagpt.run.trained import Run
-from pcagpt.sharding import inside, placement
+from pcagpt.sharding import inside, placement, processes
 from pcagpt.telemetry.progress import Progress
 
 _SHAPES = {
@@ -147,7 +147,7 @@ def statistics(
         "compute_dtype": model.config.compute_dtype,
     }
     # Other commands write such files: every process must see the same.
-    if known := placement.from_first(lambda: _known(run, protocol)):
+    if known := processes.from_first(lambda: _known(run, protocol)):
         return read(run.folder / known)
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))

@@ -22,7 +22,7 @@ from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import find_record, read_result, stranger
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Run:
             return str(folder), step
 
         # The run may be training: every process must open the same step.
-        found, step = placement.from_first(find)
+        found, step = processes.from_first(find)
         folder = Path(found)
         record = find_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():
@@ -257,13 +257,13 @@ def open_shared_corpus(
     """Opens a corpus; only the first of several processes tokenizes its text.
 
     Says on stderr which files of a folder are used and which are left out. Every
-    process calls this, or the first one within `placement.from_first`.
+    process calls this, or the first one within `processes.from_first`.
     """
     source = data.source, cache_dir, data.tokenizer, splits
     describe_corpus(data.source, data.tokenizer, splits)
     if files := describe_files(data.source):
         _say_once(files)
-    placement.from_first(lambda: str(open_corpus(*source).folder))
+    processes.from_first(lambda: str(open_corpus(*source).folder))
     return open_corpus(*source)
 
 
