@@ -101,7 +101,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         from pcagpt.sharding import processes
 
     if settings.distributed.enabled:
-        processes.start_processes(
+        processes.start(
             settings.distributed.coordinator_address,
             settings.distributed.num_processes,
             settings.distributed.process_id,
@@ -110,7 +110,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     try:
         text = tasks.preview(settings) if print_only else tasks.do(settings, command)
     except Interrupted:  # All processes stop at the same step.
-        processes.leave_processes()
+        processes.leave()
         raise
     if text is not None and jax.process_index() == 0:
         print(text, flush=True)

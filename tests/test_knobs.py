@@ -212,7 +212,7 @@ def joined_processes(config):
     """How several processes are joined."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "start_processes", lambda *a: found.append(a))
+        patch.setattr(processes, "start", lambda *a: found.append(a))
         patch.setattr(pipeline, "execute", lambda *_: None)
         main.run(Settings.of(config), "a command", print_only=False)
     return found

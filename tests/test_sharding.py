@@ -291,7 +291,7 @@ def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="distributed.coordinator_address=HOST:PORT"):
-        processes.start_processes(None, None, None)
+        processes.start(None, None, None)
 
 
 def test_distributed_start_passes_the_config_on(monkeypatch):
@@ -299,7 +299,7 @@ def test_distributed_start_passes_the_config_on(monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **_: calls.append(args)
     )
-    processes.start_processes("host:1234", 2, 1)
+    processes.start("host:1234", 2, 1)
     assert calls == [("host:1234", 2, 1)]
 
 

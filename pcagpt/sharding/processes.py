@@ -21,7 +21,7 @@ LOST_SECONDS = 40  # A process without a sign of life for so long counts as ende
 LEAVE_SECONDS = 10.0  # the longest time that ending processes wait for each other
 
 
-def start_processes(
+def start(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
     """Joins the other processes; with None, JAX asks the cluster (Slurm, ...)."""
@@ -40,7 +40,7 @@ def start_processes(
         ) from None
 
 
-def leave_processes() -> None:
+def leave() -> None:
     """Tells the other processes, which also end, that this one ends.
 
     Without this call, they take it for dead and end with an error of their own.
