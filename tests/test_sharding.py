@@ -30,13 +30,11 @@ CONFIG = GPTConfig(
     n_embd_wte=4,
     n_embd_wte_scale_tying=False,
 )
-ADAMW = TrainSettings(steps=4, warmup_steps=0)
+ADAMW = optim.optimizer(TrainSettings(), schedule=lambda step: 1e-3)
 
 
 def state_shapes(config=CONFIG):
-    return jax.eval_shape(
-        lambda: initial_state(GPT(config), optim.optimizer(ADAMW), seed=0)
-    )
+    return jax.eval_shape(lambda: initial_state(GPT(config), ADAMW, seed=0))
 
 
 # Meshes
