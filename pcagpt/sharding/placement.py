@@ -5,7 +5,8 @@ parameter matrix and of its optimizer moments.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +110,24 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(
         batch.shape, sharding, lambda index: batch[index]
     )
+
+
+def map_batches(
+    function: Callable, batches: Iterable[Sequence[np.ndarray]], mesh: Mesh
+) -> Iterator[tuple[Sequence[np.ndarray], Any]]:
+    """Yields (batch, function(*batch) as host arrays) for batches of host arrays.
+
+    The function gets each array of a batch split over the mesh. Its results are fetched
+    one batch late, so that the devices never wait for the host.
+    """
+    sharding = batch_sharding(mesh)
+    started = (
+        (batch, function(*(put_batch(array, sharding) for array in batch)))
+        for batch in batches
+    )
+    # `pairwise` starts the next batch before it gives this one.
+    for (batch, result), _ in itertools.pairwise(itertools.chain(started, [None])):
+        yield batch, jax.tree.map(np.asarray, result)
 
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
