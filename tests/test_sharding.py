@@ -280,6 +280,24 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
         assert exchange not in program
 
 
+def test_a_batch_starts_before_the_result_of_the_one_before_is_fetched():
+    started = []
+
+    def double(batch):
+        started.append(batch)
+        return 2 * batch
+
+    batches = [(np.full(8, number),) for number in range(3)]
+    mesh = placement.make_mesh(4, 2)
+    seen = [
+        (batch.tolist(), result.tolist(), len(started))
+        for (batch,), result in placement.map_batches(double, batches, mesh)
+    ]
+    assert seen == [([0] * 8, [0] * 8, 2), ([1] * 8, [2] * 8, 3), ([2] * 8, [4] * 8, 3)]
+    assert started[0].sharding == placement.batch_sharding(mesh)
+    assert list(placement.map_batches(double, [], mesh)) == []
+
+
 # Several processes
 
 
