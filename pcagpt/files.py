@@ -7,6 +7,7 @@ infinities are not JSON. Readers refuse a file that declares more than it can ho
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 import re
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 from pcagpt.errors import UserError, unreadable
 
 LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
+_SETTLED_SECONDS = 2
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
 _LARGEST_JSON = 2**28  # bytes
 # Real arrays hardly compress. An archive that unpacks to more than this was made to
@@ -336,24 +339,53 @@ def check_values(array: np.ndarray, what: str) -> None:
         )
 
 
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, mtime and ctime in nanoseconds."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def is_settled(stamp: tuple[int, int, int]) -> bool:
+    """Whether any later change of the file would give it another stamp.
+
+    A file that changed less than two seconds ago may change once more within the
+    resolution of its times.
+    """
+    return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
+
+
+def read_once(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `read(path, ...)` read a file again only if it may have changed."""
+
+    @functools.lru_cache(maxsize=1024)
+    def settled(_: tuple[int, int, int], path: Path, *rest: Any) -> Any:
+        return read(path, *rest)
+
+    @functools.wraps(read)
+    def read_or_known(path: Path, *rest: Any) -> Any:
+        stamp = stamp_of(path)
+        return settled(stamp, path, *rest) if is_settled(stamp) else read(path, *rest)
+
+    return read_or_known
+
+
+@read_once
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of_file(path: Path) -> str:
     """Hash of a file's content; UserError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(path)
     except OSError as error:
         raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: {'bytes', 'sha256'}} of files in a folder, for `check_digests`."""
-    return {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": sha256_of_file(folder / name),
-        }
-        for name in sorted(names)
-    }
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{name: {'sha256'}} of files in a folder, for `check_digests`."""
+    return {name: {"sha256": sha256_of_file(folder / name)} for name in sorted(names)}
 
 
 def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -> None:
@@ -363,9 +395,8 @@ def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -
     for name, digest in known.items():
         if not name.startswith(below):
             continue
-        path = folder / name
-        check_fields(
-            digest, {"bytes": (int,), "sha256": (str,)}, name, "write it again"
-        )
-        if sha256_of_file(path) != digest["sha256"]:
-            raise UserError(f"{path} was changed or damaged since it was written")
+        check_fields(digest, {"sha256": (str,)}, name, "write it again")
+        if sha256_of_file(folder / name) != digest["sha256"]:
+            raise UserError(
+                f"{folder / name} was changed or damaged since it was written"
+            )

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
-            print(__doc__, command_line.knobs_text(), sep="\n", flush=True)
+            _show(f"{__doc__}\n{command_line.knobs_text()}")
             return DONE
         settings, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
@@ -113,6 +113,12 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         processes.leave()
         raise
     if text is not None and jax.process_index() == 0:
+        _show(text)
+
+
+def _show(text: str) -> None:
+    """Prints the last text of a command; a reader may end before it has read all."""
+    with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)
 
 

@@ -12,6 +12,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import fcntl
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def write_corpus(folder):
         tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 3 + 1) % VOCAB_SIZE
         tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
     (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """A function that returns all warnings so far."""
+    # The command line switches the logger's propagation off.
+    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
+    caplog.set_level(logging.WARNING, "pcagpt")
+    return lambda: [r.message for r in caplog.records if r.name.startswith("pcagpt")]
 
 
 @pytest.fixture

@@ -189,8 +189,10 @@ def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
     monkeypatch.setattr(Setup, "batch", batch_and_signal)
 
 
-def write_statistics(path: Path, vocab_size: int, width: int, seed: int = 0) -> None:
-    """A file of statistics of no model in particular."""
+def write_statistics(
+    path: Path, vocab_size: int, width: int, seed: int = 0, **protocol: str
+) -> None:
+    """A file of statistics of no model in particular, unless `protocol` names one."""
     random = np.random.default_rng(seed)
     spread = random.normal(size=(2 * width, width))
     moment = spread.T @ spread / width
@@ -202,4 +204,4 @@ def write_statistics(path: Path, vocab_size: int, width: int, seed: int = 0) -> 
         gradient_moment=moment,
         context_moment=random.normal(size=(width, width)),
     )
-    calibrate.write(path, found, {})
+    calibrate.write(path, found, protocol)

@@ -69,8 +69,7 @@ def starts(planned, compiled, tmp_path_factory):
 @pytest.fixture
 def trained(planned):
     """{path: array} of D."""
-    params, constants, _ = load_weights(Path(planned.workdir) / "gpt_baseline")
-    return trees.flatten({"params": params, "constants": constants})
+    return trees.flatten(load_weights(Path(planned.workdir) / "gpt_baseline"))
 
 
 def bands_of(config):

@@ -61,6 +61,7 @@ def corpus(corpus_folder, place):
         ({"data.source": "nowhere"}, "data source 'nowhere' does not exist"),
         ({"data.tokenizer": "bert"}, "unknown tokenizer 'bert': set --config.data"),
         ({"workdir": "notes.txt"}, "notes.txt is not a writable folder"),
+        ({"workdir": "/proc/runs"}, "/proc is not a writable folder"),
     ],
 )
 def test_a_knob_that_cannot_work_is_refused(overrides, words, corpus, place):

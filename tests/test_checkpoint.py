@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -31,15 +30,6 @@ ITEMS = {
     },
     "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
 }
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """A function that returns all warnings so far."""
-    # The command line switches the logger's propagation off.
-    monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
-    caplog.set_level(logging.WARNING, "pcagpt")
-    return lambda: [r.message for r in caplog.records if r.name.startswith("pcagpt")]
 
 
 def items_at(step):
@@ -168,7 +158,7 @@ def test_a_path_names_a_run_its_checkpoints_or_one_of_them(below, step, tmp_path
     save(tmp_path / "run", {1: 3.0, 2: 1.0, 4: 2.0})
     run_dir = tmp_path / "run"
     assert checkpoint.find(f"{run_dir}/{below}") == (run_dir, step)
-    assert checkpoint.load_weights(run_dir / below)[2] == step
+    assert_same(checkpoint.load_weights(run_dir / below), items_at(step)["weights"])
 
 
 def test_a_path_that_is_no_run_is_refused_in_one_line(tmp_path):
@@ -191,8 +181,9 @@ def test_a_path_that_is_no_run_is_refused_in_one_line(tmp_path):
 
 def test_loaded_weights_are_those_of_the_run_with_padding(finished_experiment):
     run_dir = Path(finished_experiment.workdir) / "gpt_baseline"
-    params, constants, step = checkpoint.load_weights(run_dir)
-    assert (step, constants) == (6, {})
+    found = checkpoint.load_weights(run_dir)
+    params = found["params"]
+    assert found["constants"] == {}
     assert params["embed"]["band_0"]["wte"].shape == (128, 32)  # 97 and padding
     assert params.keys() == {"embed", "wpe", "block_0", "ln_f"}
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
@@ -200,9 +191,7 @@ def test_loaded_weights_are_those_of_the_run_with_padding(finished_experiment):
 
 def test_weights_are_loaded_with_constants_and_damaged_ones_refused(tmp_path):
     save(tmp_path, {5: 1.0})
-    params, constants, step = checkpoint.load_weights(tmp_path)
-    assert_same({"params": params, "constants": constants}, items_at(5)["weights"])
-    assert step == 5
+    assert_same(checkpoint.load_weights(tmp_path), items_at(5)["weights"])
     damage(tmp_path, 5)
     with pytest.raises(UserError, match="can be read .*weights.*again") as caught:
         checkpoint.load_weights(tmp_path)
@@ -258,9 +247,7 @@ def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path,
             if is_of_weights:
                 with pytest.raises(UserError, match=f"ckpt/2.*{damaged.name}"):
                     checkpoint.load_weights(copy / "ckpt/2")
-                assert_same(
-                    checkpoint.load_weights(copy)[0], items_at(1)["weights"]["params"]
-                )
+                assert_same(checkpoint.load_weights(copy), items_at(1)["weights"])
             if item == "meta":
                 with pytest.raises(UserError, match="meta/metadata"):
                     checkpoint.read_meta(copy, 2)
@@ -453,7 +440,7 @@ def test_a_run_saved_on_8_devices_resumes_on_1_with_the_same_numbers(
         **{"mesh.data": 2, "mesh.fsdp": 4, "checkpoint.keep_last": 2},
     )
     run_dir = execute(on_8)
-    params, _, _ = checkpoint.load_weights(run_dir / "ckpt/3")
+    params = checkpoint.load_weights(run_dir / "ckpt/3")["params"]
     assert params["embed"]["band_0"]["wte"].shape == (128, 32)
 
     moved_dir = restart(run_dir, tmp_path / "moved", at=3)

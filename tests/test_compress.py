@@ -223,6 +223,26 @@ def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
         sweep_of(copied_sweep, **{"compress.calibration_tokens": 256})
 
 
+def test_rows_of_another_calibration_batch_size_are_refused_or_measured_anew(
+    copied_sweep,
+):
+    folder, size = folder_of(copied_sweep), copied_sweep.train.batch_size
+    before = json.loads((folder / "sweep.json").read_text())
+    assert before["protocol"]["calibration_batch_size"] == size
+    other, agrees = {"train.batch_size": 2 * size}, f"--config.train.batch_size={size}"
+    with pytest.raises(
+        UserError,
+        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} agr",
+    ):
+        sweep_of(copied_sweep, **other)
+    assert json.loads((folder / "sweep.json").read_text()) == before
+    after = sweep_of(copied_sweep, overwrite=True, **other)
+    assert after["protocol"]["calibration_batch_size"] == 2 * size
+    known = {(key(row), row["seconds"]) for row in before["rows"]}
+    assert not known & {(key(row), row["seconds"]) for row in after["rows"]}
+    assert not after["other_rows"]
+
+
 def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch):
     config, first = swept
     shutil.copytree(folder_of(config), folder_of(asked))

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import tracemalloc
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from runs import json_of
 
+from pcagpt import files
 from pcagpt.data import content, text_files, token_files, tokenize
 from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
@@ -170,16 +172,21 @@ def test_the_content_does_not_depend_on_place_spelling_or_width(
         assert contents(spelling, cache) == wanted
 
 
+def in_another_process(patch):
+    """What this process remembers of files does not count."""
+    patch.setattr(token_files, "content_of", content.content_of.__wrapped__)
+
+
 def test_a_file_is_read_once_until_it_changes(folder, cache, monkeypatch):
     write_tokens(folder, [1, 2, 3], vocab_size=10)
     write_tokens(folder, [99], "test")  # Nobody asks for it here.
-    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", 0)
     wanted = open_corpus(str(folder), cache).tokens("train").tolist()
     assert json.loads((folder / ".pcagpt-content.json").read_text()).keys() >= {
         "train.bin"
     }
-    content._settled.cache_clear()  # As in another process.
     with monkeypatch.context() as patch:
+        in_another_process(patch)
         patch.setattr(content, "_read", None)
         assert open_corpus(str(folder), cache).tokens("train").tolist() == wanted
     write_tokens(folder, [1, 2, 4])
@@ -201,7 +208,7 @@ def test_a_file_that_may_change_within_its_time_is_read_every_time(folder, cache
 
 def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypatch):
     write_tokens(folder, [1, 2, 3], vocab_size=10)
-    monkeypatch.setattr(content, "_SETTLED_SECONDS", 0)
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", 0)
     write = content.write_json
 
     def refuse(path, value):
@@ -213,12 +220,11 @@ def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypa
     wanted = contents(folder, cache)
     assert not (folder / ".pcagpt-content.json").exists()
     (file,) = cache.glob(".pcagpt-content-*.json")
-    content._settled.cache_clear()
+    in_another_process(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(content, "_read", None)
         assert contents(folder, cache) == wanted
     file.write_text("{")
-    content._settled.cache_clear()
     assert contents(folder, cache) == wanted
 
 
@@ -339,6 +345,22 @@ def test_tokenizing_at_the_same_time_leaves_one_whole_folder(folder, cache):
     assert list(cache.iterdir()) == [opened[0].folder]
     expected = load_tokenizer("gpt2").encode_ordinary("some words to read\n" * 20_000)
     assert opened[0].tokens("train")[1:].tolist() == expected
+
+
+def test_what_a_killed_command_tokenized_is_removed_by_the_next_one(folder, cache):
+    (folder / "train.txt").write_text("some words to read\n")
+    script = f"""
+import os
+from pcagpt.data import corpus, tokenize
+
+tokenize._encode = lambda *_: os._exit(9)
+corpus.open_corpus({str(folder)!r}, {str(cache)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    (draft,) = cache.iterdir()
+    assert re.fullmatch(r"\.[0-9a-f]{12}\.[0-9a-f]{8}\.partial", draft.name)
+    corpus = open_corpus(str(folder), cache)
+    assert list(cache.iterdir()) == [corpus.folder]
 
 
 @pytest.mark.parametrize("later", [b"two", b"t\xe9o"])
@@ -465,7 +487,7 @@ def test_a_text_of_many_blocks_is_checked_to_its_end(folder, cache, monkeypatch)
     monkeypatch.setattr(text_files, "_BLOCK_BYTES", 7)
     text = "Crème brûlée\n<|endoftext|>\n" * 3
     (folder / "train.txt").write_bytes(text.encode())
-    assert text_files._check(folder / "train.txt", ())[1]
+    assert text_files._check(folder / "train.txt")[1]
     (folder / "train.txt").write_bytes(text.encode() + b"one\n\0")
     refused(folder, cache, "NUL byte in line 8")
     (folder / "train.txt").write_bytes(text.encode() + b"one\n\xe8\n")

@@ -340,7 +340,7 @@ def test_each_corpus_split_and_step_has_its_own_file_in_the_run_folder(asked, tm
     assert wanted["corpus_val_step3"]["loss"] == logged["loss"]
 
 
-def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
+def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, said):
     config, found = asked(), {}
     for number in (1, 2, 1):
         place = tmp_path / str(number)
@@ -356,9 +356,9 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, capsys):
     )
     assert not any(result["is_own_corpus"] for result in written)
     assert evaluate(config)["is_own_corpus"]
-    said = [line for line in capsys.readouterr().err.splitlines() if "another" in line]
-    assert len(said) == 2
-    assert "is another corpus than the one that " in said[0]
+    lines = [line for line in said() if "another" in line]
+    assert len(lines) == 2
+    assert "is another corpus than the one that " in lines[0]
 
 
 def test_a_file_of_another_kind_does_not_cost_the_result(asked):

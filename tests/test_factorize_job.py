@@ -14,7 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, fingerprint
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def product(folder, rank):
 
 
 def table_of(run_dir, step):
-    params, _, _ = checkpoint.load_weights(run_dir / "ckpt" / str(step))
-    return params["embed"]["band_0"]["wte"]
+    weights = checkpoint.load_weights(run_dir / "ckpt" / str(step))
+    return weights["params"]["embed"]["band_0"]["wte"]
 
 
 def test_damaged_factors_are_written_again(job):
@@ -336,6 +336,20 @@ def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):
     write_statistics(tmp_path / "statistics.npz", 97, 32, seed=1)
     with pytest.raises(UserError, match=r"factorization, statistics_sha256 \(there"):
         named.status()
+
+
+def test_statistics_of_another_model_are_refused(job, baseline_dir, tmp_path):
+    path = tmp_path / "statistics.npz"
+    asked = by(job, method="kl", statistics=str(path))
+    made_from_step_3 = by(asked, source=baseline_dir / "ckpt/3")
+    write_statistics(path, 97, 32, checkpoint=fingerprint.of(baseline_dir))
+    asked.check(set())
+    with pytest.raises(
+        UserError, match=r"npz was measured on another model .* at step 3 .* name their"
+    ):
+        made_from_step_3.check(set())
+    write_statistics(path, 97, 32)  # It does not say.
+    made_from_step_3.check(set())
 
 
 def test_every_method_has_files_of_its_own_to_show(job, tmp_path):

@@ -1,6 +1,7 @@
 """Files: replaced in one step, strict in both directions, damage named."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -94,6 +95,23 @@ def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):
     assert files.sha256_of_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
     with pytest.raises(UserError, match="No such file"):
         files.sha256_of_file(tmp_path / "b")
+
+
+def test_a_file_is_hashed_again_only_if_it_may_have_changed(tmp_path, monkeypatch):
+    path, hashed, digest = tmp_path / "a", [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *a: hashed.append(a) or digest(*a)
+    )
+    path.write_bytes(b"abc")
+    for settled, reads in ((100, 2), (0, 1)):
+        monkeypatch.setattr(files, "_SETTLED_SECONDS", settled)
+        hashed.clear()
+        one, two = files.sha256_of_file(path), files.sha256_of_file(path)
+        assert (one == two, len(hashed)) == (True, reads)
+    times = path.stat()
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert files.sha256_of_file(path) != one
 
 
 def test_changed_json_is_refused_unless_its_seal_is_removed(tmp_path):

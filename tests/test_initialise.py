@@ -1,6 +1,7 @@
 """What a run starts from: imported factors, another run's blocks, and freezing."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.model import GPT, GPTConfig
-from pcagpt.run import checkpoint, initialise
+from pcagpt.run import checkpoint, fingerprint, initialise
+from pcagpt.run.folder import write_record
 from pcagpt.training import loop
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -26,7 +28,8 @@ MODEL = GPTConfig(
 
 def leaves(run_dir, step=""):
     """{path: array} of a checkpoint's parameters."""
-    return trees.flatten(checkpoint.load_weights(run_dir / "ckpt" / str(step))[0])
+    weights = checkpoint.load_weights(run_dir / "ckpt" / str(step))
+    return trees.flatten(weights["params"])
 
 
 def template(config=MODEL):
@@ -311,7 +314,7 @@ def test_blocks_of_another_model_are_refused(other, words, d_dir):
 
 def test_more_blocks_than_the_model_has_are_refused(d_dir, monkeypatch):
     deeper = template(dataclasses.replace(MODEL, n_layer=2))
-    monkeypatch.setattr(checkpoint, "load_weights", lambda _: (deeper, {}, 6))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda _: {"params": deeper})
     message = refusal(blocks_from=str(d_dir))
     assert f"init.blocks_from={d_dir} holds 'block_1/" in message
     assert "the two models differ in model.n_layer" in message
@@ -331,6 +334,25 @@ def test_an_import_that_does_not_fit_leaves_an_overwritten_run_as_it_was(
         execute(tiny_config)
     assert_equal(leaves(run_dir), before)
     assert (run_dir / "result.json").exists()
+
+
+def test_factors_and_blocks_of_different_models_are_noticed(d_dir, tmp_path, factors):
+    folder, bands = d_dir.parent / "pca_factorized", tmp_path / "model" / "factors"
+    table = str(factor_files.table_path(folder, 8))
+    step_3, unknown = str(d_dir / "ckpt/3"), factors()["import_scale_matrices_npz"]
+    made = {"step": 3, "fingerprint": fingerprint.of(step_3)}
+    write_record(bands.parent, {"run_id": "a", "compressed": made})
+    for init, words in (
+        ({"import_wte_npy": table}, None),
+        ({"import_wte_npy": table, "blocks_from": str(d_dir)}, None),
+        ({"import_scale_matrices_npz": unknown, "blocks_from": step_3}, None),
+        ({"import_bands": str(bands), "blocks_from": step_3}, None),
+        ({"import_wte_npy": table, "blocks_from": step_3}, "k8.npy and .*/3 are not"),
+        ({"import_bands": str(bands), "blocks_from": str(d_dir)}, "factors and .* are"),
+        ({"import_bands": str(bands), "import_wte_npy": table}, "k8.npy and .* are"),
+    ):
+        said = initialise.mixed_origins(InitSettings(**init))
+        assert re.search(words, said) if words else said is None
 
 
 def test_the_files_of_a_factorization_are_imported_and_hashed(d_dir):

@@ -124,15 +124,28 @@ def test_a_full_log_does_not_end_the_work(corpus_folder, tmp_path):
     assert (tmp_path / "runs" / "gpt_baseline" / "result.json").exists()
 
 
-def test_a_reader_that_ends_early_is_one_line_and_an_exit_code():
+def without_reader(*arguments):
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        ended = python("-m", "pcagpt.main", "--help", stdout=writing)
+        return python("-m", "pcagpt.main", *arguments, stdout=writing)
     finally:
         os.close(writing)
+
+
+def test_a_reader_that_ends_before_the_work_is_one_line_and_an_exit_code(
+    corpus_folder, tmp_path
+):
+    ended = without_reader(*tiny("baseline.py", corpus_folder, workdir=tmp_path))
     assert ended.returncode == 2
     assert re.fullmatch("pcagpt: broken pipe: .*\n", ended.stderr)
+
+
+def test_a_reader_may_end_before_the_last_text_does(corpus_folder, tmp_path):
+    plan = *tiny("baseline.py", corpus_folder, workdir=tmp_path), "--print_config"
+    for arguments in (["--help"], plan):
+        ended = without_reader(*arguments)
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about Linux's limits")

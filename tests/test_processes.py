@@ -1,5 +1,6 @@
 """Several processes, joined by jax.distributed, train what one process would."""
 
+import errno
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +20,7 @@ from runs import changed, metrics, overrides, quick_environment
 
 from pcagpt import main
 from pcagpt.config import Settings, override
-from pcagpt.errors import UserError
+from pcagpt.errors import Interrupted, Unreadable, UserError
 from pcagpt.run import checkpoint, folder
 from pcagpt.sharding import processes
 from pcagpt.training.interrupt import StopRequest
@@ -67,8 +69,8 @@ def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatc
         monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
         return processes.from_first(decide)
 
-    def refuse():
-        raise UserError("no such folder")
+    def fail(error):
+        raise error
 
     for value in (None, "to do", [[0, "done"], [1, "résumé"]]):
         sent.clear()
@@ -77,10 +79,20 @@ def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatc
     sent.clear()
     nested = as_process(0, lambda: processes.from_first(lambda: "a call"))
     assert (nested, len(sent)) == ("a call", 2)  # one size and one answer
-    sent.clear()
-    for number, decide in enumerate((refuse, pytest.fail)):
-        with pytest.raises(UserError, match="no such folder"):
-            as_process(number, decide)
+    for error in (
+        UserError("no such folder"),
+        Unreadable("no permission"),
+        Interrupted("stopped", signal.SIGUSR1),
+        OSError(errno.ENOSPC, "No space left on device", "a"),
+        KeyError("a bug"),
+    ):
+        sent.clear()
+        for number, decide in enumerate((partial(fail, error), pytest.fail)):
+            with pytest.raises(type(error)) as caught:
+                as_process(number, decide)
+            assert type(caught.value) is type(error)
+            assert str(caught.value) == str(error)
+            assert vars(caught.value) == vars(error)
 
 
 def free_address():

@@ -2,27 +2,22 @@
 
 Both need the whole file. .pcagpt-content.json beside it, or in the cache folder if that
 folder is read-only, keeps the result with the file's size, mtime and ctime. As long as
-these three stay the same, the file is not read again. A file that changed less than two
-seconds ago may change once more within the resolution of these times. Its result is not
-kept.
+these three stay the same, the file is not read again. The result of a file that has
+just changed is not kept.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, write_json
+from pcagpt.files import is_settled, read_json, read_once, stamp_of, write_json
 
 NAME = ".pcagpt-content.json"
-_SETTLED_SECONDS = 2
 _CHUNK_BYTES = 1 << 22
 _WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
 
@@ -42,15 +37,12 @@ class Content:
     highest: dict[str, int | None]
 
 
+@read_once
 def content_of(path: Path, cache_dir: Path) -> Content:
     """The content of a file; .pcagpt-content.json keeps it for the next time."""
     stamp = stamp_of(path)
-    return _settled(path, stamp, cache_dir) if is_settled(stamp) else _read(path)
-
-
-@functools.lru_cache
-def _settled(path: Path, stamp: tuple[int, ...], cache_dir: Path) -> Content:
-    """The content of a file that has not changed for a while, from disk if kept."""
+    if not is_settled(stamp):
+        return _read(path)
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:12]
     files = (
         path.parent / NAME,
@@ -80,17 +72,6 @@ def _entries(file: Path) -> dict[str, Any]:
         return read_json(file, "delete it") or {}
     except (UserError, OSError):
         return {}
-
-
-def stamp_of(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, mtime and ctime in nanoseconds."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def is_settled(stamp: tuple[int, int, int]) -> bool:
-    """Whether any later change of the file would give it another stamp."""
-    return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
 
 
 def _read(path: Path) -> Content:

@@ -2,18 +2,17 @@
 
 import codecs
 import dataclasses
-import functools
 import hashlib
 import re
 import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pcagpt.data.content import is_settled, stamp_of
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import SPLITS
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
+from pcagpt.files import read_once
 
 ENDINGS = (".txt", ".raw", ".tokens", ".text")
 _SPLIT_WORD = re.compile(
@@ -101,9 +100,7 @@ def fingerprints(files: TextFiles) -> tuple[str, str]:
     today, earlier = hashlib.sha256(), hashlib.sha256()
     for split, paths in files.of_split.items():
         for path in paths:
-            stamp = stamp_of(path)
-            check = _check if is_settled(stamp) else _check.__wrapped__
-            content, is_marked = check(path, stamp)
+            content, is_marked = _check(path)
             mark = " without its marks" if is_marked else ""
             today.update(f"{split} {content}{mark}\n".encode())
             earlier.update(f"{split} {content}\n".encode())
@@ -116,11 +113,11 @@ def read_text(path: Path) -> Iterator[str]:
         yield from file
 
 
-@functools.lru_cache
-def _check(path: Path, stamp: tuple[int, ...]) -> tuple[str, bool]:
+@read_once
+def _check(path: Path) -> tuple[str, bool]:
     """(sha256 of a file, whether it has a byte order mark or `<|endoftext|>`).
 
-    UserError unless it is UTF-8 without NUL. `stamp` is only a key of the cache.
+    UserError unless it is UTF-8 without NUL.
     """
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     line, end, is_marked = 1, b"", False

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import re
+import secrets
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -17,7 +20,7 @@ from pcagpt.data.meta import DTYPES, CorpusInfo
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
-from pcagpt.files import sha256_of_file, write_json
+from pcagpt.files import sha256_of_file, sync, write_file, write_json
 
 _PIECE_CHARACTERS = 1 << 16
 # GPT-2's pattern never matches across this cut, so both parts encode to the same ids as
@@ -31,37 +34,40 @@ def write_token_folder(
     """Tokenizes every split of `source` into `folder`, with progress on stderr.
 
     The folder appears only when it is complete. If several processes write it at the
-    same time, the first one wins. UserError if the text no longer has the
-    `fingerprints` from which the folder's name was made.
+    same time, the first one wins, and removes all drafts, also those of killed ones.
+    UserError if the text no longer has the `fingerprints` from which the folder's name
+    was made.
     """
+    # Only the hash at the end: the folder's name may be as long as a name can be.
+    start = f".{folder.name.rpartition('-')[2]}."
+    draft = folder.with_name(f"{start}{secrets.token_hex(4)}.partial")
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-            # Other users cannot read the temporary folder, but they can read this one.
-            draft = Path(temporary) / folder.name
-            draft.mkdir()
-            try:
-                _write_splits(draft, source, info)
-                is_same = source.fingerprints() == fingerprints
-            except UnicodeDecodeError:  # It was UTF-8 when its fingerprints were taken.
-                is_same = False
-            if not is_same:
-                raise UserError(
-                    f"the text {source.name} changed while it was read: run the "
-                    "command again"
-                )
-            try:
-                draft.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # No other process wrote it first.
-                    raise
-    except BaseException:
+        draft.mkdir()
+        try:
+            _write_splits(draft, source, info)
+            is_same = source.fingerprints() == fingerprints
+        except UnicodeDecodeError:  # It was UTF-8 when its fingerprints were taken.
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"the text {source.name} changed while it was read: run the command "
+                "again"
+            )
+        draft.rename(folder)
+        sync(folder.parent)
+    except (OSError, UserError):
+        if not folder.is_dir():  # No other process wrote it first.
+            raise
+    finally:
+        drafts = folder.parent.glob(f"{start}*") if folder.is_dir() else [draft]
+        for path in drafts:
+            shutil.rmtree(path, ignore_errors=True)
         # A failure leaves no empty folder behind.
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
-        raise
 
 
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
@@ -69,19 +75,24 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     counts = dict.fromkeys(source.documents, 0)
     dtype = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
     characters, reported = 0, time.monotonic()
-    for split, documents in source.documents.items():
-        with (folder / f"{split}.bin").open("wb") as file:
-            for ids, length in _encode(documents(), load_tokenizer(info.tokenizer)):
-                file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
-                counts[split] += len(ids)
-                characters += length
-                if time.monotonic() - reported > 2:
-                    reported = time.monotonic()
-                    print(
-                        f"tokenizing {source.name}: {characters / 1e6:.1f} million "
-                        f"characters so far, now in {split}",
-                        file=sys.stderr,
-                    )
+
+    def write(split: str, file: BinaryIO) -> None:
+        nonlocal characters, reported
+        documents = source.documents[split]()
+        for ids, length in _encode(documents, load_tokenizer(info.tokenizer)):
+            file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
+            counts[split] += len(ids)
+            characters += length
+            if time.monotonic() - reported > 2:
+                reported = time.monotonic()
+                print(
+                    f"tokenizing {source.name}: {characters / 1e6:.1f} million "
+                    f"characters so far, now in {split}",
+                    file=sys.stderr,
+                )
+
+    for split in source.documents:
+        write_file(folder / f"{split}.bin", partial(write, split))
     meta = {
         "name": info.name,
         "vocab_size": info.vocab_size,

@@ -79,7 +79,7 @@ def compress(settings: Settings, command: str) -> None:
             sweep(original, tried, output, settings.telemetry.tensorboard)
         if jax.process_index() == 0:
             remove_leftovers(folder)
-        processes.wait_for_all(str(folder))
+        processes.wait_for_all(FOLDER)
         if options.recover_ranks:
             _recover(settings, folder)
 

@@ -1,6 +1,6 @@
 """Executes a plan: checks everything, does the missing jobs, writes the report."""
 
-import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -105,11 +105,13 @@ def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
     there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    try:  # In /proc, the permissions alone would allow it.
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
         raise UserError(
             f"workdir is {workdir}: {there} is not a writable folder; name another one "
             "as --config.workdir=FOLDER"
-        )
+        ) from None
 
 
 def _say(*lines: str) -> None:

@@ -280,7 +280,8 @@ class FactorizeJob(Job):
         if path is None:
             return None
         try:
-            statistics = calibrate.read(path)
+            run = None if self._is_bare_table else Run.open(self.source)
+            statistics = calibrate.read(path, run)
         except UserError as error:
             raise UserError(
                 f"factorize.method is '{self.settings.factorize.method}', which needs "

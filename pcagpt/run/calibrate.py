@@ -184,9 +184,20 @@ def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
     write_npz(path, protocol=json.dumps(protocol), **statistics._asdict())
 
 
-def read(path: Path) -> Statistics:
-    """Statistics from a file; UserError if it is missing, damaged or another file."""
-    return _read(path)[0]
+def read(path: Path, run: Run | None = None) -> Statistics:
+    """Statistics from a file; UserError if it is missing, damaged or another file.
+
+    Also raises UserError if the file says that it was measured on another model than
+    that of `run`.
+    """
+    found, protocol = _read(path)
+    measured = protocol.get("checkpoint")
+    if run and measured and not run.is_at(measured):
+        raise UserError(
+            f"{path} was measured on another model (checkpoint {str(measured):.12}…) "
+            f"than {run.folder} at step {run.step} ({run.fingerprint:.12}…)"
+        )
+    return found
 
 
 def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:

@@ -53,7 +53,7 @@ class Checkpoints:
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             _remove_damaged_notes(run_dir)
-        processes.wait_for_all(str(self._folder))
+        processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_names=ITEMS,
@@ -312,8 +312,8 @@ def save_weights(run_dir: Path, variables: dict) -> None:
     digests.seal(folder / "0")
 
 
-def load_weights(path: str | Path) -> tuple[dict, dict, int]:
-    """(params, constants, step) of RUN or RUN/ckpt/STEP: nested dicts of host arrays.
+def load_weights(path: str | Path) -> dict[str, dict]:
+    """{'params', 'constants'} of RUN or RUN/ckpt/STEP: nested dicts of host arrays.
 
     RUN stands for its newest checkpoint that is not damaged.
 
@@ -334,4 +334,4 @@ def load_weights(path: str | Path) -> tuple[dict, dict, int]:
             f"checkpoint {folder} cannot be read ({error}): name another step beside "
             "it, or train the run again with --config.overwrite=True"
         ) from None
-    return weights["params"], weights.get("constants") or {}, step
+    return {"params": weights["params"], "constants": weights.get("constants") or {}}

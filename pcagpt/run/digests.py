@@ -6,7 +6,6 @@ tells, nothing proves the other files, and the checkpoint counts as damaged. A p
 who deletes digests.json takes them unchecked.
 """
 
-import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -49,19 +48,8 @@ def arrays(folder: Path) -> dict[str, str]:
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     """Why files of a checkpoint whose names begin with `below` are damaged, or None.
 
-    Files are hashed once while their sizes and times stay.
     Raises Unreadable if the system does not let a file be read: it may be undamaged.
     """
-    stamps = tuple(
-        (str(path), found.st_size, found.st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if (found := path.stat())
-    )
-    return _damage(folder, below, stamps)
-
-
-@functools.lru_cache(maxsize=64)
-def _damage(folder: Path, below: str | tuple[str, ...], _: tuple) -> str | None:
     try:
         listed = _listed(folder)
         if listed is not None:

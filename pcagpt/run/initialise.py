@@ -3,6 +3,7 @@
 Precedence: a checkpoint of the run itself, then these imports, then random weights.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable, factor_files
 from pcagpt.model import GPTConfig
 from pcagpt.run import fingerprint
+from pcagpt.run.folder import read_record
 from pcagpt.run.trained import Run
 
 # {knob that names a file or run to start from: hash of its content}
@@ -110,6 +112,31 @@ def with_bands(settings: Settings) -> tuple[Settings, FactorizedTable | None]:
     table = factor_files.read_bands(settings.init.import_bands)
     bands = {"model.band_sizes": table.sizes, "model.band_ranks": table.ranks}
     return settings.replace(bands), table
+
+
+def mixed_origins(init: InitSettings) -> str | None:
+    """A line if imported factors and blocks are known to be of different models."""
+    names = ("import_wte_npy", "import_scale_matrices_npz", "import_bands")
+    paths = [path for name in names if (path := getattr(init, name))]
+    origins = {path: origin for path in paths if (origin := _origin(Path(path)))}
+    is_one = len(set(origins.values())) < 2
+    if init.blocks_from:
+        is_one = all(fingerprint.same(init.blocks_from, o) for o in origins.values())
+    named = [*origins, *filter(None, [init.blocks_from])]
+    return None if is_one else f"{' and '.join(named)} are not of one model"
+
+
+def _origin(path: Path) -> str | None:
+    """Fingerprint of the model that a factor file or a folder of bands was made from.
+
+    None if no metadata say it, or if the table was a bare file.
+    """
+    with contextlib.suppress(UserError):  # The metadata may be another program's.
+        made = factor_files.read_metadata(path.parent)
+        made = made or (read_record(path.parent) or {}).get("compressed") or {}
+        if "step" in made:
+            return made.get("source_sha256") or made.get("fingerprint")
+    return None
 
 
 def imported_weights(

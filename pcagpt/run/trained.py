@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -105,8 +104,7 @@ class Run:
     @functools.cached_property
     def weights(self) -> dict:
         """Stored {'params', 'constants'}: host arrays; UserError for a damaged file."""
-        params, constants, _ = checkpoint.load_weights(self._checkpoint)
-        return {"params": params, "constants": constants}
+        return checkpoint.load_weights(self._checkpoint)
 
     def variables(self, config: GPTConfig) -> dict:
         """{'params', 'constants'} for a model of this config, as host arrays.
@@ -214,8 +212,8 @@ class Run:
                 f"{self.folder}: its ids mean other text to the model; make them with "
                 "the run's own meta file"
             )
-        if differing:
-            _say_once(
+        if differing and jax.process_index() == 0:
+            warn_once(
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
@@ -261,14 +259,11 @@ def open_shared_corpus(
     """
     source = data.source, cache_dir, data.tokenizer, splits
     describe_corpus(data.source, data.tokenizer, splits)
-    if files := describe_files(data.source):
-        _say_once(files)
-    processes.from_first(lambda: str(open_corpus(*source).folder))
+
+    def opened() -> str:
+        if files := describe_files(data.source):
+            warn_once(files)
+        return str(open_corpus(*source).folder)
+
+    processes.from_first(opened)
     return open_corpus(*source)
-
-
-@functools.lru_cache
-def _say_once(line: str) -> None:
-    """Prints a line on stderr, on the first process and once."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

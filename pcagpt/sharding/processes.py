@@ -2,8 +2,8 @@
 
 import contextvars
 import functools
-import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -102,30 +102,30 @@ _is_deciding = contextvars.ContextVar("_is_deciding", default=False)
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, on every process: a JSON value.
+    """What `decide` returns on the first process, on every process.
 
     Files may change while several processes look at them, and all must do the same. If
-    `decide` fails, every process raises: the first the error, others its text.
+    `decide` raises an error, every process raises it.
 
     Within `decide`, this function only calls its argument.
     """
     if jax.process_count() == 1 or _is_deciding.get():
         return decide()
-    answer, failure = {}, None
+    text, failure = b"", None
     if jax.process_index() == 0:
         before = _is_deciding.set(True)
         try:
-            answer["value"] = decide()
+            text = pickle.dumps({"value": decide()})
         except Exception as error:
-            answer["error"], failure = str(error), error
+            text, failure = pickle.dumps({"error": error}), error
         finally:
             _is_deciding.reset(before)
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    text = np.frombuffer(text, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
-    answer = json.loads(np.asarray(text, np.uint8).tobytes())
     if failure:
         raise failure
+    answer = pickle.loads(np.asarray(text, np.uint8).tobytes())
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise answer["error"]
     return answer["value"]

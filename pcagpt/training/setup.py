@@ -11,7 +11,7 @@ from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import FactorizedTable
 from pcagpt.model import GPT
 from pcagpt.run import initialise
@@ -61,6 +61,10 @@ class Setup:
         )
         if settings.init.weights_from:
             Run.open(settings.init.weights_from).check_corpus(corpus)
+        # No error: a control may mix them, and older versions trained such runs.
+        mixed = initialise.mixed_origins(settings.init)
+        if mixed and jax.process_index() == 0:
+            warn_once(mixed)
         model = GPT(build_config(settings.model, corpus.vocab_size))
         frozen = initialise.frozen_patterns(settings.init)
         schedule = optim.learning_rate_schedule(train)

@@ -125,15 +125,15 @@ def save_nan(checkpoint: str, number: int) -> str:
 
     from pcagpt.run.checkpoint import load_weights
 
-    params, constants, _ = load_weights(checkpoint)
-    band, *_ = params["embed"].values()
+    found = load_weights(checkpoint)
+    band, *_ = found["params"]["embed"].values()
     band["wte"] = np.array(band["wte"])
     band["wte"].flat[number % band["wte"].size] = np.nan
     weights = Path(checkpoint).absolute() / "weights"
     shutil.rmtree(weights)
     weights.with_name("digests.json").unlink(missing_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(weights, {"params": params, "constants": constants})
+        checkpointer.save(weights, found)
     return "NaN in its table"
 
 

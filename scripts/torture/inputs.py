@@ -212,7 +212,7 @@ def _tokens(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
     foreign = [
         path.read_bytes() + b"\1",
         beyond.tobytes(),
-        *(ids.astype(dtype).tobytes() for dtype in (">u2", "<i8")),
+        *(ids.astype(dtype).tobytes() for dtype in (">u2", "<i8", "<u4")),
         np.random.default_rng(0).normal(size=400).tobytes(),
         arrays.getvalue(),
         archive.getvalue(),
