@@ -76,9 +76,9 @@ def main(arguments: list[str]) -> int:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return _say(_OUT_OF_MEMORY, REFUSED)
         if "jax" in sys.modules:
-            from pcagpt.sharding import placement
+            from pcagpt.sharding import processes
 
-            if reason := placement.lost_process(error):
+            if reason := processes.lost_process(error):
                 process.say_others_ended(reason)
         raise
 
@@ -98,19 +98,19 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
             ) from None
 
         from pcagpt.pipeline import tasks
-        from pcagpt.sharding import placement
+        from pcagpt.sharding import processes
 
     if settings.distributed.enabled:
-        placement.start_processes(
+        processes.start(
             settings.distributed.coordinator_address,
             settings.distributed.num_processes,
             settings.distributed.process_id,
         )
-    placement.open_devices()
+    processes.open_devices()
     try:
         text = tasks.preview(settings) if print_only else tasks.do(settings, command)
     except Interrupted:  # All processes stop at the same step.
-        placement.leave_processes()
+        processes.leave()
         raise
     if text is not None and jax.process_index() == 0:
         _show(text)

@@ -133,7 +133,7 @@ def test_the_end_of_another_process_is_no_damage(tmp_path, monkeypatch):
     def lose(*_, **__):
         raise RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
 
-    monkeypatch.setattr(checkpoint.placement, "lost_process", str)
+    monkeypatch.setattr(checkpoint.processes, "lost_process", str)
     monkeypatch.setattr(ocp.CheckpointManager, "restore", lose)
     with pytest.raises(RuntimeError, match="Gloo"):
         restore(tmp_path)

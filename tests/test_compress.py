@@ -25,7 +25,7 @@ from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97
@@ -458,7 +458,7 @@ def test_the_first_process_decides_whether_statistics_are_known(original, monkey
         return known(*arguments)
 
     monkeypatch.setattr(calibrate, "_known", decided)
-    monkeypatch.setattr(placement, "from_first", from_first)
+    monkeypatch.setattr(processes, "from_first", from_first)
     measured = original.statistics
     monkeypatch.setattr(calibrate, "collect", pytest.fail)
     found = dataclasses.replace(original).statistics

@@ -31,7 +31,7 @@ from pcagpt.run.evaluator import (
     target_cosines,
 )
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, BLOCK = 21, 8
@@ -372,7 +372,7 @@ def test_a_file_of_another_kind_does_not_cost_the_result(asked):
 
 def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
     path = asked().model_path
-    monkeypatch.setattr(placement, "from_first", lambda find: [find()[0], 3])
+    monkeypatch.setattr(processes, "from_first", lambda find: [find()[0], 3])
     opened = Run.open(path)
     assert (opened.folder, opened.step) == (Path(path), 3)
 

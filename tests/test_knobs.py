@@ -26,7 +26,7 @@ from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run import checkpoint
 from pcagpt.run.build import Hardware, build_config
 from pcagpt.run.folder import read_record, write_record
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 from pcagpt.training import loop
 from pcagpt.training.step import initial_state
 
@@ -208,11 +208,11 @@ def tokenized(config):
     return corpus.tokenizer, corpus.folder.parent
 
 
-def processes(config):
+def joined_processes(config):
     """How several processes are joined."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "start_processes", lambda *a: found.append(a))
+        patch.setattr(processes, "start", lambda *a: found.append(a))
         patch.setattr(pipeline, "execute", lambda *_: None)
         main.run(Settings.of(config), "a command", print_only=False)
     return found
@@ -332,10 +332,10 @@ KNOBS = {
     "experiment.seeds": (plan, (1, 2), EXPERIMENT),
     "mesh.data": (mesh, 2, {}),
     "mesh.fsdp": (mesh, 2, {}),
-    "distributed.enabled": (processes, True, {}),
-    "distributed.coordinator_address": (processes, "host:1", PROCESSES),
-    "distributed.num_processes": (processes, 2, PROCESSES),
-    "distributed.process_id": (processes, 1, PROCESSES),
+    "distributed.enabled": (joined_processes, True, {}),
+    "distributed.coordinator_address": (joined_processes, "host:1", PROCESSES),
+    "distributed.num_processes": (joined_processes, 2, PROCESSES),
+    "distributed.process_id": (joined_processes, 1, PROCESSES),
 }
 
 

@@ -44,12 +44,13 @@ def traced_step(rank, kernels):
         kernels=kernels,
     )
     model, adamw = GPT(config), TrainSettings(steps=10, warmup_steps=0)
-    optimizer = optim.optimizer(adamw)
+    schedule = optim.learning_rate_schedule(adamw)
+    optimizer = optim.optimizer(adamw, schedule)
     step = functools.partial(
         train_step,
         model=model,
         optimizer=optimizer,
-        schedule=optim.learning_rate_schedule(adamw),
+        schedule=schedule,
         seed=1,
         loss_chunks=CHUNKS,
     )

@@ -56,9 +56,13 @@ def decays(path):
     return not path.endswith(("/bias", "/scale"))
 
 
+def adamw(train, frozen=()):
+    return optimizer(train, learning_rate_schedule(train), frozen)
+
+
 def run(train, gradients, frozen=()):
     """The parameters after one update with each of the gradients."""
-    transform = optimizer(train, frozen)
+    transform = adamw(train, frozen)
     params, state = PARAMS, transform.init(PARAMS)
     for gradient in gradients:
         updates, state = transform.update(gradient, state, params)
@@ -208,7 +212,7 @@ def test_frozen_leaves_get_no_update_no_decay_and_no_moments():
         assert_close(held(after), held(PARAMS), rtol=0, atol=0)
     for name in ("wpe", "block_0"):
         assert_close(after[name], expected[name])
-    state = optimizer(train, frozen).init(PARAMS)
+    state = adamw(train, frozen).init(PARAMS)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     total = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     assert moments == 2 * (total - 5 * 3 - 4 - 4)
@@ -234,13 +238,13 @@ def test_a_pattern_freezes_whole_paths_and_must_match_one():
     assert sorted(frozen) == ["embed/band_0/scale_down", "embed/band_0/scale_up"]
     for pattern in ("wte", "embed/band_0", r"embed/band_7/wte"):
         with pytest.raises(ValueError, match="nothing to freeze: no parameter match"):
-            optimizer(TRAIN, [WTE, pattern]).init(PARAMS)
+            adamw(TRAIN, [WTE, pattern]).init(PARAMS)
 
 
 def test_a_parameter_that_no_decay_rule_covers_is_an_error():
     stranger = PARAMS | {"block_0": PARAMS["block_0"] | {"gate": normal(4)}}
     with pytest.raises(ValueError, match="no rule covers parameter 'block_0/gate'"):
-        optimizer(TRAIN).init(stranger)
+        adamw(TRAIN).init(stranger)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -262,5 +266,5 @@ def test_a_tied_table_is_one_leaf_with_one_pair_of_moments(tied):
     assert shapes.count((11, 3)) == 1
     assert (3, 11) not in shapes
     assert shapes.count((3, 6)) == (1 if tied else 2)
-    state = jax.eval_shape(optimizer(TRAIN).init, params)
+    state = jax.eval_shape(adamw(TRAIN).init, params)
     assert [leaf.shape for leaf in jax.tree.leaves(state)].count((11, 3)) == 2

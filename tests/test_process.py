@@ -16,7 +16,7 @@ from runs import quick_environment
 from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 
 def python(*words, **options):
@@ -259,10 +259,10 @@ def test_an_environment_that_jax_lacks_is_one_line(
 
 def test_flags_are_tried_once_and_good_ones_accepted(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    placement.open_devices.cache_clear()
-    placement.open_devices()
+    processes.open_devices.cache_clear()
+    processes.open_devices()
     monkeypatch.setattr(subprocess, "run", None)
-    placement.open_devices()
+    processes.open_devices()
 
 
 def test_variables_that_change_numbers_are_not_heeded():

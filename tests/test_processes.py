@@ -22,7 +22,7 @@ from pcagpt import main
 from pcagpt.config import Settings, override
 from pcagpt.errors import Interrupted, Unreadable, UserError
 from pcagpt.run import checkpoint, folder
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 from pcagpt.training.interrupt import StopRequest
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -67,7 +67,7 @@ def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatc
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: number)
         monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
-        return placement.from_first(decide)
+        return processes.from_first(decide)
 
     def fail(error):
         raise error
@@ -77,7 +77,7 @@ def test_what_the_first_process_decides_or_refuses_is_the_same_on_all(monkeypatc
         assert as_process(0, lambda v=value: v) == value
         assert as_process(1, pytest.fail) == value
     sent.clear()
-    nested = as_process(0, lambda: placement.from_first(lambda: "a call"))
+    nested = as_process(0, lambda: processes.from_first(lambda: "a call"))
     assert (nested, len(sent)) == ("a call", 2)  # one size and one answer
     for error in (
         UserError("no such folder"),

@@ -15,7 +15,7 @@ from pcagpt.config.schema import TrainSettings
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
 from pcagpt.model import GPT, GPTConfig, HeadBand
-from pcagpt.sharding import inside, placement
+from pcagpt.sharding import inside, placement, processes
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state
 
@@ -30,13 +30,11 @@ CONFIG = GPTConfig(
     n_embd_wte=4,
     n_embd_wte_scale_tying=False,
 )
-ADAMW = TrainSettings(steps=4, warmup_steps=0)
+ADAMW = optim.optimizer(TrainSettings(), schedule=lambda step: 1e-3)
 
 
 def state_shapes(config=CONFIG):
-    return jax.eval_shape(
-        lambda: initial_state(GPT(config), optim.optimizer(ADAMW), seed=0)
-    )
+    return jax.eval_shape(lambda: initial_state(GPT(config), ADAMW, seed=0))
 
 
 # Meshes
@@ -282,6 +280,24 @@ def test_chunks_of_the_loss_move_no_token_to_another_device(
         assert exchange not in program
 
 
+def test_a_batch_starts_before_the_result_of_the_one_before_is_fetched():
+    started = []
+
+    def double(batch):
+        started.append(batch)
+        return 2 * batch
+
+    batches = [(np.full(8, number),) for number in range(3)]
+    mesh = placement.make_mesh(4, 2)
+    seen = [
+        (batch.tolist(), result.tolist(), len(started))
+        for (batch,), result in placement.map_batches(double, batches, mesh)
+    ]
+    assert seen == [([0] * 8, [0] * 8, 2), ([1] * 8, [2] * 8, 3), ([2] * 8, [4] * 8, 3)]
+    assert started[0].sharding == placement.batch_sharding(mesh)
+    assert list(placement.map_batches(double, [], mesh)) == []
+
+
 # Several processes
 
 
@@ -291,7 +307,7 @@ def test_distributed_start_without_an_address_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="distributed.coordinator_address=HOST:PORT"):
-        placement.start_processes(None, None, None)
+        processes.start(None, None, None)
 
 
 def test_distributed_start_passes_the_config_on(monkeypatch):
@@ -299,17 +315,17 @@ def test_distributed_start_passes_the_config_on(monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **_: calls.append(args)
     )
-    placement.start_processes("host:1234", 2, 1)
+    processes.start("host:1234", 2, 1)
     assert calls == [("host:1234", 2, 1)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_several_processes_wait_for_each_other(monkeypatch, processes):
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_wait_for_each_other(monkeypatch, count):
     waited_for = []
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited_for.append)
-    placement.wait_for_all("files are written")
-    assert waited_for == ["files are written"][: processes - 1]
+    processes.wait_for_all("files are written")
+    assert waited_for == ["files are written"][: count - 1]
 
 
 def test_several_processes_must_use_all_their_devices(monkeypatch):

@@ -48,6 +48,10 @@ def shapes_of(config):
     )["params"]
 
 
+def optimizer_of(adamw, frozen=()):
+    return optim.optimizer(adamw, optim.learning_rate_schedule(adamw), frozen)
+
+
 @functools.cache
 def first_state(config=MODEL, adamw=ADAMW, frozen=()):
     """Step 0 with parameters that make a loss far from that of a fresh model."""
@@ -64,7 +68,7 @@ def first_state(config=MODEL, adamw=ADAMW, frozen=()):
     if len(config.bands) > 1:
         order = np.random.default_rng(2).permutation(config.vocab_size)
         constants = {"embed": {"position_of_token": jnp.asarray(order, jnp.int32)}}
-    optimizer = optim.optimizer(adamw, frozen)
+    optimizer = optimizer_of(adamw, frozen)
     return TrainState(jnp.int32(0), params, constants, optimizer.init(params))
 
 
@@ -74,7 +78,7 @@ def step_of(config=MODEL, adamw=ADAMW, frozen=(), chunks=2, **jit_options):
     step = functools.partial(
         train_step,
         model=GPT(config),
-        optimizer=optim.optimizer(adamw, frozen),
+        optimizer=optimizer_of(adamw, frozen),
         schedule=optim.learning_rate_schedule(adamw),
         seed=0,
         frozen=frozen,
@@ -167,7 +171,7 @@ def test_gradient_norm_leaves_out_what_is_frozen():
 def test_update_is_that_of_the_optimizer_on_the_dense_gradient():
     state = first_state()
     _, gradient = dense_loss_and_gradient()
-    update = jax.jit(optim.optimizer(ADAMW).update)
+    update = jax.jit(optimizer_of(ADAMW).update)
     updates, _ = update(gradient, state.optimizer, state.params)
     new, _ = step_of()(state, in_parts(1))
     expected = optax.apply_updates(state.params, updates)
@@ -266,7 +270,7 @@ def dropout_loss(state, batch, seed):
     step = functools.partial(
         train_step,
         model=GPT(DROPOUT),
-        optimizer=optim.optimizer(ADAMW),
+        optimizer=optimizer_of(ADAMW),
         schedule=optim.learning_rate_schedule(ADAMW),
     )
     return step(state, batch, seed=seed)[1]["loss"]
@@ -308,7 +312,7 @@ GOLDEN_ADAMW = TrainSettings(steps=20, learning_rate=1e-2, warmup_steps=4)
 
 @jax.jit
 def started(seed):
-    return initial_state(GPT(GOLDEN_MODEL), optim.optimizer(GOLDEN_ADAMW), seed)
+    return initial_state(GPT(GOLDEN_MODEL), optimizer_of(GOLDEN_ADAMW), seed)
 
 
 def test_initial_state_is_at_step_zero_with_zero_moments():

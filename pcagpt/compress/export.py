@@ -1,5 +1,6 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
+import dataclasses
 import hashlib
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from pcagpt import trees
+from pcagpt.compress.candidates import Candidate
 from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
@@ -18,22 +20,20 @@ from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
 
-def write_model(
-    folder: Path, original: Original, table: FactorizedTable, origin: dict[str, Any]
-) -> None:
-    """Writes the model with another table: config.json, ckpt/0 and factors/.
+def write_model(folder: Path, original: Original, candidate: Candidate) -> None:
+    """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
 
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is, because other runs may have started from it. A folder that holds
-    another model is moved aside. `origin` tells how the table was made: JSON values
-    for 'compressed' in config.json.
+    another model is moved aside. 'compressed' in config.json tells how the table was
+    made.
     """
-    run = original.run
+    run, table = original.run, candidate.table
     made = {
         "run": str(run.folder),
         "step": run.step,
         "fingerprint": run.fingerprint,
-        **origin,
+        **dataclasses.asdict(candidate.recipe),
         "table_sha256": _sha256(table),
     }
     earlier, weights = origin_of(folder), _variables_with(original, table)

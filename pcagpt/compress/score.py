@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.losses import scan_chunks
-from pcagpt.model import GPT
+from pcagpt.model import GPT, products
 from pcagpt.sharding import placement
 
 DECILES = 10
@@ -71,12 +71,10 @@ class TableSwap:
         table = jax.device_put(
             np.asarray(table_VD, np.float32), placement.replicated(self._mesh)
         )
-        sharding, total = placement.batch_sharding(self._mesh), None
-        for inputs_BT, targets_BT in batches:
-            placed = (placement.put_batch(a, sharding) for a in (inputs_BT, targets_BT))
-            sums = self._score(self._variables, table, self._decile_V, *placed)
-            sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        score = functools.partial(self._score, self._variables, table, self._decile_V)
+        scored = placement.map_batches(score, batches, self._mesh)
+        found = [sums for _, sums in scored]
+        total = jax.tree.map(lambda *sums: sum(map(np.float64, sums)), *found)
         by_decile = zip(*total.pop("deciles"), strict=True)
         count = total.pop("count")
         means = {name: float(value / count) for name, value in total.items()}
@@ -107,7 +105,7 @@ def _score(
 
         def predict(h_nD, wte_VD):
             """(logits [n, V], their logsumexp [n, 1], loss of the targets [n])."""
-            logits_nV = jnp.dot(h_nD, wte_VD.T, preferred_element_type=jnp.float32)
+            logits_nV = products(h_nD, wte_VD, jnp.float32)
             normaliser_n1 = jax.nn.logsumexp(logits_nV, axis=1, keepdims=True)
             loss_n1 = normaliser_n1 - jnp.take_along_axis(logits_nV, target_n1, 1)
             return logits_nV, normaliser_n1, jnp.where(counted_n, loss_n1[:, 0], 0)

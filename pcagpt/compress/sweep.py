@@ -1,7 +1,6 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import origin_of, write_model
 from pcagpt.compress.original import Original
+from pcagpt.compress.output import Output
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import check_fields, read_json, strict, write_json
@@ -48,31 +48,15 @@ def best_model(folder: Path, rank: int) -> Path:
 
 
 def sweep(
-    original: Original,
-    tried: list[Recipe],
-    heading: dict[str, Any],
-    folder: Path,
-    tensorboard: bool,
-    check_lock: Callable[[], None],
+    original: Original, tried: list[Recipe], output: Output, tensorboard: bool
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
-    under another protocol aside. `heading` has the other fields of sweep.json.
-    `check_lock` raises if the folder may not be written any more.
+    under another protocol aside.
     """
-    writes = jax.process_index() == 0
-    earlier = _read_sweep(folder)
-    known: dict[Recipe, Row] = {}
-    if earlier and original.renewed(earlier["protocol"]) == strict(heading["protocol"]):
-        rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
-        for number, row in enumerate(rows):
-            check_fields(row, _ROW, f"{folder / 'sweep.json'}: row {number}", _REMEDY)
-        known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
-        if "recovered" in earlier:
-            heading = {**heading, "recovered": earlier["recovered"]}
-    elif writes:
-        move_aside(folder / "sweep.json")
+    folder, writes = output.folder, jax.process_index() == 0
+    output, known = _resume(original, output)
     lacking = [recipe for recipe in tried if recipe not in known]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
@@ -82,27 +66,51 @@ def sweep(
             candidate = make(recipe)
             known[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
-                check_lock()
-                content = _write_sweep(folder, heading, tried, known)
+                content = _write_sweep(output, tried, known)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
     if not writes:
         return
-    check_lock()
-    content = _write_sweep(folder, heading, tried, known)
+    content = _write_sweep(output, tried, known)
     for rank in sorted({recipe.rank for recipe in tried} - {0}):
         of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
-        place = best_model(folder, rank)
-        least = min(known[recipe]["added_loss"] for recipe in of_rank)
-        equal = [r for r in of_rank if known[r]["added_loss"] == least]
-        there = origin_of(place)  # Runs may have started from it.
-        made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
-        best, *_ = made or equal
-        origin = dataclasses.asdict(best)
-        write_model(place, original, make(best).table, origin)
+        _write_best(original, best_model(folder, rank), of_rank, known)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
+
+
+def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
+    """The rows of an earlier sweep under the same protocol; moves another one aside.
+
+    The output then also has the results of further training.
+    """
+    earlier, heading = _read_sweep(output.folder), output.heading
+    own = strict(heading["protocol"])
+    if not earlier or original.renewed(earlier["protocol"]) != own:
+        if jax.process_index() == 0:
+            move_aside(output.folder / "sweep.json")
+        return output, {}
+    rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
+    for number, row in enumerate(rows):
+        name = f"{output.folder / 'sweep.json'}: row {number}"
+        check_fields(row, _ROW, name, _REMEDY)
+    if "recovered" in earlier:
+        heading = heading | {"recovered": earlier["recovered"]}
+    known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
+    return dataclasses.replace(output, heading=heading), known
+
+
+def _write_best(
+    original: Original, place: Path, recipes: list[Recipe], known: dict[Recipe, Row]
+) -> None:
+    """Writes the model of least added loss; of several, the one that is there."""
+    least = min(known[recipe]["added_loss"] for recipe in recipes)
+    equal = [r for r in recipes if known[r]["added_loss"] == least]
+    there = origin_of(place)  # Runs may have started from it.
+    made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
+    best, *_ = made or equal
+    write_model(place, original, original.compressor(best))
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -121,20 +129,21 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
 
 
 def _write_sweep(
-    folder: Path, heading: dict, tried: list[Recipe], known: dict[Recipe, Row]
+    output: Output, tried: list[Recipe], known: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
     other_rows: rows of earlier commands that are not in `tried`; rows_left: number of
     rows still to measure, absent at the end.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    output.check_lock()
+    output.folder.mkdir(parents=True, exist_ok=True)
     rows = _predicted([known[recipe] for recipe in tried if recipe in known])
     others = [row for recipe, row in known.items() if recipe not in tried]
-    content = {**heading, "rows": rows, "other_rows": others}
+    content = {**output.heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
         content["rows_left"] = len(tried) - len(rows)
-    write_json(folder / "sweep.json", content)
+    write_json(output.folder / "sweep.json", content)
     return content
 
 

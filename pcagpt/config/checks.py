@@ -6,7 +6,6 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.config.schema import (
-    COMPRESS_BOUNDS,
     KNOBS,
     OTHER_ARMS,
     InitSettings,
@@ -251,7 +250,7 @@ def _check_experiment(settings: Settings) -> None:
 def _check_bounds(settings: Settings) -> None:
     """`compress` finds a table for one bound, or sweeps and then trains."""
     compress = settings.compress
-    bounds = [name for name in COMPRESS_BOUNDS if getattr(compress, name)]
+    bounds = list(compress.bounds)
     if len(bounds) > 1:
         raise UserError(
             f"compress.{bounds[0]} and compress.{bounds[1]} are both set: give one"

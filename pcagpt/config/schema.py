@@ -216,6 +216,12 @@ class CompressSettings:
         "teacher, and D for the same steps; with D's own train settings and seed",
     )
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """{knob: value} of the bounds that are set."""
+        values = {name: getattr(self, name) for name in COMPRESS_BOUNDS}
+        return {name: value for name, value in values.items() if value}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:

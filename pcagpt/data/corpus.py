@@ -22,7 +22,7 @@ from pcagpt.data.token_files import TokenFile, check_tokens, chunks, map_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError, warn_once
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
 IDENTITY = ("train", "val", "vocab_size", "tokenizer_sha256")
@@ -243,7 +243,7 @@ def open_corpus(
       UserError: the source cannot be read as one of these, or lacks a split. Nothing
         has been tokenized then.
     """
-    return placement.from_first(
+    return processes.from_first(
         lambda: _open(source, Path(cache_dir), tokenizer, splits)
     )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pcagpt.kernels import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
-from pcagpt.model import Head, project
+from pcagpt.model import Head, products, project
 from pcagpt.sharding.inside import by_device, gathered
 
 
@@ -93,7 +93,7 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
     @by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
         def summarize(_, arrays):
-            logits_nV = _logits(arrays[0], wte_VK)
+            logits_nV = products(arrays[0], wte_VK, jnp.float32)
             normaliser_n = jax.nn.logsumexp(logits_nV, axis=1)
             p_nV = jnp.exp(logits_nV - normaliser_n[:, None]).astype(wte_VK.dtype)
             mean_nK = jnp.matmul(p_nV, wte_VK, preferred_element_type=jnp.float32)
@@ -111,7 +111,8 @@ def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays
-        p_nV = jnp.exp(_logits(z_nK, wte_VK) - normaliser_n[:, None])
+        logits_nV = products(z_nK, wte_VK, jnp.float32)
+        p_nV = jnp.exp(logits_nV - normaliser_n[:, None])
         error_nV = p_nV - jax.nn.one_hot(targets_n, wte_VK.shape[0])
         error_Vn = error_nV.astype(z_nK.dtype).T
         gradient_VK = jnp.matmul(error_Vn, z_nK, preferred_element_type=jnp.float32)
@@ -119,7 +120,3 @@ def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
 
     zero_VK = jnp.zeros(wte_VK.shape, jnp.float32)
     return scan_chunks(add_chunk, zero_VK, chunks, z_NK, normaliser_N, targets_N)[0]
-
-
-def _logits(z_nK, wte_VK) -> jax.Array:
-    return jnp.matmul(z_nK, wte_VK.T, preferred_element_type=jnp.float32)

@@ -13,10 +13,11 @@ from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import Recipe, recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
+from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import add_recovered, best_model, sweep
 from pcagpt.config import Settings, words_of
 from pcagpt.config.effort import CPU, GPU
-from pcagpt.config.schema import COMPRESS_BOUNDS, CompressSettings
+from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
@@ -27,7 +28,7 @@ from pcagpt.report import recovered_rows
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 FOLDER = "compressed"  # in a workdir
 
@@ -48,9 +49,7 @@ def compress(settings: Settings, command: str) -> None:
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
-    bounds = {name: getattr(options, name) for name in COMPRESS_BOUNDS}
-    bounds = {name: bound for name, bound in bounds.items() if bound}
-    path = folder / ("advice.json" if bounds else "sweep.json")
+    path = folder / ("advice.json" if options.bounds else "sweep.json")
     heading = {
         "command": command,
         "run": str(run.folder),
@@ -58,7 +57,7 @@ def compress(settings: Settings, command: str) -> None:
         **provenance.summary(original.mesh.size),
         "protocol": original.protocol,
     }
-    if bounds:
+    if options.bounds:
         tried, models = [], {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
@@ -71,25 +70,16 @@ def compress(settings: Settings, command: str) -> None:
                 check_place(model)
 
     with lock.held(folder, meanwhile=check_folder) as check_lock:
-        placement.from_first(check_folder)
-        if bounds:
-            advise(
-                original,
-                methods[-1],
-                options.bands,
-                options.bits,
-                bounds,
-                heading,
-                folder,
-                check_lock,
-            )
+        processes.from_first(check_folder)
+        output = Output(folder, heading, check_lock)
+        if options.bounds:
+            advise(original, methods[-1], options, output)
         else:
             _check_recoverable(original, tried, settings, folder)
-            tensorboard = settings.telemetry.tensorboard
-            sweep(original, tried, heading, folder, tensorboard, check_lock)
+            sweep(original, tried, output, settings.telemetry.tensorboard)
         if jax.process_index() == 0:
             remove_leftovers(folder)
-        placement.wait_for_all(FOLDER)
+        processes.wait_for_all(FOLDER)
         if options.recover_ranks:
             _recover(settings, folder)
 
@@ -106,8 +96,7 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     is_cpu, compress = platform == "cpu", settings.compress
     effort, names = CPU if is_cpu else GPU, list(METHODS)
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
-    has_bound = any(getattr(compress, name) for name in COMPRESS_BOUNDS)
-    is_first_look = is_open and not has_bound and not compress.recover_ranks
+    is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
         "compress.methods": ",".join([names[0], names[-1]] if is_cpu else names),
         "compress.bands": effort.bands,

@@ -10,7 +10,7 @@ from pcagpt.errors import UserError
 from pcagpt.pipeline.job import DONE, TO_DO, Job
 from pcagpt.pipeline.plan import Plan
 from pcagpt.report import collect_results, write_report
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import import_wandb
 from pcagpt.training.setup import Setup
 
@@ -31,7 +31,7 @@ def check(plan: Plan) -> dict[Job, str]:
     if settings.telemetry.wandb:
         import_wandb()
     # Other commands may be at work: every process must see the same.
-    needed = placement.from_first(lambda: _needed(plan))
+    needed = processes.from_first(lambda: _needed(plan))
     to_do = [job for job, status in needed.items() if status != DONE]
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:

@@ -20,7 +20,7 @@ from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.metrics import Telemetry
 
 
@@ -152,7 +152,7 @@ class FactorizeJob(Job):
         if self.source in to_be_made:
             # A new D is never the D that the files in the folder were made from, unless
             # another command has made both meanwhile.
-            if placement.from_first(self._has_other_files):
+            if processes.from_first(self._has_other_files):
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
@@ -181,7 +181,7 @@ class FactorizeJob(Job):
         these files.
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
-            work = placement.from_first(self._find_work)
+            work = processes.from_first(self._find_work)
             if work is None:
                 return
             self.check(set())
@@ -193,7 +193,7 @@ class FactorizeJob(Job):
                 else self._given_statistics(table_VD.shape)
             )
             step = {"step": run.step} if run else {}
-            placement.from_first(
+            processes.from_first(
                 lambda: self._write(*work, table_VD, statistics, step, check_lock)
             )
 

@@ -28,7 +28,7 @@ from pcagpt.run.folder import (
     read_result,
     write_record,
 )
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 from pcagpt.training.loop import train
 from pcagpt.training.setup import Setup
 
@@ -248,7 +248,7 @@ class TrainJob(Job):
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
             corpus = checked.corpus if checked else self.corpus()
-            begun = placement.from_first(lambda: self._take_up(corpus))
+            begun = processes.from_first(lambda: self._take_up(corpus))
             if begun is None:
                 return
             stored, is_replaced = begun
@@ -277,7 +277,7 @@ class TrainJob(Job):
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
-            placement.wait_for_all(self.folder.name)
+            processes.wait_for_all(self.folder.name)
             train(setup, self.folder, record, self.label, check_place)
 
     def _alone(self) -> tuple[str, str, Settings]:

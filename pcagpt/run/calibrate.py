@@ -6,6 +6,7 @@ Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, V vocabulary, 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,9 +23,9 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
 from pcagpt.files import keep, parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
-from pcagpt.model import GPT
+from pcagpt.model import GPT, products
 from pcagpt.run.trained import Run
-from pcagpt.sharding import inside, placement
+from pcagpt.sharding import inside, placement, processes
 from pcagpt.telemetry.progress import Progress
 
 _SHAPES = {
@@ -53,10 +54,12 @@ def collect(
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)
-    sharding, total, tokens = placement.batch_sharding(mesh), None, 0
-    for number, batch_BT in enumerate(batches):
-        placed = placement.put_batch(batch_BT, sharding)
-        sums = measure(variables, placed, jax.random.key(number))
+    keys, total, tokens = map(jax.random.key, itertools.count()), None, 0
+
+    def sums_of(batch_BT):
+        return measure(variables, batch_BT, next(keys))
+
+    for (batch_BT,), sums in placement.map_batches(sums_of, zip(batches), mesh):
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         tokens += batch_BT.size
@@ -85,7 +88,7 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
 
     def chunk(probability_V, inputs):
         h_nD, keys_n = inputs
-        logits_nV = jnp.dot(h_nD, compute_VD.T, preferred_element_type=jnp.float32)
+        logits_nV = products(h_nD, compute_VD, jnp.float32)
         p_nV = jax.nn.softmax(logits_nV)
         expected_nD = jnp.dot(
             p_nV.astype(h_nD.dtype), compute_VD, preferred_element_type=jnp.float32
@@ -147,7 +150,7 @@ def statistics(
         "compute_dtype": model.config.compute_dtype,
     }
     # Other commands write such files: every process must see the same.
-    if known := placement.from_first(lambda: _known(run, protocol)):
+    if known := processes.from_first(lambda: _known(run, protocol)):
         return read(run.folder / known)
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))

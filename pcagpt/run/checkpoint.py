@@ -20,7 +20,7 @@ from pcagpt.errors import Unreadable, UserError, unreadable, warn_once
 from pcagpt.files import LARGEST, check_values, read_json, strict, sync
 from pcagpt.run import digests
 from pcagpt.run.weights import alone, read_weights
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
@@ -53,7 +53,7 @@ class Checkpoints:
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             _remove_damaged_notes(run_dir)
-        placement.wait_for_all(FOLDER)
+        processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_names=ITEMS,
@@ -131,7 +131,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 # One process reads all files, the others follow its judgement.
-                if reason := placement.from_first(
+                if reason := processes.from_first(
                     lambda at=step: digests.damage(self._folder / str(at), below)
                 ):
                     raise UserError(reason)
@@ -141,7 +141,7 @@ class Checkpoints:
             # Orbax and what it calls raise errors of many types.
             except Exception as error:
                 # It may be undamaged.
-                if "RESOURCE_EXHAUSTED" in str(error) or placement.lost_process(error):
+                if "RESOURCE_EXHAUSTED" in str(error) or processes.lost_process(error):
                     raise
                 if found := unreadable(error):
                     raise found from None

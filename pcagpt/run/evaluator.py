@@ -79,7 +79,7 @@ class Evaluator:
         self._text = None if self.batches.is_cut else corpus.text_size(split)
         score = functools.partial(score_tokens, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
-        self._sharding = placement.batch_sharding(mesh)
+        self._mesh = mesh
         self.protocol = {
             "split": split,
             "window": window,
@@ -100,19 +100,11 @@ class Evaluator:
           (None if the text is unknown), ln_f_cosine (mean), ln_f_cosine_p05 (its 5th
           percentile), ln_f_cosine_d and tokens_predicted.
         """
-        scores, targets = [], []
-        for number, (inputs_BT, targets_BT) in enumerate(self.batches, 1):
-            placed = (
-                placement.put_batch(array, self._sharding)
-                for array in (inputs_BT, targets_BT)
-            )
-            scores.append(self._score(variables, *placed))
+        batches = self.batches if progress is None else progress.track(self.batches)
+        score, scores, targets = functools.partial(self._score, variables), [], []
+        for (_, targets_BT), found in placement.map_batches(score, batches, self._mesh):
+            scores.append(found)
             targets.append(targets_BT)
-            # It fetches scores one batch late, so the device never waits for the host.
-            if number > 1:
-                scores[-2] = jax.tree.map(np.asarray, scores[-2])
-            if progress is not None:
-                progress.update(number)
         # The last batch may end with windows without targets.
         windows = self.batches.window_count
         targets_WT = np.concatenate(targets)[:windows]

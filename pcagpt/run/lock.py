@@ -27,7 +27,7 @@ import jax
 
 from pcagpt.errors import UserError
 from pcagpt.files import is_running, read_json, write_json
-from pcagpt.sharding import placement
+from pcagpt.sharding import processes
 
 BEAT, STALE = 20, 120  # seconds
 SHORTEST, LONGEST = 0.1, 5  # pause between two looks, in seconds
@@ -135,7 +135,7 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
         return holder
 
     try:
-        while (holder := placement.from_first(look)) is not None:
+        while (holder := processes.from_first(look)) is not None:
             if holder and not told:
                 told = True
                 if is_first:

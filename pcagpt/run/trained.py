@@ -20,7 +20,7 @@ from pcagpt.model import GPT, GPTConfig
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import find_record, look
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Run:
             return str(folder), step
 
         # The run may be training: every process must open the same step.
-        found, step = placement.from_first(find)
+        found, step = processes.from_first(find)
         folder = Path(found)
         record = find_record(folder)
         if record is None or not {"model", "vocab_size"} <= record.keys():

@@ -1,1 +1,4 @@
-"""Sharding: `placement` puts arrays on a mesh; computations on it use `inside`."""
+"""Sharding: `processes` run a command, `placement` puts arrays on their mesh.
+
+Computations on the mesh use `inside`.
+"""

@@ -53,7 +53,7 @@ def freeze_labels(params, frozen_patterns: Sequence[str]):
 
 
 def optimizer(
-    train: TrainSettings, frozen_patterns: Sequence[str] = ()
+    train: TrainSettings, schedule: optax.Schedule, frozen_patterns: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """AdamW for the trained parameters; frozen ones have no update and no moments.
 
@@ -61,7 +61,7 @@ def optimizer(
     contains no gradients of frozen parameters, and frozen parameters do not decay.
     """
     adamw = optax.adamw(
-        learning_rate_schedule(train),
+        schedule,
         b1=train.beta1,
         b2=train.beta2,
         weight_decay=train.weight_decay,

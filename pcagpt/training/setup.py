@@ -67,6 +67,7 @@ class Setup:
             warn_once(mixed)
         model = GPT(build_config(settings.model, corpus.vocab_size))
         frozen = initialise.frozen_patterns(settings.init)
+        schedule = optim.learning_rate_schedule(train)
         setup = cls(
             settings=settings,
             corpus=corpus,
@@ -74,8 +75,8 @@ class Setup:
             model=model,
             imported_table=table,
             frozen=frozen,
-            optimizer=optim.optimizer(train, frozen),
-            schedule=optim.learning_rate_schedule(train),
+            optimizer=optim.optimizer(train, schedule, frozen),
+            schedule=schedule,
             batches=TrainingBatches(
                 corpus.tokens("train"),
                 model.config.block_size,
@@ -92,6 +93,8 @@ class Setup:
             ),
             teacher=_open_teacher(settings, model, corpus),
         )
+        # The imports are read again when the run begins. Kept, they would fill the
+        # memory, because the setups of all jobs are checked before the first job runs.
         setup.import_into(_stand_in(model))
         return setup
 

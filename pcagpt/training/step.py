@@ -4,6 +4,7 @@ Shape letters: A parts of a batch, B windows of a part, T sequence, N = B*T, D w
 V rows of a band or of the vocabulary, E width of a teacher.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,34 +145,29 @@ def train_step(
     """
     dropout_key = jax.random.fold_in(named_key(seed, "dropout"), state.step)
 
-    def part_loss(params, tokens_BT, key):
-        """The loss of a part, and all its losses by name."""
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients_of(params, tokens_BT, index):
+        """(gradients, losses by name) of a part; each part has its own dropout."""
         params = optim.stop_frozen_gradients(params, frozen)
         variables = {"params": params, "constants": state.constants}
+        key = jax.random.fold_in(dropout_key, index)
         losses = part_losses(
             variables, tokens_BT, key, teacher, model, loss_chunks, distill_share
         )
         return losses["loss"], losses
 
-    def part_gradients(tokens_BT, index):
-        """(losses, gradients) of a part; each part has its own dropout."""
-        key = jax.random.fold_in(dropout_key, index)
-        gradient_of = jax.grad(part_loss, has_aux=True)
-        gradients, losses = gradient_of(state.params, tokens_BT, key)
-        return losses, gradients
-
     parts = batch_ABT.shape[0]
     if parts == 1:
-        losses, gradients = part_gradients(batch_ABT[0], 0)
+        gradients, losses = gradients_of(state.params, batch_ABT[0], 0)
     else:
 
         def add_part(total, part):
-            return jax.tree.map(jnp.add, total, part_gradients(*part)), None
+            return jax.tree.map(jnp.add, total, gradients_of(state.params, *part)), None
 
-        shapes = jax.eval_shape(part_gradients, batch_ABT[0], 0)
+        shapes = jax.eval_shape(gradients_of, state.params, batch_ABT[0], 0)
         zeros = jax.tree.map(jnp.zeros_like, shapes)
         total, _ = jax.lax.scan(add_part, zeros, (batch_ABT, jnp.arange(parts)))
-        losses, gradients = jax.tree.map(lambda value: value / parts, total)
+        gradients, losses = jax.tree.map(lambda value: value / parts, total)
 
     updates, optimizer_state = optimizer.update(
         gradients, state.optimizer, state.params

@@ -1,0 +1,19 @@
+"""Where the results of compressing a model go."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The folder of a sweep or an advice.
+
+    heading: the fields of its JSON file that do not come from tables; check_lock:
+    raises if the folder may not be written any more.
+    """
+
+    folder: Path
+    heading: dict[str, Any]
+    check_lock: Callable[[], None]
