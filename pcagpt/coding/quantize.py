@@ -9,7 +9,7 @@ from pcagpt.coding.transform import Coefficients
 
 # Added to a magnitude before it is cut to an integer. Below 1/2, more values become
 # zero than by rounding to the nearest, which saves more bits than it adds error.
-ROUNDING = 0.4
+ROUNDING = 0.45
 LARGEST_SYMBOL = 2**15 - 1
 # Token weights outside, relative to their mean, count as the limit: a token that was
 # never seen has steps, and the most frequent one does not need huge symbols.

@@ -86,21 +86,6 @@ def coefficients(
     return Coefficients(values_KV, contexts_KV, left_V)
 
 
-def second_order_loss(
-    table_VD: np.ndarray, dense_VD: np.ndarray, weighting: Weighting
-) -> float:
-    """1/2 sum_v p_v (E_v M E_v' + (E_v c_v)^2) of the error E = dense - table."""
-    total, weights_V = 0.0, weighting.token_weights
-    for rows in chunks(len(table_VD)):
-        error_ND = dense_VD[rows].astype(np.float64) - table_VD[rows]
-        seen_ND = error_ND if weighting.metric is None else error_ND @ weighting.metric
-        loss_N = np.einsum("nd,nd->n", seen_ND, error_ND)
-        if weighting.contexts is not None:
-            loss_N += np.einsum("nd,nd->n", error_ND, weighting.contexts[rows]) ** 2
-        total += loss_N.sum() if weights_V is None else weights_V[rows] @ loss_N
-    return float(total) / 2
-
-
 def mean_row(weighting: Weighting, width: int) -> np.ndarray:
     """The mean of a weighting; zeros if it has none: [D] float64."""
     return np.zeros(width) if weighting.mean is None else weighting.mean

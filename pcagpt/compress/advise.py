@@ -1,8 +1,10 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
+from collections.abc import Sequence
+
 import jax
 
-from pcagpt.compress.candidates import Candidate
+from pcagpt.compress.candidates import Candidate, factor_methods
 from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
@@ -20,14 +22,17 @@ ADVISED = "advised"  # the folder of the model
 
 
 def advise(
-    original: Original, method: str, options: CompressSettings, output: Output
+    original: Original,
+    methods: Sequence[str],
+    options: CompressSettings,
+    output: Output,
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
     Args:
       original: the model.
-      method: of the table.
-      options: one of its bounds is set. The table has one of its numbers of bands and,
+      methods: see `Fit`; a bound on numbers leaves out coded tables.
+      options: one of its bounds is set. Factors have one of its numbers of bands and,
         for a bound on bytes, 32 bits per value or one of its `bits`.
       output: for advice.json and the model; an earlier advice is moved aside.
 
@@ -43,7 +48,9 @@ def advise(
             progress.update(len(fit.trials) + 1)
             return scores
 
-        fit = Fit(make, measure, method, options.bands, shape)
+        if name == "max_params":
+            methods = factor_methods(methods)
+        fit = Fit(make, measure, methods, options.bands, shape)
         if name == "max_added_loss":
             chosen = fit.within_loss(bound)
         elif name == "max_params":
@@ -58,9 +65,9 @@ def advise(
         return
     row, place = chosen.row(), output.folder / ADVISED
     # First, because writing may fail.
-    print(advice_text(row, str(place)), flush=True)
+    print(advice_text(row, shape, str(place)), flush=True)
     output.check_lock()
-    write_model(place, original, chosen.candidate)
+    write_model(place, original, chosen.candidate, row["added_loss"])
     trials = [trial.row() for trial in fit.trials]
     found = {"bounds": options.bounds, "chosen": row, "trials": trials}
     advice, path = output.heading | found, output.folder / "advice.json"

@@ -4,14 +4,17 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pcagpt import coding
 from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import (
+    CODED_TABLE,
     FLOAT_BYTES,
     METHODS,
     OWN_TABLE,
@@ -30,10 +33,10 @@ from pcagpt.factorize import (
 class Recipe:
     """A way to compress a table.
 
-    method: a name in `METHODS`, or `OWN_TABLE`; bands: number of frequency bands to
-    start from; budget: number of values that may be stored; rank: the rank with this
-    budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32 (float32),
-    8 or 4.
+    method: a name in `METHODS`, `OWN_TABLE` or `CODED_TABLE`; bands: number of
+    frequency bands to start from; budget: number of values that may be stored, bytes of
+    the file for `CODED_TABLE`; rank: the rank with this budget in a single band (0 for
+    `OWN_TABLE`); bits: of a stored value, 32 (float32), 8 or 4, 0 for `CODED_TABLE`.
     """
 
     method: str
@@ -47,12 +50,14 @@ class Recipe:
 class Candidate:
     """A compressed table.
 
-    dense: [V, D], the table that the model computes with; bytes: its storage;
-    second_order: estimate of its added loss; seconds: time to make the table.
+    table: what the model computes with; coded: its file, for `CODED_TABLE`; dense:
+    [V, D]; bytes: in storage; second_order: estimate of its added loss; seconds: time
+    to make the table.
     """
 
     recipe: Recipe
     table: FactorizedTable
+    coded: coding.Encoded | None
     dense: np.ndarray
     bytes: int
     second_order: SecondOrder
@@ -90,27 +95,47 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe; ValueError if the budget is too small."""
-        began = time.monotonic()
-        table = self._make(recipe)
-        size = table.parameters * FLOAT_BYTES
-        if recipe.bits < 32:
-            table, size = quantized(table, recipe.bits)
+        """Makes the candidate of a recipe.
+
+        Raises ValueError if the budget is too small for factors, `coding.TooSmall` if
+        it is too small for a coded table.
+        """
+        began, coded = time.monotonic(), None
+        if recipe.method == CODED_TABLE:
+            coded = self._coded(recipe.budget)
+            table, size = _of_full_width(coded.table.dense()), coded.bytes
+        else:
+            table = self._make(recipe)
+            size = table.parameters * FLOAT_BYTES
+            if recipe.bits < 32:
+                table, size = quantized(table, recipe.bits)
         dense_VD = table.dense()
         seconds = time.monotonic() - began
-        return Candidate(
-            recipe, table, dense_VD, size, self._predict(dense_VD), seconds
-        )
+        second_order = self._predict(dense_VD)
+        return Candidate(recipe, table, coded, dense_VD, size, second_order, seconds)
+
+    @functools.cache  # noqa: B019 - lives as long as the command
+    def _coded(self, max_bytes: int) -> coding.Encoded:
+        return coding.within_bytes(self._prepared, max_bytes)
+
+    @functools.cached_property
+    def _prepared(self) -> coding.Prepared:
+        weighting = coding.loss_weighting(self._table_VD, self._statistics)
+        return coding.prepare(self._table_VD, weighting)
 
     def _make(self, recipe: Recipe) -> FactorizedTable:
         if recipe.method == OWN_TABLE:
-            return FactorizedTable.of_one_band(BandFactors(self._table_VD, None))
+            return _of_full_width(self._table_VD)
         if recipe.method != self._method:  # One solution has all ranks of a method.
             self._method = recipe.method
             self._factorize = Factorizer(
                 self._table_VD, recipe.method, self._statistics, self._split
             )
         return self._factorize(recipe.budget, recipe.bands)
+
+
+def _of_full_width(table_VD: np.ndarray) -> FactorizedTable:
+    return FactorizedTable.of_one_band(BandFactors(table_VD, None))
 
 
 def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
@@ -124,6 +149,11 @@ def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
     return table._replace(bands=tuple(bands)), size
 
 
+def factor_methods(methods: Sequence[str]) -> list[str]:
+    """The methods that make factors."""
+    return [method for method in methods if method != CODED_TABLE]
+
+
 def recipes(
     vocab_size: int,
     width: int,
@@ -134,11 +164,20 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    The last method counts as the best. Its tables in bands come first, then plain SVD,
-    then its tables and the model's own at fewer bits, then the other methods. Methods
-    without token weights get a single band. Recipes in bands are left out if the budget
-    of their rank is too small.
+    With `CODED_TABLE` among the methods, coded tables come first: for each rank, one
+    whose file has a byte for each value of the rank's budget. The last other method
+    counts as the best. Its tables in bands come next, then plain SVD, then its tables
+    and the model's own at fewer bits, then the other methods. Methods without token
+    weights get a single band. Recipes in bands are left out if the budget of their rank
+    is too small.
     """
+    budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
+    found = []
+    if CODED_TABLE in methods:
+        found += [Recipe(CODED_TABLE, 1, budgets[rank], rank, 0) for rank in ranks]
+    methods = factor_methods(methods)
+    if not methods:
+        return found
     best = methods[-1]
 
     def can_have(method: str, count: int) -> bool:
@@ -163,13 +202,12 @@ def recipes(
     most = max(bands) if METHODS[best].weighs_tokens else 1
     for bit in bits:
         kinds += [(OWN_TABLE, most, bit), (best, most, bit)]
-    found = []
     for method, count, bit in sorted(kinds, key=usefulness):
         if method == OWN_TABLE:
             found.append(Recipe(OWN_TABLE, 1, vocab_size * width, 0, bit))
             continue
         for rank in ranks:
-            budget = budget_of_rank(vocab_size, width, rank)
+            budget = budgets[rank]
             # Several bands store at least rank 1 each, and the order of the tokens.
             least = 2 * vocab_size + count * width
             if count == 1 or budget >= least:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pcagpt import trees
+from pcagpt import coding, trees
 from pcagpt.compress.candidates import Candidate
 from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
@@ -20,8 +20,13 @@ from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
 
-def write_model(folder: Path, original: Original, candidate: Candidate) -> None:
+def write_model(
+    folder: Path, original: Original, candidate: Candidate, added_loss: float
+) -> None:
     """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
+
+    A coded table has its file table.pcat, with the measured added loss, in place of
+    factors/; ckpt/0 holds what it decodes to.
 
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is, because other runs may have started from it. A folder that holds
@@ -46,7 +51,10 @@ def write_model(folder: Path, original: Original, candidate: Candidate) -> None:
     written = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(written, ignore_errors=True)
     checkpoint.save_weights(written, weights)
-    write_bands(written / "factors", table)
+    if candidate.coded is None:
+        write_bands(written / "factors", table)
+    else:
+        _write_coded(written / "table.pcat", original, candidate, added_loss)
     is_banded = len(table.bands) > 1
     model = {
         "n_embd_wte": None if is_banded else table.ranks[0] or None,
@@ -58,6 +66,20 @@ def write_model(folder: Path, original: Original, candidate: Candidate) -> None:
     write_record(written, {**run.record, **own, "compressed": made})
     move_aside(folder)
     written.rename(folder)
+
+
+def _write_coded(
+    path: Path, original: Original, candidate: Candidate, added_loss: float
+) -> None:
+    coded, protocol = candidate.coded, original.protocol
+    description = coding.Description(
+        method=candidate.recipe.method,
+        corpus=protocol["corpus_sha256"],
+        checkpoint=protocol["checkpoint"],
+        predicted_loss=coded.loss,
+        measured_loss=added_loss,
+    )
+    coding.write(path, coded.table, coded.words, description)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pcagpt.compress.candidates import Candidate, Recipe
+from pcagpt import coding
+from pcagpt.compress.candidates import Candidate, Recipe, factor_methods
 from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import OWN_TABLE, LossRegression
+from pcagpt.factorize import CODED_TABLE, OWN_TABLE, LossRegression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Trial:
 
 
 class Fit:
-    """Searches for the budget of one method that meets a bound; `trials` is the log.
+    """Searches for the table that meets a bound; `trials` is the log.
 
     Args:
       make: a `Compressor`.
       measure: scores a candidate.
-      method: the method of all tables.
+      methods: `CODED_TABLE` if coded tables are allowed, and the method of factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """
@@ -40,40 +41,56 @@ class Fit:
         self,
         make: Callable[[Recipe], Candidate],
         measure: Callable[[Candidate], SwapScores],
-        method: str,
+        methods: Sequence[str],
         bands: Sequence[int],
         table: tuple[int, int],
     ):
         self._make, self._measure = make, measure
-        self._method, self._bands = method, bands
+        self._is_coded, self._bands = CODED_TABLE in methods, bands
+        self._method = (factor_methods(methods) or [None])[-1]
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
 
     def within_loss(self, max_added_loss: float) -> Trial | None:
-        """The smallest float32 table found that adds at most this loss, or None."""
+        """The smallest table found that adds at most this loss, or None.
+
+        It is a coded file if these are allowed: float32 factors are many times larger.
+        """
+        start = math.sqrt(4 * self._rank_1 * self._whole)
+        span, slope = (self._rank_1, min(start, self._whole), self._whole), -1.5
+        if self._is_coded:  # From some bytes for each token to four for each value.
+            span, slope = (self._rank_1, self._whole / 6, 4 * self._whole), -2.0
 
         def added_loss(budget: int) -> float | None:
-            made = self._best(budget, 32)
+            made = self._coded(budget) if self._is_coded else self._best(budget, 32)
             return None if made is None else self._try(made).scores.added_loss
 
-        start = math.sqrt(4 * self._rank_1 * self._whole)
-        span = self._rank_1, min(start, self._whole), self._whole
-        search(added_loss, max_added_loss, span, -1.5, 0.1, self.TRIALS)
+        search(added_loss, max_added_loss, span, slope, 0.1, self.TRIALS)
         kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
-        return min(kept, key=lambda t: t.candidate.table.parameters, default=None)
+        return min(kept, key=lambda t: t.candidate.bytes, default=None)
 
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
         """The table with the least added loss of at most this many bytes, or None.
 
-        Tries each of `bits` (bits per stored value), below 32 also for the full table.
+        Tries a coded file if these are allowed, and factors with each of `bits` (bits
+        per stored value), below 32 also the full table.
         """
-        for bit in bits:
+        if self._is_coded and (made := self._coded(max_bytes)):
+            self._try(made)
+        for bit in bits if self._method else ():
             self._fill_bytes(max_bytes, bit)
             if bit < 32:
                 whole = self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bit))
                 if whole.bytes <= max_bytes:
                     self._try(whole)
         return min(self.trials, key=lambda t: t.scores.added_loss, default=None)
+
+    def _coded(self, max_bytes: int) -> Candidate | None:
+        """The coded table of at most this size; None if no file is so small."""
+        try:
+            return self._make(Recipe(CODED_TABLE, 1, max_bytes, 0, 0))
+        except coding.TooSmall:
+            return None
 
     def _fill_bytes(self, max_bytes: int, bits: int) -> None:
         """Measures the largest table that fits, if any."""

@@ -42,9 +42,14 @@ _ROW: dict[str, tuple] = {
 }
 
 
-def best_model(folder: Path, rank: int) -> Path:
-    """The folder of the best model of a rank."""
-    return folder / f"best_k{rank}"
+def best_model(folder: Path, rank: int, bits: int = 32) -> Path:
+    """The folder of the best model of a rank; with bits 0, of its coded table."""
+    return folder / (f"best_k{rank}" if bits else f"best_coded_k{rank}")
+
+
+def models_of(folder: Path, tried: list[Recipe]) -> set[Path]:
+    """The folders of the models that a sweep writes."""
+    return {best_model(folder, r.rank, r.bits) for r in tried if r.bits in (0, 32)}
 
 
 def sweep(
@@ -72,9 +77,9 @@ def sweep(
     if not writes:
         return
     content = _write_sweep(output, tried, known)
-    for rank in sorted({recipe.rank for recipe in tried} - {0}):
-        of_rank = [r for r in tried if r.rank == rank and r.bits == 32]
-        _write_best(original, best_model(folder, rank), of_rank, known)
+    for place in sorted(models_of(folder, tried)):
+        of_place = [r for r in tried if best_model(folder, r.rank, r.bits) == place]
+        _write_best(original, place, of_place, known)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -110,7 +115,8 @@ def _write_best(
     there = origin_of(place)  # Runs may have started from it.
     made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
     best, *_ = made or equal
-    write_model(place, original, original.compressor(best))
+    added_loss = known[best]["added_loss"]
+    write_model(place, original, original.compressor(best), added_loss)
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:

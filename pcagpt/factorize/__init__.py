@@ -14,6 +14,7 @@ from pcagpt.factorize.predict import (
     LossRegression,
     Predictor,
     SecondOrder,
+    second_order_loss,
 )
 from pcagpt.factorize.quantize import quantize
 from pcagpt.factorize.solve import (
@@ -24,6 +25,7 @@ from pcagpt.factorize.solve import (
     truncate,
 )
 from pcagpt.factorize.table import (
+    CODED_TABLE,
     FLOAT_BYTES,
     OWN_TABLE,
     BandFactors,

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize.methods import Statistics, token_contexts
+from pcagpt.factorize.methods import Statistics, Weighting, token_contexts
 
 SMALLEST_ADDED = 1e-3  # nats: smaller measured losses are mostly rounding
+_CHUNK = 4096  # rows that are in float64 at the same time
 
 
 class SecondOrder(NamedTuple):
@@ -25,8 +26,15 @@ class Predictor:
     """Predicts `SecondOrder` for replacements of one table."""
 
     def __init__(self, table_VD: np.ndarray, statistics: Statistics):
-        self._table_VD, self._statistics = table_VD, statistics
-        self._contexts_VD = token_contexts(table_VD, statistics)
+        self._table_VD = table_VD
+        self._head = Weighting(
+            token_weights=statistics.probability,
+            metric=statistics.hidden_moment,
+            contexts=token_contexts(table_VD, statistics),
+        )
+        self._input = Weighting(
+            token_weights=statistics.frequency, metric=statistics.gradient_moment
+        )
 
     def __call__(self, dense_VD: np.ndarray) -> SecondOrder:
         """Added loss of a table [V, D] with error E, in the notation of `methods`.
@@ -34,23 +42,32 @@ class Predictor:
         head: 1/2 sum_v p_v (E_v C E_v' + (E_v c_v)^2), with the token's context c_v;
         input: 1/2 sum_v f_v E_v G E_v'.
         """
-        statistics, dtype = self._statistics, self._table_VD.dtype
-        error_VD = dense_VD - self._table_VD
-        input_ = statistics.frequency @ _squares(error_VD, statistics.gradient_moment)
-        probability_V = statistics.probability
+        input_ = second_order_loss(self._table_VD, dense_VD, self._input)
         # The softmax cancels an error that all rows share.
-        shared_D = probability_V @ error_VD / probability_V.sum()
-        error_VD = error_VD - shared_D.astype(dtype)
-        squares_V = _squares(error_VD, statistics.hidden_moment)
-        shift_V = np.einsum("vd,vd->v", error_VD, self._contexts_VD)
-        head = probability_V @ (squares_V + shift_V**2)
-        return SecondOrder(float(head) / 2, float(input_) / 2)
+        share_V = self._head.token_weights / self._head.token_weights.sum()
+        shared_D = share_V @ dense_VD - share_V @ self._table_VD
+        centred_VD = dense_VD - shared_D.astype(dense_VD.dtype)
+        head = second_order_loss(self._table_VD, centred_VD, self._head)
+        return SecondOrder(head, input_)
 
 
-def _squares(rows_VD: np.ndarray, metric_DD: np.ndarray) -> np.ndarray:
-    """Squared length of each row under a metric: [V]."""
-    product_VD = rows_VD @ metric_DD.astype(rows_VD.dtype)
-    return np.einsum("vd,vd->v", product_VD, rows_VD)
+def second_order_loss(
+    table_VD: np.ndarray, dense_VD: np.ndarray, weighting: Weighting
+) -> float:
+    """1/2 sum_v w_v (E_v M E_v' + (E_v c_v)^2) of the error E = dense - table.
+
+    w, M and c are the weights, the metric and the contexts of the weighting.
+    """
+    total, weights_V = 0.0, weighting.token_weights
+    for start in range(0, len(table_VD), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        error_ND = dense_VD[rows].astype(np.float64) - table_VD[rows]
+        seen_ND = error_ND if weighting.metric is None else error_ND @ weighting.metric
+        loss_N = np.einsum("nd,nd->n", seen_ND, error_ND)
+        if weighting.contexts is not None:
+            loss_N += np.einsum("nd,nd->n", error_ND, weighting.contexts[rows]) ** 2
+        total += loss_N.sum() if weights_V is None else weights_V[rows] @ loss_N
+    return float(total) / 2
 
 
 class LossRegression:

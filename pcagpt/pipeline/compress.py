@@ -14,12 +14,12 @@ from pcagpt.compress.candidates import Recipe, recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
-from pcagpt.compress.sweep import add_recovered, best_model, sweep
+from pcagpt.compress.sweep import add_recovered, models_of, sweep
 from pcagpt.config import Settings, words_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS
+from pcagpt.factorize import CODED_TABLE, METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
@@ -61,7 +61,7 @@ def compress(settings: Settings, command: str) -> None:
         tried, models = [], {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
-        models = {best_model(folder, recipe.rank) for recipe in tried if recipe.rank}
+        models = models_of(folder, tried)
 
     def check_folder() -> None:
         if not settings.overwrite:
@@ -73,7 +73,7 @@ def compress(settings: Settings, command: str) -> None:
         processes.from_first(check_folder)
         output = Output(folder, heading, check_lock)
         if options.bounds:
-            advise(original, methods[-1], options, output)
+            advise(original, methods, options, output)
         else:
             _check_recoverable(original, tried, settings, folder)
             sweep(original, tried, output, settings.telemetry.tensorboard)
@@ -95,10 +95,14 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
         return settings
     is_cpu, compress = platform == "cpu", settings.compress
     effort, names = CPU if is_cpu else GPU, list(METHODS)
+    if is_cpu:
+        names = [names[0], names[-1]]
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
-        "compress.methods": ",".join([names[0], names[-1]] if is_cpu else names),
+        "compress.methods": ",".join(
+            [*(names[:1] + names[-1:] if is_cpu else names), CODED_TABLE]
+        ),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
         "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
@@ -109,11 +113,12 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
 
 def _methods(text: str) -> list[str]:
     """The names in `compress.methods`; 'all' stands for every method."""
-    methods = list(METHODS) if text == "all" else words_of(text)
-    if not methods or set(methods) - METHODS.keys():
+    known = [*METHODS, CODED_TABLE]
+    methods = known if text == "all" else words_of(text)
+    if not methods or set(methods) - set(known):
         raise UserError(
             f"compress.methods is '{text}': it must be all, or some of "
-            f"{', '.join(METHODS)}"
+            f"{', '.join(known)}"
         )
     return methods
 
@@ -133,7 +138,7 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     found = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {recipe.rank for recipe in found if recipe.rank and recipe.bits == 32}
+    kept = {recipe.rank for recipe in found if recipe.bits in (0, 32)}
     if not kept:
         raise UserError(
             "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "

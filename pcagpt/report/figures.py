@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
+from pcagpt.factorize import (
+    CODED_TABLE,
+    METHODS,
+    OWN_TABLE,
+    SMALLEST_ADDED,
+    energy_kept,
+)
 from pcagpt.report.read import read_curve
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
@@ -33,7 +39,9 @@ STYLE = {
     "grid.color": "#e2e2e2",
 }
 START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before that
-BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
+# By bits of a stored value; 0 for coded tables.
+BITS_MARKERS = {32: "o", 8: "s", 4: "D", 0: "*"}
+BITS_LINES = {32: "-", 8: "--", 4: ":", 0: "-"}
 
 
 def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
@@ -140,14 +148,16 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         known = of_kind.setdefault(row["rank"], row)
         if row["added_loss"] < known["added_loss"]:
             of_kind[row["rank"]] = row
-    colours = {OWN_TABLE: INK} | {name: m.colour for name, m in METHODS.items()}
+    colours = {OWN_TABLE: INK, CODED_TABLE: INK} | {
+        name: m.colour for name, m in METHODS.items()
+    }
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
     for axes, (field, unit) in zip(grid, units.items(), strict=True):
         for (method, in_bands, bits), of_kind in best.items():
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
-            rows = sorted(of_kind.values(), key=lambda row: row["params"])
+            rows = sorted(of_kind.values(), key=lambda row: row["bytes"])
             colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
             axes.plot(
                 [row[field] / 1e6 for row in rows],

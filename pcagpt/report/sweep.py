@@ -1,5 +1,6 @@
 """sweep.json -> tables and texts of the report on a compression sweep."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,30 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "baseline": baseline_of(sweep),
         "equal_size": equal_size_table(sweep),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
-        "rows": [{"name": row_name(row)} | row for row in rows],
+        "rows": [
+            {
+                "name": row_name(row),
+                "bits_per_number": 8 * row["bytes"] / baseline_of(sweep)["params"],
+            }
+            | row
+            for row in rows
+        ],
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
         "small_loss": SMALL_LOSS,
     }
 
 
-def advice_text(row: dict[str, Any], folder: str) -> str:
-    """Describes the chosen table in a few lines for the terminal."""
+def advice_text(row: dict[str, Any], table: tuple[int, int], folder: str) -> str:
+    """Describes the choice for a table [V, D] in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
         for size, rank in zip(row["band_sizes"], row["band_ranks"], strict=True)
     )
+    bits = 8 * row["bytes"] / math.prod(table)
     return (
-        f"{row_name(row)}: {count(row['params'])} numbers, {count(row['bytes'])} bytes"
-        "\n"
+        f"{row_name(row)}: {count(row['params'])} numbers in {count(row['bytes'])} "
+        f"bytes, {fixed(bits, 2)} bits for each number of D's table\n"
         f"bands: {bands}\n"
         f"added loss: {fixed(row['predicted_loss'], 4)} predicted, "
         f"{fixed(row['added_loss'], 4)} measured, in nats per token\n"
@@ -56,7 +65,9 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
 def table_name(method: str, bands: str, bits: int = 32) -> str:
     """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
     method = "D's table" if method == OWN_TABLE else method
-    return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
+    return ", ".join(
+        filter(None, [method, bands, f"int{bits}" if 0 < bits < 32 else ""])
+    )
 
 
 def row_name(row: dict[str, Any]) -> str:
