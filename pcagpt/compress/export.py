@@ -76,7 +76,7 @@ def _write_coded(
         method=candidate.recipe.method,
         corpus=protocol["corpus_sha256"],
         checkpoint=protocol["checkpoint"],
-        predicted_loss=coded.loss,
+        predicted_loss=candidate.predicted_loss,
         measured_loss=added_loss,
     )
     coding.write(path, coded.table, coded.words, description)

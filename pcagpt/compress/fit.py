@@ -128,7 +128,9 @@ class Fit:
             (t.candidate.recipe.method, t.candidate.second_order, t.scores.added_loss)
             for t in self.trials
         )
-        predicted = regression(candidate.recipe.method, candidate.second_order)
+        predicted = candidate.predicted_loss
+        if predicted is None:
+            predicted = regression(candidate.recipe.method, candidate.second_order)
         self.trials.append(Trial(candidate, self._measure(candidate), predicted))
         return self.trials[-1]
 

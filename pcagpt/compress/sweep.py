@@ -11,7 +11,7 @@ from pcagpt.compress.export import origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
+from pcagpt.factorize import CODED_TABLE, SMALLEST_ADDED, LossRegression, SecondOrder
 from pcagpt.files import check_fields, read_json, strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.run.folder import move_aside
@@ -156,9 +156,9 @@ def _write_sweep(
 def _predicted(rows: list[Row]) -> list[Row]:
     """The rows with `predicted_loss` and `is_anchor`.
 
-    The predictions are fitted to the anchors: the smallest and the largest table of
-    each method, once with a single band and once with the smallest number of several
-    bands.
+    Coded tables have their own predictions. The others are fitted to the anchors: the
+    smallest and the largest table of each method, once with a single band and once with
+    the smallest number of several bands.
     """
 
     def second_order(row: Row) -> SecondOrder:
@@ -181,11 +181,13 @@ def _predicted(rows: list[Row]) -> list[Row]:
         for row in rows
         if row in anchors
     )
+
+    def predicted(row: Row) -> float:
+        if row["method"] == CODED_TABLE:
+            return row["predicted_loss"]
+        return regression(row["method"], second_order(row))
+
     return [
-        row
-        | {
-            "predicted_loss": regression(row["method"], second_order(row)),
-            "is_anchor": row in anchors,
-        }
+        row | {"predicted_loss": predicted(row), "is_anchor": row in anchors}
         for row in rows
     ]
