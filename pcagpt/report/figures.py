@@ -5,14 +5,12 @@ used: it would keep every figure in memory.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
-from pcagpt.report.read import read_curve
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
 
@@ -36,17 +34,17 @@ START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before th
 BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
 
 
-def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
+def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draws validation loss against tokens, a panel per rank; None without curves."""
-    curves = {row["folder"]: read_curve(workdir / row["folder"]).T for row in rows}
-    rows = [row for row in rows if curves[row["folder"]].size]
+    rows = [row for row in rows if row["curve"]]
     if not rows:
         return None
+    curves = {row["folder"]: np.array(row["curve"], np.float64).T for row in rows}
     ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
     columns = min(len(ranks), 3)
     lines = -(-len(ranks) // columns)
     figure, grid = _panels(lines, columns, 0.7 + 3.3 * lines)
-    limits = _loss_limits([curves[row["folder"]] for row in rows])
+    limits = _loss_limits(list(curves.values()))
     for place, (rank, axes) in enumerate(zip(ranks, grid, strict=False)):
         for row in rows:
             if row["rank"] not in (None, rank):
