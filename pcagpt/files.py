@@ -7,6 +7,7 @@ infinities are not JSON. Readers refuse a file that declares more than it can ho
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -126,7 +127,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def strict(value: Any) -> Any:
-    """The value as plain JSON: tuples become lists, NaN and infinities become None."""
+    """The value as plain JSON.
+
+    Dataclasses become objects, tuples become lists, NaN and infinities become None.
+    """
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -3,15 +3,8 @@
 import numpy as np
 import pytest
 
-from pcagpt.compress.candidates import (
-    Candidate,
-    Compressor,
-    Recipe,
-    quantized,
-    recipes,
-)
+from pcagpt.compress.candidates import Candidate, Compressor, quantized, recipes
 from pcagpt.compress.fit import Fit
-from pcagpt.compress.score import SwapScores
 from pcagpt.config import Settings
 from pcagpt.factorize import (
     METHODS,
@@ -23,6 +16,7 @@ from pcagpt.factorize import (
     quantize,
 )
 from pcagpt.pipeline.compress import decide_effort
+from pcagpt.rows import Recipe, SwapScores
 
 SWEEP = Settings(task="compress")
 
@@ -113,7 +107,9 @@ UNIT = 10_000  # the budget at which a single band has loss 1
 
 
 def scores(added_loss):
-    return SwapScores(5.0, added_loss, 0, 0, 0, 1, [])
+    zero = dict.fromkeys(("added_loss_input", "added_loss_head", "kl"), 0.0)
+    means = {"loss": 5.0, "added_loss": added_loss, "top1_agreement": 1.0} | zero
+    return SwapScores(**means, added_loss_by_decile=[])
 
 
 def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):

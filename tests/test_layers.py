@@ -15,7 +15,7 @@ ROWS = (
     "sharding",
     "kernels",
     "config model factorize data telemetry",
-    "losses coding",
+    "losses coding rows",
     "run",
     "training",
     "report",

@@ -25,6 +25,7 @@ from pcagpt.report.compare import mean_interval, verdict
 from pcagpt.report.experiment import experiment_view, models_of
 from pcagpt.report.figures import curves_figure, size_figure
 from pcagpt.report.read import read_row
+from pcagpt.rows import Row
 
 V, D, BLOCKS = 100, 16, 5000
 TARGETS = np.array([8.0] * 9 + [5.0])
@@ -516,13 +517,16 @@ def test_no_two_arms_look_alike():
 
 
 def sweep_row(method, bands=1, rank=4, bits=32, added=0.25, **others):
-    return {
+    row = {
         **{"method": method, "bands": bands, "rank": rank, "bits": bits},
-        **{"params": 1000 + rank, "bytes": (1000 + rank) * bits // 8, "loss": 3.0},
-        **{"added_loss": added, "predicted_loss": None, "is_anchor": False},
+        **{"budget": 2000, "band_sizes": bands * [V // bands]},
+        **{"band_ranks": bands * [rank], "params": 1000 + rank},
+        **{"bytes": (1000 + rank) * bits // 8, "loss": 3.0, "added_loss": added},
         **{"added_loss_input": 0.1, "added_loss_head": 0.15, "kl": 0.2},
-        **{"top1_agreement": 0.75, "seconds": 1.5},
-    } | others
+        **{"top1_agreement": 0.75, "added_loss_by_decile": 10 * [added]},
+        **{"second_order_head": added, "second_order_input": 0.0, "seconds": 1.5},
+    }
+    return Row(**row | others)
 
 
 def sweep_of(rows):

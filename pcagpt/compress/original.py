@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pcagpt.compress.candidates import Candidate, Compressor
-from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
+from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import Statistics
 from pcagpt.model import GPT
+from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement

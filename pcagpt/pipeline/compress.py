@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import Recipe, recipes
+from pcagpt.compress.candidates import recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
@@ -25,6 +25,7 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
+from pcagpt.rows import REMEDY, Recipe
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
@@ -135,9 +136,10 @@ def _recipes(
     found = recipes(*shape, methods, possible, options.bands, options.bits)
     kept = {recipe.rank for recipe in found if recipe.rank and recipe.bits == 32}
     if not kept:
+        single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
-            "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "
-            "hidden have a single band)"
+            "no table fits: raise ranks, or add 1 to compress.bands (only one band: "
+            f"{', '.join(single)})"
         )
     if left_out := [str(rank) for rank in ranks if rank not in kept]:
         say(
@@ -152,11 +154,10 @@ def _check_file(path: Path, original: Original) -> None:
 
     Numbers of a part of the split may be replaced by those of the whole split.
     """
-    own, remedy = strict(original.protocol), "delete it to measure again"
-    found = read_json(path, remedy)
+    own, found = strict(original.protocol), read_json(path, REMEDY)
     if found is None:
         return
-    check_fields(found, {"protocol": (dict,)}, path, remedy)
+    check_fields(found, {"protocol": (dict,)}, path, REMEDY)
     there = original.renewed(found["protocol"])
     parts = own.keys() | there.keys()
     if "evaluated_tokens" not in own:

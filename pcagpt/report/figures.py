@@ -13,6 +13,7 @@ from pcagpt.arms import ARMS
 from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
+from pcagpt.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,12 +133,12 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
 
     Among tables in bands that differ only in their number, it shows only the best.
     """
-    best: dict[tuple, dict[int, dict[str, Any]]] = {}
+    best: dict[tuple, dict[int, Row]] = {}
     for row in sweep["rows"]:
-        of_kind = best.setdefault((row["method"], row["bands"] > 1, row["bits"]), {})
-        known = of_kind.setdefault(row["rank"], row)
-        if row["added_loss"] < known["added_loss"]:
-            of_kind[row["rank"]] = row
+        of_kind = best.setdefault((row.method, row.bands > 1, row.bits), {})
+        known = of_kind.setdefault(row.rank, row)
+        if row.added_loss < known.added_loss:
+            of_kind[row.rank] = row
     colours = {OWN_TABLE: INK} | {name: m.colour for name, m in METHODS.items()}
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
@@ -145,11 +146,11 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         for (method, in_bands, bits), of_kind in best.items():
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
-            rows = sorted(of_kind.values(), key=lambda row: row["params"])
+            rows = sorted(of_kind.values(), key=lambda row: row.params)
             colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
             axes.plot(
-                [row[field] / 1e6 for row in rows],
-                [max(row["added_loss"], SMALLEST_ADDED) for row in rows],
+                [getattr(row, field) / 1e6 for row in rows],
+                [max(row.added_loss, SMALLEST_ADDED) for row in rows],
                 color=colour,
                 marker=BITS_MARKERS.get(bits, "X"),
                 ls=BITS_LINES.get(bits, "-."),
