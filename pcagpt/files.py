@@ -389,13 +389,13 @@ def sha256_of_file(path: Path) -> str:
         raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """{name: {'sha256'}} of files in a folder, for `check_digests`."""
     return {name: {"sha256": sha256_of_file(folder / name)} for name in sorted(names)}
 
 
 def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -> None:
-    """Raises UserError if files of `digests` whose names begin with `below` differ."""
+    """Raises UserError if files of `digests_of` named `below`… differ from it."""
     if not isinstance(known, dict):
         raise UserError(f"the list of files in {folder} is damaged: write it again")
     for name, digest in known.items():

@@ -221,7 +221,7 @@ def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
 def test_files_that_differ_from_their_digests_are_named(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    known = files.digests(tmp_path, ["a", "b"])
+    known = files.digests_of(tmp_path, ["a", "b"])
     files.check_digests(tmp_path, known)
     (tmp_path / "b").write_text("c")
     files.check_digests(tmp_path, known, "a")

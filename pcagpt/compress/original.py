@@ -138,7 +138,7 @@ class Original:
         if self.run.is_at(found.get("checkpoint")):
             found["checkpoint"] = self.run.fingerprint
         stated = found.get("corpus_sha256")
-        is_older = corpus.differences({"corpus_sha256": stated}) == []
+        is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:
             found |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
         return found

@@ -31,8 +31,8 @@ class CorpusInfo:
     tokenizer_sha256: differs between numberings of tokens, None if the numbering is
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
     or None; dtype: a key of DTYPES, or None if the meta file names none; counts: number
-    of tokens of each split, as far as the meta file states it; hashes: the same for the
-    sha256 of each split's file, which pcagpt writes when it tokenizes a text.
+    of tokens of each split, as far as the meta file states it; hashes: sha256 of each
+    split's file, if pcagpt tokenized it.
     """
 
     name: str

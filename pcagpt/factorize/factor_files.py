@@ -22,7 +22,7 @@ from pcagpt.files import (
     check_digests,
     check_fields,
     check_values,
-    digests,
+    digests_of,
     read_json,
     read_npy,
     read_npz,
@@ -126,7 +126,7 @@ def write(
         write_npy(table_path(folder, rank), _float32(band.wte))
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
     write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
-    files |= digests(folder, [path.name for path in written])
+    files |= digests_of(folder, [path.name for path in written])
     write_json(folder / METADATA_FILE, metadata | {"files": files})
 
 
@@ -153,7 +153,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     if table.mean is not None:
         write_npy(folder / MEAN_FILE, _float32(table.mean))
     write_npy(folder / ORDER_FILE, table.order)
-    files = digests(folder, [path.name for path in folder.glob("*.np[yz]")])
+    files = digests_of(folder, [path.name for path in folder.glob("*.np[yz]")])
     write_json(folder / METADATA_FILE, {"files": files})
 
 

@@ -231,7 +231,7 @@ class TrainJob(Job):
 
     def _other_tokens(self, corpus: Corpus, stored: dict[str, Any]) -> str | None:
         """How the corpus differs from that of the run with this record, if it does."""
-        differing = corpus.differences(stored)
+        differing = corpus.changed_parts(stored)
         if not differing:
             return None
         return (

@@ -12,7 +12,7 @@ from typing import Any
 
 from pcagpt import trees
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.files import check_digests, digests, read_json, sync, write_json
+from pcagpt.files import check_digests, digests_of, read_json, sync, write_json
 from pcagpt.run.weights import read_weights
 
 FILE = "digests.json"
@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
     below = [path for path in folder.rglob("*") if path.name not in _UNLISTED]
     files = [str(path.relative_to(folder)) for path in below if path.is_file()]
     arrays = of_arrays(read_weights(folder))
-    write_json(folder / FILE, {"files": digests(folder, files), "arrays": arrays})
+    write_json(folder / FILE, {"files": digests_of(folder, files), "arrays": arrays})
     for path in (*below, folder.parent):
         sync(path)
 

@@ -325,8 +325,8 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
     An import whose hash in `record` is None is not compared, nor are the bands that
-    come from it. If only one record knows the corpus, `Corpus.differences` compares it,
-    and not this function.
+    come from it. If only one record knows the corpus, `Corpus.changed_parts` compares
+    it, and not this function.
     """
     known, hashes = (one.get("imported_sha256") or {} for one in (stored, record))
     unknown = {name for name, sha256 in hashes.items() if sha256 is None}

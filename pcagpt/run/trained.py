@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
-from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
+from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, GPTConfig
@@ -182,7 +182,7 @@ class Run:
         if asked.source or asked.tokenizer != "auto":
             self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
         corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
-        differing = corpus.differences(self.record, (*IDENTITY, "test"))
+        differing = corpus.changed_parts(self.record, (*TRAINING_PARTS, "test"))
         if differing and not asked.source:
             raise UserError(
                 f"{data.source} is no longer the corpus that {self.folder} was trained "
@@ -198,7 +198,7 @@ class Run:
 
         `splits` must also be those of the run's corpus.
         """
-        differing = corpus.differences(self.record, {*IDENTITY, *splits})
+        differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
 
     def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
@@ -207,7 +207,7 @@ class Run:
         Says on stderr if it is another corpus than the run's own, also in `splits`.
         """
         self._check_tokenizer(corpus)
-        differing = corpus.differences(self.record, {*IDENTITY, *splits}) or []
+        differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
         if "tokenizer_sha256" in differing:
             raise UserError(
                 f"{corpus.name} numbers its tokens in another way than the corpus of "
