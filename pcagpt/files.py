@@ -395,7 +395,7 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -> None:
-    """Raises UserError if files of `digests_of` named `below`… differ from it."""
+    """Raises UserError if listed files whose names begin with `below` differ."""
     if not isinstance(known, dict):
         raise UserError(f"the list of files in {folder} is damaged: write it again")
     for name, digest in known.items():

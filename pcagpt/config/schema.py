@@ -327,7 +327,8 @@ class Settings:
     )
     ranks: tuple[int, ...] = knob(
         (128,),
-        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: ranks to make, as in 64,128",
+        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: ranks to "
+        "make, as in 64,128",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
