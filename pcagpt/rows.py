@@ -26,10 +26,10 @@ _SWEEP: dict[str, tuple] = {
 class Recipe:
     """A way to compress a table.
 
-    method: a name in `factorize.METHODS`, or `OWN_TABLE`; bands: number of frequency
-    bands to start from; budget: number of values that may be stored; rank: the rank
-    with this budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32
-    (float32), 8 or 4.
+    method: a name in `METHODS`, or `OWN_TABLE`; bands: number of frequency bands to
+    start from; budget: number of values that may be stored; rank: the rank with this
+    budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32 (float32),
+    8 or 4.
     """
 
     method: str

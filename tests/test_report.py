@@ -10,7 +10,7 @@ import pytest
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
-from pcagpt.factorize.methods import METHODS, Method
+from pcagpt.methods import METHODS, Method
 from pcagpt.report import (
     collect_results,
     compare,

@@ -28,6 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
+from pcagpt.methods import METHODS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -166,9 +167,7 @@ class InitSettings:
 class FactorizeSettings:
     """The factorization of D's table."""
 
-    method: str = knob(
-        "svd", "a name in pcagpt.factorize.METHODS, such as svd, pca or context"
-    )
+    method: str = knob("svd", "how errors of the table count", one_of(*METHODS))
     statistics: str = knob(
         "", "file of statistics; empty: measure them on the run", PATH
     )
@@ -184,8 +183,8 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        "methods to try, as in svd,context; only the last is tried at fewer bits or "
-        "for a bound; empty: all, on a CPU svd and the last of all",
+        f"methods to try: all, or some of {', '.join(METHODS)}; only the last is "
+        "tried at fewer bits or for a bound; empty: all, on a CPU svd and the last",
     )
     bands: tuple[int, ...] = knob(
         (),

@@ -8,7 +8,6 @@ from pcagpt.factorize.bands import (
     frequency_bands,
 )
 from pcagpt.factorize.controls import CONTROLS, control
-from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
 from pcagpt.factorize.predict import (
     SMALLEST_ADDED,
     LossRegression,
@@ -29,3 +28,4 @@ from pcagpt.factorize.table import (
     BandFactors,
     FactorizedTable,
 )
+from pcagpt.methods import METHODS, Method, Statistics, Weighting

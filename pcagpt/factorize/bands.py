@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.errors import UserError
-from pcagpt.factorize.methods import METHODS, Statistics, Weighting
 from pcagpt.factorize.solve import (
     Factors,
     centred,
@@ -24,6 +23,7 @@ from pcagpt.factorize.solve import (
     truncate,
 )
 from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.methods import METHODS, Statistics, Weighting
 
 FIRST_BAND = 64  # initial size of the band of the most frequent tokens
 REGROUPINGS = 3  # rounds in which tokens move to their best band

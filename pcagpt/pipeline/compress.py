@@ -15,7 +15,7 @@ from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import add_recovered, best_model, sweep
-from pcagpt.config import Settings, words_of
+from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
@@ -46,7 +46,7 @@ def compress(settings: Settings, command: str) -> None:
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     options, folder = settings.compress, Path(settings.workdir) / FOLDER
-    methods = _methods(options.methods)
+    methods = methods_of(options.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
@@ -106,17 +106,6 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     }
     given = settings.flat()
     return settings.replace({path: given[path] or decided[path] for path in decided})
-
-
-def _methods(text: str) -> list[str]:
-    """The names in `compress.methods`; 'all' stands for every method."""
-    methods = list(METHODS) if text == "all" else words_of(text)
-    if not methods or set(methods) - METHODS.keys():
-        raise UserError(
-            f"compress.methods is '{text}': it must be all, or some of "
-            f"{', '.join(METHODS)}"
-        )
-    return methods
 
 
 def _recipes(
