@@ -121,7 +121,7 @@ def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
 
     def make(recipe):
         if recipe.bands == 5 and recipe.budget < least:
-            raise ValueError("too small")
+            raise BudgetTooSmall
         gain = {1: 1.0, 2: 0.5, 5: 0.6}[recipe.bands]
         loss = gain * (recipe.budget / UNIT) ** -exponent
         if recipe.method == "baseline":

@@ -7,7 +7,7 @@ from typing import Any
 
 from pcagpt.compress.candidates import Candidate, Recipe
 from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import OWN_TABLE, LossRegression
+from pcagpt.factorize import OWN_TABLE, BudgetTooSmall, LossRegression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Fit:
         for bands in self._bands:
             try:
                 found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
-            except ValueError:  # The budget is too small for this many bands.
+            except BudgetTooSmall:
                 continue
         return min(found, key=lambda made: sum(made.second_order), default=None)
 

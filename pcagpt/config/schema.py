@@ -65,8 +65,8 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs, "
-        "Ampere or newer",
+        "norms, GELU and training loss, except distillation's; auto: pallas for "
+        "bfloat16 on NVIDIA GPUs, Ampere or newer",
         one_of("auto", "xla", "pallas"),
     )
 
@@ -184,8 +184,8 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        "methods to try, as in svd,context; only the last is tried at fewer bits or "
-        "for a bound; empty: all, on a CPU svd and the last of all",
+        "methods to try, as in svd,context, or all; only the last is tried at fewer "
+        "bits or for a bound; empty: all, on a CPU svd and the last of all",
     )
     bands: tuple[int, ...] = knob(
         (),
