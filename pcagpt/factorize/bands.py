@@ -123,7 +123,9 @@ def allocate_ranks(
     ranks = [1] * len(sizes)
     left = budget - sum(size + width for size in sizes)
     if left < 0:
-        raise BudgetTooSmall(f"a budget of {budget} is too small for {len(sizes)} bands")
+        raise BudgetTooSmall(
+            f"a budget of {budget} is too small for {len(sizes)} bands"
+        )
 
     queue, price = [], 0.0
 
