@@ -26,7 +26,8 @@ import numpy as np
 
 from pcagpt.errors import UserError, unreadable
 
-LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
+# Largest absolute value of a table or weights; larger values mean damage.
+LARGEST = 1e6
 _SETTLED_SECONDS = 2
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
 _LARGEST_JSON = 2**28  # bytes
@@ -275,16 +276,18 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
-    """The open file; any error while it is read becomes a UserError."""
+    """The open file; an error that its content can cause becomes a UserError."""
     try:
         with open(path, "rb") as file:
             yield file
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
+        if found := unreadable(error):
+            raise found from None
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
             f"{path} is not a readable array file ({reason}): write it again"

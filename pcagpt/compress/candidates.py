@@ -70,7 +70,7 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe; ValueError if the budget is too small."""
+        """Makes the candidate of a recipe; BudgetTooSmall if the bands do not fit."""
         began = time.monotonic()
         table = self._make(recipe)
         size = table.parameters * FLOAT_BYTES

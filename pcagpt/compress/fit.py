@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from pcagpt.compress.candidates import Candidate
-from pcagpt.factorize import OWN_TABLE, LossRegression
+from pcagpt.factorize import OWN_TABLE, BudgetTooSmall, LossRegression
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -102,7 +102,7 @@ class Fit:
         for bands in self._bands:
             try:
                 found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
-            except ValueError:  # The budget is too small for this many bands.
+            except BudgetTooSmall:
                 continue
         return min(found, key=lambda made: sum(made.second_order), default=None)
 

@@ -66,8 +66,8 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs, "
-        "Ampere or newer",
+        "norms, GELU and training loss, except distillation's; auto: pallas for "
+        "bfloat16 on NVIDIA GPUs, Ampere or newer",
         one_of("auto", "xla", "pallas"),
     )
 

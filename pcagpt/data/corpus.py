@@ -45,8 +45,8 @@ class TextSize(NamedTuple):
 class Corpus(CorpusInfo):
     """A folder of token files, `<split>.bin`: little-endian ids without a header.
 
-    cache_dir: for the content of files in a folder that is read-only; older: folders of
-    earlier versions, which made other tokens of the same text.
+    cache_dir: keeps the hashes of token files if `folder` is read-only; older: folders
+    of earlier versions, which made other tokens of the same text.
     """
 
     folder: Path = Path()

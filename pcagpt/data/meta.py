@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pcagpt.data.tokenizer import RANKS, rank_file
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, unreadable
 from pcagpt.files import read_json
 
 SPLITS = ("train", "val", "test")
@@ -222,6 +222,8 @@ def _read_pickle(path: Path) -> dict:
         if not isinstance(meta, dict):
             raise TypeError(f"it is a {type(meta).__name__}")
     except Exception as error:  # A damaged pickle can raise almost any error.
+        if found := unreadable(error):
+            raise found from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} is refused, it must be a pickled dict of plain values ({reason}): "

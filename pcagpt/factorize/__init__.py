@@ -1,6 +1,7 @@
 """Low-rank factorization of a token table: arrays in, arrays out."""
 
 from pcagpt.factorize.bands import (
+    BudgetTooSmall,
     Factorizer,
     allocate_ranks,
     banded,

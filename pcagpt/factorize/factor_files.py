@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 from pcagpt.files import (
     check_digests,
@@ -70,6 +70,8 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
         else:
             read_table(table_path(folder, rank))
             read_scale_matrices(scale_path(folder, rank))
+    except Unreadable:
+        raise
     except UserError:
         return False
     return True
@@ -263,6 +265,8 @@ def _checked_file(path: Path) -> Path:
         known = {name: known[name] for name in known if name == path.name}
     try:
         check_digests(path.parent, known)
+    except Unreadable:
+        raise
     except UserError as error:
         raise UserError(
             f"{error}: write it again, or delete {path.parent / METADATA_FILE} if that "

@@ -330,7 +330,7 @@ class FactorizeJob(Job):
 
     @property
     def _calibration_tokens(self) -> int:
-        """The default does not depend on the device, because the files must not."""
+        """The default is the same on every device, as the files' `identity` must be."""
         return (
             self.settings.compress.calibration_tokens or effort.GPU.calibration_tokens
         )

@@ -6,14 +6,17 @@ tells, nothing proves the other files, and the checkpoint counts as damaged. A p
 who deletes digests.json takes them unchecked.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
-from pcagpt.errors import Unreadable, UserError
+from pcagpt.errors import Unreadable, UserError, unreadable
 from pcagpt.files import check_digests, digests_of, read_json, sync, write_json
 from pcagpt.run.weights import read_weights
+from pcagpt.sharding import processes
 
 FILE = "digests.json"
 # Orbax writes these two after the digests; no restored value depends on them.
@@ -42,7 +45,10 @@ def of_arrays(weights: dict) -> dict[str, str]:
 
 def arrays(folder: Path) -> dict[str, str]:
     """`of_arrays` of a checkpoint's weights; UserError if they cannot be read."""
-    return (_listed(folder) or {}).get("arrays") or of_arrays(read_weights(folder))
+    if known := (_listed(folder) or {}).get("arrays"):
+        return known
+    with reading(folder):
+        return of_arrays(read_weights(folder))
 
 
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
@@ -61,7 +67,28 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within, an error that damage of a checkpoint can cause becomes a UserError.
+
+    Call `damage` before: where there are digests, the files are then proved, and every
+    error stays what it is. Raises Unreadable as `damage` does.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    # Orbax and what it calls raise errors of many types.
+    except Exception as error:
+        if found := unreadable(error):
+            raise found from None
+        is_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        is_proved = (folder / FILE).exists()
+        if is_proved or is_of_memory or processes.lost_process(error):
+            raise
+        raise UserError(str(error).strip().split("\n")[0][:200]) from None
+
+
 def _listed(folder: Path) -> dict[str, Any] | None:
     """The content of digests.json; None in older checkpoints."""
-    consequence = "only without this file can the checkpoint be read, unchecked"
-    return read_json(folder / FILE, consequence)
+    return read_json(folder / FILE, "delete it to read the checkpoint unchecked")

@@ -189,11 +189,11 @@ class Contents:
 
     @property
     def is_made_here(self) -> bool:
-        """Whether training wrote the record and all checkpoints, under these numbers.
+        """Whether training wrote the record and all checkpoints.
 
-        A compressed model was not trained. In a folder that a person put together, a
-        checkpoint need not have an optimizer, or the number of updates that it has
-        done.
+        Each checkpoint's number then equals the updates stored in it. A compressed
+        model was not trained. In a folder that a person put together, a checkpoint need
+        not have an optimizer, or the number of updates that it has done.
         """
         stored = self.stored or {}
         if "compressed" in stored or not _OURS & stored.keys():

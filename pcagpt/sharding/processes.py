@@ -41,7 +41,7 @@ def start(
 
 
 def leave() -> None:
-    """Tells the other processes, which also end, that this one ends.
+    """Tells the other processes, which are also ending, that this one ends on purpose.
 
     Without this call, they take it for dead and end with an error of their own.
     """
