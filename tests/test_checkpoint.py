@@ -28,7 +28,10 @@ ITEMS = {
         "params": {"embed": {"wte": np.arange(6, dtype=np.float32).reshape(3, 2)}},
         "constants": {"position": np.array([2, 0, 1], np.int32)},
     },
-    "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
+    "optimizer": {
+        "state": {"moment": np.full(4, 0.5, np.float32)},
+        "step": np.array(0, np.int32),
+    },
 }
 
 
@@ -288,7 +291,7 @@ def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
     content["files"]["weights/_METADATA"]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
     damage = f"{path} is damaged (its content was changed since"
-    unchecked = "only without this file can the checkpoint be read, unchecked"
+    unchecked = "delete it to read the checkpoint unchecked"
     assert checkpoint.find(tmp_path)[1] == 1
     write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     with pytest.raises(UserError, match="step 2, is damaged") as caught:

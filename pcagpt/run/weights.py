@@ -64,7 +64,7 @@ def read_weights(folder: Path) -> dict:
 def read_updates(folder: Path) -> int | None:
     """The number of updates stored in a checkpoint's folder; None with weights alone.
 
-    A damaged checkpoint counts as what its name says.
+    If it cannot be read, the number in the folder's name.
     """
     folder = folder.absolute()
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
