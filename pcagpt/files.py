@@ -1,9 +1,9 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
 A writer replaces the file in one step: a reader sees the old file or the new one, even
-after a power cut. A reader finds damage: JSON carries a hash of its content, and lists
-of digests carry those of other files. JSON is strict in both directions: NaN and the
-infinities are not JSON. Readers refuse a file that declares more than it can hold.
+after a power cut. JSON files store a hash of their content; other files are listed in
+digests. Readers check both. JSON is strict in both directions: NaN and the infinities
+are not JSON. Readers refuse a file that declares more than it can hold.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
+    """Flushes a file, or a folder's entries, to disk."""
     with contextlib.suppress(OSError):  # Some file systems cannot sync a folder.
         descriptor = os.open(path, os.O_RDONLY)
         try:

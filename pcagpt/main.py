@@ -40,9 +40,9 @@ from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, INTERRUPTED, REFUSED, SUCCEEDED
 
 _OUT_OF_MEMORY = (
-    "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
-    "raise train.accumulation or train.loss_chunks, or lower model.block_size (for "
-    "samples: sample.count)"
+    "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
+    "sample.count) or raise train.loss_chunks; for a new run, also lower "
+    "train.batch_size or model.block_size, or raise train.accumulation"
 )
 
 

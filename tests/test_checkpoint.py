@@ -29,7 +29,10 @@ ITEMS = {
         "params": {"embed": {"wte": np.arange(6, dtype=np.float32).reshape(3, 2)}},
         "constants": {"position": np.array([2, 0, 1], np.int32)},
     },
-    "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
+    "optimizer": {
+        "state": {"moment": np.full(4, 0.5, np.float32)},
+        "step": np.array(0, np.int32),
+    },
 }
 
 

@@ -224,7 +224,7 @@ def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
 ):
     agrees = "--config.compress.calibration_tokens=512"
     with pytest.raises(
-        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} agrees"
+        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} to match"
     ):
         sweep_of(copied_sweep, **{"compress.calibration_tokens": 256})
 
@@ -238,7 +238,7 @@ def test_rows_of_another_calibration_batch_size_are_refused_or_measured_anew(
     other, agrees = {"train.batch_size": 2 * size}, f"--config.train.batch_size={size}"
     with pytest.raises(
         UserError,
-        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} agr",
+        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} to m",
     ):
         sweep_of(copied_sweep, **other)
     assert json.loads((folder / "sweep.json").read_text()) == before

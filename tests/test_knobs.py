@@ -102,7 +102,7 @@ def attention(config):
 def plan(config):
     """The jobs with their folders, seeds and budgets."""
     return [
-        (job.folder, job.settings.seed, job.settings.train, job.status())
+        (job.folder, job.settings.seed, job.settings.train, job.status().words)
         if isinstance(job, TrainJob)
         else (job.folder, job.settings.ranks, job.source)
         for job in make_plan(Settings.of(config)).jobs

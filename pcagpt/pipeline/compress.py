@@ -26,7 +26,7 @@ from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.rows import REMEDY, Recipe
-from pcagpt.run import checkpoint, lock, provenance
+from pcagpt.run import lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
@@ -38,6 +38,7 @@ def compress(settings: Settings, command: str) -> None:
     """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
+    All processes call this.
 
     Raises:
       UserError: the run or a method does not exist, the table is already factorized,
@@ -82,7 +83,7 @@ def compress(settings: Settings, command: str) -> None:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
         if options.recover_ranks:
-            _recover(settings, folder)
+            _recover(settings, folder, run.folder)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -188,12 +189,11 @@ def _check_recoverable(
         job.check(set())
 
 
-def _recover(settings: Settings, folder: Path) -> None:
+def _recover(settings: Settings, folder: Path, baseline: Path) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     plan = recovery_plan(settings, folder)
     execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        baseline = checkpoint.find(settings.model_path)[0]
         rows = recovered_rows(folder, runs, baseline)
         say(f"report: {add_recovered(folder, rows)}")

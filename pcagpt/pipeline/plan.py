@@ -139,7 +139,7 @@ def _train_job(
 ) -> TrainJob:
     """The run of an arm, with what it takes from D and its share of D's budget.
 
-    A prerequisite names the arm that starts from it.
+    for_arm: the arm that needs this run first.
     """
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:

@@ -32,7 +32,8 @@ _LOGGER = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run folder; a context manager.
 
-    Keeps the last `keep_last` and the one with the lowest validation loss.
+    Keeps the last `keep_last` and the one with the lowest validation loss. All
+    processes call the methods.
     """
 
     def __init__(self, run_dir: Path, keep_last: int):
@@ -53,7 +54,7 @@ class Checkpoints:
             # Orbax's own clean-up can remove what it is just saving.
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            _remove_damaged_notes(run_dir)
+            _remove_damaged_metadata(run_dir)
         processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -262,10 +263,10 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def _remove_damaged_notes(run_dir: Path) -> None:
-    """Removes damaged notes of checkpoints, because Orbax would fail on them.
+def _remove_damaged_metadata(run_dir: Path) -> None:
+    """Removes damaged metadata and metrics files, on which Orbax fails.
 
-    Their validation loss only tells which checkpoint is the best.
+    The metrics only tell which checkpoint is the best.
     """
     for step in steps(run_dir):
         folder = folder_of(run_dir, step)

@@ -1,9 +1,8 @@
 """digests.json of a checkpoint: hashes of all files, and of all arrays of the weights.
 
 It is written at the end of a save, and checked before Orbax opens a file. Checkpoints
-of older versions have none. If digests.json itself is damaged, which its own hash
-tells, nothing proves the other files, and the checkpoint counts as damaged. A person
-who deletes digests.json takes them unchecked.
+of older versions have none. If digests.json is damaged, the checkpoint counts as
+damaged. Delete digests.json to read the checkpoint unchecked.
 """
 
 import contextlib

@@ -59,7 +59,7 @@ def read_weights(folder: Path) -> dict:
 def read_updates(folder: Path) -> int | None:
     """The number of updates stored in a checkpoint's folder; None with weights alone.
 
-    One that cannot be read counts as what its name says; `restore_latest` judges it.
+    If it cannot be read, the number in the folder's name; `restore_latest` judges it.
     """
     folder = folder.absolute()
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
