@@ -10,15 +10,11 @@ from pcagpt.coding.encode import Prepared, encode, trial
 from pcagpt.coding.file import file_bytes
 from pcagpt.coding.table import CodedTable
 from pcagpt.errors import UserError
-from pcagpt.factorize import second_order_loss
+from pcagpt.factorize import BudgetTooSmall, second_order_loss
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 MOST_ENCODINGS = 4
 _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
-
-
-class TooSmall(UserError):
-    """A file of some size cannot hold even the side information of a table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +39,10 @@ def at_step(prepared: Prepared, step: float) -> Encoded:
 
 
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
-    """The best table in a file of at most that size; TooSmall if none is so small."""
+    """The best table in a file of at most that size; BudgetTooSmall if none is so small."""
     smallest = at_step(prepared, prepared.largest_step)
     if smallest.bytes > most:
-        raise TooSmall(
+        raise BudgetTooSmall(
             f"a file of {most:,} bytes cannot hold a coded table: without any symbols, "
             f"this one takes {smallest.bytes:,}; allow more bytes"
         )

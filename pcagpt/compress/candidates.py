@@ -7,14 +7,11 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from pcagpt import coding
-from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import (
-    CODED_TABLE,
     FLOAT_BYTES,
     METHODS,
     OWN_TABLE,
@@ -24,37 +21,20 @@ from pcagpt.factorize import (
     Predictor,
     SecondOrder,
     Statistics,
-    Weighting,
     budget_of_rank,
     quantize,
-    second_order_loss,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A way to compress a table.
-
-    method: a name in `METHODS`, `OWN_TABLE` or `CODED_TABLE`; bands: number of
-    frequency bands to start from; budget: number of values that may be stored, bytes of
-    the file for `CODED_TABLE`; rank: the rank with this budget in a single band (0 for
-    `OWN_TABLE`); bits: of a stored value, 32 (float32), 8 or 4, 0 for `CODED_TABLE`.
-    """
-
-    method: str
-    bands: int
-    budget: int
-    rank: int
-    bits: int = 32
+from pcagpt.methods import CODED
+from pcagpt.rows import Recipe, Row, SwapScores
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A compressed table.
 
-    table: what the model computes with; coded: its file, for `CODED_TABLE`; dense:
-    [V, D]; bytes: in storage; second_order: estimate of its added loss; predicted_loss:
-    a better one, for `CODED_TABLE`; seconds: time to make the table.
+    table: what the model computes with; coded: its file, for `CODED`; dense: [V, D];
+    bytes: its storage; second_order: estimate of its added loss; seconds: time to make
+    the table.
     """
 
     recipe: Recipe
@@ -63,24 +43,21 @@ class Candidate:
     dense: np.ndarray
     bytes: int
     second_order: SecondOrder
-    predicted_loss: float | None
     seconds: float
 
-    def row(self, scores: SwapScores) -> dict[str, Any]:
-        """The row of the candidate in sweep.json; factors have no prediction yet."""
-        return {
+    def row(self, scores: SwapScores) -> Row:
+        """The row of the candidate in sweep.json, still without a prediction."""
+        return Row(
             **dataclasses.asdict(self.recipe),
-            "band_sizes": self.table.sizes,
-            "band_ranks": self.table.ranks,
-            "params": self.table.parameters,
-            "bytes": self.bytes,
-            "predicted_loss": self.predicted_loss,
-            "is_anchor": False,
-            "second_order_head": self.second_order.head,
-            "second_order_input": self.second_order.input,
-            **scores._asdict(),
-            "seconds": self.seconds,
-        }
+            **dataclasses.asdict(scores),
+            band_sizes=list(self.table.sizes),
+            band_ranks=list(self.table.ranks),
+            params=self.table.parameters,
+            bytes=self.bytes,
+            seconds=self.seconds,
+            second_order_head=self.second_order.head,
+            second_order_input=self.second_order.input,
+        )
 
 
 class Compressor:
@@ -98,13 +75,9 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe.
-
-        Raises ValueError if the budget is too small for factors, `coding.TooSmall` if
-        it is too small for a coded table.
-        """
+        """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
         began, coded = time.monotonic(), None
-        if recipe.method == CODED_TABLE:
+        if recipe.method == CODED:
             coded = self._coded(recipe.budget)
             table, size = _of_full_width(coded.table.dense()), coded.bytes
         else:
@@ -114,22 +87,8 @@ class Compressor:
                 table, size = quantized(table, recipe.bits)
         dense_VD = table.dense()
         seconds = time.monotonic() - began
-        predicted = None
-        if coded:
-            predicted = second_order_loss(self._table_VD, dense_VD, self._smoothed)
         second_order = self._predict(dense_VD)
-        return Candidate(
-            recipe, table, coded, dense_VD, size, second_order, predicted, seconds
-        )
-
-    @functools.cached_property
-    def _smoothed(self) -> Weighting:
-        """The weighting whose second-order loss predicts that of coded tables.
-
-        Their errors are small, so second order needs no fit. Its smoothing makes up for
-        the tokens that are rarer in the calibration text than elsewhere.
-        """
-        return METHODS["context"].weigh(self._table_VD, self._statistics)
+        return Candidate(recipe, table, coded, dense_VD, size, second_order, seconds)
 
     @functools.cache  # noqa: B019 - lives as long as the command
     def _coded(self, max_bytes: int) -> coding.Encoded:
@@ -168,7 +127,7 @@ def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
 
 def factor_methods(methods: Sequence[str]) -> list[str]:
     """The methods that make factors."""
-    return [method for method in methods if method != CODED_TABLE]
+    return [method for method in methods if method != CODED]
 
 
 def recipes(
@@ -181,7 +140,7 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    With `CODED_TABLE` among the methods, coded tables come first: for each rank, one
+    With `CODED` among the methods, coded tables come first: for each rank, one
     whose file has a byte for each value of the rank's budget. The last other method
     counts as the best. Its tables in bands come next, then plain SVD, then its tables
     and the model's own at fewer bits, then the other methods. Methods without token
@@ -190,8 +149,8 @@ def recipes(
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
-    if CODED_TABLE in methods:
-        found += [Recipe(CODED_TABLE, 1, budgets[rank], rank, 0) for rank in ranks]
+    if CODED in methods:
+        found += [Recipe(CODED, 1, budgets[rank], rank, 0) for rank in ranks]
     methods = factor_methods(methods)
     if not methods:
         return found

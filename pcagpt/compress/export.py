@@ -16,16 +16,17 @@ from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
+from pcagpt.rows import DEFAULTS, Row
 from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
 
 def write_model(
-    folder: Path, original: Original, candidate: Candidate, added_loss: float
+    folder: Path, original: Original, candidate: Candidate, row: Row
 ) -> None:
     """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
 
-    A coded table has its file table.pcat, with the measured added loss, in place of
+    A coded table has its file, table.pcat with the losses of its row, in place of
     factors/; ckpt/0 holds what it decodes to.
 
     Every command takes the folder as a run. A folder that already holds this model
@@ -54,7 +55,7 @@ def write_model(
     if candidate.coded is None:
         write_bands(written / "factors", table)
     else:
-        _write_coded(written / "table.pcat", original, candidate, added_loss)
+        _write_coded(written / "table.pcat", original, candidate, row)
     is_banded = len(table.bands) > 1
     model = {
         "n_embd_wte": None if is_banded else table.ranks[0] or None,
@@ -69,22 +70,23 @@ def write_model(
 
 
 def _write_coded(
-    path: Path, original: Original, candidate: Candidate, added_loss: float
+    path: Path, original: Original, candidate: Candidate, row: Row
 ) -> None:
     coded, protocol = candidate.coded, original.protocol
     description = coding.Description(
-        method=candidate.recipe.method,
+        method=row.method,
         corpus=protocol["corpus_sha256"],
         checkpoint=protocol["checkpoint"],
-        predicted_loss=candidate.predicted_loss,
-        measured_loss=added_loss,
+        predicted_loss=row.predicted_loss,
+        measured_loss=row.added_loss,
     )
     coding.write(path, coded.table, coded.words, description)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} without a record."""
-    return (read_record(folder) or {}).get("compressed") or {}
+    found = (read_record(folder) or {}).get("compressed")
+    return DEFAULTS | found if found else {}
 
 
 def _holds(folder: Path, weights: dict) -> bool:

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from pcagpt import coding
-from pcagpt.compress.candidates import Candidate, Recipe, factor_methods
-from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import CODED_TABLE, OWN_TABLE, LossRegression
+from pcagpt.compress.candidates import Candidate, factor_methods
+from pcagpt.factorize import OWN_TABLE, BudgetTooSmall, LossRegression
+from pcagpt.methods import CODED
+from pcagpt.rows import Recipe, Row, SwapScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +18,10 @@ class Trial:
     scores: SwapScores
     predicted: float
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """The row of advice.json."""
-        return self.candidate.row(self.scores) | {"predicted_loss": self.predicted}
+        row = self.candidate.row(self.scores)
+        return dataclasses.replace(row, predicted_loss=self.predicted)
 
 
 class Fit:
@@ -30,7 +30,7 @@ class Fit:
     Args:
       make: a `Compressor`.
       measure: scores a candidate.
-      methods: `CODED_TABLE` if coded tables are allowed, and the method of factors.
+      methods: `CODED` if coded tables are allowed, and the method of factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """
@@ -46,7 +46,7 @@ class Fit:
         table: tuple[int, int],
     ):
         self._make, self._measure = make, measure
-        self._is_coded, self._bands = CODED_TABLE in methods, bands
+        self._is_coded, self._bands = CODED in methods, bands
         self._method = (factor_methods(methods) or [None])[-1]
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
@@ -88,8 +88,8 @@ class Fit:
     def _coded(self, max_bytes: int) -> Candidate | None:
         """The coded table of at most this size; None if no file is so small."""
         try:
-            return self._make(Recipe(CODED_TABLE, 1, max_bytes, 0, 0))
-        except coding.TooSmall:
+            return self._make(Recipe(CODED, 1, max_bytes, 0, 0))
+        except BudgetTooSmall:
             return None
 
     def _fill_bytes(self, max_bytes: int, bits: int) -> None:
@@ -119,7 +119,7 @@ class Fit:
         for bands in self._bands:
             try:
                 found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
-            except ValueError:  # The budget is too small for this many bands.
+            except BudgetTooSmall:
                 continue
         return min(found, key=lambda made: sum(made.second_order), default=None)
 
@@ -128,9 +128,7 @@ class Fit:
             (t.candidate.recipe.method, t.candidate.second_order, t.scores.added_loss)
             for t in self.trials
         )
-        predicted = candidate.predicted_loss
-        if predicted is None:
-            predicted = regression(candidate.recipe.method, candidate.second_order)
+        predicted = regression(candidate.recipe.method, candidate.second_order)
         self.trials.append(Trial(candidate, self._measure(candidate), predicted))
         return self.trials[-1]
 

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 FLOAT_BYTES = 4  # of a stored value
-# "Methods" of a sweep besides those in `METHODS`.
-OWN_TABLE = "baseline"  # the model's own table
-CODED_TABLE = "coded"  # the model's own table in an entropy-coded file
+OWN_TABLE = "baseline"  # the "method" of a model's own table in a sweep
 
 
 class BandFactors(NamedTuple):

@@ -129,6 +129,11 @@ METHODS = {
 }
 
 
+# The "method" of a table in an entropy-coded file; `pcagpt.coding` makes it. A sweep
+# can try it beside those that make factors.
+CODED = "coded"
+
+
 def token_contexts(table_VD: np.ndarray, statistics: Statistics) -> np.ndarray:
     """The contexts of `Weighting`, estimated as a linear map of the table rows: [V, D].
 
