@@ -22,7 +22,7 @@ from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import class_steps, quantize, step_classes
 from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
 from pcagpt.errors import UserError
-from pcagpt.factorize import Weighting
+from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
 
 V, D = 300, 24
 RANDOM = np.random.default_rng(5)
@@ -87,7 +87,7 @@ def test_the_errors_of_coefficients_are_those_of_the_weighting():
     shift = np.einsum("kv,kv->v", error, contexts)
     expected = WEIGHTS @ (np.square(error).sum(axis=0) + shift**2) / 2
     dense = TABLE + error.T @ synthesis
-    found = coding.second_order_loss(TABLE, dense, FULL)
+    found = second_order_loss(TABLE, dense, FULL)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_contexts_lower_the_loss_that_counts_them():
     for step in (0.05, 0.2):
         found = coding.at_step(with_contexts, step)
         plain = coding.at_step(without, step).table.dense()
-        assert found.loss < 0.95 * coding.second_order_loss(TABLE, plain, FULL)
+        assert found.loss < 0.95 * second_order_loss(TABLE, plain, FULL)
 
 
 def test_values_between_the_dead_zone_and_half_a_step_become_zero():
@@ -439,7 +439,7 @@ def test_estimates_are_close_to_what_encoding_gives():
 
 def test_a_budget_below_the_side_information_is_refused():
     prepared = prepare(TABLE, FULL)
-    with pytest.raises(UserError, match="allow more bytes") as caught:
+    with pytest.raises(BudgetTooSmall, match="cannot hold a coded table") as caught:
         coding.within_bytes(prepared, 500)
     assert "\n" not in str(caught.value)
     smallest = coding.at_step(prepared, prepared.largest_step)

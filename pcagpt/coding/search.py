@@ -39,12 +39,12 @@ def at_step(prepared: Prepared, step: float) -> Encoded:
 
 
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
-    """The best table in a file of at most that size; BudgetTooSmall if none is so small."""
+    """The best table in a file of at most that size; BudgetTooSmall if none fits."""
     smallest = at_step(prepared, prepared.largest_step)
     if smallest.bytes > most:
         raise BudgetTooSmall(
             f"a file of {most:,} bytes cannot hold a coded table: without any symbols, "
-            f"this one takes {smallest.bytes:,}; allow more bytes"
+            f"this one takes {smallest.bytes:,}"
         )
     return _search(
         prepared,

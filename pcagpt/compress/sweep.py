@@ -9,7 +9,13 @@ import jax
 from pcagpt.compress.export import origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
-from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
+from pcagpt.errors import UserError
+from pcagpt.factorize import (
+    SMALLEST_ADDED,
+    BudgetTooSmall,
+    LossRegression,
+    SecondOrder,
+)
 from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.rows import Recipe, Row, read_sweep
@@ -46,7 +52,13 @@ def sweep(
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
-            candidate = make(recipe)
+            try:
+                candidate = make(recipe)
+            except BudgetTooSmall as error:
+                raise UserError(
+                    f"rank {recipe.rank}, {recipe.method}: {error}; raise ranks, or "
+                    "leave this method out of compress.methods"
+                ) from None
             known[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
                 content = _write_sweep(output, tried, known)

@@ -203,8 +203,8 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "above 0: find the smallest table (a coded file, if methods has coded) that adds at "
-        "most this loss",
+        "above 0: find the smallest table that adds at most this loss; it is a coded "
+        "file if methods has coded",
         at_least(0),
     )
     max_params: int = knob(
