@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import assert_equal, changed, execute, gpt_config, setup, start
+from runs import assert_equal, changed, execute, gpt_config, job, setup, start
 
 from pcagpt import trees
 from pcagpt.config import Settings
@@ -334,6 +334,16 @@ def test_an_import_that_does_not_fit_leaves_an_overwritten_run_as_it_was(
         execute(tiny_config)
     assert_equal(leaves(run_dir), before)
     assert (run_dir / "result.json").exists()
+
+
+def test_an_import_that_changes_after_its_check_stops_the_run(tiny_config, factors):
+    knobs = {f"init.{name}": path for name, path in factors().items()}
+    asked = job(changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8}, **knobs))
+    checked = asked.check(set())
+    factors(np.ones((97, 8)))
+    with pytest.raises(UserError, match="import of import_wte_npy was changed"):
+        asked.run(checked)
+    assert asked.status() == "to do"
 
 
 def test_factors_and_blocks_of_different_models_are_noticed(d_dir, tmp_path, factors):
