@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 @functools.lru_cache
 def warn_once(message: str) -> None:
-    """Logs a line once, although a command looks at its files many times."""
+    """Logs a message once per process."""
     logging.getLogger(__name__).warning(message)
 
 

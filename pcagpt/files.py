@@ -1,12 +1,13 @@
 """Reads and writes files: JSON, text and NumPy arrays.
 
 A writer replaces the file in one step: a reader sees the old file or the new one, even
-after a power cut. A reader finds damage: JSON carries a hash of its content, and lists
-of digests carry those of other files. JSON is strict in both directions: NaN and the
-infinities are not JSON. Readers refuse a file that declares more than it can hold.
+after a power cut. JSON files store a hash of their content; other files are listed in
+digests. Readers check both. JSON is strict in both directions: NaN and the infinities
+are not JSON. Readers refuse a file that declares more than it can hold.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -25,7 +26,8 @@ import numpy as np
 
 from pcagpt.errors import UserError, unreadable
 
-LARGEST = 1e6  # absolute value in a table or in weights; damage makes larger ones
+# Largest absolute value of a table or weights; larger values mean damage.
+LARGEST = 1e6
 _SETTLED_SECONDS = 2
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
 _LARGEST_JSON = 2**28  # bytes
@@ -59,7 +61,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
+    """Flushes a file, or a folder's entries, to disk."""
     with contextlib.suppress(OSError):  # Some file systems cannot sync a folder.
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -126,7 +128,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def strict(value: Any) -> Any:
-    """The value as plain JSON: tuples become lists, NaN and infinities become None."""
+    """The value as plain JSON.
+
+    Dataclasses become objects, tuples become lists, NaN and infinities become None.
+    """
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,16 +276,18 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
-    """The open file; any error while it is read becomes a UserError."""
+    """The open file; an error that its content can cause becomes a UserError."""
     try:
         with open(path, "rb") as file:
             yield file
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
+        if found := unreadable(error):
+            raise found from None
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
             f"{path} is not a readable array file ({reason}): write it again"
@@ -383,13 +392,13 @@ def sha256_of_file(path: Path) -> str:
         raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """{name: {'sha256'}} of files in a folder, for `check_digests`."""
     return {name: {"sha256": sha256_of_file(folder / name)} for name in sorted(names)}
 
 
 def check_digests(folder: Path, known: Any, below: str | tuple[str, ...] = "") -> None:
-    """Raises UserError if files of `digests` whose names begin with `below` differ."""
+    """Raises UserError if listed files whose names begin with `below` differ."""
     if not isinstance(known, dict):
         raise UserError(f"the list of files in {folder} is damaged: write it again")
     for name, digest in known.items():

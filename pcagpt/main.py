@@ -21,8 +21,8 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
       system, such as a full disk (what was saved before is kept)
   75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
       training has saved, the same command goes on
-   1  anything else; also Ctrl-C and SIGTERM, after which training has saved as well,
-      and the end of another process of the same run, noticed within a minute
+   1  a bug; Ctrl-C or SIGTERM, after training has saved; the end of another process,
+      noticed within a minute
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text
@@ -40,9 +40,9 @@ from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, INTERRUPTED, REFUSED, SUCCEEDED
 
 _OUT_OF_MEMORY = (
-    "the device's memory is exhausted: lower train.batch_size or evaluate.batch_size, "
-    "raise train.accumulation or train.loss_chunks, or lower model.block_size (for "
-    "samples: sample.count)"
+    "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
+    "sample.count) or raise train.loss_chunks; for a new run, also lower "
+    "train.batch_size or model.block_size, or raise train.accumulation"
 )
 
 

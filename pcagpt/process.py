@@ -110,7 +110,7 @@ def _open_streams() -> None:
 
 
 class _Optional(io.FileIO):
-    """A stream whose text may be lost, as progress on a full disk: work goes on."""
+    """A stream that ignores write errors."""
 
     def write(self, data: bytes) -> int:
         """Writes what it can."""

@@ -20,6 +20,7 @@ from pcagpt.report.text import (
     table,
     times,
 )
+from pcagpt.rows import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "checkpoints" / "published"
@@ -57,7 +58,7 @@ def results_table(folder: Path) -> str:
 
 def compression_tables(folder: Path) -> str:
     """The tables of a sweep.json, with a line of provenance."""
-    sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
+    sweep = read_sweep(folder / "sweep.json")
     says = (
         "Added loss in nats per token on the validation split of "
         f"{code(sweep['protocol']['corpus'])}, intervals over evaluation windows, one "

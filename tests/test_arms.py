@@ -210,7 +210,7 @@ def test_an_arm_trained_alone_is_that_of_the_experiment(arm, planned):
     (*needed, run) = plan(alone(planned, arm)).jobs
     (same,) = (job for job in plan(planned).jobs if job.folder == run.folder)
     assert identity(run.record()) == identity(same.record())
-    assert {job.status() for job in needed} == {"done"}
+    assert {job.status().words for job in needed} == {"done"}
 
 
 def test_a_and_c_can_have_learning_rates_of_their_own(planned):
@@ -245,9 +245,9 @@ def finished(planned, tmp_path):
 
 
 def test_a_finished_run_in_bands_outlives_its_factors(finished):
-    assert job(finished).status() == "done"
+    assert job(finished).status().words == "done"
     shutil.rmtree(Path(finished.workdir) / "pca_factorized")
-    assert job(finished).status() == "done"
+    assert job(finished).status().words == "done"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_the_report_has_all_arms_and_all_comparisons(banded, rows):
         *("A vs E", "A vs F", "A vs G"),
     }
     assert "8, 3 bands" in (Path(banded.workdir) / "report.md").read_text()
-    assert all(job.status() == "done" for job in plan(banded).jobs)
+    assert all(job.status().words == "done" for job in plan(banded).jobs)
 
 
 @pytest.mark.slow
@@ -377,4 +377,4 @@ def test_compressing_d_with_other_settings_leaves_its_experiment_done(banded, tm
     before = set(baseline.glob("statistics_*"))
     compress(Settings.of(compressed), "a command")
     assert before and len(set(baseline.glob("statistics_*")) - before) == 1
-    assert all(job.status() == "done" for job in plan(config).jobs)
+    assert all(job.status().words == "done" for job in plan(config).jobs)

@@ -20,6 +20,8 @@ from command_line import CONFIGS, call, refusal, tiny
 
 from pcagpt.config import KNOBS, command_line
 from pcagpt.pipeline.plan import make_plan
+from pcagpt.run.folder import read_record
+from pcagpt.telemetry.metrics import read_metrics
 from pcagpt.training import loop
 
 VOCAB_SIZE, WIDTH, RANK = 97, 16, 4
@@ -195,8 +197,13 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, corpus_folder, place):
     damage(run_dir / "ckpt" / "2")
     named = tiny("evaluate.py", corpus_folder, model_path=run_dir / "ckpt" / "2")
     assert "ckpt/2 cannot be read" in refusal(*named, unchanged=[place])
-    done = call(*tiny("evaluate.py", corpus_folder, model_path=run_dir))
-    assert json.loads(done.out)["step"] == 1  # It falls back to the one before.
+    newest = tiny("evaluate.py", corpus_folder, model_path=run_dir)
+    for words in (newest, [*newest, "--print_config"]):
+        line = refusal(*words, unchanged=[place])
+        assert "step 2, is damaged" in line
+        assert f"or name {run_dir}/ckpt/1" in line
+    (run_dir / "result.json").unlink()  # As of an unfinished run.
+    assert json.loads(call(*newest).out)["step"] == 1
 
 
 @pytest.mark.parametrize("config", ["evaluate.py", "baseline.py"])
@@ -242,16 +249,17 @@ def test_a_table_that_cannot_be_factorized_is_refused(place):
 
 
 @pytest.mark.usefixtures("place")
-def test_exhausted_memory_names_the_knobs_to_lower_and_they_can_be_lowered(
+def test_exhausted_memory_names_the_knobs_to_change_and_they_can_be_changed(
     corpus_folder, monkeypatch
 ):
-    def exhaust(*_):
+    def exhaust(*_):  # After the validation at step 0.
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore"
         )
 
-    monkeypatch.setattr(loop, "compile_step", exhaust)
-    outcome = call(*tiny("baseline.py", corpus_folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compile_step", lambda *_: exhaust)
+        outcome = call(*tiny("baseline.py", corpus_folder))
     assert outcome.code == 2
     lines = [line for line in outcome.err.splitlines() if "left" not in line]
     assert len(lines) == 1
@@ -259,5 +267,16 @@ def test_exhausted_memory_names_the_knobs_to_lower_and_they_can_be_lowered(
     named = re.findall(r"\w+\.\w+", lines[0])
     assert "train.batch_size" in named
     assert set(named) <= KNOBS.keys()
-    smaller = tiny("baseline.py", corpus_folder, train={"batch_size": 2})
-    assert call(*smaller, "--print_config").out.endswith("to do\n")
+    run_dir = Path(KNOBS["workdir"].default) / "gpt_baseline"
+    assert read_metrics(run_dir / "metrics.jsonl")[0]["step"] == 0
+    first = read_record(run_dir)
+    smaller = {"batch_size": 2, "loss_chunks": 2}
+    assert call(*tiny("baseline.py", corpus_folder, train=smaller)).code == 0
+    record = read_record(run_dir)
+    assert record["train"]["batch_size"] == 2
+    assert record["run_id"] != first["run_id"]
+    steps = [(e["step"], e["split"]) for e in read_metrics(run_dir / "metrics.jsonl")]
+    assert len(steps) == len(set(steps))
+    # The message names this knob also for a run that has begun.
+    chunks = tiny("baseline.py", corpus_folder, train=smaller | {"loss_chunks": 1})
+    assert call(*chunks, "--print_config").out.endswith("done\n")

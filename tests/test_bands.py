@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pcagpt.factorize import (
+    BudgetTooSmall,
+    Factorizer,
     Weighting,
     allocate_ranks,
     banded,
@@ -86,8 +88,17 @@ def test_a_budget_for_the_full_table_gives_the_table_itself():
 
 
 def test_a_budget_below_rank_1_is_an_error():
-    with pytest.raises(ValueError, match="too small for 4 bands"):
+    with pytest.raises(BudgetTooSmall, match="too small for 4 bands"):
         banded(TABLE, WEIGHTING, 4, V + V + 4 * D - 1)
+
+
+def test_a_failing_computation_is_not_a_rank_that_is_too_small(monkeypatch):
+    def fail(*_):
+        raise np.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(bands, "banded", fail)
+    with pytest.raises(np.linalg.LinAlgError, match="no convergence"):
+        Factorizer(TABLE, "svd").of_rank(2, 3)
 
 
 def test_regrouping_lowers_the_error(monkeypatch):

@@ -13,10 +13,11 @@ import pytest
 from runs import changed, execute, metrics, saved_state, setup, start
 
 from pcagpt import files
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.files import write_json
 from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.sharding import processes
 
 # Orbax is still reading other arrays when it gives up on a damaged one.
 pytestmark = pytest.mark.filterwarnings(
@@ -28,7 +29,10 @@ ITEMS = {
         "params": {"embed": {"wte": np.arange(6, dtype=np.float32).reshape(3, 2)}},
         "constants": {"position": np.array([2, 0, 1], np.int32)},
     },
-    "optimizer": {"state": {"moment": np.full(4, 0.5, np.float32)}},
+    "optimizer": {
+        "state": {"moment": np.full(4, 0.5, np.float32)},
+        "step": np.array(0, np.int32),
+    },
 }
 
 
@@ -112,8 +116,12 @@ def test_a_damaged_checkpoint_is_reported_and_replaced_by_the_one_before(
     (message,) = said()
     assert f"{tmp_path}/ckpt/2 is damaged" in message
     assert "falling back to the one before" in message
+    kept = tmp_path / "ckpt" / message.rpartition(" ")[2]
+    assert kept.name.startswith("2.damaged-")
     save(tmp_path, {2: 2.0})
     assert restore(tmp_path)[1] == 2
+    assert checkpoint.steps(tmp_path) == [2]
+    assert {path.name for path in kept.iterdir()} >= {*checkpoint.ITEMS, digests.FILE}
 
 
 def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
@@ -127,25 +135,52 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
-def test_the_end_of_another_process_is_no_damage(tmp_path, monkeypatch):
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("no memory"), "no memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "Out of memory"),
+        (RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset"), "Gloo"),
+        (OSError(5, "x", "/a"), "/a: input/output error"),
+        (KeyError("a bug"), "a bug"),
+    ],
+)
+def test_only_an_error_that_damage_can_cause_counts_as_damage(
+    error, says, is_older, tmp_path, monkeypatch
+):
     save(tmp_path, {1: 3.0, 2: 4.0})
-
-    def lose(*_, **__):
-        raise RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
-
-    monkeypatch.setattr(checkpoint.processes, "lost_process", str)
-    monkeypatch.setattr(ocp.CheckpointManager, "restore", lose)
-    with pytest.raises(RuntimeError, match="Gloo"):
-        restore(tmp_path)
+    if is_older:
+        for step in (1, 2):
+            (tmp_path / f"ckpt/{step}/digests.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "lost_process", lambda error: "Gloo" in str(error))
+        patch.setattr(ocp.CheckpointManager, "restore", failing(error))
+        patch.setattr(ocp.Checkpointer, "restore", failing(error))
+        kind = Unreadable if isinstance(error, OSError) else type(error)
+        if is_older and isinstance(error, KeyError):  # Nothing proved the files.
+            kind = UserError
+        for read in (restore, checkpoint.load_weights):
+            with pytest.raises(kind, match=says) as caught:
+                read(tmp_path)
+            assert type(caught.value) is kind
     assert checkpoint.steps(tmp_path) == [1, 2]
+    assert restore(tmp_path)[1] == 2
 
 
-def test_a_checkpoint_of_another_shape_is_refused_and_kept(tmp_path):
-    save(tmp_path, {1: 3.0})
+def test_a_checkpoint_of_another_shape_is_an_error_and_kept(tmp_path):
+    save(tmp_path, {1: 3.0, 2: 4.0})
     wider = {"params": {"embed": {"wte": np.zeros((3, 4), np.float32)}}}
-    with pytest.raises(UserError, match="every checkpoint"):
+    with pytest.raises(ValueError, match="not compatible with the stored shape"):
         restore(tmp_path, ITEMS | {"weights": ITEMS["weights"] | wider})
-    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.steps(tmp_path) == [1, 2]
 
 
 # Finding
@@ -288,7 +323,7 @@ def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
     content["files"]["weights/_METADATA"]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
     damage = f"{path} is damaged (its content was changed since"
-    unchecked = "only without this file can the checkpoint be read, unchecked"
+    unchecked = "delete it to read the checkpoint unchecked"
     assert checkpoint.find(tmp_path)[1] == 1
     write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     with pytest.raises(UserError, match="step 2, is damaged") as caught:

@@ -22,6 +22,7 @@ from pcagpt.factorize import Statistics, factor_files
 from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.rows import Row
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.run.trained import Run
@@ -125,28 +126,29 @@ def test_a_sweep_measures_every_method_rank_and_number_of_bands(swept):
     assert (folder / "plots" / "pareto.png").stat().st_size > 10_000
 
 
-def test_anchors_are_the_extremes_of_each_method_and_leave_out_exact_tables():
+def test_anchors_are_the_extremes_of_each_method_and_leave_out_exact_tables(swept):
     """A line through a table that adds only rounding would predict nothing."""
     rows = [
-        {
-            "method": "kl",
-            "bands": bands,
-            "bits": 32,
-            "budget": budget,
-            "second_order_head": total,
-            "second_order_input": 0.0,
-            "added_loss": added,
-        }
+        dataclasses.replace(
+            Row.of(swept[1]["rows"][0], "the sweep"),
+            method="kl",
+            bands=bands,
+            bits=32,
+            budget=budget,
+            second_order_head=total,
+            second_order_input=0.0,
+            added_loss=added,
+        )
         for bands, budget, total, added in (
             *((1, 40, 0.4, 0.3), (1, 80, 0.2, 0.16), (1, 160, 0.1, 0.09)),
             *((1, 320, 1e-13, 3e-7), (3, 80, 0.15, 0.12), (5, 80, 0.14, 0.11)),
         )
     ]
     rows = _predicted(rows)
-    anchors = [i for i, row in enumerate(rows) if row["is_anchor"]]
+    anchors = [i for i, row in enumerate(rows) if row.is_anchor]
     assert anchors == [0, 2, 4]
     for row in rows[:3]:
-        assert row["predicted_loss"] == pytest.approx(row["added_loss"], rel=0.3)
+        assert row.predicted_loss == pytest.approx(row.added_loss, rel=0.3)
 
 
 @pytest.mark.parametrize("rank", [4, 8])
@@ -176,6 +178,10 @@ def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     for row in sweep["rows"]:
         row["added_loss"] = least
     files.write_json(folder / "sweep.json", sweep)
+    # An older version may have recorded fewer fields, which then have their default.
+    record = read_record(folder / "best_k8")
+    del record["compressed"]["bits"]
+    files.write_json(folder / "best_k8" / "config.json", record)
     before = snapshot(folder / "best_k8")
     sweep_of(copied_sweep)
     assert snapshot(folder / "best_k8") == before
@@ -218,7 +224,7 @@ def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
 ):
     agrees = "--config.compress.calibration_tokens=512"
     with pytest.raises(
-        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} agrees"
+        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} to match"
     ):
         sweep_of(copied_sweep, **{"compress.calibration_tokens": 256})
 
@@ -232,7 +238,7 @@ def test_rows_of_another_calibration_batch_size_are_refused_or_measured_anew(
     other, agrees = {"train.batch_size": 2 * size}, f"--config.train.batch_size={size}"
     with pytest.raises(
         UserError,
-        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} agr",
+        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} to m",
     ):
         sweep_of(copied_sweep, **other)
     assert json.loads((folder / "sweep.json").read_text()) == before

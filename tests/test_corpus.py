@@ -120,9 +120,9 @@ def test_a_description_equals_the_opened_corpus(sotu):
 def test_the_cache_folder_and_the_old_hash_are_those_of_earlier_runs(sotu):
     assert sotu.folder.name == "sotu-sotu4096-939c2a16e4b2"
     sha256 = "a096889e4ac1caf7403fd155f86cccde0c14c1cafe29e5465dd4a4eda2eecd23"
-    assert sotu.differences({"corpus_sha256": sha256}) == []
-    assert sotu.differences({"corpus_sha256": "other"}) == ["tokens"]
-    assert sotu.differences({}) is None
+    assert sotu.changed_parts({"corpus_sha256": sha256}) == []
+    assert sotu.changed_parts({"corpus_sha256": "other"}) == ["tokens"]
+    assert sotu.changed_parts({}) is None
 
 
 # What a corpus is
@@ -154,7 +154,7 @@ def test_the_content_depends_on_every_token_the_vocabulary_and_the_numbering(
     assert len({sha256 for _, sha256 in found}) == 5
     first = {"corpus": found[0][0]}
     corpus = open_corpus(str(folder), cache)
-    assert corpus.differences(first) == ["tokenizer_sha256"]
+    assert corpus.changed_parts(first) == ["tokenizer_sha256"]
     assert found[1][0]["train"] == found[2][0]["val"] != found[0][0]["train"]
 
 
@@ -580,9 +580,9 @@ def test_tokens_of_an_earlier_version_are_found(folder, cache):
     meta = {"dtype": "uint16", "tokenizer": "gpt2", "tokens": counts}
     write_tokens(earlier, [50256, *ids], vocab_size=50257, **meta)
     record = {"corpus": open_corpus(str(earlier), cache).content}
-    assert now.differences(record) == ["train"]
+    assert now.changed_parts(record) == ["train"]
     assert f"its tokens are in {earlier}, which" in now.older_tokens(record)
-    assert open_corpus(str(earlier), cache).differences(record) == []
+    assert open_corpus(str(earlier), cache).changed_parts(record) == []
 
 
 def test_a_missing_split_is_refused_before_anything_is_tokenized(folder, cache):

@@ -372,16 +372,26 @@ def test_a_file_of_another_kind_does_not_cost_the_result(asked):
 
 def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
     path = asked().model_path
-    monkeypatch.setattr(processes, "from_first", lambda find: [find()[0], 3])
+    told = (Path(path), 3, {"model": {}, "vocab_size": 9})
+    monkeypatch.setattr(processes, "from_first", lambda find: find() and told)
     opened = Run.open(path)
-    assert (opened.folder, opened.step) == (Path(path), 3)
+    assert (opened.folder, opened.step, opened.record) == told
 
 
 def test_a_lost_config_is_read_from_the_checkpoint(asked):
     config = asked()
     wanted = evaluate(config)["loss"]
-    (Path(config.model_path) / "config.json").unlink()
+    run_dir = Path(config.model_path)
+    (run_dir / "config.json").unlink()
     assert evaluate(config)["loss"] == wanted
+    # The record is that of the checkpoint that is named, not of the newest one.
+    (run_dir / "result.json").unlink()
+    path = run_dir / "ckpt/3/meta/metadata"
+    (run_dir / "ckpt/3/digests.json").unlink()
+    meta = json.loads(path.read_text())
+    meta["config"]["vocab_size"] = 7
+    path.write_text(json.dumps(meta))
+    assert Run.open(run_dir / "ckpt/3").record["vocab_size"] == 7
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_b_trained_alone_is_the_b_of_the_experiment(finished_experiment):
     """Either command finds the other's run, given the same knobs."""
     b = changed(finished_experiment, task="train", arm="pca_finetune")
     b.model.n_embd_wte = 8
-    assert job_of(b, "gpt_pca_finetune_k8").status() == "done"
+    assert job_of(b, "gpt_pca_finetune_k8").status().words == "done"
 
 
 def test_the_baseline_of_any_arm_is_plain(tiny_config):

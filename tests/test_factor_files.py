@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pcagpt.errors import UserError
+from pcagpt import files
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 
 RANDOM = np.random.default_rng(0)
@@ -249,6 +250,20 @@ def test_bands_that_changed_since_they_were_written_are_refused(name, tmp_path):
         for read in (factor_files.read_bands, factor_files.sha256_of_bands):
             with pytest.raises(UserError, match=name):
                 read(tmp_path)
+
+
+def test_factors_that_the_system_does_not_read_are_not_damaged(tmp_path, monkeypatch):
+    write(tmp_path)
+
+    def refuse(path, *arguments):
+        if path.suffix == ".npy":
+            raise PermissionError(13, "Permission denied", f"{path}")
+        return open(path, *arguments)
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(Unreadable) as caught:
+        factor_files.exists(tmp_path, 2, in_bands=False)
+    assert "write it again" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

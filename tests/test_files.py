@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pcagpt import files
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -87,6 +87,23 @@ def test_an_array_damaged_inside_an_archive_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="a.npz is not a readable array file"):
         files.read_npz(path)
+
+
+@pytest.mark.parametrize("read", [files.read_npy, files.read_npz])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(MemoryError(), MemoryError), (PermissionError(13, "x", "/a"), Unreadable)],
+)
+def test_an_array_that_the_system_does_not_read_is_not_damaged(
+    read, error, kind, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(kind) as caught:
+        read(tmp_path / "a")
+    assert "write it again" not in str(caught.value)
 
 
 def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):
@@ -221,7 +238,7 @@ def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
 def test_files_that_differ_from_their_digests_are_named(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    known = files.digests(tmp_path, ["a", "b"])
+    known = files.digests_of(tmp_path, ["a", "b"])
     files.check_digests(tmp_path, known)
     (tmp_path / "b").write_text("c")
     files.check_digests(tmp_path, known, "a")

@@ -3,19 +3,13 @@
 import numpy as np
 import pytest
 
-from pcagpt.compress.candidates import (
-    Candidate,
-    Compressor,
-    Recipe,
-    quantized,
-    recipes,
-)
+from pcagpt.compress.candidates import Candidate, Compressor, quantized, recipes
 from pcagpt.compress.fit import Fit
-from pcagpt.compress.score import SwapScores
 from pcagpt.config import Settings
 from pcagpt.factorize import (
     METHODS,
     BandFactors,
+    BudgetTooSmall,
     FactorizedTable,
     LossRegression,
     SecondOrder,
@@ -23,6 +17,7 @@ from pcagpt.factorize import (
     quantize,
 )
 from pcagpt.pipeline.compress import decide_effort
+from pcagpt.rows import Recipe, SwapScores
 
 SWEEP = Settings(task="compress")
 
@@ -113,7 +108,9 @@ UNIT = 10_000  # the budget at which a single band has loss 1
 
 
 def scores(added_loss):
-    return SwapScores(5.0, added_loss, 0, 0, 0, 1, [])
+    zero = dict.fromkeys(("added_loss_input", "added_loss_head", "kl"), 0.0)
+    means = {"loss": 5.0, "added_loss": added_loss, "top1_agreement": 1.0} | zero
+    return SwapScores(**means, added_loss_by_decile=[])
 
 
 def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
@@ -121,7 +118,7 @@ def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
 
     def make(recipe):
         if recipe.bands == 5 and recipe.budget < least:
-            raise ValueError("too small")
+            raise BudgetTooSmall
         gain = {1: 1.0, 2: 0.5, 5: 0.6}[recipe.bands]
         loss = gain * (recipe.budget / UNIT) ** -exponent
         if recipe.method == "baseline":
@@ -163,6 +160,14 @@ def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     never = world(least=10**9, bands=(5,))
     assert never.within_loss(1.0) is None
     assert never.trials == []
+
+
+def test_an_error_is_not_a_budget_that_is_too_small():
+    def fail(_):
+        raise ValueError("operands could not be broadcast")
+
+    with pytest.raises(ValueError, match="broadcast"):
+        Fit(fail, None, "kl", (5,), TABLE).within_loss(1.0)
 
 
 def test_a_bound_on_size_is_used_up():

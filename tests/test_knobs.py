@@ -89,20 +89,20 @@ def frozen(config):
 
 
 def attention(config):
-    """Who computes the attention of a GPU: here cuDNN's cannot even be lowered."""
+    """The model on a GPU. JAX lowers cuDNN's attention only where it finds cuDNN."""
     model = GPT(build_config(Settings.of(config).model, 97, Hardware("gpu")))
     try:
         variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
-        jax.jit(model.apply).lower(variables, TOKENS_BT)
-    except (RuntimeError, ValueError, NotImplementedError):
+        return jax.jit(model.apply).lower(variables, TOKENS_BT).as_text()
+    except RuntimeError as error:
+        assert str(error) == "cuDNN is not detected."
         return "cuDNN"
-    return "XLA"
 
 
 def plan(config):
     """The jobs with their folders, seeds and budgets."""
     return [
-        (job.folder, job.settings.seed, job.settings.train, job.status())
+        (job.folder, job.settings.seed, job.settings.train, job.status().words)
         if isinstance(job, TrainJob)
         else (job.folder, job.settings.ranks, job.source)
         for job in make_plan(Settings.of(config)).jobs

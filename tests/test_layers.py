@@ -11,11 +11,11 @@ ROOT = Path(pcagpt.__file__).parent
 # own row because it reads the head of a model.
 ROWS = (
     "errors",
-    "files process trees arms",
+    "files process trees arms methods",
     "sharding",
     "kernels",
     "config model factorize data telemetry",
-    "losses coding",
+    "losses coding rows",
     "run",
     "training",
     "report",

@@ -14,6 +14,7 @@ from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS
+from pcagpt.methods import METHODS
 from pcagpt.pipeline import execute, tasks
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
@@ -260,9 +261,11 @@ def test_help_and_mistakes_end_a_process_before_jax_is_imported(tmp_path):
     (tmp_path / "jax.py").write_text("raise RuntimeError('jax is imported')")
     asked = process("--help", modules=tmp_path)
     assert (asked.returncode, asked.stderr) == (0, "")
-    mistaken = process(DEMO, "--config.train.steps=abc", modules=tmp_path)
-    assert (mistaken.returncode, mistaken.stdout) == (2, "")
-    assert re.fullmatch("pcagpt: train.steps is 'abc': .*\n", mistaken.stderr)
+    assert f"some of {', '.join(METHODS)}" in " ".join(asked.stdout.split())
+    for knob, value in (("train.steps", "abc"), ("compress.methods", "svd,nmf")):
+        mistaken = process(DEMO, f"--config.{knob}={value}", modules=tmp_path)
+        assert (mistaken.returncode, mistaken.stdout) == (2, "")
+        assert re.fullmatch(f"pcagpt: {knob} is '{value}': .*\n", mistaken.stderr)
 
 
 def test_a_bug_ends_a_process_with_exit_code_1_and_a_traceback(tmp_path):

@@ -12,7 +12,7 @@ from pcagpt.factorize import (
     solve,
     table_of_rank,
 )
-from pcagpt.factorize.methods import token_contexts
+from pcagpt.methods import token_contexts
 
 V, D = 60, 8
 RANDOM = np.random.default_rng(3)

@@ -18,7 +18,7 @@ from command_line import CONFIGS, call, tiny
 from runs import metrics, saved_state
 
 from pcagpt.factorize import factor_files
-from pcagpt.report.read import read_curve
+from pcagpt.report.read import read_row
 from pcagpt.run import folder
 from pcagpt.run.checkpoint import steps
 
@@ -117,7 +117,8 @@ def test_a_run_resumes_from_an_earlier_checkpoint_to_the_same_end(run, left):
     # Its checkpoint knows no losses; only the log has the first ones.
     assert folder.read_result(run_dir)["curve"] is None
     losses = [loss for _, split, loss in seen if split == "val"]
-    assert read_curve(run_dir)[:, 1] == pytest.approx(losses, rel=1e-5)
+    curve = np.array(read_row(run_dir)["curve"])
+    assert curve[:, 1] == pytest.approx(losses, rel=1e-5)
     found = saved_state(run_dir)
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():  # Made by another version of XLA.

@@ -121,7 +121,7 @@ def test_the_source_run_sets_the_model_and_finetune_sets_the_budget(sources, rec
     config = recover(sources["banded"], **{"model.dropout": 0.1, "train.steps": 20})
     further = job(config)
     assert further.folder.name == "gpt_pca_finetune_from_banded"
-    assert further.status() == "to do"
+    assert further.status().words == "to do"
     model, train = further.settings.model, further.settings.train
     assert model.band_sizes == BANDS["model.band_sizes"]
     assert model.band_ranks == BANDS["model.band_ranks"]
@@ -159,12 +159,12 @@ def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
     (tmp_path / "moved").mkdir()
     moved = source.rename(tmp_path / "moved" / "best")
     again = recover(moved, **{"train.learning_rate": 0.01})
-    assert job(again).status() == "done"
+    assert job(again).status().words == "done"
     # The same numbers, saved again, are the same start; others are not.
     weights = Run.open(moved).weights
     shutil.rmtree(moved / "ckpt")
     checkpoint.save_weights(moved, weights)
-    assert job(again).status() == "done"
+    assert job(again).status().words == "done"
     weights["params"]["wpe"] = weights["params"]["wpe"] + 1
     shutil.rmtree(moved / "ckpt")
     checkpoint.save_weights(moved, weights)
@@ -199,7 +199,7 @@ def test_a_distilled_run_learns_from_its_teacher_and_resumes_bit_identical(
         signal_at(patch, 1, signal.SIGTERM)
         with pytest.raises(Interrupted, match="stopped at step 2 of 6, saved"):
             execute(stopped)
-    assert job(stopped).status() == "resumes at step 2"
+    assert job(stopped).status().words == "resumes at step 2"
     found = execute(stopped)
     assert_equal(saved_state(found), saved_state(run_dir))
     assert metrics(found) == metrics(run_dir)
@@ -220,7 +220,7 @@ def test_another_teacher_or_share_is_another_run(distilled, sources):
     checkpoint.save_weights(
         run.folder, {"params": {"wpe": np.zeros(1)}, "constants": {}}
     )
-    assert run.status() == "done"
+    assert run.status().words == "done"
     other = str(sources["gpt_pca_k8"])
     for override, words in (
         ({"distill.share": 1.0}, r"distill.share \(was 0.5, now 1.0\)"),
@@ -230,7 +230,7 @@ def test_another_teacher_or_share_is_another_run(distilled, sources):
             job(changed(distilled, **override)).status()
     plain = job(changed(distilled, **{"distill.teacher": ""}))
     assert plain.folder.name.startswith("gpt_pca_finetune_from_")
-    assert plain.status() == "to do"
+    assert plain.status().words == "to do"
 
 
 def test_the_prerequisites_of_a_distilled_run_are_not_distilled(distilled):

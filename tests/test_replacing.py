@@ -28,7 +28,7 @@ from pcagpt.errors import Interrupted, UserError
 from pcagpt.files import write_json
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import checkpoint, lock
+from pcagpt.run import checkpoint, fingerprint, lock
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.folder import read_record, read_result, write_record
 from pcagpt.run.trained import Run
@@ -172,12 +172,14 @@ def test_a_run_that_saved_nothing_yet_begins_again_in_its_folder(
             execute(tiny_config)
     run_dir = job(tiny_config).folder
     (run_dir / "notes.txt").write_text("mine")
-    assert "another config: seed (was 1, now 2)" in refusal(
-        changed(tiny_config, seed=2)
-    )
-    run_id = read_record(run_dir)["run_id"]
-    execute(tiny_config)
-    assert read_result(run_dir)["run_id"] == run_id
+    other = changed(tiny_config, seed=2)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, "tokens": 9, "split": "train", "loss": 1}))
+    assert "another config: seed (was 1, now 2)" in refusal(other)
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    execute(other)
+    assert read_result(run_dir)["seed"] == 2
     assert (run_dir / "notes.txt").read_text() == "mine"
 
 
@@ -191,7 +193,7 @@ def test_a_checkpoint_0_of_an_older_version_is_resumed(tiny_config, copied):
     with Checkpoints(run_dir, keep_last=1) as checkpoints:
         checkpoints.save(0, state.items, meta)
     write_record(run_dir, record)
-    assert job(copied).status() == "to do"
+    assert job(copied).status().words == "to do"
     execute(copied)
     assert_equal(saved_state(run_dir), wanted)
 
@@ -202,7 +204,7 @@ def test_a_result_of_another_run_does_not_count(copied):
     assert result["run_id"] == read_record(run_dir)["run_id"]
     write_json(run_dir / "result.json", {**result, "run_id": "another"})
     assert read_result(run_dir) is None
-    assert job(copied).status() == "resumes at step 6"
+    assert job(copied).status().words == "resumes at step 6"
     del result["run_id"]
     write_json(run_dir / "result.json", result)
     assert read_result(run_dir) is None
@@ -251,14 +253,14 @@ def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
         Run.open(ckpt.parent)
 
 
-def test_a_missing_last_checkpoint_of_a_finished_run_is_told(copied, caplog):
+def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copied):
     run_dir = job(copied).folder
-    assert (Run.open(run_dir).step, caplog.text) == (6, "")
+    assert Run.open(run_dir).step == 6
     shutil.rmtree(run_dir / "ckpt" / "6")
     assert Run.open(run_dir / "ckpt" / "3").step == 3
-    assert caplog.text == ""
-    assert Run.open(run_dir).step == 3
-    assert "the last checkpoint of a finished run, is missing: step 3" in caplog.text
+    for read in (Run.open, fingerprint.of):
+        with pytest.raises(UserError, match=r"step 6, is damaged \(it is missing\)"):
+            read(run_dir)
 
 
 def test_a_d_of_other_settings_is_used_with_a_word(copied, caplog):
@@ -437,7 +439,7 @@ def test_what_another_command_did_meanwhile_is_not_done_again(
     monkeypatch.setattr(train_job, "train", pytest.fail)
     monkeypatch.setattr(FactorizeJob, "_write", pytest.fail)
     for one in jobs:
-        assert one.status() == "to do"
+        assert one.status().words == "to do"
         source = finished / one.folder.name
         meanwhile(one.folder, lambda s=source, to=one.folder: shutil.copytree(s, to))
         one.run()
@@ -445,7 +447,7 @@ def test_what_another_command_did_meanwhile_is_not_done_again(
             f"waiting for {one.folder}: process {os.getpid()}"
             in capsys.readouterr().out
         )
-        assert one.status() == "done"
+        assert one.status().words == "done"
 
 
 def test_another_config_that_appears_meanwhile_is_refused_without_a_long_wait(

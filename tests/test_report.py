@@ -10,7 +10,7 @@ import pytest
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
-from pcagpt.factorize.methods import METHODS, Method
+from pcagpt.methods import METHODS, Method
 from pcagpt.report import (
     collect_results,
     compare,
@@ -24,7 +24,8 @@ from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import mean_interval, verdict
 from pcagpt.report.experiment import experiment_view, models_of
 from pcagpt.report.figures import curves_figure, size_figure
-from pcagpt.report.read import read_curve
+from pcagpt.report.read import read_row
+from pcagpt.rows import Row
 
 V, D, BLOCKS = 100, 16, 5000
 TARGETS = np.array([8.0] * 9 + [5.0])
@@ -495,7 +496,7 @@ def test_every_arm_and_a_new_one_are_in_results_figures_and_pages(
     assert verdicts(results)["X vs A"] == "did not hold"
     page = write_report(tmp_path, results)
     text = page.with_suffix(".md").read_text("utf-8")
-    curves = curves_figure(tmp_path, results["rows"])
+    curves = curves_figure(results["rows"])
     sizes = size_figure(models_of(results["rows"]))
     for arm in ARMS.values():
         assert cells_of(text, "| Arm | Model", f"| **{arm.letter}** |")
@@ -516,13 +517,16 @@ def test_no_two_arms_look_alike():
 
 
 def sweep_row(method, bands=1, rank=4, bits=32, added=0.25, **others):
-    return {
+    row = {
         **{"method": method, "bands": bands, "rank": rank, "bits": bits},
-        **{"params": 1000 + rank, "bytes": (1000 + rank) * bits // 8, "loss": 3.0},
-        **{"added_loss": added, "predicted_loss": None, "is_anchor": False},
+        **{"budget": 2000, "band_sizes": bands * [V // bands]},
+        **{"band_ranks": bands * [rank], "params": 1000 + rank},
+        **{"bytes": (1000 + rank) * bits // 8, "loss": 3.0, "added_loss": added},
         **{"added_loss_input": 0.1, "added_loss_head": 0.15, "kl": 0.2},
-        **{"top1_agreement": 0.75, "seconds": 1.5},
-    } | others
+        **{"top1_agreement": 0.75, "added_loss_by_decile": 10 * [added]},
+        **{"second_order_head": added, "second_order_input": 0.0, "seconds": 1.5},
+    }
+    return Row(**row | others)
 
 
 def sweep_of(rows):
@@ -626,8 +630,7 @@ def test_numbers_are_written_for_reading():
 
 
 def test_curves_show_every_arm_and_b_twice(reported):
-    workdir, results = reported
-    figure = curves_figure(workdir, results["rows"])
+    figure = curves_figure(reported[1]["rows"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["rank 4", "rank 8"]
     for axes in figure.axes:
         ends = {(line.get_color(), line.get_xdata()[-1]) for line in axes.lines}
@@ -644,20 +647,20 @@ def test_curves_and_first_losses_come_from_the_sealed_result(tmp_path):
     run = write_run(tmp_path, "baseline", curve=curve)
     results = collect_results(tmp_path, [run], FACTORS, COMMAND)
     assert results["rows"][0]["start_loss"] == 5.0
-    np.testing.assert_array_equal(read_curve(tmp_path / run), curve)
+    assert read_row(tmp_path / run)["curve"] == curve
     result = json.loads((tmp_path / run / "result.json").read_text())
     for wrong in ([[0, "a"]], [1, 2, 3], [[0, {}]]):
         text = json.dumps(result | {"curve": wrong})
         (tmp_path / run / "result.json").write_text(text)
         with pytest.raises(UserError, match="result.json is damaged .'curve'"):
-            read_curve(tmp_path / run)
+            read_row(tmp_path / run)
 
 
 def test_no_figure_is_drawn_without_data(tmp_path):
     run = write_run(tmp_path, "baseline", params_total=None)
     (tmp_path / run / "metrics.jsonl").unlink()
     rows = collect_results(tmp_path, [run], FACTORS, COMMAND)["rows"]
-    assert curves_figure(tmp_path, rows) is None
+    assert curves_figure(rows) is None
     assert size_figure(models_of(rows)) is None
 
 

@@ -56,7 +56,7 @@ def resumable(straight_dir, tiny_config):
         for later in steps(run_dir):
             if later > step:
                 shutil.rmtree(run_dir / "ckpt" / str(later))
-        assert job(tiny_config).status() == f"resumes at step {step}"
+        assert job(tiny_config).status().words == f"resumes at step {step}"
         return run_dir
 
     return cut
@@ -111,7 +111,7 @@ def test_a_run_with_dropout_parts_and_frozen_bands_resumes_bit_identical(
     )
     stopped = changed(straight, workdir=str(tmp_path / "stopped"))
     stop(stopped, 4)  # neither an evaluation nor a save is due
-    assert job(stopped).status() == "resumes at step 4"
+    assert job(stopped).status().words == "resumes at step 4"
     run_dir = execute(straight)
     assert_same_run(execute(stopped), run_dir)
     result = folder.read_result(run_dir)
@@ -178,12 +178,12 @@ def test_a_run_can_resume_with_other_device_knobs_and_records_them(
     del record["compress"], record["train"]["beta1"]  # knobs younger than the run
     folder.write_record(run_dir, record)
     named = changed(tiny_config, **{f"model.{name}": v for name, v in auto.items()})
-    assert job(named).status() == "resumes at step 3"
+    assert job(named).status().words == "resumes at step 3"
     execute(named)
     assert_same_run(run_dir, straight_dir)
     assert folder.read_record(run_dir)["model"]["kernels"] == "xla"
     assert folder.read_result(run_dir)["resolved"] == auto
-    assert job(tiny_config).status() == "done"
+    assert job(tiny_config).status().words == "done"
 
 
 @pytest.mark.slow

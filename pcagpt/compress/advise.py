@@ -7,12 +7,12 @@ from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
-from pcagpt.compress.score import SwapScores
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FLOAT_BYTES
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.report import advice_text
+from pcagpt.rows import SwapScores
 from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
 

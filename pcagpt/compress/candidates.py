@@ -6,11 +6,9 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import (
     FLOAT_BYTES,
     METHODS,
@@ -24,23 +22,7 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A way to compress a table.
-
-    method: a name in `METHODS`, or `OWN_TABLE`; bands: number of frequency bands to
-    start from; budget: number of values that may be stored; rank: the rank with this
-    budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32 (float32),
-    8 or 4.
-    """
-
-    method: str
-    bands: int
-    budget: int
-    rank: int
-    bits: int = 32
+from pcagpt.rows import Recipe, Row, SwapScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +40,19 @@ class Candidate:
     second_order: SecondOrder
     seconds: float
 
-    def row(self, scores: SwapScores) -> dict[str, Any]:
+    def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
-        return {
+        return Row(
             **dataclasses.asdict(self.recipe),
-            "band_sizes": self.table.sizes,
-            "band_ranks": self.table.ranks,
-            "params": self.table.parameters,
-            "bytes": self.bytes,
-            "predicted_loss": None,
-            "is_anchor": False,
-            "second_order_head": self.second_order.head,
-            "second_order_input": self.second_order.input,
-            **scores._asdict(),
-            "seconds": self.seconds,
-        }
+            **dataclasses.asdict(scores),
+            band_sizes=list(self.table.sizes),
+            band_ranks=list(self.table.ranks),
+            params=self.table.parameters,
+            bytes=self.bytes,
+            seconds=self.seconds,
+            second_order_head=self.second_order.head,
+            second_order_input=self.second_order.input,
+        )
 
 
 class Compressor:
@@ -90,7 +70,7 @@ class Compressor:
         self._method = ""
 
     def __call__(self, recipe: Recipe) -> Candidate:
-        """Makes the candidate of a recipe; ValueError if the budget is too small."""
+        """Makes the candidate of a recipe; BudgetTooSmall if the bands do not fit."""
         began = time.monotonic()
         table = self._make(recipe)
         size = table.parameters * FLOAT_BYTES

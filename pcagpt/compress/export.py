@@ -17,6 +17,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
 from pcagpt.model import order_constants, table_leaves
+from pcagpt.rows import DEFAULTS
 from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
@@ -63,7 +64,8 @@ def write_model(folder: Path, original: Original, candidate: Candidate) -> None:
 
 def origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} without a record."""
-    return (read_record(folder) or {}).get("compressed") or {}
+    found = (read_record(folder) or {}).get("compressed")
+    return DEFAULTS | found if found else {}
 
 
 def _holds(folder: Path, weights: dict) -> bool:

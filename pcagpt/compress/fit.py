@@ -3,11 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from pcagpt.compress.candidates import Candidate, Recipe
-from pcagpt.compress.score import SwapScores
-from pcagpt.factorize import OWN_TABLE, LossRegression
+from pcagpt.compress.candidates import Candidate
+from pcagpt.factorize import OWN_TABLE, BudgetTooSmall, LossRegression
+from pcagpt.rows import Recipe, Row, SwapScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +17,10 @@ class Trial:
     scores: SwapScores
     predicted: float
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """The row of advice.json."""
-        return self.candidate.row(self.scores) | {"predicted_loss": self.predicted}
+        row = self.candidate.row(self.scores)
+        return dataclasses.replace(row, predicted_loss=self.predicted)
 
 
 class Fit:
@@ -102,7 +102,7 @@ class Fit:
         for bands in self._bands:
             try:
                 found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
-            except ValueError:  # The budget is too small for this many bands.
+            except BudgetTooSmall:
                 continue
         return min(found, key=lambda made: sum(made.second_order), default=None)
 

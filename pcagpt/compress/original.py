@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pcagpt.compress.candidates import Candidate, Compressor
-from pcagpt.compress.score import SwapScores, TableSwap, frequency_deciles
+from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import Statistics
 from pcagpt.model import GPT
+from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -137,7 +138,7 @@ class Original:
         if self.run.is_at(found.get("checkpoint")):
             found["checkpoint"] = self.run.fingerprint
         stated = found.get("corpus_sha256")
-        is_older = corpus.differences({"corpus_sha256": stated}) == []
+        is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:
             found |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
         return found

@@ -5,7 +5,6 @@ Shape letters: B batch, T sequence, n tokens of a chunk, V vocabulary, D width.
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +12,10 @@ import numpy as np
 
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
+from pcagpt.rows import SwapScores
 from pcagpt.sharding import placement
 
 DECILES = 10
-
-
-class SwapScores(NamedTuple):
-    """Means over all targets, in nats per token.
-
-    loss: loss with the model's own table.
-    added_loss: loss added by the new table in input and head.
-    added_loss_input, added_loss_head: loss added by the new table on one side only.
-    kl: KL(own || new), the new table on both sides.
-    top1_agreement: share of positions where the most likely token stays the same.
-    added_loss_by_decile: [10], added_loss over the targets of each frequency decile;
-      None for a decile without targets.
-    """
-
-    loss: float
-    added_loss: float
-    added_loss_input: float
-    added_loss_head: float
-    kl: float
-    top1_agreement: float
-    added_loss_by_decile: list[float | None]
 
 
 def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
@@ -98,8 +77,7 @@ def _score(
     wte_VD = model.apply(variables, method="head")[0].wte
     tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
 
-    def chunk(sums, inputs):
-        own_nD, swapped_nD, targets_n = inputs
+    def sums_of(own_nD, swapped_nD, targets_n):
         counted_n = targets_n >= 0
         target_n1 = jnp.maximum(targets_n, 0)[:, None]
 
@@ -133,12 +111,11 @@ def _score(
         found = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
         in_decile_E = in_decile_nE.sum(0, dtype=jnp.float32)
         found["deciles"] = jnp.stack([by_decile_E, in_decile_E])
-        return jax.tree.map(jnp.add, sums, found), None
+        return found
 
-    names = [*SwapScores._fields, "count"]
-    names.remove("added_loss_by_decile")
-    zeros = {name: jnp.zeros(()) for name in names} | {
-        "deciles": jnp.zeros((2, DECILES))
-    }
+    def chunk(sums, inputs):
+        return jax.tree.map(jnp.add, sums, sums_of(*inputs)), None
+
     arrays = (own_ND, swapped_ND, targets_BT.reshape(-1))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, *arrays))
     return scan_chunks(chunk, zeros, chunks, *arrays)[0]

@@ -6,40 +6,18 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.candidates import Recipe
 from pcagpt.compress.export import origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
-from pcagpt.compress.score import SwapScores
 from pcagpt.factorize import SMALLEST_ADDED, LossRegression, SecondOrder
-from pcagpt.files import check_fields, read_json, strict, write_json
+from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
+from pcagpt.rows import Recipe, Row, read_sweep
 from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
 REPORT_EVERY = 5  # rows
-
-Row = dict[str, Any]  # of sweep.json, made by `Candidate.row`
-RECIPE = [field.name for field in dataclasses.fields(Recipe)]
-_REMEDY = "delete it to measure again"
-_NUMBER = (int, float)
-# {field: its types in sweep.json}
-_SWEEP: dict[str, tuple] = {
-    "protocol": (dict,),
-    "rows": (list,),
-    "other_rows": (list, None),
-    "recovered": (list, None),
-}
-_ROW: dict[str, tuple] = {
-    **dict.fromkeys(SwapScores._fields, _NUMBER),
-    "added_loss_by_decile": (list,),
-    **dict.fromkeys((*RECIPE, "params", "bytes"), (int,)),
-    "method": (str,),
-    **dict.fromkeys(("band_sizes", "band_ranks"), (list,)),
-    **dict.fromkeys(("second_order_head", "second_order_input"), _NUMBER),
-    "seconds": _NUMBER,
-}
 
 
 def best_model(folder: Path, rank: int) -> Path:
@@ -85,28 +63,24 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
 
     The output then also has the results of further training.
     """
-    earlier, heading = _read_sweep(output.folder), output.heading
+    earlier, heading = read_sweep(output.folder / "sweep.json"), output.heading
     own = strict(heading["protocol"])
     if not earlier or original.renewed(earlier["protocol"]) != own:
         if jax.process_index() == 0:
             move_aside(output.folder / "sweep.json")
         return output, {}
-    rows = [*earlier["rows"], *(earlier.get("other_rows") or ())]
-    for number, row in enumerate(rows):
-        name = f"{output.folder / 'sweep.json'}: row {number}"
-        check_fields(row, _ROW, name, _REMEDY)
     if "recovered" in earlier:
         heading = heading | {"recovered": earlier["recovered"]}
-    known = {Recipe(**{name: row[name] for name in RECIPE}): row for row in rows}
+    known = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
     return dataclasses.replace(output, heading=heading), known
 
 
 def _write_best(
     original: Original, place: Path, recipes: list[Recipe], known: dict[Recipe, Row]
 ) -> None:
-    """Writes the model of least added loss; of several, the one that is there."""
-    least = min(known[recipe]["added_loss"] for recipe in recipes)
-    equal = [r for r in recipes if known[r]["added_loss"] == least]
+    """Writes the model of least added loss; in a tie, keeps the one already there."""
+    least = min(known[recipe].added_loss for recipe in recipes)
+    equal = [r for r in recipes if known[r].added_loss == least]
     there = origin_of(place)  # Runs may have started from it.
     made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
     best, *_ = made or equal
@@ -115,17 +89,10 @@ def _write_best(
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Adds the results of further training to sweep.json; rewrites its report."""
-    content = _read_sweep(folder) | {"recovered": strict(rows)}
-    write_json(folder / "sweep.json", content)
+    path = folder / "sweep.json"
+    content = read_sweep(path) | {"recovered": strict(rows)}
+    write_json(path, content)
     return write_sweep_report(folder, content)
-
-
-def _read_sweep(folder: Path) -> dict[str, Any]:
-    """An earlier sweep.json; {} without one. UserError if it is damaged."""
-    found = read_json(folder / "sweep.json", _REMEDY) or {}
-    if found:
-        check_fields(found, _SWEEP, folder / "sweep.json", _REMEDY)
-    return found
 
 
 def _write_sweep(
@@ -156,30 +123,28 @@ def _predicted(rows: list[Row]) -> list[Row]:
     """
 
     def second_order(row: Row) -> SecondOrder:
-        return SecondOrder(row["second_order_head"], row["second_order_input"])
+        return SecondOrder(row.second_order_head, row.second_order_input)
 
     kinds: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
         # Smaller losses are mostly rounding and predict nothing.
-        if row["bits"] == 32 and row["added_loss"] >= SMALLEST_ADDED:
-            kinds.setdefault((row["method"], row["bands"] > 1), []).append(row)
+        if row.bits == 32 and row.added_loss >= SMALLEST_ADDED:
+            kinds.setdefault((row.method, row.bands > 1), []).append(row)
     anchors = []
     for kind in kinds.values():
-        fewest = min(row["bands"] for row in kind)
-        kind = [row for row in kind if row["bands"] == fewest]
-        anchors += [
-            choose(kind, key=lambda row: row["budget"]) for choose in (min, max)
-        ]
+        fewest = min(row.bands for row in kind)
+        kind = [row for row in kind if row.bands == fewest]
+        anchors += [choose(kind, key=lambda row: row.budget) for choose in (min, max)]
     regression = LossRegression(
-        (row["method"], second_order(row), row["added_loss"])
+        (row.method, second_order(row), row.added_loss)
         for row in rows
         if row in anchors
     )
     return [
-        row
-        | {
-            "predicted_loss": regression(row["method"], second_order(row)),
-            "is_anchor": row in anchors,
-        }
+        dataclasses.replace(
+            row,
+            predicted_loss=regression(row.method, second_order(row)),
+            is_anchor=row in anchors,
+        )
         for row in rows
     ]

@@ -15,6 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
+from pcagpt.methods import METHODS
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -46,6 +47,17 @@ def arms_of(settings: Settings) -> list[str]:
     return arms
 
 
+def methods_of(text: str) -> list[str]:
+    """The names in `compress.methods`; 'all' stands for every method."""
+    methods = list(METHODS) if text == "all" else words_of(text)
+    if not methods or set(methods) - METHODS.keys():
+        raise UserError(
+            f"compress.methods is '{text}': it must be all, or some of "
+            f"{', '.join(METHODS)}"
+        )
+    return methods
+
+
 def validate(settings: Settings) -> None:
     """Raises UserError for a value that cannot work on any machine or corpus."""
     for path, value in settings.flat().items():
@@ -64,6 +76,8 @@ def validate(settings: Settings) -> None:
     _check_distinct("experiment.seeds", settings.experiment.seeds)
     _check_distinct("compress.recover_ranks", settings.compress.recover_ranks)
     arms_of(settings)
+    if settings.compress.methods:
+        methods_of(settings.compress.methods)
     _check_ranks(settings)
     _check_bands(settings)
     _check_table(settings)

@@ -1,4 +1,4 @@
-"""How much `compress` tries and measures if its knobs are open."""
+"""Values that `compress` uses for knobs that are 0 or empty."""
 
 from typing import NamedTuple
 

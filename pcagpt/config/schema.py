@@ -28,6 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
+from pcagpt.methods import METHODS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -65,8 +66,8 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "norms, GELU and training loss; auto: pallas for bfloat16 on NVIDIA GPUs, "
-        "Ampere or newer",
+        "norms, GELU and training loss, except distillation's; auto: pallas for "
+        "bfloat16 on NVIDIA GPUs, Ampere or newer",
         one_of("auto", "xla", "pallas"),
     )
 
@@ -171,9 +172,7 @@ class InitSettings:
 class FactorizeSettings:
     """The factorization of D's table."""
 
-    method: str = knob(
-        "svd", "a name in pcagpt.factorize.METHODS, such as svd, pca or context"
-    )
+    method: str = knob("svd", "how errors of the table count", one_of(*METHODS))
     statistics: str = knob(
         "", "file of statistics; empty: measure them on the run", PATH
     )
@@ -189,8 +188,8 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        "methods to try, as in svd,context; only the last is tried at fewer bits or "
-        "for a bound; empty: all, on a CPU svd and the last of all",
+        f"methods to try: all, or some of {', '.join(METHODS)}; only the last is "
+        "tried at fewer bits or for a bound; empty: all, on a CPU svd and the last",
     )
     bands: tuple[int, ...] = knob(
         (),
@@ -332,7 +331,8 @@ class Settings:
     )
     ranks: tuple[int, ...] = knob(
         (128,),
-        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: as in 64,128",
+        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: ranks to "
+        "make, as in 64,128",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

@@ -18,14 +18,14 @@ import numpy as np
 
 from pcagpt.data.meta import CorpusInfo, present_splits, read_meta
 from pcagpt.data.sources import TokenFolder, find_source
-from pcagpt.data.token_files import TokenFile, check_tokens, chunks, map_tokens
+from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError, warn_once
 from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
-IDENTITY = ("train", "val", "vocab_size", "tokenizer_sha256")
+TRAINING_PARTS = ("train", "val", "vocab_size", "tokenizer_sha256")
 _LONGEST_NAME = 255  # bytes, on all common file systems
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
 
@@ -45,8 +45,8 @@ class TextSize(NamedTuple):
 class Corpus(CorpusInfo):
     """A folder of token files, `<split>.bin`: little-endian ids without a header.
 
-    cache_dir: for the content of files in a folder that is read-only; older: folders of
-    earlier versions, which made other tokens of the same text.
+    cache_dir: keeps the hashes of token files if `folder` is read-only; older: folders
+    of earlier versions, which made other tokens of the same text.
     """
 
     folder: Path = Path()
@@ -84,11 +84,11 @@ class Corpus(CorpusInfo):
     def sha256(self) -> str:
         """One hash of the train and val splits, the vocabulary and the tokenizer."""
         content = self.content
-        parts = [content.get(name) for name in IDENTITY]
+        parts = [content.get(name) for name in TRAINING_PARTS]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def differences(
-        self, record: Mapping[str, Any], names: Iterable[str] = IDENTITY
+    def changed_parts(
+        self, record: Mapping[str, Any], names: Iterable[str] = TRAINING_PARTS
     ) -> list[str] | None:
         """Parts of `content` in which a run's corpus differs; None if it is unknown.
 
@@ -114,7 +114,7 @@ class Corpus(CorpusInfo):
         """
         for folder in filter(Path.is_dir, self.older):
             older = Corpus(**vars(read_meta(folder, "auto")), folder=folder)
-            if older.differences(record) == []:
+            if older.changed_parts(record) == []:
                 return (
                     "; an earlier version took marks such as <|endoftext|> for ordinary"
                     f" text, and its tokens are in {folder}, which can be given as "
@@ -138,7 +138,7 @@ class Corpus(CorpusInfo):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = byte_count = 0
         in_word = False
-        for chunk in chunks(self.tokens(split)):
+        for chunk in pieces(self.tokens(split)):
             documents = np.split(chunk, np.flatnonzero(chunk == end))
             raw = b" ".join(
                 encoding.decode_bytes(ids[ids != end].tolist()) for ids in documents
@@ -182,7 +182,7 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """
     # np.bincount of all tokens at once would make an int64 copy: 8 bytes per token.
     count_V = np.zeros(vocab_size, np.int64)
-    for chunk in chunks(tokens):
+    for chunk in pieces(tokens):
         count_V += np.bincount(chunk, minlength=vocab_size)
     return count_V
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pcagpt.data.tokenizer import RANKS, rank_file
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, unreadable
 from pcagpt.files import read_json
 
 SPLITS = ("train", "val", "test")
@@ -31,8 +31,8 @@ class CorpusInfo:
     tokenizer_sha256: differs between numberings of tokens, None if the numbering is
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
     or None; dtype: a key of DTYPES, or None if the meta file names none; counts: number
-    of tokens of each split, as far as the meta file states it; hashes: the same for the
-    sha256 of each split's file, which pcagpt writes when it tokenizes a text.
+    of tokens of each split, as far as the meta file states it; hashes: sha256 of each
+    split's file, if pcagpt tokenized it.
     """
 
     name: str
@@ -222,6 +222,8 @@ def _read_pickle(path: Path) -> dict:
         if not isinstance(meta, dict):
             raise TypeError(f"it is a {type(meta).__name__}")
     except Exception as error:  # A damaged pickle can raise almost any error.
+        if found := unreadable(error):
+            raise found from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} is refused, it must be a pickled dict of plain values ({reason}): "

@@ -21,7 +21,7 @@ from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 
 _CHUNK_TOKENS = 1 << 20
-_ENOUGH_BYTES = 128  # A shorter file looks wider than it is by chance.
+_ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
 _LONG_END = 1024  # zeros
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
@@ -77,7 +77,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             'write them again, or correct "tokens"; if pcagpt tokenized a text into '
             f"{path.parent}, delete this folder to have it tokenized again"
         )
-    # A meta file that states width and number of ids, as pcagpt's do, is believed.
+    # If the meta file states width and count, no guess is made.
     is_proven = info.dtype is not None and stated is not None
     if length == 1:
         raise UserError(
@@ -106,7 +106,7 @@ def map_tokens(path: Path, dtype: np.dtype) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
     """Consecutive pieces of an array of tokens, small enough to convert."""
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         yield tokens[start : start + _CHUNK_TOKENS]
@@ -257,7 +257,7 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
     if tokens[-least:].any() or len(tokens) < least:
         return
     last, longest = -1, 0  # place of the last id that is not 0, longest series before
-    for number, chunk in enumerate(chunks(tokens)):
+    for number, chunk in enumerate(pieces(tokens)):
         places = np.flatnonzero(chunk) + number * _CHUNK_TOKENS
         if len(places):
             longest = max(longest, int(np.diff(places, prepend=last).max()) - 1)
@@ -274,7 +274,7 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
 def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
     """Names the first id outside the vocabulary."""
     tokens, position = map_tokens(path, DTYPES[name]), 0
-    for chunk in chunks(tokens):
+    for chunk in pieces(tokens):
         beyond = np.flatnonzero(chunk >= vocab_size)
         if len(beyond):
             position += int(beyond[0])

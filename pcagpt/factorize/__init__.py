@@ -1,6 +1,7 @@
 """Low-rank factorization of a token table: arrays in, arrays out."""
 
 from pcagpt.factorize.bands import (
+    BudgetTooSmall,
     Factorizer,
     allocate_ranks,
     banded,
@@ -8,7 +9,6 @@ from pcagpt.factorize.bands import (
     frequency_bands,
 )
 from pcagpt.factorize.controls import CONTROLS, control
-from pcagpt.factorize.methods import METHODS, Method, Statistics, Weighting
 from pcagpt.factorize.predict import (
     SMALLEST_ADDED,
     LossRegression,
@@ -29,3 +29,4 @@ from pcagpt.factorize.table import (
     BandFactors,
     FactorizedTable,
 )
+from pcagpt.methods import METHODS, Method, Statistics, Weighting

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.errors import UserError
-from pcagpt.factorize.methods import METHODS, Statistics, Weighting
 from pcagpt.factorize.solve import (
     Factors,
     centred,
@@ -24,9 +23,14 @@ from pcagpt.factorize.solve import (
     truncate,
 )
 from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.methods import METHODS, Statistics, Weighting
 
 FIRST_BAND = 64  # initial size of the band of the most frequent tokens
 REGROUPINGS = 3  # rounds in which tokens move to their best band
+
+
+class BudgetTooSmall(ValueError):
+    """A budget holds less than rank 1 of every band."""
 
 
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
@@ -55,7 +59,7 @@ class Factorizer:
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
         """A table that stores at most `budget` values; `bands` as in `banded`.
 
-        Raises ValueError if the budget is too small.
+        Raises BudgetTooSmall if the bands do not fit.
         """
         table_VD = self._table_VD
         if bands > 1:
@@ -75,7 +79,7 @@ class Factorizer:
             return table_of_rank(self.factors, rank, self._split), about
         try:
             table = self(budget_of_rank(vocab_size, width, rank), bands)
-        except ValueError:
+        except BudgetTooSmall:
             raise UserError(
                 f"rank {rank} of {vocab_size:,} tokens is too small for {bands} bands: "
                 "raise the rank or lower factorize.bands"
@@ -112,7 +116,7 @@ def allocate_ranks(
       spectra: squared singular values of each band, descending.
       sizes: number of tokens in each band.
       width: D.
-      budget: largest number of stored values; ValueError if rank 1 exceeds it.
+      budget: largest number of stored values; BudgetTooSmall if rank 1 exceeds it.
 
     Returns:
       (rank of each band, 0 for full width; error per value that the last rank removed).
@@ -120,7 +124,9 @@ def allocate_ranks(
     ranks = [1] * len(sizes)
     left = budget - sum(size + width for size in sizes)
     if left < 0:
-        raise ValueError(f"a budget of {budget} is too small for {len(sizes)} bands")
+        raise BudgetTooSmall(
+            f"a budget of {budget} is too small for {len(sizes)} bands"
+        )
 
     queue, price = [], 0.0
 
@@ -173,7 +179,7 @@ def banded(
       weighting: of any method.
       count: number of bands to start from; the result can have fewer.
       budget: largest number of stored values, including scales and token order;
-        ValueError if it is too small for that many bands.
+        BudgetTooSmall if it is too small for that many bands.
       split: as for `truncate`.
     """
     vocab_size, width = table_VD.shape

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize.table import BandFactors, FactorizedTable
 from pcagpt.files import (
     check_digests,
     check_fields,
     check_values,
-    digests,
+    digests_of,
     read_json,
     read_npy,
     read_npz,
@@ -70,6 +70,8 @@ def exists(folder: Path, rank: int, in_bands: bool) -> bool:
         else:
             read_table(table_path(folder, rank))
             read_scale_matrices(scale_path(folder, rank))
+    except Unreadable:
+        raise
     except UserError:
         return False
     return True
@@ -126,7 +128,7 @@ def write(
         write_npy(table_path(folder, rank), _float32(band.wte))
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
     write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
-    files |= digests(folder, [path.name for path in written])
+    files |= digests_of(folder, [path.name for path in written])
     write_json(folder / METADATA_FILE, metadata | {"files": files})
 
 
@@ -153,7 +155,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     if table.mean is not None:
         write_npy(folder / MEAN_FILE, _float32(table.mean))
     write_npy(folder / ORDER_FILE, table.order)
-    files = digests(folder, [path.name for path in folder.glob("*.np[yz]")])
+    files = digests_of(folder, [path.name for path in folder.glob("*.np[yz]")])
     write_json(folder / METADATA_FILE, {"files": files})
 
 
@@ -263,6 +265,8 @@ def _checked_file(path: Path) -> Path:
         known = {name: known[name] for name in known if name == path.name}
     try:
         check_digests(path.parent, known)
+    except Unreadable:
+        raise
     except UserError as error:
         raise UserError(
             f"{error}: write it again, or delete {path.parent / METADATA_FILE} if that "

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.factorize.methods import Weighting
 from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.methods import Weighting
 
 # Smaller eigenvalues of a metric are raised to this share of the largest one, because a
 # direction of weight 0 would make the root of the metric singular.

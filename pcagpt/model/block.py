@@ -69,6 +69,8 @@ def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
     """The plain form of `kernels.norm.add_and_norm`; statistics are in float32."""
     x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # rounded once
     exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
+    # The mean and the mean square come from one read of the stream. The kernel, which
+    # holds its rows in registers, sums the squares after subtracting the mean instead.
     mean_N1 = exact_ND.mean(axis=-1, keepdims=True)
     square_N1 = (exact_ND * exact_ND).mean(axis=-1, keepdims=True)
     variance_N1 = jnp.maximum(square_N1 - mean_N1 * mean_N1, 0.0)
@@ -95,8 +97,8 @@ class Attention(nn.Module):
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
         q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
         # The key's bias adds the same number to all logits of a query, so the softmax
-        # cancels it. Averaging keeps the value's bias, so it can be added after
-        # attention, unless attention probabilities are dropped.
+        # cancels it. Attention weights sum to 1, so the value's bias can be added
+        # afterwards. Dropout of the weights breaks this.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
         # Without this, XLA splits the bias like the rows of 'proj' and gathers it.
         v_bias_D = inside.whole(v_bias_D)

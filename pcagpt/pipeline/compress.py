@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 
 from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import Recipe, recipes
+from pcagpt.compress.candidates import recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import add_recovered, best_model, sweep
-from pcagpt.config import Settings, words_of
+from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
@@ -25,7 +25,8 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
-from pcagpt.run import checkpoint, lock, provenance
+from pcagpt.rows import REMEDY, Recipe
+from pcagpt.run import lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
@@ -37,6 +38,7 @@ def compress(settings: Settings, command: str) -> None:
     """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
+    All processes call this.
 
     Raises:
       UserError: the run or a method does not exist, the table is already factorized,
@@ -45,7 +47,7 @@ def compress(settings: Settings, command: str) -> None:
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     options, folder = settings.compress, Path(settings.workdir) / FOLDER
-    methods = _methods(options.methods)
+    methods = methods_of(options.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)
     original = Original.of(run, settings)
@@ -81,7 +83,7 @@ def compress(settings: Settings, command: str) -> None:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
         if options.recover_ranks:
-            _recover(settings, folder)
+            _recover(settings, folder, run.folder)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -107,17 +109,6 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     return settings.replace({path: given[path] or decided[path] for path in decided})
 
 
-def _methods(text: str) -> list[str]:
-    """The names in `compress.methods`; 'all' stands for every method."""
-    methods = list(METHODS) if text == "all" else words_of(text)
-    if not methods or set(methods) - METHODS.keys():
-        raise UserError(
-            f"compress.methods is '{text}': it must be all, or some of "
-            f"{', '.join(METHODS)}"
-        )
-    return methods
-
-
 def _recipes(
     original: Original,
     methods: list[str],
@@ -135,9 +126,10 @@ def _recipes(
     found = recipes(*shape, methods, possible, options.bands, options.bits)
     kept = {recipe.rank for recipe in found if recipe.rank and recipe.bits == 32}
     if not kept:
+        single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
-            "no table fits: raise ranks, or add 1 to compress.bands (svd, pca and "
-            "hidden have a single band)"
+            "no table fits: raise ranks, or add 1 to compress.bands (only one band: "
+            f"{', '.join(single)})"
         )
     if left_out := [str(rank) for rank in ranks if rank not in kept]:
         say(
@@ -152,11 +144,10 @@ def _check_file(path: Path, original: Original) -> None:
 
     Numbers of a part of the split may be replaced by those of the whole split.
     """
-    own, remedy = strict(original.protocol), "delete it to measure again"
-    found = read_json(path, remedy)
+    own, found = strict(original.protocol), read_json(path, REMEDY)
     if found is None:
         return
-    check_fields(found, {"protocol": (dict,)}, path, remedy)
+    check_fields(found, {"protocol": (dict,)}, path, REMEDY)
     there = original.renewed(found["protocol"])
     parts = own.keys() | there.keys()
     if "evaluated_tokens" not in own:
@@ -198,12 +189,11 @@ def _check_recoverable(
         job.check(set())
 
 
-def _recover(settings: Settings, folder: Path) -> None:
+def _recover(settings: Settings, folder: Path, baseline: Path) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     plan = recovery_plan(settings, folder)
     execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        baseline = checkpoint.find(settings.model_path)[0]
         rows = recovered_rows(folder, runs, baseline)
         say(f"report: {add_recovered(folder, rows)}")

@@ -21,13 +21,13 @@ def differences(
 ) -> list[str]:
     """'NAME (there VALUE, here VALUE)' for each part that differs.
 
-    A part that a knob sets ends with the argument that makes both agree.
+    A part that a knob sets ends with the argument that removes the difference.
     """
     found = []
     for name in parts:
         old, new = there.get(name), here.get(name)
         if old != new:
-            agree = name in _KNOBS and old is not None
-            hint = f"; {override(_KNOBS[name], old)} agrees" if agree else ""
+            is_knob = name in _KNOBS and old is not None
+            hint = f"; use {override(_KNOBS[name], old)} to match" if is_knob else ""
             found.append(f"{name} (there {old}, here {new}{hint})")
     return found

@@ -4,9 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from pcagpt import factorize
 from pcagpt.config import Settings, effort
@@ -15,13 +13,25 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
 from pcagpt.pipeline.differences import differences
-from pcagpt.pipeline.job import DONE, TO_DO, Job
+from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.metrics import Telemetry
+
+
+class Work(NamedTuple):
+    """What is left to do.
+
+    ranks: those whose files are written; described: {rank: description} of the files
+    that stay; is_replaced: the folder is moved aside.
+    """
+
+    ranks: tuple[int, ...]
+    described: dict[str, Any]
+    is_replaced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +62,21 @@ class FactorizeJob(Job):
         """Paths of other jobs' results that this job reads."""
         return {self.source}
 
-    def status(self) -> str:
+    def status(self) -> Status:
         """'done' or 'to do'; UserError for the files of another source or method."""
         return DONE if self._find_work() is None else TO_DO
 
-    def _find_work(self) -> tuple[list[int], dict[str, Any], bool] | None:
-        """What `run` makes, or None if nothing is left to do.
-
-        The ranks whose files it writes, {rank: description} of the files that stay, and
-        whether the folder is moved aside. Raises the same as `status`.
-        """
+    def _find_work(self) -> Work | None:
+        """What is left to do, or None; raises the same as `status`."""
         metadata = factor_files.read_metadata(self.folder)
         described = metadata["ranks"] if metadata else {}
         in_bands = self.settings.factorize.bands > 1
-        lacking = [
+        lacking = tuple(
             rank
             for rank in self.settings.ranks
             if str(rank) not in described
             or not factor_files.exists(self.folder, rank, in_bands)
-        ]
+        )
         conflict = None
         if differing := self._differing(metadata):
             conflict = self._other_files(differing)
@@ -83,9 +89,9 @@ class FactorizeJob(Job):
         if conflict and not self.settings.overwrite:
             raise conflict
         if conflict:
-            return list(self.settings.ranks), {}, True
+            return Work(self.settings.ranks, {}, is_replaced=True)
         if lacking or not self._source_exists:
-            return lacking, described, False
+            return Work(lacking, described)
         return None
 
     def _differing(self, metadata: dict[str, Any] | None) -> list[str]:
@@ -132,9 +138,9 @@ class FactorizeJob(Job):
             found["statistics_sha256"] = sha256_of_file(given)
         return found
 
-    def check_vocabulary(self, to_be_made: set[Path]) -> None:
+    def check_vocabulary(self, missing: set[Path]) -> None:
         """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
-        if self.source not in to_be_made:
+        if self.source not in missing:
             return  # `check` reads the shape of the table.
         highest, data = max(self.settings.ranks), self.settings.data
         vocab_size = describe_corpus(data.source, data.tokenizer).vocab_size
@@ -144,15 +150,19 @@ class FactorizeJob(Job):
                 "the rank of the table is at most this number"
             )
 
-    def check(self, to_be_made: set[Path]) -> None:
+    def check(self, missing: set[Path]) -> None:
         """Raises UserError if the source does not fit or no earlier job makes it.
 
-        Reads no weights. `run` checks a source in `to_be_made`.
+        Reads no weights. `run` checks a source in `missing`. All processes call this.
         """
-        if self.source in to_be_made:
-            # A new D is never the D that the files in the folder were made from, unless
+        processes.from_first(lambda: self._check(missing))
+
+    def _check(self, missing: set[Path]) -> None:
+        """As `check`, in one process."""
+        if self.source in missing:
+            # A D that is still to be trained cannot be the D of the files there, unless
             # another command has made both meanwhile.
-            if processes.from_first(self._has_other_files):
+            if self._has_other_files():
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
@@ -186,51 +196,43 @@ class FactorizeJob(Job):
                 return
             self.check(set())
             run = None if self._is_bare_table else Run.open(self.source)
-            table_VD = run.table() if run else factor_files.read_table(self.source)
-            statistics = (
-                self._measured_statistics(run)
-                if self._calibrates
-                else self._given_statistics(table_VD.shape)
-            )
-            step = {"step": run.step} if run else {}
-            processes.from_first(
-                lambda: self._write(*work, table_VD, statistics, step, check_lock)
-            )
+            measured = self._measured_statistics(run) if self._calibrates else None
+            processes.from_first(lambda: self._write(work, run, measured, check_lock))
 
     def _write(
         self,
-        ranks: list[int],
-        described: dict[str, Any],
-        is_replaced: bool,
-        table_VD: np.ndarray,
-        statistics: Statistics | None,
-        step: dict[str, int],
+        work: Work,
+        run: Run | None,
+        measured: Statistics | None,
         check_lock: Callable[[], None],
     ) -> None:
-        """Writes the files of `ranks`; the first arguments are from `_find_work`.
+        """Writes the files that are left to do, of `run` or of a bare table.
 
         Those of earlier commands stay as they are: runs may be reading them.
         """
+        table_VD = run.table() if run else factor_files.read_table(self.source)
+        statistics = measured or self._given_statistics(table_VD.shape)
         print(f"factorizing {self.source}, {self.amount}", flush=True)
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
             table_VD, chosen.method, statistics, chosen.singular_value_split
         )
-        made = {rank: make.of_rank(rank, chosen.bands) for rank in ranks}
-        described = described | {str(rank): what for rank, (_, what) in made.items()}
+        made = {rank: make.of_rank(rank, chosen.bands) for rank in work.ranks}
+        new = {str(rank): what for rank, (_, what) in made.items()}
+        described = work.described | new
         known = sorted(map(int, described))
         singular_values = make.factors.singular_values
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **step,
+            **({"step": run.step} if run else {}),
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorize.effective_rank(singular_values),
             "ranks": {str(rank): described[str(rank)] for rank in known},
         }
         check_lock()
-        if is_replaced:
+        if work.is_replaced:
             move_aside(self.folder)
         tables = {rank: table for rank, (table, _) in made.items()}
         factor_files.write(
@@ -281,7 +283,7 @@ class FactorizeJob(Job):
             )
         return statistics
 
-    def _alone(self) -> tuple[str, str, Settings]:
+    def _how_to_make(self) -> tuple[str, str, Settings]:
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
         # Statistics also depend on these.
         kept += ("compress.calibration_tokens", "train.batch_size")
@@ -330,7 +332,7 @@ class FactorizeJob(Job):
 
     @property
     def _calibration_tokens(self) -> int:
-        """The default does not depend on the device, because the files must not."""
+        """The default is the same on every device, as the files' `identity` must be."""
         return (
             self.settings.compress.calibration_tokens or effort.GPU.calibration_tokens
         )

@@ -2,14 +2,31 @@
 
 import abc
 import dataclasses
+import enum
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.errors import UserError
 
-DONE, TO_DO = "done", "to do"  # two of the values that a status can have
+
+class Kind(enum.Enum):
+    """How far a job is."""
+
+    TO_DO = enum.auto()
+    BEGUN = enum.auto()
+    DONE = enum.auto()
+
+
+class Status(NamedTuple):
+    """How far a job is, and the words that show it."""
+
+    kind: Kind
+    words: str
+
+
+TO_DO, DONE = Status(Kind.TO_DO, "to do"), Status(Kind.DONE, "done")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +52,7 @@ class Job(abc.ABC):
 
     @property
     def made(self) -> str:
-        """As `amount`, of what a folder with the status `DONE` holds."""
+        """As `amount`, of what is in the folder of a job that is done."""
         return self.amount
 
     @property
@@ -44,33 +61,30 @@ class Job(abc.ABC):
         """Paths of other jobs' results that this job reads."""
 
     @abc.abstractmethod
-    def status(self) -> str:
-        """`DONE`, `TO_DO` or how far it is, in words.
-
-        Raises UserError if the folder holds anything else, and may not be replaced.
-        """
+    def status(self) -> Status:
+        """How far it is. UserError if something else is there that must be kept."""
 
     @abc.abstractmethod
-    def check_vocabulary(self, to_be_made: set[Path]) -> None:
+    def check_vocabulary(self, missing: set[Path]) -> None:
         """Raises UserError if the job does not fit the vocabulary of its corpus.
 
-        Reads only the description of the corpus. `to_be_made` are the folders of jobs
-        that are still to do.
+        Reads only the description of the corpus. `missing` are the folders of jobs that
+        are still to do.
         """
 
     @abc.abstractmethod
-    def check(self, to_be_made: set[Path]) -> Any:
+    def check(self, missing: set[Path]) -> Any:
         """Raises UserError if settings, sources, corpus and devices do not fit.
 
-        What earlier jobs make in the folders `to_be_made` is not checked. The result is
-        for `run`.
+        What earlier jobs make in the folders `missing` is not checked. The result is
+        for `run`. All processes call this.
         """
 
     @abc.abstractmethod
     def run(self, checked: Any = None) -> None:
         """Makes what the folder lacks; `checked` is the result of `check`.
 
-        Waits while another command holds the folder.
+        Waits while another command holds the folder. All processes call this.
         """
 
     def differing(self) -> list[str]:
@@ -80,13 +94,14 @@ class Job(abc.ABC):
     def compare_corpus(self, is_needed: bool) -> str | None:
         """Raises UserError if what is in the folder was trained on other tokens.
 
-        If the corpus is missing and not needed, the result is a line that says so.
+        If the corpus is missing and not needed, the result is a line that says so. All
+        processes call this.
         """
         return None
 
-    def missing(self) -> UserError:
+    def missing_error(self) -> UserError:
         """The error for a prerequisite that may not be made, with its command."""
-        lacks, config_file, settings = self._alone()
+        lacks, config_file, settings = self._how_to_make()
         set_by_file = ("task", "arm", "build_prerequisites", "overwrite")
         words = [
             override(path, value)
@@ -100,5 +115,8 @@ class Job(abc.ABC):
         )
 
     @abc.abstractmethod
-    def _alone(self) -> tuple[str, str, Settings]:
-        """What the folder lacks, and the config file and settings that make it."""
+    def _how_to_make(self) -> tuple[str, str, Settings]:
+        """For `missing_error`: what is lacking, and what makes it.
+
+        That is a config file and settings.
+        """

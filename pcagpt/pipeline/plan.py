@@ -11,8 +11,7 @@ from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
 from pcagpt.compress.sweep import best_model
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
-from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS, factor_files
+from pcagpt.factorize import factor_files
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
@@ -39,14 +38,8 @@ def make_plan(settings: Settings) -> Plan:
     Besides the settings, it reads only the record of the run in `init.weights_from`.
 
     Raises:
-      UserError: that run does not exist or contradicts the `model` knobs, or the method
-        does not exist.
+      UserError: that run does not exist or contradicts the `model` knobs.
     """
-    method = settings.factorize.method
-    if method not in METHODS:
-        raise UserError(
-            f"factorize.method is '{method}': it must be one of {', '.join(METHODS)}"
-        )
     if settings.task == "factorize":
         return Plan(settings, (_factorize_job(settings, Path(settings.model_path)),))
     if settings.task == "train":
@@ -144,7 +137,7 @@ def _train_job(
 ) -> TrainJob:
     """The run of an arm, with what it takes from D and its share of D's budget.
 
-    A prerequisite names the arm that starts from it.
+    for_arm: the arm that needs this run first.
     """
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:

@@ -13,7 +13,7 @@ from pcagpt.pipeline.compress import compress, decide_effort
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.sample import sample
-from pcagpt.run import checkpoint
+from pcagpt.run.trained import Run
 
 
 def do(settings: Settings, command: str) -> str | None:
@@ -30,8 +30,8 @@ def preview(settings: Settings) -> str:
     if TASKS[settings.task].makes_jobs:
         lines = execute.describe(execute.check(make_plan(settings)))
     else:
-        folder, step = checkpoint.find(settings.model_path)
-        lines = [f"{settings.task} {folder} at step {step}"]
+        run = Run.open(settings.model_path)
+        lines = [f"{settings.task} {run.folder} at step {run.step}"]
     return "\n".join([listing(settings), "", *lines])
 
 

@@ -15,13 +15,12 @@ from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
 from pcagpt.pipeline.differences import differences
-from pcagpt.pipeline.job import DONE, TO_DO, Job
+from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.run import initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     Contents,
     changed_fields,
-    find_record,
     look,
     move_aside,
     read_record,
@@ -72,7 +71,7 @@ class TrainJob(Job):
         paths = initialise.imported_paths(self.settings).values()
         return {*paths, *(path.parent for path in paths)}
 
-    def status(self) -> str:
+    def status(self) -> Status:
         """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.
 
         Raises UserError if the folder holds anything but this run, and may not be
@@ -80,7 +79,7 @@ class TrainJob(Job):
         """
         return self._judge(look(self.folder))[0]
 
-    def _judge(self, there: Contents) -> tuple[str, bool]:
+    def _judge(self, there: Contents) -> tuple[Status, bool]:
         """The status of what is there, and whether it is moved aside for a new run."""
         if not there.is_begun:
             return TO_DO, False
@@ -94,11 +93,12 @@ class TrainJob(Job):
                 f"{conflict}: use another --config.workdir, or {self._remedy}"
             )
         if there.record is None:
-            return "lacks its config.json", False
+            return Status(Kind.BEGUN, "lacks its config.json"), False
         if there.result:
             return DONE, False
         step = max((saved.step for saved in there.saved), default=0)
-        return f"resumes at step {step}" if step else TO_DO, False
+        resumes = Status(Kind.BEGUN, f"resumes at step {step}")
+        return resumes if step else TO_DO, False
 
     def _serves_as_prerequisite(self, there: Contents) -> bool:
         """Whether a finished run is there, or a model that was made elsewhere."""
@@ -179,46 +179,46 @@ class TrainJob(Job):
         return {**settings.to_dict(), "imported_sha256": hashes}
 
     def corpus(self) -> Corpus:
-        """The run's corpus; tokenizes its text if necessary, in the first process."""
+        """The run's corpus; tokenizes its text if necessary, in the first process.
+
+        All processes call this.
+        """
         data, cache_dir = self.settings.data, self.settings.cache_dir
         return open_corpus(data.source, cache_dir, data.tokenizer, SPLITS)
 
-    def check_vocabulary(self, to_be_made: set[Path]) -> None:
+    def check_vocabulary(self, missing: set[Path]) -> None:
         """Raises UserError if the model does not fit the corpus or the device."""
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, SPLITS)
         build_config(self.settings.model, described.vocab_size)
 
-    def check(self, to_be_made: set[Path]) -> Setup | None:
+    def check(self, missing: set[Path]) -> Setup | None:
         """Raises UserError if settings, corpus, imports and devices do not fit.
 
-        `to_be_made` are the folders of earlier jobs. If the run imports from one of
-        them, this import is not checked and the result is None. Otherwise the result is
-        the setup for `run`.
+        Imports from the folders `missing` are not checked. The result is the setup for
+        `run`, or None if an import is missing.
         """
-        left_out: dict[str, Any] = {
-            knob: ""
+        not_made = {
+            knob
             for knob, path in initialise.imported_paths(self.settings).items()
-            if {path, path.parent} & to_be_made
+            if {path, path.parent} & missing
         }
-        if left_out:  # These knobs are valid only with an import.
-            left_out |= {
-                "init.keep": "all",
-                "init.import_wte_freeze": False,
-                "init.import_scale_matrices_freeze": False,
-            }
-        setup = Setup.of(self.settings.replace(left_out), self.corpus())
-        return None if left_out else setup
+        setup = Setup.of(self.settings, self.corpus(), not_made)
+        return None if not_made else setup
 
     def compare_corpus(self, is_needed: bool) -> str | None:
         """As in `Job`; `run` compares again."""
+        return processes.from_first(lambda: self._compare_corpus(is_needed))
+
+    def _compare_corpus(self, is_needed: bool) -> str | None:
+        """As `compare_corpus`, in one process."""
         try:
             corpus = self.corpus()
         except UserError as error:
             if is_needed:
                 raise
             return f"{self.folder.name} is not compared with its corpus: {error}"
-        self._check_tokens(corpus, find_record(self.folder) or {})
+        self._check_tokens(corpus, look(self.folder).stored or {})
         return None
 
     def _check_tokens(self, corpus: Corpus, stored: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ class TrainJob(Job):
 
     def _other_tokens(self, corpus: Corpus, stored: dict[str, Any]) -> str | None:
         """How the corpus differs from that of the run with this record, if it does."""
-        differing = corpus.differences(stored)
+        differing = corpus.changed_parts(stored)
         if not differing:
             return None
         return (
@@ -280,7 +280,7 @@ class TrainJob(Job):
             processes.wait_for_all(self.folder.name)
             train(setup, self.folder, record, self.label, check_place)
 
-    def _alone(self) -> tuple[str, str, Settings]:
+    def _how_to_make(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
 
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
@@ -291,13 +291,13 @@ class TrainJob(Job):
         """
         there = look(self.folder)
         status, is_replaced = self._judge(there)
-        stored = None if is_replaced else there.stored
+        stored = there.stored if there.is_begun and not is_replaced else None
         if stored:
             # Another command may just have made it from another corpus.
             self._check_tokens(corpus, stored)
             if there.record is None:
                 write_record(self.folder, stored)
-            if status == DONE or there.result:
+            if status.kind == Kind.DONE or there.result:
                 return None
         return {"run_id": secrets.token_hex(8)} | (stored or {}), is_replaced
 

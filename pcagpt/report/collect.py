@@ -44,7 +44,7 @@ def collect_results(
     protocol = _shared_protocol(rows)
     baselines = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     rows = [row | _against(baselines.get(row["seed"]), row) for row in rows]
-    comparisons = compare_arms(workdir, rows)
+    comparisons = compare_arms(rows)
     config = read_config(workdir / rows[0]["folder"])
     vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
     corpus = {"name": protocol.get("corpus"), **config.get("data", {})}
@@ -63,7 +63,7 @@ def collect_results(
             "protocol": protocol,
             "confidence": CONFIDENCE,
             "margin": MARGIN,
-            "rows": rows,
+            "rows": [{n: v for n, v in row.items() if n != "windows"} for row in rows],
             "spectrum": read_spectrum(workdir / factors),
             "comparisons": comparisons,
             "hypotheses": judge_claims(comparisons),
@@ -87,25 +87,21 @@ def recovered_rows(
     continued = next(row for row in rows if row["arm"] == "continued")
     found = []
     for row in rows:
-        run_dir = folder / row["folder"]
-        source = Path(read_config(run_dir)["init"]["weights_from"])
+        config = read_config(folder / row["folder"])
+        source = Path(config["init"]["weights_from"])
         table = read_config(source).get("compressed", {})
         copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
         result = {name: row[name] for name in (*copied, "learning_rate")}
         result |= {name: table.get(name) for name in ("rank", "method", "bands")}
-        added, start = row["val_loss"] - own["val_loss"], row["start_loss"]
-        less = row["val_loss"] - continued["val_loss"]
-        further = folder / continued["folder"]
+        start = row["start_loss"]
         found.append(
             result
             | {
-                "added_loss": added,
+                "added_loss": row["val_loss"] - own["val_loss"],
                 "added_at_start": start and start - own["val_loss"],
-                "interval": window_interval(run_dir, baseline, added).bounds,
-                "less_continued": less,
-                "less_continued_interval": window_interval(
-                    run_dir, further, less
-                ).bounds,
+                "interval": window_interval(row, own).bounds,
+                "less_continued": row["val_loss"] - continued["val_loss"],
+                "less_continued_interval": window_interval(row, continued).bounds,
                 "share_of_tokens": row["tokens_seen"] / own["tokens_seen"],
             }
         )

@@ -1,14 +1,10 @@
 """The questions of an experiment, their intervals and verdicts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
-
-from pcagpt.report.read import read_curve
-from pcagpt.run.folder import read_window_losses
 
 CONFIDENCE = 0.95
 INTERVAL = f"{CONFIDENCE:.0%} interval"
@@ -82,9 +78,9 @@ class WindowInterval(NamedTuple):
     reason: str | None = None
 
 
-def window_interval(first: Path, second: Path, effect: float) -> WindowInterval:
-    """Compares two run folders; `effect` is their difference in result.json."""
-    one, other = read_window_losses(first), read_window_losses(second)
+def window_interval(first: dict[str, Any], second: dict[str, Any]) -> WindowInterval:
+    """The interval of the loss of one row minus the loss of another."""
+    one, other = first["windows"], second["windows"]
     if one is None or other is None:
         return WindowInterval(None, None, "one of the runs has no losses by window")
     if one.shape != other.shape or (one[:, 1] != other[:, 1]).any():
@@ -96,7 +92,7 @@ def window_interval(first: Path, second: Path, effect: float) -> WindowInterval:
     if len(targets) < 2:
         return WindowInterval(None, None, "one evaluation window gives no interval")
     mean, bounds = mean_interval((one - other)[used, 0] / targets, targets)
-    if abs(mean - effect) > LOSS_AGREEMENT:
+    if abs(mean - (first["val_loss"] - second["val_loss"])) > LOSS_AGREEMENT:
         return WindowInterval(
             None, None, "the losses by window disagree with result.json"
         )
@@ -122,7 +118,7 @@ def verdict(
     return HELD if has_held else FAILED if has_failed else UNRESOLVED
 
 
-def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_arms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answers each question at each rank with runs of both arms and the same seed."""
     comparisons = []
     for rank in sorted({row["rank"] for row in rows if row["rank"] is not None}):
@@ -141,7 +137,7 @@ def compare_arms(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str
             pairs = [(first[seed], second[seed]) for seed in first if seed in second]
             if pairs:
                 heading = {"question": name, "asks": question.asks, "rank": rank}
-                comparisons.append(heading | _measure(workdir, pairs))
+                comparisons.append(heading | _measure(pairs))
     return comparisons
 
 
@@ -157,14 +153,13 @@ def judge_claims(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return judged
 
 
-def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+def _measure(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     """Effect and interval of pairs (first, second) of runs with the same seed."""
     differences = [first["val_loss"] - second["val_loss"] for first, second in pairs]
     effect, bounds = mean_interval(differences)
     over, units, reason = "seeds", len(pairs), None
     if len(pairs) == 1:
-        folders = [workdir / run["folder"] for run in pairs[0]]
-        bounds, units, reason = window_interval(*folders, effect)
+        bounds, units, reason = window_interval(*pairs[0])
         over = "evaluation windows" if bounds else None
 
     def means(field: str) -> list[float | None]:
@@ -182,21 +177,20 @@ def _measure(workdir: Path, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
         "caveat": ONE_SEED if len(pairs) == 1 else None,
         "tokens": means("tokens_seen"),
         "tokens_with_baseline": means("tokens_with_baseline"),
-        "tokens_to_match": _tokens_to_match(workdir, pairs),
+        "tokens_to_match": _tokens_to_match(pairs),
     }
 
 
-def _tokens_to_match(workdir: Path, pairs: list[tuple[dict, dict]]) -> float | None:
+def _tokens_to_match(pairs: list[tuple[dict, dict]]) -> float | None:
     """Tokens at which the first run reaches the second's last loss, mean over seeds.
 
     None if the first run of any pair never reaches it.
     """
     reached = []
     for first, second in pairs:
-        curve = read_curve(workdir / first["folder"])
-        goal = read_curve(workdir / second["folder"])
-        met = curve[curve[:, 1] <= goal[-1, 1]] if len(goal) else goal
-        if not len(met):
+        goal = second["curve"]
+        met = [t for t, loss in first["curve"] if goal and loss <= goal[-1][1]]
+        if not met:
             return None
-        reached.append(met[0, 0])
+        reached.append(met[0])
     return float(np.mean(reached))

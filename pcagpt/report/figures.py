@@ -5,16 +5,15 @@ used: it would keep every figure in memory.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
-from pcagpt.report.read import read_curve
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
+from pcagpt.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,17 +35,17 @@ START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before th
 BITS_MARKERS, BITS_LINES = {32: "o", 8: "s", 4: "D"}, {32: "-", 8: "--", 4: ":"}
 
 
-def curves_figure(workdir: Path, rows: Sequence[dict[str, Any]]) -> "Figure | None":
+def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draws validation loss against tokens, a panel per rank; None without curves."""
-    curves = {row["folder"]: read_curve(workdir / row["folder"]).T for row in rows}
-    rows = [row for row in rows if curves[row["folder"]].size]
+    rows = [row for row in rows if row["curve"]]
     if not rows:
         return None
+    curves = {row["folder"]: np.array(row["curve"], np.float64).T for row in rows}
     ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
     columns = min(len(ranks), 3)
     lines = -(-len(ranks) // columns)
     figure, grid = _panels(lines, columns, 0.7 + 3.3 * lines)
-    limits = _loss_limits([curves[row["folder"]] for row in rows])
+    limits = _loss_limits(list(curves.values()))
     for place, (rank, axes) in enumerate(zip(ranks, grid, strict=False)):
         for row in rows:
             if row["rank"] not in (None, rank):
@@ -134,12 +133,12 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
 
     Among tables in bands that differ only in their number, it shows only the best.
     """
-    best: dict[tuple, dict[int, dict[str, Any]]] = {}
+    best: dict[tuple, dict[int, Row]] = {}
     for row in sweep["rows"]:
-        of_kind = best.setdefault((row["method"], row["bands"] > 1, row["bits"]), {})
-        known = of_kind.setdefault(row["rank"], row)
-        if row["added_loss"] < known["added_loss"]:
-            of_kind[row["rank"]] = row
+        of_kind = best.setdefault((row.method, row.bands > 1, row.bits), {})
+        known = of_kind.setdefault(row.rank, row)
+        if row.added_loss < known.added_loss:
+            of_kind[row.rank] = row
     colours = {OWN_TABLE: INK} | {name: m.colour for name, m in METHODS.items()}
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
@@ -147,11 +146,11 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         for (method, in_bands, bits), of_kind in best.items():
             if field == "params" and bits < 32:
                 continue  # Bits do not change the number of values.
-            rows = sorted(of_kind.values(), key=lambda row: row["params"])
+            rows = sorted(of_kind.values(), key=lambda row: row.params)
             colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
             axes.plot(
-                [row[field] / 1e6 for row in rows],
-                [max(row["added_loss"], SMALLEST_ADDED) for row in rows],
+                [getattr(row, field) / 1e6 for row in rows],
+                [max(row.added_loss, SMALLEST_ADDED) for row in rows],
                 color=colour,
                 marker=BITS_MARKERS.get(bits, "X"),
                 ls=BITS_LINES.get(bits, "-."),

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, plots/*.png, report.md and report.html; returns the last.
 
-    `results` come from `collect_results`. Curves and spectrum are read from `workdir`.
+    `results` come from `collect_results`. The spectrum is read from `workdir`.
     """
     write_json(workdir / "results.json", results)
     view, spectrum = experiment_view(results), results["spectrum"] or {}
     figures = {
-        "loss": curves_figure(workdir, results["rows"]),
+        "loss": curves_figure(results["rows"]),
         "size": size_figure(view["models"]),
         "spectrum": None,
     }

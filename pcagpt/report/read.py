@@ -10,7 +10,7 @@ from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import check_fields
-from pcagpt.run.folder import read_record, read_result
+from pcagpt.run.folder import read_record, read_result, read_window_losses
 from pcagpt.telemetry.metrics import read_metrics
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ _RESULT: dict[str, tuple] = {
 
 
 def read_row(folder: Path) -> dict[str, Any]:
-    """Reads a finished run's result; adds what the report also shows.
+    """Reads all that the report needs of a finished run.
+
+    The row has the fields of result.json and, among others:
+      curve: [[tokens, validation loss], ...] of each evaluation.
+      windows: see `read_window_losses`.
 
     Raises:
       UserError: the run is missing, unfinished, damaged or of an unknown arm.
@@ -69,14 +73,16 @@ def read_row(folder: Path) -> dict[str, Any]:
             f"{folder / 'result.json'} has the arm {result['arm']!r}: it must be one "
             f"of {', '.join(ARMS)}"
         )
-    curve, config = read_curve(folder), read_config(folder)
+    curve, config = _curve(folder, result.get("curve")), read_config(folder)
     return {
         "letter": ARMS[result["arm"]].letter,
         "folder": folder.name,
         "learning_rate": config.get("train", {}).get("learning_rate"),
         "corpus": config.get("corpus"),
-        "start_loss": curve[0, 1] if len(curve) and curve[0, 0] == 0 else None,
+        "start_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
+        "windows": read_window_losses(folder),
         **result,
+        "curve": curve,
     }
 
 
@@ -111,13 +117,11 @@ def read_singular_values(folder: Path) -> np.ndarray | None:
         return None
 
 
-def read_curve(folder: Path) -> np.ndarray:
-    """(tokens, validation loss) of each evaluation: float64 [evaluations, 2].
+def _curve(folder: Path, curve: list | None) -> list[list[float]]:
+    """The curve of result.json as numbers; of older versions, that of metrics.jsonl.
 
-    The lines of metrics.jsonl, which have no hash, count only for runs of older
-    versions. Raises UserError if result.json is damaged.
+    The lines of metrics.jsonl have no hash. UserError if result.json is damaged.
     """
-    curve = (read_result(folder) or {}).get("curve")
     if curve is None:
         losses = {
             entry["tokens"]: entry["loss"]
@@ -126,7 +130,7 @@ def read_curve(folder: Path) -> np.ndarray:
         }
         curve = sorted(losses.items())
     try:
-        return np.array(curve, np.float64).reshape(-1, 2)
+        return np.array(curve, np.float64).reshape(-1, 2).tolist()
     except (TypeError, ValueError):
         raise UserError(
             f"{folder / 'result.json'} is damaged ('curve' holds no pairs of numbers): "

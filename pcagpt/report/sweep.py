@@ -1,4 +1,7 @@
-"""sweep.json -> tables and texts of the report on a compression sweep."""
+"""sweep.json -> tables and texts of the report on a compression sweep.
+
+`sweep` is the content of sweep.json as `read_sweep` returns it.
+"""
 
 from typing import Any
 
@@ -7,37 +10,38 @@ import numpy as np
 from pcagpt.factorize import FLOAT_BYTES, OWN_TABLE, SMALLEST_ADDED
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import Markdown, count, fixed, render, signed, table
+from pcagpt.rows import Row
 
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     """The data that the template sweep.md.j2 shows."""
-    rows = sorted(sweep["rows"], key=lambda row: (row["bytes"], row["added_loss"]))
+    rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
     return {
         "sweep": sweep,
         "baseline": baseline_of(sweep),
         "equal_size": equal_size_table(sweep),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
-        "rows": [{"name": row_name(row)} | row for row in rows],
+        "rows": [(row_name(row.method, row.bands, row.bits), row) for row in rows],
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
         "small_loss": SMALL_LOSS,
     }
 
 
-def advice_text(row: dict[str, Any], folder: str) -> str:
+def advice_text(row: Row, folder: str) -> str:
     """Describes the chosen table in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
-        for size, rank in zip(row["band_sizes"], row["band_ranks"], strict=True)
+        for size, rank in zip(row.band_sizes, row.band_ranks, strict=True)
     )
     return (
-        f"{row_name(row)}: {count(row['params'])} numbers, {count(row['bytes'])} bytes"
-        "\n"
+        f"{row_name(row.method, row.bands, row.bits)}: {count(row.params)} numbers, "
+        f"{count(row.bytes)} bytes\n"
         f"bands: {bands}\n"
-        f"added loss: {fixed(row['predicted_loss'], 4)} predicted, "
-        f"{fixed(row['added_loss'], 4)} measured, in nats per token\n"
+        f"added loss: {fixed(row.predicted_loss, 4)} predicted, "
+        f"{fixed(row.added_loss, 4)} measured, in nats per token\n"
         f"model: {folder}"
     )
 
@@ -49,7 +53,7 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
     return {
         "params": numbers,
         "bytes": FLOAT_BYTES * numbers,
-        "loss": sweep["rows"][0]["loss"],
+        "loss": sweep["rows"][0].loss,
     }
 
 
@@ -59,19 +63,19 @@ def table_name(method: str, bands: str, bits: int = 32) -> str:
     return ", ".join(filter(None, [method, bands, f"int{bits}" if bits < 32 else ""]))
 
 
-def row_name(row: dict[str, Any]) -> str:
+def row_name(method: str, bands: int, bits: int = 32) -> str:
     """The name of a row's table."""
-    bands = f"{row['bands']} bands" if row["bands"] > 1 else ""
-    return table_name(row["method"], bands, row.get("bits", 32))
+    return table_name(method, f"{bands} bands" if bands > 1 else "", bits)
 
 
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss: a row for each method and number of bands, a column for each rank."""
-    rows = [row for row in sweep["rows"] if row["bits"] == 32]
+    rows = [row for row in sweep["rows"] if row.bits == 32]
     found: dict[str, dict[int, float]] = {}
     for row in rows:
-        found.setdefault(row_name(row), {})[row["rank"]] = row["added_loss"]
-    ranks = sorted({row["rank"] for row in rows})
+        name = row_name(row.method, row.bands)
+        found.setdefault(name, {})[row.rank] = row.added_loss
+    ranks = sorted({row.rank for row in rows})
     best = {k: min(added[k] for added in found.values() if k in added) for k in ranks}
     lines = []
     for name, added in found.items():
@@ -87,15 +91,16 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
         untrained = [
-            ("svd", row["added_loss"])
+            ("svd", row.added_loss)
             for row in sweep["rows"]
-            if (row["method"], row["rank"], row["bits"]) == ("svd", rank, 32)
+            if (row.method, row.rank, row.bits) == ("svd", rank, 32)
         ]
-        for name, added in [*untrained, (row_name(runs[0]), runs[0]["added_at_start"])]:
+        best = row_name(runs[0]["method"], runs[0]["bands"])
+        for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
             rows.append({"name": name, "rank": rank, "added_loss": added})
         for row in runs:
             on = " on D's predictions" if row["letter"] == "Bd" else ""
-            rows.append(row | {"name": f"{row_name(row)}, trained further{on}"})
+            rows.append(row | {"name": f"{best}, trained further{on}"})
     for row in recovered:
         if row["rank"] is None:
             none = {"less_continued": None, "less_continued_interval": None}
@@ -104,15 +109,15 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
 
 
-def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _accuracy(rows: list[Row]) -> dict[str, Any] | None:
     """Accuracy of the predictions on float32 tables that were not used to fit them."""
     pairs = [
-        (row["predicted_loss"], row["added_loss"])
+        (row.predicted_loss, row.added_loss)
         for row in rows
-        if not row["is_anchor"]
-        and row["bits"] == 32
-        and row["predicted_loss"] is not None
-        and row["added_loss"] >= SMALLEST_ADDED
+        if not row.is_anchor
+        and row.bits == 32
+        and row.predicted_loss is not None
+        and row.added_loss >= SMALLEST_ADDED
     ]
     if len(pairs) < 3:
         return None

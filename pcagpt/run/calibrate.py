@@ -126,6 +126,8 @@ def statistics(
 ) -> Statistics:
     """Statistics of a run with a full table; cached in the folder of the run.
 
+    All processes call this.
+
     Args:
       run: the folder and the step.
       model: the run's, with its `variables` on the mesh.

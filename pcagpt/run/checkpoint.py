@@ -7,6 +7,7 @@ digests are checked before Orbax opens a file.
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt import trees
-from pcagpt.errors import Unreadable, UserError, unreadable, warn_once
+from pcagpt.errors import Unreadable, UserError, warn_once
 from pcagpt.files import LARGEST, check_values, read_json, strict, sync
 from pcagpt.run import digests
 from pcagpt.run.weights import alone, read_weights
@@ -31,7 +32,8 @@ _LOGGER = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run folder; a context manager.
 
-    Keeps the last `keep_last` and the one with the lowest validation loss.
+    Keeps the last `keep_last` and the one with the lowest validation loss. All
+    processes call the methods.
     """
 
     def __init__(self, run_dir: Path, keep_last: int):
@@ -52,7 +54,7 @@ class Checkpoints:
             # Orbax's own clean-up can remove what it is just saving.
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            _remove_damaged_notes(run_dir)
+            _remove_damaged_metadata(run_dir)
         processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -110,8 +112,8 @@ class Checkpoints:
     def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.
 
-        If it finds one, it reports and deletes the newer ones, which are damaged: their
-        steps are trained again, to the same numbers.
+        If it finds one, it reports the newer ones, which are damaged, and moves them
+        aside: their steps are trained again.
 
         Args:
           template: items as for `save`, as `jax.ShapeDtypeStruct` with the shardings to
@@ -122,7 +124,7 @@ class Checkpoints:
 
         Raises:
           UserError: every checkpoint is damaged, or the system does not let one be
-            read.
+            read. Any other error is no damage, and leaves all checkpoints as they are.
         """
         arrays = {n: ocp.args.StandardRestore(tree) for n, tree in template.items()}
         wanted = ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore())
@@ -135,29 +137,26 @@ class Checkpoints:
                     lambda at=step: digests.damage(self._folder / str(at), below)
                 ):
                     raise UserError(reason)
-                restored = self._manager.restore(step, args=wanted)
+                with digests.reading(self._folder / str(step)):
+                    restored = self._manager.restore(step, args=wanted)
                 if not _is_sane({name: restored[name] for name in template}):
                     raise UserError("it holds values that are not finite, or absurd")
-            # Orbax and what it calls raise errors of many types.
-            except Exception as error:
-                # It may be undamaged.
-                if "RESOURCE_EXHAUSTED" in str(error) or processes.lost_process(error):
-                    raise
-                if found := unreadable(error):
-                    raise found from None
-                reason = str(error).strip().split("\n")[0]
-                limit = None if isinstance(error, UserError) else 200
-                damaged.append((step, reason[:limit]))
+            except Unreadable:
+                raise
+            except UserError as error:
+                damaged.append((step, error))
                 continue
             for later, reason in damaged:
+                kept = processes.from_first(lambda at=later: self._move_aside(at))
+                self._manager.delete(later)
                 _LOGGER.warning(
                     "checkpoint %s is damaged (%s): "
-                    "falling back to the one before, step %d",
+                    "falling back to the one before, step %d; its files are kept in %s",
                     self._folder / str(later),
                     reason,
                     step,
+                    kept,
                 )
-                self._manager.delete(later)
             return {name: restored[name] for name in template}, restored.meta
         if damaged:
             raise UserError(
@@ -165,6 +164,14 @@ class Checkpoints:
                 f"delete {self._folder.parent} to train the run again"
             )
         return None
+
+    def _move_aside(self, step: int) -> str:
+        """Renames a checkpoint, so that no command takes it for one; its new name."""
+        folder = self._folder / str(step)
+        name = f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder.rename(folder.with_name(name))
+        folder.mkdir()  # Orbax deletes this, and then forgets the step.
+        return name
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -256,10 +263,10 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def _remove_damaged_notes(run_dir: Path) -> None:
-    """Removes damaged notes of checkpoints, because Orbax would fail on them.
+def _remove_damaged_metadata(run_dir: Path) -> None:
+    """Removes damaged metadata and metrics files, on which Orbax fails.
 
-    Their validation loss only tells which checkpoint is the best.
+    The metrics only tell which checkpoint is the best.
     """
     for step in steps(run_dir):
         folder = folder_of(run_dir, step)
@@ -326,9 +333,12 @@ def load_weights(path: str | Path) -> dict[str, dict]:
         damage = digests.damage(folder, "weights/")
         if damage:
             raise UserError(damage)
-        weights = read_weights(folder)
+        with digests.reading(folder):
+            weights = read_weights(folder)
         for name, leaf in trees.flatten(weights).items():
             check_values(leaf, name)
+    except Unreadable:
+        raise
     except UserError as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({error}): name another step beside "

@@ -1,19 +1,21 @@
 """digests.json of a checkpoint: hashes of all files, and of all arrays of the weights.
 
 It is written at the end of a save, and checked before Orbax opens a file. Checkpoints
-of older versions have none. If digests.json itself is damaged, which its own hash
-tells, nothing proves the other files, and the checkpoint counts as damaged. A person
-who deletes digests.json takes them unchecked.
+of older versions have none. If digests.json is damaged, the checkpoint counts as
+damaged. Delete digests.json to read the checkpoint unchecked.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
-from pcagpt.errors import Unreadable, UserError
-from pcagpt.files import check_digests, digests, read_json, sync, write_json
+from pcagpt.errors import Unreadable, UserError, unreadable
+from pcagpt.files import check_digests, digests_of, read_json, sync, write_json
 from pcagpt.run.weights import read_weights
+from pcagpt.sharding import processes
 
 FILE = "digests.json"
 # Orbax writes these two after the digests; no restored value depends on them.
@@ -25,7 +27,7 @@ def seal(folder: Path) -> None:
     below = [path for path in folder.rglob("*") if path.name not in _UNLISTED]
     files = [str(path.relative_to(folder)) for path in below if path.is_file()]
     arrays = of_arrays(read_weights(folder))
-    write_json(folder / FILE, {"files": digests(folder, files), "arrays": arrays})
+    write_json(folder / FILE, {"files": digests_of(folder, files), "arrays": arrays})
     for path in (*below, folder.parent):
         sync(path)
 
@@ -42,7 +44,10 @@ def of_arrays(weights: dict) -> dict[str, str]:
 
 def arrays(folder: Path) -> dict[str, str]:
     """`of_arrays` of a checkpoint's weights; UserError if they cannot be read."""
-    return (_listed(folder) or {}).get("arrays") or of_arrays(read_weights(folder))
+    if known := (_listed(folder) or {}).get("arrays"):
+        return known
+    with reading(folder):
+        return of_arrays(read_weights(folder))
 
 
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
@@ -61,7 +66,28 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within, an error that damage of a checkpoint can cause becomes a UserError.
+
+    Call `damage` before: where there are digests, the files are then proved, and every
+    error stays what it is. Raises Unreadable as `damage` does.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    # Orbax and what it calls raise errors of many types.
+    except Exception as error:
+        if found := unreadable(error):
+            raise found from None
+        is_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        is_proved = (folder / FILE).exists()
+        if is_proved or is_of_memory or processes.lost_process(error):
+            raise
+        raise UserError(str(error).strip().split("\n")[0][:200]) from None
+
+
 def _listed(folder: Path) -> dict[str, Any] | None:
     """The content of digests.json; None in older checkpoints."""
-    consequence = "only without this file can the checkpoint be read, unchecked"
-    return read_json(folder / FILE, consequence)
+    return read_json(folder / FILE, "delete it to read the checkpoint unchecked")

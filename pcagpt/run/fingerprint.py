@@ -4,31 +4,20 @@ import hashlib
 import json
 from pathlib import Path
 
-from pcagpt.errors import UserError
 from pcagpt.run import checkpoint, digests
-from pcagpt.run.folder import find_record, read_result
+from pcagpt.run.folder import choose
 
 
 def of(path: str | Path) -> str:
     """A hash of the weights and of the number of heads: what a run computes with.
 
     Equal weights give equal hashes: time, device and versions do not enter. `path` and
-    errors are as for `checkpoint.find`. A finished run with a damaged last checkpoint
-    is refused, because the checkpoint before is another model.
+    errors are as for `choose`.
     """
-    run_dir, step = checkpoint.find(path)
-    folder = checkpoint.folder_of(run_dir, step)
-    last = (read_result(run_dir) or {}).get("steps", step)
-    if last != step and Path(path).name != str(step):
-        reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
-        raise UserError(
-            f"the last checkpoint of {run_dir}, step {last}, is damaged "
-            f"({reason or 'it is missing'}): delete {run_dir / 'result.json'} to train "
-            f"the run on from step {step}, or name {folder}"
-        )
-    model = (find_record(run_dir) or {}).get("model")
+    there, step = choose(path)
+    model = (there.stored or {}).get("model")
     heads = model.get("n_head") if isinstance(model, dict) else None
-    arrays = digests.arrays(folder)
+    arrays = digests.arrays(checkpoint.folder_of(there.folder, step))
     text = json.dumps({"n_head": heads, "arrays": arrays}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -30,16 +30,17 @@ from pcagpt.files import (
     write_json,
     write_npy,
 )
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, digests
 from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.weights import read_updates
+from pcagpt.telemetry.metrics import read_metrics
 
 # The sections that determine a run's numbers. Other knobs may change when it resumes.
 IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# The hash of their content stands for the corpus and the imports, so that these and a
-# folder of runs can be moved. Only `evaluate` reads a run's test split.
+# Corpus and imports are compared by hash, not by path, so they can be moved. Only
+# `evaluate` reads a run's test split. Chunks of the loss change it by rounding only.
 NOT_IDENTITY = (
     "corpus.test",
     "data.cache_dir",
@@ -49,6 +50,7 @@ NOT_IDENTITY = (
     "init.blocks_from",
     "init.weights_from",
     "distill.teacher",
+    "train.loss_chunks",
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
@@ -69,7 +71,7 @@ _RECORD = {
     "corpus_sha256": (str, None),
     "compressed": (dict, None),
 }
-# A record that training wrote has one of these; those of older versions the second.
+# Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}
 LOGS = ("metrics.jsonl", "val_window_losses.npy", "result.json")  # of begun training
 
@@ -82,13 +84,6 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         check_fields(record, _RECORD, path, remedy)
         check_stored(record, f"{path} is damaged", remedy)
     return record
-
-
-def find_record(run_dir: Path) -> dict[str, Any] | None:
-    """config.json or, if it was lost, the newest checkpoint's copy; None without."""
-    record, steps = read_record(run_dir), checkpoint.steps(run_dir)
-    copies = (_copy(run_dir, step) for step in reversed(steps))
-    return next(filter(None, copies), None) if record is None else record
 
 
 def _copy(run_dir: Path, step: int) -> dict[str, Any] | None:
@@ -165,8 +160,8 @@ class Contents:
     """What a run's folder holds, as `look` read it.
 
     record: config.json; stored: the same or, if it was lost, the newest checkpoint's
-    copy; result: of a finished run; damage: of config.json or result.json, without
-    which all three are None.
+    copy; result: of a finished run; damage: why config.json or result.json cannot be
+    read; record, stored and result are then None.
     """
 
     folder: Path
@@ -181,19 +176,19 @@ class Contents:
     def is_begun(self) -> bool:
         """Whether there is anything that training would replace.
 
-        A config.json alone, if training wrote it, does not count: training ended before
-        its first step, for example because memory was too small.
+        A config.json that training wrote does not count without a logged update: memory
+        may have been too small for the first one.
         """
         is_foreign = self.record is not None and not _OURS & self.record.keys()
         return bool(self.saved or self.has_logs or self.damage or is_foreign)
 
     @property
     def is_made_here(self) -> bool:
-        """Whether training wrote the record and all checkpoints, under these numbers.
+        """Whether training wrote the record and all checkpoints.
 
-        A compressed model was not trained. In a folder that a person put together, a
-        checkpoint need not have an optimizer, or the number of updates that it has
-        done.
+        Each checkpoint's number then equals the updates stored in it. A compressed
+        model was not trained. In a folder that a person put together, a checkpoint need
+        not have an optimizer, or the number of updates that it has done.
         """
         stored = self.stored or {}
         if "compressed" in stored or not _OURS & stored.keys():
@@ -202,7 +197,7 @@ class Contents:
 
     @property
     def stranger(self) -> str | None:
-        """Why a checkpoint cannot be the run's own at its step; None if all can.
+        """Why a checkpoint is not this run's checkpoint of its step; None if all are.
 
         A checkpoint that holds only weights, or a damaged one, is not judged.
         """
@@ -240,7 +235,8 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
         )
         for step in (checkpoint.steps(run_dir) if steps is None else steps)
     )
-    has_logs = any(map(_has_content, map(run_dir.joinpath, LOGS)))
+    # No training goes on from logs, but only from checkpoints.
+    has_logs = not saved and any(map(_is_of_begun_run, map(run_dir.joinpath, LOGS)))
     try:
         record = read_record(run_dir)
         copies = (one.record for one in reversed(saved))
@@ -251,8 +247,38 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
     return Contents(run_dir, saved, has_logs, record, stored, result)
 
 
-def _has_content(path: Path) -> bool:
-    return path.exists() and (path.is_dir() or path.stat().st_size > 0)
+def choose(path: str | Path) -> tuple[Contents, int]:
+    """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
+
+    Raises:
+      UserError: there is no checkpoint, it is another run's, config.json or result.json
+        is damaged, or the last checkpoint of a finished run is damaged or missing: the
+        one before is another model, and must be named.
+    """
+    run_dir, step = checkpoint.find(path)
+    there, folder = look(run_dir, [step]), checkpoint.folder_of(run_dir, step)
+    if there.damage:
+        raise there.damage
+    if there.stranger:
+        raise UserError(f"{there.stranger}: put the run's own checkpoint there")
+    last = (there.result or {}).get("steps", step)
+    if last != step and Path(path) != folder:
+        reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
+        raise UserError(
+            f"the last checkpoint of {run_dir}, step {last}, is damaged "
+            f"({reason or 'it is missing'}): delete {run_dir / 'result.json'} to train "
+            f"the run on from step {step}, or name {folder}"
+        )
+    return there, step
+
+
+def _is_of_begun_run(log: Path) -> bool:
+    """Whether a log holds more than the validation before the first update."""
+    if not log.is_file():
+        return log.exists()
+    is_metrics = log.name == "metrics.jsonl"
+    steps = {entry["step"] for entry in read_metrics(log)} if is_metrics else {}
+    return log.stat().st_size > 0 and steps != {0}
 
 
 def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -325,8 +351,8 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """'train.steps (was 5000, now 6000)' for each difference from the stored record.
 
     An import whose hash in `record` is None is not compared, nor are the bands that
-    come from it. If only one record knows the corpus, `Corpus.differences` compares it,
-    and not this function.
+    come from it. If only one record knows the corpus, `Corpus.changed_parts` compares
+    it, and not this function.
     """
     known, hashes = (one.get("imported_sha256") or {} for one in (stored, record))
     unknown = {name for name, sha256 in hashes.items() if sha256 is None}

@@ -34,7 +34,7 @@ SHORTEST, LONGEST = 0.1, 5  # pause between two looks, in seconds
 
 
 class Lock:
-    """What one command does to hold a folder; `held` is the way to use it."""
+    """The lock of one command on one folder; use it through `held`."""
 
     def __init__(self, folder: Path):
         folder = folder.resolve()  # It may have several names.

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
-from pcagpt.data.corpus import IDENTITY, Corpus, describe_corpus, open_corpus
+from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
-from pcagpt.run.folder import find_record, look
+from pcagpt.run.folder import choose
 from pcagpt.sharding import placement, processes
 
 
@@ -39,31 +39,18 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
+        All processes call this.
+
         Raises:
-          UserError: the folder, its checkpoint or its config.json does not exist, or
-            the checkpoint is another run's.
+          UserError: as for `choose`, or no config.json exists.
         """
 
-        def find() -> tuple[str, int]:
-            folder, step = checkpoint.find(path)
-            there = look(folder, [step])
-            if there.damage:
-                raise there.damage
-            if there.stranger:
-                raise UserError(f"{there.stranger}: put the run's own checkpoint there")
-            last = (there.result or {}).get("steps", step)
-            is_named = Path(path).name == str(step)
-            if not is_named and last not in checkpoint.steps(folder):
-                warn_once(
-                    f"{checkpoint.folder_of(folder, last)}, the last checkpoint of a "
-                    f"finished run, is missing: step {step} is used"
-                )
-            return str(folder), step
+        def find() -> tuple[Path, int, dict[str, Any] | None]:
+            there, step = choose(path)
+            return there.folder, step, there.stored
 
         # The run may be training: every process must open the same step.
-        found, step = processes.from_first(find)
-        folder = Path(found)
-        record = find_record(folder)
+        folder, step, record = processes.from_first(find)
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
@@ -171,6 +158,7 @@ class Run:
         """Opens the corpus of `data`, which must have some splits.
 
         If `asked` names another corpus than the run's own, a line on stderr says so.
+        All processes call this.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
@@ -179,9 +167,12 @@ class Run:
         """
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
-            self._check_tokenizer(describe_corpus(data.source, data.tokenizer, splits))
+            described = processes.from_first(
+                lambda: describe_corpus(data.source, data.tokenizer, splits)
+            )
+            self._check_tokenizer(described)
         corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
-        differing = corpus.differences(self.record, (*IDENTITY, "test"))
+        differing = corpus.changed_parts(self.record, (*TRAINING_PARTS, "test"))
         if differing and not asked.source:
             raise UserError(
                 f"{data.source} is no longer the corpus that {self.folder} was trained "
@@ -197,7 +188,7 @@ class Run:
 
         `splits` must also be those of the run's corpus.
         """
-        differing = corpus.differences(self.record, {*IDENTITY, *splits})
+        differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
 
     def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
@@ -206,7 +197,7 @@ class Run:
         Says on stderr if it is another corpus than the run's own, also in `splits`.
         """
         self._check_tokenizer(corpus)
-        differing = corpus.differences(self.record, {*IDENTITY, *splits}) or []
+        differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
         if "tokenizer_sha256" in differing:
             raise UserError(
                 f"{corpus.name} numbers its tokens in another way than the corpus of "

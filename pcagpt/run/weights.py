@@ -33,38 +33,33 @@ def _local_checkpointer() -> ocp.Checkpointer:
 def read_weights(folder: Path) -> dict:
     """{'params', 'constants'} of a checkpoint's folder: nested dicts of host arrays.
 
-    UserError if they cannot be read; nothing compares them with their digests.
+    Nothing compares them with their digests. Damage can raise any error. UserError if
+    they are larger than their files, or lack params.
     """
     folder = folder.absolute() / "weights"
-    try:
-        with _local_checkpointer() as checkpointer:
-            saved = checkpointer.metadata(folder).item_metadata.tree
-            declared = sum(
-                leaf.dtype.itemsize * math.prod(leaf.shape)
-                for leaf in jax.tree.leaves(saved)
-            )
-            stored = sum(path.stat().st_size for path in folder.rglob("*"))
-            check_size(folder, declared, stored)
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
-            )
-            weights = checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-            )
-        if not isinstance(weights.get("params"), dict):
-            raise ValueError("it holds no params")
-        return weights
-    except (UserError, MemoryError):
-        raise
-    # Orbax and what it calls raise errors of many types.
-    except Exception as error:
-        raise UserError(str(error).strip().split("\n")[0][:120]) from None
+    with _local_checkpointer() as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        declared = sum(
+            leaf.dtype.itemsize * math.prod(leaf.shape)
+            for leaf in jax.tree.leaves(saved)
+        )
+        stored = sum(path.stat().st_size for path in folder.rglob("*"))
+        check_size(folder, declared, stored)
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
+        )
+        weights = checkpointer.restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
+    if not isinstance(weights.get("params"), dict):
+        raise UserError("it holds no params")
+    return weights
 
 
 def read_updates(folder: Path) -> int | None:
     """The number of updates stored in a checkpoint's folder; None with weights alone.
 
-    A damaged checkpoint counts as what its name says.
+    If it cannot be read, the number in the folder's name; `restore_latest` judges it.
     """
     folder = folder.absolute()
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):

@@ -41,7 +41,7 @@ def start(
 
 
 def leave() -> None:
-    """Tells the other processes, which also end, that this one ends.
+    """Tells the other processes, which are also ending, that this one ends on purpose.
 
     Without this call, they take it for dead and end with an error of their own.
     """
@@ -92,7 +92,10 @@ def _check_flags(flags: str) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every process has called this with the same name."""
+    """Waits until every process has called this with the same name.
+
+    All processes call this.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -104,6 +107,7 @@ _is_deciding = contextvars.ContextVar("_is_deciding", default=False)
 def from_first(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on every process.
 
+    All processes call this, and every function that calls it, unless within `decide`.
     Files may change while several processes look at them, and all must do the same. If
     `decide` raises an error, every process raises it.
 

@@ -1,6 +1,7 @@
 """Everything a run trains with, built from its settings and its corpus."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from pcagpt.run import initialise
 from pcagpt.run.build import build_config
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement
+from pcagpt.sharding import placement, processes
 from pcagpt.training import optim
 
 
@@ -39,12 +40,21 @@ class Setup:
     imported_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: Settings, corpus: Corpus) -> "Setup":
+    def of(
+        cls, settings: Settings, corpus: Corpus, missing: Collection[str] = ()
+    ) -> "Setup":
         """Builds the setup; checks all that can be checked before the first file.
+
+        Imports of the knobs in `missing` are not made yet: without them, the setup is
+        only a check. All processes call this.
 
         Raises UserError if the settings do not fit the corpus, the imports or the
         devices.
         """
+        frozen = initialise.frozen_patterns(settings.init)
+        if missing:  # A control needs all imports.
+            without = {"init.keep": "all", **dict.fromkeys(missing, "")}
+            settings = settings.replace(without)
         settings, _ = initialise.with_bands(settings)
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -57,7 +67,7 @@ class Setup:
         if settings.init.weights_from:
             Run.open(settings.init.weights_from).check_corpus(corpus)
         # Only a warning: controls may mix models.
-        mixed = initialise.mixed_origins(settings.init)
+        mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
         if mixed and jax.process_index() == 0:
             warn_once(mixed)
         model = GPT(build_config(settings.model, corpus.vocab_size))
@@ -66,7 +76,7 @@ class Setup:
             corpus=corpus,
             mesh=mesh,
             model=model,
-            optimizer=optim.optimizer(train, initialise.frozen_patterns(settings.init)),
+            optimizer=optim.optimizer(train, frozen),
             batches=TrainingBatches(
                 corpus.tokens("train"),
                 model.config.block_size,

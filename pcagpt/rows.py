@@ -1,0 +1,139 @@
+"""sweep.json and its rows: compressed tables, how they are made and what they cost.
+
+Each field is declared here only, with its type. A field that older files lack has a
+default: None for a number that was not measured.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
+
+from pcagpt.errors import UserError
+from pcagpt.files import check_fields, read_json
+
+REMEDY = "delete it to measure again"
+_SWEEP: dict[str, tuple] = {
+    "protocol": (dict,),
+    "rows": (list,),
+    "other_rows": (list, None),
+    "recovered": (list, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A way to compress a table.
+
+    method: a name in `METHODS`, or `OWN_TABLE`; bands: number of frequency bands to
+    start from; budget: number of values that may be stored; rank: the rank with this
+    budget in a single band (0 for `OWN_TABLE`); bits: of a stored value, 32 (float32),
+    8 or 4.
+    """
+
+    method: str
+    bands: int
+    budget: int
+    rank: int
+    bits: int = 32
+
+
+# What older files mean by the fields of a recipe that they lack.
+DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Recipe)
+    if field.default is not dataclasses.MISSING
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwapScores:
+    """Means over all targets, in nats per token.
+
+    loss: loss with the model's own table.
+    added_loss: loss added by the new table in input and head.
+    added_loss_input, added_loss_head: loss added by the new table on one side only.
+    kl: KL(own || new), the new table on both sides.
+    top1_agreement: share of positions where the most likely token stays the same.
+    added_loss_by_decile: [10], added_loss over the targets of each frequency decile;
+      None for a decile without targets.
+    """
+
+    loss: float
+    added_loss: float
+    added_loss_input: float
+    added_loss_head: float
+    kl: float
+    top1_agreement: float
+    added_loss_by_decile: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(SwapScores, Recipe):
+    """A row of sweep.json or advice.json: one compressed table.
+
+    band_sizes, band_ranks: of its bands (rank 0: full width); params: stored values;
+    bytes: its storage; seconds: time to make it; second_order_head and _input: a
+    `SecondOrder`; predicted_loss: prediction of added_loss; is_anchor: the predictions
+    were fitted to this row, among others.
+    """
+
+    band_sizes: list[int]
+    band_ranks: list[int]
+    params: int
+    bytes: int
+    seconds: float
+    second_order_head: float
+    second_order_input: float
+    predicted_loss: float | None = None
+    is_anchor: bool = False
+
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """Reads a JSON object; UserError, beginning with `where`, if it is damaged."""
+        check_fields(content, {}, where, REMEDY)
+        values = {}
+        for field in dataclasses.fields(cls):
+            value = content.get(field.name, field.default)
+            if not _has_type(value, field.type):
+                shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
+                raise UserError(
+                    f"{where} is damaged ('{field.name}' {shown:.40}): {REMEDY}"
+                )
+            values[field.name] = value
+        return cls(**values)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of its table."""
+        names = [field.name for field in dataclasses.fields(Recipe)]
+        return Recipe(*(getattr(self, name) for name in names))
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """sweep.json with its rows as `Row`s; {} without a file. UserError if damaged."""
+    found = read_json(path, REMEDY)
+    if found is None:
+        return {}
+    check_fields(found, _SWEEP, path, REMEDY)
+    tables = {
+        name: [
+            Row.of(row, f"{path}: row {number} of {name}")
+            for number, row in enumerate(found.get(name) or ())
+        ]
+        for name in ("rows", "other_rows")
+    }
+    return found | tables
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has a declared type; numbers must be finite."""
+    if isinstance(kind, UnionType):
+        return any(_has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        (of_entry,) = get_args(kind)
+        return type(value) is list and all(_has_type(one, of_entry) for one in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is kind

@@ -1,0 +1,63 @@
+"""sweep.json and its rows: what is read, from which versions, and what is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pcagpt.errors import UserError
+from pcagpt.files import write_json
+from pcagpt.report import write_sweep_report
+from pcagpt.rows import Row, read_sweep
+
+PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
+SWEEPS = list(PUBLISHED.rglob("sweep.json"))
+STORED = json.loads(SWEEPS[0].read_text())["rows"][0]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
+def test_published_sweeps_are_read_reported_and_written_with_all_fields(path, tmp_path):
+    stored, sweep = json.loads(path.read_text()), read_sweep(path)
+    write_json(tmp_path / "sweep.json", sweep)
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert all(written[name] == stored[name] for name in stored)
+    report = write_sweep_report(tmp_path, sweep).with_suffix(".md").read_text("utf-8")
+    assert all(f"| {row.bytes:,} | " in report for row in sweep["rows"])
+
+
+def test_a_field_that_an_older_version_did_not_write_has_its_default():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class NewerRow(Row):
+        interval: list[float] | None = None
+
+    assert NewerRow.of(STORED, "row 0").interval is None
+    older = {name: STORED[name] for name in STORED.keys() - {"bits", "predicted_loss"}}
+    row = Row.of(older, "row 0")
+    assert (row.bits, row.predicted_loss) == (32, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("kl", value) for value in ("0.1", None, True, math.nan, math.inf)),
+        *(("bytes", value) for value in (1.5, None, True)),
+        *(("predicted_loss", value) for value in ("0.1", math.nan)),
+        *(("added_loss_by_decile", value) for value in (0.1, ["a"], [math.inf])),
+        *(("bits", None), ("band_sizes", [1.5]), ("is_anchor", 1), ("method", 3)),
+    ],
+)
+def test_a_damaged_field_is_refused_in_one_line(name, value):
+    with pytest.raises(UserError, match=f"^row 0 is damaged .'{name}' is .*: delete"):
+        Row.of(STORED | {name: value}, "row 0")
+
+
+def test_a_row_without_a_required_field_and_no_row_are_refused(tmp_path):
+    lacking = {name: STORED[name] for name in STORED if name != "added_loss"}
+    sweep = {"protocol": {}, "rows": [STORED], "other_rows": [lacking]}
+    write_json(tmp_path / "sweep.json", sweep)
+    with pytest.raises(UserError, match="row 0 of other_rows .*'added_loss' is missi"):
+        read_sweep(tmp_path / "sweep.json")
+    with pytest.raises(UserError, match="row 0 is damaged .it is not a JSON object"):
+        Row.of([], "row 0")
