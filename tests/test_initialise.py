@@ -343,7 +343,7 @@ def test_an_import_that_changes_after_its_check_stops_the_run(tiny_config, facto
     factors(np.ones((97, 8)))
     with pytest.raises(UserError, match="import of import_wte_npy was changed"):
         asked.run(checked)
-    assert asked.status() == "to do"
+    assert asked.status().words == "to do"
 
 
 def test_factors_and_blocks_of_different_models_are_noticed(d_dir, tmp_path, factors):
