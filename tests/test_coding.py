@@ -148,7 +148,7 @@ def test_contexts_lower_the_loss_that_counts_them():
 
 
 def test_values_between_the_dead_zone_and_half_a_step_become_zero():
-    values = np.array([[0.55, 0.65, -0.55, -0.65, 1.55, 1.65]], np.float32)
+    values = np.array([[0.52, 0.58, -0.52, -0.58, 1.52, 1.58]], np.float32)
     symbols = quantize(Coefficients(values, None, None), np.ones(6))
     np.testing.assert_array_equal(symbols, [[0, 1, 0, -1, 1, 2]])
 

@@ -11,7 +11,7 @@ import pytest
 from command_line import call
 from runs import changed, execute, quick_compiles, snapshot
 
-from pcagpt import files, main
+from pcagpt import coding, files, main
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
@@ -224,7 +224,8 @@ def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
 ):
     agrees = "--config.compress.calibration_tokens=512"
     with pytest.raises(
-        UserError, match=rf"calibration_tokens \(there 512, here 256; {agrees} to match"
+        UserError,
+        match=rf"calibration_tokens \(there 512, here 256; use {agrees} to match",
     ):
         sweep_of(copied_sweep, **{"compress.calibration_tokens": 256})
 
@@ -528,6 +529,77 @@ def test_a_bound_on_bytes_is_used_up_and_allows_the_full_table_in_few_bits(
     assert max(row["bytes"] for row in trials) <= allowed
     assert chosen["added_loss"] == min(row["added_loss"] for row in trials)
     assert tried["context", 8]["bytes"] > 0.9 * allowed
+
+
+# Coded tables
+
+
+@pytest.fixture(scope="module")
+def coded(finished_experiment, compiled, tmp_path_factory):
+    """(config, {(method, rank): row}) of a sweep with coded tables."""
+    config = asked_in(tmp_path_factory.mktemp("coded"), finished_experiment)
+    with quick_compiles(compiled):
+        sweep = sweep_of(
+            config,
+            ranks=(16, 24),
+            **{"compress.methods": "context,coded", "compress.bands": (1,)},
+        )
+    return config, {(row["method"], row["rank"]): row for row in sweep["rows"]}
+
+
+@pytest.mark.parametrize("rank", [16, 24])
+def test_a_coded_table_is_a_row_a_file_and_a_run(coded, rank):
+    config, rows = coded
+    row, folder = rows["coded", rank], folder_of(config) / f"best_coded_k{rank}"
+    file = folder / "table.pcat"
+    assert row["bytes"] == file.stat().st_size <= rank * (VOCAB_SIZE + WIDTH)
+    table, description = coding.read(file)
+    np.testing.assert_array_equal(table.dense(), Run.open(folder).table())
+    assert description.measured_loss == row["added_loss"]
+    assert description.predicted_loss == row["predicted_loss"]
+    assert description.checkpoint == Run.open(config.model_path).fingerprint
+    wanted = row["loss"] + row["added_loss"]
+    assert loss_of(config, folder.name) == pytest.approx(wanted, abs=2e-6)
+
+
+def test_coded_tables_are_no_anchors_and_add_less_than_factors_of_their_size(coded):
+    _, rows = coded
+    assert not rows["coded", 16]["is_anchor"]
+    assert rows["coded", 24]["kl"] < rows["coded", 16]["kl"]
+    for rank in (16, 24):  # Factors with a byte per value would be as large.
+        assert rows["coded", rank]["kl"] < rows["context", rank]["kl"]
+
+
+def test_the_report_shows_coded_tables_with_their_bits(coded):
+    config, rows = coded
+    text = (folder_of(config) / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| coded | 16 |")]
+    bits = 8 * rows["coded", 16]["bytes"] / (VOCAB_SIZE * WIDTH)
+    assert f"| {bits:.2f} |" in line
+
+
+@pytest.mark.parametrize("bound", [{"max_bytes": 2600}, {"max_added_loss": 0.01}])
+def test_a_coded_table_meets_a_bound(asked, bound):
+    chosen, trials = advice_of(asked, methods="context,coded", **bound)
+    if "max_bytes" in bound:
+        assert max(row["bytes"] for row in trials) <= 2600
+        assert {row["method"] for row in trials} == {"baseline", "context", "coded"}
+        assert min(trials, key=lambda row: row["kl"])["method"] == "coded"
+    else:
+        assert chosen["method"] == "coded"
+        assert chosen["added_loss"] <= 0.01
+        fits = [row for row in trials if row["added_loss"] <= 0.01]
+        assert chosen["bytes"] == min(row["bytes"] for row in fits)
+
+
+def test_a_bound_on_numbers_leaves_out_coded_tables(asked):
+    chosen, _ = advice_of(asked, methods="context,coded", max_params=1000)
+    assert chosen["method"] == "context"
+
+
+def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):
+    with pytest.raises(UserError, match="rank 1, coded: a file of 129 bytes cannot"):
+        sweep_of(asked, ranks=(1,), **{"compress.methods": "coded"})
 
 
 # Refusals

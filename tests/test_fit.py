@@ -16,6 +16,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
+from pcagpt.methods import CODED
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -41,11 +42,11 @@ def test_recipes_are_all_that_fit_and_the_most_useful_come_first():
 
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
-    assert gpu.compress.methods.split(",") == list(METHODS)
+    assert gpu.compress.methods.split(",") == [*METHODS, CODED]
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0
-    assert set(cpu.compress.methods.split(",")) < set(METHODS)
+    assert set(cpu.compress.methods.split(",")) < {*METHODS, CODED}
     assert set(cpu.compress.bands) < {1, 7, 12}
     assert cpu.compress.calibration_tokens < 100_000
     assert 0 < cpu.evaluate.max_tokens < 100_000
@@ -113,7 +114,14 @@ def scores(added_loss):
     return SwapScores(**means, added_loss_by_decile=[])
 
 
-def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
+def world(
+    exponent=1.0,
+    factor=1.0,
+    least=2000,
+    table=TABLE,
+    bands=(1, 2, 5),
+    methods=("kl",),
+):
     """A `Fit` of this world; factor scales the loss."""
 
     def make(recipe):
@@ -126,12 +134,14 @@ def world(exponent=1.0, factor=1.0, least=2000, table=TABLE, bands=(1, 2, 5)):
         wte = np.empty((1, recipe.budget - 3), np.int8)
         stored = FactorizedTable.of_one_band(BandFactors(wte, None))
         size = recipe.budget * recipe.bits // 8
-        return Candidate(recipe, stored, wte, size, SecondOrder(loss, 0), 0.0)
+        if recipe.method == CODED:
+            size, loss = recipe.budget, loss / 100
+        return Candidate(recipe, stored, None, wte, size, SecondOrder(loss, 0), 0.0)
 
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    return Fit(make, measure, "kl", bands, table)
+    return Fit(make, measure, methods, bands, table)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
@@ -153,6 +163,22 @@ def test_a_loss_that_no_table_keeps_has_no_table():
     assert world(factor=1e9).within_loss(1e-3) is None
 
 
+def test_a_coded_file_is_searched_by_its_bytes():
+    """Losses are those of 'kl' with a single band and 32 bits, divided by 100."""
+    fit = world(1.5, 1.7, table=(4000, 3000), methods=["kl", CODED])
+    chosen = fit.within_loss(0.001)
+    assert chosen.candidate.recipe.method == CODED
+    assert 0.0009 <= chosen.scores.added_loss <= 0.001
+    assert {trial.candidate.recipe.method for trial in fit.trials} == {CODED}
+    fit = world(methods=["kl", CODED])
+    chosen = fit.within_bytes(20_000, [32, 8])
+    assert chosen.candidate.recipe.method == CODED
+    assert chosen.candidate.bytes == 20_000
+    assert {t.candidate.recipe.method for t in fit.trials} >= {"kl", CODED}
+    fit = world(methods=[CODED])
+    assert fit.within_bytes(20_000, [32, 8]) and len(fit.trials) == 1
+
+
 def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     fit = world(0.7, 20.0, least=3000, bands=(5,))
     chosen = fit.within_loss(20.0)
@@ -167,7 +193,7 @@ def test_an_error_is_not_a_budget_that_is_too_small():
         raise ValueError("operands could not be broadcast")
 
     with pytest.raises(ValueError, match="broadcast"):
-        Fit(fail, None, "kl", (5,), TABLE).within_loss(1.0)
+        Fit(fail, None, ["kl"], (5,), TABLE).within_loss(1.0)
 
 
 def test_a_bound_on_size_is_used_up():
