@@ -239,7 +239,7 @@ def test_rows_of_another_calibration_batch_size_are_refused_or_measured_anew(
     other, agrees = {"train.batch_size": 2 * size}, f"--config.train.batch_size={size}"
     with pytest.raises(
         UserError,
-        match=rf"calibration_batch_size \(there {size}, here {2 * size}; {agrees} to m",
+        match=rf"calibration_batch_size \(there {size}, here {2 * size}; use {agrees} to m",
     ):
         sweep_of(copied_sweep, **other)
     assert json.loads((folder / "sweep.json").read_text()) == before
@@ -580,7 +580,7 @@ def test_the_report_shows_coded_tables_with_their_bits(coded):
 
 @pytest.mark.parametrize("bound", [{"max_bytes": 2600}, {"max_added_loss": 0.01}])
 def test_a_coded_table_meets_a_bound(asked, bound):
-    chosen, trials = advice_of(asked, methods="context,coded", **bound)
+    chosen, trials = advice_of(asked, methods="context,coded", bits=(4,), **bound)
     if "max_bytes" in bound:
         assert max(row["bytes"] for row in trials) <= 2600
         assert {row["method"] for row in trials} == {"baseline", "context", "coded"}
