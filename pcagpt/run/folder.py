@@ -193,7 +193,13 @@ class Contents:
         stored = self.stored or {}
         if "compressed" in stored or not _OURS & stored.keys():
             return False
-        return all(saved.updates == saved.step for saved in self.saved)
+        unfinished = range(1, _steps_of(stored) if "run_id" in stored else 0)
+        return all(
+            # Without its optimizer, an unfinished run is still no model to start from.
+            saved.step in unfinished if saved.updates is None
+            else saved.updates == saved.step
+            for saved in self.saved
+        )
 
     @property
     def stranger(self) -> str | None:
