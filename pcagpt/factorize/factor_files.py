@@ -254,7 +254,9 @@ def sha256(path: Path) -> str:
 def sha256_of_bands(folder: Path) -> str:
     """Hash of the arrays of a table in bands; UserError if one is damaged."""
     _checked_file(folder / ORDER_FILE)
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.np[yz]")))
+    # A person may keep other files there. Older versions list none.
+    names = [*_listed(folder)] or [path.name for path in folder.glob("*.np[yz]")]
+    content = b"".join((folder / name).read_bytes() for name in sorted(names))
     return hashlib.sha256(content).hexdigest()
 
 

@@ -149,9 +149,13 @@ class TrainJob(Job):
         if there.result and there.lack:
             return f"{self.folder} is finished, but {there.lack}"
         if changed := self._changed(there):
-            return (
-                f"{self.folder} was trained with another config: {'; '.join(changed)}"
-            )
+            how = f"{self.folder} was trained with another config"
+            if all("imported_sha256.weights_from" in field for field in changed):
+                how = (
+                    f"{self.settings.init.weights_from} is now another model than the "
+                    f"one that {self.folder} started from"
+                )
+            return f"{how}: {'; '.join(changed)}"
         if found := there.stranger:
             return found
         if there.result is None and not there.is_made_here:
