@@ -17,8 +17,10 @@ import jax
 import numpy as np
 
 from pcagpt.config import Settings
+from pcagpt.config.schema import ModelSettings
 from pcagpt.data.corpus import open_corpus
-from pcagpt.model import GPTConfig, training_flops_per_token
+from pcagpt.model import training_flops_per_token
+from pcagpt.run.build import build_config
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.generate import cache_capacity, generate, in_compute_dtype
 from pcagpt.training import loop
@@ -64,8 +66,9 @@ def rank_of(model: str) -> int | None:
 
 def flops_per_token(size: Size, model: str) -> float:
     """FLOPs per trained token, the same for pcagpt and PyTorch."""
-    sizes = {name: getattr(size, name) for name in ("vocab_size", *MODEL_SIZES)}
-    return training_flops_per_token(GPTConfig(**sizes, n_embd_wte=rank_of(model)))
+    sizes = {name: getattr(size, name) for name in MODEL_SIZES}
+    settings = ModelSettings(**sizes, n_embd_wte=rank_of(model))
+    return training_flops_per_token(build_config(settings, size.vocab_size))
 
 
 def write_corpus(folder: Path, size: Size) -> None:

@@ -1,6 +1,7 @@
 """Tiny runs for tests: made quickly, compared, and looked into."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from pcagpt.config import KNOBS, Settings, override
+from pcagpt.config.schema import ModelSettings
 from pcagpt.factorize import Statistics
+from pcagpt.model import GPTConfig
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.plan import Plan, make_plan
@@ -57,6 +60,13 @@ def quick_environment(cache: Path | None = None) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **({"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}),
     }
+
+
+def gpt_config(**values: Any) -> GPTConfig:
+    """GPT-2 small in float32 without kernels, with some values set."""
+    plain = {"compute_dtype": "float32", "attention": "xla", "kernels": "xla"}
+    known = plain | {"vocab_size": 50257, "n_embd_wte": 0} | values
+    return GPTConfig(**dataclasses.asdict(ModelSettings()) | known)
 
 
 def changed(config: ConfigDict, **overrides: Any) -> ConfigDict:

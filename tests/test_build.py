@@ -21,7 +21,7 @@ def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
 
 def test_bands_must_hold_the_whole_vocabulary():
     model = ModelSettings(band_sizes=(10, 80), band_ranks=(8, 0))
-    assert build_config(model, 90, CPU).band_ranks == (8, None)
+    assert build_config(model, 90, CPU).band_ranks == (8, 0)
     with pytest.raises(UserError, match="add up to 90: .* 97"):
         build_config(model, 97, CPU)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import changed, json_of, snapshot
+from runs import changed, gpt_config, json_of, snapshot
 
 from pcagpt import main, trees
 from pcagpt.config import Settings
@@ -20,7 +20,7 @@ from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import TextSize, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
-from pcagpt.model import GPT, GPTConfig, HeadBand
+from pcagpt.model import GPT, HeadBand
 from pcagpt.pipeline import evaluate as task
 from pcagpt.pipeline import tasks
 from pcagpt.run.evaluator import (
@@ -35,12 +35,12 @@ from pcagpt.sharding import placement, processes
 
 pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, BLOCK = 21, 8
-DENSE = GPTConfig(
+DENSE = gpt_config(
     vocab_size=VOCAB, vocab_multiple=8, block_size=BLOCK, n_layer=1, n_head=2, n_embd=8
 )
 UNTIED = dataclasses.replace(DENSE, n_embd_wte=3, n_embd_wte_scale_tying=False)
 BANDS = dataclasses.replace(
-    UNTIED, n_embd_wte=None, band_sizes=(4, 7, 10), band_ranks=(None, 4, 2)
+    UNTIED, n_embd_wte=0, band_sizes=(4, 7, 10), band_ranks=(0, 4, 2)
 )
 # Seven whole windows and one of four targets.
 SPLIT = np.random.default_rng(1).integers(0, VOCAB, 7 * BLOCK + 5).astype(np.uint16)

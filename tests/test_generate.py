@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import call
-from runs import BANDS, changed, execute, json_of, setup, start
+from runs import BANDS, changed, execute, gpt_config, json_of, setup, start
 
 from pcagpt.config import Settings
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT
 from pcagpt.pipeline import sample
 from pcagpt.run import checkpoint, folder
 from pcagpt.run import generate as generation
@@ -29,13 +29,12 @@ TABLES = {
     "factorized": {"n_embd_wte": 8},
     "bands": {name.removeprefix("model."): sizes for name, sizes in BANDS.items()},
 }
-TABLES["bands"]["band_ranks"] = (None, 8, 4)
 
 
 @functools.cache
 def model_of(table, dtype="float32"):
     """A model of random weights large enough to have opinions, and its variables."""
-    model = GPT(GPTConfig(**SIZES, **TABLES[table], compute_dtype=dtype))
+    model = GPT(gpt_config(**SIZES, **TABLES[table], compute_dtype=dtype))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     random = np.random.default_rng(0)
     variables = jax.tree.map(

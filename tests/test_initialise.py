@@ -8,20 +8,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import assert_equal, changed, execute, setup, start
+from runs import assert_equal, changed, execute, gpt_config, job, setup, start
 
 from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
 from pcagpt.run.folder import write_record
 from pcagpt.training import loop
 
 pytestmark = pytest.mark.usefixtures("quick")
-MODEL = GPTConfig(
+MODEL = gpt_config(
     vocab_size=97, block_size=16, n_layer=1, n_head=2, n_embd=32, n_embd_wte=8
 )
 
@@ -165,7 +165,7 @@ def test_blocks_can_be_taken_from_any_checkpoint(d_dir):
 
 
 def test_a_table_for_the_baseline_is_imported_at_full_width(factors):
-    dense = dataclasses.replace(MODEL, n_embd_wte=None)
+    dense = dataclasses.replace(MODEL, n_embd_wte=0)
     table = np.random.default_rng(0).normal(size=(97, 32)).astype(np.float16)
     found = imported(dense, import_wte_npy=factors(table)["import_wte_npy"])
     assert list(found) == ["embed/band_0/wte"]
@@ -283,7 +283,7 @@ def test_missing_damaged_and_swapped_files_are_refused(name, factors, tmp_path):
 
 
 def test_scale_matrices_for_a_model_without_are_refused(factors):
-    dense = dataclasses.replace(MODEL, n_embd_wte=None)
+    dense = dataclasses.replace(MODEL, n_embd_wte=0)
     path = factors()["import_scale_matrices_npz"]
     message = refusal(dense, import_scale_matrices_npz=path)
     assert "has no scale matrices: set model.n_embd_wte=8" in message
@@ -334,6 +334,16 @@ def test_an_import_that_does_not_fit_leaves_an_overwritten_run_as_it_was(
         execute(tiny_config)
     assert_equal(leaves(run_dir), before)
     assert (run_dir / "result.json").exists()
+
+
+def test_an_import_that_changes_after_its_check_stops_the_run(tiny_config, factors):
+    knobs = {f"init.{name}": path for name, path in factors().items()}
+    asked = job(changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8}, **knobs))
+    checked = asked.check(set())
+    factors(np.ones((97, 8)))
+    with pytest.raises(UserError, match="import of import_wte_npy was changed"):
+        asked.run(checked)
+    assert asked.status().words == "to do"
 
 
 def test_factors_and_blocks_of_different_models_are_noticed(d_dir, tmp_path, factors):

@@ -85,7 +85,7 @@ def updates(config):
 
 def frozen(config):
     """The parameters that are not trained."""
-    return setup(config).frozen
+    return setup(config).optimizer.frozen
 
 
 def attention(config):

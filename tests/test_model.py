@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import gpt_config
 
 from pcagpt import trees
 from pcagpt.losses import token_losses
-from pcagpt.model import GPT, GPTConfig, training_flops_per_token
+from pcagpt.model import GPT, training_flops_per_token
 from pcagpt.model.block import _bias_gelu
 
 VOCAB = 21
-DENSE = GPTConfig(
+DENSE = gpt_config(
     vocab_size=VOCAB, vocab_multiple=8, block_size=7, n_layer=2, n_head=2, n_embd=8
 )
 FACTORIZED = dataclasses.replace(DENSE, n_embd_wte=3)
 UNTIED = dataclasses.replace(FACTORIZED, n_embd_wte_scale_tying=False)
 BANDS = dataclasses.replace(
-    UNTIED, n_embd_wte=None, band_sizes=(4, 7, 10), band_ranks=(None, 4, 2)
+    UNTIED, n_embd_wte=0, band_sizes=(4, 7, 10), band_ranks=(0, 4, 2)
 )
 CONFIGS = {
     "dense": DENSE,
@@ -377,7 +378,7 @@ def test_gelu_keeps_only_its_input_for_the_backward_pass():
 
 @functools.cache
 def initial_variables():
-    config = GPTConfig(
+    config = gpt_config(
         vocab_size=500,
         vocab_multiple=4,
         block_size=64,
@@ -386,7 +387,7 @@ def initial_variables():
         n_embd=32,
         n_embd_wte_scale_tying=False,
         band_sizes=(300, 200),
-        band_ranks=(None, 24),
+        band_ranks=(0, 24),
     )
     init = jax.jit(GPT(config).init)
     return init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -422,12 +423,12 @@ def test_tied_scales_are_one_leaf_and_a_full_rank_has_scales_too():
 
 
 def test_flops_of_gpt2_small_by_hand():
-    small = GPTConfig()
+    small = gpt_config()
     blocks, attention = 12 * 12 * 768 * 768, 12 * 12 * 1024 * 768
     assert training_flops_per_token(small) == 6 * (blocks + 50304 * 768) + attention
     factorized = dataclasses.replace(small, n_embd_wte=128)
     head = 50304 * 128 + 2 * 128 * 768
     assert training_flops_per_token(factorized) == 6 * (blocks + head) + attention
-    halves = dataclasses.replace(small, band_sizes=(257, 50000), band_ranks=(None, 128))
+    halves = dataclasses.replace(small, band_sizes=(257, 50000), band_ranks=(0, 128))
     head = 257 * 768 + 50047 * 128 + 2 * 128 * 768
     assert training_flops_per_token(halves) == 6 * (blocks + head) + attention

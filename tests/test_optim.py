@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import gpt_config
 
 from pcagpt.config.schema import TrainSettings
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT
 from pcagpt.training.optim import (
     freeze_labels,
     learning_rate_schedule,
@@ -56,13 +57,9 @@ def decays(path):
     return not path.endswith(("/bias", "/scale"))
 
 
-def adamw(train, frozen=()):
-    return optimizer(train, learning_rate_schedule(train), frozen)
-
-
 def run(train, gradients, frozen=()):
     """The parameters after one update with each of the gradients."""
-    transform = adamw(train, frozen)
+    transform = optimizer(train, frozen)
     params, state = PARAMS, transform.init(PARAMS)
     for gradient in gradients:
         updates, state = transform.update(gradient, state, params)
@@ -212,7 +209,7 @@ def test_frozen_leaves_get_no_update_no_decay_and_no_moments():
         assert_close(held(after), held(PARAMS), rtol=0, atol=0)
     for name in ("wpe", "block_0"):
         assert_close(after[name], expected[name])
-    state = adamw(train, frozen).init(PARAMS)
+    state = optimizer(train, frozen).init(PARAMS)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     total = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     assert moments == 2 * (total - 5 * 3 - 4 - 4)
@@ -238,18 +235,18 @@ def test_a_pattern_freezes_whole_paths_and_must_match_one():
     assert sorted(frozen) == ["embed/band_0/scale_down", "embed/band_0/scale_up"]
     for pattern in ("wte", "embed/band_0", r"embed/band_7/wte"):
         with pytest.raises(ValueError, match="nothing to freeze: no parameter match"):
-            adamw(TRAIN, [WTE, pattern]).init(PARAMS)
+            optimizer(TRAIN, [WTE, pattern]).init(PARAMS)
 
 
 def test_a_parameter_that_no_decay_rule_covers_is_an_error():
     stranger = PARAMS | {"block_0": PARAMS["block_0"] | {"gate": normal(4)}}
     with pytest.raises(ValueError, match="no rule covers parameter 'block_0/gate'"):
-        adamw(TRAIN).init(stranger)
+        optimizer(TRAIN).init(stranger)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_table_is_one_leaf_with_one_pair_of_moments(tied):
-    config = GPTConfig(
+    config = gpt_config(
         vocab_size=11,
         vocab_multiple=1,
         block_size=4,
@@ -266,5 +263,5 @@ def test_a_tied_table_is_one_leaf_with_one_pair_of_moments(tied):
     assert shapes.count((11, 3)) == 1
     assert (3, 11) not in shapes
     assert shapes.count((3, 6)) == (1 if tied else 2)
-    state = jax.eval_shape(adamw(TRAIN).init, params)
+    state = jax.eval_shape(optimizer(TRAIN).init, params)
     assert [leaf.shape for leaf in jax.tree.leaves(state)].count((11, 3)) == 2

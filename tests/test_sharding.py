@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
+from runs import gpt_config
 
 from pcagpt import trees
 from pcagpt.config.schema import TrainSettings
 from pcagpt.errors import UserError
 from pcagpt.losses import cross_entropy
-from pcagpt.model import GPT, GPTConfig, HeadBand
+from pcagpt.model import GPT, HeadBand
 from pcagpt.sharding import inside, placement, processes
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick")
-CONFIG = GPTConfig(
+CONFIG = gpt_config(
     vocab_size=63,
     vocab_multiple=64,
     block_size=8,
@@ -30,7 +31,7 @@ CONFIG = GPTConfig(
     n_embd_wte=4,
     n_embd_wte_scale_tying=False,
 )
-ADAMW = optim.optimizer(TrainSettings(), schedule=lambda step: 1e-3)
+ADAMW = optim.optimizer(TrainSettings())
 
 
 def state_shapes(config=CONFIG):

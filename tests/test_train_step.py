@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import gpt_config
 
 from pcagpt import trees
 from pcagpt.config.schema import TrainSettings
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT, token_order
 from pcagpt.sharding import placement
 from pcagpt.training import optim
 from pcagpt.training.step import (
@@ -23,7 +24,7 @@ from pcagpt.training.step import (
     train_step,
 )
 
-MODEL = GPTConfig(
+MODEL = gpt_config(
     vocab_size=63,
     vocab_multiple=64,
     block_size=8,
@@ -31,7 +32,7 @@ MODEL = GPTConfig(
     n_head=2,
     n_embd=32,
     band_sizes=(16, 47),
-    band_ranks=(None, 8),
+    band_ranks=(0, 8),
     # A bias on keys has no gradient but rounding errors, which AdamW blows up.
     bias=False,
 )
@@ -46,10 +47,6 @@ def shapes_of(config):
     return jax.eval_shape(
         GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     )["params"]
-
-
-def optimizer_of(adamw, frozen=()):
-    return optim.optimizer(adamw, optim.learning_rate_schedule(adamw), frozen)
 
 
 @functools.cache
@@ -68,7 +65,7 @@ def first_state(config=MODEL, adamw=ADAMW, frozen=()):
     if len(config.bands) > 1:
         order = np.random.default_rng(2).permutation(config.vocab_size)
         constants = {"embed": {"position_of_token": jnp.asarray(order, jnp.int32)}}
-    optimizer = optimizer_of(adamw, frozen)
+    optimizer = optim.optimizer(adamw, frozen)
     return TrainState(jnp.int32(0), params, constants, optimizer.init(params))
 
 
@@ -78,10 +75,8 @@ def step_of(config=MODEL, adamw=ADAMW, frozen=(), chunks=2, **jit_options):
     step = functools.partial(
         train_step,
         model=GPT(config),
-        optimizer=optimizer_of(adamw, frozen),
-        schedule=optim.learning_rate_schedule(adamw),
+        optimizer=optim.optimizer(adamw, frozen),
         seed=0,
-        frozen=frozen,
         loss_chunks=chunks,
     )
     return jax.jit(step, **jit_options)
@@ -171,7 +166,7 @@ def test_gradient_norm_leaves_out_what_is_frozen():
 def test_update_is_that_of_the_optimizer_on_the_dense_gradient():
     state = first_state()
     _, gradient = dense_loss_and_gradient()
-    update = jax.jit(optimizer_of(ADAMW).update)
+    update = jax.jit(optim.optimizer(ADAMW).update)
     updates, _ = update(gradient, state.optimizer, state.params)
     new, _ = step_of()(state, in_parts(1))
     expected = optax.apply_updates(state.params, updates)
@@ -270,8 +265,7 @@ def dropout_loss(state, batch, seed):
     step = functools.partial(
         train_step,
         model=GPT(DROPOUT),
-        optimizer=optimizer_of(ADAMW),
-        schedule=optim.learning_rate_schedule(ADAMW),
+        optimizer=optim.optimizer(ADAMW),
     )
     return step(state, batch, seed=seed)[1]["loss"]
 
@@ -298,7 +292,7 @@ def test_every_purpose_and_seed_has_its_own_key():
 # Start
 
 
-GOLDEN_MODEL = GPTConfig(
+GOLDEN_MODEL = gpt_config(
     vocab_size=97,
     vocab_multiple=64,
     block_size=16,
@@ -312,7 +306,7 @@ GOLDEN_ADAMW = TrainSettings(steps=20, learning_rate=1e-2, warmup_steps=4)
 
 @jax.jit
 def started(seed):
-    return initial_state(GPT(GOLDEN_MODEL), optimizer_of(GOLDEN_ADAMW), seed)
+    return initial_state(GPT(GOLDEN_MODEL), optim.optimizer(GOLDEN_ADAMW), seed)
 
 
 def test_initial_state_is_at_step_zero_with_zero_moments():
@@ -376,7 +370,7 @@ TEACHERS = {
         MODEL, band_sizes=(), band_ranks=(), n_embd_wte=8, n_embd_wte_scale_tying=False
     ),
     "other bands": dataclasses.replace(
-        MODEL, band_sizes=(9, 24, 30), band_ranks=(None, 4, 8), block_size=12
+        MODEL, band_sizes=(9, 24, 30), band_ranks=(0, 4, 8), block_size=12
     ),
 }
 
@@ -396,7 +390,7 @@ def variables_of(config, seed):
 
 def one_step_of_descent(config, variables, teacher, batch_ABT, share=1.0):
     """Metrics, and the gradient: what a step of rate 1 takes away."""
-    optimizer = optax.sgd(1.0)
+    optimizer = optim.Optimizer(*optax.sgd(1.0), optax.constant_schedule(1.0))
     params = variables["params"]
     state = TrainState(
         jnp.int32(0), params, variables["constants"], optimizer.init(params)
@@ -405,7 +399,6 @@ def one_step_of_descent(config, variables, teacher, batch_ABT, share=1.0):
         train_step,
         model=GPT(config),
         optimizer=optimizer,
-        schedule=optax.constant_schedule(1.0),
         seed=0,
         loss_chunks=3,
         distill_share=share,
@@ -415,9 +408,7 @@ def one_step_of_descent(config, variables, teacher, batch_ABT, share=1.0):
 
 
 def aligned(config, student, variables, student_variables):
-    order = student_variables["constants"].get("embed", {}).get("position_of_token")
-    if order is None:
-        order = np.arange(student.vocab_size)
+    order = token_order(student_variables["constants"], student.vocab_size)
     return Teacher.aligned(GPT(config), variables, student.bands, order)
 
 

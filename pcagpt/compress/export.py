@@ -16,6 +16,7 @@ from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
+from pcagpt.model import order_constants, table_leaves
 from pcagpt.rows import DEFAULTS
 from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
@@ -91,10 +92,10 @@ def _variables_with(original: Original, table: FactorizedTable) -> dict:
     config = original.model.config
     params, constants = dict(original.run.variables(config)["params"]), {}
     padding = config.padded_vocab_size - len(table.order)
-    leaves = initialise.table_parameters(table, params["wpe"], padding)
-    params |= trees.unflatten(leaves)
+    leaves = table_leaves(initialise.leaves_of(table), padding)
+    params |= initialise.with_mean(table.mean, params["wpe"]) | trees.unflatten(leaves)
     if len(table.bands) > 1:
-        constants = initialise.position_constants(table.order)
+        constants = order_constants(table.order)
     return {"params": params, "constants": constants}
 
 

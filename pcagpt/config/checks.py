@@ -215,14 +215,13 @@ def _check_table(settings: Settings) -> None:
     model, arm, takes = settings.model, settings.arm, ARMS[settings.arm].takes
     if settings.task != "train" or settings.init.weights_from:
         return
-    is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
     is_full = arm == "baseline" or "weights" in takes
-    if not is_full and not is_factorized:
+    if not is_full and not model.is_factorized:
         or_run = ", or --config.init.weights_from=RUN" if "blocks" in takes else ""
         raise UserError(
             f"the {arm} model needs a rank, --config.model.n_embd_wte=128{or_run}"
         )
-    if is_full and is_factorized:
+    if is_full and model.is_factorized:
         raise UserError(
             f"model.n_embd_wte is {model.n_embd_wte}, but D has a full table: train a "
             "factorized one with --config=configs/random_k128.py"

@@ -71,6 +71,11 @@ class ModelSettings:
         one_of("auto", "xla", "pallas"),
     )
 
+    @property
+    def is_factorized(self) -> bool:
+        """Whether the token table has a rank, or bands with their own."""
+        return self.n_embd_wte is not None or bool(self.band_sizes)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:

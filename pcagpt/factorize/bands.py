@@ -73,6 +73,10 @@ class Factorizer:
         Raises UserError if the rank is too small for so many bands.
         """
         vocab_size, width = self._table_VD.shape
+        if bands == 1:
+            kept = energy_kept(self.factors.singular_values)[rank - 1]
+            about = {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
+            return table_of_rank(self.factors, rank, self._split), about
         try:
             table = self(budget_of_rank(vocab_size, width, rank), bands)
         except BudgetTooSmall:
@@ -80,14 +84,11 @@ class Factorizer:
                 f"rank {rank} of {vocab_size:,} tokens is too small for {bands} bands: "
                 "raise the rank or lower factorize.bands"
             ) from None
-        if bands > 1:
-            return table, {
-                "parameters": table.parameters,
-                "band_sizes": table.sizes,
-                "band_ranks": table.ranks,
-            }
-        kept = energy_kept(self.factors.singular_values)[rank - 1]
-        return table, {"energy_kept": kept, "relative_error": max(0, 1 - kept) ** 0.5}
+        return table, {
+            "parameters": table.parameters,
+            "band_sizes": table.sizes,
+            "band_ranks": table.ranks,
+        }
 
 
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:

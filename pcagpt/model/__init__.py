@@ -13,7 +13,19 @@ them. A model of several bands also stores the column of each token id.
 """
 
 from pcagpt.model.config import BandSpec, GPTConfig
-from pcagpt.model.embedding import Head, HeadBand, head_logits, products, project
+from pcagpt.model.embedding import (
+    BandLeaves,
+    Head,
+    HeadBand,
+    full_table,
+    head_logits,
+    order_constants,
+    products,
+    project,
+    table_leaves,
+    token_order,
+    without_embedding,
+)
 from pcagpt.model.gpt import GPT
 from pcagpt.model.size import (
     embedding_parameters,

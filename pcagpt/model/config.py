@@ -12,28 +12,28 @@ class BandSpec(NamedTuple):
     start: int  # the first column
     size: int
     padding: int  # rows without a token at the end of the table
-    rank: int | None  # None: the table is [size + padding, D], without scale matrices
+    rank: int  # 0: the table is [size + padding, D], without scale matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and switches of a `GPT`; the defaults are GPT-2 small."""
+    """Sizes and switches of a `GPT`: the `model` knobs. A rank of 0 is full width."""
 
-    vocab_size: int = 50257
-    vocab_multiple: int = 64
-    block_size: int = 1024
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    n_embd_wte: int | None = None
-    n_embd_wte_scale_tying: bool = True
-    band_sizes: tuple[int, ...] = ()
-    band_ranks: tuple[int | None, ...] = ()
-    bias: bool = True
-    dropout: float = 0.0
-    compute_dtype: str = "float32"
-    attention: str = "xla"
-    kernels: str = "xla"
+    vocab_size: int
+    vocab_multiple: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_embd_wte: int
+    n_embd_wte_scale_tying: bool
+    band_sizes: tuple[int, ...]
+    band_ranks: tuple[int, ...]
+    bias: bool
+    dropout: float
+    compute_dtype: str
+    attention: str
+    kernels: str
 
     @property
     def padded_vocab_size(self) -> int:

@@ -4,11 +4,14 @@ Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pcagpt.model.config import INIT_STD, BandSpec, GPTConfig
 from pcagpt.sharding.inside import by_device
@@ -64,7 +67,7 @@ class BandEmbedding(nn.Module):
         init = nn.initializers.normal(INIT_STD)
         self.wte = self.param("wte", init, (rows, rank or self.n_embd))
         self.scale_up = self.scale_down = None
-        if rank is not None:
+        if rank:
             shape = rank, self.n_embd
             self.scale_up = self.scale_down = self.param("scale_up", init, shape)
             if not self.scale_tying:
@@ -145,3 +148,53 @@ class TokenEmbedding(nn.Module):
             found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
             x_ND += jnp.where(is_here_N1, found_ND, 0)
         return x_ND
+
+
+# The arrays above by their paths in a checkpoint, for all other packages.
+
+TABLES, SCALES = r"embed/band_\d+/wte", r"embed/band_\d+/scale_(up|down)"
+
+
+class BandLeaves(NamedTuple):
+    """The parameters of one band, as host arrays without padding; None: left out."""
+
+    wte: np.ndarray | None = None  # [V, K]
+    scale_up: np.ndarray | None = None  # [K, D]
+    scale_down: np.ndarray | None = None  # [K, D]; left out if tied
+
+
+def table_leaves(bands: Sequence[BandLeaves], padding: int) -> dict[str, np.ndarray]:
+    """{parameter path: float32 array}; the last table gets `padding` rows of zeros."""
+    leaves = {}
+    for number, band in enumerate(bands):
+        for name, array in band._asdict().items():
+            if array is not None:
+                is_padded = name == "wte" and number == len(bands) - 1
+                rows = (0, padding if is_padded else 0)
+                padded = np.pad(array, (rows, (0, 0)))
+                leaves[f"embed/band_{number}/{name}"] = padded.astype(np.float32)
+    return leaves
+
+
+def without_embedding(params: Mapping[str, Any]) -> dict:
+    """The parameters of a model except those of its embedding."""
+    return {name: part for name, part in params.items() if name != "embed"}
+
+
+def full_table(variables: Mapping[str, Any]) -> np.ndarray:
+    """The table of a model at full width, padding included: [V, D]."""
+    return variables["params"]["embed"]["band_0"]["wte"]
+
+
+def order_constants(order_V: np.ndarray) -> dict:
+    """The constants of a model of several bands with its rows in this token order."""
+    position_V = np.empty(len(order_V), np.int32)
+    position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
+    return {"embed": {"position_of_token": position_V}}
+
+
+def token_order(constants: Mapping[str, Any], vocab_size: int) -> np.ndarray:
+    """The inverse of `order_constants`; a model of one band has the order of ids."""
+    if not constants:
+        return np.arange(vocab_size)
+    return np.argsort(np.asarray(constants["embed"]["position_of_token"]))

@@ -11,8 +11,7 @@ def embedding_parameters(config: GPTConfig) -> int:
     scales = 1 if config.n_embd_wte_scale_tying else 2
     positions = config.vocab_size if len(config.bands) > 1 else 0
     return positions + sum(
-        band.size * (band.rank or config.n_embd)
-        + scales * (band.rank or 0) * config.n_embd
+        band.size * (band.rank or config.n_embd) + scales * band.rank * config.n_embd
         for band in config.bands
     )
 
@@ -38,6 +37,6 @@ def training_flops_per_token(config: GPTConfig) -> float:
     weights = config.n_layer * 12 * width * width
     for band in config.bands:
         weights += (band.size + band.padding) * (band.rank or width)
-        weights += 2 * (band.rank or 0) * width
+        weights += 2 * band.rank * width
     attention = 12 * config.n_layer * config.block_size * width
     return 6.0 * weights + attention

@@ -126,9 +126,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
     source.check_model(settings.model, free)
     settings = settings.replace({"model": source.model_settings(settings.model, free)})
     validate(settings)
-    model = settings.model
-    is_factorized = model.n_embd_wte is not None or bool(model.band_sizes)
-    arm = arm_from_run(is_factorized, bool(settings.distill.teacher))
+    arm = arm_from_run(settings.model.is_factorized, bool(settings.distill.teacher))
     settings = settings.replace({"arm": arm, **_budget(settings, arm)})
     name = FROM_RUN.format(arm=arm, source=source.folder.resolve().name)
     return TrainJob(Path(settings.workdir) / name, settings, is_target=True)

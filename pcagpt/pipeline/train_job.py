@@ -266,7 +266,7 @@ class TrainJob(Job):
             record = {
                 **setup.settings.to_dict(),
                 "run_id": run_id,
-                "imported_sha256": initialise.fingerprints(setup.settings),
+                "imported_sha256": setup.imported_sha256,
                 "vocab_size": setup.model.config.vocab_size,
                 **_text_of(setup.corpus, stored),
                 "corpus_source": absolute(self.settings.data.source),

@@ -70,9 +70,8 @@ def build_config(
         )
     device = device or hardware()
     choices = _device_choices(model, device)
-    ranks = tuple(rank or None for rank in model.band_ranks)
-    section = dataclasses.asdict(model) | choices
-    config = GPTConfig(**section | {"vocab_size": vocab_size, "band_ranks": ranks})
+    sizes = {"vocab_size": vocab_size, "n_embd_wte": model.n_embd_wte or 0}
+    config = GPTConfig(**dataclasses.asdict(model) | sizes | choices)
     _check_memory(config, device.memory)
     return config
 

@@ -75,8 +75,7 @@ class Evaluator:
         placement.check_divisible("evaluate.batch_size", batch_size, mesh)
         window, tokens = model.config.block_size, corpus.tokens(split)
         self.batches = EvaluationBatches(tokens, window, batch_size, max_tokens)
-        # Words and bytes are counted for whole splits only.
-        self._text = None if self.batches.is_cut else corpus.text_size(split)
+        self._corpus, self._split = corpus, split
         score = functools.partial(score_tokens, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
         self._mesh = mesh
@@ -91,6 +90,11 @@ class Evaluator:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             "tokens_sha256": corpus.tokens_sha256(split),
         }
+
+    @functools.cached_property
+    def _text(self) -> TextSize | None:
+        """Words and bytes, which are counted for whole splits only."""
+        return None if self.batches.is_cut else self._corpus.text_size(self._split)
 
     def __call__(self, variables: dict, progress: Progress | None = None) -> Evaluation:
         """Evaluates {'params', 'constants'} on all tokens.

@@ -15,7 +15,13 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable, factor_files
-from pcagpt.model import GPTConfig
+from pcagpt.model import (
+    BandLeaves,
+    GPTConfig,
+    embedding,
+    table_leaves,
+    without_embedding,
+)
 from pcagpt.run import fingerprint
 from pcagpt.run.folder import read_record
 from pcagpt.run.trained import Run
@@ -32,11 +38,8 @@ IMPORTS: dict[str, Callable[[Path], str]] = {
 
 # {knob: (knob of the import that it freezes, path pattern of its parameters)}
 FREEZES = {
-    "import_wte_freeze": ("import_wte_npy", r"embed/band_\d+/wte"),
-    "import_scale_matrices_freeze": (
-        "import_scale_matrices_npz",
-        r"embed/band_\d+/scale_(up|down)",
-    ),
+    "import_wte_freeze": ("import_wte_npy", embedding.TABLES),
+    "import_scale_matrices_freeze": ("import_scale_matrices_npz", embedding.SCALES),
 }
 
 
@@ -68,8 +71,8 @@ def known_imports(
 
     Returns:
       The settings of `with_bands`; the `fingerprints`; the reasons why imports that
-      exist cannot be read. The hash of an import that cannot be read is None. A run
-      whose `recorded` hash is right by an older formula keeps that hash.
+      exist cannot be read. The hash of an import that cannot be read is None. If the
+      recorded hash matches by an older formula, it is returned unchanged.
     """
     found, damage = {}, []
     for knob, path in imported_paths(settings).items():
@@ -166,47 +169,34 @@ def imported_weights(
     if init.blocks_from:
         new |= _blocks(init.blocks_from, config, params)
     wpe_TD = new.get("wpe", params["wpe"])
+    bands = [BandLeaves()] * len(config.bands)
     if table and init.keep != "shape":
-        new |= _bands(table, init.import_bands, config, wpe_TD)
+        _check_bands(table, init.import_bands, config)
+        new |= with_mean(table.mean, wpe_TD)
+        bands = leaves_of(table, config.n_embd_wte_scale_tying)
     if init.import_wte_npy:
-        new["embed/band_0/wte"] = _table(init.import_wte_npy, config)
+        bands = [bands[0]._replace(wte=_table(init.import_wte_npy, config))]
     if init.import_scale_matrices_npz:
-        new |= _scales(init.import_scale_matrices_npz, config, wpe_TD)
+        up, down, mean_D = _scales(init.import_scale_matrices_npz, config)
+        new |= with_mean(mean_D, wpe_TD)
+        bands = [bands[0]._replace(scale_up=up, scale_down=down)]
     if init.keep in factorize.CONTROLS:
-        new |= _controls(init.keep, config, new, seed)
-    return new
+        bands = _controls(init.keep, config, bands, seed)
+    return new | table_leaves(bands, config.bands[-1].padding)
 
 
-def position_constants(order_V: np.ndarray) -> dict:
-    """The constants of a model with its table rows in this token order."""
-    position_V = np.empty(len(order_V), np.int32)
-    position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
-    return {"embed": {"position_of_token": position_V}}
+def leaves_of(table: FactorizedTable, scale_tying: bool = True) -> list[BandLeaves]:
+    """The parameters of a table, for a model with the same bands.
 
-
-def table_parameters(
-    table: FactorizedTable, wpe_TD: np.ndarray, padding: int, scale_tying: bool = True
-) -> dict[str, np.ndarray]:
-    """{parameter path: array} of a table, for a model with the same bands.
-
-    Args:
-      table: its mean is added to the position embeddings.
-      wpe_TD: the model's position embeddings.
-      padding: rows of zeros to append to the last band.
-      scale_tying: whether the two scale matrices of the model are one parameter.
+    `scale_tying`: the two scale matrices of the model are one parameter.
     """
-    found, last = _mean(table.mean, wpe_TD), len(table.bands) - 1
-    for number, (wte, scale) in enumerate(table.bands):
-        name = f"embed/band_{number}"
-        padded = np.pad(wte, ((0, padding if number == last else 0), (0, 0)))
-        found[f"{name}/wte"] = padded.astype(np.float32)
-        if scale is not None:
-            for side in ("up",) if scale_tying else ("up", "down"):
-                found[f"{name}/scale_{side}"] = scale.astype(np.float32)
-    return found
+    return [
+        BandLeaves(wte, scale, None if scale_tying else scale)
+        for wte, scale in table.bands
+    ]
 
 
-def _mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.ndarray]:
+def with_mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.ndarray]:
     """Position embeddings plus the mean row of a centred table.
 
     The head needs no mean: it would add one number to all logits, and softmax cancels
@@ -215,11 +205,9 @@ def _mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.ndarray
     return {} if mean_D is None else {"wpe": (wpe_TD + mean_D).astype(np.float32)}
 
 
-def _bands(
-    table: FactorizedTable, folder: str, config: GPTConfig, wpe_TD: np.ndarray
-) -> dict:
-    """The parameters of `init.import_bands`, read from `folder`."""
-    wanted = [(band.size, band.rank or 0) for band in config.bands]
+def _check_bands(table: FactorizedTable, folder: str, config: GPTConfig) -> None:
+    """Raises UserError unless the model has the bands of a table from `folder`."""
+    wanted = [(band.size, band.rank) for band in config.bands]
     found = list(zip(table.sizes, table.ranks, strict=True))
     if found != wanted or table.width != config.n_embd:
         raise UserError(
@@ -227,26 +215,20 @@ def _bands(
             f"{table.ranks} of width {table.width}, but this model has the bands "
             f"{wanted} of width {config.n_embd}"
         )
-    padding, tying = config.bands[-1].padding, config.n_embd_wte_scale_tying
-    return table_parameters(table, wpe_TD, padding, tying)
 
 
-def _controls(keep: str, config: GPTConfig, new: dict, seed: int) -> dict:
+def _controls(
+    keep: str, config: GPTConfig, bands: list[BandLeaves], seed: int
+) -> list[BandLeaves]:
     """Random factors that keep one property of the imported ones."""
-    random, found = np.random.default_rng(seed), {}
-    for number, band in enumerate(config.bands):
-        names = [f"embed/band_{number}/{n}" for n in ("wte", "scale_up", "scale_down")]
-        wte, scale = names[0], names[1] if band.rank else None
-        if wte not in new or (scale and scale not in new):
+    random, found = np.random.default_rng(seed), []
+    for spec, (wte, up, down) in zip(config.bands, bands, strict=True):
+        if wte is None or (spec.rank and up is None):
             raise UserError(
                 f"init.keep is '{keep}': import both factors, or a table in bands"
             )
-        made_VK, made_KD = factorize.control(
-            new[wte][: band.size], new[scale] if scale else None, keep, random
-        )
-        found[wte] = np.pad(made_VK, ((0, band.padding), (0, 0)))
-        if scale:
-            found |= {name: made_KD for name in names[1:] if name in new}
+        made_VK, made_KD = factorize.control(wte, up, keep, random)
+        found.append(BandLeaves(made_VK, made_KD, None if down is None else made_KD))
     return found
 
 
@@ -259,9 +241,9 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
             f"init.blocks_from: {path} has {heads} attention heads, but this model has "
             f"{config.n_head}: set model.n_head={heads}"
         )
-    stored, wanted = trees.flatten(run.weights["params"]), trees.flatten(params)
-    blocks = {p: a for p, a in stored.items() if not p.startswith("embed/")}
-    missing = [p for p in wanted if p not in blocks and not p.startswith("embed/")]
+    blocks = trees.flatten(without_embedding(run.weights["params"]))
+    wanted = trees.flatten(without_embedding(params))
+    missing = [path for path in wanted if path not in blocks]
     if missing:
         raise UserError(
             f"init.blocks_from: {path} lacks '{missing[0]}', which this model has: the "
@@ -273,7 +255,7 @@ def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
 
 
 def _table(path: str, config: GPTConfig) -> np.ndarray:
-    """The table of `init.import_wte_npy`, with padding rows."""
+    """The table of `init.import_wte_npy`."""
     table_VK = factor_files.read_table(path)
     band = config.bands[0]
     wanted = (band.size, band.rank or config.n_embd)
@@ -282,14 +264,14 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
             f"init.import_wte_npy: {path} is {table_VK.shape}, but this model needs "
             f"{wanted}: [vocabulary, model.n_embd_wte (if set) or model.n_embd]"
         )
-    return np.pad(table_VK, ((0, band.padding), (0, 0)))
+    return table_VK
 
 
-def _scales(path: str, config: GPTConfig, wpe_TD: np.ndarray) -> dict:
-    """The parameters of `init.import_scale_matrices_npz`."""
+def _scales(path: str, config: GPTConfig) -> factor_files.ScaleMatrices:
+    """`init.import_scale_matrices_npz`; a model that ties them has no scale_down."""
     scales = factor_files.read_scale_matrices(path)
     shape, rank = scales.scale_up.shape, config.bands[0].rank
-    if rank is None:
+    if not rank:
         raise UserError(
             "init.import_scale_matrices_npz is set but the model has no scale matrices:"
             f" set model.n_embd_wte={shape[0]}"
@@ -299,12 +281,11 @@ def _scales(path: str, config: GPTConfig, wpe_TD: np.ndarray) -> dict:
             f"init.import_scale_matrices_npz: {path} is {shape}, but this model needs "
             f"{(rank, config.n_embd)}: [model.n_embd_wte, model.n_embd]"
         )
-    found = {"embed/band_0/scale_up": scales.scale_up}
     if not config.n_embd_wte_scale_tying:
-        found["embed/band_0/scale_down"] = scales.scale_down
-    elif not np.array_equal(scales.scale_up, scales.scale_down):
+        return scales
+    if not np.array_equal(scales.scale_up, scales.scale_down):
         raise UserError(
             f"{path} has two different scale matrices, but this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
-    return found | _mean(scales.mean, wpe_TD)
+    return scales._replace(scale_down=None)

@@ -16,7 +16,7 @@ from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
-from pcagpt.model import GPT, GPTConfig
+from pcagpt.model import GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import DEVICE_KNOBS, build_config
 from pcagpt.run.folder import choose
@@ -126,7 +126,7 @@ class Run:
     def table_shape(self) -> tuple[int, int]:
         """[V, D] of the table without padding rows; UserError if it is factorized."""
         model = self.settings.model
-        if model.n_embd_wte is not None or model.band_sizes:
+        if model.is_factorized:
             raise UserError(
                 f"{self.folder} already has a factorized embedding: give a baseline, "
                 "such as checkpoints/gpt_baseline"
@@ -136,8 +136,7 @@ class Run:
     def table(self) -> np.ndarray:
         """The full token table, float32 of `table_shape`; raises the same error."""
         vocab_size, _ = self.table_shape
-        wte_VD = self.weights["params"]["embed"]["band_0"]["wte"][:vocab_size]
-        return np.asarray(wte_VD, np.float32)
+        return np.asarray(full_table(self.weights)[:vocab_size], np.float32)
 
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.

@@ -12,15 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from pcagpt import trees
 from pcagpt.errors import Interrupted
-from pcagpt.model import embedding_parameters, total_parameters
+from pcagpt.model import (
+    embedding_parameters,
+    order_constants,
+    token_order,
+    total_parameters,
+)
 from pcagpt.run import provenance
 from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import config_sha256, write_result
-from pcagpt.run.initialise import position_constants
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
@@ -61,12 +64,13 @@ def train(
             Checkpoints(run_dir, settings.checkpoint.keep_last)
         )
         state, shardings, history = start(setup, checkpoints)
+        teacher = place_teacher(setup, state)
+        setup.check_unchanged()  # All imports are read now.
         resumed_at = checkpoints.latest_step  # None: the run is new
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(_telemetry(setup, run_dir, resumed_at))
         progress = stack.enter_context(Progress(label, last_step, first_step))
         stop = stack.enter_context(recorded_signals())
-        teacher = place_teacher(setup, state)
         compiled_step = compile_step(setup, state, shardings, teacher)
         meter = Meter(setup, history, telemetry, progress)
 
@@ -153,27 +157,22 @@ def start(
 
 
 def _constants(setup: Setup) -> dict:
-    """The token order of several bands: imported, or by falling frequency."""
-    config = setup.model.config
-    # One band needs no order, and `init.weights_from` imports the order.
-    if len(config.bands) == 1 or setup.settings.init.weights_from:
+    """The token order of several bands, by falling frequency if none is imported."""
+    config, init = setup.model.config, setup.settings.init
+    if len(config.bands) == 1 or init.weights_from or init.import_bands:
         return {}
-    if setup.imported_table:
-        return position_constants(setup.imported_table.order)
     count_V = setup.corpus.count_tokens("train")
     missing = config.vocab_size - len(count_V)
-    return position_constants(np.argsort(-np.pad(count_V, (0, missing)), kind="stable"))
+    return order_constants(np.argsort(-np.pad(count_V, (0, missing)), kind="stable"))
 
 
 def place_teacher(setup: Setup, state: TrainState) -> Teacher | None:
     """The teacher on the mesh, with its rows in the token order of the state."""
-    if setup.teacher is None:
+    opened, config = setup.open_teacher(), setup.model.config
+    if opened is None:
         return None
-    config = setup.model.config
-    position_V = trees.flatten(state.constants).get(
-        "embed/position_of_token", np.arange(config.vocab_size)
-    )
-    teacher = Teacher.aligned(*setup.teacher, config.bands, np.asarray(position_V))
+    order_V = token_order(state.constants, config.vocab_size)
+    teacher = Teacher.aligned(*opened, config.bands, order_V)
     return jax.device_put(teacher, placement.shardings(teacher, setup.mesh))
 
 
@@ -189,9 +188,7 @@ def compile_step(
         train_step,
         model=setup.model,
         optimizer=setup.optimizer,
-        schedule=setup.schedule,
         seed=settings.seed,
-        frozen=setup.frozen,
         loss_chunks=settings.train.loss_chunks,
         distill_share=settings.distill.share,
     )
@@ -243,7 +240,7 @@ def _result(
 ) -> dict[str, Any]:
     """The content of result.json."""
     settings, model = setup.settings, setup.model.config
-    full = dataclasses.replace(model, n_embd_wte=None, band_sizes=(), band_ranks=())
+    full = dataclasses.replace(model, n_embd_wte=0, band_sizes=(), band_ranks=())
     embedding, total = embedding_parameters(model), total_parameters(model)
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
@@ -254,9 +251,9 @@ def _result(
         "run": run_dir.name,
         "run_id": record["run_id"],
         "arm": settings.arm,
-        "rank": model.n_embd_wte if has_rank else None,
+        "rank": settings.model.n_embd_wte if has_rank else None,
         "band_sizes": model.band_sizes,
-        "band_ranks": [rank or 0 for rank in model.band_ranks],
+        "band_ranks": model.band_ranks,
         "seed": settings.seed,
         "status": "done",
         "steps": settings.train.steps,

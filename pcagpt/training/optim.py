@@ -1,6 +1,7 @@
 """Learning-rate schedules, decay on matrices only, and freezing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -52,14 +53,25 @@ def freeze_labels(params, frozen_patterns: Sequence[str]):
     return labels
 
 
-def optimizer(
-    train: TrainSettings, schedule: optax.Schedule, frozen_patterns: Sequence[str] = ()
-) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation`, and what a step needs to know of it.
+
+    schedule: its learning rate; frozen: path patterns of parameters it does not train.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., Any]
+    schedule: optax.Schedule
+    frozen: tuple[str, ...] = ()
+
+
+def optimizer(train: TrainSettings, frozen: tuple[str, ...] = ()) -> Optimizer:
     """AdamW for the trained parameters; frozen ones have no update and no moments.
 
     Only the branch of the trained parameters has clipping and decay, so that the norm
     contains no gradients of frozen parameters, and frozen parameters do not decay.
     """
+    schedule = learning_rate_schedule(train)
     adamw = optax.adamw(
         schedule,
         b1=train.beta1,
@@ -69,10 +81,11 @@ def optimizer(
     )
     if train.gradient_clip:
         adamw = optax.chain(optax.clip_by_global_norm(train.gradient_clip), adamw)
-    return optax.multi_transform(
+    partly = optax.multi_transform(
         {TRAINED: adamw, FROZEN: optax.set_to_zero()},
-        lambda params: freeze_labels(params, frozen_patterns),
+        lambda params: freeze_labels(params, frozen),
     )
+    return Optimizer(*partly, schedule, frozen)
 
 
 def stop_frozen_gradients(params, frozen_patterns: Sequence[str]):

@@ -6,15 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize import FactorizedTable
-from pcagpt.model import GPT
+from pcagpt.model import GPT, order_constants
 from pcagpt.run import initialise
 from pcagpt.run.build import build_config
 from pcagpt.run.evaluator import Evaluator
@@ -27,22 +25,19 @@ from pcagpt.training import optim
 class Setup:
     """The parts of a training run that do not change while it trains.
 
-    settings: with the sizes and ranks of imported bands; imported_table: these bands,
-    or None; frozen: path patterns of parameters that are not trained; teacher: a model
-    and its host variables, or None.
+    settings: with the sizes and ranks of imported bands; imported_sha256: the hashes of
+    all imports. The imports themselves are read again when the run begins: the setups
+    of all jobs are made before the first job runs, and together would fill the memory.
     """
 
     settings: Settings
     corpus: Corpus
     mesh: jax.sharding.Mesh
     model: GPT
-    imported_table: FactorizedTable | None
-    frozen: tuple[str, ...]
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    optimizer: optim.Optimizer
     batches: TrainingBatches
     validation: Evaluator
-    teacher: tuple[GPT, dict] | None
+    imported_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -60,7 +55,7 @@ class Setup:
         if missing:  # A control needs all imports.
             without = {"init.keep": "all", **dict.fromkeys(missing, "")}
             settings = settings.replace(without)
-        settings, table = initialise.with_bands(settings)
+        settings, _ = initialise.with_bands(settings)
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_splits(settings.model.n_embd, mesh)
@@ -71,21 +66,17 @@ class Setup:
         )
         if settings.init.weights_from:
             Run.open(settings.init.weights_from).check_corpus(corpus)
-        # No error: a control may mix them, and older versions trained such runs.
+        # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
         if mixed and jax.process_index() == 0:
             warn_once(mixed)
         model = GPT(build_config(settings.model, corpus.vocab_size))
-        schedule = optim.learning_rate_schedule(train)
         setup = cls(
             settings=settings,
             corpus=corpus,
             mesh=mesh,
             model=model,
-            imported_table=table,
-            frozen=frozen,
-            optimizer=optim.optimizer(train, schedule, frozen),
-            schedule=schedule,
+            optimizer=optim.optimizer(train, frozen),
             batches=TrainingBatches(
                 corpus.tokens("train"),
                 model.config.block_size,
@@ -100,12 +91,11 @@ class Setup:
                 settings.evaluate.batch_size,
                 train.loss_chunks,
             ),
-            teacher=_open_teacher(settings, model, corpus),
         )
-        # The imports are read again when the run begins. Kept, they would fill the
-        # memory, because the setups of all jobs are checked before the first job runs.
         setup.import_into(_stand_in(model))
-        return setup
+        setup.open_teacher()
+        hashes = initialise.fingerprints(settings)
+        return dataclasses.replace(setup, imported_sha256=hashes)
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,38 +110,49 @@ class Setup:
         return placement.put_batch(tokens_ABT, placement.part_sharding(self.mesh))
 
     def import_into(self, variables: dict) -> dict:
-        """Replaces imported leaves of `variables`; UserError if they do not fit."""
+        """Replaces what is imported in `variables`; UserError if it does not fit."""
         init, config = self.settings.init, self.model.config
         if init.weights_from:
             return Run.open(init.weights_from).variables(config)
+        _, table = initialise.with_bands(self.settings)
         params, seed = variables["params"], self.settings.seed
-        imported = initialise.imported_weights(
-            init, self.imported_table, config, params, seed
-        )
-        return variables | {"params": trees.replace(params, imported, source="init")}
+        imported = initialise.imported_weights(init, table, config, params, seed)
+        found = {"params": trees.replace(params, imported, source="init")}
+        if table and len(config.bands) > 1:
+            found["constants"] = order_constants(table.order)
+        return variables | found
 
+    def open_teacher(self) -> tuple[GPT, dict] | None:
+        """The model of `distill.teacher` and its variables, on the host.
 
-def _open_teacher(
-    settings: Settings, student: GPT, corpus: Corpus
-) -> tuple[GPT, dict] | None:
-    """The model of `distill.teacher` and its variables, on the host."""
-    path = settings.distill.teacher
-    if not path:
-        return None
-    run = Run.open(path)
-    run.check_corpus(corpus)
-    config = run.config(settings.model)
-    if config.vocab_size != student.config.vocab_size:
-        raise UserError(
-            f"distill.teacher: {path} has {config.vocab_size} tokens, but this model "
-            f"has {student.config.vocab_size}: both must have the same number"
-        )
-    if config.block_size < student.config.block_size:
-        raise UserError(
-            f"distill.teacher: {path} reads {config.block_size} tokens at a time, but "
-            f"this model reads {student.config.block_size}: lower model.block_size"
-        )
-    return GPT(config), run.variables(config)
+        Raises UserError if it does not fit.
+        """
+        path, student = self.settings.distill.teacher, self.model.config
+        if not path:
+            return None
+        run = Run.open(path)
+        run.check_corpus(self.corpus)
+        config = run.config(self.settings.model)
+        if config.vocab_size != student.vocab_size:
+            raise UserError(
+                f"distill.teacher: {path} has {config.vocab_size} tokens, but this "
+                f"model has {student.vocab_size}: both must have the same number"
+            )
+        if config.block_size < student.block_size:
+            raise UserError(
+                f"distill.teacher: {path} reads {config.block_size} tokens at a time, "
+                f"but this model reads {student.block_size}: lower model.block_size"
+            )
+        return GPT(config), run.variables(config)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if an import was changed since the setup was made."""
+        for name, found in initialise.fingerprints(self.settings).items():
+            if found != self.imported_sha256[name]:
+                raise UserError(
+                    f"stopped, because the import of {name} was changed since it was "
+                    "checked: run the same command again"
+                )
 
 
 def _stand_in(model: GPT) -> Any:

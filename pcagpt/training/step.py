@@ -63,18 +63,18 @@ class Teacher:
         model: GPT,
         variables: dict,
         bands: Sequence[BandSpec],
-        position_of_token_V: np.ndarray,
+        order_V: np.ndarray,
     ) -> "Teacher":
         """A teacher with its rows in the bands and the order of a student; host arrays.
 
-        Factorized rows are multiplied out, so that one product gives all logits.
+        `order_V` is the token at each column of the student. Factorized rows are
+        multiplied out, so that one product gives all logits.
         """
         rows = []
         for band in model.apply(variables, method="head"):
             row_VK, scale_KE = band.wte[: band.size], band.scale_down
             rows.append(row_VK if scale_KE is None else row_VK @ scale_KE)
-        tokens_V = np.argsort(position_of_token_V)  # the student's order
-        columns_V = model.apply(variables, tokens_V, method="renumber")
+        columns_V = model.apply(variables, order_V, method="renumber")
         rows_VE = np.concatenate(rows)[np.asarray(columns_V)]
         head = tuple(
             HeadBand(
@@ -95,9 +95,7 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def initial_state(
-    model: GPT, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
+def initial_state(model: GPT, optimizer: optim.Optimizer, seed: int) -> TrainState:
     """Random weights, zero moments, step 0."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     variables = model.init(named_key(seed, "init"), tokens_BT)
@@ -116,10 +114,8 @@ def train_step(
     teacher: Teacher | None = None,
     *,
     model: GPT,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer: optim.Optimizer,
     seed: int,
-    frozen: tuple[str, ...] = (),
     loss_chunks: int = 1,
     distill_share: float = 1.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -131,10 +127,8 @@ def train_step(
         in sequence, to save memory.
       teacher: the model to distill from, or None.
       model: the model that is trained.
-      optimizer: freezes the same parameters as `frozen`.
-      schedule: the learning rate of the optimizer, only to report it.
+      optimizer: parameters that it freezes have no backward pass.
       seed: for dropout.
-      frozen: path patterns of parameters without a backward pass.
       loss_chunks: the logits of a part are computed in this many chunks.
       distill_share: weight of the teacher's divergence; the rest is the cross entropy.
 
@@ -148,7 +142,7 @@ def train_step(
     @functools.partial(jax.grad, has_aux=True)
     def gradients_of(params, tokens_BT, index):
         """(gradients, losses by name) of a part; each part has its own dropout."""
-        params = optim.stop_frozen_gradients(params, frozen)
+        params = optim.stop_frozen_gradients(params, optimizer.frozen)
         variables = {"params": params, "constants": state.constants}
         key = jax.random.fold_in(dropout_key, index)
         losses = part_losses(
@@ -175,7 +169,7 @@ def train_step(
     metrics = {
         **losses,
         "gradient_norm": optax.tree.norm(gradients),
-        "learning_rate": jnp.float32(schedule(state.step)),
+        "learning_rate": jnp.float32(optimizer.schedule(state.step)),
     }
     new_state = state.replace(
         step=state.step + 1,
