@@ -183,6 +183,16 @@ def read_json(
     return value
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether `write_json` wrote the file, and it was not changed since."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError:
+        return False
+    is_object = isinstance(content, dict)
+    return is_object and content.pop(_SEAL, None) == _sha256_of_json(content)
+
+
 def parse_json(text: bytes, has_infinities: bool = False) -> Any:
     """The value of strict JSON in UTF-8; ValueError for anything else."""
 

@@ -36,6 +36,7 @@ import traceback
 
 from pcagpt import process
 from pcagpt.config import Settings, command_line, validate
+from pcagpt.config.tasks import TASKS
 from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, INTERRUPTED, REFUSED, SUCCEEDED
 
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> int:
             return SUCCEEDED
         settings, print_only = command_line.parse(arguments)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
-        with process.interrupted_by_signals():
+        message = INTERRUPTED[TASKS[settings.task].resumes]
+        with process.interrupted_by_signals(message):
             run(settings, command, print_only)
         return SUCCEEDED
     except UserError as error:
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted as error:
         return _say(str(error), process.exit_code(error.number))
     except KeyboardInterrupt:
-        return _say(INTERRUPTED, FAILED)
+        return _say("interrupted", FAILED)
     except MemoryError:
         return _say(_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
@@ -88,7 +90,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     validate(settings)
     if settings.distributed.enabled:
         process.end_with_others()
-    with process.ended_by_signals():
+    with process.ended_by_signals(INTERRUPTED[TASKS[settings.task].resumes]):
         # Imported here because this takes seconds: mistakes are reported before.
         try:
             import jax
@@ -118,8 +120,13 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
 
 def _show(text: str) -> None:
     """Prints the last text of a command; a reader may end before it has read all."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            print(text, flush=True)
+    except OSError as error:
+        raise UserError(
+            f"stdout cannot be written ({error.strerror}): send it elsewhere"
+        ) from None
 
 
 def _say(message: str, exit_code: int) -> int:

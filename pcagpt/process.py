@@ -21,7 +21,10 @@ from pcagpt.errors import Interrupted, explain
 SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
-INTERRUPTED = "interrupted: run the same command again to continue"
+INTERRUPTED = {  # by whether the task resumes
+    True: "interrupted: run the same command again to continue",
+    False: "interrupted: nothing was saved, run the same command again to start over",
+}
 _OTHERS_ENDED = (
     "another process of this run ended or cannot be reached{}, so this one ends: "
     "run the same command again to continue from what is saved"
@@ -174,14 +177,14 @@ def exit_code(number: int) -> int:
 
 
 @contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Makes Ctrl-C and `STOPS` end the process at once.
+def ended_by_signals(message: str) -> Iterator[None]:
+    """Makes Ctrl-C and `STOPS` end the process at once, with a message.
 
     An exception would not do: some libraries swallow it while they are imported.
     """
 
     def end_at_once(number: int, _) -> None:
-        os.write(2, f"pcagpt: {INTERRUPTED}\n".encode())
+        os.write(2, f"pcagpt: {message}\n".encode())
         os._exit(exit_code(number))
 
     with handled(end_at_once, signal.SIGINT, *STOPS):
@@ -189,14 +192,17 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """Makes `STOPS` raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+def interrupted_by_signals(message: str) -> Iterator[None]:
+    """Makes `STOPS` and Ctrl-C raise Interrupted with a message."""
 
     def stop(number: int, _) -> None:
-        raise Interrupted(INTERRUPTED, number)
+        raise Interrupted(message, number)
 
     with handled(stop, *STOPS):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(message) from None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from command_line import call
 from runs import changed, execute, quick_compiles, snapshot
 
 from pcagpt import coding, files, main
+from pcagpt.compress import sweep as sweep_module
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
@@ -19,6 +20,7 @@ from pcagpt.compress.sweep import _predicted
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics, factor_files
+from pcagpt.files import write_json
 from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
@@ -239,7 +241,7 @@ def test_rows_of_another_calibration_batch_size_are_refused_or_measured_anew(
     other, agrees = {"train.batch_size": 2 * size}, f"--config.train.batch_size={size}"
     with pytest.raises(
         UserError,
-        match=rf"calibration_batch_size \(there {size}, here {2 * size}; use {agrees} to m",
+        match=rf"batch_size \(there {size}, here {2 * size}; use {agrees} to match",
     ):
         sweep_of(copied_sweep, **other)
     assert json.loads((folder / "sweep.json").read_text()) == before
@@ -725,6 +727,19 @@ def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkey
     assert {name: snapshot(folder / name) for name in names} == before
     later = recovered(asked, **own, **{"compress.recover_ranks": ()})
     assert later["recovered"] == sweep["recovered"]
+
+
+def test_further_training_replaces_only_the_results_of_its_own_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep_module, "write_sweep_report", lambda *_: None)
+    write_json(tmp_path / "sweep.json", {"protocol": {}, "rows": []})
+    for loss, runs in ((1, ("continued", "k4")), (2, ("continued", "k8"))):
+        rows = [{"run": run, "val_loss": loss} for run in runs]
+        sweep_module.add_recovered(tmp_path, rows)
+    found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]
+    losses = {row["run"]: row["val_loss"] for row in found}
+    assert losses == {"continued": 2, "k4": 1, "k8": 2}
 
 
 @pytest.mark.parametrize("path", ["gpt_baseline/ckpt/3", "bare"])

@@ -103,6 +103,21 @@ def test_tokens_that_changed_since_their_text_was_tokenized_are_refused(folder, 
         changed.tokens("val")
 
 
+@pytest.mark.parametrize("spoil", [os.remove, lambda file: os.truncate(file, 9)])
+@pytest.mark.parametrize("name", ["meta.json", "val.bin"])
+def test_tokens_that_pcagpt_made_and_that_are_not_whole_are_made_again_once_deleted(
+    folder, cache, name, spoil
+):
+    for split in ("train", "val"):
+        (folder / f"{split}.txt").write_text(f"A text for {split}, with some words.")
+    made = open_corpus(str(folder), cache)
+    spoil(made.folder / name)
+    with pytest.raises(UserError, match=rf"{name} .*: delete the folder {made.folder}"):
+        open_corpus(str(folder), cache).tokens("val")
+    shutil.rmtree(made.folder)
+    assert open_corpus(str(folder), cache).content == made.content
+
+
 def test_sotu_puts_end_of_text_before_every_address(sotu):
     decoded = load_tokenizer("sotu4096").decode(sotu.tokens("val").tolist())
     documents = sotu_documents("val")
@@ -465,6 +480,18 @@ TEXT = "Crème brûlée, “naïve” café.\n" * 20
             TEXT.encode() + b"\xff\n",
             "0xff in line 21; the rest is, .*iconv -c -f UTF-8",
         ),
+        (
+            "深い猫が走る。\n".encode("gb18030") + b"a" * 99,
+            "iconv -f ENCODING .*GB18030",
+        ),
+        (
+            "数据很重要，我们学习。\n".encode("utf-16-le") * 9,
+            "iconv -f ENCODING .*UTF-16LE",
+        ),
+        (
+            "Hi, 日本語の文章\n".encode("iso2022-jp") * 9,
+            "is ISO-2022-JP, .*iconv -f ISO-2022-JP -t UTF-8",
+        ),
         ("né".encode()[:-1], "byte 0xc3 in line 1; .* truncated UTF-8.*head -c 1 "),
         ("abc猫".encode()[:-1], "truncated UTF-8: write it again, .*head -c 3 "),
         ("abc猫".encode()[:-2], "if it is truncated UTF-8, write it again; if it is W"),
@@ -481,6 +508,33 @@ def test_text_that_is_not_plain_utf8_is_named_with_the_command_that_converts_it(
 ):
     (folder / "train.txt").write_bytes(content)
     refused(folder, cache, match)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.bin"])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (LFS, "it is a Git LFS pointer: .* git lfs pull$"),
+        (b"/annex/objects/SHA256E-s12--4d7a.txt\n", "a git-annex .* git annex get$"),
+        (b"../.git/annex/objects/W/6/SHA256E-s12--4d7a", "is a git-annex pointer"),
+        (b"\n<!DOCTYPE html>\n<title>404</title>", "is a web page, .*: download the"),
+        (b"<HTML lang=en><body>Not found</body>", "is a web page"),
+    ],
+)
+def test_what_stands_for_a_file_is_not_taken_for_it(
+    folder, cache, name, content, match
+):
+    (folder / name).write_bytes(content)
+    refused(folder, cache, match)
+
+
+def test_text_about_pointers_and_pages_is_text(folder, cache):
+    for text in (f"See {LFS.decode()}", "<|endoftext|><!DOCTYPE html>", "<html5"):
+        (folder / "train.txt").write_text(text)
+        open_corpus(str(folder), cache).tokens("train")
 
 
 def test_a_text_of_many_blocks_is_checked_to_its_end(folder, cache, monkeypatch):
@@ -690,6 +744,10 @@ def test_texts_that_contradict_each_other_are_refused(folder, cache):
     known = {"itos": ["a", "b"], "stoi": {"a": 1, "b": 0}}
     write_tokens(folder, [0, 1], vocab_size=2, **known)
     refused(folder, cache, r"meta.json gives id 1 two texts, 'b' and 'a'")
+    write_tokens(folder, [0, 1], vocab_size=3, itos=["a", "b", "a"])
+    refused(folder, cache, r"meta.json gives ids 0 and 2 the same text 'a': correct")
+    write_tokens(folder, [0, 1], vocab_size=4, itos=["", "\ufffd", "\ufffd", ""])
+    assert len(open_corpus(str(folder), cache).characters) == 4
 
 
 def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
@@ -698,9 +756,7 @@ def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
     assert open_corpus(str(folder), cache, "sotu4096").tokenizer == "sotu4096"
 
 
-@pytest.mark.parametrize(
-    ("stored", "vocab_size"), [("<u2", 65), ("<u2", 100_000), ("<u4", 100_000)]
-)
+@pytest.mark.parametrize(("stored", "vocab_size"), [("<u2", 65), ("<u4", 100_000)])
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
 def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size, meta):
     ids = np.arange(1, 9000) % 65
@@ -730,6 +786,32 @@ def test_ids_of_another_width_are_refused_by_its_name(
 ):
     write_tokens(folder, np.arange(1, 6001) % 65, stored=stored, vocab_size=65, **meta)
     refused(folder, cache, match)
+
+
+@pytest.mark.parametrize("vocab_size", [65_537, 256_000, 10**6])
+def test_ids_of_a_vocabulary_beyond_uint16_are_uint32_unless_stated(
+    folder, cache, vocab_size
+):
+    uniform = np.random.default_rng(0).random(20_000)
+    ids = np.exp(uniform * np.log(vocab_size)).astype(int) - 1
+    known = {"vocab_size": vocab_size}
+    write_tokens(folder, ids, stored="<u4", **known)
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == ids.tolist()
+    for stored, layout in (
+        (">u4", "big-endian uint32"),
+        (">i8", "big-endian int64"),
+        ("<i8", "int64"),
+        ("<f4", "float32"),
+        ("<f8", "float64"),
+    ):
+        write_tokens(folder, ids, stored=stored, **known)
+        refused(folder, cache, f"looks like {layout}, not little-endian uint32: write")
+    for narrow in ("<u2", ">u2", "u1"):
+        few = ids[:19_999] % 200
+        write_tokens(folder, few, stored=narrow, **known)
+        refused(folder, cache, "looks like|correct .*dtype .*in meta.json")
+    write_tokens(folder, few, stored="<u2", dtype="uint16", **known)
+    assert open_corpus(str(folder), cache).tokens("train").tolist() == few.tolist()
 
 
 DIGITS = np.stack([np.arange(3000) % 10 + 1, np.zeros(3000, int)], 1).ravel()
@@ -816,6 +898,8 @@ BARE = {"vocab_size": 65536}  # Every uint16 is an id: only statistics tell.
         ("gpt2", ">i8", "big-endian int64"),
         ("letters", "u1", "uint8"),
         ("letters", "<f4", "float32"),
+        ("letters", "<f2", "float16"),
+        ("gpt2", "<f2", "float16"),
         ("gpt2", "<f4", "float32"),
         ("gpt2", "<f8", "float64"),
     ],

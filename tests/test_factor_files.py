@@ -62,11 +62,8 @@ def test_a_table_of_one_band_is_read_back(mean, tmp_path):
 
 @pytest.mark.parametrize("mean", [None, MEAN])
 def test_a_table_in_bands_is_read_back(mean, tmp_path):
-    factor_files.write_bands(factor_files.bands_path(tmp_path, 4), BANDS)
     table = BANDS._replace(mean=mean)
-    factor_files.write(
-        tmp_path, {4: table}, SPECTRUM, {}, in_bands=True
-    )  # Replaces it.
+    factor_files.write(tmp_path, {4: table}, SPECTRUM, {}, in_bands=True)
     found = factor_files.read_bands(factor_files.bands_path(tmp_path, 4))
     assert (found.sizes, found.ranks) == ((3, 4), (0, 2))
     np.testing.assert_array_equal(found.dense(), table.dense())
@@ -121,21 +118,6 @@ def test_metadata_without_ranks_describe_none(tmp_path):
     metadata = factor_files.read_metadata(tmp_path)
     assert metadata["ranks"] == {}
     assert len(factor_files.not_ours(tmp_path, metadata, [4])) == 1
-
-
-def test_a_table_in_bands_replaces_only_files_of_a_table(tmp_path):
-    longer = BANDS._replace(
-        order=np.arange(9, dtype=np.int32),
-        bands=(*BANDS.bands, BandFactors(TABLE[:2], SCALE)),
-    )
-    factor_files.write_bands(tmp_path, longer)
-    (tmp_path / "notes.txt").write_text("mine")
-    factor_files.write_bands(tmp_path, BANDS)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "wte_band2.npy").exists()
-    np.testing.assert_array_equal(
-        factor_files.read_bands(tmp_path).dense(), BANDS.dense()
-    )
 
 
 def test_damaged_metadata_name_the_folder_to_delete(tmp_path):
@@ -250,6 +232,13 @@ def test_bands_that_changed_since_they_were_written_are_refused(name, tmp_path):
         for read in (factor_files.read_bands, factor_files.sha256_of_bands):
             with pytest.raises(UserError, match=name):
                 read(tmp_path)
+
+
+def test_other_files_beside_bands_do_not_change_their_hash(tmp_path):
+    factor_files.write_bands(tmp_path, BANDS)
+    own = factor_files.sha256_of_bands(tmp_path)
+    (tmp_path / "wte_band0_backup.npy").write_bytes(b"mine")
+    assert factor_files.sha256_of_bands(tmp_path) == own
 
 
 def test_factors_that_the_system_does_not_read_are_not_damaged(tmp_path, monkeypatch):

@@ -67,6 +67,31 @@ def test_damaged_factors_are_written_again(job):
     assert job.status().words == "done"
 
 
+@pytest.mark.parametrize(
+    ("bands", "name"),
+    [
+        (1, "wte_pca_k4.npy"),
+        (1, "scale_mats_pca_k4.npz"),
+        (1, "spectrum.npy"),
+        (2, "bands_pca_k4/wte_band0.npy"),
+    ],
+)
+def test_factors_that_a_person_changed_are_moved_aside(bands, name, job, said, capsys):
+    job = by(job, bands=bands)
+    made(job)
+    path = job.folder / name
+    path.write_bytes(b"mine")
+    (path.parent / "wte_band0_backup.npy").write_bytes(b"a backup")
+    whole = path if bands == 1 else path.parent
+    made(by(job, ranks=(4, 8)))  # Spectrum and metadata are written again.
+    (kept,) = job.folder.glob(f"{whole.name}.replaced-*")
+    assert (kept if bands == 1 else kept / path.name).read_bytes() == b"mine"
+    assert len(list(job.folder.rglob("wte_band0_backup.npy"))) == 1
+    assert f"{whole} was moved to {kept.name}\n" in capsys.readouterr().out
+    assert f"{whole} was changed, damaged or left unfinished" in said()[0]
+    assert job.status().words == "done"
+
+
 def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
     metadata = made(by(job, ranks=(32,)))
     stored = table_of(baseline_dir, 6)

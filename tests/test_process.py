@@ -10,12 +10,12 @@ import sys
 
 import jax
 import pytest
-from command_line import ROOT, call, refusal, tiny
+from command_line import CONFIGS, ROOT, call, refusal, tiny
 from runs import quick_environment
 
 from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
-from pcagpt.pipeline import execute
+from pcagpt.pipeline import execute, tasks
 from pcagpt.sharding import processes
 
 
@@ -102,7 +102,7 @@ def test_a_full_disk_ends_a_command_in_one_line(corpus_folder, monkeypatch, tmp_
 def test_files_and_folders_in_each_other_s_place_are_one_line(corpus_folder, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    for name in ("file", "file/runs", "link", "x" * 300):
+    for name in ("file", "file/runs", "link", "x" * 300, "exp[lr=3e-4]/runs"):
         arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / name)
         refusal(*arguments, unchanged=[corpus_folder])
 
@@ -112,7 +112,7 @@ def test_output_that_cannot_be_written_is_one_line_and_an_exit_code():
     with open("/dev/full", "w") as full:
         ended = python("-m", "pcagpt.main", "--help", stdout=full)
     assert ended.returncode == 2
-    assert re.fullmatch("pcagpt: no space left on device: .*\n", ended.stderr)
+    assert re.fullmatch("pcagpt: stdout cannot be .*No space left.*\n", ended.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
@@ -336,6 +336,16 @@ def test_a_signal_outside_training_is_one_line_and_its_code(
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("name", ["sample.py", "evaluate.py"])
+def test_a_task_that_saves_nothing_does_not_promise_to_continue(name, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "do", stop)
+    outcome = call(f"--config={CONFIGS / name}", "--config.model_path=run")
+    assert (outcome.code, "nothing was saved" in outcome.err) == (1, True)
+
+
 def test_what_training_raises_has_the_code_of_its_signal(corpus_folder, monkeypatch):
     stop_with(Interrupted("saved", signal.SIGUSR1), monkeypatch)
     assert call(*tiny("baseline.py", corpus_folder)).code == 75
@@ -359,7 +369,7 @@ def test_a_signal_while_libraries_are_imported_ends_at_once(corpus_folder, tmp_p
 
 def test_the_handler_of_interrupts_is_given_back_after_the_imports():
     before = signal.getsignal(signal.SIGINT)
-    with process.ended_by_signals():
+    with process.ended_by_signals("ended"):
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -168,7 +168,11 @@ def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
     weights["params"]["wpe"] = weights["params"]["wpe"] + 1
     shutil.rmtree(moved / "ckpt")
     checkpoint.save_weights(moved, weights)
-    with pytest.raises(UserError, match=r"imported_sha256\.weights_from \(was"):
+    with pytest.raises(
+        UserError,
+        match=r"is now another model than the one that .* "
+        r"started from: imported_sha256\.weights_from \(was",
+    ):
         job(again).status()
 
 

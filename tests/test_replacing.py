@@ -119,6 +119,26 @@ def test_a_model_made_elsewhere_is_d_for_the_arms_and_stays_as_it_is(made_elsewh
     assert "gpt_baseline has another model.n_head (there 2, here 1)" in refusal(other)
 
 
+def test_an_unfinished_d_without_its_optimizer_is_no_model_to_start_from(copied):
+    run_dir = job(copied).folder
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(run_dir / "ckpt" / "6")
+    for item in ("optimizer", "meta"):
+        shutil.rmtree(run_dir / "ckpt" / "3" / item)
+    for made in ("gpt_pca_finetune_k8", "pca_factorized"):
+        shutil.rmtree(Path(copied.workdir) / made)
+    assert described(finetuned(copied))[0].endswith("resumes at step 3")
+
+
+def test_a_record_of_another_model_than_its_checkpoint_s_is_refused(copied):
+    run_dir = job(copied).folder
+    record = read_record(run_dir)
+    record["model"]["n_head"] = 4
+    write_record(run_dir, record)
+    with pytest.raises(UserError, match="describes another model than .*n_head is 4, "):
+        Run.open(run_dir)
+
+
 def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
     a = changed(copied, arm="pca", **{"model.n_embd_wte": 8})
     run_dir = job(a).folder

@@ -2,6 +2,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -470,12 +471,35 @@ def test_a_second_report_replaces_the_first(tmp_path):
     results = collect_results(
         tmp_path, [write_run(tmp_path, "baseline")], FACTORS, COMMAND
     )
-    (tmp_path / "plots").mkdir()
-    for name in ("report.md", "plots/spectrum.png"):
-        (tmp_path / name).write_text("old")
     write_report(tmp_path, results)
-    assert COMMAND in (tmp_path / "report.md").read_text("utf-8")
-    assert not (tmp_path / "plots" / "spectrum.png").exists()
+    spectrum = tmp_path / "plots" / "spectrum.png"
+    shutil.copy(spectrum.with_name("loss.png"), spectrum)  # As of an earlier report.
+    write_report(tmp_path, results | {"command": "another"})
+    assert "another" in (tmp_path / "report.md").read_text("utf-8")
+    assert not spectrum.exists()
+    assert not list(tmp_path.rglob("*.replaced-*"))
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_report_moves_a_person_s_files_aside(is_edited, tmp_path, capsys):
+    run = write_run(tmp_path, "baseline")
+    results = collect_results(tmp_path, [run], FACTORS, COMMAND)
+    names = ["report.md", "report.html", "results.json"]
+    if is_edited:  # A report with notes.
+        write_report(tmp_path, results)
+    else:
+        names += ["plots/loss.png", "plots/spectrum.png"]
+        (tmp_path / "plots").mkdir()
+    for name in names:
+        with (tmp_path / name).open("a") as file:
+            file.write('{"mine": 1}')
+    write_report(tmp_path, results)
+    out = capsys.readouterr().out
+    for name in names:
+        path = tmp_path / name
+        (kept,) = path.parent.glob(f"{path.name}.replaced-*")
+        assert kept.read_text().endswith('{"mine": 1}')
+        assert f"{path} was moved to {kept.name}\n" in out
 
 
 def labels_of(figure):

@@ -106,9 +106,15 @@ def _write_best(
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Adds the results of further training to sweep.json; rewrites its report."""
+    """Adds the results of further training to sweep.json; rewrites its report.
+
+    Those of other runs stay.
+    """
     path = folder / "sweep.json"
-    content = read_sweep(path) | {"recovered": strict(rows)}
+    content = read_sweep(path)
+    known = {row["run"]: row for row in content.get("recovered") or ()}
+    known |= {row["run"]: row for row in strict(rows)}
+    content["recovered"] = list(known.values())
     write_json(path, content)
     return write_sweep_report(folder, content)
 

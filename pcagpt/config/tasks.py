@@ -7,12 +7,14 @@ class Task(NamedTuple):
     """Which knobs a task needs.
 
     makes_jobs: it has a plan of jobs; model: it reads the model of `model_path`; ranks:
-    it makes a table for each of `ranks`.
+    it makes a table for each of `ranks`; resumes: after an interruption, the same
+    command goes on from what is saved.
     """
 
     makes_jobs: bool = False
     model: bool = False
     ranks: bool = False
+    resumes: bool = True
 
 
 TASKS = {
@@ -20,6 +22,6 @@ TASKS = {
     "experiment": Task(makes_jobs=True, ranks=True),
     "factorize": Task(makes_jobs=True, model=True, ranks=True),
     "compress": Task(model=True, ranks=True),
-    "evaluate": Task(model=True),
-    "sample": Task(model=True),
+    "evaluate": Task(model=True, resumes=False),
+    "sample": Task(model=True, resumes=False),
 }

@@ -22,6 +22,7 @@ from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError, warn_once
+from pcagpt.files import read_json
 from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
@@ -266,8 +267,18 @@ def _open(
     )
     if not folder.is_dir():
         write_token_folder(folder, found, info, fingerprints)
-    info = read_meta(folder, tokenizer)
-    return Corpus(**vars(info), folder=folder, cache_dir=cache_dir, older=tuple(older))
+    made = _made(folder, info)
+    return Corpus(**vars(made), folder=folder, cache_dir=cache_dir, older=tuple(older))
+
+
+def _made(folder: Path, info: CorpusInfo) -> CorpusInfo:
+    """Describes a folder that pcagpt made; UserError if a file is lost or damaged."""
+    remedy = f"delete the folder {folder}, and the next command makes it again"
+    read_json(folder / "meta.json", remedy)  # `read_meta` would ask for another one.
+    for name in ("meta.json", *(f"{split}.bin" for split in info.splits)):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is lost: {remedy}")
+    return read_meta(folder, info.tokenizer)
 
 
 def _folder_name(fingerprint: str, info: CorpusInfo) -> str:

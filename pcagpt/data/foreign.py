@@ -23,6 +23,16 @@ _FOREIGN = {
     rb"\xff\xfe(?:[\t-~]\0){8}|\xfe\xff(?:\0[\t-~]){8}": (
         "text in UTF-16: convert it with iconv -f UTF-16 -t UTF-8, into a .txt file"
     ),
+    rb"version https://git-lfs\.github\.com/spec/": (
+        "a Git LFS pointer: get the file that it stands for with git lfs pull"
+    ),
+    rb"(?:[./]*/\.git)?/annex/objects/": (
+        "a git-annex pointer: get the file that it stands for with git annex get"
+    ),
+    rb"(?i:(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html)[\s>])": (
+        "a web page, perhaps an error message: download the file again, or, if it is "
+        "the text, write <|endoftext|> before it"
+    ),
     # 20240520 for GPT-2's tokens, 20240801 for those of Llama.
     rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: drop its header of 1,024 bytes",
 }
@@ -46,6 +56,14 @@ def is_text(head: bytes) -> bool:
     return lost < 4 and not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)
 
 
+# Layouts in which other bytes almost never are whole numbers in a vocabulary.
+_NUMBERS = {
+    "float16": "<f2",
+    "float32": "<f4",
+    "float64": "<f8",
+    "big-endian int64": ">i8",
+    "big-endian uint32": ">u4",
+}
 # Which of eight consecutive bytes are 0 in ids of a layout; '.' may be 0 or not.
 _ZEROS = {
     r"x.000000": "int64",
@@ -72,16 +90,19 @@ def layout_of(octets: np.ndarray, vocab_size: int) -> str | None:
       octets: a sample of the file, uint8 [rows, 8]; rows start at multiples of 8 bytes.
       vocab_size: size of the vocabulary.
     """
-    for name in ("float32", "float64"):
+    for name, stored in _NUMBERS.items():
+        numbers = octets.view(stored)
         with np.errstate(all="ignore"):  # Other bytes are also NaN and infinity.
-            numbers = octets.view(name)
-            is_id = (numbers >= 0) & (numbers < vocab_size) & (numbers % 1 == 0)
-        if is_id.all() and numbers.any():
-            return name
+            # Float16 rounds ids, but never beyond the rounded size.
+            most = numbers.dtype.type(vocab_size)
+            is_id = (numbers >= 0) & (numbers <= most) & (np.floor(numbers) == numbers)
+            # Every second uint16 being 0 looks like big-endian multiples of 256.
+            if is_id.all() and (numbers % 256).any():
+                return name
     is_zero = (octets == 0).mean(axis=0) >= _MOSTLY
     zeros = "".join("0" if flag else "x" for flag in is_zero)
     layout = next((n for p, n in _ZEROS.items() if re.fullmatch(p, zeros)), None)
-    if layout or vocab_size > 1 << 16:
+    if layout:
         return layout
     words = octets.view("<u2")
     # Ids above 65,535, so that not all upper halves are 0.

@@ -47,6 +47,11 @@ class CorpusInfo:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def narrowest(vocab_size: int) -> str:
+    """The key of DTYPES with the fewest bits that hold every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 def present_splits(folder: Path) -> tuple[str, ...]:
     """The splits that have a token file in the folder."""
     return tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
@@ -144,7 +149,7 @@ def _is_by_split(value: object, kind: type) -> bool:
 
 
 def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
-    """{id: text} from `itos` and `stoi`; UserError if they contradict each other.
+    """{id: text} from `itos` and `stoi`; UserError unless they are one to one.
 
     JSON has the ids of `itos` as a list or as text. Entries of other types, and texts
     that UTF-8 cannot write, are left out.
@@ -164,6 +169,14 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
             raise UserError(
                 f"{path} gives id {number} two texts, {found[int(number)]!r} and "
                 f"{text!r}: correct its itos and stoi"
+            )
+    id_of: dict[str, int] = {}
+    for number, text in found.items():
+        # Several ids may be no text, or a part of a character.
+        if id_of.setdefault(text, number) != number and text.strip("\ufffd"):
+            raise UserError(
+                f"{path} gives ids {id_of[text]} and {number} the same text {text!r}: "
+                "correct its itos"
             )
     return found
 

@@ -28,6 +28,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# Pairs of ASCII bytes between two escape sequences.
+_ISO_2022_JP = re.compile(rb"\x1b\$[@B](?:[!-~]{2})+\x1b\([BJ]")
 # Which of four bytes are often 0.
 _WIDE = {
     (False, True, False, True): "UTF-16LE",
@@ -151,14 +153,17 @@ def _check(path: Path) -> tuple[str, bool]:
 
 
 def _refuse_other(path: Path, head: bytes) -> None:
-    """Raises for the beginning of UTF-16 or UTF-32, even without a mark, or no text."""
+    """Raises for the beginning of no text, or of text in UTF-16, UTF-32, ISO-2022-JP.
+
+    UTF-16 and UTF-32 need no mark.
+    """
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if not found and (kind := foreign_kind(head)):
         raise UserError(f"{path} is not text, it is {kind}")
     # The high bytes of the commonest characters are 0, the low bytes almost never.
     zeros = [head[start::4].count(0) for start in range(4)]
     wide = tuple(count > 4 + sum(zeros) / 20 for count in zeros)
-    found = found or _WIDE.get(wide)
+    found = found or _WIDE.get(wide) or "ISO-2022-JP" * bool(_ISO_2022_JP.search(head))
     if found:
         raise UserError(
             f"{path} is {found}, not UTF-8: convert it with: iconv -f {found} -t UTF-8 "
@@ -188,11 +193,13 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> UserError:
             f"{said}the rest is, so it is damaged; leave such bytes out with: iconv -c "
             f"-f UTF-8 -t UTF-8 {_quoted(path)} > NEW"
         )
-    high = sum(byte > 0x7F for byte in head)
-    if high > 0.4 * len(head):
+    # In Western European text, most such letters stand alone, and no byte is a control.
+    neighbours = len(b"".join(re.findall(rb"[\x80-\xff]{2,}", head)))
+    controls = len(re.findall(rb"[\x00-\x08\x0e-\x1f]", head))
+    if 2 * neighbours > sum(byte > 0x7F for byte in head) or controls > len(head) / 100:
         return UserError(
             f"{said}convert it with: iconv -f ENCODING -t UTF-8 {_quoted(path)} > NEW, "
-            "where ENCODING is perhaps GB18030, SHIFT_JIS, EUC-KR or CP1251"
+            "where ENCODING is perhaps GB18030, SHIFT_JIS, EUC-KR, CP1251 or UTF-16LE"
         )
     # These bytes are letters and quotation marks in Windows only.
     western = "CP1252" if re.search(rb"[\x80-\x9f]", head) else "ISO-8859-1"

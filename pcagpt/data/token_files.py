@@ -16,7 +16,7 @@ import numpy as np
 
 from pcagpt.data.content import Content, content_of
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text, layout_of
-from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo
+from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
 
@@ -67,7 +67,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
         raise UserError(
             f"{path} is empty or truncated: it has {content.size} bytes, which must be "
             f"a positive multiple of {dtype.itemsize}, the size of a {name}; write its "
-            "tokens again"
+            "tokens again, or correct its dtype in meta.json"
         )
     length = content.size // dtype.itemsize
     if stated is not None and length != stated:
@@ -84,10 +84,10 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             f"{path} holds a single token: at least 2 are needed, to predict one from "
             "the other; give more text"
         )
-    if not is_proven:
+    if not is_proven and not (name == "uint32" and highest < info.vocab_size):
         _refuse_layout(path, name, content, info)
     if highest >= info.vocab_size:
-        raise _beyond(path, name, info.vocab_size)
+        raise _beyond(path, name, info)
     if not is_proven:
         _refuse_unfilled(path, map_tokens(path, dtype))
     if info.is_assumed and not _are_tokens(map_tokens(path, dtype), info.tokenizer):
@@ -136,7 +136,7 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
     if info.dtype and counted == info.dtype:
         return info.dtype
     if is_long and content.highest["uint16"] and "int64" in fitting:
-        named = info.dtype or "uint16"
+        named = info.dtype or narrowest(info.vocab_size)
         raise _other_layout(path, "int64", named, info.vocab_size)
     if info.dtype:
         # Uint32 ids of at most 65,535 are also uint16 ids, every second of them 0.
@@ -151,6 +151,8 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
         return info.dtype
     if counted:
         return counted
+    if narrowest(info.vocab_size) == "uint32":
+        return "uint32"  # Uint16 cannot hold every id, so it must be stated.
     own = _width(path, content, info) if is_long else None
     others = (path.with_name(f"{split}.bin") for split in info.splits)
     for other in sorted(others, key=lambda file: file.stat().st_size, reverse=True):
@@ -198,8 +200,6 @@ def _width(path: Path, content: Content, info: CorpusInfo) -> str | None:
         return None
     if "uint32" not in fitting:
         return "uint16"
-    if info.vocab_size > 1 << 16:
-        return "uint32"
     raise UserError(
         f"{path} holds either uint32 ids, or uint16 ids with 0 at every second "
         f"place: {_statement(path, info)}"
@@ -233,10 +233,10 @@ def _refuse_layout(path: Path, name: str, content: Content, info: CorpusInfo) ->
 
 
 def _other_layout(path: Path, layout: str, name: str, vocab_size: int) -> UserError:
-    right = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    right = DTYPES[narrowest(vocab_size)]
     return UserError(
         f"{path} looks like {layout}, not little-endian {name}: write its ids again, "
-        f"as with ids.astype('<u{DTYPES[right].itemsize}').tofile(…){_if_right(path)}"
+        f"as with ids.astype('<u{right.itemsize}').tofile(…){_if_right(path)}"
     )
 
 
@@ -271,19 +271,20 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
         )
 
 
-def _beyond(path: Path, name: str, vocab_size: int) -> UserError:
+def _beyond(path: Path, name: str, info: CorpusInfo) -> UserError:
     """Names the first id outside the vocabulary."""
     tokens, position = map_tokens(path, DTYPES[name]), 0
     for chunk in pieces(tokens):
-        beyond = np.flatnonzero(chunk >= vocab_size)
+        beyond = np.flatnonzero(chunk >= info.vocab_size)
         if len(beyond):
             position += int(beyond[0])
             break
         position += len(chunk)
     return UserError(
         f"{path} holds id {tokens[position]} at position {position}, but the "
-        f"vocabulary size is {vocab_size}: correct vocab_size or dtype (now {name}) in "
-        "meta.json beside it, or write the tokens again"
+        f"vocabulary size is {info.vocab_size}: correct vocab_size or dtype (now "
+        f"{name}{'' if info.dtype else ', as none is stated'}) in meta.json beside it, "
+        "or write the tokens again"
     )
 
 

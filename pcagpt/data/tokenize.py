@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
-from pcagpt.data.meta import DTYPES, CorpusInfo
+from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
@@ -73,7 +73,7 @@ def write_token_folder(
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
-    dtype = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
+    dtype = narrowest(info.vocab_size)
     characters, reported = 0, time.monotonic()
 
     def write(split: str, file: BinaryIO) -> None:

@@ -94,6 +94,23 @@ def not_ours(
     return sorted(path for path in there if path.exists())
 
 
+def changed(folder: Path, ranks: Iterable[int]) -> list[Path]:
+    """What `write` would replace for these ranks, though it is not as it was written.
+
+    Any folder of bands counts: it may hold a person's files.
+    """
+    listed = _listed(folder)
+    files = [path(folder, rank) for rank in ranks for path in (table_path, scale_path)]
+    found = [
+        path
+        for path in (folder / SPECTRUM_FILE, *files)
+        if path.exists()
+        and listed.get(path.name) not in (None, {"sha256": sha256_of_file(path)})
+    ]
+    folders = [bands_path(folder, rank) for rank in ranks]
+    return found + [path for path in folders if path.exists()]
+
+
 def write(
     folder: Path,
     tables: dict[int, FactorizedTable],
@@ -133,7 +150,7 @@ def write(
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
-    """Writes the files of a table in place of those of an earlier one.
+    """Writes the files of a table into a folder that has no table.
 
     token_order.npy           [V] int32, the token at each position
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
@@ -142,12 +159,6 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
     metadata.json             digests of these files; written last
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Other files in the folder are not ours. Without its order, a table is unfinished.
-    for pattern in (
-        METADATA_FILE, ORDER_FILE, MEAN_FILE, "wte_band*.npy", "scale_mats_band*.npz"
-    ):  # fmt: skip
-        for path in folder.glob(pattern):
-            path.unlink()
     for number, band in enumerate(table.bands):
         write_npy(folder / f"wte_band{number}.npy", _float32(band.wte))
         if band.scale is not None:
@@ -243,7 +254,9 @@ def sha256(path: Path) -> str:
 def sha256_of_bands(folder: Path) -> str:
     """Hash of the arrays of a table in bands; UserError if one is damaged."""
     _checked_file(folder / ORDER_FILE)
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.np[yz]")))
+    # A person may keep other files there. Older versions list none.
+    names = [*_listed(folder)] or [path.name for path in folder.glob("*.np[yz]")]
+    content = b"".join((folder / name).read_bytes() for name in sorted(names))
     return hashlib.sha256(content).hexdigest()
 
 

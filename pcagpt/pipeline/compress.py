@@ -27,7 +27,7 @@ from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.rows import REMEDY, Recipe
-from pcagpt.run import lock, provenance
+from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
@@ -48,6 +48,7 @@ def compress(settings: Settings, command: str) -> None:
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     options, folder = settings.compress, Path(settings.workdir) / FOLDER
+    checkpoint.check_path(folder)
     methods = methods_of(options.methods)
     run = Run.open(settings.model_path)
     run.check_model(settings.model)

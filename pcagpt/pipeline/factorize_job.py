@@ -91,6 +91,11 @@ class FactorizeJob(Job):
         if conflict:
             return Work(self.settings.ranks, {}, is_replaced=True)
         if lacking or not self._source_exists:
+            for path in factor_files.changed(self.folder, lacking):
+                warn_once(
+                    f"{path} was changed, damaged or left unfinished: it is made "
+                    "again, and the old one moved aside"
+                )
             return Work(lacking, described)
         return None
 
@@ -234,6 +239,8 @@ class FactorizeJob(Job):
         check_lock()
         if work.is_replaced:
             move_aside(self.folder)
+        for path in factor_files.changed(self.folder, work.ranks):
+            move_aside(path)
         tables = {rank: table for rank, (table, _) in made.items()}
         factor_files.write(
             self.folder, tables, singular_values, metadata, chosen.bands > 1

@@ -16,7 +16,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
-from pcagpt.run import initialise, lock
+from pcagpt.run import checkpoint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     Contents,
@@ -149,9 +149,13 @@ class TrainJob(Job):
         if there.result and there.lack:
             return f"{self.folder} is finished, but {there.lack}"
         if changed := self._changed(there):
-            return (
-                f"{self.folder} was trained with another config: {'; '.join(changed)}"
-            )
+            how = f"{self.folder} was trained with another config"
+            if all("imported_sha256.weights_from" in field for field in changed):
+                how = (
+                    f"{self.settings.init.weights_from} is now another model than the "
+                    f"one that {self.folder} started from"
+                )
+            return f"{how}: {'; '.join(changed)}"
         if found := there.stranger:
             return found
         if there.result is None and not there.is_made_here:
@@ -187,7 +191,11 @@ class TrainJob(Job):
         return open_corpus(data.source, cache_dir, data.tokenizer, SPLITS)
 
     def check_vocabulary(self, missing: set[Path]) -> None:
-        """Raises UserError if the model does not fit the corpus or the device."""
+        """Raises UserError if the model does not fit the corpus or the device.
+
+        Also if no checkpoint can be saved in the folder.
+        """
+        checkpoint.check_path(self.folder)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, SPLITS)
         build_config(self.settings.model, described.vocab_size)

@@ -1,11 +1,15 @@
-"""Renders report.md from a template and a view, and report.html from report.md."""
+"""Renders report.md from a template and a view, and report.html from report.md.
+
+Each file of a report has a mark. A file without it is a person's, and is moved aside.
+"""
 
 import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcagpt.files import write_file, write_json, write_text
+from pcagpt.files import is_sealed, write_file, write_json
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
@@ -16,9 +20,14 @@ from pcagpt.report.figures import (
 from pcagpt.report.read import read_singular_values
 from pcagpt.report.sweep import sweep_view
 from pcagpt.report.text import Markdown, render
+from pcagpt.run.folder import move_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_PNG = {"format": "png", "metadata": {"Software": "pcagpt"}}
+_MARK_OF_PNG = b"Software\0pcagpt"
+_MARK_OF_PAGE = b"<!-- written by pcagpt, sha256 "  # of all before it
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
@@ -26,7 +35,7 @@ def write_report(workdir: Path, results: dict[str, Any]) -> Path:
 
     `results` come from `collect_results`. The spectrum is read from `workdir`.
     """
-    write_json(workdir / "results.json", results)
+    write_json(_free(workdir / "results.json"), results)
     view, spectrum = experiment_view(results), results["spectrum"] or {}
     figures = {
         "loss": curves_figure(results["rows"]),
@@ -54,15 +63,14 @@ def _write(
 
     (folder / "plots").mkdir(exist_ok=True)
     for plot, figure in figures.items():
-        path = folder / "plots" / f"{plot}.png"
+        path = _free(folder / "plots" / f"{plot}.png")
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            png = {"format": "png", "metadata": {"Software": None}}
-            write_file(path, lambda file, f=figure, png=png: f.savefig(file, **png))
+            write_file(path, lambda file, f=figure: f.savefig(file, **_PNG))
     plots = [plot for plot, figure in figures.items() if figure is not None]
     page = render(f"{name}.md.j2", plots=plots, **view)
-    write_text(folder / "report.md", page + "\n")
+    _write_page(folder / "report.md", page)
 
     def inlined(match: re.Match) -> str:
         image = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
@@ -72,5 +80,32 @@ def _write(
     body = Markdown(re.sub(r'src="(plots/\w+\.png)"', inlined, body))
     title = page.splitlines()[0].removeprefix("# ")
     html = render("page.html.j2", title=title, body=body)
-    write_text(folder / "report.html", html + "\n")
-    return folder / "report.html"
+    return _write_page(folder / "report.html", html)
+
+
+def _write_page(path: Path, page: str) -> Path:
+    """Writes a page with its mark; returns the path."""
+    content = _marked(f"{page}\n".encode())
+    write_file(_free(path), lambda file: file.write(content))
+    return path
+
+
+def _marked(content: bytes) -> bytes:
+    digest = hashlib.sha256(content).hexdigest()
+    return content + _MARK_OF_PAGE + f"{digest} -->\n".encode()
+
+
+def _free(path: Path) -> Path:
+    """The path; moves a file aside that pcagpt did not write, or a person changed."""
+    if path.exists() and not _is_own(path):
+        move_aside(path)
+    return path
+
+
+def _is_own(path: Path) -> bool:
+    if path.suffix == ".json":
+        return is_sealed(path)
+    content = path.read_bytes()
+    if path.suffix == ".png":
+        return _MARK_OF_PNG in content
+    return content == _marked(content.rpartition(_MARK_OF_PAGE)[0])

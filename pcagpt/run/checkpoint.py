@@ -5,6 +5,7 @@ and the number of updates done) and `meta` (JSON). Its number is the updates don
 digests are checked before Orbax opens a file.
 """
 
+import glob
 import logging
 import shutil
 import time
@@ -172,6 +173,17 @@ class Checkpoints:
         folder.rename(folder.with_name(name))
         folder.mkdir()  # Orbax deletes this, and then forgets the step.
         return name
+
+
+def check_path(folder: Path) -> None:
+    """Raises UserError if Orbax cannot save in a folder, because of its path."""
+    path = str(folder.absolute())
+    # Orbax takes it for a pattern, finds nothing, and loses the arrays.
+    if glob.escape(path) != path:
+        raise UserError(
+            f"{path} holds one of *?[, with which no checkpoint can be saved: use "
+            "another --config.workdir"
+        )
 
 
 def steps(run_dir: Path) -> list[int]:

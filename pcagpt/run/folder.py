@@ -193,11 +193,20 @@ class Contents:
         stored = self.stored or {}
         if "compressed" in stored or not _OURS & stored.keys():
             return False
-        return all(saved.updates == saved.step for saved in self.saved)
+        unfinished = range(1, identity(stored, ("train",))["train.steps"])
+        return all(
+            # Without its optimizer, an unfinished run is no finished model.
+            saved.updates == saved.step
+            or (saved.updates is None and "run_id" in stored)
+            and saved.step in unfinished
+            for saved in self.saved
+        )
 
     @property
     def stranger(self) -> str | None:
         """Why a checkpoint is not this run's checkpoint of its step; None if all are.
+
+        Also if config.json describes another model than a checkpoint's copy of it.
 
         A checkpoint that holds only weights, or a damaged one, is not judged.
         """
@@ -209,9 +218,11 @@ class Contents:
                     f"{folder} holds the weights after {updates} updates, not after "
                     f"{step}"
                 )
+            own = self.folder / "config.json"
             if copy and self.stored and not _is_same_run(copy, self.stored):
-                own = self.folder / "config.json"
                 return f"{folder} is a checkpoint of another run than {own}"
+            if copy and self.stored and (changed := _changed_model(copy, self.stored)):
+                return f"{own} describes another model than {folder}: {changed}"
         return None
 
     @functools.cached_property
@@ -260,7 +271,7 @@ def choose(path: str | Path) -> tuple[Contents, int]:
     if there.damage:
         raise there.damage
     if there.stranger:
-        raise UserError(f"{there.stranger}: put the run's own checkpoint there")
+        raise UserError(f"{there.stranger}: put the run's own files there")
     last = (there.result or {}).get("steps", step)
     if last != step and Path(path) != folder:
         reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
@@ -287,6 +298,14 @@ def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
     parts = ("run_id",) if is_known else ("seed", "train")
     old, new = identity(one, parts), identity(other, parts)
     return all(old[name] == new[name] for name in old.keys() & new.keys())
+
+
+def _changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
+    """The first knob of the model in which two records differ, with both values."""
+    old, new = identity(copy, ("model",)), identity(stored, ("model",))
+    differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
+    name = min(differing, default=None)
+    return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
 
 
 def is_vacant(path: Path) -> bool:
