@@ -191,7 +191,7 @@ def test_a_table_in_bands_is_imported_from_any_folder(
             assert (path in flat) == exists
             if exists:
                 np.testing.assert_array_equal(flat[path], band.scale)
-    assert made.frozen
+    assert made.optimizer.frozen
 
 
 # What is planned

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import changed, gpt_config, json_of, snapshot
+from runs import changed, execute, gpt_config, json_of, snapshot
 
 from pcagpt import main, trees
 from pcagpt.config import Settings
@@ -502,13 +502,11 @@ def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
         evaluate(config)
 
 
-def test_spare_token_ids_of_a_model_can_be_evaluated(asked, tmp_path):
+def test_spare_token_ids_of_a_model_can_be_evaluated(tiny_config, tmp_path):
     """model.vocab_size, not the training corpus, says what a model knows."""
-    config = asked()
-    path = Path(config.model_path) / "config.json"
-    trained = json_of(path)
-    trained["model"]["vocab_size"] = trained["vocab_size"] = 120
-    path.write_text(json.dumps(trained))
+    steps = {"train.steps": 1, "train.warmup_steps": 0}
+    run = execute(changed(tiny_config, **steps, **{"model.vocab_size": 120}))
+    config = changed(tiny_config, task="evaluate", model_path=str(run))
     config.data.source = write_corpus(tmp_path / "wide", vocab_size=110)
     assert math.isfinite(evaluate(config)["loss"])
 

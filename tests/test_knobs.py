@@ -157,7 +157,7 @@ def recovered(config):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressing, "sweep", lambda *_: None)
-        patch.setattr(compressing, "_recover", lambda asked, _: found.append(asked))
+        patch.setattr(compressing, "_recover", lambda asked, *_: found.append(asked))
         compressing.compress(Settings.of(config), "a command")
     return [settings.compress.recover_ranks for settings in found]
 
