@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
             _show(f"{__doc__}\n{command_line.knobs_text()}")
             return SUCCEEDED
         settings, print_only = command_line.parse(arguments)
+        validate(settings)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
         message = INTERRUPTED[TASKS[settings.task].resumes]
         with process.interrupted_by_signals(message):
@@ -86,8 +87,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
-    """Runs the task, or only prints the settings and the plan."""
-    validate(settings)
+    """Runs the task, or only prints the plan and settings that are valid."""
     if settings.distributed.enabled:
         process.end_with_others()
     with process.ended_by_signals(INTERRUPTED[TASKS[settings.task].resumes]):

@@ -78,6 +78,7 @@ def test_help_names_every_config_and_every_knob_with_default_and_meaning():
         ([DEMO, "--config.steps=4"], ".* no knob 'steps': did you mean train.steps.*"),
         ([DEMO, "--noconfig.model.bais"], ".* no knob 'model.bais': .* model.bias.*"),
         ([DEMO, "--config.xyzzy=4"], r".* no knob 'xyzzy' \(--help lists all\)"),
+        ([DEMO, "--config.task=0"], "task is '0': it must be one of train, .*"),
         ([DEMO, "--config.train=3"], "'train' is a section: .* --config.train.steps.*"),
         (
             [DEMO, "--config.train.steps=abc"],
