@@ -17,8 +17,8 @@
 Finished runs are skipped, interrupted runs resume. Exit codes:
 
    0  done
-   2  a mistake in the command or its inputs (nothing was written), or an error of the
-      system, such as a full disk (what was saved before is kept)
+   2  a mistake in the command or its inputs, or an error of the system, such as a full
+      disk; what was saved before is kept
   75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
       training has saved, the same command goes on
    1  a bug; Ctrl-C or SIGTERM, after training has saved; the end of another process,

@@ -38,6 +38,16 @@ class Recipe:
     rank: int
     bits: int = 32
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether it makes a coded table."""
+        return self.bits == 0
+
+    @property
+    def is_factors(self) -> bool:
+        """Whether it makes factors that training can go on from."""
+        return self.bits == 32
+
 
 # What older files mean by the fields of a recipe that they lack.
 DEFAULTS = {

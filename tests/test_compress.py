@@ -24,7 +24,7 @@ from pcagpt.files import write_json
 from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
-from pcagpt.rows import Row
+from pcagpt.rows import Recipe, Row
 from pcagpt.run import calibrate
 from pcagpt.run.folder import read_record, read_result
 from pcagpt.run.trained import Run
@@ -564,6 +564,27 @@ def test_a_coded_table_is_a_row_a_file_and_a_run(coded, rank):
     assert loss_of(config, folder.name) == pytest.approx(wanted, abs=2e-6)
 
 
+def test_rounded_factors_have_no_model():
+    tried = [Recipe("context", 3, 100, 8), Recipe("context", 3, 100, 8, 8)]
+    tried += [Recipe("coded", 1, 100, 8, 0), Recipe("baseline", 1, 900, 0, 8)]
+    assert sweep_module.models_of(Path("w"), tried) == {
+        Path("w/best_k8"): tried[:1],
+        Path("w/best_coded_k8"): tried[2:3],
+    }
+
+
+def test_a_lost_file_of_a_coded_table_is_written_again(asked, coded):
+    config, _ = coded
+    shutil.copytree(folder_of(config), folder_of(asked))
+    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
+    content, others = file.read_bytes(), snapshot(file.parent / "ckpt")
+    file.unlink()
+    options = {"compress.methods": "context,coded", "compress.bands": (1,)}
+    sweep_of(asked, ranks=(16, 24), **options)
+    assert file.read_bytes() == content
+    assert snapshot(file.parent / "ckpt") == others
+
+
 def test_coded_tables_are_no_anchors_and_add_less_than_factors_of_their_size(coded):
     _, rows = coded
     assert not rows["coded", 16]["is_anchor"]
@@ -624,6 +645,10 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"compress.max_params": 100}, "no table fits compress.max_params = 100"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"compress.recover_ranks": (16,)}, "holds 16, which the sweep leaves out"),
+        (
+            {"compress.methods": "coded", "compress.recover_ranks": (8,)},
+            "holds 8, which the sweep leaves out",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(

@@ -159,6 +159,10 @@ WEIGHTS = {"init.weights_from": "RUN"}
             {"compress.max_bytes": 9, "compress.recover_ranks": (8,)},
             "compress.recover_ranks is set beside compress.max_bytes",
         ),
+        (
+            {"compress.methods": "coded", "compress.max_params": 9},
+            "compress.max_params is set, but a coded table has all numbers",
+        ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),

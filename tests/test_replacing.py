@@ -116,7 +116,10 @@ def test_a_model_made_elsewhere_is_d_for_the_arms_and_stays_as_it_is(made_elsewh
     other = changed(finetuned(made_elsewhere), **{"model.n_head": 1})
     other.workdir = str(Path(shutil.copytree(run_dir.parent, run_dir.parent / "w")))
     shutil.rmtree(Path(other.workdir) / run_dir_b.name)
-    assert "gpt_baseline has another model.n_head (there 2, here 1)" in refusal(other)
+    words = "gpt_baseline has another model.n_head (there 2, here 1)"
+    assert words in refusal(other)
+    other = changed(other, arm="continued")
+    assert words in refusal(other)
 
 
 def test_an_unfinished_d_without_its_optimizer_is_no_model_to_start_from(copied):

@@ -122,6 +122,14 @@ def test_a_run_with_dropout_parts_and_frozen_bands_resumes_bit_identical(
     assert evaluate(Settings.of(again))["loss"] == result["val_loss"]
 
 
+def test_a_signal_in_the_last_step_stops_what_would_follow(tiny_config, monkeypatch):
+    signal_at(monkeypatch, 5, signal.SIGUSR1)
+    with pytest.raises(Interrupted, match="is done: run the same command") as caught:
+        execute(tiny_config)
+    assert caught.value.number == signal.SIGUSR1
+    assert job(tiny_config).status().words == "done"
+
+
 def test_a_run_stopped_twice_ends_bit_identical_to_one_never_stopped(
     tiny_config, straight_dir
 ):

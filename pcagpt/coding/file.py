@@ -50,7 +50,7 @@ _REMEDY = "write it again, or copy it again from where it was written"
 class Description:
     """Where a coded table comes from, and what it costs."""
 
-    method: str  # key of `METHODS`
+    method: str  # name of the method, such as `CODED`
     corpus: str | None = None  # SHA-256, hexadecimal
     checkpoint: str | None = None  # SHA-256, hexadecimal
     predicted_loss: float | None = None  # added loss in nats per token

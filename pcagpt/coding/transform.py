@@ -6,7 +6,7 @@ A weighting counts the error E of a row v as
 
     1/2 p_v (E M E' + (E c_v)^2)
 
-with the token weight p_v, the metric M and the context c_v of `factorize.methods`. A
+with the token weight p_v, the metric M and the context c_v of `pcagpt.methods`. A
 synthesis S [K, D] turns coefficients into rows: W ~ 1 mean + A S. If S M S' = I, errors
 of coefficients cost 1/2 p_v (|e|^2 + (e C_v)^2) with C_v = c_v S'.
 """

@@ -11,7 +11,7 @@ from pcagpt.factorize import METHODS, Statistics, Weighting
 # add to a GPT-2 small on WikiText-103's validation split; see TRIED.md.
 INPUT_WEIGHT = 2.0  # second order underestimates what errors of the input cost
 FREQUENCY_SHARE = 0.5  # the head sees a token as often as predicted, the input as found
-SMOOTHING = 0.02  # of the token weights, as in `factorize.methods`
+SMOOTHING = 0.02  # share of the mean weight; factors have that of `pcagpt.methods`
 
 
 def loss_weighting(table_VD: np.ndarray, statistics: Statistics) -> Weighting:

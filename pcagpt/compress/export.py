@@ -16,6 +16,7 @@ from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
+from pcagpt.files import write_file
 from pcagpt.model import order_constants, table_leaves
 from pcagpt.rows import DEFAULTS, Row
 from pcagpt.run import checkpoint, digests, initialise
@@ -48,6 +49,8 @@ def write_model(
     moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
     is_made = moved == made and run.is_at(earlier.get("fingerprint"))
     if is_made and _holds(folder, weights):
+        if candidate.coded:  # Its losses may have been measured anew.
+            _write_coded(folder, original, candidate, row)
         return
     # The folder gets its name when it is complete. A killed command may have left one.
     written = folder.with_name(f".{folder.name}.partial")
@@ -56,7 +59,7 @@ def write_model(
     if candidate.coded is None:
         write_bands(written / "factors", table)
     else:
-        _write_coded(written / "table.pcat", original, candidate, row)
+        _write_coded(written, original, candidate, row)
     is_banded = len(table.bands) > 1
     model = {
         "n_embd_wte": None if is_banded else table.ranks[0] or None,
@@ -71,8 +74,10 @@ def write_model(
 
 
 def _write_coded(
-    path: Path, original: Original, candidate: Candidate, row: Row
+    folder: Path, original: Original, candidate: Candidate, row: Row
 ) -> None:
+    """Writes table.pcat, unless the folder has the same file."""
+    path = folder / "table.pcat"
     coded, protocol = candidate.coded, original.protocol
     description = coding.Description(
         method=row.method,
@@ -81,7 +86,9 @@ def _write_coded(
         predicted_loss=row.predicted_loss,
         measured_loss=row.added_loss,
     )
-    coding.write(path, coded.table, coded.words, description)
+    content = coding.to_bytes(coded.table, coded.words, description)
+    if not path.is_file() or path.read_bytes() != content:
+        write_file(path, lambda file: file.write(content))
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

@@ -26,14 +26,22 @@ from pcagpt.telemetry.progress import Progress
 REPORT_EVERY = 5  # rows
 
 
-def best_model(folder: Path, rank: int, bits: int = 32) -> Path:
-    """The folder of the best model of a rank; with bits 0, of its coded table."""
-    return folder / (f"best_k{rank}" if bits else f"best_coded_k{rank}")
+def best_model(folder: Path, rank: int, is_coded: bool = False) -> Path:
+    """The folder of the best factors of a rank, or of its coded table."""
+    return folder / (f"best_coded_k{rank}" if is_coded else f"best_k{rank}")
 
 
-def models_of(folder: Path, tried: list[Recipe]) -> set[Path]:
-    """The folders of the models that a sweep writes."""
-    return {best_model(folder, r.rank, r.bits) for r in tried if r.bits in (0, 32)}
+def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
+    """The folders of the models that a sweep writes, and what each is chosen from.
+
+    Factors that were rounded to 8 or 4 bits are measured, but have no model.
+    """
+    found: dict[Path, list[Recipe]] = {}
+    for recipe in tried:
+        if recipe.is_coded or recipe.is_factors:
+            place = best_model(folder, recipe.rank, recipe.is_coded)
+            found.setdefault(place, []).append(recipe)
+    return found
 
 
 def sweep(
@@ -68,8 +76,7 @@ def sweep(
         return
     content = _write_sweep(output, tried, known)
     known = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    for place in sorted(models_of(folder, tried)):
-        of_place = [r for r in tried if best_model(folder, r.rank, r.bits) == place]
+    for place, of_place in sorted(models_of(folder, tried).items()):
         _write_best(original, place, of_place, known)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))

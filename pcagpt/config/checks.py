@@ -269,6 +269,11 @@ def _check_bounds(settings: Settings) -> None:
         raise UserError(
             f"compress.{bounds[0]} and compress.{bounds[1]} are both set: give one"
         )
+    if compress.max_params and words_of(compress.methods) == [CODED]:
+        raise UserError(
+            "compress.max_params is set, but a coded table has all numbers: add a "
+            "method that makes factors to compress.methods"
+        )
     if bounds and compress.recover_ranks:
         raise UserError(
             f"compress.recover_ranks is set beside compress.{bounds[0]}: train the "

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import recipes
+from pcagpt.compress.candidates import factor_methods, recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
@@ -99,8 +99,6 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
         return settings
     is_cpu, compress = platform == "cpu", settings.compress
     effort, names = CPU if is_cpu else GPU, list(METHODS)
-    if is_cpu:
-        names = [names[0], names[-1]]
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
@@ -130,7 +128,7 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     found = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {recipe.rank for recipe in found if recipe.bits in (0, 32)}
+    kept = {r.rank for r in found if r.is_factors or not factor_methods(methods)}
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
@@ -172,11 +170,11 @@ def _check_recoverable(
     run, ranks = original.run, settings.compress.recover_ranks
     if not ranks:
         return
-    lacking = set(ranks) - {recipe.rank for recipe in tried}
+    lacking = set(ranks) - {recipe.rank for recipe in tried if recipe.is_factors}
     if lacking:
         raise UserError(
             f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
-            "only the best table of a rank that was tried can be trained further"
+            "only the best factors of a rank that was tried can be trained further"
         )
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:

@@ -19,7 +19,7 @@ def check(plan: Plan) -> dict[Job, Status]:
     """Makes the fast checks; returns the status of each job that is needed.
 
     A finished run does not need its prerequisites, unless the factorization on disk
-    differs from the one in the settings. Writes nothing. All processes call this.
+    differs from the one in the settings. Writes only caches. All processes call this.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run

@@ -24,7 +24,7 @@ def do(settings: Settings, command: str) -> str | None:
 def preview(settings: Settings) -> str:
     """The value of every knob, and a line for each thing that the task would do.
 
-    Writes nothing. Raises UserError as the task would, as far as this shows early.
+    Writes only caches. Raises UserError as the task would, as far as this shows early.
     """
     settings = decide_effort(settings, jax.default_backend())
     if TASKS[settings.task].makes_jobs:

@@ -33,11 +33,8 @@ from pcagpt.training.setup import Setup
 
 SPLITS = ("train", "val")  # that a run needs
 # {what an arm takes from D: the `model` knobs that must then be the same as D's}
-SHARED_WITH_BASELINE = {
-    "factors": ("n_embd",),
-    "blocks": ("n_embd", "n_layer", "n_head", "block_size", "bias"),
-    "weights": (),
-}
+_BLOCKS = ("n_embd", "n_layer", "n_head", "block_size", "bias")
+SHARED_WITH_BASELINE = {"factors": ("n_embd",), "blocks": _BLOCKS, "weights": _BLOCKS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,10 +195,13 @@ class Contents:
             return False
         unfinished = range(1, identity(stored, ("train",))["train.steps"])
         return all(
-            # Without its optimizer, an unfinished run is no finished model.
+            # An unfinished run without its optimizer cannot go on, but it is ours.
             saved.updates == saved.step
-            or (saved.updates is None and "run_id" in stored)
-            and saved.step in unfinished
+            or (
+                saved.updates is None
+                and "run_id" in stored
+                and saved.step in unfinished
+            )
             for saved in self.saved
         )
 

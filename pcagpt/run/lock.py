@@ -2,8 +2,8 @@
 
 Each command that wants the folder makes a file of its own beside it, `.NAME.lock.ID`,
 and holds the folder if it then sees no file of another living command; otherwise it
-takes its file away and tries again. No two commands ever replace or remove the same
-file, and the later of two always sees the file of the earlier one. Network file systems
+takes its file away and tries again. Of two commands, the later one always sees the file
+of the earlier one. Network file systems
 have all that this needs, but it was tried on local disks only.
 
 A command of this machine lives as long as its process. The processes of other machines
@@ -55,7 +55,7 @@ class Lock:
         if self._holders():
             self._own.unlink(missing_ok=True)
             return ""
-        for path in self._others():  # All are of commands that ended.
+        for path in self._others():  # Of commands that ended, or give way to this one.
             path.unlink(missing_ok=True)
         threading.Thread(target=self._renew, daemon=True).start()
         return None

@@ -20,11 +20,15 @@ class StopRequest:
 
     def stops_at(self, step: int) -> int:
         """The signal to stop for before this step, the same in every process, or 0."""
+        # The exchange makes the processes wait for each other, so it is rare.
+        if jax.process_count() > 1 and step % AGREE_EVERY:
+            return 0
+        return self.agreed()
+
+    def agreed(self) -> int:
+        """The signal that any process has received, or 0. All processes call this."""
         if jax.process_count() == 1:
             return self.received
-        # The exchange makes the processes wait for each other, so it is rare.
-        if step % AGREE_EVERY:
-            return 0
         return int(multihost_utils.process_allgather(np.array(self.received)).max())
 
     def note(self, number: int, _) -> None:

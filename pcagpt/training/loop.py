@@ -130,6 +130,12 @@ def train(
         if jax.process_index() == 0:
             check_place()
             write_result(run_dir, result, measured.window_losses)
+        # What comes after this run must not start.
+        if number := stop.agreed():
+            raise Interrupted(
+                f"{run_dir.name} is done: run the same command again to continue",
+                number,
+            )
     return result
 
 
