@@ -49,7 +49,7 @@ class Recipe:
         return self.bits == 32
 
 
-# What older files mean by the fields of a recipe that they lack.
+# Values of the fields of a recipe that older files lack.
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(Recipe)

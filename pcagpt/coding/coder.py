@@ -19,7 +19,8 @@ from pcagpt.coding.models import (
     frequencies,
 )
 
-# Number of values of each index of a model, and what makes them start at 0.
+# For each index of a model: how many values it has, and what is added so that they
+# start at 0.
 _FIELDS = (REACHES, SCALES, 2 * LARGEST_LOCATION + 1, TAILS)
 _STARTS = (0, 0, LARGEST_LOCATION, 0)
 _SENTINEL = 0xC0DE  # The last number: a decoder that went astray does not find it.

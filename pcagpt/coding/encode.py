@@ -75,7 +75,7 @@ class Prepared:
 
     @property
     def smallest_step(self) -> float:
-        """The step at which the largest symbols have all their range."""
+        """The step at which the largest sampled value has the largest symbol."""
         return self._largest_value / LARGEST_SYMBOL
 
 

@@ -11,8 +11,8 @@ from pcagpt.coding.transform import Coefficients
 # zero than by rounding to the nearest, which saves more bits than it adds error.
 ROUNDING = 0.45
 LARGEST_SYMBOL = 2**15 - 1
-# Token weights outside, relative to their mean, count as the limit: a token that was
-# never seen has steps, and the most frequent one does not need huge symbols.
+# Relative token weights beyond these limits count as the limit: a token that was never
+# seen has steps, and the most frequent one does not need huge symbols.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-12, 2.0**8
 
 
@@ -28,7 +28,7 @@ def step_classes(weights_V: np.ndarray) -> np.ndarray:
 
 
 def class_steps(classes: np.ndarray, step: float) -> np.ndarray:
-    """Steps of classes, float64: the same on every machine, because no power is."""
+    """Steps of classes, float64: the same on every machine, without a power."""
     whole, odd = np.divmod(classes.astype(np.int32), 2)
     return np.ldexp(np.where(odd, 1.4142135623730951, 1.0), whole) * step
 

@@ -30,7 +30,8 @@ class Fit:
     Args:
       make: a `Compressor`.
       measure: scores a candidate.
-      methods: `CODED` if coded tables are allowed, and the method of factors.
+      methods: coded tables are allowed if `CODED` is among them; the last of the
+        others makes the factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """

@@ -189,8 +189,9 @@ class CompressSettings:
     methods: str = knob(
         "",
         f"methods to try: all, or some of {', '.join([*METHODS, CODED])} (an "
-        "entropy-coded file). Of those that make factors, only the last is tried at "
-        f"fewer bits or for a bound. Empty: all, on a CPU svd, the last and {CODED}",
+        "entropy-coded file). The last one that makes factors counts as the best: only "
+        "it is tried at fewer bits and for a bound. Empty: all; on a CPU "
+        f"{[*METHODS][0]}, {[*METHODS][-1]} and {CODED}",
     )
     bands: tuple[int, ...] = knob(
         (),

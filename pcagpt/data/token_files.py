@@ -171,8 +171,9 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
 def _fitting(content: Content, info: CorpusInfo) -> list[str]:
     """The widths, narrow to wide, at which each number is in the vocabulary.
 
-    Wide ids could also be narrow ones. Narrow ids are seldom wide ones: two of them
-    together are a number beyond the vocabulary, unless every second one is 0.
+    A file of uint32 ids can also be read as uint16. A file of uint16 ids can seldom be
+    read as uint32: two of them make a number beyond the vocabulary, unless every second
+    one is 0.
     """
     return [
         name

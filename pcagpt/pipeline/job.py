@@ -94,8 +94,8 @@ class Job(abc.ABC):
     def compare_corpus(self, is_needed: bool) -> str | None:
         """Raises UserError if what is in the folder was trained on other tokens.
 
-        If the corpus is missing and not needed, the result is a line that says so. All
-        processes call this.
+        If the corpus cannot be opened and no job needs it, returns a line that says so.
+        All processes call this.
         """
         return None
 

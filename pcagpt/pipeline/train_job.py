@@ -289,9 +289,9 @@ class TrainJob(Job):
         return "is not trained", "configs/baseline.py", self.settings
 
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
-        """What the run goes on from, or None if it is done; the caller holds the lock.
+        """(record, is_replaced), or None if the run is done; the caller holds the lock.
 
-        It is the record of the run that is there, or the id of a new one, and whether
+        record: that of the run that goes on, or only a new run_id; is_replaced: whether
         what is there is moved aside. Restores a lost config.json.
         """
         there = look(self.folder)

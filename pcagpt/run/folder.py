@@ -207,9 +207,9 @@ class Contents:
 
     @property
     def stranger(self) -> str | None:
-        """Why a checkpoint is not this run's checkpoint of its step; None if all are.
+        """Why config.json and a checkpoint do not belong together; None if all do.
 
-        Also if config.json describes another model than a checkpoint's copy of it.
+        One of them is then of another run, another step or another model.
 
         A checkpoint that holds only weights, or a damaged one, is not judged.
         """
