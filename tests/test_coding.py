@@ -22,7 +22,12 @@ from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import class_steps, quantize, step_classes
 from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
 from pcagpt.errors import UserError
-from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
+from pcagpt.factorize import (
+    BudgetTooSmall,
+    Statistics,
+    Weighting,
+    second_order_loss,
+)
 
 V, D = 300, 24
 RANDOM = np.random.default_rng(5)
@@ -89,6 +94,18 @@ def test_the_errors_of_coefficients_are_those_of_the_weighting():
     dense = TABLE + error.T @ synthesis
     found = second_order_loss(TABLE, dense, FULL)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_weighting_mixes_the_shares_of_the_head_and_the_input():
+    probability, frequency = np.array([0.7, 0.3]), np.array([0.5, 0.5])
+    hidden, gradient = np.diag([2.0, 1.0]), np.diag([0.1, 0.4])
+    statistics = Statistics(
+        frequency, probability, np.zeros(2), hidden, gradient, np.zeros((2, 2))
+    )
+    found = coding.loss_weighting(np.eye(2), statistics)
+    np.testing.assert_allclose(found.token_weights, [0.6 + 0.01, 0.4 + 0.01])
+    np.testing.assert_allclose(found.metric, np.diag([2.2, 1.8]))
+    assert found.contexts.shape == (2, 2)
 
 
 def test_directions_are_uncorrelated_and_fall_in_energy():

@@ -15,7 +15,12 @@ SMOOTHING = 0.02  # share of the mean weight; factors have that of `pcagpt.metho
 
 
 def loss_weighting(table_VD: np.ndarray, statistics: Statistics) -> Weighting:
-    """The weighting of 'context', with other shares of the head and the input."""
+    """The weighting of 'context', with other shares of the head and the input.
+
+    Args:
+      table_VD: the model's table, floating point.
+      statistics: of the same model.
+    """
     weighting = METHODS["context"].weigh(table_VD, statistics)
     weights_V = (1 - FREQUENCY_SHARE) * statistics.probability
     weights_V = weights_V + FREQUENCY_SHARE * statistics.frequency

@@ -159,7 +159,7 @@ def _predicted(rows: list[Row]) -> list[Row]:
     kinds: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
         # Smaller losses are mostly rounding and predict nothing.
-        if row.bits == 32 and row.added_loss >= SMALLEST_ADDED:
+        if row.is_factors and row.added_loss >= SMALLEST_ADDED:
             kinds.setdefault((row.method, row.bands > 1), []).append(row)
     anchors = []
     for kind in kinds.values():

@@ -3,8 +3,8 @@
 Each command that wants the folder makes a file of its own beside it, `.NAME.lock.ID`,
 and holds the folder if it then sees no file of another living command; otherwise it
 takes its file away and tries again. Of two commands, the later one always sees the file
-of the earlier one. Network file systems
-have all that this needs, but it was tried on local disks only.
+of the earlier one. Network file systems have all that this needs, but it was tried on
+local disks only.
 
 A command of this machine lives as long as its process. The processes of other machines
 cannot be seen from here, so every command renews the time of its file. It counts as
