@@ -341,8 +341,8 @@ def _coded(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
             words = draw(st.binary(max_size=99))
         content = content[:start] + header + words
         path.write_bytes(content + hashlib.sha256(content).digest())  # It is sealed.
-    known = ("--config.ranks=4", "--config.compress.methods=coded")
-    return [*COMMANDS["compress"].words, f"--config.workdir={folder}", *known], ANY
+    words = [*COMMANDS["compress"].words, f"--config.workdir={folder}"]
+    return [*words, "--config.compress.methods=coded"], ANY
 
 
 KINDS: dict[str, Callable[[Callable, Path], tuple[list[str], Reference]]] = {
