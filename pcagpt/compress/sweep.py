@@ -22,7 +22,7 @@ from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.rows import Recipe, Row, read_sweep
 from pcagpt.run import fingerprint
-from pcagpt.run.folder import move_aside, read_record
+from pcagpt.run.folder import look, move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
@@ -147,7 +147,7 @@ def _started_from(model: Path) -> Path | None:
     """A run beside a best model that was started from it, as it is now."""
     for run in sorted(model.parent.glob(FROM_RUN.format(arm="*", source=model.name))):
         with contextlib.suppress(UserError):  # Damaged: no run can start or go on.
-            recorded = (read_record(run) or {}).get("imported_sha256") or {}
+            recorded = (look(run).stored or {}).get("imported_sha256") or {}
             if fingerprint.same(model, recorded.get("weights_from")):
                 return run
     return None
