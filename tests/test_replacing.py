@@ -164,6 +164,19 @@ def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     assert moved(run_dir).is_dir()
 
 
+def test_a_command_that_lost_its_lock_moves_nothing_aside(made_elsewhere, monkeypatch):
+    run_dir = job(made_elsewhere).folder
+    before = content(run_dir)
+
+    def lose(self):
+        raise UserError("the lock is gone")
+
+    monkeypatch.setattr(lock.Lock, "check", lose)
+    with pytest.raises(UserError, match="the lock is gone"):
+        execute(changed(made_elsewhere, overwrite=True))
+    assert content(run_dir) == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 def test_a_damaged_file_is_refused_and_with_overwrite_moved_aside(copied, name):
     run_dir = job(copied).folder

@@ -21,7 +21,6 @@ from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
-from pcagpt.methods import CODED
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -97,14 +96,11 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     """
     if settings.task != "compress":
         return settings
-    is_cpu, compress = platform == "cpu", settings.compress
-    effort, names = CPU if is_cpu else GPU, list(METHODS)
+    effort, compress = CPU if platform == "cpu" else GPU, settings.compress
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
-        "compress.methods": ",".join(
-            [*(names[:1] + names[-1:] if is_cpu else names), CODED]
-        ),
+        "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
         "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,

@@ -42,7 +42,7 @@ def _check(plan: Plan) -> dict[Job, Status]:
         if not job.is_target and not settings.build_prerequisites:
             raise job.missing_error()
     for job in to_do:
-        job.check_vocabulary({job.folder for job in to_do})
+        job.check_early({job.folder for job in to_do})
     return needed
 
 

@@ -143,7 +143,7 @@ class FactorizeJob(Job):
             found["statistics_sha256"] = sha256_of_file(given)
         return found
 
-    def check_vocabulary(self, missing: set[Path]) -> None:
+    def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
         if self.source not in missing:
             return  # `check` reads the shape of the table.
