@@ -299,6 +299,21 @@ def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copie
             read(run_dir)
 
 
+def test_a_loss_that_is_not_finite_names_what_helps_its_run(copied):
+    b = changed(finetuned(copied), **{"train.learning_rate": 1e30})
+    baseline = plan(b).jobs[0].folder
+    shutil.rmtree(job(b).folder)
+    with pytest.raises(UserError, match="the loss is not finite") as caught:
+        execute(b)
+    lower = "lower finetune.learning_rate_share, and --config.overwrite=True to move it"
+    assert lower in str(caught.value)
+    shutil.rmtree(baseline)
+    with pytest.raises(UserError, match="the loss is not finite") as caught:
+        execute(b)
+    lower = f"lower train.learning_rate, and move {baseline} away to train it again"
+    assert str(caught.value).endswith(lower)
+
+
 def test_a_d_of_other_settings_is_used_with_a_word(copied, caplog):
     asked = changed(finetuned(copied), overwrite=True, **{"train.learning_rate": 0.005})
     assert described(asked)[0].endswith("done")

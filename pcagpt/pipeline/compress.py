@@ -123,8 +123,8 @@ def _recipes(
             f"ranks is {ranks}: the table of {original.run.folder} is {shape}, its "
             f"rank is at most {min(shape)}"
         )
-    found = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in found if r.is_factors or not factor_methods(methods)}
+    combinations = recipes(*shape, methods, possible, options.bands, options.bits)
+    kept = {r.rank for r in combinations if r.is_factors or not factor_methods(methods)}
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
@@ -136,7 +136,7 @@ def _recipes(
             f"left out: rank {', '.join(left_out)}, too high for the table {shape} or "
             f"too low for compress.bands {options.bands}"
         )
-    return [recipe for recipe in found if recipe.rank in {0, *kept}]
+    return [recipe for recipe in combinations if recipe.rank in {0, *kept}]
 
 
 def _check_file(path: Path, original: Original) -> None:
@@ -144,15 +144,15 @@ def _check_file(path: Path, original: Original) -> None:
 
     Numbers of a part of the split may be replaced by those of the whole split.
     """
-    own, found = strict(original.protocol), read_json(path, REMEDY)
-    if found is None:
+    own, content = strict(original.protocol), read_json(path, REMEDY)
+    if content is None:
         return
-    check_fields(found, {"protocol": (dict,)}, path, REMEDY)
-    there = original.renewed(found["protocol"])
-    parts = own.keys() | there.keys()
+    check_fields(content, {"protocol": (dict,)}, path, REMEDY)
+    stored = original.renewed(content["protocol"])
+    parts = own.keys() | stored.keys()
     if "evaluated_tokens" not in own:
         parts -= {"evaluated_tokens"}
-    if differing := differences(there, own, sorted(parts)):
+    if differing := differences(stored, own, sorted(parts)):
         raise UserError(
             f"{path} holds other numbers, {'; '.join(differing)}: use another "
             "--config.workdir, or --config.overwrite=True to move them aside"
