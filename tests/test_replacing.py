@@ -301,13 +301,14 @@ def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copie
 
 def test_a_loss_that_is_not_finite_names_what_helps_its_run(copied):
     b = changed(finetuned(copied), **{"train.learning_rate": 1e30})
-    baseline = plan(b).jobs[0].folder
-    shutil.rmtree(job(b).folder)
+    baseline, factors, run_dir = [one.folder for one in plan(b).jobs]
+    shutil.rmtree(run_dir)
     with pytest.raises(UserError, match="the loss is not finite") as caught:
         execute(b)
     lower = "lower finetune.learning_rate_share, and --config.overwrite=True to move it"
     assert lower in str(caught.value)
-    shutil.rmtree(baseline)
+    for made in (baseline, factors):
+        shutil.rmtree(made)
     with pytest.raises(UserError, match="the loss is not finite") as caught:
         execute(b)
     lower = f"lower train.learning_rate, and move {baseline} away to train it again"
