@@ -62,8 +62,8 @@ def sweep(
     `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
     """
     folder, writes = output.folder, jax.process_index() == 0
-    output, known = _resume(original, output)
-    lacking = [recipe for recipe in tried if recipe not in known]
+    output, measured = _resume(original, output)
+    lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
     label = f"compressing {original.run.folder.name}"
@@ -82,17 +82,17 @@ def sweep(
                 if writes:
                     print(f"left out: {too_small}", flush=True)
                 continue
-            known[recipe] = candidate.row(original.measure(candidate))
+            measured[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
-                content = _write_sweep(output, tried, known)
+                content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
     if not writes:
         return
-    content = _write_sweep(output, tried, known)
-    known = {row.recipe: row for row in content["rows"]}  # Now with predictions.
+    content = _write_sweep(output, tried, measured)
+    measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
     for place, of_place in sorted(models_of(folder, tried).items()):
-        _write_best(original, place, of_place, known, overwrite)
+        _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -111,15 +111,15 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
         return output, {}
     if "recovered" in earlier:
         heading = heading | {"recovered": earlier["recovered"]}
-    known = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
-    return dataclasses.replace(output, heading=heading), known
+    measured = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
+    return dataclasses.replace(output, heading=heading), measured
 
 
 def _write_best(
     original: Original,
     place: Path,
     recipes: list[Recipe],
-    known: dict[Recipe, Row],
+    measured: dict[Recipe, Row],
     overwrite: bool,
 ) -> None:
     """Writes the model of least added loss; in a tie, keeps the one already there.
@@ -127,10 +127,10 @@ def _write_best(
     A run that started from the one there could not go on from another: without
     `overwrite`, that one stays, too.
     """
-    least = min(known[recipe].added_loss for recipe in recipes)
-    equal = [r for r in recipes if known[r].added_loss == least]
-    there = origin_of(place)  # Runs may have started from it.
-    made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
+    least = min(measured[recipe].added_loss for recipe in recipes)
+    equal = [r for r in recipes if measured[r].added_loss == least]
+    origin = origin_of(place)  # Runs may have started from it.
+    made = [r for r in equal if dataclasses.asdict(r).items() <= origin.items()]
     best, *_ = made or equal
     if not (made or overwrite) and (run := _started_from(place)):
         print(
@@ -139,8 +139,8 @@ def _write_best(
             "--config.overwrite=True moves the one there aside",
             flush=True,
         )
-    elif not (best.is_coded and keeps_coded(place, original, known[best])):
-        write_model(place, original, original.compressor(best), known[best])
+    elif not (best.is_coded and keeps_coded(place, original, measured[best])):
+        write_model(place, original, original.compressor(best), measured[best])
 
 
 def _started_from(model: Path) -> Path | None:
@@ -160,15 +160,15 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """
     path = folder / "sweep.json"
     content = read_sweep(path)
-    known = {row["run"]: row for row in content.get("recovered") or ()}
-    known |= {row["run"]: row for row in strict(rows)}
-    content["recovered"] = list(known.values())
+    recovered = {row["run"]: row for row in content.get("recovered") or ()}
+    recovered |= {row["run"]: row for row in strict(rows)}
+    content["recovered"] = list(recovered.values())
     write_json(path, content)
     return write_sweep_report(folder, content)
 
 
 def _write_sweep(
-    output: Output, tried: list[Recipe], known: dict[Recipe, Row]
+    output: Output, tried: list[Recipe], measured: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
@@ -177,8 +177,8 @@ def _write_sweep(
     """
     output.check_lock()
     output.folder.mkdir(parents=True, exist_ok=True)
-    rows = _predicted([known[recipe] for recipe in tried if recipe in known])
-    others = [row for recipe, row in known.items() if recipe not in tried]
+    rows = _predicted([measured[recipe] for recipe in tried if recipe in measured])
+    others = [row for recipe, row in measured.items() if recipe not in tried]
     content = {**output.heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
         content["rows_left"] = len(tried) - len(rows)
