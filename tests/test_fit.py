@@ -121,8 +121,9 @@ def world(
     table=TABLE,
     bands=(1, 2, 5),
     methods=("kl",),
+    estimate=1.0,
 ):
-    """A `Fit` of this world; factor scales the loss."""
+    """A `Fit` of this world; factors scale the loss and the estimated bytes."""
 
     def make(recipe):
         if recipe.bands == 5 and recipe.budget < least:
@@ -141,7 +142,10 @@ def world(
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    return Fit(make, measure, methods, bands, table)
+    def coded_bytes(added_loss):
+        return estimate * UNIT * (100 * added_loss) ** (-1 / exponent)
+
+    return Fit(make, coded_bytes, measure, methods, bands, table)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
@@ -179,6 +183,17 @@ def test_a_coded_file_is_searched_by_its_bytes():
     assert fit.within_bytes(20_000, [32, 8]) and len(fit.trials) == 1
 
 
+@pytest.mark.parametrize("estimate", [1e-9, 0.5, 1.0, 2.0, 1e9])
+def test_the_search_for_a_coded_file_begins_at_its_estimated_bytes(estimate):
+    fit = world(1.5, table=(4000, 3000), methods=[CODED], estimate=estimate)
+    chosen = fit.within_loss(0.001)
+    assert 0.0009 <= chosen.scores.added_loss <= 0.001
+    first = fit.trials[0].candidate.bytes
+    estimated = estimate * UNIT * 0.1 ** (-1 / 1.5)
+    assert first == pytest.approx(np.clip(estimated, 7000, 48_000_000), rel=1e-3)
+    assert len(fit.trials) <= (Fit.TRIALS if abs(np.log(estimate)) > 1 else 3)
+
+
 def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     fit = world(0.7, 20.0, least=3000, bands=(5,))
     chosen = fit.within_loss(20.0)
@@ -193,7 +208,7 @@ def test_an_error_is_not_a_budget_that_is_too_small():
         raise ValueError("operands could not be broadcast")
 
     with pytest.raises(ValueError, match="broadcast"):
-        Fit(fail, None, ["kl"], (5,), TABLE).within_loss(1.0)
+        Fit(fail, None, None, ["kl"], (5,), TABLE).within_loss(1.0)
 
 
 def test_a_bound_on_size_is_used_up():

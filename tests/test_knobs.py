@@ -13,7 +13,7 @@ from runs import changed, execute, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
-from pcagpt.config import Settings
+from pcagpt.config import Settings, validate
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
@@ -113,6 +113,15 @@ def refusal(config):
     """Why a plan is not carried out."""
     try:
         pipeline.check(make_plan(Settings.of(config)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def contradiction(config):
+    """Why the knobs contradict each other."""
+    try:
+        validate(Settings.of(config))
     except UserError as error:
         return str(error)
     return None
@@ -299,8 +308,8 @@ KNOBS = {
     "init.import_wte_freeze": (frozen, True, IMPORT),
     "init.import_scale_matrices_freeze": (frozen, True, IMPORT),
     "init.import_bands": (imported, "PLACE/bands", FINISHED | RANDOM),
-    "init.keep": (imported, "std", IMPORT),
-    "init.blocks_from": (imported, D, IMPORT),
+    "init.keep": (contradiction, "std", IMPORT),
+    "init.blocks_from": (imported, A, IMPORT | {"arm": "pca_finetune"}),
     "init.weights_from": (imported, D, FINISHED),
     "factorize.method": (factors, "pca", FACTORIZE),
     "factorize.statistics": (factors, "PLACE/other_statistics.npz", KL),

@@ -1,4 +1,4 @@
-"""Finds the step that meets a target of bytes or of predicted loss."""
+"""Finds the step that meets a target of bytes, and the bytes that a loss needs."""
 
 import dataclasses
 import functools
@@ -9,8 +9,7 @@ import numpy as np
 from pcagpt.coding.encode import Prepared, encode, trial
 from pcagpt.coding.file import file_bytes
 from pcagpt.coding.table import CodedTable
-from pcagpt.errors import UserError
-from pcagpt.factorize import BudgetTooSmall, second_order_loss
+from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 MOST_ENCODINGS = 4
@@ -19,11 +18,10 @@ _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A coded table, its words and what it costs."""
+    """A coded table and its words."""
 
     table: CodedTable
     words: np.ndarray  # uint32
-    loss: float  # `second_order_loss` of the decoded table
 
     @property
     def bytes(self) -> int:
@@ -33,85 +31,56 @@ class Encoded:
 
 def at_step(prepared: Prepared, step: float) -> Encoded:
     """The table coded at a step."""
-    table, words = encode(prepared, step)
-    loss = second_order_loss(prepared.table_VD, table.dense(), prepared.weighting)
-    return Encoded(table, words, loss)
+    return Encoded(*encode(prepared, step))
 
 
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
-    """The best table in a file of at most that size; BudgetTooSmall if none fits."""
-    smallest = at_step(prepared, prepared.largest_step)
-    if smallest.bytes > most:
-        raise BudgetTooSmall(
-            f"a file of {most:,} bytes cannot hold a coded table: without any symbols, "
-            f"this one takes {smallest.bytes:,}"
-        )
-    return _search(
-        prepared,
-        most,
-        smallest,
-        # Symbols and the basis come on top of what is always there.
-        estimate=lambda step: smallest.bytes + trial(prepared, step).bits / 8,
-        value=lambda made: made.bytes,
-    )
-
-
-def within_loss(prepared: Prepared, most: float) -> Encoded:
-    """The smallest file with at most that second-order loss; UserError if none has.
-
-    `most` is in the units of the weighting: nats per token for 'kl', 'fisher' and
-    'context'.
-    """
-    smallest = at_step(prepared, prepared.largest_step)
-    if smallest.loss <= most:
-        return smallest
-    finest, found = trial(prepared, prepared.smallest_step), None
-    if finest.loss <= most:
-        found = _search(
-            prepared,
-            most,
-            None,
-            estimate=lambda step: trial(prepared, step).loss,
-            value=lambda made: made.loss,
-        )
-    if found is None:
-        raise UserError(
-            f"no coded table has a predicted loss of at most {most}: the finest steps "
-            f"lead to about {finest.loss:.2g}; allow more loss"
-        )
-    return found
-
-
-def _search(
-    prepared: Prepared,
-    most: float,
-    best: Encoded | None,
-    estimate: Callable[[float], float],
-    value: Callable[[Encoded], float],
-) -> Encoded | None:
-    """The table whose value is just below `most`, or `best` if none is found.
+    """The best table in a file of at most that size; BudgetTooSmall if none fits.
 
     Estimates choose the step. They are off by a factor that hardly changes with the
     step, so one or two encodings suffice to correct it.
     """
-    ends = np.log2([prepared.smallest_step, prepared.largest_step])
-    estimate_of = functools.cache(lambda octave: estimate(2.0**octave))
+    best = at_step(prepared, prepared.largest_step)
+    least = best.bytes
+    if least > most:
+        raise BudgetTooSmall(
+            f"a file of {most:,} bytes cannot hold a coded table: without any symbols, "
+            f"this one takes {least:,}"
+        )
+
+    @functools.cache
+    def estimate_of(octave: float) -> float:
+        # Symbols and the basis come on top of what is always there.
+        return least + trial(prepared, 2.0**octave).bits / 8
+
+    span = ends = np.log2([prepared.smallest_step, prepared.largest_step])
     goal, margin = most, TOLERANCE / 2
     for count in range(2 * MOST_ENCODINGS):
         octave = _octave_of(goal, estimate_of, *ends)
         made = at_step(prepared, 2.0**octave)
-        found = value(made)
-        if found <= most and (best is None or value(best) < found):
+        if best.bytes < made.bytes <= most:
             best = made
-        if most * (1 - TOLERANCE) <= found <= most:
+        if most * (1 - TOLERANCE) <= made.bytes <= most:
             break
-        if count >= MOST_ENCODINGS and best is not None:
+        if count >= MOST_ENCODINGS and best.bytes > least:
             break
-        if found > most:
+        if made.bytes > most:
             margin *= 1.5
-        goal = most * (1 - margin) * estimate_of(octave) / max(found, most / 100)
-        ends = np.clip((octave - 1, octave + 1), *ends)
+        goal = most * (1 - margin) * estimate_of(octave) / made.bytes
+        ends = np.clip((octave - 1, octave + 1), *span)
     return best
+
+
+def estimated_bytes(prepared: Prepared, loss: float) -> int:
+    """About the size of a file that decodes to a table of this `second_order_loss`.
+
+    `loss` is in the units of the weighting: nats per token for 'kl', 'fisher' and
+    'context'. The estimate comes from the sample, and only an empty table is encoded.
+    """
+    loss_of = functools.cache(lambda octave: trial(prepared, 2.0**octave).loss)
+    ends = np.log2([prepared.smallest_step, prepared.largest_step])
+    bits = trial(prepared, 2.0 ** _octave_of(loss, loss_of, *ends)).bits
+    return round(at_step(prepared, prepared.largest_step).bytes + bits / 8)
 
 
 def _octave_of(

@@ -30,7 +30,7 @@ class Original:
     variables: placed on the mesh; table_VD: [V, D] float32 without padding rows;
     batches: of the validation split, or of its first `evaluate.max_tokens` targets;
     calibration: tokens and batch_size for `calibrate.statistics`; chunks: number of
-    parts that logits are computed in; split: of the singular values, as for `truncate`.
+    parts that logits are computed in; singular_value_split: as for `truncate`.
     """
 
     run: Run
@@ -42,7 +42,7 @@ class Original:
     batches: EvaluationBatches
     calibration: dict[str, int]
     chunks: int
-    split: float
+    singular_value_split: float
 
     @classmethod
     def of(cls, run: Run, settings: Settings) -> "Original":
@@ -76,7 +76,7 @@ class Original:
                 "batch_size": settings.train.batch_size,
             },
             chunks=settings.train.loss_chunks,
-            split=settings.factorize.singular_value_split,
+            singular_value_split=settings.factorize.singular_value_split,
         )
 
     @functools.cached_property
@@ -95,7 +95,7 @@ class Original:
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        return Compressor(self.table_VD, self.statistics, self.split)
+        return Compressor(self.table_VD, self.statistics, self.singular_value_split)
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
@@ -122,7 +122,7 @@ class Original:
             "calibration_tokens": self.calibration["tokens"],
             "calibration_batch_size": self.calibration["batch_size"],
             "compute_dtype": model.compute_dtype,
-            "singular_value_split": self.split,
+            "singular_value_split": self.singular_value_split,
         }
         if self.batches.is_cut:  # Files without this field used all tokens.
             protocol["evaluated_tokens"] = self.batches.target_count
