@@ -138,7 +138,7 @@ def test_greedy_ranks_are_the_best_of_all_within_the_budget():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_budget_below_rank_1_is_refused(count):
-    with pytest.raises(BudgetTooSmall, match="budget of 10 is too small"):
+    with pytest.raises(BudgetTooSmall, match="budget of .* is too small"):
         Factorizer(TABLE, "svd")(10, count)
 
 

@@ -418,7 +418,7 @@ def test_a_fingerprint_contains_knobs_that_the_weights_do_not_show(
     tmp_path, monkeypatch
 ):
     """A default does not enter: a hash of a version without the knob stays."""
-    save(tmp_path, [1.0])
+    save(tmp_path, {1: 1.0})
     model = {"n_head": 2, "n_layer": 1, "dropout": 0.0}
     write_record(tmp_path, {"model": model})
     arrays = digests.arrays(tmp_path / "ckpt" / "1")

@@ -277,3 +277,23 @@ def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
     assert not np.array_equal(rounded.dense, whole.dense)
     np.testing.assert_allclose(rounded.dense, whole.dense, atol=2.0)
     assert rounded.bytes < whole.bytes == 4 * whole.table.parameters
+
+
+def test_estimated_bytes_save_measurements_of_coded_tables():
+    """Added loss is here the second-order loss; each bound takes a search."""
+    table, make = compressor()
+
+    def measurements(coded_bytes):
+        def measure(candidate):
+            return scores(sum(candidate.second_order))
+
+        fits = [
+            Fit(make, coded_bytes, measure, [CODED], (1,), table.shape)
+            for _ in range(2)
+        ]
+        for fit, bound in zip(fits, (0.03, 0.1), strict=True):
+            chosen = fit.within_loss(bound)
+            assert chosen.scores.added_loss <= bound
+        return sum(len(fit.trials) for fit in fits)
+
+    assert measurements(make.coded_bytes) < measurements(lambda _: table.size // 6)

@@ -253,6 +253,7 @@ IMPORT = FINISHED | {
         "PLACE/finished/pca_factorized/scale_mats_pca_k8.npz"
     ),
 }
+FINETUNE = IMPORT | {"arm": "pca_finetune", "init.blocks_from": A}
 PROCESSES = {"distributed.enabled": True}
 KEPT = {"checkpoint.keep_last": 9}
 
@@ -309,7 +310,7 @@ KNOBS = {
     "init.import_scale_matrices_freeze": (frozen, True, IMPORT),
     "init.import_bands": (imported, "PLACE/bands", FINISHED | RANDOM),
     "init.keep": (contradiction, "std", IMPORT),
-    "init.blocks_from": (imported, A, IMPORT | {"arm": "pca_finetune"}),
+    "init.blocks_from": (imported, D, FINETUNE),
     "init.weights_from": (imported, D, FINISHED),
     "factorize.method": (factors, "pca", FACTORIZE),
     "factorize.statistics": (factors, "PLACE/other_statistics.npz", KL),
