@@ -16,7 +16,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED
+from pcagpt.methods import CODED, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -42,7 +42,7 @@ def test_recipes_are_all_that_fit_and_the_most_useful_come_first():
 
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
-    assert gpu.compress.methods.split(",") == [*METHODS, CODED]
+    assert gpu.compress.methods.split(",") == [*METHODS, CODED, *RIVALS]
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0

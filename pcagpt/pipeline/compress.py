@@ -21,7 +21,7 @@ from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
-from pcagpt.methods import CODED
+from pcagpt.methods import CODED, RIVALS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -103,7 +103,7 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
         "compress.methods": ",".join(
-            [*(names[:1] + names[-1:] if is_cpu else names), CODED]
+            [names[0], names[-1], CODED] if is_cpu else [*names, CODED, *RIVALS]
         ),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
@@ -128,7 +128,9 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     found = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in found if r.is_factors or not factor_methods(methods)}
+    kept = {r.rank for r in found if r.is_factors}
+    if not factor_methods(methods):
+        kept = set(possible)
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
