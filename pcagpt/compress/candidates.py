@@ -80,11 +80,11 @@ class Compressor:
         began, coded = time.monotonic(), None
         if recipe.method == CODED:
             coded = self._coded(recipe.budget)
-            table, size = _of_full_width(coded.table.dense()), coded.bytes
+            table, size = of_full_width(coded.table.dense()), coded.bytes
         elif recipe.method in MAKERS:
             maker = MAKERS[recipe.method]
             made = maker.make(self._table_VD, self._statistics, recipe)
-            table, size = _of_full_width(made.dense()), made.bytes
+            table, size = of_full_width(made.dense()), made.bytes
         else:
             table = self._make(recipe)
             size = table.parameters * FLOAT_BYTES
@@ -120,7 +120,8 @@ class Compressor:
         return self._factorize(recipe.budget, recipe.bands)
 
 
-def _of_full_width(table_VD: np.ndarray) -> FactorizedTable:
+def of_full_width(table_VD: np.ndarray) -> FactorizedTable:
+    """A table that is stored as it is, in a single band."""
     return FactorizedTable.of_one_band(BandFactors(table_VD, None))
 
 

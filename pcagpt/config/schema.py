@@ -192,7 +192,7 @@ class CompressSettings:
         f"entropy-coded file), {', '.join(RIVALS)} (D's table in few bits, for "
         "comparison). The last one that makes factors counts as the best: only it is "
         "tried at fewer bits and for a bound. Empty: all; on a CPU "
-        f"{[*METHODS][0]}, {[*METHODS][-1]} and {CODED}",
+        f"{_listed(CPU.methods)}",
     )
     bands: tuple[int, ...] = knob(
         (),
