@@ -45,9 +45,13 @@ def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
 
 
 def sweep(
-    original: Original, tried: list[Recipe], output: Output, tensorboard: bool
+    original: Original,
+    tried: list[Recipe],
+    models: dict[Path, list[Recipe]],
+    output: Output,
+    tensorboard: bool,
 ) -> None:
-    """Measures every recipe; writes the rows, reports and the best model per rank.
+    """Measures every recipe; writes the rows, reports and the best of each of `models`.
 
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
     under another protocol aside.
@@ -76,7 +80,7 @@ def sweep(
         return
     content = _write_sweep(output, tried, known)
     known = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    for place, of_place in sorted(models_of(folder, tried).items()):
+    for place, of_place in sorted(models.items()):
         _write_best(original, place, of_place, known)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))

@@ -2,7 +2,8 @@
 
 WORKDIR/compressed/ gets a report and compressed models that every command takes as
 runs. A sweep also writes sweep.json with one row per table; a search for a bound
-writes advice.json instead.
+writes advice.json instead. A sweep on another split than val chooses no models, and
+writes to WORKDIR/compressed_SPLIT/.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 
-FOLDER = "compressed"  # in a workdir
+FOLDER = "compressed"  # in a workdir; with a suffix for other splits than val
 
 
 def compress(settings: Settings, command: str) -> None:
@@ -47,7 +48,9 @@ def compress(settings: Settings, command: str) -> None:
     """
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
-    options, folder = settings.compress, Path(settings.workdir) / FOLDER
+    options, chooses = settings.compress, settings.split == "val"
+    name = FOLDER if chooses else f"{FOLDER}_{settings.split}"
+    folder = Path(settings.workdir) / name
     checkpoint.check_path(folder)
     methods = methods_of(options.methods)
     run = Run.open(settings.model_path)
@@ -65,7 +68,7 @@ def compress(settings: Settings, command: str) -> None:
         tried, models = [], {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
-        models = models_of(folder, tried)
+        models = models_of(folder, tried) if chooses else {}
 
     def check_folder() -> None:
         if not settings.overwrite:
@@ -80,7 +83,7 @@ def compress(settings: Settings, command: str) -> None:
             advise(original, methods, options, output)
         else:
             _check_recoverable(original, tried, settings, folder)
-            sweep(original, tried, output, settings.telemetry.tensorboard)
+            sweep(original, tried, models, output, settings.telemetry.tensorboard)
         if jax.process_index() == 0:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
