@@ -153,11 +153,8 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             rows = sorted(of_kind.values(), key=lambda row: row.bytes)
             colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
             sizes = [getattr(row, field) / 1e6 for row in rows]
-            intervals = [
-                row.added_loss_interval or 2 * [row.added_loss] for row in rows
-            ]
-            ends = np.maximum(intervals, SMALLEST_ADDED).T
-            axes.vlines(sizes, *ends, color=colour)
+            ends = [row.added_loss_interval or 2 * [row.added_loss] for row in rows]
+            axes.vlines(sizes, *np.maximum(ends, SMALLEST_ADDED).T, color=colour)
             axes.plot(
                 sizes,
                 [max(row.added_loss, SMALLEST_ADDED) for row in rows],

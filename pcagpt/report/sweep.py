@@ -104,14 +104,15 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
-        untrained = [
-            ("svd", row.added_loss)
-            for row in sweep["rows"]
-            if (row.method, row.rank, row.bits) == ("svd", rank, 32)
-        ]
+        measured = [row for row in sweep["rows"] if (row.rank, row.bits) == (rank, 32)]
+        untrained = [("svd", row.added_loss) for row in measured if row.method == "svd"]
+        intervals = {
+            row_name(row.method, row.bands): row.added_loss_interval for row in measured
+        }
         best = row_name(runs[0]["method"], runs[0]["bands"])
         for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
-            rows.append({"name": name, "rank": rank, "added_loss": added})
+            start = {"name": name, "rank": rank, "added_loss": added}
+            rows.append(start | {"interval": intervals.get(name)})
         for row in runs:
             on = " on D's predictions" if row["letter"] == "Bd" else ""
             rows.append(row | {"name": f"{best}, trained further{on}"})
