@@ -286,6 +286,6 @@ def _check_bounds(settings: Settings) -> None:
     if settings.task == "compress" and settings.split != "val" and chosen:
         raise UserError(
             f"compress.{chosen[0]} chooses a table, but split is {settings.split}: "
-            "choose it on the validation split, without split, then measure it with "
-            f"configs/evaluate.py {override('split', settings.split)}"
+            "leave split out, then measure the model with --config=configs/evaluate.py "
+            f"{override('split', settings.split)}"
         )
