@@ -118,14 +118,14 @@ def _score(
             decile_V[target_n1] == jnp.arange(DECILES)[None]
         )
         by_decile_E = jnp.sum(jnp.where(in_decile_nE, added_n[:, None], 0), 0)
-        found = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
+        sums = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
         in_decile_E = in_decile_nE.sum(0, dtype=jnp.float32)
-        found["deciles"] = jnp.stack([by_decile_E, in_decile_E])
-        return found, added_n
+        sums["deciles"] = jnp.stack([by_decile_E, in_decile_E])
+        return sums, added_n
 
-    def chunk(sums, inputs):
-        found, added_n = sums_of(*inputs)
-        return jax.tree.map(jnp.add, sums, found), added_n
+    def chunk(total, inputs):
+        sums, added_n = sums_of(*inputs)
+        return jax.tree.map(jnp.add, total, sums), added_n
 
     arrays = (own_ND, swapped_ND, targets_BT.reshape(-1))
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, *arrays)[0])
