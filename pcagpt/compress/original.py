@@ -98,8 +98,7 @@ class Original:
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        options = self.statistics, self.singular_value_split
-        return Compressor(self.table_VD, *options)
+        return Compressor(self.table_VD, self.statistics, self.singular_value_split)
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
