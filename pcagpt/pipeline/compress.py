@@ -47,9 +47,8 @@ def compress(settings: Settings, command: str) -> None:
     """
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
-    options, chooses = settings.compress, settings.split == "val"
-    name = FOLDER if chooses else f"{FOLDER}_{settings.split}"
-    folder = Path(settings.workdir) / name
+    suffix = "" if settings.split == "val" else f"_{settings.split}"
+    options, folder = settings.compress, Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
     methods = methods_of(options.methods)
     run = Run.open(settings.model_path)
@@ -67,7 +66,7 @@ def compress(settings: Settings, command: str) -> None:
         tried, models = [], {folder / ADVISED}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
-        models = models_of(folder, tried) if chooses else {}
+        models = models_of(folder, tried)
 
     def check_folder() -> None:
         if not settings.overwrite:
