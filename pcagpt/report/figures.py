@@ -151,10 +151,15 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
             if field == "params" and bits != 32:
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row.bytes)
+            style = _style(method, in_bands, bits)
+            sizes = [getattr(row, field) / 1e6 for row in rows]
+            ends = [row.added_loss_interval or 2 * [row.added_loss] for row in rows]
+            bars = np.maximum(ends, SMALLEST_ADDED).T
+            axes.vlines(sizes, *bars, color=style["color"])
             axes.plot(
-                [getattr(row, field) / 1e6 for row in rows],
+                sizes,
                 [max(row.added_loss, SMALLEST_ADDED) for row in rows],
-                **_style(method, in_bands, bits),
+                **style,
             )
         axes.axvline(
             baseline_of(sweep)[field] / 1e6, color="#bbbbbb", label="D's table, float32"
