@@ -193,6 +193,10 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             {"compress.methods": "coded", "compress.max_params": 9},
             "compress.max_params is set, but a coded table has all numbers",
         ),
+        (
+            {"compress.methods": "gptq, pq", "compress.max_bytes": 9},
+            "compress.max_bytes is set, but tables of gptq, pq are only for comparison",
+        ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),

@@ -11,8 +11,9 @@ import pytest
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
-from pcagpt.methods import METHODS, Method
+from pcagpt.methods import METHODS, RIVALS, Method
 from pcagpt.report import (
+    advice_text,
     collect_results,
     compare,
     pareto_figure,
@@ -579,8 +580,9 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
         assert method in labels and f"| {method} | " in text
     for method in METHODS:
         assert f"{method}, in bands" in labels and f"| {method}, 3 bands | " in text
-    for label in ("D's table, int8", "D's table, float32", "new, in bands, int2"):
+    for label in ("D's table, rounded", "D's table, float32", "new, in bands, int2"):
         assert label in labels
+    assert "| D's table, int8 | " in text
     assert "## After further training" not in text and "## Accuracy" not in text
 
 
@@ -590,6 +592,54 @@ def test_the_figure_shows_the_best_number_of_bands_and_cuts_off_tiny_losses():
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     np.testing.assert_array_equal(drawn["svd, in bands"], [0.2])
     np.testing.assert_array_equal(drawn["pca"], [1e-3])
+
+
+def test_each_rival_is_one_line_over_bytes_and_the_limit_another():
+    rows = [sweep_row("svd"), sweep_row("baseline", rank=0, bits=8, bytes=800)]
+    rows += [sweep_row("baseline", rank=0, bits=b, bytes=100 * b) for b in (2, 4)]
+    rows += [sweep_row("gptq", rank=0, bits=3, bytes=310)]
+    rows += [sweep_row("pq", rank=0, bits=8, budget=n, bytes=n) for n in (450, 250)]
+    limit = [[0, 9.0], [50, 2.0], [500, 0.5], [900, 0.1], [950, 1e-4], [9000, 0.01]]
+    figure = pareto_figure(sweep_of(rows) | {"gaussian_limit": limit})
+    numbers, sizes = (
+        {line.get_label(): line for line in axes.lines} for axes in figure.axes
+    )
+    assert "D's table, rounded" not in numbers and "svd" in numbers
+    for label, expected in (
+        ("D's table, rounded", [200, 400, 800]),
+        ("D's table, GPTQ", [310]),
+        ("D's table, PQ", [250, 450]),
+        ("Gaussian R(D), second order", [500, 900]),  # What the axes show.
+    ):
+        np.testing.assert_allclose(1e6 * sizes[label].get_xdata(), expected)
+    assert len({rival.marker for rival in RIVALS.values()}) == len(RIVALS)
+
+
+def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_path):
+    known = sweep_row("svd", added=0.25, added_loss_interval=[0.2, 0.3])
+    sweep = sweep_of([known, sweep_row("pca", added=0.5)])
+    write_sweep_report(tmp_path, sweep)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| svd | **+0.2500 ± 0.0500** |" in text
+    assert cells_of(text, "| Method | k", "| svd |")["Added"] == "+0.2500 ± 0.0500"
+    assert cells_of(text, "| Method | k", "| pca |")["Added"] == "+0.5000"
+    bars = [bar.get_segments() for bar in pareto_figure(sweep).axes[1].collections]
+    assert [segment[:, 1].tolist() for (segment,) in bars] == [[0.2, 0.3], [0.5, 0.5]]
+    trained = {
+        **{"letter": "B", "rank": 4, "method": "pca", "bands": 1, "added_loss": 0.1},
+        **{"added_at_start": 0.5, "interval": None, "val_loss": 3.1},
+    }
+    write_sweep_report(tmp_path, sweep | {"recovered": [trained]})
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "|  | svd | k=4 | 3.2500 | +0.2500 | +0.200 to +0.300 | – |" in text
+    write_sweep_report(tmp_path, sweep_of([sweep_row("pca")]))
+    assert "±" not in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_the_advice_prints_the_interval():
+    row = sweep_row("svd", predicted_loss=0.26, added_loss_interval=[0.2, 0.3])
+    text = advice_text(row, (V, D), "advised")
+    assert "+0.2600 predicted, +0.2500 ± 0.0500 measured, in nats per token" in text
 
 
 def test_the_page_of_a_sweep_holds_its_numbers(tmp_path):

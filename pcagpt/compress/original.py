@@ -28,9 +28,10 @@ class Original:
     """A run with a full table, on the devices of a mesh.
 
     variables: placed on the mesh; table_VD: [V, D] float32 without padding rows;
-    batches: of the validation split, or of its first `evaluate.max_tokens` targets;
-    calibration: tokens and batch_size for `calibrate.statistics`; chunks: number of
-    parts that logits are computed in; singular_value_split: as for `truncate`.
+    split: of the corpus, to measure on; batches: of this split, or of its first
+    `evaluate.max_tokens` targets; calibration: tokens and batch_size for
+    `calibrate.statistics`; chunks: number of parts that logits are computed in;
+    singular_value_split: as for `truncate`.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Original:
     mesh: Mesh
     variables: dict
     table_VD: np.ndarray
+    split: str
     batches: EvaluationBatches
     calibration: dict[str, int]
     chunks: int
@@ -48,15 +50,15 @@ class Original:
     def of(cls, run: Run, settings: Settings) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
 
-        Raises UserError if the table is already factorized, or if the corpus or the
-        devices do not fit the run.
+        Raises UserError if the table is already factorized, if the corpus lacks the
+        split, or if the corpus or the devices do not fit the run.
         """
-        table_VD = run.table()
+        table_VD, split = run.table(), settings.split
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir, ["train", "val"])
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
         model, variables = run.load(settings.model, mesh)
         return cls(
             run,
@@ -65,8 +67,9 @@ class Original:
             mesh,
             variables,
             table_VD,
+            split,
             batches=EvaluationBatches(
-                corpus.tokens("val"),
+                corpus.tokens(split),
                 model.config.block_size,
                 settings.evaluate.batch_size,
                 settings.evaluate.max_tokens,
@@ -114,7 +117,7 @@ class Original:
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
             "corpus_sha256": self.corpus.sha256,
-            "split": "val",
+            "split": self.split,
             "window": model.block_size,
             "stride": model.block_size,
             "corpus": self.corpus.name,
@@ -124,6 +127,8 @@ class Original:
             "compute_dtype": model.compute_dtype,
             "singular_value_split": self.singular_value_split,
         }
+        if self.split == "test":  # corpus_sha256 leaves it out.
+            protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
         if self.batches.is_cut:  # Files without this field used all tokens.
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol

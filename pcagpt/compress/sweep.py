@@ -37,7 +37,7 @@ def best_model(folder: Path, rank: int, is_coded: bool = False) -> Path:
 def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
     """The folders of the models that a sweep writes, and what each is chosen from.
 
-    Factors that were rounded to 8 or 4 bits are measured, but have no model.
+    Rounded factors and rivals are measured, but have no model.
     """
     found: dict[Path, list[Recipe]] = {}
     for recipe in tried:
@@ -60,12 +60,15 @@ def sweep(
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
     under another protocol aside. A best model that a run started from stays, unless
     `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
+    Only what was measured on the validation split chooses models.
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
+    limit = {"gaussian_limit": make.gaussian_limit()}
+    output = dataclasses.replace(output, heading=output.heading | limit)
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
@@ -91,7 +94,8 @@ def sweep(
         return
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    for place, of_place in sorted(models_of(folder, tried).items()):
+    chosen = models_of(folder, tried) if original.split == "val" else {}
+    for place, of_place in sorted(chosen.items()):
         _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))

@@ -15,7 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
-from pcagpt.methods import CODED, METHODS
+from pcagpt.methods import CODED, METHODS, RIVALS
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def arms_of(settings: Settings) -> list[str]:
 
 def methods_of(text: str) -> list[str]:
     """The names in `compress.methods`; 'all' stands for every method."""
-    known = [*METHODS, CODED]
+    known = [*METHODS, CODED, *RIVALS]
     methods = known if text == "all" else words_of(text)
     if not methods or set(methods) - set(known):
         raise UserError(
@@ -295,14 +295,24 @@ def _check_experiment(settings: Settings) -> None:
 
 
 def _check_bounds(settings: Settings) -> None:
-    """`compress` finds a table for one bound, or sweeps and then trains."""
+    """`compress` finds a table for one bound, or sweeps and then trains.
+
+    It chooses what to find or to train on the validation split only.
+    """
     compress = settings.compress
     bounds = list(compress.bounds)
     if len(bounds) > 1:
         raise UserError(
             f"compress.{bounds[0]} and compress.{bounds[1]} are both set: give one"
         )
-    if compress.max_params and words_of(compress.methods) == [CODED]:
+    methods = set(methods_of(compress.methods or "all"))
+    if bounds and methods <= RIVALS.keys():
+        raise UserError(
+            f"compress.{bounds[0]} is set, but tables of {compress.methods} are only "
+            f"for comparison: add {CODED} or a method that makes factors to "
+            "compress.methods"
+        )
+    if compress.max_params and not methods & METHODS.keys():
         raise UserError(
             "compress.max_params is set, but a coded table has all numbers: add a "
             "method that makes factors to compress.methods"
@@ -311,4 +321,11 @@ def _check_bounds(settings: Settings) -> None:
         raise UserError(
             f"compress.recover_ranks is set beside compress.{bounds[0]}: train the "
             "table that it finds with configs/recover.py"
+        )
+    chosen = [*bounds, *(["recover_ranks"] if compress.recover_ranks else [])]
+    if settings.task == "compress" and settings.split != "val" and chosen:
+        raise UserError(
+            f"compress.{chosen[0]} chooses a table, but split is {settings.split}: "
+            "leave split out, then measure the model with --config=configs/evaluate.py "
+            f"{override('split', settings.split)}"
         )

@@ -13,7 +13,8 @@ from pcagpt.factorize.predict import (
     SecondOrder,
     second_order_loss,
 )
-from pcagpt.factorize.quantize import quantize
+from pcagpt.factorize.product import product_quantize
+from pcagpt.factorize.quantize import gptq, quantize
 from pcagpt.factorize.solve import (
     effective_rank,
     energy_kept,
@@ -21,7 +22,6 @@ from pcagpt.factorize.solve import (
 )
 from pcagpt.factorize.table import (
     FLOAT_BYTES,
-    OWN_TABLE,
     BandFactors,
     FactorizedTable,
 )
