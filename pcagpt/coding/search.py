@@ -12,7 +12,9 @@ from pcagpt.coding.table import CodedTable
 from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
-MOST_ENCODINGS = 4
+# The search also ends after a few encodings if the table fills most of the target, and
+# in any case after many: those of small tables take no time.
+FEW, MANY, FILLED = 4, 16, 0.97
 _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
 
@@ -37,8 +39,9 @@ def at_step(prepared: Prepared, step: float) -> Encoded:
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
     """The best table in a file of at most that size; BudgetTooSmall if none fits.
 
-    Estimates choose the step. They are off by a factor that hardly changes with the
-    step, so one or two encodings suffice to correct it.
+    Estimates choose the step within the bracket that the encodings so far have left.
+    They are off by a factor that hardly changes with the step of a large table, so one
+    or two encodings suffice to correct it. Those of a small table may be far off.
     """
     best = at_step(prepared, prepared.largest_step)
     least = best.bytes
@@ -53,21 +56,21 @@ def within_bytes(prepared: Prepared, most: int) -> Encoded:
         # Symbols and the basis come on top of what is always there.
         return least + trial(prepared, 2.0**octave).bits / 8
 
-    span = ends = np.log2([prepared.smallest_step, prepared.largest_step])
-    goal, margin = most, TOLERANCE / 2
-    for count in range(2 * MOST_ENCODINGS):
-        octave = _octave_of(goal, estimate_of, *ends)
+    low, high = np.log2([prepared.smallest_step, prepared.largest_step])
+    octave, margin = _octave_of(most, estimate_of, low, high), TOLERANCE / 2
+    for count in range(MANY):
         made = at_step(prepared, 2.0**octave)
-        if best.bytes < made.bytes <= most:
-            best = made
-        if most * (1 - TOLERANCE) <= made.bytes <= most:
-            break
-        if count >= MOST_ENCODINGS and best.bytes > least:
-            break
         if made.bytes > most:
-            margin *= 1.5
+            low, margin = octave, margin * 1.5
+        else:
+            high, best = octave, max(best, made, key=lambda one: one.bytes)
+        filled = best.bytes / most
+        if filled >= 1 - TOLERANCE or low >= high or (count >= FEW and filled > FILLED):
+            break
         goal = most * (1 - margin) * estimate_of(octave) / made.bytes
-        ends = np.clip((octave - 1, octave + 1), *span)
+        edge = (high - low) / 8  # Every encoding must narrow the bracket.
+        octave = _octave_of(goal, estimate_of, low, high)
+        octave = float(np.clip(octave, low + edge, high - edge))
     return best
 
 
