@@ -56,6 +56,12 @@ class ModelSettings:
     band_ranks: tuple[int, ...] = knob(
         (), "rank of each band; 0: full width", at_least(0)
     )
+    band_blocks: tuple[int, ...] = knob(
+        (),
+        "blocks of 8 directions of each band with codes of 8, 6, 5, 4, 3, 2 and 1 bits; "
+        "only models with a packed table have them, which compress writes",
+        at_least(0),
+    )
     bias: bool = knob(True, "use biases in linear layers and norms")
     dropout: float = knob(0.0, "probability that an activation is dropped", BELOW_1)
     compute_dtype: str = knob(

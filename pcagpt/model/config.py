@@ -4,6 +4,8 @@ import dataclasses
 from typing import NamedTuple
 
 INIT_STD = 0.02
+# Of a packed table: the widths of its codes in bits, and the directions of a block.
+WIDTHS, BLOCK = (8, 6, 5, 4, 3, 2, 1), 8
 
 
 class BandSpec(NamedTuple):
@@ -13,6 +15,7 @@ class BandSpec(NamedTuple):
     size: int
     padding: int  # rows without a token at the end of the table
     rank: int  # 0: the table is [size + padding, D], without scale matrices
+    blocks: tuple[int, ...] = ()  # number for each of `WIDTHS`; (): not packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class GPTConfig:
     n_embd_wte_scale_tying: bool
     band_sizes: tuple[int, ...]
     band_ranks: tuple[int, ...]
+    band_blocks: tuple[int, ...]
     bias: bool
     dropout: float
     compute_dtype: str
@@ -49,5 +53,11 @@ class GPTConfig:
         for size, rank in zip(sizes, ranks, strict=True):
             bands.append(BandSpec(start, size, 0, rank))
             start += size
+        if self.band_blocks:  # Without padding rows.
+            kinds = len(WIDTHS)
+            return tuple(
+                band._replace(blocks=self.band_blocks[i * kinds : (i + 1) * kinds])
+                for i, band in enumerate(bands)
+            )
         padding = self.padded_vocab_size - self.vocab_size
         return (*bands[:-1], bands[-1]._replace(padding=padding))
