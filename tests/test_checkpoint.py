@@ -364,6 +364,16 @@ def test_damaged_notes_on_a_checkpoint_lose_only_themselves(
     (tmp_path / "ckpt/2" / name).write_bytes(content)
     assert restore(tmp_path)[1] == 2
     assert f"ckpt/2/{name}" in said()[0]
+    item, *file = name.split("/")
+    kept = tmp_path / "ckpt/2" / "/".join([f"{item}.damaged", *file])
+    assert kept.read_bytes() == content
+
+
+def test_the_best_checkpoint_stays_the_best_if_its_digests_are_damaged(tmp_path):
+    save(tmp_path, {1: 1.0, 2: 3.0})
+    (tmp_path / "ckpt/1/digests.json").write_text("{")
+    save(tmp_path, {3: 2.0, 4: 2.5})
+    assert checkpoint.steps(tmp_path) == [1, 4]
 
 
 def test_a_checkpoint_without_digests_is_one_of_an_older_version(tmp_path):

@@ -336,11 +336,11 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
 
 
 def test_a_rank_above_the_vocabulary_is_refused_before_the_baseline_is_trained(job):
-    by(job, ranks=(4096,)).check_vocabulary({job.source})  # The tokens of sotu.
+    by(job, ranks=(4096,)).check_early({job.source})  # The tokens of sotu.
     too_high = by(job, ranks=(4097,))
-    too_high.check_vocabulary(set())
+    too_high.check_early(set())
     with pytest.raises(UserError, match="holds 4097: the vocabulary has 4096 tokens"):
-        too_high.check_vocabulary({job.source})
+        too_high.check_early({job.source})
 
 
 def test_a_method_that_needs_statistics_is_refused_without_them(job, tmp_path):

@@ -164,6 +164,19 @@ def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     assert moved(run_dir).is_dir()
 
 
+def test_a_command_that_lost_its_lock_moves_nothing_aside(made_elsewhere, monkeypatch):
+    run_dir = job(made_elsewhere).folder
+    before = content(run_dir)
+
+    def lose(self):
+        raise UserError("the lock is gone")
+
+    monkeypatch.setattr(lock.Lock, "check", lose)
+    with pytest.raises(UserError, match="the lock is gone"):
+        execute(changed(made_elsewhere, overwrite=True))
+    assert content(run_dir) == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 def test_a_damaged_file_is_refused_and_with_overwrite_moved_aside(copied, name):
     run_dir = job(copied).folder
@@ -284,6 +297,22 @@ def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copie
     for read in (Run.open, fingerprint.of):
         with pytest.raises(UserError, match=r"step 6, is damaged \(it is missing\)"):
             read(run_dir)
+
+
+def test_a_loss_that_is_not_finite_names_what_helps_its_run(copied):
+    b = changed(finetuned(copied), **{"train.learning_rate": 1e30})
+    baseline, factors, run_dir = [one.folder for one in plan(b).jobs]
+    shutil.rmtree(run_dir)
+    with pytest.raises(UserError, match="the loss is not finite") as caught:
+        execute(b)
+    lower = "lower finetune.learning_rate_share, and --config.overwrite=True to move it"
+    assert lower in str(caught.value)
+    for made in (baseline, factors):
+        shutil.rmtree(made)
+    with pytest.raises(UserError, match="the loss is not finite") as caught:
+        execute(b)
+    lower = f"lower train.learning_rate, and move {baseline} away to train it again"
+    assert str(caught.value).endswith(lower)
 
 
 def test_a_d_of_other_settings_is_used_with_a_word(copied, caplog):

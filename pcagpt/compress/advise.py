@@ -69,8 +69,8 @@ def advise(
     output.check_lock()
     write_model(place, original, chosen.candidate, row)
     trials = [trial.row() for trial in fit.trials]
-    found = {"bounds": options.bounds, "chosen": row, "trials": trials}
-    advice, path = output.heading | found, output.folder / "advice.json"
+    answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
+    advice, path = output.heading | answer, output.folder / "advice.json"
     earlier = read_json(path, "delete it") or {}
     if any(earlier.get(n) != strict(advice[n]) for n in ("protocol", "bounds")):
         move_aside(path)

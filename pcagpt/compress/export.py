@@ -93,8 +93,8 @@ def _write_coded(
 
 def origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} without a record."""
-    found = (read_record(folder) or {}).get("compressed")
-    return DEFAULTS | found if found else {}
+    origin = (read_record(folder) or {}).get("compressed")
+    return DEFAULTS | origin if origin else {}
 
 
 def _holds(folder: Path, weights: dict) -> bool:

@@ -160,18 +160,18 @@ def search(
     target, points = math.log(bound * (1 - slack / 2)), []
     rises = slope > 0
     for _ in range(tries):
-        found = value(round(math.exp(place)))
-        if found is None:
+        reached = value(round(math.exp(place)))
+        if reached is None:
             low, place = place, (place + high) / 2
             continue
-        fits = found <= bound
+        fits = reached <= bound
         if fits == rises:
             low = place
         else:
             high = place
-        if (fits and found >= (1 - slack) * bound) or high - low < 0.02:
+        if (fits and reached >= (1 - slack) * bound) or high - low < 0.02:
             return
-        points.append((math.log(max(found, 1e-6)), place))
+        points.append((math.log(max(reached, 1e-6)), place))
         points.sort(key=lambda point: abs(point[0] - target))
         (y0, x0), *others = points
         if others and abs(others[0][0] - y0) > 1e-9:

@@ -134,11 +134,11 @@ class Original:
         Older versions hashed both in another way. The name of a corpus does not count.
         """
         batch_size = {"calibration_batch_size": self.calibration["batch_size"]}
-        found, corpus = batch_size | protocol, self.corpus  # Older files do not say.
-        if self.run.is_at(found.get("checkpoint")):
-            found["checkpoint"] = self.run.fingerprint
-        stated = found.get("corpus_sha256")
+        stored, corpus = batch_size | protocol, self.corpus  # Older files do not say.
+        if self.run.is_at(stored.get("checkpoint")):
+            stored["checkpoint"] = self.run.fingerprint
+        stated = stored.get("corpus_sha256")
         is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:
-            found |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
-        return found
+            stored |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
+        return stored

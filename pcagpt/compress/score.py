@@ -108,10 +108,10 @@ def _score(
             decile_V[target_n1] == jnp.arange(DECILES)[None]
         )
         by_decile_E = jnp.sum(jnp.where(in_decile_nE, (both_n - own_n)[:, None], 0), 0)
-        found = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
+        sums = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
         in_decile_E = in_decile_nE.sum(0, dtype=jnp.float32)
-        found["deciles"] = jnp.stack([by_decile_E, in_decile_E])
-        return found
+        sums["deciles"] = jnp.stack([by_decile_E, in_decile_E])
+        return sums
 
     def chunk(sums, inputs):
         return jax.tree.map(jnp.add, sums, sums_of(*inputs)), None

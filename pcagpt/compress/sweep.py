@@ -53,8 +53,8 @@ def sweep(
     under another protocol aside.
     """
     folder, writes = output.folder, jax.process_index() == 0
-    output, known = _resume(original, output)
-    lacking = [recipe for recipe in tried if recipe not in known]
+    output, measured = _resume(original, output)
+    lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
     label = f"compressing {original.run.folder.name}"
@@ -67,17 +67,17 @@ def sweep(
                     f"rank {recipe.rank}, {recipe.method}: {error}; raise ranks, or "
                     "leave this method out of compress.methods"
                 ) from None
-            known[recipe] = candidate.row(original.measure(candidate))
+            measured[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
-                content = _write_sweep(output, tried, known)
+                content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
     if not writes:
         return
-    content = _write_sweep(output, tried, known)
-    known = {row.recipe: row for row in content["rows"]}  # Now with predictions.
+    content = _write_sweep(output, tried, measured)
+    measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
     for place, of_place in sorted(models_of(folder, tried).items()):
-        _write_best(original, place, of_place, known)
+        _write_best(original, place, of_place, measured)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -96,20 +96,20 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
         return output, {}
     if "recovered" in earlier:
         heading = heading | {"recovered": earlier["recovered"]}
-    known = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
-    return dataclasses.replace(output, heading=heading), known
+    measured = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
+    return dataclasses.replace(output, heading=heading), measured
 
 
 def _write_best(
-    original: Original, place: Path, recipes: list[Recipe], known: dict[Recipe, Row]
+    original: Original, place: Path, recipes: list[Recipe], measured: dict[Recipe, Row]
 ) -> None:
     """Writes the model of least added loss; in a tie, keeps the one already there."""
-    least = min(known[recipe].added_loss for recipe in recipes)
-    equal = [r for r in recipes if known[r].added_loss == least]
-    there = origin_of(place)  # Runs may have started from it.
-    made = [r for r in equal if dataclasses.asdict(r).items() <= there.items()]
+    least = min(measured[recipe].added_loss for recipe in recipes)
+    equal = [r for r in recipes if measured[r].added_loss == least]
+    origin = origin_of(place)  # Runs may have started from it.
+    made = [r for r in equal if dataclasses.asdict(r).items() <= origin.items()]
     best, *_ = made or equal
-    write_model(place, original, original.compressor(best), known[best])
+    write_model(place, original, original.compressor(best), measured[best])
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -119,15 +119,15 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """
     path = folder / "sweep.json"
     content = read_sweep(path)
-    known = {row["run"]: row for row in content.get("recovered") or ()}
-    known |= {row["run"]: row for row in strict(rows)}
-    content["recovered"] = list(known.values())
+    recovered = {row["run"]: row for row in content.get("recovered") or ()}
+    recovered |= {row["run"]: row for row in strict(rows)}
+    content["recovered"] = list(recovered.values())
     write_json(path, content)
     return write_sweep_report(folder, content)
 
 
 def _write_sweep(
-    output: Output, tried: list[Recipe], known: dict[Recipe, Row]
+    output: Output, tried: list[Recipe], measured: dict[Recipe, Row]
 ) -> dict[str, Any]:
     """Writes sweep.json with predictions; returns its content.
 
@@ -136,8 +136,8 @@ def _write_sweep(
     """
     output.check_lock()
     output.folder.mkdir(parents=True, exist_ok=True)
-    rows = _predicted([known[recipe] for recipe in tried if recipe in known])
-    others = [row for recipe, row in known.items() if recipe not in tried]
+    rows = _predicted([measured[recipe] for recipe in tried if recipe in measured])
+    others = [row for recipe, row in measured.items() if recipe not in tried]
     content = {**output.heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
         content["rows_left"] = len(tried) - len(rows)

@@ -56,6 +56,7 @@ def methods_of(text: str) -> list[str]:
             f"compress.methods is '{text}': it must be all, or some of "
             f"{', '.join(known)}"
         )
+    _check_distinct("compress.methods", methods)
     return methods
 
 
@@ -75,7 +76,8 @@ def validate(settings: Settings) -> None:
             f"train.batch_size = {train.batch_size}"
         )
     _check_distinct("experiment.seeds", settings.experiment.seeds)
-    _check_distinct("compress.recover_ranks", settings.compress.recover_ranks)
+    for name in ("bands", "bits", "recover_ranks"):
+        _check_distinct(f"compress.{name}", getattr(settings.compress, name))
     arms_of(settings)
     if settings.compress.methods:
         methods_of(settings.compress.methods)

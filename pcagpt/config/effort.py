@@ -2,15 +2,19 @@
 
 from typing import NamedTuple
 
+from pcagpt.methods import CODED, METHODS
+
 
 class Effort(NamedTuple):
-    """Values of `compress.bands`, `.calibration_tokens` and `evaluate.max_tokens`."""
+    """Values of `compress.*` and of `evaluate.max_tokens`."""
 
+    methods: tuple[str, ...]
     bands: tuple[int, ...]
     calibration_tokens: int
     max_tokens: int
 
 
-GPU = Effort((1, 7, 12), 2**20, 0)
+_FIRST, *_, _LAST = METHODS
+GPU = Effort((*METHODS, CODED), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
-CPU = Effort((1, 7), 2**15, 2**15)
+CPU = Effort((_FIRST, _LAST, CODED), (1, 7), 2**15, 2**15)

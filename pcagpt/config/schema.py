@@ -28,7 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
-from pcagpt.methods import CODED, METHODS
+from pcagpt.methods import METHODS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -194,10 +194,10 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        f"methods to try: all, or some of {', '.join([*METHODS, CODED])} (an "
+        f"methods to try: all, or some of {', '.join(GPU.methods)} (an "
         "entropy-coded file). The last one that makes factors counts as the best: only "
         "it is tried at fewer bits and for a bound. Empty: all; on a CPU "
-        f"{[*METHODS][0]}, {[*METHODS][-1]} and {CODED}",
+        f"{_listed(CPU.methods)}",
     )
     bands: tuple[int, ...] = knob(
         (),

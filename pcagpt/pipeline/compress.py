@@ -21,7 +21,6 @@ from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
-from pcagpt.methods import CODED
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -97,14 +96,11 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     """
     if settings.task != "compress":
         return settings
-    is_cpu, compress = platform == "cpu", settings.compress
-    effort, names = CPU if is_cpu else GPU, list(METHODS)
+    effort, compress = CPU if platform == "cpu" else GPU, settings.compress
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
-        "compress.methods": ",".join(
-            [*(names[:1] + names[-1:] if is_cpu else names), CODED]
-        ),
+        "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
         "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
@@ -127,8 +123,8 @@ def _recipes(
             f"ranks is {ranks}: the table of {original.run.folder} is {shape}, its "
             f"rank is at most {min(shape)}"
         )
-    found = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in found if r.is_factors or not factor_methods(methods)}
+    combinations = recipes(*shape, methods, possible, options.bands, options.bits)
+    kept = {r.rank for r in combinations if r.is_factors or not factor_methods(methods)}
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
@@ -140,7 +136,7 @@ def _recipes(
             f"left out: rank {', '.join(left_out)}, too high for the table {shape} or "
             f"too low for compress.bands {options.bands}"
         )
-    return [recipe for recipe in found if recipe.rank in {0, *kept}]
+    return [recipe for recipe in combinations if recipe.rank in {0, *kept}]
 
 
 def _check_file(path: Path, original: Original) -> None:
@@ -148,15 +144,15 @@ def _check_file(path: Path, original: Original) -> None:
 
     Numbers of a part of the split may be replaced by those of the whole split.
     """
-    own, found = strict(original.protocol), read_json(path, REMEDY)
-    if found is None:
+    own, content = strict(original.protocol), read_json(path, REMEDY)
+    if content is None:
         return
-    check_fields(found, {"protocol": (dict,)}, path, REMEDY)
-    there = original.renewed(found["protocol"])
-    parts = own.keys() | there.keys()
+    check_fields(content, {"protocol": (dict,)}, path, REMEDY)
+    stored = original.renewed(content["protocol"])
+    parts = own.keys() | stored.keys()
     if "evaluated_tokens" not in own:
         parts -= {"evaluated_tokens"}
-    if differing := differences(there, own, sorted(parts)):
+    if differing := differences(stored, own, sorted(parts)):
         raise UserError(
             f"{path} holds other numbers, {'; '.join(differing)}: use another "
             "--config.workdir, or --config.overwrite=True to move them aside"

@@ -68,14 +68,14 @@ def _path(run: Run, part: str, protocol: dict[str, Any]) -> Path:
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
     plain = run.folder / f"evaluation_{name}_{part}_step{run.step}.json"
     try:
-        there = read_json(plain, "delete it")
-        if there is not None:
-            check_fields(there, {"protocol": (dict, None)}, plain, "delete it")
+        earlier = read_json(plain, "delete it")
+        if earlier is not None:
+            check_fields(earlier, {"protocol": (dict, None)}, plain, "delete it")
     except UserError:  # It is damaged, and a new one can replace it.
-        there = None
-    known = ("tokens_sha256", "tokenizer_sha256")
-    is_same = there is None or all(
-        (there.get("protocol") or {}).get(key) == protocol[key] for key in known
+        earlier = None
+    hashes = ("tokens_sha256", "tokenizer_sha256")
+    is_same = earlier is None or all(
+        (earlier.get("protocol") or {}).get(key) == protocol[key] for key in hashes
     )
     if is_same:
         return plain

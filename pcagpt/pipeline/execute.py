@@ -42,7 +42,7 @@ def _check(plan: Plan) -> dict[Job, Status]:
         if not job.is_target and not settings.build_prerequisites:
             raise job.missing_error()
     for job in to_do:
-        job.check_vocabulary({job.folder for job in to_do})
+        job.check_early({job.folder for job in to_do})
     return needed
 
 
@@ -93,11 +93,11 @@ def execute(plan: Plan, command: str) -> None:
 def _needed(plan: Plan) -> dict[Job, Status]:
     """As `check` returns."""
     jobs, target = plan.jobs, plan.jobs[-1]
-    known = {target: target.status()}
-    is_all = plan.reported or known[target].kind != Kind.DONE
+    statuses = {target: target.status()}
+    is_all = plan.reported or statuses[target].kind != Kind.DONE
     if not is_all and not any(job.differing() for job in jobs):
         jobs = tuple(job for job in jobs if job.is_target)
-    return {job: known.get(job) or job.status() for job in jobs}
+    return {job: statuses.get(job) or job.status() for job in jobs}
 
 
 def _corpora_without_text(setups: Iterable[Setup | None]) -> set[str]:
@@ -109,13 +109,13 @@ def _corpora_without_text(setups: Iterable[Setup | None]) -> set[str]:
 def check_workdir(workdir: str) -> None:
     """Raises UserError if nothing can be written there."""
     path = Path(workdir).absolute()
-    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+    nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     try:  # In /proc, the permissions alone would allow it.
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError:
         raise UserError(
-            f"workdir is {workdir}: {there} is not a writable folder; name another one "
-            "as --config.workdir=FOLDER"
+            f"workdir is {workdir}: {nearest} is not a writable folder; name another "
+            "one as --config.workdir=FOLDER"
         ) from None
 
 

@@ -129,21 +129,21 @@ class FactorizeJob(Job):
         The source must exist.
         """
         chosen, given = self.settings.factorize, self._statistics_path
-        found = {
+        identity = {
             "method": chosen.method,
             "bands": chosen.bands,
             "singular_value_split": chosen.singular_value_split,
             "source_sha256": self._source_sha256(),
         }
         if self._calibrates:
-            found["calibration_tokens"] = self._calibration_tokens
-            found["calibration_batch_size"] = self.settings.train.batch_size
-            found["calibration_sha256"] = self._calibration_sha256()
+            identity["calibration_tokens"] = self._calibration_tokens
+            identity["calibration_batch_size"] = self.settings.train.batch_size
+            identity["calibration_sha256"] = self._calibration_sha256()
         elif given and given.exists():
-            found["statistics_sha256"] = sha256_of_file(given)
-        return found
+            identity["statistics_sha256"] = sha256_of_file(given)
+        return identity
 
-    def check_vocabulary(self, missing: set[Path]) -> None:
+    def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if a rank exceeds the vocabulary of a D still to train."""
         if self.source not in missing:
             return  # `check` reads the shape of the table.
@@ -225,7 +225,7 @@ class FactorizeJob(Job):
         made = {rank: make.of_rank(rank, chosen.bands) for rank in work.ranks}
         new = {str(rank): what for rank, (_, what) in made.items()}
         described = work.described | new
-        known = sorted(map(int, described))
+        ranks = sorted(map(int, described))
         singular_values = make.factors.singular_values
         metadata = {
             **self.identity(),
@@ -234,7 +234,7 @@ class FactorizeJob(Job):
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorize.effective_rank(singular_values),
-            "ranks": {str(rank): described[str(rank)] for rank in known},
+            "ranks": {str(rank): described[str(rank)] for rank in ranks},
         }
         check_lock()
         if work.is_replaced:
@@ -247,7 +247,7 @@ class FactorizeJob(Job):
         )
         board = self.settings.telemetry.tensorboard
         with Telemetry(self.folder, tensorboard=board) as telemetry:
-            telemetry.figure("spectrum", spectrum_figure(singular_values, known))
+            telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
         remove_leftovers(self.folder)
 
     def _measured_statistics(self, run: Run) -> Statistics:
@@ -282,10 +282,10 @@ class FactorizeJob(Job):
                 f"statistics, and {error}: name their file as "
                 "--config.factorize.statistics"
             ) from None
-        found = len(statistics.probability), len(statistics.hidden_mean)
-        if found != shape:
+        measured = len(statistics.probability), len(statistics.hidden_mean)
+        if measured != shape:
             raise UserError(
-                f"{path} has statistics of a table {found}, but the table of "
+                f"{path} has statistics of a table {measured}, but the table of "
                 f"{self.source} is {shape}: name the statistics of this table"
             )
         return statistics
@@ -294,8 +294,8 @@ class FactorizeJob(Job):
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
         # Statistics also depend on these.
         kept += ("compress.calibration_tokens", "train.batch_size")
-        known = {path: operator.attrgetter(path)(self.settings) for path in kept}
-        settings = Settings(model_path=str(self.source)).replace(known)
+        values = {path: operator.attrgetter(path)(self.settings) for path in kept}
+        settings = Settings(model_path=str(self.source)).replace(values)
         return f"lacks {self.amount}", "configs/factorize.py", settings
 
     def _other_files(self, differing: list[str]) -> UserError:

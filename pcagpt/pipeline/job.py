@@ -65,11 +65,11 @@ class Job(abc.ABC):
         """How far it is. UserError if something else is there that must be kept."""
 
     @abc.abstractmethod
-    def check_vocabulary(self, missing: set[Path]) -> None:
-        """Raises UserError if the job does not fit the vocabulary of its corpus.
+    def check_early(self, missing: set[Path]) -> None:
+        """Raises UserError for what shows without the tokens of the corpus.
 
-        Reads only the description of the corpus. `missing` are the folders of jobs that
-        are still to do.
+        Reads only their description, such as the size of the vocabulary. `missing` are
+        the folders of jobs that are still to do.
         """
 
     @abc.abstractmethod

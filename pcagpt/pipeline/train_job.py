@@ -29,6 +29,7 @@ from pcagpt.run.folder import (
 )
 from pcagpt.sharding import processes
 from pcagpt.training.loop import train
+from pcagpt.training.meter import NotFinite
 from pcagpt.training.setup import Setup
 
 SPLITS = ("train", "val")  # that a run needs
@@ -187,8 +188,8 @@ class TrainJob(Job):
         data, cache_dir = self.settings.data, self.settings.cache_dir
         return open_corpus(data.source, cache_dir, data.tokenizer, SPLITS)
 
-    def check_vocabulary(self, missing: set[Path]) -> None:
-        """Raises UserError if the model does not fit the corpus or the device.
+    def check_early(self, missing: set[Path]) -> None:
+        """Raises UserError if the model does not fit the vocabulary or the device.
 
         Also if no checkpoint can be saved in the folder.
         """
@@ -257,33 +258,30 @@ class TrainJob(Job):
             if begun is None:
                 return
             stored, is_replaced = begun
-            run_id = stored["run_id"]
             # Imports may have been made since `check`.
             setup = checked or Setup.of(self.settings, corpus)
-            record = {
-                **setup.settings.to_dict(),
-                "run_id": run_id,
-                "imported_sha256": setup.imported_sha256,
-                "vocab_size": setup.model.config.vocab_size,
-                **_text_of(setup.corpus, stored),
-                "corpus_source": absolute(self.settings.data.source),
-            }
+            record = _full_record(setup, stored)
 
             def check_place() -> None:
                 check_lock()
-                if (read_record(self.folder) or {}).get("run_id") != run_id:
+                if (read_record(self.folder) or {}).get("run_id") != record["run_id"]:
                     raise UserError(
                         f"stopped, because {self.folder} was removed or replaced while "
                         "this run trained there"
                     )
 
             if jax.process_index() == 0:
+                check_lock()
                 if is_replaced:
                     move_aside(self.folder)
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
             processes.wait_for_all(self.folder.name)
-            train(setup, self.folder, record, self.label, check_place)
+            try:
+                train(setup, self.folder, record, self.label, check_place)
+            except NotFinite as error:
+                knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
+                raise UserError(f"{error}: lower {knob}, and {self._remedy}") from None
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
@@ -307,16 +305,21 @@ class TrainJob(Job):
         return {"run_id": secrets.token_hex(8)} | (stored or {}), is_replaced
 
 
-def _text_of(corpus: Corpus, known: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of the corpus and of the text that its tokens stand for.
+def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run: its settings, and what it depends on.
 
-    A run that goes on keeps what its record knows, because the meta file beside its
-    tokens may be gone.
+    A run that goes on keeps what its record (`stored`) says of the corpus and of the
+    text that its tokens stand for: the meta file beside them may be gone.
     """
-    content = corpus.content
-    found = {name: value for name, value in content.items() if value}
+    corpus, settings = setup.corpus, setup.settings
+    stated = {name: value for name, value in corpus.content.items() if value}
     return {
-        "tokenizer": corpus.tokenizer or known.get("tokenizer"),
-        "characters": corpus.characters or known.get("characters"),
-        "corpus": content | (known.get("corpus") or {}) | found,
+        **settings.to_dict(),
+        "run_id": stored["run_id"],
+        "imported_sha256": setup.imported_sha256,
+        "vocab_size": setup.model.config.vocab_size,
+        "tokenizer": corpus.tokenizer or stored.get("tokenizer"),
+        "characters": corpus.characters or stored.get("characters"),
+        "corpus": corpus.content | (stored.get("corpus") or {}) | stated,
+        "corpus_source": absolute(settings.data.source),
     }

@@ -192,14 +192,14 @@ def read(path: Path, run: Run | None = None) -> Statistics:
     Also raises UserError if the file says that it was measured on another model than
     that of `run`.
     """
-    found, protocol = _read(path)
+    statistics, protocol = _read(path)
     measured = protocol.get("checkpoint")
     if run and measured and not run.is_at(measured):
         raise UserError(
             f"{path} was measured on another model (checkpoint {str(measured):.12}…) "
             f"than {run.folder} at step {run.step} ({run.fingerprint:.12}…)"
         )
-    return found
+    return statistics
 
 
 def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
@@ -208,14 +208,15 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
     lacking = [name for name in Statistics._fields if name not in arrays]
     if lacking:
         raise UserError(f"{path} holds no statistics: it has no '{lacking[0]}'")
-    found = Statistics(**{name: arrays[name] for name in Statistics._fields})
+    statistics = Statistics(**{name: arrays[name] for name in Statistics._fields})
     protocol: Any = None
     with contextlib.suppress(ValueError):
         protocol = parse_json(str(arrays.get("protocol")).encode())
     protocol = protocol if isinstance(protocol, dict) else {}
-    sizes = {"V": found.probability.size, "D": found.hidden_mean.size}
+    sizes = {"V": statistics.probability.size, "D": statistics.hidden_mean.size}
     for name, letters in _SHAPES.items():
-        array, shape = getattr(found, name), tuple(sizes[letter] for letter in letters)
+        array = getattr(statistics, name)
+        shape = tuple(sizes[letter] for letter in letters)
         if array.dtype != np.float64 or array.shape != shape or not array.size:
             raise UserError(
                 f"{path}: '{name}' is {array.dtype} {array.shape}, it must be float64 "
@@ -223,9 +224,9 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
             )
         if not np.isfinite(array).all() or (letters == "V" and array.min() < 0):
             raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
-    if protocol.pop("arrays_sha256", None) not in (None, _sha256(found)):
+    if protocol.pop("arrays_sha256", None) not in (None, _sha256(statistics)):
         raise UserError(f"{path} was changed or damaged since it was written")
-    return found, protocol
+    return statistics, protocol
 
 
 def _sha256(statistics: Statistics) -> str:

@@ -55,7 +55,7 @@ class Checkpoints:
             # Orbax's own clean-up can remove what it is just saving.
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            _remove_damaged_metadata(run_dir)
+            _move_damaged_metadata_aside(run_dir)
         processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -275,25 +275,30 @@ def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def _remove_damaged_metadata(run_dir: Path) -> None:
-    """Removes damaged metadata and metrics files, on which Orbax fails.
+def _move_damaged_metadata_aside(run_dir: Path) -> None:
+    """Renames damaged metadata and metrics, on which Orbax fails.
 
     The metrics only tell which checkpoint is the best.
     """
     for step in steps(run_dir):
         folder = folder_of(run_dir, step)
+        # Damaged digests do not tell whether the metrics are damaged, too.
+        has_digests = digests.damage(folder, ()) is None
         for path in (folder / "_CHECKPOINT_METADATA", folder / "metrics"):
             file = path / "metrics" if path.name == "metrics" else path
-            damage = digests.damage(folder, "metrics/") if file.exists() else None
             try:
-                if damage and file != path:
+                if (
+                    has_digests
+                    and file.exists()
+                    and (damage := digests.damage(folder, path.name))
+                ):
                     raise UserError(damage)
                 read_json(file, "it is left out")
             except Unreadable:
                 raise
             except UserError as error:
                 _LOGGER.warning("%s", error)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 @jax.jit

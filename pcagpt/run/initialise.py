@@ -74,20 +74,20 @@ def known_imports(
       exist cannot be read. The hash of an import that cannot be read is None. If the
       recorded hash matches by an older formula, it is returned unchanged.
     """
-    found, damage = {}, []
+    hashes, damage = {}, []
     for knob, path in imported_paths(settings).items():
         name = knob.split(".")[1]
-        known = found[name] = None
+        old = hashes[name] = None
         try:
             if knob == "init.import_bands":
                 settings, _ = with_bands(settings)
             elif IMPORTS[knob] is fingerprint.of:
-                known = (recorded or {}).get(name)
-            same = known and fingerprint.same(path, known)
-            found[name] = known if same else IMPORTS[knob](path)
+                old = (recorded or {}).get(name)
+            same = old and fingerprint.same(path, old)
+            hashes[name] = old if same else IMPORTS[knob](path)
         except UserError as error:
             damage += [str(error)] if path.exists() else []
-    return settings, found, damage
+    return settings, hashes, damage
 
 
 def frozen_patterns(init: InitSettings) -> tuple[str, ...]:
@@ -208,8 +208,8 @@ def with_mean(mean_D: np.ndarray | None, wpe_TD: np.ndarray) -> dict[str, np.nda
 def _check_bands(table: FactorizedTable, folder: str, config: GPTConfig) -> None:
     """Raises UserError unless the model has the bands of a table from `folder`."""
     wanted = [(band.size, band.rank) for band in config.bands]
-    found = list(zip(table.sizes, table.ranks, strict=True))
-    if found != wanted or table.width != config.n_embd:
+    own = list(zip(table.sizes, table.ranks, strict=True))
+    if own != wanted or table.width != config.n_embd:
         raise UserError(
             f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
             f"{table.ranks} of width {table.width}, but this model has the bands "
@@ -221,15 +221,15 @@ def _controls(
     keep: str, config: GPTConfig, bands: list[BandLeaves], seed: int
 ) -> list[BandLeaves]:
     """Random factors that keep one property of the imported ones."""
-    random, found = np.random.default_rng(seed), []
+    random, controls = np.random.default_rng(seed), []
     for spec, (wte, up, down) in zip(config.bands, bands, strict=True):
         if wte is None or (spec.rank and up is None):
             raise UserError(
                 f"init.keep is '{keep}': import both factors, or a table in bands"
             )
         made_VK, made_KD = factorize.control(wte, up, keep, random)
-        found.append(BandLeaves(made_VK, made_KD, None if down is None else made_KD))
-    return found
+        controls.append(BandLeaves(made_VK, made_KD, None if down is None else made_KD))
+    return controls
 
 
 def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:

@@ -89,7 +89,7 @@ class Lock:
 
     def _holders(self) -> list[str]:
         """Descriptions of other living commands, with the end of the wait if known."""
-        found = []
+        holders = []
         for path in self._others():
             try:
                 # Reading makes a network file system look at the file anew.
@@ -102,11 +102,11 @@ class Lock:
                     silent = _server_time(path.parent) - path.stat().st_mtime
                     lives, limit = silent < STALE, _limit(silent)
                 if lives:
-                    found.append(
+                    holders.append(
                         f"process {owner.get('process')} on {owner.get('host')} holds "
                         f"it since {owner.get('began')}{limit}"
                     )
-        return found
+        return holders
 
 
 @contextlib.contextmanager

@@ -101,17 +101,17 @@ class Run:
         Raises:
           UserError: the checkpoint is damaged, or holds another model.
         """
-        found = trees.flatten(self.weights)
+        stored = trees.flatten(self.weights)
         tokens_BT = jax.ShapeDtypeStruct((1, 1), "int32")
         wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)
-        missing = [name for name in trees.flatten(wanted) if name not in found]
+        missing = [name for name in trees.flatten(wanted) if name not in stored]
         if missing:
             raise UserError(
                 f"{self._checkpoint} lacks '{missing[0]}', which the model of its "
                 "config.json has"
             )
         source = str(self._checkpoint)
-        return {"constants": {}} | trees.replace(wanted, found, source=source)
+        return {"constants": {}} | trees.replace(wanted, stored, source=source)
 
     def load(self, asked: ModelSettings, mesh: Mesh | None = None) -> tuple[GPT, dict]:
         """The model of `config`, and its variables on the mesh or on one device.
@@ -219,12 +219,12 @@ class Run:
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
                 "that it was trained on"
             )
-        known = self.record.get("tokenizer")
-        if known and corpus.tokenizer and known != corpus.tokenizer:
+        own = self.record.get("tokenizer")
+        if own and corpus.tokenizer and own != corpus.tokenizer:
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
-                f"{self.folder} knows those of {known}: set "
-                f"--config.data.tokenizer={known}"
+                f"{self.folder} knows those of {own}: set "
+                f"--config.data.tokenizer={own}"
             )
 
     @property

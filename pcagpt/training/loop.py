@@ -28,7 +28,7 @@ from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 from pcagpt.training.interrupt import recorded_signals
-from pcagpt.training.meter import History, Meter, not_finite
+from pcagpt.training.meter import History, Meter, NotFinite
 from pcagpt.training.setup import Setup
 from pcagpt.training.step import Teacher, TrainState, initial_state, train_step
 
@@ -54,7 +54,7 @@ def train(
       The result. README.md explains its fields.
 
     Raises:
-      UserError: the loss is not finite.
+      NotFinite: the loss is not.
       Interrupted: a signal asked to stop; the state is saved.
     """
     settings, began = setup.settings, time.monotonic()
@@ -88,7 +88,7 @@ def train(
                 measured = setup.validation(state.variables)
                 loss = measured.metrics["loss"]
                 if not math.isfinite(loss):
-                    raise not_finite(step, f"validation loss {loss}")
+                    raise NotFinite(step, f"validation loss {loss}")
                 tokens = step * setup.tokens_per_step
                 history.add(tokens, loss)
                 telemetry.log(step, tokens, "val", measured.metrics)

@@ -54,13 +54,11 @@ class History:
         return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
 
 
-def not_finite(step: int, seen: str) -> UserError:
-    """The error for a loss or gradient that is not finite after `step` updates."""
-    return UserError(
-        f"the loss is not finite at step {step} ({seen}): the checkpoint before it is "
-        "kept; lower train.learning_rate or train.gradient_clip, then run again with "
-        "--config.overwrite=True"
-    )
+class NotFinite(UserError):
+    """A loss or gradient (`seen`) is not finite after `step` updates."""
+
+    def __init__(self, step: int, seen: str):
+        super().__init__(f"the loss is not finite at step {step} ({seen})")
 
 
 class Meter:
@@ -84,7 +82,7 @@ class Meter:
     def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of update `step` and reads those of the update before.
 
-        Raises UserError if the loss or gradient norm read is not finite.
+        Raises NotFinite if the loss or gradient norm read is not.
         """
         self._read()
         self._held = step, metrics
@@ -101,7 +99,7 @@ class Meter:
         values = {name: float(value) for name, value in metrics.items()}
         loss, norm = values["loss"], values["gradient_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise not_finite(step, f"loss {loss}, gradient norm {norm}")
+            raise NotFinite(step, f"loss {loss}, gradient norm {norm}")
         speed = self._time_step()
         self._progress.update(step, loss, self._history.tokens_per_second)
         if step % self._every == 0:
