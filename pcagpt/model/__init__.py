@@ -20,6 +20,7 @@ from pcagpt.model.embedding import (
     full_table,
     head_logits,
     order_constants,
+    packed_constants,
     products,
     project,
     table_leaves,
@@ -27,6 +28,7 @@ from pcagpt.model.embedding import (
     without_embedding,
 )
 from pcagpt.model.gpt import GPT
+from pcagpt.model.packed import PackedBand, SharedArrays
 from pcagpt.model.size import (
     embedding_parameters,
     total_parameters,

@@ -3,6 +3,7 @@
 Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -204,6 +205,18 @@ def order_constants(order_V: np.ndarray) -> dict:
     position_V = np.empty(len(order_V), np.int32)
     position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
     return {"embed": {"position_of_token": position_V}}
+
+
+def packed_constants(order_V: np.ndarray, bands: Sequence[PackedBand]) -> dict:
+    """The constants of a model with a packed table in this token order."""
+    embed = {
+        f"band_{number}": {"codes": band.codes, "scales": band.scales}
+        for number, band in enumerate(bands)
+    }
+    embed["directions"] = dataclasses.asdict(bands[0].shared)
+    if len(bands) > 1:
+        embed |= order_constants(order_V)["embed"]
+    return {"embed": embed}
 
 
 def token_order(constants: Mapping[str, Any], vocab_size: int) -> np.ndarray:

@@ -114,7 +114,9 @@ class Directions(nn.Module):
 
     def __call__(self) -> SharedArrays:
         """The arrays."""
-        return SharedArrays(**{name: found.value for name, found in self.arrays.items()})
+        return SharedArrays(
+            **{name: found.value for name, found in self.arrays.items()}
+        )
 
 
 class PackedEmbedding(nn.Module):
