@@ -59,6 +59,10 @@ _REMEDIES = {
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "what read the output has ended",
 }
+# The system fails; the file or folder is not the wrong one.
+FAILING = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE
+}  # fmt: skip
 # The path does not exist, or is a folder instead of a file or the reverse.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 # How tensorstore writes an error code into a ValueError.

@@ -38,7 +38,7 @@ from pcagpt import process
 from pcagpt.config import Settings, command_line, validate
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import Interrupted, UserError, explain
-from pcagpt.process import FAILED, INTERRUPTED, REFUSED, SUCCEEDED
+from pcagpt.process import FAILED, REFUSED, SUCCEEDED
 
 _OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
@@ -60,8 +60,7 @@ def main(arguments: list[str]) -> int:
         settings, print_only = command_line.parse(arguments)
         validate(settings)
         command = shlex.join(["python", "-m", "pcagpt.main", *arguments[1:]])
-        message = INTERRUPTED[TASKS[settings.task].resumes]
-        with process.interrupted_by_signals(message):
+        with process.interrupted_by_signals(_if_interrupted(settings)):
             run(settings, command, print_only)
         return SUCCEEDED
     except UserError as error:
@@ -90,7 +89,7 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the plan and settings that are valid."""
     if settings.distributed.enabled:
         process.end_with_others()
-    with process.ended_by_signals(INTERRUPTED[TASKS[settings.task].resumes]):
+    with process.ended_by_signals(_if_interrupted(settings)):
         # Imported here because this takes seconds: mistakes are reported before.
         try:
             import jax
@@ -116,6 +115,13 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         raise
     if text is not None and jax.process_index() == 0:
         _show(text)
+
+
+def _if_interrupted(settings: Settings) -> str:
+    """What a signal makes the command say: whether it can go on."""
+    if settings.task == "compress" and settings.compress.bounds:
+        return process.SEARCH_INTERRUPTED
+    return process.INTERRUPTED[TASKS[settings.task].resumes]
 
 
 def _show(text: str) -> None:

@@ -21,6 +21,10 @@ from pcagpt.errors import Interrupted, explain
 SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
+SEARCH_INTERRUPTED = (
+    "interrupted: a search for a bound saves only the model's statistics, run the same "
+    "command again to search from the start"
+)
 INTERRUPTED = {  # by whether the task resumes
     True: "interrupted: run the same command again to continue",
     False: "interrupted: nothing was saved, run the same command again to start over",

@@ -32,12 +32,12 @@ OCTAVE = (26, 28, 31, 34, 37, 40, 44, 48)  # scales in 1/256; each octave double
 
 
 def read(path):
-    """The table in a file: float32 [V, D]. Raises ValueError if it is damaged."""
+    """The table in a file: float32 [V, D]. A damaged file ends the program."""
     with open(path, "rb") as file:
         content = file.read()
     is_whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
     if not (is_whole and content[:10] == b"PCATABLE\x01\x00"):
-        raise ValueError(f"{path} is damaged, or no coded table of version 1")
+        sys.exit(f"{path} is damaged, or no coded table of version 1")
     end = 12 + int.from_bytes(content[10:12], "little")
     header = json.loads(content[12:end])
     (vocab_size, width), directions = header["shape"], header["directions"]

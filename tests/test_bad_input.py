@@ -4,6 +4,7 @@ Each kind of input is spoilt here in a few ways, and in all ways in the tests of
 module that reads it.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ import pytest
 from command_line import CONFIGS, call, refusal, tiny
 
 from pcagpt.config import KNOBS, command_line
+from pcagpt.pipeline.execute import check_workdir
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run.folder import read_record
 from pcagpt.telemetry.metrics import read_metrics
@@ -71,6 +74,19 @@ def test_a_knob_that_cannot_work_is_refused(overrides, words, corpus, place):
     arguments = tiny("baseline.py", corpus)
     arguments += [f"--config.{path}={value}" for path, value in overrides.items()]
     assert words in refusal(*arguments, unchanged=[place])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO])
+def test_a_failing_system_is_not_taken_for_a_folder_without_permission(
+    number, place, monkeypatch
+):
+    def fail(**_):
+        raise OSError(number, os.strerror(number), str(place / "tmp1"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(OSError) as caught:
+        check_workdir(str(place / "runs"))
+    assert (caught.value.errno, caught.value.filename) == (number, str(place))
 
 
 def test_wandb_that_is_not_installed_is_refused_before_a_run_is_discarded(

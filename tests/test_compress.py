@@ -25,8 +25,8 @@ from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.rows import Recipe, Row
-from pcagpt.run import calibrate
-from pcagpt.run.folder import read_record, read_result
+from pcagpt.run import calibrate, fingerprint
+from pcagpt.run.folder import read_record, read_result, write_record
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 
@@ -357,6 +357,28 @@ def padded(table):
     return np.pad(table, ((0, 128 - VOCAB_SIZE), (0, 0))).astype(np.float32)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_best_model_that_a_run_started_from_is_not_replaced_without_overwrite(
+    copied_sweep, capsys, overwrite
+):
+    folder = folder_of(copied_sweep)
+    record = {"imported_sha256": {"weights_from": fingerprint.of(folder / "best_k8")}}
+    run = folder / "gpt_pca_finetune_from_best_k8"
+    write_record(run, record)
+    before = snapshot(folder / "best_k8")
+    sweep = json.loads((folder / "sweep.json").read_text())
+    own = best_of(sweep, 8)
+    for row in sweep["rows"]:
+        if row["rank"] == 8 and key(row) != key(own):
+            row["added_loss"] = own["added_loss"] - 1
+    files.write_json(folder / "sweep.json", sweep)
+    sweep_of(copied_sweep, overwrite=overwrite)
+    assert (snapshot(folder / "best_k8") == before) == (not overwrite)
+    assert len(replaced(folder)) == overwrite
+    said = f"best_k8 stays, because {run} started from it; another table"
+    assert (said in capsys.readouterr().out) == (not overwrite)
+
+
 # What is measured
 
 
@@ -618,6 +640,65 @@ def test_a_coded_table_meets_a_bound(asked, bound):
 def test_a_bound_on_numbers_leaves_out_coded_tables(asked):
     chosen, _ = advice_of(asked, methods="context,coded", max_params=1000)
     assert chosen["method"] == "context"
+
+
+CODED = {"compress.methods": "context,coded", "compress.bands": (1,)}
+
+
+@pytest.mark.parametrize("damaged", ["", "table.pcat", "ckpt/0/weights/_METADATA"])
+def test_a_finished_sweep_encodes_again_only_what_is_damaged(
+    asked, coded, monkeypatch, damaged
+):
+    shutil.copytree(folder_of(coded[0]), folder_of(asked))
+    folder, made = folder_of(asked) / "best_coded_k16", []
+    file, encode = folder / "table.pcat", coding.within_bytes
+    wanted = file.read_bytes()
+    monkeypatch.setattr(coding, "within_bytes", lambda *a: made.append(a) or encode(*a))
+    if damaged:
+        content = bytearray((folder / damaged).read_bytes())
+        content[-1] ^= 1
+        (folder / damaged).write_bytes(content)
+    sweep_of(asked, ranks=(16, 24), **CODED)
+    assert len(made) == bool(damaged)
+    assert file.read_bytes() == wanted
+    np.testing.assert_array_equal(
+        coding.read(file)[0].dense(), Run.open(folder).table()
+    )
+    other = folder_of(asked).glob("best_coded_k16.replaced-*")
+    assert len([*other]) == ("ckpt" in damaged)
+
+
+def test_the_coded_table_of_another_row_is_encoded_again(asked, coded):
+    shutil.copytree(folder_of(coded[0]), folder_of(asked))
+    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
+    sweep = json.loads((folder_of(asked) / "sweep.json").read_text())
+    (row,) = [row for row in sweep["rows"] if key(row) == ("coded", 1, 16, 0)]
+    row["added_loss"] += 1e-3
+    files.write_json(folder_of(asked) / "sweep.json", sweep)
+    sweep_of(asked, ranks=(16, 24), **CODED)
+    assert coding.read(file)[1].measured_loss == row["added_loss"]
+
+
+def test_a_new_prediction_is_written_without_encoding(asked, coded, monkeypatch):
+    shutil.copytree(folder_of(coded[0]), folder_of(asked))
+    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
+    wanted, (table, description) = file.read_bytes(), coding.read(file)
+    older = dataclasses.replace(description, predicted_loss=7.0)
+    coding.write(file, table, coding.to_words(table), older)
+    monkeypatch.setattr(coding, "within_bytes", pytest.fail)
+    sweep_of(asked, ranks=(16, 24), **CODED)
+    assert file.read_bytes() == wanted
+
+
+def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, capsys):
+    sweep = sweep_of(asked, ranks=(16, 1), **CODED | {"compress.bits": ()})
+    assert {key(row)[:3] for row in sweep["rows"]} == {
+        *(("context", 1, rank) for rank in (1, 16)),
+        ("coded", 1, 16),
+    }
+    assert "rows_left" not in sweep
+    assert "left out: rank 1, coded: a file of 129 bytes" in capsys.readouterr().out
+    assert not (folder_of(asked) / "best_coded_k1").exists()
 
 
 def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):

@@ -1,6 +1,7 @@
 """Sources of text and tokens: what is read, what is written, what is refused."""
 
 import collections
+import errno
 import gzip
 import hashlib
 import io
@@ -684,6 +685,16 @@ def test_wikitext_without_package_or_network_is_refused(cache, monkeypatch):
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
     refused("wikitext103", cache, "needs the network once")
+
+
+def test_a_full_disk_is_not_taken_for_a_lack_of_network(cache, monkeypatch):
+    def load_dataset(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(OSError, match="No space left on device"):
+        open_corpus("wikitext103", cache)
 
 
 # Folders of token files

@@ -346,6 +346,17 @@ def test_a_task_that_saves_nothing_does_not_promise_to_continue(name, monkeypatc
     assert (outcome.code, "nothing was saved" in outcome.err) == (1, True)
 
 
+def test_a_search_for_a_bound_does_not_promise_to_continue(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "do", stop)
+    compress = f"--config={CONFIGS / 'compress.py'}", "--config.model_path=run"
+    assert "again to continue" in call(*compress).err
+    outcome = call(*compress, "--config.compress.max_bytes=2600")
+    assert (outcome.code, "only the model's statistics" in outcome.err) == (1, True)
+
+
 def test_what_training_raises_has_the_code_of_its_signal(corpus_folder, monkeypatch):
     stop_with(Interrupted("saved", signal.SIGUSR1), monkeypatch)
     assert call(*tiny("baseline.py", corpus_folder)).code == 75

@@ -26,7 +26,7 @@ import numpy as np
 
 from pcagpt.coding.payload import from_words
 from pcagpt.coding.table import CodedTable
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields, memory_bytes, parse_json, strict, write_file
 
 MAGIC, VERSION = b"PCATABLE", 1
@@ -100,7 +100,7 @@ def read(path: Path) -> tuple[CodedTable, Description]:
                 raise UserError(f"{path} has {size:,} bytes: it is no coded table")
             content = file.read()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
     try:
         return _parsed(content, path)
     except ValueError as error:

@@ -79,7 +79,7 @@ class Compressor:
         began, coded = time.monotonic(), None
         if recipe.method == CODED:
             coded = self._coded(recipe.budget)
-            table, size = _of_full_width(coded.table.dense()), coded.bytes
+            table, size = of_full_width(coded.table.dense()), coded.bytes
         else:
             table = self._make(recipe)
             size = table.parameters * FLOAT_BYTES
@@ -101,7 +101,7 @@ class Compressor:
 
     def _make(self, recipe: Recipe) -> FactorizedTable:
         if recipe.method == OWN_TABLE:
-            return _of_full_width(self._table_VD)
+            return of_full_width(self._table_VD)
         if recipe.method != self._method:  # One solution has all ranks of a method.
             self._method = recipe.method
             self._factorize = Factorizer(
@@ -110,7 +110,8 @@ class Compressor:
         return self._factorize(recipe.budget, recipe.bands)
 
 
-def _of_full_width(table_VD: np.ndarray) -> FactorizedTable:
+def of_full_width(table_VD: np.ndarray) -> FactorizedTable:
+    """A table that is stored as it is, in a single band."""
     return FactorizedTable.of_one_band(BandFactors(table_VD, None))
 
 

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from pcagpt import coding, trees
-from pcagpt.compress.candidates import Candidate
+from pcagpt.compress.candidates import Candidate, of_full_width
 from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
 from pcagpt.files import write_file
 from pcagpt.model import order_constants, table_leaves
-from pcagpt.rows import DEFAULTS, Row
+from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
 
@@ -37,18 +37,9 @@ def write_model(
     made.
     """
     run, table = original.run, candidate.table
-    made = {
-        "run": str(run.folder),
-        "step": run.step,
-        "fingerprint": run.fingerprint,
-        **dataclasses.asdict(candidate.recipe),
-        "table_sha256": _sha256(table),
-    }
-    earlier, weights = origin_of(folder), _variables_with(original, table)
-    # A run may have been moved, and an older version had another fingerprint.
-    moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
-    is_made = moved == made and run.is_at(earlier.get("fingerprint"))
-    if is_made and _holds(folder, weights):
+    made = _origin(original, candidate.recipe, table)
+    weights = _variables_with(original, table)
+    if _is_made(folder, original, made, weights):
         if candidate.coded:  # Its losses may have been measured anew.
             _write_coded(folder, original, candidate, row)
         return
@@ -73,20 +64,46 @@ def write_model(
     written.rename(folder)
 
 
-def _write_coded(
-    folder: Path, original: Original, candidate: Candidate, row: Row
-) -> None:
-    """Writes table.pcat, unless the folder has the same file."""
-    path = folder / "table.pcat"
-    coded, protocol = candidate.coded, original.protocol
-    description = coding.Description(
+def keeps_coded(folder: Path, original: Original, row: Row) -> bool:
+    """Whether a folder holds the coded model of a row, undamaged.
+
+    Encodes nothing, since this takes long. Renews the prediction in table.pcat.
+    """
+    path, own = folder / "table.pcat", _description(original, row)
+    try:
+        coded, there = coding.read(path)
+    except UserError:
+        return False
+    # The size and the measured loss tell the table from those of other statistics.
+    renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
+    if renewed != own or path.stat().st_size != row.bytes:
+        return False
+    table = of_full_width(coded.dense())
+    made = _origin(original, row.recipe, table)
+    if not _is_made(folder, original, made, _variables_with(original, table)):
+        return False
+    if there != own:
+        coding.write(path, coded, coding.to_words(coded), own)
+    return True
+
+
+def _description(original: Original, row: Row) -> coding.Description:
+    protocol = original.protocol
+    return coding.Description(
         method=row.method,
         corpus=protocol["corpus_sha256"],
         checkpoint=protocol["checkpoint"],
         predicted_loss=row.predicted_loss,
         measured_loss=row.added_loss,
     )
-    content = coding.to_bytes(coded.table, coded.words, description)
+
+
+def _write_coded(
+    folder: Path, original: Original, candidate: Candidate, row: Row
+) -> None:
+    """Writes table.pcat, unless the folder has the same file."""
+    path, coded = folder / "table.pcat", candidate.coded
+    content = coding.to_bytes(coded.table, coded.words, _description(original, row))
     if not path.is_file() or path.read_bytes() != content:
         write_file(path, lambda file: file.write(content))
 
@@ -97,8 +114,29 @@ def origin_of(folder: Path) -> dict[str, Any]:
     return DEFAULTS | origin if origin else {}
 
 
-def _holds(folder: Path, weights: dict) -> bool:
-    """Whether the newest checkpoint in a folder has these weights, undamaged."""
+def _origin(
+    original: Original, recipe: Recipe, table: FactorizedTable
+) -> dict[str, Any]:
+    """What 'compressed' in config.json says of a table."""
+    run = original.run
+    return {
+        "run": str(run.folder),
+        "step": run.step,
+        "fingerprint": run.fingerprint,
+        **dataclasses.asdict(recipe),
+        "table_sha256": _sha256(table),
+    }
+
+
+def _is_made(
+    folder: Path, original: Original, made: dict[str, Any], weights: dict
+) -> bool:
+    """Whether a folder has this origin, and these weights as its newest, undamaged."""
+    earlier = origin_of(folder)
+    # A run may have been moved, and an older version had another fingerprint.
+    moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
+    if moved != made or not original.run.is_at(earlier.get("fingerprint")):
+        return False
     try:
         run_dir, step = checkpoint.find(folder)
         stored = digests.arrays(checkpoint.folder_of(run_dir, step))

@@ -1,12 +1,14 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pcagpt.compress.export import origin_of, write_model
+from pcagpt.arms import FROM_RUN
+from pcagpt.compress.export import keeps_coded, origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.errors import UserError
@@ -19,7 +21,8 @@ from pcagpt.factorize import (
 from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.rows import Recipe, Row, read_sweep
-from pcagpt.run.folder import move_aside
+from pcagpt.run import fingerprint
+from pcagpt.run.folder import look, move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
@@ -45,12 +48,18 @@ def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
 
 
 def sweep(
-    original: Original, tried: list[Recipe], output: Output, tensorboard: bool
+    original: Original,
+    tried: list[Recipe],
+    output: Output,
+    *,
+    overwrite: bool,
+    tensorboard: bool,
 ) -> None:
     """Measures every recipe; writes the rows, reports and the best model per rank.
 
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
-    under another protocol aside.
+    under another protocol aside. A best model that a run started from stays, unless
+    `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
@@ -63,10 +72,16 @@ def sweep(
             try:
                 candidate = make(recipe)
             except BudgetTooSmall as error:
-                raise UserError(
-                    f"rank {recipe.rank}, {recipe.method}: {error}; raise ranks, or "
-                    "leave this method out of compress.methods"
-                ) from None
+                tried = [other for other in tried if other != recipe]
+                too_small = f"rank {recipe.rank}, {recipe.method}: {error}"
+                if not tried:
+                    raise UserError(
+                        f"{too_small}; raise ranks, or add another method to "
+                        "compress.methods"
+                    ) from None
+                if writes:
+                    print(f"left out: {too_small}", flush=True)
+                continue
             measured[recipe] = candidate.row(original.measure(candidate))
             if writes:  # After every row: an interrupted sweep resumes here.
                 content = _write_sweep(output, tried, measured)
@@ -77,7 +92,7 @@ def sweep(
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
     for place, of_place in sorted(models_of(folder, tried).items()):
-        _write_best(original, place, of_place, measured)
+        _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -101,15 +116,41 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
 
 
 def _write_best(
-    original: Original, place: Path, recipes: list[Recipe], measured: dict[Recipe, Row]
+    original: Original,
+    place: Path,
+    recipes: list[Recipe],
+    measured: dict[Recipe, Row],
+    overwrite: bool,
 ) -> None:
-    """Writes the model of least added loss; in a tie, keeps the one already there."""
+    """Writes the model of least added loss; in a tie, keeps the one already there.
+
+    A run that started from the one there could not go on from another: without
+    `overwrite`, that one stays, too.
+    """
     least = min(measured[recipe].added_loss for recipe in recipes)
     equal = [r for r in recipes if measured[r].added_loss == least]
     origin = origin_of(place)  # Runs may have started from it.
     made = [r for r in equal if dataclasses.asdict(r).items() <= origin.items()]
     best, *_ = made or equal
-    write_model(place, original, original.compressor(best), measured[best])
+    if not (made or overwrite) and (run := _started_from(place)):
+        print(
+            f"{place} stays, because {run} started from it; another table (method "
+            f"{best.method}, bands {best.bands}) adds less loss: "
+            "--config.overwrite=True moves the one there aside",
+            flush=True,
+        )
+    elif not (best.is_coded and keeps_coded(place, original, measured[best])):
+        write_model(place, original, original.compressor(best), measured[best])
+
+
+def _started_from(model: Path) -> Path | None:
+    """A run beside a best model that was started from it, as it is now."""
+    for run in sorted(model.parent.glob(FROM_RUN.format(arm="*", source=model.name))):
+        with contextlib.suppress(UserError):  # Damaged: no run can start or go on.
+            recorded = (look(run).stored or {}).get("imported_sha256") or {}
+            if fingerprint.same(model, recorded.get("weights_from")):
+                return run
+    return None
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:

@@ -1,5 +1,6 @@
 """Where text comes from: the embedded corpus, the Hugging Face hub, a local folder."""
 
+import errno
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from pcagpt.data import content, text_files
 from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits, read_meta
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
-from pcagpt.errors import UserError
+from pcagpt.errors import FAILING, UserError
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
@@ -148,6 +149,8 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
     except OSError as error:
+        if error.errno in {*FAILING, errno.EACCES, errno.EROFS}:  # not of the network
+            raise
         raise UserError(
             f"could not load {'/'.join(_WIKITEXT)} ({type(error).__name__}): it needs "
             "the network once; or give --config.data.source a folder with "

@@ -79,7 +79,13 @@ def compress(settings: Settings, command: str) -> None:
             advise(original, methods, options, output)
         else:
             _check_recoverable(original, tried, settings, folder)
-            sweep(original, tried, output, settings.telemetry.tensorboard)
+            sweep(
+                original,
+                tried,
+                output,
+                overwrite=settings.overwrite,
+                tensorboard=settings.telemetry.tensorboard,
+            )
         if jax.process_index() == 0:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from pcagpt.errors import UserError
+from pcagpt.errors import FAILING, UserError
 from pcagpt.pipeline.job import Job, Kind, Status
 from pcagpt.pipeline.plan import Plan
 from pcagpt.report import collect_results, write_report
@@ -107,12 +107,14 @@ def _corpora_without_text(setups: Iterable[Setup | None]) -> set[str]:
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises UserError if nothing can be written there."""
+    """Raises UserError if nothing can be written there, OSError if the system fails."""
     path = Path(workdir).absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     try:  # In /proc, the permissions alone would allow it.
         tempfile.TemporaryFile(dir=nearest).close()
-    except OSError:
+    except OSError as error:
+        if error.errno in FAILING:
+            raise OSError(error.errno, error.strerror, str(nearest)) from None
         raise UserError(
             f"workdir is {workdir}: {nearest} is not a writable folder; name another "
             "one as --config.workdir=FOLDER"

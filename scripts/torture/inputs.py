@@ -4,6 +4,7 @@ One case is a series of examples of one kind, most of them in one process.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -321,6 +322,29 @@ def _json(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
     return [*words, f"--config.workdir={folder}"], ANY
 
 
+def _coded(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
+    """A coded table with another header or other words, or damaged: is made again."""
+    from pcagpt.coding.file import HEADER_BYTES, MAGIC
+
+    shutil.copytree("runs/compressed", folder / "compressed")
+    path = folder / "compressed/best_coded_k4/table.pcat"
+    if not _damage(draw, path):
+        start = len(MAGIC) + 4
+        end, content = start + HEADER_BYTES, path.read_bytes()
+        header, words = content[start:end], content[end:-32]
+        if draw(st.booleans()):
+            known = json.loads(header)
+            odd = st.dictionaries(st.sampled_from(sorted(known)), _JSON, min_size=1)
+            header = json.dumps(known | draw(odd)).encode()[:HEADER_BYTES]
+            header = header.ljust(HEADER_BYTES)
+        else:
+            words = draw(st.binary(max_size=99))
+        content = content[:start] + header + words
+        path.write_bytes(content + hashlib.sha256(content).digest())  # It is sealed.
+    words = [*COMMANDS["compress"].words, f"--config.workdir={folder}"]
+    return [*words, "--config.compress.methods=coded"], ANY
+
+
 KINDS: dict[str, Callable[[Callable, Path], tuple[list[str], Reference]]] = {
     "knobs": _knobs,
     "token files": _tokens,
@@ -328,4 +352,5 @@ KINDS: dict[str, Callable[[Callable, Path], tuple[list[str], Reference]]] = {
     "npy": _npy,
     "npz": _npz,
     "JSON of runs": _json,
+    "coded tables": _coded,
 }

@@ -36,7 +36,7 @@ ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE
 )  # fmt: skip
 # Changes of files by Python that a command makes, about.
-OPERATIONS = {"train": 90, "A": 220, "compress anew": 60, "factorize": 30}
+OPERATIONS = {"train": 90, "A": 220, "compress anew": 90, "factorize": 30}
 
 
 def kills(case: Case, index: int) -> tuple[str, Verdict]:
@@ -110,6 +110,8 @@ READERS = (
     ("runs/gpt_*", ("report",)),
     ("runs/pca_factorized/*", ("report", "A at rank 3")),
     ("runs/compressed/best_k4/*", ("evaluate best", "recover")),
+    ("runs/compressed/best_coded_k4/table.pcat", ("compress",)),
+    ("runs/compressed/best_coded_k4/*", ("evaluate coded",)),
     ("runs/compressed/sweep.json", ("compress",)),
     ("runs/results.json", ("report",)),
     ("banded/pca_factorized/bands_pca_k4/*", ("train on bands",)),

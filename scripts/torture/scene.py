@@ -1,7 +1,8 @@
 """A folder of finished and unfinished work, and the commands that read it.
 
 corpus/    token files of 4,096 ids with a known tokenizer, and their meta.json
-runs/      a finished experiment (D, A, C, B), a sweep, statistics, an evaluation
+runs/      a finished experiment (D, A, C, B), statistics, an evaluation, and a sweep
+           with factors and coded tables
 stopped/   D as if killed after a save: checkpoints 2 and 4 of 6 steps
 banded/    a factorization in three bands
 table.npy, table.statistics.npz   a bare table with its statistics
@@ -73,6 +74,7 @@ class Command:
 
 _D = "runs/gpt_baseline"
 _BEST, _BANDS = "runs/compressed/best_k4", "banded/pca_factorized/bands_pca_k4"
+_CODED = "runs/compressed/best_coded_k4"
 _OTHER_RATE = {"train.learning_rate": 0.002}
 _ARM = {"workdir": "new", "model.n_embd_wte": 4}
 _FACTORS = {"workdir": "new", "ranks": 4, "factorize.method": "context"}
@@ -80,7 +82,7 @@ _FACTORS_OF_D = _FACTORS | {"model_path": _D}
 _SWEEP = {
     "model_path": _D,
     "ranks": "2,4",
-    "compress.methods": "context",
+    "compress.methods": "context,coded",
     "compress.bits": "8",
     "compress.bands": "1",
     "evaluate.max_tokens": 200,
@@ -111,6 +113,7 @@ COMMANDS = {
     "evaluate A": Command("evaluate", {"model_path": "runs/gpt_pca_k4"}),
     "evaluate stopped": Command("evaluate", {"model_path": "stopped/gpt_baseline"}),
     "evaluate best": Command("evaluate", {"model_path": _BEST}),
+    "evaluate coded": Command("evaluate", {"model_path": _CODED}),
     "sample": Command("sample", {"model_path": _D, "sample.tokens": 8}),
     "factorize": Command("factorize", _FACTORS_OF_D, "new/pca_factorized"),
     "factorize a table": Command(
@@ -191,6 +194,8 @@ def result(command: Command, place: Path, out: str) -> Any:
             # The protocol of statistics has hashes of results, with their timings.
             arrays.pop("protocol", None)
             found[name] = {key: _hash(array) for key, array in arrays.items()}
+        elif path.suffix == ".pcat":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     runs = [str(path.parent) for path in made.rglob("ckpt")]
     return found | children.in_child(_saved_arrays, runs)
 
