@@ -8,6 +8,7 @@ block of directions.
 """
 
 import dataclasses
+import io
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from pcagpt.model import (
     SharedArrays,
     packed_constants,
 )
+
+_FILE_BYTES = 1000  # at most, for what describes three arrays in a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,24 @@ class PackedTable:
         """The 'constants' of a model with this table."""
         return packed_constants(self.order, self.bands)
 
+    def to_bytes(self) -> bytes:
+        """Its file, as NumPy's savez writes it; all values are in arrays.
+
+        basis, columns, mean, levels; for each band codes_i, scales_i and blocks_i
+        (number of blocks for each of `WIDTHS`); with several bands, order.
+        """
+        arrays = dataclasses.asdict(self.bands[0].shared)
+        if len(self.bands) > 1:
+            arrays["order"] = self.order
+        for number, band in enumerate(self.bands):
+            for name in ("codes", "scales", "blocks"):
+                array = np.asarray(getattr(band, name))
+                is_small = name == "blocks"
+                arrays[f"{name}_{number}"] = array.astype("u2") if is_small else array
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D]."""
         rows_of, parts = jax.jit(PackedBand.rows), []
@@ -78,11 +99,12 @@ class _Basis(NamedTuple):
 
 
 def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
-    """The best table of at most `most` bytes; BudgetTooSmall if none fits.
+    """The best table in a file of some bytes; BudgetTooSmall if none fits.
 
     Args:
       prepared: of the table.
       bands: largest number of bands.
+      most: bytes of its file.
     """
     table_VD, weighting = prepared.table_VD, prepared.weighting
     mean_D = mean_row(weighting, table_VD.shape[1])
@@ -91,8 +113,9 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
         table_VD, weighting._replace(contexts=None), prepared.synthesis_DD, mean_D
     ).values
     levels, errors_W = levels_of(exact_DV, tokens_of_bands)
+    room = most - _FILE_BYTES * (len(tokens_of_bands) + 2)
     widths_BS = choose_widths(
-        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, most
+        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, room
     )
     directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
     basis = _basis(prepared.synthesis_DD[:directions], weighting.metric)

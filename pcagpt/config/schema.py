@@ -58,8 +58,8 @@ class ModelSettings:
     )
     band_blocks: tuple[int, ...] = knob(
         (),
-        "blocks of 8 directions of each band with codes of 8, 6, 5, 4, 3, 2 and 1 bits; "
-        "only models with a packed table have them, which compress writes",
+        "for each band, its blocks of 8 directions with codes of 8, 6, 5, 4, 3, 2 and "
+        "1 bits: only packed tables, which compress writes, have them",
         at_least(0),
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
