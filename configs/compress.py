@@ -8,6 +8,8 @@ checkpoints/compressed/: sweep.json, report.html, and the best model of each ran
 model can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128
 also trains the best model of that rank, and D for the same steps. To find the one table
 that fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
+--config.split=test measures on the test split instead; it writes
+checkpoints/compressed_test/, without models.
 
 Cost: on a GPU, a minute of calibration, about 2 seconds per table of GPT-2 small, and
 half a minute of the host for each coded one (--config.compress.methods without coded

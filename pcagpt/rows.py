@@ -63,6 +63,11 @@ class SwapScores:
 
     loss: loss with the model's own table.
     added_loss: loss added by the new table in input and head.
+    added_loss_interval: [low, high], its 95 % interval over windows of block_size
+      targets; None for a single window and in older files. It is paired: each window is
+      scored with both tables. With d the loss added to all of a window's n targets, m =
+      Σd / Σn, p = n / Σn: m ± t √(Σ p² (d/n − m)² / (1 − Σp²)), the ratio estimator,
+      with Student's t.
     added_loss_input, added_loss_head: loss added by the new table on one side only.
     kl: KL(own || new), the new table on both sides.
     top1_agreement: share of positions where the most likely token stays the same.
@@ -77,6 +82,7 @@ class SwapScores:
     kl: float
     top1_agreement: float
     added_loss_by_decile: list[float | None]
+    added_loss_interval: list[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.compress.sweep import _predicted
-from pcagpt.config import Settings
+from pcagpt.config import Settings, validate
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics, factor_files
 from pcagpt.files import write_json
@@ -28,7 +28,7 @@ from pcagpt.rows import Recipe, Row
 from pcagpt.run import calibrate, fingerprint
 from pcagpt.run.folder import read_record, read_result, write_record
 from pcagpt.run.trained import Run
-from pcagpt.sharding import processes
+from pcagpt.sharding import placement, processes
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97
@@ -420,11 +420,61 @@ def test_a_new_table_is_scored_as_two_naive_models_are(original):
     assert scores.kl == pytest.approx(kl.mean(), abs=1e-6)
     same = (log_own.argmax(1) == log_new.argmax(1))[counted]
     assert scores.top1_agreement == pytest.approx(same.mean())
+    # The ratio estimator, with t of n - 1 = 63 windows; the last window is not full.
+    count_W = counted.reshape(-1, 16).sum(axis=1)
+    counts = count_W[count_W > 0]
+    assert len(counts) == 63 and counts[-1] < 16
+    added_N = np.zeros(len(targets))
+    added_N[counted] = loss["added_loss"] - own_loss
+    sums = added_N.reshape(-1, 16).sum(axis=1)[count_W > 0]
+    residuals = sums - counts * sums.sum() / counts.sum()
+    shares = counts / counts.sum()
+    variance = (residuals**2).sum() / counts.sum() ** 2 / (1 - (shares**2).sum())
+    half = 1.998971517 * np.sqrt(variance)  # The 97.5th percentile, 62 degrees.
+    middle = (loss["added_loss"] - own_loss).mean()
+    wanted = pytest.approx([middle - half, middle + half], abs=1e-6)
+    assert scores.added_loss_interval == wanted
     of_target = deciles[targets[counted]]
     for decile, found in enumerate(scores.added_loss_by_decile):
         chosen = (loss["added_loss"] - own_loss)[of_target == decile]
         wanted = pytest.approx(chosen.mean(), abs=1e-5) if len(chosen) else None
         assert found == wanted
+
+
+@pytest.mark.parametrize(("devices", "chunks"), [(2, 3), (8, 4), (8, 1)])
+def test_the_interval_is_the_same_on_several_devices_and_in_chunks(
+    original, devices, chunks
+):
+    """Chunks take every n-th token, so windows must be put together again."""
+    noise = np.random.default_rng(0).normal(size=original.table_VD.shape)
+    table = original.table_VD + 0.05 * noise.astype(np.float32)
+    deciles = np.zeros(VOCAB_SIZE, np.int32)
+
+    def interval(mesh, chunks):
+        host = original.run.variables(original.model.config)
+        variables = jax.device_put(host, placement.shardings(host, mesh))
+        swap = TableSwap(original.model, variables, deciles, mesh, chunks)
+        return swap(table, original.batches).added_loss_interval
+
+    wanted = interval(original.mesh, 1)
+    found = interval(placement.make_mesh(devices // 2, 2), chunks)
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert wanted[0] < wanted[1]
+
+
+def test_the_own_table_adds_nothing_within_an_interval_of_width_zero(original):
+    deciles = np.zeros(VOCAB_SIZE, np.int32)
+    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    scores = swap(original.table_VD, original.batches)
+    assert (scores.added_loss, scores.added_loss_interval) == (0, [0, 0])
+
+
+def test_one_window_has_no_interval(original):
+    deciles = np.zeros(VOCAB_SIZE, np.int32)
+    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    inputs, targets = next(iter(original.batches))
+    targets = np.where(np.arange(len(targets))[:, None] == 0, targets, -1)
+    assert swap(original.table_VD, [(inputs, targets)]).added_loss_interval is None
 
 
 def test_each_decile_covers_a_tenth_of_the_text():
@@ -519,6 +569,69 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
         files.write_npz(path, **files.read_npz(path) | {name: bad})
         with pytest.raises(UserError, match=says):
             calibrate.read(path)
+
+
+# The test split
+
+
+def measure(config, **overrides):
+    compress(Settings.of(changed(config, **overrides)), "a command")
+
+
+def test_a_sweep_on_the_test_split_leaves_the_other_one_and_its_models_as_they_are(
+    copied_sweep, swept
+):
+    before, workdir = snapshot(folder_of(copied_sweep)), Path(copied_sweep.workdir)
+    measure(copied_sweep, split="test")
+    assert snapshot(folder_of(copied_sweep)) == before
+    folder = workdir / "compressed_test"
+    assert {path.name for path in folder.iterdir()} == {
+        *("sweep.json", "report.md", "report.html", "plots")
+    }
+    test, val = json.loads((folder / "sweep.json").read_text()), swept[1]
+    assert (test["protocol"]["split"], val["protocol"]["split"]) == ("test", "val")
+    assert [key(row) for row in test["rows"]] == [key(row) for row in val["rows"]]
+    run = changed(copied_sweep, split="test")
+    loss = pytest.approx(evaluate(Settings.of(run))["loss"], abs=2e-6)
+    for one, other in zip(test["rows"], val["rows"], strict=True):
+        assert one["loss"] == loss and one["added_loss"] != other["added_loss"]
+    report = (folder / "report.md").read_text()
+    assert "over the whole test split" in report and "validation loss" not in report
+    assert "Nothing is chosen on this split." in report
+    # Its rows are kept like those of the other sweep.
+    measure(copied_sweep, split="test")
+    again = json.loads((folder / "sweep.json").read_text())
+    assert [r["seconds"] for r in again["rows"]] == [r["seconds"] for r in test["rows"]]
+
+
+def test_rows_of_another_test_split_are_not_kept(asked, tmp_path):
+    own, named = Run.open(asked.model_path).record["corpus_source"], tmp_path / "named"
+    shutil.copytree(own, named, ignore=shutil.ignore_patterns(".*"))
+    options = {"split": "test", "data.source": str(named), "compress.methods": "svd"}
+    measure(asked, **options)
+    tokens = np.fromfile(named / "test.bin", np.uint16)
+    tokens[:-1] = tokens[1:]
+    tokens.tofile(named / "test.bin")
+    with pytest.raises(UserError, match=r"holds other numbers, tokens_sha256 \(there"):
+        measure(asked, **options)
+
+
+def test_a_corpus_without_a_test_split_is_refused_before_work(asked, tmp_path):
+    own, named = Run.open(asked.model_path).record["corpus_source"], tmp_path / "named"
+    shutil.copytree(own, named, ignore=shutil.ignore_patterns(".*", "test.bin"))
+    with pytest.raises(UserError, match="no 'test' split"):
+        measure(asked, split="test", **{"data.source": str(named)})
+    assert not (tmp_path / "compressed_test").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_bytes", 2600), ("max_added_loss", 0.1), ("recover_ranks", (8,))],
+)
+def test_nothing_is_chosen_on_the_test_split(asked, name, value):
+    config = changed(asked, split="test", **{f"compress.{name}": value})
+    with pytest.raises(UserError, match=f"compress.{name} chooses .* split is test"):
+        validate(Settings.of(config))
 
 
 # A bound

@@ -13,6 +13,7 @@ from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
 from pcagpt.methods import METHODS, Method
 from pcagpt.report import (
+    advice_text,
     collect_results,
     compare,
     pareto_figure,
@@ -590,6 +591,33 @@ def test_the_figure_shows_the_best_number_of_bands_and_cuts_off_tiny_losses():
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     np.testing.assert_array_equal(drawn["svd, in bands"], [0.2])
     np.testing.assert_array_equal(drawn["pca"], [1e-3])
+
+
+def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_path):
+    known = sweep_row("svd", added=0.25, added_loss_interval=[0.2, 0.3])
+    sweep = sweep_of([known, sweep_row("pca", added=0.5)])
+    write_sweep_report(tmp_path, sweep)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| svd | **+0.2500 ± 0.0500** |" in text
+    assert cells_of(text, "| Method | k", "| svd |")["Added"] == "+0.2500 ± 0.0500"
+    assert cells_of(text, "| Method | k", "| pca |")["Added"] == "+0.5000"
+    bars = [bar.get_segments() for bar in pareto_figure(sweep).axes[1].collections]
+    assert [segment[:, 1].tolist() for (segment,) in bars] == [[0.2, 0.3], [0.5, 0.5]]
+    trained = {
+        **{"letter": "B", "rank": 4, "method": "pca", "bands": 1, "added_loss": 0.1},
+        **{"added_at_start": 0.5, "interval": None, "val_loss": 3.1},
+    }
+    write_sweep_report(tmp_path, sweep | {"recovered": [trained]})
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "|  | svd | k=4 | 3.2500 | +0.2500 | +0.200 to +0.300 | – |" in text
+    write_sweep_report(tmp_path, sweep_of([sweep_row("pca")]))
+    assert "±" not in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_the_advice_prints_the_interval():
+    row = sweep_row("svd", predicted_loss=0.26, added_loss_interval=[0.2, 0.3])
+    text = advice_text(row, (V, D), "advised")
+    assert "+0.2600 predicted, +0.2500 ± 0.0500 measured, in nats per token" in text
 
 
 def test_the_page_of_a_sweep_holds_its_numbers(tmp_path):

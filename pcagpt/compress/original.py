@@ -28,9 +28,10 @@ class Original:
     """A run with a full table, on the devices of a mesh.
 
     variables: placed on the mesh; table_VD: [V, D] float32 without padding rows;
-    batches: of the validation split, or of its first `evaluate.max_tokens` targets;
-    calibration: tokens and batch_size for `calibrate.statistics`; chunks: number of
-    parts that logits are computed in; split: of the singular values, as for `truncate`.
+    split: of the corpus, to measure on; batches: of this split, or of its first
+    `evaluate.max_tokens` targets; calibration: tokens and batch_size for
+    `calibrate.statistics`; chunks: number of parts that logits are computed in;
+    singular_value_split: as for `truncate`.
     """
 
     run: Run
@@ -39,24 +40,25 @@ class Original:
     mesh: Mesh
     variables: dict
     table_VD: np.ndarray
+    split: str
     batches: EvaluationBatches
     calibration: dict[str, int]
     chunks: int
-    split: float
+    singular_value_split: float
 
     @classmethod
     def of(cls, run: Run, settings: Settings) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
 
-        Raises UserError if the table is already factorized, or if the corpus or the
-        devices do not fit the run.
+        Raises UserError if the table is already factorized, if the corpus lacks the
+        split, or if the corpus or the devices do not fit the run.
         """
-        table_VD = run.table()
+        table_VD, split = run.table(), settings.split
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir, ["train", "val"])
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
         model, variables = run.load(settings.model, mesh)
         return cls(
             run,
@@ -65,8 +67,9 @@ class Original:
             mesh,
             variables,
             table_VD,
+            split,
             batches=EvaluationBatches(
-                corpus.tokens("val"),
+                corpus.tokens(split),
                 model.config.block_size,
                 settings.evaluate.batch_size,
                 settings.evaluate.max_tokens,
@@ -76,7 +79,7 @@ class Original:
                 "batch_size": settings.train.batch_size,
             },
             chunks=settings.train.loss_chunks,
-            split=settings.factorize.singular_value_split,
+            singular_value_split=settings.factorize.singular_value_split,
         )
 
     @functools.cached_property
@@ -95,7 +98,7 @@ class Original:
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        return Compressor(self.table_VD, self.statistics, self.split)
+        return Compressor(self.table_VD, self.statistics, self.singular_value_split)
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
@@ -114,7 +117,7 @@ class Original:
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
             "corpus_sha256": self.corpus.sha256,
-            "split": "val",
+            "split": self.split,
             "window": model.block_size,
             "stride": model.block_size,
             "corpus": self.corpus.name,
@@ -122,8 +125,10 @@ class Original:
             "calibration_tokens": self.calibration["tokens"],
             "calibration_batch_size": self.calibration["batch_size"],
             "compute_dtype": model.compute_dtype,
-            "singular_value_split": self.split,
+            "singular_value_split": self.singular_value_split,
         }
+        if self.split == "test":  # corpus_sha256 leaves it out.
+            protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
         if self.batches.is_cut:  # Files without this field used all tokens.
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol

@@ -1,6 +1,7 @@
 """Loss added by replacing the token table of a model, without training.
 
-Shape letters: B batch, T sequence, n tokens of a chunk, V vocabulary, D width.
+Shape letters: B batch, T sequence, W windows, N = B*T, n tokens of a chunk, V
+vocabulary, D width.
 """
 
 import functools
@@ -12,6 +13,7 @@ import numpy as np
 
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
+from pcagpt.report import mean_interval
 from pcagpt.rows import SwapScores
 from pcagpt.sharding import placement
 
@@ -53,18 +55,24 @@ class TableSwap:
         score = functools.partial(self._score, self._variables, table, self._decile_V)
         scored = placement.map_batches(score, batches, self._mesh)
         found = [sums for _, sums in scored]
+        windows_W2 = np.concatenate([sums.pop("windows") for sums in found])
         total = jax.tree.map(lambda *sums: sum(map(np.float64, sums)), *found)
         by_decile = zip(*total.pop("deciles"), strict=True)
         count = total.pop("count")
         means = {name: float(value / count) for name, value in total.items()}
         decile_means = [float(a / n) if n else None for a, n in by_decile]
-        return SwapScores(**means, added_loss_by_decile=decile_means)
+        # The last batch may end with windows without targets.
+        added_W, count_W = np.float64(windows_W2[windows_W2[:, 1] > 0]).T
+        _, interval = mean_interval(added_W / count_W, count_W)
+        return SwapScores(
+            **means, added_loss_by_decile=decile_means, added_loss_interval=interval
+        )
 
 
 def _score(
     variables, table_VD, decile_V, inputs_BT, targets_BT, *, model: GPT, chunks: int
 ) -> dict:
-    """Sums of all scores over a batch."""
+    """Sums of all scores over a batch; `windows` has added loss and count of each."""
     dtype = jnp.dtype(model.config.compute_dtype)
     tokens_N = inputs_BT.reshape(-1)
     own_ND = model.apply(variables, inputs_BT, method="hidden")
@@ -78,6 +86,7 @@ def _score(
     tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
 
     def sums_of(own_nD, swapped_nD, targets_n):
+        """(sums over a chunk, added loss [n])."""
         counted_n = targets_n >= 0
         target_n1 = jnp.maximum(targets_n, 0)[:, None]
 
@@ -95,9 +104,10 @@ def _score(
         )
         kl_n = (expected_n1 - own_normaliser_n1 + both_normaliser_n1)[:, 0]
         same_n = own_nV.argmax(axis=1) == both_nV.argmax(axis=1)
+        added_n = both_n - own_n
         scalars = {
             "loss": own_n,
-            "added_loss": both_n - own_n,
+            "added_loss": added_n,
             "added_loss_input": predict(swapped_nD, tables[0])[2] - own_n,
             "added_loss_head": predict(own_nD, tables[1])[2] - own_n,
             "kl": jnp.where(counted_n, kl_n, 0),
@@ -107,15 +117,19 @@ def _score(
         in_decile_nE = counted_n[:, None] & (
             decile_V[target_n1] == jnp.arange(DECILES)[None]
         )
-        by_decile_E = jnp.sum(jnp.where(in_decile_nE, (both_n - own_n)[:, None], 0), 0)
+        by_decile_E = jnp.sum(jnp.where(in_decile_nE, added_n[:, None], 0), 0)
         sums = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}
         in_decile_E = in_decile_nE.sum(0, dtype=jnp.float32)
         sums["deciles"] = jnp.stack([by_decile_E, in_decile_E])
-        return sums
+        return sums, added_n
 
-    def chunk(sums, inputs):
-        return jax.tree.map(jnp.add, sums, sums_of(*inputs)), None
+    def chunk(total, inputs):
+        sums, added_n = sums_of(*inputs)
+        return jax.tree.map(jnp.add, total, sums), added_n
 
     arrays = (own_ND, swapped_ND, targets_BT.reshape(-1))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, *arrays))
-    return scan_chunks(chunk, zeros, chunks, *arrays)[0]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, *arrays)[0])
+    sums, added_N = scan_chunks(chunk, zeros, chunks, *arrays)
+    by_window = (added_N.reshape(targets_BT.shape), targets_BT >= 0)
+    windows_B2 = jnp.stack([jnp.sum(a_BT, 1, jnp.float32) for a_BT in by_window], 1)
+    return sums | {"windows": windows_B2}

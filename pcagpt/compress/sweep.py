@@ -60,6 +60,7 @@ def sweep(
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
     under another protocol aside. A best model that a run started from stays, unless
     `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
+    Only what was measured on the validation split chooses models.
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
@@ -91,7 +92,8 @@ def sweep(
         return
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    for place, of_place in sorted(models_of(folder, tried).items()):
+    chosen = models_of(folder, tried) if original.split == "val" else {}
+    for place, of_place in sorted(chosen.items()):
         _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))

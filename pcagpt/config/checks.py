@@ -264,7 +264,10 @@ def _check_experiment(settings: Settings) -> None:
 
 
 def _check_bounds(settings: Settings) -> None:
-    """`compress` finds a table for one bound, or sweeps and then trains."""
+    """`compress` finds a table for one bound, or sweeps and then trains.
+
+    It chooses what to find or to train on the validation split only.
+    """
     compress = settings.compress
     bounds = list(compress.bounds)
     if len(bounds) > 1:
@@ -280,4 +283,11 @@ def _check_bounds(settings: Settings) -> None:
         raise UserError(
             f"compress.recover_ranks is set beside compress.{bounds[0]}: train the "
             "table that it finds with configs/recover.py"
+        )
+    chosen = [*bounds, *(["recover_ranks"] if compress.recover_ranks else [])]
+    if settings.task == "compress" and settings.split != "val" and chosen:
+        raise UserError(
+            f"compress.{chosen[0]} chooses a table, but split is {settings.split}: "
+            "leave split out, then measure the model with --config=configs/evaluate.py "
+            f"{override('split', settings.split)}"
         )

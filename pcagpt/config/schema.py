@@ -338,7 +338,10 @@ class Settings:
         PATH,
     )
     split: str = knob(
-        "val", "evaluate: part of the corpus", one_of("train", "val", "test")
+        "val",
+        "evaluate, compress: part of the corpus to measure on; compress chooses models "
+        "on val only",
+        one_of("train", "val", "test"),
     )
     ranks: tuple[int, ...] = knob(
         (128,),

@@ -2,7 +2,8 @@
 
 WORKDIR/compressed/ gets a report and compressed models that every command takes as
 runs. A sweep also writes sweep.json with one row per table; a search for a bound
-writes advice.json instead.
+writes advice.json instead. A sweep on another split than val chooses no models, and
+writes to WORKDIR/compressed_SPLIT/.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ from pcagpt.run.folder import read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 
-FOLDER = "compressed"  # in a workdir
+FOLDER = "compressed"  # in a workdir; with a suffix for other splits than val
 
 
 def compress(settings: Settings, command: str) -> None:
@@ -46,7 +47,8 @@ def compress(settings: Settings, command: str) -> None:
     """
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
-    options, folder = settings.compress, Path(settings.workdir) / FOLDER
+    suffix = "" if settings.split == "val" else f"_{settings.split}"
+    options, folder = settings.compress, Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
     methods = methods_of(options.methods)
     run = Run.open(settings.model_path)

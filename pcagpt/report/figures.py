@@ -152,8 +152,11 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row.bytes)
             colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
+            sizes = [getattr(row, field) / 1e6 for row in rows]
+            ends = [row.added_loss_interval or 2 * [row.added_loss] for row in rows]
+            axes.vlines(sizes, *np.maximum(ends, SMALLEST_ADDED).T, color=colour)
             axes.plot(
-                [getattr(row, field) / 1e6 for row in rows],
+                sizes,
                 [max(row.added_loss, SMALLEST_ADDED) for row in rows],
                 color=colour,
                 marker=BITS_MARKERS.get(bits, "X"),

@@ -10,9 +10,19 @@ import numpy as np
 
 from pcagpt.factorize import FLOAT_BYTES, OWN_TABLE, SMALLEST_ADDED
 from pcagpt.report.compare import INTERVAL
-from pcagpt.report.text import Markdown, count, fixed, render, signed, table
+from pcagpt.report.text import (
+    NOTHING,
+    Markdown,
+    count,
+    fixed,
+    render,
+    signed,
+    table,
+    with_interval,
+)
 from pcagpt.rows import Row
 
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
@@ -21,6 +31,8 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
     return {
         "sweep": sweep,
+        "split": SPLITS[sweep["protocol"].get("split", "val")],
+        "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),
         "equal_size": equal_size_table(sweep),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
@@ -42,8 +54,9 @@ def advice_text(row: Row, table: tuple[int, int], folder: str) -> str:
         f"{row_name(row.method, row.bands, row.bits)}: {count(row.params)} numbers in "
         f"{count(row.bytes)} bytes, {fixed(bits, 2)} bits for each of D's table\n"
         f"bands: {bands}\n"
-        f"added loss: {fixed(row.predicted_loss, 4)} predicted, "
-        f"{fixed(row.added_loss, 4)} measured, in nats per token\n"
+        f"added loss: {signed(row.predicted_loss, 4)} predicted, "
+        f"{with_interval(row.added_loss, row.added_loss_interval)} measured, in nats "
+        f"per token (±: {INTERVAL})\n"
         f"model: {folder}"
     )
 
@@ -74,16 +87,14 @@ def row_name(method: str, bands: int, bits: int = 32) -> str:
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss: a row for each method and number of bands, a column for each rank."""
     rows = [row for row in sweep["rows"] if row.bits == 32]
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        name = row_name(row.method, row.bands)
-        found.setdefault(name, {})[row.rank] = row.added_loss
     ranks = sorted({row.rank for row in rows})
-    best = {k: min(added[k] for added in found.values() if k in added) for k in ranks}
-    lines = []
-    for name, added in found.items():
-        cells = [(signed(added.get(k), 4), added.get(k) == best[k]) for k in ranks]
-        lines.append([name, *(f"**{text}**" if bold else text for text, bold in cells)])
+    best = {k: min(row.added_loss for row in rows if row.rank == k) for k in ranks}
+    found: dict[str, dict[int, str]] = {}
+    for row in rows:
+        text = with_interval(row.added_loss, row.added_loss_interval)
+        cell = f"**{text}**" if row.added_loss == best[row.rank] else text
+        found.setdefault(row_name(row.method, row.bands), {})[row.rank] = cell
+    lines = [[n, *(cells.get(k, NOTHING) for k in ranks)] for n, cells in found.items()]
     header = ["Method", *(f"size of k={rank}" for rank in ranks)]
     return table(header, lines, "l" + "r" * len(ranks))
 
@@ -93,14 +104,15 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         runs = [row for row in recovered if row["rank"] == rank]
-        untrained = [
-            ("svd", row.added_loss)
-            for row in sweep["rows"]
-            if (row.method, row.rank, row.bits) == ("svd", rank, 32)
-        ]
+        measured = [row for row in sweep["rows"] if (row.rank, row.bits) == (rank, 32)]
+        untrained = [("svd", row.added_loss) for row in measured if row.method == "svd"]
+        intervals = {
+            row_name(row.method, row.bands): row.added_loss_interval for row in measured
+        }
         best = row_name(runs[0]["method"], runs[0]["bands"])
         for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
-            rows.append({"name": name, "rank": rank, "added_loss": added})
+            start = {"name": name, "rank": rank, "added_loss": added}
+            rows.append(start | {"interval": intervals.get(name)})
         for row in runs:
             on = " on D's predictions" if row["letter"] == "Bd" else ""
             rows.append(row | {"name": f"{best}, trained further{on}"})

@@ -43,6 +43,12 @@ def interval(bounds: Sequence[float] | None) -> str:
     return " to ".join(map(effect, bounds)) if bounds else NOTHING
 
 
+def with_interval(value: Any, bounds: Sequence[float] | None) -> str:
+    """0.039, [0.0378, 0.0402] → '+0.0390 ± 0.0012'; without bounds, '+0.0390'."""
+    half = f" ± {fixed((bounds[1] - bounds[0]) / 2, 4)}" if bounds else ""
+    return signed(value, 4) + half
+
+
 def plain(value: Any) -> str:
     """0.00150 → '0.0015'."""
     return f"{value:g}" if value else NOTHING
@@ -105,8 +111,8 @@ def render(template: str, **view: Any) -> Markdown:
     environment = Environment(
         loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
     )
-    filters = fixed, signed, effect, interval, plain, count, times, percent
-    for function in (*filters, duration, code, fields):
+    filters = fixed, signed, effect, interval, with_interval, plain, count, times
+    for function in (*filters, percent, duration, code, fields):
         environment.filters[function.__name__] = function
     text = environment.get_template(template).render(view)
     return Markdown(re.sub(r"\n{3,}", "\n\n", text).strip())
