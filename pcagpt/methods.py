@@ -127,11 +127,31 @@ METHODS = {
     "fisher": Method(_fisher, True, True, "#0072b2"),
     "context": Method(_context, True, True, "#009e73"),
 }
+FEWEST_FACTOR_BITS = 4  # The product of factors in fewer bits is far from their table.
 
 
 # The "method" of a table in an entropy-coded file; `pcagpt.coding` makes it. A sweep
 # can try it beside those that make factors.
 CODED = "coded"
+OWN_TABLE = "baseline"  # the "method" of a model's own table, rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """A plain way to store a model's own table in few bits, as a sweep shows it."""
+
+    name: str  # with {bits}
+    title: str  # of all its tables, in figures
+    colour: str
+    marker: str
+
+
+# What compressed tables have to beat. `pcagpt.compress.rivals` makes them.
+RIVALS = {
+    OWN_TABLE: Rival("D's table, int{bits}", "D's table, rounded", "#7a7a7a", "v"),
+    "gptq": Rival("D's table, GPTQ, int{bits}", "D's table, GPTQ", "#4d4d4d", "^"),
+    "pq": Rival("D's table, PQ", "D's table, PQ", "#a3a3a3", "P"),
+}
 
 
 def token_contexts(table_VD: np.ndarray, statistics: Statistics) -> np.ndarray:

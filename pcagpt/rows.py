@@ -19,6 +19,7 @@ _SWEEP: dict[str, tuple] = {
     "rows": (list,),
     "other_rows": (list, None),
     "recovered": (list, None),
+    "gaussian_limit": (list, None),
 }
 
 
@@ -26,10 +27,10 @@ _SWEEP: dict[str, tuple] = {
 class Recipe:
     """A way to compress a table.
 
-    method: a name in `METHODS`, `OWN_TABLE` or `CODED`; bands: number of frequency
+    method: a name in `METHODS` or `RIVALS`, or `CODED`; bands: number of frequency
     bands to start from; budget: number of values that may be stored, for `CODED` bytes
-    of the file; rank: the rank with this budget in a single band (0 for `OWN_TABLE`);
-    bits: of a stored value, 32 (float32), 8 or 4, for `CODED` 0.
+    of the file; rank: the rank with this budget in a single band (0 for `RIVALS`);
+    bits: of a stored value, 32 (float32) or at most 8, for `CODED` 0.
     """
 
     method: str

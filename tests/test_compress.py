@@ -819,6 +819,58 @@ def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):
         sweep_of(asked, ranks=(1,), **{"compress.methods": "coded"})
 
 
+# Rivals
+
+
+def test_rivals_are_measured_and_shown_but_are_no_models(asked, swept):
+    config, earlier = swept
+    shutil.copytree(folder_of(config), folder_of(asked))
+    models = snapshot(folder_of(asked) / "best_k8")
+    options = {"compress.methods": "svd,context,gptq,pq", "compress.bits": (8, 3)}
+    sweep = sweep_of(asked, **options)
+    rows = {(row["method"], row["bits"], row["budget"]): row for row in sweep["rows"]}
+    whole = VOCAB_SIZE * WIDTH
+    assert {key for key in rows if key[0] in ("baseline", "gptq", "pq")} == {
+        *((method, bits, whole) for method in ("baseline", "gptq") for bits in (8, 3)),
+        *(("pq", 8, VOCAB_SIZE * parts) for parts in (6, 8, 11)),
+    }
+    # Rows that were there are the same recipes.
+    assert [row for row in sweep["rows"] if row["bits"] == 32] == [
+        row for row in earlier["rows"] if row["bits"] == 32
+    ]
+    for method, bits in (("baseline", 8), ("baseline", 3), ("gptq", 8), ("gptq", 3)):
+        in_a_row = WIDTH * bits // 8 + 2
+        assert rows[method, bits, whole]["bytes"] == VOCAB_SIZE * in_a_row
+    for parts in (6, 8, 11):
+        book = 2 * VOCAB_SIZE * WIDTH
+        assert rows["pq", 8, VOCAB_SIZE * parts]["bytes"] == VOCAB_SIZE * parts + book
+    assert rows["gptq", 8, whole]["kl"] < rows["gptq", 3, whole]["kl"]
+    assert snapshot(folder_of(asked) / "best_k8") == models
+    assert {path.name for path in folder_of(asked).glob("best*")} == {
+        *("best_k4", "best_k8")
+    }
+    text = (folder_of(asked) / "report.md").read_text("utf-8")
+    for name in ("D's table, int3", "D's table, GPTQ, int3", "D's table, PQ"):
+        assert f"| {name} | – | " in text
+    assert "Gaussian R(D)" in text
+
+
+def test_the_gaussian_limit_is_kept_with_the_sweep(swept):
+    sizes, losses = np.array(swept[1]["gaussian_limit"]).T
+    assert (np.diff(sizes) > 0).all() and (np.diff(losses) < 0).all()
+    assert 6 < 8 * sizes[-1] / (VOCAB_SIZE * WIDTH) <= 8
+
+
+def test_rivals_alone_need_no_ranks_and_meet_no_bound(asked):
+    rivals = {"compress.methods": "baseline,gptq", "compress.bits": (4,)}
+    sweep = sweep_of(asked, **rivals)
+    assert [key(row) for row in sweep["rows"]] == [
+        *(("baseline", 1, 0, 4), ("gptq", 1, 0, 4))
+    ]
+    _, trials = advice_of(asked, methods="context,gptq,pq", bits=(4,), max_bytes=2600)
+    assert {row["method"] for row in trials} == {"context", "baseline"}
+
+
 # Refusals
 
 ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
@@ -832,6 +884,10 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
             "compress.methods is 'svd,nmf': it must be all, or some of svd",
         ),
         ({"compress.methods": " , "}, "compress.methods is ' , '"),
+        (
+            {"compress.methods": "gptq", "compress.bits": ()},
+            "compress.methods is 'gptq', but compress.bits is empty",
+        ),
         ({"ranks": (33,)}, "its rank is at most 32"),
         ({"ranks": (1,)} | ONLY_IN_BANDS, "no table fits"),
         ({"model.n_layer": 5}, "model.n_layer is 5, but"),

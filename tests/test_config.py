@@ -166,6 +166,10 @@ WEIGHTS = {"init.weights_from": "RUN"}
             {"compress.methods": "coded", "compress.max_params": 9},
             "compress.max_params is set, but a coded table has all numbers",
         ),
+        (
+            {"compress.methods": "gptq, pq", "compress.max_bytes": 9},
+            "compress.max_bytes is set, but tables of gptq, pq are only for comparison",
+        ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),

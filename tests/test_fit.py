@@ -5,6 +5,7 @@ import pytest
 
 from pcagpt.compress.candidates import Candidate, Compressor, quantized, recipes
 from pcagpt.compress.fit import Fit
+from pcagpt.compress.rivals import MAKERS
 from pcagpt.config import Settings
 from pcagpt.factorize import (
     METHODS,
@@ -16,7 +17,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED
+from pcagpt.methods import CODED, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -40,9 +41,34 @@ def test_recipes_are_all_that_fit_and_the_most_useful_come_first():
     assert recipes(1000, 20, ["kl"], [2], [3], []) == []
 
 
+def test_rivals_are_tried_at_the_bits_asked_for_and_factors_at_four_or_more():
+    tried = recipes(1000, 20, ["pq", "kl", "gptq"], [4], [1], [5, 3])
+    assert [(r.method, r.rank, r.bits, r.budget) for r in tried] == [
+        *(("baseline", 0, 5, 20_000), ("baseline", 0, 3, 20_000)),
+        *(("gptq", 0, 5, 20_000), ("gptq", 0, 3, 20_000)),
+        # Vectors of 6, 4 and 3 of the 20 columns.
+        *(("pq", 0, 8, 4000), ("pq", 0, 8, 5000), ("pq", 0, 8, 7000)),
+        *(("kl", 4, 5, 4080), ("kl", 4, 32, 4080)),
+    ]
+    alone = recipes(1000, 20, ["gptq"], [4], [1], [4])
+    assert alone == [Recipe("gptq", 1, 20_000, 0, 4)]
+    assert recipes(1000, 20, [CODED], [4], [1], [4]) == [Recipe(CODED, 1, 4080, 4, 0)]
+
+
+def test_every_rival_can_be_made_and_is_named():
+    assert MAKERS.keys() == RIVALS.keys()
+    table, make = compressor()
+    for recipe in recipes(300, 6, [*RIVALS], [1], [1], [8, 4]):
+        made = make(recipe)
+        assert made.table.ranks == (0,)
+        assert 0 < made.bytes < table.nbytes
+        np.testing.assert_allclose(made.dense, table, atol=5)
+        np.testing.assert_array_equal(made.table.dense(), made.dense)
+
+
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
-    assert gpu.compress.methods.split(",") == [*METHODS, CODED]
+    assert gpu.compress.methods.split(",") == [*METHODS, CODED, *RIVALS]
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0
@@ -221,6 +247,9 @@ def test_fewer_bits_and_the_full_table_are_options_for_a_bound_on_bytes():
     fit = world()
     fit.within_bytes(6000, [32, 8, 4])
     assert tried(fit) == in_bands | {("baseline", 4)}
+    fit = world()
+    fit.within_bytes(6000, [32, 3])  # Only the full table has so few bits.
+    assert tried(fit) == {("kl", 32), ("baseline", 3)}
 
 
 # Candidates

@@ -180,7 +180,9 @@ def compression(config):
     """The tables that a compression tries, or the bound that it fits."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressing, "sweep", lambda _, tried, *__: asked.append(tried))
+        patch.setattr(
+            compressing, "sweep", lambda _, tried, *__, **___: asked.append(tried)
+        )
         patch.setattr(compressing, "advise", lambda *given: asked.append(given[1:3]))
         compressing.compress(Settings.of(config), "a command")
     return asked

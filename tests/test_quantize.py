@@ -1,16 +1,36 @@
-"""Quantization to 8 and 4 bits: error bounds and bytes."""
+"""Quantization to a few bits: packed codes, error bounds, bytes, compensation."""
 
 import numpy as np
 import pytest
 
-from pcagpt.factorize import quantize
+from pcagpt.factorize import gptq, quantize
+from pcagpt.factorize.quantize import largest_code, pack, unpack
 
 RANDOM = np.random.default_rng(0)
 TABLE = (RANDOM.normal(size=(50, 100)) * np.exp(RANDOM.normal(size=(50, 1)))).astype(
     np.float32
 )
-GROUPS = {8: [(0, 100)], 4: [(0, 32), (32, 64), (64, 96), (96, 100)]}
-each_width = pytest.mark.parametrize("bits", [8, 4])
+GROUPS = dict.fromkeys((6, 5, 4, 3, 2), [(0, 32), (32, 64), (64, 96), (96, 100)])
+GROUPS[8] = [(0, 100)]
+each_width = pytest.mark.parametrize("bits", GROUPS)
+MIXED = RANDOM.normal(size=(100, 100)) / np.sqrt(np.arange(1, 101))
+METRIC = MIXED @ MIXED.T
+
+
+@each_width
+@pytest.mark.parametrize("width", [1, 7, 32, 100])
+def test_packed_codes_come_back_and_fill_no_more_than_their_last_byte(bits, width):
+    largest = largest_code(bits)
+    codes = RANDOM.integers(-largest, largest + 1, (5000, width)).astype(np.int8)
+    packed = pack(codes, bits)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (5000, -(-width * bits // 8))
+    np.testing.assert_array_equal(unpack(packed, width, bits), codes)
+
+
+def test_packed_codes_are_those_worked_out_by_hand():
+    codes = np.array([[1, -1, 3]], np.int8)  # 001 111 011, in three bits each
+    assert pack(codes, 3).tolist() == [[0b00111101, 0b10000000]]
 
 
 @each_width
@@ -30,6 +50,10 @@ def test_bytes_are_those_of_codes_and_scales():
     assert quantize(TABLE, 4).bytes == 50 * (50 + 4 * 2)
     # An odd number of 4-bit codes fills its last byte.
     assert quantize(TABLE[:, :33], 4).bytes == 50 * (17 + 2 * 2)
+    for bits in (6, 5, 3, 2):
+        stored = quantize(TABLE, bits)
+        assert stored.bytes == stored.packed.nbytes + stored.scales.nbytes
+        assert stored.bytes == 50 * (-(-100 * bits // 8) + 4 * 2)
 
 
 @each_width
@@ -41,3 +65,39 @@ def test_codes_are_symmetric_and_keep_the_largest_entry_and_zeros(bits):
     found = quantize(array, bits).dense()
     assert found[0, 2] == pytest.approx(1.5, rel=1e-3)
     assert (found[1:] == 0).all()
+
+
+@each_width
+def test_gptq_without_correlations_rounds_to_the_nearest(bits):
+    rounded, moved = quantize(TABLE, bits), gptq(TABLE, bits, 3 * np.eye(100))
+    np.testing.assert_array_equal(moved.codes, rounded.codes)
+    np.testing.assert_array_equal(moved.scales, rounded.scales)
+
+
+@each_width
+def test_gptq_costs_less_in_its_metric_than_rounding_at_equal_bytes(bits):
+    def cost(stored):
+        error = stored.dense() - TABLE
+        return np.einsum("nd,nd->", error @ METRIC, error)
+
+    rounded, moved = quantize(TABLE, bits), gptq(TABLE, bits, METRIC)
+    assert moved.bytes == rounded.bytes
+    # Three levels at 2 bits leave little room.
+    assert cost(moved) < (0.8 if bits == 2 else 0.5) * cost(rounded)
+
+
+def test_gptq_of_two_columns_that_correlate_is_as_worked_out_by_hand():
+    """If columns 0 and 1 share half of a metric, -e/2 of 1 makes up for e of 0.
+
+    The damping of 1 % makes it 0.495 e. At 2 bits, the step is the largest entry.
+    """
+    table = np.array([[0.45, 0.35, -1.0]], np.float32)
+    metric = np.array([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]])
+    assert quantize(table, 2).codes.tolist() == [[0, 0, -1]]
+    # Column 0 loses 0.45, so column 1 becomes 0.35 + 0.495 * 0.45 = 0.57.
+    assert gptq(table, 2, metric).codes.tolist() == [[0, 1, -1]]
+
+
+def test_gptq_takes_a_singular_metric_and_rows_of_zeros():
+    stored = gptq(np.zeros((3, 100)), 4, np.outer(MIXED[0], MIXED[0]))
+    assert (stored.dense() == 0).all()

@@ -11,7 +11,7 @@ import pytest
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
-from pcagpt.methods import METHODS, Method
+from pcagpt.methods import METHODS, RIVALS, Method
 from pcagpt.report import (
     advice_text,
     collect_results,
@@ -580,8 +580,9 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
         assert method in labels and f"| {method} | " in text
     for method in METHODS:
         assert f"{method}, in bands" in labels and f"| {method}, 3 bands | " in text
-    for label in ("D's table, int8", "D's table, float32", "new, in bands, int2"):
+    for label in ("D's table, rounded", "D's table, float32", "new, in bands, int2"):
         assert label in labels
+    assert "| D's table, int8 | " in text
     assert "## After further training" not in text and "## Accuracy" not in text
 
 
@@ -591,6 +592,27 @@ def test_the_figure_shows_the_best_number_of_bands_and_cuts_off_tiny_losses():
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     np.testing.assert_array_equal(drawn["svd, in bands"], [0.2])
     np.testing.assert_array_equal(drawn["pca"], [1e-3])
+
+
+def test_each_rival_is_one_line_over_bytes_and_the_limit_another():
+    rows = [sweep_row("svd"), sweep_row("baseline", rank=0, bits=8, bytes=800)]
+    rows += [sweep_row("baseline", rank=0, bits=b, bytes=100 * b) for b in (2, 4)]
+    rows += [sweep_row("gptq", rank=0, bits=3, bytes=310)]
+    rows += [sweep_row("pq", rank=0, bits=8, budget=n, bytes=n) for n in (450, 250)]
+    limit = [[0, 9.0], [50, 2.0], [500, 0.5], [900, 0.1], [950, 1e-4], [9000, 0.01]]
+    figure = pareto_figure(sweep_of(rows) | {"gaussian_limit": limit})
+    numbers, sizes = (
+        {line.get_label(): line for line in axes.lines} for axes in figure.axes
+    )
+    assert "D's table, rounded" not in numbers and "svd" in numbers
+    for label, expected in (
+        ("D's table, rounded", [200, 400, 800]),
+        ("D's table, GPTQ", [310]),
+        ("D's table, PQ", [250, 450]),
+        ("Gaussian R(D), second order", [500, 900]),  # What the axes show.
+    ):
+        np.testing.assert_allclose(1e6 * sizes[label].get_xdata(), expected)
+    assert len({rival.marker for rival in RIVALS.values()}) == len(RIVALS)
 
 
 def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_path):

@@ -40,8 +40,8 @@ def advise(
     """
     ((name, bound),) = options.bounds.items()
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label = f"fitting {original.run.folder.name}"
-    with Progress(label, Fit.TRIALS) as progress:
+    label, most = f"fitting {original.run.folder.name}", 2 + 2 * len(options.bits)
+    with Progress(label, max(most, Fit.TRIALS)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
             scores = original.measure(candidate)

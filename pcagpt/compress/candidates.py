@@ -11,20 +11,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from pcagpt import coding
+from pcagpt.compress.rivals import MAKERS
 from pcagpt.factorize import (
     FLOAT_BYTES,
     METHODS,
-    OWN_TABLE,
     BandFactors,
     FactorizedTable,
     Factorizer,
     Predictor,
     SecondOrder,
     Statistics,
+    Weighting,
     budget_of_rank,
     quantize,
 )
-from pcagpt.methods import CODED
+from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -80,6 +81,10 @@ class Compressor:
         if recipe.method == CODED:
             coded = self._coded(recipe.budget)
             table, size = of_full_width(coded.table.dense()), coded.bytes
+        elif recipe.method in MAKERS:
+            maker = MAKERS[recipe.method]
+            made = maker.make(self._table_VD, self._statistics, recipe)
+            table, size = of_full_width(made.dense()), made.bytes
         else:
             table = self._make(recipe)
             size = table.parameters * FLOAT_BYTES
@@ -96,12 +101,17 @@ class Compressor:
 
     @functools.cached_property
     def _prepared(self) -> coding.Prepared:
-        weighting = coding.loss_weighting(self._table_VD, self._statistics)
-        return coding.prepare(self._table_VD, weighting)
+        return coding.prepare(self._table_VD, self._weighting)
+
+    @functools.cached_property
+    def _weighting(self) -> Weighting:
+        return coding.loss_weighting(self._table_VD, self._statistics)
+
+    def gaussian_limit(self) -> list[tuple[float, float]]:
+        """`coding.gaussian_limit` of the table."""
+        return coding.gaussian_limit(self._table_VD, self._weighting)
 
     def _make(self, recipe: Recipe) -> FactorizedTable:
-        if recipe.method == OWN_TABLE:
-            return of_full_width(self._table_VD)
         if recipe.method != self._method:  # One solution has all ranks of a method.
             self._method = recipe.method
             self._factorize = Factorizer(
@@ -116,7 +126,7 @@ def of_full_width(table_VD: np.ndarray) -> FactorizedTable:
 
 
 def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
-    """The table after rounding to 8 or 4 bits, and its size in bytes."""
+    """The table after rounding its factors to few bits, and its size in bytes."""
     size = FLOAT_BYTES * len(table.order) if len(table.bands) > 1 else 0
     bands = []
     for band in table.bands:
@@ -128,7 +138,7 @@ def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
 
 def factor_methods(methods: Sequence[str]) -> list[str]:
     """The methods that make factors."""
-    return [method for method in methods if method != CODED]
+    return [method for method in methods if method in METHODS]
 
 
 def recipes(
@@ -142,51 +152,47 @@ def recipes(
     """All combinations of method, bands and rank, the most useful ones first.
 
     With `CODED` among the methods, coded tables come first: for each rank, one
-    whose file has a byte for each value of the rank's budget. The last other method
-    counts as the best. Its tables in bands come next, then plain SVD, then its tables
-    and the model's own at fewer bits, then the other methods. Methods without token
-    weights get a single band. Recipes in bands are left out if the budget of their rank
-    is too small.
+    whose file has a byte for each value of the rank's budget. The last method that
+    makes factors counts as the best. Its tables in bands come next, then plain SVD,
+    then the rivals, then its tables at fewer bits, then the other methods. A method
+    that makes factors is always compared with the model's own table at the same bits.
+    Methods without token weights get a single band. Recipes in bands are left out if
+    the budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
     if CODED in methods:
         found += [Recipe(CODED, 1, budgets[rank], rank, 0) for rank in ranks]
-    methods = factor_methods(methods)
-    if not methods:
-        return found
-    best = methods[-1]
-
-    def can_have(method: str, count: int) -> bool:
-        return count == 1 or METHODS[method].weighs_tokens
-
-    def usefulness(kind: tuple[str, int, int]) -> tuple[int, int]:
-        method, count, bit = kind
-        if bit < 32:
-            group = 2
-        elif method == best and count > 1:
-            group = 0
-        else:
-            group = 1 if method == "svd" else 3
-        return group, -count
-
+    factors = factor_methods(methods)
+    for rival in MAKERS:
+        if rival in methods or (rival == OWN_TABLE and factors):
+            sizes = MAKERS[rival].sizes((vocab_size, width), bits)
+            found += [Recipe(rival, 1, count, 0, bit) for count, bit in sizes]
     kinds = [
         (method, count, 32)
-        for method in reversed(methods)
+        for method in reversed(factors)
         for count in bands
-        if can_have(method, count)
+        if count == 1 or METHODS[method].weighs_tokens
     ]
-    most = max(bands) if METHODS[best].weighs_tokens else 1
-    for bit in bits:
-        kinds += [(OWN_TABLE, most, bit), (best, most, bit)]
-    for method, count, bit in sorted(kinds, key=usefulness):
-        if method == OWN_TABLE:
-            found.append(Recipe(OWN_TABLE, 1, vocab_size * width, 0, bit))
-            continue
-        for rank in ranks:
-            budget = budgets[rank]
-            # Several bands store at least rank 1 each, and the order of the tokens.
-            least = 2 * vocab_size + count * width
-            if count == 1 or budget >= least:
-                found.append(Recipe(method, count, budget, rank, bit))
-    return found
+    best = factors[-1] if factors else ""
+    if best:
+        most = max(bands) if METHODS[best].weighs_tokens else 1
+        kinds += [(best, most, bit) for bit in bits if bit >= FEWEST_FACTOR_BITS]
+    found += [
+        Recipe(method, count, budgets[rank], rank, bit)
+        for method, count, bit in kinds
+        for rank in ranks
+        # Several bands store at least rank 1 each, and the order of the tokens.
+        if count == 1 or budgets[rank] >= 2 * vocab_size + count * width
+    ]
+
+    def usefulness(recipe: Recipe) -> tuple[int, int]:
+        if recipe.is_coded:
+            return 0, 0
+        if not recipe.is_factors:
+            return 3, 0
+        if recipe.method == best and recipe.bands > 1:
+            return 1, -recipe.bands
+        return (2 if recipe.method == "svd" else 4), -recipe.bands
+
+    return sorted(found, key=usefulness)

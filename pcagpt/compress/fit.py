@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from pcagpt.compress.candidates import Candidate, factor_methods
-from pcagpt.factorize import OWN_TABLE, BudgetTooSmall, LossRegression
-from pcagpt.methods import CODED
+from pcagpt.factorize import BudgetTooSmall, LossRegression
+from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -79,7 +79,8 @@ class Fit:
         if self._is_coded and (made := self._coded(max_bytes)):
             self._try(made)
         for bit in bits if self._method else ():
-            self._fill_bytes(max_bytes, bit)
+            if bit >= FEWEST_FACTOR_BITS:
+                self._fill_bytes(max_bytes, bit)
             if bit < 32:
                 whole = self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bit))
                 if whole.bytes <= max_bytes:

@@ -37,7 +37,7 @@ def best_model(folder: Path, rank: int, is_coded: bool = False) -> Path:
 def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
     """The folders of the models that a sweep writes, and what each is chosen from.
 
-    Factors that were rounded to 8 or 4 bits are measured, but have no model.
+    Rounded factors and rivals are measured, but have no model.
     """
     found: dict[Path, list[Recipe]] = {}
     for recipe in tried:
@@ -67,6 +67,8 @@ def sweep(
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
+    limit = {"gaussian_limit": make.gaussian_limit()}
+    output = dataclasses.replace(output, heading=output.heading | limit)
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):

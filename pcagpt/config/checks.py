@@ -15,7 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
-from pcagpt.methods import CODED, METHODS
+from pcagpt.methods import CODED, METHODS, RIVALS
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def arms_of(settings: Settings) -> list[str]:
 
 def methods_of(text: str) -> list[str]:
     """The names in `compress.methods`; 'all' stands for every method."""
-    known = [*METHODS, CODED]
+    known = [*METHODS, CODED, *RIVALS]
     methods = known if text == "all" else words_of(text)
     if not methods or set(methods) - set(known):
         raise UserError(
@@ -274,7 +274,14 @@ def _check_bounds(settings: Settings) -> None:
         raise UserError(
             f"compress.{bounds[0]} and compress.{bounds[1]} are both set: give one"
         )
-    if compress.max_params and words_of(compress.methods) == [CODED]:
+    methods = set(methods_of(compress.methods or "all"))
+    if bounds and methods <= RIVALS.keys():
+        raise UserError(
+            f"compress.{bounds[0]} is set, but tables of {compress.methods} are only "
+            f"for comparison: add {CODED} or a method that makes factors to "
+            "compress.methods"
+        )
+    if compress.max_params and not methods & METHODS.keys():
         raise UserError(
             "compress.max_params is set, but a coded table has all numbers: add a "
             "method that makes factors to compress.methods"

@@ -28,7 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
-from pcagpt.methods import METHODS
+from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, RIVALS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -194,9 +194,10 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        f"methods to try: all, or some of {', '.join(GPU.methods)} (an "
-        "entropy-coded file). The last one that makes factors counts as the best: only "
-        "it is tried at fewer bits and for a bound. Empty: all; on a CPU "
+        f"methods to try: all, or some of {', '.join([*METHODS, CODED])} (an "
+        f"entropy-coded file), {', '.join(RIVALS)} (D's table in few bits, for "
+        "comparison). The last one that makes factors counts as the best: only it is "
+        "tried at fewer bits and for a bound. Empty: all; on a CPU "
         f"{_listed(CPU.methods)}",
     )
     bands: tuple[int, ...] = knob(
@@ -205,7 +206,10 @@ class CompressSettings:
         f"{_listed(GPU.bands)} (on a CPU: {_listed(CPU.bands)})",
     )
     bits: tuple[int, ...] = knob(
-        (8, 4), "bits per stored number to try besides 32", one_of(8, 4)
+        (8, 4),
+        f"bits per stored number to try besides 32; below {FEWEST_FACTOR_BITS} only "
+        "for D's own table",
+        one_of(8, 6, 5, 4, 3, 2),
     )
     calibration_tokens: int = knob(
         0,

@@ -16,7 +16,8 @@ from pcagpt.factorize.predict import (
     SecondOrder,
     second_order_loss,
 )
-from pcagpt.factorize.quantize import quantize
+from pcagpt.factorize.product import product_quantize
+from pcagpt.factorize.quantize import gptq, quantize
 from pcagpt.factorize.solve import (
     effective_rank,
     energy_kept,
@@ -26,7 +27,6 @@ from pcagpt.factorize.solve import (
 )
 from pcagpt.factorize.table import (
     FLOAT_BYTES,
-    OWN_TABLE,
     BandFactors,
     FactorizedTable,
 )

@@ -1,38 +1,41 @@
-"""Symmetric quantization to 8 or 4 bits, with one scale per group of columns.
+"""Symmetric quantization to a few bits, with one scale per group of columns.
 
-Shape letters: N rows, D columns, G columns of a group.
+Shape letters: N rows, D columns, G groups of columns, n rows at a time.
 """
 
 import dataclasses
 
 import numpy as np
 
-# Columns per scale; None: all columns of a row. 4 bits have few levels, so a scale must
-# fit its values more closely.
-GROUP = {8: None, 4: 32}
-SCALE_BYTES = 2  # float16
+_CHUNK = 4096  # rows at a time
+_BLOCK = 32  # columns that GPTQ finishes before it moves their errors further
+_DAMPING = 0.01  # share of the metric's mean diagonal that GPTQ adds to its diagonal
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A quantized array."""
+    """A quantized array [N, width], as it is stored."""
 
-    codes: np.ndarray  # int8 [N, D], at most 2^(bits-1) - 1 in magnitude
-    scales: np.ndarray  # float16 [N, groups], the value of code 1
+    packed: np.ndarray  # uint8 [N, bytes of a row], of `pack`
+    scales: np.ndarray  # float16 [N, G], the value of code 1
+    width: int
     bits: int
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes and scales in storage; two 4-bit codes share a byte."""
-        row_bytes = -(-self.codes.shape[1] * self.bits // 8)
-        return len(self.codes) * row_bytes + self.scales.size * SCALE_BYTES
+        """Bytes of codes and scales in storage."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    @property
+    def codes(self) -> np.ndarray:
+        """int8 [N, width], at most `largest_code` in magnitude."""
+        return unpack(self.packed, self.width, self.bits)
 
     def dense(self) -> np.ndarray:
-        """The dequantized array, float32 [N, D]."""
-        width = self.codes.shape[1]
-        group = GROUP[self.bits] or width
-        scales_ND = np.repeat(self.scales.astype(np.float32), group, axis=1)[:, :width]
-        return self.codes * scales_ND
+        """The dequantized array, float32 [N, width]."""
+        group, scales_NG = group_of(self.bits, self.width), self.scales
+        scales_ND = np.repeat(scales_NG.astype(np.float32), group, axis=1)
+        return self.codes * scales_ND[:, : self.width]
 
 
 def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
@@ -42,13 +45,86 @@ def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
     float16: max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below the range of float16
     become zero; entries must be below 65504 * (2^(bits-1) - 1) in magnitude.
     """
-    largest_code = 2 ** (bits - 1) - 1
+    return _quantize(array_ND, bits, None)
+
+
+def gptq(array_ND: np.ndarray, bits: int, metric_DD: np.ndarray) -> Quantized:
+    """Rounds so that the error E of each row has a small E M E' in a metric M.
+
+    Column after column, the error is compensated in the columns that follow (GPTQ,
+    Frantar et al. 2022). A group gets its scale when its first column is due. With the
+    identity as metric, the result is that of `quantize`.
+    """
+    width = array_ND.shape[1]
+    damping = _DAMPING * np.trace(metric_DD) / width
+    inverse_DD = np.linalg.inv(metric_DD + damping * np.eye(width))
+    moves_DD = np.linalg.cholesky(inverse_DD, upper=True)
+    moves_DD /= moves_DD.diagonal()[:, None]
+    return _quantize(array_ND, bits, moves_DD.astype(np.float32))
+
+
+def group_of(bits: int, width: int) -> int:
+    """Columns per scale: few bits have few levels, so their scale must fit closely."""
+    return width if bits == 8 else min(32, width)
+
+
+def largest_code(bits: int) -> int:
+    """Codes are symmetric: one of the 2^bits is unused."""
+    return 2 ** (bits - 1) - 1
+
+
+def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
+    """Codes in two's complement side by side; rows end in full bytes: uint8 [N, bytes].
+
+    codes_ND: int8 with magnitudes up to `largest_code`.
+    """
+    packed = np.empty((len(codes_ND), -(-codes_ND.shape[1] * bits // 8)), np.uint8)
+    for rows in _chunks(len(codes_ND)):
+        bytes_nD1 = codes_ND[rows].view(np.uint8)[..., None]
+        bits_nDb = np.unpackbits(bytes_nD1, axis=2)[..., -bits:]
+        packed[rows] = np.packbits(bits_nDb.reshape(len(bits_nDb), -1), axis=1)
+    return packed
+
+
+def unpack(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
+    """The codes of `pack`: int8 [N, width]."""
+    codes_ND = np.empty((len(packed), width), np.int8)
+    for rows in _chunks(len(packed)):
+        bits_n = np.unpackbits(packed[rows], axis=1, count=width * bits)
+        bytes_nD1 = np.packbits(bits_n.reshape(len(bits_n), width, bits), axis=2)
+        # The code is in the upper bits; a shift to the right repeats its sign.
+        codes_ND[rows] = bytes_nD1[..., 0].view(np.int8) >> (8 - bits)
+    return codes_ND
+
+
+def _quantize(
+    array_ND: np.ndarray, bits: int, moves_DD: np.ndarray | None
+) -> Quantized:
+    """Rounds; `moves_DD[j, i]` is how much of column j's error column i takes off."""
     rows, width = array_ND.shape
-    group = GROUP[bits] or width
-    padded_ND = np.pad(array_ND.astype(np.float32), ((0, 0), (0, -width % group)))
-    grouped = padded_ND.reshape(rows, -1, group)
-    scales = (np.abs(grouped).max(axis=2) / largest_code).astype(np.float16)
-    steps = np.where(scales > 0, scales, 1).astype(np.float32)[:, :, None]
-    codes = np.where(scales[:, :, None] > 0, np.rint(grouped / steps), 0)
-    codes = np.clip(codes, -largest_code, largest_code).astype(np.int8)
-    return Quantized(codes.reshape(rows, -1)[:, :width], scales, bits)
+    group, largest = group_of(bits, width), largest_code(bits)
+    codes_ND = np.empty((rows, width), np.int8)
+    scales_NG = np.empty((rows, -(-width // group)), np.float16)
+    for part in _chunks(rows):
+        left_Dn = np.array(array_ND[part].T, np.float32, order="C")
+        for start in range(0, width, _BLOCK):
+            end = min(start + _BLOCK, width)
+            if start % group == 0:
+                size_n = np.abs(left_Dn[start : start + group]).max(axis=0)
+                scale_n = (size_n / largest).astype(np.float16)
+                scales_NG[part, start // group] = scale_n
+                step_n = scale_n.astype(np.float32)
+            for j in range(start, end):
+                if moves_DD is not None:
+                    left_Dn[j] -= moves_DD[start:j, j] @ left_Dn[start:j]
+                codes_n = np.rint(left_Dn[j] / np.where(step_n > 0, step_n, 1))
+                codes_n = np.clip(codes_n, -largest, largest) * (step_n > 0)
+                codes_ND[part, j] = codes_n
+                left_Dn[j] -= codes_n * step_n  # From here on, its error.
+            if moves_DD is not None:
+                left_Dn[end:] -= moves_DD[start:end, end:].T @ left_Dn[start:end]
+    return Quantized(pack(codes_ND, bits), scales_NG, width, bits)
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(start, start + _CHUNK) for start in range(0, rows, _CHUNK)]

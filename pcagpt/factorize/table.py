@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 FLOAT_BYTES = 4  # of a stored value
-OWN_TABLE = "baseline"  # the "method" of a model's own table in a sweep
 
 
 class BandFactors(NamedTuple):

@@ -132,7 +132,14 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in combinations if r.is_factors or not factor_methods(methods)}
+    kept = {r.rank for r in combinations if r.is_factors}
+    if not factor_methods(methods):
+        kept = set(possible)
+        if not combinations:
+            raise UserError(
+                f"compress.methods is '{options.methods}', but compress.bits is empty: "
+                "name bits, such as --config.compress.bits=4"
+            )
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.factorize import METHODS, OWN_TABLE, SMALLEST_ADDED, energy_kept
-from pcagpt.methods import CODED
+from pcagpt.factorize import METHODS, SMALLEST_ADDED, energy_kept
+from pcagpt.methods import CODED, RIVALS
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
 from pcagpt.rows import Row
@@ -34,7 +34,7 @@ STYLE = {
 }
 START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before that
 # By bits of a stored value; 0 for coded tables.
-BITS_MARKERS = {32: "o", 8: "s", 4: "D", 0: "*"}
+BITS_MARKERS = {32: "o", 8: "s", 6: "h", 5: "p", 4: "D", 0: "*"}
 BITS_LINES = {32: "-", 8: "--", 4: ":", 0: "-"}
 
 
@@ -134,35 +134,32 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    Among tables in bands that differ only in their number, it shows only the best.
+    Among tables in bands that differ only in their number, it shows only the best. All
+    tables of a rival are one line.
     """
-    best: dict[tuple, dict[int, Row]] = {}
+    best: dict[tuple, dict[tuple, Row]] = {}
     for row in sweep["rows"]:
-        of_kind = best.setdefault((row.method, row.bands > 1, row.bits), {})
-        known = of_kind.setdefault(row.rank, row)
+        bits = None if row.method in RIVALS else row.bits
+        of_kind = best.setdefault((row.method, row.bands > 1, bits), {})
+        known = of_kind.setdefault((row.budget, row.bits), row)
         if row.added_loss < known.added_loss:
-            of_kind[row.rank] = row
-    colours = {name: method.colour for name, method in METHODS.items()}
-    colours |= {OWN_TABLE: INK, CODED: INK}
+            of_kind[row.budget, row.bits] = row
     figure, grid = _panels(1, 2, 4.6)
     units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
     for axes, (field, unit) in zip(grid, units.items(), strict=True):
         for (method, in_bands, bits), of_kind in best.items():
-            if field == "params" and bits < 32:
+            if field == "params" and bits != 32:
                 continue  # Bits do not change the number of values.
             rows = sorted(of_kind.values(), key=lambda row: row.bytes)
-            colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
+            style = _style(method, in_bands, bits)
             sizes = [getattr(row, field) / 1e6 for row in rows]
             ends = [row.added_loss_interval or 2 * [row.added_loss] for row in rows]
-            axes.vlines(sizes, *np.maximum(ends, SMALLEST_ADDED).T, color=colour)
+            bars = np.maximum(ends, SMALLEST_ADDED).T
+            axes.vlines(sizes, *bars, color=style["color"])
             axes.plot(
                 sizes,
                 [max(row.added_loss, SMALLEST_ADDED) for row in rows],
-                color=colour,
-                marker=BITS_MARKERS.get(bits, "X"),
-                ls=BITS_LINES.get(bits, "-."),
-                markerfacecolor=colour if in_bands else "white",
-                label=table_name(method, "in bands" if in_bands else "", bits),
+                **style,
             )
         axes.axvline(
             baseline_of(sweep)[field] / 1e6, color="#bbbbbb", label="D's table, float32"
@@ -170,9 +167,39 @@ def pareto_figure(sweep: dict[str, Any]) -> "Figure":
         axes.set(xscale="log", yscale="log", xlabel=unit)
         _use_plain_ticks(axes.xaxis)
         _use_plain_ticks(axes.yaxis)
+    _add_limit(grid[1], sweep)
     grid[0].set_ylabel("added loss (nats per token)")
     _add_legend(figure)
     return figure
+
+
+def _style(method: str, in_bands: bool, bits: int | None) -> dict[str, str]:
+    """How `pareto_figure` draws tables of one kind; bits None: those of a rival."""
+    if rival := RIVALS.get(method):
+        style = {"color": rival.colour, "marker": rival.marker, "ls": "-."}
+        return style | {"label": rival.title}
+    colours = {name: method.colour for name, method in METHODS.items()} | {CODED: INK}
+    colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
+    return {
+        "color": colour,
+        "marker": BITS_MARKERS.get(bits, "X"),
+        "ls": BITS_LINES.get(bits, "-."),
+        "markerfacecolor": colour if in_bands else "white",
+        "label": table_name(method, "in bands" if in_bands else "", bits),
+    }
+
+
+def _add_limit(axes: "Axes", sweep: dict[str, Any]) -> None:
+    """Draws the Gaussian rate-distortion line over the bytes of a sweep's tables."""
+    sizes = [row.bytes for row in sweep["rows"]]
+    line = [
+        (size / 1e6, loss)
+        for size, loss in sweep.get("gaussian_limit") or ()
+        if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
+    ]
+    if line:
+        label = "Gaussian R(D), second order"
+        axes.plot(*zip(*line, strict=True), color=INK, ls="--", lw=1, label=label)
 
 
 def _panels(

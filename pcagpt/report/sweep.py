@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.factorize import FLOAT_BYTES, OWN_TABLE, SMALLEST_ADDED
+from pcagpt.factorize import FLOAT_BYTES, SMALLEST_ADDED
+from pcagpt.methods import RIVALS
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (
     NOTHING,
@@ -74,7 +75,8 @@ def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:
     """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
-    method = "D's table" if method == OWN_TABLE else method
+    if method in RIVALS:
+        return RIVALS[method].name.format(bits=bits)
     rounding = f"int{bits}" if 0 < bits < 32 else ""
     return ", ".join(filter(None, [method, bands, rounding]))
 
