@@ -57,7 +57,7 @@ each_weighting = pytest.mark.parametrize(
 def written(path, table=TABLE, weighting=FULL, step=0.1):
     """A file of a table, and what was coded."""
     made = coding.at_step(prepare(table, weighting), step)
-    coding.write(path, made.table, made.words, DESCRIPTION)
+    coding.write(path, made.table, DESCRIPTION)
     return made
 
 

@@ -1,7 +1,5 @@
 """Packed tables: fixed-width codes, which a model reads in place."""
 
-import io
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from runs import gpt_config
 from pcagpt import coding
 from pcagpt.coding.packed import pack
 from pcagpt.coding.widths import CHOICES, choose_widths, levels_of
+from pcagpt.errors import UserError
 from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
 from pcagpt.model import BLOCK, GPT, WIDTHS
@@ -29,6 +28,8 @@ FULL = Weighting(
     MEAN,
     (TABLE - MEAN) @ RANDOM.normal(size=(D, D)) * 0.3,
 )
+
+DESCRIPTION = coding.Description("packed", "a" * 64, "b" * 64, 0.1, None)
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,16 @@ def test_lookup_and_head_read_what_the_table_stands_for(packed):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def test_its_file_is_readable_with_numpy_alone(packed):
-    content = packed.to_bytes()
-    assert packed.bytes < len(content) < packed.bytes + 1000 * (len(packed.sizes) + 2)
-    arrays = np.load(io.BytesIO(content))
+def test_its_file_is_readable_with_numpy_alone(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    assert path.stat().st_size == coding.packed_bytes(packed)
+    arrays = np.load(path)
     order = arrays.get("order", np.arange(V))
     dense, start = np.empty((V, D), np.float32), 0
-    for band in range(len(packed.sizes)):
+    for band, blocks in enumerate(arrays["blocks"]):
         codes, values, byte, level = arrays[f"codes_{band}"], [], 0, 0
-        for width, count in zip(WIDTHS, arrays[f"blocks_{band}"], strict=True):
+        for width, count in zip(WIDTHS, blocks, strict=True):
             for _ in range(count):
                 own = codes[:, byte : byte + width]
                 bits = np.unpackbits(own[:, :, None], axis=2, bitorder="little")
@@ -101,11 +103,66 @@ def test_its_file_is_readable_with_numpy_alone(packed):
     np.testing.assert_allclose(dense, packed.dense(), atol=1e-6)
 
 
+def test_a_file_gives_back_the_table(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    found, description = coding.read_packed(path)
+    assert description == DESCRIPTION
+    assert (found.sizes, found.blocks) == (packed.sizes, packed.blocks)
+    np.testing.assert_array_equal(found.dense(), packed.dense())
+
+
+def test_every_flipped_byte_and_every_cut_of_a_file_is_refused(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    content, wanted = path.read_bytes(), packed.dense()
+    places = RANDOM.choice(len(content), 200, replace=False)
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << RANDOM.integers(8)
+        path.write_bytes(damaged)
+        try:
+            found, description = coding.read_packed(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:  # Times and attributes in the archive mean nothing.
+            assert description == DESCRIPTION
+            np.testing.assert_array_equal(found.dense(), wanted)
+    for end in (0, 10, 500, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError, match="table.npz"):
+            coding.read_packed(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codes_0": np.zeros((3, 2), np.uint8)},
+        {"scales_0": np.zeros(3, np.float32)},
+        {"basis": np.zeros((8, 3), np.int8)},
+        {"levels": np.zeros(3, np.float32)},
+        {"mean": np.full(D, np.nan, np.float32)},
+        {"order": np.zeros(V, np.int32)},
+        {"blocks": np.zeros((1, 7), np.uint16)},
+        {"blocks": np.zeros((1, 3), np.uint16)},
+        {"description": np.frombuffer(b"{}", np.uint8)},
+        {"description": np.frombuffer(b"[", np.uint8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arrays_that_do_not_fit_together_are_refused(prepared, tmp_path, change):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, pack(prepared, 5, 42_000), DESCRIPTION)
+    np.savez(path, **dict(np.load(path)) | change)
+    with pytest.raises(UserError, match="is damaged"):
+        coding.read_packed(path)
+
+
 def test_more_bytes_never_add_loss_and_no_file_exceeds_its_budget(prepared):
     losses = []
     for most in (30_000, 36_000, 42_000, 60_000, 90_000):
         made = pack(prepared, 5, most)
-        assert 0.9 * most < len(made.to_bytes()) <= most
+        assert 0.9 * most < coding.packed_bytes(made) <= most
         losses.append(second_order_loss(TABLE, made.dense(), FULL))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.02 * losses[0]
@@ -128,12 +185,12 @@ def test_a_budget_without_room_for_any_code_is_refused(prepared):
 
 def test_levels_of_a_gaussian_are_those_of_lloyd_and_max():
     values = RANDOM.normal(size=(64, 4000)) * np.geomspace(1, 1e-3, 64)[:, None]
-    levels, errors = levels_of(values, [np.arange(4000)])
+    levels, errors = levels_of(values, np.split(np.arange(4000), 20))
     assert np.ptp(levels[1]) / 2 == pytest.approx(0.798, rel=0.02)  # sqrt(2 / pi)
     assert np.ptp(levels[2]) / 2 == pytest.approx(1.510, rel=0.03)
     assert CHOICES[:5].tolist() == [0, 1, 2, 3, 4]
     known = [1, 0.3634, 0.1175, 0.03454, 0.009497]
-    np.testing.assert_allclose(errors[:5], known, rtol=0.03)
+    np.testing.assert_allclose(errors[:5], known, rtol=0.02)
 
 
 def test_widths_are_the_cheapest_choice_within_the_bytes():
@@ -175,6 +232,6 @@ def test_the_dense_table_never_exists_while_the_head_computes(prepared, monkeypa
     head = jax.jit(lambda variables, h: model.apply(variables, h, method="logits"))
     memory = head.lower(variables, h).compile().memory_analysis()
     others = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
-    assert memory.argument_size_in_bytes < packed.bytes + others + 1000
+    assert memory.argument_size_in_bytes < packed.memory + others + 1000
     # The logits of both bands and of all, and some tiles.
     assert memory.temp_size_in_bytes < 0.5 * TABLE.nbytes

@@ -8,7 +8,6 @@ block of directions.
 """
 
 import dataclasses
-import io
 from typing import NamedTuple
 
 import jax
@@ -25,7 +24,8 @@ from pcagpt.model import (
     packed_constants,
 )
 
-_FILE_BYTES = 1000  # at most, for what describes three arrays in a file
+# At most, for what describes the arrays in a file.
+_FILE_BYTES, _BAND_BYTES = 2300, 560
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ class PackedTable:
         return sum((band.blocks for band in self.bands), ())
 
     @property
-    def bytes(self) -> int:
-        """Memory of all arrays."""
+    def memory(self) -> int:
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in jax.tree.leaves(self.constants))
 
     @property
@@ -55,31 +55,9 @@ class PackedTable:
         """The 'constants' of a model with this table."""
         return packed_constants(self.order, self.bands)
 
-    def to_bytes(self) -> bytes:
-        """Its file, as NumPy's savez writes it; all values are in arrays.
-
-        basis, columns, mean, levels; for each band codes_i, scales_i and blocks_i
-        (number of blocks for each of `WIDTHS`); with several bands, order.
-        """
-        arrays = dataclasses.asdict(self.bands[0].shared)
-        if len(self.bands) > 1:
-            arrays["order"] = self.order
-        for number, band in enumerate(self.bands):
-            for name in ("codes", "scales", "blocks"):
-                array = np.asarray(getattr(band, name))
-                is_small = name == "blocks"
-                arrays[f"{name}_{number}"] = array.astype("u2") if is_small else array
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
-
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D]."""
-        rows_of, parts = jax.jit(PackedBand.rows), []
-        with jax.default_matmul_precision("highest"):
-            for band in self.bands:
-                numbers = np.arange(band.size)
-                parts += [rows_of(band, numbers[part]) for part in chunks(band.size)]
+        parts = [band.rows(part) for band in self.bands for part in chunks(band.size)]
         rows_VD = np.concatenate(parts)
         dense_VD = np.empty_like(rows_VD)
         dense_VD[self.order] = rows_VD
@@ -113,7 +91,7 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
         table_VD, weighting._replace(contexts=None), prepared.synthesis_DD, mean_D
     ).values
     levels, errors_W = levels_of(exact_DV, tokens_of_bands)
-    room = most - _FILE_BYTES * (len(tokens_of_bands) + 2)
+    room = most - _FILE_BYTES - _BAND_BYTES * len(tokens_of_bands)
     widths_BS = choose_widths(
         exact_DV, prepared.weights_V, tokens_of_bands, errors_W, room
     )

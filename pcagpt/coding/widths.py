@@ -32,7 +32,10 @@ def levels_of(
     sums = np.concatenate([[0], np.cumsum(sample)])
     found, errors = {}, [np.mean(sample**2)]
     for width in CHOICES[1:].tolist():
-        levels = np.quantile(sample, (np.arange(2**width) + 0.5) / 2**width)
+        # The best density of many levels is the cube root of that of the values (Panter
+        # and Dite 1951): for a Gaussian, one with three times the variance.
+        shares = (np.arange(2**width) + 0.5) / 2**width
+        levels = np.sqrt(3) * np.quantile(sample, shares)
         for _ in range(_LLOYD_STEPS):
             ends = np.searchsorted(sample, borders_of(levels))
             ends = np.concatenate([[0], ends, [len(sample)]])

@@ -28,7 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
-from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, RIVALS
+from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, PACKED, RIVALS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -194,9 +194,10 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        f"methods to try: all, or some of {', '.join([*METHODS, CODED])} (an "
-        f"entropy-coded file), {', '.join(RIVALS)} (D's table in few bits, for "
-        "comparison). The last one that makes factors counts as the best: only it is "
+        f"methods to try: all, or some of {', '.join(METHODS)}, {CODED} (an "
+        f"entropy-coded file), {PACKED} (codes that the model reads in place), "
+        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The last one "
+        "that makes factors counts as the best: only it is "
         "tried at fewer bits and for a bound. Empty: all; on a CPU "
         f"{_listed(CPU.methods)}",
     )

@@ -77,19 +77,23 @@ class PackedBand:
         return jax.lax.fori_loop(0, -(-self.size // tile), add_tile, zeros_NV)
 
 
-def unpack(codes: jax.Array, blocks: tuple[int, ...], levels: jax.Array, dtype):
-    """The values of packed rows: [N, bytes] uint8 -> [N, K] in `dtype`."""
+def unpack(codes, blocks: tuple[int, ...], levels, dtype):
+    """The values of packed rows: [N, bytes] uint8 -> [N, K] in `dtype`.
+
+    Takes arrays of JAX or of NumPy.
+    """
+    numpy = codes.__array_namespace__()
     values, byte, level = [], 0, 0
     for width, count in zip(WIDTHS, blocks, strict=True):
         size = count * width
-        bytes_NBW1 = codes[:, byte : byte + size].reshape(len(codes), count, width, 1)
-        bits_NBWI = (bytes_NBW1 >> jnp.arange(BLOCK, dtype=jnp.uint8)) & jnp.uint8(1)
-        places_W1 = jnp.arange(width, dtype=jnp.int32)[:, None]
-        numbers_NBI = (bits_NBWI.astype(jnp.int32) << places_W1).sum(axis=2)
-        of_width = jnp.asarray(levels[level : level + 2**width], dtype)
-        values.append(of_width[numbers_NBI].reshape(len(codes), count * BLOCK))
+        bytes_NSW1 = codes[:, byte : byte + size].reshape(len(codes), count, width, 1)
+        bits_NSWI = bytes_NSW1 >> numpy.arange(BLOCK, dtype=numpy.uint8) & 1
+        places_W1 = numpy.arange(width, dtype=numpy.uint8)[:, None]
+        numbers_NSI = (bits_NSWI << places_W1).sum(axis=2, dtype=numpy.uint8)
+        of_width = numpy.asarray(levels[level : level + 2**width], dtype=dtype)
+        values.append(of_width[numbers_NSI].reshape(len(codes), count * BLOCK))
         byte, level = byte + size, level + 2**width
-    return jnp.concatenate(values, axis=1)
+    return numpy.concatenate(values, axis=1)
 
 
 class Directions(nn.Module):
