@@ -852,6 +852,11 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
         for model_of in ((model, variables), (original, dense))
     ]
     assert taken[0] == taken[1]
+    further = {"task": "train", "arm": "continued", "model_path": ""}
+    source = Run.open(asked.model_path).record["corpus_source"]
+    further |= {"init.weights_from": str(folder), "data.source": source}
+    with pytest.raises(UserError, match="a packed table cannot be trained"):
+        execute(changed(asked, **further))
 
 
 # Rivals
