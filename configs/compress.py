@@ -12,7 +12,7 @@ that fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_
 checkpoints/compressed_test/, without models.
 
 Cost: on a GPU, a minute of calibration, about 2 seconds per table of GPT-2 small, and
-up to half a minute of the host for each of coded, gptq and pq
+up to half a minute of the host for each of coded, packed, gptq and pq
 (--config.compress.methods without them leaves them out).
 On a CPU, two to three minutes for the demo's D: by default it tries fewer tables and
 measures them on fewer tokens. As much as on a GPU:

@@ -130,9 +130,11 @@ METHODS = {
 FEWEST_FACTOR_BITS = 4  # The product of factors in fewer bits is far from their table.
 
 
-# The "method" of a table in an entropy-coded file; `pcagpt.coding` makes it. A sweep
-# can try it beside those that make factors.
-CODED = "coded"
+# The "methods" of tables that are stored as codes, with their colours; `pcagpt.coding`
+# makes them. Entropy-coded tables make the smallest files. A model reads packed tables,
+# with codes of fixed widths, in place.
+CODED, PACKED = "coded", "packed"
+CODES = {CODED: "#222222", PACKED: "#cc79a7"}
 OWN_TABLE = "baseline"  # the "method" of a model's own table, rounded
 
 

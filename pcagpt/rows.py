@@ -27,10 +27,10 @@ _SWEEP: dict[str, tuple] = {
 class Recipe:
     """A way to compress a table.
 
-    method: a name in `METHODS` or `RIVALS`, or `CODED`; bands: number of frequency
-    bands to start from; budget: number of values that may be stored, for `CODED` bytes
-    of the file; rank: the rank with this budget in a single band (0 for `RIVALS`);
-    bits: of a stored value, 32 (float32) or at most 8, for `CODED` 0.
+    method: a name in `METHODS`, `CODES` or `RIVALS`; bands: number of frequency bands
+    to start from; budget: number of values that may be stored, for `CODES` bytes of the
+    file; rank: the rank with this budget in a single band (0 for `RIVALS`); bits: of a
+    stored value, 32 (float32) or at most 8, for `CODES` 0.
     """
 
     method: str
@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def is_coded(self) -> bool:
-        """Whether it makes a coded table."""
+        """Whether it is a method of `CODES`."""
         return self.bits == 0
 
     @property
@@ -91,9 +91,10 @@ class Row(SwapScores, Recipe):
     """A row of sweep.json or advice.json: one compressed table.
 
     band_sizes, band_ranks: of its bands (rank 0: full width); params: stored values;
-    bytes: its storage; seconds: time to make it; second_order_head and _input: a
-    `SecondOrder`; predicted_loss: prediction of added_loss; is_anchor: the predictions
-    were fitted to this row, among others.
+    bytes: its storage; memory: bytes on a device that computes with it; seconds: time
+    to make it; second_order_head and _input: a `SecondOrder`; predicted_loss:
+    prediction of added_loss; is_anchor: the predictions were fitted to this row, among
+    others.
     """
 
     band_sizes: list[int]
@@ -103,6 +104,7 @@ class Row(SwapScores, Recipe):
     seconds: float
     second_order_head: float
     second_order_input: float
+    memory: int | None = None
     predicted_loss: float | None = None
     is_anchor: bool = False
 

@@ -62,7 +62,7 @@ def loss_of(made, table=TABLE, weighting=FULL):
 def written(path, table=TABLE, weighting=FULL, step=0.1):
     """A file of a table, and what was coded."""
     made = coding.at_step(prepare(table, weighting), step)
-    coding.write(path, made.table, made.words, DESCRIPTION)
+    coding.write(path, made.table, DESCRIPTION)
     return made
 
 
@@ -435,6 +435,25 @@ def test_a_target_of_bytes_is_met_closely():
     for most in (2000, 5000, 8000):
         made = coding.within_bytes(prepared, most)
         assert 0.97 * most < made.bytes <= most
+
+
+@pytest.mark.parametrize("shape", [(97, 16), (65, 64), (700, 8)])
+def test_more_bytes_never_add_loss(shape):
+    """The estimates of small tables are far off. Eight sizes up to the finest steps."""
+    random = np.random.default_rng(2)
+    table = random.normal(size=shape) * np.arange(1, shape[1] + 1) ** -0.8
+    weights = 1 / np.arange(1, shape[0] + 1)
+    contexts = table @ random.normal(size=(shape[1], shape[1])) * 0.3
+    weighting = Weighting(weights, np.eye(shape[1]), None, contexts)
+    prepared = prepare(table.astype(np.float32), weighting)
+    empty = coding.at_step(prepared, prepared.largest_step).bytes
+    finest = coding.at_step(prepared, prepared.smallest_step).bytes
+    losses = []
+    for most in np.linspace(empty, finest, 9)[1:].round().astype(int).tolist():
+        made = coding.within_bytes(prepared, most)
+        assert 0.95 * most <= made.bytes <= most
+        losses.append(loss_of(made, table, weighting))
+    assert (np.diff(losses) < 0).all()
 
 
 @each_weighting

@@ -1,6 +1,7 @@
 """The task 'compress': what it measures, writes, reuses, finds and refuses."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.compress.sweep import _predicted
 from pcagpt.config import Settings, validate
+from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics, factor_files
 from pcagpt.files import write_json
@@ -28,6 +30,7 @@ from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.rows import Recipe, Row
 from pcagpt.run import calibrate, fingerprint
 from pcagpt.run.folder import read_record, read_result, write_record
+from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 
@@ -798,7 +801,7 @@ def test_a_new_prediction_is_written_without_encoding(asked, coded, monkeypatch)
     file = folder_of(asked) / "best_coded_k16" / "table.pcat"
     wanted, (table, description) = file.read_bytes(), coding.read(file)
     older = dataclasses.replace(description, predicted_loss=7.0)
-    coding.write(file, table, coding.to_words(table), older)
+    coding.write(file, table, older)
     monkeypatch.setattr(coding, "within_bytes", pytest.fail)
     sweep_of(asked, ranks=(16, 24), **CODED)
     assert file.read_bytes() == wanted
@@ -818,6 +821,43 @@ def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, caps
 def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):
     with pytest.raises(UserError, match="rank 1, coded: a file of 129 bytes cannot"):
         sweep_of(asked, ranks=(1,), **{"compress.methods": "coded"})
+
+
+# Packed tables
+
+
+def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
+    chosen, trials = advice_of(asked, methods="packed", bands=(2,), max_bytes=9000)
+    folder = folder_of(asked) / "advised"
+    assert chosen == trials[0]
+    assert (chosen["method"], chosen["bands"]) == ("packed", 2)
+    assert chosen["bytes"] == (folder / "table.npz").stat().st_size <= 9000
+    assert chosen["memory"] < chosen["bytes"]
+    packed, description = coding.read_packed(folder / "table.npz")
+    assert description.measured_loss == chosen["added_loss"]
+    assert packed.memory == chosen["memory"]
+    wanted = chosen["loss"] + chosen["added_loss"]
+    assert loss_of(asked, "advised") == pytest.approx(wanted, abs=2e-6)
+    model, variables = Run.open(folder).load(ModelSettings())
+    assert "embed" not in variables["params"]
+    original, dense = Run.open(asked.model_path).load(ModelSettings())
+    table = dense["params"]["embed"]["band_0"]["wte"]
+    dense["params"]["embed"]["band_0"]["wte"] = table.at[:97].set(packed.dense())
+    taken = [
+        [
+            int(token[0])
+            for token in itertools.islice(
+                generate(*model_of, [1, 2, 3], 1, seed=0, temperature=0), 12
+            )
+        ]
+        for model_of in ((model, variables), (original, dense))
+    ]
+    assert taken[0] == taken[1]
+    further = {"task": "train", "arm": "continued", "model_path": ""}
+    source = Run.open(asked.model_path).record["corpus_source"]
+    further |= {"init.weights_from": str(folder), "data.source": source}
+    with pytest.raises(UserError, match="a packed table cannot be trained"):
+        execute(changed(asked, **further))
 
 
 # Rivals

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcagpt.coding.payload import from_words
+from pcagpt.coding.payload import from_words, to_words
 from pcagpt.coding.table import CodedTable
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields, memory_bytes, parse_json, strict, write_file
@@ -79,11 +79,9 @@ def to_bytes(coded: CodedTable, words: np.ndarray, description: Description) -> 
     return content + hashlib.sha256(content).digest()
 
 
-def write(
-    path: Path, coded: CodedTable, words: np.ndarray, description: Description
-) -> None:
+def write(path: Path, coded: CodedTable, description: Description) -> None:
     """Replaces a file by that of a coded table."""
-    content = to_bytes(coded, words, description)
+    content = to_bytes(coded, to_words(coded), description)
     write_file(path, lambda file: file.write(content))
 
 

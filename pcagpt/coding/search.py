@@ -39,9 +39,10 @@ def at_step(prepared: Prepared, step: float) -> Encoded:
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
     """The best table in a file of at most that size; BudgetTooSmall if none fits.
 
-    Estimates choose the step within the bracket that the encodings so far have left.
-    They are off by a factor that hardly changes with the step of a large table, so one
-    or two encodings suffice to correct it. Those of a small table may be far off.
+    Estimates choose the first steps. For a large table, they are off by a factor that
+    hardly changes with the step, so one or two encodings suffice to correct it. For a
+    small table they may be far off; the last encodings on both sides of the target then
+    choose the next step.
     """
     best = at_step(prepared, prepared.largest_step)
     least = best.bytes
@@ -56,10 +57,12 @@ def within_bytes(prepared: Prepared, most: int) -> Encoded:
         # Symbols and the basis come on top of what is always there.
         return least + trial(prepared, 2.0**octave).bits / 8
 
+    tried: dict[float, int] = {}  # bytes by octave
     low, high = np.log2([prepared.smallest_step, prepared.largest_step])
     octave, margin = _octave_of(most, estimate_of, low, high), TOLERANCE / 2
     for count in range(MANY):
         made = at_step(prepared, 2.0**octave)
+        tried[octave] = made.bytes
         if made.bytes > most:
             low, margin = octave, margin * 1.5
         else:
@@ -67,9 +70,14 @@ def within_bytes(prepared: Prepared, most: int) -> Encoded:
         filled = best.bytes / most
         if filled >= 1 - TOLERANCE or low >= high or (count >= FEW and filled > FILLED):
             break
-        goal = most * (1 - margin) * estimate_of(octave) / made.bytes
-        edge = (high - low) / 8  # Every encoding must narrow the bracket.
-        octave = _octave_of(goal, estimate_of, low, high)
+        goal = most * (1 - margin)
+        if low in tried and high in tried:
+            logs = np.log([tried[high], tried[low]])
+            octave = np.interp(np.log(goal), logs, [high, low])
+        else:
+            goal *= estimate_of(octave) / made.bytes
+            octave = _octave_of(goal, estimate_of, low, high)
+        edge = (high - low) / 16  # Every encoding must narrow the bracket.
         octave = float(np.clip(octave, low + edge, high - edge))
     return best
 

@@ -25,22 +25,25 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, OWN_TABLE
+from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
 from pcagpt.rows import Recipe, Row, SwapScores
+
+Codes = coding.CodedTable | coding.PackedTable  # tables of the methods `CODES`
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A compressed table.
 
-    table: what the model computes with; coded: its file, for `CODED`; dense: [V, D];
+    table: what the model computes with; codes: how it is stored, for `CODES`; dense:
+    [V, D];
     bytes: its storage; second_order: estimate of its added loss; seconds: time to make
     the table.
     """
 
     recipe: Recipe
     table: FactorizedTable
-    coded: coding.Encoded | None
+    codes: Codes | None
     dense: np.ndarray
     bytes: int
     second_order: SecondOrder
@@ -55,10 +58,18 @@ class Candidate:
             band_ranks=list(self.table.ranks),
             params=self.table.parameters,
             bytes=self.bytes,
+            memory=self.memory,
             seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
         )
+
+    @property
+    def memory(self) -> int:
+        """Bytes on a device that computes with it."""
+        if isinstance(self.codes, coding.PackedTable):
+            return self.codes.memory
+        return FLOAT_BYTES * self.table.parameters
 
 
 class Compressor:
@@ -77,10 +88,10 @@ class Compressor:
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
-        began, coded = time.monotonic(), None
-        if recipe.method == CODED:
-            coded = self._coded(recipe.budget)
-            table, size = of_full_width(coded.table.dense()), coded.bytes
+        began, codes = time.monotonic(), None
+        if recipe.method in CODES:
+            codes, size = self._codes(recipe)
+            table = of_full_width(codes.dense())
         elif recipe.method in MAKERS:
             maker = MAKERS[recipe.method]
             made = maker.make(self._table_VD, self._statistics, recipe)
@@ -93,15 +104,20 @@ class Compressor:
         dense_VD = table.dense()
         seconds = time.monotonic() - began
         second_order = self._predict(dense_VD)
-        return Candidate(recipe, table, coded, dense_VD, size, second_order, seconds)
+        return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
     def coded_bytes(self, loss: float) -> int:
         """About the size of the coded table with this second-order loss."""
         return coding.estimated_bytes(self._prepared, loss)
 
     @functools.cache  # noqa: B019 - lives as long as the command
-    def _coded(self, max_bytes: int) -> coding.Encoded:
-        return coding.within_bytes(self._prepared, max_bytes)
+    def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
+        """(a table of `CODES`, size of its file)."""
+        if recipe.method == PACKED:
+            packed = coding.pack(self._prepared, recipe.bands, recipe.budget)
+            return packed, coding.packed_bytes(packed)
+        coded = coding.within_bytes(self._prepared, recipe.budget)
+        return coded.table, coded.bytes
 
     @functools.cached_property
     def _prepared(self) -> coding.Prepared:
@@ -155,7 +171,7 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    With `CODED` among the methods, coded tables come first: for each rank, one
+    `CODES` come first: for each rank, one table of each
     whose file has a byte for each value of the rank's budget. The last method that
     makes factors counts as the best. Its tables in bands come next, then plain SVD,
     then the rivals, then its tables at fewer bits, then the other methods. A method
@@ -165,8 +181,10 @@ def recipes(
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
-    if CODED in methods:
-        found += [Recipe(CODED, 1, budgets[rank], rank, 0) for rank in ranks]
+    for method in CODES:
+        count = max(bands) if method == PACKED else 1
+        if method in methods:
+            found += [Recipe(method, count, budgets[rank], rank, 0) for rank in ranks]
     factors = factor_methods(methods)
     for rival in MAKERS:
         if rival in methods or (rival == OWN_TABLE and factors):

@@ -4,23 +4,38 @@ import dataclasses
 import hashlib
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pcagpt import coding, trees
-from pcagpt.compress.candidates import Candidate, of_full_width
+from pcagpt.compress.candidates import Candidate, Codes, of_full_width
 from pcagpt.compress.original import Original
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
-from pcagpt.files import write_file
-from pcagpt.model import order_constants, table_leaves
+from pcagpt.methods import CODED, PACKED
+from pcagpt.model import order_constants, table_leaves, without_embedding
 from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, initialise
 from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
+
+
+class CodeFile(NamedTuple):
+    """The file of a method of `CODES`: its name, and how it is read and written."""
+
+    name: str
+    read: Callable[[Path], tuple[Codes, coding.Description]]
+    write: Callable[[Path, Codes, coding.Description], None]
+
+
+FILES = {
+    CODED: CodeFile("table.pcat", coding.read, coding.write),
+    PACKED: CodeFile("table.npz", coding.read_packed, coding.write_packed),
+}
 
 
 def write_model(
@@ -28,62 +43,58 @@ def write_model(
 ) -> None:
     """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
 
-    A coded table has its file, table.pcat with the losses of its row, in place of
-    factors/; ckpt/0 holds what it decodes to.
+    In place of factors/, a table of `CODES` has its file with the losses of its row.
+    ckpt/0 holds what a coded table decodes to, and the arrays of a packed table.
 
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is, because other runs may have started from it. A folder that holds
     another model is moved aside. 'compressed' in config.json tells how the table was
     made.
     """
-    run, table = original.run, candidate.table
-    made = _origin(original, candidate.recipe, table)
-    weights = _variables_with(original, table)
-    if _is_made(folder, original, made, weights):
-        if candidate.coded:  # Its losses may have been measured anew.
-            _write_coded(folder, original, candidate, row)
-        return
+    run, recipe, codes = original.run, candidate.recipe, candidate.codes
+    made = _origin(original, recipe, candidate.table)
+    weights, sizes = _model_of(original, candidate.table, codes)
+    is_made = _is_made(folder, original, made, weights)
     # The folder gets its name when it is complete. A killed command may have left one.
-    written = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(written, ignore_errors=True)
-    checkpoint.save_weights(written, weights)
-    if candidate.coded is None:
-        write_bands(written / "factors", table)
-    else:
-        _write_coded(written, original, candidate, row)
-    is_banded = len(table.bands) > 1
-    model = {
-        "n_embd_wte": None if is_banded else table.ranks[0] or None,
-        "n_embd_wte_scale_tying": True,
-        "band_sizes": table.sizes if is_banded else (),
-        "band_ranks": table.ranks if is_banded else (),
-    }
-    own = {"model": {**run.record["model"], **model}, "run_id": secrets.token_hex(8)}
+    written = folder if is_made else folder.with_name(f".{folder.name}.partial")
+    if not is_made:
+        shutil.rmtree(written, ignore_errors=True)
+        checkpoint.save_weights(written, weights)
+    if codes:  # Its losses may have been measured anew.
+        file = FILES[recipe.method]
+        file.write(written / file.name, codes, _description(original, row))
+    if is_made:
+        return
+    if not codes:
+        write_bands(written / "factors", candidate.table)
+    model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
+    own = {"model": model, "run_id": secrets.token_hex(8)}
     write_record(written, {**run.record, **own, "compressed": made})
     move_aside(folder)
     written.rename(folder)
 
 
-def keeps_coded(folder: Path, original: Original, row: Row) -> bool:
-    """Whether a folder holds the coded model of a row, undamaged.
+def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
+    """Whether a folder holds the model of a row of `CODES`, undamaged.
 
-    Encodes nothing, since this takes long. Renews the prediction in table.pcat.
+    Makes no table, since this takes long. Renews the prediction in the file.
     """
-    path, own = folder / "table.pcat", _description(original, row)
+    file, own = FILES[row.method], _description(original, row)
+    path = folder / file.name
     try:
-        coded, there = coding.read(path)
+        codes, there = file.read(path)
     except UserError:
         return False
     # The size and the measured loss tell the table from those of other statistics.
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
     if renewed != own or path.stat().st_size != row.bytes:
         return False
-    table = of_full_width(coded.dense())
-    made = _origin(original, row.recipe, table)
-    if not _is_made(folder, original, made, _variables_with(original, table)):
+    table = of_full_width(codes.dense())
+    weights, _ = _model_of(original, table, codes)
+    if not _is_made(folder, original, _origin(original, row.recipe, table), weights):
         return False
     if there != own:
-        coding.write(path, coded, coding.to_words(coded), own)
+        file.write(path, codes, own)
     return True
 
 
@@ -96,16 +107,6 @@ def _description(original: Original, row: Row) -> coding.Description:
         predicted_loss=row.predicted_loss,
         measured_loss=row.added_loss,
     )
-
-
-def _write_coded(
-    folder: Path, original: Original, candidate: Candidate, row: Row
-) -> None:
-    """Writes table.pcat, unless the folder has the same file."""
-    path, coded = folder / "table.pcat", candidate.coded
-    content = coding.to_bytes(coded.table, coded.words, _description(original, row))
-    if not path.is_file() or path.read_bytes() != content:
-        write_file(path, lambda file: file.write(content))
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
@@ -154,16 +155,27 @@ def check_place(folder: Path) -> None:
         )
 
 
-def _variables_with(original: Original, table: FactorizedTable) -> dict:
-    """{'params', 'constants'} of the model with another table."""
+def _model_of(
+    original: Original, table: FactorizedTable, codes: Codes | None
+) -> tuple[dict, dict[str, Any]]:
+    """({'params', 'constants'} of the model with another table, its `model` knobs)."""
     config = original.model.config
-    params, constants = dict(original.run.variables(config)["params"]), {}
+    params, constants = original.run.variables(config)["params"], {}
+    sizes = {"n_embd_wte": None, "band_sizes": (), "band_ranks": ()}
+    if isinstance(codes, coding.PackedTable):
+        sizes |= {"band_sizes": codes.sizes, "band_ranks": (0,) * len(codes.sizes)}
+        sizes["band_blocks"] = codes.blocks
+        weights = {"params": without_embedding(params), "constants": codes.constants}
+        return weights, sizes
     padding = config.padded_vocab_size - len(table.order)
-    leaves = table_leaves(initialise.leaves_of(table), padding)
-    params |= initialise.with_mean(table.mean, params["wpe"]) | trees.unflatten(leaves)
+    leaves = trees.unflatten(table_leaves(initialise.leaves_of(table), padding))
+    params = params | initialise.with_mean(table.mean, params["wpe"]) | leaves
     if len(table.bands) > 1:
         constants = order_constants(table.order)
-    return {"params": params, "constants": constants}
+        sizes |= {"band_sizes": table.sizes, "band_ranks": table.ranks}
+    else:
+        sizes["n_embd_wte"] = table.ranks[0] or None
+    return {"params": params, "constants": constants}, sizes
 
 
 def _sha256(table: FactorizedTable) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pcagpt.compress.candidates import Candidate, factor_methods
 from pcagpt.factorize import BudgetTooSmall, LossRegression
-from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, OWN_TABLE
+from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -31,7 +31,7 @@ class Fit:
       make: a `Compressor`.
       coded_bytes: its estimate of the size of a coded table of some added loss.
       measure: scores a candidate.
-      methods: coded tables are allowed if `CODED` is among them; the last of the
+      methods: those of `CODES` that are allowed, and others; the last of the
         others makes the factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
@@ -49,7 +49,7 @@ class Fit:
         table: tuple[int, int],
     ):
         self._make, self._coded_bytes, self._measure = make, coded_bytes, measure
-        self._is_coded, self._bands = CODED in methods, bands
+        self._codes, self._bands = [m for m in CODES if m in methods], bands
         self._method = (factor_methods(methods) or [None])[-1]
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
@@ -57,16 +57,18 @@ class Fit:
     def within_loss(self, max_added_loss: float) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
-        It is a coded file if these are allowed: float32 factors are many times larger.
+        It is of the first of `CODES` that is allowed: float32 factors are many times
+        larger.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5
-        if self._is_coded:  # From some bytes for each token to four for each value.
+        if self._codes:  # From some bytes for each token to four for each value.
             start, most, slope = self._coded_bytes(max_added_loss), 4 * most, -2.0
         span = self._rank_1, min(max(start, self._rank_1), most), most
 
         def added_loss(budget: int) -> float | None:
-            made = self._coded(budget) if self._is_coded else self._best(budget, 32)
+            method = next(iter(self._codes), None)
+            made = self._coded(method, budget) if method else self._best(budget, 32)
             return None if made is None else self._try(made).scores.added_loss
 
         search(added_loss, max_added_loss, span, slope, 0.1, self.TRIALS)
@@ -76,11 +78,12 @@ class Fit:
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
         """The table with the least added loss of at most this many bytes, or None.
 
-        Tries a coded file if allowed, and factors at each of `bits` (bits per stored
-        value). Below 32 bits, it also tries the full table.
+        Tries all of `CODES` that are allowed, and factors at each of `bits` (bits per
+        stored value). Below 32 bits, it also tries the full table.
         """
-        if self._is_coded and (made := self._coded(max_bytes)):
-            self._try(made)
+        for method in self._codes:
+            if made := self._coded(method, max_bytes):
+                self._try(made)
         for bit in bits if self._method else ():
             if bit >= FEWEST_FACTOR_BITS:
                 self._fill_bytes(max_bytes, bit)
@@ -90,10 +93,11 @@ class Fit:
                     self._try(whole)
         return min(self.trials, key=lambda t: t.scores.added_loss, default=None)
 
-    def _coded(self, max_bytes: int) -> Candidate | None:
-        """The coded table of at most this size; None if no file is so small."""
+    def _coded(self, method: str, max_bytes: int) -> Candidate | None:
+        """The table of codes of at most this size; None if no file is so small."""
+        bands = max(self._bands) if method == PACKED else 1
         try:
-            return self._make(Recipe(CODED, 1, max_bytes, 0, 0))
+            return self._make(Recipe(method, bands, max_bytes, 0, 0))
         except BudgetTooSmall:
             return None
 

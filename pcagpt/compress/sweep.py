@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pcagpt.arms import FROM_RUN
-from pcagpt.compress.export import keeps_coded, origin_of, write_model
+from pcagpt.compress.export import keeps_codes, origin_of, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.errors import UserError
@@ -29,9 +29,9 @@ from pcagpt.telemetry.progress import Progress
 REPORT_EVERY = 5  # rows
 
 
-def best_model(folder: Path, rank: int, is_coded: bool = False) -> Path:
-    """The folder of the best factors of a rank, or of its coded table."""
-    return folder / (f"best_coded_k{rank}" if is_coded else f"best_k{rank}")
+def best_model(folder: Path, rank: int, codes: str = "") -> Path:
+    """The folder of the best factors of a rank, or of its table of some `CODES`."""
+    return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 
 def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
@@ -42,7 +42,8 @@ def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
     found: dict[Path, list[Recipe]] = {}
     for recipe in tried:
         if recipe.is_coded or recipe.is_factors:
-            place = best_model(folder, recipe.rank, recipe.is_coded)
+            codes = recipe.method if recipe.is_coded else ""
+            place = best_model(folder, recipe.rank, codes)
             found.setdefault(place, []).append(recipe)
     return found
 
@@ -143,7 +144,7 @@ def _write_best(
             "--config.overwrite=True moves the one there aside",
             flush=True,
         )
-    elif not (best.is_coded and keeps_coded(place, original, measured[best])):
+    elif not (best.is_coded and keeps_codes(place, original, measured[best])):
         write_model(place, original, original.compressor(best), measured[best])
 
 

@@ -15,7 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
-from pcagpt.methods import CODED, METHODS, RIVALS
+from pcagpt.methods import CODED, CODES, METHODS, RIVALS
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def arms_of(settings: Settings) -> list[str]:
 
 def methods_of(text: str) -> list[str]:
     """The names in `compress.methods`; 'all' stands for every method."""
-    known = [*METHODS, CODED, *RIVALS]
+    known = [*METHODS, *CODES, *RIVALS]
     methods = known if text == "all" else words_of(text)
     if not methods or set(methods) - set(known):
         raise UserError(
@@ -314,7 +314,7 @@ def _check_bounds(settings: Settings) -> None:
         )
     if compress.max_params and not methods & METHODS.keys():
         raise UserError(
-            "compress.max_params is set, but a coded table has all numbers: add a "
+            "compress.max_params is set, but tables of codes have all numbers: add a "
             "method that makes factors to compress.methods"
         )
     if bounds and compress.recover_ranks:

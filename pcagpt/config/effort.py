@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pcagpt.methods import CODED, METHODS, RIVALS
+from pcagpt.methods import CODES, METHODS, RIVALS
 
 
 class Effort(NamedTuple):
@@ -15,6 +15,6 @@ class Effort(NamedTuple):
 
 
 _FIRST, *_, _LAST = METHODS
-GPU = Effort((*METHODS, CODED, *RIVALS), (1, 7, 12), 2**20, 0)
+GPU = Effort((*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
-CPU = Effort((_FIRST, _LAST, CODED), (1, 7), 2**15, 2**15)
+CPU = Effort((_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)

@@ -28,7 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
-from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, RIVALS
+from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, PACKED, RIVALS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -55,6 +55,12 @@ class ModelSettings:
     )
     band_ranks: tuple[int, ...] = knob(
         (), "rank of each band; 0: full width", at_least(0)
+    )
+    band_blocks: tuple[int, ...] = knob(
+        (),
+        "for each band, its blocks of 8 directions with codes of 8, 6, 5, 4, 3, 2 and "
+        "1 bits: only packed tables, which compress writes, have them",
+        at_least(0),
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
     dropout: float = knob(0.0, "probability that an activation is dropped", BELOW_1)
@@ -188,9 +194,10 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        f"methods to try: all, or some of {', '.join([*METHODS, CODED])} (an "
-        f"entropy-coded file), {', '.join(RIVALS)} (D's table in few bits, for "
-        "comparison). The last one that makes factors counts as the best: only it is "
+        f"methods to try: all, or some of {', '.join(METHODS)}, {CODED} (an "
+        f"entropy-coded file), {PACKED} (codes that the model reads in place), "
+        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The last one "
+        "that makes factors counts as the best: only it is "
         "tried at fewer bits and for a bound. Empty: all; on a CPU "
         f"{_listed(CPU.methods)}",
     )

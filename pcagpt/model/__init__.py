@@ -12,7 +12,14 @@ baseline has one band without scale matrices, a model of a single rank has one b
 them. A model of several bands also stores the column of each token id.
 """
 
-from pcagpt.model.config import BLOCK_KNOBS, DEVICE_KNOBS, BandSpec, GPTConfig
+from pcagpt.model.config import (
+    BLOCK,
+    BLOCK_KNOBS,
+    DEVICE_KNOBS,
+    WIDTHS,
+    BandSpec,
+    GPTConfig,
+)
 from pcagpt.model.embedding import (
     BandLeaves,
     Head,
@@ -20,6 +27,7 @@ from pcagpt.model.embedding import (
     full_table,
     head_logits,
     order_constants,
+    packed_constants,
     products,
     project,
     table_leaves,
@@ -27,6 +35,7 @@ from pcagpt.model.embedding import (
     without_embedding,
 )
 from pcagpt.model.gpt import GPT
+from pcagpt.model.packed import PackedBand, SharedArrays
 from pcagpt.model.size import (
     embedding_parameters,
     total_parameters,

@@ -4,6 +4,8 @@ import dataclasses
 from typing import NamedTuple
 
 INIT_STD = 0.02
+# Of a packed table: the widths of its codes in bits, and the directions of a block.
+WIDTHS, BLOCK = (8, 6, 5, 4, 3, 2, 1), 8
 
 # Knobs about the device. They change results only by rounding errors, so a run may be
 # resumed and evaluated with other values.
@@ -11,7 +13,7 @@ DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
 # Knobs about the token table.
 _TABLE_KNOBS = (
     "vocab_size", "vocab_multiple", "n_embd_wte", "n_embd_wte_scale_tying",
-    "band_sizes", "band_ranks",
+    "band_sizes", "band_ranks", "band_blocks",
 )  # fmt: skip
 
 
@@ -22,6 +24,7 @@ class BandSpec(NamedTuple):
     size: int
     padding: int  # rows without a token at the end of the table
     rank: int  # 0: the table is [size + padding, D], without scale matrices
+    blocks: tuple[int, ...] = ()  # number for each of `WIDTHS`; (): not packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class GPTConfig:
     n_embd_wte_scale_tying: bool
     band_sizes: tuple[int, ...]
     band_ranks: tuple[int, ...]
+    band_blocks: tuple[int, ...]
     bias: bool
     dropout: float
     compute_dtype: str
@@ -58,6 +62,12 @@ class GPTConfig:
         for size, rank in zip(sizes, ranks, strict=True):
             bands.append(BandSpec(start, size, 0, rank))
             start += size
+        if self.band_blocks:  # Without padding rows.
+            kinds = len(WIDTHS)
+            return tuple(
+                band._replace(blocks=self.band_blocks[i * kinds : (i + 1) * kinds])
+                for i, band in enumerate(bands)
+            )
         padding = self.padded_vocab_size - self.vocab_size
         return (*bands[:-1], bands[-1]._replace(padding=padding))
 

@@ -3,6 +3,7 @@
 Shape letters: N tokens, V rows of a table, D model width, K rank.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.model.config import INIT_STD, BandSpec, GPTConfig
+from pcagpt.model.packed import Directions, PackedBand, PackedEmbedding
 from pcagpt.sharding.inside import by_device
 
 
@@ -27,8 +29,17 @@ class HeadBand:
     start: int = flax.struct.field(pytree_node=False)
     size: int = flax.struct.field(pytree_node=False)
 
+    def logits(self, h_ND: jax.Array, dtype) -> jax.Array:
+        """[N, V] in `dtype`, padding columns included."""
+        z_NK, wte_VK = project(h_ND, self.scale_down), self.wte.astype(h_ND.dtype)
+        return products(z_NK, wte_VK, dtype)
 
-Head = tuple[HeadBand, ...]  # in the order of their columns
+    def rows(self, rows_N: jax.Array) -> jax.Array:
+        """Rows of the table [N, K], which `scale_down` maps to [N, D]."""
+        return self.wte[rows_N]
+
+
+Head = tuple[HeadBand | PackedBand, ...]  # in the order of their columns
 
 
 def project(h_ND: jax.Array, scale_down_KD: jax.Array | None) -> jax.Array:
@@ -47,11 +58,7 @@ def products(z_NK: jax.Array, wte_VK: jax.Array, dtype) -> jax.Array:
 
 def head_logits(h_ND, head: Head, logits_dtype) -> list[jax.Array]:
     """Logits of each band, padding columns included: [N, V] float32."""
-    logits = []
-    for band in head:
-        z_NK, wte_VK = project(h_ND, band.scale_down), band.wte.astype(h_ND.dtype)
-        logits.append(products(z_NK, wte_VK, logits_dtype).astype(jnp.float32))
-    return logits
+    return [band.logits(h_ND, logits_dtype).astype(jnp.float32) for band in head]
 
 
 class BandEmbedding(nn.Module):
@@ -77,6 +84,10 @@ class BandEmbedding(nn.Module):
         """Rows of this band -> their embeddings [N, D]."""
         x_NK = _take_rows(self.wte, rows_N, dtype)
         return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
+
+    def head(self) -> HeadBand:
+        """This band of the output head."""
+        return HeadBand(self.wte, self.scale_down, self.band.start, self.band.size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -115,10 +126,13 @@ class TokenEmbedding(nn.Module):
     def setup(self):
         """Declares the bands and, if there are several, the column of each token."""
         config = self.config
+        width, tying = config.n_embd, config.n_embd_wte_scale_tying
+        if config.band_blocks:
+            self.directions = Directions(config.bands, width)
         self.band_embeddings = [
-            BandEmbedding(
-                band, config.n_embd, config.n_embd_wte_scale_tying, name=f"band_{i}"
-            )
+            PackedEmbedding(band, self.directions, name=f"band_{i}")
+            if band.blocks
+            else BandEmbedding(band, width, tying, name=f"band_{i}")
             for i, band in enumerate(config.bands)
         ]
         if len(config.bands) > 1:
@@ -191,6 +205,18 @@ def order_constants(order_V: np.ndarray) -> dict:
     position_V = np.empty(len(order_V), np.int32)
     position_V[order_V] = np.arange(len(order_V), dtype=np.int32)
     return {"embed": {"position_of_token": position_V}}
+
+
+def packed_constants(order_V: np.ndarray, bands: Sequence[PackedBand]) -> dict:
+    """The constants of a model with a packed table in this token order."""
+    embed = {
+        f"band_{number}": {"codes": band.codes, "scales": band.scales}
+        for number, band in enumerate(bands)
+    }
+    embed["directions"] = dataclasses.asdict(bands[0].shared)
+    if len(bands) > 1:
+        embed |= order_constants(order_V)["embed"]
+    return {"embed": embed}
 
 
 def token_order(constants: Mapping[str, Any], vocab_size: int) -> np.ndarray:

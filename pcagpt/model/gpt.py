@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pcagpt.model.block import Block, ResidualNorm
 from pcagpt.model.config import INIT_STD, GPTConfig
-from pcagpt.model.embedding import Head, HeadBand, TokenEmbedding, head_logits
+from pcagpt.model.embedding import Head, TokenEmbedding, head_logits
 
 
 class GPT(nn.Module):
@@ -70,10 +70,7 @@ class GPT(nn.Module):
 
     def head(self) -> Head:
         """The bands of the output head; their columns follow one another."""
-        return tuple(
-            HeadBand(part.wte, part.scale_down, part.band.start, part.band.size)
-            for part in self.embed.band_embeddings
-        )
+        return tuple(part.head() for part in self.embed.band_embeddings)
 
     def renumber(self, tokens: jax.Array) -> jax.Array:
         """Token ids -> columns of the head; -1 (no token) stays -1."""
@@ -82,11 +79,11 @@ class GPT(nn.Module):
     def logits(self, h_ND: jax.Array) -> jax.Array:
         """Outputs of ln_f [N, D] -> logits [N, V] float32 by token id, for sampling.
 
-        It computes in the dtype of the tables. Training and evaluation use
+        It computes in the dtype of the parameters. Training and evaluation use
         `pcagpt.losses` instead, because these store fewer logits.
         """
         head = self.head()
-        h_ND = h_ND.astype(head[0].wte.dtype)
+        h_ND = h_ND.astype(self.wpe.dtype)
         padded = head_logits(h_ND, head, jnp.float32)
         logits_NV = jnp.concatenate(
             [found[:, : band.size] for found, band in zip(padded, head, strict=True)],

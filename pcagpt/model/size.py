@@ -1,6 +1,6 @@
 """Number of stored values of a model, and of its operations per training token."""
 
-from pcagpt.model.config import GPTConfig
+from pcagpt.model.config import BLOCK, WIDTHS, GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
@@ -10,10 +10,23 @@ def embedding_parameters(config: GPTConfig) -> int:
     """
     scales = 1 if config.n_embd_wte_scale_tying else 2
     positions = config.vocab_size if len(config.bands) > 1 else 0
+    if config.band_blocks:
+        return positions + _packed_values(config)
     return positions + sum(
         band.size * (band.rank or config.n_embd) + scales * band.rank * config.n_embd
         for band in config.bands
     )
+
+
+def _packed_values(config: GPTConfig) -> int:
+    """Codes and scales of a packed table, and the arrays that its bands share."""
+    directions = [BLOCK * sum(band.blocks) for band in config.bands]
+    codes = sum(
+        (band.size + 1) * own
+        for band, own in zip(config.bands, directions, strict=True)
+    )
+    levels = sum(2**width for width in WIDTHS)
+    return codes + (max(directions) + 2) * config.n_embd + levels
 
 
 def total_parameters(config: GPTConfig) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.factorize import METHODS, SMALLEST_ADDED, energy_kept
-from pcagpt.methods import CODED, RIVALS
+from pcagpt.methods import CODES, RIVALS
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent
 from pcagpt.rows import Row
@@ -178,7 +178,7 @@ def _style(method: str, in_bands: bool, bits: int | None) -> dict[str, str]:
     if rival := RIVALS.get(method):
         style = {"color": rival.colour, "marker": rival.marker, "ls": "-."}
         return style | {"label": rival.title}
-    colours = {name: method.colour for name, method in METHODS.items()} | {CODED: INK}
+    colours = {name: method.colour for name, method in METHODS.items()} | CODES
     colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
     return {
         "color": colour,

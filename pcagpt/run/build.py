@@ -10,7 +10,7 @@ from pcagpt import kernels
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.files import memory_bytes
-from pcagpt.model import DEVICE_KNOBS, GPTConfig, total_parameters
+from pcagpt.model import BLOCK, DEVICE_KNOBS, WIDTHS, GPTConfig, total_parameters
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 
@@ -50,8 +50,8 @@ def build_config(
 
     Raises:
       UserError: the corpus has more tokens than the model, the bands do not add up to
-        the vocabulary, or the device lacks the memory for the weights or a feature that
-        was asked for.
+        the vocabulary, the blocks do not fit the bands, or the device lacks the memory
+        for the weights or a feature that was asked for.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(
@@ -64,12 +64,25 @@ def build_config(
             f"model.band_sizes add up to {sum(model.band_sizes)}: they must add up to "
             f"the size of the vocabulary, {vocab_size}"
         )
+    _check_blocks(model)
     device = device or hardware()
     choices = _device_choices(model, device)
     sizes = {"vocab_size": vocab_size, "n_embd_wte": model.n_embd_wte or 0}
     config = GPTConfig(**dataclasses.asdict(model) | sizes | choices)
     _check_memory(config, device.memory)
     return config
+
+
+def _check_blocks(model: ModelSettings) -> None:
+    """Raises UserError if the blocks of a packed table do not fit its bands."""
+    blocks, kinds, most = model.band_blocks, len(WIDTHS), -(-model.n_embd // BLOCK)
+    of_bands = [blocks[i : i + kinds] for i in range(0, len(blocks), kinds)]
+    fits = len(blocks) == kinds * len(model.band_sizes) and not any(model.band_ranks)
+    if blocks and not (fits and all(sum(band) <= most for band in of_bands)):
+        raise UserError(
+            f"model.band_blocks must have {kinds} numbers for each band, with a sum of "
+            f"at most {most}, and model.band_ranks must be 0"
+        )
 
 
 def _check_memory(config: GPTConfig, memory: float) -> None:

@@ -141,10 +141,7 @@ def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):
     """`TokenScores` of a batch; logits and cosines are in float32."""
     h_ND = model.apply(variables, inputs_BT, method="hidden")
     # Without this, the devices would exchange hidden states in every chunk.
-    head = tuple(
-        band.replace(wte=inside.gathered(band.wte))
-        for band in model.apply(variables, method="head")
-    )
+    head = jax.tree.map(inside.gathered, model.apply(variables, method="head"))
     targets_N = targets_BT.reshape(-1)
     columns_N = model.apply(variables, targets_N, method="renumber")
 
@@ -163,7 +160,7 @@ def target_cosines(h_ND, head, columns_N) -> tuple[jax.Array, jax.Array]:
     cosine_N = cosine_d_N = jnp.zeros(h_ND.shape[0], jnp.float32)
     for band in head:
         local_N = columns_N - band.start
-        row_NK = band.wte[jnp.clip(local_N, 0, band.size - 1)]
+        row_NK = band.rows(jnp.clip(local_N, 0, band.size - 1))
         z_NK, row_ND = h_ND, row_NK
         if band.scale_down is not None:
             with jax.default_matmul_precision("highest"):

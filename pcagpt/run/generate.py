@@ -91,11 +91,12 @@ def cache_capacity(known: int, block_size: int) -> int:
 
 
 def in_compute_dtype(variables: dict, model: GPT) -> dict:
-    """The variables with matrices in the model's compute dtype."""
+    """The variables with the matrices of 'params' in the model's compute dtype."""
     dtype = model.config.compute_dtype
-    return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, variables
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, variables["params"]
     )
+    return variables | {"params": params}
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)

@@ -56,6 +56,12 @@ class Setup:
             without = {"init.keep": "all", **dict.fromkeys(missing, "")}
             settings = settings.replace(without)
         settings, _ = initialise.with_bands(settings)
+        if settings.model.band_blocks:
+            raise UserError(
+                "model.band_blocks is set, but a packed table cannot be trained: train "
+                "a model with factors or with a coded table, such as "
+                "compressed/best_k128"
+            )
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         placement.check_splits(settings.model.n_embd, mesh)

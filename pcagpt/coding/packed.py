@@ -1,0 +1,184 @@
+"""A table in codes of a few bits, which a model reads in place.
+
+Shape letters: V vocabulary, D model width, K directions, S blocks of directions, n
+tokens of a band.
+
+The tokens of a band have similar weights. The codes of a band have one width for each
+block of directions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pcagpt.coding.encode import Prepared
+from pcagpt.coding.transform import Coefficients, chunks, coefficients, mean_row
+from pcagpt.coding.widths import borders_of, choose_widths, levels_of
+from pcagpt.model import (
+    BLOCK,
+    WIDTHS,
+    PackedBand,
+    SharedArrays,
+    packed_constants,
+)
+
+# At most, for what describes the arrays in a file.
+_FILE_BYTES, _BAND_BYTES = 2300, 560
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTable:
+    """A table in the bands of a model's head."""
+
+    order: np.ndarray  # [V] int32, token ids, band after band
+    bands: tuple[PackedBand, ...]  # of host arrays
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each band."""
+        return tuple(band.size for band in self.bands)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Those of all bands, one after another, as in `model.band_blocks`."""
+        return sum((band.blocks for band in self.bands), ())
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.constants))
+
+    @property
+    def constants(self) -> dict:
+        """The 'constants' of a model with this table."""
+        return packed_constants(self.order, self.bands)
+
+    def dense(self) -> np.ndarray:
+        """The table, float32 [V, D]."""
+        parts = [band.rows(part) for band in self.bands for part in chunks(band.size)]
+        rows_VD = np.concatenate(parts)
+        dense_VD = np.empty_like(rows_VD)
+        dense_VD[self.order] = rows_VD
+        return dense_VD
+
+
+class _Basis(NamedTuple):
+    """Rows of a synthesis as integers: entry [k, j] is n rows[k] columns[j]."""
+
+    integers: np.ndarray  # [K, D] int8
+    rows: np.ndarray  # [K] float64
+    columns: np.ndarray  # [D] float64
+
+    def dense(self) -> np.ndarray:
+        """The rows, float64 [K, D]."""
+        return self.integers * self.rows[:, None] * self.columns
+
+
+def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
+    """The best table in a file of some bytes; BudgetTooSmall if none fits.
+
+    Args:
+      prepared: of the table.
+      bands: largest number of bands.
+      most: bytes of its file.
+    """
+    table_VD, weighting = prepared.table_VD, prepared.weighting
+    mean_D = mean_row(weighting, table_VD.shape[1])
+    tokens_of_bands = _bands(prepared.weights_V, bands)
+    exact_DV = coefficients(
+        table_VD, weighting._replace(contexts=None), prepared.synthesis_DD, mean_D
+    ).values
+    levels, errors_W = levels_of(exact_DV, tokens_of_bands)
+    room = most - _FILE_BYTES - _BAND_BYTES * len(tokens_of_bands)
+    widths_BS = choose_widths(
+        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, room
+    )
+    directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
+    basis = _basis(prepared.synthesis_DD[:directions], weighting.metric)
+    stored = coefficients(table_VD, weighting, basis.dense(), mean_D)
+    padding = directions - len(basis.integers)
+    shared = SharedArrays(
+        basis=np.pad(basis.integers, ((0, padding), (0, 0))),
+        columns=basis.columns.astype(np.float32),
+        mean=mean_D.astype(np.float32),
+        levels=np.concatenate([levels[width] for width in WIDTHS], dtype=np.float32),
+    )
+    packed, start = [], 0
+    for tokens, widths_S in zip(tokens_of_bands, widths_BS, strict=True):
+        widths_S = widths_S[widths_S > 0]
+        numbers_nK, scales_K = _quantize(stored, tokens, widths_S, levels)
+        scales_K[: len(basis.rows)] *= basis.rows[: len(scales_K)]
+        blocks = tuple(int((widths_S == width).sum()) for width in WIDTHS)
+        codes, scales = _packed(numbers_nK, blocks), scales_K.astype(np.float32)
+        packed.append(PackedBand(codes, scales, shared, blocks, start, len(tokens)))
+        start += len(tokens)
+    return PackedTable(np.concatenate(tokens_of_bands).astype(np.int32), tuple(packed))
+
+
+def _bands(weights_V: np.ndarray, bands: int) -> list[np.ndarray]:
+    """The tokens of each band; each band spans the same factor of weights."""
+    order_V = np.argsort(-weights_V, kind="stable")
+    falling_V = -np.log2(weights_V[order_V])
+    edges = np.linspace(falling_V[0], falling_V[-1], bands + 1)[1:-1]
+    found = np.split(order_V, np.searchsorted(falling_V, edges))
+    # A model of one band has its tokens in the order of ids.
+    return [np.sort(tokens) for tokens in found if len(tokens)]
+
+
+def _basis(rows_KD: np.ndarray, metric_DD: np.ndarray | None) -> _Basis:
+    """Rounds rows to 8 bits; in the metric, the steps of all columns cost the same."""
+    columns_D = np.ones(rows_KD.shape[1])
+    if metric_DD is not None:
+        diagonal_D = metric_DD.diagonal()
+        columns_D = np.maximum(diagonal_D, 1e-6 * diagonal_D.mean()) ** -0.5
+    rows_KD = rows_KD / columns_D
+    steps_K = np.abs(rows_KD).max(axis=1, initial=1e-30) / 127
+    integers_KD = np.rint(rows_KD / steps_K[:, None]).astype(np.int8)
+    return _Basis(integers_KD, steps_K, columns_D)
+
+
+def _quantize(
+    stored: Coefficients,
+    tokens: np.ndarray,
+    widths_S: np.ndarray,
+    levels: dict[int, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of levels [n, K] uint8, scales [K] float64) of the tokens of a band.
+
+    The weakest direction comes first. What follows compensates the error of a token's
+    logit in its context, as in `quantize`.
+    """
+    values_Kn = stored.values[:, tokens].astype(np.float64)
+    scales_K = np.sqrt(np.square(values_Kn).mean(axis=1)) + 1e-30
+    widths_K = np.repeat(widths_S, BLOCK)
+    contexts_Kn, error_n = np.zeros_like(values_Kn), np.zeros(len(tokens))
+    if stored.contexts is not None:
+        contexts_Kn, error_n = stored.contexts[:, tokens], stored.left_out[tokens]
+    coming_n = np.einsum("kn,kn->n", contexts_Kn, contexts_Kn, dtype=np.float64)
+    numbers_nK = np.zeros((len(tokens), len(widths_K)), np.uint8)
+    for k in reversed(range(len(values_Kn))):
+        value_n = np.zeros(len(tokens))
+        if k < len(widths_K):
+            own = levels[int(widths_K[k])]
+            target_n = values_Kn[k] - error_n * contexts_Kn[k] / (1 + coming_n)
+            numbers_nK[:, k] = np.searchsorted(borders_of(own), target_n / scales_K[k])
+            value_n = own[numbers_nK[:, k]] * scales_K[k]
+        error_n = error_n + (value_n - values_Kn[k]) * contexts_Kn[k]
+        coming_n = np.maximum(coming_n - np.square(contexts_Kn[k]), 0)
+    padding = max(0, len(widths_K) - len(scales_K))
+    return numbers_nK, np.pad(scales_K, (0, padding))[: len(widths_K)]
+
+
+def _packed(numbers_nK: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
+    """Codes [n, bytes] uint8: byte i of a block has bit i of its numbers."""
+    parts, start = [], 0
+    for width, count in zip(WIDTHS, blocks, strict=True):
+        own_nK = numbers_nK[:, start : start + BLOCK * count]
+        own_nS8 = own_nK.reshape(len(own_nK), count, BLOCK)
+        bits_nSW8 = (own_nS8[:, :, None] >> np.arange(width)[:, None]) & 1
+        packed_nSW1 = np.packbits(bits_nSW8.astype(np.uint8), -1, bitorder="little")
+        parts.append(packed_nSW1.reshape(len(own_nK), count * width))
+        start += BLOCK * count
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,100 @@
+"""Chooses the width of each code of a packed table, and the levels of each width.
+
+Shape letters: V vocabulary, D model width, B bands, S blocks of directions, W widths, n
+sampled tokens.
+"""
+
+import numpy as np
+
+from pcagpt.factorize import BudgetTooSmall
+from pcagpt.model import BLOCK, WIDTHS
+
+CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out
+LEVELS = sum(2**width for width in WIDTHS)
+_LLOYD_STEPS = 50
+_SAMPLED = 256  # tokens of a band, and directions
+
+
+def levels_of(
+    values_DV: np.ndarray, tokens_of_bands: list[np.ndarray]
+) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """The levels that serve best for coefficients of unit energy (Lloyd 1982).
+
+    Returns ({width: its levels}, squared error with each of `CHOICES`).
+    """
+    samples = []
+    for tokens in tokens_of_bands:
+        tokens = tokens[:: max(1, len(tokens) // _SAMPLED)]
+        values_Dn = values_DV[:: max(1, len(values_DV) // _SAMPLED), tokens]
+        energy_D1 = np.square(values_Dn).mean(axis=1, keepdims=True)
+        samples.append((values_Dn / np.sqrt(np.maximum(energy_D1, 1e-30))).ravel())
+    sample = np.sort(np.concatenate(samples).astype(np.float64))
+    sums = np.concatenate([[0], np.cumsum(sample)])
+    found, errors = {}, [np.mean(sample**2)]
+    for width in CHOICES[1:].tolist():
+        # The best density of many levels is the cube root of that of the values (Panter
+        # and Dite 1951): for a Gaussian, one with three times the variance.
+        shares = (np.arange(2**width) + 0.5) / 2**width
+        levels = np.sqrt(3) * np.quantile(sample, shares)
+        for _ in range(_LLOYD_STEPS):
+            ends = np.searchsorted(sample, borders_of(levels))
+            ends = np.concatenate([[0], ends, [len(sample)]])
+            counts = np.diff(ends)
+            centres = np.diff(sums[ends]) / np.maximum(counts, 1)
+            levels = np.where(counts > 0, centres, levels)
+        found[width] = levels
+        nearest = levels[np.searchsorted(borders_of(levels), sample)]
+        errors.append(np.mean((nearest - sample) ** 2))
+    return found, np.array(errors)
+
+
+def borders_of(levels: np.ndarray) -> np.ndarray:
+    """Where the nearest level changes."""
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def choose_widths(
+    values_DV: np.ndarray,
+    weights_V: np.ndarray,
+    tokens_of_bands: list[np.ndarray],
+    errors_W: np.ndarray,
+    most: int,
+) -> np.ndarray:
+    """The widths with the least weighted error in at most some bytes: [B, S].
+
+    They never rise from block to block. Raises BudgetTooSmall if no table fits.
+    """
+    width, energy = len(values_DV), []
+    for tokens in tokens_of_bands:
+        energy_D = np.square(values_DV[:, tokens]) @ weights_V[tokens]
+        energy_D = np.pad(energy_D, (0, -width % BLOCK))
+        energy.append(energy_D.reshape(-1, BLOCK).sum(axis=1))
+    falling_BS = np.maximum.accumulate(np.array(energy)[:, ::-1], axis=1)[:, ::-1]
+    errors_BSW = falling_BS[..., None] * errors_W
+    sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
+    # A code takes its bits, a direction of a band a scale.
+    bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
+    bytes_BSW = np.broadcast_to(bytes_BSW, errors_BSW.shape)
+    fixed = 4 * (sizes_B.sum() + 2 * width + LEVELS)
+
+    def at(price: float) -> tuple[np.ndarray, int]:
+        best_BS1 = np.argmin(errors_BSW + price * bytes_BSW, axis=2)[..., None]
+        used = np.take_along_axis(bytes_BSW, best_BS1, 2).sum()
+        rows = BLOCK * (best_BS1 > 0).any(axis=0).sum()  # of the basis
+        return CHOICES[best_BS1[..., 0]], int(used + rows * width + fixed)
+
+    low, high = np.log2(errors_BSW.max() + 1e-200) + np.array([-200, 1])
+    found_BS, least = at(2.0**high)
+    if least > most:
+        raise BudgetTooSmall(
+            f"{most:,} bytes cannot hold a packed table: without any codes, it takes "
+            f"{least:,}"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        widths_BS, used = at(2.0**middle)
+        if used > most:
+            low = middle
+        else:
+            found_BS, high = widths_BS, middle
+    return found_BS

@@ -1,0 +1,237 @@
+"""Packed tables: fixed-width codes, which a model reads in place."""
+
+import jax
+import numpy as np
+import pytest
+from runs import gpt_config
+
+from pcagpt import coding
+from pcagpt.coding.packed import pack
+from pcagpt.coding.widths import CHOICES, choose_widths, levels_of
+from pcagpt.errors import UserError
+from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
+from pcagpt.losses import token_losses
+from pcagpt.model import BLOCK, GPT, WIDTHS
+
+V, D = 3000, 20  # The width is no multiple of a block, the bands none of a tile.
+RANDOM = np.random.default_rng(7)
+BASIS = np.linalg.qr(RANDOM.normal(size=(D, D)))[0]
+TABLE = (RANDOM.normal(size=(V, D)) * np.arange(1, D + 1) ** -0.8 @ BASIS + 0.3).astype(
+    np.float32
+)
+WEIGHTS = RANDOM.permutation(1 / np.arange(1, V + 1))
+HIDDEN = RANDOM.normal(size=(4 * D, D)) * np.linspace(0.3, 3, D)
+MEAN = WEIGHTS @ TABLE / WEIGHTS.sum()
+FULL = Weighting(
+    WEIGHTS,
+    HIDDEN.T @ HIDDEN / len(HIDDEN),
+    MEAN,
+    (TABLE - MEAN) @ RANDOM.normal(size=(D, D)) * 0.3,
+)
+
+DESCRIPTION = coding.Description("packed", "a" * 64, "b" * 64, 0.1, None)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return coding.prepare(TABLE, FULL)
+
+
+@pytest.fixture(scope="module", params=[1, 5], ids=["one band", "five bands"])
+def packed(request, prepared):
+    return pack(prepared, request.param, 42_000)
+
+
+def model_of(packed):
+    """(a model with a packed table, its variables)."""
+    config = gpt_config(
+        vocab_size=V,
+        n_embd=D,
+        n_head=2,
+        band_sizes=packed.sizes,
+        band_ranks=(0,) * len(packed.sizes),
+        band_blocks=packed.blocks,
+    )
+    model = GPT(config)
+    variables = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+    shapes = jax.tree.map(np.shape, variables["constants"])
+    assert shapes == jax.tree.map(np.shape, packed.constants)
+    return model, variables | {"constants": packed.constants}
+
+
+def embed(model, variables, tokens):
+    return model.apply(variables, tokens, method=lambda self, ids: self.embed(ids))
+
+
+def test_lookup_and_head_read_what_the_table_stands_for(packed):
+    model, variables = model_of(packed)
+    dense = packed.dense()
+    rows = embed(model, variables, np.arange(V))
+    np.testing.assert_allclose(rows, dense, atol=1e-6)
+    h = RANDOM.normal(size=(6, D)).astype(np.float32)
+    logits = h @ dense.T
+    found = model.apply(variables, h, method="logits")
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    targets = RANDOM.integers(0, V, 6)
+    columns = model.apply(variables, targets, method="renumber")
+    losses = token_losses(h, model.apply(variables, method="head"), columns)
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), targets]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_its_file_is_readable_with_numpy_alone(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    assert path.stat().st_size == coding.packed_bytes(packed)
+    arrays = np.load(path)
+    order = arrays.get("order", np.arange(V))
+    dense, start = np.empty((V, D), np.float32), 0
+    for band, blocks in enumerate(arrays["blocks"]):
+        codes, values, byte, level = arrays[f"codes_{band}"], [], 0, 0
+        for width, count in zip(WIDTHS, blocks, strict=True):
+            for _ in range(count):
+                own = codes[:, byte : byte + width]
+                bits = np.unpackbits(own[:, :, None], axis=2, bitorder="little")
+                numbers = (bits << np.arange(width)[:, None]).sum(axis=1)
+                values.append(arrays["levels"][level + numbers])
+                byte += width
+            level += 2**width
+        values = np.concatenate(values, axis=1) * arrays[f"scales_{band}"]
+        rows = values @ arrays["basis"][: values.shape[1]] * arrays["columns"]
+        dense[order[start : start + len(rows)]] = rows + arrays["mean"]
+        start += len(rows)
+    np.testing.assert_allclose(dense, packed.dense(), atol=1e-6)
+
+
+def test_a_file_gives_back_the_table(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    found, description = coding.read_packed(path)
+    assert description == DESCRIPTION
+    assert (found.sizes, found.blocks) == (packed.sizes, packed.blocks)
+    np.testing.assert_array_equal(found.dense(), packed.dense())
+
+
+def test_every_flipped_byte_and_every_cut_of_a_file_is_refused(packed, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, packed, DESCRIPTION)
+    content, wanted = path.read_bytes(), packed.dense()
+    places = RANDOM.choice(len(content), 200, replace=False)
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << RANDOM.integers(8)
+        path.write_bytes(damaged)
+        try:
+            found, description = coding.read_packed(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:  # Times and attributes in the archive mean nothing.
+            assert description == DESCRIPTION
+            np.testing.assert_array_equal(found.dense(), wanted)
+    for end in (0, 10, 500, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError, match="table.npz"):
+            coding.read_packed(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codes_0": np.zeros((3, 2), np.uint8)},
+        {"scales_0": np.zeros(3, np.float32)},
+        {"basis": np.zeros((8, 3), np.int8)},
+        {"levels": np.zeros(3, np.float32)},
+        {"mean": np.full(D, np.nan, np.float32)},
+        {"order": np.zeros(V, np.int32)},
+        {"blocks": np.zeros((1, 7), np.uint16)},
+        {"blocks": np.zeros((1, 3), np.uint16)},
+        {"description": np.frombuffer(b"{}", np.uint8)},
+        {"description": np.frombuffer(b"[", np.uint8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arrays_that_do_not_fit_together_are_refused(prepared, tmp_path, change):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, pack(prepared, 5, 42_000), DESCRIPTION)
+    np.savez(path, **dict(np.load(path)) | change)
+    with pytest.raises(UserError, match="is damaged"):
+        coding.read_packed(path)
+
+
+def test_more_bytes_never_add_loss_and_no_file_exceeds_its_budget(prepared):
+    losses = []
+    for most in (30_000, 36_000, 42_000, 60_000, 90_000):
+        made = pack(prepared, 5, most)
+        assert 0.9 * most < coding.packed_bytes(made) <= most
+        losses.append(second_order_loss(TABLE, made.dense(), FULL))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_bands_and_the_context_term_pay(prepared):
+    def loss(prepared, bands):
+        dense = pack(prepared, bands, 42_000).dense()
+        return second_order_loss(TABLE, dense, FULL)
+
+    assert loss(prepared, 5) < 0.8 * loss(prepared, 1)
+    without = coding.prepare(TABLE, FULL._replace(contexts=None))
+    assert loss(prepared, 5) < 0.9 * loss(without, 5)
+
+
+def test_a_budget_without_room_for_any_code_is_refused(prepared):
+    with pytest.raises(BudgetTooSmall, match="cannot hold a packed table"):
+        pack(prepared, 5, 15_000)
+
+
+def test_levels_of_a_gaussian_are_those_of_lloyd_and_max():
+    values = RANDOM.normal(size=(64, 4000)) * np.geomspace(1, 1e-3, 64)[:, None]
+    levels, errors = levels_of(values, np.split(np.arange(4000), 20))
+    assert np.ptp(levels[1]) / 2 == pytest.approx(0.798, rel=0.02)  # sqrt(2 / pi)
+    assert np.ptp(levels[2]) / 2 == pytest.approx(1.510, rel=0.03)
+    assert CHOICES[:5].tolist() == [0, 1, 2, 3, 4]
+    known = [1, 0.3634, 0.1175, 0.03454, 0.009497]
+    np.testing.assert_allclose(errors[:5], known, rtol=0.02)
+
+
+def test_widths_are_the_cheapest_choice_within_the_bytes():
+    """All choices of two blocks in two bands are tried."""
+    values = RANDOM.normal(size=(16, 60)) * np.repeat([3.0, 0.5], BLOCK)[:, None]
+    weights = np.repeat([5.0, 1.0], 30)
+    bands = [np.arange(30), np.arange(30, 60)]
+    errors = 0.3 ** CHOICES.astype(float)
+    energy = np.array(
+        [
+            [np.square(v[:, t]).sum(axis=0) @ weights[t] for v in np.split(values, 2)]
+            for t in bands
+        ]
+    )
+    most = 3000 + 500
+    widths = choose_widths(values, weights, bands, errors, most)
+    assert (np.diff(widths, axis=1) <= 0).all()
+
+    def used(widths):
+        codes = (30 * widths + 4 * BLOCK * (widths > 0)).sum()
+        rows = BLOCK * (widths > 0).any(axis=0).sum()
+        return codes + rows * 16 + 4 * (60 + 32 + sum(2**w for w in WIDTHS))
+
+    def loss(widths):
+        return (energy * errors[np.searchsorted(CHOICES, widths)]).sum()
+
+    every = np.array(np.meshgrid(*[CHOICES] * 4)).reshape(4, -1).T.reshape(-1, 2, 2)
+    assert used(widths) <= most
+    # A price finds the best table of its own size, but does not fill every byte.
+    smaller = [other for other in every if used(other) <= used(widths)]
+    assert loss(widths) <= min(map(loss, smaller)) + 1e-9
+
+
+def test_the_dense_table_never_exists_while_the_head_computes(prepared, monkeypatch):
+    monkeypatch.setattr("pcagpt.model.packed.TILE", 64)  # The table is small.
+    packed = pack(prepared, 2, 42_000)
+    model, variables = model_of(packed)
+    h = np.zeros((2, D), np.float32)
+    head = jax.jit(lambda variables, h: model.apply(variables, h, method="logits"))
+    memory = head.lower(variables, h).compile().memory_analysis()
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
+    assert memory.argument_size_in_bytes < packed.memory + others + 1000
+    # The logits of both bands and of all, and some tiles.
+    assert memory.temp_size_in_bytes < 0.5 * TABLE.nbytes
