@@ -17,7 +17,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED, RIVALS
+from pcagpt.methods import CODED, CODES, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -68,11 +68,11 @@ def test_every_rival_can_be_made_and_is_named():
 
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
-    assert gpu.compress.methods.split(",") == [*METHODS, CODED, *RIVALS]
+    assert gpu.compress.methods.split(",") == [*METHODS, *CODES, *RIVALS]
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0
-    assert set(cpu.compress.methods.split(",")) < {*METHODS, CODED}
+    assert set(cpu.compress.methods.split(",")) < {*METHODS, *CODES}
     assert set(cpu.compress.bands) < {1, 7, 12}
     assert cpu.compress.calibration_tokens < 100_000
     assert 0 < cpu.evaluate.max_tokens < 100_000
