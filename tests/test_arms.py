@@ -280,9 +280,10 @@ def test_a_rank_too_small_for_the_bands_is_refused_before_any_arm(planned, tmp_p
     assert sorted(path.name for path in workdir.iterdir()) == ["gpt_baseline"]
 
 
-def test_init_keep_needs_imported_factors(tiny_config):
-    np.save("table.npy", np.ones((97, 8)))
-    given = {"model.n_embd_wte": 8, "init.import_wte_npy": "table.npy"}
+def test_init_keep_needs_imported_factors(tiny_config, tmp_path):
+    table = tmp_path / "table.npy"
+    np.save(table, np.ones((97, 8)))
+    given = {"model.n_embd_wte": 8, "init.import_wte_npy": str(table)}
     config = changed(tiny_config, arm="shuffled", **given)
     with pytest.raises(UserError, match="import both factors, or a table in bands"):
         setup(config)
