@@ -17,7 +17,7 @@ class Quantized:
     """A quantized array [N, width], as it is stored."""
 
     packed: np.ndarray  # uint8 [N, bytes of a row], of `pack`
-    scales: np.ndarray  # float16 [N, G], the value of code 1
+    scales: np.ndarray  # float16 [N, G], the step between two levels
     width: int
     bits: int
 
@@ -28,22 +28,24 @@ class Quantized:
 
     @property
     def codes(self) -> np.ndarray:
-        """int8 [N, width], at most `largest_code` in magnitude."""
+        """int8 [N, width]: the levels in steps, less `offset_of`."""
         return unpack(self.packed, self.width, self.bits)
 
     def dense(self) -> np.ndarray:
         """The dequantized array, float32 [N, width]."""
         group, scales_NG = group_of(self.bits, self.width), self.scales
         scales_ND = np.repeat(scales_NG.astype(np.float32), group, axis=1)
-        return self.codes * scales_ND[:, : self.width]
+        return (self.codes + offset_of(self.bits)) * scales_ND[:, : self.width]
 
 
 def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
-    """Rounds to 2^bits - 1 equidistant levels between -max and max of each group.
+    """Rounds to equidistant levels between -max and max of each group.
 
-    The error of an entry is at most half a step plus the rounding of the scale to
-    float16: max / (2^bits - 2) * 1.002 + 2^-11 * max. Groups below the range of float16
-    become zero; entries must be below 65504 * (2^(bits-1) - 1) in magnitude.
+    From 4 bits on, they are 2^bits - 1 levels, with 0 in the middle. 3 and 2 bits have
+    all 2^bits levels, (code + 1/2) * scale, without 0. The error of an entry is at most
+    half a step plus the rounding of the scale to float16: max / (levels - 1) * 1.002 +
+    2^-11 * max. Groups below the range of float16 become zero; entries must be below
+    65504 * (levels - 1) / 2 in magnitude.
     """
     return _quantize(array_ND, bits, None)
 
@@ -69,14 +71,22 @@ def group_of(bits: int, width: int) -> int:
 
 
 def largest_code(bits: int) -> int:
-    """Codes are symmetric: one of the 2^bits is unused."""
+    """The code of the largest level."""
     return 2 ** (bits - 1) - 1
+
+
+def offset_of(bits: int) -> np.float32:
+    """The level of code 0, in steps: a lost level costs more than a lost 0 at few bits.
+
+    With 1/2, codes start at -2^(bits-1). With 0, that code is unused.
+    """
+    return np.float32(0.5 if bits <= 3 else 0)
 
 
 def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
     """Codes in two's complement side by side; rows end in full bytes: uint8 [N, bytes].
 
-    codes_ND: int8 with magnitudes up to `largest_code`.
+    codes_ND: int8 from -2^(bits-1) to `largest_code`.
     """
     packed = np.empty((len(codes_ND), -(-codes_ND.shape[1] * bits // 8)), np.uint8)
     for rows in _chunks(len(codes_ND)):
@@ -102,7 +112,8 @@ def _quantize(
 ) -> Quantized:
     """Rounds; `moves_DD[j, i]` is how much of column j's error column i takes off."""
     rows, width = array_ND.shape
-    group, largest = group_of(bits, width), largest_code(bits)
+    group, offset = group_of(bits, width), offset_of(bits)
+    largest = largest_code(bits) + offset  # In steps, as all levels.
     codes_ND = np.empty((rows, width), np.int8)
     scales_NG = np.empty((rows, -(-width // group)), np.float16)
     for part in _chunks(rows):
@@ -117,10 +128,11 @@ def _quantize(
             for j in range(start, end):
                 if moves_DD is not None:
                     left_Dn[j] -= moves_DD[start:j, j] @ left_Dn[start:j]
-                codes_n = np.rint(left_Dn[j] / np.where(step_n > 0, step_n, 1))
-                codes_n = np.clip(codes_n, -largest, largest) * (step_n > 0)
-                codes_ND[part, j] = codes_n
-                left_Dn[j] -= codes_n * step_n  # From here on, its error.
+                steps_n = left_Dn[j] / np.where(step_n > 0, step_n, 1)
+                levels_n = np.rint(steps_n - offset) + offset
+                levels_n = np.clip(levels_n, -largest, largest)
+                codes_ND[part, j] = (levels_n - offset) * (step_n > 0)
+                left_Dn[j] -= levels_n * step_n  # From here on, its error.
             if moves_DD is not None:
                 left_Dn[end:] -= moves_DD[start:end, end:].T @ left_Dn[start:end]
     return Quantized(pack(codes_ND, bits), scales_NG, width, bits)
