@@ -205,6 +205,19 @@ def test_a_coded_file_is_searched_by_its_bytes():
     assert fit.within_bytes(20_000, [32, 8]) and len(fit.trials) == 1
 
 
+def test_the_full_table_in_few_bits_is_tried_for_a_loss_where_it_is_smaller():
+    fit = world(4.0, 1e6, methods=["kl", CODED])
+    coded = fit.within_loss(0.2).candidate
+    assert coded.recipe.method == CODED
+    whole = fit.within_loss(0.2, [8, 4]).candidate
+    assert (whole.recipe.method, whole.recipe.bits) == ("baseline", 8)
+    assert whole.bytes < coded.bytes
+    assert world(4.0, 1e6, methods=[CODED]).within_loss(0.2, [8]).candidate == coded
+    small = world(1.5, 1.7, table=(4000, 3000), methods=["kl", CODED])
+    small.within_loss(0.001, [8, 4])
+    assert {trial.candidate.recipe.method for trial in small.trials} == {CODED}
+
+
 def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     fit = world(0.7, 20.0, least=3000, bands=(5,))
     chosen = fit.within_loss(20.0)
