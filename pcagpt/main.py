@@ -40,7 +40,11 @@ from pcagpt.config.tasks import TASKS
 from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, REFUSED, SUCCEEDED
 
-_OUT_OF_MEMORY = (
+_HOST_OUT_OF_MEMORY = (
+    "this machine's main memory is exhausted: end other programs, or use a machine "
+    "with more; what was saved before is kept"
+)
+_DEVICE_OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
     "sample.count) or raise train.loss_chunks; for a new run, also lower "
     "train.batch_size or model.block_size, or raise train.accumulation"
@@ -70,13 +74,13 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", FAILED)
     except MemoryError:
-        return _say(_OUT_OF_MEMORY, REFUSED)
+        return _say(_HOST_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
             return _say(line, REFUSED)
         # JAX's own errors are RuntimeErrors.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            return _say(_OUT_OF_MEMORY, REFUSED)
+            return _say(_DEVICE_OUT_OF_MEMORY, REFUSED)
         if "jax" in sys.modules:
             from pcagpt.sharding import processes
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The weight of every token gets this share of the mean probability. Without it, tokens
-# that are rare in the calibration text would have almost no weight.
+# This share of the mean probability is added to every token's weight. Without it,
+# tokens that are rare in the calibration text would have almost no weight.
 SMOOTHING = 0.1
 # Weight of the identity in the metric of 'joint'; the hidden states have weight 1.
 INPUT_SHARE = 0.3

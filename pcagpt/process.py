@@ -160,9 +160,10 @@ def _keep_freed_memory() -> None:
 def end_with_others() -> None:
     """Makes this process end with one line and FAILED if JAX loses another one.
 
-    Call before importing jax, which then aborts in a thread of its own, perhaps while
-    the main thread waits for ever. JAX's hook for this case is broken: it also aborts.
-    This hides what XLA and JAX log at an abort, unless the person chose a level.
+    Call it before importing jax. When JAX loses a process, it aborts in its own thread
+    while the main thread may wait for ever. JAX's hook for this case is broken: it also
+    aborts. This hides what XLA and JAX log at an abort, unless the person chose a
+    level.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == _LOGGED:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "4"
@@ -240,9 +241,9 @@ def handled(
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process, after an error without waiting for its threads.
+    """Ends this process.
 
-    Threads of Orbax may then wait for ever.
+    After an error it does not wait for threads, because Orbax's may wait for ever.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

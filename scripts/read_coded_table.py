@@ -7,9 +7,9 @@
     words      uint32, of constriction's range coder
     32 bytes   SHA-256 of all before
 
-Words are rows of integers. Four indices (reach, scale, location, tail) give the
-frequencies of a row's values. A row alone begins with them, a group with four rows, one
-for each index; rows of reach 0 are zeros and have no others.
+The words code rows of integers. Four indices (reach, scale, location, tail) give the
+frequencies of a row's values. A single row begins with four indices. A group begins
+with four rows of indices; rows of reach 0 are all zeros and have no other index.
 
     group   classes of the tokens in the order of ids, 1,024 in a row
     row     exponents of the D columns of the basis

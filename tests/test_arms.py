@@ -11,7 +11,7 @@ from runs import changed, described, execute, job, plan, quick_compiles, setup, 
 from pcagpt import arms, trees
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
@@ -280,13 +280,37 @@ def test_a_rank_too_small_for_the_bands_is_refused_before_any_arm(planned, tmp_p
     assert sorted(path.name for path in workdir.iterdir()) == ["gpt_baseline"]
 
 
-def test_init_keep_needs_imported_factors(tiny_config):
-    kept = {"model.n_embd_wte": 8, "init.keep": "rows"}
-    config = changed(tiny_config, arm="random", **kept)
+def test_init_keep_needs_imported_factors(tiny_config, tmp_path):
+    table = tmp_path / "table.npy"
+    np.save(table, np.ones((97, 8)))
+    given = {"model.n_embd_wte": 8, "init.import_wte_npy": str(table)}
+    config = changed(tiny_config, arm="shuffled", **given)
     with pytest.raises(UserError, match="import both factors, or a table in bands"):
         setup(config)
-    with pytest.raises(UserError, match="without bands: set init.import_bands"):
-        setup(changed(config, **{"init.keep": "shape"}))
+
+
+def test_the_arm_alone_decides_what_is_kept(planned, tiny_config):
+    """Otherwise a run would have the letter and the folder of another arm."""
+    for config in (planned, changed(tiny_config, arm="pca", **{"model.n_embd_wte": 8})):
+        config = changed(config, **{"init.keep": "std"})
+        for planned_job in plan(config).jobs:
+            found = planned_job.settings
+            if planned_job.folder.name.startswith("gpt_"):
+                wanted = arms.ARMS[found.arm].keep
+                wanted = "shape" if found.arm == "random" else wanted
+                assert found.init.keep == wanted
+
+
+def test_a_frozen_scale_needs_a_band_with_a_rank(tiny_config, tmp_path):
+    random = np.random.default_rng(0)
+    band = BandFactors(random.normal(size=(97, 32)), None)
+    table = FactorizedTable.of_one_band(band)
+    factor_files.write_bands(tmp_path / "full", table)
+    given = {"init.import_bands": str(tmp_path / "full"), "model.n_embd_wte": 8}
+    given["init.import_scale_matrices_freeze"] = True
+    with pytest.raises(UserError, match="all its bands have full width: leave it out"):
+        execute(changed(tiny_config, arm="pca", **given))
+    assert not Path(tiny_config.workdir).exists()
 
 
 def test_bands_of_another_model_are_refused(planned, tiny_config):

@@ -9,15 +9,12 @@ from pcagpt.factorize import (
     BudgetTooSmall,
     Factorizer,
     Weighting,
-    allocate_ranks,
-    banded,
     bands,
     budget_of_rank,
-    frequency_bands,
     solve,
-    table_of_rank,
-    truncate,
 )
+from pcagpt.factorize.bands import allocate_ranks, banded, frequency_bands
+from pcagpt.factorize.solve import table_of_rank, truncate
 
 V, D = 700, 12
 RANDOM = np.random.default_rng(2)
@@ -137,6 +134,12 @@ def test_greedy_ranks_are_the_best_of_all_within_the_budget():
         best_found += left(ranks) == pytest.approx(best)
     # Greedy may lose only where the last rank does not fit the budget.
     assert best_found >= 24
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_budget_below_rank_1_is_refused(count):
+    with pytest.raises(BudgetTooSmall, match="budget of .* is too small"):
+        Factorizer(TABLE, "svd")(10, count)
 
 
 def test_the_price_is_the_error_that_the_last_value_removes():

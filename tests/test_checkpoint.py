@@ -15,8 +15,10 @@ from runs import changed, execute, metrics, saved_state, setup, start
 from pcagpt import files
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.files import write_json
+from pcagpt.model import BLOCK_KNOBS
 from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.run.folder import write_record
 from pcagpt.sharding import processes
 
 # Orbax is still reading other arrays when it gives up on a damaged one.
@@ -410,6 +412,23 @@ def test_a_fingerprint_is_that_of_the_weights(tmp_path):
     assert fingerprint.of(tmp_path / "again") == two
     (run_dir / "config.json").write_text(json.dumps({"model": {"n_head": 4}}))
     assert fingerprint.of(run_dir) != two
+
+
+def test_a_fingerprint_contains_knobs_that_the_weights_do_not_show(
+    tmp_path, monkeypatch
+):
+    """A default does not enter: a hash of a version without the knob stays."""
+    save(tmp_path, {1: 1.0})
+    model = {"n_head": 2, "n_layer": 1, "dropout": 0.0}
+    write_record(tmp_path, {"model": model})
+    arrays = digests.arrays(tmp_path / "ckpt" / "1")
+    text = json.dumps({"arrays": arrays, "n_head": 2}, sort_keys=True)
+    older = hashlib.sha256(text.encode()).hexdigest()
+    # As if it were a knob of the blocks.
+    monkeypatch.setattr(fingerprint, "BLOCK_KNOBS", (*BLOCK_KNOBS, "dropout"))
+    assert fingerprint.of(tmp_path) == older
+    write_record(tmp_path, {"model": model | {"dropout": 0.5}})
+    assert fingerprint.of(tmp_path) != older
 
 
 def test_a_fingerprint_of_an_older_version_still_counts(tmp_path):

@@ -19,7 +19,7 @@ from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
 from pcagpt.coding.models import Model, frequencies
 from pcagpt.coding.payload import to_words
-from pcagpt.coding.quantize import class_steps, quantize, step_classes
+from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
 from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
 from pcagpt.errors import UserError
 from pcagpt.factorize import (
@@ -52,6 +52,11 @@ DESCRIPTION = coding.Description("context", "a" * 64, "b" * 64, 0.0123456789, No
 each_weighting = pytest.mark.parametrize(
     "weighting", WEIGHTINGS.values(), ids=WEIGHTINGS
 )
+
+
+def loss_of(made, table=TABLE, weighting=FULL):
+    """Second-order loss of a coded table."""
+    return second_order_loss(table, made.table.dense(), weighting)
 
 
 def written(path, table=TABLE, weighting=FULL, step=0.1):
@@ -133,25 +138,23 @@ def test_without_weights_symbols_are_uniform_quantization_in_the_klt():
     synthesis = karhunen_loeve(TABLE, Weighting())
     made = coefficients(TABLE, Weighting(), synthesis, np.zeros(D))
     basis = np.linalg.svd(TABLE.astype(np.float64))[2]
-    expected = np.abs(np.rint(TABLE @ basis.T / 0.11))
+    expected = np.floor(np.abs(TABLE @ basis.T) / 0.11 + ROUNDING)
     steps = class_steps(step_classes(np.ones(V)), 0.11)
-    np.testing.assert_array_equal(
-        np.abs(quantize(made, steps, rounding=0.5)).T, expected
-    )
+    np.testing.assert_array_equal(np.abs(quantize(made, steps)).T, expected)
 
 
 def test_contexts_move_what_is_rounded_as_worked_out_by_hand():
     # Row 1, step 1, contexts (1, 1): the weak 0.8 becomes 1, so s = 0.2. The strong
-    # 1.55 aims at 1.55 - 0.2 / (1 + 1) = 1.45 and becomes 1 instead of 2.
+    # 1.56 aims at 1.56 - 0.2 / (1 + 1) = 1.46 and becomes 1 instead of 2.
     # Row 2, step 1/2, contexts (1, -2), s = 0.4 from what is left out: the weak 0.6
     # aims at 0.6 + 0.4 * 2 / (1 + 5) = 0.73 and becomes 1 (0.5), so
     # s = 0.4 + (-0.1)(-2) = 0.6. The strong 0.3 aims at 0.3 - 0.6 / 2 = 0.
-    values = np.array([[1.55, 0.3], [0.8, 0.6]], np.float32)
+    values = np.array([[1.56, 0.3], [0.8, 0.6]], np.float32)
     contexts = np.array([[1, 1], [1, -2]], np.float32)
     steps, left_out = np.array([1, 0.5]), np.array([0, 0.4])
-    made = quantize(Coefficients(values, contexts, left_out), steps, rounding=0.5)
+    made = quantize(Coefficients(values, contexts, left_out), steps)
     np.testing.assert_array_equal(made, [[1, 0], [1, 1]])
-    plain = quantize(Coefficients(values, None, None), steps, rounding=0.5)
+    plain = quantize(Coefficients(values, None, None), steps)
     np.testing.assert_array_equal(plain, [[2, 1], [1, 1]])
 
 
@@ -159,9 +162,11 @@ def test_contexts_lower_the_loss_that_counts_them():
     with_contexts = prepare(TABLE, FULL)
     without = prepare(TABLE, FULL._replace(contexts=None))
     for step in (0.05, 0.2):
-        found = coding.at_step(with_contexts, step)
-        plain = coding.at_step(without, step).table.dense()
-        assert found.loss < 0.95 * second_order_loss(TABLE, plain, FULL)
+        found, plain = (
+            coding.at_step(with_contexts, step),
+            coding.at_step(without, step),
+        )
+        assert loss_of(found) < 0.95 * loss_of(plain)
 
 
 def test_values_between_the_dead_zone_and_half_a_step_become_zero():
@@ -426,15 +431,51 @@ def test_a_file_of_a_later_version_is_refused(tmp_path):
 
 def test_a_target_of_bytes_is_met_closely():
     prepared = prepare(TABLE, FULL)
-    for most in (2000, 5000):
+    # The estimate for the largest is far too small.
+    for most in (2000, 5000, 8000):
         made = coding.within_bytes(prepared, most)
         assert 0.97 * most < made.bytes <= most
 
 
-def test_a_target_of_loss_is_met_closely():
+@pytest.mark.parametrize("shape", [(97, 16), (65, 64), (700, 8)])
+def test_more_bytes_never_add_loss(shape):
+    """The estimates of small tables are far off. Eight sizes up to the finest steps."""
+    random = np.random.default_rng(2)
+    table = random.normal(size=shape) * np.arange(1, shape[1] + 1) ** -0.8
+    weights = 1 / np.arange(1, shape[0] + 1)
+    contexts = table @ random.normal(size=(shape[1], shape[1])) * 0.3
+    weighting = Weighting(weights, np.eye(shape[1]), None, contexts)
+    prepared = prepare(table.astype(np.float32), weighting)
+    empty = coding.at_step(prepared, prepared.largest_step).bytes
+    finest = coding.at_step(prepared, prepared.smallest_step).bytes
+    losses = []
+    for most in np.linspace(empty, finest, 9)[1:].round().astype(int).tolist():
+        made = coding.within_bytes(prepared, most)
+        assert 0.95 * most <= made.bytes <= most
+        losses.append(loss_of(made, table, weighting))
+    assert (np.diff(losses) < 0).all()
+
+
+@each_weighting
+def test_the_bytes_that_a_loss_takes_are_estimated(weighting):
+    prepared = prepare(TABLE, weighting)
+    for most in (1500, 3000, 5000):
+        made = coding.within_bytes(prepared, most)
+        loss = loss_of(made, weighting=weighting)
+        found = coding.estimated_bytes(prepared, loss)
+        assert found == pytest.approx(made.bytes, rel=0.12)
+
+
+def test_losses_that_no_step_leads_to_take_the_bytes_of_the_nearest():
     prepared = prepare(TABLE, FULL)
-    made = coding.within_loss(prepared, 0.1)
-    assert 0.09 < made.loss <= 0.1
+    empty = coding.at_step(prepared, prepared.largest_step)
+    assert coding.estimated_bytes(prepared, 1e9) == empty.bytes
+    bits = trial(prepared, prepared.smallest_step).bits
+    assert coding.estimated_bytes(prepared, 0.0) == round(empty.bytes + bits / 8)
+    zeros = prepare(np.zeros((V, D), np.float32), Weighting())
+    made = coding.within_bytes(zeros, 10**9)
+    assert loss_of(made, np.zeros((V, D)), Weighting()) == 0
+    assert coding.estimated_bytes(zeros, 0.1) == made.bytes
 
 
 @pytest.mark.parametrize("weighting", [Weighting(), FULL], ids=["none", "full"])
@@ -442,7 +483,8 @@ def test_finer_steps_take_more_bytes_and_lose_less(weighting):
     prepared = prepare(TABLE, weighting)
     made = [coding.at_step(prepared, 2.0**-n) for n in range(0, 8, 2)]
     assert (np.diff([m.bytes for m in made]) > 0).all()
-    assert (np.diff([m.loss for m in made]) < 0).all()
+    losses = [loss_of(m, weighting=weighting) for m in made]
+    assert (np.diff(losses) < 0).all()
 
 
 def test_estimates_are_close_to_what_encoding_gives():
@@ -450,7 +492,7 @@ def test_estimates_are_close_to_what_encoding_gives():
     smallest = coding.at_step(prepared, prepared.largest_step).bytes
     for step in (0.02, 0.1):
         found, made = trial(prepared, step), coding.at_step(prepared, step)
-        assert found.loss == pytest.approx(made.loss, rel=0.1)
+        assert found.loss == pytest.approx(loss_of(made), rel=0.1)
         assert found.bits / 8 == pytest.approx(made.bytes - smallest, rel=0.15)
 
 
@@ -461,20 +503,6 @@ def test_a_budget_below_the_side_information_is_refused():
     assert "\n" not in str(caught.value)
     smallest = coding.at_step(prepared, prepared.largest_step)
     assert coding.within_bytes(prepared, smallest.bytes).bytes == smallest.bytes
-
-
-def test_a_loss_that_no_table_has_is_refused():
-    prepared = prepare(TABLE, FULL)
-    for most in (0, -1, float("nan")):
-        with pytest.raises(UserError, match="allow more loss"):
-            coding.within_loss(prepared, most)
-    assert coding.within_loss(prepared, 1e9).table.symbols.size == 0
-    constant = prepare(np.ones((V, D), np.float32), Weighting())
-    with pytest.raises(UserError, match="allow more loss"):
-        coding.within_loss(constant, 0.0)
-    zeros = prepare(np.zeros((V, D), np.float32), Weighting())
-    assert coding.within_loss(zeros, 0.0).loss == 0
-    assert coding.within_bytes(zeros, 10**9).loss == 0
 
 
 # Unusual tables
@@ -522,7 +550,8 @@ def test_unusual_tables_are_coded(table, weighted, tmp_path):
     dense = coding.read(tmp_path / "t")[0].dense()
     np.testing.assert_array_equal(dense, made.table.dense())
     nothing = coding.at_step(prepare(table, weighting), 1e4)
-    assert made.loss < 1e-3 * nothing.loss + 1e-9
+    most = 1e-3 * loss_of(nothing, table, weighting) + 1e-9
+    assert loss_of(made, table, weighting) < most
 
 
 def test_a_token_that_was_never_seen_is_coded():
@@ -537,7 +566,7 @@ def test_a_singular_metric_leaves_out_what_it_does_not_see():
     weighting = FULL._replace(metric=metric, contexts=None)
     made = coding.at_step(prepare(TABLE, weighting), 1e-3)
     assert len(made.table.symbols) <= D - 6
-    assert made.loss < 1e-4
+    assert loss_of(made, weighting=weighting) < 1e-4
 
 
 def test_words_are_the_same_each_time():

@@ -26,6 +26,7 @@ from pcagpt.files import write_json
 from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.rows import Recipe, Row
 from pcagpt.run import calibrate, fingerprint
 from pcagpt.run.folder import read_record, read_result, write_record
@@ -1040,6 +1041,15 @@ def recovered(config, **overrides):
     settings = {"compress.recover_ranks": (8,), "compress.bits": ()} | overrides
     main.run(Settings.of(changed(config, **settings)), "a command", print_only=False)
     return json.loads((folder_of(config) / "sweep.json").read_text())
+
+
+def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
+    own = {"compress.recover_ranks": (8,), "train.loss_chunks": 7, "train.steps": 99}
+    config = changed(swept[0], **own)
+    d = read_record(Path(config.model_path))["train"]
+    for job in recovery_plan(Settings.of(config), folder_of(config)).jobs:
+        train = job.settings.train
+        assert (train.loss_chunks, train.steps) == (7, d["steps"] // 2)
 
 
 @pytest.mark.slow

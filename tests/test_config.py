@@ -116,6 +116,23 @@ def test_values_at_the_end_of_their_range_are_accepted():
 RANDOM, EXPERIMENT = {"arm": "random"}, {"task": "experiment"}
 BANDS = {"model.band_sizes": (100, 400), "model.band_ranks": (64, 0)}
 WEIGHTS = {"init.weights_from": "RUN"}
+A = {"arm": "pca", "model.n_embd_wte": 8}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"arm": "shuffled", "init.keep": "rows", "init.import_wte_npy": "x"},
+        {"init.import_bands": "x", "init.import_wte_freeze": True},
+        RANDOM | {"init.import_bands": "x", "init.keep": "shape"},
+        RANDOM | {"factorize.bands": 3, "init.keep": "shape"},
+        {"arm": "pca_finetune", "init.blocks_from": "x", "init.import_wte_npy": "y"},
+        {"task": "evaluate", "model_path": "x", "init.blocks_from": "y"},
+    ],
+    ids=str,
+)
+def test_imports_that_an_arm_starts_from_are_accepted(values):
+    validate(Settings().replace(A | values))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +161,16 @@ WEIGHTS = {"init.weights_from": "RUN"}
         ),
         (EXPERIMENT | {"distill.teacher": "x"}, "distill.teacher is set for an exp"),
         (EXPERIMENT | WEIGHTS, "init.weights_from is set for an experiment"),
+        (EXPERIMENT | {"init.blocks_from": "x"}, "init.blocks_from is set for an exp"),
+        (EXPERIMENT | {"init.keep": "rows"}, "controls with experiment.arms"),
+        (A | {"init.keep": "rows"}, "use --config.arm=shuffled"),
+        (A | {"init.keep": "shape"}, "use --config.arm=random with init.import_bands"),
+        (A | {"init.blocks_from": "x"}, "use --config=configs/pca_finetune_k128.py"),
+        (A | {"arm": "shuffled", "init.keep": "std"}, "use --config.arm=random_std"),
+        (A | RANDOM | {"init.keep": "shape"}, "random with init.import_bands"),
+        (A | RANDOM | {"init.import_wte_npy": "x"}, "use --config=configs/pca_k128.py"),
+        ({"init.import_bands": "x"}, "the baseline model does not start from it"),
+        ({"init.blocks_from": "x"}, "use --config=configs/pca_finetune_k128.py"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
         ({"arm": "pca_finetune"}, "n_embd_wte=128, or --config.init.weights_from=RUN"),
         ({"model.n_embd_wte": 64}, "model.n_embd_wte is 64, but D has a full table"),
@@ -164,7 +191,7 @@ WEIGHTS = {"init.weights_from": "RUN"}
         ),
         (
             {"compress.methods": "coded", "compress.max_params": 9},
-            "compress.max_params is set, but a coded table has all numbers",
+            "compress.max_params is set, but tables of codes have all numbers",
         ),
         (
             {"compress.methods": "gptq, pq", "compress.max_bytes": 9},

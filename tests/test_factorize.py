@@ -11,9 +11,8 @@ from pcagpt.factorize import (
     Factorizer,
     effective_rank,
     energy_kept,
-    table_of_rank,
-    truncate,
 )
+from pcagpt.factorize.solve import table_of_rank, truncate
 
 pytestmark = pytest.mark.usefixtures("quick")
 RANDOM = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED, RIVALS
+from pcagpt.methods import CODED, CODES, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -68,11 +68,11 @@ def test_every_rival_can_be_made_and_is_named():
 
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
-    assert gpu.compress.methods.split(",") == [*METHODS, CODED, *RIVALS]
+    assert gpu.compress.methods.split(",") == [*METHODS, *CODES, *RIVALS]
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0
-    assert set(cpu.compress.methods.split(",")) < {*METHODS, CODED}
+    assert set(cpu.compress.methods.split(",")) < {*METHODS, *CODES}
     assert set(cpu.compress.bands) < {1, 7, 12}
     assert cpu.compress.calibration_tokens < 100_000
     assert 0 < cpu.evaluate.max_tokens < 100_000
@@ -147,9 +147,13 @@ def world(
     table=TABLE,
     bands=(1, 2, 5),
     methods=("kl",),
+    estimate=1.0,
     rounding=1e-9,
 ):
-    """A `Fit` of this world; factor scales the loss, rounding that of few bits."""
+    """A `Fit` of this world.
+
+    factor scales the loss, estimate the estimated bytes, rounding the loss of few bits.
+    """
 
     def make(recipe):
         if recipe.bands == 5 and recipe.budget < least:
@@ -168,7 +172,10 @@ def world(
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    return Fit(make, measure, methods, bands, table)
+    def coded_bytes(added_loss):
+        return estimate * UNIT * (100 * added_loss) ** (-1 / exponent)
+
+    return Fit(make, coded_bytes, measure, methods, bands, table)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
@@ -219,6 +226,17 @@ def test_the_full_table_in_few_bits_is_tried_for_a_loss_where_it_is_smaller():
     assert {trial.candidate.recipe.method for trial in small.trials} == {CODED}
 
 
+@pytest.mark.parametrize("estimate", [1e-9, 0.5, 1.0, 2.0, 1e9])
+def test_the_search_for_a_coded_file_begins_at_its_estimated_bytes(estimate):
+    fit = world(1.5, table=(4000, 3000), methods=[CODED], estimate=estimate)
+    chosen = fit.within_loss(0.001)
+    assert 0.0009 <= chosen.scores.added_loss <= 0.001
+    first = fit.trials[0].candidate.bytes
+    estimated = estimate * UNIT * 0.1 ** (-1 / 1.5)
+    assert first == pytest.approx(np.clip(estimated, 7000, 48_000_000), rel=1e-3)
+    assert len(fit.trials) <= (Fit.TRIALS if abs(np.log(estimate)) > 1 else 3)
+
+
 def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     fit = world(0.7, 20.0, least=3000, bands=(5,))
     chosen = fit.within_loss(20.0)
@@ -233,7 +251,7 @@ def test_an_error_is_not_a_budget_that_is_too_small():
         raise ValueError("operands could not be broadcast")
 
     with pytest.raises(ValueError, match="broadcast"):
-        Fit(fail, None, ["kl"], (5,), TABLE).within_loss(1.0)
+        Fit(fail, None, None, ["kl"], (5,), TABLE).within_loss(1.0)
 
 
 def test_a_bound_on_size_is_used_up():
@@ -305,3 +323,23 @@ def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
     assert not np.array_equal(rounded.dense, whole.dense)
     np.testing.assert_allclose(rounded.dense, whole.dense, atol=2.0)
     assert rounded.bytes < whole.bytes == 4 * whole.table.parameters
+
+
+def test_estimated_bytes_save_measurements_of_coded_tables():
+    """Added loss is here the second-order loss; each bound takes a search."""
+    table, make = compressor()
+
+    def measurements(coded_bytes):
+        def measure(candidate):
+            return scores(sum(candidate.second_order))
+
+        fits = [
+            Fit(make, coded_bytes, measure, [CODED], (1,), table.shape)
+            for _ in range(2)
+        ]
+        for fit, bound in zip(fits, (0.03, 0.1), strict=True):
+            chosen = fit.within_loss(bound)
+            assert chosen.scores.added_loss <= bound
+        return sum(len(fit.trials) for fit in fits)
+
+    assert measurements(make.coded_bytes) < measurements(lambda _: table.size // 6)

@@ -13,7 +13,7 @@ from runs import changed, execute, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
-from pcagpt.config import Settings
+from pcagpt.config import Settings, validate
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
@@ -118,6 +118,15 @@ def refusal(config):
     return None
 
 
+def contradiction(config):
+    """Why the knobs contradict each other."""
+    try:
+        validate(Settings.of(config))
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def left(config):
     """What a run leaves: kept checkpoints, logged steps, kinds of files."""
     run_dir = execute(config)
@@ -156,7 +165,7 @@ def recovered(config):
     """The ranks that a sweep trains further."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressing, "sweep", lambda *_: None)
+        patch.setattr(compressing, "sweep", lambda *_, **__: None)
         patch.setattr(compressing, "_recover", lambda asked, *_: found.append(asked))
         compressing.compress(Settings.of(config), "a command")
     return [settings.compress.recover_ranks for settings in found]
@@ -183,7 +192,9 @@ def compression(config):
         patch.setattr(
             compressing, "sweep", lambda _, tried, *__, **___: asked.append(tried)
         )
-        patch.setattr(compressing, "advise", lambda *given: asked.append(given[1:3]))
+        patch.setattr(
+            compressing, "advise", lambda *given, **_: asked.append(given[1:3])
+        )
         compressing.compress(Settings.of(config), "a command")
     return asked
 
@@ -246,6 +257,7 @@ IMPORT = FINISHED | {
         "PLACE/finished/pca_factorized/scale_mats_pca_k8.npz"
     ),
 }
+FINETUNE = IMPORT | {"arm": "pca_finetune", "init.blocks_from": A}
 PROCESSES = {"distributed.enabled": True}
 KEPT = {"checkpoint.keep_last": 9}
 
@@ -301,8 +313,8 @@ KNOBS = {
     "init.import_wte_freeze": (frozen, True, IMPORT),
     "init.import_scale_matrices_freeze": (frozen, True, IMPORT),
     "init.import_bands": (imported, "PLACE/bands", FINISHED | RANDOM),
-    "init.keep": (imported, "std", IMPORT),
-    "init.blocks_from": (imported, D, IMPORT),
+    "init.keep": (contradiction, "std", IMPORT),
+    "init.blocks_from": (imported, D, FINETUNE),
     "init.weights_from": (imported, D, FINISHED),
     "factorize.method": (factors, "pca", FACTORIZE),
     "factorize.statistics": (factors, "PLACE/other_statistics.npz", KL),

@@ -221,7 +221,7 @@ def stop_with(exception, monkeypatch):
         (KeyboardInterrupt(), 1, "interrupted: run the same command again .*"),
         (errors.Interrupted("stopped at step 3"), 1, "stopped at step 3"),
         (errors.UserError("two\nlines"), 2, "two lines"),
-        (MemoryError(), 2, "the device's memory is exhausted: .*"),
+        (MemoryError(), 2, "this machine's main memory is exhausted: .*"),
     ],
 )
 def test_what_stops_a_run_is_one_line_and_an_exit_code(

@@ -10,8 +10,8 @@ from pcagpt.factorize import (
     Statistics,
     Weighting,
     solve,
-    table_of_rank,
 )
+from pcagpt.factorize.solve import table_of_rank
 from pcagpt.methods import token_contexts
 
 V, D = 60, 8

@@ -305,13 +305,13 @@ def test_a_loss_that_is_not_finite_names_what_helps_its_run(copied):
     shutil.rmtree(run_dir)
     with pytest.raises(UserError, match="the loss is not finite") as caught:
         execute(b)
-    lower = "lower finetune.learning_rate_share, and --config.overwrite=True to move it"
+    lower = "lower finetune.learning_rate_share and give --config.overwrite=True, which"
     assert lower in str(caught.value)
     for made in (baseline, factors):
         shutil.rmtree(made)
     with pytest.raises(UserError, match="the loss is not finite") as caught:
         execute(b)
-    lower = f"lower train.learning_rate, and move {baseline} away to train it again"
+    lower = f"lower train.learning_rate and move {baseline} away to train it again"
     assert str(caught.value).endswith(lower)
 
 

@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(
     with pytest.raises(UserError, match="the loss is not finite at " + seen) as caught:
         execute(tiny_config)
     assert "\n" not in str(caught.value)
-    assert "lower train.learning_rate, and --config.overwrite=True" in str(caught.value)
+    assert "lower train.learning_rate and give --config.overwrite" in str(caught.value)
     run_dir = job(tiny_config).folder
     assert checkpoint.steps(run_dir) == []
     assert not (run_dir / "result.json").exists()

@@ -5,6 +5,6 @@ from pcagpt.coding.file import Description, file_bytes, read, to_bytes, write
 from pcagpt.coding.limit import gaussian_limit
 from pcagpt.coding.packed import PackedTable, pack
 from pcagpt.coding.packed_file import packed_bytes, read_packed, write_packed
-from pcagpt.coding.search import Encoded, at_step, within_bytes, within_loss
+from pcagpt.coding.search import Encoded, at_step, estimated_bytes, within_bytes
 from pcagpt.coding.table import CodedTable
 from pcagpt.coding.weights import loss_weighting

@@ -1,4 +1,6 @@
-"""Rounds a synthesis to integers: a bit spent here removes as much error as elsewhere.
+"""Rounds a synthesis to integers.
+
+A bit in the basis removes as much error as a bit in the symbols.
 
 Shape letters: D model width, K rows.
 """

@@ -1,7 +1,7 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
-Each row has its own `Model`. The words first hold the indices of the models, which are
-rows themselves; those of these rows are coded as fixed numbers.
+Each row has its own `Model`. A group begins with four rows, one for each index of its
+models. Each of these rows begins with its own four indices, coded uniformly.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ _SENTINEL = 0xC0DE  # The last number: a decoder that went astray does not find 
 def _categorical(model: Model) -> stream.model.Categorical:
     """The coder's form of a table.
 
-    It adds 1 to each share, and the shares sum to what it expects: so it keeps them as
-    they are, without rounding.
+    constriction adds 1 to each share. The shares then have the sum that it expects, so
+    it does not round them.
     """
     shares = (frequencies(model) - 1).astype(np.float64)
     return stream.model.Categorical(shares, perfect=False)

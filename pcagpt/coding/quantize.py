@@ -11,8 +11,8 @@ from pcagpt.coding.transform import Coefficients
 # zero than by rounding to the nearest, which saves more bits than it adds error.
 ROUNDING = 0.45
 LARGEST_SYMBOL = 2**15 - 1
-# Relative token weights beyond these limits count as the limit: a token that was never
-# seen has steps, and the most frequent one does not need huge symbols.
+# Relative token weights are clipped to these limits. Unseen tokens then have a finite
+# step, and frequent tokens need no huge symbols.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-12, 2.0**8
 
 
@@ -37,12 +37,11 @@ def quantize(
     coefficients: Coefficients,
     steps_V: np.ndarray,
     kept_KV: np.ndarray | None = None,
-    rounding: float = ROUNDING,
 ) -> np.ndarray:
     """Integers [K, V] int16: a symbol n stands for the value n * step.
 
-    Direction after direction, the last (weakest) first, the value that is rounded is
-    the one that is best for what follows it. With the logit error s so far and
+    Rounds one direction at a time, the weakest first. Each value is first shifted to
+    compensate the logit error so far. With the logit error s so far and
     R = sum of C_i^2 over the directions to come (this one included), the least
     |e|^2 + (s + e C)^2 is at e = -s C / (1 + R). This is the compensation of GPTQ
     (Frantar et al. 2022) in closed form, since the Hessian of a row is the identity
@@ -52,7 +51,6 @@ def quantize(
       coefficients: of K directions.
       steps_V: the step of each token.
       kept_KV: False where the symbol must be zero; broadcasts.
-      rounding: `ROUNDING`; 1/2 rounds to the nearest.
     """
     values_KV, contexts_KV, left_V = coefficients
     symbols_KV = np.empty(values_KV.shape, np.int16)
@@ -63,7 +61,7 @@ def quantize(
         target_V = values_KV[k] / steps_V
         if contexts_KV is not None:
             target_V -= error_V * contexts_KV[k] / ((1 + coming_V) * steps_V)
-        size_V = np.minimum(np.floor(np.abs(target_V) + rounding), LARGEST_SYMBOL)
+        size_V = np.minimum(np.floor(np.abs(target_V) + ROUNDING), LARGEST_SYMBOL)
         if kept_KV is not None:
             size_V *= kept_KV[k]
         symbols_KV[k] = np.copysign(size_V, target_V)

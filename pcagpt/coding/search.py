@@ -1,4 +1,4 @@
-"""Finds the step that meets a target of bytes or of predicted loss."""
+"""Finds the step that meets a target of bytes, and the bytes that a loss needs."""
 
 import dataclasses
 import functools
@@ -9,21 +9,21 @@ import numpy as np
 from pcagpt.coding.encode import Prepared, encode, trial
 from pcagpt.coding.file import file_bytes
 from pcagpt.coding.table import CodedTable
-from pcagpt.errors import UserError
-from pcagpt.factorize import BudgetTooSmall, second_order_loss
+from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
-MOST_ENCODINGS = 4
+# The search also ends after a few encodings if the table fills most of the target, and
+# in any case after many: those of small tables take no time.
+FEW, MANY, FILLED = 4, 16, 0.97
 _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A coded table, its words and what it costs."""
+    """A coded table and its words."""
 
     table: CodedTable
     words: np.ndarray  # uint32
-    loss: float  # `second_order_loss` of the decoded table
 
     @property
     def bytes(self) -> int:
@@ -33,85 +33,65 @@ class Encoded:
 
 def at_step(prepared: Prepared, step: float) -> Encoded:
     """The table coded at a step."""
-    table, words = encode(prepared, step)
-    loss = second_order_loss(prepared.table_VD, table.dense(), prepared.weighting)
-    return Encoded(table, words, loss)
+    return Encoded(*encode(prepared, step))
 
 
 def within_bytes(prepared: Prepared, most: int) -> Encoded:
-    """The best table in a file of at most that size; BudgetTooSmall if none fits."""
-    smallest = at_step(prepared, prepared.largest_step)
-    if smallest.bytes > most:
+    """The best table in a file of at most that size; BudgetTooSmall if none fits.
+
+    Estimates choose the first steps. For a large table, they are off by a factor that
+    hardly changes with the step, so one or two encodings suffice to correct it. For a
+    small table they may be far off; the last encodings on both sides of the target then
+    choose the next step.
+    """
+    best = at_step(prepared, prepared.largest_step)
+    least = best.bytes
+    if least > most:
         raise BudgetTooSmall(
             f"a file of {most:,} bytes cannot hold a coded table: without any symbols, "
-            f"this one takes {smallest.bytes:,}"
+            f"this one takes {least:,}"
         )
-    return _search(
-        prepared,
-        most,
-        smallest,
+
+    @functools.cache
+    def estimate_of(octave: float) -> float:
         # Symbols and the basis come on top of what is always there.
-        estimate=lambda step: smallest.bytes + trial(prepared, step).bits / 8,
-        value=lambda made: made.bytes,
-    )
+        return least + trial(prepared, 2.0**octave).bits / 8
 
-
-def within_loss(prepared: Prepared, most: float) -> Encoded:
-    """The smallest file with at most that second-order loss; UserError if none has.
-
-    `most` is in the units of the weighting: nats per token for 'kl', 'fisher' and
-    'context'.
-    """
-    smallest = at_step(prepared, prepared.largest_step)
-    if smallest.loss <= most:
-        return smallest
-    finest, found = trial(prepared, prepared.smallest_step), None
-    if finest.loss <= most:
-        found = _search(
-            prepared,
-            most,
-            None,
-            estimate=lambda step: trial(prepared, step).loss,
-            value=lambda made: made.loss,
-        )
-    if found is None:
-        raise UserError(
-            f"no coded table has a predicted loss of at most {most}: the finest steps "
-            f"lead to about {finest.loss:.2g}; allow more loss"
-        )
-    return found
-
-
-def _search(
-    prepared: Prepared,
-    most: float,
-    best: Encoded | None,
-    estimate: Callable[[float], float],
-    value: Callable[[Encoded], float],
-) -> Encoded | None:
-    """The table whose value is just below `most`, or `best` if none is found.
-
-    Estimates choose the step. They are off by a factor that hardly changes with the
-    step, so one or two encodings suffice to correct it.
-    """
-    ends = np.log2([prepared.smallest_step, prepared.largest_step])
-    estimate_of = functools.cache(lambda octave: estimate(2.0**octave))
-    goal, margin = most, TOLERANCE / 2
-    for count in range(2 * MOST_ENCODINGS):
-        octave = _octave_of(goal, estimate_of, *ends)
+    tried: dict[float, int] = {}  # bytes by octave
+    low, high = np.log2([prepared.smallest_step, prepared.largest_step])
+    octave, margin = _octave_of(most, estimate_of, low, high), TOLERANCE / 2
+    for count in range(MANY):
         made = at_step(prepared, 2.0**octave)
-        found = value(made)
-        if found <= most and (best is None or value(best) < found):
-            best = made
-        if most * (1 - TOLERANCE) <= found <= most:
+        tried[octave] = made.bytes
+        if made.bytes > most:
+            low, margin = octave, margin * 1.5
+        else:
+            high, best = octave, max(best, made, key=lambda one: one.bytes)
+        filled = best.bytes / most
+        if filled >= 1 - TOLERANCE or low >= high or (count >= FEW and filled > FILLED):
             break
-        if count >= MOST_ENCODINGS and best is not None:
-            break
-        if found > most:
-            margin *= 1.5
-        goal = most * (1 - margin) * estimate_of(octave) / max(found, most / 100)
-        ends = np.clip((octave - 1, octave + 1), *ends)
+        goal = most * (1 - margin)
+        if low in tried and high in tried:
+            logs = np.log([tried[high], tried[low]])
+            octave = np.interp(np.log(goal), logs, [high, low])
+        else:
+            goal *= estimate_of(octave) / made.bytes
+            octave = _octave_of(goal, estimate_of, low, high)
+        edge = (high - low) / 16  # Every encoding must narrow the bracket.
+        octave = float(np.clip(octave, low + edge, high - edge))
     return best
+
+
+def estimated_bytes(prepared: Prepared, loss: float) -> int:
+    """About the size of a file that decodes to a table of this `second_order_loss`.
+
+    `loss` is in the units of the weighting: nats per token for 'kl', 'fisher' and
+    'context'. The estimate comes from the sample, and only an empty table is encoded.
+    """
+    loss_of = functools.cache(lambda octave: trial(prepared, 2.0**octave).loss)
+    ends = np.log2([prepared.smallest_step, prepared.largest_step])
+    bits = trial(prepared, 2.0 ** _octave_of(loss, loss_of, *ends)).bits
+    return round(at_step(prepared, prepared.largest_step).bytes + bits / 8)
 
 
 def _octave_of(

@@ -53,7 +53,7 @@ def advise(
 
         if name == "max_params":
             methods = factor_methods(methods)
-        fit = Fit(make, measure, methods, options.bands, shape)
+        fit = Fit(make, make.coded_bytes, measure, methods, options.bands, shape)
         if name == "max_added_loss":
             chosen = fit.within_loss(bound, options.bits)
         elif name == "max_params":

@@ -106,6 +106,10 @@ class Compressor:
         second_order = self._predict(dense_VD)
         return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
+    def coded_bytes(self, loss: float) -> int:
+        """About the size of the coded table with this second-order loss."""
+        return coding.estimated_bytes(self._prepared, loss)
+
     @functools.cache  # noqa: B019 - lives as long as the command
     def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """(a table of `CODES`, size of its file)."""

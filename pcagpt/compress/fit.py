@@ -29,6 +29,7 @@ class Fit:
 
     Args:
       make: a `Compressor`.
+      coded_bytes: its estimate of the size of a coded table of some added loss.
       measure: scores a candidate.
       methods: those of `CODES` that are allowed, and others; the last of the
         others makes the factors.
@@ -41,12 +42,13 @@ class Fit:
     def __init__(
         self,
         make: Callable[[Recipe], Candidate],
+        coded_bytes: Callable[[float], int],
         measure: Callable[[Candidate], SwapScores],
         methods: Sequence[str],
         bands: Sequence[int],
         table: tuple[int, int],
     ):
-        self._make, self._measure = make, measure
+        self._make, self._coded_bytes, self._measure = make, coded_bytes, measure
         self._codes, self._bands = [m for m in CODES if m in methods], bands
         self._method = (factor_methods(methods) or [None])[-1]
         self._rank_1, self._whole = sum(table), math.prod(table)
@@ -61,9 +63,10 @@ class Fit:
         larger. It is the full table at one of `bits` if that is smaller and fits.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
-        span, slope = (self._rank_1, min(start, self._whole), self._whole), -1.5
+        most, slope = self._whole, -1.5
         if self._codes:  # From some bytes for each token to four for each value.
-            span, slope = (self._rank_1, self._whole / 6, 4 * self._whole), -2.0
+            start, most, slope = self._coded_bytes(max_added_loss), 4 * most, -2.0
+        span = self._rank_1, min(max(start, self._rank_1), most), most
 
         def added_loss(budget: int) -> float | None:
             method = next(iter(self._codes), None)
@@ -82,8 +85,8 @@ class Fit:
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
         """The table with the least added loss of at most this many bytes, or None.
 
-        Tries all of `CODES` that are allowed, and factors with each of `bits` (bits
-        per stored value), below 32 also the full table.
+        Tries all of `CODES` that are allowed, and factors at each of `bits` (bits per
+        stored value). Below 32 bits, it also tries the full table.
         """
         for method in self._codes:
             if made := self._coded(method, max_bytes):

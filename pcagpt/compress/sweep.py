@@ -176,7 +176,7 @@ def _predicted(rows: list[Row]) -> list[Row]:
 
     The predictions are fitted to the anchors: the smallest and the largest table of
     each method that makes factors, once with a single band and once with the smallest
-    number of several bands. They predict coded tables without any measured one.
+    number of several bands. No coded table is an anchor.
     """
 
     def second_order(row: Row) -> SecondOrder:

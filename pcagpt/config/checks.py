@@ -85,6 +85,7 @@ def validate(settings: Settings) -> None:
     _check_bands(settings)
     _check_table(settings)
     _check_weights_from(settings)
+    _check_imports(settings)
     _check_experiment(settings)
     _check_bounds(settings)
     if TASKS[settings.task].model and not settings.model_path:
@@ -250,16 +251,46 @@ def _check_weights_from(settings: Settings) -> None:
             )
 
 
+def _check_imports(settings: Settings) -> None:
+    """An arm imports only what its letter and the name of its folder promise."""
+    arm, init = ARMS[settings.arm], settings.init
+    if settings.task != "train" or init.weights_from:
+        return
+    copies_bands = arm.has_bands_of_a and (
+        init.import_bands or settings.factorize.bands > 1
+    )
+    for name, is_taken, config in (
+        ("import_wte_npy", "factors" in arm.takes, "pca_k128"),
+        ("import_scale_matrices_npz", "factors" in arm.takes, "pca_k128"),
+        ("import_bands", "factors" in arm.takes or copies_bands, "pca_k128"),
+        ("blocks_from", "blocks" in arm.takes, "pca_finetune_k128"),
+    ):
+        if getattr(init, name) and not is_taken:
+            raise UserError(
+                f"init.{name} is set, but the {settings.arm} model does not start from "
+                f"it: use --config=configs/{config}.py"
+            )
+    if init.keep not in ("all", "shape" if copies_bands else arm.keep):
+        controls = (name for name, other in ARMS.items() if other.keep == init.keep)
+        remedy = f"use --config.arm={next(controls, 'random with init.import_bands')}"
+        raise UserError(
+            f"init.keep is '{init.keep}', but the {settings.arm} model has another "
+            f"definition: {remedy}"
+        )
+
+
 def _check_experiment(settings: Settings) -> None:
     """Some knobs belong to a single run and not to an experiment."""
-    flat = settings.flat() if settings.task == "experiment" else {}
+    flat = settings.flat()
     for path, remedy in (
         ("model.n_embd_wte", "set its ranks with --config.ranks"),
         ("init.import_bands", "it makes a table for each rank itself"),
         ("init.weights_from", "train a run further with configs/recover.py"),
+        ("init.blocks_from", "its arms take the blocks of its own D"),
+        ("init.keep", "choose its controls with experiment.arms"),
         ("distill.teacher", "choose its taught models with experiment.arms"),
     ):
-        if flat.get(path):
+        if settings.task == "experiment" and flat[path] != KNOBS[path].default:
             raise UserError(f"{path} is set for an experiment: {remedy}")
 
 

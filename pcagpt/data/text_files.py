@@ -153,9 +153,10 @@ def _check(path: Path) -> tuple[str, bool]:
 
 
 def _refuse_other(path: Path, head: bytes) -> None:
-    """Raises for the beginning of no text, or of text in UTF-16, UTF-32, ISO-2022-JP.
+    """Raises UserError if a file does not begin like text in UTF-8.
 
-    UTF-16 and UTF-32 need no mark.
+    It may be no text at all, or UTF-16, UTF-32 or ISO-2022-JP. UTF-16 and UTF-32 need
+    no mark.
     """
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if not found and (kind := foreign_kind(head)):

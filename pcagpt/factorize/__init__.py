@@ -3,10 +3,7 @@
 from pcagpt.factorize.bands import (
     BudgetTooSmall,
     Factorizer,
-    allocate_ranks,
-    banded,
     budget_of_rank,
-    frequency_bands,
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.predict import (
@@ -22,12 +19,10 @@ from pcagpt.factorize.solve import (
     effective_rank,
     energy_kept,
     solve,
-    table_of_rank,
-    truncate,
 )
 from pcagpt.factorize.table import (
     FLOAT_BYTES,
     BandFactors,
     FactorizedTable,
 )
-from pcagpt.methods import METHODS, Method, Statistics, Weighting
+from pcagpt.methods import METHODS, Statistics, Weighting

@@ -59,12 +59,14 @@ class Factorizer:
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
         """A table that stores at most `budget` values; `bands` as in `banded`.
 
-        Raises BudgetTooSmall if the bands do not fit.
+        Raises BudgetTooSmall if it is below rank 1 of all bands.
         """
         table_VD = self._table_VD
         if bands > 1:
             return banded(table_VD, self._weighting, bands, budget, self._split)
         rank = min(budget // sum(table_VD.shape), *table_VD.shape)
+        if rank < 1:
+            raise BudgetTooSmall(f"a budget of {budget} is too small for rank 1")
         return table_of_rank(self.factors, rank, self._split)
 
     def of_rank(self, rank: int, bands: int) -> tuple[FactorizedTable, dict]:
@@ -106,11 +108,12 @@ def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
 def allocate_ranks(
     spectra: Sequence[np.ndarray], sizes: Sequence[int], width: int, budget: int
 ) -> tuple[tuple[int, ...], float]:
-    """Chooses the ranks with the smallest total error within a budget.
+    """Chooses ranks with a small total error within a budget.
 
-    Greedy: the next rank goes to the band where it removes most error per stored value.
-    This is optimal because each rank removes no more error than the one before. A band
-    is stored at full width if its factors would need as many values.
+    Greedy: the next rank goes to the band where it removes most error per stored value,
+    among those that fit. This is optimal if every next rank fits until the budget is
+    used up exactly, and no band reaches full width. A band is stored at full width if
+    its factors would need as many values.
 
     Args:
       spectra: squared singular values of each band, descending.

@@ -95,7 +95,7 @@ def not_ours(
 
 
 def changed(folder: Path, ranks: Iterable[int]) -> list[Path]:
-    """What `write` would replace for these ranks, though it is not as it was written.
+    """Files that `write` would replace and that were changed since it wrote them.
 
     Any folder of bands counts: it may hold a person's files.
     """

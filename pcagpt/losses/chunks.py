@@ -16,8 +16,8 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
 
     Each chunk takes every `chunks`-th row, so that no row moves to another device if
     the leading axis is split over devices. The number of chunks is the largest one up
-    to `chunks` that divides the rows on each device, or N if the devices cannot share N
-    evenly.
+    to `chunks` that divides the rows of one device (or N, if the devices cannot share N
+    evenly).
 
     `function` maps (carry, tuple of chunks [n, ...]) to (carry, outputs [n, ...]).
     Returns the last carry, and the outputs [N, ...] in the order of the input.

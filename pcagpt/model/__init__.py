@@ -12,7 +12,14 @@ baseline has one band without scale matrices, a model of a single rank has one b
 them. A model of several bands also stores the column of each token id.
 """
 
-from pcagpt.model.config import BLOCK, WIDTHS, BandSpec, GPTConfig
+from pcagpt.model.config import (
+    BLOCK,
+    BLOCK_KNOBS,
+    DEVICE_KNOBS,
+    WIDTHS,
+    BandSpec,
+    GPTConfig,
+)
 from pcagpt.model.embedding import (
     BandLeaves,
     Head,

@@ -7,6 +7,15 @@ INIT_STD = 0.02
 # Of a packed table: the widths of its codes in bits, and the directions of a block.
 WIDTHS, BLOCK = (8, 6, 5, 4, 3, 2, 1), 8
 
+# Knobs about the device. They change results only by rounding errors, so a run may be
+# resumed and evaluated with other values.
+DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
+# Knobs about the token table.
+_TABLE_KNOBS = (
+    "vocab_size", "vocab_multiple", "n_embd_wte", "n_embd_wte_scale_tying",
+    "band_sizes", "band_ranks", "band_blocks",
+)  # fmt: skip
+
 
 class BandSpec(NamedTuple):
     """A range of columns of the logits with one table."""
@@ -61,3 +70,12 @@ class GPTConfig:
             )
         padding = self.padded_vocab_size - self.vocab_size
         return (*bands[:-1], bands[-1]._replace(padding=padding))
+
+
+# Knobs about what is between the table's input and its head. Every new field of
+# `GPTConfig` is one of them, unless a list above has it.
+BLOCK_KNOBS = tuple(
+    field.name
+    for field in dataclasses.fields(GPTConfig)
+    if field.name not in (*DEVICE_KNOBS, *_TABLE_KNOBS, "dropout")
+)

@@ -64,7 +64,10 @@ def evaluate(settings: Settings) -> dict:
 
 
 def _path(run: Run, part: str, protocol: dict[str, Any]) -> Path:
-    """The file of a result: one for each corpus, by content, even of equal names."""
+    """The file of a result.
+
+    Two corpora of the same name but other content have two files.
+    """
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
     plain = run.folder / f"evaluation_{name}_{part}_step{run.step}.json"
     try:

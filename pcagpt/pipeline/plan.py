@@ -12,10 +12,10 @@ from pcagpt.compress.sweep import best_model
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
 from pcagpt.factorize import factor_files
+from pcagpt.model import DEVICE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
-from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.trained import Run
 
 
@@ -59,8 +59,9 @@ def make_plan(settings: Settings) -> Plan:
 def recovery_plan(settings: Settings, folder: Path) -> Plan:
     """The runs that train the best compressed models and D further.
 
-    They train with D's settings, for the share of its budget in `finetune`. `folder`
-    holds the models of the ranks `compress.recover_ranks`, and gets the runs.
+    They train with D's settings, for the share of its budget in `finetune`.
+    `train.loss_chunks` only concerns memory and stays as it was given. `folder` holds
+    the models of the ranks `compress.recover_ranks`, and gets the runs.
     """
     baseline = Run.open(settings.model_path)
     stored, known = baseline.settings, baseline.record.keys()
@@ -72,6 +73,7 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
             "data": baseline.data(settings.data),
             "data.cache_dir": str(settings.cache_dir),
             "train": stored.train if "train" in known else settings.train,
+            "train.loss_chunks": settings.train.loss_chunks,
             "seed": stored.seed if "seed" in known else settings.seed,
             "factorize": FactorizeSettings(),
         }
@@ -143,8 +145,7 @@ def _train_job(
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
         keep = "shape" if bands else keep
-    if keep != "all":
-        taken["init.keep"] = keep
+    taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
     model = settings.model
     rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte

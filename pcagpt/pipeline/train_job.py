@@ -15,6 +15,7 @@ from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
+from pcagpt.model import BLOCK_KNOBS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.run import checkpoint, fingerprint, initialise, lock
@@ -35,8 +36,11 @@ from pcagpt.training.setup import Setup
 
 SPLITS = ("train", "val")  # that a run needs
 # {what an arm takes from D: the `model` knobs that must then be the same as D's}
-_BLOCKS = ("n_embd", "n_layer", "n_head", "block_size", "bias")
-SHARED_WITH_BASELINE = {"factors": ("n_embd",), "blocks": _BLOCKS, "weights": _BLOCKS}
+SHARED_WITH_BASELINE = {
+    "factors": ("n_embd",),
+    "blocks": BLOCK_KNOBS,
+    "weights": BLOCK_KNOBS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,10 @@ class TrainJob(Job):
     @property
     def _remedy(self) -> str:
         if self.is_target:
-            return "--config.overwrite=True to move it aside and train again"
+            return (
+                "give --config.overwrite=True, which moves this run aside and trains "
+                "it again"
+            )
         return f"move {self.folder} away to train it again"
 
     @property
@@ -292,7 +299,7 @@ class TrainJob(Job):
                 train(setup, self.folder, record, self.label, check_place)
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
-                raise UserError(f"{error}: lower {knob}, and {self._remedy}") from None
+                raise UserError(f"{error}: lower {knob} and {self._remedy}") from None
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
@@ -300,8 +307,8 @@ class TrainJob(Job):
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
         """(record, is_replaced), or None if the run is done; the caller holds the lock.
 
-        record: that of the run that goes on, or only a new run_id; is_replaced: whether
-        what is there is moved aside. Restores a lost config.json.
+        record: the record of the run to continue, or only a new run_id; is_replaced:
+        whether what is there is moved aside. Restores a lost config.json.
         """
         there = look(self.folder)
         status, is_replaced = self._judge(there)

@@ -10,11 +10,7 @@ from pcagpt import kernels
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.files import memory_bytes
-from pcagpt.model import BLOCK, WIDTHS, GPTConfig, total_parameters
-
-# Knobs about the device. They change results only by rounding errors, so a run may be
-# resumed and evaluated with other values.
-DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
+from pcagpt.model import BLOCK, DEVICE_KNOBS, WIDTHS, GPTConfig, total_parameters
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 

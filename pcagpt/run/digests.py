@@ -70,8 +70,8 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
 def reading(folder: Path) -> Iterator[None]:
     """Within, an error that damage of a checkpoint can cause becomes a UserError.
 
-    Call `damage` before: where there are digests, the files are then proved, and every
-    error stays what it is. Raises Unreadable as `damage` does.
+    Call `damage` first. If there are digests, the files are then known to be good, and
+    errors pass unchanged. Raises Unreadable as `damage` does.
     """
     try:
         yield

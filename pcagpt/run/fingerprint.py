@@ -4,21 +4,34 @@ import hashlib
 import json
 from pathlib import Path
 
+from pcagpt.config import KNOBS
+from pcagpt.model import BLOCK_KNOBS
 from pcagpt.run import checkpoint, digests
 from pcagpt.run.folder import choose
 
+# The shapes of the arrays show these.
+_SEEN_IN_ARRAYS = ("block_size", "n_layer", "n_embd", "bias")
+
 
 def of(path: str | Path) -> str:
-    """A hash of the weights and of the number of heads: what a run computes with.
+    """A hash of the weights and of the model that computes with them.
 
     Equal weights give equal hashes: time, device and versions do not enter. `path` and
     errors are as for `choose`.
     """
     there, step = choose(path)
     model = (there.stored or {}).get("model")
-    heads = model.get("n_head") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    # Older versions hashed the number of heads alone: defaults do not enter.
+    unseen = {
+        name: model[name]
+        for name in BLOCK_KNOBS
+        if name not in _SEEN_IN_ARRAYS
+        and model.get(name, default := KNOBS[f"model.{name}"].default) != default
+    }
     arrays = digests.arrays(checkpoint.folder_of(there.folder, step))
-    text = json.dumps({"n_head": heads, "arrays": arrays}, sort_keys=True)
+    hashed = {"n_head": model.get("n_head"), **unseen, "arrays": arrays}
+    text = json.dumps(hashed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -30,8 +30,8 @@ from pcagpt.files import (
     write_json,
     write_npy,
 )
+from pcagpt.model import DEVICE_KNOBS
 from pcagpt.run import checkpoint, digests
-from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
 
@@ -176,8 +176,8 @@ class Contents:
     def is_begun(self) -> bool:
         """Whether there is anything that training would replace.
 
-        A config.json that training wrote does not count without a logged update: memory
-        may have been too small for the first one.
+        A config.json that training wrote counts only after a logged update, because the
+        first update may have run out of memory.
         """
         is_foreign = self.record is not None and not _OURS & self.record.keys()
         return bool(self.saved or self.has_logs or self.damage or is_foreign)
@@ -207,11 +207,10 @@ class Contents:
 
     @property
     def stranger(self) -> str | None:
-        """Why config.json and a checkpoint do not belong together; None if all do.
+        """Says which file belongs to another run, step or model.
 
-        One of them is then of another run, another step or another model.
-
-        A checkpoint that holds only weights, or a damaged one, is not judged.
+        None if all belong together. A checkpoint that holds only weights, or a damaged
+        one, is not judged.
         """
         for step, copy, updates in self.saved:
             folder = checkpoint.folder_of(self.folder, step)
@@ -249,7 +248,7 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
         )
         for step in (checkpoint.steps(run_dir) if steps is None else steps)
     )
-    # No training goes on from logs, but only from checkpoints.
+    # Training resumes from checkpoints, never from logs.
     has_logs = not saved and any(map(_is_of_begun_run, map(run_dir.joinpath, LOGS)))
     try:
         record = read_record(run_dir)

@@ -16,6 +16,7 @@ from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FactorizedTable, factor_files
 from pcagpt.model import (
+    BLOCK_KNOBS,
     BandLeaves,
     GPTConfig,
     embedding,
@@ -72,7 +73,7 @@ def known_imports(
     Returns:
       The settings of `with_bands`; the `fingerprints`; the reasons why imports that
       exist cannot be read. The hash of an import that cannot be read is None. If the
-      recorded hash matches by an older formula, it is returned unchanged.
+      recorded hash matches by an older formula, that hash is returned.
     """
     hashes, damage = {}, []
     for knob, path in imported_paths(settings).items():
@@ -164,14 +165,17 @@ def imported_weights(
             "init.import_* files hold one table for all tokens, but this model has "
             f"{len(config.bands)} bands: leave model.band_sizes empty"
         )
-    if init.keep == "shape" and table is None:
-        raise UserError("init.keep is 'shape' without bands: set init.import_bands")
     if init.blocks_from:
         new |= _blocks(init.blocks_from, config, params)
     wpe_TD = new.get("wpe", params["wpe"])
     bands = [BandLeaves()] * len(config.bands)
     if table and init.keep != "shape":
         _check_bands(table, init.import_bands, config)
+        if init.import_scale_matrices_freeze and not any(table.ranks):
+            raise UserError(
+                f"init.import_scale_matrices_freeze is on, but {init.import_bands} has "
+                "no scale matrices, because all its bands have full width: leave it out"
+            )
         new |= with_mean(table.mean, wpe_TD)
         bands = leaves_of(table, config.n_embd_wte_scale_tying)
     if init.import_wte_npy:
@@ -235,11 +239,16 @@ def _controls(
 def _blocks(path: str, config: GPTConfig, params: Mapping[str, Any]) -> dict:
     """All weights of another run, except its embedding."""
     run = Run.open(path)
-    heads = run.settings.model.n_head
-    if heads != config.n_head:
+    theirs = {name: getattr(run.settings.model, name) for name in BLOCK_KNOBS}
+    differing = [
+        f"model.{name}={value}"
+        for name, value in theirs.items()
+        if value != getattr(config, name)
+    ]
+    if differing:
         raise UserError(
-            f"init.blocks_from: {path} has {heads} attention heads, but this model has "
-            f"{config.n_head}: set model.n_head={heads}"
+            f"init.blocks_from: the blocks of {path} are of another model: set "
+            f"{', '.join(differing)}"
         )
     blocks = trees.flatten(without_embedding(run.weights["params"]))
     wanted = trees.flatten(without_embedding(params))

@@ -151,7 +151,10 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
 
 
 def _this_process() -> dict[str, Any]:
-    """Shows others that this process lives; they also show it to a person."""
+    """Identifies this process.
+
+    Other commands check whether it lives and print it while they wait.
+    """
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
@@ -195,7 +198,7 @@ def _kernel() -> str | None:
 def _start_of(process: int) -> str | None:
     """When a process started, by the kernel's clock; '' if it ended, None if hidden.
 
-    Numbers of processes are used again; with the start they are unique.
+    The system reuses process numbers; a number with its start time is unique.
     """
     try:
         text = Path(f"/proc/{process}/stat").read_text("utf-8", errors="replace")

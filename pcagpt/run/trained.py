@@ -16,9 +16,9 @@ from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
-from pcagpt.model import GPT, GPTConfig, full_table
+from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint
-from pcagpt.run.build import DEVICE_KNOBS, build_config
+from pcagpt.run.build import build_config
 from pcagpt.run.folder import choose
 from pcagpt.sharding import placement, processes
 

@@ -34,8 +34,8 @@ PARTITION_RULES = (
 def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh of data * fsdp devices; data = -1 uses all devices.
 
-    Raises UserError if there are too few devices. It also does so if some stay unused
-    and data is -1 or there are several processes.
+    Raises UserError if there are too few devices, or if some would stay unused although
+    data is -1 or there are several processes.
     """
     devices = jax.devices()
     data_is_open = data == -1

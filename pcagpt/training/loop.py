@@ -14,13 +14,13 @@ import numpy as np
 
 from pcagpt.errors import Interrupted
 from pcagpt.model import (
+    DEVICE_KNOBS,
     embedding_parameters,
     order_constants,
     token_order,
     total_parameters,
 )
 from pcagpt.run import provenance
-from pcagpt.run.build import DEVICE_KNOBS
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import config_sha256, write_result

@@ -45,8 +45,8 @@ class Setup:
     ) -> "Setup":
         """Builds the setup; checks all that can be checked before the first file.
 
-        Imports of the knobs in `missing` are not made yet: without them, the setup is
-        only a check. All processes call this.
+        The imports in `missing` do not exist yet. The setup then omits them and serves
+        only as a check. All processes call this.
 
         Raises UserError if the settings do not fit the corpus, the imports or the
         devices.
