@@ -1,5 +1,6 @@
 """This process: its environment, its streams, its signals and its end."""
 
+import codecs
 import contextlib
 import ctypes
 import io
@@ -34,6 +35,9 @@ _OTHERS_ENDED = (
     "run the same command again to continue from what is saved"
 )
 _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
+
+# A terminal that cannot show a sign shows these instead.
+_PLAIN_SIGNS = {"−": "-", "–": "-", "±": "+/-", "×": "x", "…": "..."}
 
 # These variables of JAX change the numbers of a run, which must not depend on the
 # environment.
@@ -107,13 +111,21 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
-    sys.stdout.reconfigure(errors="backslashreplace")
+    codecs.register_error("plain_signs", _in_plain_signs)
+    sys.stdout.reconfigure(errors="plain_signs")
     sys.stderr = io.TextIOWrapper(
         io.BufferedWriter(_Optional(2, "w", closefd=False)),
         sys.stderr.encoding,
-        "backslashreplace",
+        "plain_signs",
         line_buffering=True,
     )
+
+
+def _in_plain_signs(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Handles text that cannot be encoded: a plain sign, or else its code."""
+    error.end = error.start + 1
+    plain = _PLAIN_SIGNS.get(error.object[error.start])
+    return (plain, error.end) if plain else codecs.backslashreplace_errors(error)
 
 
 class _Optional(io.FileIO):

@@ -225,6 +225,29 @@ def test_a_best_model_with_other_weights_is_moved_aside_and_made_again(
     assert len(replaced(folder)) == 1
 
 
+@pytest.mark.parametrize("harm", ["lost", "damaged", "exchanged"])
+def test_lost_or_damaged_factors_of_a_best_model_are_written_again(copied_sweep, harm):
+    folder = folder_of(copied_sweep)
+    factors, model = folder / "best_k8" / "factors", folder / "best_k8" / "ckpt"
+    wanted, before = factor_files.sha256_of_bands(factors), snapshot(model)
+    if harm == "damaged":
+        (factors / "token_order.npy").write_bytes(b"garbage")
+        with pytest.raises(UserError, match=f"the command that made {factors} writes"):
+            factor_files.read_bands(factors)
+    else:
+        shutil.rmtree(factors)
+    if harm == "exchanged":
+        shutil.copytree(folder / "best_k4" / "factors", factors)
+    sweep_of(copied_sweep)
+    assert factor_files.sha256_of_bands(factors) == wanted
+    assert snapshot(model) == before and not replaced(folder)
+    # What a person may have put there is kept.
+    assert len(list(factors.parent.glob("factors.replaced-*"))) == (harm != "lost")
+    before = snapshot(factors.parent)
+    sweep_of(copied_sweep)
+    assert snapshot(factors.parent) == before
+
+
 def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
     copied_sweep,
 ):
@@ -670,6 +693,24 @@ def test_a_bound_on_bytes_is_used_up_and_allows_the_full_table_in_few_bits(
     assert max(row["bytes"] for row in trials) <= allowed
     assert chosen["added_loss"] == min(row["added_loss"] for row in trials)
     assert tried["context", 8]["bytes"] > 0.9 * allowed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwrite(
+    asked, capsys, overwrite
+):
+    advice_of(asked, max_params=1000)
+    folder = folder_of(asked)
+    record = {"imported_sha256": {"weights_from": fingerprint.of(folder / "advised")}}
+    run = Path(asked.workdir) / "gpt_pca_distill_from_advised"
+    write_record(run, record)
+    before = snapshot(folder)
+    other = changed(asked, overwrite=overwrite, **{"compress.max_params": 900})
+    compress(Settings.of(other), "a command")
+    said = f"advised stays, because {run} started from it; another table"
+    assert (said in capsys.readouterr().out) == (not overwrite)
+    assert len(list(folder.glob("advised.replaced-*"))) == overwrite
+    assert (snapshot(folder) == before) == (not overwrite)
 
 
 # Coded tables

@@ -148,8 +148,12 @@ def world(
     bands=(1, 2, 5),
     methods=("kl",),
     estimate=1.0,
+    rounding=1e-9,
 ):
-    """A `Fit` of this world; factors scale the loss and the estimated bytes."""
+    """A `Fit` of this world.
+
+    factor scales the loss, estimate the estimated bytes, rounding the loss of few bits.
+    """
 
     def make(recipe):
         if recipe.bands == 5 and recipe.budget < least:
@@ -157,7 +161,7 @@ def world(
         gain = {1: 1.0, 2: 0.5, 5: 0.6}[recipe.bands]
         loss = gain * (recipe.budget / UNIT) ** -exponent
         if recipe.method == "baseline":
-            loss = 1e-9 * 2 ** (32 - recipe.bits)
+            loss = rounding * 2 ** (32 - recipe.bits)
         wte = np.empty((1, recipe.budget - 3), np.int8)
         stored = FactorizedTable.of_one_band(BandFactors(wte, None))
         size = recipe.budget * recipe.bits // 8
@@ -207,6 +211,19 @@ def test_a_coded_file_is_searched_by_its_bytes():
     assert {t.candidate.recipe.method for t in fit.trials} >= {"kl", CODED}
     fit = world(methods=[CODED])
     assert fit.within_bytes(20_000, [32, 8]) and len(fit.trials) == 1
+
+
+def test_the_full_table_in_few_bits_is_tried_for_a_loss_where_it_is_smaller():
+    def found(bits, methods=("kl", CODED)):
+        fit = world(factor=5.0, methods=methods, rounding=2e-11)
+        recipe = fit.within_loss(0.008, bits).candidate.recipe
+        return recipe.method, recipe.bits
+
+    assert found([]) == found([8], methods=(CODED,)) == (CODED, 0)
+    assert found([8, 4]) == found([4, 8]) == ("baseline", 8)  # 4 bits add too much.
+    small = world(1.5, 1.7, table=(4000, 3000), methods=["kl", CODED])
+    small.within_loss(0.001, [8, 4])
+    assert {trial.candidate.recipe.method for trial in small.trials} == {CODED}
 
 
 @pytest.mark.parametrize("estimate", [1e-9, 0.5, 1.0, 2.0, 1e9])

@@ -165,7 +165,7 @@ def recovered(config):
     """The ranks that a sweep trains further."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressing, "sweep", lambda *_: None)
+        patch.setattr(compressing, "sweep", lambda *_, **__: None)
         patch.setattr(compressing, "_recover", lambda asked, *_: found.append(asked))
         compressing.compress(Settings.of(config), "a command")
     return [settings.compress.recover_ranks for settings in found]
@@ -192,7 +192,9 @@ def compression(config):
         patch.setattr(
             compressing, "sweep", lambda _, tried, *__, **___: asked.append(tried)
         )
-        patch.setattr(compressing, "advise", lambda *given: asked.append(given[1:3]))
+        patch.setattr(
+            compressing, "advise", lambda *given, **_: asked.append(given[1:3])
+        )
         compressing.compress(Settings.of(config), "a command")
     return asked
 

@@ -288,6 +288,21 @@ def test_any_text_can_be_shown_on_an_ascii_terminal():
     assert ended.stdout == "caf\\xe9\n"
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_signs_of_numbers_are_readable_on_every_terminal(stream, encoding):
+    signs = "\u22120.0152 \u00b1 0.0010, \u2013, 5.91\u00d7, 5c98\u2026"
+    script = (
+        "import sys; from pcagpt import process; process.prepare(); "
+        f"print({signs!a}, file=sys.{stream})"
+    )
+    settings = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    ended = python("-c", script, environment=settings)
+    plain = "-0.0152 +/- 0.0010, -, 5.91x, 5c98..."
+    shown = plain if encoding == "ascii" else signs
+    assert getattr(ended, stream) == f"{shown}\n"
+
+
 def test_a_closed_stream_s_number_is_not_given_to_a_file(tmp_path):
     script = """
 import os, sys

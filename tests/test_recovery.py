@@ -176,6 +176,22 @@ def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
         job(again).status()
 
 
+def test_a_start_that_was_moved_aside_is_named(sources, recover, tmp_path, capsys):
+    source = elsewhere(sources["banded"], tmp_path / "best")
+    config = recover(source)
+    execute(config)
+    folder.move_aside(source)
+    (kept,) = tmp_path.glob("best.replaced-*")
+    elsewhere(sources["banded"], source)
+    weights = Run.open(source).weights
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 1
+    shutil.rmtree(source / "ckpt")
+    checkpoint.save_weights(source, weights)
+    named = rf"started from \(that one was moved to {kept.name}\): imported_sha256"
+    with pytest.raises(UserError, match=named):
+        job(config).status()
+
+
 # With a teacher
 
 

@@ -638,7 +638,7 @@ def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_pa
 
 def test_the_advice_prints_the_interval():
     row = sweep_row("svd", predicted_loss=0.26, added_loss_interval=[0.2, 0.3])
-    text = advice_text(row, (V, D), "advised")
+    text = advice_text(row, (V, D))
     assert "+0.2600 predicted, +0.2500 ± 0.0500 measured, in nats per token" in text
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from pcagpt.compress.candidates import Candidate, factor_methods
-from pcagpt.compress.export import write_model
+from pcagpt.compress.export import stays, write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
@@ -26,6 +26,8 @@ def advise(
     methods: Sequence[str],
     options: CompressSettings,
     output: Output,
+    *,
+    overwrite: bool,
 ) -> None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
@@ -35,13 +37,14 @@ def advise(
       options: one of its bounds is set. Factors have one of its numbers of bands and,
         for a bound on bytes, 32 bits per value or one of its `bits`.
       output: for advice.json and the model; an earlier advice is moved aside.
+      overwrite: without it, a model that a run started from `stays`, and its advice.
 
     Raises UserError if no table fits.
     """
     ((name, bound),) = options.bounds.items()
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label, most = f"fitting {original.run.folder.name}", 2 + 2 * len(options.bits)
-    with Progress(label, max(most, Fit.TRIALS)) as progress:
+    label, most = f"fitting {original.run.folder.name}", Fit.TRIALS + len(options.bits)
+    with Progress(label, most) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
             scores = original.measure(candidate)
@@ -52,7 +55,7 @@ def advise(
             methods = factor_methods(methods)
         fit = Fit(make, make.coded_bytes, measure, methods, options.bands, shape)
         if name == "max_added_loss":
-            chosen = fit.within_loss(bound)
+            chosen = fit.within_loss(bound, options.bits)
         elif name == "max_params":
             chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
         else:
@@ -65,9 +68,12 @@ def advise(
         return
     row, place = chosen.row(), output.folder / ADVISED
     # First, because writing may fail.
-    print(advice_text(row, shape, str(place)), flush=True)
+    print(advice_text(row, shape), flush=True)
     output.check_lock()
+    if stays(place, chosen.candidate.recipe, overwrite):
+        return
     write_model(place, original, chosen.candidate, row)
+    print(f"model: {place}", flush=True)
     trials = [trial.row() for trial in fit.trials]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
     advice, path = output.heading | answer, output.folder / "advice.json"

@@ -1,5 +1,6 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -12,16 +13,23 @@ import jax
 import numpy as np
 
 from pcagpt import coding, trees
+from pcagpt.arms import FROM_RUN
 from pcagpt.compress.candidates import Candidate, Codes, of_full_width
 from pcagpt.compress.original import Original
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import FactorizedTable
-from pcagpt.factorize.factor_files import write_bands
+from pcagpt.factorize.factor_files import read_bands, write_bands
 from pcagpt.methods import CODED, PACKED
 from pcagpt.model import order_constants, table_leaves, without_embedding
 from pcagpt.rows import DEFAULTS, Recipe, Row
-from pcagpt.run import checkpoint, digests, initialise
-from pcagpt.run.folder import is_vacant, move_aside, read_record, write_record
+from pcagpt.run import checkpoint, digests, fingerprint, initialise
+from pcagpt.run.folder import (
+    is_vacant,
+    look,
+    move_aside,
+    read_record,
+    write_record,
+)
 
 
 class CodeFile(NamedTuple):
@@ -47,9 +55,9 @@ def write_model(
     ckpt/0 holds what a coded table decodes to, and the arrays of a packed table.
 
     Every command takes the folder as a run. A folder that already holds this model
-    stays as it is, because other runs may have started from it. A folder that holds
-    another model is moved aside. 'compressed' in config.json tells how the table was
-    made.
+    stays as it is, because other runs may have started from it; only lost or damaged
+    factors/ are written again. A folder that holds another model is moved aside.
+    'compressed' in config.json tells how the table was made.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     made = _origin(original, recipe, candidate.table)
@@ -63,10 +71,11 @@ def write_model(
     if codes:  # Its losses may have been measured anew.
         file = FILES[recipe.method]
         file.write(written / file.name, codes, _description(original, row))
+    elif not _holds(factors := written / "factors", made["table_sha256"]):
+        move_aside(factors)
+        write_bands(factors, candidate.table)
     if is_made:
         return
-    if not codes:
-        write_bands(written / "factors", candidate.table)
     model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
     own = {"model": model, "run_id": secrets.token_hex(8)}
     write_record(written, {**run.record, **own, "compressed": made})
@@ -98,6 +107,33 @@ def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     return True
 
 
+def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
+    """Whether the model of another recipe stays, since a run started from it; says so.
+
+    The run could not go on from another model. `overwrite` keeps none.
+    """
+    if overwrite or is_of(folder, recipe) or not (run := _started_from(folder)):
+        return False
+    print(
+        f"{folder} stays, because {run} started from it; another table (method "
+        f"{recipe.method}, bands {recipe.bands}) was chosen: --config.overwrite=True "
+        "moves the one there aside",
+        flush=True,
+    )
+    return True
+
+
+def _started_from(model: Path) -> Path | None:
+    """A run beside or one folder above that was started from a model as it is now."""
+    name = FROM_RUN.format(arm="*", source=model.name)
+    for run in [*sorted(model.parent.glob(name)), *sorted(model.parents[1].glob(name))]:
+        with contextlib.suppress(UserError):  # Damaged: no run can start or go on.
+            recorded = (look(run).stored or {}).get("imported_sha256") or {}
+            if fingerprint.same(model, recorded.get("weights_from")):
+                return run
+    return None
+
+
 def _description(original: Original, row: Row) -> coding.Description:
     protocol = original.protocol
     return coding.Description(
@@ -109,7 +145,12 @@ def _description(original: Original, row: Row) -> coding.Description:
     )
 
 
-def origin_of(folder: Path) -> dict[str, Any]:
+def is_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether `write_model` wrote a table of this recipe there."""
+    return dataclasses.asdict(recipe).items() <= _origin_of(folder).items()
+
+
+def _origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} without a record."""
     origin = (read_record(folder) or {}).get("compressed")
     return DEFAULTS | origin if origin else {}
@@ -133,7 +174,7 @@ def _is_made(
     folder: Path, original: Original, made: dict[str, Any], weights: dict
 ) -> bool:
     """Whether a folder has this origin, and these weights as its newest, undamaged."""
-    earlier = origin_of(folder)
+    earlier = _origin_of(folder)
     # A run may have been moved, and an older version had another fingerprint.
     moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
     if moved != made or not original.run.is_at(earlier.get("fingerprint")):
@@ -144,6 +185,16 @@ def _is_made(
     except UserError:
         return False
     return stored == digests.of_arrays(weights)
+
+
+def _holds(factors: Path, table_sha256: str) -> bool:
+    """Whether a folder holds the factors of this table, undamaged."""
+    try:
+        return _sha256(read_bands(factors)) == table_sha256
+    except Unreadable:
+        raise
+    except UserError:
+        return False
 
 
 def check_place(folder: Path) -> None:

@@ -54,11 +54,13 @@ class Fit:
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
 
-    def within_loss(self, max_added_loss: float) -> Trial | None:
+    def within_loss(
+        self, max_added_loss: float, bits: Sequence[int] = ()
+    ) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
         It is of the first of `CODES` that is allowed: float32 factors are many times
-        larger.
+        larger. It is the full table at one of `bits` if that is smaller and fits.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5
@@ -72,8 +74,13 @@ class Fit:
             return None if made is None else self._try(made).scores.added_loss
 
         search(added_loss, max_added_loss, span, slope, 0.1, self.TRIALS)
-        kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
-        return min(kept, key=lambda t: t.candidate.bytes, default=None)
+        found = self._smallest(max_added_loss)
+        for bit in bits if self._method else ():
+            whole = self._own_table(bit)
+            if found is None or whole.bytes < found.candidate.bytes:
+                self._try(whole)
+                found = self._smallest(max_added_loss)
+        return found
 
     def within_bytes(self, max_bytes: int, bits: Sequence[int]) -> Trial | None:
         """The table with the least added loss of at most this many bytes, or None.
@@ -88,10 +95,19 @@ class Fit:
             if bit >= FEWEST_FACTOR_BITS:
                 self._fill_bytes(max_bytes, bit)
             if bit < 32:
-                whole = self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bit))
+                whole = self._own_table(bit)
                 if whole.bytes <= max_bytes:
                     self._try(whole)
         return min(self.trials, key=lambda t: t.scores.added_loss, default=None)
+
+    def _smallest(self, max_added_loss: float) -> Trial | None:
+        """The smallest table tried that adds at most this loss."""
+        kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
+        return min(kept, key=lambda t: t.candidate.bytes, default=None)
+
+    def _own_table(self, bits: int) -> Candidate:
+        """The full table rounded to this many bits."""
+        return self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bits))
 
     def _coded(self, method: str, max_bytes: int) -> Candidate | None:
         """The table of codes of at most this size; None if no file is so small."""

@@ -1,14 +1,12 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pcagpt.arms import FROM_RUN
-from pcagpt.compress.export import keeps_codes, origin_of, write_model
+from pcagpt.compress.export import is_of, keeps_codes, stays, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.errors import UserError
@@ -21,8 +19,7 @@ from pcagpt.factorize import (
 from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.rows import Recipe, Row, read_sweep
-from pcagpt.run import fingerprint
-from pcagpt.run.folder import look, move_aside
+from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
@@ -127,35 +124,18 @@ def _write_best(
     measured: dict[Recipe, Row],
     overwrite: bool,
 ) -> None:
-    """Writes the model of least added loss; in a tie, keeps the one already there.
+    """Writes the model of least added loss, unless the one there `stays`.
 
-    A run that started from the one there could not go on from another: without
-    `overwrite`, that one stays, too.
+    In a tie, it keeps the one already there.
     """
     least = min(measured[recipe].added_loss for recipe in recipes)
     equal = [r for r in recipes if measured[r].added_loss == least]
-    origin = origin_of(place)  # Runs may have started from it.
-    made = [r for r in equal if dataclasses.asdict(r).items() <= origin.items()]
-    best, *_ = made or equal
-    if not (made or overwrite) and (run := _started_from(place)):
-        print(
-            f"{place} stays, because {run} started from it; another table (method "
-            f"{best.method}, bands {best.bands}) adds less loss: "
-            "--config.overwrite=True moves the one there aside",
-            flush=True,
-        )
-    elif not (best.is_coded and keeps_codes(place, original, measured[best])):
+    # Runs may have started from the one there.
+    best = next((recipe for recipe in equal if is_of(place, recipe)), equal[0])
+    if stays(place, best, overwrite):
+        return
+    if not (best.is_coded and keeps_codes(place, original, measured[best])):
         write_model(place, original, original.compressor(best), measured[best])
-
-
-def _started_from(model: Path) -> Path | None:
-    """A run beside a best model that was started from it, as it is now."""
-    for run in sorted(model.parent.glob(FROM_RUN.format(arm="*", source=model.name))):
-        with contextlib.suppress(UserError):  # Damaged: no run can start or go on.
-            recorded = (look(run).stored or {}).get("imported_sha256") or {}
-            if fingerprint.same(model, recorded.get("weights_from")):
-                return run
-    return None
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:

@@ -220,15 +220,17 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "above 0: find the smallest table that adds at most this loss; it is a coded "
-        "file if methods has coded",
+        "find the smallest table that adds at most this loss: a coded file if methods "
+        "has coded, or D's own table at one of bits; 0: no bound",
         at_least(0),
     )
     max_params: int = knob(
-        0, "above 0: find the best table of at most this many numbers", at_least(0)
+        0,
+        "find the best table of at most this many numbers; 0: no bound",
+        at_least(0),
     )
     max_bytes: int = knob(
-        0, "above 0: find the best table of at most this many bytes", at_least(0)
+        0, "find the best table of at most this many bytes; 0: no bound", at_least(0)
     )
     recover_ranks: tuple[int, ...] = knob(
         (),

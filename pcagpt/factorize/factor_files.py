@@ -262,7 +262,10 @@ def sha256_of_bands(folder: Path) -> str:
 
 def _listed(folder: Path) -> dict[str, Any]:
     """The digests in a folder's metadata, for `check_digests`; {} without."""
-    remedy = "write the files beside it again, or delete it if it describes other files"
+    remedy = (
+        f"delete {folder} and run the command that made it again, or delete only this "
+        "file if the files beside it are your own"
+    )
     files = (read_json(folder / METADATA_FILE, remedy) or {}).get("files")
     return files if isinstance(files, dict) else {}
 
@@ -282,8 +285,8 @@ def _checked_file(path: Path) -> Path:
         raise
     except UserError as error:
         raise UserError(
-            f"{error}: write it again, or delete {path.parent / METADATA_FILE} if that "
-            "describes other files"
+            f"{error}: the command that made {path.parent} writes it again; delete "
+            f"{path.parent / METADATA_FILE} only if you replaced files there yourself"
         ) from None
     return path
 

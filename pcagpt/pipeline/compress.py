@@ -78,7 +78,7 @@ def compress(settings: Settings, command: str) -> None:
         processes.from_first(check_folder)
         output = Output(folder, heading, check_lock)
         if options.bounds:
-            advise(original, methods, options, output)
+            advise(original, methods, options, output, overwrite=settings.overwrite)
         else:
             _check_recoverable(original, tried, settings, folder)
             sweep(

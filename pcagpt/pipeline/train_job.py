@@ -1,5 +1,6 @@
 """A training run as a job: its status, its checks and its training."""
 
+import contextlib
 import dataclasses
 import secrets
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pcagpt.files import remove_leftovers
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
-from pcagpt.run import checkpoint, initialise, lock
+from pcagpt.run import checkpoint, fingerprint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     Contents,
@@ -158,7 +159,7 @@ class TrainJob(Job):
             if all("imported_sha256.weights_from" in field for field in changed):
                 how = (
                     f"{self.settings.init.weights_from} is now another model than the "
-                    f"one that {self.folder} started from"
+                    f"one that {self.folder} started from{self._moved_source(there)}"
                 )
             return f"{how}: {'; '.join(changed)}"
         if found := there.stranger:
@@ -168,6 +169,16 @@ class TrainJob(Job):
         if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
             return self._other_tokens(self.corpus(), there.stored)
         return None
+
+    def _moved_source(self, there: Contents) -> str:
+        """' (that one was moved to NAME)' if the run's start is still there."""
+        source, _ = checkpoint.find(self.settings.init.weights_from)
+        recorded = (there.stored.get("imported_sha256") or {}).get("weights_from")
+        for kept in sorted(source.parent.glob(f"{source.name}.replaced-*")):
+            with contextlib.suppress(UserError):
+                if fingerprint.same(kept, recorded):
+                    return f" (that one was moved to {kept.name})"
+        return ""
 
     def _changed(self, there: Contents) -> list[str]:
         """`changed_fields` of the run that is there."""

@@ -44,7 +44,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def advice_text(row: Row, table: tuple[int, int], folder: str) -> str:
+def advice_text(row: Row, table: tuple[int, int]) -> str:
     """Describes the choice for a table [V, D] in a few lines for the terminal."""
     bands = ", ".join(
         f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
@@ -57,8 +57,7 @@ def advice_text(row: Row, table: tuple[int, int], folder: str) -> str:
         f"bands: {bands}\n"
         f"added loss: {signed(row.predicted_loss, 4)} predicted, "
         f"{with_interval(row.added_loss, row.added_loss_interval)} measured, in nats "
-        f"per token (±: {INTERVAL})\n"
-        f"model: {folder}"
+        f"per token (±: {INTERVAL})"
     )
 
 
