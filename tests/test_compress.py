@@ -872,6 +872,7 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
     folder = folder_of(asked) / "advised"
     assert chosen == trials[0]
     assert (chosen["method"], chosen["bands"]) == ("packed", 2)
+    assert sum(chosen["band_sizes"]) == VOCAB_SIZE and len(chosen["band_sizes"]) == 2
     assert chosen["bytes"] == (folder / "table.npz").stat().st_size <= 9000
     assert chosen["memory"] < chosen["bytes"]
     packed, description = coding.read_packed(folder / "table.npz")

@@ -17,7 +17,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED, CODES, RIVALS
+from pcagpt.methods import CODED, CODES, OWN_TABLE, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -221,6 +221,7 @@ def test_the_full_table_in_few_bits_is_tried_for_a_loss_where_it_is_smaller():
 
     assert found([]) == found([8], methods=(CODED,)) == (CODED, 0)
     assert found([8, 4]) == found([4, 8]) == ("baseline", 8)  # 4 bits add too much.
+    assert found([8], methods=(CODED, OWN_TABLE)) == ("baseline", 8)
     small = world(1.5, 1.7, table=(4000, 3000), methods=["kl", CODED])
     small.within_loss(0.001, [8, 4])
     assert {trial.candidate.recipe.method for trial in small.trials} == {CODED}

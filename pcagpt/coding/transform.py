@@ -1,4 +1,4 @@
-"""The coordinates in which a table is coded: every error costs the same in each.
+"""Coordinates in which an error costs the same in every direction.
 
 Shape letters: V vocabulary, D model width, K directions that are coded.
 

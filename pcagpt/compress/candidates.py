@@ -35,10 +35,9 @@ Codes = coding.CodedTable | coding.PackedTable  # tables of the methods `CODES`
 class Candidate:
     """A compressed table.
 
-    table: what the model computes with; codes: how it is stored, for `CODES`; dense:
-    [V, D];
-    bytes: its storage; second_order: estimate of its added loss; seconds: time to make
-    the table.
+    table: factors, or the dense table that codes stand for; codes: how it is stored,
+    for `CODES`; dense: [V, D]; bytes: its storage; second_order: estimate of its added
+    loss; seconds: time to make the table.
     """
 
     recipe: Recipe
@@ -51,11 +50,14 @@ class Candidate:
 
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
+        sizes, ranks = self.table.sizes, self.table.ranks
+        if isinstance(self.codes, coding.PackedTable):
+            sizes, ranks = self.codes.sizes, (0,) * len(self.codes.sizes)
         return Row(
             **dataclasses.asdict(self.recipe),
             **dataclasses.asdict(scores),
-            band_sizes=list(self.table.sizes),
-            band_ranks=list(self.table.ranks),
+            band_sizes=list(sizes),
+            band_ranks=list(ranks),
             params=self.table.parameters,
             bytes=self.bytes,
             memory=self.memory,
@@ -161,6 +163,11 @@ def factor_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in methods if method in METHODS]
 
 
+def tries_own_table(methods: Sequence[str]) -> bool:
+    """Whether the model's own table is tried at few bits beside these methods."""
+    return OWN_TABLE in methods or bool(factor_methods(methods))
+
+
 def recipes(
     vocab_size: int,
     width: int,
@@ -171,13 +178,11 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    `CODES` come first: for each rank, one table of each
-    whose file has a byte for each value of the rank's budget. The last method that
-    makes factors counts as the best. Its tables in bands come next, then plain SVD,
-    then the rivals, then its tables at fewer bits, then the other methods. A method
-    that makes factors is always compared with the model's own table at the same bits.
-    Methods without token weights get a single band. Recipes in bands are left out if
-    the budget of their rank is too small.
+    The order: codes (for each rank, one table of each kind, whose file has a byte for
+    each value of the rank's budget); the best method that makes factors, in bands;
+    plain SVD; rivals and rounded factors; the other methods. The last method that makes
+    factors counts as the best. Methods without token weights get a single band. Recipes
+    in bands are left out if the budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
@@ -187,7 +192,7 @@ def recipes(
             found += [Recipe(method, count, budgets[rank], rank, 0) for rank in ranks]
     factors = factor_methods(methods)
     for rival in MAKERS:
-        if rival in methods or (rival == OWN_TABLE and factors):
+        if rival in methods or (rival == OWN_TABLE and tries_own_table(methods)):
             sizes = MAKERS[rival].sizes((vocab_size, width), bits)
             found += [Recipe(rival, 1, count, 0, bit) for count, bit in sizes]
     kinds = [

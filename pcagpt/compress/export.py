@@ -108,9 +108,10 @@ def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
 
 
 def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
-    """Whether the model of another recipe stays, since a run started from it; says so.
+    """Whether a model is kept, because a run started from it. Prints a line if so.
 
-    The run could not go on from another model. `overwrite` keeps none.
+    The run could not go on from another model. A model of the same recipe is not
+    replaced by another one. With `overwrite`, none is kept.
     """
     if overwrite or is_of(folder, recipe) or not (run := _started_from(folder)):
         return False

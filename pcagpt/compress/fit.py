@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from pcagpt.compress.candidates import Candidate, factor_methods
+from pcagpt.compress.candidates import Candidate, factor_methods, tries_own_table
 from pcagpt.factorize import BudgetTooSmall, LossRegression
 from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
 from pcagpt.rows import Recipe, Row, SwapScores
@@ -51,6 +51,7 @@ class Fit:
         self._make, self._coded_bytes, self._measure = make, coded_bytes, measure
         self._codes, self._bands = [m for m in CODES if m in methods], bands
         self._method = (factor_methods(methods) or [None])[-1]
+        self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
 
@@ -75,7 +76,7 @@ class Fit:
 
         search(added_loss, max_added_loss, span, slope, 0.1, self.TRIALS)
         found = self._smallest(max_added_loss)
-        for bit in bits if self._method else ():
+        for bit in bits if self._tries_own_table else ():
             whole = self._own_table(bit)
             if found is None or whole.bytes < found.candidate.bytes:
                 self._try(whole)
@@ -91,10 +92,10 @@ class Fit:
         for method in self._codes:
             if made := self._coded(method, max_bytes):
                 self._try(made)
-        for bit in bits if self._method else ():
-            if bit >= FEWEST_FACTOR_BITS:
+        for bit in bits:
+            if self._method and bit >= FEWEST_FACTOR_BITS:
                 self._fill_bytes(max_bytes, bit)
-            if bit < 32:
+            if self._tries_own_table and bit < 32:
                 whole = self._own_table(bit)
                 if whole.bytes <= max_bytes:
                     self._try(whole)

@@ -220,8 +220,9 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss: a coded file if methods "
-        "has coded, or D's own table at one of bits; 0: no bound",
+        "find the smallest table that adds at most this loss: a coded one if methods "
+        "has coded, else a packed one if it has packed, else factors; or D's own table "
+        "at one of bits, unless methods has only codes; 0: no bound",
         at_least(0),
     )
     max_params: int = knob(

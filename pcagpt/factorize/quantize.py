@@ -28,7 +28,7 @@ class Quantized:
 
     @property
     def codes(self) -> np.ndarray:
-        """int8 [N, width]: the levels in steps, less `offset_of`."""
+        """int8 [N, width]: a level is (code + `offset_of`) * scale."""
         return unpack(self.packed, self.width, self.bits)
 
     def dense(self) -> np.ndarray:
@@ -76,9 +76,10 @@ def largest_code(bits: int) -> int:
 
 
 def offset_of(bits: int) -> np.float32:
-    """The level of code 0, in steps: a lost level costs more than a lost 0 at few bits.
+    """The level of code 0, in steps.
 
-    With 1/2, codes start at -2^(bits-1). With 0, that code is unused.
+    It is 1/2 at 2 and 3 bits, which use all 2^bits levels and have no level 0: few bits
+    need every level. More bits have a level 0 and do not use the code -2^(bits-1).
     """
     return np.float32(0.5 if bits <= 3 else 0)
 

@@ -22,7 +22,7 @@ class SharedArrays:
     """What all bands of a packed table share."""
 
     basis: jax.Array  # [directions, D] int8
-    columns: jax.Array  # [D] float32, units of the basis
+    columns: jax.Array  # [D] float32, scale of each column of the basis
     mean: jax.Array  # [D] float32
     levels: jax.Array  # [sum of 2^width] float32: the values of the codes of each width
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.factorize import FLOAT_BYTES, SMALLEST_ADDED
-from pcagpt.methods import RIVALS
+from pcagpt.methods import CODES, RIVALS
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (
     NOTHING,
@@ -44,10 +44,15 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_rank(rank: int) -> str:
+    """The name of a rank, 0 for full width."""
+    return f"rank {rank}" if rank else "full width"
+
+
 def advice_text(row: Row, table: tuple[int, int]) -> str:
     """Describes the choice for a table [V, D] in a few lines for the terminal."""
     bands = ", ".join(
-        f"{size} tokens at {'full width' if rank == 0 else f'rank {rank}'}"
+        f"{size} tokens" + ("" if row.method in CODES else f" at {of_rank(rank)}")
         for size, rank in zip(row.band_sizes, row.band_ranks, strict=True)
     )
     bits = 8 * row.bytes / math.prod(table)
