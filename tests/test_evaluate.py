@@ -457,8 +457,6 @@ def test_tokens_that_an_older_version_made_are_found_beside_the_run(
     own_corpus, own_cache, tmp_path
 ):
     config, folder = own_corpus
-    for split in ("train", "val", "test"):
-        (folder / f"{split}.txt").write_text("Some text.<|endoftext|>")
     older = tmp_path / own_cache if own_cache else Path(config.workdir) / "data"
     path = Path(config.model_path) / "config.json"
     record = json_of(path)
@@ -466,8 +464,8 @@ def test_tokens_that_an_older_version_made_are_found_beside_the_run(
     write_json(path, record)
     tokens = folder.rename(tmp_path / "older")
     folder.mkdir()
-    for text in tokens.glob("*.txt"):
-        text.rename(folder / text.name)
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.txt").write_text("Some text.<|endoftext|>")
     now = open_corpus(str(folder), tmp_path / "other" / "data")
     shutil.copytree(tokens, older / now.older[0].name)
     elsewhere = changed(config, workdir=str(tmp_path / "other"))
