@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pcagpt.arms import ARMS
 from pcagpt.report import equal_size_table, recovery_table
+from pcagpt.report.sweep import row_name
 from pcagpt.report.text import (
     NOTHING,
     code,
@@ -19,6 +20,7 @@ from pcagpt.report.text import (
     signed,
     table,
     times,
+    with_interval,
 )
 from pcagpt.rows import read_sweep
 
@@ -66,6 +68,33 @@ def compression_tables(folder: Path) -> str:
     )
     tables = [equal_size_table(sweep), recovery_table(sweep), says]
     return "\n\n".join([*tables, f"    {sweep['command']}"])
+
+
+def codes_table(folder: Path) -> str:
+    """Tables of few bytes on the validation and the test split of two sweep.json."""
+    own, other = (read_sweep(folder / name / "sweep.json") for name in ("val", "test"))
+    tested = {row.recipe: row for row in other["rows"]}
+    vocab_size, width = own["protocol"]["table"]
+    rows = [
+        [
+            row_name(row.method, row.bands, row.bits),
+            count(row.bytes),
+            fixed(8 * row.bytes / (vocab_size * width), 2),
+            count(row.memory),
+            with_interval(row.added_loss, row.added_loss_interval),
+            with_interval(same.added_loss, same.added_loss_interval),
+        ]
+        for row in sorted(own["rows"], key=lambda row: row.bytes)
+        if row.bits not in (6, 32) and (same := tested[row.recipe])
+    ]
+    header = ["Table", "Bytes", "Bits", "Memory", "Added, validation", "Added, test"]
+    commit = code(other["git_commit"][:12])
+    says = (
+        "Added loss in nats per token, ± half of its 95% interval over evaluation "
+        f"windows, one seed. {other['device']}, commit {commit}, by this command, and "
+        "once without `split`:"
+    )
+    return "\n\n".join([table(header, rows, "lrrrrr"), says, f"    {other['command']}"])
 
 
 def speed_table(folder: Path) -> str:
@@ -171,6 +200,7 @@ def joined(texts: list[str], between: str) -> str:
 TABLES = {
     "results.json": results_table,
     "sweep.json": compression_tables,
+    "*/sweep.json": codes_table,
     "bench.json": speed_table,
     "*_gpus.json": scaling_table,
 }

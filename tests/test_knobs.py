@@ -42,6 +42,14 @@ def shapes(config):
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
+def packed(config):
+    """{constant: shape} of the model, without a run: packed tables are not trained."""
+    settings = Settings.of(config).model
+    model = GPT(build_config(settings, sum(settings.band_sizes)))
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
+    return jax.tree.map(lambda leaf: leaf.shape, variables.get("constants"))
+
+
 def first_batch(config):
     """The tokens of a run's first batch."""
     return np.asarray(setup(config).batch(0)).tolist()
@@ -282,6 +290,11 @@ KNOBS = {
     "model.n_embd_wte_scale_tying": (shapes, False, RANDOM),
     "model.band_sizes": (shapes, (50, 47), BANDS),
     "model.band_ranks": (shapes, (8, 0), BANDS),
+    "model.band_blocks": (
+        packed,
+        (1, 0, 0, 0, 0, 0, 1),
+        BANDS | {"model.band_sizes": (97,), "model.band_ranks": (0,)},
+    ),
     "model.bias": (shapes, False, {}),
     "model.dropout": (step, 0.1, {}),
     "model.compute_dtype": (step, "bfloat16", {}),

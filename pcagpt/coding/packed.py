@@ -91,9 +91,9 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
         table_VD, weighting._replace(contexts=None), prepared.synthesis_DD, mean_D
     ).values
     levels, errors_W = levels_of(exact_DV, tokens_of_bands)
-    room = most - _FILE_BYTES - _BAND_BYTES * len(tokens_of_bands)
+    overhead = _FILE_BYTES + _BAND_BYTES * len(tokens_of_bands)
     widths_BS = choose_widths(
-        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, room
+        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, most, overhead
     )
     directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
     basis = _basis(prepared.synthesis_DD[:directions], weighting.metric)

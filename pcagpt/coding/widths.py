@@ -59,10 +59,12 @@ def choose_widths(
     tokens_of_bands: list[np.ndarray],
     errors_W: np.ndarray,
     most: int,
+    overhead: int = 0,
 ) -> np.ndarray:
     """The widths with the least weighted error in at most some bytes: [B, S].
 
-    They never rise from block to block. Raises BudgetTooSmall if no table fits.
+    `overhead` of the bytes hold no numbers. Widths never rise from block to block, and
+    each band has at least one block. Raises BudgetTooSmall if no table fits.
     """
     width, energy = len(values_DV), []
     for tokens in tokens_of_bands:
@@ -71,11 +73,12 @@ def choose_widths(
         energy.append(energy_D.reshape(-1, BLOCK).sum(axis=1))
     falling_BS = np.maximum.accumulate(np.array(energy)[:, ::-1], axis=1)[:, ::-1]
     errors_BSW = falling_BS[..., None] * errors_W
+    errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
     sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
     # A code takes its bits, a direction of a band a scale.
     bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
     bytes_BSW = np.broadcast_to(bytes_BSW, errors_BSW.shape)
-    fixed = 4 * (sizes_B.sum() + 2 * width + LEVELS)
+    fixed = overhead + 4 * (sizes_B.sum() + 2 * width + LEVELS)
 
     def at(price: float) -> tuple[np.ndarray, int]:
         best_BS1 = np.argmin(errors_BSW + price * bytes_BSW, axis=2)[..., None]
@@ -83,12 +86,11 @@ def choose_widths(
         rows = BLOCK * (best_BS1 > 0).any(axis=0).sum()  # of the basis
         return CHOICES[best_BS1[..., 0]], int(used + rows * width + fixed)
 
-    low, high = np.log2(errors_BSW.max() + 1e-200) + np.array([-200, 1])
+    low, high = np.log2(errors_BSW[..., 1:].max() + 1e-200) + np.array([-200, 1])
     found_BS, least = at(2.0**high)
     if least > most:
         raise BudgetTooSmall(
-            f"{most:,} bytes cannot hold a packed table: without any codes, it takes "
-            f"{least:,}"
+            f"{most:,} bytes cannot hold a packed table: the least takes {least:,}"
         )
     for _ in range(60):
         middle = (low + high) / 2

@@ -43,8 +43,8 @@ def advise(
     """
     ((name, bound),) = options.bounds.items()
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label, most = f"fitting {original.run.folder.name}", Fit.TRIALS + len(options.bits)
-    with Progress(label, most) as progress:
+    label, bits = f"fitting {original.run.folder.name}", len(options.bits)
+    with Progress(label, max(Fit.TRIALS + bits, 3 + 2 * bits)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
             scores = original.measure(candidate)
@@ -61,8 +61,7 @@ def advise(
         else:
             chosen = fit.within_bytes(bound, [32, *options.bits])
     if chosen is None:
-        enough = {"max_params": sum(shape), "max_bytes": FLOAT_BYTES * sum(shape)}
-        hint = f" to {enough[name]} or more" if name in enough else ""
+        hint = f" to {sum(shape)} or more" if name == "max_params" else ""
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() > 0:
         return

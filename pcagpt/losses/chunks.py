@@ -79,8 +79,7 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
 
     # Casting here avoids a cast in every chunk.
     cast_head, constants = jax.tree.map(
-        lambda leaf: leaf if leaf.dtype == jnp.uint8 else leaf.astype(h_ND.dtype),
-        (head, constants),
+        lambda leaf: leaf.astype(h_ND.dtype), (head, constants)
     )
     zeros = jax.tree.map(jnp.zeros_like, head)
     sums, *gradients = of_rows(h_ND, cast_head, zeros, constants, arrays_N)

@@ -221,7 +221,7 @@ def _add_legend(figure: "Figure") -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    place = {"loc": "outside upper left", "ncols": 5, "frameon": False}
+    place = {"loc": "outside upper left", "ncols": 4, "frameon": False}
     figure.legend(entries.values(), entries.keys(), **place)
 
 

@@ -72,18 +72,21 @@ class Teacher:
         """
         rows = []
         for band in model.apply(variables, method="head"):
-            row_VK, scale_KE = band.wte[: band.size], band.scale_down
+            row_VK, scale_KE = band.rows(np.arange(band.size)), band.scale_down
             rows.append(row_VK if scale_KE is None else row_VK @ scale_KE)
         columns_V = model.apply(variables, order_V, method="renumber")
         rows_VE = np.concatenate(rows)[np.asarray(columns_V)]
         head = tuple(
             HeadBand(
-                np.pad(rows_VE[start : start + size], ((0, padding), (0, 0))),
+                np.pad(
+                    rows_VE[band.start : band.start + band.size],
+                    ((0, band.padding), (0, 0)),
+                ),
                 scale_down=None,
-                start=start,
-                size=size,
+                start=band.start,
+                size=band.size,
             )
-            for start, size, padding, _ in bands
+            for band in bands
         )
         return cls(model, variables, head)
 
