@@ -115,7 +115,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a JSON file; `strict` converts the value, and a hash seals it.
 
-    It replaces a seal that the value already has, because it was read as plain JSON.
+    A value that was read with `parse_json` still has its old seal; the new seal
+    replaces it.
     """
     value = {name: entry for name, entry in strict(value).items() if name != _SEAL}
     text = json.dumps(

@@ -29,8 +29,8 @@ class Recipe:
 
     method: a name in `METHODS`, `CODES` or `RIVALS`; bands: number of frequency bands
     to start from; budget: number of values that may be stored, for `CODES` bytes of the
-    file; rank: the rank with this budget in a single band (0 for `RIVALS`); bits: of a
-    stored value, 32 (float32) or at most 8, for `CODES` 0.
+    file; rank: that of a single band with this budget; 0 for `RIVALS` and in a search
+    for a bound; bits: of a stored value, 32 (float32) or at most 8, for `CODES` 0.
     """
 
     method: str

@@ -131,7 +131,8 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
     damage(tmp_path, 1)
     damage(tmp_path, 2)
     with pytest.raises(
-        UserError, match=f"every checkpoint .* damaged .*: delete {tmp_path}"
+        UserError,
+        match=f"every checkpoint .* damaged .*: delete {tmp_path} .*overwrite=True",
     ):
         restore(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2]

@@ -627,7 +627,7 @@ def test_tokens_of_an_earlier_version_are_found(folder, cache):
     (folder / "val.txt").write_text("two")
     now = open_corpus(str(folder), cache)
     (earlier,) = now.older
-    assert now.older_tokens({"corpus": now.content | {"train": "other"}}) == ""
+    assert now.older_tokens({"corpus": now.content | {"train": "other"}}, cache) == ""
     shutil.copytree(now.folder, earlier)
     (earlier / "meta.json").unlink()
     counts = {"train": 9, "val": 2}
@@ -636,7 +636,7 @@ def test_tokens_of_an_earlier_version_are_found(folder, cache):
     write_tokens(earlier, [50256, *ids], vocab_size=50257, **meta)
     record = {"corpus": open_corpus(str(earlier), cache).content}
     assert now.changed_parts(record) == ["train"]
-    assert f"its tokens are in {earlier}, which" in now.older_tokens(record)
+    assert f"its tokens are in {earlier}, which" in now.older_tokens(record, cache)
     assert open_corpus(str(earlier), cache).changed_parts(record) == []
 
 
@@ -821,6 +821,9 @@ def test_ids_of_a_vocabulary_beyond_uint16_are_uint32_unless_stated(
         few = ids[:19_999] % 200
         write_tokens(folder, few, stored=narrow, **known)
         refused(folder, cache, "looks like|correct .*dtype .*in meta.json")
+    for wide in (few, few[:9]):
+        write_tokens(folder, wide, stored="<u4", dtype="uint16", **known)
+        refused(folder, cache, "looks like uint32, not uint16: correct dtype")
     write_tokens(folder, few, stored="<u2", dtype="uint16", **known)
     assert open_corpus(str(folder), cache).tokens("train").tolist() == few.tolist()
 
@@ -861,8 +864,14 @@ def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache
 
 def test_all_splits_have_the_width_of_the_largest(folder, cache):
     write_tokens(folder, np.arange(1, 3001) % 11, vocab_size=11)
-    write_tokens(folder, DIGITS[:40], "val")
-    assert open_corpus(str(folder), cache).tokens("val").tolist() == list(DIGITS[:40])
+    write_tokens(folder, DIGITS[:12], "val")
+    assert open_corpus(str(folder), cache).tokens("val").tolist() == list(DIGITS[:12])
+    os.truncate(folder / "val.bin", 0)
+    refused(folder, cache, r"val\.bin is empty: write", "val")
+    write_tokens(folder, DIGITS[:40:2], "val", stored="<u4")  # It may be wide.
+    refused(
+        folder, cache, r"val\.bin looks like uint32, but .*train\.bin like u", "val"
+    )
     write_tokens(folder, DIGITS, "val")  # It is long enough to be of another width.
     refused(folder, cache, "either uint32 ids, or uint16 ids", "val")
     wide = np.arange(1, 3001) * 33
@@ -870,7 +879,7 @@ def test_all_splits_have_the_width_of_the_largest(folder, cache):
     write_tokens(folder, wide[:9], "val", stored="<u4")
     assert open_corpus(str(folder), cache).tokens("val").tolist() == list(wide[:9])
     os.truncate(folder / "val.bin", 34)
-    refused(folder, cache, r"val\.bin is empty or truncated: it has 34 bytes", "val")
+    refused(folder, cache, r"val\.bin is truncated: it has 34 bytes", "val")
     write_tokens(folder, wide, stored="<u4", vocab_size=100_000, dtype="uint16")
     refused(folder, cache, "looks like uint32, not uint16: correct dtype")
 
@@ -1051,8 +1060,8 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("val.txt", b"", r"val\.txt is empty"),
         ("train.test.txt", b"text", "more than one split"),
         ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
-        ("train.bin", b"", r"train\.bin is empty or truncated: it has 0 bytes"),
-        ("train.bin", b"\1\0\2", "it has 3 bytes, which must be a positive multiple"),
+        ("train.bin", b"", r"train\.bin is empty: write its tokens again"),
+        ("train.bin", b"\1\0\2", "truncated: it has 3 bytes, which must be a multiple"),
         ("train.bin", b"\1\0", r"train\.bin holds a single token: at least 2 are"),
         ("val.bin", b"\1\0", r"no 'train' split.*present: val"),
         (
@@ -1119,12 +1128,15 @@ def test_meta_that_contradicts_the_files_is_refused(folder, cache, meta, match):
         ("meta.pkl", pickle.dumps({"a": 1})[:-3]),
         ("meta.pkl", pickle.dumps([65])),
         ("meta.pkl", pickle.dumps(collections.OrderedDict(vocab_size=65))),
+        ("meta.pkl", b"\x80\x04\x95"),
     ],
 )
 def test_meta_file_that_is_not_a_plain_dict_is_refused(folder, cache, name, content):
     write_tokens(folder, [1])
     (folder / name).write_bytes(content)
-    problem = "damaged" if name == "meta.json" else "refused.*dict of plain values"
+    problem = (
+        "damaged" if name == "meta.json" else r"refused.*dict of plain values \(\w"
+    )
     refused(folder, cache, f"{name} is {problem}")
 
 

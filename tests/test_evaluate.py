@@ -452,6 +452,29 @@ def test_a_changed_corpus_of_text_is_named_by_its_text(own_corpus):
         evaluate(config)
 
 
+@pytest.mark.parametrize("own_cache", ["", "cache"])
+def test_tokens_that_an_older_version_made_are_found_beside_the_run(
+    own_corpus, own_cache, tmp_path
+):
+    config, folder = own_corpus
+    older = tmp_path / own_cache if own_cache else Path(config.workdir) / "data"
+    path = Path(config.model_path) / "config.json"
+    record = json_of(path)
+    record["data"]["cache_dir"] = own_cache and str(older)
+    write_json(path, record)
+    tokens = folder.rename(tmp_path / "older")
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.txt").write_text("Some text.<|endoftext|>")
+    now = open_corpus(str(folder), tmp_path / "other" / "data")
+    shutil.copytree(tokens, older / now.older[0].name)
+    elsewhere = changed(config, workdir=str(tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=f"tokens are in {older}/.*, which can be given"
+    ):
+        evaluate(elsewhere)
+
+
 def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
     config, folder = own_corpus
     path = Path(config.model_path) / "config.json"

@@ -190,6 +190,11 @@ def test_bands_hold_the_tokens_by_falling_count(tiny_config, tmp_path):
     np.testing.assert_array_equal(order, np.argsort(-counts, kind="stable"))
 
 
+def test_an_unknown_property_to_keep_is_not_taken_for_all(factors):
+    with pytest.raises(KeyError, match="some"):
+        imported(keep="some", **factors())
+
+
 # Freezing
 
 

@@ -188,6 +188,22 @@ def test_a_damaged_file_is_refused_and_with_overwrite_moved_aside(copied, name):
     assert read_result(run_dir)["steps"] == 6
 
 
+@pytest.mark.parametrize("item", checkpoint.ITEMS)
+def test_an_unfinished_run_without_a_whole_checkpoint_is_moved_aside(copied, item):
+    run_dir = job(copied).folder
+    (run_dir / "result.json").unlink()
+    for path in (run_dir / "ckpt").glob(f"*/{item}/*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes() + b" ")
+    before = content(run_dir)
+    with pytest.raises(UserError, match=r"give .*--config\.overwrite=True"):
+        execute(copied)
+    execute(changed(copied, overwrite=True))
+    kept = content(moved(run_dir))
+    assert {name for name in before if "ckpt" in name} <= kept.keys()
+    assert read_result(run_dir)["steps"] == 6
+
+
 def test_what_is_moved_aside_twice_in_a_second_has_two_names(tmp_path, monkeypatch):
     monkeypatch.setattr(train_job.move_aside.__globals__["time"], "strftime", str)
     for number in range(3):

@@ -19,8 +19,8 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-12, 2.0**8
 def step_classes(weights_V: np.ndarray) -> np.ndarray:
     """The class of each token's step: [V] int8. Class c means a step of 2^(c/2).
 
-    An error e costs p_v e^2, so one step in the units of p_v^-1/2 for all tokens gives
-    the least total error for the bits (reverse water-filling). The weights are relative
+    An error e of token v costs p_v e^2. For given bits, the total is least if token v's
+    step is proportional to p_v^-1/2 (reverse water-filling). The weights are relative
     to their mean. Each class spans a factor 2 of weights.
     """
     weights_V = np.clip(weights_V, SMALLEST_WEIGHT, LARGEST_WEIGHT)

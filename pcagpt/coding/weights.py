@@ -10,7 +10,9 @@ from pcagpt.factorize import METHODS, Statistics, Weighting
 # All three were chosen by the loss and the KL divergence that tables of 3.5 and 6.7 MB
 # add to a GPT-2 small on WikiText-103's validation split; see TRIED.md.
 INPUT_WEIGHT = 2.0  # second order underestimates what errors of the input cost
-FREQUENCY_SHARE = 0.5  # the head sees a token as often as predicted, the input as found
+# Share of the frequency in a token's weight; the rest is its mean predicted
+# probability.
+FREQUENCY_SHARE = 0.5
 SMOOTHING = 0.02  # share of the mean weight; factors have that of `pcagpt.methods`
 
 

@@ -136,7 +136,8 @@ class Original:
     def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """A stored protocol in today's terms, if it is of this run and this corpus.
 
-        Older versions hashed both in another way. The name of a corpus does not count.
+        Older versions hashed checkpoint and corpus in another way. The corpus's name is
+        not compared.
         """
         batch_size = {"calibration_batch_size": self.calibration["batch_size"]}
         stored, corpus = batch_size | protocol, self.corpus  # Older files do not say.

@@ -108,12 +108,14 @@ class Corpus(CorpusInfo):
             return [] if is_same else ["tokens"]
         return None
 
-    def older_tokens(self, record: Mapping[str, Any]) -> str:
+    def older_tokens(self, record: Mapping[str, Any], cache_dir: Path) -> str:
         """Words for an error that name the folder of a run's tokens; '' without one.
 
-        `record` is the config.json of a run that an earlier version trained.
+        `record` is the config.json of a run that an earlier version trained, and
+        `cache_dir` the cache folder that its command had.
         """
-        for folder in filter(Path.is_dir, self.older):
+        theirs = (cache_dir / folder.name for folder in self.older)
+        for folder in filter(Path.is_dir, (*self.older, *theirs)):
             older = Corpus(**vars(read_meta(folder, "auto")), folder=folder)
             if older.changed_parts(record) == []:
                 return (

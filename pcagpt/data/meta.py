@@ -237,7 +237,7 @@ def _read_pickle(path: Path) -> dict:
     except Exception as error:  # A damaged pickle can raise almost any error.
         if found := unreadable(error):
             raise found from None
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "it is damaged"
         raise UserError(
             f"{path} is refused, it must be a pickled dict of plain values ({reason}): "
             'write meta.json instead, {"vocab_size": …}'

@@ -22,6 +22,7 @@ from pcagpt.errors import UserError
 
 _CHUNK_TOKENS = 1 << 20
 _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
+_FEW_BYTES = 32  # enough to doubt that uint16 ids are 0 at every second place
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
 _LONG_END = 1024  # zeros
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
@@ -60,14 +61,16 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             f"the folder {path.parent}, and give the text as --config.data.source to "
             "have it tokenized again"
         )
+    if content.size == 0:
+        raise UserError(f"{path} is empty: write its tokens again")
     stated = info.counts.get(path.stem)
     name = _dtype(path, content, info, cache_dir)
     dtype, highest = DTYPES[name], content.highest[name]
     if highest is None:
         raise UserError(
-            f"{path} is empty or truncated: it has {content.size} bytes, which must be "
-            f"a positive multiple of {dtype.itemsize}, the size of a {name}; write its "
-            "tokens again, or correct its dtype in meta.json"
+            f"{path} is truncated: it has {content.size} bytes, which must be a "
+            f"multiple of {dtype.itemsize}, the size of a {name}; write its tokens "
+            "again, or correct its dtype in meta.json"
         )
     length = content.size // dtype.itemsize
     if stated is not None and length != stated:
@@ -139,11 +142,11 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
         named = info.dtype or narrowest(info.vocab_size)
         raise _other_layout(path, "int64", named, info.vocab_size)
     if info.dtype:
-        # Uint32 ids of at most 65,535 are also uint16 ids, every second of them 0.
-        is_wide = "uint32" in fitting and content.narrow_sha256 is None
+        # Ids of a small vocabulary fit both widths. The stated one is then believed.
+        is_wide = "uint32" in fitting and narrowest(info.vocab_size) == "uint32"
         found = "uint32" if is_wide else "uint16"
         is_wrong = is_wide if info.dtype == "uint16" else fitting == ["uint16"]
-        if is_long and is_wrong:
+        if is_wrong:
             raise UserError(
                 f"{path} looks like {found}, not {info.dtype}: correct dtype in "
                 f"meta.json, or write the tokens again{_if_right(path)}"
@@ -153,7 +156,9 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
         return counted
     if narrowest(info.vocab_size) == "uint32":
         return "uint32"  # Uint16 cannot hold every id, so it must be stated.
-    own = _width(path, content, info) if is_long else None
+    seems_wide = "uint32" in fitting and content.size >= _FEW_BYTES
+    short = "uint32" if seems_wide and content.highest["uint32"] else None
+    own = _width(path, content, info) if is_long else short
     others = (path.with_name(f"{split}.bin") for split in info.splits)
     for other in sorted(others, key=lambda file: file.stat().st_size, reverse=True):
         found = _width(other, content_of(other, cache_dir), info)

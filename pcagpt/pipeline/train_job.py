@@ -154,6 +154,8 @@ class TrainJob(Job):
             )
         if there.result and there.lack:
             return f"{self.folder} is finished, but {there.lack}"
+        if there.saved and (lack := there.lack or self._lack_to_go_on(there)):
+            return f"{self.folder} {lack}"
         if changed := self._changed(there):
             how = f"{self.folder} was trained with another config"
             if all("imported_sha256.weights_from" in field for field in changed):
@@ -169,6 +171,12 @@ class TrainJob(Job):
         if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
             return self._other_tokens(self.corpus(), there.stored)
         return None
+
+    def _lack_to_go_on(self, there: Contents) -> str | None:
+        """Why an unfinished run that may be replaced can only be trained again."""
+        if there.result or not self._may_replace:
+            return None
+        return checkpoint.lack(self.folder, checkpoint.ITEMS)
 
     def _moved_source(self, there: Contents) -> str:
         """' (that one was moved to NAME)' if the run's start is still there."""
@@ -189,9 +197,9 @@ class TrainJob(Job):
     def record(self, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings and the hashes of all imports, as `status` compares them.
 
-        `recorded` are the hashes in the record of the run in the folder. The hash of an
-        import that is missing or damaged is None, because `status` needs no more of it.
-        A warning says what is damaged.
+        `recorded` are the hashes in the record of the run in the folder. The hash of a
+        missing or damaged import is None; `status` does not compare it. A warning says
+        what is damaged.
         """
         settings, hashes, damage = initialise.known_imports(self.settings, recorded)
         for reason in damage:
@@ -258,10 +266,11 @@ class TrainJob(Job):
         differing = corpus.changed_parts(stored)
         if not differing:
             return None
+        beside = self.folder.parent / "data"
         return (
             f"{self.folder} was trained on other tokens than "
             f"{self.settings.data.source} holds now "
-            f"({', '.join(differing)} differ){corpus.older_tokens(stored)}"
+            f"({', '.join(differing)} differ){corpus.older_tokens(stored, beside)}"
         )
 
     def run(self, checked: Setup | None = None) -> None:

@@ -162,7 +162,8 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"every checkpoint in {self._folder} is damaged ({damaged[0][1]}): "
-                f"delete {self._folder.parent} to train the run again"
+                f"delete {self._folder.parent} to train the run again, or give its own "
+                "command --config.overwrite=True"
             )
         return None
 
@@ -223,9 +224,9 @@ def find(path: str | Path) -> tuple[Path, int]:
     return run_dir, step
 
 
-def lack(run_dir: Path) -> str | None:
-    """Why no checkpoint of a run can be read; None if one can."""
-    step, damaged = _newest_good(run_dir)
+def lack(run_dir: Path, items: tuple[str, ...] = ("weights",)) -> str | None:
+    """Why no checkpoint of a run has these items undamaged; None if one has."""
+    step, damaged = _newest_good(run_dir, items)
     if step is not None:
         return None
     if damaged:
@@ -233,11 +234,13 @@ def lack(run_dir: Path) -> str | None:
     return "holds no finished checkpoint"
 
 
-def _newest_good(run_dir: Path) -> tuple[int | None, list[str]]:
-    """The newest step with undamaged weights, and the damage of those after it."""
-    damaged = []
+def _newest_good(
+    run_dir: Path, items: tuple[str, ...] = ("weights",)
+) -> tuple[int | None, list[str]]:
+    """The newest step with these items undamaged, and the damage of those after it."""
+    below, damaged = tuple(f"{name}/" for name in items), []
     for step in reversed(steps(run_dir)):
-        reason = digests.damage(folder_of(run_dir, step), "weights/")
+        reason = digests.damage(folder_of(run_dir, step), below)
         if reason is None:
             return step, damaged
         damaged.append(reason)

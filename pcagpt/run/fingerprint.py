@@ -22,7 +22,8 @@ def of(path: str | Path) -> str:
     there, step = choose(path)
     model = (there.stored or {}).get("model")
     model = model if isinstance(model, dict) else {}
-    # Older versions hashed the number of heads alone: defaults do not enter.
+    # Older versions hashed only n_head. Defaults are left out, so that old hashes stay
+    # valid.
     unseen = {
         name: model[name]
         for name in BLOCK_KNOBS
@@ -44,7 +45,7 @@ def same(path: str | Path, recorded: str | None) -> bool:
 
 
 def _first(path: str | Path) -> str:
-    """The formula before digests, over files with timings in them."""
+    """The formula of versions without digests. It hashes files that contain timings."""
     run_dir, step = checkpoint.find(path)
     digest = hashlib.sha256(f"step {step}\n".encode())
     written = checkpoint.folder_of(run_dir, step) / "weights/manifest.ocdbt"

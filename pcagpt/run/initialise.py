@@ -184,7 +184,7 @@ def imported_weights(
         up, down, mean_D = _scales(init.import_scale_matrices_npz, config)
         new |= with_mean(mean_D, wpe_TD)
         bands = [bands[0]._replace(scale_up=up, scale_down=down)]
-    if init.keep in factorize.CONTROLS:
+    if init.keep not in ("all", "shape"):
         bands = _controls(init.keep, config, bands, seed)
     return new | table_leaves(bands, config.bands[-1].padding)
 

@@ -174,11 +174,14 @@ class Run:
         corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
         differing = corpus.changed_parts(self.record, (*TRAINING_PARTS, "test"))
         if differing and not asked.source:
+            own_cache = Path(
+                self.settings.data.cache_dir or self.folder.parent / "data"
+            )
             raise UserError(
                 f"{data.source} is no longer the corpus that {self.folder} was trained "
                 f"on ({', '.join(differing)} changed)"
-                f"{corpus.older_tokens(self.record)}: restore it, or name a corpus as "
-                "--config.data.source"
+                f"{corpus.older_tokens(self.record, own_cache)}: restore it, or name a "
+                "corpus as --config.data.source"
             )
         self.check_corpus(corpus, splits)
         return corpus
