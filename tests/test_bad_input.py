@@ -231,7 +231,7 @@ def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, pl
     assert f"{run_dir / 'config.json'} is damaged" in line
 
 
-@pytest.mark.parametrize("name", ["random_k128.py", "pca_finetune_k128.py"])
+@pytest.mark.parametrize("name", ["pca_k128.py", "pca_finetune_k128.py"])
 @pytest.mark.parametrize(
     ("table", "words"),
     [
