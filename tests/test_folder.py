@@ -149,7 +149,7 @@ def test_a_finished_run_without_a_readable_checkpoint_is_not_done(copied, is_dam
         lack = "finished checkpoint"
     lack = f"gpt_baseline is finished, but holds no .*{lack}"
     before = snapshot(Path(copied.workdir))
-    with pytest.raises(UserError, match=f"{lack}: .*overwrite=True .* train again"):
+    with pytest.raises(UserError, match=f"{lack}: .*overwrite=True, .*trains it again"):
         status(copied)
     shutil.rmtree(Path(copied.workdir) / "gpt_pca_finetune_k8")
     with pytest.raises(UserError, match=f"{lack}: .*move .*gpt_baseline away to train"):
