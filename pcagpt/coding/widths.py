@@ -78,7 +78,8 @@ def choose_widths(
     # A code takes its bits, a direction of a band a scale.
     bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
     bytes_BSW = np.broadcast_to(bytes_BSW, errors_BSW.shape)
-    fixed = overhead + 4 * (sizes_B.sum() + 2 * width + LEVELS)
+    order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band has that of the ids.
+    fixed = overhead + 4 * (order + 2 * width + LEVELS)
 
     def at(price: float) -> tuple[np.ndarray, int]:
         best_BS1 = np.argmin(errors_BSW + price * bytes_BSW, axis=2)[..., None]
