@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def is_coded(self) -> bool:
-        """Whether it is a method of `CODES`."""
+        """Whether its table is stored as codes, by a method of `CODES`."""
         return self.bits == 0
 
     @property

@@ -154,6 +154,10 @@ def test_every_flipped_byte_and_every_cut_of_a_file_is_refused(packed, tmp_path)
         {"levels": np.zeros(3, np.float32)},
         {"mean": np.full(D, np.nan, np.float32)},
         {"order": np.zeros(V, np.int32)},
+        {"order": np.arange(V, dtype=np.float32)},
+        {"blocks": np.zeros((0, 7), np.uint16)},
+        # 10^13 tokens in no bytes.
+        {"blocks": np.zeros((1, 7), np.uint16), "codes_0": np.zeros((10**13, 0), "u1")},
         {"blocks": np.zeros((1, 7), np.uint16)},
         {"blocks": np.zeros((1, 3), np.uint16)},
         {"description": np.frombuffer(b"{}", np.uint8)},

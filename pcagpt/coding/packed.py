@@ -81,7 +81,7 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
 
     Args:
       prepared: of the table.
-      bands: largest number of bands.
+      bands: number of bands; those without tokens are left out.
       most: bytes of its file.
     """
     table_VD, weighting = prepared.table_VD, prepared.weighting

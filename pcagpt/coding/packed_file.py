@@ -26,7 +26,7 @@ from pcagpt.coding.file import HEADER_BYTES, Description
 from pcagpt.coding.packed import PackedTable
 from pcagpt.errors import UserError
 from pcagpt.files import parse_json, read_npz, strict, write_npz
-from pcagpt.model import BLOCK, WIDTHS, PackedBand, SharedArrays
+from pcagpt.model import BLOCK, LEVELS, WIDTHS, PackedBand, SharedArrays
 
 _REMEDY = "write it again, or copy it again from where it was written"
 
@@ -52,6 +52,8 @@ def read_packed(path: Path) -> tuple[PackedTable, Description]:
         shared = SharedArrays(**{name: arrays[name] for name in names})
         bands, start = [], 0
         for number, blocks in enumerate(blocks_BW.tolist()):
+            if not any(blocks):  # Then codes of no bytes could be of any number.
+                raise ValueError("a band without codes")
             codes, scales = arrays[f"codes_{number}"], arrays[f"scales_{number}"]
             band = PackedBand(codes, scales, shared, tuple(blocks), start, len(codes))
             bands.append(band)
@@ -60,7 +62,7 @@ def read_packed(path: Path) -> tuple[PackedTable, Description]:
         table = PackedTable(order_V, tuple(bands))
         _check(table)
         description = Description(**parse_json(arrays["description"].tobytes()))
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!s:.80}): {_REMEDY}") from None
     return table, description
 
@@ -87,11 +89,11 @@ def _check(table: PackedTable) -> None:
             raise ValueError("codes that do not fit their blocks")
         if band.scales.shape != (directions[-1],):
             raise ValueError("scales that do not fit their blocks")
-    (width,), levels = shared.mean.shape, sum(2**width for width in WIDTHS)
+    (width,) = shared.mean.shape
     shapes = (shared.basis.shape, shared.columns.shape, shared.levels.shape)
-    if shapes != ((max(directions), width), (width,), (levels,)):
+    if shapes != ((max(directions), width), (width,), (LEVELS,)):
         raise ValueError("a basis that does not fit")
     if not np.array_equal(np.sort(table.order), np.arange(sum(table.sizes))):
-        raise ValueError("an order that is none")
+        raise ValueError("an order that is no permutation of the ids")
     if not np.isfinite(table.dense()).all():
         raise ValueError("numbers that are not finite")

@@ -7,10 +7,9 @@ sampled tokens.
 import numpy as np
 
 from pcagpt.factorize import BudgetTooSmall
-from pcagpt.model import BLOCK, WIDTHS
+from pcagpt.model import BLOCK, LEVELS, WIDTHS
 
 CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out
-LEVELS = sum(2**width for width in WIDTHS)
 _LLOYD_STEPS = 50
 _SAMPLED = 256  # tokens of a band, and directions
 
@@ -32,8 +31,8 @@ def levels_of(
     sums = np.concatenate([[0], np.cumsum(sample)])
     found, errors = {}, [np.mean(sample**2)]
     for width in CHOICES[1:].tolist():
-        # The best density of many levels is the cube root of that of the values (Panter
-        # and Dite 1951): for a Gaussian, one with three times the variance.
+        # The best density of many levels is proportional to the cube root of that of
+        # the values (Panter and Dite 1951): a Gaussian with three times the variance.
         shares = (np.arange(2**width) + 0.5) / 2**width
         levels = np.sqrt(3) * np.quantile(sample, shares)
         for _ in range(_LLOYD_STEPS):

@@ -178,11 +178,11 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    The order: codes (for each rank, one table of each kind, whose file has a byte for
-    each value of the rank's budget); the best method that makes factors, in bands;
-    plain SVD; rivals and rounded factors; the other methods. The last method that makes
-    factors counts as the best. Methods without token weights get a single band. Recipes
-    in bands are left out if the budget of their rank is too small.
+    Codes come first: for each rank, one table of each kind. Its file has at most a byte
+    for each value of the rank's budget. Then come the best method that makes factors in
+    bands, plain SVD, rivals and rounded factors, and the other methods. The last method
+    that makes factors counts as the best. Methods without token weights get a single
+    band. Recipes in bands are left out if the budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []

@@ -16,6 +16,7 @@ from pcagpt.model.config import (
     BLOCK,
     BLOCK_KNOBS,
     DEVICE_KNOBS,
+    LEVELS,
     WIDTHS,
     BandSpec,
     GPTConfig,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model.config import BLOCK, WIDTHS, BandSpec
+from pcagpt.model.config import BLOCK, LEVELS, WIDTHS, BandSpec
 
 TILE = 2048  # rows of the head that are unpacked at the same time
 
@@ -109,7 +109,7 @@ class Directions(nn.Module):
             "basis": ((rows, self.width), jnp.int8),
             "columns": (self.width, jnp.float32),
             "mean": (self.width, jnp.float32),
-            "levels": (sum(2**width for width in WIDTHS), jnp.float32),
+            "levels": (LEVELS, jnp.float32),
         }
         self.arrays = {
             name: self.variable("constants", name, jnp.zeros, *shape)

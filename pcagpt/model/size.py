@@ -1,6 +1,6 @@
 """Number of stored values of a model, and of its operations per training token."""
 
-from pcagpt.model.config import BLOCK, WIDTHS, GPTConfig
+from pcagpt.model.config import BLOCK, LEVELS, GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
@@ -25,8 +25,7 @@ def _packed_values(config: GPTConfig) -> int:
         (band.size + 1) * own
         for band, own in zip(config.bands, directions, strict=True)
     )
-    levels = sum(2**width for width in WIDTHS)
-    return codes + (max(directions) + 2) * config.n_embd + levels
+    return codes + (max(directions) + 2) * config.n_embd + LEVELS
 
 
 def total_parameters(config: GPTConfig) -> int:
