@@ -218,9 +218,7 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
     return [model for model, rank in trainable.items() if rank in ranks]
 
 
-def _recover(
-    settings: Settings, folder: Path, models: Models, baseline: Path
-) -> None:
+def _recover(settings: Settings, folder: Path, models: Models, baseline: Path) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
