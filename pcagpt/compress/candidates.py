@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pcagpt import coding
+from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.rivals import MAKERS
 from pcagpt.factorize import (
     FLOAT_BYTES,
@@ -25,10 +26,8 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
+from pcagpt.methods import FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
-
-Codes = coding.CodedTable | coding.PackedTable  # tables of the methods `CODES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +49,19 @@ class Candidate:
 
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
-        sizes, ranks = self.table.sizes, self.table.ranks
-        if isinstance(self.codes, coding.PackedTable):
-            sizes, ranks = self.codes.sizes, (0,) * len(self.codes.sizes)
+        stored = self.codes or self.table
         return Row(
             **dataclasses.asdict(self.recipe),
             **dataclasses.asdict(scores),
-            band_sizes=list(sizes),
-            band_ranks=list(ranks),
+            band_sizes=list(stored.sizes),
+            band_ranks=list(stored.ranks),
             params=self.table.parameters,
             bytes=self.bytes,
-            memory=self.memory,
+            memory=stored.memory,
             seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
         )
-
-    @property
-    def memory(self) -> int:
-        """Bytes on a device that computes with it."""
-        if isinstance(self.codes, coding.PackedTable):
-            return self.codes.memory
-        return FLOAT_BYTES * self.table.parameters
 
 
 class Compressor:
@@ -91,7 +81,7 @@ class Compressor:
     def __call__(self, recipe: Recipe) -> Candidate:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
         began, codes = time.monotonic(), None
-        if recipe.method in CODES:
+        if recipe.method in KINDS:
             codes, size = self._codes(recipe)
             table = of_full_width(codes.dense())
         elif recipe.method in MAKERS:
@@ -115,11 +105,8 @@ class Compressor:
     @functools.cache  # noqa: B019 - lives as long as the command
     def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """(a table of `CODES`, size of its file)."""
-        if recipe.method == PACKED:
-            packed = coding.pack(self._prepared, recipe.bands, recipe.budget)
-            return packed, coding.packed_bytes(packed)
-        coded = coding.within_bytes(self._prepared, recipe.budget)
-        return coded.table, coded.bytes
+        make = KINDS[recipe.method].make
+        return make(self._prepared, recipe.bands, recipe.budget)
 
     @functools.cached_property
     def _prepared(self) -> coding.Prepared:
@@ -186,8 +173,8 @@ def recipes(
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
-    for method in CODES:
-        count = max(bands) if method == PACKED else 1
+    for method, kind in KINDS.items():
+        count = max(bands) if kind.in_bands else 1
         if method in methods:
             found += [Recipe(method, count, budgets[rank], rank, 0) for rank in ranks]
     factors = factor_methods(methods)
