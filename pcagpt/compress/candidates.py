@@ -15,7 +15,6 @@ from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.rivals import MAKERS
 from pcagpt.factorize import (
     FLOAT_BYTES,
-    METHODS,
     BandFactors,
     FactorizedTable,
     Factorizer,
@@ -26,7 +25,7 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-from pcagpt.methods import FEWEST_FACTOR_BITS, OWN_TABLE
+from pcagpt.methods import FEWEST_FACTOR_BITS, METHODS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -169,7 +168,8 @@ def recipes(
     for each value of the rank's budget. Then come the best method that makes factors in
     bands, plain SVD, rivals and rounded factors, and the other methods. The last method
     that makes factors counts as the best. Methods without token weights get a single
-    band. Recipes in bands are left out if the budget of their rank is too small.
+    band, and are left out without 1 in `bands`. Recipes in bands are left out if the
+    budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
@@ -189,9 +189,9 @@ def recipes(
         if count == 1 or METHODS[method].weighs_tokens
     ]
     best = factors[-1] if factors else ""
-    if best:
-        most = max(bands) if METHODS[best].weighs_tokens else 1
-        kinds += [(best, most, bit) for bit in bits if bit >= FEWEST_FACTOR_BITS]
+    if counts := [count for method, count, _ in kinds if method == best]:
+        fewer = [bit for bit in bits if bit >= FEWEST_FACTOR_BITS]
+        kinds += [(best, max(counts), bit) for bit in fewer]
     found += [
         Recipe(method, count, budgets[rank], rank, bit)
         for method, count, bit in kinds
@@ -201,7 +201,7 @@ def recipes(
     ]
 
     def usefulness(recipe: Recipe) -> tuple[int, int]:
-        if recipe.is_coded:
+        if recipe.is_codes:
             return 0, 0
         if not recipe.is_factors:
             return 3, 0
