@@ -555,7 +555,7 @@ def test_unusual_tables_are_coded(table, weighted, tmp_path):
     assert loss_of(made, table, weighting) < most
 
 
-def test_a_token_that_was_never_seen_is_coded():
+def test_a_token_that_was_never_seen_is_codes():
     weights = np.where(np.arange(V) % 4 == 1, 0, WEIGHTS)
     made = coding.at_step(prepare(TABLE, Weighting(weights)), 1e-3)
     assert np.abs(made.table.dense() - TABLE)[1::4].max() < 0.3

@@ -862,10 +862,8 @@ def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, caps
 
 
 def test_codes_are_tried_at_ranks_and_methods_that_do_not_fit_the_bands(asked, capsys):
-    methods, bits = {"compress.methods": "svd,context,coded"}, {"compress.bits": ()}
-    sweep = sweep_of(
-        asked, ranks=(11, 16), **methods | bits, **{"compress.bands": (40,)}
-    )
+    methods = {"compress.methods": "svd,context,coded", "compress.bits": ()}
+    sweep = sweep_of(asked, ranks=(11, 16), **methods | {"compress.bands": (40,)})
     assert {key(row)[:3] for row in sweep["rows"]} == {
         *(("coded", 1, rank) for rank in (11, 16)),
         ("context", 40, 16),
@@ -998,7 +996,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"compress.recover_ranks": (16,)}, "holds 16, which the sweep leaves out"),
         (
-            {"compress.methods": "coded", "compress.recover_ranks": (8,)},
+            {"compress.methods": "packed", "compress.recover_ranks": (8,)},
             "holds 8, which the sweep leaves out",
         ),
     ],
@@ -1067,7 +1065,8 @@ def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
     own = {"compress.recover_ranks": (8,), "train.loss_chunks": 7, "train.steps": 99}
     config = changed(swept[0], **own)
     d = read_record(Path(config.model_path))["train"]
-    for job in recovery_plan(Settings.of(config), folder_of(config)).jobs:
+    models = [folder_of(config) / "best_k8"]
+    for job in recovery_plan(Settings.of(config), folder_of(config), models).jobs:
         train = job.settings.train
         assert (train.loss_chunks, train.steps) == (7, d["steps"] // 2)
 
@@ -1076,16 +1075,19 @@ def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
 def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkeypatch):
     # The sweep's own batch size and learning rate do not matter for the training.
     own = {"train.batch_size": 16, "train.learning_rate": 1.0}
+    own["compress.methods"] = "svd,context,coded"
     sweep, folder = recovered(asked, **own), folder_of(asked)
-    assert [row["letter"] for row in sweep["recovered"]] == ["D+", "B", "Bd"]
-    continued, plain, taught = sweep["recovered"]
+    letters = [row["letter"] for row in sweep["recovered"]]
+    assert letters == ["D+", "B", "Bd", "B", "Bd"]
+    continued, *from_codes, plain, taught = sweep["recovered"]
     d_loss = read_result(Path(asked.model_path))["val_loss"]
-    best = best_of(sweep, 8)
-    for row in (plain, taught):
-        assert [row[n] for n in ("rank", "method", "bands")] == [
-            best[n] for n in ("rank", "method", "bands")
-        ]
-        assert row["added_at_start"] == pytest.approx(best["added_loss"], abs=2e-6)
+    coded = next(r for r in sweep["rows"] if (r["rank"], r["method"]) == (8, "coded"))
+    for best, rows in ((best_of(sweep, 8), (plain, taught)), (coded, from_codes)):
+        for row in rows:
+            assert [row[n] for n in ("rank", "method", "bands")] == [
+                best[n] for n in ("rank", "method", "bands")
+            ]
+            assert row["added_at_start"] == pytest.approx(best["added_loss"], abs=2e-6)
     assert (continued["rank"], continued["added_at_start"]) == (None, 0)
     for row in sweep["recovered"]:
         assert row["val_loss"] == read_result(folder / row["run"])["val_loss"]
@@ -1101,8 +1103,8 @@ def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkey
     assert record["seed"] == d["seed"]
     assert record["data"]["source"] == d["data"]["source"]
     report = (folder / "report.md").read_text()
-    for letter in ("D+", "B", "Bd"):
-        assert f"| **{letter}** " in report
+    for letter, name in (("D+", "D"), ("B", "coded"), ("Bd", "coded")):
+        assert f"| **{letter}** | {name}, trained further" in report
     # The next time all of it is done, whatever the path of the model.
     monkeypatch.chdir(asked.workdir)
     names = [*(row["run"] for row in sweep["recovered"]), "best_k8"]

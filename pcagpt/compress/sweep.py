@@ -23,6 +23,7 @@ from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
+Models = dict[Path, list[Recipe]]  # folders, and what each is chosen from
 REPORT_EVERY = 5  # rows
 
 
@@ -31,12 +32,12 @@ def best_model(folder: Path, rank: int, codes: str = "") -> Path:
     return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 
-def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
-    """The folders of the models that a sweep writes, and what each is chosen from.
+def models_of(folder: Path, tried: list[Recipe]) -> Models:
+    """The models that a sweep writes.
 
     Rounded factors and rivals are measured, but have no model.
     """
-    found: dict[Path, list[Recipe]] = {}
+    found: Models = {}
     for recipe in tried:
         if recipe.is_codes or recipe.is_factors:
             codes = recipe.method if recipe.is_codes else ""
@@ -52,13 +53,13 @@ def sweep(
     *,
     overwrite: bool,
     tensorboard: bool,
-) -> None:
-    """Measures every recipe; writes the rows, reports and the best model per rank.
+) -> Models:
+    """Measures every recipe; writes the rows, reports and the best models.
 
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
     under another protocol aside. A best model that a run started from stays, unless
     `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
-    Only what was measured on the validation split chooses models.
+    Only what was measured on the validation split chooses models. Returns them.
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
@@ -89,16 +90,17 @@ def sweep(
                 content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
+    chosen = models_of(folder, tried) if original.split == "val" else {}
     if not writes:
-        return
+        return chosen
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    chosen = models_of(folder, tried) if original.split == "val" else {}
     for place, of_place in sorted(chosen.items()):
         _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
+    return chosen
 
 
 def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
