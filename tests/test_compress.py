@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 from command_line import call
-from runs import changed, execute, quick_compiles, snapshot
+from runs import assert_equal, changed, execute, quick_compiles, snapshot
 
-from pcagpt import coding, files, main
+from pcagpt import coding, files, main, trees
 from pcagpt.compress import sweep as sweep_module
 from pcagpt.compress.candidates import Compressor
+from pcagpt.compress.codes import KINDS
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.compress.sweep import _predicted
@@ -715,30 +716,57 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     assert (snapshot(folder) == before) == (not overwrite)
 
 
-# Coded tables
+# Codes
+
+ALL_CODES = {"compress.methods": "context,coded,packed", "compress.bands": (1,)}
+each_kind = pytest.mark.parametrize("method", KINDS)
 
 
 @pytest.fixture(scope="module")
 def coded(finished_experiment, compiled, tmp_path_factory):
-    """(config, {(method, rank): row}) of a sweep with coded tables."""
-    config = asked_in(tmp_path_factory.mktemp("coded"), finished_experiment)
+    """(config, {(method, rank): row}) of a sweep with codes.
+
+    Its model is wide, because packed tables of narrow ones are larger than rank bytes.
+    """
+    wide = {"task": "train", "model.n_embd": 64}
+    wide["workdir"] = str(tmp_path_factory.mktemp("wide"))
+    trained = changed(finished_experiment, **wide)
     with quick_compiles(compiled):
-        sweep = sweep_of(
-            config,
-            ranks=(16, 24),
-            **{"compress.methods": "context,coded", "compress.bands": (1,)},
-        )
+        execute(trained)
+        config = asked_in(tmp_path_factory.mktemp("coded"), trained)
+        sweep = sweep_of(config, ranks=(40, 60), **ALL_CODES)
     return config, {(row["method"], row["rank"]): row for row in sweep["rows"]}
 
 
-@pytest.mark.parametrize("rank", [16, 24])
-def test_a_coded_table_is_a_row_a_file_and_a_run(coded, rank):
+@pytest.fixture
+def copied_codes(coded, tmp_path):
+    """The config of a copy of the sweep with codes."""
+    asked = asked_in(tmp_path, coded[0])
+    shutil.copytree(folder_of(coded[0]), folder_of(asked))
+    return changed(asked, ranks=(40, 60), **ALL_CODES)
+
+
+def codes_in(folder, method):
+    """(codes, description) in the file of a model; its checkpoint holds the same."""
+    codes, description = KINDS[method].read(folder / KINDS[method].file)
+    run = Run.open(folder)
+    if codes.constants:
+        assert_equal(
+            *(trees.flatten(x) for x in (run.weights["constants"], codes.constants))
+        )
+    else:
+        np.testing.assert_array_equal(codes.dense(), run.table())
+    return codes, description
+
+
+@each_kind
+@pytest.mark.parametrize("rank", [40, 60])
+def test_a_table_of_codes_is_a_row_a_file_and_a_run(coded, method, rank):
     config, rows = coded
-    row, folder = rows["coded", rank], folder_of(config) / f"best_coded_k{rank}"
-    file = folder / "table.pcat"
-    assert row["bytes"] == file.stat().st_size <= rank * (VOCAB_SIZE + WIDTH)
-    table, description = coding.read(file)
-    np.testing.assert_array_equal(table.dense(), Run.open(folder).table())
+    row, folder = rows[method, rank], folder_of(config) / f"best_{method}_k{rank}"
+    file = folder / KINDS[method].file
+    assert row["bytes"] == file.stat().st_size <= rank * (VOCAB_SIZE + 64)
+    _, description = codes_in(folder, method)
     assert description.measured_loss == row["added_loss"]
     assert description.predicted_loss == row["predicted_loss"]
     assert description.checkpoint == Run.open(config.model_path).fingerprint
@@ -755,32 +783,29 @@ def test_rounded_factors_have_no_model():
     }
 
 
-def test_a_lost_file_of_a_coded_table_is_written_again(asked, coded):
-    config, _ = coded
-    shutil.copytree(folder_of(config), folder_of(asked))
-    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
-    content, others = file.read_bytes(), snapshot(file.parent / "ckpt")
-    file.unlink()
-    options = {"compress.methods": "context,coded", "compress.bands": (1,)}
-    sweep_of(asked, ranks=(16, 24), **options)
-    assert file.read_bytes() == content
-    assert snapshot(file.parent / "ckpt") == others
-
-
-def test_coded_tables_are_no_anchors_and_add_less_than_factors_of_their_size(coded):
+@each_kind
+def test_codes_are_no_anchors_and_add_less_in_more_bytes(coded, method):
     _, rows = coded
-    assert not rows["coded", 16]["is_anchor"]
-    assert rows["coded", 24]["kl"] < rows["coded", 16]["kl"]
-    for rank in (16, 24):  # Factors with a byte per value would be as large.
+    assert not rows[method, 40]["is_anchor"]
+    assert rows[method, 60]["kl"] < rows[method, 40]["kl"]
+
+
+def test_coded_tables_add_less_than_factors_of_their_size(coded):
+    _, rows = coded
+    for rank in (40, 60):  # Factors with a byte per value would be as large.
         assert rows["coded", rank]["kl"] < rows["context", rank]["kl"]
 
 
-def test_the_report_shows_coded_tables_with_their_bits(coded):
+@each_kind
+def test_the_report_shows_codes_with_their_bits(coded, method):
     config, rows = coded
     text = (folder_of(config) / "report.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("| coded | 16 |")]
-    bits = 8 * rows["coded", 16]["bytes"] / (VOCAB_SIZE * WIDTH)
+    (line,) = [x for x in text.splitlines() if x.startswith(f"| {method} | 40 |")]
+    bits = 8 * rows[method, 40]["bytes"] / (VOCAB_SIZE * 64)
     assert f"| {bits:.2f} |" in line
+
+
+# Coded tables
 
 
 @pytest.mark.parametrize("bound", [{"max_bytes": 2600}, {"max_added_loss": 0.01}])
@@ -802,56 +827,69 @@ def test_a_bound_on_numbers_leaves_out_coded_tables(asked):
     assert chosen["method"] == "context"
 
 
-CODED = {"compress.methods": "context,coded", "compress.bands": (1,)}
-
-
-@pytest.mark.parametrize("damaged", ["", "table.pcat", "ckpt/0/weights/_METADATA"])
-def test_a_finished_sweep_encodes_again_only_what_is_damaged(
-    asked, coded, monkeypatch, damaged
+@each_kind
+@pytest.mark.parametrize(
+    ("damaged", "is_lost"),
+    [
+        *((None, False), ("the file", True), ("the file", False)),
+        ("ckpt/0/weights/_METADATA", False),
+    ],
+)
+def test_a_finished_sweep_encodes_again_only_what_is_lost_or_damaged(
+    copied_codes, monkeypatch, method, damaged, is_lost
 ):
-    shutil.copytree(folder_of(coded[0]), folder_of(asked))
-    folder, made = folder_of(asked) / "best_coded_k16", []
-    file, encode = folder / "table.pcat", coding.within_bytes
-    wanted = file.read_bytes()
-    monkeypatch.setattr(coding, "within_bytes", lambda *a: made.append(a) or encode(*a))
-    if damaged:
-        content = bytearray((folder / damaged).read_bytes())
-        content[-1] ^= 1
-        (folder / damaged).write_bytes(content)
-    sweep_of(asked, ranks=(16, 24), **CODED)
-    assert len(made) == bool(damaged)
-    assert file.read_bytes() == wanted
-    np.testing.assert_array_equal(
-        coding.read(file)[0].dense(), Run.open(folder).table()
+    folder, made = folder_of(copied_codes) / f"best_{method}_k40", []
+    file, encode = folder / KINDS[method].file, Compressor._codes
+    wanted, before = file.read_bytes(), snapshot(folder / "ckpt")
+    monkeypatch.setattr(
+        Compressor, "_codes", lambda self, r: made.append(r) or encode(self, r)
     )
-    other = folder_of(asked).glob("best_coded_k16.replaced-*")
-    assert len([*other]) == ("ckpt" in damaged)
+    if damaged:
+        path = file if damaged == "the file" else folder / damaged
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.unlink() if is_lost else path.write_bytes(content)
+    sweep_of(copied_codes)
+    assert [(r.method, r.rank) for r in made] == [(method, 40)] * bool(damaged)
+    assert file.read_bytes() == wanted
+    codes_in(folder, method)
+    is_whole = damaged in (None, "the file")
+    assert (snapshot(folder / "ckpt") == before) == is_whole
+    assert len([*folder.parent.glob(f"{folder.name}.replaced-*")]) == (not is_whole)
 
 
-def test_the_coded_table_of_another_row_is_encoded_again(asked, coded):
-    shutil.copytree(folder_of(coded[0]), folder_of(asked))
-    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
-    sweep = json.loads((folder_of(asked) / "sweep.json").read_text())
-    (row,) = [row for row in sweep["rows"] if key(row) == ("coded", 1, 16, 0)]
+@each_kind
+def test_codes_of_another_row_are_encoded_again(copied_codes, method):
+    folder = folder_of(copied_codes)
+    sweep = json.loads((folder / "sweep.json").read_text())
+    (row,) = [row for row in sweep["rows"] if key(row) == (method, 1, 40, 0)]
     row["added_loss"] += 1e-3
-    files.write_json(folder_of(asked) / "sweep.json", sweep)
-    sweep_of(asked, ranks=(16, 24), **CODED)
-    assert coding.read(file)[1].measured_loss == row["added_loss"]
+    files.write_json(folder / "sweep.json", sweep)
+    sweep_of(copied_codes)
+    _, description = codes_in(folder / f"best_{method}_k40", method)
+    assert description.measured_loss == row["added_loss"]
 
 
-def test_a_new_prediction_is_written_without_encoding(asked, coded, monkeypatch):
-    shutil.copytree(folder_of(coded[0]), folder_of(asked))
-    file = folder_of(asked) / "best_coded_k16" / "table.pcat"
-    wanted, (table, description) = file.read_bytes(), coding.read(file)
-    older = dataclasses.replace(description, predicted_loss=7.0)
-    coding.write(file, table, older)
-    monkeypatch.setattr(coding, "within_bytes", pytest.fail)
-    sweep_of(asked, ranks=(16, 24), **CODED)
+@each_kind
+def test_a_new_prediction_is_written_without_encoding(
+    copied_codes, monkeypatch, method
+):
+    kind = KINDS[method]
+    file = folder_of(copied_codes) / f"best_{method}_k40" / kind.file
+    wanted, (codes, description) = file.read_bytes(), kind.read(file)
+    kind.write(file, codes, dataclasses.replace(description, predicted_loss=7.0))
+    monkeypatch.setattr(Compressor, "_codes", pytest.fail)
+    sweep_of(copied_codes)
     assert file.read_bytes() == wanted
 
 
 def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, capsys):
-    sweep = sweep_of(asked, ranks=(16, 1), **CODED | {"compress.bits": ()})
+    sweep = sweep_of(
+        asked,
+        ranks=(16, 1),
+        **{"compress.methods": "context,coded", "compress.bands": (1,)},
+        **{"compress.bits": ()},
+    )
     assert {key(row)[:3] for row in sweep["rows"]} == {
         *(("context", 1, rank) for rank in (1, 16)),
         ("coded", 1, 16),

@@ -36,7 +36,7 @@ ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE
 )  # fmt: skip
 # Changes of files by Python that a command makes, about.
-OPERATIONS = {"train": 90, "A": 220, "compress anew": 90, "factorize": 30}
+OPERATIONS = {"train": 90, "A": 220, "compress anew": 110, "factorize": 30}
 
 
 def kills(case: Case, index: int) -> tuple[str, Verdict]:
@@ -112,6 +112,8 @@ READERS = (
     ("runs/compressed/best_k4/*", ("evaluate best", "recover")),
     ("runs/compressed/best_coded_k4/table.pcat", ("compress",)),
     ("runs/compressed/best_coded_k4/*", ("evaluate coded",)),
+    ("runs/compressed/best_packed_k4/table.npz", ("compress",)),
+    ("runs/compressed/best_packed_k4/*", ("evaluate packed",)),
     ("runs/compressed/sweep.json", ("compress",)),
     ("runs/results.json", ("report",)),
     ("banded/pca_factorized/bands_pca_k4/*", ("train on bands",)),

@@ -2,7 +2,7 @@
 
 corpus/    token files of 4,096 ids with a known tokenizer, and their meta.json
 runs/      a finished experiment (D, A, C, B), statistics, an evaluation, and a sweep
-           with factors and coded tables
+           with factors, coded and packed tables
 stopped/   D as if killed after a save: checkpoints 2 and 4 of 6 steps
 banded/    a factorization in three bands
 table.npy, table.statistics.npz   a bare table with its statistics
@@ -74,7 +74,7 @@ class Command:
 
 _D = "runs/gpt_baseline"
 _BEST, _BANDS = "runs/compressed/best_k4", "banded/pca_factorized/bands_pca_k4"
-_CODED = "runs/compressed/best_coded_k4"
+_CODED, _PACKED = "runs/compressed/best_coded_k4", "runs/compressed/best_packed_k4"
 _OTHER_RATE = {"train.learning_rate": 0.002}
 _ARM = {"workdir": "new", "model.n_embd_wte": 4}
 _FACTORS = {"workdir": "new", "ranks": 4, "factorize.method": "context"}
@@ -82,7 +82,7 @@ _FACTORS_OF_D = _FACTORS | {"model_path": _D}
 _SWEEP = {
     "model_path": _D,
     "ranks": "2,4",
-    "compress.methods": "context,coded",
+    "compress.methods": "context,coded,packed",
     "compress.bits": "8",
     "compress.bands": "1",
     "evaluate.max_tokens": 200,
@@ -114,6 +114,7 @@ COMMANDS = {
     "evaluate stopped": Command("evaluate", {"model_path": "stopped/gpt_baseline"}),
     "evaluate best": Command("evaluate", {"model_path": _BEST}),
     "evaluate coded": Command("evaluate", {"model_path": _CODED}),
+    "evaluate packed": Command("evaluate", {"model_path": _PACKED}),
     "sample": Command("sample", {"model_path": _D, "sample.tokens": 8}),
     "factorize": Command("factorize", _FACTORS_OF_D, "new/pca_factorized"),
     "factorize a table": Command(
