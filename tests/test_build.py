@@ -1,10 +1,12 @@
 """The model that the knobs and the device ask for."""
 
 import jax
+import numpy as np
 import pytest
 
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
+from pcagpt.model import GPT
 from pcagpt.run.build import Hardware, build_config, hardware
 
 CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
@@ -83,3 +85,26 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_made(sizes):
     ):
         build_config(ModelSettings(**sizes), 97, device)
     assert build_config(ModelSettings(), 50257, device)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"n_embd_wte": 128},
+        {"band_sizes": (1000, 4000), "band_ranks": (0, 64)},
+        {
+            **{"band_sizes": (1000, 4000), "band_ranks": (0, 0)},
+            "band_blocks": (40, 20, 0, 0, 5, 5, 20, 0, 0, 0, 0, 0, 10, 20),
+        },
+    ],
+    ids=["dense", "factorized", "in bands", "packed"],
+)
+def test_a_model_may_fill_the_memory(table):
+    model = ModelSettings(n_layer=1, **table)
+    init = GPT(build_config(model, 5000, CPU)).init
+    shapes = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    build_config(model, 5000, Hardware("cpu", memory=memory))
+    with pytest.raises(UserError, match="lower model.n_layer"):
+        build_config(model, 5000, Hardware("cpu", memory=memory - 1))

@@ -41,4 +41,5 @@ from pcagpt.model.size import (
     embedding_parameters,
     total_parameters,
     training_flops_per_token,
+    weight_bytes,
 )

@@ -1,41 +1,60 @@
-"""Number of stored values of a model, and of its operations per training token."""
+"""Stored values and bytes of a model, and its operations per training token."""
 
-from pcagpt.model.config import BLOCK, LEVELS, GPTConfig
+from pcagpt.model.config import BLOCK, LEVELS, WIDTHS, GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
-    """Values in token tables and scale matrices, without padding rows.
+    """Values in token tables that are not packed, and in scale matrices.
 
-    With several bands, the position of each token counts as one value.
+    Leaves out padding rows. With several bands, the position of each token counts as
+    one value.
     """
     scales = 1 if config.n_embd_wte_scale_tying else 2
-    positions = config.vocab_size if len(config.bands) > 1 else 0
-    if config.band_blocks:
-        return positions + _packed_values(config)
-    return positions + sum(
+    return _positions(config) + sum(
         band.size * (band.rank or config.n_embd) + scales * band.rank * config.n_embd
         for band in config.bands
     )
 
 
-def _packed_values(config: GPTConfig) -> int:
-    """Codes and scales of a packed table, and the arrays that its bands share."""
-    directions = [BLOCK * sum(band.blocks) for band in config.bands]
-    codes = sum(
-        (band.size + 1) * own
-        for band, own in zip(config.bands, directions, strict=True)
-    )
-    return codes + (max(directions) + 2) * config.n_embd + LEVELS
+def _positions(config: GPTConfig) -> int:
+    """Number of stored positions of tokens."""
+    return config.vocab_size if len(config.bands) > 1 else 0
 
 
 def total_parameters(config: GPTConfig) -> int:
-    """Values in the whole model, without padding rows."""
+    """Values in the whole model, without padding rows; its table is not packed."""
+    return embedding_parameters(config) + _other_parameters(config)
+
+
+def _other_parameters(config: GPTConfig) -> int:
+    """Values outside the token tables."""
     width, biases = config.n_embd, int(config.bias)
     norm = width * (1 + biases)
     attention = 4 * width * width + biases * 4 * width
     mlp = 8 * width * width + biases * 5 * width
     blocks = config.n_layer * (2 * norm + attention + mlp)
-    return embedding_parameters(config) + config.block_size * width + blocks + norm
+    return config.block_size * width + blocks + norm
+
+
+def weight_bytes(config: GPTConfig) -> int:
+    """Bytes of all weights of a model, with padding rows."""
+    return _table_bytes(config) + 4 * _other_parameters(config)
+
+
+def _table_bytes(config: GPTConfig) -> int:
+    """Bytes of the token tables of a model, with padding rows and scale matrices."""
+    if not config.band_blocks:
+        padding = sum(
+            band.padding * (band.rank or config.n_embd) for band in config.bands
+        )
+        return 4 * (embedding_parameters(config) + padding)
+    directions = [BLOCK * sum(band.blocks) for band in config.bands]
+    codes = sum(
+        band.size * sum(n * width for n, width in zip(band.blocks, WIDTHS, strict=True))
+        for band in config.bands
+    )
+    floats = sum(directions) + 2 * config.n_embd + LEVELS + _positions(config)
+    return codes + max(directions) * config.n_embd + 4 * floats
 
 
 def training_flops_per_token(config: GPTConfig) -> float:

@@ -10,7 +10,7 @@ from pcagpt import kernels
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.files import memory_bytes
-from pcagpt.model import BLOCK, DEVICE_KNOBS, WIDTHS, GPTConfig, total_parameters
+from pcagpt.model import BLOCK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 
@@ -87,15 +87,14 @@ def _check_blocks(model: ModelSettings) -> None:
 
 def _check_memory(config: GPTConfig, memory: float) -> None:
     """Raises UserError for a model that cannot be, before anything is allocated."""
-    weights = total_parameters(config)
-    weights += (config.padded_vocab_size - config.vocab_size) * config.n_embd
-    if 4 * weights > memory or config.n_layer > MOST_LAYERS:
+    needed = weight_bytes(config)
+    if needed > memory or config.n_layer > MOST_LAYERS:
         raise UserError(
             f"a model of {config.n_layer:,} blocks of width {config.n_embd:,}, "
             f"{config.block_size:,} tokens and a vocabulary of "
-            f"{config.padded_vocab_size:,} has {weights:,} weights: {MOST_LAYERS:,} "
-            f"blocks and the {memory:,} bytes of the devices are the limit; lower "
-            "model.n_layer, model.n_embd or model.block_size"
+            f"{config.padded_vocab_size:,} has {needed:,} bytes of weights: "
+            f"{MOST_LAYERS:,} blocks and the {memory:,} bytes of the devices are the "
+            "limit; lower model.n_layer, model.n_embd or model.block_size"
         )
 
 
