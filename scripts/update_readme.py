@@ -9,8 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from pcagpt.arms import ARMS
-from pcagpt.report import equal_size_table, recovery_table
-from pcagpt.report.sweep import row_name
+from pcagpt.report.sweep import row_name, sweep_view
 from pcagpt.report.text import (
     NOTHING,
     code,
@@ -66,14 +65,16 @@ def compression_tables(folder: Path) -> str:
         f"{code(sweep['protocol']['corpus'])}, intervals over evaluation windows, one "
         f"seed. {sweep['device']}, commit {code(sweep['git_commit'][:12])}, by"
     )
-    tables = [equal_size_table(sweep), recovery_table(sweep), says]
-    return "\n\n".join([*tables, f"    {sweep['command']}"])
+    view = sweep_view(sweep)
+    parts = [view["equal_size"], view["recovery"], says, f"    {sweep['command']}"]
+    return "\n\n".join(filter(None, parts))
 
 
 def codes_table(folder: Path) -> str:
     """Tables of few bytes on the validation and the test split of two sweep.json."""
     own, other = (read_sweep(folder / name / "sweep.json") for name in ("val", "test"))
     tested = {row.recipe: row for row in other["rows"]}
+    pairs = [(row, tested[row.recipe]) for row in own["rows"]]
     vocab_size, width = own["protocol"]["table"]
     rows = [
         [
@@ -84,8 +85,7 @@ def codes_table(folder: Path) -> str:
             with_interval(row.added_loss, row.added_loss_interval),
             with_interval(same.added_loss, same.added_loss_interval),
         ]
-        for row in sorted(own["rows"], key=lambda row: row.bytes)
-        if row.bits not in (6, 32) and (same := tested[row.recipe])
+        for row, same in sorted(pairs, key=lambda pair: pair[0].bytes)
     ]
     header = ["Table", "Bytes", "Bits", "Memory", "Added, validation", "Added, test"]
     commit = code(other["git_commit"][:12])

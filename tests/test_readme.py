@@ -14,6 +14,9 @@ import pytest
 from command_line import ROOT, TINY, call, commands
 from runs import quick_environment
 
+from pcagpt.files import write_json
+from pcagpt.rows import read_sweep
+
 sys.path.insert(0, str(ROOT / "scripts"))
 from bench import report
 
@@ -40,6 +43,29 @@ exec '{sys.executable}' "$@"
 def test_result_tables_are_those_of_the_published_results():
     assert README.count("<!-- results of ") == 6
     assert SCRIPT["updated"](README) == README
+
+
+def test_the_table_of_codes_has_every_row_of_both_splits():
+    folder = ROOT / "checkpoints" / "published" / "gpt2_small_codes"
+    lines = SCRIPT["codes_table"](folder).splitlines()
+    shown = [line.split(" | ")[1] for line in lines if line.startswith("| ")][2:]
+    for split in ("val", "test"):
+        rows = read_sweep(folder / split / "sweep.json")["rows"]
+        assert shown == [
+            f"{row.bytes:,}" for row in sorted(rows, key=lambda r: r.bytes)
+        ]
+
+
+def test_a_sweep_without_further_training_has_no_table_of_it(tmp_path):
+    published = ROOT / "checkpoints" / "published" / "gpt2_small_compression"
+    sweep = json.loads((published / "sweep.json").read_text("utf-8"))
+    found = sweep.pop("recovered")
+    assert len(found) == 3
+    for name, content in (("without", sweep), ("empty", sweep | {"recovered": []})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "sweep.json", content)
+        text = SCRIPT["compression_tables"](tmp_path / name)
+        assert "| svd |" in text and "trained further" not in text
 
 
 def test_speed_table_shows_the_numbers_of_the_benchmark(tmp_path):
