@@ -18,7 +18,6 @@ from pcagpt.coding.encode import prepare, trial
 from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
 from pcagpt.coding.models import Model, frequencies
-from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
 from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
 from pcagpt.errors import UserError
@@ -573,4 +572,3 @@ def test_a_singular_metric_leaves_out_what_it_does_not_see():
 def test_words_are_the_same_each_time():
     one, two = (coding.at_step(prepare(TABLE, FULL), 0.1) for _ in range(2))
     np.testing.assert_array_equal(one.words, two.words)
-    np.testing.assert_array_equal(to_words(one.table), one.words)

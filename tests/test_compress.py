@@ -22,18 +22,18 @@ from pcagpt.compress.sweep import _predicted
 from pcagpt.config import Settings, validate
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics, factor_files
+from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.model import GPT
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.rows import Recipe, Row
-from pcagpt.run import calibrate, fingerprint
+from pcagpt.run import fingerprint
 from pcagpt.run.folder import read_record, read_result, write_record
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
-from pcagpt.sharding import placement, processes
+from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, VOCAB_SIZE = 32, 97
@@ -512,93 +512,6 @@ def test_each_decile_covers_a_tenth_of_the_text():
     counts = np.bincount(frequency_deciles(frequency), minlength=10)
     assert counts.min() >= 99
     assert list(frequency_deciles(np.array([0.05, 0.9, 0.05]))) == [9, 0, 9]
-
-
-def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
-    tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % VOCAB_SIZE
-    frequency = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
-    found = calibrate.collect(
-        original.model, original.variables, frequency, [tokens], original.mesh, 2
-    )
-    variables, table = {"params": original.run.weights["params"]}, original.table_VD
-
-    @jax.jit
-    def hidden(x):
-        return original.model.apply(variables, x, 16, method="contextualize")
-
-    x = table[tokens.reshape(-1)]
-    h = np.asarray(hidden(x), np.float64)
-    logits = h @ table.T
-    p = np.asarray(jax.nn.softmax(logits))
-    for name, wanted in {
-        "frequency": frequency,
-        "probability": p.mean(axis=0),
-        "hidden_mean": h.mean(axis=0),
-        "hidden_moment": h.T @ h / 64,
-        "context_moment": h.T @ (p @ table) / 64,
-    }.items():
-        np.testing.assert_allclose(
-            getattr(found, name), wanted, rtol=1e-4, atol=1e-5, err_msg=name
-        )
-    keys = jax.random.split(jax.random.key(0), 64)
-    draw = jax.jit(jax.vmap(jax.random.categorical))
-    drawn = draw(keys, jax.numpy.asarray(logits, "float32"))
-
-    def loss(x):
-        log_p = jax.nn.log_softmax(hidden(x) @ table.T)
-        return -log_p[np.arange(64), drawn].sum()
-
-    gradient = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)
-    np.testing.assert_allclose(
-        found.gradient_moment, gradient.T @ gradient / 64, rtol=1e-3, atol=1e-5
-    )
-
-
-def test_the_first_process_decides_whether_statistics_are_known(original, monkeypatch):
-    """Another process may see a file that has just appeared, and would not measure."""
-    deciding, known = [], calibrate._known
-
-    def from_first(decide):
-        deciding.append(True)
-        found = decide()
-        deciding.clear()
-        return found
-
-    def decided(*arguments):
-        assert deciding
-        return known(*arguments)
-
-    monkeypatch.setattr(calibrate, "_known", decided)
-    monkeypatch.setattr(processes, "from_first", from_first)
-    measured = original.statistics
-    monkeypatch.setattr(calibrate, "collect", pytest.fail)
-    found = dataclasses.replace(original).statistics
-    for array, wanted in zip(found, measured, strict=True):
-        np.testing.assert_array_equal(array, wanted)
-
-
-def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
-    shapes = [(3,), (3,), (2,), (2, 2), (2, 2), (2, 2)]
-    statistics = Statistics(*(np.full(s, i, float) for i, s in enumerate(shapes)))
-    path = tmp_path / "statistics.npz"
-    calibrate.write(path, statistics, {"tokens": 5})
-    found = calibrate.read(path)
-    for array, wanted in zip(found, statistics, strict=True):
-        np.testing.assert_array_equal(array, wanted)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:100])
-    with pytest.raises(UserError, match="is not a readable array file"):
-        calibrate.read(path)
-    for name, bad, says in (
-        ("hidden_mean", np.array([np.nan, 1]), "cannot be statistics"),
-        ("probability", np.array([-1.0, 1, 1]), "cannot be statistics"),
-        ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),
-        ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),
-    ):
-        path.write_bytes(whole)
-        files.write_npz(path, **files.read_npz(path) | {name: bad})
-        with pytest.raises(UserError, match=says):
-            calibrate.read(path)
 
 
 # The test split

@@ -1,4 +1,4 @@
-"""Recipes, predictions, and the search for a table that fits a bound."""
+"""Recipes, candidates, and the search for a table that fits a bound."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from pcagpt.factorize import (
     BandFactors,
     BudgetTooSmall,
     FactorizedTable,
-    LossRegression,
     SecondOrder,
     Statistics,
     quantize,
@@ -69,8 +68,8 @@ def test_every_rival_can_be_made_and_is_named():
         made = make(recipe)
         assert made.table.ranks == (0,)
         assert 0 < made.bytes < table.nbytes
-        np.testing.assert_allclose(made.dense, table, atol=5)
-        np.testing.assert_array_equal(made.table.dense(), made.dense)
+        most = 0.11 if recipe.method == "pq" else {8: 0.004, 4: 0.08}[recipe.bits]
+        assert 0 < relative_error(made.dense, table) < most
 
 
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
@@ -108,30 +107,6 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
 def test_a_sweep_with_explicit_knobs_is_measured_on_the_whole_split(choice):
     chosen = decide_effort(SWEEP.replace(choice), "cpu")
     assert chosen.evaluate.max_tokens == 0
-
-
-# Predictions
-
-
-def test_a_power_law_is_fitted_to_each_method():
-    def added(method, total):
-        return {"a": 2.0, "b": 0.5}[method] * total**0.7
-
-    measured = [
-        (method, SecondOrder(total / 2, total / 2), added(method, total))
-        for method in "ab"
-        for total in (0.01, 0.3)
-    ]
-    regression = LossRegression(measured)
-    for method in "ab":
-        predicted = regression(method, SecondOrder(0.05, 0.02))
-        assert predicted == pytest.approx(added(method, 0.07), rel=1e-6)
-    # An unmeasured method is proportional, through the smallest measured point.
-    assert regression("c", SecondOrder(0.07, 0)) == pytest.approx(7 * added("b", 0.01))
-    assert regression("a", SecondOrder(0, 0)) == 0
-    assert LossRegression([])("a", SecondOrder(0.1, 0.2)) == pytest.approx(0.3)
-    single = LossRegression([("a", SecondOrder(0.1, 0), 0.2)])
-    assert single("a", SecondOrder(0.2, 0)) == pytest.approx(0.4)
 
 
 # Bounds. In this world the loss is a power of the budget. Two bands are better than
@@ -315,6 +290,10 @@ def compressor():
     return table, Compressor(table, statistics)
 
 
+def relative_error(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
 def test_a_budget_beyond_the_full_rank_is_the_full_rank():
     table, make = compressor()
     made = make(Recipe("kl", 1, 10_000, 0))
@@ -327,9 +306,8 @@ def test_a_budget_beyond_the_full_rank_is_the_full_rank():
 def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
     _, make = compressor()
     rounded, whole = (make(Recipe("freq", bands, 1000, 0, b)) for b in (bits, 32))
-    np.testing.assert_array_equal(rounded.table.dense(), rounded.dense)
-    assert not np.array_equal(rounded.dense, whole.dense)
-    np.testing.assert_allclose(rounded.dense, whole.dense, atol=2.0)
+    most = {8: 0.006, 4: 0.1}[bits]
+    assert 0 < relative_error(rounded.dense, whole.dense) < most
     assert rounded.bytes < whole.bytes == 4 * whole.table.parameters
 
 

@@ -5,7 +5,9 @@ import pytest
 
 from pcagpt.factorize import (
     BandFactors,
+    LossRegression,
     Predictor,
+    SecondOrder,
     Statistics,
     Weighting,
     solve,
@@ -205,6 +207,27 @@ def test_an_error_that_all_rows_share_costs_the_head_nothing():
     predicted = Predictor(TABLE, STATISTICS)(TABLE + np.arange(D))
     assert predicted.head == pytest.approx(0, abs=1e-9)
     assert predicted.input > 1
+
+
+def test_a_power_law_is_fitted_to_each_method():
+    def added(method, total):
+        return {"a": 2.0, "b": 0.5}[method] * total**0.7
+
+    measured = [
+        (method, SecondOrder(total / 2, total / 2), added(method, total))
+        for method in "ab"
+        for total in (0.01, 0.3)
+    ]
+    regression = LossRegression(measured)
+    for method in "ab":
+        predicted = regression(method, SecondOrder(0.05, 0.02))
+        assert predicted == pytest.approx(added(method, 0.07), rel=1e-6)
+    # An unmeasured method is proportional, through the smallest measured point.
+    assert regression("c", SecondOrder(0.07, 0)) == pytest.approx(7 * added("b", 0.01))
+    assert regression("a", SecondOrder(0, 0)) == 0
+    assert LossRegression([])("a", SecondOrder(0.1, 0.2)) == pytest.approx(0.3)
+    single = LossRegression([("a", SecondOrder(0.1, 0), 0.2)])
+    assert single("a", SecondOrder(0.2, 0)) == pytest.approx(0.4)
 
 
 def test_each_method_has_the_weights_and_the_metric_of_its_definition():
