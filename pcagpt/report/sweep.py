@@ -120,9 +120,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
         for row in recovered:
             if row["rank"] == rank:
                 runs.setdefault(row_name(row["method"], row["bands"]), []).append(row)
-        untrained = {
-            name: first["added_at_start"] for name, (first, *_) in runs.items()
-        }
+        untrained = {name: of[0]["added_at_start"] for name, of in runs.items()}
         if "svd" in measured:
             untrained = {"svd": measured["svd"].added_loss} | untrained
         for name, added in untrained.items():
