@@ -10,8 +10,9 @@ from pcagpt import factorize
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
+from pcagpt.factorize import Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
+from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.report import spectrum_figure
