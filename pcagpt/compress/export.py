@@ -42,9 +42,11 @@ def write_model(
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is, because other runs may have started from it; only lost or damaged
     factors/ are written again. A folder that holds another model is moved aside.
-    'compressed' in config.json tells how the table was made.
+    'compressed' in config.json tells how the table was made. Raises UserError if the
+    folder of the original now holds another run.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
+    run.check_unchanged()
     made = _origin(original, recipe, candidate.table)
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = _is_made(folder, original, made, weights)

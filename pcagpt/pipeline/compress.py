@@ -92,7 +92,7 @@ def compress(settings: Settings, command: str) -> None:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
         if options.recover_ranks:
-            _recover(settings, folder, models, run.folder)
+            _recover(settings, folder, models, run)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -220,12 +220,13 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
     return [model for model, rank in trainable.items() if rank in ranks]
 
 
-def _recover(settings: Settings, folder: Path, models: Models, baseline: Path) -> None:
+def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
+    processes.from_first(baseline.check_unchanged)
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
     execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        rows = recovered_rows(folder, runs, baseline)
+        rows = recovered_rows(folder, runs, baseline.folder)
         say(f"report: {add_recovered(folder, rows)}")
