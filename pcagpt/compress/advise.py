@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from pcagpt.compress.candidates import Candidate, factor_methods
-from pcagpt.compress.export import stays, write_model
+from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
@@ -69,9 +69,8 @@ def advise(
     # First, because writing may fail.
     print(advice_text(row, shape), flush=True)
     output.check_lock()
-    if stays(place, chosen.candidate.recipe, overwrite):
+    if not write_model(place, original, chosen.candidate, row, overwrite):
         return
-    write_model(place, original, chosen.candidate, row)
     print(f"model: {place}", flush=True)
     trials = [trial.row() for trial in fit.trials]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}

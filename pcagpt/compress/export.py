@@ -17,9 +17,16 @@ from pcagpt.compress.candidates import Candidate, of_full_width
 from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.original import Original
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import FactorizedTable
+from pcagpt.factorize import BandFactors, FactorizedTable
 from pcagpt.factorize.factor_files import read_bands, write_bands
-from pcagpt.model import order_constants, table_leaves, without_embedding
+from pcagpt.factorize.solve import centred
+from pcagpt.methods import METHODS
+from pcagpt.model import (
+    order_constants,
+    table_leaves,
+    token_order,
+    without_embedding,
+)
 from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint, initialise
 from pcagpt.run.folder import (
@@ -32,24 +39,30 @@ from pcagpt.run.folder import (
 
 
 def write_model(
-    folder: Path, original: Original, candidate: Candidate, row: Row
-) -> None:
+    folder: Path, original: Original, candidate: Candidate, row: Row, overwrite: bool
+) -> bool:
     """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
 
     In place of factors/, a table of `CODES` has its file with the losses of its row.
     ckpt/0 holds what a coded table decodes to, and the arrays of a packed table.
 
     Every command takes the folder as a run. A folder that already holds this model
-    stays as it is, because other runs may have started from it; only lost or damaged
-    factors/ are written again. A folder that holds another model is moved aside.
-    'compressed' in config.json tells how the table was made. Raises UserError if the
-    folder of the original now holds another run.
+    stays as it is; only lost or damaged factors/ are written again. Another model is
+    moved aside, unless it `stays`: False is then returned. 'compressed' in config.json
+    tells how the table was made. Raises UserError if the folder of the original now
+    holds another run.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()
-    made = _origin(original, recipe, candidate.table)
+    table_sha256 = None if codes else _sha256(candidate.table)
     weights, sizes = _model_of(original, candidate.table, codes)
-    is_made = _is_made(folder, original, made, weights)
+    is_made = (
+        _is_from(folder, original, recipe)
+        and table_sha256 in (None, _origin_of(folder).get("table_sha256"))
+        and _stored(folder) == digests.of_arrays(weights)
+    )
+    if not is_made and stays(folder, recipe, overwrite):
+        return False
     # The folder gets its name when it is complete. A killed command may have left one.
     written = folder if is_made else folder.with_name(f".{folder.name}.partial")
     if not is_made:
@@ -58,23 +71,39 @@ def write_model(
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
         kind.write(written / kind.file, codes, _description(original, row))
-    elif not _holds(factors := written / "factors", made["table_sha256"]):
+    elif _held(factors := written / "factors", table_sha256) is None:
         move_aside(factors)
         write_bands(factors, candidate.table)
-    if is_made:
-        return
-    model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
-    own = {"model": model, "run_id": secrets.token_hex(8)}
-    write_record(written, {**run.record, **own, "compressed": made})
-    move_aside(folder)
-    written.rename(folder)
+    if not is_made:
+        made = {
+            "run": str(run.folder),
+            "step": run.step,
+            "fingerprint": run.fingerprint,
+            **dataclasses.asdict(recipe),
+            **({} if codes else {"table_sha256": table_sha256}),
+        }
+        model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
+        own = {"model": model, "run_id": secrets.token_hex(8)}
+        write_record(written, {**run.record, **own, "compressed": made})
+        move_aside(folder)
+        written.rename(folder)
+    return True
 
 
-def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
-    """Whether a folder holds the model of a row of `CODES`, undamaged.
+def keeps_model(folder: Path, original: Original, row: Row) -> bool:
+    """Whether a folder holds the undamaged model of a row that was measured earlier.
 
-    Makes no table, since this takes long. Renews the prediction in the file.
+    Makes no table: that can take long, and another machine rounds in another way. The
+    folder is judged by its own record and files instead. Writes the prediction into a
+    file of `CODES`. Lost or damaged factors/ are read back from ckpt/0.
     """
+    if not _is_from(folder, original, row.recipe):
+        return False
+    keeps = _keeps_codes if row.is_codes else _keeps_factors
+    return keeps(folder, original, row)
+
+
+def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     kind, own = KINDS[row.method], _description(original, row)
     path = folder / kind.file
     try:
@@ -85,22 +114,52 @@ def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
     if renewed != own or path.stat().st_size != row.bytes:
         return False
-    table = of_full_width(codes.dense())
-    weights, _ = _model_of(original, table, codes)
-    if not _is_made(folder, original, _origin(original, row.recipe, table), weights):
+    weights, _ = _model_of(original, of_full_width(codes.dense()), codes)
+    if _stored(folder) != digests.of_arrays(weights):
         return False
     if there != own:
         kind.write(path, codes, own)
     return True
 
 
+def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
+    factors = folder / "factors"
+    held = _held(factors, _origin_of(folder).get("table_sha256"))
+    try:
+        table = held or _read_back(folder, original, row)
+    except (UserError, KeyError):  # The weights are damaged, or have other bands.
+        return False
+    weights, _ = _model_of(original, table, None)
+    if _stored(folder) != digests.of_arrays(weights):
+        return False
+    if not held:
+        move_aside(factors)
+        write_bands(factors, table)
+    return True
+
+
+def _read_back(folder: Path, original: Original, row: Row) -> FactorizedTable:
+    """The factors in ckpt/0, with the mean of the method.
+
+    UserError if ckpt/0 is damaged, KeyError if it has other bands than the row.
+    """
+    weights = checkpoint.load_weights(folder)
+    bands, embed = [], weights["params"]["embed"]
+    for number, size in enumerate(row.band_sizes):
+        leaves = embed[f"band_{number}"]
+        bands.append(BandFactors(leaves["wte"][:size], leaves.get("scale_up")))
+    order_V = token_order(weights["constants"], sum(row.band_sizes)).astype(np.int32)
+    weighting = METHODS[row.method].weigh(original.table_VD, original.statistics)
+    _, mean_D = centred(original.table_VD, weighting)
+    return FactorizedTable(order_V, tuple(bands), mean_D)
+
+
 def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
     """Whether a model is kept, because a run started from it. Prints a line if so.
 
-    The run could not go on from another model. A model of the same recipe is not
-    replaced by another one. With `overwrite`, none is kept.
+    The run could not go on from another model. With `overwrite`, none is kept.
     """
-    if overwrite or is_of(folder, recipe) or not (run := _started_from(folder)):
+    if overwrite or not (run := _started_from(folder)):
         return False
     print(
         f"{folder} stays, because {run} started from it; another table (method "
@@ -144,45 +203,34 @@ def _origin_of(folder: Path) -> dict[str, Any]:
     return DEFAULTS | origin if origin else {}
 
 
-def _origin(
-    original: Original, recipe: Recipe, table: FactorizedTable
-) -> dict[str, Any]:
-    """What 'compressed' in config.json says of a table."""
-    run = original.run
-    return {
-        "run": str(run.folder),
-        "step": run.step,
-        "fingerprint": run.fingerprint,
-        **dataclasses.asdict(recipe),
-        "table_sha256": _sha256(table),
-    }
+def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
+    """Whether a folder's record is of this recipe and this original.
+
+    Its run may have been moved, and an older version had another fingerprint.
+    """
+    origin, run = _origin_of(folder), original.run
+    is_same = is_of(folder, recipe) and origin.get("step") == run.step
+    return is_same and run.is_at(origin.get("fingerprint"))
 
 
-def _is_made(
-    folder: Path, original: Original, made: dict[str, Any], weights: dict
-) -> bool:
-    """Whether a folder has this origin, and these weights as its newest, undamaged."""
-    earlier = _origin_of(folder)
-    # A run may have been moved, and an older version had another fingerprint.
-    moved = {**earlier, "run": made["run"], "fingerprint": made["fingerprint"]}
-    if moved != made or not original.run.is_at(earlier.get("fingerprint")):
-        return False
+def _stored(folder: Path) -> dict[str, str] | None:
+    """Digests of the newest undamaged weights of a folder; None without any."""
     try:
         run_dir, step = checkpoint.find(folder)
-        stored = digests.arrays(checkpoint.folder_of(run_dir, step))
+        return digests.arrays(checkpoint.folder_of(run_dir, step))
     except UserError:
-        return False
-    return stored == digests.of_arrays(weights)
+        return None
 
 
-def _holds(factors: Path, table_sha256: str) -> bool:
-    """Whether a folder holds the factors of this table, undamaged."""
+def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
+    """The table in a folder if it is the one with this hash, undamaged."""
     try:
-        return _sha256(read_bands(factors)) == table_sha256
+        table = read_bands(factors)
     except Unreadable:
         raise
     except UserError:
-        return False
+        return None
+    return table if _sha256(table) == table_sha256 else None
 
 
 def check_place(folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.export import is_of, keeps_codes, stays, write_model
+from pcagpt.compress.export import is_of, keeps_model, stays, write_model
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.errors import UserError
@@ -63,6 +63,7 @@ def sweep(
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
+    known = set(measured)
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
@@ -96,7 +97,7 @@ def sweep(
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
     for place, of_place in sorted(chosen.items()):
-        _write_best(original, place, of_place, measured, overwrite)
+        _write_best(original, place, of_place, measured, known, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
@@ -125,20 +126,23 @@ def _write_best(
     place: Path,
     recipes: list[Recipe],
     measured: dict[Recipe, Row],
+    known: set[Recipe],
     overwrite: bool,
 ) -> None:
     """Writes the model of least added loss, unless the one there `stays`.
 
-    In a tie, it keeps the one already there.
+    In a tie, it keeps the one already there. That of a `known` row was written by an
+    earlier sweep, and is not made again if it is undamaged.
     """
     least = min(measured[recipe].added_loss for recipe in recipes)
     equal = [r for r in recipes if measured[r].added_loss == least]
     # Runs may have started from the one there.
     best = next((recipe for recipe in equal if is_of(place, recipe)), equal[0])
-    if stays(place, best, overwrite):
+    if best in known and keeps_model(place, original, measured[best]):
         return
-    if not (best.is_codes and keeps_codes(place, original, measured[best])):
-        write_model(place, original, original.compressor(best), measured[best])
+    if is_of(place, best) or not stays(place, best, overwrite):
+        candidate = original.compressor(best)
+        write_model(place, original, candidate, measured[best], overwrite)
 
 
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
