@@ -24,6 +24,7 @@ from pcagpt.coding.quantize import (
 from pcagpt.coding.table import CodedTable
 from pcagpt.coding.transform import (
     Coefficients,
+    coefficient_chunks,
     coefficients,
     karhunen_loeve,
     mean_row,
@@ -42,6 +43,7 @@ BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2))) * 1.4
 MODEL_BITS = 8  # of the indices of one model
 SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
+COUNTERS = 2**20  # of symbols, that exist at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +187,11 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     *synthesis_KD, mean_D = basis.dense()
     synthesis_KD = np.reshape(synthesis_KD, (-1, len(mean_D)))
     place_V = np.unique(prepared.classes_V, return_inverse=True)[1]
-    symbols_KV = quantize(
-        coefficients(table_VD, weighting, synthesis_KD, mean_D),
-        class_steps(prepared.classes_V, step),
-        found.kept_DC[chosen_K][:, place_V],
-    )
+    steps_V, kept_KC = class_steps(prepared.classes_V, step), found.kept_DC[chosen_K]
+    symbols_KV = np.empty((len(chosen_K), len(table_VD)), np.int16)
+    # Rows do not depend on each other. Coefficients take twice the table's memory.
+    for rows, part in coefficient_chunks(table_VD, weighting, synthesis_KD, mean_D):
+        symbols_KV[:, rows] = quantize(part, steps_V[rows], kept_KC[:, place_V[rows]])
     coded = CodedTable(symbols_KV, prepared.classes_V, step, basis)
     return coded, to_words(coded)
 
@@ -214,15 +216,15 @@ def _basis_bits(width: int, energy_D: np.ndarray) -> np.ndarray:
 
 def _entropy_bits(symbols_Dn: np.ndarray) -> np.ndarray:
     """Bits of each row at its empirical entropy, with the bias of Miller and Madow."""
-    used = symbols_Dn.any(axis=1)
-    bits_D = np.zeros(len(symbols_Dn))
-    symbols_Dn = symbols_Dn[used]
-    rows, count = symbols_Dn.shape
+    used = np.flatnonzero(symbols_Dn.any(axis=1))
+    bits_D, count = np.zeros(len(symbols_Dn)), symbols_Dn.shape[1]
     lowest = int(symbols_Dn.min(initial=0))
     width = int(symbols_Dn.max(initial=0)) - lowest + 1
-    places_Dn = symbols_Dn + (np.arange(rows) * width - lowest)[:, None]
-    counts = np.bincount(places_Dn.ravel(), minlength=rows * width)
-    counts = counts.reshape(rows, width)
-    bits = -(counts * np.log2(np.maximum(counts, 1) / count)).sum(axis=1)
-    bits_D[used] = bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
+    together = max(1, COUNTERS // width)
+    for rows in np.split(used, range(together, len(used), together)):
+        places_Rn = symbols_Dn[rows] + (np.arange(len(rows)) * width - lowest)[:, None]
+        counts = np.bincount(places_Rn.ravel(), minlength=len(rows) * width)
+        counts = counts.reshape(len(rows), width)
+        bits = -(counts * np.log2(np.maximum(counts, 1) / count)).sum(axis=1)
+        bits_D[rows] = bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
     return bits_D
