@@ -146,11 +146,12 @@ ARMS = {
 FROM_RUN = "gpt_{arm}_from_{source}"
 
 
-def arm_from_run(is_factorized: bool, is_taught: bool) -> str:
+def arm_from_run(is_compressed: bool, is_taught: bool) -> str:
     """The arm, a key of `ARMS`, of a run that continues from another run's weights.
 
-    `is_factorized` describes its table; `is_taught`: it learns a teacher's predictions.
+    is_compressed: its table is, or was at its start; is_taught: it learns a teacher's
+    predictions.
     """
     if is_taught:
         return "pca_distill"
-    return "pca_finetune" if is_factorized else "continued"
+    return "pca_finetune" if is_compressed else "continued"

@@ -289,7 +289,9 @@ def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch
     monkeypatch.setattr(
         Compressor, "__call__", lambda self, r: made.append(r) or make(self, r)
     )
+    monkeypatch.setattr(Compressor, "gaussian_limit", pytest.fail)
     larger = sweep_of(asked, ranks=(4, 8, 12))
+    assert larger["gaussian_limit"] == first["gaussian_limit"]
     # Of the known ranks, only the best table is made: for its model.
     assert len([recipe for recipe in made if recipe.rank in (4, 8)]) == 2
     for row in larger["rows"]:
@@ -859,6 +861,19 @@ def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, caps
     assert not (folder_of(asked) / "best_coded_k1").exists()
 
 
+def test_codes_are_tried_at_ranks_and_methods_that_do_not_fit_the_bands(asked, capsys):
+    methods = {"compress.methods": "svd,context,coded", "compress.bits": ()}
+    sweep = sweep_of(asked, ranks=(11, 16), **methods | {"compress.bands": (40,)})
+    assert {key(row)[:3] for row in sweep["rows"]} == {
+        *(("coded", 1, rank) for rank in (11, 16)),
+        ("context", 40, 16),
+    }
+    shown = capsys.readouterr().out
+    assert "left out: svd (only one band): add 1 to compress.bands\n" in shown
+    assert "left out: factors of rank 11, too low for compress.bands (40,)\n" in shown
+    assert (folder_of(asked) / "best_coded_k11").is_dir()
+
+
 def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):
     with pytest.raises(UserError, match="rank 1, coded: a file of 129 bytes cannot"):
         sweep_of(asked, ranks=(1,), **{"compress.methods": "coded"})
@@ -950,6 +965,8 @@ def test_rivals_alone_need_no_ranks_and_meet_no_bound(asked):
     assert [key(row) for row in sweep["rows"]] == [
         *(("baseline", 1, 0, 4), ("gptq", 1, 0, 4))
     ]
+    report = (folder_of(asked) / "report.md").read_text("utf-8")
+    assert "## Tables at equal size" not in report and "## All tables" in report
     _, trials = advice_of(asked, methods="context,gptq,pq", bits=(4,), max_bytes=2600)
     assert {row["method"] for row in trials} == {"context", "baseline"}
 
@@ -979,7 +996,7 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"compress.recover_ranks": (16,)}, "holds 16, which the sweep leaves out"),
         (
-            {"compress.methods": "coded", "compress.recover_ranks": (8,)},
+            {"compress.methods": "packed", "compress.recover_ranks": (8,)},
             "holds 8, which the sweep leaves out",
         ),
     ],
@@ -1048,7 +1065,8 @@ def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
     own = {"compress.recover_ranks": (8,), "train.loss_chunks": 7, "train.steps": 99}
     config = changed(swept[0], **own)
     d = read_record(Path(config.model_path))["train"]
-    for job in recovery_plan(Settings.of(config), folder_of(config)).jobs:
+    models = [folder_of(config) / "best_k8"]
+    for job in recovery_plan(Settings.of(config), folder_of(config), models).jobs:
         train = job.settings.train
         assert (train.loss_chunks, train.steps) == (7, d["steps"] // 2)
 
@@ -1057,16 +1075,19 @@ def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
 def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkeypatch):
     # The sweep's own batch size and learning rate do not matter for the training.
     own = {"train.batch_size": 16, "train.learning_rate": 1.0}
+    own["compress.methods"] = "svd,context,coded"
     sweep, folder = recovered(asked, **own), folder_of(asked)
-    assert [row["letter"] for row in sweep["recovered"]] == ["D+", "B", "Bd"]
-    continued, plain, taught = sweep["recovered"]
+    letters = [row["letter"] for row in sweep["recovered"]]
+    assert letters == ["D+", "B", "Bd", "B", "Bd"]
+    continued, *from_codes, plain, taught = sweep["recovered"]
     d_loss = read_result(Path(asked.model_path))["val_loss"]
-    best = best_of(sweep, 8)
-    for row in (plain, taught):
-        assert [row[n] for n in ("rank", "method", "bands")] == [
-            best[n] for n in ("rank", "method", "bands")
-        ]
-        assert row["added_at_start"] == pytest.approx(best["added_loss"], abs=2e-6)
+    coded = next(r for r in sweep["rows"] if (r["rank"], r["method"]) == (8, "coded"))
+    for best, rows in ((best_of(sweep, 8), (plain, taught)), (coded, from_codes)):
+        for row in rows:
+            assert [row[n] for n in ("rank", "method", "bands")] == [
+                best[n] for n in ("rank", "method", "bands")
+            ]
+            assert row["added_at_start"] == pytest.approx(best["added_loss"], abs=2e-6)
     assert (continued["rank"], continued["added_at_start"]) == (None, 0)
     for row in sweep["recovered"]:
         assert row["val_loss"] == read_result(folder / row["run"])["val_loss"]
@@ -1082,8 +1103,8 @@ def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkey
     assert record["seed"] == d["seed"]
     assert record["data"]["source"] == d["data"]["source"]
     report = (folder / "report.md").read_text()
-    for letter in ("D+", "B", "Bd"):
-        assert f"| **{letter}** " in report
+    for letter, name in (("D+", "D"), ("B", "coded"), ("Bd", "coded")):
+        assert f"| **{letter}** | {name}, trained further" in report
     # The next time all of it is done, whatever the path of the model.
     monkeypatch.chdir(asked.workdir)
     names = [*(row["run"] for row in sweep["recovered"]), "best_k8"]

@@ -23,6 +23,7 @@ from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
+Models = dict[Path, list[Recipe]]  # folders, and what each is chosen from
 REPORT_EVERY = 5  # rows
 
 
@@ -31,15 +32,15 @@ def best_model(folder: Path, rank: int, codes: str = "") -> Path:
     return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 
-def models_of(folder: Path, tried: list[Recipe]) -> dict[Path, list[Recipe]]:
-    """The folders of the models that a sweep writes, and what each is chosen from.
+def models_of(folder: Path, tried: list[Recipe]) -> Models:
+    """The models that a sweep writes.
 
     Rounded factors and rivals are measured, but have no model.
     """
-    found: dict[Path, list[Recipe]] = {}
+    found: Models = {}
     for recipe in tried:
-        if recipe.is_coded or recipe.is_factors:
-            codes = recipe.method if recipe.is_coded else ""
+        if recipe.is_codes or recipe.is_factors:
+            codes = recipe.method if recipe.is_codes else ""
             place = best_model(folder, recipe.rank, codes)
             found.setdefault(place, []).append(recipe)
     return found
@@ -52,21 +53,22 @@ def sweep(
     *,
     overwrite: bool,
     tensorboard: bool,
-) -> None:
-    """Measures every recipe; writes the rows, reports and the best model per rank.
+) -> Models:
+    """Measures every recipe; writes the rows, reports and the best models.
 
     Keeps the rows that an earlier sweep measured under the same protocol; moves a sweep
     under another protocol aside. A best model that a run started from stays, unless
     `overwrite` is set. Leaves out recipes that no table fits; UserError if all are.
-    Only what was measured on the validation split chooses models.
+    Only what was measured on the validation split chooses models. Returns them.
     """
     folder, writes = output.folder, jax.process_index() == 0
     output, measured = _resume(original, output)
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
-    limit = {"gaussian_limit": make.gaussian_limit()}
-    output = dataclasses.replace(output, heading=output.heading | limit)
+    if "gaussian_limit" not in output.heading:
+        limit = {"gaussian_limit": make.gaussian_limit()}
+        output = dataclasses.replace(output, heading=output.heading | limit)
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
@@ -88,22 +90,23 @@ def sweep(
                 content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:
                     write_sweep_report(folder, content)
+    chosen = models_of(folder, tried) if original.split == "val" else {}
     if not writes:
-        return
+        return chosen
     content = _write_sweep(output, tried, measured)
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    chosen = models_of(folder, tried) if original.split == "val" else {}
     for place, of_place in sorted(chosen.items()):
         _write_best(original, place, of_place, measured, overwrite)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
+    return chosen
 
 
 def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The output then also has the results of further training.
+    The output then also has its R(D) line and the results of further training.
     """
     earlier, heading = read_sweep(output.folder / "sweep.json"), output.heading
     own = strict(heading["protocol"])
@@ -111,8 +114,8 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
         if jax.process_index() == 0:
             move_aside(output.folder / "sweep.json")
         return output, {}
-    if "recovered" in earlier:
-        heading = heading | {"recovered": earlier["recovered"]}
+    kept = [name for name in ("recovered", "gaussian_limit") if earlier.get(name)]
+    heading = heading | {name: earlier[name] for name in kept}
     measured = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
     return dataclasses.replace(output, heading=heading), measured
 
@@ -134,7 +137,7 @@ def _write_best(
     best = next((recipe for recipe in equal if is_of(place, recipe)), equal[0])
     if stays(place, best, overwrite):
         return
-    if not (best.is_coded and keeps_codes(place, original, measured[best])):
+    if not (best.is_codes and keeps_codes(place, original, measured[best])):
         write_model(place, original, original.compressor(best), measured[best])
 
 
@@ -176,7 +179,7 @@ def _predicted(rows: list[Row]) -> list[Row]:
 
     The predictions are fitted to the anchors: the smallest and the largest table of
     each method that makes factors, once with a single band and once with the smallest
-    number of several bands. No coded table is an anchor.
+    number of several bands. No table of `CODES` is an anchor.
     """
 
     def second_order(row: Row) -> SecondOrder:

@@ -235,8 +235,9 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "afterwards train the best model of each of these ranks, with and without D as "
-        "teacher, and D for the same steps; with D's own train settings and seed",
+        "afterwards train the best factors and the coded table of each of these ranks, "
+        "with and without D as teacher, and D for the same steps; with D's own train "
+        "settings and seed",
     )
 
     @property

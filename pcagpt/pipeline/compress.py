@@ -15,13 +15,13 @@ from pcagpt.compress.candidates import factor_methods, recipes
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
-from pcagpt.compress.sweep import add_recovered, models_of, sweep
+from pcagpt.compress.sweep import Models, add_recovered, models_of, sweep
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
+from pcagpt.methods import CODED, METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -63,7 +63,7 @@ def compress(settings: Settings, command: str) -> None:
         "protocol": original.protocol,
     }
     if options.bounds:
-        tried, models = [], {folder / ADVISED}
+        tried, models = [], {folder / ADVISED: []}
     else:
         tried = _recipes(original, methods, settings.ranks, options)
         models = models_of(folder, tried)
@@ -80,8 +80,8 @@ def compress(settings: Settings, command: str) -> None:
         if options.bounds:
             advise(original, methods, options, output, overwrite=settings.overwrite)
         else:
-            _check_recoverable(original, tried, settings, folder)
-            sweep(
+            _check_recoverable(original, models, settings, folder)
+            models = sweep(
                 original,
                 tried,
                 output,
@@ -92,7 +92,7 @@ def compress(settings: Settings, command: str) -> None:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
         if options.recover_ranks:
-            _recover(settings, folder, run.folder)
+            _recover(settings, folder, models, run)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -124,7 +124,7 @@ def _recipes(
     options: CompressSettings,
 ) -> list[Recipe]:
     """The recipes of the sweep, without ranks that no table can have."""
-    shape = original.table_VD.shape
+    shape, factors = original.table_VD.shape, factor_methods(methods)
     possible = [rank for rank in ranks if rank <= min(shape)]
     if not possible:
         raise UserError(
@@ -132,26 +132,29 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in combinations if r.is_factors}
-    if not factor_methods(methods):
-        kept = set(possible)
-        if not combinations:
-            raise UserError(
-                f"compress.methods is '{options.methods}', but compress.bits is empty: "
-                "name bits, such as --config.compress.bits=4"
-            )
-    if not kept:
-        single = [name for name, method in METHODS.items() if not method.weighs_tokens]
+    if factors and not any(recipe.rank for recipe in combinations):
         raise UserError(
-            "no table fits: raise ranks, or add 1 to compress.bands (only one band: "
-            f"{', '.join(single)})"
+            f"no table fits compress.bands {options.bands}: raise ranks, or add 1 to "
+            "compress.bands"
         )
-    if left_out := [str(rank) for rank in ranks if rank not in kept]:
+    if not combinations:
+        raise UserError(
+            f"compress.methods is '{options.methods}', but compress.bits is empty: "
+            "name bits, such as --config.compress.bits=4"
+        )
+    if high := [str(rank) for rank in ranks if rank not in possible]:
+        say(f"left out: rank {', '.join(high)}, too high for the table {shape}")
+    single = [name for name in factors if not METHODS[name].weighs_tokens]
+    if single and 1 not in options.bands:
+        say(f"left out: {', '.join(single)} (only one band): add 1 to compress.bands")
+    made = {recipe.rank for recipe in combinations if recipe.is_factors}
+    low = [str(rank) for rank in possible if rank not in made]
+    if low and factors != single:
         say(
-            f"left out: rank {', '.join(left_out)}, too high for the table {shape} or "
-            f"too low for compress.bands {options.bands}"
+            f"left out: factors of rank {', '.join(low)}, too low for compress.bands "
+            f"{options.bands}"
         )
-    return [recipe for recipe in combinations if recipe.rank in {0, *kept}]
+    return combinations
 
 
 def _check_file(path: Path, original: Original) -> None:
@@ -175,18 +178,13 @@ def _check_file(path: Path, original: Original) -> None:
 
 
 def _check_recoverable(
-    original: Original, tried: list[Recipe], settings: Settings, folder: Path
+    original: Original, models: Models, settings: Settings, folder: Path
 ) -> None:
     """Raises UserError if `recover_ranks` cannot be trained and compared with D."""
     run, ranks = original.run, settings.compress.recover_ranks
     if not ranks:
         return
-    lacking = set(ranks) - {recipe.rank for recipe in tried if recipe.is_factors}
-    if lacking:
-        raise UserError(
-            f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
-            "only the best factors of a rank that was tried can be trained further"
-        )
+    _models_to_train(models, ranks)
     result = read_result(run.folder)
     if result is None or result["steps"] != run.step:
         raise UserError(
@@ -199,16 +197,36 @@ def _check_recoverable(
             f"{original.corpus.name}: leave data.source out"
         )
     # The models do not exist yet; D, trained further, has the same settings.
-    plan = recovery_plan(settings.replace({"compress.recover_ranks": ()}), folder)
-    for job in check(plan):
+    for job in check(recovery_plan(settings, folder, ())):
         job.check(set())
 
 
-def _recover(settings: Settings, folder: Path, baseline: Path) -> None:
+def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
+    """The models of these ranks; UserError if a rank has none.
+
+    A packed table cannot be trained.
+    """
+    trainable = {
+        model: recipes[0].rank
+        for model, recipes in models.items()
+        if recipes[0].is_factors or recipes[0].method == CODED
+    }
+    if lacking := set(ranks) - set(trainable.values()):
+        raise UserError(
+            f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
+            "only the best factors and the coded table of a rank that was tried can be "
+            "trained further"
+        )
+    return [model for model, rank in trainable.items() if rank in ranks]
+
+
+def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
-    plan = recovery_plan(settings, folder)
+    processes.from_first(baseline.check_unchanged)
+    ranks = settings.compress.recover_ranks
+    plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
     execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        rows = recovered_rows(folder, runs, baseline)
+        rows = recovered_rows(folder, runs, baseline.folder)
         say(f"report: {add_recovered(folder, rows)}")

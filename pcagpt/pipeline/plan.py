@@ -4,11 +4,11 @@ D comes first, then the factorization of its table, then the arms. `pcagpt.arms`
 what each arm takes from D. A run that copies all weights of another run needs no D.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
-from pcagpt.compress.sweep import best_model
 from pcagpt.config import Settings, arms_of, validate
 from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
 from pcagpt.factorize import factor_files
@@ -56,12 +56,12 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(settings, tuple(jobs), runs, made[0])
 
 
-def recovery_plan(settings: Settings, folder: Path) -> Plan:
-    """The runs that train the best compressed models and D further.
+def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> Plan:
+    """The runs in a folder that train D and compressed models of it further.
 
     They train with D's settings, for the share of its budget in `finetune`.
-    `train.loss_chunks` only concerns memory and stays as it was given. `folder` holds
-    the models of the ranks `compress.recover_ranks`, and gets the runs.
+    `train.loss_chunks` only concerns memory and stays as it was given. Each model is
+    trained twice: on the text and on D's predictions.
     """
     baseline = Run.open(settings.model_path)
     stored, known = baseline.settings, baseline.record.keys()
@@ -80,8 +80,8 @@ def recovery_plan(settings: Settings, folder: Path) -> Plan:
     )
     run = str(baseline.folder)
     starts = [(run, "")]
-    for rank in settings.compress.recover_ranks:
-        starts += [(str(best_model(folder, rank)), teacher) for teacher in ("", run)]
+    for model in models:
+        starts += [(str(model), teacher) for teacher in ("", run)]
     jobs = []
     for start, teacher in starts:
         chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
@@ -128,7 +128,9 @@ def _job_from_run(settings: Settings) -> TrainJob:
     source.check_model(settings.model, free)
     settings = settings.replace({"model": source.model_settings(settings.model, free)})
     validate(settings)
-    arm = arm_from_run(settings.model.is_factorized, bool(settings.distill.teacher))
+    # The table of a coded model has full width.
+    is_compressed = settings.model.is_factorized or "compressed" in source.record
+    arm = arm_from_run(is_compressed, bool(settings.distill.teacher))
     settings = settings.replace({"arm": arm, **_budget(settings, arm)})
     name = FROM_RUN.format(arm=arm, source=source.folder.resolve().name)
     return TrainJob(Path(settings.workdir) / name, settings, is_target=True)

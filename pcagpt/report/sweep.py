@@ -35,7 +35,9 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "split": SPLITS[sweep["protocol"].get("split", "val")],
         "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),
-        "equal_size": equal_size_table(sweep),
+        "equal_size": (
+            equal_size_table(sweep) if any(row.is_factors for row in rows) else None
+        ),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
         "rows": [(row_name(row.method, row.bands, row.bits), row) for row in rows],
         "accuracy": _accuracy(rows),
@@ -92,7 +94,7 @@ def row_name(method: str, bands: int, bits: int = 32) -> str:
 
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss: a row for each method and number of bands, a column for each rank."""
-    rows = [row for row in sweep["rows"] if row.bits == 32]
+    rows = [row for row in sweep["rows"] if row.is_factors]
     ranks = sorted({row.rank for row in rows})
     best = {k: min(row.added_loss for row in rows if row.rank == k) for k in ranks}
     found: dict[str, dict[int, str]] = {}
@@ -109,19 +111,25 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss of compressed models before and after training, and of D+."""
     recovered, rows = sweep["recovered"], []
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
-        runs = [row for row in recovered if row["rank"] == rank]
-        measured = [row for row in sweep["rows"] if (row.rank, row.bits) == (rank, 32)]
-        untrained = [("svd", row.added_loss) for row in measured if row.method == "svd"]
-        intervals = {
-            row_name(row.method, row.bands): row.added_loss_interval for row in measured
+        measured = {
+            row_name(row.method, row.bands): row
+            for row in sweep["rows"]
+            if row.rank == rank and (row.is_factors or row.is_codes)
         }
-        best = row_name(runs[0]["method"], runs[0]["bands"])
-        for name, added in [*untrained, (best, runs[0]["added_at_start"])]:
+        runs: dict[str, list[dict[str, Any]]] = {}  # by the table they started from
+        for row in recovered:
+            if row["rank"] == rank:
+                runs.setdefault(row_name(row["method"], row["bands"]), []).append(row)
+        untrained = {name: of[0]["added_at_start"] for name, of in runs.items()}
+        if "svd" in measured:
+            untrained = {"svd": measured["svd"].added_loss} | untrained
+        for name, added in untrained.items():
+            interval = measured[name].added_loss_interval if name in measured else None
             start = {"name": name, "rank": rank, "added_loss": added}
-            rows.append(start | {"interval": intervals.get(name)})
-        for row in runs:
-            on = " on D's predictions" if row["letter"] == "Bd" else ""
-            rows.append(row | {"name": f"{best}, trained further{on}"})
+            rows.append(start | {"interval": interval})
+            for row in runs.get(name, ()):
+                on = " on D's predictions" if row["letter"] == "Bd" else ""
+                rows.append(row | {"name": f"{name}, trained further{on}"})
     for row in recovered:
         if row["rank"] is None:
             none = {"less_continued": None, "less_continued_interval": None}
