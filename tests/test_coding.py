@@ -21,7 +21,12 @@ from pcagpt.coding.fit import fit
 from pcagpt.coding.models import Model, frequencies
 from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
-from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
+from pcagpt.coding.transform import (
+    Coefficients,
+    coefficient_chunks,
+    coefficients,
+    karhunen_loeve,
+)
 from pcagpt.errors import UserError
 from pcagpt.factorize import (
     BudgetTooSmall,
@@ -172,7 +177,7 @@ def test_contexts_lower_the_loss_that_counts_them():
 
 
 def test_rows_are_coded_chunk_by_chunk_as_they_are_together(monkeypatch):
-    monkeypatch.setattr(transform, "CHUNK", 128)
+    monkeypatch.setattr(chunks, "CHUNK", 128)
     prepared = prepare(TABLE, FULL)
     made = coding.at_step(prepared, 0.1).table
     *synthesis_KD, mean_D = made.basis.dense()
@@ -180,7 +185,7 @@ def test_rows_are_coded_chunk_by_chunk_as_they_are_together(monkeypatch):
     place_V = np.unique(made.classes, return_inverse=True)[1]
     arguments = TABLE, FULL, np.array(synthesis_KD), mean_D
     together = coefficients(*arguments)
-    for rows, part in transform.coefficient_chunks(*arguments):
+    for rows, part in coefficient_chunks(*arguments):
         for one, all_ in zip(part, together, strict=True):
             np.testing.assert_array_equal(one, all_[..., rows], strict=True)
     whole = quantize(

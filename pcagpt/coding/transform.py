@@ -12,6 +12,7 @@ synthesis S [K, D] turns coefficients into rows: W ~ 1 mean + A S. If S M S' = I
 of coefficients cost 1/2 p_v (|e|^2 + (e C_v)^2) with C_v = c_v S'.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np

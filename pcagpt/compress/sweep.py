@@ -86,6 +86,8 @@ def sweep(
                     print(f"left out: {too_small}", flush=True)
                 continue
             measured[recipe] = candidate.row(original.measure(candidate))
+            if writes and candidate.note:
+                print(f"rank {recipe.rank}, {candidate.note}", flush=True)
             if writes:  # After every row: an interrupted sweep resumes here.
                 content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:
