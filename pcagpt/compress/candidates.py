@@ -68,7 +68,7 @@ class Candidate:
     def note(self) -> str:
         """A line about bytes that codes leave unused, because none are finer."""
         recipe = self.recipe
-        if not recipe.is_coded or self.bytes > USED * recipe.budget:
+        if not recipe.is_codes or self.bytes > USED * recipe.budget:
             return ""
         return (
             f"{recipe.method}: {recipe.budget:,} bytes are more than such a table can "
