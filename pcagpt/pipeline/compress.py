@@ -144,8 +144,8 @@ def _recipes(
     if not kept:
         single = [name for name, method in METHODS.items() if not method.weighs_tokens]
         raise UserError(
-            "no table fits: raise ranks, or add 1 to compress.bands (only one band: "
-            f"{', '.join(single)})"
+            "no table fits: raise ranks, or list 1 in compress.bands (these methods "
+            f"have one band: {', '.join(single)})"
         )
     if left_out := [str(rank) for rank in ranks if rank not in kept]:
         say(

@@ -55,11 +55,11 @@ NOT_IDENTITY = (
 )
 
 _CONFIG_REMEDY = (
-    "delete it, the checkpoints of a trained run have a copy, or use "
+    "delete it if the run was trained here (its checkpoints have a copy), or use "
     "--config.overwrite=True"
 )
 _RESULT_REMEDY = (
-    "delete it, and the run's command finishes it again, or use --config.overwrite=True"
+    "delete it and give the run's command again, or use --config.overwrite=True"
 )
 _WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
 # {field of config.json besides the knobs: its types}

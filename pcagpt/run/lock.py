@@ -171,8 +171,7 @@ def _limit(silent: float) -> str:
         time.strftime("%H:%M:%S", time.localtime(t)) for t in (last, last + STALE)
     )
     return (
-        f", no sign of life from there since {since}; after {STALE} s without one, at "
-        f"{end}, it is taken over"
+        f", silent since {since}; if it stays silent, this command takes over at {end}"
     )
 
 
