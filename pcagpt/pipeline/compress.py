@@ -40,7 +40,7 @@ def compress(settings: Settings, command: str) -> None:
     """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
-    All processes call this.
+    All processes must call this.
 
     Raises:
       UserError: the run or a method does not exist, the table is already factorized,

@@ -113,7 +113,7 @@ class Lock:
 def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], None]]:
     """Waits until no other command holds the folder, and holds it within.
 
-    The first of several processes holds it for all of them; every process calls this.
+    The first of several processes holds it for all of them; all must call this.
 
     Args:
       folder: need not exist; the lock is beside it.
