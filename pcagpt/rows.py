@@ -40,7 +40,7 @@ class Recipe:
     bits: int = 32
 
     @property
-    def is_coded(self) -> bool:
+    def is_codes(self) -> bool:
         """Whether its table is stored as codes, by a method of `CODES`."""
         return self.bits == 0
 

@@ -13,7 +13,7 @@ from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 # After more than `FEW` encodings, the search ends if the table fills this share of the
-# target. It always ends after `MANY`. Only small tables need many; encoding them is fast.
+# target. It always ends after `MANY`. Only small tables need many, and encode fast.
 FEW, MANY, FILLED = 4, 16, 0.97
 _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
