@@ -37,6 +37,11 @@ def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: of a hash, the first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
+
+
 _KEPT = "what is saved is kept, and the same command goes on from it"
 # What a person can do about an error of the system.
 _REMEDIES = {

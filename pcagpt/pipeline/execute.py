@@ -49,10 +49,14 @@ def _check(plan: Plan) -> dict[Job, Status]:
 
 def describe(needed: dict[Job, Status]) -> list[str]:
     """A line for each job that `check` returned: name, amount and status."""
-    return [
-        f"{job.label:<32} {job.made if kind == Kind.DONE else job.amount:>14}  {words}"
-        for job, (kind, words) in needed.items()
-    ]
+    missing = {job.folder for job, (kind, _) in needed.items() if kind != Kind.DONE}
+    lines = []
+    for job, (kind, words) in needed.items():
+        if kind == Kind.DONE and job.sources & missing:
+            words += f", made again if {min(job.sources & missing).name} changes"
+        amount = job.made if kind == Kind.DONE else job.amount
+        lines.append(f"{job.label:<32} {amount:>14}  {words}")
+    return lines
 
 
 def execute(plan: Plan, command: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.config import KNOBS, check_stored
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, shown
 from pcagpt.files import (
     check_fields,
     read_json,
@@ -389,7 +389,7 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
         record, stored = record | {"corpus": None}, stored | {"corpus": None}
     old, new = identity(stored, sections), identity(record, sections)
     return [
-        f"{name} (was {old.get(name)}, now {new.get(name)})"
+        f"{name} (was {shown(old.get(name))}, now {shown(new.get(name))})"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
