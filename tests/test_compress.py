@@ -870,7 +870,7 @@ def test_codes_are_tried_at_ranks_and_methods_that_do_not_fit_the_bands(asked, c
         ("context", 40, 16),
     }
     shown = capsys.readouterr().out
-    assert "left out: svd (only one band): add 1 to compress.bands\n" in shown
+    assert "left out: svd (only one band): list 1 in compress.bands\n" in shown
     assert "left out: factors of rank 11, too low for compress.bands (40,)\n" in shown
     assert (folder_of(asked) / "best_coded_k11").is_dir()
 

@@ -26,13 +26,13 @@ from pcagpt.model import (
     packed_constants,
 )
 
-# At most, for what describes the arrays in a file.
+# Upper limits of the bytes that describe the arrays in a file.
 _FILE_BYTES, _BAND_BYTES = 2300, 560
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
-    """A table in the bands of a model's head."""
+    """A packed table, in the bands that a model's head has."""
 
     order: np.ndarray  # [V] int32, token ids, band after band
     bands: tuple[PackedBand, ...]  # of host arrays
@@ -174,7 +174,7 @@ def _quantize(
     widths_S: np.ndarray,
     levels: dict[int, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
+    """(indices of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
     of_band = Coefficients(*(x if x is None else x[..., tokens] for x in stored))
     squares_Kn = np.square(of_band.values, dtype=np.float64)
     scales_K = np.sqrt(squares_Kn.mean(axis=1)) + 1e-30
@@ -192,7 +192,7 @@ def _quantize(
 
 
 def _packed(numbers_nK: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
-    """Codes [n, bytes] uint8: byte i of a block has bit i of its numbers."""
+    """Codes [n, bytes] uint8: byte i of a block has bit i of its eight indices."""
     parts, start = [], 0
     for width, count in zip(WIDTHS, blocks, strict=True):
         own_nK = numbers_nK[:, start : start + BLOCK * count]

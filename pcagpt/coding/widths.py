@@ -51,7 +51,7 @@ def levels_of(
 
 
 def borders_of(levels: np.ndarray) -> np.ndarray:
-    """Where the nearest level changes."""
+    """The thresholds between neighbouring levels."""
     return (levels[1:] + levels[:-1]) / 2
 
 
@@ -87,11 +87,10 @@ class Widths:
         self._errors_BSW = falling_BS[..., None] * errors_W
         self._errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
         sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
-        # A code takes its bits, a direction of a band a scale.
+        # A code takes its bits; each direction of a band takes a scale.
         bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
         self._bytes_BSW = np.broadcast_to(bytes_BSW, self._errors_BSW.shape)
-        # A single band has the order of the ids.
-        order = sizes_B.sum() if len(sizes_B) > 1 else 0
+        order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band stores none.
         self._fixed = overhead + 4 * (order + 2 * self._width + LEVELS)
 
     def within_bytes(self, most: int) -> Choice:
@@ -99,7 +98,7 @@ class Widths:
         found = self._finest(lambda choice: choice.bytes <= most)
         if found.bytes > most:
             raise BudgetTooSmall(
-                f"{most:,} bytes cannot hold a packed table: the least takes "
+                f"{most:,} bytes cannot hold a packed table: the smallest takes "
                 f"{found.bytes:,}"
             )
         return found

@@ -28,7 +28,7 @@ REPORT_EVERY = 5  # rows
 
 
 def best_model(folder: Path, rank: int, codes: str = "") -> Path:
-    """The folder of the best factors of a rank, or of its table of some `CODES`."""
+    """The folder of the best factors of a rank, or of its table of codes."""
     return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 

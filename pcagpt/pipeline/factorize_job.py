@@ -83,7 +83,7 @@ class FactorizeJob(Job):
             conflict = self._other_files(differing)
         elif others := factor_files.not_ours(self.folder, metadata, lacking):
             conflict = UserError(
-                f"{others[0]} is not of a factorization that was made here: use "
+                f"{others[0]} does not belong to a factorization made here: use "
                 "another --config.workdir, or --config.overwrite=True to move "
                 f"{self.folder} aside"
             )
@@ -159,7 +159,8 @@ class FactorizeJob(Job):
     def check(self, missing: set[Path]) -> None:
         """Raises UserError if the source does not fit or no earlier job makes it.
 
-        Reads no weights. `run` checks a source in `missing`. All processes call this.
+        Reads no weights. `run` checks a source in `missing`. All processes must call
+        this.
         """
         processes.from_first(lambda: self._check(missing))
 

@@ -39,7 +39,7 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: as for `choose`, or no config.json exists.
@@ -181,7 +181,7 @@ class Run:
         """Opens the corpus of `data`, which must have some splits.
 
         If `asked` names another corpus than the run's own, a line on stderr says so.
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
@@ -210,9 +210,9 @@ class Run:
         return corpus
 
     def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
-        """The run was trained on these tokens; None if its record does not say.
+        """Whether the run was trained on these tokens; None if its record is silent.
 
-        `splits` must also be those of the run's corpus.
+        Also compares `splits`.
         """
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
