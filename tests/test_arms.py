@@ -306,7 +306,7 @@ def test_a_frozen_scale_needs_a_band_with_a_rank(tiny_config, tmp_path):
     band = BandFactors(random.normal(size=(97, 32)), None)
     table = FactorizedTable.of_one_band(band)
     factor_files.write_bands(tmp_path / "full", table)
-    given = {"init.import_bands": str(tmp_path / "full"), "model.n_embd_wte": 8}
+    given = {"init.import_bands": str(tmp_path / "full"), "model.n_embd_wte": 32}
     given["init.import_scale_matrices_freeze"] = True
     with pytest.raises(UserError, match="all its bands have full width: leave it out"):
         execute(changed(tiny_config, arm="pca", **given))
@@ -318,6 +318,30 @@ def test_bands_of_another_model_are_refused(planned, tiny_config):
     config = changed(tiny_config, arm="pca", **given, **{"model.n_embd": 64})
     with pytest.raises(UserError, match=r"width 32, but this model has .* width 64"):
         execute(config)
+
+
+def one_band(rank, folder):
+    """A folder with a table of one band: of this rank, or of full width for None."""
+    random, width = np.random.default_rng(0), rank or 32
+    scale = rank and random.normal(size=(rank, 32))
+    band = BandFactors(random.normal(size=(97, width)), scale)
+    factor_files.write_bands(folder, FactorizedTable.of_one_band(band))
+    return str(folder)
+
+
+@pytest.mark.parametrize("arm", ["pca", "random"])
+@pytest.mark.parametrize(
+    ("rank", "given", "right"), [(4, 8, 4), (4, 3, 4), (None, 24, 25), (4, None, 4)]
+)
+def test_bands_of_another_size_than_the_rank_in_the_name_are_refused(
+    rank, given, right, arm, tiny_config, tmp_path
+):
+    named = {"init.import_bands": one_band(rank, tmp_path / "bands")}
+    config = changed(tiny_config, arm=arm, **named, **{"model.n_embd_wte": given})
+    with pytest.raises(UserError, match=f"rank {right}: set .*n_embd_wte={right}$"):
+        described(config)
+    (line,) = described(changed(config, **{"model.n_embd_wte": right}))
+    assert f"_k{right} " in line and line.endswith("to do")
 
 
 # The whole experiment

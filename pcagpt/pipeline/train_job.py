@@ -217,9 +217,15 @@ class TrainJob(Job):
     def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device.
 
-        Also if no checkpoint can be saved in the folder.
+        Also if no checkpoint can be saved in the folder, or if its name does not
+        give the rank of imported bands.
         """
         checkpoint.check_path(self.folder)
+        bands = self.settings.init.import_bands
+        is_made = bool(bands) and Path(bands).parent not in missing
+        # Older versions have begun runs under another rank. These can go on.
+        if is_made and self.status().kind == Kind.TO_DO:
+            initialise.check_rank(self.settings)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, SPLITS)
         build_config(self.settings.model, described.vocab_size)
