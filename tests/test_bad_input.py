@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from command_line import CONFIGS, call, refusal, tiny
 
-from pcagpt.config import KNOBS, command_line
+from pcagpt.config import KNOBS, command_line, validate
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run.folder import read_record
@@ -152,7 +152,9 @@ def only_job(line, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     words = shlex.split(line[line.index("python -m") :])
     assert words[:3] == ["python", "-m", "pcagpt.main"]
-    (job,) = make_plan(command_line.parse(["pcagpt", *words[3:]])[0]).jobs
+    settings, _ = command_line.parse(["pcagpt", *words[3:]])
+    validate(settings)
+    (job,) = make_plan(settings).jobs
     return job
 
 

@@ -359,6 +359,8 @@ def identity(
             found |= {f"{section}.{name}": entry for name, entry in value.items()}
         else:
             found[section] = value
+    if not found.get("distill.teacher"):  # It then has no effect.
+        found["distill.share"] = KNOBS["distill.share"].default
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 

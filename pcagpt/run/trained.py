@@ -56,6 +56,13 @@ class Run:
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
 
+    @classmethod
+    def asked(cls, settings: Settings) -> "Run":
+        """The run in `model_path`; raises as `open` and `check_model` do."""
+        run = cls.open(settings.model_path)
+        run.check_model(settings.model)
+        return run
+
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob newer than the run has its default."""
