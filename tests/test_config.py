@@ -51,6 +51,9 @@ def test_a_section_can_be_replaced_as_a_whole():
     settings = Settings().replace({"init.keep": "std", "init.blocks_from": "x"})
     replaced = settings.replace({"init": InitSettings(), "init.weights_from": "y"})
     assert replaced.init == InitSettings(weights_from="y")
+    assert settings.replace({"init.weights_from": "y", "init": InitSettings()}) == (
+        replaced  # The order does not count.
+    )
 
 
 def test_an_older_run_s_record_gets_defaults_and_loses_unknown_names():

@@ -148,8 +148,8 @@ class Run:
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
 
-        The run's own folder is found from any working directory. A tokenizer can be
-        asked for with either.
+        The run's own folder is found from any working directory. `asked.tokenizer`
+        applies to both corpora.
         """
         if asked.source:
             return asked
@@ -204,7 +204,8 @@ class Run:
     def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 
-        Says on stderr if it is another corpus than the run's own, also in `splits`.
+        Warns if the training parts or `splits` differ from those of the run's own
+        corpus.
         """
         self._check_tokenizer(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
