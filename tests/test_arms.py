@@ -6,15 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, described, execute, job, plan, quick_compiles, setup, start
+from runs import (
+    changed,
+    described,
+    execute,
+    job,
+    plan,
+    quick_compiles,
+    setup,
+    start,
+    write_statistics,
+)
 
 from pcagpt import arms, trees
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, Factorizer, factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.run import calibrate, initialise
 from pcagpt.run.checkpoint import load_weights, save_weights
 from pcagpt.run.folder import identity, read_record, read_result, write_record
 
@@ -342,6 +353,21 @@ def test_bands_of_another_size_than_the_rank_in_the_name_are_refused(
         described(config)
     (line,) = described(changed(config, **{"model.n_embd_wte": right}))
     assert f"_k{right} " in line and line.endswith("to do")
+
+
+@pytest.mark.parametrize("bands", [2, 3, 7])
+def test_bands_that_were_made_for_a_rank_are_of_this_size(bands, tmp_path):
+    """Also where all bands have full width, because the rank is high."""
+    random = np.random.default_rng(0)
+    table_VD = random.normal(size=(60, 24)) * random.exponential(size=(60, 1))
+    write_statistics(tmp_path / "statistics.npz", 60, 24)
+    statistics = calibrate.read(tmp_path / "statistics.npz", None)
+    make = Factorizer(table_VD.astype(np.float32), "freq", statistics)
+    for rank in range(6, 25):
+        folder = tmp_path / f"bands_{rank}"
+        factor_files.write_bands(folder, make.of_rank(rank, bands)[0])
+        asked = {"init.import_bands": str(folder), "model.n_embd_wte": rank}
+        initialise.check_rank(Settings().replace(asked))
 
 
 # The whole experiment
