@@ -37,6 +37,11 @@ def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: of a hash, the first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
+
+
 _KEPT = "what is saved is kept, and the same command goes on from it"
 # What a person can do about an error of the system.
 _REMEDIES = {
@@ -57,9 +62,9 @@ _REMEDIES = {
     "another file or folder",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
-    errno.EPIPE: "what read the output has ended",
+    errno.EPIPE: "the program that read the output has ended",
 }
-# The system fails; the file or folder is not the wrong one.
+# The system fails; the path is right.
 FAILING = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE
 }  # fmt: skip

@@ -131,11 +131,11 @@ FEWEST_FACTOR_BITS = 4  # The product of factors in fewer bits is far from their
 
 
 # The "methods" of tables that are stored as codes, with their colours; `pcagpt.coding`
-# makes them. Entropy-coded tables make the smallest files. A model reads packed tables,
-# with codes of fixed widths, in place.
+# makes them. Coded tables are entropy-coded and make the smallest files. A model reads
+# packed tables, with codes of fixed widths, in place.
 CODED, PACKED = "coded", "packed"
 CODES = {CODED: "#222222", PACKED: "#cc79a7"}
-OWN_TABLE = "baseline"  # the "method" of a model's own table, rounded
+OWN_TABLE = "baseline"  # the "method" of D's own table, rounded: D's name in `ARMS`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,7 +228,8 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, corpus_folder, place):
 def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, place):
     run_dir = Path(shutil.copytree(trained, place / "gpt_baseline"))
     (run_dir / "config.json").write_text('{"task": "tra')
-    arguments = tiny(config, corpus_folder, model_path=run_dir, workdir=place)
+    asked = {"model_path": run_dir} if config == "evaluate.py" else {}
+    arguments = tiny(config, corpus_folder, workdir=place, **asked)
     line = refusal(*arguments, unchanged=[place])
     assert f"{run_dir / 'config.json'} is damaged" in line
 

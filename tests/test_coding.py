@@ -11,7 +11,7 @@ from command_line import ROOT
 from constriction import stream
 
 from pcagpt import coding
-from pcagpt.coding import coder, transform
+from pcagpt.coding import coder
 from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.coder import Reader, Writer
 from pcagpt.coding.encode import prepare, trial
@@ -26,6 +26,7 @@ from pcagpt.factorize import (
     BudgetTooSmall,
     Statistics,
     Weighting,
+    chunks,
     second_order_loss,
 )
 
@@ -292,7 +293,7 @@ def test_bytes_are_those_of_the_entropy_and_side_information():
 def test_bits_do_not_depend_on_the_order_of_sums(monkeypatch):
     made = coding.at_step(prepare(TABLE, FULL), 0.01).table
     dense = made.dense()
-    monkeypatch.setattr(transform, "CHUNK", 7)
+    monkeypatch.setattr(chunks, "CHUNK", 7)
     np.testing.assert_array_equal(made.dense(), dense)
     order = RANDOM.permutation(len(made.symbols))
     rows = np.append(order, len(order))
@@ -554,7 +555,7 @@ def test_unusual_tables_are_coded(table, weighted, tmp_path):
     assert loss_of(made, table, weighting) < most
 
 
-def test_a_token_that_was_never_seen_is_coded():
+def test_a_token_that_was_never_seen_is_codes():
     weights = np.where(np.arange(V) % 4 == 1, 0, WEIGHTS)
     made = coding.at_step(prepare(TABLE, Weighting(weights)), 1e-3)
     assert np.abs(made.table.dense() - TABLE)[1::4].max() < 0.3

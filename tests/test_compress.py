@@ -289,7 +289,9 @@ def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch
     monkeypatch.setattr(
         Compressor, "__call__", lambda self, r: made.append(r) or make(self, r)
     )
+    monkeypatch.setattr(Compressor, "gaussian_limit", pytest.fail)
     larger = sweep_of(asked, ranks=(4, 8, 12))
+    assert larger["gaussian_limit"] == first["gaussian_limit"]
     # Of the known ranks, only the best table is made: for its model.
     assert len([recipe for recipe in made if recipe.rank in (4, 8)]) == 2
     for row in larger["rows"]:
@@ -859,6 +861,19 @@ def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, caps
     assert not (folder_of(asked) / "best_coded_k1").exists()
 
 
+def test_codes_are_tried_at_ranks_and_methods_that_do_not_fit_the_bands(asked, capsys):
+    methods = {"compress.methods": "svd,context,coded", "compress.bits": ()}
+    sweep = sweep_of(asked, ranks=(11, 16), **methods | {"compress.bands": (40,)})
+    assert {key(row)[:3] for row in sweep["rows"]} == {
+        *(("coded", 1, rank) for rank in (11, 16)),
+        ("context", 40, 16),
+    }
+    shown = capsys.readouterr().out
+    assert "left out: svd (only one band): list 1 in compress.bands\n" in shown
+    assert "left out: factors of rank 11, too low for compress.bands (40,)\n" in shown
+    assert (folder_of(asked) / "best_coded_k11").is_dir()
+
+
 def test_a_file_too_small_for_a_coded_table_is_refused_with_its_rank(asked):
     with pytest.raises(UserError, match="rank 1, coded: a file of 129 bytes cannot"):
         sweep_of(asked, ranks=(1,), **{"compress.methods": "coded"})
@@ -950,6 +965,8 @@ def test_rivals_alone_need_no_ranks_and_meet_no_bound(asked):
     assert [key(row) for row in sweep["rows"]] == [
         *(("baseline", 1, 0, 4), ("gptq", 1, 0, 4))
     ]
+    report = (folder_of(asked) / "report.md").read_text("utf-8")
+    assert "## Tables at equal size" not in report and "## All tables" in report
     _, trials = advice_of(asked, methods="context,gptq,pq", bits=(4,), max_bytes=2600)
     assert {row["method"] for row in trials} == {"context", "baseline"}
 

@@ -206,7 +206,7 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         ),
         (
             {"compress.methods": "coded", "compress.max_params": 9},
-            "compress.max_params is set, but tables of codes have all numbers",
+            "compress.max_params is set, but coded and packed tables have as many",
         ),
         (
             {"compress.methods": "gptq, pq", "compress.max_bytes": 9},

@@ -479,7 +479,7 @@ TEXT = "Crème brûlée, “naïve” café.\n" * 20
         ("日本語の文章\n".encode("shift_jis") * 9, "iconv -f ENCODING .*SHIFT_JIS"),
         (
             TEXT.encode() + b"\xff\n",
-            "0xff in line 21; the rest is, .*iconv -c -f UTF-8",
+            "0xff in line 21; the rest is UTF-8, .*iconv -c -f UTF-8",
         ),
         (
             "深い猫が走る。\n".encode("gb18030") + b"a" * 99,

@@ -331,3 +331,11 @@ def test_a_finished_baseline_is_used_whatever_its_budget_was(copied):
     a = {"task": "train", "arm": "pca", "model.n_embd_wte": 4, "train.steps": 2}
     lines = described(changed(copied, **a))
     assert [line.split("  ")[-1] for line in lines] == ["done", "to do", "to do"]
+
+
+def test_the_plan_says_what_depends_on_work_that_is_left(copied):
+    lines = described(changed(copied, seed=5, overwrite=True))
+    assert [line.split("  ")[-1] for line in lines[:2]] == [
+        "to do",
+        "done, made again if gpt_baseline changes",
+    ]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from runs import changed, described, execute, snapshot, write_statistics
 
-from pcagpt import factorize
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
+from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import checkpoint, fingerprint
 
@@ -387,7 +387,7 @@ def test_statistics_of_another_model_are_refused(job, baseline_dir, tmp_path):
 
 def test_every_method_has_files_of_its_own_to_show(job, tmp_path):
     write_statistics(tmp_path / "statistics.npz", 97, 32)
-    for method in factorize.METHODS:
+    for method in METHODS:
         one = by(job, method=method, statistics=str(tmp_path / "statistics.npz"))
         one = dataclasses.replace(one, folder=job.folder / method)
         assert made(one)["method"] == method

@@ -8,7 +8,6 @@ from pcagpt.compress.fit import Fit
 from pcagpt.compress.rivals import MAKERS
 from pcagpt.config import Settings
 from pcagpt.factorize import (
-    METHODS,
     BandFactors,
     BudgetTooSmall,
     FactorizedTable,
@@ -17,7 +16,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED, CODES, OWN_TABLE, RIVALS
+from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -39,6 +38,14 @@ def test_recipes_are_all_that_fit_and_the_most_useful_come_first():
     assert {r.budget for r in tried if r.rank == 4} == {4 * 1020}
     # Rank 2 cannot pay for the order of the tokens and rank 1 in each of three bands.
     assert recipes(1000, 20, ["kl"], [2], [3], []) == []
+
+
+@pytest.mark.parametrize("methods", [["kl", "svd"], ["svd", "kl"]])
+def test_methods_of_one_band_are_left_out_of_a_sweep_in_bands_only(methods):
+    tried = recipes(1000, 20, methods, [8], [3], [8])
+    assert {recipe.method for recipe in tried} == {"kl", "baseline"}
+    of_svd = {r.bits for r in recipes(1000, 20, ["svd"], [8], [1, 3], [8]) if r.rank}
+    assert of_svd == {32, 8}
 
 
 def test_rivals_are_tried_at_the_bits_asked_for_and_factors_at_four_or_more():

@@ -11,6 +11,7 @@ import pytest
 
 from pcagpt.kernels import low_rank_head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
+from pcagpt.losses.interval import mean_interval
 from pcagpt.model import HeadBand
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -368,3 +369,16 @@ def test_chunks_take_every_third_row_and_are_joined_in_order():
     assert carry == 3
     np.testing.assert_array_equal(values, np.arange(12) * 10 + np.arange(12) % 3)
     np.testing.assert_array_equal(pairs, np.arange(24).reshape(12, 2))
+
+
+def test_intervals_are_those_worked_by_hand():
+    mean, bounds = mean_interval([1.0, 2.0, 3.0])
+    half = 4.302653 * 1.0 / math.sqrt(3)  # t at 97.5 % with 2 degrees of freedom
+    assert mean == 2.0
+    assert bounds == pytest.approx([2 - half, 2 + half], rel=1e-6)
+    mean, bounds = mean_interval([1.0, 3.0], np.array([3.0, 1.0]))
+    # w = ¾, ¼: Σ w² (x − 1.5)² = 0.28125, over 1 − Σ w² = 0.375; t with 1 degree.
+    half = 12.706205 * math.sqrt(0.28125 / 0.375)
+    assert mean == 1.5
+    assert bounds == pytest.approx([1.5 - half, 1.5 + half], rel=1e-6)
+    assert mean_interval([2.0]) == (2.0, None)

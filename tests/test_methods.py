@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from pcagpt.factorize import (
-    METHODS,
     BandFactors,
     Predictor,
     Statistics,
@@ -12,7 +11,7 @@ from pcagpt.factorize import (
     solve,
 )
 from pcagpt.factorize.solve import table_of_rank
-from pcagpt.methods import token_contexts
+from pcagpt.methods import METHODS, token_contexts
 
 V, D = 60, 8
 RANDOM = np.random.default_rng(3)

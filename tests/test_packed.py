@@ -11,7 +11,7 @@ from pcagpt.coding.widths import CHOICES, choose_widths, levels_of
 from pcagpt.errors import UserError
 from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
-from pcagpt.model import BLOCK, GPT, WIDTHS, BandSpec
+from pcagpt.model import BLOCK, GPT, WIDTHS, BandSpec, token_order
 from pcagpt.training.step import Teacher
 
 V, D = 3000, 20  # The width is no multiple of a block, the bands none of a tile.
@@ -78,6 +78,10 @@ def test_lookup_and_head_read_what_the_table_stands_for(packed):
     losses = token_losses(h, model.apply(variables, method="head"), columns)
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), targets]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_the_token_order_is_read_from_its_model(packed):
+    np.testing.assert_array_equal(token_order(packed.constants, V), packed.order)
 
 
 def test_it_can_teach_a_model_in_bands(packed):

@@ -23,13 +23,18 @@ from runs import (
     start,
 )
 
-from pcagpt.compress import export
+from pcagpt import main
+from pcagpt.compress import export, sweep
+from pcagpt.compress.original import Original
+from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
+from pcagpt.factorize import Factorizer
 from pcagpt.files import write_json
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import checkpoint, fingerprint, lock
+from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.checkpoint import Checkpoints
+from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.folder import read_record, read_result, write_record
 from pcagpt.run.trained import Run
 from pcagpt.training.setup import Setup
@@ -448,9 +453,9 @@ def factorization(copied):
 def test_a_persons_file_at_the_place_of_factors_is_refused_or_moved(factorization):
     folder = job(factorization).folder
     (folder / "wte_pca_k4.npy").write_text("mine")
-    assert "wte_pca_k4.npy is not of a factorization that was" in refusal(factorization)
+    assert "wte_pca_k4.npy does not belong to a factorization" in refusal(factorization)
     (folder / "metadata.json").unlink()
-    assert "is not of a factorization that was made here" in refusal(factorization)
+    assert "does not belong to a factorization made here" in refusal(factorization)
     before = content(folder)
     execute(changed(factorization, overwrite=True))
     assert content(moved(folder)) == before
@@ -539,3 +544,78 @@ def test_factors_that_another_command_made_with_d_meanwhile_are_no_mistake(copie
     (factors.source / "result.json").unlink()
     with pytest.raises(UserError, match="another factorization"):
         factors.check({factors.source})
+
+
+# D is replaced while a command uses it
+
+
+@pytest.fixture
+def replace_d(copied, tmp_path):
+    """Replaces D by a run of another seed: a function without arguments."""
+    other = changed(copied, workdir=str(tmp_path / "other"), seed=9)
+    new, there = execute(other), Path(copied.workdir) / "gpt_baseline"
+
+    def replace():
+        if not there.with_name("old").exists():
+            there.rename(there.with_name("old"))
+            shutil.copytree(new, there)
+
+    return replace
+
+
+def first_replacing(replace, function):
+    """The function, after D was replaced."""
+
+    def replaced(*args, **kwargs):
+        replace()
+        return function(*args, **kwargs)
+
+    return replaced
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "overrides"),
+    [
+        (Factorizer, "of_rank", {"task": "factorize", "ranks": (4,)}),
+        (calibrate, "collect", {"task": "factorize", "factorize.method": "kl"}),
+        (Original, "measure", {"task": "compress"}),
+        (Original, "measure", {"task": "compress", "compress.max_bytes": 9000}),
+        (sweep, "write_sweep_report", {"compress.recover_ranks": (8,)}),
+    ],
+)
+def test_what_was_made_of_a_replaced_d_is_not_written_as_the_new_d_s(
+    copied, replace_d, monkeypatch, owner, name, overrides
+):
+    shutil.rmtree(Path(copied.workdir) / "pca_factorized")
+    d = Path(copied.workdir) / "gpt_baseline"
+    chosen = {"task": "compress", "model_path": str(d), "ranks": (8,)}
+    chosen |= {"compress.methods": "svd", "compress.bands": (1,)}
+    chosen |= {"compress.calibration_tokens": 512, "compress.bits": ()}
+    before = Run.open(d).fingerprint
+    replacing = first_replacing(replace_d, getattr(owner, name))
+    monkeypatch.setattr(owner, name, replacing)
+    settings = Settings.of(changed(copied, **chosen | overrides))
+    with pytest.raises(UserError, match="was .*changed while .*: run the same command"):
+        main.run(settings, "a command", print_only=False)
+    made = {p.name for p in Path(copied.workdir).rglob("*") if "best" in p.name}
+    assert not (Path(copied.workdir) / "pca_factorized" / "metadata.json").exists()
+    if name == "write_sweep_report":
+        assert made == {"best_k8"}
+        best = Path(copied.workdir) / "compressed" / "best_k8"
+        assert read_record(best)["compressed"]["fingerprint"] == before
+    else:
+        assert not made
+
+
+def test_the_loss_of_a_replaced_run_is_only_printed(
+    copied, replace_d, monkeypatch, said, capsys
+):
+    d = Path(copied.workdir) / "gpt_baseline"
+    before = read_result(d)["val_loss"]
+    replacing = first_replacing(replace_d, Evaluator.__call__)
+    monkeypatch.setattr(Evaluator, "__call__", replacing)
+    config = changed(copied, task="evaluate", model_path=str(d))
+    main.run(Settings.of(config), "a command", print_only=False)
+    assert f"{before:.4f}" in capsys.readouterr().out
+    assert "gpt_baseline was replaced or changed while" in "".join(said())
+    assert not list(d.glob("evaluation_*"))

@@ -1,4 +1,4 @@
-"""Codes a table at one step: which directions and classes, basis, symbols.
+"""Codes a table at one step: chooses directions and classes; makes basis and symbols.
 
 Shape letters: V vocabulary, D model width, K directions, C classes, N sampled tokens, n
 those of one class.
@@ -175,7 +175,7 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     found = trial(prepared, step)
     (chosen_K,) = np.nonzero(found.kept_DC.any(axis=1))
     mean_D = mean_row(weighting, table_VD.shape[1])
-    # All tokens read the mean, in units of the table instead of steps.
+    # Every token uses the mean with coefficient 1, which is 1 / step in steps.
     energy_K = np.append(found.energy_D[chosen_K], len(table_VD) / step**2)
     basis = quantize_basis(
         np.vstack([prepared.synthesis_DD[chosen_K], mean_D]),
@@ -207,7 +207,7 @@ def _sample(classes_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _basis_bits(width: int, energy_D: np.ndarray) -> np.ndarray:
-    """About the bits of a row of the basis: of Gaussian entries of variance 1 / D."""
+    """Estimates the bits of a row of the basis: Gaussian entries of variance 1 / D."""
     levels_D = 2 * np.pi * np.e / width * energy_D / BASIS_STEP**2
     return width / 2 * np.log2(1 + levels_D)
 

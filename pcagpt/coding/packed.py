@@ -14,8 +14,10 @@ import jax
 import numpy as np
 
 from pcagpt.coding.encode import Prepared
-from pcagpt.coding.transform import Coefficients, chunks, coefficients, mean_row
+from pcagpt.coding.quantize import compensated
+from pcagpt.coding.transform import Coefficients, coefficients, mean_row
 from pcagpt.coding.widths import borders_of, choose_widths, levels_of
+from pcagpt.factorize.chunks import chunks
 from pcagpt.model import (
     BLOCK,
     WIDTHS,
@@ -24,13 +26,13 @@ from pcagpt.model import (
     packed_constants,
 )
 
-# At most, for what describes the arrays in a file.
+# Upper limits of the bytes that describe the arrays in a file.
 _FILE_BYTES, _BAND_BYTES = 2300, 560
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
-    """A table in the bands of a model's head."""
+    """A packed table, in the bands that a model's head has."""
 
     order: np.ndarray  # [V] int32, token ids, band after band
     bands: tuple[PackedBand, ...]  # of host arrays
@@ -39,6 +41,11 @@ class PackedTable:
     def sizes(self) -> tuple[int, ...]:
         """Tokens of each band."""
         return tuple(band.size for band in self.bands)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those of all bands: 0, full width."""
+        return (0,) * len(self.bands)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -96,11 +103,13 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
         exact_DV, prepared.weights_V, tokens_of_bands, errors_W, most, overhead
     )
     directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
-    basis = _basis(prepared.synthesis_DD[:directions], weighting.metric)
+    synthesis_KD = prepared.synthesis_DD[:directions]
+    padding = directions - len(synthesis_KD)  # Blocks may have more rows than a table.
+    synthesis_KD = np.pad(synthesis_KD, ((0, padding), (0, 0)))
+    basis = _basis(synthesis_KD, weighting.metric)
     stored = coefficients(table_VD, weighting, basis.dense(), mean_D)
-    padding = directions - len(basis.integers)
     shared = SharedArrays(
-        basis=np.pad(basis.integers, ((0, padding), (0, 0))),
+        basis=basis.integers,
         columns=basis.columns.astype(np.float32),
         mean=mean_D.astype(np.float32),
         levels=np.concatenate([levels[width] for width in WIDTHS], dtype=np.float32),
@@ -109,10 +118,10 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
     for tokens, widths_S in zip(tokens_of_bands, widths_BS, strict=True):
         widths_S = widths_S[widths_S > 0]
         numbers_nK, scales_K = _quantize(stored, tokens, widths_S, levels)
-        scales_K[: len(basis.rows)] *= basis.rows[: len(scales_K)]
+        scales_K = (scales_K * basis.rows[: len(scales_K)]).astype(np.float32)
         blocks = tuple(int((widths_S == width).sum()) for width in WIDTHS)
-        codes, scales = _packed(numbers_nK, blocks), scales_K.astype(np.float32)
-        packed.append(PackedBand(codes, scales, shared, blocks, start, len(tokens)))
+        codes = _packed(numbers_nK, blocks)
+        packed.append(PackedBand(codes, scales_K, shared, blocks, start, len(tokens)))
         start += len(tokens)
     return PackedTable(np.concatenate(tokens_of_bands).astype(np.int32), tuple(packed))
 
@@ -145,34 +154,25 @@ def _quantize(
     widths_S: np.ndarray,
     levels: dict[int, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers of levels [n, K] uint8, scales [K] float64) of the tokens of a band.
-
-    The weakest direction comes first. What follows compensates the error of a token's
-    logit in its context, as in `quantize`.
-    """
-    values_Kn = stored.values[:, tokens].astype(np.float64)
-    scales_K = np.sqrt(np.square(values_Kn).mean(axis=1)) + 1e-30
+    """(indices of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
+    of_band = Coefficients(*(x if x is None else x[..., tokens] for x in stored))
+    squares_Kn = np.square(of_band.values, dtype=np.float64)
+    scales_K = np.sqrt(squares_Kn.mean(axis=1)) + 1e-30
     widths_K = np.repeat(widths_S, BLOCK)
-    contexts_Kn, error_n = np.zeros_like(values_Kn), np.zeros(len(tokens))
-    if stored.contexts is not None:
-        contexts_Kn, error_n = stored.contexts[:, tokens], stored.left_out[tokens]
-    coming_n = np.einsum("kn,kn->n", contexts_Kn, contexts_Kn, dtype=np.float64)
-    numbers_nK = np.zeros((len(tokens), len(widths_K)), np.uint8)
-    for k in reversed(range(len(values_Kn))):
-        value_n = np.zeros(len(tokens))
-        if k < len(widths_K):
-            own = levels[int(widths_K[k])]
-            target_n = values_Kn[k] - error_n * contexts_Kn[k] / (1 + coming_n)
-            numbers_nK[:, k] = np.searchsorted(borders_of(own), target_n / scales_K[k])
-            value_n = own[numbers_nK[:, k]] * scales_K[k]
-        error_n = error_n + (value_n - values_Kn[k]) * contexts_Kn[k]
-        coming_n = np.maximum(coming_n - np.square(contexts_Kn[k]), 0)
-    padding = max(0, len(widths_K) - len(scales_K))
-    return numbers_nK, np.pad(scales_K, (0, padding))[: len(widths_K)]
+
+    def rounded(k: int, target_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if k >= len(widths_K):  # The band leaves this direction out.
+            return (zeros_n := np.zeros(len(tokens))), zeros_n
+        own = levels[int(widths_K[k])]
+        numbers_n = np.searchsorted(borders_of(own), target_n / scales_K[k])
+        return numbers_n, own[numbers_n] * scales_K[k]
+
+    numbers_Kn, used = compensated(of_band, rounded), slice(len(widths_K))
+    return numbers_Kn[used].T.astype(np.uint8), scales_K[used]
 
 
 def _packed(numbers_nK: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
-    """Codes [n, bytes] uint8: byte i of a block has bit i of its numbers."""
+    """Codes [n, bytes] uint8: byte i of a block has bit i of its eight indices."""
     parts, start = [], 0
     for width, count in zip(WIDTHS, blocks, strict=True):
         own_nK = numbers_nK[:, start : start + BLOCK * count]

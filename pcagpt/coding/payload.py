@@ -13,9 +13,8 @@ from pcagpt.coding.basis import Basis
 from pcagpt.coding.coder import Reader, Writer
 from pcagpt.coding.table import CodedTable
 
-CLASS_ROW = (
-    1024  # tokens; ids are often sorted by frequency, so classes are near-constant
-)
+# Tokens; ids are often sorted by frequency, so classes are near-constant.
+CLASS_ROW = 1024
 
 
 def to_words(coded: CodedTable) -> np.ndarray:

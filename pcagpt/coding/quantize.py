@@ -3,6 +3,8 @@
 Shape letters: V vocabulary, K directions, C classes of steps.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pcagpt.coding.transform import Coefficients
@@ -28,9 +30,39 @@ def step_classes(weights_V: np.ndarray) -> np.ndarray:
 
 
 def class_steps(classes: np.ndarray, step: float) -> np.ndarray:
-    """Steps of classes: float64, the same on every machine: no power is computed."""
+    """Float64 steps of classes. No power is computed, so all machines agree."""
     whole, odd = np.divmod(classes.astype(np.int32), 2)
     return np.ldexp(np.where(odd, 1.4142135623730951, 1.0), whole) * step
+
+
+def compensated(
+    coefficients: Coefficients,
+    rounded: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """Integers [K, V] int16 of values that are rounded one direction after another.
+
+    The weakest direction comes first. Each value is first shifted to compensate the
+    logit error so far. With the logit error s so far and R = sum of C_i^2 over the
+    directions to come (this one included), the least |e|^2 + (s + e C)^2 is at
+    e = -s C / (1 + R). This is the compensation of GPTQ (Frantar et al. 2022) in closed
+    form, since the Hessian of a row is the identity plus a matrix of rank one.
+
+    Args:
+      coefficients: of K directions.
+      rounded: maps a direction and its shifted values [V] to (their integers, the
+        values that these stand for).
+    """
+    values_KV, contexts_KV, error_V = coefficients
+    if contexts_KV is None:
+        contexts_KV, error_V = np.broadcast_to(np.float32(0), values_KV.shape), 0.0
+    coming_V = np.einsum("kv,kv->v", contexts_KV, contexts_KV, dtype=np.float64)
+    integers_KV = np.empty(values_KV.shape, np.int16)
+    for k in reversed(range(len(values_KV))):
+        target_V = values_KV[k] - error_V * contexts_KV[k] / (1 + coming_V)
+        integers_KV[k], value_V = rounded(k, target_V)
+        error_V = error_V + (value_V - values_KV[k]) * contexts_KV[k]
+        coming_V = np.maximum(coming_V - np.square(contexts_KV[k]), 0)
+    return integers_KV
 
 
 def quantize(
@@ -40,32 +72,18 @@ def quantize(
 ) -> np.ndarray:
     """Integers [K, V] int16: a symbol n stands for the value n * step.
 
-    Rounds one direction at a time, the weakest first. Each value is first shifted to
-    compensate the logit error so far. With the logit error s so far and
-    R = sum of C_i^2 over the directions to come (this one included), the least
-    |e|^2 + (s + e C)^2 is at e = -s C / (1 + R). This is the compensation of GPTQ
-    (Frantar et al. 2022) in closed form, since the Hessian of a row is the identity
-    plus a matrix of rank one.
-
     Args:
       coefficients: of K directions.
       steps_V: the step of each token.
       kept_KV: False where the symbol must be zero; broadcasts.
     """
-    values_KV, contexts_KV, left_V = coefficients
-    symbols_KV = np.empty(values_KV.shape, np.int16)
-    if contexts_KV is not None:
-        error_V = left_V.copy()
-        coming_V = np.einsum("kv,kv->v", contexts_KV, contexts_KV, dtype=np.float64)
-    for k in reversed(range(len(values_KV))):
-        target_V = values_KV[k] / steps_V
-        if contexts_KV is not None:
-            target_V -= error_V * contexts_KV[k] / ((1 + coming_V) * steps_V)
-        size_V = np.minimum(np.floor(np.abs(target_V) + ROUNDING), LARGEST_SYMBOL)
+
+    def rounded(k: int, target_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        size_V = np.floor(np.abs(target_V / steps_V) + ROUNDING)
+        size_V = np.minimum(size_V, LARGEST_SYMBOL)
         if kept_KV is not None:
             size_V *= kept_KV[k]
-        symbols_KV[k] = np.copysign(size_V, target_V)
-        if contexts_KV is not None:
-            error_V += (symbols_KV[k] * steps_V - values_KV[k]) * contexts_KV[k]
-            coming_V = np.maximum(coming_V - np.square(contexts_KV[k]), 0)
-    return symbols_KV
+        symbols_V = np.copysign(size_V, target_V)
+        return symbols_V, symbols_V * steps_V
+
+    return compensated(coefficients, rounded)

@@ -4,16 +4,16 @@ Shape letters: V vocabulary, D model width, K directions, n tokens of a class.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from pcagpt.coding.basis import Basis
 from pcagpt.coding.quantize import class_steps
-from pcagpt.coding.transform import chunks
+from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.factorize.chunks import chunks
 
-LARGEST_SUM = (
-    2.0**53
-)  # Integers below are exact in float64, whatever the order of sums.
+LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in any order.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,23 @@ class CodedTable:
     classes: np.ndarray  # [V] int8: step_v = step * 2^(class / 2)
     step: float
     basis: Basis  # [K + 1, D]; the last row is the mean
+    # A model reads the dense table, which is one band at full width.
+    ranks, blocks, constants = (0,), (), None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(V, D)."""
         return len(self.classes), self.basis.integers.shape[1]
+
+    @property
+    def sizes(self) -> tuple[int]:
+        """(V,)."""
+        return (len(self.classes),)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the dense table."""
+        return FLOAT_BYTES * math.prod(self.shape)
 
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D], the same bits on every machine.
@@ -38,7 +50,7 @@ class CodedTable:
         """
         integers_KD, rows_K, columns_D = self.basis
         mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)
-        # Rows of a finer step are the unit of the sums.
+        # The sums are in units of the row with the finest step.
         lowest = rows_K[:-1].min(initial=rows_K[-1])
         shifts_K = (rows_K[:-1] - lowest)[:, None]
         integers_KD = np.ldexp(integers_KD[:-1].astype(np.float64), shifts_K)

@@ -11,15 +11,14 @@ synthesis S [K, D] turns coefficients into rows: W ~ 1 mean + A S. If S M S' = I
 of coefficients cost 1/2 p_v (|e|^2 + (e C_v)^2) with C_v = c_v S'.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from pcagpt.factorize import Weighting
+from pcagpt.factorize.chunks import chunks
 from pcagpt.factorize.solve import metric_roots
 
-CHUNK = 4096  # rows that are in float64 at the same time
 RIDGE = 1e-12  # relative; keeps systems of equations solvable
 
 
@@ -31,11 +30,6 @@ class Coefficients(NamedTuple):
     # [V] float64, error of a token's logit in its context if all values are exact:
     # what the directions leave out.
     left_out: np.ndarray | None
-
-
-def chunks(rows: int) -> Iterator[slice]:
-    """Slices that cover some rows."""
-    return (slice(start, start + CHUNK) for start in range(0, rows, CHUNK))
 
 
 def karhunen_loeve(table_VD: np.ndarray, weighting: Weighting) -> np.ndarray:

@@ -5,7 +5,8 @@ Shape letters: V vocabulary, D model width.
 
 import numpy as np
 
-from pcagpt.factorize import METHODS, Statistics, Weighting
+from pcagpt.factorize import Statistics, Weighting
+from pcagpt.methods import METHODS
 
 # All three were chosen by the loss and the KL divergence that tables of 3.5 and 6.7 MB
 # add to a GPT-2 small on WikiText-103's validation split; see TRIED.md.

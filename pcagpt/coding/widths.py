@@ -48,7 +48,7 @@ def levels_of(
 
 
 def borders_of(levels: np.ndarray) -> np.ndarray:
-    """Where the nearest level changes."""
+    """The thresholds between neighbouring levels."""
     return (levels[1:] + levels[:-1]) / 2
 
 
@@ -74,10 +74,10 @@ def choose_widths(
     errors_BSW = falling_BS[..., None] * errors_W
     errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
     sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
-    # A code takes its bits, a direction of a band a scale.
+    # A code takes its bits; each direction of a band takes a scale.
     bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
     bytes_BSW = np.broadcast_to(bytes_BSW, errors_BSW.shape)
-    order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band has that of the ids.
+    order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band stores none.
     fixed = overhead + 4 * (order + 2 * width + LEVELS)
 
     def at(price: float) -> tuple[np.ndarray, int]:
@@ -90,7 +90,7 @@ def choose_widths(
     found_BS, least = at(2.0**high)
     if least > most:
         raise BudgetTooSmall(
-            f"{most:,} bytes cannot hold a packed table: the least takes {least:,}"
+            f"{most:,} bytes cannot hold a packed table: the smallest takes {least:,}"
         )
     for _ in range(60):
         middle = (low + high) / 2

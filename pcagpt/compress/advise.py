@@ -33,7 +33,7 @@ def advise(
 
     Args:
       original: the model.
-      methods: see `Fit`; a bound on numbers leaves out coded tables.
+      methods: see `Fit`; a bound on numbers leaves out `CODES`.
       options: one of its bounds is set. Factors have one of its numbers of bands and,
         for a bound on bytes, 32 bits per value or one of its `bits`.
       output: for advice.json and the model; an earlier advice is moved aside.

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pcagpt import coding
+from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.rivals import MAKERS
 from pcagpt.factorize import (
     FLOAT_BYTES,
-    METHODS,
     BandFactors,
     FactorizedTable,
     Factorizer,
@@ -25,10 +25,8 @@ from pcagpt.factorize import (
     budget_of_rank,
     quantize,
 )
-from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
+from pcagpt.methods import FEWEST_FACTOR_BITS, METHODS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
-
-Codes = coding.CodedTable | coding.PackedTable  # tables of the methods `CODES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +48,19 @@ class Candidate:
 
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
-        sizes, ranks = self.table.sizes, self.table.ranks
-        if isinstance(self.codes, coding.PackedTable):
-            sizes, ranks = self.codes.sizes, (0,) * len(self.codes.sizes)
+        stored = self.codes or self.table
         return Row(
             **dataclasses.asdict(self.recipe),
             **dataclasses.asdict(scores),
-            band_sizes=list(sizes),
-            band_ranks=list(ranks),
+            band_sizes=list(stored.sizes),
+            band_ranks=list(stored.ranks),
             params=self.table.parameters,
             bytes=self.bytes,
-            memory=self.memory,
+            memory=stored.memory,
             seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
         )
-
-    @property
-    def memory(self) -> int:
-        """Bytes on a device that computes with it."""
-        if isinstance(self.codes, coding.PackedTable):
-            return self.codes.memory
-        return FLOAT_BYTES * self.table.parameters
 
 
 class Compressor:
@@ -91,7 +80,7 @@ class Compressor:
     def __call__(self, recipe: Recipe) -> Candidate:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
         began, codes = time.monotonic(), None
-        if recipe.method in CODES:
+        if recipe.method in KINDS:
             codes, size = self._codes(recipe)
             table = of_full_width(codes.dense())
         elif recipe.method in MAKERS:
@@ -115,11 +104,8 @@ class Compressor:
     @functools.cache  # noqa: B019 - lives as long as the command
     def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """(a table of `CODES`, size of its file)."""
-        if recipe.method == PACKED:
-            packed = coding.pack(self._prepared, recipe.bands, recipe.budget)
-            return packed, coding.packed_bytes(packed)
-        coded = coding.within_bytes(self._prepared, recipe.budget)
-        return coded.table, coded.bytes
+        make = KINDS[recipe.method].make
+        return make(self._prepared, recipe.bands, recipe.budget)
 
     @functools.cached_property
     def _prepared(self) -> coding.Prepared:
@@ -182,12 +168,13 @@ def recipes(
     for each value of the rank's budget. Then come the best method that makes factors in
     bands, plain SVD, rivals and rounded factors, and the other methods. The last method
     that makes factors counts as the best. Methods without token weights get a single
-    band. Recipes in bands are left out if the budget of their rank is too small.
+    band, and are left out without 1 in `bands`. Recipes in bands are left out if the
+    budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
-    for method in CODES:
-        count = max(bands) if method == PACKED else 1
+    for method, kind in KINDS.items():
+        count = max(bands) if kind.in_bands else 1
         if method in methods:
             found += [Recipe(method, count, budgets[rank], rank, 0) for rank in ranks]
     factors = factor_methods(methods)
@@ -202,9 +189,9 @@ def recipes(
         if count == 1 or METHODS[method].weighs_tokens
     ]
     best = factors[-1] if factors else ""
-    if best:
-        most = max(bands) if METHODS[best].weighs_tokens else 1
-        kinds += [(best, most, bit) for bit in bits if bit >= FEWEST_FACTOR_BITS]
+    if counts := [count for method, count, _ in kinds if method == best]:
+        fewer = [bit for bit in bits if bit >= FEWEST_FACTOR_BITS]
+        kinds += [(best, max(counts), bit) for bit in fewer]
     found += [
         Recipe(method, count, budgets[rank], rank, bit)
         for method, count, bit in kinds
@@ -214,7 +201,7 @@ def recipes(
     ]
 
     def usefulness(recipe: Recipe) -> tuple[int, int]:
-        if recipe.is_coded:
+        if recipe.is_codes:
             return 0, 0
         if not recipe.is_factors:
             return 3, 0

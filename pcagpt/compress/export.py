@@ -5,21 +5,20 @@ import dataclasses
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from pcagpt import coding, trees
 from pcagpt.arms import FROM_RUN
-from pcagpt.compress.candidates import Candidate, Codes, of_full_width
+from pcagpt.compress.candidates import Candidate, of_full_width
+from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.original import Original
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import FactorizedTable
 from pcagpt.factorize.factor_files import read_bands, write_bands
-from pcagpt.methods import CODED, PACKED
 from pcagpt.model import order_constants, table_leaves, without_embedding
 from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint, initialise
@@ -30,20 +29,6 @@ from pcagpt.run.folder import (
     read_record,
     write_record,
 )
-
-
-class CodeFile(NamedTuple):
-    """The file of a method of `CODES`: its name, and how it is read and written."""
-
-    name: str
-    read: Callable[[Path], tuple[Codes, coding.Description]]
-    write: Callable[[Path, Codes, coding.Description], None]
-
-
-FILES = {
-    CODED: CodeFile("table.pcat", coding.read, coding.write),
-    PACKED: CodeFile("table.npz", coding.read_packed, coding.write_packed),
-}
 
 
 def write_model(
@@ -57,9 +42,11 @@ def write_model(
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is, because other runs may have started from it; only lost or damaged
     factors/ are written again. A folder that holds another model is moved aside.
-    'compressed' in config.json tells how the table was made.
+    'compressed' in config.json tells how the table was made. Raises UserError if the
+    folder of the original now holds another run.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
+    run.check_unchanged()
     made = _origin(original, recipe, candidate.table)
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = _is_made(folder, original, made, weights)
@@ -69,8 +56,8 @@ def write_model(
         shutil.rmtree(written, ignore_errors=True)
         checkpoint.save_weights(written, weights)
     if codes:  # Its losses may have been measured anew.
-        file = FILES[recipe.method]
-        file.write(written / file.name, codes, _description(original, row))
+        kind = KINDS[recipe.method]
+        kind.write(written / kind.file, codes, _description(original, row))
     elif not _holds(factors := written / "factors", made["table_sha256"]):
         move_aside(factors)
         write_bands(factors, candidate.table)
@@ -88,10 +75,10 @@ def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
 
     Makes no table, since this takes long. Renews the prediction in the file.
     """
-    file, own = FILES[row.method], _description(original, row)
-    path = folder / file.name
+    kind, own = KINDS[row.method], _description(original, row)
+    path = folder / kind.file
     try:
-        codes, there = file.read(path)
+        codes, there = kind.read(path)
     except UserError:
         return False
     # The size and the measured loss tell the table from those of other statistics.
@@ -103,7 +90,7 @@ def keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     if not _is_made(folder, original, _origin(original, row.recipe, table), weights):
         return False
     if there != own:
-        file.write(path, codes, own)
+        kind.write(path, codes, own)
     return True
 
 
@@ -118,7 +105,7 @@ def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
     print(
         f"{folder} stays, because {run} started from it; another table (method "
         f"{recipe.method}, bands {recipe.bands}) was chosen: --config.overwrite=True "
-        "moves the one there aside",
+        "moves the old model aside",
         flush=True,
     )
     return True
@@ -214,8 +201,8 @@ def _model_of(
     config = original.model.config
     params, constants = original.run.variables(config)["params"], {}
     sizes = {"n_embd_wte": None, "band_sizes": (), "band_ranks": ()}
-    if isinstance(codes, coding.PackedTable):
-        sizes |= {"band_sizes": codes.sizes, "band_ranks": (0,) * len(codes.sizes)}
+    if codes and codes.constants:
+        sizes |= {"band_sizes": codes.sizes, "band_ranks": codes.ranks}
         sizes["band_blocks"] = codes.blocks
         weights = {"params": without_embedding(params), "constants": codes.constants}
         return weights, sizes

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from pcagpt.compress.candidates import Candidate, factor_methods, tries_own_table
+from pcagpt.compress.codes import KINDS
 from pcagpt.factorize import BudgetTooSmall, LossRegression
-from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE, PACKED
+from pcagpt.methods import FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -49,7 +50,7 @@ class Fit:
         table: tuple[int, int],
     ):
         self._make, self._coded_bytes, self._measure = make, coded_bytes, measure
-        self._codes, self._bands = [m for m in CODES if m in methods], bands
+        self._codes, self._bands = [m for m in KINDS if m in methods], bands
         self._method = (factor_methods(methods) or [None])[-1]
         self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)
@@ -112,7 +113,7 @@ class Fit:
 
     def _coded(self, method: str, max_bytes: int) -> Candidate | None:
         """The table of codes of at most this size; None if no file is so small."""
-        bands = max(self._bands) if method == PACKED else 1
+        bands = max(self._bands) if KINDS[method].in_bands else 1
         try:
             return self._make(Recipe(method, bands, max_bytes, 0, 0))
         except BudgetTooSmall:

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pcagpt.factorize import METHODS, Statistics, gptq, product_quantize, quantize
-from pcagpt.methods import OWN_TABLE
+from pcagpt.factorize import Statistics, gptq, product_quantize, quantize
+from pcagpt.methods import METHODS, OWN_TABLE
 from pcagpt.rows import Recipe
 
 VECTORS = (6, 4, 3)  # columns of the vectors that product quantization codes

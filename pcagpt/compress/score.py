@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.losses import divergence, negative_log_likelihood, scan_chunks
+from pcagpt.losses.interval import mean_interval
 from pcagpt.model import GPT, HeadBand, head_logits
-from pcagpt.report import mean_interval
 from pcagpt.rows import SwapScores
 from pcagpt.sharding import placement
 

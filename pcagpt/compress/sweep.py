@@ -28,7 +28,7 @@ REPORT_EVERY = 5  # rows
 
 
 def best_model(folder: Path, rank: int, codes: str = "") -> Path:
-    """The folder of the best factors of a rank, or of its table of some `CODES`."""
+    """The folder of the best factors of a rank, or of its table of codes."""
     return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 
@@ -39,8 +39,8 @@ def models_of(folder: Path, tried: list[Recipe]) -> Models:
     """
     found: Models = {}
     for recipe in tried:
-        if recipe.is_coded or recipe.is_factors:
-            codes = recipe.method if recipe.is_coded else ""
+        if recipe.is_codes or recipe.is_factors:
+            codes = recipe.method if recipe.is_codes else ""
             place = best_model(folder, recipe.rank, codes)
             found.setdefault(place, []).append(recipe)
     return found
@@ -66,8 +66,9 @@ def sweep(
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
     make = original.compressor  # May calibrate, with a progress bar of its own.
-    limit = {"gaussian_limit": make.gaussian_limit()}
-    output = dataclasses.replace(output, heading=output.heading | limit)
+    if "gaussian_limit" not in output.heading:
+        limit = {"gaussian_limit": make.gaussian_limit()}
+        output = dataclasses.replace(output, heading=output.heading | limit)
     label = f"compressing {original.run.folder.name}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
@@ -105,7 +106,7 @@ def sweep(
 def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The output then also has the results of further training.
+    The output then also has its R(D) line and the results of further training.
     """
     earlier, heading = read_sweep(output.folder / "sweep.json"), output.heading
     own = strict(heading["protocol"])
@@ -113,8 +114,8 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
         if jax.process_index() == 0:
             move_aside(output.folder / "sweep.json")
         return output, {}
-    if "recovered" in earlier:
-        heading = heading | {"recovered": earlier["recovered"]}
+    kept = [name for name in ("recovered", "gaussian_limit") if earlier.get(name)]
+    heading = heading | {name: earlier[name] for name in kept}
     measured = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
     return dataclasses.replace(output, heading=heading), measured
 
@@ -136,7 +137,7 @@ def _write_best(
     best = next((recipe for recipe in equal if is_of(place, recipe)), equal[0])
     if stays(place, best, overwrite):
         return
-    if not (best.is_coded and keeps_codes(place, original, measured[best])):
+    if not (best.is_codes and keeps_codes(place, original, measured[best])):
         write_model(place, original, original.compressor(best), measured[best])
 
 
@@ -178,7 +179,7 @@ def _predicted(rows: list[Row]) -> list[Row]:
 
     The predictions are fitted to the anchors: the smallest and the largest table of
     each method that makes factors, once with a single band and once with the smallest
-    number of several bands. No coded table is an anchor.
+    number of several bands. No table of `CODES` is an anchor.
     """
 
     def second_order(row: Row) -> SecondOrder:

@@ -337,8 +337,8 @@ def _check_bounds(settings: Settings) -> None:
         )
     if compress.max_params and not methods & METHODS.keys():
         raise UserError(
-            "compress.max_params is set, but tables of codes have all numbers: add a "
-            "method that makes factors to compress.methods"
+            "compress.max_params is set, but coded and packed tables have as many "
+            "numbers as D's table: add a method that makes factors to compress.methods"
         )
     if bounds and compress.recover_ranks:
         raise UserError(

@@ -25,4 +25,4 @@ from pcagpt.factorize.table import (
     BandFactors,
     FactorizedTable,
 )
-from pcagpt.methods import METHODS, Statistics, Weighting
+from pcagpt.methods import Statistics, Weighting

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pcagpt.factorize.chunks import chunks
 from pcagpt.methods import Statistics, Weighting, token_contexts
 
 SMALLEST_ADDED = 1e-3  # nats: smaller measured losses are mostly rounding
-_CHUNK = 4096  # rows that are in float64 at the same time
 
 
 class SecondOrder(NamedTuple):
@@ -59,8 +59,7 @@ def second_order_loss(
     w, M and c are the weights, the metric and the contexts of the weighting.
     """
     total, weights_V = 0.0, weighting.token_weights
-    for start in range(0, len(table_VD), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for rows in chunks(len(table_VD)):
         error_ND = dense_VD[rows].astype(np.float64) - table_VD[rows]
         seen_ND = error_ND if weighting.metric is None else error_ND @ weighting.metric
         loss_N = np.einsum("nd,nd->n", seen_ND, error_ND)

@@ -7,7 +7,8 @@ import dataclasses
 
 import numpy as np
 
-_CHUNK = 4096  # rows at a time
+from pcagpt.factorize.chunks import chunks
+
 _BLOCK = 32  # columns that GPTQ finishes before it moves their errors further
 _DAMPING = 0.01  # share of the metric's mean diagonal that GPTQ adds to its diagonal
 
@@ -90,7 +91,7 @@ def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
     codes_ND: int8 from -2^(bits-1) to `largest_code`.
     """
     packed = np.empty((len(codes_ND), -(-codes_ND.shape[1] * bits // 8)), np.uint8)
-    for rows in _chunks(len(codes_ND)):
+    for rows in chunks(len(codes_ND)):
         bytes_nD1 = codes_ND[rows].view(np.uint8)[..., None]
         bits_nDb = np.unpackbits(bytes_nD1, axis=2)[..., -bits:]
         packed[rows] = np.packbits(bits_nDb.reshape(len(bits_nDb), -1), axis=1)
@@ -100,7 +101,7 @@ def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
 def unpack(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
     """The codes of `pack`: int8 [N, width]."""
     codes_ND = np.empty((len(packed), width), np.int8)
-    for rows in _chunks(len(packed)):
+    for rows in chunks(len(packed)):
         bits_n = np.unpackbits(packed[rows], axis=1, count=width * bits)
         bytes_nD1 = np.packbits(bits_n.reshape(len(bits_n), width, bits), axis=2)
         # The code is in the upper bits; a shift to the right repeats its sign.
@@ -111,13 +112,13 @@ def unpack(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
 def _quantize(
     array_ND: np.ndarray, bits: int, moves_DD: np.ndarray | None
 ) -> Quantized:
-    """Rounds; `moves_DD[j, i]` is how much of column j's error column i takes off."""
+    """Rounds; column i subtracts `moves_DD[j, i]` times the error of column j."""
     rows, width = array_ND.shape
     group, offset = group_of(bits, width), offset_of(bits)
-    largest = largest_code(bits) + offset  # In steps, as all levels.
+    largest = largest_code(bits) + offset  # Levels are in units of the step.
     codes_ND = np.empty((rows, width), np.int8)
     scales_NG = np.empty((rows, -(-width // group)), np.float16)
-    for part in _chunks(rows):
+    for part in chunks(rows):
         left_Dn = np.array(array_ND[part].T, np.float32, order="C")
         for start in range(0, width, _BLOCK):
             end = min(start + _BLOCK, width)
@@ -133,11 +134,7 @@ def _quantize(
                 levels_n = np.rint(steps_n - offset) + offset
                 levels_n = np.clip(levels_n, -largest, largest)
                 codes_ND[part, j] = (levels_n - offset) * (step_n > 0)
-                left_Dn[j] -= levels_n * step_n  # From here on, its error.
+                left_Dn[j] -= levels_n * step_n  # It now holds the error.
             if moves_DD is not None:
                 left_Dn[end:] -= moves_DD[start:end, end:].T @ left_Dn[start:end]
     return Quantized(pack(codes_ND, bits), scales_NG, width, bits)
-
-
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, start + _CHUNK) for start in range(0, rows, _CHUNK)]

@@ -71,6 +71,11 @@ class FactorizedTable(NamedTuple):
         order = len(self.order) if len(self.bands) > 1 else 0
         return sum(band.parameters for band in self.bands) + order
 
+    @property
+    def memory(self) -> int:
+        """Bytes of all values in float32."""
+        return FLOAT_BYTES * self.parameters
+
     def dense(self) -> np.ndarray:
         """The whole table by token id, mean included: [V, D]."""
         rows_VD = np.concatenate([band.dense() for band in self.bands])

@@ -221,6 +221,7 @@ def packed_constants(order_V: np.ndarray, bands: Sequence[PackedBand]) -> dict:
 
 def token_order(constants: Mapping[str, Any], vocab_size: int) -> np.ndarray:
     """The inverse of `order_constants`; a model of one band has the order of ids."""
-    if not constants:
+    position_V = constants.get("embed", {}).get("position_of_token")
+    if position_V is None:
         return np.arange(vocab_size)
-    return np.argsort(np.asarray(constants["embed"]["position_of_token"]))
+    return np.argsort(np.asarray(position_V))

@@ -20,9 +20,8 @@ from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import METHODS
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
-from pcagpt.methods import CODED
+from pcagpt.methods import CODED, METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -40,7 +39,7 @@ def compress(settings: Settings, command: str) -> None:
     """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
-    All processes call this.
+    All processes must call this.
 
     Raises:
       UserError: the run or a method does not exist, the table is already factorized,
@@ -92,7 +91,7 @@ def compress(settings: Settings, command: str) -> None:
             remove_leftovers(folder)
         processes.wait_for_all(FOLDER)
         if options.recover_ranks:
-            _recover(settings, folder, models, run.folder)
+            _recover(settings, folder, models, run)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -124,7 +123,7 @@ def _recipes(
     options: CompressSettings,
 ) -> list[Recipe]:
     """The recipes of the sweep, without ranks that no table can have."""
-    shape = original.table_VD.shape
+    shape, factors = original.table_VD.shape, factor_methods(methods)
     possible = [rank for rank in ranks if rank <= min(shape)]
     if not possible:
         raise UserError(
@@ -132,26 +131,29 @@ def _recipes(
             f"rank is at most {min(shape)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
-    kept = {r.rank for r in combinations if r.is_factors}
-    if not factor_methods(methods):
-        kept = set(possible)
-        if not combinations:
-            raise UserError(
-                f"compress.methods is '{options.methods}', but compress.bits is empty: "
-                "name bits, such as --config.compress.bits=4"
-            )
-    if not kept:
-        single = [name for name, method in METHODS.items() if not method.weighs_tokens]
+    if factors and not any(recipe.rank for recipe in combinations):
         raise UserError(
-            "no table fits: raise ranks, or add 1 to compress.bands (only one band: "
-            f"{', '.join(single)})"
+            f"no table fits compress.bands {options.bands}: raise ranks, or list 1 in "
+            "compress.bands"
         )
-    if left_out := [str(rank) for rank in ranks if rank not in kept]:
+    if not combinations:
+        raise UserError(
+            f"compress.methods is '{options.methods}', but compress.bits is empty: "
+            "name bits, such as --config.compress.bits=4"
+        )
+    if high := [str(rank) for rank in ranks if rank not in possible]:
+        say(f"left out: rank {', '.join(high)}, too high for the table {shape}")
+    single = [name for name in factors if not METHODS[name].weighs_tokens]
+    if single and 1 not in options.bands:
+        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
+    made = {recipe.rank for recipe in combinations if recipe.is_factors}
+    low = [str(rank) for rank in possible if rank not in made]
+    if low and factors != single:
         say(
-            f"left out: rank {', '.join(left_out)}, too high for the table {shape} or "
-            f"too low for compress.bands {options.bands}"
+            f"left out: factors of rank {', '.join(low)}, too low for compress.bands "
+            f"{options.bands}"
         )
-    return [recipe for recipe in combinations if recipe.rank in {0, *kept}]
+    return combinations
 
 
 def _check_file(path: Path, original: Original) -> None:
@@ -217,12 +219,13 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
     return [model for model, rank in trainable.items() if rank in ranks]
 
 
-def _recover(settings: Settings, folder: Path, models: Models, baseline: Path) -> None:
+def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
+    processes.from_first(baseline.check_unchanged)
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
     execute(plan, command="")
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        rows = recovered_rows(folder, runs, baseline)
+        rows = recovered_rows(folder, runs, baseline.folder)
         say(f"report: {add_recovered(folder, rows)}")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcagpt.config import override
+from pcagpt.errors import shown
 
 # {part of a stored protocol or identity: the knob that sets it}
 _KNOBS = {
@@ -29,5 +30,5 @@ def differences(
         if old != new:
             is_knob = name in _KNOBS and old is not None
             hint = f"; use {override(_KNOBS[name], old)} to match" if is_knob else ""
-            found.append(f"{name} (there {old}, here {new}{hint})")
+            found.append(f"{name} (there {shown(old)}, here {shown(new)}{hint})")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from pcagpt.config import Settings
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.files import check_fields, keep, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
@@ -56,6 +56,11 @@ def evaluate(settings: Settings) -> dict:
     if jax.process_index() == 0:
         tokens = settings.evaluate.max_tokens
         part = f"{settings.split}_first{tokens}" if tokens else settings.split
+        try:
+            run.check_unchanged()
+        except UserError as error:
+            warn_once(f"the result is not written: {error}")
+            return result
         path = _path(run, part, evaluator.protocol)
         # The folder of a shared model may be read-only.
         keep(path, lambda place: write_json(place, result))

@@ -19,7 +19,8 @@ def check(plan: Plan) -> dict[Job, Status]:
     """Makes the fast checks; returns the status of each job that is needed.
 
     A finished run does not need its prerequisites, unless the factorization on disk
-    differs from the one in the settings. Writes only caches. All processes call this.
+    differs from the one in the settings. Writes only caches. All processes must call
+    this.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run
@@ -48,16 +49,20 @@ def _check(plan: Plan) -> dict[Job, Status]:
 
 def describe(needed: dict[Job, Status]) -> list[str]:
     """A line for each job that `check` returned: name, amount and status."""
-    return [
-        f"{job.label:<32} {job.made if kind == Kind.DONE else job.amount:>14}  {words}"
-        for job, (kind, words) in needed.items()
-    ]
+    missing = {job.folder for job, (kind, _) in needed.items() if kind != Kind.DONE}
+    lines = []
+    for job, (kind, words) in needed.items():
+        if kind == Kind.DONE and job.sources & missing:
+            words += f", made again if {min(job.sources & missing).name} changes"
+        amount = job.made if kind == Kind.DONE else job.amount
+        lines.append(f"{job.label:<32} {amount:>14}  {words}")
+    return lines
 
 
 def execute(plan: Plan, command: str) -> None:
     """Does the missing jobs in order, and writes the report of an experiment.
 
-    The report shows `command`. All processes call this.
+    The report shows `command`. All processes must call this.
 
     Raises:
       UserError: as for `check`, or a job does not fit the corpus or the devices. In

@@ -10,8 +10,9 @@ from pcagpt import factorize
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize import METHODS, Factorizer, Statistics, factor_files
+from pcagpt.factorize import Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
+from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.report import spectrum_figure
@@ -82,7 +83,7 @@ class FactorizeJob(Job):
             conflict = self._other_files(differing)
         elif others := factor_files.not_ours(self.folder, metadata, lacking):
             conflict = UserError(
-                f"{others[0]} is not of a factorization that was made here: use "
+                f"{others[0]} does not belong to a factorization made here: use "
                 "another --config.workdir, or --config.overwrite=True to move "
                 f"{self.folder} aside"
             )
@@ -158,7 +159,8 @@ class FactorizeJob(Job):
     def check(self, missing: set[Path]) -> None:
         """Raises UserError if the source does not fit or no earlier job makes it.
 
-        Reads no weights. `run` checks a source in `missing`. All processes call this.
+        Reads no weights. `run` checks a source in `missing`. All processes must call
+        this.
         """
         processes.from_first(lambda: self._check(missing))
 
@@ -202,20 +204,31 @@ class FactorizeJob(Job):
             if work is None:
                 return
             self.check(set())
+            identity = processes.from_first(self.identity)
             run = None if self._is_bare_table else Run.open(self.source)
             measured = self._measured_statistics(run) if self._calibrates else None
-            processes.from_first(lambda: self._write(work, run, measured, check_lock))
+
+            def check() -> None:
+                check_lock()
+                if self.identity() != identity:
+                    raise UserError(
+                        f"{self.source}, or what it was measured with, was changed "
+                        "while it was factorized: run the same command again"
+                    )
+
+            processes.from_first(lambda: self._write(work, run, measured, check))
 
     def _write(
         self,
         work: Work,
         run: Run | None,
         measured: Statistics | None,
-        check_lock: Callable[[], None],
+        check: Callable[[], None],
     ) -> None:
         """Writes the files that are left to do, of `run` or of a bare table.
 
-        Those of earlier commands stay as they are: runs may be reading them.
+        Those of earlier commands stay as they are: runs may be reading them. `check`
+        raises UserError if nothing may be written.
         """
         table_VD = run.table() if run else factor_files.read_table(self.source)
         statistics = measured or self._given_statistics(table_VD.shape)
@@ -238,7 +251,7 @@ class FactorizeJob(Job):
             "effective_rank": factorize.effective_rank(singular_values),
             "ranks": {str(rank): described[str(rank)] for rank in ranks},
         }
-        check_lock()
+        check()
         if work.is_replaced:
             move_aside(self.folder)
         for path in factor_files.changed(self.folder, work.ranks):

@@ -209,7 +209,7 @@ class TrainJob(Job):
     def corpus(self) -> Corpus:
         """The run's corpus; tokenizes its text if necessary, in the first process.
 
-        All processes call this.
+        All processes must call this.
         """
         data, cache_dir = self.settings.data, self.settings.cache_dir
         return open_corpus(data.source, cache_dir, data.tokenizer, NEEDED_SPLITS)

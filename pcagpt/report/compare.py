@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
-CONFIDENCE = 0.95
+from pcagpt.losses.interval import CONFIDENCE, mean_interval
+
 INTERVAL = f"{CONFIDENCE:.0%} interval"
 MARGIN = 0.05  # nats per token: losses closer than this count as equal
 LOSS_AGREEMENT = 1e-3  # nats: largest difference of result.json and the windows
@@ -49,25 +49,6 @@ QUESTIONS = {  # "first vs second", by the letters of the arms
     "A vs F": Question("Do A's factors help beyond their spectrum?"),
     "A vs G": Question("Does it matter which token has which row?"),
 }
-
-
-def mean_interval(
-    values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None
-) -> tuple[float, list[float] | None]:
-    """Weighted mean and its Student-t interval at CONFIDENCE, or None for one value.
-
-    The standard error of a weighted mean of independent values is
-    sqrt(Σ w² (x − m)² / (1 − Σ w²)) with Σ w = 1, which is s/√n for equal weights.
-    """
-    values = np.asarray(values, np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights)
-    weights = weights / weights.sum()
-    mean = float(weights @ values)
-    if len(values) < 2:
-        return mean, None
-    spread = weights**2 @ (values - mean) ** 2 / (1 - weights @ weights)
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * np.sqrt(spread))
-    return mean, [mean - half, mean + half]
 
 
 class WindowInterval(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.report.compare import CONFIDENCE, FAILED, HELD, mean_interval, verdict
+from pcagpt.losses.interval import CONFIDENCE, mean_interval
+from pcagpt.report.compare import FAILED, HELD, verdict
 
 
 def experiment_view(results: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "split": SPLIT_TITLES[sweep["protocol"].get("split", "val")],
         "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),
-        "equal_size": equal_size_table(sweep),
+        "equal_size": (
+            equal_size_table(sweep) if any(row.is_factors for row in rows) else None
+        ),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
         "rows": [(row_name(row.method, row.bands, row.bits), row) for row in rows],
         "accuracy": _accuracy(rows),
@@ -92,7 +94,7 @@ def row_name(method: str, bands: int, bits: int = 32) -> str:
 
 def equal_size_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss: a row for each method and number of bands, a column for each rank."""
-    rows = [row for row in sweep["rows"] if row.bits == 32]
+    rows = [row for row in sweep["rows"] if row.is_factors]
     ranks = sorted({row.rank for row in rows})
     best = {k: min(row.added_loss for row in rows if row.rank == k) for k in ranks}
     found: dict[str, dict[int, str]] = {}
@@ -112,7 +114,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
         measured = {
             row_name(row.method, row.bands): row
             for row in sweep["rows"]
-            if row.rank == rank and (row.is_factors or row.is_coded)
+            if row.rank == rank and (row.is_factors or row.is_codes)
         }
         runs: dict[str, list[dict[str, Any]]] = {}  # by the table they started from
         for row in recovered:

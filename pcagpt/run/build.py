@@ -56,7 +56,8 @@ def build_config(
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size is {model.vocab_size}, but the corpus has token ids "
-            f"up to {vocab_size - 1}: leave model.vocab_size unset"
+            f"up to {vocab_size - 1}: leave model.vocab_size unset, or name the "
+            "model's own corpus as --config.data.source"
         )
     vocab_size = model.vocab_size or vocab_size
     if model.band_sizes and sum(model.band_sizes) != vocab_size:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, shown
 from pcagpt.factorize import Statistics
 from pcagpt.files import keep, parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
@@ -126,7 +126,7 @@ def statistics(
 ) -> Statistics:
     """Statistics of a run with a full table; cached in the folder of the run.
 
-    All processes call this.
+    All processes must call this.
 
     Args:
       run: the folder and the step.
@@ -196,8 +196,8 @@ def read(path: Path, run: Run | None = None) -> Statistics:
     measured = protocol.get("checkpoint")
     if run and measured and not run.is_at(measured):
         raise UserError(
-            f"{path} was measured on another model (checkpoint {str(measured):.12}…) "
-            f"than {run.folder} at step {run.step} ({run.fingerprint:.12}…)"
+            f"{path} was measured on another model (checkpoint {shown(measured)}) "
+            f"than {run.folder} at step {run.step} ({shown(run.fingerprint)})"
         )
     return statistics
 

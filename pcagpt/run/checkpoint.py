@@ -26,6 +26,7 @@ from pcagpt.sharding import processes
 
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
+_REMEDY = "repeat the command that made it: a trained run needs --config.overwrite=True"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the names of saves that are not complete
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Checkpoints:
     """The checkpoints of one run folder; a context manager.
 
     Keeps the last `keep_last` and the one with the lowest validation loss. All
-    processes call the methods.
+    processes must call the methods.
     """
 
     def __init__(self, run_dir: Path, keep_last: int):
@@ -168,7 +169,7 @@ class Checkpoints:
         return None
 
     def _move_aside(self, step: int) -> str:
-        """Renames a checkpoint, so that no command takes it for one; its new name."""
+        """Renames a checkpoint, so that no command uses it; returns its new name."""
         folder = self._folder / str(step)
         name = f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.rename(folder.with_name(name))
@@ -216,8 +217,7 @@ def find(path: str | Path) -> tuple[Path, int]:
         return run_dir, step
     step, damaged = _newest_good(run_dir)
     if step is None:
-        remedy = "train the run again with --config.overwrite=True"
-        remedy = remedy if damaged else "give the folder of a trained run"
+        remedy = _REMEDY if damaged else "give the folder of a trained run"
         raise UserError(f"{run_dir} {lack(run_dir)}: {remedy}")
     for reason in damaged:
         warn_once(f"{reason}: falling back to the one before, step {step}")
@@ -362,6 +362,6 @@ def load_weights(path: str | Path) -> dict[str, dict]:
     except UserError as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({error}): name another step beside "
-            "it, or train the run again with --config.overwrite=True"
+            f"it, or {_REMEDY}"
         ) from None
     return {"params": weights["params"], "constants": weights.get("constants") or {}}

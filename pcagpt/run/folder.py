@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.config import KNOBS, check_stored
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, shown
 from pcagpt.files import (
     check_fields,
     read_json,
@@ -55,11 +55,11 @@ NOT_IDENTITY = (
 )
 
 _CONFIG_REMEDY = (
-    "delete it, the checkpoints of a trained run have a copy, or use "
+    "delete it if the run was trained here (its checkpoints have a copy), or use "
     "--config.overwrite=True"
 )
 _RESULT_REMEDY = (
-    "delete it, and the run's command finishes it again, or use --config.overwrite=True"
+    "delete it and give the run's command again, or use --config.overwrite=True"
 )
 _WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
 # {field of config.json besides the knobs: its types}
@@ -391,7 +391,7 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
         record, stored = record | {"corpus": None}, stored | {"corpus": None}
     old, new = identity(stored, sections), identity(record, sections)
     return [
-        f"{name} (was {old.get(name)}, now {new.get(name)})"
+        f"{name} (was {shown(old.get(name))}, now {shown(new.get(name))})"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]

@@ -19,7 +19,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import build_config
-from pcagpt.run.folder import choose
+from pcagpt.run.folder import choose, look
 from pcagpt.sharding import placement, processes
 
 
@@ -39,7 +39,7 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: as for `choose`, or no config.json exists.
@@ -99,8 +99,31 @@ class Run:
 
     @functools.cached_property
     def weights(self) -> dict:
-        """Stored {'params', 'constants'}: host arrays; UserError for a damaged file."""
-        return checkpoint.load_weights(self._checkpoint)
+        """Stored {'params', 'constants'}: host arrays.
+
+        Raises UserError for a damaged file, and as `check_unchanged`.
+        """
+        _ = self.fingerprint  # Before the weights are read, so that it is theirs.
+        weights = checkpoint.load_weights(self._checkpoint)
+        self.check_unchanged()
+        return weights
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the folder now holds another run, or no run.
+
+        Another command may have moved the run aside and trained it anew. The checkpoint
+        may be missing, because a run that still trains deletes old ones.
+        """
+        stored = look(self.folder, [self.step]).stored or {}
+        names = ("run_id", "model", "vocab_size", "tokenizer")
+        is_same = all(stored.get(name) == self.record.get(name) for name in names)
+        if is_same and self._checkpoint.exists():
+            is_same = fingerprint.of(self._checkpoint) == self.fingerprint
+        if not is_same:
+            raise UserError(
+                f"{self.folder} was replaced or changed while this command used it: "
+                "run the same command again"
+            )
 
     def variables(self, config: GPTConfig) -> dict:
         """{'params', 'constants'} for a model of this config, as host arrays.
@@ -165,7 +188,7 @@ class Run:
         """Opens the corpus of `data`, which must have some splits.
 
         If `asked` names another corpus than the run's own, a line on stderr says so.
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
@@ -194,9 +217,9 @@ class Run:
         return corpus
 
     def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
-        """The run was trained on these tokens; None if its record does not say.
+        """Whether the run was trained on these tokens; None if its record is silent.
 
-        `splits` must also be those of the run's corpus.
+        Also compares `splits`.
         """
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
@@ -238,14 +261,15 @@ class Run:
                 f"--config.data.tokenizer={own}"
             )
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash that identifies this checkpoint."""
+        """A hash that identifies this checkpoint: that of the loaded weights."""
         return fingerprint.of(self._checkpoint)
 
     def is_at(self, recorded: str | None) -> bool:
         """Whether `recorded` is this checkpoint's fingerprint, by any version."""
-        return fingerprint.same(self._checkpoint, recorded)
+        same = recorded == self.fingerprint
+        return same or fingerprint.same(self._checkpoint, recorded)
 
     @property
     def _checkpoint(self) -> Path:

@@ -1,0 +1,59 @@
+"""Makes, reads and writes the tables of `CODES`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pcagpt import coding
+from pcagpt.methods import CODED, PACKED
+
+
+class Codes(Protocol):
+    """A table that is stored as codes.
+
+    sizes, ranks: of its bands (rank 0: full width); memory: bytes on a device that
+    computes with it; constants, blocks: the 'constants' and `model.band_blocks` of a
+    model that reads the codes in place; None and () if a model reads the dense table.
+    """
+
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    memory: int
+    constants: dict[str, Any] | None
+    blocks: tuple[int, ...]
+
+    def dense(self) -> np.ndarray:
+        """The table that the codes stand for: float32 [V, D]."""
+
+
+class Kind(NamedTuple):
+    """How the tables of one of `CODES` are made and stored.
+
+    file: its name; in_bands: whether the tokens are in bands; make: (the best table in
+    a file of some bytes, the size of its file), from what was prepared, the number of
+    bands and the bytes; BudgetTooSmall if no table fits.
+    """
+
+    file: str
+    in_bands: bool
+    make: Callable[[coding.Prepared, int, int], tuple[Codes, int]]
+    read: Callable[[Path], tuple[Codes, coding.Description]]
+    write: Callable[[Path, Codes, coding.Description], None]
+
+
+def _coded(prepared, bands, most):
+    made = coding.within_bytes(prepared, most)
+    return made.table, made.bytes
+
+
+def _packed(prepared, bands, most):
+    made = coding.pack(prepared, bands, most)
+    return made, coding.packed_bytes(made)
+
+
+KINDS = {
+    CODED: Kind("table.pcat", False, _coded, coding.read, coding.write),
+    PACKED: Kind("table.npz", True, _packed, coding.read_packed, coding.write_packed),
+}
