@@ -6,16 +6,16 @@ r"""Compresses the token table of a trained model without training it.
 Measures methods x ranks x frequency bands on the validation split and writes
 checkpoints/compressed/: sweep.json, report.html, and the best model of each rank. This
 model can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128
-also trains the best model of that rank, and D for the same steps. To find the one table
-that fits a bound: --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=).
---config.split=test measures on the test split instead; it writes
+also trains the best factors and the coded table of that rank, and D for the same steps.
+--config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=) finds the one table
+that fits a bound. --config.split=test measures on the test split instead; it writes
 checkpoints/compressed_test/, without models.
 
-Cost: on a GPU, a minute of calibration, about 2 seconds per table of GPT-2 small, and
-up to half a minute of the host for each of coded, packed, gptq and pq
-(--config.compress.methods without them leaves them out).
-On a CPU, two to three minutes for the demo's D: by default it tries fewer tables and
-measures them on fewer tokens. As much as on a GPU:
+On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.
+Each table of coded, packed, gptq and pq takes up to half a minute on the host;
+--config.compress.methods can leave these out. On a CPU, the demo's D takes two to three
+minutes: by default, fewer tables are tried, on fewer tokens. To try as much as on a
+GPU, add:
     --config.compress.methods=all --config.compress.bands=1,7,12
     --config.compress.calibration_tokens=1048576
 """

@@ -62,9 +62,9 @@ _REMEDIES = {
     "another file or folder",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
-    errno.EPIPE: "what read the output has ended",
+    errno.EPIPE: "the program that read the output has ended",
 }
-# The system fails; the file or folder is not the wrong one.
+# The system fails; the path is right.
 FAILING = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE
 }  # fmt: skip

@@ -254,7 +254,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file.
 
-    Raises UserError if it is missing, damaged, no such file, or holds Python objects.
+    Raises UserError if it is missing, damaged, no .npy file, or holds Python objects.
     """
     with _reading(path, ".npy") as file:
         size = os.fstat(file.fileno()).st_size

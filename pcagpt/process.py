@@ -23,12 +23,12 @@ SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
 STOPS = (signal.SIGTERM, *WARNINGS)
 SEARCH_INTERRUPTED = (
-    "interrupted: a search for a bound saves only the model's statistics, run the same "
+    "interrupted: a search for a bound saves only the model's statistics; run the same "
     "command again to search from the start"
 )
 INTERRUPTED = {  # by whether the task resumes
     True: "interrupted: run the same command again to continue",
-    False: "interrupted: nothing was saved, run the same command again to start over",
+    False: "interrupted: nothing was saved; run the same command again to start over",
 }
 _OTHERS_ENDED = (
     "another process of this run ended or cannot be reached{}, so this one ends: "
@@ -98,7 +98,7 @@ def _end_with_thread(uncaught: threading.ExceptHookArgs) -> None:
 
 
 def _open_streams() -> None:
-    """Opens what was closed, and lets the terminal show any text.
+    """Opens closed standard streams, and lets the terminal show any text.
 
     The next file opened would otherwise get the number of the closed stream, and
     libraries would write their messages into it.

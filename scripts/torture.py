@@ -1,4 +1,4 @@
-"""Tests the promises of README.md with kills, damages, full disks, rivals, bad inputs.
+"""Tests README.md's promises: kills, damage, full disks, parallel commands, bad input.
 
     python scripts/torture.py --out FOLDER            an hour at most, on two cores
     python scripts/torture.py --out FOLDER --short    five minutes at most
@@ -15,7 +15,7 @@ The table ends with this command for each kind of failure. FOLDER/damages-17 kee
 a failed case left: its commands, what they printed, and its files in place/. The seed
 decides everything but the moments of signals, which depend on the machine.
 
-A case has one of these outcomes. Several commands count as the worst of them:
+A case has one of these outcomes. A case of several commands has the worst of theirs:
 
 OUTCOMES
 """

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,12 @@ from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
 from pcagpt.coding.models import Model, frequencies
 from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
-from pcagpt.coding.transform import Coefficients, coefficients, karhunen_loeve
+from pcagpt.coding.transform import (
+    Coefficients,
+    coefficient_chunks,
+    coefficients,
+    karhunen_loeve,
+)
 from pcagpt.errors import UserError
 from pcagpt.factorize import (
     BudgetTooSmall,
@@ -167,6 +173,51 @@ def test_contexts_lower_the_loss_that_counts_them():
             coding.at_step(without, step),
         )
         assert loss_of(found) < 0.95 * loss_of(plain)
+
+
+def test_rows_are_coded_chunk_by_chunk_as_they_are_together(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 128)
+    prepared = prepare(TABLE, FULL)
+    made = coding.at_step(prepared, 0.1).table
+    *synthesis_KD, mean_D = made.basis.dense()
+    kept_DC = trial(prepared, 0.1).kept_DC
+    place_V = np.unique(made.classes, return_inverse=True)[1]
+    arguments = TABLE, FULL, np.array(synthesis_KD), mean_D
+    together = coefficients(*arguments)
+    for rows, part in coefficient_chunks(*arguments):
+        for one, all_ in zip(part, together, strict=True):
+            np.testing.assert_array_equal(one, all_[..., rows], strict=True)
+    whole = quantize(
+        together,
+        class_steps(made.classes, 0.1),
+        kept_DC[kept_DC.any(axis=1)][:, place_V],
+    )
+    np.testing.assert_array_equal(made.symbols, whole)
+
+
+def peak_of(work):
+    """Bytes that exist at the same time while a function works, or after it."""
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_coding_a_table_takes_little_more_memory_than_the_table():
+    random = np.random.default_rng(0)
+    table = random.normal(size=(40_000, 128)) * np.geomspace(1, 1e-3, 128)
+    weighting = Weighting(1 / np.arange(1, 40_001), contexts=table)
+    prepared = prepare(table.astype(np.float32), weighting)
+    size, finest = prepared.table_VD.nbytes, prepared.smallest_step
+    assert peak_of(lambda: coding.at_step(prepared, 64 * finest)) < 1.6 * size
+    assert peak_of(lambda: trial(prepared, finest)) < 2 * size
+
+
+def test_few_large_tables_of_frequencies_are_kept():
+    largest = [Model(15, scale) for scale in range(128)]  # 1/2 MiB each
+    peak = peak_of(lambda: sum(len(frequencies(model)) for model in largest))
+    assert peak < 48 * 2**20
 
 
 def test_values_between_the_dead_zone_and_half_a_step_become_zero():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -883,7 +884,7 @@ def test_codes_are_tried_at_ranks_and_methods_that_do_not_fit_the_bands(asked, c
         ("context", 40, 16),
     }
     shown = capsys.readouterr().out
-    assert "left out: svd (only one band): add 1 to compress.bands\n" in shown
+    assert "left out: svd (only one band): list 1 in compress.bands\n" in shown
     assert "left out: factors of rank 11, too low for compress.bands (40,)\n" in shown
     assert (folder_of(asked) / "best_coded_k11").is_dir()
 
@@ -929,6 +930,43 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
     further |= {"init.weights_from": str(folder), "data.source": source}
     with pytest.raises(UserError, match="a packed table cannot be trained"):
         execute(changed(asked, **further))
+
+
+@pytest.mark.parametrize("method", ["coded", "packed"])
+def test_more_bytes_never_add_loss(original, method):
+    """Measured as KL: a model that is hardly trained may gain by another table."""
+    make, found = original.compressor, []
+    least = make.coded_bytes(method, 1, math.inf)
+    for most in np.geomspace(least, 3 * least, 8).astype(int).tolist():
+        candidate = make(Recipe(method, 1, most, 0, 0))
+        assert candidate.bytes <= most
+        found.append((sum(candidate.second_order), original.measure(candidate)))
+    for (loss, scores), (finer_loss, finer) in itertools.pairwise(found):
+        assert finer_loss <= loss
+        assert finer.kl <= scores.kl
+    assert abs(finer.added_loss) < 0.1 * np.ptp(found[0][1].added_loss_interval)
+    assert finer_loss < 0.1 * found[0][0]
+
+
+@pytest.mark.parametrize("methods", ["packed", "coded", "context"])
+def test_too_small_a_bound_on_bytes_is_refused_with_the_smallest(asked, methods):
+    asking = {"methods": methods, "bands": (2 if methods == "packed" else 1,)}
+    with pytest.raises(UserError, match="max_bytes = 100: raise it to") as caught:
+        advice_of(asked, **asking, bits=(4,), max_bytes=100)
+    least = int(str(caught.value).split()[-3])
+    chosen, _ = advice_of(asked, **asking, bits=(4,), max_bytes=least)
+    assert chosen["bytes"] <= least
+
+
+def test_bytes_that_no_codes_can_use_are_named(asked, capsys):
+    bound = {"max_bytes": 10**6}
+    for methods in ("coded", "packed"):
+        chosen, _ = advice_of(asked, methods=methods, bands=(1,), **bound)
+        line = (
+            f"{methods}: 1,000,000 bytes are more than such a table can use; it takes "
+            f"{chosen['bytes']:,}\n"
+        )
+        assert line in capsys.readouterr().out
 
 
 # Rivals
@@ -1048,6 +1086,14 @@ def test_ranks_that_the_table_cannot_have_are_named(asked, capsys):
     assert (
         "left out: rank 64, too high for the table (97, 32)" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("name", ["compress", "evaluate", "sample"])
+def test_print_config_refuses_a_model_that_the_run_does_not_have(name, asked):
+    words = f"--config.model_path={asked.model_path}", "--config.model.n_layer=7"
+    outcome = call(f"--config=configs/{name}.py", *words, "--print_config")
+    assert outcome.code == 2
+    assert "model.n_layer is 7, but " in outcome.err
 
 
 def test_print_config_says_what_would_be_compressed(asked):

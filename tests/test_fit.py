@@ -15,7 +15,7 @@ from pcagpt.factorize import (
     Statistics,
     quantize,
 )
-from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, RIVALS
+from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, PACKED, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
@@ -147,14 +147,14 @@ def world(
         wte = np.empty((1, recipe.budget - 3), np.int8)
         stored = FactorizedTable.of_one_band(BandFactors(wte, None))
         size = recipe.budget * recipe.bits // 8
-        if recipe.method == CODED:
+        if recipe.method in (CODED, PACKED):
             size, loss = recipe.budget, loss / 100
         return Candidate(recipe, stored, None, wte, size, SecondOrder(loss, 0), 0.0)
 
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    def coded_bytes(added_loss):
+    def coded_bytes(method, bands, added_loss):
         return estimate * UNIT * (100 * added_loss) ** (-1 / exponent)
 
     return Fit(make, coded_bytes, measure, methods, bands, table)
@@ -227,6 +227,13 @@ def test_budgets_that_are_too_small_for_any_bands_are_passed_over():
     never = world(least=10**9, bands=(5,))
     assert never.within_loss(1.0) is None
     assert never.trials == []
+
+
+def test_a_packed_table_has_the_number_of_bands_that_loses_least():
+    for bands, least, best in (((1, 5), 0, 5), ((1, 2, 5), 0, 2), ((1, 5), 10**9, 1)):
+        fit = world(methods=[PACKED], bands=bands, least=least)
+        assert fit.within_bytes(20_000, []).candidate.recipe.bands == best
+        assert len(fit.trials) == 1
 
 
 def test_an_error_is_not_a_budget_that_is_too_small():
@@ -328,4 +335,43 @@ def test_estimated_bytes_save_measurements_of_coded_tables():
             assert chosen.scores.added_loss <= bound
         return sum(len(fit.trials) for fit in fits)
 
-    assert measurements(make.coded_bytes) < measurements(lambda _: table.size // 6)
+    assert measurements(make.coded_bytes) < measurements(lambda *_: table.size // 6)
+
+
+def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small():
+    table, make = compressor()
+    refused = []
+
+    def counted(recipe):
+        try:
+            return make(recipe)
+        except BudgetTooSmall:
+            refused.append(recipe)
+            raise
+
+    def measure(candidate):
+        return scores(sum(candidate.second_order))
+
+    for bound in (0.3, 1.0):
+        fit = Fit(counted, make.coded_bytes, measure, [PACKED], (1, 3), table.shape)
+        chosen = fit.within_loss(bound)
+        assert 0.5 * bound <= chosen.scores.added_loss <= bound
+    assert not [recipe for recipe in refused if recipe.bands == 1]
+
+
+@pytest.mark.parametrize(
+    "methods", [[CODED], [PACKED], ["kl"], [OWN_TABLE], [PACKED, "kl"]], ids=",".join
+)
+@pytest.mark.parametrize("bands", [(1, 3), (3,)])
+def test_the_smallest_bound_on_bytes_is_known(methods, bands):
+    table, make = compressor()
+    shape = table.shape
+
+    def found(most):
+        fit = Fit(make, make.coded_bytes, lambda _: scores(1.0), methods, bands, shape)
+        return fit.within_bytes(most, [32, 8, 4])
+
+    fit = Fit(make, make.coded_bytes, None, methods, bands, shape)
+    least = fit.least_bytes([32, 8, 4])
+    assert found(least).candidate.bytes <= least
+    assert found(least - 1) is None

@@ -6,8 +6,8 @@ import pytest
 from runs import gpt_config
 
 from pcagpt import coding
-from pcagpt.coding.packed import pack
-from pcagpt.coding.widths import CHOICES, choose_widths, levels_of
+from pcagpt.coding.packed import choices, pack
+from pcagpt.coding.widths import CHOICES, Widths, levels_of
 from pcagpt.errors import UserError
 from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
@@ -190,6 +190,25 @@ def test_more_bytes_never_add_loss_and_a_file_fills_its_budget(
     assert losses[-1] < 0.02 * losses[0]
 
 
+@pytest.mark.parametrize("bands", [1, 5])
+def test_more_bytes_never_add_predicted_loss(prepared, bands):
+    _, _, widths = choices(prepared, bands)
+    sizes = np.geomspace(widths.bytes_of(np.inf), 90_000, 8).astype(int).tolist()
+    found = [widths.within_bytes(most) for most in sizes]
+    assert all(c.bytes <= most for c, most in zip(found, sizes, strict=True))
+    assert (np.diff([choice.error for choice in found]) <= 0).all()
+    assert found[-1].error < 0.01 * found[0].error
+
+
+@pytest.mark.parametrize("bands", [1, 5])
+def test_the_bytes_that_a_loss_takes_are_estimated(prepared, bands):
+    for most in (36_000, 50_000, 70_000):
+        made = pack(prepared, bands, most)
+        loss = second_order_loss(TABLE, made.dense(), FULL)
+        found = coding.estimated_packed_bytes(prepared, bands, loss)
+        assert found == pytest.approx(coding.packed_bytes(made), rel=0.15)
+
+
 def test_bands_and_the_context_term_pay(prepared):
     def loss(prepared, bands, most=42_000):
         dense = pack(prepared, bands, most).dense()
@@ -235,7 +254,7 @@ def test_widths_are_the_cheapest_choice_within_the_bytes():
         ]
     )
     most = 3000 + 500
-    widths = choose_widths(values, weights, bands, errors, most)
+    widths = Widths(values, weights, bands, errors).within_bytes(most).widths
     assert (np.diff(widths, axis=1) <= 0).all()
 
     def used(widths):

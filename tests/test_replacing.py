@@ -453,9 +453,9 @@ def factorization(copied):
 def test_a_persons_file_at_the_place_of_factors_is_refused_or_moved(factorization):
     folder = job(factorization).folder
     (folder / "wte_pca_k4.npy").write_text("mine")
-    assert "wte_pca_k4.npy is not of a factorization that was" in refusal(factorization)
+    assert "wte_pca_k4.npy does not belong to a factorization" in refusal(factorization)
     (folder / "metadata.json").unlink()
-    assert "is not of a factorization that was made here" in refusal(factorization)
+    assert "does not belong to a factorization made here" in refusal(factorization)
     before = content(folder)
     execute(changed(factorization, overwrite=True))
     assert content(moved(folder)) == before

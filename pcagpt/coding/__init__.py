@@ -3,7 +3,7 @@
 from pcagpt.coding.encode import Prepared, prepare
 from pcagpt.coding.file import Description, file_bytes, read, to_bytes, write
 from pcagpt.coding.limit import gaussian_limit
-from pcagpt.coding.packed import PackedTable, pack
+from pcagpt.coding.packed import PackedTable, estimated_packed_bytes, pack
 from pcagpt.coding.packed_file import packed_bytes, read_packed, write_packed
 from pcagpt.coding.search import Encoded, at_step, estimated_bytes, within_bytes
 from pcagpt.coding.table import CodedTable

@@ -19,11 +19,11 @@ from pcagpt.coding.models import (
     frequencies,
 )
 
-# For each index of a model: how many values it has, and what is added so that they
-# start at 0.
+# For each index of a model: its number of values, and the offset that makes them start
+# at 0.
 _FIELDS = (REACHES, SCALES, 2 * LARGEST_LOCATION + 1, TAILS)
 _STARTS = (0, 0, LARGEST_LOCATION, 0)
-_SENTINEL = 0xC0DE  # The last number: a decoder that went astray does not find it.
+_SENTINEL = 0xC0DE  # The last number; a decoder of damaged words does not read it.
 
 
 def _categorical(model: Model) -> stream.model.Categorical:
@@ -117,6 +117,6 @@ class Reader:
             return np.zeros(length, np.int32)
         try:
             places = self._decoder.decode(_categorical(model), length)
-        except AssertionError:  # As constriction reports what no encoder writes.
+        except AssertionError:  # constriction reports impossible words in this way.
             raise ValueError("its symbols are damaged") from None
         return places - np.int32(2**model.reach - 1)

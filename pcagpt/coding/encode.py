@@ -1,4 +1,4 @@
-"""Codes a table at one step: which directions and classes, basis, symbols.
+"""Codes a table at one step: chooses directions and classes; makes basis and symbols.
 
 Shape letters: V vocabulary, D model width, K directions, C classes, N sampled tokens, n
 those of one class.
@@ -24,6 +24,7 @@ from pcagpt.coding.quantize import (
 from pcagpt.coding.table import CodedTable
 from pcagpt.coding.transform import (
     Coefficients,
+    coefficient_chunks,
     coefficients,
     karhunen_loeve,
     mean_row,
@@ -42,6 +43,7 @@ BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2))) * 1.4
 MODEL_BITS = 8  # of the indices of one model
 SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
+COUNTERS = 2**20  # of symbols, that exist at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     found = trial(prepared, step)
     (chosen_K,) = np.nonzero(found.kept_DC.any(axis=1))
     mean_D = mean_row(weighting, table_VD.shape[1])
-    # All tokens read the mean, in units of the table instead of steps.
+    # Every token uses the mean with coefficient 1, which is 1 / step in steps.
     energy_K = np.append(found.energy_D[chosen_K], len(table_VD) / step**2)
     basis = quantize_basis(
         np.vstack([prepared.synthesis_DD[chosen_K], mean_D]),
@@ -185,11 +187,11 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     *synthesis_KD, mean_D = basis.dense()
     synthesis_KD = np.reshape(synthesis_KD, (-1, len(mean_D)))
     place_V = np.unique(prepared.classes_V, return_inverse=True)[1]
-    symbols_KV = quantize(
-        coefficients(table_VD, weighting, synthesis_KD, mean_D),
-        class_steps(prepared.classes_V, step),
-        found.kept_DC[chosen_K][:, place_V],
-    )
+    steps_V, kept_KC = class_steps(prepared.classes_V, step), found.kept_DC[chosen_K]
+    symbols_KV = np.empty((len(chosen_K), len(table_VD)), np.int16)
+    # Rows do not depend on each other. Coefficients take twice the table's memory.
+    for rows, part in coefficient_chunks(table_VD, weighting, synthesis_KD, mean_D):
+        symbols_KV[:, rows] = quantize(part, steps_V[rows], kept_KC[:, place_V[rows]])
     coded = CodedTable(symbols_KV, prepared.classes_V, step, basis)
     return coded, to_words(coded)
 
@@ -207,22 +209,22 @@ def _sample(classes_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _basis_bits(width: int, energy_D: np.ndarray) -> np.ndarray:
-    """About the bits of a row of the basis: of Gaussian entries of variance 1 / D."""
+    """Estimates the bits of a row of the basis: Gaussian entries of variance 1 / D."""
     levels_D = 2 * np.pi * np.e / width * energy_D / BASIS_STEP**2
     return width / 2 * np.log2(1 + levels_D)
 
 
 def _entropy_bits(symbols_Dn: np.ndarray) -> np.ndarray:
     """Bits of each row at its empirical entropy, with the bias of Miller and Madow."""
-    used = symbols_Dn.any(axis=1)
-    bits_D = np.zeros(len(symbols_Dn))
-    symbols_Dn = symbols_Dn[used]
-    rows, count = symbols_Dn.shape
+    used = np.flatnonzero(symbols_Dn.any(axis=1))
+    bits_D, count = np.zeros(len(symbols_Dn)), symbols_Dn.shape[1]
     lowest = int(symbols_Dn.min(initial=0))
     width = int(symbols_Dn.max(initial=0)) - lowest + 1
-    places_Dn = symbols_Dn + (np.arange(rows) * width - lowest)[:, None]
-    counts = np.bincount(places_Dn.ravel(), minlength=rows * width)
-    counts = counts.reshape(rows, width)
-    bits = -(counts * np.log2(np.maximum(counts, 1) / count)).sum(axis=1)
-    bits_D[used] = bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
+    together = max(1, COUNTERS // width)
+    for rows in np.split(used, range(together, len(used), together)):
+        places_Rn = symbols_Dn[rows] + (np.arange(len(rows)) * width - lowest)[:, None]
+        counts = np.bincount(places_Rn.ravel(), minlength=len(rows) * width)
+        counts = counts.reshape(len(rows), width)
+        bits = -(counts * np.log2(np.maximum(counts, 1) / count)).sum(axis=1)
+        bits_D[rows] = bits + ((counts > 0).sum(axis=1) - 1) / (2 * np.log(2))
     return bits_D

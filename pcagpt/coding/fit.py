@@ -33,21 +33,22 @@ def fit(rows: Sequence[np.ndarray]) -> list[Model]:
     for reach in np.unique(reaches[reaches > 0]).tolist():
         places = np.flatnonzero(reaches == reach)
         largest = 2**reach - 1
-        length = 2 * largest + 1
-        counts = [
-            np.bincount(rows[place].astype(np.int64) + largest, minlength=length)
-            for place in places
-        ]
+
+        def counts_of(place: int, largest: int = largest) -> np.ndarray:
+            places = rows[place].astype(np.int64) + largest
+            return np.bincount(places, minlength=2 * largest + 1)
+
         if reach <= _SHORT:
             indices_N3, bits_NA = _candidates(reach)
-            best_R = np.argmin(np.array(counts, np.float32) @ bits_NA.T, axis=1)
+            counts_RA = np.array([counts_of(place) for place in places], np.float32)
+            best_R = np.argmin(counts_RA @ bits_NA.T, axis=1)
             starts = [tuple(indices_N3[best].tolist()) for best in best_R]
         else:
             starts = [_moments(rows[place]) for place in places]
-        for place, start, count in zip(places, starts, counts, strict=True):
+        for place, start in zip(places, starts, strict=True):
             at_border = abs(start[1]) == _LOCATIONS[-1]
-            if reach > _SHORT or (at_border and count.sum() >= _MANY):
-                start = _descent(reach, start, count)
+            if reach > _SHORT or (at_border and len(rows[place]) >= _MANY):
+                start = _descent(reach, start, counts_of(place))
             models[place] = Model(reach, *start)
     return models
 

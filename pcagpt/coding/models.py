@@ -56,8 +56,17 @@ def tables(
     return shares_NA + 1
 
 
-@functools.lru_cache(2048)
 def frequencies(model: Model) -> np.ndarray:
     """The frequencies of one table: int64."""
+    return (_large if model.reach > _SMALL else _small)(model)
+
+
+def _frequencies(model: Model) -> np.ndarray:
     indices = np.array([model.scale]), np.array([model.location])
     return tables(model.reach, model.tail, *indices)[0]
+
+
+# Rows share tables. Each cache holds at most 34 MB.
+_SMALL = 10  # reach
+_small = functools.lru_cache(2048)(_frequencies)
+_large = functools.lru_cache(64)(_frequencies)

@@ -16,7 +16,7 @@ import numpy as np
 from pcagpt.coding.encode import Prepared
 from pcagpt.coding.quantize import compensated
 from pcagpt.coding.transform import Coefficients, coefficients, mean_row
-from pcagpt.coding.widths import borders_of, choose_widths, levels_of
+from pcagpt.coding.widths import Widths, borders_of, levels_of
 from pcagpt.factorize.chunks import chunks
 from pcagpt.model import (
     BLOCK,
@@ -26,13 +26,13 @@ from pcagpt.model import (
     packed_constants,
 )
 
-# At most, for what describes the arrays in a file.
+# Upper limits of the bytes that describe the arrays in a file.
 _FILE_BYTES, _BAND_BYTES = 2300, 560
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
-    """A table in the bands of a model's head."""
+    """A packed table, in the bands that a model's head has."""
 
     order: np.ndarray  # [V] int32, token ids, band after band
     bands: tuple[PackedBand, ...]  # of host arrays
@@ -93,15 +93,8 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
     """
     table_VD, weighting = prepared.table_VD, prepared.weighting
     mean_D = mean_row(weighting, table_VD.shape[1])
-    tokens_of_bands = _bands(prepared.weights_V, bands)
-    exact_DV = coefficients(
-        table_VD, weighting._replace(contexts=None), prepared.synthesis_DD, mean_D
-    ).values
-    levels, errors_W = levels_of(exact_DV, tokens_of_bands)
-    overhead = _FILE_BYTES + _BAND_BYTES * len(tokens_of_bands)
-    widths_BS = choose_widths(
-        exact_DV, prepared.weights_V, tokens_of_bands, errors_W, most, overhead
-    )
+    tokens_of_bands, levels, widths = choices(prepared, bands)
+    widths_BS = widths.within_bytes(most).widths
     directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
     synthesis_KD = prepared.synthesis_DD[:directions]
     padding = directions - len(synthesis_KD)  # Blocks may have more rows than a table.
@@ -124,6 +117,33 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
         packed.append(PackedBand(codes, scales_K, shared, blocks, start, len(tokens)))
         start += len(tokens)
     return PackedTable(np.concatenate(tokens_of_bands).astype(np.int32), tuple(packed))
+
+
+def estimated_packed_bytes(prepared: Prepared, bands: int, loss: float) -> int:
+    """About the size of a file with this `second_order_loss`; inf gives the smallest.
+
+    The error of a token's logit in its context does not count.
+    """
+    return choices(prepared, bands)[2].bytes_of(2 * loss / prepared.mean_weight)
+
+
+def choices(
+    prepared: Prepared, bands: int
+) -> tuple[list[np.ndarray], dict[int, np.ndarray], Widths]:
+    """(the tokens of each band, the levels of each width, the choice of widths)."""
+    weighting, width = prepared.weighting, prepared.table_VD.shape[1]
+    tokens_of_bands = _bands(prepared.weights_V, bands)
+    exact_DV = coefficients(
+        prepared.table_VD,
+        weighting._replace(contexts=None),
+        prepared.synthesis_DD,
+        mean_row(weighting, width),
+    ).values
+    levels, errors_W = levels_of(exact_DV, tokens_of_bands)
+    overhead = _FILE_BYTES + _BAND_BYTES * len(tokens_of_bands)
+    weights_V = prepared.weights_V
+    widths = Widths(exact_DV, weights_V, tokens_of_bands, errors_W, overhead)
+    return tokens_of_bands, levels, widths
 
 
 def _bands(weights_V: np.ndarray, bands: int) -> list[np.ndarray]:
@@ -154,7 +174,7 @@ def _quantize(
     widths_S: np.ndarray,
     levels: dict[int, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
+    """(indices of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
     of_band = Coefficients(*(x if x is None else x[..., tokens] for x in stored))
     squares_Kn = np.square(of_band.values, dtype=np.float64)
     scales_K = np.sqrt(squares_Kn.mean(axis=1)) + 1e-30
@@ -172,7 +192,7 @@ def _quantize(
 
 
 def _packed(numbers_nK: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
-    """Codes [n, bytes] uint8: byte i of a block has bit i of its numbers."""
+    """Codes [n, bytes] uint8: byte i of a block has bit i of its eight indices."""
     parts, start = [], 0
     for width, count in zip(WIDTHS, blocks, strict=True):
         own_nK = numbers_nK[:, start : start + BLOCK * count]

@@ -52,7 +52,8 @@ def read_packed(path: Path) -> tuple[PackedTable, Description]:
         shared = SharedArrays(**{name: arrays[name] for name in names})
         bands, start = [], 0
         for number, blocks in enumerate(blocks_BW.tolist()):
-            if not any(blocks):  # Then codes of no bytes could be of any number.
+            # Its codes would have no bytes, so their number would be unlimited.
+            if not any(blocks):
                 raise ValueError("a band without codes")
             codes, scales = arrays[f"codes_{number}"], arrays[f"scales_{number}"]
             band = PackedBand(codes, scales, shared, tuple(blocks), start, len(codes))

@@ -30,7 +30,7 @@ def step_classes(weights_V: np.ndarray) -> np.ndarray:
 
 
 def class_steps(classes: np.ndarray, step: float) -> np.ndarray:
-    """Steps of classes: float64, the same on every machine: no power is computed."""
+    """Float64 steps of classes. No power is computed, so all machines agree."""
     whole, odd = np.divmod(classes.astype(np.int32), 2)
     return np.ldexp(np.where(odd, 1.4142135623730951, 1.0), whole) * step
 

@@ -12,8 +12,8 @@ from pcagpt.coding.table import CodedTable
 from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
-# The search also ends after a few encodings if the table fills most of the target, and
-# in any case after many: those of small tables take no time.
+# After more than `FEW` encodings, the search ends if the table fills this share of the
+# target. It always ends after `MANY`. Only small tables need many, and encode fast.
 FEW, MANY, FILLED = 4, 16, 0.97
 _OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
 
@@ -97,7 +97,7 @@ def estimated_bytes(prepared: Prepared, loss: float) -> int:
 def _octave_of(
     goal: float, estimate: Callable[[float], float], low: float, high: float
 ) -> float:
-    """The logarithm of the step for a monotonous estimate: bisects, interpolates."""
+    """Finds log2 of the step for a monotonic estimate: bisects, then interpolates."""
     rises = estimate(low) < estimate(high)
     while high - low > _OCTAVES:
         middle = (low + high) / 2

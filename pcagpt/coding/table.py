@@ -13,8 +13,7 @@ from pcagpt.coding.quantize import class_steps
 from pcagpt.factorize import FLOAT_BYTES
 from pcagpt.factorize.chunks import chunks
 
-# Integers below are exact in float64, whatever the order of sums.
-LARGEST_SUM = 2.0**53
+LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in any order.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class CodedTable:
         """
         integers_KD, rows_K, columns_D = self.basis
         mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)
-        # Rows of a finer step are the unit of the sums.
+        # The sums are in units of the row with the finest step.
         lowest = rows_K[:-1].min(initial=rows_K[-1])
         shifts_K = (rows_K[:-1] - lowest)[:, None]
         integers_KD = np.ldexp(integers_KD[:-1].astype(np.float64), shifts_K)

@@ -1,6 +1,7 @@
 """Coordinates in which an error costs the same in every direction.
 
-Shape letters: V vocabulary, D model width, K directions that are coded.
+Shape letters: V vocabulary, D model width, K directions that are coded, N rows of a
+chunk.
 
 A weighting counts the error E of a row v as
 
@@ -11,6 +12,7 @@ synthesis S [K, D] turns coefficients into rows: W ~ 1 mean + A S. If S M S' = I
 of coefficients cost 1/2 p_v (|e|^2 + (e C_v)^2) with C_v = c_v S'.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +59,25 @@ def coefficients(
     mean_D: np.ndarray,
 ) -> Coefficients:
     """The coefficients A of the rows W - 1 mean with the least error in the metric."""
-    vocab_size, seen_DK = len(table_VD), synthesis_KD.T
+    values_KV = np.empty((len(synthesis_KD), len(table_VD)), np.float32)
+    contexts_KV = left_V = None
+    if weighting.contexts is not None:
+        contexts_KV, left_V = np.empty_like(values_KV), np.empty(len(table_VD))
+    for rows, part in coefficient_chunks(table_VD, weighting, synthesis_KD, mean_D):
+        values_KV[:, rows] = part.values
+        if weighting.contexts is not None:
+            contexts_KV[:, rows], left_V[rows] = part.contexts, part.left_out
+    return Coefficients(values_KV, contexts_KV, left_V)
+
+
+def coefficient_chunks(
+    table_VD: np.ndarray,
+    weighting: Weighting,
+    synthesis_KD: np.ndarray,
+    mean_D: np.ndarray,
+) -> Iterator[tuple[slice, Coefficients]]:
+    """The rows of each chunk, and their part of `coefficients`."""
+    seen_DK, contexts_KN, left_N = synthesis_KD.T, None, None
     if weighting.metric is not None:
         seen_DK = weighting.metric @ seen_DK
     gram_KK = synthesis_KD @ seen_DK
@@ -65,19 +85,16 @@ def coefficients(
     gram_KK += RIDGE * np.diag(1 + gram_KK.diagonal())
     analysis_KD = np.linalg.solve(gram_KK, seen_DK.T).astype(np.float32)
     single_KD = synthesis_KD.astype(np.float32)
-    values_KV = np.empty((len(single_KD), vocab_size), np.float32)
-    contexts_KV = left_V = None
-    if weighting.contexts is not None:
-        contexts_KV, left_V = np.empty_like(values_KV), np.empty(vocab_size)
-    for rows in chunks(vocab_size):
+    for rows in chunks(len(table_VD)):
         rows_ND = (table_VD[rows] - mean_D).astype(np.float32)
-        values_KV[:, rows] = analysis_KD @ rows_ND.T
+        values_KN = analysis_KD @ rows_ND.T
         if weighting.contexts is not None:
             contexts_ND = weighting.contexts[rows].astype(np.float32)
-            contexts_KV[:, rows] = single_KD @ contexts_ND.T
-            rows_ND -= values_KV[:, rows].T @ single_KD
-            left_V[rows] = -np.einsum("nd,nd->n", rows_ND, contexts_ND)
-    return Coefficients(values_KV, contexts_KV, left_V)
+            contexts_KN = single_KD @ contexts_ND.T
+            rows_ND -= values_KN.T @ single_KD
+            # Float64, because the errors of all directions are added to it.
+            left_N = -np.einsum("nd,nd->n", rows_ND, contexts_ND).astype(np.float64)
+        yield rows, Coefficients(values_KN, contexts_KN, left_N)
 
 
 def mean_row(weighting: Weighting, width: int) -> np.ndarray:

@@ -4,6 +4,9 @@ Shape letters: V vocabulary, D model width, B bands, S blocks of directions, W w
 sampled tokens.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from pcagpt.factorize import BudgetTooSmall
@@ -48,55 +51,84 @@ def levels_of(
 
 
 def borders_of(levels: np.ndarray) -> np.ndarray:
-    """Where the nearest level changes."""
+    """The thresholds between neighbouring levels."""
     return (levels[1:] + levels[:-1]) / 2
 
 
-def choose_widths(
-    values_DV: np.ndarray,
-    weights_V: np.ndarray,
-    tokens_of_bands: list[np.ndarray],
-    errors_W: np.ndarray,
-    most: int,
-    overhead: int = 0,
-) -> np.ndarray:
-    """The widths with the least weighted error in at most some bytes: [B, S].
+class Choice(NamedTuple):
+    """Widths, and what they cost."""
 
-    `overhead` of the bytes hold no numbers. Widths never rise from block to block, and
-    each band has at least one block. Raises BudgetTooSmall if no table fits.
+    widths: np.ndarray  # [B, S]
+    bytes: int  # at most, of the file
+    error: float  # weighted squared error; contexts do not count
+
+
+class Widths:
+    """Chooses widths of least weighted error; more bytes never have a larger error.
+
+    Widths never rise from block to block, and each band has at least one block.
+    `overhead` bytes of the file hold no numbers.
     """
-    width, energy = len(values_DV), []
-    for tokens in tokens_of_bands:
-        energy_D = np.square(values_DV[:, tokens]) @ weights_V[tokens]
-        energy_D = np.pad(energy_D, (0, -width % BLOCK))
-        energy.append(energy_D.reshape(-1, BLOCK).sum(axis=1))
-    falling_BS = np.maximum.accumulate(np.array(energy)[:, ::-1], axis=1)[:, ::-1]
-    errors_BSW = falling_BS[..., None] * errors_W
-    errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
-    sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
-    # A code takes its bits, a direction of a band a scale.
-    bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
-    bytes_BSW = np.broadcast_to(bytes_BSW, errors_BSW.shape)
-    order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band has that of the ids.
-    fixed = overhead + 4 * (order + 2 * width + LEVELS)
 
-    def at(price: float) -> tuple[np.ndarray, int]:
-        best_BS1 = np.argmin(errors_BSW + price * bytes_BSW, axis=2)[..., None]
-        used = np.take_along_axis(bytes_BSW, best_BS1, 2).sum()
+    def __init__(
+        self,
+        values_DV: np.ndarray,
+        weights_V: np.ndarray,
+        tokens_of_bands: list[np.ndarray],
+        errors_W: np.ndarray,
+        overhead: int = 0,
+    ):
+        self._width, energy = len(values_DV), []
+        for tokens in tokens_of_bands:
+            energy_D = np.square(values_DV[:, tokens]) @ weights_V[tokens]
+            energy_D = np.pad(energy_D, (0, -self._width % BLOCK))
+            energy.append(energy_D.reshape(-1, BLOCK).sum(axis=1))
+        falling_BS = np.maximum.accumulate(np.array(energy)[:, ::-1], axis=1)[:, ::-1]
+        self._errors_BSW = falling_BS[..., None] * errors_W
+        self._errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
+        sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
+        # A code takes its bits; each direction of a band takes a scale.
+        bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
+        self._bytes_BSW = np.broadcast_to(bytes_BSW, self._errors_BSW.shape)
+        order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band stores none.
+        self._fixed = overhead + 4 * (order + 2 * self._width + LEVELS)
+
+    def within_bytes(self, most: int) -> Choice:
+        """The best choice for a file of some bytes; BudgetTooSmall if none fits."""
+        found = self._finest(lambda choice: choice.bytes <= most)
+        if found.bytes > most:
+            raise BudgetTooSmall(
+                f"{most:,} bytes cannot hold a packed table: the smallest takes "
+                f"{found.bytes:,}"
+            )
+        return found
+
+    def bytes_of(self, error: float) -> int:
+        """Size of a file with just more than a weighted error, or of the smallest."""
+        return self._finest(lambda choice: choice.error > error).bytes
+
+    def _finest(self, fits: Callable[[Choice], bool]) -> Choice:
+        """The finest choice that fits, if all coarser ones do; else the coarsest."""
+        largest = self._errors_BSW[..., 1:].max()
+        low, high = np.log2(largest + 1e-200) + np.array([-200, 1])
+        found = self._at(2.0**high)
+        if not fits(found):
+            return found
+        for _ in range(60):
+            middle = (low + high) / 2
+            choice = self._at(2.0**middle)
+            if fits(choice):
+                found, high = choice, middle
+            else:
+                low = middle
+        return found
+
+    def _at(self, price: float) -> Choice:
+        """The choice at a price of a byte."""
+        priced_BSW = self._errors_BSW + price * self._bytes_BSW
+        best_BS1 = np.argmin(priced_BSW, axis=2)[..., None]
+        used = np.take_along_axis(self._bytes_BSW, best_BS1, 2).sum()
+        error = np.take_along_axis(self._errors_BSW, best_BS1, 2).sum()
         rows = BLOCK * (best_BS1 > 0).any(axis=0).sum()  # of the basis
-        return CHOICES[best_BS1[..., 0]], int(used + rows * width + fixed)
-
-    low, high = np.log2(errors_BSW[..., 1:].max() + 1e-200) + np.array([-200, 1])
-    found_BS, least = at(2.0**high)
-    if least > most:
-        raise BudgetTooSmall(
-            f"{most:,} bytes cannot hold a packed table: the least takes {least:,}"
-        )
-    for _ in range(60):
-        middle = (low + high) / 2
-        widths_BS, used = at(2.0**middle)
-        if used > most:
-            low = middle
-        else:
-            found_BS, high = widths_BS, middle
-    return found_BS
+        size = int(used + rows * self._width + self._fixed)
+        return Choice(CHOICES[best_BS1[..., 0]], size, float(error))

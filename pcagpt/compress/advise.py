@@ -54,18 +54,22 @@ def advise(
         if name == "max_params":
             methods = factor_methods(methods)
         fit = Fit(make, make.coded_bytes, measure, methods, options.bands, shape)
+        unit = FLOAT_BYTES if name == "max_params" else 1
+        every = [32] if name == "max_params" else [32, *options.bits]
         if name == "max_added_loss":
             chosen = fit.within_loss(bound, options.bits)
-        elif name == "max_params":
-            chosen = fit.within_bytes(FLOAT_BYTES * bound, [32])
         else:
-            chosen = fit.within_bytes(bound, [32, *options.bits])
+            chosen = fit.within_bytes(unit * bound, every)
     if chosen is None:
-        hint = f" to {sum(shape)} or more" if name == "max_params" else ""
+        hint = ""
+        if name != "max_added_loss":
+            hint = f" to {-(-fit.least_bytes(every) // unit)} or more"
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
     if jax.process_index() > 0:
         return
     row, place = chosen.row(), output.folder / ADVISED
+    if name == "max_bytes" and chosen.candidate.note:
+        print(chosen.candidate.note, flush=True)
     # First, because writing may fail.
     print(advice_text(row, shape), flush=True)
     output.check_lock()

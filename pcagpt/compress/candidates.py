@@ -28,6 +28,8 @@ from pcagpt.factorize import (
 from pcagpt.methods import FEWEST_FACTOR_BITS, METHODS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
+USED = 0.9  # share of their bytes that codes use, unless none are finer
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -60,6 +62,17 @@ class Candidate:
             seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
+        )
+
+    @property
+    def note(self) -> str:
+        """A line about bytes that codes leave unused, because none are finer."""
+        recipe = self.recipe
+        if not recipe.is_codes or self.bytes > USED * recipe.budget:
+            return ""
+        return (
+            f"{recipe.method}: {recipe.budget:,} bytes are more than such a table can "
+            f"use; it takes {self.bytes:,}"
         )
 
 
@@ -97,9 +110,12 @@ class Compressor:
         second_order = self._predict(dense_VD)
         return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
-    def coded_bytes(self, loss: float) -> int:
-        """About the size of the coded table with this second-order loss."""
-        return coding.estimated_bytes(self._prepared, loss)
+    def coded_bytes(self, method: str, bands: int, loss: float) -> int:
+        """About the size of a file of `CODES` with this second-order loss.
+
+        An infinite loss gives the size of the smallest file.
+        """
+        return KINDS[method].estimate(self._prepared, bands, loss)
 
     @functools.cache  # noqa: B019 - lives as long as the command
     def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
@@ -164,19 +180,21 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    Codes come first: for each rank, one table of each kind. Its file has at most a byte
-    for each value of the rank's budget. Then come the best method that makes factors in
-    bands, plain SVD, rivals and rounded factors, and the other methods. The last method
-    that makes factors counts as the best. Methods without token weights get a single
-    band, and are left out without 1 in `bands`. Recipes in bands are left out if the
-    budget of their rank is too small.
+    Codes come first; their file has at most a byte for each value of the rank's budget.
+    Then come the best method that makes factors in bands, plain SVD, rivals and rounded
+    factors, and the other methods. The last method that makes factors counts as the
+    best. Methods without token weights get a single band, and are left out without 1 in
+    `bands`. Recipes in bands are left out if the budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []
     for method, kind in KINDS.items():
-        count = max(bands) if kind.in_bands else 1
-        if method in methods:
-            found += [Recipe(method, count, budgets[rank], rank, 0) for rank in ranks]
+        counts = (bands if kind.in_bands else (1,)) if method in methods else ()
+        found += [
+            Recipe(method, count, budgets[rank], rank, 0)
+            for count in counts
+            for rank in ranks
+        ]
     factors = factor_methods(methods)
     for rival in MAKERS:
         if rival in methods or (rival == OWN_TABLE and tries_own_table(methods)):

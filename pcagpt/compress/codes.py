@@ -33,12 +33,14 @@ class Kind(NamedTuple):
 
     file: its name; in_bands: whether the tokens are in bands; make: (the best table in
     a file of some bytes, the size of its file), from what was prepared, the number of
-    bands and the bytes; BudgetTooSmall if no table fits.
+    bands and the bytes; BudgetTooSmall if no table fits; estimate: about the size of
+    the file with a second-order loss, from the loss instead of the bytes.
     """
 
     file: str
     in_bands: bool
     make: Callable[[coding.Prepared, int, int], tuple[Codes, int]]
+    estimate: Callable[[coding.Prepared, int, float], int]
     read: Callable[[Path], tuple[Codes, coding.Description]]
     write: Callable[[Path, Codes, coding.Description], None]
 
@@ -48,12 +50,23 @@ def _coded(prepared, bands, most):
     return made.table, made.bytes
 
 
+def _coded_bytes(prepared, bands, loss):
+    return coding.estimated_bytes(prepared, loss)
+
+
 def _packed(prepared, bands, most):
     made = coding.pack(prepared, bands, most)
     return made, coding.packed_bytes(made)
 
 
 KINDS = {
-    CODED: Kind("table.pcat", False, _coded, coding.read, coding.write),
-    PACKED: Kind("table.npz", True, _packed, coding.read_packed, coding.write_packed),
+    CODED: Kind("table.pcat", False, _coded, _coded_bytes, coding.read, coding.write),
+    PACKED: Kind(
+        "table.npz",
+        True,
+        _packed,
+        coding.estimated_packed_bytes,
+        coding.read_packed,
+        coding.write_packed,
+    ),
 }

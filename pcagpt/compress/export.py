@@ -164,7 +164,7 @@ def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
     print(
         f"{folder} stays, because {run} started from it; another table (method "
         f"{recipe.method}, bands {recipe.bands}) was chosen: --config.overwrite=True "
-        "moves the one there aside",
+        "moves the old model aside",
         flush=True,
     )
     return True

@@ -30,7 +30,7 @@ class Fit:
 
     Args:
       make: a `Compressor`.
-      coded_bytes: its estimate of the size of a coded table of some added loss.
+      coded_bytes: its estimate of the size of a file of `CODES`.
       measure: scores a candidate.
       methods: those of `CODES` that are allowed, and others; the last of the
         others makes the factors.
@@ -43,7 +43,7 @@ class Fit:
     def __init__(
         self,
         make: Callable[[Recipe], Candidate],
-        coded_bytes: Callable[[float], int],
+        coded_bytes: Callable[[str, int, float], int],
         measure: Callable[[Candidate], SwapScores],
         methods: Sequence[str],
         bands: Sequence[int],
@@ -54,6 +54,9 @@ class Fit:
         self._method = (factor_methods(methods) or [None])[-1]
         self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)
+        (vocab_size, width), count = table, min(bands)
+        # Several bands store at least rank 1 each, and the order of the tokens.
+        self._least = self._rank_1 if count == 1 else 2 * vocab_size + count * width
         self.trials: list[Trial] = []
 
     def within_loss(
@@ -67,12 +70,13 @@ class Fit:
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5
         if self._codes:  # From some bytes for each token to four for each value.
-            start, most, slope = self._coded_bytes(max_added_loss), 4 * most, -2.0
+            start = self._estimated_bytes(self._codes[0], max_added_loss)
+            most, slope = 4 * most, -2.0
         span = self._rank_1, min(max(start, self._rank_1), most), most
 
         def added_loss(budget: int) -> float | None:
-            method = next(iter(self._codes), None)
-            made = self._coded(method, budget) if method else self._best(budget, 32)
+            method = self._codes[0] if self._codes else self._method
+            made = self._best(method, budget, 0 if self._codes else 32)
             return None if made is None else self._try(made).scores.added_loss
 
         search(added_loss, max_added_loss, span, slope, 0.1, self.TRIALS)
@@ -91,7 +95,7 @@ class Fit:
         stored value). Below 32 bits, it also tries the full table.
         """
         for method in self._codes:
-            if made := self._coded(method, max_bytes):
+            if made := self._best(method, max_bytes, 0):
                 self._try(made)
         for bit in bits:
             if self._method and bit >= FEWEST_FACTOR_BITS:
@@ -102,6 +106,16 @@ class Fit:
                     self._try(whole)
         return min(self.trials, key=lambda t: t.scores.added_loss, default=None)
 
+    def least_bytes(self, bits: Sequence[int]) -> int:
+        """The smallest bound for which `within_bytes` finds a table."""
+        found = [self._estimated_bytes(method, math.inf) for method in self._codes]
+        for bit in bits:
+            if self._method and bit >= FEWEST_FACTOR_BITS:
+                found.append(self._best(self._method, self._least, bit).bytes)
+            if self._tries_own_table and bit < 32:
+                found.append(self._own_table(bit).bytes)
+        return min(found)
+
     def _smallest(self, max_added_loss: float) -> Trial | None:
         """The smallest table tried that adds at most this loss."""
         kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
@@ -111,41 +125,43 @@ class Fit:
         """The full table rounded to this many bits."""
         return self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bits))
 
-    def _coded(self, method: str, max_bytes: int) -> Candidate | None:
-        """The table of codes of at most this size; None if no file is so small."""
-        bands = max(self._bands) if KINDS[method].in_bands else 1
-        try:
-            return self._make(Recipe(method, bands, max_bytes, 0, 0))
-        except BudgetTooSmall:
-            return None
+    def _counts(self, method: str) -> Sequence[int]:
+        """The numbers of bands to choose from."""
+        return self._bands if method not in KINDS or KINDS[method].in_bands else (1,)
+
+    def _estimated_bytes(self, method: str, loss: float) -> int:
+        counts = self._counts(method)
+        return min(self._coded_bytes(method, count, loss) for count in counts)
 
     def _fill_bytes(self, max_bytes: int, bits: int) -> None:
         """Measures the largest table that fits, if any."""
         made: list[Candidate] = []
 
         def size(budget: int) -> int | None:
-            candidate = self._best(budget, bits)
+            candidate = self._best(self._method, budget, bits)
             if candidate is None:
                 return None
             made.append(candidate)
             return candidate.bytes
 
         most = min(self._whole, max_bytes * 8 // bits)
-        if most < self._rank_1:
+        if most < self._least:
             return
         # Tables of 8 and 4 bits also store scales, so they have room for fewer codes.
-        start = most if bits == 32 else max(most / 1.15, self._rank_1)
-        search(size, max_bytes, (self._rank_1, start, most), 1.0, 0.02, 3)
+        start = most if bits == 32 else max(most / 1.15, self._least)
+        search(size, max_bytes, (self._least, start, most), 1.0, 0.02, 3)
+        if all(candidate.bytes > max_bytes for candidate in made):
+            size(self._least)
         fitting = [candidate for candidate in made if candidate.bytes <= max_bytes]
         if fitting:
             self._try(max(fitting, key=lambda candidate: candidate.bytes))
 
-    def _best(self, budget: int, bits: int) -> Candidate | None:
+    def _best(self, method: str, budget: int, bits: int) -> Candidate | None:
         """The candidate of least second-order loss; None if the budget is too small."""
         found = []
-        for bands in self._bands:
+        for bands in self._counts(method):
             try:
-                found.append(self._make(Recipe(self._method, bands, budget, 0, bits)))
+                found.append(self._make(Recipe(method, bands, budget, 0, bits)))
             except BudgetTooSmall:
                 continue
         return min(found, key=lambda made: sum(made.second_order), default=None)

@@ -28,7 +28,7 @@ REPORT_EVERY = 5  # rows
 
 
 def best_model(folder: Path, rank: int, codes: str = "") -> Path:
-    """The folder of the best factors of a rank, or of its table of some `CODES`."""
+    """The folder of the best factors of a rank, or of its table of codes."""
     return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
 
 
@@ -87,6 +87,8 @@ def sweep(
                     print(f"left out: {too_small}", flush=True)
                 continue
             measured[recipe] = candidate.row(original.measure(candidate))
+            if writes and candidate.note:
+                print(f"rank {recipe.rank}, {candidate.note}", flush=True)
             if writes:  # After every row: an interrupted sweep resumes here.
                 content = _write_sweep(output, tried, measured)
                 if number % REPORT_EVERY == 0:

@@ -58,8 +58,8 @@ class ModelSettings:
     )
     band_blocks: tuple[int, ...] = knob(
         (),
-        "for each band, its blocks of 8 directions with codes of 8, 6, 5, 4, 3, 2 and "
-        "1 bits: only packed tables, which compress writes, have them",
+        "of a packed table, set by compress: for each band, the number of blocks of 8 "
+        "directions with codes of 8, 6, 5, 4, 3, 2 and 1 bits",
         at_least(0),
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
@@ -100,7 +100,7 @@ class TrainSettings:
 
     steps: int = knob(5000, "optimizer updates")
     batch_size: int = knob(32, "sequences per update, over all devices together")
-    accumulation: int = knob(1, "split each update into this many sequential parts")
+    accumulation: int = knob(1, "gradient accumulation: micro-batches per update")
     learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
     schedule: str = knob(
         "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
@@ -220,9 +220,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss: a coded one if methods "
-        "has coded, else a packed one if it has packed, else factors; or D's own table "
-        "at one of bits, unless methods has only codes; 0: no bound",
+        "find the smallest table that adds at most this loss. It is coded if methods "
+        "has coded, packed if it has packed but not coded, otherwise factors. D's own "
+        "table in compress.bits is tried, too, unless methods has only codes. 0: no "
+        "bound",
         at_least(0),
     )
     max_params: int = knob(
@@ -391,11 +392,12 @@ class Settings:
     def replace(self, values: Mapping[str, Any]) -> "Settings":
         """A copy with other values, as in {'train.steps': 10, 'seed': 2}.
 
-        A section can be replaced as a whole: {'init': InitSettings()}.
+        A section can be replaced as a whole: {'init': InitSettings()}. Knobs of this
+        section then change the new one.
         """
         own: dict[str, Any] = {}
-        for path, value in values.items():
-            holder, _, name = path.rpartition(".")
+        for path in sorted(values, key=lambda path: "." in path):
+            value, (holder, _, name) = values[path], path.rpartition(".")
             if holder:
                 part = own.get(holder, getattr(self, holder))
                 own[holder] = dataclasses.replace(part, **{name: value})

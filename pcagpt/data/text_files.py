@@ -191,8 +191,8 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> UserError:
     wrong = text.count("\ufffd")
     if sum(character > "\x7f" for character in text) > 2 * wrong:
         return UserError(
-            f"{said}the rest is, so it is damaged; leave such bytes out with: iconv -c "
-            f"-f UTF-8 -t UTF-8 {_quoted(path)} > NEW"
+            f"{said}the rest is UTF-8, so the file is damaged; leave such bytes out "
+            f"with: iconv -c -f UTF-8 -t UTF-8 {_quoted(path)} > NEW"
         )
     # In Western European text, most such letters stand alone, and no byte is a control.
     neighbours = len(b"".join(re.findall(rb"[\x80-\xff]{2,}", head)))

@@ -30,7 +30,7 @@ REGROUPINGS = 3  # rounds in which tokens move to their best band
 
 
 class BudgetTooSmall(ValueError):
-    """A budget holds less than rank 1 of every band, or no coded table."""
+    """A budget is too small for rank 1 of every band, or for any table of codes."""
 
 
 def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:

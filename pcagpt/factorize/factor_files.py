@@ -2,7 +2,7 @@
 
 wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
-bands_pca_k{k}/           replaces both if the table has several bands; same size
+bands_pca_k{k}/           the table in several bands, in place of both files above
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
                           the files beside it, which every reader checks; written twice:
@@ -121,7 +121,7 @@ def write(
     """Writes all files of a factorization: the table of each rank, spectrum, metadata.
 
     `in_bands` writes `bands_pca_k{k}/`; otherwise every table has a single band. Ranks
-    that `metadata` describes and `tables` lacks are there already.
+    that are only in `metadata` have their files already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = metadata.get("ranks", {})
@@ -271,7 +271,7 @@ def _listed(folder: Path) -> dict[str, Any]:
 
 
 def _checked_file(path: Path) -> Path:
-    """The path; UserError if the metadata beside it list other content.
+    """The path; UserError if its content differs from its digest beside it.
 
     A token order stands for all files of its bands. Files of older versions and of
     other programs are not listed.

@@ -56,7 +56,8 @@ def product_quantize(
         part_Vd = np.ascontiguousarray(part_Vd, np.float32)
         sampled_nd = part_Vd[sample]
         with warnings.catch_warnings():
-            # Of equal rows, one gets all tokens. The others cost nothing.
+            # If starting rows are equal, one gets all tokens. The empty others do no
+            # harm.
             warnings.filterwarnings("ignore", "One of the clusters is empty")
             start_Cd = sampled_nd[:CENTROIDS]
             book_Cd, _ = kmeans2(sampled_nd, start_Cd, _ITERATIONS, minit="matrix")

@@ -112,10 +112,10 @@ def unpack(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
 def _quantize(
     array_ND: np.ndarray, bits: int, moves_DD: np.ndarray | None
 ) -> Quantized:
-    """Rounds; `moves_DD[j, i]` is how much of column j's error column i takes off."""
+    """Rounds; column i subtracts `moves_DD[j, i]` times the error of column j."""
     rows, width = array_ND.shape
     group, offset = group_of(bits, width), offset_of(bits)
-    largest = largest_code(bits) + offset  # In steps, as all levels.
+    largest = largest_code(bits) + offset  # Levels are in units of the step.
     codes_ND = np.empty((rows, width), np.int8)
     scales_NG = np.empty((rows, -(-width // group)), np.float16)
     for part in chunks(rows):
@@ -134,7 +134,7 @@ def _quantize(
                 levels_n = np.rint(steps_n - offset) + offset
                 levels_n = np.clip(levels_n, -largest, largest)
                 codes_ND[part, j] = (levels_n - offset) * (step_n > 0)
-                left_Dn[j] -= levels_n * step_n  # From here on, its error.
+                left_Dn[j] -= levels_n * step_n  # It now holds the error.
             if moves_DD is not None:
                 left_Dn[end:] -= moves_DD[start:end, end:].T @ left_Dn[start:end]
     return Quantized(pack(codes_ND, bits), scales_NG, width, bits)

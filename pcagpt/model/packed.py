@@ -63,7 +63,7 @@ class PackedBand:
         tile = min(TILE, self.size)
 
         def add_tile(number, logits_NV):
-            # The last tile starts where it ends with the table.
+            # The last tile may start earlier, to end with the table.
             start = jnp.minimum(number * tile, self.size - tile)
             codes = jax.lax.dynamic_slice_in_dim(self.codes, start, tile)
             values_VK = unpack(codes, self.blocks, self.shared.levels, h_ND.dtype)

@@ -39,7 +39,7 @@ def compress(settings: Settings, command: str) -> None:
     """Sweeps, or finds the one table that fits a bound of `settings.compress`.
 
     With `compress.recover_ranks`, it then trains the best models of the sweep further.
-    All processes call this.
+    All processes must call this.
 
     Raises:
       UserError: the run or a method does not exist, the table is already factorized,
@@ -51,8 +51,7 @@ def compress(settings: Settings, command: str) -> None:
     options, folder = settings.compress, Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
     methods = methods_of(options.methods)
-    run = Run.open(settings.model_path)
-    run.check_model(settings.model)
+    run = Run.asked(settings)
     original = Original.of(run, settings)
     path = folder / ("advice.json" if options.bounds else "sweep.json")
     heading = {
@@ -134,7 +133,7 @@ def _recipes(
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
     if factors and not any(recipe.rank for recipe in combinations):
         raise UserError(
-            f"no table fits compress.bands {options.bands}: raise ranks, or add 1 to "
+            f"no table fits compress.bands {options.bands}: raise ranks, or list 1 in "
             "compress.bands"
         )
     if not combinations:
@@ -146,7 +145,7 @@ def _recipes(
         say(f"left out: rank {', '.join(high)}, too high for the table {shape}")
     single = [name for name in factors if not METHODS[name].weighs_tokens]
     if single and 1 not in options.bands:
-        say(f"left out: {', '.join(single)} (only one band): add 1 to compress.bands")
+        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
     made = {recipe.rank for recipe in combinations if recipe.is_factors}
     low = [str(rank) for rank in possible if rank not in made]
     if low and factors != single:

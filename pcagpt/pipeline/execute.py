@@ -19,7 +19,8 @@ def check(plan: Plan) -> dict[Job, Status]:
     """Makes the fast checks; returns the status of each job that is needed.
 
     A finished run does not need its prerequisites, unless the factorization on disk
-    differs from the one in the settings. Writes only caches. All processes call this.
+    differs from the one in the settings. Writes only caches. All processes must call
+    this.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run
@@ -61,7 +62,7 @@ def describe(needed: dict[Job, Status]) -> list[str]:
 def execute(plan: Plan, command: str) -> None:
     """Does the missing jobs in order, and writes the report of an experiment.
 
-    The report shows `command`. All processes call this.
+    The report shows `command`. All processes must call this.
 
     Raises:
       UserError: as for `check`, or a job does not fit the corpus or the devices. In

@@ -83,7 +83,7 @@ class FactorizeJob(Job):
             conflict = self._other_files(differing)
         elif others := factor_files.not_ours(self.folder, metadata, lacking):
             conflict = UserError(
-                f"{others[0]} is not of a factorization that was made here: use "
+                f"{others[0]} does not belong to a factorization made here: use "
                 "another --config.workdir, or --config.overwrite=True to move "
                 f"{self.folder} aside"
             )
@@ -159,7 +159,8 @@ class FactorizeJob(Job):
     def check(self, missing: set[Path]) -> None:
         """Raises UserError if the source does not fit or no earlier job makes it.
 
-        Reads no weights. `run` checks a source in `missing`. All processes call this.
+        Reads no weights. `run` checks a source in `missing`. All processes must call
+        this.
         """
         processes.from_first(lambda: self._check(missing))
 
@@ -173,6 +174,8 @@ class FactorizeJob(Job):
             return
         if self._is_bare_table:
             shape = factor_files.read_table(self.source).shape
+        elif self.settings.task == "factorize":
+            shape = Run.asked(self.settings).table_shape
         else:
             shape = Run.open(self.source).table_shape
         for rank in self.settings.ranks:

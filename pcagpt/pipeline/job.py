@@ -43,7 +43,7 @@ class Job(abc.ABC):
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """The folder's name after the arm's letter, or after spaces."""
+        """The folder's name, after the arm's letter or an indent of the same width."""
 
     @property
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def check_early(self, missing: set[Path]) -> None:
-        """Raises UserError for what shows without the tokens of the corpus.
+        """Checks all that needs no tokens of the corpus; raises UserError.
 
         Reads only their description, such as the size of the vocabulary. `missing` are
         the folders of jobs that are still to do.
@@ -77,14 +77,14 @@ class Job(abc.ABC):
         """Raises UserError if settings, sources, corpus and devices do not fit.
 
         What earlier jobs make in the folders `missing` is not checked. The result is
-        for `run`. All processes call this.
+        for `run`. All processes must call this.
         """
 
     @abc.abstractmethod
     def run(self, checked: Any = None) -> None:
         """Makes what the folder lacks; `checked` is the result of `check`.
 
-        Waits while another command holds the folder. All processes call this.
+        Waits while another command holds the folder. All processes must call this.
         """
 
     def differing(self) -> list[str]:
@@ -95,7 +95,7 @@ class Job(abc.ABC):
         """Raises UserError if what is in the folder was trained on other tokens.
 
         If the corpus cannot be opened and no job needs it, returns a line that says so.
-        All processes call this.
+        All processes must call this.
         """
         return None
 

@@ -32,7 +32,7 @@ STYLE = {
     "font.size": 9,
     "grid.color": "#e2e2e2",
 }
-START_SHARE = 0.08  # of the tokens: the figure cuts off higher losses before that
+START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
 # By bits of a stored value; 0 for codes.
 BITS_MARKERS = {32: "o", 8: "s", 6: "h", 5: "p", 4: "D", 0: "*"}
 BITS_LINES = {32: "-", 8: "--", 4: ":", 0: "-"}
@@ -134,8 +134,8 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    Among tables in bands that differ only in their number, it shows only the best. All
-    tables of a rival are one line.
+    If tables differ only in the number of bands, it shows only the best. All tables of
+    a rival are one line.
     """
     best: dict[tuple, dict[tuple, Row]] = {}
     for row in sweep["rows"]:

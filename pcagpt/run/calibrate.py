@@ -126,7 +126,7 @@ def statistics(
 ) -> Statistics:
     """Statistics of a run with a full table; cached in the folder of the run.
 
-    All processes call this.
+    All processes must call this.
 
     Args:
       run: the folder and the step.

@@ -35,7 +35,7 @@ class Checkpoints:
     """The checkpoints of one run folder; a context manager.
 
     Keeps the last `keep_last` and the one with the lowest validation loss. All
-    processes call the methods.
+    processes must call the methods.
     """
 
     def __init__(self, run_dir: Path, keep_last: int):
@@ -169,7 +169,7 @@ class Checkpoints:
         return None
 
     def _move_aside(self, step: int) -> str:
-        """Renames a checkpoint, so that no command takes it for one; its new name."""
+        """Renames a checkpoint, so that no command uses it; returns its new name."""
         folder = self._folder / str(step)
         name = f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.rename(folder.with_name(name))

@@ -113,7 +113,7 @@ class Lock:
 def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], None]]:
     """Waits until no other command holds the folder, and holds it within.
 
-    The first of several processes holds it for all of them; every process calls this.
+    The first of several processes holds it for all of them; all must call this.
 
     Args:
       folder: need not exist; the lock is beside it.
@@ -171,8 +171,7 @@ def _limit(silent: float) -> str:
         time.strftime("%H:%M:%S", time.localtime(t)) for t in (last, last + STALE)
     )
     return (
-        f", no sign of life from there since {since}; after {STALE} s without one, at "
-        f"{end}, it is taken over"
+        f", silent since {since}; if it stays silent, this command takes over at {end}"
     )
 
 

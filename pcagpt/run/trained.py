@@ -39,7 +39,7 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: as for `choose`, or no config.json exists.
@@ -55,6 +55,13 @@ class Run:
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
+
+    @classmethod
+    def asked(cls, settings: Settings) -> "Run":
+        """The run in `model_path`; raises as `open` and `check_model` do."""
+        run = cls.open(settings.model_path)
+        run.check_model(settings.model)
+        return run
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -164,8 +171,8 @@ class Run:
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
 
-        The run's own folder is found from any working directory. A tokenizer can be
-        asked for with either.
+        The run's own folder is found from any working directory. `asked.tokenizer`
+        applies to both corpora.
         """
         if asked.source:
             return asked
@@ -181,7 +188,7 @@ class Run:
         """Opens the corpus of `data`, which must have some splits.
 
         If `asked` names another corpus than the run's own, a line on stderr says so.
-        All processes call this.
+        All processes must call this.
 
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or the run's
@@ -210,9 +217,9 @@ class Run:
         return corpus
 
     def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
-        """The run was trained on these tokens; None if its record does not say.
+        """Whether the run was trained on these tokens; None if its record is silent.
 
-        `splits` must also be those of the run's corpus.
+        Also compares `splits`.
         """
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
@@ -220,7 +227,8 @@ class Run:
     def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 
-        Says on stderr if it is another corpus than the run's own, also in `splits`.
+        Warns if the training parts or `splits` differ from those of the run's own
+        corpus.
         """
         self._check_tokenizer(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []

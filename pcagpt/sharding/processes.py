@@ -94,7 +94,7 @@ def _check_flags(flags: str) -> None:
 def wait_for_all(name: str) -> None:
     """Waits until every process has called this with the same name.
 
-    All processes call this.
+    All processes must call this.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -107,11 +107,12 @@ _is_deciding = contextvars.ContextVar("_is_deciding", default=False)
 def from_first(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on every process.
 
-    All processes call this, and every function that calls it, unless within `decide`.
-    Files may change while several processes look at them, and all must do the same. If
-    `decide` raises an error, every process raises it.
+    All processes must call this, and also every function that calls it. Files may
+    change while several processes look at them, and all must do the same. If `decide`
+    raises an error, every process raises it.
 
-    Within `decide`, this function only calls its argument.
+    Only the first process runs `decide`. Called there, this function just calls its
+    argument.
     """
     if jax.process_count() == 1 or _is_deciding.get():
         return decide()

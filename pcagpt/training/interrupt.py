@@ -26,7 +26,10 @@ class StopRequest:
         return self.agreed()
 
     def agreed(self) -> int:
-        """The signal that any process has received, or 0. All processes call this."""
+        """The signal that any process has received, or 0.
+
+        All processes must call this.
+        """
         if jax.process_count() == 1:
             return self.received
         return int(multihost_utils.process_allgather(np.array(self.received)).max())

@@ -46,7 +46,7 @@ class Setup:
         """Builds the setup; checks all that can be checked before the first file.
 
         The imports in `missing` do not exist yet. The setup then omits them and serves
-        only as a check. All processes call this.
+        only as a check. All processes must call this.
 
         Raises UserError if the settings do not fit the corpus, the imports or the
         devices.

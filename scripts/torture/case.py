@@ -18,8 +18,8 @@ from torture.scene import COMMANDS, LIMIT, result
 class Case:
     """Commands in copies of the scene.
 
-    folder: its own; random: its chance; limit: seconds that a command may take; short:
-    only one of the commands that could be run.
+    folder: of the case; random: its random numbers; limit: seconds that a command may
+    take; short: only one of the commands that could be run.
     """
 
     folder: Path

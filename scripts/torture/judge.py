@@ -17,7 +17,7 @@ OUTCOMES = {
     WARNED: "another result, and a line that says why",
     SKIPPED: "not tried, because this machine cannot",
     UNCLEAR: "refused, but in many lines or without the file's name",
-    SILENT: "another result and no word",
+    SILENT: "another result without a warning",
     LOST: "something good was deleted",
     TRACEBACK: "a traceback, or an exit code besides 0 and 2",
     HANG: "no end within --limit seconds",
