@@ -93,8 +93,8 @@ class Row(SwapScores, Recipe):
     band_sizes, band_ranks: of its bands (rank 0: full width); params: stored values;
     bytes: its storage; memory: bytes on a device that computes with it; seconds: time
     to make it; second_order_head and _input: a `SecondOrder`; predicted_loss:
-    prediction of added_loss; is_anchor: the predictions were fitted to this row, among
-    others.
+    prediction of added_loss; is_anchor: whether the predictions were fitted to this
+    row.
     """
 
     band_sizes: list[int]

@@ -15,10 +15,10 @@ from pcagpt import coding
 from pcagpt.coding import coder
 from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.coder import Reader, Writer
+from pcagpt.coding.distribution import Distribution, frequencies
 from pcagpt.coding.encode import prepare, trial
 from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
-from pcagpt.coding.models import Model, frequencies
 from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
 from pcagpt.coding.transform import (
     Coefficients,
@@ -215,8 +215,8 @@ def test_coding_a_table_takes_little_more_memory_than_the_table():
 
 
 def test_few_large_tables_of_frequencies_are_kept():
-    largest = [Model(15, scale) for scale in range(128)]  # 1/2 MiB each
-    peak = peak_of(lambda: sum(len(frequencies(model)) for model in largest))
+    largest = [Distribution(15, scale) for scale in range(128)]  # 1/2 MiB each
+    peak = peak_of(lambda: sum(len(frequencies(one)) for one in largest))
     assert peak < 48 * 2**20
 
 
@@ -253,11 +253,16 @@ def test_the_error_of_the_basis_is_that_of_its_steps():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [Model(1), Model(5, 20, -3, 2), Model(9, 70, 8, 6), Model(15, 127, 1023, 0)],
+    "distribution",
+    [
+        Distribution(1),
+        Distribution(5, 20, -3, 2),
+        Distribution(9, 70, 8, 6),
+        Distribution(15, 127, 1023, 0),
+    ],
 )
-def test_frequencies_are_what_the_coder_uses(model):
-    found = frequencies(model)
+def test_frequencies_are_what_the_coder_uses(distribution):
+    found = frequencies(distribution)
     assert found.dtype == np.int64 and (found > 0).all() and found.sum() == 2**24
     shares = (found - 1).astype(np.float64)
     coder_model = stream.model.Categorical(shares, perfect=False)
@@ -272,11 +277,11 @@ def test_frequencies_are_what_the_coder_uses(model):
 @pytest.mark.parametrize(
     "draw", [RANDOM.normal, RANDOM.laplace], ids=["normal", "laplace"]
 )
-def test_tables_cost_little_more_than_the_entropy(draw, deviation):
+def test_rows_cost_little_more_than_their_entropy(draw, deviation):
     values = draw(deviation / 3, deviation, 30000)
     values = np.copysign(np.floor(np.abs(values) + 0.4), values).astype(np.int16)
-    (model,) = fit([values])
-    bits = (24 - np.log2(frequencies(model)))[values + 2**model.reach - 1].mean()
+    (found,) = fit([values])
+    bits = (24 - np.log2(frequencies(found)))[values + 2**found.reach - 1].mean()
     shares = np.unique(values, return_counts=True)[1] / len(values)
     entropy = -(shares * np.log2(shares)).sum()
     assert bits < 1.02 * entropy + 0.003
@@ -354,7 +359,7 @@ def test_bits_do_not_depend_on_the_order_of_sums(monkeypatch):
     np.testing.assert_array_equal(shuffled.dense(), dense)
 
 
-def test_sums_that_float64_would_round_are_refused():
+def test_sums_that_float64_would_round_are_refused(tmp_path):
     made = coding.at_step(prepare(TABLE, FULL), 0.1).table
     rows = made.basis.rows.copy()
     rows[0] += 60
@@ -363,6 +368,9 @@ def test_sums_that_float64_would_round_are_refused():
     )
     with pytest.raises(ValueError, match="exact sums"):
         made.dense()
+    coding.write(tmp_path / "table.pcat", made, DESCRIPTION)
+    with pytest.raises(UserError, match=r"damaged .*exact sums"):
+        coding.read(tmp_path / "table.pcat")
 
 
 def test_the_stand_alone_reader_gives_the_same_bits(tmp_path):

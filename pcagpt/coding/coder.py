@@ -1,7 +1,8 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
-Each row has its own `Model`. A group begins with four rows, one for each index of its
-models. Each of these rows begins with its own four indices, coded uniformly.
+Each row has its own `Distribution`; the four indices of a single row come before it,
+coded uniformly. A group starts with its distributions: a row of all reaches, one of
+scales, of locations, of tails. Each is coded as a single row.
 """
 
 from collections.abc import Sequence
@@ -9,30 +10,30 @@ from collections.abc import Sequence
 import numpy as np
 from constriction import stream
 
-from pcagpt.coding.fit import fit
-from pcagpt.coding.models import (
+from pcagpt.coding.distribution import (
     LARGEST_LOCATION,
     REACHES,
     SCALES,
     TAILS,
-    Model,
+    Distribution,
     frequencies,
 )
+from pcagpt.coding.fit import fit
 
-# For each index of a model: its number of values, and the offset that makes them start
-# at 0.
+# For each index of a distribution: its number of values, and the offset that makes
+# them start at 0.
 _FIELDS = (REACHES, SCALES, 2 * LARGEST_LOCATION + 1, TAILS)
 _STARTS = (0, 0, LARGEST_LOCATION, 0)
 _SENTINEL = 0xC0DE  # The last number; a decoder of damaged words does not read it.
 
 
-def _categorical(model: Model) -> stream.model.Categorical:
-    """The coder's form of a table.
+def _categorical(distribution: Distribution) -> stream.model.Categorical:
+    """The coder's form of a distribution.
 
     constriction adds 1 to each share. The shares then have the sum that it expects, so
     it does not round them.
     """
-    shares = (frequencies(model) - 1).astype(np.float64)
+    shares = (frequencies(distribution) - 1).astype(np.float64)
     return stream.model.Categorical(shares, perfect=False)
 
 
@@ -44,31 +45,31 @@ class Writer:
 
     def row(self, values: np.ndarray) -> None:
         """Codes one row; the reader knows its length."""
-        (model,) = fit([values])
-        for size, start, index in zip(_FIELDS, _STARTS, model, strict=True):
+        (distribution,) = fit([values])
+        for size, start, index in zip(_FIELDS, _STARTS, distribution, strict=True):
             self._encoder.encode(index + start, stream.model.Uniform(size))
-        self._values(values, model)
+        self._values(values, distribution)
 
     def rows(self, rows: Sequence[np.ndarray]) -> None:
         """Codes several rows, which may have unequal lengths."""
-        models = fit(rows)
-        used = [model for model in models if model.reach]
-        self.row(np.diff([model.reach for model in models], prepend=0))
-        self.row(np.diff([model.scale for model in used], prepend=0))
-        self.row(np.array([model.location for model in used], np.int32))
-        self.row(np.array([model.tail for model in used], np.int32))
-        for row, model in zip(rows, models, strict=True):
-            self._values(row, model)
+        distributions = fit(rows)
+        used = [one for one in distributions if one.reach]
+        self.row(np.diff([one.reach for one in distributions], prepend=0))
+        self.row(np.diff([one.scale for one in used], prepend=0))
+        self.row(np.array([one.location for one in used], np.int32))
+        self.row(np.array([one.tail for one in used], np.int32))
+        for row, distribution in zip(rows, distributions, strict=True):
+            self._values(row, distribution)
 
     def words(self) -> np.ndarray:
         """All that was coded: uint32."""
         self._encoder.encode(_SENTINEL, stream.model.Uniform(2**16))
         return self._encoder.get_compressed()
 
-    def _values(self, values: np.ndarray, model: Model) -> None:
-        if model.reach and len(values):
-            places = np.asarray(values, np.int32) + np.int32(2**model.reach - 1)
-            self._encoder.encode(places, _categorical(model))
+    def _values(self, values: np.ndarray, distribution: Distribution) -> None:
+        if distribution.reach and len(values):
+            places = np.asarray(values, np.int32) + np.int32(2**distribution.reach - 1)
+            self._encoder.encode(places, _categorical(distribution))
 
 
 class Reader:
@@ -83,7 +84,7 @@ class Reader:
             self._uniform(size) - start
             for size, start in zip(_FIELDS, _STARTS, strict=True)
         ]
-        return self._values(length, Model(*indices))
+        return self._values(length, Distribution(*indices))
 
     def rows(self, lengths: Sequence[int]) -> list[np.ndarray | None]:
         """The next rows: int32, or None for a row of zeros."""
@@ -91,17 +92,17 @@ class Reader:
         used = np.flatnonzero(reaches)
         scales = np.cumsum(self.row(len(used)))
         locations, tails = self.row(len(used)), self.row(len(used))
-        models = [Model(0)] * len(lengths)
+        distributions = [Distribution(0)] * len(lengths)
         for place, *indices in zip(used, scales, locations, tails, strict=True):
-            models[place] = Model(int(reaches[place]), *map(int, indices))
+            distributions[place] = Distribution(int(reaches[place]), *map(int, indices))
         if not all(
-            0 <= m.reach < REACHES and 0 <= m.scale < SCALES and 0 <= m.tail < TAILS
-            for m in models
+            0 <= d.reach < REACHES and 0 <= d.scale < SCALES and 0 <= d.tail < TAILS
+            for d in distributions
         ):
-            raise ValueError("it describes an impossible model")
+            raise ValueError("it describes an impossible distribution")
         return [
-            self._values(length, model) if model.reach else None
-            for length, model in zip(lengths, models, strict=True)
+            self._values(length, distribution) if distribution.reach else None
+            for length, distribution in zip(lengths, distributions, strict=True)
         ]
 
     def end(self) -> None:
@@ -112,11 +113,11 @@ class Reader:
     def _uniform(self, size: int) -> int:
         return int(self._decoder.decode(stream.model.Uniform(size)))
 
-    def _values(self, length: int, model: Model) -> np.ndarray:
-        if not (model.reach and length):
+    def _values(self, length: int, distribution: Distribution) -> np.ndarray:
+        if not (distribution.reach and length):
             return np.zeros(length, np.int32)
         try:
-            places = self._decoder.decode(_categorical(model), length)
+            places = self._decoder.decode(_categorical(distribution), length)
         except AssertionError:  # constriction reports impossible words in this way.
             raise ValueError("its symbols are damaged") from None
-        return places - np.int32(2**model.reach - 1)
+        return places - np.int32(2**distribution.reach - 1)

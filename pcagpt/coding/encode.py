@@ -3,8 +3,8 @@
 Shape letters: V vocabulary, D model width, K directions, C classes, N sampled tokens, n
 those of one class.
 
-One bit more per symbol removes about `BIT` squared steps of error. A direction or class
-that removes less per bit is left out; the basis is rounded at the same price.
+One more bit must remove `BIT` squared steps of error. What removes less is left out.
+The basis is rounded at the same price.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ BIT = 0.13
 # Coefficients are computed from the rounded basis and compensate a part of its error.
 # With 1.4 instead of 1, the loss at equal bytes is 1 to 4 % lower.
 BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2))) * 1.4
-MODEL_BITS = 8  # of the indices of one model
+INDEX_BITS = 8  # of the indices of one distribution
 SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
 COUNTERS = 2**20  # of symbols, that exist at the same time
@@ -142,7 +142,7 @@ def trial(prepared: Prepared, step: float) -> Trial:
             symbols_Dn = symbols_DN[:, tokens_n]
             energy_DC[:, c] = np.square(symbols_Dn, dtype=np.float32) @ cost_N[tokens_n]
             share = prepared.shares_N[tokens_n[0]]
-            bits_DC[:, c] = share * _entropy_bits(symbols_Dn) + MODEL_BITS
+            bits_DC[:, c] = share * _entropy_bits(symbols_Dn) + INDEX_BITS
         return bits_DC, energy_DC
 
     # Without contexts, symbols do not depend on what else is coded.

@@ -142,5 +142,6 @@ def _parsed(content: bytes, path: Path) -> tuple[CodedTable, Description]:
         )
     words = np.frombuffer(content[end:-_SEAL], "<u4").astype(np.uint32)
     coded = from_words(words, tuple(shape), directions, step)
+    coded.dense()  # ValueError if its integers are too large.
     names = [field.name for field in dataclasses.fields(Description)]
     return coded, Description(**{name: header.get(name) for name in names})

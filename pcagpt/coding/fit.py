@@ -1,6 +1,6 @@
-"""Finds the tables that code rows of integers in the fewest bits.
+"""Finds the distributions that code rows of integers in the fewest bits.
 
-Shape letters: R rows, A values of a table, N candidates.
+Shape letters: R rows, A values of a distribution, N candidates.
 """
 
 import functools
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pcagpt.coding.models import (
+from pcagpt.coding.distribution import (
     LARGEST_LOCATION,
     OCTAVE,
     PRECISION,
     SCALES,
     TAILS,
-    Model,
+    Distribution,
     frequencies,
-    tables,
+    frequency_rows,
 )
 
 _SHORT = 6  # reach up to which all candidates are tried
@@ -24,12 +24,12 @@ _LOCATIONS = np.arange(-16, 17)  # of the candidates
 _MANY = 128  # values that are worth a descent
 
 
-def fit(rows: Sequence[np.ndarray]) -> list[Model]:
-    """The best table for each row, or nearly so; reach 0 for a row of zeros."""
+def fit(rows: Sequence[np.ndarray]) -> list[Distribution]:
+    """The best distribution for each row, or nearly so; reach 0 for a row of zeros."""
     reaches = np.array(
         [int(np.abs(row).max(initial=0)).bit_length() for row in rows], np.int64
     )
-    models = [Model(0)] * len(rows)
+    found = [Distribution(0)] * len(rows)
     for reach in np.unique(reaches[reaches > 0]).tolist():
         places = np.flatnonzero(reaches == reach)
         largest = 2**reach - 1
@@ -49,8 +49,8 @@ def fit(rows: Sequence[np.ndarray]) -> list[Model]:
             at_border = abs(start[1]) == _LOCATIONS[-1]
             if reach > _SHORT or (at_border and len(rows[place]) >= _MANY):
                 start = _descent(reach, start, counts_of(place))
-            models[place] = Model(reach, *start)
-    return models
+            found[place] = Distribution(reach, *start)
+    return found
 
 
 @functools.cache
@@ -64,8 +64,8 @@ def _candidates(reach: int) -> tuple[np.ndarray, np.ndarray]:
         indices.append(
             np.stack([scales_N, locations_N, np.full_like(scales_N, tail)], axis=1)
         )
-        found = np.log2(tables(reach, tail, scales_N, locations_N), dtype=np.float32)
-        bits.append(PRECISION - found)
+        found = frequency_rows(reach, tail, scales_N, locations_N)
+        bits.append(PRECISION - np.log2(found, dtype=np.float32))
     return np.concatenate(indices), np.concatenate(bits)
 
 
@@ -86,7 +86,9 @@ def _descent(
 
     @functools.cache
     def bits(indices: tuple[int, int, int]) -> float:
-        return -float(counts @ np.log2(frequencies(Model(reach, *indices))[present]))
+        return -float(
+            counts @ np.log2(frequencies(Distribution(reach, *indices))[present])
+        )
 
     best = start
     while True:

@@ -18,7 +18,7 @@ LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in an
 
 @dataclasses.dataclass(frozen=True)
 class CodedTable:
-    """Row v is step_v symbols[:, v] @ the first K rows of the basis + its last row."""
+    """Row v is step_v * (symbols[:, v] @ basis[:-1]) + basis[-1]."""
 
     symbols: np.ndarray  # [K, V] int16
     classes: np.ndarray  # [V] int8: step_v = step * 2^(class / 2)

@@ -29,8 +29,8 @@ class Coefficients(NamedTuple):
 
     values: np.ndarray  # [K, V] float32
     contexts: np.ndarray | None  # [K, V] float32
-    # [V] float64, error of a token's logit in its context if all values are exact:
-    # what the directions leave out.
+    # [V] float64, error of each token's logit in its context that the missing
+    # directions cause.
     left_out: np.ndarray | None
 
 

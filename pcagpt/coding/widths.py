@@ -67,7 +67,7 @@ class Widths:
     """Chooses widths of least weighted error; more bytes never have a larger error.
 
     Widths never rise from block to block, and each band has at least one block.
-    `overhead` bytes of the file hold no numbers.
+    overhead: bytes of the file that describe its arrays.
     """
 
     def __init__(

@@ -180,11 +180,12 @@ def recipes(
 ) -> list[Recipe]:
     """All combinations of method, bands and rank, the most useful ones first.
 
-    Codes come first; their file has at most a byte for each value of the rank's budget.
-    Then come the best method that makes factors in bands, plain SVD, rivals and rounded
-    factors, and the other methods. The last method that makes factors counts as the
-    best. Methods without token weights get a single band, and are left out without 1 in
-    `bands`. Recipes in bands are left out if the budget of their rank is too small.
+    Codes come first. The file of a coded table may have as many bytes as the rank's
+    factors have values. Then come the best method that makes factors in bands, plain
+    SVD, rivals and rounded factors, and the other methods. The last method that makes
+    factors counts as the best. Methods without token weights get a single band, and are
+    left out without 1 in `bands`. Recipes in bands are left out if the budget of their
+    rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     found = []

@@ -64,8 +64,8 @@ class Fit:
     ) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
-        It is of the first of `CODES` that is allowed: float32 factors are many times
-        larger. It is the full table at one of `bits` if that is smaller and fits.
+        It is coded if that is allowed, else packed, else factors. If D's own table at
+        one of `bits` also fits and is smaller, it is that.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5

@@ -9,7 +9,8 @@ import numpy as np
 
 from pcagpt.factorize.chunks import chunks
 
-_BLOCK = 32  # columns that GPTQ finishes before it moves their errors further
+# Columns that share a scale at few bits. GPTQ moves their errors on together.
+_GROUP = 32
 _DAMPING = 0.01  # share of the metric's mean diagonal that GPTQ adds to its diagonal
 
 
@@ -68,7 +69,7 @@ def gptq(array_ND: np.ndarray, bits: int, metric_DD: np.ndarray) -> Quantized:
 
 def group_of(bits: int, width: int) -> int:
     """Columns per scale: few bits have few levels, so their scale must fit closely."""
-    return width if bits == 8 else min(32, width)
+    return width if bits == 8 else min(_GROUP, width)
 
 
 def largest_code(bits: int) -> int:
@@ -120,8 +121,8 @@ def _quantize(
     scales_NG = np.empty((rows, -(-width // group)), np.float16)
     for part in chunks(rows):
         left_Dn = np.array(array_ND[part].T, np.float32, order="C")
-        for start in range(0, width, _BLOCK):
-            end = min(start + _BLOCK, width)
+        for start in range(0, width, _GROUP):
+            end = min(start + _GROUP, width)
             if start % group == 0:
                 size_n = np.abs(left_Dn[start : start + group]).max(axis=0)
                 scale_n = (size_n / largest).astype(np.float16)

@@ -97,9 +97,10 @@ def compress(settings: Settings, command: str) -> None:
 def decide_effort(settings: Settings, platform: str) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
-    A sweep on a CPU measures only a part of the split if the first three of these knobs
-    are unset. It measures the whole split if the person has chosen what to try, if a
-    table must keep a bound, or if the report compares the sweep with trained models.
+    A sweep on a CPU measures only a part of the split if methods, bands and
+    calibration_tokens are unset. It measures the whole split if the person has chosen
+    what to try, if a table must keep a bound, or if the report compares the sweep with
+    trained models.
     """
     if settings.task != "compress":
         return settings

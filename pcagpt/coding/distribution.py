@@ -1,11 +1,11 @@
-"""Integer frequency tables for the entropy coder, from a few small indices.
+"""Distributions for the entropy coder: integer frequencies from a few small indices.
 
-A table is a discrete Student distribution, which covers peaked and Gaussian shapes:
+They are discrete Student distributions, which cover peaked and Gaussian shapes:
 
     f(n) ~ (1 + (n - location)^2 / (2 q scale^2))^-q
 
 Only sums, products and whole quotients of integers make it, so each machine gets the
-same table.
+same frequencies.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PRECISION = 24  # the frequencies of a table sum to 2^24, as the coder needs
+PRECISION = 24  # the frequencies sum to 2^24, as the coder needs
 # Scales in 1/256: eight in each octave, from 0.1.
 OCTAVE = np.array([26, 28, 31, 34, 37, 40, 44, 48])
 _BITS = 20  # of a fraction in the computation
@@ -21,8 +21,8 @@ SCALES, TAILS, REACHES = 128, 7, 16  # number of their values
 LARGEST_LOCATION = 1023  # in 1/8 of the scale
 
 
-class Model(NamedTuple):
-    """Indices of a table; the file holds them."""
+class Distribution(NamedTuple):
+    """Indices of a distribution; the file holds them."""
 
     reach: int  # values are below 2^reach in magnitude
     scale: int = 0
@@ -30,7 +30,7 @@ class Model(NamedTuple):
     tail: int = 0  # q = 2^tail
 
 
-def tables(
+def frequency_rows(
     reach: int, tail: int, scales_N: np.ndarray, locations_N: np.ndarray
 ) -> np.ndarray:
     """Frequencies of the values -(2^reach - 1) .. 2^reach - 1, all positive.
@@ -41,7 +41,7 @@ def tables(
     scales_N = OCTAVE[scales_N % 8] << scales_N // 8
     values_A = np.arange(-largest, largest + 1) * 256
     x_NA = np.abs(values_A - (locations_N * scales_N >> 3)[:, None])
-    # Fewer bits, so that no product exceeds 63.
+    # Fewer bits, so that no product needs more than 63 bits.
     cut_N = np.maximum(0, np.frexp(scales_N)[1] - 16)
     x_NA = np.minimum(x_NA >> cut_N[:, None], 2**26)
     spread_N1 = ((scales_N >> cut_N) ** 2 << tail + 1)[:, None]
@@ -56,17 +56,17 @@ def tables(
     return shares_NA + 1
 
 
-def frequencies(model: Model) -> np.ndarray:
-    """The frequencies of one table: int64."""
-    return (_large if model.reach > _SMALL else _small)(model)
+def frequencies(distribution: Distribution) -> np.ndarray:
+    """The frequencies of one distribution: int64."""
+    return (_large if distribution.reach > _SMALL else _small)(distribution)
 
 
-def _frequencies(model: Model) -> np.ndarray:
-    indices = np.array([model.scale]), np.array([model.location])
-    return tables(model.reach, model.tail, *indices)[0]
+def _frequencies(distribution: Distribution) -> np.ndarray:
+    reach, scale, location, tail = distribution
+    return frequency_rows(reach, tail, np.array([scale]), np.array([location]))[0]
 
 
-# Rows share tables. Each cache holds at most 34 MB.
+# Rows share distributions. Each cache holds at most 34 MB.
 _SMALL = 10  # reach
 _small = functools.lru_cache(2048)(_frequencies)
 _large = functools.lru_cache(64)(_frequencies)
