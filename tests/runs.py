@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.config.schema import ModelSettings
+from pcagpt.config.tasks import readers_of
 from pcagpt.factorize import Statistics
 from pcagpt.model import GPTConfig
 from pcagpt.pipeline import execute as pipeline
@@ -82,11 +83,11 @@ def plan(config: ConfigDict) -> Plan:
 
 
 def overrides(config: ConfigDict) -> list[str]:
-    """The arguments that set a config's knobs on the command line."""
+    """The arguments that set a config's knobs, those that its task reads."""
     return [
         override(path, value)
         for path, value in Settings.of(config).flat().items()
-        if value != KNOBS[path].default
+        if value != KNOBS[path].default and config.task in readers_of(path)[0]
     ]
 
 

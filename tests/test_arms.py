@@ -6,15 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, described, execute, job, plan, quick_compiles, setup, start
+from runs import (
+    changed,
+    described,
+    execute,
+    job,
+    plan,
+    quick_compiles,
+    setup,
+    start,
+    write_statistics,
+)
 
 from pcagpt import arms, trees
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, Factorizer, factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.run import calibrate, initialise
 from pcagpt.run.checkpoint import load_weights, save_weights
 from pcagpt.run.folder import identity, read_record, read_result, write_record
 
@@ -306,7 +317,7 @@ def test_a_frozen_scale_needs_a_band_with_a_rank(tiny_config, tmp_path):
     band = BandFactors(random.normal(size=(97, 32)), None)
     table = FactorizedTable.of_one_band(band)
     factor_files.write_bands(tmp_path / "full", table)
-    given = {"init.import_bands": str(tmp_path / "full"), "model.n_embd_wte": 8}
+    given = {"init.import_bands": str(tmp_path / "full"), "model.n_embd_wte": 32}
     given["init.import_scale_matrices_freeze"] = True
     with pytest.raises(UserError, match="all its bands have full width: leave it out"):
         execute(changed(tiny_config, arm="pca", **given))
@@ -318,6 +329,45 @@ def test_bands_of_another_model_are_refused(planned, tiny_config):
     config = changed(tiny_config, arm="pca", **given, **{"model.n_embd": 64})
     with pytest.raises(UserError, match=r"width 32, but this model has .* width 64"):
         execute(config)
+
+
+def one_band(rank, folder):
+    """A folder with a table of one band: of this rank, or of full width for None."""
+    random, width = np.random.default_rng(0), rank or 32
+    scale = rank and random.normal(size=(rank, 32))
+    band = BandFactors(random.normal(size=(97, width)), scale)
+    factor_files.write_bands(folder, FactorizedTable.of_one_band(band))
+    return str(folder)
+
+
+@pytest.mark.parametrize("arm", ["pca", "random"])
+@pytest.mark.parametrize(
+    ("rank", "given", "right"), [(4, 8, 4), (4, 3, 4), (None, 24, 25), (4, None, 4)]
+)
+def test_bands_of_another_size_than_the_rank_in_the_name_are_refused(
+    rank, given, right, arm, tiny_config, tmp_path
+):
+    named = {"init.import_bands": one_band(rank, tmp_path / "bands")}
+    config = changed(tiny_config, arm=arm, **named, **{"model.n_embd_wte": given})
+    with pytest.raises(UserError, match=f"rank {right}: set .*n_embd_wte={right}$"):
+        described(config)
+    (line,) = described(changed(config, **{"model.n_embd_wte": right}))
+    assert f"_k{right} " in line and line.endswith("to do")
+
+
+@pytest.mark.parametrize("bands", [2, 3, 7])
+def test_bands_that_were_made_for_a_rank_are_of_this_size(bands, tmp_path):
+    """Also where all bands have full width, because the rank is high."""
+    random = np.random.default_rng(0)
+    table_VD = random.normal(size=(60, 24)) * random.exponential(size=(60, 1))
+    write_statistics(tmp_path / "statistics.npz", 60, 24)
+    statistics = calibrate.read(tmp_path / "statistics.npz", None)
+    make = Factorizer(table_VD.astype(np.float32), "freq", statistics)
+    for rank in range(6, 25):
+        folder = tmp_path / f"bands_{rank}"
+        factor_files.write_bands(folder, make.of_rank(rank, bands)[0])
+        asked = {"init.import_bands": str(folder), "model.n_embd_wte": rank}
+        initialise.check_rank(Settings().replace(asked))
 
 
 # The whole experiment

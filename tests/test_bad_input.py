@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from command_line import CONFIGS, call, refusal, tiny
 
-from pcagpt.config import KNOBS, command_line
+from pcagpt.config import KNOBS, command_line, validate
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run.folder import read_record
@@ -152,7 +152,9 @@ def only_job(line, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     words = shlex.split(line[line.index("python -m") :])
     assert words[:3] == ["python", "-m", "pcagpt.main"]
-    (job,) = make_plan(command_line.parse(["pcagpt", *words[3:]])[0]).jobs
+    settings, _ = command_line.parse(["pcagpt", *words[3:]])
+    validate(settings)
+    (job,) = make_plan(settings).jobs
     return job
 
 
@@ -226,7 +228,8 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, corpus_folder, place):
 def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, place):
     run_dir = Path(shutil.copytree(trained, place / "gpt_baseline"))
     (run_dir / "config.json").write_text('{"task": "tra')
-    arguments = tiny(config, corpus_folder, model_path=run_dir, workdir=place)
+    asked = {"model_path": run_dir} if config == "evaluate.py" else {}
+    arguments = tiny(config, corpus_folder, workdir=place, **asked)
     line = refusal(*arguments, unchanged=[place])
     assert f"{run_dir / 'config.json'} is damaged" in line
 

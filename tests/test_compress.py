@@ -1074,6 +1074,14 @@ def test_ranks_that_the_table_cannot_have_are_named(asked, capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["compress", "evaluate", "sample"])
+def test_print_config_refuses_a_model_that_the_run_does_not_have(name, asked):
+    words = f"--config.model_path={asked.model_path}", "--config.model.n_layer=7"
+    outcome = call(f"--config=configs/{name}.py", *words, "--print_config")
+    assert outcome.code == 2
+    assert "model.n_layer is 7, but " in outcome.err
+
+
 def test_print_config_says_what_would_be_compressed(asked):
     model = f"--config.model_path={asked.model_path}"
     outcome = call("--config=configs/compress.py", model, "--print_config")

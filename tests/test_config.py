@@ -51,6 +51,9 @@ def test_a_section_can_be_replaced_as_a_whole():
     settings = Settings().replace({"init.keep": "std", "init.blocks_from": "x"})
     replaced = settings.replace({"init": InitSettings(), "init.weights_from": "y"})
     assert replaced.init == InitSettings(weights_from="y")
+    assert settings.replace({"init.weights_from": "y", "init": InitSettings()}) == (
+        replaced  # The order does not count.
+    )
 
 
 def test_an_older_run_s_record_gets_defaults_and_loses_unknown_names():
@@ -117,6 +120,7 @@ RANDOM, EXPERIMENT = {"arm": "random"}, {"task": "experiment"}
 BANDS = {"model.band_sizes": (100, 400), "model.band_ranks": (64, 0)}
 WEIGHTS = {"init.weights_from": "RUN"}
 A = {"arm": "pca", "model.n_embd_wte": 8}
+COMPRESS = {"task": "compress", "model_path": "RUN"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ A = {"arm": "pca", "model.n_embd_wte": 8}
         RANDOM | {"init.import_bands": "x", "init.keep": "shape"},
         RANDOM | {"factorize.bands": 3, "init.keep": "shape"},
         {"arm": "pca_finetune", "init.blocks_from": "x", "init.import_wte_npy": "y"},
-        {"task": "evaluate", "model_path": "x", "init.blocks_from": "y"},
+        {"arm": "pca_distill", "distill.teacher": "x", "distill.share": 0.5},
     ],
     ids=str,
 )
@@ -169,8 +173,19 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         (A | {"arm": "shuffled", "init.keep": "std"}, "use --config.arm=random_std"),
         (A | RANDOM | {"init.keep": "shape"}, "random with init.import_bands"),
         (A | RANDOM | {"init.import_wte_npy": "x"}, "use --config=configs/pca_k128.py"),
-        ({"init.import_bands": "x"}, "the baseline model does not start from it"),
+        ({"init.import_bands": "x"}, "the baseline model does not read it"),
         ({"init.blocks_from": "x"}, "use --config=configs/pca_finetune_k128.py"),
+        ({"distill.teacher": "x"}, "use --config.arm=pca_distill, or configs/recover"),
+        (A | {"distill.teacher": "x"}, "the pca model does not read it"),
+        (
+            A | {"arm": "pca_finetune", "distill.teacher": "x"},
+            "pca_finetune model does",
+        ),
+        ({"distill.share": 0.5}, "distill.share is set, but no model has a teacher"),
+        (EXPERIMENT | {"distill.share": 0.5}, "but no model has a teacher"),
+        (COMPRESS | {"distill.share": 0.5}, "but no model has a teacher"),
+        (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
+        (A | {"ranks": (64,)}, "the rank of one model is --config.model.n_embd_wte"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
         ({"arm": "pca_finetune"}, "n_embd_wte=128, or --config.init.weights_from=RUN"),
         ({"model.n_embd_wte": 64}, "model.n_embd_wte is 64, but D has a full table"),
@@ -217,6 +232,10 @@ def test_knobs_that_contradict_each_other_are_refused(values, words):
         EXPERIMENT | {"ranks": (64, 1, 768)},
         WEIGHTS | {"arm": "pca_finetune"},
         WEIGHTS | BANDS | {"arm": "pca_finetune"},
+        WEIGHTS | {"distill.teacher": "x", "distill.share": 0.5},
+        EXPERIMENT | {"experiment.arms": "pca,pca_distill", "distill.share": 0.5},
+        COMPRESS | {"compress.recover_ranks": (8,), "distill.share": 0.5},
+        A | {"factorize.statistics": "x", "factorize.method": "kl"},
     ],
 )
 def test_knobs_that_fit_together_are_accepted(values):

@@ -415,10 +415,10 @@ def test_a_folder_with_the_name_of_a_known_corpus_is_not_taken_silently(
 ):
     monkeypatch.chdir(tmp_path)
     for name in ("sotu", "wikitext103"):
-        assert find_source(name).files == ""
+        assert find_source(name).notice == ""
         (tmp_path / name).mkdir()
         assert f"not the folder {name} here: give --config.data.source=./{name}" in (
-            find_source(name).files
+            find_source(name).notice
         )
 
 
@@ -554,14 +554,14 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
         (folder / name).write_text("text\n")
     (folder / "._val.txt").write_bytes(b"\0")  # hidden
     (folder / "test").mkdir()
-    assert find_source(str(folder)).files == (
+    assert find_source(str(folder)).notice == (
         f"text in {folder}: train from a.train.txt, b.train.txt, val from val.raw; "
         "left out: notes.txt, test/, train.csv"
     )
     write_tokens(folder, [1], vocab_size=10)
-    files = find_source(str(folder)).files
-    assert files.startswith(f"tokens in {folder}; left out: a.tr")
-    assert find_source("sotu").files == ""
+    notice = find_source(str(folder)).notice
+    assert notice.startswith(f"tokens in {folder}; left out: a.tr")
+    assert find_source("sotu").notice == ""
 
 
 @pytest.mark.parametrize("source", ["text", "tokens"])
@@ -596,7 +596,7 @@ def test_a_folder_may_be_called_like_a_home_folder(tmp_path, monkeypatch):
 def test_odd_names_are_quoted_in_the_lines_and_commands(folder):
     for name in ("a, b.train.txt", "val.txt", "line\nend", "résumé.md"):
         (folder / name).write_text("text\n")
-    assert find_source(str(folder)).files == (
+    assert find_source(str(folder)).notice == (
         f"text in {folder}: train from 'a, b.train.txt', val from val.txt; left out: "
         r"'line\nend', résumé.md"
     )

@@ -56,6 +56,14 @@ def table_of(run_dir, step):
     return weights["params"]["embed"]["band_0"]["wte"]
 
 
+def test_a_model_knob_that_the_run_does_not_have_is_refused(job, baseline_dir):
+    asked = {"task": "factorize", "model_path": str(baseline_dir)}
+    for knob, value in (("n_head", 4), ("n_embd_wte", 8)):
+        settings = job.settings.replace(asked | {f"model.{knob}": value})
+        with pytest.raises(UserError, match=f"model.{knob} is {value}, but .* trained"):
+            dataclasses.replace(job, settings=settings).check(set())
+
+
 def test_damaged_factors_are_written_again(job):
     made(job)
     path = factor_files.table_path(job.folder, 4)

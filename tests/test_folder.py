@@ -37,7 +37,7 @@ from pcagpt.run.folder import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick")
-OTHER = {"distill.share": 0.5}  # another run, but the same compiled step
+OTHER = {"train.gradient_clip": 0.5}  # another run
 PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
 
 
@@ -435,6 +435,14 @@ def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
     assert found["model.n_embd"] == 32
     other = changed(tiny_config, seed=7).to_dict()
     assert config_sha256(tiny_config.to_dict()) != config_sha256(other)
+
+
+def test_a_share_without_a_teacher_is_no_part_of_the_identity(tiny_config):
+    """Older versions took it, and it had no effect."""
+    for teacher, is_same in (("", True), ("RUN", False)):
+        one = changed(tiny_config, **{"distill.teacher": teacher}).to_dict()
+        other = one | {"distill": one["distill"] | {"share": 0.5}}
+        assert (changed_fields(one, other) == []) == is_same
 
 
 def test_an_identity_survives_being_written_and_read(tiny_config, tmp_path):

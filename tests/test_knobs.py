@@ -14,6 +14,7 @@ from runs import changed, execute, metrics, setup, write_statistics
 from pcagpt import config as knobs
 from pcagpt import main
 from pcagpt.config import Settings, validate
+from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
@@ -266,6 +267,7 @@ IMPORT = FINISHED | {
     ),
 }
 FINETUNE = IMPORT | {"arm": "pca_finetune", "init.blocks_from": A}
+TAUGHT = {"arm": "pca_distill", "distill.teacher": D}
 PROCESSES = {"distributed.enabled": True}
 KEPT = {"checkpoint.keep_last": 9}
 
@@ -319,8 +321,8 @@ KNOBS = {
     "scratch.random_learning_rate_share": (plan, 0.5, EXPERIMENT),
     "finetune.steps_share": (plan, 0.25, EXPERIMENT),
     "finetune.learning_rate_share": (plan, 0.25, EXPERIMENT),
-    "distill.teacher": (step, A, FINISHED),
-    "distill.share": (step, 0.5, FINISHED | {"distill.teacher": A}),
+    "distill.teacher": (step, A, FINETUNE | TAUGHT),
+    "distill.share": (step, 0.5, FINETUNE | TAUGHT),
     "init.import_wte_npy": (imported, "PLACE/other_table.npy", IMPORT),
     "init.import_scale_matrices_npz": (imported, "PLACE/other.npz", IMPORT),
     "init.import_wte_freeze": (frozen, True, IMPORT),
@@ -426,6 +428,19 @@ def test_a_knob_changes_something(knob, tiny_config, place, observed):
         observed[key] = observe(by, tiny_config, where, place)
     changed_value = observe(by, tiny_config, where | {knob: value}, place)
     assert changed_value != observed[key]
+
+
+@pytest.mark.parametrize("knob", sorted(KNOBS.keys() - {"task"}))
+def test_a_task_reads_a_knob_or_refuses_it(knob):
+    _, value, _ = KNOBS[knob]
+    readers, _ = readers_of(knob)
+    for task, needs in TASKS.items():
+        given = {"task": task, "model_path": "RUN" if needs.model else "", knob: value}
+        refused = contradiction(Settings().replace(given).to_dict()) or ""
+        if task in readers:
+            assert "can read it" not in refused
+        else:
+            assert refused.startswith(f"{knob} is set for ") and task in refused
 
 
 @pytest.mark.parametrize("by", [shapes, step, first_batch, updates])

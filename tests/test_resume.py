@@ -15,6 +15,7 @@ from runs import (
     TIMINGS,
     assert_equal,
     changed,
+    described,
     execute,
     job,
     metrics,
@@ -26,11 +27,11 @@ from runs import (
 )
 
 from pcagpt.config import Settings
-from pcagpt.errors import Interrupted
+from pcagpt.errors import Interrupted, UserError
 from pcagpt.factorize import BandFactors, FactorizedTable
 from pcagpt.factorize.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
-from pcagpt.run import folder
+from pcagpt.run import folder, initialise
 from pcagpt.run.checkpoint import steps
 from pcagpt.training.interrupt import recorded_signals
 
@@ -105,6 +106,7 @@ def test_a_run_with_dropout_parts_and_frozen_bands_resumes_bit_identical(
         arm="pca",
         **{"model.dropout": 0.2, "train.accumulation": 2, "train.learning_rate": 3e-3},
         **{
+            "model.n_embd_wte": 11,
             "init.import_bands": str(tmp_path / "bands"),
             "init.import_wte_freeze": True,
         },
@@ -120,6 +122,24 @@ def test_a_run_with_dropout_parts_and_frozen_bands_resumes_bit_identical(
     assert after < before - 0.1
     again = changed(tiny_config, model_path=str(run_dir), **{"data.source": ""})
     assert evaluate(Settings.of(again))["loss"] == result["val_loss"]
+
+
+def test_a_run_that_an_older_version_began_under_another_rank_goes_on(
+    tiny_config, tmp_path, monkeypatch
+):
+    random = np.random.default_rng(0)
+    band = BandFactors(random.normal(size=(97, 4)), random.normal(size=(4, 32)))
+    write_bands(tmp_path / "bands", FactorizedTable.of_one_band(band))
+    given = {"init.import_bands": str(tmp_path / "bands"), "model.n_embd_wte": 8}
+    config = changed(tiny_config, arm="pca", **given)
+    with monkeypatch.context() as older:
+        older.setattr(initialise, "check_rank", lambda _: None)
+        stop(config, 4)
+    assert described(config)[0].endswith("resumes at step 4")
+    assert execute(config).name == "gpt_pca_k8"
+    assert described(config)[0].endswith("done")
+    with pytest.raises(UserError, match=r"rank 4: set --config.model.n_embd_wte=4"):
+        described(changed(config, overwrite=True, seed=7))
 
 
 def test_a_signal_in_the_last_step_stops_what_would_follow(tiny_config, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 from runs import gpt_config
 
+import pcagpt
 from pcagpt import trees
 from pcagpt.config.schema import TrainSettings
 from pcagpt.model import GPT, token_order
@@ -284,9 +286,15 @@ def test_dropout_repeats_and_differs_between_steps_seeds_and_parts():
 
 
 def test_every_purpose_and_seed_has_its_own_key():
-    keys = [named_key(seed, name) for seed in (0, 1) for name in ("init", "dropout")]
+    """All purposes in the program, because only four letters of a name count."""
+    text = "".join(
+        path.read_text() for path in Path(pcagpt.__file__).parent.rglob("*.py")
+    )
+    names = set(re.findall(r"named_key\(\w+, (.*?)\)", text))
+    assert {'"init"', '"dropout"'} <= names
+    keys = [named_key(seed, name.strip('"')) for seed in (0, 1) for name in names]
     data = [tuple(np.asarray(jax.random.key_data(key))) for key in keys]
-    assert len(set(data)) == 4
+    assert len(set(data)) == 2 * len(names)
 
 
 # Start

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.losses import scan_chunks
+from pcagpt.losses import divergence, negative_log_likelihood, scan_chunks
 from pcagpt.losses.interval import mean_interval
-from pcagpt.model import GPT, products
+from pcagpt.model import GPT, HeadBand, head_logits
 from pcagpt.rows import SwapScores
 from pcagpt.sharding import placement
 
@@ -83,39 +83,36 @@ def _score(
         method="contextualize",
     )
     wte_VD = model.apply(variables, method="head")[0].wte
-    tables = [rows_VD.astype(dtype) for rows_VD in (wte_VD[: len(table_VD)], table_VD)]
+    own_head, swapped_head = (
+        (HeadBand(rows_VD.astype(dtype), None, 0, len(table_VD)),)
+        for rows_VD in (wte_VD[: len(table_VD)], table_VD)
+    )
 
     def sums_of(own_nD, swapped_nD, targets_n):
         """(sums over a chunk, added loss [n])."""
         counted_n = targets_n >= 0
-        target_n1 = jnp.maximum(targets_n, 0)[:, None]
 
-        def predict(h_nD, wte_VD):
-            """(logits [n, V], their logsumexp [n, 1], loss of the targets [n])."""
-            logits_nV = products(h_nD, wte_VD, jnp.float32)
-            normaliser_n1 = jax.nn.logsumexp(logits_nV, axis=1, keepdims=True)
-            loss_n1 = normaliser_n1 - jnp.take_along_axis(logits_nV, target_n1, 1)
-            return logits_nV, normaliser_n1, jnp.where(counted_n, loss_n1[:, 0], 0)
+        def predict(h_nD, head):
+            """(logits of the only band [n, V] in a list, loss of the targets [n])."""
+            logits = head_logits(h_nD, head, jnp.float32)
+            return logits, negative_log_likelihood(logits, head, targets_n)
 
-        own_nV, own_normaliser_n1, own_n = predict(own_nD, tables[0])
-        both_nV, both_normaliser_n1, both_n = predict(swapped_nD, tables[1])
-        expected_n1 = jnp.sum(
-            jnp.exp(own_nV - own_normaliser_n1) * (own_nV - both_nV), 1, keepdims=True
-        )
-        kl_n = (expected_n1 - own_normaliser_n1 + both_normaliser_n1)[:, 0]
-        same_n = own_nV.argmax(axis=1) == both_nV.argmax(axis=1)
+        own, own_n = predict(own_nD, own_head)
+        both, both_n = predict(swapped_nD, swapped_head)
+        kl_n = divergence(both, own, own_head)
+        same_n = own[0].argmax(axis=1) == both[0].argmax(axis=1)
         added_n = both_n - own_n
         scalars = {
             "loss": own_n,
             "added_loss": added_n,
-            "added_loss_input": predict(swapped_nD, tables[0])[2] - own_n,
-            "added_loss_head": predict(own_nD, tables[1])[2] - own_n,
+            "added_loss_input": predict(swapped_nD, own_head)[1] - own_n,
+            "added_loss_head": predict(own_nD, swapped_head)[1] - own_n,
             "kl": jnp.where(counted_n, kl_n, 0),
             "top1_agreement": counted_n & same_n,
             "count": counted_n,
         }
         in_decile_nE = counted_n[:, None] & (
-            decile_V[target_n1] == jnp.arange(DECILES)[None]
+            decile_V[jnp.maximum(targets_n, 0)][:, None] == jnp.arange(DECILES)[None]
         )
         by_decile_E = jnp.sum(jnp.where(in_decile_nE, added_n[:, None], 0), 0)
         sums = {n: jnp.sum(a, dtype=jnp.float32) for n, a in scalars.items()}

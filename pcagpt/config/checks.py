@@ -13,7 +13,7 @@ from pcagpt.config.schema import (
     Settings,
     override,
 )
-from pcagpt.config.tasks import TASKS
+from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.methods import CODED, CODES, METHODS, RIVALS
 
@@ -61,6 +61,12 @@ def methods_of(text: str) -> list[str]:
 
 
 def validate(settings: Settings) -> None:
+    """As `check_rules`; also for knobs that the task does not read."""
+    check_rules(settings)
+    _check_read(settings)
+
+
+def check_rules(settings: Settings) -> None:
     """Raises UserError for a value that cannot work on any machine or corpus."""
     for path, value in settings.flat().items():
         _check_value(path, value)
@@ -86,7 +92,6 @@ def validate(settings: Settings) -> None:
     _check_table(settings)
     _check_weights_from(settings)
     _check_imports(settings)
-    _check_experiment(settings)
     _check_bounds(settings)
     if TASKS[settings.task].model and not settings.model_path:
         raise UserError(
@@ -252,23 +257,27 @@ def _check_weights_from(settings: Settings) -> None:
 
 
 def _check_imports(settings: Settings) -> None:
-    """An arm imports only what its letter and the name of its folder promise."""
+    """An arm takes from other runs only what `ARMS` says."""
     arm, init = ARMS[settings.arm], settings.init
     if settings.task != "train" or init.weights_from:
         return
     copies_bands = arm.has_bands_of_a and (
         init.import_bands or settings.factorize.bands > 1
     )
-    for name, is_taken, config in (
-        ("import_wte_npy", "factors" in arm.takes, "pca_k128"),
-        ("import_scale_matrices_npz", "factors" in arm.takes, "pca_k128"),
-        ("import_bands", "factors" in arm.takes or copies_bands, "pca_k128"),
-        ("blocks_from", "blocks" in arm.takes, "pca_finetune_k128"),
+    takes_factors, a = "factors" in arm.takes, "--config=configs/pca_k128.py"
+    flat, b = settings.flat(), "--config=configs/pca_finetune_k128.py"
+    taught = "--config.arm=pca_distill, or configs/recover.py"
+    for path, is_taken, remedy in (
+        ("init.import_wte_npy", takes_factors, a),
+        ("init.import_scale_matrices_npz", takes_factors, a),
+        ("init.import_bands", takes_factors or copies_bands, a),
+        ("init.blocks_from", "blocks" in arm.takes, b),
+        ("distill.teacher", arm.is_taught, taught),
     ):
-        if getattr(init, name) and not is_taken:
+        if flat[path] and not is_taken:
             raise UserError(
-                f"init.{name} is set, but the {settings.arm} model does not start from "
-                f"it: use --config=configs/{config}.py"
+                f"{path} is set, but the {settings.arm} model does not read it: use "
+                f"{remedy}"
             )
     if init.keep not in ("all", "shape" if copies_bands else arm.keep):
         controls = (name for name, other in ARMS.items() if other.keep == init.keep)
@@ -279,19 +288,33 @@ def _check_imports(settings: Settings) -> None:
         )
 
 
-def _check_experiment(settings: Settings) -> None:
-    """Some knobs belong to a single run and not to an experiment."""
-    flat = settings.flat()
-    for path, remedy in (
-        ("model.n_embd_wte", "set its ranks with --config.ranks"),
-        ("init.import_bands", "it makes a table for each rank itself"),
-        ("init.weights_from", "train a run further with configs/recover.py"),
-        ("init.blocks_from", "its arms take the blocks of its own D"),
-        ("init.keep", "choose its controls with experiment.arms"),
-        ("distill.teacher", "choose its taught models with experiment.arms"),
+def _check_read(settings: Settings) -> None:
+    """A task reads what is set for it."""
+    flat, task = settings.flat(), settings.task
+    for path, value in flat.items():
+        tasks, remedy = readers_of(path)
+        if value != KNOBS[path].default and task not in tasks:
+            this = "an experiment" if task == "experiment" else f"task {task}"
+            raise UserError(
+                f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
+                f"{remedy}"
+            )
+    chosen = settings.factorize
+    if chosen.statistics and not METHODS[chosen.method].needs_statistics:
+        needing = (name for name, method in METHODS.items() if method.needs_statistics)
+        raise UserError(
+            f"factorize.statistics is set, but factorize.method is '{chosen.method}', "
+            f"which needs none: choose one of {', '.join(needing)}"
+        )
+    arms = arms_of(settings) if task == "experiment" else [settings.arm]
+    is_taught = settings.distill.teacher or any(ARMS[arm].is_taught for arm in arms)
+    if flat["distill.share"] != KNOBS["distill.share"].default and not (
+        is_taught or settings.compress.recover_ranks
     ):
-        if settings.task == "experiment" and flat[path] != KNOBS[path].default:
-            raise UserError(f"{path} is set for an experiment: {remedy}")
+        raise UserError(
+            "distill.share is set, but no model has a teacher: leave it out, or name "
+            "the arm pca_distill"
+        )
 
 
 def _check_bounds(settings: Settings) -> None:

@@ -392,11 +392,12 @@ class Settings:
     def replace(self, values: Mapping[str, Any]) -> "Settings":
         """A copy with other values, as in {'train.steps': 10, 'seed': 2}.
 
-        A section can be replaced as a whole: {'init': InitSettings()}.
+        A section can be replaced as a whole: {'init': InitSettings()}. Knobs of this
+        section then change the new one.
         """
         own: dict[str, Any] = {}
-        for path, value in values.items():
-            holder, _, name = path.rpartition(".")
+        for path in sorted(values, key=lambda path: "." in path):
+            value, (holder, _, name) = values[path], path.rpartition(".")
             if holder:
                 part = own.get(holder, getattr(self, holder))
                 own[holder] = dataclasses.replace(part, **{name: value})

@@ -1,4 +1,4 @@
-"""The tasks and what each needs. `pcagpt.pipeline.tasks` starts them."""
+"""The tasks, and which knobs they read. `pcagpt.pipeline.tasks` starts them."""
 
 from typing import NamedTuple
 
@@ -25,3 +25,47 @@ TASKS = {
     "evaluate": Task(model=True, resumes=False),
     "sample": Task(model=True, resumes=False),
 }
+
+_TRAINING = ("train", "experiment")
+# {knob or section: (the tasks that read it, what to do in another task)}, for what is
+# made or measured. Commands of all tasks may share the other knobs: those of the data,
+# the budget, the machine and the logs.
+_READERS = {
+    "arm": (("train",), "an experiment has experiment.arms"),
+    "model_path": (
+        tuple(name for name, task in TASKS.items() if task.model),
+        "train a run further with configs/recover.py",
+    ),
+    "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
+    "ranks": (
+        tuple(name for name, task in TASKS.items() if task.ranks),
+        "the rank of one model is --config.model.n_embd_wte",
+    ),
+    "model.n_embd_wte": (
+        ("train", "evaluate", "sample"), "set its ranks with --config.ranks"
+    ),
+    "init.import_bands": (("train",), "an experiment makes its own tables"),
+    "init.weights_from": (("train",), "train a run further with configs/recover.py"),
+    "init.blocks_from": (("train",), "an experiment takes the blocks of its own D"),
+    "init.keep": (("train",), "an experiment has controls with experiment.arms"),
+    "init": (_TRAINING, "leave it out"),
+    "distill.teacher": (("train",), "an experiment has pca_distill in experiment.arms"),
+    "distill": ((*_TRAINING, "compress"), "leave it out"),
+    "factorize.singular_value_split": (
+        (*_TRAINING, "factorize", "compress"), "leave it out"
+    ),
+    "factorize": (
+        (*_TRAINING, "factorize"), "compress has compress.methods and compress.bands"
+    ),
+    "compress.calibration_tokens": (tuple(TASKS), ""),
+    "compress": (("compress",), "compress a run with configs/compress.py"),
+    "evaluate.max_tokens": (("compress", "evaluate"), "a run evaluates on all tokens"),
+    "experiment": (("experiment",), "use configs/experiment.py"),
+    "sample": (("sample",), "sample from a run with configs/sample.py"),
+}  # fmt: skip
+
+
+def readers_of(knob: str) -> tuple[tuple[str, ...], str]:
+    """(the tasks that a knob can be set for, what to do in another task)."""
+    section = knob.partition(".")[0]
+    return _READERS.get(knob) or _READERS.get(section) or (tuple(TASKS), "")

@@ -258,8 +258,8 @@ def _open(
     found = find_source(source)
     info = found.info(tokenizer)
     check_splits(info, splits, source)
-    if found.files:
-        warn_once(found.files)
+    if found.notice:
+        warn_once(found.notice)
     if isinstance(found, TokenFolder):
         return Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir)
     fingerprints = found.fingerprints()

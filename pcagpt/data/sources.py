@@ -15,7 +15,6 @@ from pcagpt.errors import FAILING, UserError
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
-NAMED = ("sotu", "wikitext103")
 _SOTU_SHA256 = "6f9e2605f2ca1284be8565dab901767419942184a16fd403b5a1b9f05f884d2d"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 
@@ -28,7 +27,7 @@ class TextSource(NamedTuple):
     # The first changes when the text changes; the others are those of earlier versions.
     fingerprints: Callable[[], tuple[str, ...]]
     documents: dict[str, Callable[[], Iterable[Document]]]  # by split
-    files: str = ""  # as in `TokenFolder`, or a line about an unused namesake
+    notice: str = ""  # as in `TokenFolder`, or a line about an unused namesake
 
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
@@ -53,7 +52,7 @@ class TokenFolder(NamedTuple):
         return read_meta(self.folder, tokenizer)
 
     @property
-    def files(self) -> str:
+    def notice(self) -> str:
         """A line that says what is used and what is left out; '' if all is used."""
         used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
         others = text_files.other_names(self.folder, used)
@@ -72,21 +71,18 @@ def find_source(source: str) -> TextSource | TokenFolder:
             "data.source is empty: give --config.data.source=FOLDER; . is the current "
             "folder"
         )
-    if source == "sotu":
-        documents = {split: partial(_sotu_blocks, split) for split in SPLITS}
-        line, known = _namesake(source), (_SOTU_SHA256,)
-        return TextSource("sotu", "sotu4096", lambda: known, documents, line)
-    if source == "wikitext103":
-        documents = {split: partial(_wikitext_documents, split) for split in SPLITS}
-        line, known = _namesake(source), ("/".join(_WIKITEXT),)
-        return TextSource("wikitext103", "gpt2", lambda: known, documents, line)
+    if source in NAMED:
+        tokenizer, version, read = NAMED[source]
+        documents = {split: partial(read, split) for split in SPLITS}
+        line = _namesake(source)
+        return TextSource(source, tokenizer, lambda: (version,), documents, line)
     folder = Path(source)
     if not folder.is_dir():
         absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
         problem = "is a file" if folder.exists() else absent
         raise UserError(
-            f"data source '{source}' {problem}: give 'sotu', 'wikitext103' or a folder "
-            "of .bin or text files, as --config.data.source"
+            f"data source '{source}' {problem}: give {', '.join(map(repr, NAMED))} or "
+            "a folder of .bin or text files, as --config.data.source"
         )
     if present_splits(folder):
         return TokenFolder(folder)
@@ -158,3 +154,10 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
         ) from error
     # The hub's rows are the lines of the file, but a blank line, " \n", became "".
     yield (row["text"] or " \n" for row in rows)
+
+
+# {name: (tokenizer that 'auto' selects, hash or version of the text, its documents)}
+NAMED = {
+    "sotu": ("sotu4096", _SOTU_SHA256, _sotu_blocks),
+    "wikitext103": ("gpt2", "/".join(_WIKITEXT), _wikitext_documents),
+}

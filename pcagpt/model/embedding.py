@@ -164,7 +164,7 @@ class TokenEmbedding(nn.Module):
         return x_ND
 
 
-# The arrays above by their paths in a checkpoint, for all other packages.
+# Other packages reach the arrays above through these paths and functions.
 
 TABLES, SCALES = r"embed/band_\d+/wte", r"embed/band_\d+/scale_(up|down)"
 

@@ -51,8 +51,7 @@ def compress(settings: Settings, command: str) -> None:
     options, folder = settings.compress, Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
     methods = methods_of(options.methods)
-    run = Run.open(settings.model_path)
-    run.check_model(settings.model)
+    run = Run.asked(settings)
     original = Original.of(run, settings)
     path = folder / ("advice.json" if options.bounds else "sweep.json")
     heading = {

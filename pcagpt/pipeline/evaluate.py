@@ -29,8 +29,7 @@ def evaluate(settings: Settings) -> dict:
       UserError: the run does not exist, or the corpus or a `model` knob does not fit
         it.
     """
-    run = Run.open(settings.model_path)
-    run.check_model(settings.model)
+    run = Run.asked(settings)
     corpus = run.corpus(settings.data, settings.cache_dir, [settings.split])
     mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     model, variables = run.load(settings.model, mesh)

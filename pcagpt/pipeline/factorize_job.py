@@ -174,6 +174,8 @@ class FactorizeJob(Job):
             return
         if self._is_bare_table:
             shape = factor_files.read_table(self.source).shape
+        elif self.settings.task == "factorize":
+            shape = Run.asked(self.settings).table_shape
         else:
             shape = Run.open(self.source).table_shape
         for rank in self.settings.ranks:

@@ -43,7 +43,7 @@ class Job(abc.ABC):
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """The folder's name after the arm's letter, or after spaces."""
+        """The folder's name, after the arm's letter or an indent of the same width."""
 
     @property
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def check_early(self, missing: set[Path]) -> None:
-        """Raises UserError for what shows without the tokens of the corpus.
+        """Checks all that needs no tokens of the corpus; raises UserError.
 
         Reads only their description, such as the size of the vocabulary. `missing` are
         the folders of jobs that are still to do.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
-from pcagpt.config import Settings, arms_of, validate
+from pcagpt.config import Settings, arms_of, check_rules
 from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
 from pcagpt.factorize import factor_files
 from pcagpt.model import DEVICE_KNOBS
@@ -127,7 +127,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
     free = (*DEVICE_KNOBS, "dropout")
     source.check_model(settings.model, free)
     settings = settings.replace({"model": source.model_settings(settings.model, free)})
-    validate(settings)
+    check_rules(settings)
     # The table of a coded model has full width.
     is_compressed = settings.model.is_factorized or "compressed" in source.record
     arm = arm_from_run(is_compressed, bool(settings.distill.teacher))

@@ -27,8 +27,7 @@ def sample(settings: Settings) -> list[str]:
         `data.tokenizer`, a prompt that it cannot encode, or a `model` knob that
         contradicts the run.
     """
-    run, options = Run.open(settings.model_path), settings.sample
-    run.check_model(settings.model)
+    run, options = Run.asked(settings), settings.sample
     tokenizer = _tokenizer(run, settings.data.tokenizer)
     end = tokenizer.eot_token
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})

@@ -30,7 +30,7 @@ def preview(settings: Settings) -> str:
     if TASKS[settings.task].makes_jobs:
         lines = execute.describe(execute.check(make_plan(settings)))
     else:
-        run = Run.open(settings.model_path)
+        run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
     return "\n".join([listing(settings), "", *lines])
 

@@ -21,7 +21,7 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.run import checkpoint, fingerprint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
-    Contents,
+    FolderState,
     changed_fields,
     look,
     move_aside,
@@ -34,7 +34,7 @@ from pcagpt.training.loop import train
 from pcagpt.training.meter import NotFinite
 from pcagpt.training.setup import Setup
 
-SPLITS = ("train", "val")  # that a run needs
+NEEDED_SPLITS = ("train", "val")
 # {what an arm takes from D: the `model` knobs that must then be the same as D's}
 SHARED_WITH_BASELINE = {
     "factors": ("n_embd",),
@@ -82,7 +82,7 @@ class TrainJob(Job):
         """
         return self._judge(look(self.folder))[0]
 
-    def _judge(self, there: Contents) -> tuple[Status, bool]:
+    def _judge(self, there: FolderState) -> tuple[Status, bool]:
         """The status of what is there, and whether it is moved aside for a new run."""
         if not there.is_begun:
             return TO_DO, False
@@ -103,13 +103,13 @@ class TrainJob(Job):
         resumes = Status(Kind.BEGUN, f"resumes at step {step}")
         return resumes if step else TO_DO, False
 
-    def _serves_as_prerequisite(self, there: Contents) -> bool:
+    def _serves_as_prerequisite(self, there: FolderState) -> bool:
         """Whether a finished run is there, or a model that was made elsewhere."""
         if self.is_target or there.record is None:
             return False
         return bool(there.result or not there.is_made_here) and not there.lack
 
-    def _check_start_of_arm(self, there: Contents) -> None:
+    def _check_start_of_arm(self, there: FolderState) -> None:
         """Raises UserError if `for_arm` cannot start from the run in the folder.
 
         A warning says in what the run differs from the one that was asked for.
@@ -143,7 +143,7 @@ class TrainJob(Job):
     def _may_replace(self) -> bool:
         return self.is_target and self.settings.overwrite
 
-    def _conflict(self, there: Contents) -> str | None:
+    def _conflict(self, there: FolderState) -> str | None:
         """How what is there differs from this run; None if it does not."""
         if there.damage:
             return str(there.damage)
@@ -172,13 +172,13 @@ class TrainJob(Job):
             return self._other_tokens(self.corpus(), there.stored)
         return None
 
-    def _lack_to_go_on(self, there: Contents) -> str | None:
+    def _lack_to_go_on(self, there: FolderState) -> str | None:
         """Why an unfinished run that may be replaced can only be trained again."""
         if there.result or not self._may_replace:
             return None
         return checkpoint.lack(self.folder, checkpoint.ITEMS)
 
-    def _moved_source(self, there: Contents) -> str:
+    def _moved_source(self, there: FolderState) -> str:
         """' (that one was moved to NAME)' if the run's start is still there."""
         source, _ = checkpoint.find(self.settings.init.weights_from)
         recorded = (there.stored.get("imported_sha256") or {}).get("weights_from")
@@ -188,7 +188,7 @@ class TrainJob(Job):
                     return f" (that one was moved to {kept.name})"
         return ""
 
-    def _changed(self, there: Contents) -> list[str]:
+    def _changed(self, there: FolderState) -> list[str]:
         """`changed_fields` of the run that is there."""
         return changed_fields(
             there.stored, self.record(there.stored.get("imported_sha256"))
@@ -212,16 +212,22 @@ class TrainJob(Job):
         All processes must call this.
         """
         data, cache_dir = self.settings.data, self.settings.cache_dir
-        return open_corpus(data.source, cache_dir, data.tokenizer, SPLITS)
+        return open_corpus(data.source, cache_dir, data.tokenizer, NEEDED_SPLITS)
 
     def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device.
 
-        Also if no checkpoint can be saved in the folder.
+        Also if no checkpoint can be saved in the folder, or if its name does not
+        give the rank of imported bands.
         """
         checkpoint.check_path(self.folder)
+        bands = self.settings.init.import_bands
+        is_made = bool(bands) and Path(bands).parent not in missing
+        # Older versions have begun runs under another rank. These can go on.
+        if is_made and self.status().kind == Kind.TO_DO:
+            initialise.check_rank(self.settings)
         data = self.settings.data
-        described = describe_corpus(data.source, data.tokenizer, SPLITS)
+        described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
         build_config(self.settings.model, described.vocab_size)
 
     def check(self, missing: set[Path]) -> Setup | None:

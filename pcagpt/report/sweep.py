@@ -23,7 +23,7 @@ from pcagpt.report.text import (
 )
 from pcagpt.rows import Row
 
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
@@ -32,7 +32,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
     return {
         "sweep": sweep,
-        "split": SPLITS[sweep["protocol"].get("split", "val")],
+        "split": SPLIT_TITLES[sweep["protocol"].get("split", "val")],
         "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),
         "equal_size": (

@@ -68,7 +68,7 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Within, an error that damage of a checkpoint can cause becomes a UserError.
+    """In this context, an error that a damaged checkpoint can cause is a UserError.
 
     Call `damage` first. If there are digests, the files are then known to be good, and
     errors pass unchanged. Raises Unreadable as `damage` does.

@@ -156,7 +156,7 @@ class Saved(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents:
+class FolderState:
     """What a run's folder holds, as `look` read it.
 
     record: config.json; stored: the same or, if it was lost, the newest checkpoint's
@@ -233,7 +233,7 @@ class Contents:
         return checkpoint.lack(self.folder)
 
 
-def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
+def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     """Reads what a run's folder holds; `steps`: of these checkpoints only.
 
     Raises UserError if the folder is a link to nothing.
@@ -256,11 +256,11 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> Contents:
         stored = next(filter(None, copies), None) if record is None else record
         result = _result_of(run_dir, stored)
     except UserError as damage:
-        return Contents(run_dir, saved, has_logs, damage=damage)
-    return Contents(run_dir, saved, has_logs, record, stored, result)
+        return FolderState(run_dir, saved, has_logs, damage=damage)
+    return FolderState(run_dir, saved, has_logs, record, stored, result)
 
 
-def choose(path: str | Path) -> tuple[Contents, int]:
+def choose(path: str | Path) -> tuple[FolderState, int]:
     """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
 
     Raises:
@@ -286,7 +286,7 @@ def choose(path: str | Path) -> tuple[Contents, int]:
 
 
 def _is_of_begun_run(log: Path) -> bool:
-    """Whether a log holds more than the validation before the first update."""
+    """Whether a log has more than the evaluation at step 0."""
     if not log.is_file():
         return log.exists()
     is_metrics = log.name == "metrics.jsonl"
@@ -359,6 +359,8 @@ def identity(
             found |= {f"{section}.{name}": entry for name, entry in value.items()}
         else:
             found[section] = value
+    if not found.get("distill.teacher"):  # It then has no effect.
+        found["distill.share"] = KNOBS["distill.share"].default
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 

@@ -118,6 +118,23 @@ def with_bands(settings: Settings) -> tuple[Settings, FactorizedTable | None]:
     return settings.replace(bands), table
 
 
+def check_rank(settings: Settings) -> None:
+    """Raises UserError if `model.n_embd_wte` is not the size of `init.import_bands`.
+
+    The folder and the result of the run state this rank: of a single band that is as
+    large as the table, or of any larger one if all bands have full width.
+    """
+    _, table = with_bands(settings)
+    given, one = settings.model.n_embd_wte or 0, (len(table.order), table.width, 1)
+    rank = -(-table.parameters // factorize.budget_of_rank(*one))
+    if given < rank or (given > rank and any(table.ranks)):
+        raise UserError(
+            f"model.n_embd_wte is {given or None}, but init.import_bands: "
+            f"{settings.init.import_bands} is as large as a table of rank {rank}: set "
+            f"--config.model.n_embd_wte={rank}"
+        )
+
+
 def mixed_origins(init: InitSettings) -> str | None:
     """A line if imported factors and blocks are known to be of different models."""
     names = ("import_wte_npy", "import_scale_matrices_npz", "import_bands")

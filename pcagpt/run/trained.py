@@ -56,6 +56,13 @@ class Run:
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
         return cls(folder, step, record)
 
+    @classmethod
+    def asked(cls, settings: Settings) -> "Run":
+        """The run in `model_path`; raises as `open` and `check_model` do."""
+        run = cls.open(settings.model_path)
+        run.check_model(settings.model)
+        return run
+
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob newer than the run has its default."""
@@ -164,8 +171,8 @@ class Run:
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
 
-        The run's own folder is found from any working directory. A tokenizer can be
-        asked for with either.
+        The run's own folder is found from any working directory. `asked.tokenizer`
+        applies to both corpora.
         """
         if asked.source:
             return asked
@@ -220,7 +227,8 @@ class Run:
     def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 
-        Says on stderr if it is another corpus than the run's own, also in `splits`.
+        Warns if the training parts or `splits` differ from those of the run's own
+        corpus.
         """
         self._check_tokenizer(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []

@@ -1,4 +1,5 @@
-"""Sharding: `processes` run a command, `placement` puts arrays on their mesh.
+"""Sharding, in three modules.
 
-Computations on the mesh use `inside`.
+`processes`: their start, end and agreement; `placement`: the mesh, and where arrays are
+stored; `inside`: helpers for code that runs on the mesh.
 """

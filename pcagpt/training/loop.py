@@ -250,8 +250,8 @@ def _result(
     embedding, total = embedding_parameters(model), total_parameters(model)
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
-    # An imported table in bands has the size of one band of rank n_embd_wte; other
-    # bands have no such rank.
+    # An imported table in bands is as large as one band of rank n_embd_wte; other bands
+    # have no such rank.
     has_rank = settings.init.import_bands or not model.band_sizes
     return {
         "run": run_dir.name,

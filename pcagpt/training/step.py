@@ -92,7 +92,10 @@ class Teacher:
 
 
 def named_key(seed: int, name: str) -> jax.Array:
-    """An independent random key for each purpose: 'init' or 'dropout'."""
+    """An independent random key for each purpose: 'init' or 'dropout'.
+
+    The first four letters of a purpose must be its own.
+    """
     # Python's own hash differs between processes, so it cannot be used here.
     number = int.from_bytes(name.encode()[:4], "little")
     return jax.random.fold_in(jax.random.key(seed), number)

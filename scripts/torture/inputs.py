@@ -312,8 +312,10 @@ def _json(draw: Callable, folder: Path) -> tuple[list[str], Reference]:
         words = COMMANDS["factorize"].words
     else:
         path = folder / "gpt_baseline" / name
-        words = COMMANDS["evaluate" if name == "config.json" else "train"].words
-        words = [*words, f"--config.model_path={path.parent}"]
+        words = COMMANDS["train"].words
+        if name == "config.json":
+            model_path = f"--config.model_path={path.parent}"
+            words = [*COMMANDS["evaluate"].words, model_path]
     shutil.copytree(f"runs/{path.parent.name}", path.parent)
     if draw(st.booleans()):
         path.write_text(draw(st.one_of(_JSON.map(json.dumps), _TEXT)), "utf-8")
