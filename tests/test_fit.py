@@ -286,13 +286,15 @@ def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
     assert size == sum(quantize(band.wte, 8).bytes for band in bands) + 4 * 8
 
 
-def compressor():
-    """A table [300, 6] of uneven rows and its compressor."""
+def compressor(vocab_size=300, width=6):
+    """A table of uneven rows and its compressor."""
     random = np.random.default_rng(0)
-    table = (random.normal(size=(300, 6)) * np.arange(6, 0, -1)).astype(np.float32)
-    flat, eye = np.full(300, 1 / 300), np.eye(6)
+    table = (random.normal(size=(vocab_size, width)) * np.arange(width, 0, -1)).astype(
+        np.float32
+    )
+    flat, eye = np.full(vocab_size, 1 / vocab_size), np.eye(width)
     statistics = Statistics(
-        random.dirichlet(np.full(300, 0.1)), flat, np.zeros(6), eye, eye, eye
+        random.dirichlet(np.full(vocab_size, 0.1)), flat, np.zeros(width), eye, eye, eye
     )
     return table, Compressor(table, statistics)
 
@@ -364,7 +366,7 @@ def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small()
 )
 @pytest.mark.parametrize("bands", [(1, 3), (3,)])
 def test_the_smallest_bound_on_bytes_is_known(methods, bands):
-    table, make = compressor()
+    table, make = compressor(2000, 16)
     shape = table.shape
 
     def found(most):
