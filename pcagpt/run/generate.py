@@ -15,7 +15,8 @@ import numpy as np
 
 from pcagpt.model import GPT, GPTConfig
 
-BATCH_BYTES = 2**32  # of memory for the samples that are drawn at once
+# Limits of the samples that are drawn at once; Ctrl-C waits for one of their tokens.
+BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
 LEAST_CAPACITY = 128  # tokens; a power of 2
 LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn
 
@@ -30,7 +31,7 @@ class Sampler(NamedTuple):
 
 
 def samples_at_once(config: GPTConfig) -> int:
-    """How many samples need about BATCH_BYTES in float32; at least 1.
+    """How many samples need about BATCH_BYTES in float32, from 1 to BATCH_SAMPLES.
 
     It does not depend on the device, so that a seed draws the same samples on all.
     """
@@ -38,7 +39,8 @@ def samples_at_once(config: GPTConfig) -> int:
     kept = (2 * config.n_layer + 12) * length * width  # keys, values; one block's x
     scores = 2 * config.n_head * length**2
     logits = 4 * config.padded_vocab_size
-    return max(1, BATCH_BYTES // (4 * (kept + scores + logits)))
+    fitting = BATCH_BYTES // (4 * (kept + scores + logits))
+    return max(1, min(fitting, BATCH_SAMPLES))
 
 
 def generate(
