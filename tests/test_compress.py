@@ -940,7 +940,7 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
 def test_more_bytes_never_add_loss(original, method):
     """Measured as KL: a model that is hardly trained may gain by another table."""
     make, found = original.compressor, []
-    least = make.coded_bytes(method, 1, math.inf)
+    least = make.codes_bytes(method, 1, math.inf)
     for most in np.geomspace(least, 3 * least, 8).astype(int).tolist():
         candidate = make(Recipe(method, 1, most, 0, 0))
         assert candidate.bytes <= most

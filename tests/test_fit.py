@@ -154,10 +154,10 @@ def world(
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    def coded_bytes(method, bands, added_loss):
+    def codes_bytes(method, bands, added_loss):
         return estimate * UNIT * (100 * added_loss) ** (-1 / exponent)
 
-    return Fit(make, coded_bytes, measure, methods, bands, table)
+    return Fit(make, codes_bytes, measure, methods, bands, table)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
@@ -324,12 +324,12 @@ def test_estimated_bytes_save_measurements_of_coded_tables():
     """Added loss is here the second-order loss; each bound takes a search."""
     table, make = compressor()
 
-    def measurements(coded_bytes):
+    def measurements(codes_bytes):
         def measure(candidate):
             return scores(sum(candidate.second_order))
 
         fits = [
-            Fit(make, coded_bytes, measure, [CODED], (1,), table.shape)
+            Fit(make, codes_bytes, measure, [CODED], (1,), table.shape)
             for _ in range(2)
         ]
         for fit, bound in zip(fits, (0.03, 0.1), strict=True):
@@ -337,7 +337,7 @@ def test_estimated_bytes_save_measurements_of_coded_tables():
             assert chosen.scores.added_loss <= bound
         return sum(len(fit.trials) for fit in fits)
 
-    assert measurements(make.coded_bytes) < measurements(lambda *_: table.size // 6)
+    assert measurements(make.codes_bytes) < measurements(lambda *_: table.size // 6)
 
 
 def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small():
@@ -355,7 +355,7 @@ def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small()
         return scores(sum(candidate.second_order))
 
     for bound in (0.3, 1.0):
-        fit = Fit(counted, make.coded_bytes, measure, [PACKED], (1, 3), table.shape)
+        fit = Fit(counted, make.codes_bytes, measure, [PACKED], (1, 3), table.shape)
         chosen = fit.within_loss(bound)
         assert 0.5 * bound <= chosen.scores.added_loss <= bound
     assert not [recipe for recipe in refused if recipe.bands == 1]
@@ -370,10 +370,10 @@ def test_the_smallest_bound_on_bytes_is_known(methods, bands):
     shape = table.shape
 
     def found(most):
-        fit = Fit(make, make.coded_bytes, lambda _: scores(1.0), methods, bands, shape)
+        fit = Fit(make, make.codes_bytes, lambda _: scores(1.0), methods, bands, shape)
         return fit.within_bytes(most, [32, 8, 4])
 
-    fit = Fit(make, make.coded_bytes, None, methods, bands, shape)
+    fit = Fit(make, make.codes_bytes, None, methods, bands, shape)
     least = fit.least_bytes([32, 8, 4])
     assert found(least).candidate.bytes <= least
     assert found(least - 1) is None
