@@ -47,6 +47,20 @@ def test_methods_of_one_band_are_left_out_of_a_sweep_in_bands_only(methods):
     assert of_svd == {32, 8}
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "rank", "bands"), [(70, 32, 4, 12), (65, 384, 2, 7)]
+)
+def test_ranks_are_tried_in_all_bands_that_a_small_vocabulary_has(
+    vocab_size, width, rank, bands
+):
+    """`Factorizer.of_rank` makes these tables. There are fewer bands than asked for."""
+    (recipe,) = recipes(vocab_size, width, ["kl"], [rank], [bands], [])
+    assert (recipe.bands, recipe.rank) == (bands, rank)
+    table, make = compressor(vocab_size, width)
+    assert make(recipe).table.parameters <= recipe.budget
+    assert recipes(vocab_size, width, ["kl"], [rank - 1], [bands], []) == []
+
+
 def test_rivals_are_tried_at_the_bits_asked_for_and_factors_at_four_or_more():
     tried = recipes(1000, 20, ["pq", "kl", "gptq"], [4], [1], [5, 3])
     assert [(r.method, r.rank, r.bits, r.budget) for r in tried] == [
@@ -236,6 +250,18 @@ def test_a_packed_table_has_the_number_of_bands_that_loses_least():
         assert len(fit.trials) == 1
 
 
+def test_a_bound_puts_only_methods_that_weight_tokens_into_bands():
+    """Two bands would lose less."""
+    for search in (("within_loss", 1.0), ("within_bytes", 20_000, [32, 8])):
+        for methods, bands in ((["kl", "svd"], 1), (["svd", "kl"], 2)):
+            fit = world(methods=methods)
+            getattr(fit, search[0])(*search[1:])
+            tried = [trial.candidate.recipe for trial in fit.trials]
+            assert {r.bands for r in tried if r.method in methods} == {bands}
+    fit = world(methods=["kl", "svd"], bands=(2,))  # None of them is for 'svd'.
+    assert fit.within_bytes(20_000, [32]).candidate.recipe.method == "kl"
+
+
 def test_an_error_is_not_a_budget_that_is_too_small():
     def fail(_):
         raise ValueError("operands could not be broadcast")
@@ -377,3 +403,14 @@ def test_the_smallest_bound_on_bytes_is_known(methods, bands):
     least = fit.least_bytes([32, 8, 4])
     assert found(least).candidate.bytes <= least
     assert found(least - 1) is None
+
+
+def test_the_smallest_bound_is_known_where_a_small_vocabulary_has_fewer_bands():
+    table, make = compressor(70, 16)
+
+    def fit():
+        return Fit(make, None, lambda _: scores(1.0), ["kl"], (12,), table.shape)
+
+    least = fit().least_bytes([32])
+    assert fit().within_bytes(least, [32]).candidate.bytes <= least
+    assert fit().within_bytes(least - 1, [32]) is None
