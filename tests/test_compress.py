@@ -33,7 +33,7 @@ from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import figures
 from pcagpt.rows import Recipe, Row
-from pcagpt.run import digests, fingerprint
+from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.folder import FolderState, read_record, read_result, write_record
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
@@ -912,10 +912,14 @@ def test_factors_whose_weights_cannot_be_read_now_stay(copied_sweep, monkeypatch
     shutil.rmtree(folder / "best_k8" / "factors")
     before = snapshot(folder / "best_k8")
 
-    def fail(path):
-        raise Unreadable(f"{path}: input/output error")
+    load_weights = checkpoint.load_weights
 
-    monkeypatch.setattr(export.checkpoint, "load_weights", fail)
+    def fail(path):
+        if "best" in str(path):
+            raise Unreadable(f"{path}: input/output error")
+        return load_weights(path)
+
+    monkeypatch.setattr(checkpoint, "load_weights", fail)
     with pytest.raises(Unreadable, match="input/output error"):
         sweep_of(copied_sweep)
     assert snapshot(folder / "best_k8") == before
