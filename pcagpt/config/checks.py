@@ -299,6 +299,12 @@ def _check_read(settings: Settings) -> None:
                 f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
                 f"{remedy}"
             )
+    rank, ranks = settings.model.n_embd_wte, settings.ranks
+    if task == "train" and rank and ranks not in (KNOBS["ranks"].default, (rank,)):
+        raise UserError(
+            f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
+            f"{rank}: set only --config.model.n_embd_wte"
+        )
     chosen = settings.factorize
     if chosen.statistics and not METHODS[chosen.method].needs_statistics:
         needing = (name for name, method in METHODS.items() if method.needs_statistics)
