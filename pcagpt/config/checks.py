@@ -15,7 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
-from pcagpt.methods import CODED, CODES, METHODS, RIVALS
+from pcagpt.methods import CODES, METHODS, RIVALS
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -338,13 +338,14 @@ def _check_bounds(settings: Settings) -> None:
     if bounds and methods <= RIVALS.keys():
         raise UserError(
             f"compress.{bounds[0]} is set, but tables of {compress.methods} are only "
-            f"for comparison: add {CODED} or a method that makes factors to "
-            "compress.methods"
+            f"for comparison: add {', '.join(CODES)} or a method that makes factors "
+            "to compress.methods"
         )
     if compress.max_params and not methods & METHODS.keys():
         raise UserError(
-            "compress.max_params is set, but coded and packed tables have as many "
-            "numbers as D's table: add a method that makes factors to compress.methods"
+            f"compress.max_params is set, but {' and '.join(CODES)} tables have as "
+            "many numbers as D's table: add a method that makes factors to "
+            "compress.methods"
         )
     if bounds and compress.recover_ranks:
         raise UserError(
