@@ -151,7 +151,7 @@ def read_json(
 ) -> dict[str, Any] | None:
     """The JSON object in a file, without its seal, or None if there is no file.
 
-    `has_infinities` accepts NaN and the infinities as None, for files of old versions.
+    `has_infinities` accepts the infinities as None, for files of old versions.
 
     Raises:
       UserError: the file cannot be read, holds no JSON object, or was changed after
@@ -198,16 +198,24 @@ def parse_json(text: bytes, has_infinities: bool = False) -> Any:
     """The value of strict JSON in UTF-8; ValueError for anything else."""
 
     def refuse(word: str) -> None:
-        if not has_infinities:
+        if word == "NaN" or not has_infinities:
             raise ValueError(f"{word} is not JSON")
 
     def finite(digits: str) -> float:
         number = float(digits)
         return number if math.isfinite(number) else refuse(digits)
 
+    def whole(digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python converts only some thousand digits.
+            raise ValueError("a number is too long") from None
+
     try:
         decoded = text.decode("utf-8-sig")  # Some editors begin a file with a mark.
-        value = json.loads(decoded, parse_constant=refuse, parse_float=finite)
+        value = json.loads(
+            decoded, parse_constant=refuse, parse_float=finite, parse_int=whole
+        )
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # No lone surrogates.
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -62,7 +62,7 @@ def corpus(corpus_folder, place):
         ({"mesh.data": 9}, "does not fit the 8 devices"),
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"factorize.method": "nmf"}, "it must be one of svd, pca"),
-        ({"init.import_wte_freeze": True}, "set init.import_wte_npy"),
+        ({"init.import_wte_freeze": True}, "the baseline model does not read it"),
         ({"data.source": "nowhere"}, "data source 'nowhere' does not exist"),
         ({"data.tokenizer": "bert"}, "unknown tokenizer 'bert': set --config.data"),
         ({"workdir": "notes.txt"}, "notes.txt is not a writable folder"),

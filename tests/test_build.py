@@ -87,6 +87,11 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_made(sizes):
     assert build_config(ModelSettings(), 50257, device)
 
 
+def test_a_device_that_does_not_tell_its_memory_limits_only_the_blocks():
+    with pytest.raises(UserError, match="weights: 10,000 blocks are the limit; lower"):
+        build_config(ModelSettings(n_layer=10_001), 97, CPU)
+
+
 @pytest.mark.parametrize(
     "table",
     [

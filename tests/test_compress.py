@@ -28,6 +28,7 @@ from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import CODES
 from pcagpt.model import GPT
+from pcagpt.pipeline import compress as task
 from pcagpt.pipeline.compress import _models_to_train, compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
@@ -1214,6 +1215,18 @@ def recovered(config, **overrides):
     settings = {"compress.recover_ranks": (8,), "compress.bits": ()} | overrides
     main.run(Settings.of(changed(config, **settings)), "a command", print_only=False)
     return json.loads((folder_of(config) / "sweep.json").read_text())
+
+
+def test_a_result_of_d_without_its_steps_is_of_its_last_step(asked, monkeypatch):
+    path = Path(asked.model_path) / "result.json"
+    result = json.loads(path.read_text())
+    del result["steps"]
+    write_json(path, result)
+    trained = []
+    monkeypatch.setattr(task, "sweep", lambda *_, **__: None)
+    monkeypatch.setattr(task, "_recover", lambda *given: trained.append(given))
+    compress(Settings.of(changed(asked, **{"compress.recover_ranks": (8,)})), "")
+    assert len(trained) == 1
 
 
 def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):

@@ -185,7 +185,7 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         (EXPERIMENT | {"distill.share": 0.5}, "but no model has a teacher"),
         (COMPRESS | {"distill.share": 0.5}, "but no model has a teacher"),
         (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
-        (A | {"ranks": (64,)}, "the rank of one model is --config.model.n_embd_wte"),
+        (A | {"ranks": (64,)}, "ranks is (64,), but one model is trained"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
         ({"arm": "pca_finetune"}, "n_embd_wte=128, or --config.init.weights_from=RUN"),
         ({"model.n_embd_wte": 64}, "model.n_embd_wte is 64, but D has a full table"),
@@ -194,6 +194,33 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         ({"arm": "pca"} | BANDS, "only the random model"),
         (RANDOM | BANDS | {"factorize.bands": 3}, "band_sizes and factorize.bands are"),
         (RANDOM | BANDS | {"init.import_bands": "x"}, "and init.import_bands are both"),
+        *(
+            (A | knob | {"init.import_wte_npy": "x"}, "and init.import_wte_npy are")
+            for knob in ({"factorize.bands": 7}, {"factorize.method": "context"})
+        ),
+        (
+            EXPERIMENT | {"factorize.bands": 7, "init.import_wte_npy": "x"},
+            "factorize.bands and init.import_wte_npy are both set",
+        ),
+        (
+            A | {"factorize.bands": 7, "init.import_bands": "x"},
+            "factorize.bands and init.import_bands are both set",
+        ),
+        (WEIGHTS | {"factorize.bands": 7}, "factorize.bands and init.weights_from are"),
+        (
+            A | {"init.import_bands": "x", "init.import_scale_matrices_npz": "y"},
+            "init.import_bands and init.import_scale_matrices_npz are both set",
+        ),
+        *(
+            (
+                EXPERIMENT | {"experiment.arms": "random", path: value},
+                f"{path} is set, but the random model does not read it: use --config=",
+            )
+            for path, value in (
+                ("init.import_wte_npy", "x"),
+                ("init.import_wte_freeze", True),
+            )
+        ),
         (WEIGHTS | {"arm": "pca"}, "init.weights_from is set for arm pca"),
         (WEIGHTS | {"init.keep": "std"}, "init.keep is set beside init.weights_from"),
         (
@@ -230,6 +257,9 @@ def test_knobs_that_contradict_each_other_are_refused(values, words):
         RANDOM | {"model.n_embd_wte": 768},
         {"task": "factorize", "model_path": "x.npy", "ranks": (1000,)},
         EXPERIMENT | {"ranks": (64, 1, 768)},
+        EXPERIMENT | {"init.import_wte_npy": "x", "init.import_wte_freeze": True},
+        EXPERIMENT | {"factorize.bands": 7, "factorize.method": "context"},
+        A | {"init.import_wte_npy": "x", "init.import_scale_matrices_npz": "y"},
         WEIGHTS | {"arm": "pca_finetune"},
         WEIGHTS | BANDS | {"arm": "pca_finetune"},
         WEIGHTS | {"distill.teacher": "x", "distill.share": 0.5},
@@ -315,5 +345,11 @@ def test_whole_numbers_can_be_short():
 
 
 def test_a_word_that_is_no_utf8_is_refused():
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8: write it in UTF-8$"):
         command_line.parse(["pcagpt", "--config.workdir=a\udcff"])
+
+
+def test_utf8_that_the_locale_cannot_read_names_the_locale():
+    word = "--config.sample.prompt=é".encode().decode("ascii", "surrogateescape")
+    with pytest.raises(UserError, match="locale cannot .*: set LC_ALL=C.UTF-8$"):
+        command_line.parse(["pcagpt", word])

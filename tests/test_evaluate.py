@@ -23,6 +23,7 @@ from pcagpt.files import write_json
 from pcagpt.model import GPT, HeadBand
 from pcagpt.pipeline import evaluate as task
 from pcagpt.pipeline import tasks
+from pcagpt.run.checkpoint import save_weights
 from pcagpt.run.evaluator import (
     Evaluator,
     TokenScores,
@@ -441,6 +442,33 @@ def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):
     assert before.keys() - snapshot(folder).keys() == {
         f"{split}.bin" for split in ("train", "val", "test")
     }
+
+
+@pytest.mark.parametrize("data", [{}, {"data": {}}])
+def test_a_model_that_names_no_corpus_is_evaluated_only_on_one_that_is_named(
+    data, own_corpus
+):
+    config, folder = own_corpus
+    run = Run.open(config.model_path)
+    record = {name: run.record[name] for name in ("model", "vocab_size")}
+    model = run.folder.with_name("elsewhere")
+    save_weights(model, run.weights)
+    write_json(model / "config.json", record | data)
+    config.model_path = str(model)
+    before = snapshot(Path(config.workdir))
+    message = "does not say what it was trained on: name a corpus as --config.data.sour"
+    fisher = {"ranks": (4,), "factorize.method": "fisher"}
+    for asked in (
+        {},
+        {"data.tokenizer": "gpt2"},
+        {"task": "compress", "ranks": (4,)},
+        {"task": "factorize"} | fisher,
+    ):
+        with pytest.raises(UserError, match=f"elsewhere {message}"):
+            tasks.do(Settings.of(changed(config, **asked)), "a command")
+    assert snapshot(Path(config.workdir)) == before
+    result = evaluate(changed(config, **{"data.source": str(folder)}))
+    assert result["is_own_corpus"] is None
 
 
 def test_a_changed_corpus_of_text_is_named_by_its_text(own_corpus):

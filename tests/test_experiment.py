@@ -322,8 +322,8 @@ def test_missing_factors_are_refused_with_all_that_they_depend_on(copied):
     with pytest.raises(UserError, match="pca_factorized lacks rank 4") as caught:
         execute(config)
     assert "--config=configs/factorize.py" in str(caught.value)
-    batch = {"train.batch_size": 8}
-    for knob, value in (kl | batch).items():
+    data = {"train.batch_size": 8, "data.source": config.data.source}
+    for knob, value in (kl | data).items():
         assert f"--config.{knob}={value}" in str(caught.value)
 
 

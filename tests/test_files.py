@@ -44,6 +44,24 @@ def test_json_is_strict_in_both_directions(tmp_path):
     assert files.read_json(tmp_path / "none.json", "delete it") is None
 
 
+def test_older_files_may_hold_infinities_but_no_nan(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": Infinity, "b": [-Infinity, 1e999]}')
+    expected = {"a": None, "b": [None, None]}
+    assert files.read_json(path, "delete it", has_infinities=True) == expected
+    path.write_text('{"a": NaN}')
+    with pytest.raises(UserError, match="NaN is not JSON"):
+        files.read_json(path, "delete it", has_infinities=True)
+
+
+def test_a_number_that_python_does_not_convert_is_damage(tmp_path):
+    path = tmp_path / "a.json"
+    for sign in ("", "-"):
+        path.write_text(f'{{"a": {sign}{"7" * 5000}}}')
+        with pytest.raises(UserError, match=r"\(a number is too long\): delete it"):
+            files.read_json(path, "delete it")
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
 def test_damaged_json_says_what_to_do(content, tmp_path):
     path = tmp_path / "a.json"

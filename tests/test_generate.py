@@ -13,6 +13,7 @@ from command_line import call
 from runs import BANDS, changed, execute, gpt_config, json_of, setup, start
 
 from pcagpt.config import Settings
+from pcagpt.config.schema import ModelSettings
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.model import GPT
@@ -20,6 +21,7 @@ from pcagpt.pipeline import sample
 from pcagpt.run import checkpoint, folder
 from pcagpt.run import generate as generation
 from pcagpt.run.generate import generate
+from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -253,6 +255,36 @@ def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_pa
 def test_that_a_run_cannot_be_sampled_is_said_before_training(tiny_config, capsys):
     execute(changed(tiny_config, **{"train.steps": 2, "train.warmup_steps": 1}))
     assert capsys.readouterr().out.count("models cannot be sampled, unless") == 1
+
+
+def test_many_samples_are_drawn_in_batches_of_bounded_memory(talker, monkeypatch):
+    """The first ones are the same as without further batches."""
+    words = ("--config.sample.prompt=A", "--config.sample.tokens=9")
+    two = ask(talker, *words, "--config.sample.count=2").out
+    config = Run.open(talker).config(ModelSettings())
+    monkeypatch.setattr(generation, "BATCH_BYTES", 0)
+    assert generation.samples_at_once(config) == 1
+    monkeypatch.setattr(sample, "samples_at_once", lambda _: 2)
+    done = ask(talker, *words, "--config.sample.count=5")
+    assert done.out.startswith(two.removesuffix("\n"))
+    assert len(set(done.out.rstrip("\n").split("\n---\n"))) == 5
+    assert "27/27 100%" in done.err
+
+
+def test_a_count_beyond_the_memory_can_be_interrupted(talker, monkeypatch):
+    sizes = []
+
+    def one_batch(model, variables, prompt, samples, *_):
+        if sizes:
+            raise KeyboardInterrupt
+        sizes.append(samples)
+        return iter(2 * [np.full(samples, 70)])
+
+    monkeypatch.setattr(sample, "generate", one_batch)
+    words = ("--config.sample.tokens=2", "--config.sample.count=100000000")
+    done = ask(talker, *words)
+    assert (done.code, "interrupted" in done.err) == (1, True)
+    assert 1 <= sizes[0] <= 10**6
 
 
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):

@@ -619,6 +619,10 @@ def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_pa
     write_sweep_report(tmp_path, sweep | {"recovered": [trained]})
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "|  | svd | k=4 | 3.2500 | +0.2500 | +0.200 to +0.300 | – |" in text
+    unknown = trained | {"added_at_start": None}  # Its log was lost.
+    write_sweep_report(tmp_path, sweep | {"recovered": [unknown]})
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "|  | pca | k=4 | – | – | – | – |" in text
     write_sweep_report(tmp_path, sweep_of([sweep_row("pca")]))
     assert "±" not in (tmp_path / "report.md").read_text("utf-8")
 

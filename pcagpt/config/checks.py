@@ -17,6 +17,15 @@ from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
+# Each of these groups of knobs determines the token table or its bands.
+_TABLE_KNOBS = (
+    ("model.band_sizes",),
+    tuple(path for path in KNOBS if path.startswith("factorize.")),
+    ("init.import_bands",),
+    ("init.import_wte_npy", "init.import_scale_matrices_npz"),
+    ("init.weights_from",),
+)
+
 
 def ranks_of(text: str) -> tuple[int, ...]:
     """'64,128' -> (64, 128), for `configs/experiment.py:64,128`."""
@@ -61,7 +70,7 @@ def methods_of(text: str) -> list[str]:
 
 
 def validate(settings: Settings) -> None:
-    """As `check_rules`; also for knobs that the task does not read."""
+    """Does what `check_rules` does, and refuses knobs that the task does not read."""
     check_rules(settings)
     _check_read(settings)
 
@@ -88,9 +97,9 @@ def check_rules(settings: Settings) -> None:
     if settings.compress.methods:
         methods_of(settings.compress.methods)
     _check_ranks(settings)
+    _check_weights_from(settings)
     _check_bands(settings)
     _check_table(settings)
-    _check_weights_from(settings)
     _check_imports(settings)
     _check_bounds(settings)
     if TASKS[settings.task].model and not settings.model_path:
@@ -198,25 +207,23 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model can set its bands, and only one knob may set them."""
-    model, init = settings.model, settings.init
-    if not model.band_sizes:
-        return
+    """Only the random model can set its bands. One group of `_TABLE_KNOBS` is set."""
     is_random = (settings.task, settings.arm) == ("train", "random")
-    if not is_random and not init.weights_from:
+    has_source = bool(settings.init.weights_from)
+    if settings.model.band_sizes and not is_random and not has_source:
         raise UserError(
             "model.band_sizes is set: only the random model (configs/random_k128.py) "
             "can have several bands"
         )
-    for path, is_set in (
-        ("factorize.bands", settings.factorize.bands > 1),
-        ("init.import_bands", init.import_bands),
-    ):
-        if is_set:
-            raise UserError(
-                f"model.band_sizes and {path} are both set, but both determine the "
-                "bands: leave one out"
-            )
+    changed = {p for p, value in settings.flat().items() if value != KNOBS[p].default}
+    if has_source:  # The bands are those of this run.
+        changed.discard("model.band_sizes")
+    found = [[path for path in knobs if path in changed] for knobs in _TABLE_KNOBS]
+    if len(both := [paths[0] for paths in found if paths]) > 1:
+        raise UserError(
+            f"{both[0]} and {both[1]} are both set, but both determine the token "
+            "table: leave one out"
+        )
 
 
 def _check_table(settings: Settings) -> None:
@@ -258,27 +265,33 @@ def _check_weights_from(settings: Settings) -> None:
 
 def _check_imports(settings: Settings) -> None:
     """An arm takes from other runs only what `ARMS` says."""
-    arm, init = ARMS[settings.arm], settings.init
-    if settings.task != "train" or init.weights_from:
+    init, flat, names = settings.init, settings.flat(), _arms(settings)
+    if init.weights_from:
         return
-    copies_bands = arm.has_bands_of_a and (
+    arms = [ARMS[name] for name in names]
+    copies_bands = any(arm.has_bands_of_a for arm in arms) and (
         init.import_bands or settings.factorize.bands > 1
     )
-    takes_factors, a = "factors" in arm.takes, "--config=configs/pca_k128.py"
-    flat, b = settings.flat(), "--config=configs/pca_finetune_k128.py"
+    takes_factors = any("factors" in arm.takes for arm in arms)
+    a, b = "--config=configs/pca_k128.py", "--config=configs/pca_finetune_k128.py"
     taught = "--config.arm=pca_distill, or configs/recover.py"
     for path, is_taken, remedy in (
         ("init.import_wte_npy", takes_factors, a),
         ("init.import_scale_matrices_npz", takes_factors, a),
+        ("init.import_wte_freeze", takes_factors, a),
+        ("init.import_scale_matrices_freeze", takes_factors, a),
         ("init.import_bands", takes_factors or copies_bands, a),
-        ("init.blocks_from", "blocks" in arm.takes, b),
-        ("distill.teacher", arm.is_taught, taught),
+        ("init.blocks_from", any("blocks" in arm.takes for arm in arms), b),
+        ("distill.teacher", any(arm.is_taught for arm in arms), taught),
     ):
-        if flat[path] and not is_taken:
+        if flat[path] and not is_taken and settings.task in readers_of(path)[0]:
             raise UserError(
-                f"{path} is set, but the {settings.arm} model does not read it: use "
-                f"{remedy}"
+                f"{path} is set, but the {', '.join(names)} model does not read it: "
+                f"use {remedy}"
             )
+    if settings.task != "train":
+        return
+    arm = ARMS[settings.arm]
     if init.keep not in ("all", "shape" if copies_bands else arm.keep):
         controls = (name for name, other in ARMS.items() if other.keep == init.keep)
         remedy = f"use --config.arm={next(controls, 'random with init.import_bands')}"
@@ -288,8 +301,13 @@ def _check_imports(settings: Settings) -> None:
         )
 
 
+def _arms(settings: Settings) -> list[str]:
+    """The arms that a command trains, without the D of an experiment."""
+    return arms_of(settings) if settings.task == "experiment" else [settings.arm]
+
+
 def _check_read(settings: Settings) -> None:
-    """A task reads what is set for it."""
+    """A knob of `_READERS` is refused if the task does not read it."""
     flat, task = settings.flat(), settings.task
     for path, value in flat.items():
         tasks, remedy = readers_of(path)
@@ -299,6 +317,12 @@ def _check_read(settings: Settings) -> None:
                 f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
                 f"{remedy}"
             )
+    rank, ranks = settings.model.n_embd_wte, settings.ranks
+    if task == "train" and rank and ranks not in (KNOBS["ranks"].default, (rank,)):
+        raise UserError(
+            f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
+            f"{rank}: set only --config.model.n_embd_wte"
+        )
     chosen = settings.factorize
     if chosen.statistics and not METHODS[chosen.method].needs_statistics:
         needing = (name for name, method in METHODS.items() if method.needs_statistics)
@@ -306,10 +330,9 @@ def _check_read(settings: Settings) -> None:
             f"factorize.statistics is set, but factorize.method is '{chosen.method}', "
             f"which needs none: choose one of {', '.join(needing)}"
         )
-    arms = arms_of(settings) if task == "experiment" else [settings.arm]
-    is_taught = settings.distill.teacher or any(ARMS[arm].is_taught for arm in arms)
+    is_taught = any(ARMS[arm].is_taught for arm in _arms(settings))
     if flat["distill.share"] != KNOBS["distill.share"].default and not (
-        is_taught or settings.compress.recover_ranks
+        is_taught or settings.distill.teacher or settings.compress.recover_ranks
     ):
         raise UserError(
             "distill.share is set, but no model has a teacher: leave it out, or name "

@@ -67,9 +67,11 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     """
     for word in arguments:
         if any("\udc80" <= letter <= "\udcff" for letter in word):
-            raise UserError(
-                f"{word!r} is not UTF-8: write it in UTF-8, with LANG=C.UTF-8"
-            )
+            try:
+                os.fsencode(word).decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{word!r} is not UTF-8: write it in UTF-8") from None
+            raise UserError(f"this locale cannot read {word!r}: set LC_ALL=C.UTF-8")
     source, words = _take_config_file(arguments)
     words = [_plain_number(word) for word in words]
     for word in words[1:]:

@@ -222,7 +222,8 @@ class CompressSettings:
         0.0,
         "find the smallest table that adds at most this loss. It has the first of "
         f"{', '.join(CODES)} that is in methods, otherwise factors. D's own table in "
-        "compress.bits is tried, too, unless methods has only codes. 0: no bound",
+        "compress.bits is tried if methods has baseline or a method that makes "
+        "factors. 0: no bound",
         at_least(0),
     )
     max_params: int = knob(
@@ -235,9 +236,9 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "afterwards train the best factors of each of these ranks, and the best codes "
-        "that can be trained, with and without D as teacher, and D for the same steps; "
-        "with D's own train settings and seed",
+        "then train further the best factors and codes of these ranks (packed ones "
+        "cannot be trained), each on the text and on D's predictions; and D, for the "
+        "same steps. D's train settings and seed apply.",
     )
 
     @property
@@ -255,8 +256,8 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all (default sweep on a "
-        f"CPU: {CPU.max_tokens})",
+        "evaluate, compress: number of tokens to predict; 0: all, except a CPU sweep "
+        f"without chosen methods, bands or calibration: {CPU.max_tokens}",
         at_least(0),
     )
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    """Which knobs a task needs.
+    """What a task needs and does.
 
     makes_jobs: it has a plan of jobs; model: it reads the model of `model_path`; ranks:
     it makes a table for each of `ranks`; resumes: after an interruption, the same
@@ -27,9 +27,8 @@ TASKS = {
 }
 
 _TRAINING = ("train", "experiment")
-# {knob or section: (the tasks that read it, what to do in another task)}, for what is
-# made or measured. Commands of all tasks may share the other knobs: those of the data,
-# the budget, the machine and the logs.
+# Tasks that read a knob or section, and the remedy in other tasks. A knob that is not
+# listed may be set for every task.
 _READERS = {
     "arm": (("train",), "an experiment has experiment.arms"),
     "model_path": (
@@ -37,9 +36,9 @@ _READERS = {
         "train a run further with configs/recover.py",
     ),
     "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
+    # A config of an experiment may also train its D alone.
     "ranks": (
-        tuple(name for name, task in TASKS.items() if task.ranks),
-        "the rank of one model is --config.model.n_embd_wte",
+        ("train", *(name for name, task in TASKS.items() if task.ranks)), "leave it out"
     ),
     "model.n_embd_wte": (
         ("train", "evaluate", "sample"), "set its ranks with --config.ranks"

@@ -186,7 +186,7 @@ def _check_recoverable(
         return
     _models_to_train(models, ranks)
     result = read_result(run.folder)
-    if result is None or result["steps"] != run.step:
+    if result is None or result.get("steps", run.step) != run.step:
         raise UserError(
             f"compress.recover_ranks is set, but {settings.model_path} is not "
             "the last step of a finished run: D can be trained further only from there"

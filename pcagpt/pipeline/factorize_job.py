@@ -40,7 +40,7 @@ class FactorizeJob(Job):
     """A factorization.
 
     source: a run, one of its checkpoints, or a .npy table [V, D]; settings: `ranks` and
-    `factorize` define the factorization, `compress` and `train.batch_size` the
+    `factorize` define the factorization, `compress`, `data` and `train.batch_size` the
     calibration.
     """
 
@@ -308,7 +308,7 @@ class FactorizeJob(Job):
     def _how_to_make(self) -> tuple[str, str, Settings]:
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
         # Statistics also depend on these.
-        kept += ("compress.calibration_tokens", "train.batch_size")
+        kept += ("compress.calibration_tokens", "train.batch_size", "data")
         values = {path: operator.attrgetter(path)(self.settings) for path in kept}
         settings = Settings(model_path=str(self.source)).replace(values)
         return f"lacks {self.amount}", "configs/factorize.py", settings

@@ -9,7 +9,7 @@ from pcagpt.config import Settings
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError
-from pcagpt.run.generate import generate
+from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
@@ -33,27 +33,30 @@ def sample(settings: Settings) -> list[str]:
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
     prompt = np.array(text or _beginning(tokenizer), np.int32)
     model, variables = run.load(settings.model)
-    drawn = generate(
-        model,
-        variables,
-        prompt,
-        options.count,
-        settings.seed,
-        options.temperature,
-        options.top_k,
-        tokenizer.n_vocab,
-    )
-    found, total = [], options.tokens
-    with Progress(f"sampling from {run.folder.name}", total) as progress:
-        drawn = progress.track(itertools.islice(drawn, total))
-        for number, drawn_B in enumerate(drawn):
-            found.append(drawn_B)
-            if number >= FETCH_DELAY:
-                found[-1 - FETCH_DELAY] = np.asarray(found[-1 - FETCH_DELAY])
-    samples = []
-    for tokens in np.stack(found, axis=1).tolist():
-        kept = itertools.takewhile(lambda token: token != end, tokens)
-        samples.append(tokenizer.decode([*text, *kept]))
+    samples, at_once = [], samples_at_once(model.config)
+    firsts, total = range(0, options.count, at_once), options.tokens
+    label = f"sampling from {run.folder.name}"
+    with Progress(label, len(firsts) * total) as progress:
+        for batch, first in enumerate(firsts):
+            drawn = generate(
+                model,
+                variables,
+                prompt,
+                min(at_once, options.count - first),
+                settings.seed,
+                options.temperature,
+                options.top_k,
+                tokenizer.n_vocab,
+                batch,
+            )
+            found = []
+            for drawn_B in progress.track(itertools.islice(drawn, total)):
+                found.append(drawn_B)
+                if len(found) > FETCH_DELAY:
+                    found[-1 - FETCH_DELAY] = np.asarray(found[-1 - FETCH_DELAY])
+            for tokens in np.stack(found, axis=1).tolist():
+                kept = itertools.takewhile(lambda token: token != end, tokens)
+                samples.append(tokenizer.decode([*text, *kept]))
     return samples
 
 

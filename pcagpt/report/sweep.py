@@ -109,7 +109,7 @@ def equal_size_table(sweep: dict[str, Any]) -> Markdown:
 
 def recovery_table(sweep: dict[str, Any]) -> Markdown:
     """Added loss of compressed models before and after training, and of D+."""
-    recovered, rows = sweep["recovered"], []
+    recovered, rows, loss = sweep["recovered"], [], baseline_of(sweep)["loss"]
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         measured = {
             row_name(row.method, row.bands): row
@@ -126,7 +126,8 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
         for name, added in untrained.items():
             interval = measured[name].added_loss_interval if name in measured else None
             start = {"name": name, "rank": rank, "added_loss": added}
-            rows.append(start | {"interval": interval})
+            val_loss = None if added is None else loss + added
+            rows.append(start | {"val_loss": val_loss, "interval": interval})
             for row in runs.get(name, ()):
                 on = " on D's predictions" if row["letter"] == "Bd" else ""
                 rows.append(row | {"name": f"{name}, trained further{on}"})
@@ -134,8 +135,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
         if row["rank"] is None:
             none = {"less_continued": None, "less_continued_interval": None}
             rows.append(row | none | {"name": "D, trained further"})
-    loss = baseline_of(sweep)["loss"]
-    return render("recovery.md.j2", rows=rows, loss=loss, interval_name=INTERVAL)
+    return render("recovery.md.j2", rows=rows, interval_name=INTERVAL)
 
 
 def _accuracy(rows: list[Row]) -> dict[str, Any] | None:

@@ -88,14 +88,16 @@ def _check_blocks(model: ModelSettings) -> None:
 
 def _check_memory(config: GPTConfig, memory: float) -> None:
     """Raises UserError for a model that cannot be, before anything is allocated."""
-    needed = weight_bytes(config)
+    needed, limit = weight_bytes(config), f"{MOST_LAYERS:,} blocks"
     if needed > memory or config.n_layer > MOST_LAYERS:
+        if memory < math.inf:  # Some devices do not tell it.
+            limit += f" and the {memory:,} bytes of the devices"
         raise UserError(
             f"a model of {config.n_layer:,} blocks of width {config.n_embd:,}, "
             f"{config.block_size:,} tokens and a vocabulary of "
             f"{config.padded_vocab_size:,} has {needed:,} bytes of weights: "
-            f"{MOST_LAYERS:,} blocks and the {memory:,} bytes of the devices are the "
-            "limit; lower model.n_layer, model.n_embd or model.block_size"
+            f"{limit} are the limit; lower model.n_layer, model.n_embd or "
+            "model.block_size"
         )
 
 

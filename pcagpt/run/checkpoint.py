@@ -307,10 +307,14 @@ def _move_damaged_metadata_aside(run_dir: Path) -> None:
 @jax.jit
 def _is_sane(items: dict) -> jax.Array:
     """Whether all values are finite, and those of weights no larger than LARGEST."""
+
+    def limit(item: str, leaf: jax.Array) -> float:
+        return LARGEST if item == "weights" else jnp.finfo(leaf.dtype).max
+
     return jnp.all(
         jnp.stack(
             [
-                jnp.all(jnp.abs(leaf) <= (LARGEST if name == "weights" else jnp.inf))
+                jnp.all(jnp.abs(leaf) <= limit(name, leaf))
                 for name, item in items.items()
                 for leaf in jax.tree.leaves(item)
                 if jnp.issubdtype(leaf.dtype, jnp.floating)

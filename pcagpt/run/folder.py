@@ -187,8 +187,8 @@ class FolderState:
         """Whether training wrote the record and all checkpoints.
 
         Each checkpoint's number then equals the updates stored in it. A compressed
-        model was not trained. In a folder that a person put together, a checkpoint need
-        not have an optimizer, or the number of updates that it has done.
+        model was not trained. A person's folder may hold checkpoints without an
+        optimizer, or with wrong numbers.
         """
         stored = self.stored or {}
         if "compressed" in stored or not _OURS & stored.keys():

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.model import GPT
+from pcagpt.model import GPT, GPTConfig
 
+BATCH_BYTES = 2**32  # of memory for the samples that are drawn at once
 LEAST_CAPACITY = 128  # tokens; a power of 2
 LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn
 
@@ -28,6 +29,18 @@ class Sampler(NamedTuple):
     known_ids: int
 
 
+def samples_at_once(config: GPTConfig) -> int:
+    """How many samples need about BATCH_BYTES in float32; at least 1.
+
+    It does not depend on the device, so that a seed draws the same samples on all.
+    """
+    length, width = config.block_size, config.n_embd
+    kept = (2 * config.n_layer + 12) * length * width  # keys, values; one block's x
+    scores = 2 * config.n_head * length**2
+    logits = 4 * config.padded_vocab_size
+    return max(1, BATCH_BYTES // (4 * (kept + scores + logits)))
+
+
 def generate(
     model: GPT,
     variables: dict,
@@ -37,6 +50,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     known_ids: int | None = None,
+    batch: int = 0,
 ) -> Iterator[jax.Array]:
     """Draws the next token of each sample, int32 [B], without end.
 
@@ -53,8 +67,10 @@ def generate(
       temperature: divides the logits; 0 takes the most likely token.
       top_k: draws from the k most likely tokens only; 0 means all.
       known_ids: draws only ids below it, those of the tokenizer; None means all.
+      batch: another number draws other samples.
     """
     length, key = model.config.block_size, jax.random.key(seed)
+    key = jax.random.fold_in(key, batch) if batch else key
     known_ids = known_ids or model.config.vocab_size
     sampler = Sampler(model, temperature, top_k, known_ids)
     prompt = np.asarray(prompt, np.int32)[-length:]

@@ -122,7 +122,7 @@ def check_rank(settings: Settings) -> None:
     """Raises UserError if `model.n_embd_wte` is not the size of `init.import_bands`.
 
     The folder and the result of the run state this rank: of a single band that is as
-    large as the table, or of any larger one if all bands have full width.
+    large as the table. If all bands have full width, a larger rank is accepted, too.
     """
     _, table = with_bands(settings)
     given, one = settings.model.n_embd_wte or 0, (len(table.order), table.width, 1)

@@ -173,12 +173,19 @@ class Run:
 
         The run's own folder is found from any working directory. `asked.tokenizer`
         applies to both corpora.
+
+        Raises UserError if none was asked for and the run's record names none.
         """
         if asked.source:
             return asked
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).is_dir()
         tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
+        if not (is_there or self.record.get("data", {}).get("source")):
+            raise UserError(
+                f"{self.folder} does not say what it was trained on: name a corpus as "
+                "--config.data.source"
+            )
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
@@ -191,9 +198,10 @@ class Run:
         All processes must call this.
 
         Raises:
-          UserError: its tokens do not fit the model, a split is missing, or the run's
-            own corpus has changed and `asked` names no other. If the vocabulary or
-            tokenizer that was asked for does not fit, nothing has been tokenized.
+          UserError: its tokens do not fit the model, a split is missing, or `asked`
+            names no corpus and the run's own is unknown or has changed. If the
+            vocabulary or tokenizer that was asked for does not fit, nothing has been
+            tokenized.
         """
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
