@@ -20,10 +20,11 @@ class Unreadable(UserError):
     """The system did not let a file be read. The file may be undamaged."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal asked to stop, and everything done so far is saved.
 
-    `number` is the signal's. The exit code depends on it, see `pcagpt.main`.
+    `number` is the signal's. The exit code depends on it, see `pcagpt.main`. It is no
+    Exception, so that a library does not swallow it.
     """
 
     def __init__(self, message: str, number: int = signal.SIGINT):

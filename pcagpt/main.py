@@ -35,10 +35,14 @@ import sys
 import traceback
 
 from pcagpt import process
-from pcagpt.config import Settings, command_line, validate
-from pcagpt.config.tasks import TASKS
 from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, REFUSED, SUCCEEDED
+
+if __name__ == "__main__":
+    process.end_at_signals()  # Before the other imports, which take a moment.
+
+from pcagpt.config import Settings, command_line, validate
+from pcagpt.config.tasks import TASKS
 
 _HOST_OUT_OF_MEMORY = (
     "this machine's main memory is exhausted: end other programs, or use a machine "
@@ -72,7 +76,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted as error:
         return _say(str(error), process.exit_code(error.number))
     except KeyboardInterrupt:
-        return _say("interrupted", FAILED)
+        return _say(process.STOPPED, FAILED)
     except MemoryError:
         return _say(_HOST_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:

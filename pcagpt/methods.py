@@ -60,7 +60,7 @@ class Method:
 
     weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # from a table [V, D]
     needs_statistics: bool
-    weighs_tokens: bool  # a sweep tries only such methods in frequency bands
+    weighs_tokens: bool  # whether it weights tokens; a sweep puts no other into bands
     colour: str  # in figures
 
 
@@ -130,11 +130,21 @@ METHODS = {
 FEWEST_FACTOR_BITS = 4  # The product of factors in fewer bits is far from their table.
 
 
-# The "methods" of tables that are stored as codes, with their colours; `pcagpt.coding`
-# makes them. Coded tables are entropy-coded and make the smallest files. A model reads
-# packed tables, with codes of fixed widths, in place.
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A way to store a table as codes."""
+
+    words: str  # for --help
+    colour: str  # in figures
+
+
+# The "methods" of tables that are stored as codes; `pcagpt.coding` makes them. A search
+# for a loss tries the first one: its files are smallest.
 CODED, PACKED = "coded", "packed"
-CODES = {CODED: "#222222", PACKED: "#cc79a7"}
+CODES = {
+    CODED: Code("an entropy-coded file", "#222222"),
+    PACKED: Code("codes that the model reads in place", "#cc79a7"),
+}
 OWN_TABLE = "baseline"  # the "method" of D's own table, rounded: D's name in `ARMS`
 
 

@@ -1,5 +1,6 @@
 """This process: its environment, its streams, its signals and its end."""
 
+import atexit
 import codecs
 import contextlib
 import ctypes
@@ -21,11 +22,12 @@ from pcagpt.errors import Interrupted, explain
 
 SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
-STOPS = (signal.SIGTERM, *WARNINGS)
+STOPS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 SEARCH_INTERRUPTED = (
     "interrupted: a search for a bound saves only the model's statistics; run the same "
     "command again to search from the start"
 )
+STOPPED = "interrupted"  # before a task begins, and after its end
 INTERRUPTED = {  # by whether the task resumes
     True: "interrupted: run the same command again to continue",
     False: "interrupted: nothing was saved; run the same command again to start over",
@@ -81,8 +83,12 @@ def prepare() -> None:
 def _report_unraisable(unraisable: Any) -> None:
     """Hides tensorstore's messages about failed writes, which come without an object.
 
-    Nothing is lost, because tensorstore also raises the first failure.
+    Nothing is lost, because tensorstore also raises the first failure. Ends the process
+    if a signal came while Python was freeing an object: nobody gets the exception.
     """
+    error = unraisable.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        _end_at_once(str(error) or STOPPED, getattr(error, "number", signal.SIGINT))
     if unraisable.object is not None:
         sys.__unraisablehook__(unraisable)
 
@@ -193,47 +199,68 @@ def exit_code(number: int) -> int:
     return WARNED if number in WARNINGS else FAILED
 
 
+def _end_at_once(message: str, number: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # stderr is closed.
+        os.write(2, f"pcagpt: {message}\n".encode())
+    os._exit(exit_code(number))
+
+
+def end_at_signals() -> None:
+    """Makes `STOPS` end the process with a line, from now on until it has ended."""
+    _handle(lambda number, _: _end_at_once(STOPPED, number))
+    # Runs last: all work is done, and Python soon calls no handlers any more.
+    atexit.register(_handle, signal.SIG_IGN)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None] | int) -> None:
+    for number in STOPS:
+        signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def ended_by_signals(message: str) -> Iterator[None]:
-    """Makes Ctrl-C and `STOPS` end the process at once, with a message.
+    """Makes `STOPS` end the process at once, with a message.
 
     An exception would not do: some libraries swallow it while they are imported.
     """
-
-    def end_at_once(number: int, _) -> None:
-        os.write(2, f"pcagpt: {message}\n".encode())
-        os._exit(exit_code(number))
-
-    with handled(end_at_once, signal.SIGINT, *STOPS):
+    with handled(lambda number, _: _end_at_once(message, number)):
         yield
 
 
 @contextlib.contextmanager
 def interrupted_by_signals(message: str) -> Iterator[None]:
-    """Makes `STOPS` and Ctrl-C raise Interrupted with a message."""
+    """Makes the first of `STOPS` raise Interrupted with a message.
+
+    A second one ends the process at once.
+    """
+    raised: list[Interrupted] = []
 
     def stop(number: int, _) -> None:
-        raise Interrupted(message, number)
+        if raised:
+            _end_at_once(message, raised[0].number)
+        raised.append(Interrupted(message, number))
+        raise raised[0]
 
-    with handled(stop, *STOPS):
-        try:
+    try:
+        with handled(stop):
             yield
-        except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if raised:  # A library may have made another error of it.
+            raise raised[0] from None
+        if type(error) is KeyboardInterrupt:
             raise Interrupted(message) from None
+        raise
 
 
 @contextlib.contextmanager
-def handled(
-    handler: Callable[[int, FrameType | None], None], *numbers: int
-) -> Iterator[None]:
-    """Handles signals within; without effect outside the main thread."""
-    before = {}
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles `STOPS` within; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set handlers.
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
     try:
-        for number in numbers:
-            before[number] = signal.signal(number, handler)
-    except ValueError:  # Only the main thread may set handlers.
-        pass
-    try:
+        _handle(handler)
         yield
     finally:
         for number, earlier in before.items():

@@ -29,8 +29,8 @@ class Recipe:
 
     method: a name in `METHODS`, `CODES` or `RIVALS`; bands: number of frequency bands
     to start from; budget: largest number of stored values (`CODES`: of bytes in the
-    file); rank: of a single band with this budget (`RIVALS`, search for a bound: 0);
-    bits: per stored value, 32 (float32) or at most 8 (`CODES`: 0).
+    file); rank: the rank of one band with this budget; 0 for `RIVALS` and in a search
+    for a bound; bits: per stored value, 32 (float32) or at most 8 (`CODES`: 0).
     """
 
     method: str

@@ -63,7 +63,6 @@ import bench_pcagpt
 import jax
 
 from pcagpt import files
-from pcagpt.errors import Interrupted
 from pcagpt.run import provenance
 
 bench_torch = None
@@ -175,7 +174,7 @@ def main() -> int:
             for model in bench_pcagpt.models(args.size) if args.profile else ():
                 step = bench_pcagpt.Step(args.size, model, args.batches[-1], folder)
                 print(bench_pcagpt.profile(step))
-        except (KeyboardInterrupt, Interrupted):
+        except KeyboardInterrupt:
             print(table(rows))
             problem = "interrupted: only the rounds so far were measured"
     if args.out and rows:

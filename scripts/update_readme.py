@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from pcagpt.arms import ARMS
+from pcagpt.methods import CODED
 from pcagpt.report.sweep import row_name, sweep_view
 from pcagpt.report.text import (
     NOTHING,
@@ -22,6 +23,7 @@ from pcagpt.report.text import (
     with_interval,
 )
 from pcagpt.rows import read_sweep
+from pcagpt.run.folder import read_record, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "checkpoints" / "published"
@@ -94,7 +96,30 @@ def codes_table(folder: Path) -> str:
         f"windows, one seed. {other['device']}, commit {commit}, by this command, and "
         "once without `split`:"
     )
-    return "\n\n".join([table(header, rows, "lrrrrr"), says, f"    {other['command']}"])
+    command, further = f"    {other['command']}", further_table(folder / "further")
+    return "\n\n".join([table(header, rows, "lrrrrr"), says, command, further])
+
+
+def further_table(folder: Path) -> str:
+    """D and models with its coded table, each trained further."""
+    sweep = read_sweep(folder / "sweep.json")
+    coded = {f"best_coded_k{r.rank}": r for r in sweep["rows"] if r.method == CODED}
+    rows, results = [], []
+    for path in sorted(folder.glob("*/result.json")):
+        result, record = read_result(path.parent), read_record(path.parent)
+        source = coded.get(Path(record["init"]["weights_from"]).name)
+        size = f"coded table of {count(source.bytes)} bytes" if source else "D"
+        start = [ARMS[result["arm"]].letter, size, fixed(result["curve"][0][1], 4)]
+        rows.append([*start, fixed(result["val_loss"], 4)])
+        results.append(result)
+    device, commit = results[0]["device"], results[0]["git_commit"][:12]
+    says = (
+        f"Validation loss of a third D, {fixed(sweep['rows'][0].loss, 4)} nats, and of "
+        f"models trained further for {count(results[0]['steps'])} steps, without "
+        f"intervals. Bd learns D's predictions. {device}, commit {code(commit)}, by "
+        "`compress.recover_ranks`:"
+    )
+    return f"{says}\n\n{table(['', 'From', 'Start', 'End'], rows, 'llrr')}"
 
 
 def speed_table(folder: Path) -> str:

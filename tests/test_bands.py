@@ -11,6 +11,7 @@ from pcagpt.factorize import (
     Weighting,
     bands,
     budget_of_rank,
+    least_budget,
     solve,
 )
 from pcagpt.factorize.bands import allocate_ranks, banded, frequency_bands
@@ -139,6 +140,18 @@ def test_a_budget_below_rank_1_is_refused(count, least, says):
     factorize = Factorizer(TABLE, "svd")
     assert factorize(least, count).ranks == (1,) * count
     with pytest.raises(BudgetTooSmall, match=f"is too small {says}"):
+        factorize(least - 1, count)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "count"),
+    [(V, D, 1), (V, D, 4), (70, 8, 12), (65, 20, 7), (64, 5, 3), (30, 6, 3), (2, 3, 2)],
+)
+def test_the_least_budget_is_the_smallest_that_makes_a_table(vocab_size, width, count):
+    factorize = Factorizer(RANDOM.normal(size=(vocab_size, width)), "svd")
+    least = least_budget(vocab_size, width, count)
+    assert factorize(least, count).parameters <= least
+    with pytest.raises(BudgetTooSmall):
         factorize(least - 1, count)
 
 

@@ -231,7 +231,9 @@ def test_weights_are_loaded_with_constants_and_damaged_ones_refused(tmp_path):
     save(tmp_path, {5: 1.0})
     assert_same(checkpoint.load_weights(tmp_path), items_at(5)["weights"])
     damage(tmp_path, 5)
-    with pytest.raises(UserError, match="can be read .*weights.*again") as caught:
+    with pytest.raises(
+        UserError, match="can be read .*weights.*repeat the command"
+    ) as caught:
         checkpoint.load_weights(tmp_path)
     assert "\n" not in str(caught.value)
 

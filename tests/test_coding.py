@@ -16,7 +16,7 @@ from pcagpt.coding import coder
 from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.coder import Reader, Writer
 from pcagpt.coding.distribution import Distribution, frequencies
-from pcagpt.coding.encode import prepare, trial
+from pcagpt.coding.encode import estimate, prepare
 from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
 from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
@@ -180,7 +180,7 @@ def test_rows_are_coded_chunk_by_chunk_as_they_are_together(monkeypatch):
     prepared = prepare(TABLE, FULL)
     made = coding.at_step(prepared, 0.1).table
     *synthesis_KD, mean_D = made.basis.dense()
-    kept_DC = trial(prepared, 0.1).kept_DC
+    kept_DC = estimate(prepared, 0.1).kept_DC
     place_V = np.unique(made.classes, return_inverse=True)[1]
     arguments = TABLE, FULL, np.array(synthesis_KD), mean_D
     together = coefficients(*arguments)
@@ -211,7 +211,7 @@ def test_coding_a_table_takes_little_more_memory_than_the_table():
     prepared = prepare(table.astype(np.float32), weighting)
     size, finest = prepared.table_VD.nbytes, prepared.smallest_step
     assert peak_of(lambda: coding.at_step(prepared, 64 * finest)) < 1.6 * size
-    assert peak_of(lambda: trial(prepared, finest)) < 2 * size
+    assert peak_of(lambda: estimate(prepared, finest)) < 2 * size
 
 
 def test_few_large_tables_of_frequencies_are_kept():
@@ -529,7 +529,7 @@ def test_losses_that_no_step_leads_to_take_the_bytes_of_the_nearest():
     prepared = prepare(TABLE, FULL)
     empty = coding.at_step(prepared, prepared.largest_step)
     assert coding.estimated_bytes(prepared, 1e9) == empty.bytes
-    bits = trial(prepared, prepared.smallest_step).bits
+    bits = estimate(prepared, prepared.smallest_step).bits
     assert coding.estimated_bytes(prepared, 0.0) == round(empty.bytes + bits / 8)
     zeros = prepare(np.zeros((V, D), np.float32), Weighting())
     made = coding.within_bytes(zeros, 10**9)
@@ -550,7 +550,7 @@ def test_estimates_are_close_to_what_encoding_gives():
     prepared = prepare(TABLE, FULL)
     smallest = coding.at_step(prepared, prepared.largest_step).bytes
     for step in (0.02, 0.1):
-        found, made = trial(prepared, step), coding.at_step(prepared, step)
+        found, made = estimate(prepared, step), coding.at_step(prepared, step)
         assert found.loss == pytest.approx(loss_of(made), rel=0.1)
         assert found.bits / 8 == pytest.approx(made.bytes - smallest, rel=0.15)
 

@@ -14,6 +14,7 @@ from command_line import call
 from runs import assert_equal, changed, execute, quick_compiles, snapshot
 
 from pcagpt import coding, files, main, trees
+from pcagpt.compress import export
 from pcagpt.compress import sweep as sweep_module
 from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.codes import KINDS
@@ -21,18 +22,20 @@ from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
 from pcagpt.compress.sweep import _predicted
 from pcagpt.config import Settings, validate
-from pcagpt.config.schema import ModelSettings
-from pcagpt.errors import UserError
+from pcagpt.config.schema import KNOBS, ModelSettings
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
+from pcagpt.methods import CODES
 from pcagpt.model import GPT
 from pcagpt.pipeline import compress as task
-from pcagpt.pipeline.compress import compress
+from pcagpt.pipeline.compress import _models_to_train, compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
+from pcagpt.report import figures
 from pcagpt.rows import Recipe, Row
-from pcagpt.run import fingerprint
-from pcagpt.run.folder import read_record, read_result, write_record
+from pcagpt.run import checkpoint, digests, fingerprint
+from pcagpt.run.folder import FolderState, read_record, read_result, write_record
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -694,7 +697,52 @@ def test_the_same_advice_leaves_a_model_that_a_run_started_from(asked, request):
     assert snapshot(folder / "advised") == before
 
 
+@pytest.mark.parametrize("bound", [{"max_added_loss": 0.1}, {"max_params": 1000}])
+def test_a_bound_whose_methods_do_not_fit_the_bands_is_refused(asked, bound):
+    methods = "svd,coded" if "max_params" in bound else "svd"
+    with pytest.raises(UserError, match=r"\(3,\): list 1 in compress.bands"):
+        advice_of(asked, methods=methods, bands=(3,), **bound)
+    assert not (folder_of(asked) / "advised").exists()
+
+
+def test_a_model_is_not_replaced_if_a_run_beside_it_cannot_be_read(asked, monkeypatch):
+    advice_of(asked, max_params=1000)
+    folder = folder_of(asked)
+    run = folder / "gpt_pca_distill_from_advised"
+    run.mkdir()
+    before, state = snapshot(folder), FolderState(run, (), False)
+    refused = dataclasses.replace(state, damage=Unreadable("input/output error"))
+    monkeypatch.setattr(export, "look", lambda _: refused)
+    other = changed(asked, **{"compress.max_params": 900})
+    with pytest.raises(Unreadable, match="input/output error"):
+        compress(Settings.of(other), "a command")
+    assert snapshot(folder) == before
+
+
 # Codes
+
+
+def test_every_kind_of_codes_is_known_everywhere():
+    assert list(KINDS) == list(CODES)  # A bound on loss tries the first one.
+    helped = KNOBS["compress.methods"].meaning
+    for name, code in CODES.items():
+        assert f"{name} ({code.words})" in helped
+        assert name in KNOBS["compress.max_added_loss"].meaning
+        assert figures._style(name, False, 0)["color"] == code.colour
+        models = {Path("model"): [Recipe(name, 1, 1000, 8, 0)]}
+        if KINDS[name].trainable:
+            assert _models_to_train(models, (8,)) == [*models]
+        else:
+            with pytest.raises(UserError, match="can be trained further"):
+                _models_to_train(models, (8,))
+        for knobs in (
+            {"compress.max_bytes": 9000, "compress.methods": "gptq"},
+            {"compress.max_params": 9000, "compress.methods": name},
+        ):
+            settings = Settings(task="compress", model_path="run").replace(knobs)
+            with pytest.raises(UserError, match=name):
+                validate(settings)
+
 
 ALL_CODES = {"compress.methods": "context,coded,packed", "compress.bands": (1,)}
 each_kind = pytest.mark.parametrize("method", KINDS)
@@ -837,6 +885,49 @@ def test_a_finished_sweep_encodes_again_only_what_is_lost_or_damaged(
 
 
 @each_kind
+@pytest.mark.parametrize("part", ["the file", "the weights"])
+def test_a_model_of_codes_that_cannot_be_read_now_stays(
+    copied_codes, monkeypatch, method, part
+):
+    folder = folder_of(copied_codes)
+    before = snapshot(folder / f"best_{method}_k40")
+
+    def fail(path):
+        if "best" in str(path):
+            raise Unreadable(f"{path}: input/output error")
+        return arrays(path)
+
+    arrays = digests.arrays
+    if part == "the file":
+        monkeypatch.setitem(KINDS, method, KINDS[method]._replace(read=fail))
+    else:
+        monkeypatch.setattr(digests, "arrays", fail)
+    with pytest.raises(Unreadable, match="input/output error"):
+        sweep_of(copied_codes)
+    assert snapshot(folder / f"best_{method}_k40") == before
+    assert not [*folder.glob("*.replaced-*")]
+
+
+def test_factors_whose_weights_cannot_be_read_now_stay(copied_sweep, monkeypatch):
+    folder = folder_of(copied_sweep)
+    shutil.rmtree(folder / "best_k8" / "factors")
+    before = snapshot(folder / "best_k8")
+
+    load_weights = checkpoint.load_weights
+
+    def fail(path):
+        if "best" in str(path):
+            raise Unreadable(f"{path}: input/output error")
+        return load_weights(path)
+
+    monkeypatch.setattr(checkpoint, "load_weights", fail)
+    with pytest.raises(Unreadable, match="input/output error"):
+        sweep_of(copied_sweep)
+    assert snapshot(folder / "best_k8") == before
+    assert not [*folder.glob("*.replaced-*")]
+
+
+@each_kind
 def test_codes_of_another_row_are_encoded_again(copied_codes, method):
     folder = folder_of(copied_codes)
     sweep = json.loads((folder / "sweep.json").read_text())
@@ -941,7 +1032,7 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
 def test_more_bytes_never_add_loss(original, method):
     """Measured as KL: a model that is hardly trained may gain by another table."""
     make, found = original.compressor, []
-    least = make.coded_bytes(method, 1, math.inf)
+    least = make.codes_bytes(method, 1, math.inf)
     for most in np.geomspace(least, 3 * least, 8).astype(int).tolist():
         candidate = make(Recipe(method, 1, most, 0, 0))
         assert candidate.bytes <= most

@@ -185,7 +185,7 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         (EXPERIMENT | {"distill.share": 0.5}, "but no model has a teacher"),
         (COMPRESS | {"distill.share": 0.5}, "but no model has a teacher"),
         (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
-        (A | {"ranks": (64,)}, "the rank of one model is --config.model.n_embd_wte"),
+        (A | {"ranks": (64,)}, "ranks is (64,), but one model is trained"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
         ({"arm": "pca_finetune"}, "n_embd_wte=128, or --config.init.weights_from=RUN"),
         ({"model.n_embd_wte": 64}, "model.n_embd_wte is 64, but D has a full table"),

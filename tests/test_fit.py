@@ -47,6 +47,20 @@ def test_methods_of_one_band_are_left_out_of_a_sweep_in_bands_only(methods):
     assert of_svd == {32, 8}
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "rank", "bands"), [(70, 32, 4, 12), (65, 384, 2, 7)]
+)
+def test_ranks_are_tried_in_all_bands_that_a_small_vocabulary_has(
+    vocab_size, width, rank, bands
+):
+    """`Factorizer.of_rank` makes these tables. There are fewer bands than asked for."""
+    (recipe,) = recipes(vocab_size, width, ["kl"], [rank], [bands], [])
+    assert (recipe.bands, recipe.rank) == (bands, rank)
+    table, make = compressor(vocab_size, width)
+    assert make(recipe).table.parameters <= recipe.budget
+    assert recipes(vocab_size, width, ["kl"], [rank - 1], [bands], []) == []
+
+
 def test_rivals_are_tried_at_the_bits_asked_for_and_factors_at_four_or_more():
     tried = recipes(1000, 20, ["pq", "kl", "gptq"], [4], [1], [5, 3])
     assert [(r.method, r.rank, r.bits, r.budget) for r in tried] == [
@@ -154,10 +168,10 @@ def world(
     def measure(candidate):
         return scores(factor * candidate.second_order.head**1.1)
 
-    def coded_bytes(method, bands, added_loss):
+    def codes_bytes(method, bands, added_loss):
         return estimate * UNIT * (100 * added_loss) ** (-1 / exponent)
 
-    return Fit(make, coded_bytes, measure, methods, bands, table)
+    return Fit(make, codes_bytes, measure, methods, bands, table)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
@@ -234,6 +248,18 @@ def test_a_packed_table_has_the_number_of_bands_that_loses_least():
         fit = world(methods=[PACKED], bands=bands, least=least)
         assert fit.within_bytes(20_000, []).candidate.recipe.bands == best
         assert len(fit.trials) == 1
+
+
+def test_a_bound_puts_only_methods_that_weight_tokens_into_bands():
+    """Two bands would lose less."""
+    for search in (("within_loss", 1.0), ("within_bytes", 20_000, [32, 8])):
+        for methods, bands in ((["kl", "svd"], 1), (["svd", "kl"], 2)):
+            fit = world(methods=methods)
+            getattr(fit, search[0])(*search[1:])
+            tried = [trial.candidate.recipe for trial in fit.trials]
+            assert {r.bands for r in tried if r.method in methods} == {bands}
+    fit = world(methods=["kl", "svd"], bands=(2,))  # None of them is for 'svd'.
+    assert fit.within_bytes(20_000, [32]).candidate.recipe.method == "kl"
 
 
 def test_an_error_is_not_a_budget_that_is_too_small():
@@ -324,12 +350,12 @@ def test_estimated_bytes_save_measurements_of_coded_tables():
     """Added loss is here the second-order loss; each bound takes a search."""
     table, make = compressor()
 
-    def measurements(coded_bytes):
+    def measurements(codes_bytes):
         def measure(candidate):
             return scores(sum(candidate.second_order))
 
         fits = [
-            Fit(make, coded_bytes, measure, [CODED], (1,), table.shape)
+            Fit(make, codes_bytes, measure, [CODED], (1,), table.shape)
             for _ in range(2)
         ]
         for fit, bound in zip(fits, (0.03, 0.1), strict=True):
@@ -337,7 +363,7 @@ def test_estimated_bytes_save_measurements_of_coded_tables():
             assert chosen.scores.added_loss <= bound
         return sum(len(fit.trials) for fit in fits)
 
-    assert measurements(make.coded_bytes) < measurements(lambda *_: table.size // 6)
+    assert measurements(make.codes_bytes) < measurements(lambda *_: table.size // 6)
 
 
 def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small():
@@ -355,7 +381,7 @@ def test_no_measurement_of_packed_tables_is_lost_to_budgets_that_are_too_small()
         return scores(sum(candidate.second_order))
 
     for bound in (0.3, 1.0):
-        fit = Fit(counted, make.coded_bytes, measure, [PACKED], (1, 3), table.shape)
+        fit = Fit(counted, make.codes_bytes, measure, [PACKED], (1, 3), table.shape)
         chosen = fit.within_loss(bound)
         assert 0.5 * bound <= chosen.scores.added_loss <= bound
     assert not [recipe for recipe in refused if recipe.bands == 1]
@@ -370,10 +396,21 @@ def test_the_smallest_bound_on_bytes_is_known(methods, bands):
     shape = table.shape
 
     def found(most):
-        fit = Fit(make, make.coded_bytes, lambda _: scores(1.0), methods, bands, shape)
+        fit = Fit(make, make.codes_bytes, lambda _: scores(1.0), methods, bands, shape)
         return fit.within_bytes(most, [32, 8, 4])
 
-    fit = Fit(make, make.coded_bytes, None, methods, bands, shape)
+    fit = Fit(make, make.codes_bytes, None, methods, bands, shape)
     least = fit.least_bytes([32, 8, 4])
     assert found(least).candidate.bytes <= least
     assert found(least - 1) is None
+
+
+def test_the_smallest_bound_is_known_where_a_small_vocabulary_has_fewer_bands():
+    table, make = compressor(70, 16)
+
+    def fit():
+        return Fit(make, None, lambda _: scores(1.0), ["kl"], (12,), table.shape)
+
+    least = fit().least_bytes([32])
+    assert fit().within_bytes(least, [32]).candidate.bytes <= least
+    assert fit().within_bytes(least - 1, [32]) is None

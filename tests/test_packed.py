@@ -231,6 +231,23 @@ def test_every_band_has_codes(prepared):
     assert min(band.codes.size for band in made.bands) > 0
 
 
+def test_what_does_not_depend_on_the_size_is_computed_once(monkeypatch):
+    prepared, made = coding.prepare(TABLE, FULL), []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return levels_of(*arguments)
+
+    monkeypatch.setattr("pcagpt.coding.packed.levels_of", counted)
+    for most in (36_000, 42_000):
+        pack(prepared, 5, most)
+    coding.estimated_packed_bytes(prepared, 5, np.inf)
+    assert len(made) == 1
+    pack(coding.prepare(2 * TABLE, FULL), 5, 42_000)
+    pack(prepared, 1, 42_000)
+    assert len(made) == 3
+
+
 def test_levels_of_a_gaussian_are_those_of_lloyd_and_max():
     values = RANDOM.normal(size=(64, 4000)) * np.geomspace(1, 1e-3, 64)[:, None]
     levels, errors = levels_of(values, np.split(np.arange(4000), 20))

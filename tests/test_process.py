@@ -1,5 +1,6 @@
 """The process: errors of the system, the environment, signals and the end."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -17,6 +18,8 @@ from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute, tasks
 from pcagpt.sharding import processes
+from pcagpt.telemetry import progress
+from pcagpt.telemetry.progress import Progress
 
 
 def python(*words, **options):
@@ -349,6 +352,125 @@ def test_a_signal_outside_training_is_one_line_and_its_code(
     assert outcome.code == code
     assert re.fullmatch("pcagpt: interrupted: run the same command .*\n", outcome.err)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 75)],
+)
+def test_a_signal_that_a_library_turns_into_an_error_is_one_line_and_its_code(
+    number, code, corpus_folder, monkeypatch
+):
+    def compile_or_fail(*_):
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            raise RuntimeError("INTERNAL: a callback failed") from None
+
+    monkeypatch.setattr(execute, "execute", compile_or_fail)
+    outcome = call(*tiny("baseline.py", corpus_folder))
+    assert outcome.code == code
+    assert re.fullmatch("pcagpt: interrupted: run the same command .*\n", outcome.err)
+
+
+def test_libraries_do_not_swallow_a_signal(corpus_folder, monkeypatch):
+    def swallow(*_):
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(execute, "execute", swallow)
+    assert call(*tiny("baseline.py", corpus_folder)).code == 1
+
+
+def test_a_signal_while_progress_closes_is_one_line(corpus_folder, monkeypatch):
+    close = Progress.__exit__
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(*arguments)
+
+    def work(*_):
+        with Progress("work", 1):
+            pass
+
+    monkeypatch.setattr(Progress, "__exit__", interrupted)
+    monkeypatch.setattr(execute, "execute", work)
+    outcome = call(*tiny("baseline.py", corpus_folder))
+    progress._open_bars.clear()
+    assert outcome.code == 1
+    *_, last = outcome.err.splitlines()
+    assert last.startswith("pcagpt: interrupted: run the same command")
+
+
+# A moment in the life of a command: what is replaced by a signal before it.
+MOMENTS = {
+    "while it imports": "sys.addaudithook("
+    "lambda event, a: event == 'import' and a[0] == 'pcagpt.config' and send())",
+    "before main": "at(process, 'prepare')",
+    "before its end": "at(process, 'end')",
+    "while threads end": "threading._register_atexit(send)",
+    "at exit": "prepare = process.prepare\n"
+    "process.prepare = lambda: (prepare(), atexit.register(send))",
+}
+COMMAND = """
+import atexit, os, runpy, signal, sys, threading
+from pcagpt import process
+number = signal.Signals(int(sys.argv[1]))
+def send():
+    os.kill(os.getpid(), number)
+def at(module, name):
+    was = getattr(module, name)
+    setattr(module, name, lambda *arguments: (send(), was(*arguments)))
+exec(sys.argv[2])
+sys.argv = ["pcagpt", "--help"]
+runpy.run_module("pcagpt.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 75)],
+)
+def test_a_signal_at_any_moment_is_one_line_and_its_code(number, code, moment):
+    ended = python("-c", COMMAND, str(int(number)), MOMENTS[moment])
+    assert (ended.returncode, ended.stderr) == (code, "pcagpt: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_when_all_is_done_changes_nothing(number):
+    """Registered before pcagpt's own function: Python calls it later."""
+    ended = python("-c", COMMAND, str(int(number)), "atexit.register(send)")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_signal_while_an_object_is_freed_ends_the_process():
+    script = """
+import os, signal
+from pcagpt import process
+process.prepare()
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+with process.interrupted_by_signals("stopped"):
+    Freed()
+"""
+    ended = python("-c", script)
+    assert (ended.returncode, ended.stderr) == (75, "pcagpt: stopped\n")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = """
+import os, signal
+from pcagpt import process
+with process.interrupted_by_signals("stopped"):
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ended = python("-c", script)
+    assert (ended.returncode, ended.stderr) == (75, "pcagpt: stopped\n")
 
 
 @pytest.mark.parametrize("name", ["sample.py", "evaluate.py"])

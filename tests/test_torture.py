@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from command_line import ROOT
 
+from pcagpt.errors import UserError
+from pcagpt.run import checkpoint
+
 SCRIPTS = ROOT / "scripts"
 SAME, REFUSED, WARNED = "same", "refused", "warned"
 SKIPPED, UNCLEAR = "skipped", "unclear"
@@ -181,6 +184,25 @@ def test_a_flip_changes_one_bit(damage, tmp_path):
     damage.flip(path, random.Random(0))
     assert sum(byte.bit_count() for byte in path.read_bytes()) == 1
     assert len(path.read_bytes()) == 100
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_one_number_of_the_table_becomes_nan(damage, tmp_path, is_packed):
+    weights = {"params": {"wpe": np.ones((3, 4))}, "constants": {}}
+    if is_packed:
+        band = {"codes": np.ones((5, 2), np.uint8), "scales": np.ones(8)}
+        shared = {"mean": np.ones(4), "columns": np.ones(4)}
+        weights["constants"]["embed"] = {"band_0": band, "directions": shared}
+    else:
+        weights["params"]["embed"] = {"band_0": {"wte": np.ones((5, 4))}}
+    checkpoint.save_weights(tmp_path / "run", weights)
+    saved = tmp_path / "run" / "ckpt" / "0"
+    damage.save_nan(str(saved), 7)
+    array = (
+        "constants/embed/directions/mean" if is_packed else "params/embed/band_0/wte"
+    )
+    with pytest.raises(UserError, match=f"{array} holds nan"):
+        checkpoint.load_weights(saved)
 
 
 @pytest.mark.slow

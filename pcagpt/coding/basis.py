@@ -1,6 +1,6 @@
 """Rounds a synthesis to integers.
 
-A bit in the basis removes as much error as a bit in the symbols.
+One more bit in the basis removes as much error as one more bit in the symbols.
 
 Shape letters: D model width, K rows.
 """

@@ -3,8 +3,8 @@
 Shape letters: V vocabulary, D model width, K directions, C classes, N sampled tokens, n
 those of one class.
 
-One more bit must remove `BIT` squared steps of error. What removes less is left out.
-The basis is rounded at the same price.
+A direction is coded only if each of its bits removes at least `BIT` squared steps of
+error. The basis is rounded at the same price.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ SMALLEST_SAMPLE = 64  # tokens of a class
 COUNTERS = 2**20  # of symbols, that exist at the same time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # Is a key of caches, by identity.
 class Prepared:
     """What does not depend on the step."""
 
@@ -82,7 +82,7 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Estimate:
     """What a step leads to, estimated from the sample."""
 
     bits: float  # of the words
@@ -125,7 +125,7 @@ def prepare(table_VD: np.ndarray, weighting: Weighting) -> Prepared:
     )  # fmt: skip
 
 
-def trial(prepared: Prepared, step: float) -> Trial:
+def estimate(prepared: Prepared, step: float) -> Estimate:
     """Estimates what a step leads to, and chooses what is coded."""
     classes_N = prepared.classes_V[prepared.tokens_N]
     names_C, place_N = np.unique(classes_N, return_inverse=True)
@@ -168,13 +168,13 @@ def trial(prepared: Prepared, step: float) -> Trial:
         logit_N = np.einsum("dn,dn->n", error_DN, prepared.sampled.contexts)
         loss_N = loss_N + (logit_N + prepared.sampled.left_out) ** 2
     loss = prepared.mean_weight * float(weights_N @ loss_N) / 2
-    return Trial(float(bits), loss, kept_DC, energy_D)
+    return Estimate(float(bits), loss, kept_DC, energy_D)
 
 
 def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     """The coded table at a step, and its words."""
     table_VD, weighting = prepared.table_VD, prepared.weighting
-    found = trial(prepared, step)
+    found = estimate(prepared, step)
     (chosen_K,) = np.nonzero(found.kept_DC.any(axis=1))
     mean_D = mean_row(weighting, table_VD.shape[1])
     # Every token uses the mean with coefficient 1, which is 1 / step in steps.

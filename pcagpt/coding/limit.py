@@ -18,8 +18,8 @@ def gaussian_limit(
     Coefficient i of token v counts as an independent Gaussian. Its variance, times the
     weight of the token, is s = p_v lambda_i, where lambda_i is the mean energy of the
     direction. At a level L it gets max(0, log2(s / L) / 2) bits and costs min(s, L) / 2
-    (Cover and Thomas 2006, section 10.3). From point to point, L falls by half. The
-    contexts of the weighting do not count.
+    (Cover and Thomas 2006, section 10.3). From point to point, L falls by half. It
+    ignores the weighting's contexts.
     """
     weights_V = weighting.token_weights
     weights_V = np.ones(len(table_VD)) if weights_V is None else np.sort(weights_V)

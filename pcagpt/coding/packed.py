@@ -8,6 +8,7 @@ block of directions.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -127,6 +128,7 @@ def estimated_packed_bytes(prepared: Prepared, bands: int, loss: float) -> int:
     return choices(prepared, bands)[2].bytes_of(2 * loss / prepared.mean_weight)
 
 
+@functools.lru_cache(maxsize=8)  # A search asks for many sizes of the same bands.
 def choices(
     prepared: Prepared, bands: int
 ) -> tuple[list[np.ndarray], dict[int, np.ndarray], Widths]:

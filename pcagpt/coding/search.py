@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pcagpt.coding.encode import Prepared, encode, trial
+from pcagpt.coding.encode import Prepared, encode, estimate
 from pcagpt.coding.file import file_bytes
 from pcagpt.coding.table import CodedTable
 from pcagpt.factorize import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
-# After more than `FEW` encodings, the search ends if the table fills this share of the
-# target. It always ends after `MANY`. Only small tables need many, and encode fast.
+# After `FEW` encodings, a table that fills this share of the target is good enough. The
+# search always ends after `MANY`. Only small tables need many, and encode fast.
 FEW, MANY, FILLED = 4, 16, 0.97
-_OCTAVES = 0.3  # width of the bracket in which estimates are interpolated
+# Bisection stops at this width (in octaves); then it interpolates.
+_OCTAVES = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def within_bytes(prepared: Prepared, most: int) -> Encoded:
     @functools.cache
     def estimate_of(octave: float) -> float:
         # Symbols and the basis come on top of what is always there.
-        return least + trial(prepared, 2.0**octave).bits / 8
+        return least + estimate(prepared, 2.0**octave).bits / 8
 
     tried: dict[float, int] = {}  # bytes by octave
     low, high = np.log2([prepared.smallest_step, prepared.largest_step])
@@ -88,23 +89,23 @@ def estimated_bytes(prepared: Prepared, loss: float) -> int:
     `loss` is in the units of the weighting: nats per token for 'kl', 'fisher' and
     'context'. The estimate comes from the sample, and only an empty table is encoded.
     """
-    loss_of = functools.cache(lambda octave: trial(prepared, 2.0**octave).loss)
+    loss_of = functools.cache(lambda octave: estimate(prepared, 2.0**octave).loss)
     ends = np.log2([prepared.smallest_step, prepared.largest_step])
-    bits = trial(prepared, 2.0 ** _octave_of(loss, loss_of, *ends)).bits
+    bits = estimate(prepared, 2.0 ** _octave_of(loss, loss_of, *ends)).bits
     return round(at_step(prepared, prepared.largest_step).bytes + bits / 8)
 
 
 def _octave_of(
-    goal: float, estimate: Callable[[float], float], low: float, high: float
+    goal: float, estimated: Callable[[float], float], low: float, high: float
 ) -> float:
     """Finds log2 of the step for a monotonic estimate: bisects, then interpolates."""
-    rises = estimate(low) < estimate(high)
+    rises = estimated(low) < estimated(high)
     while high - low > _OCTAVES:
         middle = (low + high) / 2
-        if (estimate(middle) > goal) == rises:
+        if (estimated(middle) > goal) == rises:
             high = middle
         else:
             low = middle
-    x, y = (low, high), (estimate(low), estimate(high))
+    x, y = (low, high), (estimated(low), estimated(high))
     goal, *y = np.log(np.maximum((goal, *y), np.finfo(float).tiny))
     return float(np.interp(goal, *((y, x) if rises else (y[::-1], x[::-1]))))

@@ -104,7 +104,10 @@ class Widths:
         return found
 
     def bytes_of(self, error: float) -> int:
-        """Size of a file with just more than a weighted error, or of the smallest."""
+        """Size of the largest file whose error is still above `error`.
+
+        Of the smallest file if none is.
+        """
         return self._finest(lambda choice: choice.error > error).bytes
 
     def _finest(self, fits: Callable[[Choice], bool]) -> Choice:

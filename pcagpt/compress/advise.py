@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from pcagpt.compress.candidates import Candidate, factor_methods
+from pcagpt.compress.candidates import Candidate, factor_methods, left_out
 from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
@@ -13,6 +13,7 @@ from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FLOAT_BYTES
 from pcagpt.files import read_json, strict, write_json
+from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text
 from pcagpt.rows import SwapScores
 from pcagpt.run.folder import move_aside
@@ -39,21 +40,25 @@ def advise(
       output: for advice.json and the model; an earlier advice is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.
 
-    Raises UserError if no table fits.
+    Raises UserError if no table fits, or no method fits the bands.
     """
     ((name, bound),) = options.bounds.items()
+    if name == "max_params":
+        methods = factor_methods(methods)
+    if not set(methods) - {*left_out(methods, options.bands), *RIVALS}:
+        raise UserError(
+            f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
+        )
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
     label, bits = f"fitting {original.run.folder.name}", len(options.bits)
-    with Progress(label, max(Fit.TRIALS + bits, 3 + 2 * bits)) as progress:
+    with Progress(label, max(Fit.TRIALS + bits, len(CODES) + 1 + 2 * bits)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
             scores = original.measure(candidate)
             progress.update(len(fit.trials) + 1)
             return scores
 
-        if name == "max_params":
-            methods = factor_methods(methods)
-        fit = Fit(make, make.coded_bytes, measure, methods, options.bands, shape)
+        fit = Fit(make, make.codes_bytes, measure, methods, options.bands, shape)
         unit = FLOAT_BYTES if name == "max_params" else 1
         every = [32] if name == "max_params" else [32, *options.bits]
         if name == "max_added_loss":

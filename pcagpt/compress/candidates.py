@@ -23,12 +23,13 @@ from pcagpt.factorize import (
     Statistics,
     Weighting,
     budget_of_rank,
+    least_budget,
     quantize,
 )
 from pcagpt.methods import FEWEST_FACTOR_BITS, METHODS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
-USED = 0.9  # share of their bytes that codes use, unless none are finer
+USED = 0.9  # A file that fills less than this share of its bytes gets a note.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Compressor:
         second_order = self._predict(dense_VD)
         return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
-    def coded_bytes(self, method: str, bands: int, loss: float) -> int:
+    def codes_bytes(self, method: str, bands: int, loss: float) -> int:
         """About the size of a file of `CODES` with this second-order loss.
 
         An infinite loss gives the size of the smallest file.
@@ -165,6 +166,21 @@ def factor_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in methods if method in METHODS]
 
 
+def counts_of(method: str, bands: Sequence[int]) -> Sequence[int]:
+    """Those of these numbers of bands that a method is tried in.
+
+    Codes that are not in bands have one band, whatever the numbers are.
+    """
+    if method in KINDS:
+        return bands if KINDS[method].in_bands else (1,)
+    return [n for n in bands if n == 1 or METHODS[method].weighs_tokens]
+
+
+def left_out(methods: Sequence[str], bands: Sequence[int]) -> list[str]:
+    """The methods that make factors, but in none of these numbers of bands."""
+    return [name for name in factor_methods(methods) if not counts_of(name, bands)]
+
+
 def tries_own_table(methods: Sequence[str]) -> bool:
     """Whether the model's own table is tried at few bits beside these methods."""
     return OWN_TABLE in methods or bool(factor_methods(methods))
@@ -188,14 +204,14 @@ def recipes(
     rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
-    found = []
-    for method, kind in KINDS.items():
-        counts = (bands if kind.in_bands else (1,)) if method in methods else ()
-        found += [
-            Recipe(method, count, budgets[rank], rank, 0)
-            for count in counts
-            for rank in ranks
-        ]
+    least = {count: least_budget(vocab_size, width, count) for count in bands}
+    found = [
+        Recipe(method, count, budgets[rank], rank, 0)
+        for method in KINDS
+        if method in methods
+        for count in counts_of(method, bands)
+        for rank in ranks
+    ]
     factors = factor_methods(methods)
     for rival in MAKERS:
         if rival in methods or (rival == OWN_TABLE and tries_own_table(methods)):
@@ -204,8 +220,7 @@ def recipes(
     kinds = [
         (method, count, 32)
         for method in reversed(factors)
-        for count in bands
-        if count == 1 or METHODS[method].weighs_tokens
+        for count in counts_of(method, bands)
     ]
     best = factors[-1] if factors else ""
     if counts := [count for method, count, _ in kinds if method == best]:
@@ -215,8 +230,7 @@ def recipes(
         Recipe(method, count, budgets[rank], rank, bit)
         for method, count, bit in kinds
         for rank in ranks
-        # Several bands store at least rank 1 each, and the order of the tokens.
-        if count == 1 or budgets[rank] >= 2 * vocab_size + count * width
+        if budgets[rank] >= least[count]
     ]
 
     def usefulness(recipe: Recipe) -> tuple[int, int]:

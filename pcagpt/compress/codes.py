@@ -31,14 +31,16 @@ class Codes(Protocol):
 class Kind(NamedTuple):
     """How the tables of one of `CODES` are made and stored.
 
-    file: its name; in_bands: whether the tokens are in bands; make: (the best table in
-    a file of some bytes, the size of its file), from what was prepared, the number of
-    bands and the bytes; BudgetTooSmall if no table fits; estimate: about the size of
-    the file with a second-order loss, from the loss instead of the bytes.
+    file: its name; in_bands: whether the tokens are in bands; trainable: whether
+    training can start from such a table. make(prepared, bands, bytes): the best table
+    whose file fits, and the file's size; BudgetTooSmall if none does.
+    estimate(prepared, bands, loss): about the size of a file with that second-order
+    loss.
     """
 
     file: str
     in_bands: bool
+    trainable: bool
     make: Callable[[coding.Prepared, int, int], tuple[Codes, int]]
     estimate: Callable[[coding.Prepared, int, float], int]
     read: Callable[[Path], tuple[Codes, coding.Description]]
@@ -60,13 +62,22 @@ def _packed(prepared, bands, most):
 
 
 KINDS = {
-    CODED: Kind("table.pcat", False, _coded, _coded_bytes, coding.read, coding.write),
+    CODED: Kind(
+        file="table.pcat",
+        in_bands=False,
+        trainable=True,
+        make=_coded,
+        estimate=_coded_bytes,
+        read=coding.read,
+        write=coding.write,
+    ),
     PACKED: Kind(
-        "table.npz",
-        True,
-        _packed,
-        coding.estimated_packed_bytes,
-        coding.read_packed,
-        coding.write_packed,
+        file="table.npz",
+        in_bands=True,
+        trainable=False,
+        make=_packed,
+        estimate=coding.estimated_packed_bytes,
+        read=coding.read_packed,
+        write=coding.write_packed,
     ),
 }

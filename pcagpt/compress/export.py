@@ -1,12 +1,12 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
-import contextlib
 import dataclasses
 import hashlib
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -37,6 +37,8 @@ from pcagpt.run.folder import (
     write_record,
 )
 
+Found = TypeVar("Found")
+
 
 def write_model(
     folder: Path, original: Original, candidate: Candidate, row: Row, overwrite: bool
@@ -44,13 +46,13 @@ def write_model(
     """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
 
     In place of factors/, a table of `CODES` has its file with the losses of its row.
-    ckpt/0 holds what a coded table decodes to, and the arrays of a packed table.
+    ckpt/0 holds the decoded table (coded) or the code arrays (packed).
 
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is; only lost or damaged factors/ are written again. Another model is
     moved aside, unless it `stays`: False is then returned. 'compressed' in config.json
     tells how the table was made. Raises UserError if the folder of the original now
-    holds another run.
+    holds another run, Unreadable if the system does not let the folder be read.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()
@@ -95,7 +97,8 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
 
     Makes no table: that can take long, and another machine rounds in another way. The
     folder is judged by its own record and files instead. Writes the prediction into a
-    file of `CODES`. Lost or damaged factors/ are read back from ckpt/0.
+    file of `CODES`. Lost or damaged factors/ are read back from ckpt/0. Raises
+    Unreadable if the system does not let the folder be read.
     """
     if not _is_from(folder, original, row.recipe):
         return False
@@ -106,10 +109,9 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
 def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     kind, own = KINDS[row.method], _description(original, row)
     path = folder / kind.file
-    try:
-        codes, there = kind.read(path)
-    except UserError:
+    if (found := _undamaged(lambda: kind.read(path))) is None:
         return False
+    codes, there = found
     # The size and the measured loss tell the table from those of other statistics.
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
     if renewed != own or path.stat().st_size != row.bytes:
@@ -126,8 +128,10 @@ def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
     factors = folder / "factors"
     held = _held(factors, _origin_of(folder).get("table_sha256"))
     try:
-        table = held or _read_back(folder, original, row)
-    except (UserError, KeyError):  # The weights are damaged, or have other bands.
+        table = held or _undamaged(lambda: _read_back(folder, original, row))
+    except KeyError:  # The weights have other bands.
+        return False
+    if table is None:
         return False
     weights, _ = _model_of(original, table, None)
     if _stored(folder) != digests.of_arrays(weights):
@@ -174,11 +178,32 @@ def _started_from(model: Path) -> Path | None:
     """A run beside or one folder above that was started from a model as it is now."""
     name = FROM_RUN.format(arm="*", source=model.name)
     for run in [*sorted(model.parent.glob(name)), *sorted(model.parents[1].glob(name))]:
-        with contextlib.suppress(UserError):  # Damaged: no run can start or go on.
-            recorded = (look(run).stored or {}).get("imported_sha256") or {}
-            if fingerprint.same(model, recorded.get("weights_from")):
-                return run
+        # A damaged run cannot go on.
+        if _undamaged(lambda run=run: _began_with(run, model)):
+            return run
     return None
+
+
+def _began_with(run: Path, model: Path) -> bool:
+    """Whether a run started from a model as it is now; UserError if one is damaged."""
+    found = look(run)
+    if found.damage:
+        raise found.damage
+    recorded = (found.stored or {}).get("imported_sha256") or {}
+    return fingerprint.same(model, recorded.get("weights_from"))
+
+
+def _undamaged(read: Callable[[], Found]) -> Found | None:
+    """What `read` returns; None if it finds damage.
+
+    Raises Unreadable if the system does not let a file be read: it may be undamaged.
+    """
+    try:
+        return read()
+    except Unreadable:
+        raise
+    except UserError:
+        return None
 
 
 def _description(original: Original, row: Row) -> coding.Description:
@@ -215,22 +240,18 @@ def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
 
 def _stored(folder: Path) -> dict[str, str] | None:
     """Digests of the newest undamaged weights of a folder; None without any."""
-    try:
+
+    def read() -> dict[str, str]:
         run_dir, step = checkpoint.find(folder)
         return digests.arrays(checkpoint.folder_of(run_dir, step))
-    except UserError:
-        return None
+
+    return _undamaged(read)
 
 
 def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
     """The table in a folder if it is the one with this hash, undamaged."""
-    try:
-        table = read_bands(factors)
-    except Unreadable:
-        raise
-    except UserError:
-        return None
-    return table if _sha256(table) == table_sha256 else None
+    table = _undamaged(lambda: read_bands(factors))
+    return table if table and _sha256(table) == table_sha256 else None
 
 
 def check_place(folder: Path) -> None:

@@ -4,9 +4,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from pcagpt.compress.candidates import Candidate, factor_methods, tries_own_table
+from pcagpt.compress.candidates import (
+    Candidate,
+    counts_of,
+    factor_methods,
+    tries_own_table,
+)
 from pcagpt.compress.codes import KINDS
-from pcagpt.factorize import BudgetTooSmall, LossRegression
+from pcagpt.factorize import BudgetTooSmall, LossRegression, least_budget
 from pcagpt.methods import FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
@@ -30,10 +35,10 @@ class Fit:
 
     Args:
       make: a `Compressor`.
-      coded_bytes: its estimate of the size of a file of `CODES`.
+      codes_bytes: its estimate of the size of a file of `CODES`.
       measure: scores a candidate.
       methods: those of `CODES` that are allowed, and others; the last of the
-        others makes the factors.
+        others that fits `bands` makes the factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """
@@ -43,20 +48,20 @@ class Fit:
     def __init__(
         self,
         make: Callable[[Recipe], Candidate],
-        coded_bytes: Callable[[str, int, float], int],
+        codes_bytes: Callable[[str, int, float], int],
         measure: Callable[[Candidate], SwapScores],
         methods: Sequence[str],
         bands: Sequence[int],
         table: tuple[int, int],
     ):
-        self._make, self._coded_bytes, self._measure = make, coded_bytes, measure
+        self._make, self._codes_bytes, self._measure = make, codes_bytes, measure
         self._codes, self._bands = [m for m in KINDS if m in methods], bands
-        self._method = (factor_methods(methods) or [None])[-1]
+        factors = [m for m in factor_methods(methods) if counts_of(m, bands)]
+        self._method = factors[-1] if factors else None
+        counts = counts_of(self._method, bands) if factors else (1,)
+        self._least = min(least_budget(*table, count) for count in counts)
         self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)
-        (vocab_size, width), count = table, min(bands)
-        # Several bands store at least rank 1 each, and the order of the tokens.
-        self._least = self._rank_1 if count == 1 else 2 * vocab_size + count * width
         self.trials: list[Trial] = []
 
     def within_loss(
@@ -64,7 +69,7 @@ class Fit:
     ) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
-        It is coded if that is allowed, else packed, else factors. If D's own table at
+        It has the first of `CODES` that is allowed, else factors. If D's own table at
         one of `bits` also fits and is smaller, it is that.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
@@ -125,13 +130,9 @@ class Fit:
         """The full table rounded to this many bits."""
         return self._make(Recipe(OWN_TABLE, 1, self._whole, 0, bits))
 
-    def _counts(self, method: str) -> Sequence[int]:
-        """The numbers of bands to choose from."""
-        return self._bands if method not in KINDS or KINDS[method].in_bands else (1,)
-
     def _estimated_bytes(self, method: str, loss: float) -> int:
-        counts = self._counts(method)
-        return min(self._coded_bytes(method, count, loss) for count in counts)
+        counts = counts_of(method, self._bands)
+        return min(self._codes_bytes(method, count, loss) for count in counts)
 
     def _fill_bytes(self, max_bytes: int, bits: int) -> None:
         """Measures the largest table that fits, if any."""
@@ -159,7 +160,7 @@ class Fit:
     def _best(self, method: str, budget: int, bits: int) -> Candidate | None:
         """The candidate of least second-order loss; None if the budget is too small."""
         found = []
-        for bands in self._counts(method):
+        for bands in counts_of(method, self._bands):
             try:
                 found.append(self._make(Recipe(method, bands, budget, 0, bits)))
             except BudgetTooSmall:

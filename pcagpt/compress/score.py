@@ -1,7 +1,7 @@
 """Loss added by replacing the token table of a model, without training.
 
 Shape letters: B batch, T sequence, W windows, N = B*T, n tokens of a chunk, V
-vocabulary, D width.
+vocabulary, D width, E deciles.
 """
 
 import functools

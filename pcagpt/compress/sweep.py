@@ -133,8 +133,8 @@ def _write_best(
 ) -> None:
     """Writes the model of least added loss, unless the one there `stays`.
 
-    In a tie, it keeps the one already there. That of a `known` row was written by an
-    earlier sweep, and is not made again if it is undamaged.
+    In a tie, it keeps the one already there. If an earlier sweep wrote this model and
+    it is undamaged, it is not made again.
     """
     least = min(measured[recipe].added_loss for recipe in recipes)
     equal = [r for r in recipes if measured[r].added_loss == least]

@@ -15,7 +15,7 @@ from pcagpt.config.schema import (
 )
 from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
-from pcagpt.methods import CODED, CODES, METHODS, RIVALS
+from pcagpt.methods import CODES, METHODS, RIVALS
 
 # Each of these groups of knobs determines the token table or its bands.
 _TABLE_KNOBS = (
@@ -317,6 +317,12 @@ def _check_read(settings: Settings) -> None:
                 f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
                 f"{remedy}"
             )
+    rank, ranks = settings.model.n_embd_wte, settings.ranks
+    if task == "train" and rank and ranks not in (KNOBS["ranks"].default, (rank,)):
+        raise UserError(
+            f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
+            f"{rank}: set only --config.model.n_embd_wte"
+        )
     chosen = settings.factorize
     if chosen.statistics and not METHODS[chosen.method].needs_statistics:
         needing = (name for name, method in METHODS.items() if method.needs_statistics)
@@ -349,13 +355,14 @@ def _check_bounds(settings: Settings) -> None:
     if bounds and methods <= RIVALS.keys():
         raise UserError(
             f"compress.{bounds[0]} is set, but tables of {compress.methods} are only "
-            f"for comparison: add {CODED} or a method that makes factors to "
-            "compress.methods"
+            f"for comparison: add {', '.join(CODES)} or a method that makes factors "
+            "to compress.methods"
         )
     if compress.max_params and not methods & METHODS.keys():
         raise UserError(
-            "compress.max_params is set, but coded and packed tables have as many "
-            "numbers as D's table: add a method that makes factors to compress.methods"
+            f"compress.max_params is set, but {' and '.join(CODES)} tables have as "
+            "many numbers as D's table: add a method that makes factors to "
+            "compress.methods"
         )
     if bounds and compress.recover_ranks:
         raise UserError(

@@ -28,7 +28,7 @@ from pcagpt.config.knobs import (
     one_of,
 )
 from pcagpt.config.tasks import TASKS
-from pcagpt.methods import CODED, FEWEST_FACTOR_BITS, METHODS, PACKED, RIVALS
+from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, METHODS, RIVALS
 
 COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
@@ -194,8 +194,8 @@ class CompressSettings:
 
     methods: str = knob(
         "",
-        f"methods to try: all, or some of {', '.join(METHODS)}, {CODED} (an "
-        f"entropy-coded file), {PACKED} (codes that the model reads in place), "
+        f"methods to try: all, or some of {', '.join(METHODS)}, "
+        f"{', '.join(f'{name} ({code.words})' for name, code in CODES.items())}, "
         f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The last one "
         "that makes factors counts as the best: only it is "
         "tried at fewer bits and for a bound. Empty: all; on a CPU "
@@ -220,10 +220,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss. It is coded if methods "
-        "has coded, packed if it has packed but not coded, otherwise factors. D's own "
-        "table in compress.bits is tried if methods has baseline or a method that "
-        "makes factors. 0: no bound",
+        "find the smallest table that adds at most this loss. It has the first of "
+        f"{', '.join(CODES)} that is in methods, otherwise factors. D's own table in "
+        "compress.bits is tried if methods has baseline or a method that makes "
+        "factors. 0: no bound",
         at_least(0),
     )
     max_params: int = knob(
@@ -236,9 +236,9 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "then train further the best factors and the coded table of these ranks, each "
-        "on the text and on D's predictions; and D, for the same steps. D's train "
-        "settings and seed apply.",
+        "then train further the best factors and codes of these ranks (packed ones "
+        "cannot be trained), each on the text and on D's predictions; and D, for the "
+        "same steps. D's train settings and seed apply.",
     )
 
     @property

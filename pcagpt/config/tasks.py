@@ -36,9 +36,9 @@ _READERS = {
         "train a run further with configs/recover.py",
     ),
     "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
+    # A config of an experiment may also train its D alone.
     "ranks": (
-        tuple(name for name, task in TASKS.items() if task.ranks),
-        "the rank of one model is --config.model.n_embd_wte",
+        ("train", *(name for name, task in TASKS.items() if task.ranks)), "leave it out"
     ),
     "model.n_embd_wte": (
         ("train", "evaluate", "sample"), "set its ranks with --config.ranks"

@@ -4,6 +4,7 @@ from pcagpt.factorize.bands import (
     BudgetTooSmall,
     Factorizer,
     budget_of_rank,
+    least_budget,
 )
 from pcagpt.factorize.controls import CONTROLS, control
 from pcagpt.factorize.predict import (

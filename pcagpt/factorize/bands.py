@@ -38,6 +38,15 @@ def budget_of_rank(vocab_size: int, width: int, rank: int) -> int:
     return rank * (vocab_size + width)
 
 
+def least_budget(vocab_size: int, width: int, bands: int) -> int:
+    """The smallest budget of a table in bands; `bands` as in `banded`.
+
+    Each band stores at least rank 1; several also store the order of the tokens.
+    """
+    count = len(_ends_of_bands(vocab_size, bands))
+    return (1 if count == 1 else 2) * vocab_size + count * width
+
+
 class Factorizer:
     """Factorizes one table by one method, into any number of bands at any budget."""
 
@@ -59,7 +68,7 @@ class Factorizer:
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
         """A table that stores at most `budget` values; `bands` as in `banded`.
 
-        Raises BudgetTooSmall if it is below rank 1 of all bands.
+        Raises BudgetTooSmall below `least_budget`.
         """
         table_VD = self._table_VD
         if bands > 1:
@@ -99,10 +108,14 @@ def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
     Returns `count` arrays of token ids, or fewer for a small vocabulary.
     """
     order = np.argsort(-weights_V, kind="stable")
-    first = min(FIRST_BAND, len(order))
-    ends = np.geomspace(first, len(order), count) if count > 1 else [len(order)]
-    ends = np.unique(np.round(ends).astype(int))
-    return np.split(order, ends[:-1])
+    return np.split(order, _ends_of_bands(len(order), count)[:-1])
+
+
+def _ends_of_bands(vocab_size: int, count: int) -> np.ndarray:
+    """Where each of `frequency_bands` ends in the order of the tokens."""
+    first = min(FIRST_BAND, vocab_size)
+    ends = np.geomspace(first, vocab_size, count) if count > 1 else [vocab_size]
+    return np.unique(np.round(ends).astype(int))
 
 
 def allocate_ranks(
@@ -182,7 +195,7 @@ def banded(
       weighting: of any method.
       count: number of bands to start from; the result can have fewer.
       budget: largest number of stored values, including scales and token order;
-        BudgetTooSmall if it is too small for that many bands.
+        BudgetTooSmall below `least_budget`.
       split: as for `truncate`.
     """
     vocab_size, width = table_VD.shape

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import factor_methods, recipes
+from pcagpt.compress.candidates import factor_methods, left_out, recipes
+from pcagpt.compress.codes import KINDS
 from pcagpt.compress.export import check_place
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
@@ -21,7 +22,6 @@ from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
-from pcagpt.methods import CODED, METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -73,6 +73,8 @@ def compress(settings: Settings, command: str) -> None:
             for model in sorted(models):
                 check_place(model)
 
+    if single := left_out(methods, options.bands):
+        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
     with lock.held(folder, meanwhile=check_folder) as check_lock:
         processes.from_first(check_folder)
         output = Output(folder, heading, check_lock)
@@ -144,9 +146,7 @@ def _recipes(
         )
     if high := [str(rank) for rank in ranks if rank not in possible]:
         say(f"left out: rank {', '.join(high)}, too high for the table {shape}")
-    single = [name for name in factors if not METHODS[name].weighs_tokens]
-    if single and 1 not in options.bands:
-        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
+    single = left_out(methods, options.bands)
     made = {recipe.rank for recipe in combinations if recipe.is_factors}
     low = [str(rank) for rank in possible if rank not in made]
     if low and factors != single:
@@ -202,20 +202,18 @@ def _check_recoverable(
 
 
 def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
-    """The models of these ranks; UserError if a rank has none.
-
-    A packed table cannot be trained.
-    """
+    """The models of these ranks; UserError if a rank has none."""
     trainable = {
         model: recipes[0].rank
         for model, recipes in models.items()
-        if recipes[0].is_factors or recipes[0].method == CODED
+        if recipes[0].is_factors or KINDS[recipes[0].method].trainable
     }
+    codes = [name for name, kind in KINDS.items() if kind.trainable]
     if lacking := set(ranks) - set(trainable.values()):
         raise UserError(
             f"compress.recover_ranks holds {min(lacking)}, which the sweep leaves out: "
-            "only the best factors and the coded table of a rank that was tried can be "
-            "trained further"
+            f"only the best factors and the {' and '.join(codes)} table of a rank that "
+            "was tried can be trained further"
         )
     return [model for model, rank in trainable.items() if rank in ranks]
 

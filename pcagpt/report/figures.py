@@ -178,7 +178,7 @@ def _style(method: str, in_bands: bool, bits: int | None) -> dict[str, str]:
     if rival := RIVALS.get(method):
         style = {"color": rival.colour, "marker": rival.marker, "ls": "-."}
         return style | {"label": rival.title}
-    colours = {name: method.colour for name, method in METHODS.items()} | CODES
+    colours = {name: known.colour for name, known in (METHODS | CODES).items()}
     colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
     return {
         "color": colour,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pcagpt.errors import UserError
+from pcagpt.errors import Interrupted, UserError
 
 LOST_SECONDS = 40  # A process without a sign of life for so long counts as ended.
 LEAVE_SECONDS = 10.0  # the longest time that ending processes wait for each other
@@ -121,7 +121,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
         before = _is_deciding.set(True)
         try:
             text = pickle.dumps({"value": decide()})
-        except Exception as error:
+        except (Exception, Interrupted) as error:
             text, failure = pickle.dumps({"error": error}), error
         finally:
             _is_deciding.reset(before)

@@ -43,7 +43,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def recorded_signals() -> Iterator[StopRequest]:
-    """Records SIGINT and `process.STOPS` instead of ending."""
+    """Records `process.STOPS` instead of ending."""
     request = StopRequest()
-    with process.handled(request.note, signal.SIGINT, *process.STOPS):
+    with process.handled(request.note):
         yield request

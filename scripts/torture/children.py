@@ -131,7 +131,7 @@ def _fork(body: Callable[[], None], out: Path, err: Path) -> int:
 def _redirect(out: Path, err: Path) -> None:
     """Gives a child standard streams and signals of its own."""
     # A shell starts background commands with Ctrl-C ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for path, number in ((out, 1), (err, 2)):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

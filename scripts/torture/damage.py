@@ -118,6 +118,8 @@ def _write_json(path: Path, value: Any, rest: list[str]) -> None:
 def save_nan(checkpoint: str, number: int) -> str:
     """Saves the weights of a checkpoint again, with one NaN in the token table.
 
+    A packed table has floating point only in what its bands share.
+
     Call it in a child: it starts JAX. The checkpoint loses its list of digests, as if
     an older version had saved it.
     """
@@ -126,9 +128,11 @@ def save_nan(checkpoint: str, number: int) -> str:
     from pcagpt.run.checkpoint import load_weights
 
     found = load_weights(checkpoint)
-    band, *_ = found["params"]["embed"].values()
-    band["wte"] = np.array(band["wte"])
-    band["wte"].flat[number % band["wte"].size] = np.nan
+    is_packed = "embed" not in found["params"]
+    holder = found["constants" if is_packed else "params"]["embed"]
+    part, name = ("directions", "mean") if is_packed else ("band_0", "wte")
+    holder[part][name] = array = np.array(holder[part][name])
+    array.flat[number % array.size] = np.nan
     weights = Path(checkpoint).absolute() / "weights"
     shutil.rmtree(weights)
     weights.with_name("digests.json").unlink(missing_ok=True)

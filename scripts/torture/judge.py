@@ -56,8 +56,8 @@ def worst(verdicts: list[Verdict]) -> Verdict:
     return max(verdicts, key=lambda verdict: list(OUTCOMES).index(verdict.outcome))
 
 
-def crashed(ended: Ended) -> Verdict | None:
-    """The verdict on a hang, a traceback or an odd exit code; None without them."""
+def crashed(ended: Ended, codes: tuple[int, ...] = (0, 2)) -> Verdict | None:
+    """The verdict on a hang, a traceback or another exit code; None without them."""
     if ended.hung:
         return Verdict(HANG, f"no end after {ended.seconds:.0f} s")
     last = " ".join(ended.err.split())[-200:]
@@ -66,7 +66,7 @@ def crashed(ended: Ended) -> Verdict | None:
             r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", ended.err, re.M
         )
         return Verdict(TRACEBACK, errors[-1][:200] if errors else last)
-    if ended.code not in (0, 2):
+    if ended.code not in codes:
         return Verdict(TRACEBACK, f"exit code {ended.code}: {last}")
     return None
 

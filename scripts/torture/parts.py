@@ -81,10 +81,8 @@ def signals(case: Case, index: int) -> tuple[str, Verdict]:
     what = f"{name} stopped by {number.name}"
     case.copy("corpus", "stopped")
     ended = _signalled(case, name, number)
-    found = crashed(ended)
-    # Exit code 1 has a line. Before training, SIGTERM ends any process at once.
-    stopped = (1, -number, 128 + number)
-    if found and (ended.hung or ended.code not in stopped or "Error" in found.why):
+    # Exit code 1 has a line. Before pcagpt starts, a signal ends any process at once.
+    if found := crashed(ended, (0, 1, 2, -number)):
         return what, found
     return what, case.attempt(name)
 
