@@ -16,7 +16,7 @@ from runs import assert_equal, changed, execute, quick_compiles, snapshot
 from pcagpt import coding, files, main, trees
 from pcagpt.compress import export
 from pcagpt.compress import sweep as sweep_module
-from pcagpt.compress.candidates import Compressor
+from pcagpt.compress.candidates import Compressor, recipes
 from pcagpt.compress.codes import KINDS
 from pcagpt.compress.original import Original
 from pcagpt.compress.score import TableSwap, frequency_deciles
@@ -1144,6 +1144,10 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
         ({"mesh.data": 3}, "cannot be split over 3 devices"),
         ({"compress.recover_ranks": (16,)}, "holds 16, which the sweep leaves out"),
         (
+            {"compress.recover_ranks": (8,), "evaluate.max_tokens": 64},
+            "evaluate.max_tokens, but models that are trained further are evaluated",
+        ),
+        (
             {"compress.methods": "packed", "compress.recover_ranks": (8,)},
             "holds 8, which the sweep leaves out",
         ),
@@ -1205,6 +1209,11 @@ def test_a_damaged_sweep_is_refused_in_one_line(asked):
     (folder_of(asked) / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="is damaged .*: delete it to measure again"):
         sweep_of(asked)
+
+
+def test_the_last_method_that_fits_the_bands_is_rounded():
+    made = recipes(600, 32, ["context", "svd"], [8], [7], [8])
+    assert {r.method for r in made if r.bits == 8 and r.rank} == {"context"}
 
 
 # Further training

@@ -11,9 +11,10 @@ import pytest
 from runs import changed, described, execute, plan, snapshot, without_timings
 
 from pcagpt.arms import ARMS
-from pcagpt.config import checks
+from pcagpt.config import Settings, checks
 from pcagpt.config.schema import DistillSettings, InitSettings
 from pcagpt.errors import UserError
+from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run.folder import read_result, read_window_losses
 
 RESULT_FIELDS = {
@@ -325,6 +326,13 @@ def test_missing_factors_are_refused_with_all_that_they_depend_on(copied):
     data = {"train.batch_size": 8, "data.source": config.data.source}
     for knob, value in (kl | data).items():
         assert f"--config.{knob}={value}" in str(caught.value)
+
+
+def test_the_command_that_makes_factors_names_a_corpus_that_is_a_default(tiny_config):
+    # configs/factorize.py takes the corpus of D, if none is named.
+    settings = Settings.of(changed(tiny_config, **{"data.source": "sotu"}))
+    factors = FactorizeJob(Path("x"), settings, True, Path("gpt_baseline"))
+    assert "--config.data.source=sotu" in str(factors.missing_error())
 
 
 def test_a_finished_baseline_is_used_whatever_its_budget_was(copied):

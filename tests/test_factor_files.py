@@ -97,6 +97,15 @@ def test_a_killed_factorization_is_known_as_unfinished(tmp_path, monkeypatch):
     metadata = factor_files.read_metadata(tmp_path)
     assert (metadata["ranks"], metadata["unfinished"]) == ({"1": {}}, [2])
     assert factor_files.not_ours(tmp_path, metadata, [1, 2]) == []
+    monkeypatch.undo()
+    table = FactorizedTable.of_one_band(BandFactors(TABLE, SCALE), None)
+    ranks = {"ranks": {"1": {}, "4": {}}}  # Another rank ends in between.
+    factor_files.write(tmp_path, {4: table}, SPECTRUM, {"method": "svd"} | ranks)
+    metadata = factor_files.read_metadata(tmp_path)
+    assert metadata["unfinished"] == [2]
+    assert factor_files.not_ours(tmp_path, metadata, [2]) == []
+    write(tmp_path, ranks={"1": {}, "2": {}, "4": {}})
+    assert "unfinished" not in factor_files.read_metadata(tmp_path)
 
 
 def test_files_that_a_person_put_there_are_known_as_not_ours(tmp_path):

@@ -181,6 +181,12 @@ def left_out(methods: Sequence[str], bands: Sequence[int]) -> list[str]:
     return [name for name in factor_methods(methods) if not counts_of(name, bands)]
 
 
+def best_factors(methods: Sequence[str], bands: Sequence[int]) -> str | None:
+    """The best method that makes factors in one of these numbers of bands: the last."""
+    fitting = [name for name in factor_methods(methods) if counts_of(name, bands)]
+    return fitting[-1] if fitting else None
+
+
 def tries_own_table(methods: Sequence[str]) -> bool:
     """Whether the model's own table is tried at few bits beside these methods."""
     return OWN_TABLE in methods or bool(factor_methods(methods))
@@ -198,10 +204,9 @@ def recipes(
 
     Codes come first. The file of a coded table may have as many bytes as the rank's
     factors have values. Then come the best method that makes factors in bands, plain
-    SVD, rivals and rounded factors, and the other methods. The last method that makes
-    factors counts as the best. Methods without token weights get a single band, and are
-    left out without 1 in `bands`. Recipes in bands are left out if the budget of their
-    rank is too small.
+    SVD, rivals and rounded factors, and the other methods. Methods without token
+    weights get a single band, and are left out without 1 in `bands`. Recipes in bands
+    are left out if the budget of their rank is too small.
     """
     budgets = {rank: budget_of_rank(vocab_size, width, rank) for rank in ranks}
     least = {count: least_budget(vocab_size, width, count) for count in bands}
@@ -212,20 +217,18 @@ def recipes(
         for count in counts_of(method, bands)
         for rank in ranks
     ]
-    factors = factor_methods(methods)
     for rival in MAKERS:
         if rival in methods or (rival == OWN_TABLE and tries_own_table(methods)):
             sizes = MAKERS[rival].sizes((vocab_size, width), bits)
             found += [Recipe(rival, 1, count, 0, bit) for count, bit in sizes]
     kinds = [
         (method, count, 32)
-        for method in reversed(factors)
+        for method in reversed(factor_methods(methods))
         for count in counts_of(method, bands)
     ]
-    best = factors[-1] if factors else ""
-    if counts := [count for method, count, _ in kinds if method == best]:
+    if best := best_factors(methods, bands):
         fewer = [bit for bit in bits if bit >= FEWEST_FACTOR_BITS]
-        kinds += [(best, max(counts), bit) for bit in fewer]
+        kinds += [(best, max(counts_of(best, bands)), bit) for bit in fewer]
     found += [
         Recipe(method, count, budgets[rank], rank, bit)
         for method, count, bit in kinds

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from pcagpt.compress.candidates import (
     Candidate,
+    best_factors,
     counts_of,
-    factor_methods,
     tries_own_table,
 )
 from pcagpt.compress.codes import KINDS
@@ -37,8 +37,8 @@ class Fit:
       make: a `Compressor`.
       codes_bytes: its estimate of the size of a file of `CODES`.
       measure: scores a candidate.
-      methods: those of `CODES` that are allowed, and others; the last of the
-        others that fits `bands` makes the factors.
+      methods: those of `CODES` that are allowed, and others; the `best_factors` of
+        them make the factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """
@@ -56,9 +56,8 @@ class Fit:
     ):
         self._make, self._codes_bytes, self._measure = make, codes_bytes, measure
         self._codes, self._bands = [m for m in KINDS if m in methods], bands
-        factors = [m for m in factor_methods(methods) if counts_of(m, bands)]
-        self._method = factors[-1] if factors else None
-        counts = counts_of(self._method, bands) if factors else (1,)
+        self._method = best_factors(methods, bands)
+        counts = counts_of(self._method, bands) if self._method else (1,)
         self._least = min(least_budget(*table, count) for count in counts)
         self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)

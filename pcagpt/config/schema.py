@@ -197,7 +197,7 @@ class CompressSettings:
         f"methods to try: all, or some of {', '.join(METHODS)}, "
         f"{', '.join(f'{name} ({code.words})' for name, code in CODES.items())}, "
         f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The last one "
-        "that makes factors counts as the best: only it is "
+        "that makes factors in one of compress.bands counts as the best: only it is "
         "tried at fewer bits and for a bound. Empty: all; on a CPU "
         f"{_listed(CPU.methods)}",
     )
@@ -236,8 +236,8 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "then train further the best factors and codes of these ranks (packed ones "
-        "cannot be trained), each on the text and on D's predictions; and D, for the "
+        "then train further the best factors and codes of these ranks, if they "
+        "can be trained, each on the text and on D's predictions; and D, for the "
         "same steps. D's train settings and seed apply.",
     )
 

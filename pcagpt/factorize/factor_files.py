@@ -134,7 +134,9 @@ def write(
         ]
     for path in written:
         files.pop(path.name, None)
-    begun = {"ranks": there, "unfinished": sorted(tables), "files": files}
+    # A killed command may have left files of other ranks.
+    left = {*((read_metadata(folder) or {}).get("unfinished") or ())} - {*tables}
+    begun = {"ranks": there, "unfinished": sorted({*tables, *left}), "files": files}
     # From here on, the files of these ranks count as ours.
     write_json(folder / METADATA_FILE, metadata | begun)
     for rank, table in tables.items():
@@ -146,7 +148,8 @@ def write(
         _write_scale(scale_path(folder, rank), band.scale, table.mean)
     write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     files |= digests_of(folder, [path.name for path in written])
-    write_json(folder / METADATA_FILE, metadata | {"files": files})
+    ended = {"unfinished": sorted(left)} if left else {}
+    write_json(folder / METADATA_FILE, metadata | {"files": files} | ended)
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:

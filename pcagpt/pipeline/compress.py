@@ -185,6 +185,11 @@ def _check_recoverable(
     if not ranks:
         return
     _models_to_train(models, ranks)
+    if original.batches.is_cut:
+        raise UserError(
+            "compress.recover_ranks is set beside evaluate.max_tokens, but models that "
+            "are trained further are evaluated on the whole split: leave it out"
+        )
     result = read_result(run.folder)
     if result is None or result.get("steps", run.step) != run.step:
         raise UserError(

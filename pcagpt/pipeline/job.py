@@ -103,10 +103,14 @@ class Job(abc.ABC):
         """The error for a prerequisite that may not be made, with its command."""
         lacks, config_file, settings = self._how_to_make()
         set_by_file = ("task", "arm", "build_prerequisites", "overwrite")
+        # configs/factorize.py takes the run's own corpus, if none is named.
+        values = {path: knob.default for path, knob in KNOBS.items()}
+        if settings.model_path:
+            values["data.source"] = ""
         words = [
             override(path, value)
             for path, value in settings.flat().items()
-            if path not in set_by_file and value != KNOBS[path].default
+            if path not in set_by_file and value != values[path]
         ]
         command = ["python", "-m", "pcagpt.main", f"--config={config_file}", *words]
         return UserError(

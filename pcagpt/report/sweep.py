@@ -39,6 +39,9 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
             equal_size_table(sweep) if any(row.is_factors for row in rows) else None
         ),
         "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
+        "recovers_codes": any(
+            row["method"] in CODES for row in sweep.get("recovered") or ()
+        ),
         "rows": [(row_name(row.method, row.bands, row.bits), row) for row in rows],
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
