@@ -30,6 +30,8 @@ from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.factorize import Factorizer
 from pcagpt.files import write_json
+from pcagpt.pipeline import compress as compressing
+from pcagpt.pipeline import execute as executing
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
@@ -619,3 +621,88 @@ def test_the_loss_of_a_replaced_run_is_only_printed(
     assert f"{before:.4f}" in capsys.readouterr().out
     assert "gpt_baseline was replaced or changed while" in "".join(said())
     assert not list(d.glob("evaluation_*"))
+
+
+# The corpus changes while a command uses it
+
+
+@pytest.fixture
+def own_corpus(copied, corpus_folder, tmp_path):
+    """The config of a copy of the corpus, and a function that edits its splits."""
+    folder = shutil.copytree(corpus_folder, tmp_path / "corpus")
+    tokens = {path: np.fromfile(path, "<u2") for path in folder.glob("*.bin")}
+
+    def edit():
+        for path, ids in tokens.items():
+            ids[::-1].tofile(path)
+
+    d = str(Path(copied.workdir) / "gpt_baseline")
+    return changed(copied, model_path=d, **{"data.source": str(folder)}), edit
+
+
+SWEEP = {"task": "compress", "ranks": (8,), "compress.calibration_tokens": 512}
+SWEEP |= {"compress.methods": "svd,kl", "compress.bands": (1,), "compress.bits": ()}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "overrides"),
+    [
+        (calibrate, "collect", SWEEP),
+        (Original, "measure", SWEEP),
+        (Setup, "batch", {"workdir": "new", "model_path": "", "seed": 3}),
+    ],
+)
+def test_no_result_of_a_corpus_that_changed_on_the_way_is_written(
+    own_corpus, tmp_path, monkeypatch, owner, name, overrides
+):
+    config, edit = own_corpus
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(owner, name, first_replacing(edit, getattr(owner, name)))
+    settings = Settings.of(changed(config, **overrides))
+    before = {*tmp_path.rglob("statistics*")}
+    with pytest.raises(UserError, match=r"corpus/\w+.bin was changed while"):
+        main.run(settings, "a command", print_only=False)
+    is_measured = name == "measure"  # Statistics are measured before.
+    assert is_measured or {*tmp_path.rglob("statistics*")} == before
+    assert not list(tmp_path.rglob("sweep.json"))
+    assert not list((tmp_path / "new").rglob("ckpt/*/weights"))
+
+
+def test_the_loss_on_a_corpus_that_changed_on_the_way_is_only_printed(
+    own_corpus, monkeypatch, said
+):
+    config, edit = own_corpus
+    replacing = first_replacing(edit, Evaluator.__call__)
+    monkeypatch.setattr(Evaluator, "__call__", replacing)
+    settings = Settings.of(changed(config, task="evaluate"))
+    main.run(settings, "a command", print_only=False)
+    assert "val.bin was changed while this command used it" in "".join(said())
+    assert not list(Path(config.model_path).glob("evaluation_*"))
+
+
+def test_an_experiment_is_not_compared_with_a_d_that_came_later(
+    copied, replace_d, monkeypatch
+):
+    (Path(copied.workdir) / "report.html").unlink()
+    replacing = first_replacing(replace_d, executing._corpora_without_text)
+    monkeypatch.setattr(executing, "_corpora_without_text", replacing)
+    with pytest.raises(UserError, match="imported_sha256.blocks_from"):
+        execute(changed(copied, task="experiment"))
+    assert not (Path(copied.workdir) / "report.html").exists()
+
+
+def test_a_recovery_is_not_compared_with_a_d_that_came_later(
+    copied, replace_d, monkeypatch
+):
+    def executed(*args, **kwargs):
+        executing.execute(*args, **kwargs)
+        replace_d()
+
+    monkeypatch.setattr(compressing, "execute", executed)
+    d = str(Path(copied.workdir) / "gpt_baseline")
+    asked = SWEEP | {"compress.recover_ranks": (8,), "model_path": d}
+    settings = Settings.of(changed(copied, **asked))
+    with pytest.raises(UserError, match="was replaced or changed while"):
+        main.run(settings, "a command", print_only=False)
+    sweep_file = Path(copied.workdir) / "compressed" / "sweep.json"
+    assert "recovered" not in json_of(sweep_file)

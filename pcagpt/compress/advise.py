@@ -77,7 +77,7 @@ def advise(
         print(chosen.candidate.note, flush=True)
     # First, because writing may fail.
     print(advice_text(row, shape), flush=True)
-    output.check_lock()
+    output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
         return
     print(f"model: {place}", flush=True)

@@ -10,10 +10,10 @@ from typing import Any
 class Output:
     """The folder of a sweep or an advice.
 
-    heading: the fields of its JSON file that do not come from tables; check_lock:
-    raises if the folder may not be written any more.
+    heading: the fields of its JSON file that do not come from tables; check: raises
+    UserError if the folder may not be written any more, or the corpus has changed.
     """
 
     folder: Path
     heading: dict[str, Any]
-    check_lock: Callable[[], None]
+    check: Callable[[], None]

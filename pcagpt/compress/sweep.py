@@ -169,7 +169,7 @@ def _write_sweep(
     other_rows: rows of earlier commands that are not in `tried`; rows_left: number of
     rows still to measure, absent at the end.
     """
-    output.check_lock()
+    output.check()
     output.folder.mkdir(parents=True, exist_ok=True)
     rows = _predicted([measured[recipe] for recipe in tried if recipe in measured])
     others = [row for recipe, row in measured.items() if recipe not in tried]

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +53,28 @@ class Corpus(CorpusInfo):
     folder: Path = Path()
     cache_dir: Path = Path()
     older: tuple[Path, ...] = ()
+    _opened: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
 
         Raises UserError as for `check_tokens`.
         """
-        return map_tokens(self._path(split), self._checked(split).dtype)
+        checked = self._checked(split)
+        self._opened.setdefault(split, checked.sha256)
+        return map_tokens(self._path(split), checked.dtype)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if a split has changed since `tokens` first opened it.
+
+        Reads a file again only if its size or its times have changed.
+        """
+        for split, sha256 in self._opened.items():
+            if self.tokens_sha256(split) != sha256:
+                raise UserError(
+                    f"{self._path(split)} was changed while this command used it: "
+                    "restore it, or run the same command again"
+                )
 
     def tokens_sha256(self, split: str) -> str:
         """Hash of all ids of a split; raises as `tokens` does."""

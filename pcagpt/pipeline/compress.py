@@ -77,7 +77,12 @@ def compress(settings: Settings, command: str) -> None:
         say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
     with lock.held(folder, meanwhile=check_folder) as check_lock:
         processes.from_first(check_folder)
-        output = Output(folder, heading, check_lock)
+
+        def check_inputs() -> None:
+            check_lock()
+            original.corpus.check_unchanged()
+
+        output = Output(folder, heading, check_inputs)
         if options.bounds:
             advise(original, methods, options, output, overwrite=settings.overwrite)
         else:
@@ -229,6 +234,7 @@ def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) ->
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
     execute(plan, command="")
+    processes.from_first(baseline.check_unchanged)
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
         rows = recovered_rows(folder, runs, baseline.folder)

@@ -58,6 +58,7 @@ def evaluate(settings: Settings) -> dict:
         part = f"{settings.split}_first{tokens}" if tokens else settings.split
         try:
             run.check_unchanged()
+            corpus.check_unchanged()
         except UserError as error:
             warn_once(f"the result is not written: {error}")
             return result

@@ -88,7 +88,15 @@ def execute(plan: Plan, command: str) -> None:
     for job in list(setups):
         # `pop` frees the memory of a teacher before the next job.
         job.run(setups.pop(job))
-    if plan.reported and jax.process_index() == 0:
+    if not plan.reported:
+        return
+    for job, (kind, _) in check(plan).items():
+        if kind != Kind.DONE:
+            raise UserError(
+                f"{job.folder} was replaced or changed while this command ran: run the "
+                "same command again"
+            )
+    if jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
         write_report(workdir, results)

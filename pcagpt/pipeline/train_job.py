@@ -297,6 +297,7 @@ class TrainJob(Job):
 
             def check_place() -> None:
                 check_lock()
+                corpus.check_unchanged()
                 if (read_record(self.folder) or {}).get("run_id") != record["run_id"]:
                     raise UserError(
                         f"stopped, because {self.folder} was removed or replaced while "

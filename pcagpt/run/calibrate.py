@@ -159,6 +159,7 @@ def statistics(
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
         windows = progress.track(windows)
         found = collect(model, variables, frequency_V, windows, mesh, chunks)
+    processes.from_first(corpus.check_unchanged)
     if jax.process_index() == 0:
         text = json.dumps(protocol, sort_keys=True).encode()
         digest = hashlib.sha256(text).hexdigest()
