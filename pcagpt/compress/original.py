@@ -59,6 +59,7 @@ class Original:
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
+        corpus.tokens("train")  # From here on, `check_unchanged` notices a change.
         model, variables = run.load(settings.model, mesh)
         return cls(
             run,

@@ -6,7 +6,7 @@ bands_pca_k{k}/           the table in several bands, in place of both files abo
 spectrum.npy              singular values [d] float64, descending
 metadata.json             method, source, energy kept by each rank, and the digests of
                           the files beside it, which every reader checks; written twice:
-                          first with the 'unfinished' ranks, and last without them
+                          first with its ranks as 'unfinished', and last without them
 """
 
 import hashlib

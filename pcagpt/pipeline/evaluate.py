@@ -42,6 +42,7 @@ def evaluate(settings: Settings) -> dict:
         settings.train.loss_chunks,
         settings.evaluate.max_tokens,
     )
+    is_own = run.is_own(corpus, [settings.split])
     label = f"{run.folder.name} on {settings.split}"
     with Progress(label, len(evaluator.batches)) as progress:
         measured = evaluator(variables, progress)
@@ -50,7 +51,7 @@ def evaluate(settings: Settings) -> dict:
         "step": run.step,
         **measured.metrics,
         **provenance.summary(mesh.size),
-        "is_own_corpus": run.is_own(corpus, [settings.split]),
+        "is_own_corpus": is_own,
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:
@@ -59,7 +60,7 @@ def evaluate(settings: Settings) -> dict:
         try:
             run.check_unchanged()
             corpus.check_unchanged()
-        except UserError as error:
+        except (UserError, OSError) as error:
             warn_once(f"the result is not written: {error}")
             return result
         path = _path(run, part, evaluator.protocol)
