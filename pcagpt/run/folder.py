@@ -383,7 +383,7 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     record = record | {"imported_sha256": hashes}
     if "import_bands" in unknown:
         bands = {name: record["model"][name] for name in ("band_sizes", "band_ranks")}
-        stored = stored | {"model": stored["model"] | bands}
+        stored = stored | {"model": (stored.get("model") or {}) | bands}
     # The oldest runs know only where their corpus lay.
     is_oldest = not {"corpus", "corpus_sha256"} & stored.keys()
     sections = (*IDENTITY, "data") if is_oldest else IDENTITY
