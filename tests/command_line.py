@@ -25,10 +25,15 @@ TINY = {
     "train.batch_size": 4,
     "train.loss_chunks": 1,
     "evaluate.batch_size": 64,
-    "compress.calibration_tokens": 256,
     "telemetry.tensorboard": False,
     "mesh.data": 1,
 }
+
+
+def tiny_knobs(config_name):
+    """`TINY`, and a short calibration for a config whose task may calibrate."""
+    measures = config_name in ("evaluate.py", "sample.py")
+    return TINY | ({} if measures else {"compress.calibration_tokens": 256})
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def tiny(config_name, corpus_folder, **sections):
 
     tiny("pca_k128.py", folder, train={"steps": 3}, seed=2) sets two knobs besides.
     """
-    values = {"data.source": corpus_folder, **TINY}
+    values = {"data.source": corpus_folder, **tiny_knobs(config_name)}
     for name, value in sections.items():
         if isinstance(value, dict):
             values |= {f"{name}.{knob}": v for knob, v in value.items()}

@@ -257,6 +257,17 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_trained(
     assert words in line
 
 
+@pytest.mark.parametrize("bands", [1, 2])
+def test_a_record_without_a_model_is_refused(bands, corpus_folder, place):
+    run_dir = place / "checkpoints" / f"gpt_pca_k{RANK}"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text('{"a": 1}')
+    chosen = {"bands": bands, "method": "context"}
+    model = {"n_embd_wte": RANK}
+    words = tiny("pca_k128.py", corpus_folder, model=model, factorize=chosen)
+    assert "with another config: arm (was None" in refusal(*words, unchanged=[place])
+
+
 def test_a_table_that_cannot_be_factorized_is_refused(place):
     np.save(place / "table.npy", np.ones((VOCAB_SIZE, 2)))
     factorize = f"--config={CONFIGS / 'factorize.py'}", "--config.model_path=table.npy"

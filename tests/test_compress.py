@@ -1248,6 +1248,14 @@ def test_recovery_keeps_d_s_settings_but_what_concerns_memory(swept):
         assert (train.loss_chunks, train.steps) == (7, d["steps"] // 2)
 
 
+def test_recovery_keeps_d_s_dropout(asked, finished_experiment):
+    d = changed(finished_experiment, task="train", workdir=asked.workdir)
+    d = changed(d, overwrite=True, **{"model.dropout": 0.1})
+    asked.model_path = str(execute(d))
+    (job,) = recovery_plan(Settings.of(asked), folder_of(asked), ()).jobs
+    assert job.settings.model.dropout == 0.1
+
+
 @pytest.mark.slow
 def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkeypatch):
     # The sweep's own batch size and learning rate do not matter for the training.

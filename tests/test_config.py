@@ -239,6 +239,10 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             {"compress.methods": "gptq, pq", "compress.max_bytes": 9},
             "compress.max_bytes is set, but tables of gptq, pq are only for comparison",
         ),
+        (
+            {"task": "sample", "compress.calibration_tokens": 9, "model_path": "x"},
+            "compress.calibration_tokens is set for task sample",
+        ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),
@@ -333,6 +337,11 @@ def test_every_synonym_is_of_a_knob_and_no_knob_itself():
     known = command_line._SYNONYMS
     assert known.keys() <= KNOBS.keys()
     assert not KNOBS.keys() & set(" ".join(known.values()).split())
+
+
+def test_the_last_of_repeated_words_counts():
+    settings, _ = parse("--config.ranks=4,8", "--config.seed=2", "--config.ranks=4")
+    assert (settings.ranks, settings.seed) == ((4,), 2)
 
 
 def test_whole_numbers_can_be_short():

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, TINY, call, commands
+from command_line import ROOT, call, commands, tiny_knobs
 from runs import quick_environment
 
 from pcagpt.files import write_json
@@ -28,7 +28,6 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.join(words) for words in commands("\n".join(BLOCKS))]
 
 # The commands use rank 128, so the model needs that width.
-SMALL = TINY | {"model.n_embd": 128}
 SMALL_SWEEP = {"compress.methods": "svd,context", "compress.bands": "1,3"}
 # A python of .venv that answers what demo.sh asks when all packages are installed.
 INSTALLED = f"""#!/bin/sh
@@ -154,7 +153,8 @@ def clone(tmp_path):
 
 def shrunken(line):
     """The words of a command with sizes of a test; its own words come first."""
-    overrides = {"data.source": "FOLDER"} | SMALL
+    config = re.search(r"configs/(\w+\.py)|$", line)[1]
+    overrides = {"data.source": "FOLDER"} | tiny_knobs(config) | {"model.n_embd": 128}
     overrides |= SMALL_SWEEP if "configs/compress.py" in line else {}
     return shlex.split(line) + [f"--config.{k}={v}" for k, v in overrides.items()]
 

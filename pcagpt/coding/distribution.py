@@ -4,8 +4,8 @@ They are discrete Student distributions, which cover peaked and Gaussian shapes:
 
     f(n) ~ (1 + (n - location)^2 / (2 q scale^2))^-q
 
-Only sums, products and whole quotients of integers make it, so each machine gets the
-same frequencies.
+They are computed from sums, products and whole quotients of integers, so each machine
+gets the same frequencies.
 """
 
 import functools

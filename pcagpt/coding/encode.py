@@ -43,7 +43,7 @@ BASIS_STEP = np.sqrt(BIT * 12 / (2 * np.log(2))) * 1.4
 INDEX_BITS = 8  # of the indices of one distribution
 SAMPLE = 8192  # tokens from which choices and estimates are made
 SMALLEST_SAMPLE = 64  # tokens of a class
-COUNTERS = 2**20  # of symbols, that exist at the same time
+COUNTERS = 2**20  # of symbols, in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # Is a key of caches, by identity.

@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
                 raise UserError(f"{word!r} is not UTF-8: write it in UTF-8") from None
             raise UserError(f"this locale cannot read {word!r}: set LC_ALL=C.UTF-8")
     source, words = _take_config_file(arguments)
-    words = [_plain_number(word) for word in words]
+    words = _last_of_each([_plain_number(word) for word in words])
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
             _require_knob(knob[1])
@@ -100,6 +100,20 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
         if KNOBS[path].rule is PATH
     }
     return settings.replace(paths), print_only.value
+
+
+def _last_of_each(words: list[str]) -> list[str]:
+    """The words without --config.KNOB=VALUE where a later word sets the same knob.
+
+    A list knob would otherwise get the values of both.
+    """
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    return [
+        word
+        for place, word in enumerate(words)
+        if not re.match(r"--?config\..*=", word)
+        or last[word.partition("=")[0]] == place
+    ]
 
 
 def _expanded(name: str, path: str) -> str:

@@ -56,7 +56,9 @@ _READERS = {
     "factorize": (
         (*_TRAINING, "factorize"), "compress has compress.methods and compress.bands"
     ),
-    "compress.calibration_tokens": (tuple(TASKS), ""),
+    "compress.calibration_tokens": (
+        (*_TRAINING, "factorize", "compress"), "leave it out"
+    ),
     "compress": (("compress",), "compress a run with configs/compress.py"),
     "evaluate.max_tokens": (("compress", "evaluate"), "a run evaluates on all tokens"),
     "experiment": (("experiment",), "use configs/experiment.py"),

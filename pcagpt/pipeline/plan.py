@@ -59,7 +59,8 @@ def make_plan(settings: Settings) -> Plan:
 def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> Plan:
     """The runs in a folder that train D and compressed models of it further.
 
-    They train with D's settings, for the share of its budget in `finetune`.
+    They train with D's settings, also its dropout, for the share of its budget in
+    `finetune`.
     `train.loss_chunks` only concerns memory and stays as it was given. Each model is
     trained twice: on the text and on D's predictions.
     """
@@ -74,6 +75,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
             "data.cache_dir": str(settings.cache_dir),
             "train": stored.train if "train" in known else settings.train,
             "train.loss_chunks": settings.train.loss_chunks,
+            "model.dropout": stored.model.dropout,
             "seed": stored.seed if "seed" in known else settings.seed,
             "factorize": FactorizeSettings(),
         }

@@ -42,12 +42,13 @@ _QUICK = {
     "telemetry.every": 1,
     "telemetry.tensorboard": False,
     "finetune.steps_share": 0.5,
-    "compress.calibration_tokens": 256,
     "mesh.data": 1,
 }
+_CALIBRATION = {"compress.calibration_tokens": 256}
 # These configs take the model from a run, and all but the last the corpus, too.
-_OF_A_RUN = {"evaluate": {}, "sample": {}, "factorize": {}, "compress": {}}
-_OF_A_RUN["recover"] = _CORPUS
+_OWN_MODEL = _CORPUS | _MODEL | _CALIBRATION
+_OF_A_RUN = {"evaluate": {}, "sample": {}, "factorize": _CALIBRATION}
+_OF_A_RUN |= {"compress": _CALIBRATION, "recover": _CORPUS | _CALIBRATION}
 # What clocks, commits and chance decide, and what follows from it.
 _VARIES = {
     "checkpoint", "command", "config_sha256", "corpus_source", "created",
@@ -68,7 +69,7 @@ class Command:
     def words(self) -> list[str]:
         """Its arguments."""
         path = REPOSITORY / "configs" / f"{self.config}.py"
-        values = _QUICK | _OF_A_RUN.get(self.config, _CORPUS | _MODEL) | self.knobs
+        values = _QUICK | _OF_A_RUN.get(self.config, _OWN_MODEL) | self.knobs
         return [f"--config={path}", *(f"--config.{k}={v}" for k, v in values.items())]
 
 
