@@ -109,13 +109,13 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
         from pcagpt.pipeline import tasks
         from pcagpt.sharding import processes
 
-    if settings.distributed.enabled:
-        processes.start(
-            settings.distributed.coordinator_address,
-            settings.distributed.num_processes,
-            settings.distributed.process_id,
-        )
-    processes.open_devices()
+        if settings.distributed.enabled:
+            processes.start(
+                settings.distributed.coordinator_address,
+                settings.distributed.num_processes,
+                settings.distributed.process_id,
+            )
+        processes.open_devices()  # JAX swallows what its plugins raise meanwhile.
     try:
         text = tasks.preview(settings) if print_only else tasks.do(settings, command)
     except Interrupted:  # All processes stop at the same step.

@@ -512,6 +512,19 @@ def test_a_signal_while_libraries_are_imported_ends_at_once(corpus_folder, tmp_p
     assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
 
 
+def test_a_signal_while_jax_opens_devices_ends_at_once(corpus_folder, tmp_path):
+    """JAX logs what a plugin of a device raises, and goes on without this device."""
+    (plugins := tmp_path / "jax_plugins" / "slow").mkdir(parents=True)
+    (plugins / "__init__.py").write_text(
+        "import os, signal\ndef initialize(): os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "runs")
+    ended = python("-m", "pcagpt.main", *arguments, environment=paths)
+    assert ended.returncode == 75
+    assert re.fullmatch("pcagpt: interrupted: .*\n", ended.stderr)
+
+
 # The rest.
 
 
