@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -462,6 +463,25 @@ def test_a_best_model_that_a_run_started_from_is_not_replaced_without_overwrite(
     assert len(replaced(folder)) == overwrite
     said = f"best_k8 stays, because {run} started from it; another table"
     assert (said in capsys.readouterr().out) == (not overwrite)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_overwrite_moves_what_is_damaged_in_a_best_model_s_place_aside(
+    copied_sweep, is_file
+):
+    """Its refusal gives this advice."""
+    place = folder_of(copied_sweep) / "best_k8"
+    if is_file:
+        shutil.rmtree(place)
+        place.write_text("of a person")
+    else:
+        os.truncate(place / "config.json", 200)
+    with pytest.raises(UserError, match="with --config.overwrite=True"):
+        sweep_of(copied_sweep)
+    sweep_of(copied_sweep, overwrite=True)
+    assert Run.open(place).step == 0
+    (kept,) = place.parent.glob("best_k8.replaced-*")
+    assert kept.is_file() == is_file
 
 
 # What is measured
@@ -1302,17 +1322,27 @@ def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkey
     assert later["recovered"] == sweep["recovered"]
 
 
-def test_further_training_replaces_only_the_results_of_its_own_runs(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, ["continued", "k4", "k8"]), ({"val_loss": 2}, ["continued", "k8"]),
+     ({"tokens_seen": 9}, ["continued", "k8"])],
+)  # fmt: skip
+def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus(
+    changes, kept, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep_module, "write_sweep_report", lambda *_: None)
     write_json(tmp_path / "sweep.json", {"protocol": {}, "rows": []})
-    for loss, runs in ((1, ("continued", "k4")), (2, ("continued", "k8"))):
-        rows = [{"run": run, "val_loss": loss} for run in runs]
+    for rank, new in ((4, {}), (8, changes)):
+        row = {"val_loss": 1, "tokens_seen": 5} | new
+        rows = [
+            {"run": "continued", "rank": None} | row,
+            {"run": f"k{rank}", "rank": rank} | row,
+        ]
         sweep_module.add_recovered(tmp_path, rows)
     found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]
-    losses = {row["run"]: row["val_loss"] for row in found}
-    assert losses == {"continued": 2, "k4": 1, "k8": 2}
+    assert [row["run"] for row in found] == kept
+    assert ("left out of the report: k4," in capsys.readouterr().out) == bool(changes)
+    assert found[0]["val_loss"] == changes.get("val_loss", 1)
 
 
 @pytest.mark.parametrize("path", ["gpt_baseline/ckpt/3", "bare"])

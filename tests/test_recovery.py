@@ -330,6 +330,16 @@ def test_a_folder_that_lacks_something_is_refused(
     assert words in refusal(recover(source))
 
 
+@pytest.mark.parametrize("position", [-7, 0, 97])
+def test_an_order_that_gives_two_tokens_one_row_is_refused(position, sources, tmp_path):
+    run = Run.open(sources["banded"])
+    order = run.weights["constants"]["embed"]["position_of_token"]
+    order[np.flatnonzero(order != position)[0]] = position
+    source = write_run(tmp_path / "wrong", run.record, run.weights)
+    with pytest.raises(UserError, match="position_of_token is no permutation"):
+        _ = Run.open(source).weights
+
+
 def test_weights_of_another_model_than_the_config_says_are_refused(
     sources, recover, tmp_path
 ):

@@ -223,8 +223,8 @@ def is_of(folder: Path, recipe: Recipe) -> bool:
 
 
 def _origin_of(folder: Path) -> dict[str, Any]:
-    """The origin that `write_model` recorded in a folder; {} without a record."""
-    origin = (read_record(folder) or {}).get("compressed")
+    """The origin that `write_model` recorded in a folder; {} if it cannot be read."""
+    origin = (_undamaged(lambda: read_record(folder)) or {}).get("compressed")
     return DEFAULTS | origin if origin else {}
 
 

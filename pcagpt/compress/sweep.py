@@ -150,12 +150,24 @@ def _write_best(
 def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Adds the results of further training to sweep.json; rewrites its report.
 
-    Those of other runs stay.
+    Those of other runs stay if they were compared with the same D+. Otherwise they are
+    left out, and a line says so.
     """
     path = folder / "sweep.json"
     content = read_sweep(path)
     recovered = {row["run"]: row for row in content.get("recovered") or ()}
-    recovered |= {row["run"]: row for row in strict(rows)}
+    new = {row["run"]: row for row in strict(rows)}
+    (continued,) = (row for row in new.values() if row["rank"] is None)
+    known = recovered.get(continued["run"], continued)
+    if any(known[key] != continued[key] for key in ("val_loss", "tokens_seen")):
+        if others := sorted(recovered.keys() - new.keys()):
+            print(
+                f"left out of the report: {', '.join(others)}, compared with another "
+                "D+; recover the same ranks again to compare them with this one",
+                flush=True,
+            )
+        recovered = {}
+    recovered |= new
     content["recovered"] = list(recovered.values())
     write_json(path, content)
     return write_sweep_report(folder, content)

@@ -27,6 +27,7 @@ from pcagpt.model.embedding import (
     HeadBand,
     full_table,
     head_logits,
+    is_order,
     order_constants,
     packed_constants,
     products,

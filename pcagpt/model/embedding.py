@@ -219,6 +219,14 @@ def packed_constants(order_V: np.ndarray, bands: Sequence[PackedBand]) -> dict:
     return {"embed": embed}
 
 
+def is_order(constants: Mapping[str, Any]) -> bool:
+    """Whether the constants give every token a row of its own, or no order at all."""
+    position_V = constants.get("embed", {}).get("position_of_token")
+    if position_V is None:
+        return True
+    return np.array_equal(np.sort(position_V), np.arange(np.size(position_V)))
+
+
 def token_order(constants: Mapping[str, Any], vocab_size: int) -> np.ndarray:
     """The inverse of `order_constants`; a model of one band has the order of ids."""
     position_V = constants.get("embed", {}).get("position_of_token")

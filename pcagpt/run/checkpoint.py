@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from pcagpt import trees
 from pcagpt.errors import Unreadable, UserError, warn_once
 from pcagpt.files import LARGEST, check_values, read_json, strict, sync
+from pcagpt.model import is_order
 from pcagpt.run import digests
 from pcagpt.run.weights import alone, read_weights
 from pcagpt.sharding import processes
@@ -361,6 +362,9 @@ def load_weights(path: str | Path) -> dict[str, dict]:
             weights = read_weights(folder)
         for name, leaf in trees.flatten(weights).items():
             check_values(leaf, name)
+        constants = weights.get("constants") or {}
+        if not is_order(constants):
+            raise UserError("position_of_token is no permutation of its positions")
     except Unreadable:
         raise
     except UserError as error:
@@ -368,4 +372,4 @@ def load_weights(path: str | Path) -> dict[str, dict]:
             f"checkpoint {folder} cannot be read ({error}): name another step beside "
             f"it, or {_REMEDY}"
         ) from None
-    return {"params": weights["params"], "constants": weights.get("constants") or {}}
+    return {"params": weights["params"], "constants": constants}

@@ -55,8 +55,8 @@ NOT_IDENTITY = (
 )
 
 _CONFIG_REMEDY = (
-    "delete it if the run was trained here (its checkpoints have a copy), or use "
-    "--config.overwrite=True"
+    "delete it if the run was trained here (its checkpoints have a copy), or repeat "
+    "the command that made it with --config.overwrite=True"
 )
 _RESULT_REMEDY = (
     "delete it and give the run's command again, or use --config.overwrite=True"
