@@ -183,7 +183,7 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         ),
         ({"distill.share": 0.5}, "distill.share is set, but no model has a teacher"),
         (EXPERIMENT | {"distill.share": 0.5}, "but no model has a teacher"),
-        (COMPRESS | {"distill.share": 0.5}, "but no model has a teacher"),
+        (COMPRESS | {"distill.share": 0.5}, "only train, experiment, compress with"),
         (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
         (A | {"ranks": (64,)}, "ranks is (64,), but one model is trained"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
