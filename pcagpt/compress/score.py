@@ -6,6 +6,7 @@ vocabulary, D width, E deciles.
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,19 +55,24 @@ class TableSwap:
         )
         score = functools.partial(self._score, self._variables, table, self._decile_V)
         scored = placement.map_batches(score, batches, self._mesh)
-        found = [sums for _, sums in scored]
-        windows_W2 = np.concatenate([sums.pop("windows") for sums in found])
-        total = jax.tree.map(lambda *sums: sum(map(np.float64, sums)), *found)
-        by_decile = zip(*total.pop("deciles"), strict=True)
-        count = total.pop("count")
-        means = {name: float(value / count) for name, value in total.items()}
-        decile_means = [float(a / n) if n else None for a, n in by_decile]
-        # The last batch may end with windows without targets.
-        added_W, count_W = np.float64(windows_W2[windows_W2[:, 1] > 0]).T
-        _, interval = mean_interval(added_W / count_W, count_W)
-        return SwapScores(
-            **means, added_loss_by_decile=decile_means, added_loss_interval=interval
-        )
+        return swap_scores(sums for _, sums in scored)
+
+
+def swap_scores(batches: Iterable[dict[str, Any]]) -> SwapScores:
+    """The scores of a table from the sums of each batch, as `_score` returns them."""
+    found = list(batches)
+    windows_W2 = np.concatenate([sums.pop("windows") for sums in found])
+    total = jax.tree.map(lambda *sums: sum(map(np.float64, sums)), *found)
+    by_decile = zip(*total.pop("deciles"), strict=True)
+    count = total.pop("count")
+    means = {name: float(value / count) for name, value in total.items()}
+    decile_means = [float(a / n) if n else None for a, n in by_decile]
+    # The last batch may end with windows without targets.
+    added_W, count_W = np.float64(windows_W2[windows_W2[:, 1] > 0]).T
+    _, interval = mean_interval(added_W / count_W, count_W)
+    return SwapScores(
+        **means, added_loss_by_decile=decile_means, added_loss_interval=interval
+    )
 
 
 def _score(

@@ -1,0 +1,244 @@
+"""A causal language model of transformers: its table, statistics and measurements.
+
+It does in PyTorch what `run.calibrate` and `compress.score` do for our own models, for
+any architecture whose head multiplies the last hidden states by the token table. The
+model's own code embeds the tokens, so a scaled embedding (Gemma) counts as it is.
+
+Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, W windows, V
+vocabulary, D width, E deciles.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from pcagpt.compress.score import DECILES, swap_scores
+from pcagpt.errors import UserError
+from pcagpt.factorize import Statistics
+from pcagpt.rows import SwapScores
+
+# Relative distance between the model's own logits and those of the plain product.
+LOGITS_AGREE = 1e-4
+
+
+class Decoder:
+    """A model with one table for input and output, on one device in float32.
+
+    Attributes:
+      model: of transformers, in evaluation mode; window: the longest sequence that it
+        was trained on, at most `longest`.
+    """
+
+    def __init__(self, folder: Path, longest: int):
+        """Opens a folder; UserError if its model cannot be measured."""
+        self.folder, self._cap = folder, None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = _open(folder).to(self.device).requires_grad_(False).eval()
+        self._embedding = self.model.get_input_embeddings()
+        self._head = self.model.get_output_embeddings()
+        self._check_tied()
+        config = self.model.config.get_text_config()
+        self.window = min(longest, getattr(config, "max_position_embeddings", longest))
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._check_head()
+
+    @property
+    def table_VD(self) -> np.ndarray:
+        """The token table, float32 [V, D]."""
+        return self._embedding.weight.detach().float().cpu().numpy()
+
+    def statistics(
+        self, frequency_V: np.ndarray, batches: Iterable[np.ndarray], chunks: int
+    ) -> Statistics:
+        """Measures the model on batches of token ids, int [B, T]; see `Statistics`.
+
+        Targets are drawn with a fixed seed. Sums over batches are float64.
+        """
+        chance = torch.Generator(self.device).manual_seed(0)
+        total, tokens = None, 0
+        for batch_BT in batches:
+            sums = self._sums(self._put(batch_BT), chance, chunks)
+            sums = {name: a.double().cpu().numpy() for name, a in sums.items()}
+            total = (
+                {name: total[name] + a for name, a in sums.items()} if total else sums
+            )
+            tokens += batch_BT.size
+        means = {name: value / tokens for name, value in (total or {}).items()}
+        return Statistics(frequency=frequency_V, **means)
+
+    def score(
+        self,
+        table_VD: np.ndarray,
+        decile_V: np.ndarray,
+        batches: Iterable[tuple[np.ndarray, np.ndarray]],
+        chunks: int,
+    ) -> SwapScores:
+        """Scores a table in place of the model's own; as `score.TableSwap` does."""
+        new_VD = self._put(np.asarray(table_VD, np.float32))
+        decile_V = self._put(decile_V)
+        with torch.inference_mode():
+            return swap_scores(
+                self._batch_scores(new_VD, decile_V, *map(self._put, batch), chunks)
+                for batch in batches
+            )
+
+    def _batch_scores(self, new_VD, decile_V, inputs_BT, targets_BT, chunks):
+        """Sums of all scores over a batch; `windows`: added loss and count of each."""
+        own_VD = self._embedding.weight
+        own_ND = self._hidden(inputs_BT)
+        with self._embedding_of(new_VD):
+            swapped_ND = self._hidden(inputs_BT)
+        names = ("loss", "added_loss", "added_loss_input", "added_loss_head", "kl")
+        names += ("top1_agreement", "count")
+        sums = dict.fromkeys(names, 0.0)
+        deciles_E2 = torch.zeros(DECILES, 2, device=self.device)
+        added = []
+        for own_nD, swapped_nD, targets_n in zip(
+            *(a.chunk(chunks) for a in (own_ND, swapped_ND, targets_BT.reshape(-1))),
+            strict=True,
+        ):
+            counted_n = targets_n >= 0
+            own_nV, both_nV = (
+                self._log_probabilities(h_nD, rows_VD)
+                for h_nD, rows_VD in ((own_nD, own_VD), (swapped_nD, new_VD))
+            )
+
+            def loss_n(log_p_nV, targets_n=targets_n, counted_n=counted_n):
+                found = log_p_nV.gather(1, targets_n.clamp(min=0)[:, None])[:, 0]
+                return torch.where(counted_n, -found, 0)
+
+            own_n, added_n = loss_n(own_nV), loss_n(both_nV) - loss_n(own_nV)
+            kl_n = (own_nV.exp() * (own_nV - both_nV)).sum(1)
+            same_n = own_nV.argmax(1) == both_nV.argmax(1)
+            del both_nV
+            of_input_nV = self._log_probabilities(swapped_nD, own_VD)
+            of_input_n = loss_n(of_input_nV) - own_n
+            del of_input_nV
+            of_head_n = loss_n(self._log_probabilities(own_nD, new_VD)) - own_n
+            parts = (own_n, added_n, of_input_n, of_head_n)
+            parts += (torch.where(counted_n, kl_n, 0), counted_n & same_n, counted_n)
+            for name, part_n in zip(names, parts, strict=True):
+                sums[name] += float(part_n.sum(dtype=torch.float64))
+            of_decile_n = decile_V[targets_n.clamp(min=0)]
+            pairs_n2 = torch.stack([added_n, counted_n.float()], 1)
+            deciles_E2.index_add_(0, of_decile_n, pairs_n2)
+            added.append(added_n)
+        by_window = torch.cat(added).reshape(targets_BT.shape), targets_BT >= 0
+        windows_W2 = torch.stack([a.sum(1, dtype=torch.float32) for a in by_window], 1)
+        found = {"deciles": deciles_E2.T, "windows": windows_W2}
+        return sums | {name: a.cpu().numpy() for name, a in found.items()}
+
+    def _sums(self, tokens_BT, chance, chunks) -> dict[str, torch.Tensor]:
+        """Sums over a batch of all statistics except the frequency."""
+        table_VD = self._embedding.weight
+        rows_ND = table_VD[tokens_BT.reshape(-1)].clone().requires_grad_()
+        places_BT = torch.arange(tokens_BT.numel(), device=self.device)
+        # Each place has a row of its own, so that the gradient is that of one place.
+        with torch.enable_grad(), self._embedding_of(rows_ND):
+            h_ND = self._hidden(places_BT.reshape(tokens_BT.shape))
+        probability_V = torch.zeros(len(table_VD), device=self.device)
+        expected, gradient = [], []
+        with torch.no_grad():
+            for h_nD in h_ND.chunk(chunks):
+                logits_nV = self._logits(h_nD, table_VD)
+                p_nV = logits_nV.softmax(1)
+                expected.append(p_nV @ table_VD)
+                probability_V += p_nV.sum(0)
+                drawn_n1 = torch.multinomial(p_nV, 1, generator=chance)
+                if self._cap:
+                    p_nV.scatter_add_(1, drawn_n1, torch.full_like(p_nV[:, :1], -1))
+                    p_nV *= 1 - (logits_nV / self._cap) ** 2  # the slope of the cap
+                    gradient.append(p_nV @ table_VD)
+                else:
+                    gradient.append(expected[-1] - table_VD[drawn_n1[:, 0]])
+        (of_rows_ND,) = torch.autograd.grad(h_ND, rows_ND, torch.cat(gradient))
+        h_ND = h_ND.detach()
+        return {
+            "probability": probability_V,
+            "hidden_mean": h_ND.sum(0),
+            "hidden_moment": h_ND.T @ h_ND,
+            "gradient_moment": of_rows_ND.T @ of_rows_ND,
+            "context_moment": h_ND.T @ torch.cat(expected),
+        }
+
+    def _hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states that the head multiplies by the table: float32 [N, D]."""
+        # Some models also read the ids; the rows of `_embedding_of` have none.
+        embedded_BTD = self._embedding(tokens_BT)
+        body = self.model.base_model
+        found = body(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+        return found.reshape(-1, found.shape[-1])
+
+    def _logits(self, h_nD: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
+        logits_nV = h_nD @ table_VD.T
+        if self._cap:
+            logits_nV = self._cap * torch.tanh(logits_nV / self._cap)
+        return logits_nV
+
+    def _log_probabilities(self, h_nD, table_VD) -> torch.Tensor:
+        return self._logits(h_nD, table_VD).log_softmax(1)
+
+    @contextlib.contextmanager
+    def _embedding_of(self, rows: torch.Tensor) -> Iterator[None]:
+        """The model's embedding looks up these rows meanwhile."""
+        # torch gives the padding token no gradient; the row of another place may be it.
+        own, padding = self._embedding.weight, self._embedding.padding_idx
+        del self._embedding.weight
+        self._embedding.weight, self._embedding.padding_idx = rows, None
+        try:
+            yield
+        finally:
+            del self._embedding.weight
+            self._embedding.weight, self._embedding.padding_idx = own, padding
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        is_ids = np.issubdtype(array.dtype, np.integer)
+        return torch.as_tensor(
+            np.asarray(array, np.int64 if is_ids else np.float32), device=self.device
+        )
+
+    def _check_tied(self) -> None:
+        own, head = self._embedding, self._head
+        if not isinstance(own, torch.nn.Embedding):
+            raise UserError(f"{self.folder}: its model has no embedding of tokens")
+        if head is None or head.weight is not own.weight:
+            raise UserError(
+                f"{self.folder}: its input and output tables are not tied; only tied "
+                "tables can be compressed"
+            )
+
+    def _check_head(self) -> None:
+        """UserError unless the plain product gives the model's own probabilities."""
+        tokens_BT = torch.arange(8, device=self.device)[None] % len(self.table_VD)
+        with torch.inference_mode():
+            own_nV = self.model(input_ids=tokens_BT, use_cache=False).logits[0]
+            own_nV = torch.log_softmax(own_nV.float(), 1)
+            found_nV = self._log_probabilities(
+                self._hidden(tokens_BT), self._embedding.weight
+            )
+        if not (found_nV - own_nV).abs().max() <= LOGITS_AGREE * own_nV.abs().max():
+            name = type(self.model).__name__
+            raise UserError(
+                f"{self.folder}: {name} does not multiply its last hidden states by "
+                "the token table alone; such a head cannot be measured"
+            )
+
+
+def _open(folder: Path) -> Any:
+    """The model of a folder or of a GGUF file, in float32; UserError if it has none."""
+    place = {"pretrained_model_name_or_path": str(folder)}
+    if folder.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": str(folder.parent)}
+        place["gguf_file"] = folder.name
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(f"transformers cannot open {folder}: {line}") from None
