@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
+from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
-from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run import checkpoint, fingerprint, foreign
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import choose, look
 from pcagpt.sharding import placement, processes
@@ -268,6 +269,27 @@ class Run:
                 f"{self.folder} knows those of {own}: set "
                 f"--config.data.tokenizer={own}"
             )
+
+    def results_in(self, workdir: str | Path) -> Path:
+        """The folder of what is measured on the run: its own.
+
+        That of another program's model is in the workdir; its name tells two models of
+        one name apart.
+        """
+        if not foreign.is_model(self.folder):
+            return self.folder
+        name = f"{self.folder.resolve().name}-{self.fingerprint[:8]}"
+        return Path(workdir) / "measured" / name
+
+    def keep_result(self, path: Path, write: Callable[[Path], Any]) -> bool:
+        """As `files.keep`; `path` is in `results_in`, which may not exist yet."""
+
+        def write_there(path: Path) -> None:
+            if path.parent != self.folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+
+        return keep(path, write_there)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from pcagpt.errors import UserError
 from pcagpt.files import check_size
+from pcagpt.run import foreign
 
 
 def alone() -> ocp.options.MultiprocessingOptions:
@@ -36,6 +37,8 @@ def read_weights(folder: Path) -> dict:
     Nothing compares them with their digests. Damage can raise any error. UserError if
     they are larger than their files, or lack params.
     """
+    if foreign.is_model(folder):
+        return foreign.read_weights(folder)
     folder = folder.absolute() / "weights"
     with _local_checkpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree

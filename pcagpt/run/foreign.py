@@ -1,0 +1,57 @@
+"""Models of other programs as runs. Nothing is ever written into their folders.
+
+Such a run has one checkpoint, 0. Its folder is the folder of the run itself.
+"""
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pcagpt import trees
+from pcagpt.config import KNOBS
+from pcagpt.data.tokenizer import RANKS
+from pcagpt.files import read_once
+from pcagpt.run import hugging_face
+
+STEP = 0  # of the only checkpoint
+_OWN = "ckpt"  # our own runs have this folder
+_FORMATS: tuple[ModuleType, ...] = (hugging_face,)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of another program."""
+    return _format(folder) is not None
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record that a run of ours with the model of a folder would have.
+
+    Raises UserError if pcagpt cannot read the model, or would compute another one.
+    """
+    return copy.deepcopy(_record(folder))
+
+
+@read_once
+def _record(folder: Path) -> dict[str, Any]:
+    record = _format(folder).record_of(folder)
+    is_gpt2 = record["vocab_size"] == RANKS["gpt2"].vocab_size
+    return record | {"tokenizer": "gpt2" if is_gpt2 else None}
+
+
+def read_weights(folder: Path) -> dict:
+    """{'params', 'constants'} as a run of ours stores them; raises as `record_of`."""
+    found = _format(folder).read_weights(folder)
+    table_VD = found["embed/band_0/wte"]
+    padding = -len(table_VD) % KNOBS["model.vocab_multiple"].default
+    found["embed/band_0/wte"] = np.pad(table_VD, ((0, padding), (0, 0)))
+    return {"params": trees.unflatten(found), "constants": {}}
+
+
+def _format(folder: Path) -> ModuleType | None:
+    """The module that reads a folder; None for runs of ours and for other folders."""
+    if (folder / _OWN).is_dir():
+        return None
+    return next((one for one in _FORMATS if one.is_model(folder)), None)
