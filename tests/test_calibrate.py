@@ -36,13 +36,18 @@ def test_statistics_are_what_a_naive_pass_over_the_text_finds(original):
     tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % VOCAB_SIZE
     frequency = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
     found = calibrate.collect(
-        original.model, original.variables, frequency, [tokens], original.mesh, 2
+        original.model.gpt,
+        original.model.variables,
+        frequency,
+        [tokens],
+        original.model.mesh,
+        2,
     )
     variables, table = {"params": original.run.weights["params"]}, original.table_VD
 
     @jax.jit
     def hidden(x):
-        return original.model.apply(variables, x, 16, method="contextualize")
+        return original.model.gpt.apply(variables, x, 16, method="contextualize")
 
     x = table[tokens.reshape(-1)]
     h = np.asarray(hidden(x), np.float64)

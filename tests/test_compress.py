@@ -429,7 +429,7 @@ def test_exported_bands_and_the_model_are_the_same_dense_table(asked, original):
     dense = padded(factor_files.read_bands(folder / "factors").dense())
     params = original.run.weights["params"] | {"embed": {"band_0": {"wte": dense}}}
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16) * 3
-    wanted = jax.jit(original.model.apply)({"params": params}, tokens)
+    wanted = jax.jit(original.model.gpt.apply)({"params": params}, tokens)
     run = Run.open(folder)
     assert sum(run.record["model"]["band_sizes"]) == VOCAB_SIZE
     model = GPT(run.config(Settings.of(asked).model))
@@ -491,13 +491,15 @@ def test_a_new_table_is_scored_as_two_naive_models_are(original):
     noise = np.random.default_rng(0).normal(size=original.table_VD.shape)
     own, table = original.table_VD, original.table_VD + 0.05 * noise.astype(np.float32)
     deciles = frequency_deciles(original.corpus.count_tokens("train") * 1.0)
-    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    swap = TableSwap(
+        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+    )
     batches = list(original.batches)[:2]
     scores = swap(table, batches)
 
     @jax.jit
     def hidden_of(params, inputs):
-        return original.model.apply({"params": params}, inputs, method="hidden")
+        return original.model.gpt.apply({"params": params}, inputs, method="hidden")
 
     def log_p(input_table, head_table):
         embed = {"band_0": {"wte": padded(input_table)}}
@@ -556,12 +558,12 @@ def test_the_interval_is_the_same_on_several_devices_and_in_chunks(
     deciles = np.zeros(VOCAB_SIZE, np.int32)
 
     def interval(mesh, chunks):
-        host = original.run.variables(original.model.config)
+        host = original.run.variables(original.model.gpt.config)
         variables = jax.device_put(host, placement.shardings(host, mesh))
-        swap = TableSwap(original.model, variables, deciles, mesh, chunks)
+        swap = TableSwap(original.model.gpt, variables, deciles, mesh, chunks)
         return swap(table, original.batches).added_loss_interval
 
-    wanted = interval(original.mesh, 1)
+    wanted = interval(original.model.mesh, 1)
     found = interval(placement.make_mesh(devices // 2, 2), chunks)
     assert found == pytest.approx(wanted, abs=1e-6)
     assert wanted[0] < wanted[1]
@@ -569,14 +571,18 @@ def test_the_interval_is_the_same_on_several_devices_and_in_chunks(
 
 def test_the_own_table_adds_nothing_within_an_interval_of_width_zero(original):
     deciles = np.zeros(VOCAB_SIZE, np.int32)
-    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    swap = TableSwap(
+        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+    )
     scores = swap(original.table_VD, original.batches)
     assert (scores.added_loss, scores.added_loss_interval) == (0, [0, 0])
 
 
 def test_one_window_has_no_interval(original):
     deciles = np.zeros(VOCAB_SIZE, np.int32)
-    swap = TableSwap(original.model, original.variables, deciles, original.mesh, 3)
+    swap = TableSwap(
+        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+    )
     inputs, targets = next(iter(original.batches))
     targets = np.where(np.arange(len(targets))[:, None] == 0, targets, -1)
     assert swap(original.table_VD, [(inputs, targets)]).added_loss_interval is None

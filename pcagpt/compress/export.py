@@ -267,8 +267,9 @@ def _model_of(
     original: Original, table: FactorizedTable, codes: Codes | None
 ) -> tuple[dict, dict[str, Any]]:
     """({'params', 'constants'} of the model with another table, its `model` knobs)."""
-    config = original.model.config
-    params, constants = original.run.variables(config)["params"], {}
+    run = original.run
+    config = run.config(run.settings.model)
+    params, constants = run.variables(config)["params"], {}
     sizes = {"n_embd_wte": None, "band_sizes": (), "band_ranks": ()}
     if codes and codes.constants:
         sizes |= {"band_sizes": codes.sizes, "band_ranks": codes.ranks}

@@ -5,46 +5,66 @@ Shape letters: V vocabulary, D model width.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
-from jax.sharding import Mesh
 
 from pcagpt.compress.candidates import Candidate, Compressor
-from pcagpt.compress.score import TableSwap, frequency_deciles
+from pcagpt.compress.own_model import OwnModel
+from pcagpt.compress.score import frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.factorize import Statistics
-from pcagpt.model import GPT
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 
+class Model(Protocol):
+    """What measures a model with one full table for input and output.
+
+    window: tokens that it reads at a time; compute_dtype: of its activations;
+    device_count: number of devices that it uses.
+    """
+
+    window: int
+    compute_dtype: str
+    device_count: int
+
+    def statistics(
+        self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
+    ) -> Statistics:
+        """Statistics over batches of token ids, int32 [B, T]."""
+
+    def score(
+        self,
+        table_VD: np.ndarray,
+        decile_V: np.ndarray,
+        batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    ) -> SwapScores:
+        """Scores of a table in place of the model's own, on (inputs, targets)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """A run with a full table, on the devices of a mesh.
+    """A run with a full table, and the text to measure it on.
 
-    variables: placed on the mesh; table_VD: [V, D] float32 without padding rows;
-    split: of the corpus, to measure on; batches: of this split, or of its first
-    `evaluate.max_tokens` targets; calibration: tokens and batch_size for
-    `calibrate.statistics`; chunks: number of parts that logits are computed in;
-    singular_value_split: as for `truncate`; workdir: keeps the statistics of a model of
-    another program.
+    table_VD: [V, D] float32 without padding rows; split: of the corpus, to measure on;
+    batches: of this split, or of its first `evaluate.max_tokens` targets; calibration:
+    tokens and batch_size for `calibrate.statistics`; singular_value_split: as for
+    `truncate`; workdir: keeps the statistics of a model of another program.
     """
 
     run: Run
     corpus: Corpus
-    model: GPT
-    mesh: Mesh
-    variables: dict
+    model: Model
     table_VD: np.ndarray
     split: str
     batches: EvaluationBatches
     calibration: dict[str, int]
-    chunks: int
     singular_value_split: float
     workdir: str
 
@@ -55,25 +75,25 @@ class Original:
         Raises UserError if the table is already factorized, if the corpus lacks the
         split, or if the corpus or the devices do not fit the run.
         """
-        table_VD, split = run.table(), settings.split
+        split = settings.split
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
+        table_VD = run.table()
         corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
         corpus.tokens("train")  # From here on, `check_unchanged` notices a change.
-        model, variables = run.load(settings.model, mesh)
+        gpt, variables = run.load(settings.model, mesh)
+        model = OwnModel(gpt, variables, mesh, settings.train.loss_chunks)
         return cls(
             run,
             corpus,
             model,
-            mesh,
-            variables,
             table_VD,
             split,
             batches=EvaluationBatches(
                 corpus.tokens(split),
-                model.config.block_size,
+                model.window,
                 settings.evaluate.batch_size,
                 settings.evaluate.max_tokens,
             ),
@@ -81,7 +101,6 @@ class Original:
                 "tokens": settings.compress.calibration_tokens,
                 "batch_size": settings.train.batch_size,
             },
-            chunks=settings.train.loss_chunks,
             singular_value_split=settings.factorize.singular_value_split,
             workdir=settings.workdir,
         )
@@ -91,13 +110,12 @@ class Original:
         """Statistics on calibration text; see `calibrate.statistics`."""
         return calibrate.statistics(
             self.run,
-            self.model,
-            self.variables,
             self.corpus,
-            self.mesh,
+            self.model.statistics,
+            self.run.results_in(self.workdir),
+            window=self.model.window,
+            compute_dtype=self.model.compute_dtype,
             **self.calibration,
-            chunks=self.chunks,
-            folder=self.run.results_in(self.workdir),
         )
 
     @functools.cached_property
@@ -107,29 +125,27 @@ class Original:
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
-        return self._swap(candidate.dense, self.batches)
+        return self.model.score(candidate.dense, self._decile_V, self.batches)
 
     @functools.cached_property
-    def _swap(self) -> TableSwap:
-        deciles = frequency_deciles(self.statistics.frequency)
-        return TableSwap(self.model, self.variables, deciles, self.mesh, self.chunks)
+    def _decile_V(self) -> np.ndarray:
+        return frequency_deciles(self.statistics.frequency)
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Everything besides a recipe that decides the numbers of a row."""
-        model = self.model.config
         protocol = {
             "checkpoint": self.run.fingerprint,
             "table": self.table_VD.shape,
             "corpus_sha256": self.corpus.sha256,
             "split": self.split,
-            "window": model.block_size,
-            "stride": model.block_size,
+            "window": self.model.window,
+            "stride": self.model.window,
             "corpus": self.corpus.name,
             "tokenizer": self.corpus.tokenizer,
             "calibration_tokens": self.calibration["tokens"],
             "calibration_batch_size": self.calibration["batch_size"],
-            "compute_dtype": model.compute_dtype,
+            "compute_dtype": self.model.compute_dtype,
             "singular_value_split": self.singular_value_split,
         }
         if self.split == "test":  # corpus_sha256 leaves it out.

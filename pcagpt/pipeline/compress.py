@@ -58,7 +58,7 @@ def compress(settings: Settings, command: str) -> None:
         "command": command,
         "run": str(run.folder),
         "step": run.step,
-        **provenance.summary(original.mesh.size),
+        **provenance.summary(original.model.device_count),
         "protocol": original.protocol,
     }
     if options.bounds:

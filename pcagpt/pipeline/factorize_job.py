@@ -1,6 +1,7 @@
 """A job that factorizes the table of a run or of a .npy file."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -272,16 +273,18 @@ class FactorizeJob(Job):
         placement.check_divisible("train.batch_size", batch_size, mesh)
         corpus = run.corpus(settings.data, settings.cache_dir, ["train"])
         model, variables = run.load(settings.model, mesh)
+        chunks = settings.train.loss_chunks
         return calibrate.statistics(
             run,
-            model,
-            variables,
             corpus,
-            mesh,
+            functools.partial(
+                calibrate.collect, model, variables, mesh=mesh, chunks=chunks
+            ),
+            run.results_in(settings.workdir),
+            window=model.config.block_size,
+            compute_dtype=model.config.compute_dtype,
             tokens=self._calibration_tokens,
             batch_size=batch_size,
-            chunks=settings.train.loss_chunks,
-            folder=run.results_in(settings.workdir),
         )
 
     def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,14 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
 
 def statistics(
     run: Run,
-    model: GPT,
-    variables: dict,
     corpus: Corpus,
-    mesh: Mesh,
+    measure: Callable[[np.ndarray, Iterable[np.ndarray]], Statistics],
+    folder: Path,
     *,
+    window: int,
+    compute_dtype: str,
     tokens: int,
     batch_size: int,
-    chunks: int,
-    folder: Path,
 ) -> Statistics:
     """Statistics of a run with a full table; cached in a folder, mostly the run's own.
 
@@ -131,36 +130,35 @@ def statistics(
 
     Args:
       run: the folder and the step.
-      model: the run's, with its `variables` on the mesh.
-      variables: see `model`.
       corpus: its training split is the calibration text.
-      mesh: of devices.
+      measure: measures the run's model: (frequency [V], batches of token ids
+        [batch_size, window]) -> statistics.
+      folder: keeps them.
+      window: tokens that the model reads at a time.
+      compute_dtype: the model's.
       tokens: length of the calibration text; it is rounded up to whole batches.
       batch_size: windows at a time.
-      chunks: number of parts that logits are computed in.
-      folder: keeps them.
     """
-    train, block_size = corpus.tokens("train"), model.config.block_size
-    batches = TrainingBatches(train, block_size, batch_size, SEED)
-    steps = -(-tokens // (batch_size * block_size))
+    train = corpus.tokens("train")
+    batches = TrainingBatches(train, window, batch_size, SEED)
+    steps = -(-tokens // (batch_size * window))
     protocol = {
         "checkpoint": run.fingerprint,
         "corpus": corpus.tokens_sha256("train"),
         "split": "train",
-        "tokens": steps * batch_size * block_size,
-        "window": block_size,
+        "tokens": steps * batch_size * window,
+        "window": window,
         "batch_size": batch_size,
         "seed": SEED,
-        "compute_dtype": model.config.compute_dtype,
+        "compute_dtype": compute_dtype,
     }
     # Other commands write such files: every process must see the same.
     if known := processes.from_first(lambda: _known(run, folder, protocol)):
         return read(folder / known)
-    frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
+    frequency_V = count_tokens(train, run.record["vocab_size"]) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
-        windows = progress.track(windows)
-        found = collect(model, variables, frequency_V, windows, mesh, chunks)
+        found = measure(frequency_V, progress.track(windows))
     processes.from_first(corpus.check_unchanged)
     if jax.process_index() == 0:
         text = json.dumps(protocol, sort_keys=True).encode()
