@@ -298,6 +298,7 @@ KNOBS = {
         BANDS | {"model.band_sizes": (97,), "model.band_ranks": (0,)},
     ),
     "model.bias": (shapes, False, {}),
+    "model.gelu": (step, "exact", {}),
     "model.dropout": (step, 0.1, {}),
     "model.compute_dtype": (step, "bfloat16", {}),
     "model.attention": (attention, "xla", {}),

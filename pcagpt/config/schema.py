@@ -63,6 +63,11 @@ class ModelSettings:
         at_least(0),
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
+    gelu: str = knob(
+        "tanh",
+        "activation of the MLP; tanh: GPT-2's approximation; exact: nanoGPT's",
+        one_of("tanh", "exact"),
+    )
     dropout: float = knob(0.0, "probability that an activation is dropped", BELOW_1)
     compute_dtype: str = knob(
         "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")

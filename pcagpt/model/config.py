@@ -44,6 +44,7 @@ class GPTConfig:
     band_ranks: tuple[int, ...]
     band_blocks: tuple[int, ...]
     bias: bool
+    gelu: str
     dropout: float
     compute_dtype: str
     attention: str

@@ -29,7 +29,7 @@ _SUPPORTED: dict[str, tuple] = {
     "n_embd": (768, int),
     "n_layer": (12, int),
     "n_head": (12, int),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True, False),
@@ -71,7 +71,11 @@ def record_of(folder: Path) -> dict[str, Any]:
             )
     names = ("vocab_size", "n_layer", "n_head", "n_embd")
     # Dropout acts only in training, and whoever trains has a knob for it.
-    model = {"block_size": config["n_positions"]} | {n: config[n] for n in names}
+    model = {
+        **{name: config[name] for name in names},
+        "block_size": config["n_positions"],
+        "gelu": "exact" if config["activation_function"] == "gelu" else "tanh",
+    }
     return {"vocab_size": config["vocab_size"], "model": model}
 
 
