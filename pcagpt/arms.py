@@ -17,8 +17,8 @@ class Arm:
       takes: the weights it starts from: 'factors' (of D's table), 'blocks' (D's other
         weights), 'weights' (all weights of D).
       keep: which property of the factors it keeps, a value of `init.keep`.
-      has_bands_of_a: whether it copies the sizes and ranks of A's bands, if A has
-        several.
+      has_bands_of_a: whether it copies the bands of A, if A has several: their sizes,
+        ranks and tokens, but no weights.
       is_taught: whether it learns D's predictions.
       rate_share: the knob with its share of D's learning rate; empty: D's own rate.
     """
@@ -100,7 +100,8 @@ ARMS = {
     "random": Arm(
         letter="C",
         title="random-scratch",
-        meaning="a table of A's size, everything trained from random initialisation",
+        meaning="a table of A's size, with the tokens of A's bands if it has several; "
+        "all weights start random",
         run_name="gpt_random_lowrank_k{rank}",
         colour="#009e73",
         marker="^",

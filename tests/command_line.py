@@ -10,6 +10,8 @@ from pathlib import Path
 from runs import snapshot
 
 from pcagpt import main
+from pcagpt.config import command_line
+from pcagpt.config.tasks import readers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -27,13 +29,14 @@ TINY = {
     "evaluate.batch_size": 64,
     "telemetry.tensorboard": False,
     "mesh.data": 1,
+    "compress.calibration_tokens": 256,
 }
 
 
 def tiny_knobs(config_name):
-    """`TINY`, and a short calibration for a config whose task may calibrate."""
-    measures = config_name in ("evaluate.py", "sample.py")
-    return TINY | ({} if measures else {"compress.calibration_tokens": 256})
+    """Those of `TINY` that the task of the config reads."""
+    settings, _ = command_line.parse(["pcagpt", f"--config={CONFIGS / config_name}"])
+    return {k: v for k, v in TINY.items() if settings.task in readers_of(k)[0]}
 
 
 @dataclass(frozen=True)

@@ -485,15 +485,15 @@ def test_what_any_number_of_devices_saves_any_other_restores(tiny_config, tmp_pa
     for saving in counts:
         run_dir = tmp_path / f"{saving}"
         state, _ = start(on[saving], run_dir)
-        wanted = jax.tree.map(np.asarray, state.items)
-        assert len(leaf_of(state.items).sharding.device_set) == saving
+        wanted = jax.tree.map(np.asarray, state.checkpoint_items)
+        assert len(leaf_of(state.checkpoint_items).sharding.device_set) == saving
         with Checkpoints(run_dir, keep_last=1) as checkpoints:
-            checkpoints.save(1, state.items, {"history": {}})
+            checkpoints.save(1, state.checkpoint_items, {"history": {}})
             checkpoints.wait()
         for restoring in counts:
             found, _ = start(on[restoring], run_dir)
-            assert len(leaf_of(found.items).sharding.device_set) == restoring
-            assert_same(found.items, wanted)
+            assert len(leaf_of(found.checkpoint_items).sharding.device_set) == restoring
+            assert_same(found.checkpoint_items, wanted)
 
 
 def leaf_of(items):

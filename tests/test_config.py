@@ -183,7 +183,7 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         ),
         ({"distill.share": 0.5}, "distill.share is set, but no model has a teacher"),
         (EXPERIMENT | {"distill.share": 0.5}, "but no model has a teacher"),
-        (COMPRESS | {"distill.share": 0.5}, "but no model has a teacher"),
+        (COMPRESS | {"distill.share": 0.5}, "only train, experiment, compress with"),
         (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
         (A | {"ranks": (64,)}, "ranks is (64,), but one model is trained"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
@@ -242,6 +242,10 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         (
             {"task": "sample", "compress.calibration_tokens": 9, "model_path": "x"},
             "compress.calibration_tokens is set for task sample",
+        ),
+        (
+            {"train.schedule": "constant", "train.final_learning_rate_share": 0.5},
+            "train.final_learning_rate_share is set, but train.schedule is 'constant'",
         ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
@@ -340,8 +344,14 @@ def test_every_synonym_is_of_a_knob_and_no_knob_itself():
 
 
 def test_the_last_of_repeated_words_counts():
-    settings, _ = parse("--config.ranks=4,8", "--config.seed=2", "--config.ranks=4")
-    assert (settings.ranks, settings.seed) == ((4,), 2)
+    for earlier in (
+        ["--config.ranks=4,8"],
+        ["-config.ranks=4,8"],
+        ["--config.ranks", "8"],
+    ):
+        for later in (["--config.ranks=4"], ["-config.ranks", "4"]):
+            settings, _ = parse(*earlier, "--config.seed=2", *later)
+            assert (settings.ranks, settings.seed) == ((4,), 2)
 
 
 def test_whole_numbers_can_be_short():

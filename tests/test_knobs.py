@@ -1,9 +1,11 @@
 """Every knob matters: each is set to another value, and something else happens."""
 
+import dataclasses
 import functools
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -13,14 +15,15 @@ from runs import changed, execute, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
-from pcagpt.config import Settings, validate
-from pcagpt.config.tasks import TASKS, readers_of
+from pcagpt.config import Settings, checks, validate
+from pcagpt.config.tasks import RECOVERY, TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline import sample as sampling
+from pcagpt.pipeline import tasks as pipeline_tasks
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.train_job import TrainJob
@@ -431,9 +434,75 @@ def test_a_knob_changes_something(knob, tiny_config, place, observed):
     assert changed_value != observed[key]
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """The knobs that code outside `pcagpt.config`'s checks reads, as they are read."""
+    found = set()
+    own = (dataclasses.__file__, checks.__file__)
+
+    def recorded(prefix):
+        def get(self, name):
+            if sys._getframe(1).f_code.co_filename not in own:
+                found.add(prefix + name)
+            return object.__getattribute__(self, name)
+
+        return get
+
+    for field in dataclasses.fields(Settings):
+        section = type(field.default)
+        if dataclasses.is_dataclass(section):
+            monkeypatch.setattr(
+                section, "__getattribute__", recorded(f"{field.name}."), raising=False
+            )
+    monkeypatch.setattr(Settings, "__getattribute__", recorded(""), raising=False)
+    return found
+
+
+# `main` reads these for all tasks, and a run that is opened compares `model` with its
+# own.
+COMMON = {"task", "workdir", "distributed", "model"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        EVALUATE,
+        SAMPLE,
+        {
+            "task": "factorize",
+            "data.source": "",
+            "ranks": (4,),
+            "model_path": D,
+            "factorize.method": "context",
+        },
+        COMPRESS,
+        COMPRESS | {"compress.recover_ranks": (4,), "compress.max_added_loss": 0.0},
+    ],
+    ids=["evaluate", "sample", "factorize", "compress", RECOVERY],
+)
+def test_a_task_reads_every_knob_that_it_accepts(
+    asked, request, tiny_config, place, reads, tmp_path
+):
+    name = request.node.callspec.id
+    accepted = {
+        knob
+        for knob in KNOBS
+        if knob.partition(".")[0] not in COMMON
+        and {name, name.split()[0]} & set(readers_of(knob)[0])
+    }
+    values = {"workdir": str(tmp_path)} | {
+        path: value.replace("PLACE", str(place)) if isinstance(value, str) else value
+        for path, value in asked.items()
+    }
+    settings = Settings.of(changed(tiny_config, **values))
+    assert pipeline_tasks.do(settings, "a command") is None or name in TASKS
+    assert accepted - reads == set()
+
+
 @pytest.mark.parametrize("knob", sorted(KNOBS.keys() - {"task"}))
-def test_a_task_reads_a_knob_or_refuses_it(knob):
-    _, value, _ = KNOBS[knob]
+def test_a_task_that_does_not_read_a_knob_refuses_it(knob):
+    # The test above changes `telemetry.tensorboard` back to its default.
+    value = False if knob == "telemetry.tensorboard" else KNOBS[knob][1]
     readers, _ = readers_of(knob)
     for task, needs in TASKS.items():
         given = {"task": task, "model_path": "RUN" if needs.model else "", knob: value}
@@ -442,6 +511,22 @@ def test_a_task_reads_a_knob_or_refuses_it(knob):
             assert "can read it" not in refused
         else:
             assert refused.startswith(f"{knob} is set for ") and task in refused
+
+
+def test_a_compression_reads_the_budget_only_to_train_further():
+    asked = {"task": "compress", "model_path": "RUN", "finetune.steps_share": 0.5}
+    with pytest.raises(UserError, match="only train, experiment, compress with compr"):
+        validate(Settings().replace(asked))
+    validate(Settings().replace(asked | {"compress.recover_ranks": (4,)}))
+
+
+@pytest.mark.parametrize("knob", ["train.steps", "seed"])
+def test_a_budget_beside_that_of_d_is_refused(knob, tiny_config, place, tmp_path):
+    given = {"workdir": str(tmp_path), "compress.recover_ranks": (4,), knob: 77}
+    config = changed(tiny_config, **(COMPRESS | given | {"model_path": D}))
+    config.model_path = config.model_path.replace("PLACE", str(place))
+    with pytest.raises(UserError, match=f"{knob} is 77, but .* with its own value"):
+        compressing.compress(Settings.of(config), "a command")
 
 
 @pytest.mark.parametrize("by", [shapes, step, first_batch, updates])

@@ -250,7 +250,7 @@ def test_a_checkpoint_0_of_an_older_version_is_resumed(tiny_config, copied):
     meta = {"history": {}, "config": {**record, "seed": 1}}
     del record["run_id"], meta["config"]["run_id"]
     with Checkpoints(run_dir, keep_last=1) as checkpoints:
-        checkpoints.save(0, state.items, meta)
+        checkpoints.save(0, state.checkpoint_items, meta)
     write_record(run_dir, record)
     assert job(copied).status().words == "to do"
     execute(copied)

@@ -72,7 +72,7 @@ class PackedTable:
         return dense_VD
 
 
-class _Basis(NamedTuple):
+class _ByteBasis(NamedTuple):
     """Rows of a synthesis as integers: entry [k, j] is n rows[k] columns[j]."""
 
     integers: np.ndarray  # [K, D] int8
@@ -158,7 +158,7 @@ def _bands(weights_V: np.ndarray, bands: int) -> list[np.ndarray]:
     return [np.sort(tokens) for tokens in found if len(tokens)]
 
 
-def _basis(rows_KD: np.ndarray, metric_DD: np.ndarray | None) -> _Basis:
+def _basis(rows_KD: np.ndarray, metric_DD: np.ndarray | None) -> _ByteBasis:
     """Rounds rows to 8 bits; in the metric, the steps of all columns cost the same."""
     columns_D = np.ones(rows_KD.shape[1])
     if metric_DD is not None:
@@ -167,7 +167,7 @@ def _basis(rows_KD: np.ndarray, metric_DD: np.ndarray | None) -> _Basis:
     rows_KD = rows_KD / columns_D
     steps_K = np.abs(rows_KD).max(axis=1, initial=1e-30) / 127
     integers_KD = np.rint(rows_KD / steps_K[:, None]).astype(np.int8)
-    return _Basis(integers_KD, steps_K, columns_D)
+    return _ByteBasis(integers_KD, steps_K, columns_D)
 
 
 def _quantize(

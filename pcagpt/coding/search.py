@@ -14,7 +14,7 @@ from pcagpt.factorize import BudgetTooSmall
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 # After `FEW` encodings, a table that fills this share of the target is good enough. The
 # search always ends after `MANY`. Only small tables need many, and encode fast.
-FEW, MANY, FILLED = 4, 16, 0.97
+FEW, MANY, FILLED = 5, 16, 0.97
 # Bisection stops at this width (in octaves); then it interpolates.
 _OCTAVES = 0.3
 
@@ -61,7 +61,7 @@ def within_bytes(prepared: Prepared, most: int) -> Encoded:
     tried: dict[float, int] = {}  # bytes by octave
     low, high = np.log2([prepared.smallest_step, prepared.largest_step])
     octave, margin = _octave_of(most, estimate_of, low, high), TOLERANCE / 2
-    for count in range(MANY):
+    for count in range(1, MANY + 1):
         made = at_step(prepared, 2.0**octave)
         tried[octave] = made.bytes
         if made.bytes > most:

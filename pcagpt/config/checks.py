@@ -13,7 +13,7 @@ from pcagpt.config.schema import (
     Settings,
     override,
 )
-from pcagpt.config.tasks import TASKS, readers_of
+from pcagpt.config.tasks import RECOVERY, TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
@@ -307,11 +307,14 @@ def _arms(settings: Settings) -> list[str]:
 
 
 def _check_read(settings: Settings) -> None:
-    """A knob of `_READERS` is refused if the task does not read it."""
+    """A knob is refused if the task does not read it."""
     flat, task = settings.flat(), settings.task
+    does = {task}
+    if task == "compress" and settings.compress.recover_ranks:
+        does.add(RECOVERY)
     for path, value in flat.items():
         tasks, remedy = readers_of(path)
-        if value != KNOBS[path].default and task not in tasks:
+        if value != KNOBS[path].default and does.isdisjoint(tasks):
             this = "an experiment" if task == "experiment" else f"task {task}"
             raise UserError(
                 f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
@@ -323,6 +326,12 @@ def _check_read(settings: Settings) -> None:
             f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
             f"{rank}: set only --config.model.n_embd_wte"
         )
+    share, schedule = "train.final_learning_rate_share", settings.train.schedule
+    if schedule == "constant" and flat[share] != KNOBS[share].default:
+        raise UserError(
+            f"{share} is set, but train.schedule is 'constant', which does not read "
+            "it: choose linear or cosine"
+        )
     chosen = settings.factorize
     if chosen.statistics and not METHODS[chosen.method].needs_statistics:
         needing = (name for name, method in METHODS.items() if method.needs_statistics)
@@ -332,7 +341,7 @@ def _check_read(settings: Settings) -> None:
         )
     is_taught = any(ARMS[arm].is_taught for arm in _arms(settings))
     if flat["distill.share"] != KNOBS["distill.share"].default and not (
-        is_taught or settings.distill.teacher or settings.compress.recover_ranks
+        is_taught or settings.distill.teacher or RECOVERY in does
     ):
         raise UserError(
             "distill.share is set, but no model has a teacher: leave it out, or name "

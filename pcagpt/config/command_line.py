@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
                 raise UserError(f"{word!r} is not UTF-8: write it in UTF-8") from None
             raise UserError(f"this locale cannot read {word!r}: set LC_ALL=C.UTF-8")
     source, words = _take_config_file(arguments)
-    words = _last_of_each([_plain_number(word) for word in words])
+    words = _last_of_each([_plain_number(word) for word in _joined(words)])
     for word in words[1:]:
         if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
             _require_knob(knob[1])
@@ -102,17 +102,29 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     return settings.replace(paths), print_only.value
 
 
+def _joined(words: list[str]) -> list[str]:
+    """The words, with '--config.KNOB VALUE' written as '--config.KNOB=VALUE'."""
+    joined, rest = [], iter(words)
+    for word in rest:
+        name = re.fullmatch(r"--?config\.(.+)", word)
+        knob = KNOBS.get(name[1]) if name else None
+        has_value = knob is not None and knob.type is not bool
+        value = next(rest, None) if has_value else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
 def _last_of_each(words: list[str]) -> list[str]:
     """The words without --config.KNOB=VALUE where a later word sets the same knob.
 
     A list knob would otherwise get the values of both.
     """
-    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    knobs = [re.match(r"--?config\.(.*?)=", word) for word in words]
+    last = {knob[1]: place for place, knob in enumerate(knobs) if knob}
     return [
         word
-        for place, word in enumerate(words)
-        if not re.match(r"--?config\..*=", word)
-        or last[word.partition("=")[0]] == place
+        for place, (word, knob) in enumerate(zip(words, knobs, strict=True))
+        if not knob or last[knob[1]] == place
     ]
 
 

@@ -172,7 +172,7 @@ class InitSettings:
         "all",
         "set by the arm: property of the imported factors to keep, the rest is random; "
         "std: standard deviation; spectrum: singular values; rows: the rows, in random "
-        "order; shape: sizes and ranks of the bands",
+        "order; shape: sizes, ranks and tokens of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
     blocks_from: str = knob("", "run to copy all weights but the embedding from", PATH)

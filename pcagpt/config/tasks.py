@@ -26,47 +26,73 @@ TASKS = {
     "sample": Task(model=True, resumes=False),
 }
 
+# `compress` reads these knobs only when it trains models further.
+RECOVERY = "compress with compress.recover_ranks"
+_ALL = tuple(TASKS)
 _TRAINING = ("train", "experiment")
-# Tasks that read a knob or section, and the remedy in other tasks. A knob that is not
-# listed may be set for every task.
+_RUNS = (*_TRAINING, RECOVERY)
+_RANKS = tuple(name for name, task in TASKS.items() if task.ranks)
+_MODEL = tuple(name for name, task in TASKS.items() if task.model)
+_OTHER_CONFIG = "leave it out, and start from the task's own file in configs/"
+# The tasks that read a knob, and the remedy in other tasks. A knob without an entry has
+# that of its section.
 _READERS = {
+    "task": (_ALL, ""),
     "arm": (("train",), "an experiment has experiment.arms"),
-    "model_path": (
-        tuple(name for name, task in TASKS.items() if task.model),
-        "train a run further with configs/recover.py",
-    ),
+    "workdir": (_ALL, ""),
+    "seed": ((*_RUNS, "sample"), "leave it out"),
+    "overwrite": ((*_RANKS, "train"), "leave it out"),
+    "build_prerequisites": (("train",), "leave it out"),
+    "model_path": (_MODEL, "train a run further with configs/recover.py"),
     "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
     # A config of an experiment may also train its D alone.
-    "ranks": (
-        ("train", *(name for name, task in TASKS.items() if task.ranks)), "leave it out"
-    ),
+    "ranks": (("train", *_RANKS), "leave it out"),
+    "model": (_ALL, ""),
     "model.n_embd_wte": (
         ("train", "evaluate", "sample"), "set its ranks with --config.ranks"
     ),
+    "data": (tuple(task for task in _ALL if task != "sample"), "leave it out"),
+    "data.tokenizer": (_ALL, ""),
+    "train": (_RUNS, _OTHER_CONFIG),
+    "train.batch_size": ((*_TRAINING, "factorize", "compress"), _OTHER_CONFIG),
+    "train.loss_chunks": (
+        (*_TRAINING, "factorize", "compress", "evaluate"), _OTHER_CONFIG
+    ),
+    "scratch": (_TRAINING, _OTHER_CONFIG),
+    "finetune": (_RUNS, _OTHER_CONFIG),
+    "distill": (_RUNS, "leave it out"),
+    "distill.teacher": (("train",), "an experiment has pca_distill in experiment.arms"),
+    "init": (_TRAINING, "leave it out"),
     "init.import_bands": (("train",), "an experiment makes its own tables"),
     "init.weights_from": (("train",), "train a run further with configs/recover.py"),
     "init.blocks_from": (("train",), "an experiment takes the blocks of its own D"),
     "init.keep": (("train",), "an experiment has controls with experiment.arms"),
-    "init": (_TRAINING, "leave it out"),
-    "distill.teacher": (("train",), "an experiment has pca_distill in experiment.arms"),
-    "distill": ((*_TRAINING, "compress"), "leave it out"),
-    "factorize.singular_value_split": (
-        (*_TRAINING, "factorize", "compress"), "leave it out"
-    ),
     "factorize": (
         (*_TRAINING, "factorize"), "compress has compress.methods and compress.bands"
     ),
-    "compress.calibration_tokens": (
+    "factorize.singular_value_split": (
         (*_TRAINING, "factorize", "compress"), "leave it out"
     ),
     "compress": (("compress",), "compress a run with configs/compress.py"),
+    "compress.calibration_tokens": (
+        (*_TRAINING, "factorize", "compress"), "leave it out"
+    ),
+    "evaluate": ((*_TRAINING, "compress", "evaluate"), _OTHER_CONFIG),
+    "evaluate.every": (_RUNS, _OTHER_CONFIG),
     "evaluate.max_tokens": (("compress", "evaluate"), "a run evaluates on all tokens"),
-    "experiment": (("experiment",), "use configs/experiment.py"),
     "sample": (("sample",), "sample from a run with configs/sample.py"),
+    "checkpoint": (_RUNS, _OTHER_CONFIG),
+    "telemetry": (_RUNS, _OTHER_CONFIG),
+    "telemetry.tensorboard": ((*_TRAINING, "factorize", "compress"), _OTHER_CONFIG),
+    "experiment": (("experiment",), "use configs/experiment.py"),
+    "mesh": (tuple(task for task in _ALL if task != "sample"), "leave it out"),
+    "distributed": (_ALL, ""),
 }  # fmt: skip
 
 
 def readers_of(knob: str) -> tuple[tuple[str, ...], str]:
-    """(the tasks that a knob can be set for, what to do in another task)."""
-    section = knob.partition(".")[0]
-    return _READERS.get(knob) or _READERS.get(section) or (tuple(TASKS), "")
+    """(the tasks that read a knob, what to do in another task).
+
+    One of the tasks may be `RECOVERY`.
+    """
+    return _READERS.get(knob) or _READERS[knob.partition(".")[0]]

@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
 from pcagpt.config import Settings, arms_of, check_rules
-from pcagpt.config.schema import DistillSettings, FactorizeSettings, InitSettings
+from pcagpt.config.schema import (
+    KNOBS,
+    DistillSettings,
+    FactorizeSettings,
+    InitSettings,
+)
+from pcagpt.errors import UserError
 from pcagpt.factorize import factor_files
 from pcagpt.model import DEVICE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
@@ -63,9 +69,13 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
     `finetune`.
     `train.loss_chunks` only concerns memory and stays as it was given. Each model is
     trained twice: on the text and on D's predictions.
+
+    Raises:
+      UserError: `settings` has another value for a knob that D itself determines.
     """
     baseline = Run.open(settings.model_path)
     stored, known = baseline.settings, baseline.record.keys()
+    _check_own_budget(settings, baseline)
     base = settings.replace(
         {
             "task": "train",
@@ -89,6 +99,23 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
         chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
         jobs.append(_job_from_run(base.replace(chosen)))
     return Plan(base, tuple(jobs))
+
+
+def _check_own_budget(settings: Settings, baseline: Run) -> None:
+    """Raises UserError for `train` knobs and a seed that D's own replace."""
+    given, own = settings.flat(), baseline.settings.flat()
+    for path, value in given.items():
+        section, _, name = path.partition(".")
+        is_own = section in ("train", "seed") and section in baseline.record
+        # The statistics and the memory of this command depend on these two.
+        if not is_own or name in ("batch_size", "loss_chunks"):
+            continue
+        if value not in (KNOBS[path].default, own[path]):
+            raise UserError(
+                f"{path} is {value}, but {baseline.folder} is trained further with its "
+                f"own value {own[path]}: leave it out; finetune.steps_share and "
+                "finetune.learning_rate_share change the budget"
+            )
 
 
 def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:

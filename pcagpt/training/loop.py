@@ -102,7 +102,7 @@ def train(
                     check_place()
                 checkpoints.save(
                     step,
-                    state.items,
+                    state.checkpoint_items,
                     {"history": dataclasses.asdict(history), "config": record},
                     measured.metrics["loss"] if measured else None,
                 )
@@ -151,11 +151,11 @@ def start(
     shardings = placement.shardings(jax.eval_shape(init), setup.mesh)
     # Each device makes only its own part, because the state may not fit on one device.
     init = jax.jit(init, out_shardings=shardings)
-    restored = checkpoints.restore_latest(init.eval_shape().items)
+    restored = checkpoints.restore_latest(init.eval_shape().checkpoint_items)
     if restored:
         items, meta = restored
         history = History.of(meta.get("history"))
-        return TrainState.from_items(**items), shardings, history
+        return TrainState.from_checkpoint(**items), shardings, history
     state = init()
     variables = {"params": state.params, "constants": _constants(setup)}
     state = state.replace(**setup.import_into(variables))

@@ -34,14 +34,14 @@ class TrainState:
         return {"params": self.params, "constants": self.constants}
 
     @property
-    def items(self) -> dict[str, dict]:
+    def checkpoint_items(self) -> dict[str, dict]:
         """The items of a checkpoint."""
         optimizer = {"state": self.optimizer, "step": self.step}
         return {"weights": self.variables, "optimizer": optimizer}
 
     @classmethod
-    def from_items(cls, weights: dict, optimizer: dict) -> "TrainState":
-        """The inverse of `items`."""
+    def from_checkpoint(cls, weights: dict, optimizer: dict) -> "TrainState":
+        """The inverse of `checkpoint_items`."""
         return cls(step=optimizer["step"], optimizer=optimizer["state"], **weights)
 
 

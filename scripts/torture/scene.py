@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.config.tasks import TASKS, readers_of
 from torture import children
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -42,13 +43,9 @@ _QUICK = {
     "telemetry.every": 1,
     "telemetry.tensorboard": False,
     "finetune.steps_share": 0.5,
+    "compress.calibration_tokens": 256,
     "mesh.data": 1,
 }
-_CALIBRATION = {"compress.calibration_tokens": 256}
-# These configs take the model from a run, and all but the last the corpus, too.
-_OWN_MODEL = _CORPUS | _MODEL | _CALIBRATION
-_OF_A_RUN = {"evaluate": {}, "sample": {}, "factorize": _CALIBRATION}
-_OF_A_RUN |= {"compress": _CALIBRATION, "recover": _CORPUS | _CALIBRATION}
 # What clocks, commits and chance decide, and what follows from it.
 _VARIES = {
     "checkpoint", "command", "config_sha256", "corpus_source", "created",
@@ -69,7 +66,11 @@ class Command:
     def words(self) -> list[str]:
         """Its arguments."""
         path = REPOSITORY / "configs" / f"{self.config}.py"
-        values = _QUICK | _OF_A_RUN.get(self.config, _OWN_MODEL) | self.knobs
+        task = self.config if self.config in TASKS else "train"
+        values = {k: v for k, v in _QUICK.items() if task in readers_of(k)[0]}
+        if not TASKS[task].model:  # Otherwise the run has them.
+            values |= _CORPUS | ({} if self.config == "recover" else _MODEL)
+        values |= self.knobs
         return [f"--config={path}", *(f"--config.{k}={v}" for k, v in values.items())]
 
 
