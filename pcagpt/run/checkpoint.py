@@ -205,12 +205,12 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step).
+    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step); also a file of `foreign`.
 
     Without a step, it is the newest one with undamaged weights. Raises UserError if
     there is no checkpoint.
     """
-    path = Path(path)
+    path = foreign.folder_of(Path(path))
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
@@ -272,6 +272,7 @@ def exists(path: str | Path) -> bool:
 
 def _parts(path: Path) -> tuple[Path, int | None]:
     """Run folder and step that a path names."""
+    path = foreign.folder_of(path)
     if path.name.isdigit() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path.parent if path.name == FOLDER else path, None

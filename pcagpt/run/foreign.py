@@ -12,18 +12,25 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
-from pcagpt.data.tokenizer import RANKS
 from pcagpt.files import read_once
-from pcagpt.run import hugging_face
+from pcagpt.run import hugging_face, nano_gpt
 
 STEP = 0  # of the only checkpoint
+_GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
-_FORMATS: tuple[ModuleType, ...] = (hugging_face,)
+_FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
+_FORMATS: tuple[ModuleType, ...] = (hugging_face, nano_gpt)
 
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model of another program."""
     return _format(folder) is not None
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a model's file; any other path as it is."""
+    is_file = path.name in _FILES and path.is_file()
+    return path.parent if is_file and is_model(path.parent) else path
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -37,7 +44,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 @read_once
 def _record(folder: Path) -> dict[str, Any]:
     record = _format(folder).record_of(folder)
-    is_gpt2 = record["vocab_size"] == RANKS["gpt2"].vocab_size
+    is_gpt2 = record["vocab_size"] in _GPT2_SIZES
     return record | {"tokenizer": "gpt2" if is_gpt2 else None}
 
 
