@@ -71,7 +71,7 @@ def test_a_swapped_table_adds_the_loss_of_a_model_that_has_it(folder):
     model = Decoder(folder, 16)
     table = model.table_VD + 0.1 * chance.normal(size=(90, 32)).astype(np.float32)
     deciles = np.arange(90) % 10
-    found = model.score(table, deciles, EvaluationBatches(tokens, 16, 2), 3)
+    found = model.score(table, deciles, EvaluationBatches(tokens, 16, 2))
     windows = np.stack([tokens[i : i + 17] for i in range(0, 48, 16)])
     own, new = own_loss(folder, windows), own_loss(folder, windows, table)
     assert found.loss == pytest.approx(own.mean(), rel=1e-5)
@@ -90,9 +90,9 @@ def test_the_model_is_as_before_after_a_swap(folder):
     own = model.table_VD.copy()
     tokens = np.arange(33) % 90
     batches = EvaluationBatches(tokens, 16, 2)
-    first = model.score(own * 1.1, np.zeros(90, int), batches, 2)
-    again = model.score(own * 1.1, np.zeros(90, int), batches, 2)
-    same = model.score(own, np.zeros(90, int), batches, 2)
+    first = model.score(own * 1.1, np.zeros(90, int), batches)
+    again = model.score(own * 1.1, np.zeros(90, int), batches)
+    same = model.score(own, np.zeros(90, int), batches)
     assert first == again
     assert same.added_loss == same.kl == 0
     np.testing.assert_array_equal(model.table_VD, own)
@@ -101,7 +101,7 @@ def test_the_model_is_as_before_after_a_swap(folder):
 def test_statistics_are_those_of_the_model_itself(folder):
     tokens = np.random.default_rng(1).integers(0, 90, (2, 8))
     model, calls = Decoder(folder, 16), []
-    found = model.statistics(np.ones(90) / 90, [tokens], 2)
+    found = model.statistics(np.ones(90) / 90, [tokens])
     reference = copy.deepcopy(model.model)
     hidden = []
     reference.get_output_embeddings().register_forward_pre_hook(
@@ -124,7 +124,7 @@ def test_the_gradient_moment_predicts_the_loss_of_noisy_rows(folder):
     chance = np.random.default_rng(2)
     tokens, scale = chance.integers(0, 90, (64, 16)), 2e-3
     model = Decoder(folder, 16)
-    found = model.statistics(np.ones(90) / 90, [tokens] * 12, 4)
+    found = model.statistics(np.ones(90) / 90, [tokens] * 12)
     table_VD = torch.as_tensor(model.table_VD)
     total = []
     for _ in range(12):

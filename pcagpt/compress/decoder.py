@@ -22,28 +22,30 @@ from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
 from pcagpt.rows import SwapScores
 
+# Windows that pass through the model at a time, and logits that are kept at a time.
+WINDOWS_ON_CPU, WINDOWS_ON_GPU, LOGITS = 1, 8, 2**25
 # Relative distance between the model's own logits and those of the plain product.
 LOGITS_AGREE = 1e-4
 
 
 class Decoder:
-    """A model with one table for input and output, on one device in float32.
+    """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
-    Attributes:
-      model: of transformers, in evaluation mode; window: the longest sequence that it
-        was trained on, at most `longest`.
-    """
+    compute_dtype, device_count = "float32", 1
 
-    def __init__(self, folder: Path, longest: int):
-        """Opens a folder; UserError if its model cannot be measured."""
-        self.folder, self._cap = folder, None
+    def __init__(self, folder: Path, window: int):
+        """Opens a folder; UserError if its model cannot be measured.
+
+        The model reads `window` tokens at a time, or as many as it was made for.
+        """
+        self.folder = folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _open(folder).to(self.device).requires_grad_(False).eval()
         self._embedding = self.model.get_input_embeddings()
         self._head = self.model.get_output_embeddings()
         self._check_tied()
         config = self.model.config.get_text_config()
-        self.window = min(longest, getattr(config, "max_position_embeddings", longest))
+        self.window = min(window, getattr(config, "max_position_embeddings", window))
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._check_head()
 
@@ -53,22 +55,20 @@ class Decoder:
         return self._embedding.weight.detach().float().cpu().numpy()
 
     def statistics(
-        self, frequency_V: np.ndarray, batches: Iterable[np.ndarray], chunks: int
+        self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
     ) -> Statistics:
-        """Measures the model on batches of token ids, int [B, T]; see `Statistics`.
+        """Statistics over batches of token ids, int [B, T].
 
         Targets are drawn with a fixed seed. Sums over batches are float64.
         """
         chance = torch.Generator(self.device).manual_seed(0)
-        total, tokens = None, 0
+        total, tokens = dict.fromkeys(Statistics._fields[1:], 0.0), 0
         for batch_BT in batches:
-            sums = self._sums(self._put(batch_BT), chance, chunks)
-            sums = {name: a.double().cpu().numpy() for name, a in sums.items()}
-            total = (
-                {name: total[name] + a for name, a in sums.items()} if total else sums
-            )
+            for part_BT in self._put(batch_BT).split(self._windows):
+                for name, sums in self._sums(part_BT, chance).items():
+                    total[name] = total[name] + sums.double().cpu().numpy()
             tokens += batch_BT.size
-        means = {name: value / tokens for name, value in (total or {}).items()}
+        means = {name: value / tokens for name, value in total.items()}
         return Statistics(frequency=frequency_V, **means)
 
     def score(
@@ -76,18 +76,30 @@ class Decoder:
         table_VD: np.ndarray,
         decile_V: np.ndarray,
         batches: Iterable[tuple[np.ndarray, np.ndarray]],
-        chunks: int,
     ) -> SwapScores:
-        """Scores a table in place of the model's own; as `score.TableSwap` does."""
-        new_VD = self._put(np.asarray(table_VD, np.float32))
-        decile_V = self._put(decile_V)
+        """Scores of a table in place of the model's own; as `score.TableSwap`."""
+        new_VD, decile_V = self._put(table_VD), self._put(decile_V)
         with torch.inference_mode():
             return swap_scores(
-                self._batch_scores(new_VD, decile_V, *map(self._put, batch), chunks)
+                self._part_scores(new_VD, decile_V, *part)
                 for batch in batches
+                for part in zip(
+                    *(self._put(a_BT).split(self._windows) for a_BT in batch),
+                    strict=True,
+                )
+                if (part[1] >= 0).any()  # The last batch may end with padding.
             )
 
-    def _batch_scores(self, new_VD, decile_V, inputs_BT, targets_BT, chunks):
+    @property
+    def _windows(self) -> int:
+        return WINDOWS_ON_GPU if self.device.type == "cuda" else WINDOWS_ON_CPU
+
+    def _chunks(self, *arrays_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Parts of arrays, so short that the logits of a part are at most `LOGITS`."""
+        size = max(1, LOGITS // len(self._embedding.weight))
+        return zip(*(array_N.split(size) for array_N in arrays_N), strict=True)
+
+    def _part_scores(self, new_VD, decile_V, inputs_BT, targets_BT):
         """Sums of all scores over a batch; `windows`: added loss and count of each."""
         own_VD = self._embedding.weight
         own_ND = self._hidden(inputs_BT)
@@ -98,9 +110,9 @@ class Decoder:
         sums = dict.fromkeys(names, 0.0)
         deciles_E2 = torch.zeros(DECILES, 2, device=self.device)
         added = []
-        for own_nD, swapped_nD, targets_n in zip(
-            *(a.chunk(chunks) for a in (own_ND, swapped_ND, targets_BT.reshape(-1))),
-            strict=True,
+        targets_N = targets_BT.reshape(-1)
+        for own_nD, swapped_nD, targets_n in self._chunks(
+            own_ND, swapped_ND, targets_N
         ):
             counted_n = targets_n >= 0
             own_nV, both_nV = (
@@ -133,7 +145,7 @@ class Decoder:
         found = {"deciles": deciles_E2.T, "windows": windows_W2}
         return sums | {name: a.cpu().numpy() for name, a in found.items()}
 
-    def _sums(self, tokens_BT, chance, chunks) -> dict[str, torch.Tensor]:
+    def _sums(self, tokens_BT, chance) -> dict[str, torch.Tensor]:
         """Sums over a batch of all statistics except the frequency."""
         table_VD = self._embedding.weight
         rows_ND = table_VD[tokens_BT.reshape(-1)].clone().requires_grad_()
@@ -144,7 +156,7 @@ class Decoder:
         probability_V = torch.zeros(len(table_VD), device=self.device)
         expected, gradient = [], []
         with torch.no_grad():
-            for h_nD in h_ND.chunk(chunks):
+            for (h_nD,) in self._chunks(h_ND):
                 logits_nV = self._logits(h_nD, table_VD)
                 p_nV = logits_nV.softmax(1)
                 expected.append(p_nV @ table_VD)

@@ -61,7 +61,7 @@ def write_model(
     is_made = (
         _is_from(folder, original, recipe)
         and table_sha256 in (None, _origin_of(folder).get("table_sha256"))
-        and _stored(folder) == digests.of_arrays(weights)
+        and _holds(folder, weights)
     )
     if not is_made and stays(folder, recipe, overwrite):
         return False
@@ -69,7 +69,9 @@ def write_model(
     written = folder if is_made else folder.with_name(f".{folder.name}.partial")
     if not is_made:
         shutil.rmtree(written, ignore_errors=True)
-        checkpoint.save_weights(written, weights)
+        written.mkdir(parents=True)
+        if weights:
+            checkpoint.save_weights(written, weights)
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
         kind.write(written / kind.file, codes, _description(original, row))
@@ -117,7 +119,7 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     if renewed != own or path.stat().st_size != row.bytes:
         return False
     weights, _ = _model_of(original, of_full_width(codes.dense()), codes)
-    if _stored(folder) != digests.of_arrays(weights):
+    if not _holds(folder, weights):
         return False
     if there != own:
         kind.write(path, codes, own)
@@ -128,13 +130,18 @@ def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
     factors = folder / "factors"
     held = _held(factors, _origin_of(folder).get("table_sha256"))
     try:
-        table = held or _undamaged(lambda: _read_back(folder, original, row))
+        can_read_back = not original.run.architecture
+        table = held or (
+            _undamaged(lambda: _read_back(folder, original, row))
+            if can_read_back
+            else None
+        )
     except KeyError:  # The weights have other bands.
         return False
     if table is None:
         return False
     weights, _ = _model_of(original, table, None)
-    if _stored(folder) != digests.of_arrays(weights):
+    if not _holds(folder, weights):
         return False
     if not held:
         move_aside(factors)
@@ -238,14 +245,14 @@ def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
     return is_same and run.is_at(origin.get("fingerprint"))
 
 
-def _stored(folder: Path) -> dict[str, str] | None:
-    """Digests of the newest undamaged weights of a folder; None without any."""
+def _holds(folder: Path, weights: dict) -> bool:
+    """Whether the newest undamaged checkpoint of a folder has these weights."""
 
     def read() -> dict[str, str]:
         run_dir, step = checkpoint.find(folder)
         return digests.arrays(checkpoint.folder_of(run_dir, step))
 
-    return _undamaged(read)
+    return not weights or _undamaged(read) == digests.of_arrays(weights)
 
 
 def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
@@ -266,8 +273,13 @@ def check_place(folder: Path) -> None:
 def _model_of(
     original: Original, table: FactorizedTable, codes: Codes | None
 ) -> tuple[dict, dict[str, Any]]:
-    """({'params', 'constants'} of the model with another table, its `model` knobs)."""
+    """({'params', 'constants'} of the model with another table, its `model` knobs).
+
+    A model of another program keeps its weights in its own folder: {} is returned.
+    """
     run = original.run
+    if run.architecture:
+        return {}, {}
     config = run.config(run.settings.model)
     params, constants = run.variables(config)["params"], {}
     sizes = {"n_embd_wte": None, "band_sizes": (), "band_ranks": ()}

@@ -16,6 +16,7 @@ from pcagpt.compress.score import frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
+from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
@@ -80,11 +81,15 @@ class Original:
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        table_VD = run.table()
         corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
         corpus.tokens("train")  # From here on, `check_unchanged` notices a change.
-        gpt, variables = run.load(settings.model, mesh)
-        model = OwnModel(gpt, variables, mesh, settings.train.loss_chunks)
+        if run.architecture:
+            model = _decoder(run, settings.model.block_size)
+            table_VD = model.table_VD
+        else:
+            table_VD = run.table()
+            gpt, variables = run.load(settings.model, mesh)
+            model = OwnModel(gpt, variables, mesh, settings.train.loss_chunks)
         return cls(
             run,
             corpus,
@@ -169,3 +174,17 @@ class Original:
         if stated == corpus.sha256 or is_older:
             stored |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
         return stored
+
+
+def _decoder(run: Run, window: int) -> Any:
+    """The model of a run of another architecture; UserError without the extra hf."""
+    try:
+        from pcagpt.compress.decoder import Decoder
+    except ImportError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise UserError(
+            f"{run.folder} holds a {run.architecture}, which needs the package "
+            f"{error.name}: pip install 'pcagpt[hf]'"
+        ) from None
+    return Decoder(run.folder, window)

@@ -62,7 +62,7 @@ def arrays(folder: Path) -> dict[str, str]:
 
 @read_once
 def _of_foreign(folder: Path) -> dict[str, str]:
-    return of_arrays(foreign.read_weights(folder))
+    return foreign.file_digests(folder) or of_arrays(foreign.read_weights(folder))
 
 
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:

@@ -13,13 +13,13 @@ import numpy as np
 from pcagpt import trees
 from pcagpt.config import KNOBS
 from pcagpt.files import read_once
-from pcagpt.run import hugging_face, nano_gpt
+from pcagpt.run import hugging_face, nano_gpt, other_decoder
 
 STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
 _FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
-_FORMATS: tuple[ModuleType, ...] = (hugging_face, nano_gpt)
+_FORMATS: tuple[ModuleType, ...] = (other_decoder, hugging_face, nano_gpt)
 
 
 def is_model(folder: Path) -> bool:
@@ -55,6 +55,12 @@ def read_weights(folder: Path) -> dict:
     padding = -len(table_VD) % KNOBS["model.vocab_multiple"].default
     found["embed/band_0/wte"] = np.pad(table_VD, ((0, padding), (0, 0)))
     return {"params": trees.unflatten(found), "constants": {}}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """{file: sha256} of a model that only transformers can read; {} of others."""
+    is_other = _format(folder) is other_decoder
+    return other_decoder.digests(folder) if is_other else {}
 
 
 def _format(folder: Path) -> ModuleType | None:

@@ -152,7 +152,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
     """
     with contextlib.ExitStack() as stack:
         found: dict[str, tuple] = {}
-        for path in _files(folder):
+        for path in files(folder):
             with _reading(path):
                 file = stack.enter_context(safe_open(path, framework="numpy"))
                 found |= {
@@ -201,7 +201,7 @@ def _values(tensors: Mapping[str, tuple], name: str) -> np.ndarray:
         return np.array(file.get_tensor(stored), np.float32)
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     """The files of a folder's weights; UserError if one is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -64,6 +64,11 @@ class Run:
         run.check_model(settings.model)
         return run
 
+    @property
+    def architecture(self) -> str | None:
+        """The name of a model that only transformers computes; None for our own."""
+        return self.record.get("architecture")
+
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the run; a knob newer than the run has its default."""
@@ -78,6 +83,8 @@ class Run:
         Knobs in `free` may differ. A knob at its default counts as not set.
         """
         own = self.settings.model
+        if self.architecture:  # Its windows may have any length.
+            free = (*free, "block_size")
         for field in dataclasses.fields(asked):
             value, trained = getattr(asked, field.name), getattr(own, field.name)
             default = KNOBS[f"model.{field.name}"].default

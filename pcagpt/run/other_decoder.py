@@ -1,0 +1,71 @@
+"""A folder of transformers with another architecture than GPT-2, as a run.
+
+pcagpt measures such a model in PyTorch (`compress.decoder`), and compresses its table.
+It does not train it. The folder has config.json and safetensors.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcagpt.errors import UserError
+from pcagpt.files import parse_json, read_json, sha256_of_file
+from pcagpt.run import hugging_face
+
+_REMEDY = "restore it, or download the model again"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers that is no GPT-2."""
+    with contextlib.suppress(OSError, ValueError):
+        config = parse_json((folder / hugging_face.CONFIG).read_bytes())
+        return isinstance(config, dict) and _kind(config) not in (None, "gpt2")
+    return False
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a run with the model of a folder; reads no weights.
+
+    UserError if the folder lacks weights, or its config.json the sizes of the table.
+    """
+    config = read_json(folder / hugging_face.CONFIG, _REMEDY)
+    assert config is not None  # `is_model` has read it.
+    hugging_face.files(folder)
+    text = config.get("text_config") or config
+    sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{folder}: its config.json has no {name} of a language model: give "
+                "a model that AutoModelForCausalLM of transformers opens"
+            )
+    # One head fits any width: nothing of ours computes with this model.
+    model = {"n_embd": sizes["hidden_size"], "n_head": 1}
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "model": model,
+        "architecture": (config.get("architectures") or [_kind(config)])[0],
+    }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{file: sha256} of the config and the weights."""
+    names = [folder / hugging_face.CONFIG, *hugging_face.files(folder)]
+    return {path.name: sha256_of_file(path) for path in names}
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Always raises UserError: only transformers knows what to do with them."""
+    architecture = record_of(folder)["architecture"]
+    raise UserError(
+        f"{folder} holds a {architecture}: of models other than GPT-2, only "
+        "--config=configs/compress.py takes one"
+    )
+
+
+def _kind(config: dict[str, Any]) -> str | None:
+    """The architecture's family; None if the file does not say."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
