@@ -710,6 +710,16 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     assert (snapshot(folder) == before) == (not overwrite)
 
 
+def test_a_replaced_model_keeps_its_advice_beside_it(asked):
+    first, _ = advice_of(asked, methods="svd", max_params=1000)
+    second, _ = advice_of(asked, methods="context", max_params=1000)
+    assert (first["method"], second["method"]) == ("svd", "context")
+    (model,) = folder_of(asked).glob("advised.replaced-*")
+    (advice,) = folder_of(asked).glob("advice.json.replaced-*")
+    assert read_record(model)["compressed"]["method"] == "svd"
+    assert json.loads(advice.read_text())["chosen"] == first
+
+
 def test_the_same_advice_leaves_a_model_that_a_run_started_from(asked, request):
     advice_of(asked, max_params=1000)
     folder = folder_of(asked)
