@@ -95,7 +95,13 @@ class DataSettings:
     source: str = knob(
         "sotu", "sotu, wikitext103, or a folder of text or .bin files", PATH
     )
-    tokenizer: str = knob("auto", "sotu4096 or gpt2; auto: the source's own")
+    tokenizer: str = knob(
+        "auto",
+        "sotu4096, gpt2, or a file or folder: tokenizer.json, vocab.json with "
+        "merges.txt, or tiktoken's ranks (.tiktoken) for GPT-2's pattern; auto: the "
+        "source's own, or that of a model of another program",
+        PATH,
+    )
     cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data", PATH)
 
 

@@ -3,11 +3,11 @@
 import itertools
 
 import numpy as np
-import tiktoken
 
 from pcagpt.config import Settings
+from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
-from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
@@ -60,17 +60,19 @@ def sample(settings: Settings) -> list[str]:
     return samples
 
 
-def _beginning(tokenizer: tiktoken.Encoding | CharacterTokenizer) -> list[int]:
+def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
     """What precedes a document in the training text: an end of text, or a line end."""
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
-    return tokenizer.encode("\n") if "\n" in tokenizer.texts else [0]
+    is_of_lines = "\n" in getattr(tokenizer, "texts", ())
+    return tokenizer.encode("\n") if is_of_lines else [0]
 
 
-def _tokenizer(run: Run, asked: str) -> tiktoken.Encoding | CharacterTokenizer:
+def _tokenizer(run: Run, asked: str) -> vocabulary.Tokenizer | CharacterTokenizer:
     """The run's own tokenizer, or the one that was asked for if the run has none."""
     name, texts = run.record.get("tokenizer"), run.record.get("characters")
-    if asked != "auto" and (texts or name not in (None, asked)):
+    is_other = name and asked != "auto" and not run.has_tokenizer(asked)
+    if asked != "auto" and (texts or is_other):
         own = name or f"its own {len(texts)} characters"
         raise UserError(
             f"data.tokenizer is '{asked}', but {run.folder} was trained on tokens of "
@@ -81,13 +83,12 @@ def _tokenizer(run: Run, asked: str) -> tiktoken.Encoding | CharacterTokenizer:
             f"{run.folder} was trained on bare token ids: without a tokenizer there is "
             "no text to show; name it, as in --config.data.tokenizer=gpt2"
         )
-    tokenizer = (
-        CharacterTokenizer(tuple(texts)) if texts else load_tokenizer(name or asked)
-    )
+    named = name if asked == "auto" else asked
+    tokenizer = CharacterTokenizer(tuple(texts)) if texts else vocabulary.load(named)
     vocab_size = run.record["vocab_size"]
     if vocab_size < tokenizer.n_vocab:
         raise UserError(
-            f"data.tokenizer: {name or asked} has {tokenizer.n_vocab} tokens, the "
+            f"data.tokenizer: {named} has {tokenizer.n_vocab} tokens, the "
             f"model of {run.folder} {vocab_size}: name the one that made its tokens"
         )
     return tokenizer

@@ -12,6 +12,9 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
+from pcagpt.data import vocabulary
+from pcagpt.data.meta import META_FILES, read_meta
+from pcagpt.errors import UserError
 from pcagpt.files import read_once
 from pcagpt.run import hugging_face, nano_gpt, other_decoder
 
@@ -44,8 +47,20 @@ def record_of(folder: Path) -> dict[str, Any]:
 @read_once
 def _record(folder: Path) -> dict[str, Any]:
     record = _format(folder).record_of(folder)
-    is_gpt2 = record["vocab_size"] in _GPT2_SIZES
-    return record | {"tokenizer": "gpt2" if is_gpt2 else None}
+    rows, name = record["vocab_size"], vocabulary.in_folder(folder)
+    if name:
+        size = vocabulary.describe(name).vocab_size
+        if size > rows:
+            raise UserError(
+                f"{folder}: its tokenizer has {size} tokens, but its table {rows} "
+                "rows: give both of one model"
+            )
+        return record | {"tokenizer": name}
+    if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
+        info = read_meta(folder, "auto")
+        texts = info.characters if info.vocab_size <= rows else None
+        return record | {"tokenizer": info.tokenizer, "characters": texts}
+    return record | {"tokenizer": "gpt2" if rows in _GPT2_SIZES else None}
 
 
 def read_weights(folder: Path) -> dict:

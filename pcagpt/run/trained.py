@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
+from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
+from pcagpt.data.sources import TextSource, find_source
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
@@ -184,6 +186,8 @@ class Run:
 
         Raises UserError if none was asked for and the run's record names none.
         """
+        if asked.source and self._decides_tokenizer(asked):
+            return dataclasses.replace(asked, tokenizer=self.record["tokenizer"])
         if asked.source:
             return asked
         own, folder = self.settings.data, self.record.get("corpus_source")
@@ -196,6 +200,18 @@ class Run:
             )
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
+
+    def _decides_tokenizer(self, asked: DataSettings) -> bool:
+        """Whether a text is tokenized as the model of another program needs it.
+
+        A run of ours says in its record what it was trained on. Its own tokenizer is
+        never taken for another text without a word.
+        """
+        is_open = asked.tokenizer == "auto" and "data" not in self.record
+        name = self.record.get("tokenizer")
+        return bool(is_open and name) and isinstance(
+            find_source(asked.source), TextSource
+        )
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -260,6 +276,17 @@ class Run:
                 "was trained on"
             )
 
+    def has_tokenizer(self, name: str) -> bool:
+        """Whether the run's own tokenizer is the one with this name.
+
+        Its file may have been moved: the record has its hash, too.
+        """
+        if vocabulary.are_same(self.record.get("tokenizer"), name):
+            return True
+        recorded = (self.record.get("corpus") or {}).get("tokenizer_sha256")
+        is_there = recorded and vocabulary.is_known(name)
+        return bool(is_there) and vocabulary.describe(name).sha256 == recorded
+
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or tokens of another name."""
         known_ids = self.record["vocab_size"]
@@ -270,7 +297,7 @@ class Run:
                 "that it was trained on"
             )
         own = self.record.get("tokenizer")
-        if own and corpus.tokenizer and own != corpus.tokenizer:
+        if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
                 f"{self.folder} knows those of {own}: set "
