@@ -302,6 +302,26 @@ def read_table(path: str | Path) -> np.ndarray:
     return _checked(read_npy(_checked_file(Path(path))), 2, str(path))
 
 
+def check_rows_differ(table_VD: np.ndarray, what: object) -> None:
+    """Raises UserError for a table to factorize that tells no tokens apart."""
+    if table_VD.any() and (len(table_VD) == 1 or (table_VD != table_VD[0]).any()):
+        return
+    content = "the same row for every token" if table_VD.any() else "only zeros"
+    raise UserError(
+        f"{what} holds {content}: there is nothing to factorize; give the table of a "
+        "trained model"
+    )
+
+
+def check_not_zero(factors: Iterable[np.ndarray | None], what: object) -> None:
+    """Raises UserError if one of the factors to start from holds only zeros."""
+    if any(factor is not None and not factor.any() for factor in factors):
+        raise UserError(
+            f"{what} holds only zeros, from which nothing can be learned: write it "
+            "again from the table of a trained model"
+        )
+
+
 def read_scale_matrices(path: str | Path) -> ScaleMatrices:
     """The scale matrices of a .npz file of any origin, as float32.
 

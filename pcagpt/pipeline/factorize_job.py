@@ -173,7 +173,8 @@ class FactorizeJob(Job):
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
-            shape = factor_files.read_table(self.source).shape
+            table_VD = factor_files.read_table(self.source)
+            shape = table_VD.shape
         elif self.settings.task == "factorize":
             shape = Run.asked(self.settings).table_shape
         else:
@@ -185,6 +186,8 @@ class FactorizeJob(Job):
                     f"its rank is at most {min(shape)}"
                 )
         self._given_statistics(shape)
+        if self._is_bare_table:  # The weights of a run are read later.
+            factor_files.check_rows_differ(table_VD, self.source)
 
     def _has_other_files(self) -> bool:
         """Whether the folder has files that may not be replaced, of another source."""
