@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,37 @@ _HEADER_READERS = {
 _LEFTOVER = re.compile(
     r"\..+\.(\d+)\.partial|\..+\.(?:json|jsonl|npy|npz|bin|md|html|png)\.(\d+)"
 )
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+_NOWHERE = "a link to nothing"
 _LOGGER = logging.getLogger(__name__)
+
+
+def odd_kind(path: Path) -> str | None:
+    """What is there in place of a file: 'a named pipe'; None for a file or nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return _NOWHERE if os.path.islink(path) else None
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def refuse_odd(path: Path) -> None:
+    """Raises UserError if something else than a file is there.
+
+    To open a named pipe would wait for its writer without end.
+    """
+    if kind := odd_kind(path):
+        raise UserError(f"{path} is {kind}, not a file: name a file, or move it away")
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file for reading; UserError as for `refuse_odd`."""
+    refuse_odd(path)
+    return open(path, "rb")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -162,6 +193,8 @@ def read_json(
         return UserError(f"{path} is damaged ({reason}): {remedy}")
 
     try:
+        if (kind := odd_kind(path)) not in (None, _NOWHERE):
+            raise damaged(f"it is {kind}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > _LARGEST_JSON:
@@ -297,11 +330,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
     """The open file; an error that its content can cause becomes a UserError."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             yield file
     except (UserError, MemoryError):
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
@@ -399,7 +432,7 @@ def read_once(read: Callable[..., Any]) -> Callable[..., Any]:
 
 @read_once
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from pcagpt import files
+from pcagpt import coding, files
 from pcagpt.errors import Unreadable, UserError
 
 
@@ -122,6 +122,43 @@ def test_an_array_that_the_system_does_not_read_is_not_damaged(
     with pytest.raises(kind) as caught:
         read(tmp_path / "a")
     assert "write it again" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (os.mkdir, "a folder"),
+        (lambda path: os.symlink("/dev/zero", path), "a device"),
+        (lambda path: os.symlink("nowhere", path), "a link to nothing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        files.read_npy,
+        files.read_npz,
+        files.open_file,
+        files.sha256_of_file,
+        coding.read,
+        lambda path: files.read_json(path, "delete it"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
+    make(tmp_path / "a")
+    if kind != "a link to nothing":
+        with pytest.raises(UserError, match=rf"{tmp_path}/a .*is {kind}\b"):
+            read(tmp_path / "a")
+    elif read in (files.read_npy, files.read_npz):
+        with pytest.raises(UserError, match="a is a link to nothing, not a file: name"):
+            read(tmp_path / "a")
+
+
+def test_an_array_below_a_file_does_not_exist(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="a/b.npy does not exist: give the path of a"):
+        files.read_npy(tmp_path / "a" / "b.npy")
 
 
 def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcagpt.data.meta import CorpusInfo, present_splits, read_meta
+from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
 from pcagpt.data.sources import TokenFolder, find_source
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
@@ -211,16 +211,11 @@ def check_splits(info: CorpusInfo, needed: Collection[str], place: object) -> No
     for split in needed:
         if split in info.splits:
             continue
-        odd = "".join(
-            f"; {path.name} is {'a folder' if path.is_dir() else 'a link to nothing'}"
-            for path in sorted(folder.glob(f"*{split}*"))
-            if not path.is_file()
-        )
         ending = "bin" if present_splits(folder) else "txt"
+        present = (", ".join(info.splits) or "none") + odd_splits(folder, [split])
         raise UserError(
-            f"no '{split}' split in {place} (present: "
-            f"{', '.join(info.splits) or 'none'}{odd}): add a file for it, such as "
-            f"{split}.{ending}, or ask for a split that is there"
+            f"no '{split}' split in {place} (present: {present}): add a file for it, "
+            f"such as {split}.{ending}, or ask for a split that is there"
         )
 
 

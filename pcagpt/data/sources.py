@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.data import content, text_files
-from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits, read_meta
+from pcagpt.data.meta import (
+    META_FILES,
+    SPLITS,
+    CorpusInfo,
+    odd_splits,
+    present_splits,
+    read_meta,
+)
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
 from pcagpt.errors import FAILING, UserError
+from pcagpt.files import odd_kind
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
@@ -78,8 +86,9 @@ def find_source(source: str) -> TextSource | TokenFolder:
         return TextSource(source, tokenizer, lambda: (version,), documents, line)
     folder = Path(source)
     if not folder.is_dir():
-        absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
-        problem = "is a file" if folder.exists() else absent
+        absent = "is a file" if folder.exists() else "does not exist"
+        kind = odd_kind(folder)
+        problem = f"is {kind}" if kind else absent
         raise UserError(
             f"data source '{source}' {problem}: give {', '.join(map(repr, NAMED))} or "
             "a folder of .bin or text files, as --config.data.source"
@@ -91,7 +100,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
         raise UserError(
             f"nothing recognisable in {folder}: it must hold train.bin and val.bin, or "
             f"text files named by split and ending in {', '.join(text_files.ENDINGS)}, "
-            "such as train.txt and val.txt"
+            f"such as train.txt and val.txt{odd_splits(folder)}"
         )
     name = re.sub(r"[^\w.-]+", "_", folder.resolve().name) or "text"
     documents = {

@@ -23,6 +23,7 @@ from pcagpt.files import (
     check_fields,
     check_values,
     digests_of,
+    open_file,
     read_json,
     read_npy,
     read_npz,
@@ -259,12 +260,17 @@ def sha256_of_bands(folder: Path) -> str:
     _checked_file(folder / ORDER_FILE)
     # A person may keep other files there. Older versions list none.
     names = [*_listed(folder)] or [path.name for path in folder.glob("*.np[yz]")]
-    content = b"".join((folder / name).read_bytes() for name in sorted(names))
-    return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        with open_file(folder / name) as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _listed(folder: Path) -> dict[str, Any]:
     """The digests in a folder's metadata, for `check_digests`; {} without."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: correct the path")
     remedy = (
         f"delete {folder} and run the command that made it again, or delete only this "
         "file if the files beside it are your own"
