@@ -21,11 +21,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import UserError, naming, unreadable
 
 # Largest absolute value of a table or weights; larger values mean damage.
 LARGEST = 1e6
@@ -81,7 +82,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` by what `write` writes into an open binary file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -203,7 +204,7 @@ def read_json(
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise unreadable(error) or damaged(error.strerror) from None
+        raise unreadable(error, path) or damaged(error.strerror) from None
     except ValueError as error:
         raise damaged(error) from None
     if not isinstance(value, dict):
@@ -284,7 +285,12 @@ def _sha256_of_json(value: dict[str, Any]) -> str:
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """Replaces a .npy file."""
-    write_file(path, lambda file: np.save(file, array, allow_pickle=False))
+
+    def write(file: BinaryIO) -> None:
+        # Into a file itself, NumPy writes by itself, and hides why that failed.
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+
+    write_file(path, write)
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
@@ -338,7 +344,7 @@ def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
-        if found := unreadable(error):
+        if found := unreadable(error, path):
             raise found from None
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
@@ -441,7 +447,9 @@ def sha256_of_file(path: Path) -> str:
     try:
         return _sha256(path)
     except OSError as error:
-        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
+        raise unreadable(error, path) or UserError(
+            f"{path}: {error.strerror}"
+        ) from None
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:

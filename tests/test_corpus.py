@@ -28,7 +28,7 @@ from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, explain
 from pcagpt.files import sha256_of_file
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
@@ -693,8 +693,28 @@ def test_a_full_disk_is_not_taken_for_a_lack_of_network(cache, monkeypatch):
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device") as caught:
         open_corpus("wikitext103", cache)
+    assert re.match(
+        "the cache of .*`: .* or use another HF_HOME;", explain(caught.value)
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_cache_folder_is_told_with_its_path_and_knob(
+    number, folder, cache, monkeypatch
+):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    (folder / "train.txt").write_text("text")
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError) as caught:
+        open_corpus(str(folder), cache)
+    line = explain(caught.value)
+    assert line.startswith(f"{cache}: {os.strerror(number).lower()}: ")
+    assert "use another --config.data.cache_dir" in line
+    assert not cache.exists()
 
 
 # Folders of token files

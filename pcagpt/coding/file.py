@@ -105,7 +105,9 @@ def read(path: Path) -> tuple[CodedTable, Description]:
                 raise UserError(f"{path} has {size:,} bytes: it is no coded table")
             content = file.read()
     except OSError as error:
-        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
+        raise unreadable(error, path) or UserError(
+            f"{path}: {error.strerror}"
+        ) from None
     try:
         return _parsed(content, path)
     except ValueError as error:

@@ -21,7 +21,7 @@ from pcagpt.data.sources import TokenFolder, find_source
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.files import read_json
 from pcagpt.sharding import processes
 
@@ -278,7 +278,8 @@ def _open(
         for fingerprint in dict.fromkeys(fingerprints)
     )
     if not folder.is_dir():
-        write_token_folder(folder, found, info, fingerprints)
+        with naming(cache_dir, "--config.data.cache_dir"):
+            write_token_folder(folder, found, info, fingerprints)
     made = _made(folder, info)
     return Corpus(**vars(made), folder=folder, cache_dir=cache_dir, older=tuple(older))
 

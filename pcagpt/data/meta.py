@@ -246,7 +246,7 @@ def _read_pickle(path: Path) -> dict:
         if not isinstance(meta, dict):
             raise TypeError(f"it is a {type(meta).__name__}")
     except Exception as error:  # A damaged pickle can raise almost any error.
-        if found := unreadable(error):
+        if found := unreadable(error, path):
             raise found from None
         reason = " ".join(str(error).split()) or "it is damaged"
         raise UserError(

@@ -18,7 +18,7 @@ from pcagpt.data.meta import (
     read_meta,
 )
 from pcagpt.data.tokenizer import packaged_bytes, rank_file
-from pcagpt.errors import FAILING, UserError
+from pcagpt.errors import FAILING, UserError, naming
 from pcagpt.files import odd_kind
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
@@ -152,7 +152,8 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
         ) from None
     hub_split = "validation" if split == "val" else split
     try:
-        rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
+        with naming("the cache of the package `datasets`", "HF_HOME"):
+            rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
     except OSError as error:
         if error.errno in {*FAILING, errno.EACCES, errno.EROFS}:  # not of the network
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, naming
 from pcagpt.files import check_fields, open_file, parse_json, strict, write_text
 
 _LOGGER = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Telemetry:
             return
         counts = {"step": int(step), "tokens": int(tokens)}
         line = json.dumps(strict({**counts, "split": split, **metrics}))
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         scalars = {
             f"{split}/{name}": float(value)
