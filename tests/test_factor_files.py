@@ -275,7 +275,15 @@ def test_factors_that_the_system_does_not_read_are_not_damaged(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "text",
-    ['{"ranks": []}', '{"ranks": {"x": {}}}', '{"ranks": {"8": 1}}', "[]", "{"]
+    [
+        "{}",
+        '{"method": "svd"}',
+        '{"ranks": []}',
+        '{"ranks": {"x": {}}}',
+        '{"ranks": {"8": 1}}',
+        "[]",
+        "{",
+    ]
     + ['{"ranks": {"8": {"energy_kept": "0.5"}}}', '{"effective_rank": NaN}'],
 )
 def test_metadata_of_another_shape_are_refused(text, tmp_path):

@@ -150,7 +150,8 @@ def write(
     write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     files |= digests_of(folder, [path.name for path in written])
     ended = {"unfinished": sorted(left)} if left else {}
-    write_json(folder / METADATA_FILE, metadata | {"files": files} | ended)
+    stated = {"ranks": ranks, "files": files}
+    write_json(folder / METADATA_FILE, metadata | stated | ended)
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
@@ -227,6 +228,8 @@ def read_metadata(folder: Path) -> dict | None:
     if metadata is None:
         return None
     metadata.pop("files", None)
+    if not {"ranks", "unfinished"} & metadata.keys():
+        raise UserError(f"{path} is damaged (it has no 'ranks'): {remedy}")
     check_fields(
         metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
     )
