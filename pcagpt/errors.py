@@ -73,6 +73,7 @@ _REMEDIES = {
 FAILING = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE
 }  # fmt: skip
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # The path does not exist, or is a folder instead of a file or the reverse.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 # How tensorstore writes an error code into a ValueError.

@@ -1,21 +1,23 @@
 """The command line: help, mistakes in it, --print_config, exit codes, clean output."""
 
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, tiny
-from runs import quick_environment, snapshot
+from runs import overrides, quick_environment, snapshot
 
 from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS
 from pcagpt.methods import METHODS
-from pcagpt.pipeline import execute, tasks
+from pcagpt.pipeline import execute, tasks, train_job
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -206,6 +208,47 @@ def test_a_finished_run_is_shown_as_done_and_not_touched_again(
     assert (again.code, again.err) == (0, "")
     assert again.out.endswith("  done\n")
     assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Nothing can be written into any workdir."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "w")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    monkeypatch.setattr(execute, "write_report", fail)
+    monkeypatch.setattr(train_job, "open_corpus", fail)
+
+
+@pytest.mark.usefixtures("read_only")
+def test_what_writes_nothing_needs_no_writable_workdir(
+    trained, corpus_folder, tmp_path, said
+):
+    arguments = tiny("baseline.py", corpus_folder, workdir=trained.parent)
+    outcome = call(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "  done\n" in outcome.out
+    assert "gpt_baseline is not compared with its corpus: [Errno 30] Re" in outcome.out
+    arguments = tiny("experiment.py:8", corpus_folder, workdir=tmp_path / "runs")
+    assert call(*arguments, "--print_config").out.endswith("to do\n")
+    line = refusal(*arguments, unchanged=[tmp_path])
+    assert f"{tmp_path} is not a writable folder" in line
+    (tmp_path / "file").touch()
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "file")
+    line = refusal(*arguments, "--print_config", unchanged=[tmp_path])
+    assert "file is not a writable folder" in line
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_finished_experiment_needs_no_writable_workdir(finished_experiment, said):
+    words = overrides(finished_experiment)
+    outcome = call(f"--config={CONFIGS / 'experiment.py'}:8", *words)
+    assert outcome.code == 0
+    assert outcome.out.count("done") == 5
+    workdir = finished_experiment.workdir
+    assert said() == [f"the report in {workdir} is not renewed: Read-only file system"]
 
 
 def stop_with(exception, monkeypatch):

@@ -252,9 +252,10 @@ class TrainJob(Job):
         """As `compare_corpus`, in one process."""
         try:
             corpus = self.corpus()
-        except UserError as error:
+        except (UserError, OSError) as error:
             if is_needed:
                 raise
+            # The tokens of a text may be lost, and the folder for them read-only.
             return f"{self.folder.name} is not compared with its corpus: {error}"
         self._check_tokens(corpus, look(self.folder).stored or {})
         return None
