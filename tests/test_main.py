@@ -295,7 +295,7 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     assert ended.returncode == 0, ended.stderr
     *plan, tokens, made = ended.stdout.splitlines()
     assert [line.split()[0] for line in plan] == ["D", "pca_factorized", "A"]
-    assert "holds bare token ids: its models cannot be sampled" in tokens
+    assert "holds bare token ids: to sample its models, give the text" in tokens
     assert made.startswith("factorizing")
     for line in ended.stderr.splitlines():
         assert re.fullmatch(r"[DA] gpt_\w+  \d/2 .* left", line), ended.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
 from pcagpt.pipeline.job import Job, Kind, Status
 from pcagpt.pipeline.plan import Plan
@@ -82,10 +83,10 @@ def execute(plan: Plan, command: str) -> None:
         # New runs are compared with finished ones: both must have the same tokens.
         if status.kind != Kind.TO_DO and (line := job.compare_corpus(bool(setups))):
             say(line)
-    for corpus in _corpora_without_text(setups.values()):
+    for name, vocab_size in _corpora_without_text(setups.values()):
         say(
-            f"{corpus} holds bare token ids: its models cannot be sampled, unless "
-            "--config.data.tokenizer names the tokenizer"
+            f"{name} holds bare token ids: to sample its models, "
+            f"{how_to_name_tokens(vocab_size)}"
         )
     is_new = bool(setups)
     for job in list(setups):
@@ -122,10 +123,11 @@ def _needed(plan: Plan) -> dict[Job, Status]:
     return {job: statuses.get(job) or job.status() for job in jobs}
 
 
-def _corpora_without_text(setups: Iterable[Setup | None]) -> set[str]:
-    """Names of the corpora of training runs whose tokens stand for no known text."""
+def _corpora_without_text(setups: Iterable[Setup | None]) -> set[tuple[str, int]]:
+    """(name, vocabulary) of the corpora whose tokens stand for no known text."""
     corpora = [setup.corpus for setup in setups if setup is not None]
-    return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
+    bare = [c for c in corpora if c.tokenizer is None and c.characters is None]
+    return {(corpus.name, corpus.vocab_size) for corpus in bare}
 
 
 def check_workdir(workdir: str, writes: bool = True) -> None:
