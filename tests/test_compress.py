@@ -392,7 +392,7 @@ def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
     report = (folder_of(asked) / "report.md").read_text()
     assert "first 100 tokens of the validation split" in report
     whole = sweep_of(asked, **limited | {"evaluate.max_tokens": 10**9})
-    with pytest.raises(UserError, match=r"evaluated_tokens \(there None, here 100\)"):
+    with pytest.raises(UserError, match=r"ns \(there the whole split, here 100\)"):
         sweep_of(asked, **limited)  # A part does not replace the whole.
     assert "evaluated_tokens" not in whole["protocol"]
     for one, other in zip(sweep["rows"], whole["rows"], strict=True):
