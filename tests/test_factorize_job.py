@@ -343,6 +343,12 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
     assert not job.folder.exists()
 
 
+def test_a_link_to_nothing_is_refused_before_work(job):
+    job.folder.symlink_to("nowhere")
+    with pytest.raises(UserError, match="pca_factorized is a link to nothing: remove"):
+        job.status()
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [(np.zeros((9, 5)), "holds only zeros"), (np.ones((9, 5)), "holds the same row")],
