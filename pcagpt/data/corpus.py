@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
-from pcagpt.data.sources import TokenFolder, find_source
+from pcagpt.data.sources import NAMED, TokenFolder, find_source, import_package
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import load_tokenizer
@@ -229,6 +229,16 @@ def describe_corpus(
     info = find_source(source).info(tokenizer)
     check_splits(info, splits, source)
     return info
+
+
+def check_package(source: str, cache_dir: Path, tokenizer: str = "auto") -> None:
+    """Raises UserError if `open_corpus` would need a package that is not there."""
+    if source not in NAMED:
+        return
+    found = find_source(source)
+    folder = _folder_name(found.fingerprints()[0], found.info(tokenizer))
+    if not (cache_dir / folder).is_dir():
+        import_package(source)
 
 
 def open_corpus(

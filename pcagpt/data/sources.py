@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from pcagpt.data import content, text_files
@@ -141,8 +142,13 @@ def _sotu_blocks(split: str) -> Iterable[Document]:
     return [[address] for address in sotu_documents(split)]
 
 
-def _wikitext_documents(split: str) -> Iterator[Document]:
-    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
+def import_package(source: str) -> None:
+    """Raises UserError if the text of a source needs a package that is not there."""
+    if source == "wikitext103":
+        _import_datasets()
+
+
+def _import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError:
@@ -150,6 +156,12 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
             "the source 'wikitext103' needs the package `datasets`: "
             "pip install 'pcagpt[datasets]'"
         ) from None
+    return datasets
+
+
+def _wikitext_documents(split: str) -> Iterator[Document]:
+    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
+    datasets = _import_datasets()
     hub_split = "validation" if split == "val" else split
     try:
         with naming("the cache of the package `datasets`", "HF_HOME"):

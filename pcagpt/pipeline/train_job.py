@@ -11,7 +11,12 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
+from pcagpt.data.corpus import (
+    Corpus,
+    check_package,
+    describe_corpus,
+    open_corpus,
+)
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
@@ -228,6 +233,7 @@ class TrainJob(Job):
             initialise.check_rank(self.settings)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
+        check_package(data.source, self.settings.cache_dir, data.tokenizer)
         build_config(self.settings.model, described.vocab_size)
 
     def check(self, missing: set[Path]) -> Setup | None:
