@@ -16,7 +16,7 @@ from pcagpt.config.schema import (
     FactorizeSettings,
     InitSettings,
 )
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import factor_files
 from pcagpt.model import DEVICE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
@@ -153,7 +153,12 @@ def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
 
 def _job_from_run(settings: Settings) -> TrainJob:
     """A run that copies the model and all weights of another run."""
-    source = Run.open(settings.init.weights_from)
+    try:
+        source = Run.open(settings.init.weights_from)
+    except Unreadable:
+        raise
+    except UserError as error:
+        raise UserError(f"init.weights_from: {error}") from None
     free = (*DEVICE_KNOBS, "dropout")
     source.check_model(settings.model, free)
     settings = settings.replace({"model": source.model_settings(settings.model, free)})

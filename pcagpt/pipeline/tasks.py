@@ -28,7 +28,7 @@ def preview(settings: Settings) -> str:
     """
     settings = decide_effort(settings, jax.default_backend())
     if TASKS[settings.task].makes_jobs:
-        lines = execute.describe(execute.check(make_plan(settings)))
+        lines = execute.describe(execute.check(make_plan(settings), writes=False))
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]

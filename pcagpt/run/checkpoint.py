@@ -211,7 +211,7 @@ def find(path: str | Path) -> tuple[Path, int]:
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
-            "checkpoints/gpt_baseline, or train it first"
+            "checkpoints/gpt_baseline, or correct the path"
         )
     run_dir, step = _parts(path)
     if step is not None:

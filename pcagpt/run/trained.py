@@ -16,6 +16,7 @@ from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError, warn_once
+from pcagpt.factorize.factor_files import check_rows_differ
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint
 from pcagpt.run.build import build_config
@@ -164,9 +165,14 @@ class Run:
         return self.record["vocab_size"], model.n_embd
 
     def table(self) -> np.ndarray:
-        """The full token table, float32 of `table_shape`; raises the same error."""
+        """The full token table to factorize, float32 of `table_shape`.
+
+        Raises UserError as `table_shape` and `check_rows_differ` do.
+        """
         vocab_size, _ = self.table_shape
-        return np.asarray(full_table(self.weights)[:vocab_size], np.float32)
+        table_VD = np.asarray(full_table(self.weights)[:vocab_size], np.float32)
+        check_rows_differ(table_VD, f"the token table of {self._checkpoint}")
+        return table_VD
 
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
