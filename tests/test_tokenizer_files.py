@@ -64,7 +64,7 @@ def word_level(shared):
 
 
 def test_the_files_of_gpt2_have_its_name(tmp_path):
-    vocab = tokenizer_files._gpt2()
+    vocab = tokenizer_files._vocabulary_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))

@@ -358,6 +358,12 @@ class Settings:
         "checkpoint; factorize: or a .npy table",
         PATH,
     )
+    format: str = knob(
+        "hf",
+        "hf: a Hugging Face folder, the table multiplied out; npz: the table or its "
+        "factors as .npy and .npz files",
+        one_of("hf", "npz"),
+    )
     split: str = knob(
         "val",
         "evaluate, compress: part of the corpus to measure on; compress chooses models "

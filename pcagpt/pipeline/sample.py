@@ -70,25 +70,17 @@ def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int
 
 def _tokenizer(run: Run, asked: str) -> vocabulary.Tokenizer | CharacterTokenizer:
     """The run's own tokenizer, or the one that was asked for if the run has none."""
-    name, texts = run.record.get("tokenizer"), run.record.get("characters")
-    is_other = name and asked != "auto" and not run.has_tokenizer(asked)
-    if asked != "auto" and (texts or is_other):
-        own = name or f"its own {len(texts)} characters"
-        raise UserError(
-            f"data.tokenizer is '{asked}', but {run.folder} was trained on tokens of "
-            f"{own}: leave it out"
-        )
-    if not texts and not name and asked == "auto":
+    if name := run.tokenizer_name(asked):
+        return vocabulary.load(name)
+    texts = run.record.get("characters")
+    if not texts:
         raise UserError(
             f"{run.folder} was trained on bare token ids: without a tokenizer there is "
             "no text to show; name it, as in --config.data.tokenizer=gpt2"
         )
-    named = name if asked == "auto" else asked
-    tokenizer = CharacterTokenizer(tuple(texts)) if texts else vocabulary.load(named)
-    vocab_size = run.record["vocab_size"]
-    if vocab_size < tokenizer.n_vocab:
+    if run.record["vocab_size"] < len(texts):
         raise UserError(
-            f"data.tokenizer: {named} has {tokenizer.n_vocab} tokens, the "
-            f"model of {run.folder} {vocab_size}: name the one that made its tokens"
+            f"{run.folder} has {len(texts)} characters, but its model knows "
+            f"{run.record['vocab_size']} tokens: give both of one model"
         )
-    return tokenizer
+    return CharacterTokenizer(tuple(texts))

@@ -269,6 +269,30 @@ class Run:
                 "was trained on"
             )
 
+    def tokenizer_name(self, asked: str) -> str | None:
+        """The name of the run's tokenizer, or of the one that was asked for.
+
+        None if the run has none, or characters, and 'auto' was asked for. Raises
+        UserError for another tokenizer than the run's own, or one with too many tokens.
+        """
+        name, texts = (self.record.get(field) for field in ("tokenizer", "characters"))
+        if asked != "auto" and (texts or (name and not self.has_tokenizer(asked))):
+            own = name or f"its own {len(texts)} characters"
+            raise UserError(
+                f"data.tokenizer is '{asked}', but {self.folder} was trained on tokens "
+                f"of {own}: leave it out"
+            )
+        if texts or (asked == "auto" and not name):
+            return None
+        chosen = vocabulary.name_of(name if asked == "auto" else asked)
+        size, rows = vocabulary.describe(chosen).vocab_size, self.record["vocab_size"]
+        if rows < size:
+            raise UserError(
+                f"data.tokenizer: {chosen} has {size} tokens, the model of "
+                f"{self.folder} {rows}: name the one that made its tokens"
+            )
+        return chosen
+
     def has_tokenizer(self, name: str) -> bool:
         """Whether the run's own tokenizer is the one with this name.
 
