@@ -36,15 +36,15 @@ MODELS = {
 }
 
 
-def write_run(folder, *, seed=0, record=None, **model):
+def write_run(folder, *, seed=0, record=None, vocab_size=V, **model):
     """A run of random weights, made elsewhere; all scale matrices are equal."""
-    config = gpt_config(vocab_size=V, **SIZES, **model)
+    config = gpt_config(vocab_size=vocab_size, **SIZES, **model)
     random = np.random.default_rng(seed)
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
         if "position_of_token" in name:
-            return random.permutation(V).astype(np.int32)
+            return random.permutation(vocab_size).astype(np.int32)
         if np.issubdtype(leaf.dtype, np.integer):
             high = np.iinfo(leaf.dtype).max
             return random.integers(0, high, leaf.shape).astype(leaf.dtype)
@@ -60,7 +60,11 @@ def write_run(folder, *, seed=0, record=None, **model):
         if "scale_down" in band:
             band["scale_down"] = band["scale_up"].copy()
     checkpoint.save_weights(folder, variables)
-    stored = {"model": SIZES | model, "vocab_size": V, "data": {"source": "here"}}
+    stored = {
+        "model": SIZES | model,
+        "vocab_size": vocab_size,
+        "data": {"source": "here"},
+    }
     write_record(folder, stored | (record or {}))
     return folder
 
