@@ -355,7 +355,9 @@ class Settings:
     model_path: str = knob(
         "",
         f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
-        "checkpoint; factorize: or a .npy table",
+        "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
+        "factorize: or a .npy table; train: such a model as D, from which the arm "
+        "starts",
         PATH,
     )
     format: str = knob(

@@ -45,7 +45,7 @@ _READERS = {
     "seed": ((*_RUNS, "sample"), "leave it out"),
     "overwrite": ((*_RANKS, "train", "export"), "leave it out"),
     "build_prerequisites": (("train",), "leave it out"),
-    "model_path": (_MODEL, "train a run further with configs/recover.py"),
+    "model_path": ((*_MODEL, "train"), "an experiment trains its own D"),
     "format": (("export",), "write a run with configs/export.py"),
     "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
     # A config of an experiment may also train its D alone.

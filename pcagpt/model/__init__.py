@@ -17,6 +17,7 @@ from pcagpt.model.config import (
     BLOCK_KNOBS,
     DEVICE_KNOBS,
     LEVELS,
+    TABLE_KNOBS,
     WIDTHS,
     BandSpec,
     GPTConfig,

@@ -179,10 +179,8 @@ class Run:
 
         Raises UserError if none was asked for and the run's record names none.
         """
-        if asked.source and self._decides_tokenizer(asked):
-            return dataclasses.replace(asked, tokenizer=self.record["tokenizer"])
         if asked.source:
-            return asked
+            return self.with_tokenizer(asked)
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).is_dir()
         tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
@@ -194,17 +192,18 @@ class Run:
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
-    def _decides_tokenizer(self, asked: DataSettings) -> bool:
-        """Whether a text is tokenized as the model of another program needs it.
+    def with_tokenizer(self, asked: DataSettings) -> DataSettings:
+        """`asked`, but a text gets the tokenizer of a model of another program.
 
-        A run of ours says in its record what it was trained on. Its own tokenizer is
-        never taken for another text without a word.
+        A run of ours was trained on a corpus that its record names. For another text,
+        its tokenizer must be named.
         """
-        is_open = asked.tokenizer == "auto" and "data" not in self.record
         name = self.record.get("tokenizer")
-        return bool(is_open and name) and isinstance(
-            find_source(asked.source), TextSource
-        )
+        is_open = asked.tokenizer == "auto" and "data" not in self.record
+        if not (name and is_open and asked.source):
+            return asked
+        is_text = isinstance(find_source(asked.source), TextSource)
+        return dataclasses.replace(asked, tokenizer=name) if is_text else asked
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
