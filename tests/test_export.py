@@ -99,6 +99,7 @@ def run(request, tmp_path):
 def test_an_exported_model_is_read_back_as_the_same_model(run, tmp_path, corpus_folder):
     made = run_export(run, tmp_path / "work")
     assert not list(made.parent.glob(".*"))
+    assert len({path.stat().st_mode for path in made.iterdir()}) == 1
     wanted, found = logits_of(run), logits_of(made)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     losses = [loss_of(one, tmp_path / "work", corpus_folder) for one in (run, made)]

@@ -232,7 +232,7 @@ def find(path: str | Path) -> tuple[Path, int]:
 def _hub_hint(path: Path) -> str:
     """Words for an error if a path may be a name on a hub, as in gpt2 or owner/gpt2."""
     is_owned = len(path.parts) == 2 and not path.parent.exists()
-    if path.exists() or path.is_absolute() or not (len(path.parts) == 1 or is_owned):
+    if path.exists() or not (len(path.parts) == 1 or is_owned):
         return ""
     return (
         "; pcagpt downloads no models: of one of Hugging Face's, give the folder that "

@@ -30,8 +30,12 @@ def write_weights(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
         array = weights.get(leaf.path)
         array = np.zeros(leaf.shape, np.float32) if array is None else array
         tensors[PREFIX + name] = np.ascontiguousarray(array)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    sync(folder / WEIGHTS)
+    path = folder / WEIGHTS
+    path.touch()
+    mode = path.stat().st_mode  # save_file would let only the owner read it.
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+    sync(path)
 
 
 def write_config(
