@@ -2,8 +2,9 @@
 
 A writer replaces the file in one step: a reader sees the old file or the new one, even
 after a power cut. JSON files store a hash of their content; other files are listed in
-digests. Readers check both. JSON is strict in both directions: NaN and the infinities
-are not JSON. Readers refuse a file that declares more than it can hold.
+digests, which the module that reads them checks. JSON is strict in both directions: NaN
+and the infinities are not JSON. Readers refuse a file that declares more than it can
+hold.
 """
 
 import contextlib

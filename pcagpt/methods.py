@@ -138,8 +138,8 @@ class Code:
     colour: str  # in figures
 
 
-# The "methods" of tables that are stored as codes; `pcagpt.coding` makes them. A search
-# for a loss tries the first one: its files are smallest.
+# Ways to store a table as codes, named beside the methods in `compress.methods`. A
+# search for a loss tries the first one: its files are smallest.
 CODED, PACKED = "coded", "packed"
 CODES = {
     CODED: Code("an entropy-coded file", "#222222"),

@@ -467,8 +467,8 @@ def reads(monkeypatch):
     return found
 
 
-# `main` reads these for all tasks, and a run that is opened compares `model` with its
-# own.
+# Every task takes these: `main` reads two of them, people give `workdir` to all
+# commands, and a run that is opened compares `model` with its own.
 COMMON = {"task", "workdir", "distributed", "model"}
 
 

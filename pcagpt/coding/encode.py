@@ -3,8 +3,8 @@
 Shape letters: V vocabulary, D model width, K directions, C classes, N sampled tokens, n
 those of one class.
 
-A direction is coded only if each of its bits removes at least `BIT` squared steps of
-error. The basis is rounded at the same price.
+A direction is coded only if it removes at least `BIT` squared steps of error for each
+bit that it takes. The basis is rounded at the same price.
 """
 
 import dataclasses

@@ -37,7 +37,8 @@ def advise(
       methods: see `Fit`; a bound on numbers leaves out `CODES`.
       options: one of its bounds is set. Factors have one of its numbers of bands and,
         for a bound on bytes, 32 bits per value or one of its `bits`.
-      output: for advice.json and the model; an earlier advice is moved aside.
+      output: for advice.json and the model; an earlier advice with another protocol,
+        bound or model is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.
 
     Raises UserError if no table fits, or no method fits the bands.
@@ -85,6 +86,14 @@ def advise(
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
     advice, path = output.heading | answer, output.folder / "advice.json"
     earlier = read_json(path, "delete it") or {}
-    if any(earlier.get(n) != strict(advice[n]) for n in ("protocol", "bounds")):
+    own = strict(advice)
+    known = earlier.get("chosen") or {}
+    is_same_model = all(
+        known.get(name) == own["chosen"][name] for name in vars(row.recipe)
+    )
+    # The model is moved aside if its recipe is another one: its advice goes with it.
+    if not is_same_model or any(
+        earlier.get(n) != own[n] for n in ("protocol", "bounds")
+    ):
         move_aside(path)
     write_json(path, advice)

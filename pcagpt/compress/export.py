@@ -50,9 +50,11 @@ def write_model(
 
     Every command takes the folder as a run. A folder that already holds this model
     stays as it is; only lost or damaged factors/ are written again. Another model is
-    moved aside, unless it `stays`: False is then returned. 'compressed' in config.json
-    tells how the table was made. Raises UserError if the folder of the original now
-    holds another run, Unreadable if the system does not let the folder be read.
+    moved aside. Returns False, and writes nothing, if the model there `stays`.
+    'compressed' in config.json tells how the table was made.
+
+    Raises UserError if the folder of the original now holds another run, Unreadable if
+    the system does not let the folder be read.
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()

@@ -10,9 +10,8 @@ from pcagpt.compress.candidates import (
     counts_of,
     tries_own_table,
 )
-from pcagpt.compress.codes import KINDS
 from pcagpt.factorize import BudgetTooSmall, LossRegression, least_budget
-from pcagpt.methods import FEWEST_FACTOR_BITS, OWN_TABLE
+from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
 
@@ -43,7 +42,7 @@ class Fit:
       table: (V, D) of the full table.
     """
 
-    TRIALS = 6  # largest number of measurements
+    TRIALS = 6  # sizes that one search for a loss tries
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class Fit:
         table: tuple[int, int],
     ):
         self._make, self._codes_bytes, self._measure = make, codes_bytes, measure
-        self._codes, self._bands = [m for m in KINDS if m in methods], bands
+        self._codes, self._bands = [m for m in CODES if m in methods], bands
         self._method = best_factors(methods, bands)
         counts = counts_of(self._method, bands) if self._method else (1,)
         self._least = min(least_budget(*table, count) for count in counts)

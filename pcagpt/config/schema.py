@@ -107,7 +107,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """The training budget of D and the optimizer of every run."""
+    """The training budget of D and the optimizer of every run.
+
+    config.json of a run has its own budget: its arm's share is already applied.
+    """
 
     steps: int = knob(5000, "optimizer updates")
     batch_size: int = knob(32, "sequences per update, over all devices together")
@@ -194,7 +197,10 @@ class FactorizeSettings:
         "", "file of statistics; empty: measure them on the run", PATH
     )
     singular_value_split: float = knob(
-        0.0, "a: the table is U S^(1-a), the scale matrix S^a V^T", SHARE
+        0.0,
+        "share a of the singular values in the scale matrix, S^a V^T; the table has "
+        "the rest, U S^(1-a)",
+        SHARE,
     )
     bands: int = knob(1, "frequency bands of A, B and C, each with its own rank")
 
@@ -247,9 +253,9 @@ class CompressSettings:
     )
     recover_ranks: tuple[int, ...] = knob(
         (),
-        "then train further the best factors and codes of these ranks, if they "
-        "can be trained, each on the text and on D's predictions; and D, for the "
-        "same steps. D's train settings and seed apply.",
+        "after the sweep, train the best factors and the coded table of these ranks "
+        "further, once on the text and once on D's predictions; and D, for the same "
+        "steps. D's train settings and seed apply.",
     )
 
     @property

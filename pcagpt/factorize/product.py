@@ -56,8 +56,8 @@ def product_quantize(
         part_Vd = np.ascontiguousarray(part_Vd, np.float32)
         sampled_nd = part_Vd[sample]
         with warnings.catch_warnings():
-            # If starting rows are equal, one gets all tokens. The empty others do no
-            # harm.
+            # Of equal starting rows, one gets all the tokens. The others stay empty,
+            # which does no harm.
             warnings.filterwarnings("ignore", "One of the clusters is empty")
             start_Cd = sampled_nd[:CENTROIDS]
             book_Cd, _ = kmeans2(sampled_nd, start_Cd, _ITERATIONS, minit="matrix")

@@ -75,7 +75,8 @@ class GPTConfig:
 
 
 # Knobs about what is between the table's input and its head. Every new field of
-# `GPTConfig` is one of them, unless a list above has it.
+# `GPTConfig` is one of them, unless a list above has it. `dropout` acts only in
+# training.
 BLOCK_KNOBS = tuple(
     field.name
     for field in dataclasses.fields(GPTConfig)

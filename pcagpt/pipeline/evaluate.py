@@ -17,7 +17,9 @@ from pcagpt.telemetry.progress import Progress
 
 
 def evaluate(settings: Settings) -> dict:
-    """Evaluates `model_path` on `split`; writes the result beside the run if it can.
+    """Evaluates `model_path` on `split`; writes the result to the run's folder.
+
+    If it cannot write there, it says so and only returns the result.
 
     That of a model of another program goes into the workdir.
 

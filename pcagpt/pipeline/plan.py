@@ -53,6 +53,8 @@ def make_plan(settings: Settings) -> Plan:
         if settings.init.weights_from:
             return Plan(settings, (_job_from_run(settings),))
         return Plan(settings, _jobs_of_run(settings))
+    if settings.task != "experiment":
+        raise ValueError(f"no plan for the task {settings.task}")
     jobs = []
     for seed in settings.experiment.seeds or (settings.seed,):
         suffix = "" if seed == settings.seed else f"_seed{seed}"
@@ -66,10 +68,9 @@ def make_plan(settings: Settings) -> Plan:
 def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> Plan:
     """The runs in a folder that train D and compressed models of it further.
 
-    They train with D's settings, also its dropout, for the share of its budget in
-    `finetune`.
-    `train.loss_chunks` only concerns memory and stays as it was given. Each model is
-    trained twice: on the text and on D's predictions.
+    They use D's settings, including dropout, and the share of D's budget that
+    `finetune` gives. `train.loss_chunks` only concerns memory and stays as it was
+    given. Each model is trained twice: on the text and on D's predictions.
 
     Raises:
       UserError: `settings` has another value for a knob that D itself determines.

@@ -30,9 +30,11 @@ def preview(settings: Settings) -> str:
     settings = decide_effort(settings, jax.default_backend())
     if TASKS[settings.task].makes_jobs:
         lines = execute.describe(execute.check(make_plan(settings)))
-    else:
+    elif TASKS[settings.task].model:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
+    else:
+        raise ValueError(f"no preview for the task {settings.task}")
     return "\n".join([listing(settings), "", *lines])
 
 

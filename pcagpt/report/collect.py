@@ -109,7 +109,7 @@ def recovered_rows(
 
 
 def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """Losses of a row minus D's last loss, and its tokens plus D's if it uses D."""
+    """A row's losses minus D's last loss; its tokens, with D's if it starts from D."""
 
     def added(loss: float | None) -> float | None:
         known = baseline and None not in (loss, baseline["val_loss"])

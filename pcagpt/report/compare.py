@@ -43,7 +43,7 @@ QUESTIONS = {  # "first vs second", by the letters of the arms
         "less at fewer tokens",
     ),
     "B vs D": Question("Does fine-tuning win back D's loss?", "B ≈ D in loss", "equal"),
-    "B vs D+": Question("Does it also reach the loss of D, trained further?"),
+    "B vs D+": Question("Does B also reach the loss of D, trained further?"),
     "Bd vs B": Question("Do D's predictions teach more than the text?"),
     "A vs E": Question("Do A's factors help beyond their scale?"),
     "A vs F": Question("Do A's factors help beyond their spectrum?"),

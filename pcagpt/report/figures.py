@@ -35,7 +35,7 @@ STYLE = {
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
 # By bits of a stored value; 0 for codes.
 BITS_MARKERS = {32: "o", 8: "s", 6: "h", 5: "p", 4: "D", 0: "*"}
-BITS_LINES = {32: "-", 8: "--", 4: ":", 0: "-"}
+BITS_LINES = {32: "-", 8: "--", 6: (0, (5, 1)), 5: (0, (3, 1)), 4: ":", 0: "-"}
 
 
 def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
@@ -134,8 +134,8 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> "Figure":
     """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
 
-    If tables differ only in the number of bands, it shows only the best. All tables of
-    a rival are one line.
+    Of tables in several bands that differ only in their number, it shows only the best.
+    All tables of a rival are one line.
     """
     best: dict[tuple, dict[tuple, Row]] = {}
     for row in sweep["rows"]:

@@ -49,8 +49,8 @@ def collect(
 ) -> Statistics:
     """Measures a model with a full table on batches of token ids, int32 [B, T].
 
-    The model runs in its compute dtype. Products are float32 at the highest precision;
-    their sums over batches are float64.
+    The model runs in its compute dtype. Second moments are computed in float32 at the
+    highest precision; their sums over batches are float64.
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)

@@ -18,8 +18,8 @@ from pcagpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# This pass copies all gradients into one array before their sum over devices, and back
-# after it. Without the pass, XLA sums them in place.
+# Switched off: a pass that copies all gradients into one array before their sum over
+# devices, and back afterwards. Without it, XLA sums them in place.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 
 # The first pattern that matches the whole path applies. The path of an optimizer state

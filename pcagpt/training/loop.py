@@ -54,7 +54,7 @@ def train(
       The result. README.md explains its fields.
 
     Raises:
-      NotFinite: the loss is not.
+      NotFinite: a loss or a gradient is not finite.
       Interrupted: a signal asked to stop; the state is saved.
     """
     settings, began = setup.settings, time.monotonic()
