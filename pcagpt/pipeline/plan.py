@@ -82,6 +82,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
         {
             "task": "train",
             "arm": "baseline",
+            "model_path": "",
             "workdir": str(folder),
             "data": baseline.data(settings.data),
             "data.cache_dir": str(settings.cache_dir),
