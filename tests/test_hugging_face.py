@@ -343,6 +343,7 @@ SPOILT = {
     "quantized": (with_config(quantization_config={"bits": 4}), "_config is {'bits'"),
     "wide": (with_config(n_inner=32), "n_inner is 32: it must be 4 * n_embd"),
     "heads": (with_config(n_head=3), "n_head is 3, which does not divide n_embd, 16"),
+    "too_deep": (with_config(n_layer=10**9), "whole number from 1 to 10000"),
     "text_for_a_size": (with_config(n_layer="2"), "n_layer is '2'"),
     "number_for_a_switch": (with_config(scale_attn_weights=1), "_weights is 1"),
 }

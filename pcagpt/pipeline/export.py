@@ -56,7 +56,7 @@ def _export(run: Run, settings: Settings) -> str:
     name = f"{run.folder.resolve().name}_{settings.format}"
     folder = Path(settings.workdir) / FOLDER / name
     origin = {
-        "run": str(run.folder),
+        "run": run.folder.resolve().name,
         "step": run.step,
         "fingerprint": run.fingerprint,
         "format": settings.format,

@@ -1,6 +1,7 @@
 """The model card of an exported model: sizes, losses, and how it was made."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pcagpt.arms import ARMS
@@ -30,7 +31,7 @@ def model_card(
         "model_card.md.j2",
         made=_how_made(record),
         losses=table(header, rows, "llrr") if rows else "",
-        source=(record.get("data") or {}).get("source"),
+        source=Path((record.get("data") or {}).get("source") or "").name,
         **view,
     )
     return f"{_FRONT}{text}\n"
