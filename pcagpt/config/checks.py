@@ -208,7 +208,7 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model can set its bands. One group of `_TABLE_KNOBS` is set."""
+    """Only the random model has own bands; at most one of `_TABLE_KNOBS` is set."""
     is_random = (settings.task, settings.arm) == ("train", "random")
     has_source = bool(settings.init.weights_from)
     if settings.model.band_sizes and not is_random and not has_source:

@@ -27,7 +27,8 @@ TASKS = {
     "export": Task(model=True, resumes=False),
 }
 
-# `compress` reads these knobs only when it trains models further.
+# Stands for `compress` among the readers of a knob that it reads only when it trains
+# models further.
 RECOVERY = "compress with compress.recover_ranks"
 _ALL = tuple(TASKS)
 _TRAINING = ("train", "experiment")

@@ -97,7 +97,7 @@ def not_ours(
 def changed(folder: Path, ranks: Iterable[int]) -> list[Path]:
     """Files that `write` would replace and that were changed since it wrote them.
 
-    Any folder of bands counts: it may hold a person's files.
+    A folder of bands always counts, because it may hold a person's files.
     """
     listed = _listed(folder)
     files = [path(folder, rank) for rank in ranks for path in (table_path, scale_path)]

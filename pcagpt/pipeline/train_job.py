@@ -64,7 +64,7 @@ class TrainJob(Job):
 
     @property
     def made(self) -> str:
-        """As `amount`, of the run in the folder: a D may have had another budget."""
+        """The steps of the run in the folder, which may differ from `amount`."""
         steps = (read_result(self.folder) or {}).get("steps")
         return f"{steps:,} steps" if steps else "made elsewhere"
 

@@ -212,7 +212,7 @@ class FolderState:
 
     @property
     def stranger(self) -> str | None:
-        """Says which file belongs to another run, step or model.
+        """Why a file does not belong here: it is of another run, step or model.
 
         None if all belong together. A checkpoint that holds only weights, or a damaged
         one, is not judged.
