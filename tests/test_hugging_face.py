@@ -100,6 +100,17 @@ def test_other_scales_of_the_attention_go_into_the_query(folder, tmp_path):
         np.testing.assert_array_equal(other[name][rest], plain[name][rest])
 
 
+@pytest.mark.parametrize("name", ["ckpt", "ckpt/500", "model.safetensors"])
+def test_a_folder_may_have_names_of_ours(name, tmp_path):
+    folder = write(tmp_path / name)
+    for inside in ("optimizer", "meta", "weights"):
+        (folder / inside).mkdir()
+    for path in (folder, folder / "model.safetensors", folder / "config.json"):
+        run = Run.open(path)
+        assert (run.folder, run.step) == (folder, 0)
+        np.testing.assert_array_equal(run.table(), tensors()[TABLE])
+
+
 def test_another_model_has_another_fingerprint_and_a_change_is_noticed(folder):
     run = Run.open(folder)
     before = run.fingerprint

@@ -273,6 +273,8 @@ def exists(path: str | Path) -> bool:
 def _parts(path: Path) -> tuple[Path, int | None]:
     """Run folder and step that a path names."""
     path = foreign.folder_of(path)
+    if foreign.is_model(path):
+        return path, None
     if path.name.isdigit() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path.parent if path.name == FOLDER else path, None

@@ -65,6 +65,8 @@ def read_updates(folder: Path) -> int | None:
     If it cannot be read, the number in the folder's name; `restore_latest` judges it.
     """
     folder = folder.absolute()
+    if foreign.is_model(folder):
+        return None
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
         return None
     options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
