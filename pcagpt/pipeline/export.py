@@ -25,7 +25,7 @@ from pcagpt.files import (
     write_npz,
     write_text,
 )
-from pcagpt.model import embedding_parameters, token_order
+from pcagpt.model import FULL_TABLE, embedding_parameters, token_order
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.report.model_card import model_card
 from pcagpt.run import hugging_face_files
@@ -109,7 +109,7 @@ def _write_hugging_face(folder: Path, run: Run, settings: Settings) -> None:
     elif name:
         hugging_face_tokenizer.write(folder, name, model.block_size)
         end = vocabulary.load(name).eot_token
-    table_VD = weights.pop("embed/band_0/wte")
+    table_VD = weights.pop(FULL_TABLE)
     hugging_face_files.write_config(folder, model, len(table_VD), end)
     card = model_card(
         run.record,

@@ -10,7 +10,7 @@ import numpy as np
 from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.model import GPT, without_embedding
+from pcagpt.model import FULL_TABLE, GPT, without_embedding
 from pcagpt.run.trained import Run
 
 
@@ -36,7 +36,7 @@ def dense_weights(run: Run) -> dict[str, np.ndarray]:
     with jax.default_matmul_precision("highest"):
         table_VD = model.apply(variables, tokens_V, method=_embed)
     found = trees.flatten(without_embedding(params))
-    found = {"embed/band_0/wte": table_VD} | found
+    found = {FULL_TABLE: table_VD} | found
     return {path: np.asarray(leaf, np.float32) for path, leaf in found.items()}
 
 

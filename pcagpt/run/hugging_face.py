@@ -23,8 +23,8 @@ from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
-_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# {field: its values with which pcagpt computes the same, transformers' default first}
+# {field: its values with which pcagpt computes the same (int: any whole number),
+# transformers' default first}
 _SUPPORTED: dict[str, tuple] = {
     "vocab_size": (50257, int),
     "n_positions": (1024, int),

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from pcagpt.config.schema import ModelSettings
 from pcagpt.files import sync, write_text
+from pcagpt.model import FULL_TABLE
 from pcagpt.model.block import LAYER_NORM_EPSILON
 from pcagpt.run.gpt2_names import PREFIX, leaves
 from pcagpt.run.hugging_face import ARCHITECTURES, CONFIG, WEIGHTS
@@ -23,7 +24,7 @@ def write_weights(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
       weights: {parameter path: array} of a model with a full table. Biases that it
         lacks become zeros, because transformers' GPT-2 has all of them.
     """
-    (vocab_size, width), positions = weights["embed/band_0/wte"].shape, weights["wpe"]
+    (vocab_size, width), positions = weights[FULL_TABLE].shape, weights["wpe"]
     layers = sum(path.endswith("/ln_1/scale") for path in weights)
     tensors = {}
     for name, leaf in leaves(vocab_size, len(positions), layers, width).items():
