@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from command_line import CONFIGS, call, refusal, tiny
+from command_line import CONFIGS, ROOT, call, refusal, tiny
 from gpt2_folders import write as write_gpt2
 from runs import gpt_config, snapshot
 
@@ -14,7 +16,6 @@ from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.factorize import factor_files
 from pcagpt.model import GPT
-from pcagpt.pipeline import export as module
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.trained import Run
@@ -237,6 +238,21 @@ def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_p
     assert "written by pcagpt" in (made / "README.md").read_text()
 
 
+def test_two_commands_at_once_make_one_export(tmp_path):
+    run = write_run(tmp_path / "run")
+    ask = f"--config.model_path={run}", f"--config.workdir={tmp_path}"
+    words = [sys.executable, "-m", "pcagpt.main", "--config=configs/export.py", *ask]
+    started = [
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [command.communicate()[0].splitlines()[-1] for command in started]
+    assert [command.returncode for command in started] == [0, 0]
+    made = tmp_path / "exported/run_hf"
+    assert sorted(said) == [f"{made} is done", f"{made} was written"]
+    assert [path.name for path in made.parent.iterdir()] == [made.name]
+
+
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
 
@@ -247,7 +263,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     ask = f"--config.model_path={run}", f"--config.workdir={tmp_path / 'work'}"
     outcome = call(f"--config={CONFIGS / 'export.py'}", *ask)
     assert outcome.code == 2, outcome
-    assert not list((tmp_path / "work" / module.FOLDER).iterdir())
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
@@ -262,11 +278,11 @@ def test_a_model_that_the_form_cannot_hold_is_refused(write, form, words, tmp_pa
     run = write(tmp_path / "run")
     ask = f"--config.model_path={run}", f"--config.format={form}"
     workdir = f"--config.workdir={tmp_path / 'work'}"
-    (tmp_path / "work/exported").mkdir(parents=True)
     line = refusal(
         f"--config={CONFIGS / 'export.py'}", *ask, workdir, unchanged=[tmp_path]
     )
     assert words in line
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_model_of_another_program_can_be_exported_as_a_table(tmp_path):

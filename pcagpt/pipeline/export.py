@@ -6,6 +6,7 @@ of the original system (npz). It gets its name when it is complete.
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pcagpt.files import (
 from pcagpt.model import FULL_TABLE, embedding_parameters, token_order
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.report.model_card import model_card
-from pcagpt.run import hugging_face_files
+from pcagpt.run import hugging_face_files, lock
 from pcagpt.run.dense import dense_weights
 from pcagpt.run.folder import is_vacant, move_aside, read_result
 from pcagpt.run.trained import Run
@@ -49,12 +50,25 @@ def export(settings: Settings) -> str:
     """
     check_workdir(settings.workdir)
     run = Run.asked(settings)
-    return processes.from_first(lambda: _export(run, settings))
-
-
-def _export(run: Run, settings: Settings) -> str:
     name = f"{run.folder.resolve().name}_{settings.format}"
     folder = Path(settings.workdir) / FOLDER / name
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with lock.held(folder, meanwhile=lambda: None) as check_lock:
+            return processes.from_first(
+                lambda: _export(run, settings, folder, check_lock)
+            )
+    finally:
+        # A refusal leaves no empty folder behind.
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+
+
+def _export(
+    run: Run, settings: Settings, folder: Path, check_lock: Callable[[], None]
+) -> str:
+    """As `export`, in one process, which holds the lock of the folder."""
     origin = {
         "run": run.folder.resolve().name,
         "step": run.step,
@@ -68,7 +82,8 @@ def _export(run: Run, settings: Settings) -> str:
             f"{folder} holds something else: use another --config.workdir, or "
             "--config.overwrite=True to move it aside"
         )
-    written = folder.with_name(f".{name}.partial")  # A killed command may have left it.
+    # A killed command may have left it.
+    written = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     try:
@@ -76,6 +91,7 @@ def _export(run: Run, settings: Settings) -> str:
         run.check_unchanged()
         files = digests_of(written, [path.name for path in written.iterdir()])
         write_json(written / ORIGIN, origin | {"files": files})
+        check_lock()
         move_aside(folder)
         if folder.exists():  # empty
             folder.rmdir()
