@@ -407,26 +407,32 @@ def check_values(array: np.ndarray, what: str) -> None:
         )
 
 
-def stamp_of(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, mtime and ctime in nanoseconds."""
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Size in bytes, mtime and ctime in nanoseconds; of a folder, of all files in it.
+
+    A folder's subfolders do not count.
+    """
+    if path.is_dir():
+        files = (file for file in sorted(path.iterdir()) if file.is_file())
+        return 0, *(number for file in files for number in stamp_of(file))
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def is_settled(stamp: tuple[int, int, int]) -> bool:
+def is_settled(stamp: tuple[int, ...]) -> bool:
     """Whether any later change of the file would give it another stamp.
 
     A file that changed less than two seconds ago may change once more within the
     resolution of its times.
     """
-    return time.time_ns() - max(stamp[1:]) >= _SETTLED_SECONDS * 10**9
+    return time.time_ns() - max(stamp[1:], default=0) >= _SETTLED_SECONDS * 10**9
 
 
 def read_once(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `read(path, ...)` read a file again only if it may have changed."""
+    """Makes `read(path, ...)` read a file or folder once, until it may have changed."""
 
     @functools.lru_cache(maxsize=1024)
-    def settled(_: tuple[int, int, int], path: Path, *rest: Any) -> Any:
+    def settled(_: tuple[int, ...], path: Path, *rest: Any) -> Any:
         return read(path, *rest)
 
     @functools.wraps(read)

@@ -23,7 +23,7 @@ import pytest
 from runs import json_of
 
 from pcagpt import files
-from pcagpt.data import content, text_files, token_files, tokenize
+from pcagpt.data import content, text_files, token_files, vocabulary
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, find_source, sotu_documents
@@ -385,14 +385,14 @@ def test_text_that_changes_while_it_is_tokenized_is_not_kept(
 ):
     source = folder / "train.txt"
     source.write_text("one")
-    load = tokenize.load_tokenizer
+    load = vocabulary.load
 
     def change(name):
         source.write_bytes(later)
         return load(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "load_tokenizer", change)
+        patch.setattr(vocabulary, "load", change)
         refused(folder, cache, "text (my_data changed while it was read: run|.*UTF-8)")
     source.write_text("one")
     assert open_corpus(str(folder), cache).tokens("train").tolist() == [50256, 505]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import gpt_config
+from scipy import special
 
 from pcagpt import trees
 from pcagpt.losses import token_losses
@@ -29,6 +30,7 @@ CONFIGS = {
     "tied": FACTORIZED,
     "no bias": dataclasses.replace(UNTIED, bias=False),
     "bands": BANDS,
+    "exact gelu": dataclasses.replace(DENSE, gelu="exact"),
 }
 pytestmark = pytest.mark.usefixtures("quick")
 # Shorter than the block size.
@@ -116,6 +118,8 @@ def numpy_gpt2(config, variables, tokens_BT):
         return x @ flat[f"{name}/kernel"] + flat.get(f"{name}/bias", 0)
 
     def gelu(x):
+        if config.gelu == "exact":
+            return 0.5 * x * (1 + special.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     def attend(x, name):
@@ -368,7 +372,11 @@ def test_bfloat16_stays_near_float32_and_parameters_stay_float32():
 
 def test_gelu_keeps_only_its_input_for_the_backward_pass():
     h_NF, bias_F = jax.ShapeDtypeStruct((6, 8), jnp.float32), jnp.zeros(8)
-    residuals = jax.eval_shape(lambda h, b: jax.vjp(_bias_gelu, h, b)[1], h_NF, bias_F)
+
+    def gelu(h_NF, bias_F):
+        return _bias_gelu(h_NF, bias_F, False)
+
+    residuals = jax.eval_shape(lambda h, b: jax.vjp(gelu, h, b)[1], h_NF, bias_F)
     shapes = [leaf.shape for leaf in jax.tree.leaves(residuals)]
     assert shapes.count((6, 8)) == 1
 

@@ -31,7 +31,8 @@ class Original:
     split: of the corpus, to measure on; batches: of this split, or of its first
     `evaluate.max_tokens` targets; calibration: tokens and batch_size for
     `calibrate.statistics`; chunks: number of parts that logits are computed in;
-    singular_value_split: as for `truncate`.
+    singular_value_split: as for `truncate`; workdir: keeps the statistics of a model of
+    another program.
     """
 
     run: Run
@@ -45,6 +46,7 @@ class Original:
     calibration: dict[str, int]
     chunks: int
     singular_value_split: float
+    workdir: str
 
     @classmethod
     def of(cls, run: Run, settings: Settings) -> "Original":
@@ -81,6 +83,7 @@ class Original:
             },
             chunks=settings.train.loss_chunks,
             singular_value_split=settings.factorize.singular_value_split,
+            workdir=settings.workdir,
         )
 
     @functools.cached_property
@@ -94,6 +97,7 @@ class Original:
             self.mesh,
             **self.calibration,
             chunks=self.chunks,
+            folder=self.run.results_in(self.workdir),
         )
 
     @functools.cached_property

@@ -63,6 +63,11 @@ class ModelSettings:
         at_least(0),
     )
     bias: bool = knob(True, "use biases in linear layers and norms")
+    gelu: str = knob(
+        "tanh",
+        "activation of the MLP; tanh: GPT-2's approximation; exact: nanoGPT's",
+        one_of("tanh", "exact"),
+    )
     dropout: float = knob(0.0, "probability that an activation is dropped", BELOW_1)
     compute_dtype: str = knob(
         "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")
@@ -90,7 +95,13 @@ class DataSettings:
     source: str = knob(
         "sotu", "sotu, wikitext103, or a folder of text or .bin files", PATH
     )
-    tokenizer: str = knob("auto", "sotu4096 or gpt2; auto: the source's own")
+    tokenizer: str = knob(
+        "auto",
+        "sotu4096, gpt2, or a file or folder: tokenizer.json, vocab.json with "
+        "merges.txt, or tiktoken's ranks (.tiktoken) for GPT-2's pattern; auto: the "
+        "source's own, or that of a model of another program",
+        PATH,
+    )
     cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data", PATH)
 
 
@@ -353,8 +364,16 @@ class Settings:
     model_path: str = knob(
         "",
         f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
-        "checkpoint; factorize: or a .npy table",
+        "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
+        "factorize: or a .npy table; train: such a model as D, from which the arm "
+        "starts",
         PATH,
+    )
+    format: str = knob(
+        "hf",
+        "hf: a Hugging Face folder, the table multiplied out; npz: the table or its "
+        "factors as .npy and .npz files",
+        one_of("hf", "npz"),
     )
     split: str = knob(
         "val",

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tiktoken
 
+from pcagpt.data import vocabulary
 from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
 from pcagpt.data.sources import NAMED, TokenFolder, find_source, import_package
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
-from pcagpt.data.tokenizer import load_tokenizer
 from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.files import read_json
 from pcagpt.sharding import processes
@@ -145,13 +146,14 @@ class Corpus(CorpusInfo):
         return count_tokens(self.tokens(split), self.vocab_size)
 
     def text_size(self, split: str) -> TextSize | None:
-        """Words and UTF-8 bytes of a split's text; None if the tokenizer is unknown.
+        """Words and UTF-8 bytes of a split's text; None if the tokens hide them.
 
-        `<|endoftext|>` ends a word and is not part of the text.
+        `<|endoftext|>` ends a word and is not part of the text. Other tokenizers than
+        tiktoken's do not tell the bytes of a token.
         """
-        if self.tokenizer is None:
+        encoding = self.tokenizer and vocabulary.load(self.tokenizer)
+        if not isinstance(encoding, tiktoken.Encoding):
             return None
-        encoding = load_tokenizer(self.tokenizer)
         end = encoding.eot_token
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = byte_count = 0
@@ -258,8 +260,8 @@ def open_corpus(
         train, val, valid, validation or test as a word of their names. .bin files
         without meta.json or meta.pkl must hold GPT-2's tokens.
       cache_dir: folder for the token files of text.
-      tokenizer: a name in RANKS, or 'auto': sotu4096 for sotu, gpt2 for other text,
-        and the tokenizer in the folder's meta file for token files.
+      tokenizer: as for `vocabulary.name_of`, or 'auto': sotu4096 for sotu, gpt2 for
+        other text, and the tokenizer in the folder's meta file for token files.
       splits: those that the corpus must have.
 
     Raises:
@@ -308,6 +310,6 @@ def _folder_name(fingerprint: str, info: CorpusInfo) -> str:
     """A folder for the tokens that one tokenizer makes of one text."""
     recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    end = f"-{info.tokenizer}-{key}"
+    end = f"-{vocabulary.label(info.tokenizer)}-{key}"
     name = info.name.encode()[: _LONGEST_NAME - len(end)].decode("utf-8", "ignore")
     return name + end

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcagpt.data.tokenizer import RANKS, rank_file
+from pcagpt.data import vocabulary
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import odd_kind, read_json, refuse_odd
 
@@ -27,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class CorpusInfo:
     """Description of a corpus, known before its tokens are read.
 
-    splits: those that it has; tokenizer: a name in RANKS, or None for any
+    splits: those that it has; tokenizer: a `vocabulary.name_of`, or None for any
     other; is_assumed: neither a meta file nor a knob named the tokenizer;
     tokenizer_sha256: differs between numberings of tokens, None if the numbering is
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
@@ -76,13 +76,13 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
 
     Args:
       folder: has at least one token file.
-      tokenizer: a name in RANKS, or 'auto'.
+      tokenizer: as for `vocabulary.name_of`, or 'auto'.
 
     Raises:
       UserError: a meta file is damaged, or contradicts the other one or `tokenizer`.
     """
     if tokenizer != "auto":
-        rank_file(tokenizer)
+        tokenizer = vocabulary.name_of(tokenizer)
     path, pickled = (folder / name for name in META_FILES)
     for file in (path, pickled):
         refuse_odd(file)
@@ -95,7 +95,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     else:
         # nanoGPT writes no meta file for GPT-2's tokens.
         name = "gpt2" if tokenizer == "auto" else tokenizer
-        meta = {"vocab_size": RANKS[name].vocab_size, "tokenizer": name}
+        meta = {"vocab_size": vocabulary.describe(name).vocab_size, "tokenizer": name}
         is_assumed = tokenizer == "auto"
     vocab_size = meta.get("vocab_size")
     if type(vocab_size) is not int or not 1 <= vocab_size <= MOST_TOKENS:
@@ -123,7 +123,9 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         tokenizer=agreed,
         is_assumed=is_assumed,
         tokenizer_sha256=(
-            RANKS[agreed].sha256 if agreed else _numbering_sha256(meta, text_of_id)
+            vocabulary.describe(agreed).sha256
+            if agreed
+            else _numbering_sha256(meta, text_of_id)
         ),
         characters=tuple(map(text_of_id.get, range(vocab_size))) if is_whole else None,
         dtype=dtype,
@@ -207,21 +209,24 @@ def _agreed_tokenizer(
     path: Path, meta: dict, vocab_size: int, asked: str
 ) -> str | None:
     """The tokenizer that fits both the meta file and the request; None if unknown."""
-    stated = meta.get("tokenizer")
-    if stated is not None and asked not in ("auto", stated):
+    stated, made = meta.get("tokenizer"), meta.get("tokenizer_sha256")
+    # A file may have been moved since.
+    is_same = asked != "auto" and made == vocabulary.describe(asked).sha256
+    if stated is not None and asked not in ("auto", stated) and not is_same:
         raise UserError(
             f"{path} says that the tokens were made by {stated!r}, not '{asked}': set "
             "--config.data.tokenizer=auto"
         )
     name = stated if asked == "auto" else asked
-    if not isinstance(name, str) or name not in RANKS:
+    if not vocabulary.is_known(name):
         return None  # A model can train on such ids, but they cannot become text.
-    if RANKS[name].vocab_size != vocab_size:
+    known = vocabulary.describe(name)
+    if known.vocab_size != vocab_size:
         raise UserError(
             f"{path} gives vocab_size {vocab_size}, but tokenizer '{name}' has "
-            f"{RANKS[name].vocab_size}: correct one of them"
+            f"{known.vocab_size}: correct one of them"
         )
-    if meta.get("tokenizer_sha256", RANKS[name].sha256) != RANKS[name].sha256:
+    if made not in (None, known.sha256):
         raise UserError(
             f"{path} says that another version of tokenizer '{name}' made the tokens: "
             "give their text as --config.data.source to have it tokenized again, and "

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from pcagpt.data import content, text_files
+from pcagpt.data import content, text_files, vocabulary
 from pcagpt.data.meta import (
     META_FILES,
     SPLITS,
@@ -18,7 +18,7 @@ from pcagpt.data.meta import (
     present_splits,
     read_meta,
 )
-from pcagpt.data.tokenizer import packaged_bytes, rank_file
+from pcagpt.data.tokenizer import packaged_bytes
 from pcagpt.errors import FAILING, UserError, naming
 from pcagpt.files import odd_kind
 
@@ -39,9 +39,9 @@ class TextSource(NamedTuple):
     notice: str = ""  # as in `TokenFolder`, or a line about an unused namesake
 
     def info(self, tokenizer: str) -> CorpusInfo:
-        """Describes the corpus that a tokenizer (name or 'auto') makes of the text."""
-        name = self.tokenizer if tokenizer == "auto" else tokenizer
-        vocab_size, sha256 = rank_file(name)
+        """Describes the corpus that a tokenizer (as for `open_corpus`) makes."""
+        name = self.tokenizer if tokenizer == "auto" else vocabulary.name_of(tokenizer)
+        vocab_size, sha256 = vocabulary.describe(name)
         return CorpusInfo(
             name=self.name,
             splits=tuple(self.documents),

@@ -16,9 +16,10 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
+from pcagpt.data import vocabulary
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
-from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.files import sha256_of_file, sync, write_file, write_json
 
@@ -79,7 +80,7 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     def write(split: str, file: BinaryIO) -> None:
         nonlocal characters, reported
         documents = source.documents[split]()
-        for ids, length in _encode(documents, load_tokenizer(info.tokenizer)):
+        for ids, length in _encode(documents, vocabulary.load(info.tokenizer)):
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
             characters += length
@@ -108,17 +109,20 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
 
 
 def _encode(
-    documents: Iterable[Document], encoding: tiktoken.Encoding
+    documents: Iterable[Document], encoding: vocabulary.Tokenizer
 ) -> Iterator[tuple[list[int], int]]:
     """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document.
 
     The same text inside a document is the same token, as in GPT-2's own corpora.
     """
+    # Only GPT-2's pattern is known to allow cuts.
+    pieces_of = _pieces if isinstance(encoding, tiktoken.Encoding) else _whole
     pieces = (
         (number == 0, piece)
         for document in documents
-        for number, piece in enumerate(_pieces(document))
+        for number, piece in enumerate(pieces_of(document))
     )
+    mark = [] if encoding.eot_token is None else [encoding.eot_token]
     threads = os.cpu_count() or 1
     # tiktoken encodes the texts of a batch in parallel threads.
     while batch := list(islice(pieces, 8 * threads)):
@@ -128,8 +132,12 @@ def _encode(
         )
         for (is_first, text), ids in zip(batch, encoded, strict=True):
             # A text that marks its documents itself gets no second mark.
-            is_marked = ids[:1] == [encoding.eot_token]
-            yield [encoding.eot_token] * (is_first and not is_marked) + ids, len(text)
+            is_marked = ids[:1] == mark
+            yield mark * (is_first and not is_marked) + ids, len(text)
+
+
+def _whole(document: Document) -> Iterator[str]:
+    yield "".join(document)
 
 
 def _pieces(document: Document) -> Iterator[str]:

@@ -40,7 +40,8 @@ def rank_file(name: str) -> RankFile:
     if name not in RANKS:
         raise UserError(
             f"unknown tokenizer '{name}': set --config.data.tokenizer to 'auto' or to "
-            f"one of {', '.join(RANKS)}"
+            f"one of {', '.join(RANKS)}, or to a file: tokenizer.json, vocab.json with "
+            "merges.txt beside it, or .tiktoken"
         )
     return RANKS[name]
 

@@ -9,6 +9,8 @@ Shape letters: B batch, T sequence, N = B*T, D model width, H heads, C head widt
 F = 4D, X any width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -178,17 +180,20 @@ class MLP(nn.Module):
         """Normed stream [N, D] -> its update."""
         width = self.config.n_embd
         kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
+        is_exact = self.config.gelu == "exact"
         has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
-        bias_gelu = gelu.bias_gelu if has_kernel else _bias_gelu
-        h_NF = bias_gelu(x_ND @ kernel, bias)
+        if has_kernel and not is_exact:
+            h_NF = gelu.bias_gelu(x_ND @ kernel, bias)
+        else:
+            h_NF = _bias_gelu(x_ND @ kernel, bias, is_exact)
         return project_back(self.config, h_NF, None, deterministic)
 
 
 # The backward pass adds the bias again. This saves storing an [N, F] array per layer.
-@jax.checkpoint
-def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """The plain form of `kernels.gelu.bias_gelu`."""
-    return nn.gelu(_add_bias(h_NF, bias_F), approximate=True)
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array, is_exact: bool) -> jax.Array:
+    """The plain form of `kernels.gelu.bias_gelu`, or GELU by the error function."""
+    return nn.gelu(_add_bias(h_NF, bias_F), approximate=not is_exact)
 
 
 def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):

@@ -8,7 +8,7 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
-from pcagpt.files import check_fields, keep, read_json, write_json
+from pcagpt.files import check_fields, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -20,6 +20,8 @@ def evaluate(settings: Settings) -> dict:
     """Evaluates `model_path` on `split`; writes the result to the run's folder.
 
     If it cannot write there, it says so and only returns the result.
+
+    That of a model of another program goes into the workdir.
 
     With `evaluate.max_tokens`, it uses only the first tokens of the split, and the name
     of the file says so.
@@ -65,19 +67,20 @@ def evaluate(settings: Settings) -> dict:
         except (UserError, OSError) as error:
             warn_once(f"the result is not written: {error}")
             return result
-        path = _path(run, part, evaluator.protocol)
+        folder = run.results_in(settings.workdir)
+        path = _path(folder, part, run.step, evaluator.protocol)
         # The folder of a shared model may be read-only.
-        keep(path, lambda place: write_json(place, result))
+        run.keep_result(path, lambda place: write_json(place, result))
     return result
 
 
-def _path(run: Run, part: str, protocol: dict[str, Any]) -> Path:
+def _path(folder: Path, part: str, step: int, protocol: dict[str, Any]) -> Path:
     """The file of a result.
 
     Two corpora of the same name but other content have two files.
     """
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
-    plain = run.folder / f"evaluation_{name}_{part}_step{run.step}.json"
+    plain = folder / f"evaluation_{name}_{part}_step{step}.json"
     try:
         earlier = read_json(plain, "delete it")
         if earlier is not None:

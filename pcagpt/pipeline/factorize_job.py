@@ -285,6 +285,7 @@ class FactorizeJob(Job):
             tokens=self._calibration_tokens,
             batch_size=batch_size,
             chunks=settings.train.loss_chunks,
+            folder=run.results_in(settings.workdir),
         )
 
     def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:

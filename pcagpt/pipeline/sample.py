@@ -5,12 +5,12 @@ import dataclasses
 import itertools
 
 import numpy as np
-import tiktoken
 
 from pcagpt.config import Settings
+from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import describe_corpus
-from pcagpt.data.tokenizer import END_OF_TEXT, how_to_name_tokens, load_tokenizer
+from pcagpt.data.tokenizer import END_OF_TEXT, how_to_name_tokens
 from pcagpt.errors import UserError
 from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
@@ -63,40 +63,33 @@ def sample(settings: Settings) -> list[str]:
     return samples
 
 
-def _beginning(tokenizer: tiktoken.Encoding | CharacterTokenizer) -> list[int]:
+def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
     """What precedes a document in the training text: an end of text, or a line end."""
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
-    return tokenizer.encode("\n") if "\n" in tokenizer.texts else [0]
+    is_of_lines = "\n" in getattr(tokenizer, "texts", ())
+    return tokenizer.encode("\n") if is_of_lines else [0]
 
 
-def _tokenizer(run: Run, settings: Settings) -> tiktoken.Encoding | CharacterTokenizer:
+def _tokenizer(
+    run: Run, settings: Settings
+) -> vocabulary.Tokenizer | CharacterTokenizer:
     """The run's own tokenizer, or the one that was asked for if the run has none."""
-    name, texts = run.record.get("tokenizer"), run.record.get("characters")
-    asked, vocab_size = settings.data.tokenizer, run.record["vocab_size"]
-    if asked != "auto" and (texts or name not in (None, asked)):
-        own = name or f"its own {len(texts)} characters"
-        raise UserError(
-            f"data.tokenizer is '{asked}', but {run.folder} was trained on tokens of "
-            f"{own}: leave it out"
-        )
-    if not texts and not name and asked == "auto":
-        texts = _texts_of_corpus(run, settings)
-    if texts:
-        tokenizer = CharacterTokenizer(tuple(texts))
-    elif name or asked != "auto":
-        tokenizer = load_tokenizer(name or asked)
-    else:
+    asked, rows = settings.data.tokenizer, run.record["vocab_size"]
+    if name := run.tokenizer_name(asked):
+        return vocabulary.load(name)
+    texts = run.record.get("characters") or _texts_of_corpus(run, settings)
+    if not texts:
         raise UserError(
             f"{run.folder} was trained on bare token ids: without a tokenizer there is "
-            f"no text to show; {how_to_name_tokens(vocab_size)}"
+            f"no text to show; {how_to_name_tokens(rows)}"
         )
-    if vocab_size < tokenizer.n_vocab:
+    if rows < len(texts):
         raise UserError(
-            f"data.tokenizer: {name or asked} has {tokenizer.n_vocab} tokens, the "
-            f"model of {run.folder} {vocab_size}: {how_to_name_tokens(vocab_size)}"
+            f"{run.folder} has {len(texts)} characters, but its model knows {rows} "
+            "tokens: give both of one model"
         )
-    return tokenizer
+    return CharacterTokenizer(tuple(texts))
 
 
 def _texts_of_corpus(run: Run, settings: Settings) -> tuple[str, ...] | None:

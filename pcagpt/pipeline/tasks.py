@@ -11,6 +11,7 @@ from pcagpt.files import strict
 from pcagpt.pipeline import execute
 from pcagpt.pipeline.compress import compress, decide_effort
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.pipeline.export import export
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.sample import sample
 from pcagpt.run.trained import Run
@@ -56,4 +57,5 @@ DOES = {
     "compress": compress,
     "evaluate": _evaluate,
     "sample": _sample,
+    "export": lambda settings, _: export(settings),
 }

@@ -21,7 +21,7 @@ from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError, shown
 from pcagpt.factorize import Statistics
-from pcagpt.files import keep, parse_json, read_npz, write_npz
+from pcagpt.files import parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
 from pcagpt.run.trained import Run
@@ -123,8 +123,9 @@ def statistics(
     tokens: int,
     batch_size: int,
     chunks: int,
+    folder: Path,
 ) -> Statistics:
-    """Statistics of a run with a full table; cached in the folder of the run.
+    """Statistics of a run with a full table; cached in a folder, mostly the run's own.
 
     All processes must call this.
 
@@ -137,6 +138,7 @@ def statistics(
       tokens: length of the calibration text; it is rounded up to whole batches.
       batch_size: windows at a time.
       chunks: number of parts that logits are computed in.
+      folder: keeps them.
     """
     train, block_size = corpus.tokens("train"), model.config.block_size
     batches = TrainingBatches(train, block_size, batch_size, SEED)
@@ -152,8 +154,8 @@ def statistics(
         "compute_dtype": model.config.compute_dtype,
     }
     # Other commands write such files: every process must see the same.
-    if known := processes.from_first(lambda: _known(run, protocol)):
-        return read(run.folder / known)
+    if known := processes.from_first(lambda: _known(run, folder, protocol)):
+        return read(folder / known)
     frequency_V = count_tokens(train, model.config.vocab_size) / len(train)
     windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
     with Progress(f"calibrating on {corpus.name}", steps) as progress:
@@ -163,14 +165,14 @@ def statistics(
     if jax.process_index() == 0:
         text = json.dumps(protocol, sort_keys=True).encode()
         digest = hashlib.sha256(text).hexdigest()
-        path = run.folder / f"statistics_step{run.step}_{digest[:8]}.npz"
-        keep(path, lambda path: write(path, found, protocol))
+        path = folder / f"statistics_step{run.step}_{digest[:8]}.npz"
+        run.keep_result(path, lambda path: write(path, found, protocol))
     return found
 
 
-def _known(run: Run, protocol: dict[str, Any]) -> str | None:
-    """The undamaged file of statistics with this protocol in the run's folder."""
-    for path in sorted(run.folder.glob(f"statistics_step{run.step}_*.npz")):
+def _known(run: Run, folder: Path, protocol: dict[str, Any]) -> str | None:
+    """The undamaged file of statistics of a run with this protocol in a folder."""
+    for path in sorted(folder.glob(f"statistics_step{run.step}_*.npz")):
         try:
             _, measured = _read(path)
         except UserError:

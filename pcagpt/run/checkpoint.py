@@ -21,7 +21,7 @@ from pcagpt import trees
 from pcagpt.errors import Unreadable, UserError, warn_once
 from pcagpt.files import LARGEST, check_values, read_json, strict, sync
 from pcagpt.model import is_order
-from pcagpt.run import digests
+from pcagpt.run import digests, foreign
 from pcagpt.run.weights import alone, read_weights
 from pcagpt.sharding import processes
 
@@ -191,27 +191,31 @@ def check_path(folder: Path) -> None:
 
 def steps(run_dir: Path) -> list[int]:
     """Numbers of the finished checkpoints of a run, ascending."""
+    if foreign.is_model(run_dir):
+        return [foreign.STEP]
     folder = run_dir / FOLDER
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Folder of a checkpoint."""
+    """Folder of a checkpoint; of a model of another program, its own folder."""
+    if foreign.is_model(run_dir):
+        return run_dir
     return run_dir / FOLDER / str(step)
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step).
+    """RUN, RUN/ckpt or RUN/ckpt/STEP -> (run folder, step); also a file of `foreign`.
 
     Without a step, it is the newest one with undamaged weights. Raises UserError if
     there is no checkpoint.
     """
-    path = Path(path)
+    path = foreign.folder_of(Path(path))
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
-            "checkpoints/gpt_baseline, or correct the path"
+            f"checkpoints/gpt_baseline, or correct the path{_hub_hint(path)}"
         )
     run_dir, step = _parts(path)
     if step is not None:
@@ -223,6 +227,17 @@ def find(path: str | Path) -> tuple[Path, int]:
     for reason in damaged:
         warn_once(f"{reason}: falling back to the one before, step {step}")
     return run_dir, step
+
+
+def _hub_hint(path: Path) -> str:
+    """Words for an error if a path may be a name on a hub, as in gpt2 or owner/gpt2."""
+    is_owned = len(path.parts) == 2 and not path.parent.exists()
+    if path.exists() or not (len(path.parts) == 1 or is_owned):
+        return ""
+    return (
+        "; pcagpt downloads no models: of one of Hugging Face's, give the folder that "
+        "holds its config.json and model.safetensors"
+    )
 
 
 def lack(run_dir: Path, items: tuple[str, ...] = ("weights",)) -> str | None:
@@ -257,6 +272,9 @@ def exists(path: str | Path) -> bool:
 
 def _parts(path: Path) -> tuple[Path, int | None]:
     """Run folder and step that a path names."""
+    path = foreign.folder_of(path)
+    if foreign.is_model(path):
+        return path, None
     if path.name.isdigit() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path.parent if path.name == FOLDER else path, None
@@ -368,6 +386,8 @@ def load_weights(path: str | Path) -> dict[str, dict]:
     except Unreadable:
         raise
     except UserError as error:
+        if foreign.is_model(folder):
+            raise UserError(f"{folder} cannot be read: {error}") from None
         raise UserError(
             f"checkpoint {folder} cannot be read ({error}): name another step beside "
             f"it, or {_REMEDY}"

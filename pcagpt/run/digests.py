@@ -13,7 +13,15 @@ from typing import Any
 
 from pcagpt import trees
 from pcagpt.errors import Unreadable, UserError, unreadable
-from pcagpt.files import check_digests, digests_of, read_json, sync, write_json
+from pcagpt.files import (
+    check_digests,
+    digests_of,
+    read_json,
+    read_once,
+    sync,
+    write_json,
+)
+from pcagpt.run import foreign
 from pcagpt.run.weights import read_weights
 from pcagpt.sharding import processes
 
@@ -44,10 +52,17 @@ def of_arrays(weights: dict) -> dict[str, str]:
 
 def arrays(folder: Path) -> dict[str, str]:
     """`of_arrays` of a checkpoint's weights; UserError if they cannot be read."""
+    if foreign.is_model(folder):
+        return _of_foreign(folder)
     if known := (_listed(folder) or {}).get("arrays"):
         return known
     with reading(folder):
         return of_arrays(read_weights(folder))
+
+
+@read_once
+def _of_foreign(folder: Path) -> dict[str, str]:
+    return of_arrays(foreign.read_weights(folder))
 
 
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:

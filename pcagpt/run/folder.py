@@ -31,7 +31,7 @@ from pcagpt.files import (
     write_npy,
 )
 from pcagpt.model import DEVICE_KNOBS
-from pcagpt.run import checkpoint, digests
+from pcagpt.run import checkpoint, digests, foreign
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
 
@@ -77,7 +77,12 @@ LOGS = ("metrics.jsonl", "val_window_losses.npy", "result.json")  # of begun tra
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """config.json, or None if no run has begun; UserError if it is damaged."""
+    """config.json, or None if no run has begun; UserError if it is damaged.
+
+    Of a model of another program, the record of `foreign`.
+    """
+    if foreign.is_model(run_dir):
+        return foreign.record_of(run_dir)
     path, remedy = run_dir / "config.json", _CONFIG_REMEDY
     record = read_json(path, remedy)
     if record is not None:

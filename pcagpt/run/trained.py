@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
+from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
+from pcagpt.data.sources import TextSource, find_source
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize.factor_files import check_rows_differ
+from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
-from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run import checkpoint, fingerprint, foreign
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import choose, look
 from pcagpt.sharding import placement, processes
@@ -183,7 +186,7 @@ class Run:
         Raises UserError if none was asked for and the run's record names none.
         """
         if asked.source:
-            return asked
+            return self.with_tokenizer(asked)
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).is_dir()
         tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
@@ -194,6 +197,19 @@ class Run:
             )
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
+
+    def with_tokenizer(self, asked: DataSettings) -> DataSettings:
+        """`asked`, but a text gets the tokenizer of a model of another program.
+
+        A run of ours was trained on a corpus that its record names. For another text,
+        its tokenizer must be named.
+        """
+        name = self.record.get("tokenizer")
+        is_open = asked.tokenizer == "auto" and "data" not in self.record
+        if not (name and is_open and asked.source):
+            return asked
+        is_text = isinstance(find_source(asked.source), TextSource)
+        return dataclasses.replace(asked, tokenizer=name) if is_text else asked
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -258,6 +274,41 @@ class Run:
                 "was trained on"
             )
 
+    def tokenizer_name(self, asked: str) -> str | None:
+        """The name of the run's tokenizer, or of the one that was asked for.
+
+        None if the run has none, or characters, and 'auto' was asked for. Raises
+        UserError for another tokenizer than the run's own, or one with too many tokens.
+        """
+        name, texts = (self.record.get(field) for field in ("tokenizer", "characters"))
+        if asked != "auto" and (texts or (name and not self.has_tokenizer(asked))):
+            own = name or f"its own {len(texts)} characters"
+            raise UserError(
+                f"data.tokenizer is '{asked}', but {self.folder} was trained on tokens "
+                f"of {own}: leave it out"
+            )
+        if texts or (asked == "auto" and not name):
+            return None
+        chosen = vocabulary.name_of(name if asked == "auto" else asked)
+        size, rows = vocabulary.describe(chosen).vocab_size, self.record["vocab_size"]
+        if rows < size:
+            raise UserError(
+                f"data.tokenizer: {chosen} has {size} tokens, the model of "
+                f"{self.folder} {rows}: name the one that made its tokens"
+            )
+        return chosen
+
+    def has_tokenizer(self, name: str) -> bool:
+        """Whether the run's own tokenizer is the one with this name.
+
+        Its file may have been moved: the record has its hash, too.
+        """
+        if vocabulary.are_same(self.record.get("tokenizer"), name):
+            return True
+        recorded = (self.record.get("corpus") or {}).get("tokenizer_sha256")
+        is_there = recorded and vocabulary.is_known(name)
+        return bool(is_there) and vocabulary.describe(name).sha256 == recorded
+
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or tokens of another name."""
         known_ids = self.record["vocab_size"]
@@ -268,12 +319,33 @@ class Run:
                 "that it was trained on"
             )
         own = self.record.get("tokenizer")
-        if own and corpus.tokenizer and own != corpus.tokenizer:
+        if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
                 f"{self.folder} knows those of {own}: set "
                 f"--config.data.tokenizer={own}"
             )
+
+    def results_in(self, workdir: str | Path) -> Path:
+        """The folder of what is measured on the run: its own.
+
+        That of another program's model is in the workdir; its name tells two models of
+        one name apart.
+        """
+        if not foreign.is_model(self.folder):
+            return self.folder
+        name = f"{self.folder.resolve().name}-{self.fingerprint[:8]}"
+        return Path(workdir) / "measured" / name
+
+    def keep_result(self, path: Path, write: Callable[[Path], Any]) -> bool:
+        """As `files.keep`; `path` is in `results_in`, which may not exist yet."""
+
+        def write_there(path: Path) -> None:
+            if path.parent != self.folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+
+        return keep(path, write_there)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from pcagpt.errors import UserError
 from pcagpt.files import check_size, refuse_odd
+from pcagpt.run import foreign
 
 
 def alone() -> ocp.options.MultiprocessingOptions:
@@ -36,6 +37,8 @@ def read_weights(folder: Path) -> dict:
     Nothing compares them with their digests. Damage can raise any error. UserError if
     they are larger than their files, or lack params.
     """
+    if foreign.is_model(folder):
+        return foreign.read_weights(folder)
     folder = folder.absolute() / "weights"
     below = [*folder.rglob("*")]
     for path in below:
@@ -66,6 +69,8 @@ def read_updates(folder: Path) -> int | None:
     If it cannot be read, the number in the folder's name; `restore_latest` judges it.
     """
     folder = folder.absolute()
+    if foreign.is_model(folder):
+        return None
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
         return None
     options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}

@@ -1,0 +1,225 @@
+"""Tokenizers in a person's files: Hugging Face's, or tiktoken's ranks.
+
+Hugging Face's are tokenizer.json, or vocab.json and merges.txt; the package
+`tokenizers` runs them. Ranks (.tiktoken) must be for GPT-2's pattern.
+"""
+
+import base64
+import binascii
+import functools
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from pcagpt.data.tokenizer import (
+    END_OF_TEXT,
+    RANKS,
+    RankFile,
+    encoding_from_ranks,
+    load_tokenizer,
+)
+from pcagpt.errors import UserError
+from pcagpt.files import read_json, read_once, sha256_of_file
+
+WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+RANK_ENDING = ".tiktoken"
+_DAMAGED = "restore it, or download it again"
+# Rank files of OpenAI's whose patterns are not GPT-2's.
+_OTHER_PATTERNS = {
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
+    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
+}
+
+
+class FileTokenizer:
+    """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`."""
+
+    def __init__(self, tokenizer: Any, n_vocab: int, eot_token: int | None):
+        """eot_token: the id that separates documents; None without one."""
+        self.n_vocab, self.eot_token = n_vocab, eot_token
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """The ids of a text. Special tokens in it are always taken for themselves."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], **_: Any) -> list[list[int]]:
+        """The ids of several texts."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [one.ids for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def file_of(path: Path) -> Path | None:
+    """The main file of the tokenizer in a folder or file; None without one."""
+    if path.is_dir():
+        inside = (path / name for name in (WHOLE, VOCAB))
+        return next((file for file in inside if _is_tokenizer(file)), None)
+    return path if _is_tokenizer(path) else None
+
+
+def _is_tokenizer(file: Path) -> bool:
+    has_ending = file.suffix == RANK_ENDING or file.name == WHOLE
+    has_merges = file.name == VOCAB and file.with_name(MERGES).is_file()
+    return file.is_file() and (has_ending or has_merges)
+
+
+def describe(file: Path) -> RankFile:
+    """Size and hash of the tokenizer with this main file; UserError if it is damaged.
+
+    Needs no package.
+    """
+    sha256 = sha256_of_file(file)
+    if file.name == VOCAB:
+        pair = sha256 + sha256_of_file(file.with_name(MERGES))
+        sha256 = hashlib.sha256(pair.encode()).hexdigest()
+    if file.suffix == RANK_ENDING:
+        return RankFile(_ranks(file)[1], sha256)
+    return RankFile(max(_id_of_text(file).values()) + 1, sha256)
+
+
+def known_name(file: Path) -> str | None:
+    """The name in RANKS of the same tokenizer; None without one.
+
+    Raises UserError if the file is damaged.
+    """
+    if file.suffix == RANK_ENDING:
+        sha256 = sha256_of_file(file)
+        return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
+    has_pattern = True
+    if file.name == WHOLE:
+        whole = read_json(file, _DAMAGED) or {}
+        cut = whole.get("pre_tokenizer")
+        cut = cut if isinstance(cut, dict) else {}
+        has_pattern = cut.get("type") == "ByteLevel" and not (
+            cut.get("add_prefix_space") or whole.get("normalizer")
+        )
+    if not has_pattern:
+        return None
+    own = _id_of_text(file)
+    fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
+    return next((name for name in fitting if own == _vocabulary_of(name)), None)
+
+
+def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
+    """The tokenizer with this main file.
+
+    Raises UserError if it is damaged, or needs a package that is not installed.
+    """
+    if file.suffix == RANK_ENDING:
+        ranks, vocab_size = _ranks(file)
+        return encoding_from_ranks(str(file), ranks, vocab_size)
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(
+            f"{file} can only be used with the package `tokenizers`: "
+            "pip install 'pcagpt[hf]'"
+        ) from None
+    try:
+        made = _byte_level(tokenizers, file) if file.name == VOCAB else None
+        made = made or tokenizers.Tokenizer.from_file(str(file))
+    # The package raises Exception itself.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} is damaged ({reason}): {_DAMAGED}") from None
+    id_of_text = _id_of_text(file)
+    texts = (END_OF_TEXT, _end_in_config(file.parent))
+    ends = (id_of_text[text] for text in texts if text in id_of_text)
+    return FileTokenizer(made, max(id_of_text.values()) + 1, next(ends, None))
+
+
+def _byte_level(tokenizers: Any, file: Path) -> Any:
+    """GPT-2's kind of tokenizer with another vocabulary."""
+    merges = str(file.with_name(MERGES))
+    model = tokenizers.models.BPE.from_file(str(file), merges)
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if END_OF_TEXT in _id_of_text(file):
+        made.add_special_tokens([END_OF_TEXT])
+    return made
+
+
+def _end_in_config(folder: Path) -> str | None:
+    """`eos_token` of a tokenizer_config.json."""
+    stated = (read_json(folder / "tokenizer_config.json", _DAMAGED) or {}).get(
+        "eos_token"
+    )
+    stated = stated.get("content") if isinstance(stated, dict) else stated
+    return stated if isinstance(stated, str) else None
+
+
+@read_once
+def _id_of_text(file: Path) -> dict[str, int]:
+    """{text as the file writes it: id} of a tokenizer of Hugging Face's."""
+    content = read_json(file, _DAMAGED) or {}
+    if file.name == VOCAB:
+        vocabulary, added = content, ()
+    else:
+        model, added = content.get("model"), content.get("added_tokens") or ()
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # A unigram model's have scores.
+        vocabulary = {str(pair[0]): number for number, pair in enumerate(vocabulary)}
+    try:
+        found = dict(vocabulary) | {one["content"]: one["id"] for one in added}
+    except (TypeError, ValueError, KeyError):
+        found = {}
+    if not found or any(type(number) is not int for number in found.values()):
+        raise UserError(f"{file} is damaged (it has no vocabulary): {_DAMAGED}")
+    return found
+
+
+@read_once
+def _ranks(file: Path) -> tuple[dict[bytes, int], int]:
+    """({token: rank}, number of ids with `<|endoftext|>`) of a rank file.
+
+    The special token has the id after the last rank.
+    """
+    if name := _OTHER_PATTERNS.get(sha256_of_file(file)):
+        raise UserError(
+            f"{file} is {name}, which cuts text in another way than GPT-2: give its "
+            f"{WHOLE} instead"
+        )
+    try:
+        rows = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    except (ValueError, binascii.Error):
+        ranks = {}
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise UserError(
+            f"{file} is damaged: it must have lines of base64 tokens and their ranks, "
+            "0, 1, 2 and so on"
+        )
+    return ranks, len(ranks) + 1
+
+
+@functools.cache
+def _vocabulary_of(name: str) -> dict[str, int]:
+    """vocab.json of a tokenizer of the package."""
+    encoding = load_tokenizer(name)
+    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    found = {letters_of(token): number for number, token in enumerate(tokens)}
+    return found | {END_OF_TEXT: encoding.eot_token}
+
+
+@functools.cache
+def _letters() -> dict[int, str]:
+    """The letter that stands for each byte in the files of GPT-2's tokenizer."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {
+        **{byte: chr(byte) for byte in plain},
+        **{byte: chr(256 + number) for number, byte in enumerate(others)},
+    }
+
+
+def letters_of(token: bytes) -> str:
+    """A token as GPT-2's files write it: a letter for each byte."""
+    return "".join(map(_letters().__getitem__, token))

@@ -1,0 +1,80 @@
+"""Models of other programs as runs. Nothing is ever written into their folders.
+
+Such a run has one checkpoint, 0. Its folder is the folder of the run itself.
+"""
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pcagpt import trees
+from pcagpt.config import KNOBS
+from pcagpt.data import vocabulary
+from pcagpt.data.meta import META_FILES, read_meta
+from pcagpt.errors import UserError
+from pcagpt.files import read_once
+from pcagpt.model import FULL_TABLE
+from pcagpt.run import hugging_face, nano_gpt
+
+STEP = 0  # of the only checkpoint
+_GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
+_OWN = "ckpt"  # our own runs have this folder
+_FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
+_FORMATS: tuple[ModuleType, ...] = (hugging_face, nano_gpt)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of another program."""
+    return _format(folder) is not None
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a model's file; any other path as it is."""
+    is_file = path.name in _FILES and path.is_file()
+    return path.parent if is_file and is_model(path.parent) else path
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record that a run of ours with the model of a folder would have.
+
+    Raises UserError if pcagpt cannot read the model, or would compute another one.
+    """
+    return copy.deepcopy(_record(folder))
+
+
+@read_once
+def _record(folder: Path) -> dict[str, Any]:
+    record = _format(folder).record_of(folder)
+    rows, name = record["vocab_size"], vocabulary.in_folder(folder)
+    if name:
+        size = vocabulary.describe(name).vocab_size
+        if size > rows:
+            raise UserError(
+                f"{folder}: its tokenizer has {size} tokens, but its table {rows} "
+                "rows: give both of one model"
+            )
+        return record | {"tokenizer": name}
+    if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
+        info = read_meta(folder, "auto")
+        texts = info.characters if info.vocab_size <= rows else None
+        return record | {"tokenizer": info.tokenizer, "characters": texts}
+    return record | {"tokenizer": "gpt2" if rows in _GPT2_SIZES else None}
+
+
+def read_weights(folder: Path) -> dict:
+    """{'params', 'constants'} as a run of ours stores them; raises as `record_of`."""
+    found = _format(folder).read_weights(folder)
+    table_VD = found[FULL_TABLE]
+    padding = -len(table_VD) % KNOBS["model.vocab_multiple"].default
+    found[FULL_TABLE] = np.pad(table_VD, ((0, padding), (0, 0)))
+    return {"params": trees.unflatten(found), "constants": {}}
+
+
+def _format(folder: Path) -> ModuleType | None:
+    """The module that reads a folder; None for runs of ours and for other folders."""
+    if (folder / _OWN).is_dir():
+        return None
+    return next((one for one in _FORMATS if one.is_model(folder)), None)

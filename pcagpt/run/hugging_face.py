@@ -1,0 +1,242 @@
+"""A Hugging Face folder of a GPT-2 as a run: its record and its weights.
+
+The folder has config.json and model.safetensors, whole or in shards.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # NumPy then knows the bfloat16 of safetensors.
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.meta import MOST_TOKENS
+from pcagpt.errors import UserError, unreadable
+from pcagpt.files import check_fields, parse_json, read_json
+from pcagpt.run.build import MOST_LAYERS
+from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+# {field: its values with which pcagpt computes the same (int: any whole number),
+# transformers' default first}
+_SUPPORTED: dict[str, tuple] = {
+    "vocab_size": (50257, int),
+    "n_positions": (1024, int),
+    "n_embd": (768, int),
+    "n_layer": (12, int),
+    "n_head": (12, int),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"),
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True, False),
+    "scale_attn_by_inverse_layer_idx": (False, True),
+    "reorder_and_upcast_attn": (False, True),  # It changes only the rounding.
+    "add_cross_attention": (False,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_RESTORE = "restore it, or download the model again"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's, of any architecture."""
+    with contextlib.suppress(OSError, ValueError):
+        config = parse_json((folder / CONFIG).read_bytes())
+        return isinstance(config, dict) and bool(
+            config.keys() & {"architectures", "model_type"}
+        )
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a run that has the model of a folder.
+
+    Raises UserError unless it is a GPT-2 that pcagpt computes as transformers does, and
+    all its weights are there. Reads no values, except those of a second table.
+    """
+    config = _config(folder)
+    with _tensors(folder, config) as tensors:
+        if HEAD in tensors and not np.array_equal(
+            _values(tensors, HEAD), _values(tensors, TABLE)
+        ):
+            raise UserError(
+                f"{folder}: {HEAD} is another table than {TABLE}, although "
+                "tie_word_embeddings is true: pcagpt reads models whose head is the "
+                "token table"
+            )
+    names = ("vocab_size", "n_layer", "n_head", "n_embd")
+    # Dropout acts only in training, and whoever trains has a knob for it.
+    model = {
+        **{name: config[name] for name in names},
+        "block_size": config["n_positions"],
+        "gelu": "exact" if config["activation_function"] == "gelu" else "tanh",
+    }
+    return {"vocab_size": config["vocab_size"], "model": model}
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """{path in our tree: float32 array} of a folder; raises as `record_of` does."""
+    config = _config(folder)
+    wanted, width = _leaves(config), config["n_embd"]
+    with _tensors(folder, config) as tensors:
+        found = {leaf.path: _values(tensors, name) for name, leaf in wanted.items()}
+    for layer in range(config["n_layer"]):
+        # Our scores have the factor 1 / sqrt(C), so the query takes what differs.
+        factor = 1.0
+        if not config["scale_attn_weights"]:
+            factor *= math.sqrt(width // config["n_head"])
+        if config["scale_attn_by_inverse_layer_idx"]:
+            factor /= layer + 1
+        for name in ("kernel", "bias"):
+            found[f"block_{layer}/attn/qkv/{name}"][..., :width] *= factor
+    return found
+
+
+def _leaves(config: Mapping[str, Any]) -> dict:
+    sizes = (
+        config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_embd")
+    )
+    return leaves(*sizes)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The fields of `_SUPPORTED` in config.json; UserError if one is not supported."""
+    path = folder / CONFIG
+    stored = read_json(path, _RESTORE)
+    if stored is None:
+        raise UserError(f"{folder} has weights, but no {CONFIG}: {_RESTORE}")
+    check_fields(stored, {"architectures": (list, None)}, path, _RESTORE)
+    kind, named = stored.get("model_type", "gpt2"), stored.get("architectures")
+    unknown = [name for name in named or () if name not in ARCHITECTURES]
+    if unknown or kind != "gpt2":
+        raise UserError(
+            f"{folder} holds a {(unknown or [kind])[0]}, which pcagpt does not read "
+            f"yet: give a GPT-2, {ARCHITECTURES[0]}"
+        )
+    config = {name: stored.get(name, of[0]) for name, of in _SUPPORTED.items()}
+    for name, value in config.items():
+        default, *others = _SUPPORTED[name]
+        if int in others:
+            most = MOST_LAYERS if name == "n_layer" else MOST_TOKENS
+            is_right = type(value) is int and 0 < value <= most
+            wanted = f"a whole number from 1 to {most}"
+        else:
+            is_right = value in (default, *others) and type(value) is not int
+            wanted = " or ".join(str(one) for one in (default, *others))
+        if not is_right:
+            raise UserError(
+                f"{path}: {name} is {value!r:.60}, with which pcagpt would compute "
+                f"something else: it must be {wanted}"
+            )
+    if stored.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UserError(
+            f"{path}: n_inner is {stored['n_inner']!r:.60}: it must be 4 * n_embd"
+        )
+    if config["n_embd"] % config["n_head"]:
+        raise UserError(
+            f"{path}: n_head is {config['n_head']}, which does not divide n_embd, "
+            f"{config['n_embd']}: {_RESTORE}"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tuple]]:
+    """{name: (open file, name in it)} of all tensors that a model needs, and its head.
+
+    UserError if one is missing, has another shape or type, or is not known.
+    """
+    with contextlib.ExitStack() as stack:
+        found: dict[str, tuple] = {}
+        for path in _files(folder):
+            with _reading(path):
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                found |= {
+                    name: (file, stored, path)
+                    for name, stored in plain_names(file.keys()).items()
+                }
+        wanted = _leaves(config)
+        if lacking := [name for name in wanted if name not in found]:
+            raise UserError(
+                f"{folder} has no tensor {lacking[0]}, which its {CONFIG} asks for: "
+                f"{_RESTORE}"
+            )
+        if unknown := sorted(found.keys() - wanted.keys() - {HEAD}):
+            raise UserError(
+                f"{folder} has a tensor {unknown[0]}, which a GPT-2 of its {CONFIG} "
+                "does not have: give the folder of a plain GPT-2"
+            )
+        for name, (file, stored, path) in found.items():
+            part = file.get_slice(stored)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            expected = wanted[TABLE if name == HEAD else name].shape
+            if shape != expected:
+                raise UserError(_shape_error(folder, name, shape, expected))
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{path}: {name} has the type {dtype}: it must be one of "
+                    f"{', '.join(_DTYPES)}"
+                )
+        yield found
+
+
+def _shape_error(folder: Path, name: str, shape: tuple, expected: tuple) -> str:
+    text = f"{folder}: {name} is {shape}, but its {CONFIG} asks for {expected}"
+    if name in (TABLE, HEAD) and shape[1:] == expected[1:]:
+        return (
+            f"{text}: its vocabulary is padded or cut; set vocab_size to {shape[0]} if "
+            "all these rows are tokens, otherwise remove the others"
+        )
+    return f"{text}: {_RESTORE}"
+
+
+def _values(tensors: Mapping[str, tuple], name: str) -> np.ndarray:
+    """A tensor as float32."""
+    file, stored, path = tensors[name]
+    with _reading(path), np.errstate(over="ignore"):
+        return np.array(file.get_tensor(stored), np.float32)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder's weights; UserError if one is missing."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = read_json(folder / INDEX, _RESTORE)
+    if index is None:
+        pickled = sorted(folder.glob("pytorch_model*.bin"))
+        if pickled:
+            raise UserError(
+                f"{pickled[0]} is not read, because a pickle can run code: convert it "
+                "with transformers, AutoModelForCausalLM.from_pretrained(FOLDER)."
+                "save_pretrained(NEW_FOLDER)"
+            )
+        raise UserError(f"{folder} has a {CONFIG}, but no {WEIGHTS}: download it, too")
+    check_fields(index, {"weight_map": (dict,)}, folder / INDEX, _RESTORE)
+    names = sorted({str(name) for name in index["weight_map"].values()})
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}, which its {INDEX} names: {_RESTORE}"
+            )
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """An error that a damaged file can cause becomes a UserError."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        if found := unreadable(error):
+            raise found from None
+        with open(path, "rb") as file:
+            kind = foreign_kind(file.read(HEAD_BYTES))
+        reason = kind or " ".join(str(error).split())[:120]
+        raise UserError(f"{path} cannot be read ({reason}): {_RESTORE}") from None

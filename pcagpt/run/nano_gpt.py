@@ -1,0 +1,126 @@
+"""nanoGPT's ckpt.pt as a run: its record and its weights. Needs PyTorch to read it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcagpt.data.meta import MOST_TOKENS
+from pcagpt.errors import UserError, unreadable
+from pcagpt.files import check_fields
+from pcagpt.run.build import MOST_LAYERS
+from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names
+
+CHECKPOINT = "ckpt.pt"
+_ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+_REMEDY = "give a checkpoint that nanoGPT's train.py wrote"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a ckpt.pt."""
+    return (folder / CHECKPOINT).is_file()
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a run that has the model of a folder.
+
+    Raises UserError unless the file is a checkpoint of nanoGPT, with all its weights.
+    """
+    arguments, _ = _read(folder)
+    # Its GELU is exact since June 2023. Dropout acts only in training, and whoever
+    # trains has a knob for it.
+    model = {name: arguments[name] for name in _ARGUMENTS}
+    model |= {"bias": arguments["bias"], "gelu": "exact"}
+    return {"vocab_size": arguments["vocab_size"], "model": model}
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """{path in our tree: float32 array} of a folder; raises as `record_of` does."""
+    arguments, tensors = _read(folder)
+    found = {}
+    for name, leaf in _leaves(arguments).items():
+        array = tensors[name].float().numpy()
+        array = array.T if _is_transposed(leaf) else array
+        found[leaf.path] = np.array(array, np.float32, order="C")
+    return found
+
+
+def _leaves(arguments: dict[str, Any]) -> dict[str, Leaf]:
+    sizes = (arguments[n] for n in ("vocab_size", "block_size", "n_layer", "n_embd"))
+    return leaves(*sizes, bias=arguments["bias"])
+
+
+def _is_transposed(leaf: Leaf) -> bool:
+    return leaf.path.endswith("/kernel")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model_args, {plain name: tensor}) of a folder's checkpoint."""
+    path = folder / CHECKPOINT
+    stored = _load(path)
+    fields = {"model": (dict,), "model_args": (dict,)}
+    stored = stored if isinstance(stored, dict) else {}
+    stored = {name: _as_dict(stored.get(name)) for name in fields}
+    check_fields(stored, fields, path, _REMEDY)
+    arguments = {"bias": True} | stored["model_args"]  # The oldest have no switch.
+    kinds = dict.fromkeys(_ARGUMENTS, (int,)) | {"bias": (bool,)}
+    check_fields(arguments, kinds, f"{path}: model_args", _REMEDY)
+    for name in _ARGUMENTS:
+        most = MOST_LAYERS if name == "n_layer" else MOST_TOKENS
+        if not 0 < arguments[name] <= most:
+            raise UserError(
+                f"{path}: model_args has {name} = {arguments[name]}, it must be from "
+                f"1 to {most}: {_REMEDY}"
+            )
+    model, wanted = stored["model"], _leaves(arguments)
+    tensors = {name: model[at] for name, at in plain_names(model).items()}
+    lacking = [name for name in wanted if name not in tensors]
+    unknown = sorted(tensors.keys() - wanted.keys() - {HEAD})
+    if lacking or unknown:
+        problem = "has no" if lacking else "has an unknown"
+        raise UserError(f"{path} {problem} tensor {(lacking or unknown)[0]}: {_REMEDY}")
+    for name, leaf in wanted.items():
+        shape = tuple(tensors[name].shape)
+        expected = leaf.shape[::-1] if _is_transposed(leaf) else leaf.shape
+        if shape != expected:
+            raise UserError(
+                f"{path}: {name} is {shape}, but its model_args ask for {expected}: "
+                f"{_REMEDY}"
+            )
+    if HEAD in tensors and not tensors[HEAD].equal(tensors[TABLE]):
+        raise UserError(
+            f"{path}: {HEAD} is another table than {TABLE}: pcagpt reads models whose "
+            "head is the token table"
+        )
+    return arguments, tensors
+
+
+def _as_dict(value: Any) -> Any:
+    """A dict in place of an OrderedDict."""
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _load(path: Path) -> Any:
+    """What torch reads without running code; UserError if it cannot."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} can only be read with PyTorch: pip install 'pcagpt[hf]'"
+        ) from None
+    try:
+        # Mapped, so that the state of the optimizer is not read.
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(
+            f"{path} is not read, because it holds more than tensors and plain values "
+            f"({reason}): {_REMEDY}"
+        ) from None
+    # torch raises errors of many types for other content.
+    except Exception as error:
+        if found := unreadable(error):
+            raise found from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} cannot be read ({reason}): {_REMEDY}") from None

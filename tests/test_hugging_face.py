@@ -1,0 +1,398 @@
+"""A Hugging Face folder of a GPT-2 serves every command as a run.
+
+`test_hugging_face_parity.py` compares the numbers with those of transformers.
+"""
+
+import json
+import shutil
+
+import gpt2_folders
+import numpy as np
+import pytest
+from command_line import CONFIGS, call, refusal, tiny
+from gpt2_folders import HEAD, TABLE, tensors, write
+from runs import assert_equal, snapshot
+
+from pcagpt import trees
+from pcagpt.config import command_line
+from pcagpt.errors import UserError
+from pcagpt.pipeline.plan import make_plan
+from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run.folder import read_record
+from pcagpt.run.trained import Run
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that a test may spoil."""
+    return write(tmp_path / "theirs")
+
+
+def weights(folder):
+    return trees.flatten(checkpoint.load_weights(folder)["params"])
+
+
+# What is read.
+
+
+def test_a_folder_is_a_run_with_its_sizes_and_one_checkpoint(folder):
+    run = Run.open(folder)
+    model = run.settings.model
+    assert (run.folder, run.step, checkpoint.steps(folder)) == (folder, 0, [0])
+    assert (model.block_size, model.n_embd, model.n_layer, model.n_head) == (
+        16,
+        16,
+        2,
+        2,
+    )
+    assert run.table_shape == (97, 16)
+    np.testing.assert_array_equal(run.table(), tensors()[TABLE])
+    run.check_unchanged()
+
+
+def test_matrices_keep_their_layout_and_the_table_gets_padding(folder):
+    found, given = weights(folder), tensors()
+    assert found["embed/band_0/wte"].shape == (128, 16)
+    assert not found["embed/band_0/wte"][97:].any()
+    for ours, theirs in {
+        "block_1/attn/qkv/kernel": "h.1.attn.c_attn.weight",
+        "block_0/mlp/proj/bias": "h.0.mlp.c_proj.bias",
+        "ln_f/scale": "ln_f.weight",
+        "wpe": "wpe.weight",
+    }.items():
+        np.testing.assert_array_equal(found[ours], given[f"transformer.{theirs}"])
+
+
+def test_shards_a_base_model_and_stored_masks_are_the_same_model(folder, tmp_path):
+    masked = tensors() | {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32),
+        "transformer.h.1.attn.masked_bias": np.float32(-1e4),
+        HEAD: tensors()[TABLE],
+    }
+    same = [
+        gpt2_folders.write_shards(tmp_path / "shards"),
+        write(tmp_path / "base", prefix="", architectures=["GPT2Model"]),
+        write(tmp_path / "masked", masked),
+        write(tmp_path / "unnamed", architectures=None),
+    ]
+    for other in same:
+        assert_equal(weights(other), weights(folder))
+        assert fingerprint.of(other) == fingerprint.of(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_other_floats_are_read_as_float32(dtype, tmp_path):
+    found = weights(write(tmp_path / "small", dtype=dtype))
+    assert {leaf.dtype for leaf in found.values()} == {np.dtype("float32")}
+    rounded = tensors()["transformer.wpe.weight"].astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found["wpe"], rounded)
+
+
+def test_other_scales_of_the_attention_go_into_the_query(folder, tmp_path):
+    given = {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
+    plain, other = weights(folder), weights(write(tmp_path / "other", **given))
+    query, rest = np.s_[..., :16], np.s_[..., 16:]
+    for kind in ("kernel", "bias"):
+        name = f"block_1/attn/qkv/{kind}"
+        np.testing.assert_allclose(other[name][query], plain[name][query] * 8**0.5 / 2)
+        np.testing.assert_array_equal(other[name][rest], plain[name][rest])
+
+
+@pytest.mark.parametrize("name", ["ckpt", "ckpt/500", "model.safetensors"])
+def test_a_folder_may_have_names_of_ours(name, tmp_path):
+    folder = write(tmp_path / name)
+    for inside in ("optimizer", "meta", "weights"):
+        (folder / inside).mkdir()
+    for path in (folder, folder / "model.safetensors", folder / "config.json"):
+        run = Run.open(path)
+        assert (run.folder, run.step) == (folder, 0)
+        np.testing.assert_array_equal(run.table(), tensors()[TABLE])
+
+
+def test_another_model_has_another_fingerprint_and_a_change_is_noticed(folder):
+    run = Run.open(folder)
+    before = run.fingerprint
+    write(folder, tensors(seed=1))
+    assert fingerprint.of(folder) != before
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        run.check_unchanged()
+
+
+# What it serves.
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, where everything is written by default."""
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def done(*arguments):
+    outcome = call(*arguments)
+    assert outcome.code == 0, outcome
+    return outcome
+
+
+def test_evaluations_and_statistics_are_in_the_workdir(folder, place, corpus_folder):
+    before = snapshot(folder)
+    done(*tiny("evaluate.py", corpus_folder, model_path=folder, model={"n_layer": 2}))
+    asked = {"model_path": folder, "ranks": 4, "factorize": {"method": "kl"}}
+    done(*tiny("factorize.py", corpus_folder, **asked, model={"n_layer": 2}))
+    assert snapshot(folder) == before
+    (results,) = (place / "checkpoints/measured").iterdir()
+    assert results.name == f"theirs-{fingerprint.of(folder)[:8]}"
+    assert len(list(results.glob("evaluation_*_val_step0.json"))) == 1
+    assert len(list(results.glob("statistics_step0_*.npz"))) == 1
+    assert (place / "checkpoints/pca_factorized/wte_pca_k4.npy").exists()
+
+
+def test_two_models_of_one_name_have_two_results(
+    folder, place, corpus_folder, tmp_path
+):
+    other = write(tmp_path / "elsewhere" / folder.name, tensors(seed=1))
+    for path in (folder, other):
+        done(*tiny("evaluate.py", corpus_folder, model_path=path, model={"n_layer": 2}))
+    assert len(list((place / "checkpoints/measured").iterdir())) == 2
+
+
+def test_compress_and_further_training_take_the_folder(folder, place, corpus_folder):
+    before, sizes = snapshot(folder), {"n_layer": 2}
+    asked = {"model_path": folder, "ranks": 4, "compress": {"methods": "svd,coded"}}
+    options = "--config.compress.bits=8", "--config.compress.bands=1"
+    done(*tiny("compress.py", corpus_folder, **asked, model=sizes), *options)
+    made = place / "checkpoints/compressed/best_k4"
+    done(*tiny("evaluate.py", corpus_folder, model_path=made, model=sizes))
+    (beside,) = made.glob("evaluation_*_val_step0.json")
+    assert np.isfinite(json.loads(beside.read_text())["loss"])
+    for start in (folder, made):
+        asked = {"init": {"weights_from": start}, "distill": {"teacher": folder}}
+        done(*tiny("recover.py", corpus_folder, **asked, model=sizes))
+    assert snapshot(folder) == before
+
+
+def test_all_arms_start_from_the_model_of_model_path(folder, place, corpus_folder):
+    before, knobs = snapshot(folder), {"model_path": folder}
+    for name, arm, letter in (
+        ("pca_k128.py", "pca", "A"),
+        ("pca_finetune_k128.py", "pca_finetune", "B"),
+        ("pca_finetune_k128.py", "pca_distill", "Bd"),
+        ("random_k128.py", "random", "C"),
+        ("baseline.py", "continued", "D+"),
+    ):
+        rank = {} if arm == "continued" else {"n_embd_wte": 4}
+        asked = knobs | {"model": {"n_layer": 2} | rank, "arm": arm}
+        lines = done(*tiny(name, corpus_folder, **asked)).out.splitlines()
+        assert any(line.startswith(f"{letter} gpt_") for line in lines)
+        assert not any(line.startswith("D gpt_baseline") for line in lines)
+    assert snapshot(folder) == before
+    finetuned = read_record(place / "checkpoints/gpt_pca_finetune_k4")
+    assert finetuned["imported_sha256"]["blocks_from"] == fingerprint.of(folder)
+    # Without sizes of one's own, those of the model hold.
+    words = [f"--config.{k}={v}" for k, v in knobs.items()]
+    config = f"--config={CONFIGS / 'pca_k128.py'}"
+    rank = "--config.model.n_embd_wte=17"
+    line = refusal(config, *words, rank, unchanged=[folder, place])
+    assert "17: a rank is at most the model's width, model.n_embd = 16" in line
+    data = f"--config.data.source={corpus_folder}"
+    words = ["pcagpt", config, *words, data, rank.replace("17", "8")]
+    model = make_plan(command_line.parse(words)[0]).jobs[-1].settings.model
+    assert (model.n_layer, model.n_embd, model.n_embd_wte) == (2, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "words"),
+    [
+        ("baseline.py", {}, "the baseline model starts at random: train a model"),
+        (
+            "recover.py",
+            {"init": {"weights_from": "x"}},
+            "already names the run to start",
+        ),
+        ("experiment.py", {"ranks": 4}, "an experiment trains its own D"),
+    ],
+)
+def test_a_model_path_that_no_arm_reads_is_refused(
+    name, knobs, words, folder, place, corpus_folder
+):
+    asked = tiny(name, corpus_folder, model_path=folder, **knobs)
+    assert words in refusal(*asked, unchanged=[folder, place])
+
+
+def test_all_arms_start_from_a_folder_that_is_named_or_is_the_baseline(
+    folder, place, corpus_folder
+):
+    sizes = {"n_layer": 2, "n_embd_wte": 4}
+    shutil.copytree(folder, place / "checkpoints/gpt_baseline")
+    before = snapshot(place / "checkpoints/gpt_baseline")
+    for name in ("pca_k128.py", "pca_finetune_k128.py", "random_k128.py"):
+        done(*tiny(name, corpus_folder, model=sizes))
+    assert snapshot(place / "checkpoints/gpt_baseline") == before
+    factors = place / "checkpoints/pca_factorized"
+    init = {
+        "import_wte_npy": factors / "wte_pca_k4.npy",
+        "import_scale_matrices_npz": factors / "scale_mats_pca_k4.npz",
+        "blocks_from": folder,
+    }
+    asked = {"workdir": "named", "init": init, "model": sizes}
+    done(*tiny("pca_finetune_k128.py", corpus_folder, **asked))
+    first, second = (
+        json.loads((place / run / "gpt_pca_finetune_k4/result.json").read_text())
+        for run in ("checkpoints", "named")
+    )
+    assert first["val_loss"] == second["val_loss"]
+
+
+# What is refused.
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def with_config(**fields):
+    return lambda folder: gpt2_folders.write_config(folder, **fields)
+
+
+def with_tensor(name, array):
+    return lambda folder: write(folder, tensors() | {name: np.float32(array)})
+
+
+def infinite(folder):
+    arrays = tensors()
+    arrays["transformer.h.0.mlp.c_fc.weight"][3, 5] = 1e5
+    with np.errstate(over="ignore"):
+        write(folder, arrays, dtype="float16")
+
+
+def lost_shard(folder):
+    (folder / "model.safetensors").unlink()
+    gpt2_folders.write_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def shard_elsewhere(folder):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {TABLE: "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lacking(folder):
+    arrays = tensors()
+    del arrays["transformer.h.1.ln_2.bias"]
+    write(folder, arrays)
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pointer(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+SPOILT = {
+    "no_weights": (remove("model.safetensors"), "no model.safetensors: download it"),
+    "no_config": (remove("config.json"), "has weights, but no config.json"),
+    "damaged_config": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json is damaged",
+    ),
+    "lost_shard": (lost_shard, "has no model-00002-of-00002.safetensors, which its"),
+    "shard_elsewhere": (shard_elsewhere, "has no ../model.safetensors, which its"),
+    "pickled": (
+        pickled,
+        "pytorch_model.bin is not read, because a pickle can run code",
+    ),
+    "cut": (cut, "model.safetensors cannot be read"),
+    "pointer": (pointer, "get the file that it stands for with git lfs pull"),
+    "lacking": (lacking, "has no tensor h.1.ln_2.bias, which its config.json"),
+    "unknown": (with_tensor("score.weight", [[1]]), "has a tensor score.weight"),
+    "infinite": (infinite, "block_0/mlp/fc/kernel holds inf at (3, 5)"),
+    "padded": (
+        lambda folder: write(folder, tensors(vocab_size=128)),
+        "wte.weight is (128, 16), but its config.json asks for (97, 16): its "
+        "vocabulary is padded or cut; set vocab_size to 128",
+    ),
+    "narrow": (with_config(n_positions=8), "wpe.weight is (16, 16), but its config"),
+    "whole_numbers": (
+        lambda folder: write(folder, dtype="int32"),
+        "has the type I32: it must be one of F64, F32, F16, BF16",
+    ),
+    "two_tables": (
+        with_tensor(HEAD, np.ones((97, 16))),
+        "lm_head.weight is another table than wte.weight, although tie_word_embeddings",
+    ),
+    "untied": (
+        with_config(tie_word_embeddings=False),
+        "tie_word_embeddings is False, with which pcagpt would compute something else",
+    ),
+    "another_architecture": (
+        with_config(model_type="llama", architectures=["LlamaForCausalLM"]),
+        "holds a LlamaForCausalLM, which pcagpt does not read yet",
+    ),
+    "another_head": (
+        with_config(architectures=["GPT2ForSequenceClassification"]),
+        "holds a GPT2ForSequenceClassification, which pcagpt does not read yet",
+    ),
+    "another_type": (
+        with_config(model_type="bert", architectures=None),
+        "holds a bert, which pcagpt does not read yet",
+    ),
+    "another_gelu": (with_config(activation_function="relu"), "_function is 'relu'"),
+    "another_epsilon": (with_config(layer_norm_epsilon=1e-6), "epsilon is 1e-06"),
+    "cross_attention": (with_config(add_cross_attention=True), "attention is True"),
+    "quantized": (with_config(quantization_config={"bits": 4}), "_config is {'bits'"),
+    "wide": (with_config(n_inner=32), "n_inner is 32: it must be 4 * n_embd"),
+    "heads": (with_config(n_head=3), "n_head is 3, which does not divide n_embd, 16"),
+    "too_deep": (with_config(n_layer=10**9), "whole number from 1 to 10000"),
+    "text_for_a_size": (with_config(n_layer="2"), "n_layer is '2'"),
+    "number_for_a_switch": (with_config(scale_attn_weights=1), "_weights is 1"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_folder_that_is_not_a_whole_gpt2_is_refused(
+    spoilt, folder, place, corpus_folder
+):
+    spoil, words = SPOILT[spoilt]
+    spoil(folder)
+    kept = [folder, place]
+    evaluate = tiny(
+        "evaluate.py", corpus_folder, model_path=folder, model={"n_layer": 2}
+    )
+    assert words in refusal(*evaluate, unchanged=kept)
+    start = {"init": {"weights_from": folder}, "model": {"n_layer": 2}}
+    assert words in refusal(*tiny("recover.py", corpus_folder, **start), unchanged=kept)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_the_name_of_a_model_on_a_hub_is_refused_with_what_to_give(name, place):
+    for config in ("evaluate.py", "factorize.py", "sample.py"):
+        line = refusal(
+            *tiny(config, place, model_path=name)[:1],
+            f"--config.model_path={name}",
+            unchanged=[place],
+        )
+        assert f"{name} does not exist" in line
+        assert "pcagpt downloads no models" in line
+    line = refusal(*tiny("evaluate.py", place, model_path="/gpt2"), unchanged=[place])
+    assert "downloads" not in line
+
+
+def test_a_folder_says_nothing_of_its_corpus_and_keeps_its_sizes(folder, place):
+    asked = {"model_path": folder, "model": {"n_layer": 2}}
+    line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[place, folder])
+    assert "does not say what it was trained on: name a corpus" in line
+    asked["model"] = {"n_layer": 3}
+    line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[place, folder])
+    assert "model.n_layer is 3" in line

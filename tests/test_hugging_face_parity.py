@@ -1,0 +1,218 @@
+"""The same numbers as transformers, for models that go in and models that come out.
+
+Needs torch and transformers: pip install 'pcagpt[hf]'.
+"""
+
+import itertools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_export import MODELS, V, run_export, write_run
+from test_tokenizer_files import HARD_TEXT
+
+from pcagpt import trees
+from pcagpt.config.schema import ModelSettings
+from pcagpt.data import vocabulary
+from pcagpt.data.tokenizer import RANKS
+from pcagpt.losses import cross_entropy
+from pcagpt.run.generate import generate
+from pcagpt.run.trained import Run
+
+NEEDED = "pip install 'pcagpt[hf]'"
+torch = pytest.importorskip("torch", reason=NEEDED)
+transformers = pytest.importorskip("transformers", reason=NEEDED)
+# These two packages warn about themselves.
+pytestmark = pytest.mark.filterwarnings("default")
+
+SHAPES = {
+    "one_block": {
+        "vocab_size": 97,
+        "n_positions": 16,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 1,
+    },
+    "deep": {
+        "vocab_size": 211,
+        "n_positions": 24,
+        "n_embd": 48,
+        "n_layer": 5,
+        "n_head": 4,
+    },
+    "other_fields": {
+        "vocab_size": 128,
+        "n_positions": 32,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+        "activation_function": "gelu",
+    },
+}
+
+
+def random_model(seed=0, **fields):
+    """A GPT2LMHeadModel whose weights, biases too, are large enough to tell."""
+    config = transformers.GPT2Config(
+        bos_token_id=0, eos_token_id=0, attn_implementation="eager", **fields
+    )
+    torch.manual_seed(seed)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=SHAPES)
+def theirs(request):
+    return random_model(**SHAPES[request.param])
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def tokens_of(theirs, count=3):
+    shape = count, theirs.config.n_positions
+    return np.random.default_rng(0).integers(theirs.config.vocab_size, size=shape)
+
+
+def of_ours(folder):
+    """(model, variables) in float32 on the CPU."""
+    return Run.open(folder).load(ModelSettings(compute_dtype="float32"))
+
+
+def assert_relative(found, wanted, tolerance):
+    """The largest difference is small beside the largest value."""
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def test_logits_are_those_of_transformers(theirs, folder):
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(folder)
+    with jax.default_matmul_precision("highest"), torch.no_grad():
+        wanted = theirs(torch.tensor(tokens_BT)).logits.numpy()
+        assert_relative(model.apply(variables, tokens_BT), wanted, 1e-5)
+
+
+def test_loss_and_the_gradient_of_the_table_are_those_of_transformers(theirs, folder):
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(folder)
+
+    def loss(params):
+        given = variables | {"params": params}
+        h_ND = model.apply(given, tokens_BT[:, :-1], method="hidden")
+        head = model.apply(given, method="head")
+        targets_N = tokens_BT[:, 1:].reshape(-1)
+        return cross_entropy(h_ND, head, targets_N, chunks=2) / targets_N.size
+
+    found, gradients = jax.value_and_grad(loss)(variables["params"])
+    given = torch.tensor(tokens_BT)
+    wanted = theirs(given, labels=given).loss
+    wanted.backward()
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
+    rows = theirs.config.vocab_size
+    of_table = trees.flatten(gradients)["embed/band_0/wte"][:rows]
+    assert_relative(of_table, theirs.transformer.wte.weight.grad.numpy(), 1e-5)
+
+
+def greedy(theirs, prompt, count):
+    """The likeliest continuation, by transformers."""
+    given = torch.tensor([prompt])
+    found = theirs.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        pad_token_id=0,
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+def test_the_likeliest_tokens_are_those_of_transformers(theirs, folder):
+    prompt, count = [3, 1, 4, 1, 5], theirs.config.n_positions - 5
+    # min_new_tokens keeps transformers from drawing the end of text, token 0.
+    theirs.generation_config.eos_token_id = None
+    drawn = generate(*of_ours(folder), np.array(prompt), 1, seed=0, temperature=0)
+    found = [int(one[0]) for one in itertools.islice(drawn, count)]
+    assert found == greedy(theirs, prompt, count)
+
+
+# Models that come out.
+
+
+OUT = {**MODELS, "gpt2 tokens": {"n_embd_wte": 4, "vocab_size": 50257}}
+
+
+@pytest.fixture(params=OUT)
+def exported(request, tmp_path):
+    """(a run, its export)."""
+    model = dict(OUT[request.param])
+    vocab_size = model.pop("vocab_size", V)
+    record = {"tokenizer": "gpt2"} if vocab_size > V else {}
+    run = write_run(tmp_path / "run", vocab_size=vocab_size, record=record, **model)
+    return run, run_export(run, tmp_path)
+
+
+def test_transformers_loads_an_export_as_it_is_and_computes_the_same(exported):
+    run, made = exported
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        made, output_loading_info=True
+    )
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys"))
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert theirs.lm_head.weight.dtype == torch.float32
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(run)
+    with jax.default_matmul_precision("highest"), torch.no_grad():
+        wanted_BTV = np.asarray(model.apply(variables, tokens_BT))
+        given = torch.tensor(tokens_BT)
+        found = theirs.eval()(given, labels=given)
+    assert_relative(found.logits.numpy(), wanted_BTV, 1e-5)
+    next_BT1 = tokens_BT[:, 1:, None]
+    log_sums_BT = np.log(np.exp(wanted_BTV[:, :-1]).sum(axis=-1))
+    chosen_BT = np.take_along_axis(wanted_BTV[:, :-1], next_BT1, axis=2)[..., 0]
+    loss = float((log_sums_BT - chosen_BT).mean())
+    assert found.loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_export_continues_a_prompt_as_the_run_does(exported):
+    run, made = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = [3, 1, 4, 1, 5]
+    drawn = generate(*of_ours(run), np.array(prompt), 1, seed=0, temperature=0)
+    found = [int(one[0]) for one in itertools.islice(drawn, 11)]
+    assert found == greedy(theirs, prompt, 11)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_transformers_tokenizes_with_an_export_as_the_run_does(name, tmp_path):
+    run = write_run(
+        tmp_path / "run", vocab_size=RANKS[name].vocab_size, record={"tokenizer": name}
+    )
+    made, ours = run_export(run, tmp_path), vocabulary.load(name)
+    texts = [HARD_TEXT, "The people of the United States<|endoftext|>\nOne"]
+
+    def check(theirs):
+        for text in texts:
+            ids = theirs(text)["input_ids"]
+            assert ids == ours.encode(text, allowed_special="all")
+            assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert theirs.eos_token_id == ours.eot_token
+
+    check(transformers.AutoTokenizer.from_pretrained(made))
+    for form in (["tokenizer.json"], ["vocab.json", "merges.txt"]):  # Each is enough.
+        rest = shutil.copytree(made, tmp_path / form[0])
+        for file in form:
+            (rest / file).unlink()
+        check(transformers.AutoTokenizer.from_pretrained(rest))

@@ -1,0 +1,172 @@
+"""nanoGPT's ckpt.pt serves as a run. Needs torch, except where it must be missing."""
+
+import json
+import sys
+
+import gpt2_folders
+import numpy as np
+import pytest
+from command_line import call, refusal, tiny
+from gpt2_folders import SIZES
+from runs import assert_equal, snapshot
+
+from pcagpt import trees
+from pcagpt.run import checkpoint
+from pcagpt.run.trained import Run
+
+pytestmark = pytest.mark.usefixtures("quick")
+SMALL = {"n_layer": 2}
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="pip install 'pcagpt[hf]'")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, where everything is written by default."""
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def arguments(**changes):
+    sizes = {n: SIZES[n] for n in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return sizes | {"block_size": 16, "bias": True, "dropout": 0.0} | changes
+
+
+def state(torch, bias=True, prefix="", **sizes):
+    """The state of a nanoGPT model: weights are [out, in], the head is stored."""
+    found = {}
+    for name, array in gpt2_folders.tensors(**sizes).items():
+        if bias or not name.endswith("bias"):
+            is_linear = ".attn." in name or ".mlp." in name
+            found[prefix + name] = torch.tensor(array.T if is_linear else array)
+    found[f"{prefix}lm_head.weight"] = found[f"{prefix}transformer.wte.weight"]
+    return found
+
+
+def write(torch, folder, model=None, **changes):
+    """Writes a ckpt.pt as train.py does."""
+    folder.mkdir()
+    stored = {
+        "model": model or state(torch),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
+        "model_args": arguments(),
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "openwebtext", "learning_rate": 6e-4},
+    }
+    torch.save(stored | changes, folder / "ckpt.pt")
+    return folder
+
+
+def weights(folder):
+    return trees.flatten(checkpoint.load_weights(folder)["params"])
+
+
+def test_the_weights_are_those_of_the_same_model_in_a_hugging_face_folder(
+    torch, tmp_path
+):
+    theirs = weights(gpt2_folders.write(tmp_path / "theirs"))
+    folder = write(torch, tmp_path / "out")
+    assert_equal(weights(folder), theirs)
+    assert_equal(weights(folder / "ckpt.pt"), theirs)
+    compiled = state(torch, prefix="_orig_mod.")
+    compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    assert_equal(weights(write(torch, tmp_path / "compiled", compiled)), theirs)
+    run = Run.open(folder / "ckpt.pt")
+    model = run.settings.model
+    assert (run.folder, run.step, model.gelu) == (folder, 0, "exact")
+    assert (model.block_size, model.n_layer, model.n_head) == (16, 2, 2)
+
+
+def test_a_model_without_biases_and_its_padded_vocabulary_are_kept(torch, tmp_path):
+    model = state(torch, bias=False, vocab_size=128)
+    changed = arguments(vocab_size=128, bias=False)
+    folder = write(torch, tmp_path / "out", model, model_args=changed)
+    assert Run.open(folder).table_shape == (128, 16)
+    assert not [name for name in weights(folder) if name.endswith("bias")]
+
+
+def test_commands_write_nothing_beside_the_checkpoint(
+    torch, tmp_path, place, corpus_folder
+):
+    folder = write(torch, tmp_path / "out")
+    before = snapshot(folder)
+    asked = {"model_path": folder / "ckpt.pt", "model": SMALL}
+    outcome = call(*tiny("evaluate.py", corpus_folder, **asked))
+    assert outcome.code == 0, outcome
+    assert np.isfinite(json.loads(outcome.out)["loss"])
+    assert call(*tiny("factorize.py", corpus_folder, **asked, ranks=4)).code == 0
+    start = {"init": {"weights_from": folder}, "model": SMALL}
+    assert call(*tiny("recover.py", corpus_folder, **start)).code == 0
+    assert snapshot(folder) == before
+
+
+def untied(torch):
+    return {"model": state(torch) | {"lm_head.weight": torch.zeros(97, 16)}}
+
+
+def lacking(torch):
+    model = state(torch)
+    del model["transformer.h.1.mlp.c_fc.bias"]
+    return {"model": model}
+
+
+def infinite(torch):
+    model = state(torch)
+    model["transformer.wpe.weight"][3, 2] = torch.inf
+    return {"model": model}
+
+
+SPOILT = {
+    "untied": (untied, "lm_head.weight is another table than wte.weight"),
+    "lacking": (lacking, "has no tensor h.1.mlp.c_fc.bias"),
+    "infinite": (infinite, "wpe holds inf at (3, 2)"),
+    "unknown": (
+        lambda torch: {"model": state(torch) | {"lora.weight": torch.ones(2)}},
+        "has an unknown tensor lora.weight",
+    ),
+    "narrow": (
+        lambda _: {"model_args": arguments(block_size=8)},
+        "wpe.weight is (16, 16), but its model_args ask for (8, 16)",
+    ),
+    "no_sizes": (lambda _: {"model_args": {}}, "model_args is damaged ('vocab_size'"),
+    "no_layer": (lambda _: {"model_args": arguments(n_layer=0)}, "has n_layer = 0"),
+    "too_deep": (lambda _: {"model_args": arguments(n_layer=10**9)}, "1 to 10000"),
+    "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
+    "code": (
+        lambda _: {"config": np.random.default_rng},
+        "more than tensors and plain",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_another_or_a_damaged_checkpoint_is_refused(
+    spoilt, torch, tmp_path, place, corpus_folder
+):
+    spoil, words = SPOILT[spoilt]
+    folder = write(torch, tmp_path / "out", **spoil(torch))
+    asked = {"model_path": folder, "model": SMALL}
+    line = refusal(
+        *tiny("evaluate.py", corpus_folder, **asked), unchanged=[folder, place]
+    )
+    assert words in line
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(torch, tmp_path, place):
+    (tmp_path / "ckpt.pt").write_bytes(b"\x80\x04no checkpoint")
+    asked = {"model_path": tmp_path / "ckpt.pt"}
+    line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[tmp_path])
+    assert "ckpt.pt" in line
+
+
+def test_without_torch_the_line_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    asked = {"model_path": tmp_path}
+    line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[tmp_path])
+    assert "ckpt.pt can only be read with PyTorch: pip install 'pcagpt[hf]'" in line

@@ -1,0 +1,288 @@
+"""Tokenizers in files: the same ids as the programs that they come from."""
+
+import base64
+import json
+import shutil
+import sys
+
+import gpt2_folders
+import numpy as np
+import pytest
+import tokenizers
+from command_line import CONFIGS, call, refusal, tiny
+from runs import json_of, snapshot
+
+from pcagpt.data import tokenizer_files, vocabulary
+from pcagpt.data.corpus import open_corpus
+from pcagpt.data.tokenizer import ASSETS, RANKS
+from pcagpt.errors import UserError
+from pcagpt.run.trained import Run
+
+TEXT = "The people of the United States are, as a people, free.\nThe people, 1790!\n"
+HARD_TEXT = "don't  stop\n\n 1,234 × naïve 日本語 🙂\t\r\n end  "
+SIZE = 300
+
+
+@pytest.fixture(scope="session")
+def byte_level(shared):
+    """A folder with a BPE tokenizer like GPT-2's, with other ids, in both forms."""
+
+    def make(folder):
+        made = tokenizers.ByteLevelBPETokenizer()
+        made.train_from_iterator(
+            [TEXT] * 9, SIZE, min_frequency=1, special_tokens=["<|endoftext|>"]
+        )
+        (folder / "whole").mkdir()
+        (folder / "parts").mkdir()
+        made.save(str(folder / "whole/tokenizer.json"))
+        made.save_model(str(folder / "parts"))
+
+    return shared("byte_level", make)
+
+
+@pytest.fixture(scope="session")
+def word_level(shared):
+    """A folder with a tokenizer that puts a mark before each text, as Llama's does."""
+
+    def make(folder):
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        made.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>",
+            show_progress=False,
+        )  # fmt: skip
+        made.train_from_iterator([TEXT] * 9, trainer)
+        made.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": {"content": "</s>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    return shared("word_level", make)
+
+
+# Which tokenizer a file holds.
+
+
+def test_the_files_of_gpt2_have_its_name(tmp_path):
+    vocab = tokenizer_files._vocabulary_of("gpt2")
+    known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
+    assert {text: vocab[text] for text in known} == known
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert vocabulary.in_folder(tmp_path) is None  # Without its merges.
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert vocabulary.in_folder(tmp_path) == "gpt2"
+    whole = {
+        "model": {"type": "BPE", "vocab": vocab},
+        "added_tokens": [{"id": 50256, "content": "<|endoftext|>"}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "normalizer": None,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    assert vocabulary.in_folder(tmp_path) == "gpt2"
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {"added_tokens": [{"id": 50257, "content": "[PAD]"}]},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
+        assert vocabulary.in_folder(tmp_path) == str(tmp_path / "tokenizer.json")
+    ranks = shutil.copy(ASSETS / "sotu4096.tiktoken", tmp_path / "some.tiktoken")
+    assert vocabulary.name_of(str(ranks)) == "sotu4096"
+    assert vocabulary.describe(str(ranks)) == RANKS["sotu4096"]
+
+
+def test_a_tokenizer_json_gives_the_ids_of_its_program(byte_level):
+    file = byte_level / "whole/tokenizer.json"
+    theirs, ours = tokenizers.Tokenizer.from_file(str(file)), vocabulary.load(str(file))
+    for text in (TEXT, HARD_TEXT, "one<|endoftext|>two"):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.n_vocab, ours.eot_token) == (theirs.get_vocab_size(), 0)
+    assert vocabulary.describe(str(file)).vocab_size == ours.n_vocab
+
+
+def test_a_vocabulary_with_merges_gives_the_same_ids(byte_level):
+    whole, parts = (
+        vocabulary.load(str(byte_level / name)) for name in ("whole", "parts")
+    )
+    for text in (TEXT, HARD_TEXT, "one<|endoftext|>two"):
+        assert parts.encode(text) == whole.encode(text)
+        assert parts.decode(parts.encode(text)) == text
+    assert (parts.n_vocab, parts.eot_token) == (whole.n_vocab, whole.eot_token)
+
+
+def test_a_rank_file_gives_its_ranks_and_then_the_end_of_text(tmp_path):
+    lines = (ASSETS / "sotu4096.tiktoken").read_bytes().splitlines()[:1000]
+    (tmp_path / "mine.tiktoken").write_bytes(b"\n".join(lines))
+    mine = vocabulary.load(str(tmp_path / "mine.tiktoken"))
+    assert (mine.n_vocab, mine.eot_token) == (1001, 1000)
+    assert mine.decode(mine.encode(HARD_TEXT)) == HARD_TEXT
+    token, rank = lines[700].split()
+    assert mine.encode(base64.b64decode(token).decode()) == [int(rank)]
+
+
+def test_the_end_of_text_may_be_named_in_the_config_beside(word_level):
+    assert vocabulary.load(str(word_level)).eot_token == 1
+
+
+# What a file serves.
+
+
+def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(word_level, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    long = TEXT * 2000
+    (folder / "train.txt").write_text(long)
+    corpus = open_corpus(str(folder), tmp_path / "cache", str(word_level))
+    theirs = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
+    assert corpus.tokens("train").tolist() == [1, *theirs.encode(long).ids]
+    assert corpus.text_size("train") is None
+    again = open_corpus(str(folder), tmp_path / "cache", str(word_level))
+    assert (again.folder, again.tokenizer) == (corpus.folder, corpus.tokenizer)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, with a text."""
+    place = tmp_path / "place"
+    (place / "text").mkdir(parents=True)
+    for split in ("train", "val"):
+        (place / "text" / f"{split}.txt").write_text(TEXT * 9)
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def folder(byte_level, tmp_path):
+    """A model with its own tokenizer."""
+    made = gpt2_folders.write(tmp_path / "theirs", vocab_size=SIZE)
+    shutil.copy(byte_level / "whole/tokenizer.json", made)
+    return made
+
+
+SMALL = {"n_layer": 2}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
+    folder, place
+):
+    before = snapshot(folder)
+    asked = {"model_path": folder, "model": SMALL}
+    outcome = call(*tiny("evaluate.py", "text", **asked))
+    assert outcome.code == 0, outcome
+    protocol = json.loads(outcome.out)["protocol"]
+    assert protocol["tokenizer"] == str(folder / "tokenizer.json")
+    swept = asked | {"ranks": 4, "compress": {"methods": "svd", "bits": 8, "bands": 1}}
+    assert call(*tiny("compress.py", "text", **swept)).code == 0
+    made = place / "checkpoints/compressed/best_k4"
+    for model in (folder, made):
+        knobs = {"model_path": model, "sample.prompt": "The", "sample.tokens": 5}
+        words = [f"--config.{knob}={value}" for knob, value in knobs.items()]
+        outcome = call(f"--config={CONFIGS / 'sample.py'}", *words)
+        assert outcome.code == 0 and outcome.out.startswith("The"), outcome
+    assert snapshot(folder) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
+    byte_level, folder, place
+):
+    moved = shutil.copytree(byte_level / "whole", place / "mine")
+    knobs = {"data": {"tokenizer": moved}, "init": {"weights_from": folder}}
+    outcome = call(*tiny("recover.py", "text", **knobs, model=SMALL))
+    assert outcome.code == 0, outcome
+    (run,) = (place / "checkpoints").glob("gpt_*")
+    assert json_of(run / "config.json")["tokenizer"] == str(moved / "tokenizer.json")
+    moved.rename(place / "elsewhere")
+    ask = f"--config={CONFIGS / 'sample.py'}", f"--config.model_path={run}"
+    line = refusal(*ask, unchanged=[run])
+    assert "unknown tokenizer" in line and "--config.data.tokenizer" in line
+    outcome = call(
+        *ask, "--config.data.tokenizer=elsewhere", "--config.sample.tokens=3"
+    )
+    assert outcome.code == 0, outcome
+    other = "--config.data.tokenizer=gpt2"
+    assert "was trained on tokens of" in refusal(*ask, other, unchanged=[run])
+
+
+# What is refused.
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, place):
+    gpt2_folders.write(folder)
+    asked = {"model_path": folder, "model": SMALL}
+    line = refusal(*tiny("evaluate.py", "text", **asked), unchanged=[folder, place])
+    assert "tokens, but its table 97 rows: give both" in line
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("config", ["pca_k128.py", "pca_finetune_k128.py"])
+def test_an_arm_gets_the_tokenizer_of_its_d_and_no_other(
+    config, folder, word_level, place
+):
+    sizes = {"model_path": folder, "model": SMALL | {"n_embd_wte": 4}}
+    other = sizes | {"data": {"tokenizer": word_level}}
+    line = refusal(*tiny(config, "text", **other), unchanged=[folder])
+    assert f"tokens of {word_level}/tokenizer.json, but the model of" in line
+    outcome = call(*tiny(config, "text", **sizes))
+    assert outcome.code == 0, outcome
+    (run,) = (place / "checkpoints").glob("gpt_*")
+    record = json_of(run / "config.json")
+    assert record["tokenizer"] == str(folder / "tokenizer.json")
+
+
+def test_without_the_package_the_line_says_how_to_install_it(
+    folder, place, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    asked = {"model_path": folder, "model": SMALL}
+    line = refusal(*tiny("evaluate.py", "text", **asked), unchanged=[folder, place])
+    assert "can only be used with the package `tokenizers`: pip install" in line
+    ids = np.arange(SIZE, dtype=np.uint16)
+    (place / "ids").mkdir()
+    ids.tofile(place / "ids/val.bin")
+    (place / "ids/meta.json").write_text(json.dumps({"vocab_size": SIZE}))
+    outcome = call(*tiny("evaluate.py", "ids", **asked))
+    assert outcome.code == 0, outcome
+
+
+RANK_LINES = [base64.b64encode(bytes([n])) + b" %d" % n for n in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", b"{", "tokenizer.json is damaged"),
+        ("tokenizer.json", b"{}", "it has no vocabulary"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": "b"}}}', "it has no vocabulary"),
+        ("mine.tiktoken", b"no ranks", "must have lines of base64 tokens"),
+        ("mine.tiktoken", b"\n".join(RANK_LINES[1:]), "must have lines of base64"),
+        ("mine.tiktoken", b"\n".join(RANK_LINES[:9]), "must have lines of base64"),
+        ("tokenizer.model", b"", "unknown tokenizer"),
+    ],
+)
+def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
+    (place / name).write_bytes(content)
+    asked = {"data": {"tokenizer": name}}
+    assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
+
+
+def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "cl100k_base.tiktoken"
+    file.write_bytes(b"\n".join(RANK_LINES))
+    vocabulary.load(str(file))
+    other = {tokenizer_files.sha256_of_file(file): "cl100k_base"}
+    monkeypatch.setattr(tokenizer_files, "_OTHER_PATTERNS", other)
+    with pytest.raises(UserError, match="cl100k_base, which cuts text in another way"):
+        vocabulary.load(str(file))
+
+
+def test_a_nano_gpt_folder_with_a_meta_file_has_its_characters(tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install 'pcagpt[hf]'")
+    import test_nano_gpt
+
+    folder = test_nano_gpt.write(torch, tmp_path / "out")
+    meta = {"vocab_size": 97, "itos": [chr(32 + n) for n in range(97)]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert Run.open(folder).record["characters"] == tuple(meta["itos"])
