@@ -1,11 +1,14 @@
 """Errors that end a command with one line instead of a traceback, and warnings."""
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import re
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -44,12 +47,13 @@ def shown(value: object) -> str:
 
 
 _KEPT = "what is saved is kept, and the same command goes on from it"
+_PLACE = "--config.workdir"  # names the place of most files
 # What a person can do about an error of the system.
 _REMEDIES = {
-    errno.ENOSPC: "free some space, or use another --config.workdir",
-    errno.EDQUOT: "free some space, or use another --config.workdir",
+    errno.ENOSPC: "free some space, or use another {place}",
+    errno.EDQUOT: "free some space, or use another {place}",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "use a --config.workdir that can be written to",
+    errno.EROFS: "use another {place}, which can be written to",
     errno.EACCES: "change its permissions, or name another file or folder",
     errno.EPERM: "change its permissions, or name another file or folder",
     errno.EMFILE: "raise the limit (ulimit -n 4096)",
@@ -69,6 +73,7 @@ _REMEDIES = {
 FAILING = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE
 }  # fmt: skip
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # The path does not exist, or is a folder instead of a file or the reverse.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 # How tensorstore writes an error code into a ValueError.
@@ -89,19 +94,45 @@ def explain(error: BaseException) -> str | None:
     subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]
-    remedy = _REMEDIES.get(code)
+    remedy = _REMEDIES.get(code, "").format(place=getattr(error, "place", _PLACE))
     return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"
 
 
-def unreadable(error: BaseException) -> Unreadable | None:
+@contextlib.contextmanager
+def naming(path: object, place: str = _PLACE) -> Iterator[None]:
+    """In this context, an error of the system names a path if it has none.
+
+    Those of an open file have none. Below `path`, there may be temporary names, so
+    `path` is named instead. `place` is what a person sets to use another disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        known = error.filename
+        if isinstance(known, str) and Path(known).is_relative_to(path):
+            known = error.filename = None
+        _name(error, path)
+        if not (known and hasattr(error, "place")):  # It has those of an inner one.
+            error.place = place
+        raise
+
+
+def unreadable(error: BaseException, path: object = None) -> Unreadable | None:
     """The error to raise if the system did not let a file be read.
 
-    None for every other error, and if the file is missing.
+    None for every other error, and if the file is missing. `path` is for an error that
+    has no path.
     """
     if isinstance(error, Unreadable):
         return error
+    _name(error, path)
     code, _ = _code_and_path(error)
     return Unreadable(explain(error)) if code and code not in _MISSING else None
+
+
+def _name(error: BaseException, path: object) -> None:
+    if isinstance(error, OSError) and error.errno and path and not error.filename:
+        error.filename = str(path)
 
 
 def _code_and_path(error: BaseException) -> tuple[int | None, str | bytes | None]:

@@ -17,15 +17,17 @@ import logging
 import math
 import os
 import re
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import UserError, naming, unreadable
 
 # Largest absolute value of a table or weights; larger values mean damage.
 LARGEST = 1e6
@@ -44,14 +46,44 @@ _HEADER_READERS = {
 _LEFTOVER = re.compile(
     r"\..+\.(\d+)\.partial|\..+\.(?:json|jsonl|npy|npz|bin|md|html|png)\.(\d+)"
 )
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+_NOWHERE = "a link to nothing"
 _LOGGER = logging.getLogger(__name__)
+
+
+def odd_kind(path: Path) -> str | None:
+    """What is there in place of a file: 'a named pipe'; None for a file or nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return _NOWHERE if os.path.islink(path) else None
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def refuse_odd(path: Path) -> None:
+    """Raises UserError if something else than a file is there.
+
+    To open a named pipe would wait for its writer without end.
+    """
+    if kind := odd_kind(path):
+        raise UserError(f"{path} is {kind}, not a file: name a file, or move it away")
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file for reading; UserError as for `refuse_odd`."""
+    refuse_odd(path)
+    return open(path, "rb")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` by what `write` writes into an open binary file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -163,6 +195,8 @@ def read_json(
         return UserError(f"{path} is damaged ({reason}): {remedy}")
 
     try:
+        if (kind := odd_kind(path)) not in (None, _NOWHERE):
+            raise damaged(f"it is {kind}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > _LARGEST_JSON:
@@ -171,7 +205,7 @@ def read_json(
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise unreadable(error) or damaged(error.strerror) from None
+        raise unreadable(error, path) or damaged(error.strerror) from None
     except ValueError as error:
         raise damaged(error) from None
     if not isinstance(value, dict):
@@ -252,7 +286,12 @@ def _sha256_of_json(value: dict[str, Any]) -> str:
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """Replaces a .npy file."""
-    write_file(path, lambda file: np.save(file, array, allow_pickle=False))
+
+    def write(file: BinaryIO) -> None:
+        # Into a file itself, NumPy writes by itself, and hides why that failed.
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+
+    write_file(path, write)
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
@@ -298,15 +337,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
     """The open file; an error that its content can cause becomes a UserError."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             yield file
     except (UserError, MemoryError):
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None
     # zipfile and NumPy's parser raise errors of many types for other content.
     except Exception as error:
-        if found := unreadable(error):
+        if found := unreadable(error, path):
             raise found from None
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
@@ -406,7 +445,7 @@ def read_once(read: Callable[..., Any]) -> Callable[..., Any]:
 
 @read_once
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -415,7 +454,9 @@ def sha256_of_file(path: Path) -> str:
     try:
         return _sha256(path)
     except OSError as error:
-        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
+        raise unreadable(error, path) or UserError(
+            f"{path}: {error.strerror}"
+        ) from None
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:

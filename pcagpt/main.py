@@ -13,6 +13,7 @@
   --config=configs/compress.py --config.model_path=RUN
   --config=configs/evaluate.py --config.model_path=RUN --config.split=test
   --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
+  --config=configs/export.py --config.model_path=RUN --config.format=hf
 
 Finished runs are skipped, interrupted runs resume. Exit codes:
 

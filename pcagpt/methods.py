@@ -1,5 +1,7 @@
 """Factorization methods: how much each error of a token table counts.
 
+Also the names and the looks of codes and rivals.
+
 Shape letters: V vocabulary, D model width. A method makes a `Weighting` from a table W
 [V, D] and statistics of its model; `solve` minimises the error under this weighting.
 

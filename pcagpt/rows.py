@@ -51,6 +51,11 @@ class Recipe:
         return self.bits == 32
 
 
+def in_bands(recipe: Recipe) -> str:
+    """The method of a recipe, as in 'packed in 3 bands'."""
+    return f"{recipe.method}{f' in {recipe.bands} bands' * (recipe.bands > 1)}"
+
+
 # Values of the fields of a recipe that older files lack.
 DEFAULTS = {
     field.name: field.default

@@ -13,6 +13,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import fcntl
 import json
 import logging
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,20 @@ def write_corpus(folder):
         tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 3 + 1) % VOCAB_SIZE
         tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
     (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+
+
+@pytest.fixture
+def soon():
+    """Fails a test that waits for half a minute, as for the writer of a named pipe."""
+
+    def fail(*_):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -136,6 +136,33 @@ def test_a_damaged_corpus_is_refused(spoil, words, corpus, place):
     assert words in refusal(*tiny("baseline.py", corpus), unchanged=[place])
 
 
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train.bin", "no 'train' split in {} (present: val, test; train.bin is a nam"),
+        ("meta.json", "{}/meta.json is a named pipe, not a file: name a file, or move"),
+        ("meta.pkl", "{}/meta.pkl is a named pipe, not a file: name a file, or move"),
+    ],
+)
+def test_a_named_pipe_in_a_corpus_is_refused(name, words, corpus, place):
+    (corpus / name).unlink(missing_ok=True)
+    os.mkfifo(corpus / name)
+    line = refusal(*tiny("baseline.py", corpus), unchanged=[place])
+    assert words.format(corpus) in line
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_corpus_without_any_file_names_what_is_there_instead(make, place):
+    (place / "corpus").mkdir()
+    make(place / "corpus" / "train.txt")
+    line = refusal(*tiny("baseline.py", place / "corpus"), unchanged=[place])
+    kind = "a named pipe" if make is os.mkfifo else "a folder"
+    assert f"nothing recognisable in {place}/corpus" in line
+    assert line.endswith(f"; train.txt is {kind}\n")
+
+
 # Prerequisites.
 
 
@@ -273,6 +300,43 @@ def test_a_table_that_cannot_be_factorized_is_refused(place):
     factorize = f"--config={CONFIGS / 'factorize.py'}", "--config.model_path=table.npy"
     line = refusal(*factorize, "--config.ranks=4", unchanged=[place])
     assert "its rank is at most 2" in line
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(
+    make, trained, corpus_folder, place
+):
+    make(place / "a.npy")
+    kind = "a named pipe" if make is os.mkfifo else "a folder"
+    factorize = f"--config={CONFIGS / 'factorize.py'}", f"--config.ranks={RANK}"
+    named = "--config.factorize.method=kl", "--config.factorize.statistics=a.npy"
+    model = {"n_embd_wte": RANK}
+    imports = [{"import_wte_npy": "a.npy"}, {"import_scale_matrices_npz": "a.npy"}]
+    for words in (
+        [*factorize, "--config.model_path=a.npy"],
+        [*factorize, f"--config.model_path={trained}", *named],
+        *(tiny("pca_k128.py", corpus_folder, model=model, init=i) for i in imports),
+    ):
+        line = refusal(*words, unchanged=[place])
+        assert f"a.npy is {kind}, not a file: name a file, or move it away" in line
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    "name", ["config.json", "result.json", "metrics.jsonl", "ckpt/2/digests.json"]
+)
+def test_a_named_pipe_in_a_run_is_refused(name, trained, corpus_folder, place):
+    run_dir = Path(shutil.copytree(trained, place / "runs" / trained.name))
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)
+    arguments = tiny("evaluate.py", corpus_folder, model_path=run_dir)
+    if name == "metrics.jsonl":  # Training reads it when it resumes.
+        (run_dir / "result.json").unlink()
+        arguments = tiny("baseline.py", corpus_folder, workdir=place / "runs")
+    line = refusal(*arguments, unchanged=[])
+    assert f"{run_dir / name} is" in line
+    assert "a named pipe" in line
 
 
 # While training.

@@ -392,7 +392,7 @@ def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
     report = (folder_of(asked) / "report.md").read_text()
     assert "first 100 tokens of the validation split" in report
     whole = sweep_of(asked, **limited | {"evaluate.max_tokens": 10**9})
-    with pytest.raises(UserError, match=r"evaluated_tokens \(there None, here 100\)"):
+    with pytest.raises(UserError, match=r"ns \(there the whole split, here 100\)"):
         sweep_of(asked, **limited)  # A part does not replace the whole.
     assert "evaluated_tokens" not in whole["protocol"]
     for one, other in zip(sweep["rows"], whole["rows"], strict=True):
@@ -410,6 +410,34 @@ def test_another_checkpoint_is_refused_or_measured_anew(asked):
     with pytest.raises(UserError, match=r"other numbers, checkpoint \(there"):
         sweep_of(asked, **earlier)
     assert sweep_of(asked, overwrite=True, **earlier)["rows"][0]["loss"] != step_6
+
+
+def test_best_models_of_another_d_are_named_when_a_sweep_starts(asked, capsys):
+    methods = {"compress.methods": "svd", "compress.bands": (1,)}
+    sweep_of(asked, **methods)
+    earlier = {"model_path": asked.model_path + "/ckpt/3", "ranks": (8,)} | methods
+    assert "another D" not in capsys.readouterr().out
+    sweep_of(asked, overwrite=True, **earlier)
+    out, folder = capsys.readouterr().out, folder_of(asked)
+    than = f"belongs to another D than {asked.model_path}, step 3"
+    assert f"{folder}/best_k4 {than}: sweep its rank, or delete it\n" in out
+    assert f"{folder}/best_k8 {than}: this sweep renews it\n" in out
+    assert out.count("another D") == 2  # No line for the one that was moved aside.
+    sweep_of(asked, **earlier)
+    assert capsys.readouterr().out.count("another D") == 1
+
+
+@pytest.mark.parametrize("name", ["", "best_k8"])
+def test_a_link_to_nothing_is_refused_before_anything_is_measured(
+    name, asked, monkeypatch
+):
+    place = folder_of(asked) / name if name else folder_of(asked)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to("nowhere")
+    monkeypatch.setattr(Original, "measure", None)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{place} is a link to nothing: remove"):
+            sweep_of(asked, overwrite=overwrite)
 
 
 def test_another_factorization_makes_another_best_model(asked):

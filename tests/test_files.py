@@ -1,17 +1,20 @@
 """Files: replaced in one step, strict in both directions, damage named."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import resource
+import signal
 
 import numpy as np
 import pytest
 
-from pcagpt import files
-from pcagpt.errors import Unreadable, UserError
+from pcagpt import coding, files
+from pcagpt.errors import Unreadable, UserError, explain
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -28,6 +31,47 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         files.write_json(path, {"a": object()})
     assert files.read_json(path, "") == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    for write in (files.write_text, files.write_json, files.write_npy):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "a", {} if write is files.write_json else "")
+        assert explain(caught.value).startswith(f"{tmp_path}/a: no space left on dev")
+
+
+@pytest.mark.parametrize("write", [files.write_npy, files.write_npz])
+def test_an_array_that_does_not_fit_is_told_with_the_path(write, tmp_path):
+    array, before = np.zeros(10**6), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, before[1]))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "a", **{"array": array})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert explain(caught.value).startswith(f"{tmp_path}/a: file too large: raise")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_is_told_with_the_path(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "a").write_text("{}")
+    monkeypatch.setattr(files, "_array", fail)
+    monkeypatch.setattr(files, "parse_json", fail)
+    monkeypatch.setattr(files.hashlib, "file_digest", fail)
+    for read in (files.read_npy, files.sha256_of_file):
+        with pytest.raises(Unreadable, match=f"^{tmp_path}/a: input/output error"):
+            read(tmp_path / "a")
+    with pytest.raises(Unreadable, match=f"^{tmp_path}/a: input/output error"):
+        files.read_json(tmp_path / "a", "")
 
 
 def test_json_is_strict_in_both_directions(tmp_path):
@@ -122,6 +166,43 @@ def test_an_array_that_the_system_does_not_read_is_not_damaged(
     with pytest.raises(kind) as caught:
         read(tmp_path / "a")
     assert "write it again" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (os.mkdir, "a folder"),
+        (lambda path: os.symlink("/dev/zero", path), "a device"),
+        (lambda path: os.symlink("nowhere", path), "a link to nothing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        files.read_npy,
+        files.read_npz,
+        files.open_file,
+        files.sha256_of_file,
+        coding.read,
+        lambda path: files.read_json(path, "delete it"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
+    make(tmp_path / "a")
+    if kind != "a link to nothing":
+        with pytest.raises(UserError, match=rf"{tmp_path}/a .*is {kind}\b"):
+            read(tmp_path / "a")
+    elif read in (files.read_npy, files.read_npz):
+        with pytest.raises(UserError, match="a is a link to nothing, not a file: name"):
+            read(tmp_path / "a")
+
+
+def test_an_array_below_a_file_does_not_exist(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="a/b.npy does not exist: give the path of a"):
+        files.read_npy(tmp_path / "a" / "b.npy")
 
 
 def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):

@@ -401,9 +401,13 @@ def test_damaged_imports_stop_only_what_is_computed_from_them(
     monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
     factors = Path(copied.workdir) / "pca_factorized"
     table, metadata = factors / "wte_pca_k8.npy", factors / "metadata.json"
-    for path in (table, metadata):
+    for path, damaged in (
+        (table, table.read_bytes()[:-9]),
+        *((metadata, text) for text in (b"{}", b"[]", metadata.read_bytes()[:-9])),
+    ):
         content = path.read_bytes()
-        path.write_bytes(content[:-9])
+        path.write_bytes(damaged)
+        caplog.clear()
         assert statuses(pca(copied)) == ["done"]
         assert "is not compared with" in caplog.text
         assert f"{path.name}" in caplog.text

@@ -189,10 +189,31 @@ def test_the_command_prints_each_sample_with_its_prompt_and_writes_nothing(talke
     assert other.out != done.out
 
 
-def test_a_run_on_bare_ids_is_refused_in_one_line(finished_experiment):
-    done = ask(f"{finished_experiment.workdir}/gpt_baseline")
+def test_a_run_on_bare_ids_is_refused_in_one_line(trained, tmp_path):
+    done = ask(trained)
     assert done.code == 2
-    assert "without a tokenizer there is no text to show; name it" in done.err
+    words = 'give the text of each id as "itos" in the meta.json of the corpus\n'
+    assert done.err.endswith(f"there is no text to show; {words}")
+    larger = ask(rewritten(trained, tmp_path, vocab_size=5000))
+    assert f"set --config.data.tokenizer=sotu4096 if it made them, or {words}" in (
+        larger.err
+    )
+
+
+def test_texts_that_the_corpus_gives_after_training_are_used(
+    trained, corpus_folder, tmp_path
+):
+    corpus = shutil.copytree(corpus_folder, tmp_path / "corpus")
+    run = rewritten(trained, tmp_path, corpus_source=str(corpus))
+    texts = [chr(33 + number) for number in range(97)]
+    (corpus / "meta.json").write_text(json.dumps({"vocab_size": 97, "itos": texts}))
+    words = "--config.sample.prompt=abc", "--config.sample.tokens=5"
+    done = ask(run, *words)
+    assert done.code == 0, done.err
+    assert done.out.startswith("abc")
+    assert set(done.out) <= {*texts, "\n"}
+    np.zeros(100, np.uint16).tofile(corpus / "train.bin")  # Other tokens.
+    assert ask(run, *words).code == 2
 
 
 def rewritten(trained, tmp_path, **changes):
@@ -238,6 +259,9 @@ def test_the_tokenizer_of_bare_ids_can_be_named_and_others_are_refused(
     small = ask(trained, "--config.data.tokenizer=sotu4096")
     assert small.code == 2
     assert "has 4096 tokens, the model" in small.err
+    assert small.err.endswith(
+        '97: give the text of each id as "itos" in the meta.json of the corpus\n'
+    )
 
 
 def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_path):
@@ -254,7 +278,8 @@ def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_pa
 
 def test_that_a_run_cannot_be_sampled_is_said_before_training(tiny_config, capsys):
     execute(changed(tiny_config, **{"train.steps": 2, "train.warmup_steps": 1}))
-    assert capsys.readouterr().out.count("models cannot be sampled, unless") == 1
+    out = capsys.readouterr().out
+    assert out.count("to sample its models, give the text of each id as") == 1
 
 
 def test_many_samples_are_drawn_in_batches_of_bounded_memory(talker, monkeypatch):

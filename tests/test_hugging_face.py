@@ -9,13 +9,16 @@ import shutil
 import gpt2_folders
 import numpy as np
 import pytest
-from command_line import call, refusal, tiny
+from command_line import CONFIGS, call, refusal, tiny
 from gpt2_folders import HEAD, TABLE, tensors, write
 from runs import assert_equal, snapshot
 
 from pcagpt import trees
+from pcagpt.config import command_line
 from pcagpt.errors import UserError
+from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run.folder import read_record
 from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -97,6 +100,17 @@ def test_other_scales_of_the_attention_go_into_the_query(folder, tmp_path):
         np.testing.assert_array_equal(other[name][rest], plain[name][rest])
 
 
+@pytest.mark.parametrize("name", ["ckpt", "ckpt/500", "model.safetensors"])
+def test_a_folder_may_have_names_of_ours(name, tmp_path):
+    folder = write(tmp_path / name)
+    for inside in ("optimizer", "meta", "weights"):
+        (folder / inside).mkdir()
+    for path in (folder, folder / "model.safetensors", folder / "config.json"):
+        run = Run.open(path)
+        assert (run.folder, run.step) == (folder, 0)
+        np.testing.assert_array_equal(run.table(), tensors()[TABLE])
+
+
 def test_another_model_has_another_fingerprint_and_a_change_is_noticed(folder):
     run = Run.open(folder)
     before = run.fingerprint
@@ -158,6 +172,54 @@ def test_compress_and_further_training_take_the_folder(folder, place, corpus_fol
         asked = {"init": {"weights_from": start}, "distill": {"teacher": folder}}
         done(*tiny("recover.py", corpus_folder, **asked, model=sizes))
     assert snapshot(folder) == before
+
+
+def test_all_arms_start_from_the_model_of_model_path(folder, place, corpus_folder):
+    before, knobs = snapshot(folder), {"model_path": folder}
+    for name, arm, letter in (
+        ("pca_k128.py", "pca", "A"),
+        ("pca_finetune_k128.py", "pca_finetune", "B"),
+        ("pca_finetune_k128.py", "pca_distill", "Bd"),
+        ("random_k128.py", "random", "C"),
+        ("baseline.py", "continued", "D+"),
+    ):
+        rank = {} if arm == "continued" else {"n_embd_wte": 4}
+        asked = knobs | {"model": {"n_layer": 2} | rank, "arm": arm}
+        lines = done(*tiny(name, corpus_folder, **asked)).out.splitlines()
+        assert any(line.startswith(f"{letter} gpt_") for line in lines)
+        assert not any(line.startswith("D gpt_baseline") for line in lines)
+    assert snapshot(folder) == before
+    finetuned = read_record(place / "checkpoints/gpt_pca_finetune_k4")
+    assert finetuned["imported_sha256"]["blocks_from"] == fingerprint.of(folder)
+    # Without sizes of one's own, those of the model hold.
+    words = [f"--config.{k}={v}" for k, v in knobs.items()]
+    config = f"--config={CONFIGS / 'pca_k128.py'}"
+    rank = "--config.model.n_embd_wte=17"
+    line = refusal(config, *words, rank, unchanged=[folder, place])
+    assert "17: a rank is at most the model's width, model.n_embd = 16" in line
+    data = f"--config.data.source={corpus_folder}"
+    words = ["pcagpt", config, *words, data, rank.replace("17", "8")]
+    model = make_plan(command_line.parse(words)[0]).jobs[-1].settings.model
+    assert (model.n_layer, model.n_embd, model.n_embd_wte) == (2, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "words"),
+    [
+        ("baseline.py", {}, "the baseline model starts at random: train a model"),
+        (
+            "recover.py",
+            {"init": {"weights_from": "x"}},
+            "already names the run to start",
+        ),
+        ("experiment.py", {"ranks": 4}, "an experiment trains its own D"),
+    ],
+)
+def test_a_model_path_that_no_arm_reads_is_refused(
+    name, knobs, words, folder, place, corpus_folder
+):
+    asked = tiny(name, corpus_folder, model_path=folder, **knobs)
+    assert words in refusal(*asked, unchanged=[folder, place])
 
 
 def test_all_arms_start_from_a_folder_that_is_named_or_is_the_baseline(
@@ -292,6 +354,7 @@ SPOILT = {
     "quantized": (with_config(quantization_config={"bits": 4}), "_config is {'bits'"),
     "wide": (with_config(n_inner=32), "n_inner is 32: it must be 4 * n_embd"),
     "heads": (with_config(n_head=3), "n_head is 3, which does not divide n_embd, 16"),
+    "too_deep": (with_config(n_layer=10**9), "whole number from 1 to 10000"),
     "text_for_a_size": (with_config(n_layer="2"), "n_layer is '2'"),
     "number_for_a_switch": (with_config(scale_attn_weights=1), "_weights is 1"),
 }

@@ -4,13 +4,18 @@ Needs torch and transformers: pip install 'pcagpt[hf]'.
 """
 
 import itertools
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from test_export import MODELS, V, run_export, write_run
+from test_tokenizer_files import HARD_TEXT
 
 from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
+from pcagpt.data import vocabulary
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.losses import cross_entropy
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
@@ -139,3 +144,75 @@ def test_the_likeliest_tokens_are_those_of_transformers(theirs, folder):
     drawn = generate(*of_ours(folder), np.array(prompt), 1, seed=0, temperature=0)
     found = [int(one[0]) for one in itertools.islice(drawn, count)]
     assert found == greedy(theirs, prompt, count)
+
+
+# Models that come out.
+
+
+OUT = {**MODELS, "gpt2 tokens": {"n_embd_wte": 4, "vocab_size": 50257}}
+
+
+@pytest.fixture(params=OUT)
+def exported(request, tmp_path):
+    """(a run, its export)."""
+    model = dict(OUT[request.param])
+    vocab_size = model.pop("vocab_size", V)
+    record = {"tokenizer": "gpt2"} if vocab_size > V else {}
+    run = write_run(tmp_path / "run", vocab_size=vocab_size, record=record, **model)
+    return run, run_export(run, tmp_path)
+
+
+def test_transformers_loads_an_export_as_it_is_and_computes_the_same(exported):
+    run, made = exported
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        made, output_loading_info=True
+    )
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys"))
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert theirs.lm_head.weight.dtype == torch.float32
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(run)
+    with jax.default_matmul_precision("highest"), torch.no_grad():
+        wanted_BTV = np.asarray(model.apply(variables, tokens_BT))
+        given = torch.tensor(tokens_BT)
+        found = theirs.eval()(given, labels=given)
+    assert_relative(found.logits.numpy(), wanted_BTV, 1e-5)
+    next_BT1 = tokens_BT[:, 1:, None]
+    log_sums_BT = np.log(np.exp(wanted_BTV[:, :-1]).sum(axis=-1))
+    chosen_BT = np.take_along_axis(wanted_BTV[:, :-1], next_BT1, axis=2)[..., 0]
+    loss = float((log_sums_BT - chosen_BT).mean())
+    assert found.loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_export_continues_a_prompt_as_the_run_does(exported):
+    run, made = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = [3, 1, 4, 1, 5]
+    drawn = generate(*of_ours(run), np.array(prompt), 1, seed=0, temperature=0)
+    found = [int(one[0]) for one in itertools.islice(drawn, 11)]
+    assert found == greedy(theirs, prompt, 11)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_transformers_tokenizes_with_an_export_as_the_run_does(name, tmp_path):
+    run = write_run(
+        tmp_path / "run", vocab_size=RANKS[name].vocab_size, record={"tokenizer": name}
+    )
+    made, ours = run_export(run, tmp_path), vocabulary.load(name)
+    texts = [HARD_TEXT, "The people of the United States<|endoftext|>\nOne"]
+
+    def check(theirs):
+        for text in texts:
+            ids = theirs(text)["input_ids"]
+            assert ids == ours.encode(text, allowed_special="all")
+            assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert theirs.eos_token_id == ours.eot_token
+
+    check(transformers.AutoTokenizer.from_pretrained(made))
+    for form in (["tokenizer.json"], ["vocab.json", "merges.txt"]):  # Each is enough.
+        rest = shutil.copytree(made, tmp_path / form[0])
+        for file in form:
+            (rest / file).unlink()
+        check(transformers.AutoTokenizer.from_pretrained(rest))

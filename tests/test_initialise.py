@@ -14,7 +14,7 @@ from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
 from pcagpt.run.folder import write_record
@@ -262,6 +262,16 @@ def test_scale_matrices_that_do_not_fit_are_refused(scales, words, factors):
     message = refusal(import_scale_matrices_npz=path)
     assert "scales.npz" in message
     assert words in message
+
+
+def test_factors_of_zeros_are_refused(factors, tmp_path):
+    zeros = {name: np.zeros((8, 32), np.float32) for name in ("scale_up", "scale_down")}
+    for name, path in factors(np.zeros((97, 8)), **zeros).items():
+        assert f"init.{name}: {path} holds only zeros" in refusal(**{name: path})
+    band = BandFactors(np.zeros((97, 8), np.float32), np.eye(8, 32, dtype=np.float32))
+    factor_files.write_bands(tmp_path, FactorizedTable.of_one_band(band))
+    message = refusal(import_bands=str(tmp_path))
+    assert f"init.import_bands: {tmp_path} holds only zeros" in message
 
 
 def test_scale_matrices_without_one_of_the_two_are_refused(tmp_path):

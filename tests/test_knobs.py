@@ -25,6 +25,7 @@ from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline import sample as sampling
 from pcagpt.pipeline import tasks as pipeline_tasks
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.pipeline.export import export
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run import checkpoint
@@ -173,6 +174,13 @@ def factors(config):
     return {str(path): path.read_bytes() for path in files}
 
 
+def exported(config):
+    """The files that an export writes."""
+    export(Settings.of(config))
+    folder = Path(config.workdir) / "exported"
+    return sorted(path.name for path in folder.rglob("*.*"))
+
+
 def recovered(config):
     """The ranks that a sweep trains further."""
     found = []
@@ -283,6 +291,7 @@ KNOBS = {
     "overwrite": (refusal, True, {"workdir": "PLACE/finished", "seed": 7}),
     "build_prerequisites": (refusal, False, RANDOM | {"arm": "pca"}),
     "model_path": (evaluation, A, EVALUATE),
+    "format": (exported, "npz", EVALUATE | {"task": "export"}),
     "split": (evaluation, "test", EVALUATE),
     "ranks": (plan, (4, 8), EXPERIMENT),
     "model.vocab_size": (shapes, 150, {}),

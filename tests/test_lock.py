@@ -176,6 +176,14 @@ def test_who_waits_says_once_for_whom_and_goes_on_after_it(folder, pauses, capsy
     assert "takes over" not in line  # It is known to live.
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"host": "a"}', "torn"])
+def test_a_lock_that_does_not_say_who_holds_it_is_named(content, folder):
+    path = elsewhere(folder)
+    path.write_text(content)
+    told = Lock(folder).attempt()
+    assert told.startswith(f"a command that {path} does not name holds it, silent")
+
+
 def test_who_waits_for_another_machine_learns_until_when(folder, pauses, capsys):
     path = elsewhere(folder, age=50)
     last = path.stat().st_mtime

@@ -1,21 +1,23 @@
 """The command line: help, mistakes in it, --print_config, exit codes, clean output."""
 
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, tiny
-from runs import quick_environment, snapshot
+from runs import overrides, quick_environment, snapshot
 
 from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS
 from pcagpt.methods import METHODS
-from pcagpt.pipeline import execute, tasks
+from pcagpt.pipeline import execute, tasks, train_job
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -191,6 +193,13 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
     assert all(line.endswith("to do") for line in plan.splitlines())
 
 
+def test_print_config_tells_of_a_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    arguments = tiny("baseline.py", "wikitext103", workdir=tmp_path / "runs")
+    line = refusal(*arguments, "--print_config", unchanged=[tmp_path])
+    assert "pip install 'pcagpt[datasets]'" in line
+
+
 def test_every_task_has_a_function_that_does_it():
     assert tasks.DOES.keys() == TASKS.keys()
 
@@ -206,6 +215,47 @@ def test_a_finished_run_is_shown_as_done_and_not_touched_again(
     assert (again.code, again.err) == (0, "")
     assert again.out.endswith("  done\n")
     assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Nothing can be written into any workdir."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "w")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    monkeypatch.setattr(execute, "write_report", fail)
+    monkeypatch.setattr(train_job, "open_corpus", fail)
+
+
+@pytest.mark.usefixtures("read_only")
+def test_what_writes_nothing_needs_no_writable_workdir(
+    trained, corpus_folder, tmp_path, said
+):
+    arguments = tiny("baseline.py", corpus_folder, workdir=trained.parent)
+    outcome = call(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "  done\n" in outcome.out
+    assert "gpt_baseline is not compared with its corpus: [Errno 30] Re" in outcome.out
+    arguments = tiny("experiment.py:8", corpus_folder, workdir=tmp_path / "runs")
+    assert call(*arguments, "--print_config").out.endswith("to do\n")
+    line = refusal(*arguments, unchanged=[tmp_path])
+    assert f"{tmp_path} is not a writable folder" in line
+    (tmp_path / "file").touch()
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "file")
+    line = refusal(*arguments, "--print_config", unchanged=[tmp_path])
+    assert "file is not a writable folder" in line
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_finished_experiment_needs_no_writable_workdir(finished_experiment, said):
+    words = overrides(finished_experiment)
+    outcome = call(f"--config={CONFIGS / 'experiment.py'}:8", *words)
+    assert outcome.code == 0
+    assert outcome.out.count("done") == 5
+    workdir = finished_experiment.workdir
+    assert said() == [f"the report in {workdir} is not renewed: Read-only file system"]
 
 
 def stop_with(exception, monkeypatch):
@@ -252,7 +302,7 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     assert ended.returncode == 0, ended.stderr
     *plan, tokens, made = ended.stdout.splitlines()
     assert [line.split()[0] for line in plan] == ["D", "pca_factorized", "A"]
-    assert "holds bare token ids: its models cannot be sampled" in tokens
+    assert "holds bare token ids: to sample its models, give the text" in tokens
     assert made.startswith("factorizing")
     for line in ended.stderr.splitlines():
         assert re.fullmatch(r"[DA] gpt_\w+  \d/2 .* left", line), ended.stderr

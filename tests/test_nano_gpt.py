@@ -135,6 +135,7 @@ SPOILT = {
     ),
     "no_sizes": (lambda _: {"model_args": {}}, "model_args is damaged ('vocab_size'"),
     "no_layer": (lambda _: {"model_args": arguments(n_layer=0)}, "has n_layer = 0"),
+    "too_deep": (lambda _: {"model_args": arguments(n_layer=10**9)}, "1 to 10000"),
     "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
     "code": (
         lambda _: {"config": np.random.default_rng},

@@ -156,7 +156,8 @@ def shrunken(line):
     config = re.search(r"configs/(\w+\.py)|$", line)[1]
     if config is None:
         config = "factorize.py" if "pca_factorization" in line else "experiment.py"
-    overrides = {} if config == "sample.py" else {"data.source": "FOLDER"}
+    has_no_corpus = config in ("sample.py", "export.py")
+    overrides = {} if has_no_corpus else {"data.source": "FOLDER"}
     overrides |= tiny_knobs(config) | {"model.n_embd": 128}
     overrides |= SMALL_SWEEP if "configs/compress.py" in line else {}
     return shlex.split(line) + [f"--config.{k}={v}" for k, v in overrides.items()]

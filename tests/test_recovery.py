@@ -327,7 +327,10 @@ def test_a_folder_that_lacks_something_is_refused(
         (source / lost).unlink()
     else:
         shutil.rmtree(source / lost)
-    assert words in refusal(recover(source))
+    message = refusal(recover(source))
+    assert message.startswith("init.weights_from: ")
+    assert words in message
+    assert message.endswith("or correct the path") == (lost == "")
 
 
 @pytest.mark.parametrize("position", [-7, 0, 97])

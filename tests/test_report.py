@@ -1,6 +1,7 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -488,6 +489,22 @@ def test_a_report_moves_a_person_s_files_aside(is_edited, tmp_path, capsys):
         (kept,) = path.parent.glob(f"{path.name}.replaced-*")
         assert kept.read_text().endswith('{"mine": 1}')
         assert f"{path} was moved to {kept.name}\n" in out
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_report_moves_aside_what_is_no_file(make, tmp_path, capsys):
+    run = write_run(tmp_path, "baseline")
+    results = collect_results(tmp_path, [run], FACTORS, COMMAND)
+    names = ("report.html", "results.json")
+    for name in names:
+        make(tmp_path / name)
+        (tmp_path / name).is_dir() and (tmp_path / name / "mine").touch()
+    write_report(tmp_path, results)
+    out = capsys.readouterr().out
+    for name in names:
+        assert f"{tmp_path / name} was moved to {name}.replaced-" in out
+        assert (tmp_path / name).is_file()
 
 
 def labels_of(figure):

@@ -10,7 +10,7 @@ import pytest
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
 from pcagpt.report import write_sweep_report
-from pcagpt.rows import Row, read_sweep
+from pcagpt.rows import Recipe, Row, in_bands, read_sweep
 
 PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
 SWEEPS = list(PUBLISHED.rglob("sweep.json"))
@@ -64,3 +64,8 @@ def test_a_row_without_a_required_field_and_no_row_are_refused(tmp_path):
         read_sweep(tmp_path / "sweep.json")
     with pytest.raises(UserError, match="row 0 is damaged .it is not a JSON object"):
         Row.of([], "row 0")
+
+
+def test_tables_that_differ_only_in_their_bands_have_other_words():
+    words = [in_bands(Recipe("packed", bands, 100, 2, 0)) for bands in (1, 2, 7)]
+    assert words == ["packed", "packed in 2 bands", "packed in 7 bands"]

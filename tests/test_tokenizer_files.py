@@ -64,7 +64,7 @@ def word_level(shared):
 
 
 def test_the_files_of_gpt2_have_its_name(tmp_path):
-    vocab = tokenizer_files._gpt2()
+    vocab = tokenizer_files._vocabulary_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -214,6 +214,22 @@ def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, place):
     asked = {"model_path": folder, "model": SMALL}
     line = refusal(*tiny("evaluate.py", "text", **asked), unchanged=[folder, place])
     assert "tokens, but its table 97 rows: give both" in line
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("config", ["pca_k128.py", "pca_finetune_k128.py"])
+def test_an_arm_gets_the_tokenizer_of_its_d_and_no_other(
+    config, folder, word_level, place
+):
+    sizes = {"model_path": folder, "model": SMALL | {"n_embd_wte": 4}}
+    other = sizes | {"data": {"tokenizer": word_level}}
+    line = refusal(*tiny(config, "text", **other), unchanged=[folder])
+    assert f"tokens of {word_level}/tokenizer.json, but the model of" in line
+    outcome = call(*tiny(config, "text", **sizes))
+    assert outcome.code == 0, outcome
+    (run,) = (place / "checkpoints").glob("gpt_*")
+    record = json_of(run / "config.json")
+    assert record["tokenizer"] == str(folder / "tokenizer.json")
 
 
 def test_without_the_package_the_line_says_how_to_install_it(

@@ -335,7 +335,7 @@ def test_initial_weights_repeat_with_the_seed_and_differ_between_seeds():
 
 def test_a_state_is_made_again_from_the_items_of_a_checkpoint():
     state = started(0)
-    again = TrainState.from_items(**state.items)
+    again = TrainState.from_checkpoint(**state.checkpoint_items)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, again, state))
 

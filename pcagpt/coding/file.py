@@ -27,7 +27,14 @@ import numpy as np
 from pcagpt.coding.payload import from_words, to_words
 from pcagpt.coding.table import CodedTable
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import check_fields, memory_bytes, parse_json, strict, write_file
+from pcagpt.files import (
+    check_fields,
+    memory_bytes,
+    open_file,
+    parse_json,
+    strict,
+    write_file,
+)
 
 MAGIC, VERSION = b"PCATABLE", 1
 HEADER_BYTES = 512
@@ -92,13 +99,15 @@ def read(path: Path) -> tuple[CodedTable, Description]:
     header declares does not fit into memory; nothing is allocated for it before.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > memory_bytes():
                 raise UserError(f"{path} has {size:,} bytes: it is no coded table")
             content = file.read()
     except OSError as error:
-        raise unreadable(error) or UserError(f"{path}: {error.strerror}") from None
+        raise unreadable(error, path) or UserError(
+            f"{path}: {error.strerror}"
+        ) from None
     try:
         return _parsed(content, path)
     except ValueError as error:

@@ -111,7 +111,7 @@ class Widths:
         return self._finest(lambda choice: choice.error > error).bytes
 
     def _finest(self, fits: Callable[[Choice], bool]) -> Choice:
-        """The finest choice that fits, if all coarser ones do; else the coarsest."""
+        """The finest choice that fits, or the coarsest if none does."""
         largest = self._errors_BSW[..., 1:].max()
         low, high = np.log2(largest + 1e-200) + np.array([-200, 1])
         found = self._at(2.0**high)

@@ -27,7 +27,7 @@ from pcagpt.factorize import (
     quantize,
 )
 from pcagpt.methods import FEWEST_FACTOR_BITS, METHODS, OWN_TABLE
-from pcagpt.rows import Recipe, Row, SwapScores
+from pcagpt.rows import Recipe, Row, SwapScores, in_bands
 
 USED = 0.9  # A file that fills less than this share of its bytes gets a note.
 
@@ -72,8 +72,8 @@ class Candidate:
         if not recipe.is_codes or self.bytes > USED * recipe.budget:
             return ""
         return (
-            f"{recipe.method}: {recipe.budget:,} bytes are more than such a table can "
-            f"use; it takes {self.bytes:,}"
+            f"{in_bands(recipe)}: {recipe.budget:,} bytes are more than such a table "
+            f"can use; it takes {self.bytes:,}"
         )
 
 

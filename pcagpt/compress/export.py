@@ -263,6 +263,12 @@ def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
     return table if table and _sha256(table) == table_sha256 else None
 
 
+def is_of_another(folder: Path, original: Original) -> bool:
+    """Whether `write_model` wrote a table of another model there."""
+    recorded = _origin_of(folder).get("fingerprint")
+    return recorded is not None and not original.run.is_at(recorded)
+
+
 def check_place(folder: Path) -> None:
     """Raises UserError if `write_model` would replace what it did not write."""
     if not is_vacant(folder) and "compressed" not in (read_record(folder) or {}):

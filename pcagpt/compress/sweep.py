@@ -18,7 +18,7 @@ from pcagpt.factorize import (
 )
 from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
-from pcagpt.rows import Recipe, Row, read_sweep
+from pcagpt.rows import Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
@@ -77,7 +77,7 @@ def sweep(
                 candidate = make(recipe)
             except BudgetTooSmall as error:
                 tried = [other for other in tried if other != recipe]
-                too_small = f"rank {recipe.rank}, {recipe.method}: {error}"
+                too_small = f"rank {recipe.rank}, {in_bands(recipe)}: {error}"
                 if not tried:
                     raise UserError(
                         f"{too_small}; raise ranks, or add another method to "

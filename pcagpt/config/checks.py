@@ -98,6 +98,7 @@ def check_rules(settings: Settings) -> None:
         methods_of(settings.compress.methods)
     _check_ranks(settings)
     _check_weights_from(settings)
+    _check_model_path(settings)
     _check_bands(settings)
     _check_table(settings)
     _check_imports(settings)
@@ -207,7 +208,7 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model can set its bands. One group of `_TABLE_KNOBS` is set."""
+    """Only the random model has own bands; at most one of `_TABLE_KNOBS` is set."""
     is_random = (settings.task, settings.arm) == ("train", "random")
     has_source = bool(settings.init.weights_from)
     if settings.model.band_sizes and not is_random and not has_source:
@@ -261,6 +262,21 @@ def _check_weights_from(settings: Settings) -> None:
                 f"init.{name} is set beside init.weights_from, which copies every "
                 "weight: leave one of them out"
             )
+
+
+def _check_model_path(settings: Settings) -> None:
+    """D itself starts at random, and a run that copies another one needs no D."""
+    if settings.task != "train" or not settings.model_path:
+        return
+    if settings.init.weights_from or settings.arm == "baseline":
+        reason = (
+            "init.weights_from already names the run to start from: leave it out"
+            if settings.init.weights_from
+            else "the baseline model starts at random: train a model further with "
+            "--config=configs/recover.py --config.init.weights_from="
+            f"{settings.model_path}"
+        )
+        raise UserError(f"model_path is {settings.model_path}, but {reason}")
 
 
 def _check_imports(settings: Settings) -> None:

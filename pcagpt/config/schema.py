@@ -113,7 +113,9 @@ class TrainSettings:
     """
 
     steps: int = knob(5000, "optimizer updates")
-    batch_size: int = knob(32, "sequences per update, over all devices together")
+    batch_size: int = knob(
+        32, "sequences per update, over all devices together; also of the calibration"
+    )
     accumulation: int = knob(1, "gradient accumulation: micro-batches per update")
     learning_rate: float = knob(6e-4, "peak, reached after the warm-up", POSITIVE)
     schedule: str = knob(
@@ -213,9 +215,9 @@ class CompressSettings:
         "",
         f"methods to try: all, or some of {', '.join(METHODS)}, "
         f"{', '.join(f'{name} ({code.words})' for name, code in CODES.items())}, "
-        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The last one "
-        "that makes factors in one of compress.bands counts as the best: only it is "
-        "tried at fewer bits and for a bound. Empty: all; on a CPU "
+        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). Of those that "
+        "make factors in one of compress.bands, the last counts as the best: only it "
+        "is rounded to fewer bits, and only it serves a bound. Empty: all; on a CPU "
         f"{_listed(CPU.methods)}",
     )
     bands: tuple[int, ...] = knob(
@@ -274,7 +276,8 @@ class EvaluateSettings:
     max_tokens: int = knob(
         0,
         "evaluate, compress: number of tokens to predict; 0: all, except a CPU sweep "
-        f"without chosen methods, bands or calibration: {CPU.max_tokens}",
+        "without chosen methods, bands, calibration or recover_ranks: "
+        f"{CPU.max_tokens}",
         at_least(0),
     )
 
@@ -361,8 +364,16 @@ class Settings:
     model_path: str = knob(
         "",
         f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
-        "checkpoint; factorize: or a .npy table",
+        "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
+        "factorize: or a .npy table; train: such a model as D, from which the arm "
+        "starts",
         PATH,
+    )
+    format: str = knob(
+        "hf",
+        "hf: a Hugging Face folder, the table multiplied out; npz: the table or its "
+        "factors as .npy and .npz files",
+        one_of("hf", "npz"),
     )
     split: str = knob(
         "val",

@@ -24,15 +24,18 @@ TASKS = {
     "compress": Task(model=True, ranks=True),
     "evaluate": Task(model=True, resumes=False),
     "sample": Task(model=True, resumes=False),
+    "export": Task(model=True, resumes=False),
 }
 
-# `compress` reads these knobs only when it trains models further.
+# Stands for `compress` among the readers of a knob that it reads only when it trains
+# models further.
 RECOVERY = "compress with compress.recover_ranks"
 _ALL = tuple(TASKS)
 _TRAINING = ("train", "experiment")
 _RUNS = (*_TRAINING, RECOVERY)
 _RANKS = tuple(name for name, task in TASKS.items() if task.ranks)
 _MODEL = tuple(name for name, task in TASKS.items() if task.model)
+_WITH_TEXT = tuple(name for name in TASKS if name not in ("sample", "export"))
 _OTHER_CONFIG = "leave it out, and start from the task's own file in configs/"
 # The tasks that read a knob, and the remedy in other tasks. A knob without an entry has
 # that of its section.
@@ -41,9 +44,10 @@ _READERS = {
     "arm": (("train",), "an experiment has experiment.arms"),
     "workdir": (_ALL, ""),
     "seed": ((*_RUNS, "sample"), "leave it out"),
-    "overwrite": ((*_RANKS, "train"), "leave it out"),
+    "overwrite": ((*_RANKS, "train", "export"), "leave it out"),
     "build_prerequisites": (("train",), "leave it out"),
-    "model_path": (_MODEL, "train a run further with configs/recover.py"),
+    "model_path": ((*_MODEL, "train"), "an experiment trains its own D"),
+    "format": (("export",), "write a run with configs/export.py"),
     "split": (("compress", "evaluate"), "measure a run with configs/evaluate.py"),
     # A config of an experiment may also train its D alone.
     "ranks": (("train", *_RANKS), "leave it out"),
@@ -51,7 +55,7 @@ _READERS = {
     "model.n_embd_wte": (
         ("train", "evaluate", "sample"), "set its ranks with --config.ranks"
     ),
-    "data": (tuple(task for task in _ALL if task != "sample"), "leave it out"),
+    "data": (_WITH_TEXT, "leave it out"),
     "data.tokenizer": (_ALL, ""),
     "train": (_RUNS, _OTHER_CONFIG),
     "train.batch_size": ((*_TRAINING, "factorize", "compress"), _OTHER_CONFIG),
@@ -85,7 +89,7 @@ _READERS = {
     "telemetry": (_RUNS, _OTHER_CONFIG),
     "telemetry.tensorboard": ((*_TRAINING, "factorize", "compress"), _OTHER_CONFIG),
     "experiment": (("experiment",), "use configs/experiment.py"),
-    "mesh": (tuple(task for task in _ALL if task != "sample"), "leave it out"),
+    "mesh": (_WITH_TEXT, "leave it out"),
     "distributed": (_ALL, ""),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, naming
 from pcagpt.files import is_settled, read_json, read_once, stamp_of, write_json
 
 NAME = ".pcagpt-content.json"
@@ -79,7 +79,7 @@ def _read(path: Path) -> Content:
     whole, narrow = hashlib.sha256(), hashlib.sha256()
     size, is_narrow = 0, True
     highest = dict.fromkeys(_WIDTHS, 0)
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             size += len(chunk)
             whole.update(chunk)

@@ -18,11 +18,11 @@ import numpy as np
 import tiktoken
 
 from pcagpt.data import vocabulary
-from pcagpt.data.meta import CorpusInfo, present_splits, read_meta
-from pcagpt.data.sources import TokenFolder, find_source
+from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
+from pcagpt.data.sources import NAMED, TokenFolder, find_source, import_package
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.files import read_json
 from pcagpt.sharding import processes
 
@@ -213,16 +213,11 @@ def check_splits(info: CorpusInfo, needed: Collection[str], place: object) -> No
     for split in needed:
         if split in info.splits:
             continue
-        odd = "".join(
-            f"; {path.name} is {'a folder' if path.is_dir() else 'a link to nothing'}"
-            for path in sorted(folder.glob(f"*{split}*"))
-            if not path.is_file()
-        )
         ending = "bin" if present_splits(folder) else "txt"
+        present = (", ".join(info.splits) or "none") + odd_splits(folder, [split])
         raise UserError(
-            f"no '{split}' split in {place} (present: "
-            f"{', '.join(info.splits) or 'none'}{odd}): add a file for it, such as "
-            f"{split}.{ending}, or ask for a split that is there"
+            f"no '{split}' split in {place} (present: {present}): add a file for it, "
+            f"such as {split}.{ending}, or ask for a split that is there"
         )
 
 
@@ -236,6 +231,16 @@ def describe_corpus(
     info = find_source(source).info(tokenizer)
     check_splits(info, splits, source)
     return info
+
+
+def check_package(source: str, cache_dir: Path, tokenizer: str = "auto") -> None:
+    """Raises UserError if `open_corpus` would need a package that is not there."""
+    if source not in NAMED:
+        return
+    found = find_source(source)
+    folder = _folder_name(found.fingerprints()[0], found.info(tokenizer))
+    if not (cache_dir / folder).is_dir():
+        import_package(source)
 
 
 def open_corpus(
@@ -285,7 +290,8 @@ def _open(
         for fingerprint in dict.fromkeys(fingerprints)
     )
     if not folder.is_dir():
-        write_token_folder(folder, found, info, fingerprints)
+        with naming(cache_dir, "--config.data.cache_dir"):
+            write_token_folder(folder, found, info, fingerprints)
     made = _made(folder, info)
     return Corpus(**vars(made), folder=folder, cache_dir=cache_dir, older=tuple(older))
 

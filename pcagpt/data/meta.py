@@ -5,13 +5,14 @@ import hashlib
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from pcagpt.data import vocabulary
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import read_json
+from pcagpt.files import odd_kind, read_json, refuse_odd
 
 SPLITS = ("train", "val", "test")
 MOST_TOKENS = 10**8  # of a vocabulary; known ones have less than 10**6
@@ -57,6 +58,14 @@ def present_splits(folder: Path) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
 
 
+def odd_splits(folder: Path, splits: Iterable[str] = SPLITS) -> str:
+    """'; train.bin is a named pipe' for what is no file, but named as a split's."""
+    odd = {path for split in splits for path in folder.glob(f"*{split}*")}
+    return "".join(
+        f"; {path.name} is {kind}" for path in sorted(odd) if (kind := odd_kind(path))
+    )
+
+
 def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     """Reads meta.json and nanoGPT's meta.pkl, but no token file.
 
@@ -75,6 +84,8 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     if tokenizer != "auto":
         tokenizer = vocabulary.name_of(tokenizer)
     path, pickled = (folder / name for name in META_FILES)
+    for file in (path, pickled):
+        refuse_odd(file)
     is_assumed = False
     if path.is_file():
         meta = read_json(path, 'write it again, e.g. {"vocab_size": 50257}')
@@ -240,7 +251,7 @@ def _read_pickle(path: Path) -> dict:
         if not isinstance(meta, dict):
             raise TypeError(f"it is a {type(meta).__name__}")
     except Exception as error:  # A damaged pickle can raise almost any error.
-        if found := unreadable(error):
+        if found := unreadable(error, path):
             raise found from None
         reason = " ".join(str(error).split()) or "it is damaged"
         raise UserError(

@@ -6,12 +6,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from pcagpt.data import content, text_files, vocabulary
-from pcagpt.data.meta import META_FILES, SPLITS, CorpusInfo, present_splits, read_meta
+from pcagpt.data.meta import (
+    META_FILES,
+    SPLITS,
+    CorpusInfo,
+    odd_splits,
+    present_splits,
+    read_meta,
+)
 from pcagpt.data.tokenizer import packaged_bytes
-from pcagpt.errors import FAILING, UserError
+from pcagpt.errors import FAILING, UserError, naming
+from pcagpt.files import odd_kind
 
 Document = Iterable[str]  # consecutive blocks of its text, of any size
 
@@ -78,8 +87,9 @@ def find_source(source: str) -> TextSource | TokenFolder:
         return TextSource(source, tokenizer, lambda: (version,), documents, line)
     folder = Path(source)
     if not folder.is_dir():
-        absent = "is a link to nothing" if folder.is_symlink() else "does not exist"
-        problem = "is a file" if folder.exists() else absent
+        absent = "is a file" if folder.exists() else "does not exist"
+        kind = odd_kind(folder)
+        problem = f"is {kind}" if kind else absent
         raise UserError(
             f"data source '{source}' {problem}: give {', '.join(map(repr, NAMED))} or "
             "a folder of .bin or text files, as --config.data.source"
@@ -91,7 +101,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
         raise UserError(
             f"nothing recognisable in {folder}: it must hold train.bin and val.bin, or "
             f"text files named by split and ending in {', '.join(text_files.ENDINGS)}, "
-            "such as train.txt and val.txt"
+            f"such as train.txt and val.txt{odd_splits(folder)}"
         )
     name = re.sub(r"[^\w.-]+", "_", folder.resolve().name) or "text"
     documents = {
@@ -132,8 +142,13 @@ def _sotu_blocks(split: str) -> Iterable[Document]:
     return [[address] for address in sotu_documents(split)]
 
 
-def _wikitext_documents(split: str) -> Iterator[Document]:
-    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
+def import_package(source: str) -> None:
+    """Raises UserError if the text of a source needs a package that is not there."""
+    if source == "wikitext103":
+        _import_datasets()
+
+
+def _import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError:
@@ -141,9 +156,16 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
             "the source 'wikitext103' needs the package `datasets`: "
             "pip install 'pcagpt[datasets]'"
         ) from None
+    return datasets
+
+
+def _wikitext_documents(split: str) -> Iterator[Document]:
+    """A raw split of WikiText-103 as one document, byte for byte as in its file."""
+    datasets = _import_datasets()
     hub_split = "validation" if split == "val" else split
     try:
-        rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
+        with naming("the cache of the package `datasets`", "HF_HOME"):
+            rows = datasets.load_dataset(*_WIKITEXT, split=hub_split)
     except OSError as error:
         if error.errno in {*FAILING, errno.EACCES, errno.EROFS}:  # not of the network
             raise

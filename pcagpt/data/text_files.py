@@ -11,7 +11,7 @@ from pathlib import Path
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import SPLITS
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, naming
 from pcagpt.files import read_once
 
 ENDINGS = (".txt", ".raw", ".tokens", ".text")
@@ -111,7 +111,7 @@ def fingerprints(files: TextFiles) -> tuple[str, str]:
 
 def read_text(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file as they are, without a byte order mark."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with naming(path), path.open(encoding="utf-8-sig", newline="\n") as file:
         yield from file
 
 
@@ -123,7 +123,7 @@ def _check(path: Path) -> tuple[str, bool]:
     """
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     line, end, is_marked = 1, b"", False
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while True:
             block = file.read(_BLOCK_BYTES)
             if not end:  # It is the first block.

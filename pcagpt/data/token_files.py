@@ -18,7 +18,7 @@ from pcagpt.data.content import Content, content_of
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, naming
 
 _CHUNK_TOKENS = 1 << 20
 _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
@@ -117,7 +117,7 @@ def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 def _refuse_foreign(path: Path) -> None:
     """Raises for the beginning of another kind of file."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if kind := foreign_kind(head):
         raise UserError(f"{path} holds no token ids, it is {kind}")

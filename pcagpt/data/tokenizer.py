@@ -46,6 +46,16 @@ def rank_file(name: str) -> RankFile:
     return RANKS[name]
 
 
+def how_to_name_tokens(vocab_size: int) -> str:
+    """What a person can do so that ids of a vocabulary stand for text."""
+    names = [name for name, (size, _) in RANKS.items() if size <= vocab_size]
+    named = f"set --config.data.tokenizer={' or '.join(names)} if it made them, or "
+    return (
+        f'{named if names else ""}give the text of each id as "itos" in the meta.json '
+        "of the corpus"
+    )
+
+
 def packaged_bytes(file: str, sha256: str) -> bytes:
     """Reads a file in pcagpt/assets; UserError if its hash differs."""
     path = ASSETS / file

@@ -100,7 +100,11 @@ def known_name(file: Path) -> str | None:
         has_pattern = cut.get("type") == "ByteLevel" and not (
             cut.get("add_prefix_space") or whole.get("normalizer")
         )
-    return "gpt2" if has_pattern and _id_of_text(file) == _gpt2() else None
+    if not has_pattern:
+        return None
+    own = _id_of_text(file)
+    fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
+    return next((name for name in fitting if own == _vocabulary_of(name)), None)
 
 
 def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
@@ -197,13 +201,25 @@ def _ranks(file: Path) -> tuple[dict[bytes, int], int]:
 
 
 @functools.cache
-def _gpt2() -> dict[str, int]:
-    """GPT-2's vocab.json, in which a letter stands for each byte."""
+def _vocabulary_of(name: str) -> dict[str, int]:
+    """vocab.json of a tokenizer of the package."""
+    encoding = load_tokenizer(name)
+    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    found = {letters_of(token): number for number, token in enumerate(tokens)}
+    return found | {END_OF_TEXT: encoding.eot_token}
+
+
+@functools.cache
+def _letters() -> dict[int, str]:
+    """The letter that stands for each byte in the files of GPT-2's tokenizer."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    letters = {byte: chr(byte) for byte in plain}
-    letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-    gpt2 = load_tokenizer("gpt2")
-    tokens = map(gpt2.decode_single_token_bytes, range(gpt2.eot_token))
-    found = {"".join(letters[b] for b in token): id for id, token in enumerate(tokens)}
-    return found | {END_OF_TEXT: gpt2.eot_token}
+    return {
+        **{byte: chr(byte) for byte in plain},
+        **{byte: chr(256 + number) for number, byte in enumerate(others)},
+    }
+
+
+def letters_of(token: bytes) -> str:
+    """A token as GPT-2's files write it: a letter for each byte."""
+    return "".join(map(_letters().__getitem__, token))

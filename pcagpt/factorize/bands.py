@@ -58,12 +58,22 @@ class Factorizer:
         singular_value_split: float = 0.0,
     ):
         self._table_VD, self._split = table_VD, singular_value_split
+        self._method = method
         self._weighting = METHODS[method].weigh(table_VD, statistics)
 
     @functools.cached_property
     def factors(self) -> Factors:
-        """The factors of a single band, for all ranks."""
-        return solve(self._table_VD, self._weighting)
+        """The factors of a single band, for all ranks.
+
+        Raises UserError if the weighting leaves nothing of the table.
+        """
+        factors = solve(self._table_VD, self._weighting)
+        if not factors.singular_values.any():
+            raise UserError(
+                f"the table is 0 under the weights and the mean of '{self._method}': "
+                "choose another method, such as svd"
+            )
+        return factors
 
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
         """A table that stores at most `budget` values; `bands` as in `banded`.

@@ -13,14 +13,18 @@ import numpy as np
 
 def _std(wte_VK, scale_KD, random):
     """Gaussian factors with the same root mean squares."""
-    return tuple(
-        random.normal(scale=np.sqrt(np.mean(np.square(factor))), size=factor.shape)
-        for factor in (wte_VK, scale_KD)
-    )
+
+    def gaussian(factor):
+        size = np.sqrt(np.mean(np.square(factor)))
+        return random.normal(scale=size, size=factor.shape)
+
+    return gaussian(wte_VK), None if scale_KD is None else gaussian(scale_KD)
 
 
 def _spectrum(wte_VK, scale_KD, random):
     """Random orthonormal bases on both sides, with the product's singular values."""
+    if scale_KD is None:
+        return np.matmul(*_spectrum(wte_VK, np.eye(wte_VK.shape[1]), random)), None
     rank = wte_VK.shape[1]
     # QR reduces the SVD from a V x D to a K x K matrix.
     singular_R = np.linalg.svd(
@@ -42,6 +46,8 @@ def _rows(wte_VK, scale_KD, random):
     return random.permutation(wte_VK), scale_KD
 
 
+# Each takes (wte [V, K], scale [K, D] or None in a band at full width, generator) and
+# returns new factors of these shapes.
 CONTROLS: dict[str, Callable] = {"std": _std, "spectrum": _spectrum, "rows": _rows}
 
 
@@ -54,12 +60,7 @@ def control(
     """Random float32 factors of the same shapes that keep one property.
 
     `keep` is a key of `CONTROLS`. `wte_VK` has no padding rows. A band at full width
-    (scale None) is treated as the product with an identity matrix.
+    has no scale.
     """
-    is_full = scale_KD is None
-    if is_full:
-        scale_KD = np.eye(wte_VK.shape[1])
     wte, scale = CONTROLS[keep](wte_VK, scale_KD, random)
-    if is_full and keep == "spectrum":
-        wte = wte @ scale  # With the other controls, wte alone keeps the property.
-    return wte.astype(np.float32), None if is_full else scale.astype(np.float32)
+    return wte.astype(np.float32), None if scale is None else scale.astype(np.float32)

@@ -23,6 +23,7 @@ from pcagpt.files import (
     check_fields,
     check_values,
     digests_of,
+    open_file,
     read_json,
     read_npy,
     read_npz,
@@ -97,7 +98,7 @@ def not_ours(
 def changed(folder: Path, ranks: Iterable[int]) -> list[Path]:
     """Files that `write` would replace and that were changed since it wrote them.
 
-    Any folder of bands counts: it may hold a person's files.
+    A folder of bands always counts, because it may hold a person's files.
     """
     listed = _listed(folder)
     files = [path(folder, rank) for rank in ranks for path in (table_path, scale_path)]
@@ -149,7 +150,8 @@ def write(
     write_npy(folder / SPECTRUM_FILE, np.asarray(singular_values, np.float64))
     files |= digests_of(folder, [path.name for path in written])
     ended = {"unfinished": sorted(left)} if left else {}
-    write_json(folder / METADATA_FILE, metadata | {"files": files} | ended)
+    stated = {"ranks": ranks, "files": files}
+    write_json(folder / METADATA_FILE, metadata | stated | ended)
 
 
 def write_bands(folder: Path, table: FactorizedTable) -> None:
@@ -226,6 +228,8 @@ def read_metadata(folder: Path) -> dict | None:
     if metadata is None:
         return None
     metadata.pop("files", None)
+    if not {"ranks", "unfinished"} & metadata.keys():
+        raise UserError(f"{path} is damaged (it has no 'ranks'): {remedy}")
     check_fields(
         metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
     )
@@ -259,12 +263,17 @@ def sha256_of_bands(folder: Path) -> str:
     _checked_file(folder / ORDER_FILE)
     # A person may keep other files there. Older versions list none.
     names = [*_listed(folder)] or [path.name for path in folder.glob("*.np[yz]")]
-    content = b"".join((folder / name).read_bytes() for name in sorted(names))
-    return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        with open_file(folder / name) as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _listed(folder: Path) -> dict[str, Any]:
     """The digests in a folder's metadata, for `check_digests`; {} without."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: correct the path")
     remedy = (
         f"delete {folder} and run the command that made it again, or delete only this "
         "file if the files beside it are your own"
@@ -300,6 +309,26 @@ def read_table(path: str | Path) -> np.ndarray:
     Raises UserError unless the file holds a finite floating-point matrix.
     """
     return _checked(read_npy(_checked_file(Path(path))), 2, str(path))
+
+
+def check_rows_differ(table_VD: np.ndarray, what: object) -> None:
+    """Raises UserError for a table to factorize that tells no tokens apart."""
+    if table_VD.any() and (len(table_VD) == 1 or (table_VD != table_VD[0]).any()):
+        return
+    content = "the same row for every token" if table_VD.any() else "only zeros"
+    raise UserError(
+        f"{what} holds {content}: there is nothing to factorize; give the table of a "
+        "trained model"
+    )
+
+
+def check_not_zero(factors: Iterable[np.ndarray | None], what: object) -> None:
+    """Raises UserError if one of the factors to start from holds only zeros."""
+    if any(factor is not None and not factor.any() for factor in factors):
+        raise UserError(
+            f"{what} holds only zeros, from which nothing can be learned: write it "
+            "again from the table of a trained model"
+        )
 
 
 def read_scale_matrices(path: str | Path) -> ScaleMatrices:

@@ -17,11 +17,13 @@ from pcagpt.model.config import (
     BLOCK_KNOBS,
     DEVICE_KNOBS,
     LEVELS,
+    TABLE_KNOBS,
     WIDTHS,
     BandSpec,
     GPTConfig,
 )
 from pcagpt.model.embedding import (
+    FULL_TABLE,
     BandLeaves,
     Head,
     HeadBand,

@@ -12,7 +12,7 @@ LEVELS = sum(2**width for width in WIDTHS)  # of the codes of all widths
 # resumed and evaluated with other values.
 DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
 # Knobs about the token table.
-_TABLE_KNOBS = (
+TABLE_KNOBS = (
     "vocab_size", "vocab_multiple", "n_embd_wte", "n_embd_wte_scale_tying",
     "band_sizes", "band_ranks", "band_blocks",
 )  # fmt: skip
@@ -80,5 +80,5 @@ class GPTConfig:
 BLOCK_KNOBS = tuple(
     field.name
     for field in dataclasses.fields(GPTConfig)
-    if field.name not in (*DEVICE_KNOBS, *_TABLE_KNOBS, "dropout")
+    if field.name not in (*DEVICE_KNOBS, *TABLE_KNOBS, "dropout")
 )

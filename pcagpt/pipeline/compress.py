@@ -13,7 +13,7 @@ import jax
 from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import factor_methods, left_out, recipes
 from pcagpt.compress.codes import KINDS
-from pcagpt.compress.export import check_place
+from pcagpt.compress.export import check_place, is_of_another
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import Models, add_recovered, models_of, sweep
@@ -28,7 +28,7 @@ from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import recovered_rows
 from pcagpt.rows import REMEDY, Recipe
 from pcagpt.run import checkpoint, lock, provenance
-from pcagpt.run.folder import read_result
+from pcagpt.run.folder import check_link, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 
@@ -68,6 +68,8 @@ def compress(settings: Settings, command: str) -> None:
         models = models_of(folder, tried)
 
     def check_folder() -> None:
+        for place in (folder, *sorted(models)):
+            check_link(place)
         if not settings.overwrite:
             _check_file(path, original)
             for model in sorted(models):
@@ -77,6 +79,7 @@ def compress(settings: Settings, command: str) -> None:
         say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
     with lock.held(folder, meanwhile=check_folder) as check_lock:
         processes.from_first(check_folder)
+        processes.from_first(lambda: _tell_of_others(folder, models, original))
 
         def check_inputs() -> None:
             check_lock()
@@ -179,6 +182,19 @@ def _check_file(path: Path, original: Original) -> None:
         raise UserError(
             f"{path} holds other numbers, {'; '.join(differing)}: use another "
             "--config.workdir, or --config.overwrite=True to move them aside"
+        )
+
+
+def _tell_of_others(folder: Path, models: Models, original: Original) -> None:
+    """Prints a line for each best model that is of another D."""
+    run = original.run
+    for place in sorted(folder.glob("best_*")):
+        if ".replaced-" in place.name or not is_of_another(place, original):
+            continue
+        renewed = place in models
+        remedy = "this sweep renews it" if renewed else "sweep its rank, or delete it"
+        say(
+            f"{place} belongs to another D than {run.folder}, step {run.step}: {remedy}"
         )
 
 

@@ -12,9 +12,12 @@ _KNOBS = {
     "calibration_batch_size": "train.batch_size",
     "calibration_tokens": "compress.calibration_tokens",
     "compute_dtype": "model.compute_dtype",
+    "evaluated_tokens": "evaluate.max_tokens",
     "method": "factorize.method",
     "singular_value_split": "factorize.singular_value_split",
 }
+# What the absence of a part means; of others, that it is unknown or not set.
+_ABSENT = {"evaluated_tokens": "the whole split"}
 
 
 def differences(
@@ -30,5 +33,8 @@ def differences(
         if old != new:
             is_knob = name in _KNOBS and old is not None
             hint = f"; use {override(_KNOBS[name], old)} to match" if is_knob else ""
-            found.append(f"{name} (there {shown(old)}, here {shown(new)}{hint})")
+            old, new = (
+                shown(_ABSENT.get(name) if v is None else v) for v in (old, new)
+            )
+            found.append(f"{name} (there {old}, here {new}{hint})")
     return found

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from pcagpt.errors import FAILING, UserError
+from pcagpt.data.tokenizer import how_to_name_tokens
+from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
 from pcagpt.pipeline.job import Job, Kind, Status
 from pcagpt.pipeline.plan import Plan
 from pcagpt.report import collect_results, write_report
@@ -15,12 +16,12 @@ from pcagpt.telemetry.metrics import import_wandb
 from pcagpt.training.setup import Setup
 
 
-def check(plan: Plan) -> dict[Job, Status]:
+def check(plan: Plan, writes: bool = True) -> dict[Job, Status]:
     """Makes the fast checks; returns the status of each job that is needed.
 
     A finished run does not need its prerequisites, unless the factorization on disk
-    differs from the one in the settings. Writes only caches. All processes must call
-    this.
+    differs from the one in the settings. Writes only caches. If no job writes anything,
+    or without `writes`, the workdir may be read-only. All processes must call this.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run
@@ -28,17 +29,19 @@ def check(plan: Plan) -> dict[Job, Status]:
         or the corpus does not exist.
     """
     # Other commands may be at work: every process must see the same.
-    return processes.from_first(lambda: _check(plan))
+    return processes.from_first(lambda: _check(plan, writes))
 
 
-def _check(plan: Plan) -> dict[Job, Status]:
+def _check(plan: Plan, writes: bool) -> dict[Job, Status]:
     """As `check`, in one process."""
     settings = plan.settings
-    check_workdir(settings.workdir)
+    check_workdir(settings.workdir, writes=False)
     if settings.telemetry.wandb:
         import_wandb()
     needed = _needed(plan)
     to_do = [job for job, status in needed.items() if status.kind != Kind.DONE]
+    if to_do and writes:
+        check_workdir(settings.workdir)
     for job in to_do:
         if not job.is_target and not settings.build_prerequisites:
             raise job.missing_error()
@@ -80,11 +83,12 @@ def execute(plan: Plan, command: str) -> None:
         # New runs are compared with finished ones: both must have the same tokens.
         if status.kind != Kind.TO_DO and (line := job.compare_corpus(bool(setups))):
             say(line)
-    for corpus in _corpora_without_text(setups.values()):
+    for name, vocab_size in _corpora_without_text(setups.values()):
         say(
-            f"{corpus} holds bare token ids: its models cannot be sampled, unless "
-            "--config.data.tokenizer names the tokenizer"
+            f"{name} holds bare token ids: to sample its models, "
+            f"{how_to_name_tokens(vocab_size)}"
         )
+    is_new = bool(setups)
     for job in list(setups):
         # `pop` frees the memory of a teacher before the next job.
         job.run(setups.pop(job))
@@ -99,8 +103,14 @@ def execute(plan: Plan, command: str) -> None:
     if jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
-        write_report(workdir, results)
-        say(f"report: {workdir / 'report.html'}")
+        try:
+            write_report(workdir, results)
+        except OSError as error:
+            if is_new or error.errno not in READ_ONLY:
+                raise
+            warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
+        else:
+            say(f"report: {workdir / 'report.html'}")
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:
@@ -113,16 +123,22 @@ def _needed(plan: Plan) -> dict[Job, Status]:
     return {job: statuses.get(job) or job.status() for job in jobs}
 
 
-def _corpora_without_text(setups: Iterable[Setup | None]) -> set[str]:
-    """Names of the corpora of training runs whose tokens stand for no known text."""
+def _corpora_without_text(setups: Iterable[Setup | None]) -> set[tuple[str, int]]:
+    """(name, vocabulary) of the corpora whose tokens stand for no known text."""
     corpora = [setup.corpus for setup in setups if setup is not None]
-    return {c.name for c in corpora if c.tokenizer is None and c.characters is None}
+    bare = [c for c in corpora if c.tokenizer is None and c.characters is None]
+    return {(corpus.name, corpus.vocab_size) for corpus in bare}
 
 
-def check_workdir(workdir: str) -> None:
-    """Raises UserError if nothing can be written there, OSError if the system fails."""
+def check_workdir(workdir: str, writes: bool = True) -> None:
+    """Raises UserError if nothing can be written there, OSError if the system fails.
+
+    Without `writes`, a read-only folder is accepted.
+    """
     path = Path(workdir).absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+    if nearest.is_dir() and not writes:
+        return
     try:  # In /proc, the permissions alone would allow it.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:

@@ -18,7 +18,7 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
-from pcagpt.run.folder import move_aside, read_result
+from pcagpt.run.folder import check_link, move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.metrics import Telemetry
@@ -70,6 +70,7 @@ class FactorizeJob(Job):
 
     def _find_work(self) -> Work | None:
         """What is left to do, or None; raises the same as `status`."""
+        check_link(self.folder)
         metadata = factor_files.read_metadata(self.folder)
         described = metadata["ranks"] if metadata else {}
         in_bands = self.settings.factorize.bands > 1
@@ -174,7 +175,8 @@ class FactorizeJob(Job):
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
         if self._is_bare_table:
-            shape = factor_files.read_table(self.source).shape
+            table_VD = factor_files.read_table(self.source)
+            shape = table_VD.shape
         elif self.settings.task == "factorize":
             shape = Run.asked(self.settings).table_shape
         else:
@@ -186,6 +188,8 @@ class FactorizeJob(Job):
                     f"its rank is at most {min(shape)}"
                 )
         self._given_statistics(shape)
+        if self._is_bare_table:  # The weights of a run are read later.
+            factor_files.check_rows_differ(table_VD, self.source)
 
     def _has_other_files(self) -> bool:
         """Whether the folder has files that may not be replaced, of another source."""

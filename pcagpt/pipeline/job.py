@@ -52,7 +52,7 @@ class Job(abc.ABC):
 
     @property
     def made(self) -> str:
-        """As `amount`, of what is in the folder of a job that is done."""
+        """The `amount` that the folder of a finished job holds."""
         return self.amount
 
     @property

@@ -16,9 +16,9 @@ from pcagpt.config.schema import (
     FactorizeSettings,
     InitSettings,
 )
-from pcagpt.errors import UserError
+from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import factor_files
-from pcagpt.model import DEVICE_KNOBS
+from pcagpt.model import DEVICE_KNOBS, TABLE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
@@ -41,7 +41,8 @@ class Plan(NamedTuple):
 def make_plan(settings: Settings) -> Plan:
     """The plan of a 'train', 'factorize' or 'experiment' task.
 
-    Besides the settings, it reads only the record of the run in `init.weights_from`.
+    Besides the settings, it reads only the record of the run in `init.weights_from` or
+    `model_path`.
 
     Raises:
       UserError: that run does not exist or contradicts the `model` knobs.
@@ -81,6 +82,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
         {
             "task": "train",
             "arm": "baseline",
+            "model_path": "",
             "workdir": str(folder),
             "data": baseline.data(settings.data),
             "data.cache_dir": str(settings.cache_dir),
@@ -139,24 +141,54 @@ def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
 
 
 def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
-    """One run, with its prerequisites before it."""
+    """One run, with its prerequisites before it; D may be given as `model_path`."""
+    if settings.model_path:
+        settings = _like_baseline(settings)
     run = _train_job(settings, settings.arm)
     taken = _taken_from_baseline(settings, settings.arm)
     if not taken:
         return (run,)
-    baseline = _train_job(_full(settings), "baseline", for_arm=settings.arm)
-    if not any(knob.startswith("init.import_") for knob in taken):
-        return baseline, run
-    one_rank = settings.replace({"ranks": (settings.model.n_embd_wte,)})
-    return baseline, _factorize_job(one_rank, baseline.folder, is_target=False), run
+    before: list[Job] = []
+    if not settings.model_path:
+        before.append(_train_job(_full(settings), "baseline", for_arm=settings.arm))
+    if any(knob.startswith("init.import_") for knob in taken):
+        one_rank = settings.replace({"ranks": (settings.model.n_embd_wte,)})
+        source = Path(_baseline(settings))
+        before.append(_factorize_job(one_rank, source, is_target=False))
+    return *before, run
+
+
+def _like_baseline(settings: Settings) -> Settings:
+    """The settings with the sizes of the D in `model_path`, and its tokenizer."""
+    source = Run.open(settings.model_path)
+    free = (*DEVICE_KNOBS, *TABLE_KNOBS, "dropout")
+    source.check_model(settings.model, free)
+    model = source.model_settings(settings.model, free)
+    sizes = {"model": model, "model.vocab_size": source.record["vocab_size"]}
+    settings = settings.replace({**sizes, "data": source.with_tokenizer(settings.data)})
+    check_rules(settings)
+    return settings
+
+
+def _baseline(settings: Settings, suffix: str = "") -> str:
+    """Where D is."""
+    in_workdir = Path(settings.workdir) / (ARMS["baseline"].run_name + suffix)
+    return settings.model_path or str(in_workdir)
 
 
 def _job_from_run(settings: Settings) -> TrainJob:
     """A run that copies the model and all weights of another run."""
-    source = Run.open(settings.init.weights_from)
+    try:
+        source = Run.open(settings.init.weights_from)
+    except Unreadable:
+        raise
+    except UserError as error:
+        raise UserError(f"init.weights_from: {error}") from None
     free = (*DEVICE_KNOBS, "dropout")
     source.check_model(settings.model, free)
-    settings = settings.replace({"model": source.model_settings(settings.model, free)})
+    model = source.model_settings(settings.model, free)
+    data = source.with_tokenizer(settings.data)
+    settings = settings.replace({"model": model, "data": data})
     check_rules(settings)
     # The table of a coded model has full width.
     is_compressed = settings.model.is_factorized or "compressed" in source.record
@@ -211,7 +243,7 @@ def _taken_from_baseline(
     """{knob: path} of what an arm takes from D and the settings do not name."""
     takes, init = ARMS[arm].takes, settings.init
     workdir, bands = Path(settings.workdir), settings.factorize.bands
-    baseline = str(workdir / (ARMS["baseline"].run_name + suffix))
+    baseline = _baseline(settings, suffix)
     needs_bands = ARMS[arm].has_bands_of_a and bands > 1
     needs_factors = "factors" in takes or needs_bands
     has_factors = (

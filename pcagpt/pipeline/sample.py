@@ -1,5 +1,7 @@
 """The task 'sample': continues a text with any trained or compressed model."""
 
+import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,7 +9,8 @@ import numpy as np
 from pcagpt.config import Settings
 from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
-from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.data.corpus import describe_corpus
+from pcagpt.data.tokenizer import END_OF_TEXT, how_to_name_tokens
 from pcagpt.errors import UserError
 from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
@@ -28,7 +31,7 @@ def sample(settings: Settings) -> list[str]:
         contradicts the run.
     """
     run, options = Run.asked(settings), settings.sample
-    tokenizer = _tokenizer(run, settings.data.tokenizer)
+    tokenizer = _tokenizer(run, settings)
     end = tokenizer.eot_token
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
     prompt = np.array(text or _beginning(tokenizer), np.int32)
@@ -68,27 +71,34 @@ def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int
     return tokenizer.encode("\n") if is_of_lines else [0]
 
 
-def _tokenizer(run: Run, asked: str) -> vocabulary.Tokenizer | CharacterTokenizer:
+def _tokenizer(
+    run: Run, settings: Settings
+) -> vocabulary.Tokenizer | CharacterTokenizer:
     """The run's own tokenizer, or the one that was asked for if the run has none."""
-    name, texts = run.record.get("tokenizer"), run.record.get("characters")
-    is_other = name and asked != "auto" and not run.has_tokenizer(asked)
-    if asked != "auto" and (texts or is_other):
-        own = name or f"its own {len(texts)} characters"
-        raise UserError(
-            f"data.tokenizer is '{asked}', but {run.folder} was trained on tokens of "
-            f"{own}: leave it out"
-        )
-    if not texts and not name and asked == "auto":
+    asked, rows = settings.data.tokenizer, run.record["vocab_size"]
+    if name := run.tokenizer_name(asked):
+        return vocabulary.load(name)
+    texts = run.record.get("characters") or _texts_of_corpus(run, settings)
+    if not texts:
         raise UserError(
             f"{run.folder} was trained on bare token ids: without a tokenizer there is "
-            "no text to show; name it, as in --config.data.tokenizer=gpt2"
+            f"no text to show; {how_to_name_tokens(rows)}"
         )
-    named = name if asked == "auto" else asked
-    tokenizer = CharacterTokenizer(tuple(texts)) if texts else vocabulary.load(named)
-    vocab_size = run.record["vocab_size"]
-    if vocab_size < tokenizer.n_vocab:
+    if rows < len(texts):
         raise UserError(
-            f"data.tokenizer: {named} has {tokenizer.n_vocab} tokens, the "
-            f"model of {run.folder} {vocab_size}: name the one that made its tokens"
+            f"{run.folder} has {len(texts)} characters, but its model knows {rows} "
+            "tokens: give both of one model"
         )
-    return tokenizer
+    return CharacterTokenizer(tuple(texts))
+
+
+def _texts_of_corpus(run: Run, settings: Settings) -> tuple[str, ...] | None:
+    """The texts that the corpus's meta file gives now; None if it gives none.
+
+    None also if the corpus is not the run's, or cannot be read.
+    """
+    own = dataclasses.replace(settings.data, source="")
+    with contextlib.suppress(UserError):
+        if describe_corpus(run.data(own).source).characters:
+            return run.corpus(own, settings.cache_dir, ()).characters
+    return None

@@ -11,6 +11,7 @@ from pcagpt.files import strict
 from pcagpt.pipeline import execute
 from pcagpt.pipeline.compress import compress, decide_effort
 from pcagpt.pipeline.evaluate import evaluate
+from pcagpt.pipeline.export import export
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.sample import sample
 from pcagpt.run.trained import Run
@@ -28,7 +29,7 @@ def preview(settings: Settings) -> str:
     """
     settings = decide_effort(settings, jax.default_backend())
     if TASKS[settings.task].makes_jobs:
-        lines = execute.describe(execute.check(make_plan(settings)))
+        lines = execute.describe(execute.check(make_plan(settings), writes=False))
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
@@ -56,4 +57,5 @@ DOES = {
     "compress": compress,
     "evaluate": _evaluate,
     "sample": _sample,
+    "export": lambda settings, _: export(settings),
 }

@@ -11,7 +11,12 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
-from pcagpt.data.corpus import Corpus, describe_corpus, open_corpus
+from pcagpt.data.corpus import (
+    Corpus,
+    check_package,
+    describe_corpus,
+    open_corpus,
+)
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
@@ -64,7 +69,7 @@ class TrainJob(Job):
 
     @property
     def made(self) -> str:
-        """As `amount`, of the run in the folder: a D may have had another budget."""
+        """The steps of the run in the folder, which may differ from `amount`."""
         steps = (read_result(self.folder) or {}).get("steps")
         return f"{steps:,} steps" if steps else "made elsewhere"
 
@@ -228,6 +233,7 @@ class TrainJob(Job):
             initialise.check_rank(self.settings)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
+        check_package(data.source, self.settings.cache_dir, data.tokenizer)
         build_config(self.settings.model, described.vocab_size)
 
     def check(self, missing: set[Path]) -> Setup | None:
@@ -252,9 +258,10 @@ class TrainJob(Job):
         """As `compare_corpus`, in one process."""
         try:
             corpus = self.corpus()
-        except UserError as error:
+        except (UserError, OSError) as error:
             if is_needed:
                 raise
+            # The tokens of a text may be lost, and the folder for them read-only.
             return f"{self.folder.name} is not compared with its corpus: {error}"
         self._check_tokens(corpus, look(self.folder).stored or {})
         return None

@@ -103,6 +103,8 @@ def _free(path: Path) -> Path:
 
 
 def _is_own(path: Path) -> bool:
+    if not path.is_file():  # A named pipe would be waited for.
+        return False
     if path.suffix == ".json":
         return is_sealed(path)
     content = path.read_bytes()

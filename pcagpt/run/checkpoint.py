@@ -215,7 +215,7 @@ def find(path: str | Path) -> tuple[Path, int]:
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
-            f"checkpoints/gpt_baseline, or train it first{_hub_hint(path)}"
+            f"checkpoints/gpt_baseline, or correct the path{_hub_hint(path)}"
         )
     run_dir, step = _parts(path)
     if step is not None:
@@ -232,7 +232,7 @@ def find(path: str | Path) -> tuple[Path, int]:
 def _hub_hint(path: Path) -> str:
     """Words for an error if a path may be a name on a hub, as in gpt2 or owner/gpt2."""
     is_owned = len(path.parts) == 2 and not path.parent.exists()
-    if path.exists() or path.is_absolute() or not (len(path.parts) == 1 or is_owned):
+    if path.exists() or not (len(path.parts) == 1 or is_owned):
         return ""
     return (
         "; pcagpt downloads no models: of one of Hugging Face's, give the folder that "
@@ -273,6 +273,8 @@ def exists(path: str | Path) -> bool:
 def _parts(path: Path) -> tuple[Path, int | None]:
     """Run folder and step that a path names."""
     path = foreign.folder_of(path)
+    if foreign.is_model(path):
+        return path, None
     if path.name.isdigit() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path.parent if path.name == FOLDER else path, None

@@ -94,7 +94,7 @@ def reading(folder: Path) -> Iterator[None]:
         raise
     # Orbax and what it calls raise errors of many types.
     except Exception as error:
-        if found := unreadable(error):
+        if found := unreadable(error, folder):
             raise found from None
         is_of_memory = "RESOURCE_EXHAUSTED" in str(error)
         is_proved = (folder / FILE).exists()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from pcagpt.config import KNOBS
+from pcagpt.files import open_file
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.run import checkpoint, digests
 from pcagpt.run.folder import choose
@@ -52,5 +53,6 @@ def _first(path: str | Path) -> str:
     name = "result.json" if (run_dir / "result.json").exists() else "config.json"
     for file in [run_dir / name] + [written] * (name == "config.json"):
         if file.exists():
-            digest.update(file.read_bytes())
+            with open_file(file) as content:
+                digest.update(content.read())
     return digest.hexdigest()

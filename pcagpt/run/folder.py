@@ -212,7 +212,7 @@ class FolderState:
 
     @property
     def stranger(self) -> str | None:
-        """Says which file belongs to another run, step or model.
+        """Why a file does not belong here: it is of another run, step or model.
 
         None if all belong together. A checkpoint that holds only weights, or a damaged
         one, is not judged.
@@ -238,13 +238,18 @@ class FolderState:
         return checkpoint.lack(self.folder)
 
 
+def check_link(path: Path) -> None:
+    """Raises UserError if a folder is a link to nothing: nothing can be made there."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to nothing: remove it, or mount its disk")
+
+
 def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     """Reads what a run's folder holds; `steps`: of these checkpoints only.
 
     Raises UserError if the folder is a link to nothing.
     """
-    if run_dir.is_symlink() and not run_dir.exists():
-        raise UserError(f"{run_dir} is a link to nothing: remove it, or mount its disk")
+    check_link(run_dir)
     saved = tuple(
         Saved(
             step,

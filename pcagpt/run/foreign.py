@@ -16,6 +16,7 @@ from pcagpt.data import vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
 from pcagpt.files import read_once
+from pcagpt.model import FULL_TABLE
 from pcagpt.run import hugging_face, nano_gpt, other_decoder
 
 STEP = 0  # of the only checkpoint
@@ -66,9 +67,9 @@ def _record(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict:
     """{'params', 'constants'} as a run of ours stores them; raises as `record_of`."""
     found = _format(folder).read_weights(folder)
-    table_VD = found["embed/band_0/wte"]
+    table_VD = found[FULL_TABLE]
     padding = -len(table_VD) % KNOBS["model.vocab_multiple"].default
-    found["embed/band_0/wte"] = np.pad(table_VD, ((0, padding), (0, 0)))
+    found[FULL_TABLE] = np.pad(table_VD, ((0, padding), (0, 0)))
     return {"params": trees.unflatten(found), "constants": {}}
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pcagpt.model import FULL_TABLE
+
 # {their name in a block: (ours, shape in multiples of the model's width)}
 _IN_BLOCK = {
     "ln_1.weight": ("ln_1/scale", (1,)),
@@ -41,7 +43,7 @@ def leaves(
 ) -> dict[str, Leaf]:
     """{their name without a prefix: the parameter} of a GPT-2 with a full table."""
     found = {
-        TABLE: Leaf("embed/band_0/wte", (vocab_size, n_embd)),
+        TABLE: Leaf(FULL_TABLE, (vocab_size, n_embd)),
         "wpe.weight": Leaf("wpe", (block_size, n_embd)),
         "ln_f.weight": Leaf("ln_f/scale", (n_embd,)),
         "ln_f.bias": Leaf("ln_f/bias", (n_embd,)),

@@ -14,15 +14,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields, parse_json, read_json
+from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
-_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# {field: its values with which pcagpt computes the same, transformers' default first}
+# {field: its values with which pcagpt computes the same (int: any whole number),
+# transformers' default first}
 _SUPPORTED: dict[str, tuple] = {
     "vocab_size": (50257, int),
     "n_positions": (1024, int),
@@ -122,8 +124,9 @@ def _config(folder: Path) -> dict[str, Any]:
     for name, value in config.items():
         default, *others = _SUPPORTED[name]
         if int in others:
-            is_right = type(value) is int and value > 0
-            wanted = "a positive whole number"
+            most = MOST_LAYERS if name == "n_layer" else MOST_TOKENS
+            is_right = type(value) is int and 0 < value <= most
+            wanted = f"a whole number from 1 to {most}"
         else:
             is_right = value in (default, *others) and type(value) is not int
             wanted = " or ".join(str(one) for one in (default, *others))

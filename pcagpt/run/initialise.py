@@ -236,6 +236,12 @@ def _check_bands(table: FactorizedTable, folder: str, config: GPTConfig) -> None
             f"{table.ranks} of width {table.width}, but this model has the bands "
             f"{wanted} of width {config.n_embd}"
         )
+    # A single band may be 0, such as that of tokens that never occur.
+    is_used = [
+        band.wte.any() and (band.scale is None or band.scale.any())
+        for band in table.bands
+    ]
+    factor_files.check_not_zero([np.array(is_used)], f"init.import_bands: {folder}")
 
 
 def _controls(
@@ -290,6 +296,7 @@ def _table(path: str, config: GPTConfig) -> np.ndarray:
             f"init.import_wte_npy: {path} is {table_VK.shape}, but this model needs "
             f"{wanted}: [vocabulary, model.n_embd_wte (if set) or model.n_embd]"
         )
+    factor_files.check_not_zero([table_VK], f"init.import_wte_npy: {path}")
     return table_VK
 
 
@@ -307,11 +314,12 @@ def _scales(path: str, config: GPTConfig) -> factor_files.ScaleMatrices:
             f"init.import_scale_matrices_npz: {path} is {shape}, but this model needs "
             f"{(rank, config.n_embd)}: [model.n_embd_wte, model.n_embd]"
         )
-    if not config.n_embd_wte_scale_tying:
-        return scales
-    if not np.array_equal(scales.scale_up, scales.scale_down):
+    ties = config.n_embd_wte_scale_tying
+    if ties and not np.array_equal(scales.scale_up, scales.scale_down):
         raise UserError(
             f"{path} has two different scale matrices, but this model ties them: set "
             "model.n_embd_wte_scale_tying=False"
         )
-    return scales._replace(scale_down=None)
+    name = f"init.import_scale_matrices_npz: {path}"
+    factor_files.check_not_zero([scales.scale_up, scales.scale_down], name)
+    return scales._replace(scale_down=None) if ties else scales

@@ -102,10 +102,7 @@ class Lock:
                     silent = _server_time(path.parent) - path.stat().st_mtime
                     lives, limit = silent < STALE, _limit(silent)
                 if lives:
-                    holders.append(
-                        f"process {owner.get('process')} on {owner.get('host')} holds "
-                        f"it since {owner.get('began')}{limit}"
-                    )
+                    holders.append(f"{_told(owner, path)}{limit}")
         return holders
 
 
@@ -162,6 +159,13 @@ def _this_process() -> dict[str, Any]:
         "kernel": _kernel(),
         "began": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def _told(owner: dict[str, Any], path: Path) -> str:
+    """Who holds a lock, from the content of its file, which may be damaged."""
+    if not {"process", "host", "began"} <= owner.keys():
+        return f"a command that {path} does not name holds it"
+    return "process {process} on {host} holds it since {began}".format_map(owner)
 
 
 def _limit(silent: float) -> str:

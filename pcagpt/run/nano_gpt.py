@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields
+from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names
 
 CHECKPOINT = "ckpt.pt"
@@ -64,10 +66,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments = {"bias": True} | stored["model_args"]  # The oldest have no switch.
     kinds = dict.fromkeys(_ARGUMENTS, (int,)) | {"bias": (bool,)}
     check_fields(arguments, kinds, f"{path}: model_args", _REMEDY)
-    if bad := [n for n in _ARGUMENTS if arguments[n] < 1]:
-        raise UserError(
-            f"{path}: model_args has {bad[0]} = {arguments[bad[0]]}: {_REMEDY}"
-        )
+    for name in _ARGUMENTS:
+        most = MOST_LAYERS if name == "n_layer" else MOST_TOKENS
+        if not 0 < arguments[name] <= most:
+            raise UserError(
+                f"{path}: model_args has {name} = {arguments[name]}, it must be from "
+                f"1 to {most}: {_REMEDY}"
+            )
     model, wanted = stored["model"], _leaves(arguments)
     tensors = {name: model[at] for name, at in plain_names(model).items()}
     lacking = [name for name in wanted if name not in tensors]

@@ -18,6 +18,7 @@ from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_cor
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
 from pcagpt.errors import UserError, warn_once
+from pcagpt.factorize.factor_files import check_rows_differ
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint, foreign
@@ -174,9 +175,14 @@ class Run:
         return self.record["vocab_size"], model.n_embd
 
     def table(self) -> np.ndarray:
-        """The full token table, float32 of `table_shape`; raises the same error."""
+        """The full token table to factorize, float32 of `table_shape`.
+
+        Raises UserError as `table_shape` and `check_rows_differ` do.
+        """
         vocab_size, _ = self.table_shape
-        return np.asarray(full_table(self.weights)[:vocab_size], np.float32)
+        table_VD = np.asarray(full_table(self.weights)[:vocab_size], np.float32)
+        check_rows_differ(table_VD, f"the token table of {self._checkpoint}")
+        return table_VD
 
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
@@ -186,10 +192,8 @@ class Run:
 
         Raises UserError if none was asked for and the run's record names none.
         """
-        if asked.source and self._decides_tokenizer(asked):
-            return dataclasses.replace(asked, tokenizer=self.record["tokenizer"])
         if asked.source:
-            return asked
+            return self.with_tokenizer(asked)
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).is_dir()
         tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
@@ -201,17 +205,18 @@ class Run:
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
-    def _decides_tokenizer(self, asked: DataSettings) -> bool:
-        """Whether a text is tokenized as the model of another program needs it.
+    def with_tokenizer(self, asked: DataSettings) -> DataSettings:
+        """`asked`, but a text gets the tokenizer of a model of another program.
 
-        A run of ours says in its record what it was trained on. Its own tokenizer is
-        never taken for another text without a word.
+        A run of ours was trained on a corpus that its record names. For another text,
+        its tokenizer must be named.
         """
-        is_open = asked.tokenizer == "auto" and "data" not in self.record
         name = self.record.get("tokenizer")
-        return bool(is_open and name) and isinstance(
-            find_source(asked.source), TextSource
-        )
+        is_open = asked.tokenizer == "auto" and "data" not in self.record
+        if not (name and is_open and asked.source):
+            return asked
+        is_text = isinstance(find_source(asked.source), TextSource)
+        return dataclasses.replace(asked, tokenizer=name) if is_text else asked
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -275,6 +280,30 @@ class Run:
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
+
+    def tokenizer_name(self, asked: str) -> str | None:
+        """The name of the run's tokenizer, or of the one that was asked for.
+
+        None if the run has none, or characters, and 'auto' was asked for. Raises
+        UserError for another tokenizer than the run's own, or one with too many tokens.
+        """
+        name, texts = (self.record.get(field) for field in ("tokenizer", "characters"))
+        if asked != "auto" and (texts or (name and not self.has_tokenizer(asked))):
+            own = name or f"its own {len(texts)} characters"
+            raise UserError(
+                f"data.tokenizer is '{asked}', but {self.folder} was trained on tokens "
+                f"of {own}: leave it out"
+            )
+        if texts or (asked == "auto" and not name):
+            return None
+        chosen = vocabulary.name_of(name if asked == "auto" else asked)
+        size, rows = vocabulary.describe(chosen).vocab_size, self.record["vocab_size"]
+        if rows < size:
+            raise UserError(
+                f"data.tokenizer: {chosen} has {size} tokens, the model of "
+                f"{self.folder} {rows}: name the one that made its tokens"
+            )
+        return chosen
 
     def has_tokenizer(self, name: str) -> bool:
         """Whether the run's own tokenizer is the one with this name.

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pcagpt.errors import UserError
-from pcagpt.files import check_size
+from pcagpt.files import check_size, refuse_odd
 from pcagpt.run import foreign
 
 
@@ -40,13 +40,17 @@ def read_weights(folder: Path) -> dict:
     if foreign.is_model(folder):
         return foreign.read_weights(folder)
     folder = folder.absolute() / "weights"
+    below = [*folder.rglob("*")]
+    for path in below:
+        if not path.is_dir():
+            refuse_odd(path)
     with _local_checkpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
         declared = sum(
             leaf.dtype.itemsize * math.prod(leaf.shape)
             for leaf in jax.tree.leaves(saved)
         )
-        stored = sum(path.stat().st_size for path in folder.rglob("*"))
+        stored = sum(path.stat().st_size for path in below)
         check_size(folder, declared, stored)
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
@@ -65,6 +69,8 @@ def read_updates(folder: Path) -> int | None:
     If it cannot be read, the number in the folder's name; `restore_latest` judges it.
     """
     folder = folder.absolute()
+    if foreign.is_model(folder):
+        return None
     if not any((folder / item).is_dir() for item in ("optimizer", "meta")):
         return None
     options = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from pcagpt.errors import UserError
-from pcagpt.files import check_fields, parse_json, strict, write_text
+from pcagpt.errors import UserError, naming
+from pcagpt.files import check_fields, open_file, parse_json, strict, write_text
 
 _LOGGER = logging.getLogger(__name__)
 # {field of a line in metrics.jsonl: its types}
@@ -31,8 +31,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Other lines are left out with one warning. The last line may be torn, because a
     killed run can leave the first half of a line.
     """
-    entries, bad = [], []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    entries, bad, lines = [], [], []
+    if path.exists():
+        with open_file(path) as file:
+            lines = file.read().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             entry = parse_json(line)
@@ -66,7 +68,7 @@ def _start_wandb(
     wandb = import_wandb()
     run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"
-    known = resume and id_file.exists()
+    known = resume and id_file.is_file()
     try:
         run = wandb.init(
             project=project,
@@ -152,7 +154,7 @@ class Telemetry:
             return
         counts = {"step": int(step), "tokens": int(tokens)}
         line = json.dumps(strict({**counts, "split": split, **metrics}))
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         scalars = {
             f"{split}/{name}": float(value)

@@ -70,8 +70,8 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
-        if settings.init.weights_from:
-            Run.open(settings.init.weights_from).check_corpus(corpus)
+        if source := settings.init.weights_from or settings.model_path:
+            Run.open(source).check_corpus(corpus)
         # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
         if mixed and jax.process_index() == 0:

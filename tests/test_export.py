@@ -1,0 +1,304 @@
+"""The task 'export': other programs, and pcagpt itself, read the same model."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from command_line import CONFIGS, ROOT, call, refusal, tiny
+from gpt2_folders import write as write_gpt2
+from runs import gpt_config, snapshot
+
+from pcagpt import trees
+from pcagpt.config.schema import ModelSettings
+from pcagpt.factorize import factor_files
+from pcagpt.model import GPT
+from pcagpt.run import checkpoint, fingerprint, hugging_face_files
+from pcagpt.run.folder import read_record, write_record
+from pcagpt.run.trained import Run
+
+pytestmark = pytest.mark.usefixtures("quick")
+V = 97
+SIZES = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+MODELS = {
+    "full": {},
+    "one rank": {"n_embd_wte": 4},
+    "equal scales": {"n_embd_wte": 4, "n_embd_wte_scale_tying": False},
+    "bands": {"band_sizes": (10, 40, 47), "band_ranks": (0, 8, 4)},
+    "packed": {
+        "band_sizes": (30, 67),
+        "band_ranks": (0, 0),
+        "band_blocks": (1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0),
+    },
+    "no bias, exact gelu": {"bias": False, "gelu": "exact"},
+}
+
+
+def write_run(folder, *, seed=0, record=None, vocab_size=V, **model):
+    """A run of random weights, made elsewhere; all scale matrices are equal."""
+    config = gpt_config(vocab_size=vocab_size, **SIZES, **model)
+    random = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "position_of_token" in name:
+            return random.permutation(vocab_size).astype(np.int32)
+        if np.issubdtype(leaf.dtype, np.integer):
+            high = np.iinfo(leaf.dtype).max
+            return random.integers(0, high, leaf.shape).astype(leaf.dtype)
+        centre, spread = (1, 0.1) if "'scale'" in name else (0, 0.2)
+        spread = 0.01 if "columns" in name else spread
+        return random.normal(centre, spread, leaf.shape).astype(np.float32)
+
+    shapes = jax.eval_shape(
+        GPT(config).init, jax.random.key(0), np.zeros((1, 1), np.int32)
+    )
+    variables = {"constants": {}} | jax.tree_util.tree_map_with_path(fill, shapes)
+    for band in variables["params"].get("embed", {}).values():
+        if "scale_down" in band:
+            band["scale_down"] = band["scale_up"].copy()
+    checkpoint.save_weights(folder, variables)
+    stored = {
+        "model": SIZES | model,
+        "vocab_size": vocab_size,
+        "data": {"source": "here"},
+    }
+    write_record(folder, stored | (record or {}))
+    return folder
+
+
+def run_export(model, workdir, form="hf", *words):
+    asked = f"--config.model_path={model}", f"--config.workdir={workdir}"
+    outcome = call(
+        f"--config={CONFIGS / 'export.py'}", *asked, f"--config.format={form}", *words
+    )
+    assert outcome.code == 0, outcome
+    return workdir / "exported" / f"{model.name}_{form}"
+
+
+def logits_of(folder):
+    model, variables = Run.open(folder).load(ModelSettings(compute_dtype="float32"))
+    tokens_BT = np.random.default_rng(5).integers(0, V, (3, 16))
+    return np.asarray(model.apply(variables, tokens_BT))
+
+
+def loss_of(folder, workdir, corpus_folder):
+    asked = {"model_path": folder, "workdir": workdir, "model": {"n_layer": 2}}
+    outcome = call(*tiny("evaluate.py", corpus_folder, **asked))
+    assert outcome.code == 0, outcome
+    return json.loads(outcome.out)["loss"]
+
+
+@pytest.fixture(params=MODELS)
+def run(request, tmp_path):
+    return write_run(tmp_path / "run", **MODELS[request.param])
+
+
+def test_an_exported_model_is_read_back_as_the_same_model(run, tmp_path, corpus_folder):
+    made = run_export(run, tmp_path / "work")
+    assert not list(made.parent.glob(".*"))
+    assert len({path.stat().st_mode for path in made.iterdir()}) == 1
+    wanted, found = logits_of(run), logits_of(made)
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
+    losses = [loss_of(one, tmp_path / "work", corpus_folder) for one in (run, made)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    again = run_export(made, tmp_path / "again")
+    assert fingerprint.of(again) == fingerprint.of(made)
+
+
+def test_the_folder_has_one_table_of_the_real_vocabulary(tmp_path):
+    run = write_run(tmp_path / "run", n_embd_wte=4)
+    made = run_export(run, tmp_path)
+    content = (made / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["transformer.wte.weight"]["shape"] == [V, 16]
+    assert header["transformer.h.0.mlp.c_fc.weight"]["shape"] == [16, 64]
+    assert header["__metadata__"] == {"format": "pt"}
+    assert "lm_head.weight" not in header
+    config = json.loads((made / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert config["vocab_size"] == V
+    card = (made / "README.md").read_text()
+    assert "This form saves no memory" in card
+    assert f"| token table, here | {V * 16:,} |" in card
+    assert f"| token table, in pcagpt | {(V + 16) * 4} |" in card
+    plain = run_export(write_run(tmp_path / "plain"), tmp_path)
+    assert "saves no memory" not in (plain / "README.md").read_text()
+
+
+def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_folder):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    asked = {"model_path": run, "split": "test"}
+    assert call(*tiny("evaluate.py", corpus_folder, **asked)).code == 0
+    lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+    losses = [line.split(" | ")[1:3] for line in lines if line.startswith("| `")]
+    result = json.loads((run / "result.json").read_text())
+    (measured,) = run.glob("evaluation_*_test_*.json")
+    loss = json.loads(measured.read_text())["loss"]
+    assert losses == [
+        ["val", f"{result['val_loss']:.4f}"],
+        ["test", f"{loss:.4f}"],
+    ]
+    assert any(line.startswith("- D, baseline: ") for line in lines)
+    earlier = run_export(run / "ckpt/1", tmp_path / "early")
+    assert "| `" not in (earlier.parent / "gpt_baseline_hf/README.md").read_text()
+
+
+# Its tokenizer.
+
+
+def test_characters_and_a_named_tokenizer_go_along(tmp_path):
+    texts = [chr(32 + number) for number in range(V)]
+    run = write_run(tmp_path / "run", record={"characters": texts})
+    made = run_export(run, tmp_path)
+    assert Run.open(made).record["characters"] == tuple(texts)
+    other = "--config.data.tokenizer=sotu4096"
+    asked = f"--config={CONFIGS / 'export.py'}", f"--config.model_path={run}", other
+    assert "its own 97 characters: leave it out" in refusal(*asked, unchanged=[run])
+    bare = run_export(write_run(tmp_path / "bare"), tmp_path)
+    assert "no tokenizer is known" in (bare / "README.md").read_text()
+    assert Run.open(bare).record["tokenizer"] is None
+    line = refusal(*asked[:1], f"--config.model_path={bare}", other, unchanged=[bare])
+    assert "sotu4096 has 4096 tokens, the model of" in line
+
+
+# npz.
+
+
+def test_the_factors_are_the_files_that_imports_read(tmp_path, corpus_folder):
+    run = write_run(tmp_path / "run", n_embd_wte=4)
+    made = run_export(run, tmp_path, "npz")
+    params = checkpoint.load_weights(run)["params"]["embed"]["band_0"]
+    table = factor_files.read_table(made / "wte_pca_k4.npy")
+    scales = factor_files.read_scale_matrices(made / "scale_mats_pca_k4.npz")
+    np.testing.assert_array_equal(table, params["wte"][:V])
+    np.testing.assert_array_equal(scales.scale_up, params["scale_up"])
+    np.testing.assert_array_equal(scales.scale_down, params["scale_up"])
+    init = {
+        "import_wte_npy": made / "wte_pca_k4.npy",
+        "import_scale_matrices_npz": made / "scale_mats_pca_k4.npz",
+        "blocks_from": run,
+    }
+    knobs = {
+        "init": init,
+        "model": {"n_layer": 2, "n_embd_wte": 4},
+        "workdir": tmp_path,
+    }
+    outcome = call(*tiny("pca_finetune_k128.py", corpus_folder, **knobs))
+    assert outcome.code == 0, outcome
+
+
+def test_bands_a_full_table_and_untied_scales_have_their_files(tmp_path):
+    run = write_run(tmp_path / "bands", **MODELS["bands"])
+    table = factor_files.read_bands(run_export(run, tmp_path, "npz"))
+    assert (table.sizes, table.ranks) == ((10, 40, 47), (0, 8, 4))
+    dense = run_export(run, tmp_path) / "model.safetensors"
+    assert dense.exists()
+    tied = Run.open(dense.parent).table()
+    np.testing.assert_allclose(table.dense(), tied, atol=1e-6)
+    full = run_export(write_run(tmp_path / "full"), tmp_path, "npz")
+    assert np.load(full / "wte.npy").shape == (V, 16)
+    untied = write_untied(tmp_path / "untied")
+    scales = np.load(run_export(untied, tmp_path, "npz") / "scale_mats_pca_k4.npz")
+    assert not np.array_equal(scales["scale_up"], scales["scale_down"])
+
+
+def write_untied(folder):
+    """A run whose scale matrices differ."""
+    made = write_run(folder, n_embd_wte=4, n_embd_wte_scale_tying=False)
+    weights = checkpoint.load_weights(made)
+    weights["params"]["embed"]["band_0"]["scale_down"] *= 2
+    shutil.rmtree(made / "ckpt")
+    checkpoint.save_weights(made, weights)
+    return made
+
+
+# What is kept and refused.
+
+
+def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    made = run_export(run, tmp_path)
+    before = snapshot(made)
+    run_export(run, tmp_path)
+    assert snapshot(made) == before
+    (made / "README.md").write_text("my notes")
+    ask = (
+        f"--config={CONFIGS / 'export.py'}",
+        f"--config.model_path={run}",
+        f"--config.workdir={tmp_path}",
+    )
+    assert f"{made} holds something else" in refusal(*ask, unchanged=[tmp_path])
+    run_export(run, tmp_path, "hf", "--config.overwrite=True")
+    (kept,) = made.parent.glob("run_hf.replaced-*")
+    assert (kept / "README.md").read_text() == "my notes"
+    assert "written by pcagpt" in (made / "README.md").read_text()
+
+
+def test_two_commands_at_once_make_one_export(tmp_path):
+    run = write_run(tmp_path / "run")
+    ask = f"--config.model_path={run}", f"--config.workdir={tmp_path}"
+    words = [sys.executable, "-m", "pcagpt.main", "--config=configs/export.py", *ask]
+    started = [
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [command.communicate()[0].splitlines()[-1] for command in started]
+    assert [command.returncode for command in started] == [0, 0]
+    made = tmp_path / "exported/run_hf"
+    assert sorted(said) == [f"{made} is done", f"{made} was written"]
+    assert [path.name for path in made.parent.iterdir()] == [made.name]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "here")
+
+    monkeypatch.setattr(hugging_face_files, "write_config", fail)
+    ask = f"--config.model_path={run}", f"--config.workdir={tmp_path / 'work'}"
+    outcome = call(f"--config={CONFIGS / 'export.py'}", *ask)
+    assert outcome.code == 2, outcome
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "form", "words"),
+    [
+        (write_untied, "hf", "two different scale matrices"),
+        (lambda folder: write_run(folder, **MODELS["packed"]), "npz", "a packed table"),
+        (lambda folder: folder.mkdir() or folder, "hf", "holds no finished checkpoint"),
+    ],
+)
+def test_a_model_that_the_form_cannot_hold_is_refused(write, form, words, tmp_path):
+    run = write(tmp_path / "run")
+    ask = f"--config.model_path={run}", f"--config.format={form}"
+    workdir = f"--config.workdir={tmp_path / 'work'}"
+    line = refusal(
+        f"--config={CONFIGS / 'export.py'}", *ask, workdir, unchanged=[tmp_path]
+    )
+    assert words in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_model_of_another_program_can_be_exported_as_a_table(tmp_path):
+    theirs = write_gpt2(tmp_path / "theirs")
+    before = snapshot(theirs)
+    made = run_export(theirs, tmp_path / "work", "npz")
+    np.testing.assert_array_equal(np.load(made / "wte.npy"), Run.open(theirs).table())
+    assert snapshot(theirs) == before
+
+
+def test_a_compressed_model_keeps_its_order_of_tokens(tmp_path):
+    run = write_run(tmp_path / "run", **MODELS["bands"])
+    flat = trees.flatten(checkpoint.load_weights(run)["params"])
+    constants = checkpoint.load_weights(run)["constants"]
+    position = constants["embed"]["position_of_token"]
+    token = int(np.flatnonzero(position == 3)[0])
+    made = Run.open(run_export(run, tmp_path)).table()
+    np.testing.assert_array_equal(made[token], flat["embed/band_0/wte"][3])
+    assert read_record(run)["model"]["n_embd"] == 16
