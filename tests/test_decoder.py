@@ -1,6 +1,8 @@
 """Models of transformers are measured as their own code computes them."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from runs import snapshot  # noqa: E402
+
+from pcagpt import coding  # noqa: E402
 from pcagpt.compress.decoder import Decoder  # noqa: E402
+from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
+from pcagpt.factorize.factor_files import read_bands  # noqa: E402
+from pcagpt.pipeline.compress import compress  # noqa: E402
+from pcagpt.run.folder import read_record  # noqa: E402
 
 SIZES = {
     "vocab_size": 90,
@@ -100,7 +109,7 @@ def test_the_model_is_as_before_after_a_swap(folder):
 
 def test_statistics_are_those_of_the_model_itself(folder):
     tokens = np.random.default_rng(1).integers(0, 90, (2, 8))
-    model, calls = Decoder(folder, 16), []
+    model = Decoder(folder, 16)
     found = model.statistics(np.ones(90) / 90, [tokens])
     reference = copy.deepcopy(model.model)
     hidden = []
@@ -110,7 +119,6 @@ def test_statistics_are_those_of_the_model_itself(folder):
     with torch.inference_mode():
         logits = reference(torch.as_tensor(tokens)).logits.reshape(-1, 90)
     p, h, w = logits.softmax(-1), hidden[0], torch.as_tensor(model.table_VD)
-    assert not calls
     np.testing.assert_allclose(found.probability, p.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found.hidden_mean, h.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.hidden_moment, h.T @ h / 16, rtol=1e-4, atol=1e-5)
@@ -147,3 +155,61 @@ def test_untied_tables_are_refused(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="input and output tables are not tied"):
         Decoder(tmp_path, 16)
+
+
+@pytest.fixture
+def swept(corpus_folder, tmp_path):
+    """(settings, folder) of a sweep of a tiny Llama of the corpus's 97 tokens."""
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": 97})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    settings = Settings().replace(
+        {
+            "task": "compress",
+            "model_path": str(tmp_path / "llama"),
+            "workdir": str(tmp_path / "runs"),
+            "data.source": str(corpus_folder),
+            "ranks": (16,),
+            "compress.methods": "svd,context,coded",
+            "compress.bands": (1, 2),
+            "compress.bits": (8,),
+            "compress.calibration_tokens": 512,
+            "model.block_size": 16,
+            "train.batch_size": 4,
+            "evaluate.batch_size": 4,
+            "mesh.data": 1,
+            "telemetry.tensorboard": False,
+        }
+    )
+    compress(settings, "a command")
+    return settings, tmp_path / "runs" / "compressed"
+
+
+def test_a_sweep_of_another_architecture_writes_rows_and_tables(swept):
+    settings, folder = swept
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert {row["method"] for row in sweep["rows"]} >= {"svd", "context", "coded"}
+    assert all(np.isfinite(row["added_loss"]) for row in sweep["rows"])
+    assert sweep["versions"]["transformers"] == transformers.__version__
+    record = read_record(folder / "best_k16")
+    assert record["architecture"] == "LlamaForCausalLM"
+    best = min(
+        (r for r in sweep["rows"] if r["bits"] == 32), key=lambda row: row["added_loss"]
+    )
+    assert record["compressed"]["method"] == best["method"]
+    table = read_bands(folder / "best_k16" / "factors")
+    model = Decoder(Path(settings.model_path), 16)
+    assert table.dense().shape == model.table_VD.shape
+    codes, _ = coding.read(folder / "best_coded_k16" / "table.pcat")
+    assert codes.dense().shape == model.table_VD.shape
+
+
+def test_a_second_sweep_measures_nothing_and_keeps_the_tables(swept, monkeypatch):
+    settings, folder = swept
+    before = snapshot(folder)
+    monkeypatch.setattr(Decoder, "score", None)
+    monkeypatch.setattr(Decoder, "statistics", None)
+    compress(settings, "a command")
+    after = snapshot(folder)
+    tables = [name for name in before if "best_" in str(name)]
+    assert tables
+    assert all(before[name] == after[name] for name in tables)

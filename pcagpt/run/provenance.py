@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, of pcagpt and of the packages that compute its numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     own = {"python": platform.python_version(), "pcagpt": pcagpt.__version__}
+    # A model of another architecture is computed by these.
+    names += tuple(name for name in ("torch", "transformers") if name in sys.modules)
     return own | {name: metadata.version(name) for name in names}
 
 
