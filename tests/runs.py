@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.config.schema import ModelSettings
-from pcagpt.config.tasks import readers_of
+from pcagpt.config.tasks import RECOVERY, readers_of
 from pcagpt.factorize import Statistics
 from pcagpt.model import GPTConfig
 from pcagpt.pipeline import execute as pipeline
@@ -84,10 +84,11 @@ def plan(config: ConfigDict) -> Plan:
 
 def overrides(config: ConfigDict) -> list[str]:
     """The arguments that set a config's knobs, those that its task reads."""
+    reads = {config.task} | ({RECOVERY} if config.compress.recover_ranks else set())
     return [
         override(path, value)
         for path, value in Settings.of(config).flat().items()
-        if value != KNOBS[path].default and config.task in readers_of(path)[0]
+        if value != KNOBS[path].default and reads & set(readers_of(path)[0])
     ]
 
 

@@ -265,6 +265,20 @@ def test_a_finished_run_is_not_done_for_another_corpus(own_corpus):
     assert snapshot(Path(config.workdir)) == before
 
 
+def test_the_plan_says_that_a_run_is_done_on_other_tokens(own_corpus, tmp_path):
+    config, folder = own_corpus
+    assert described(config)[0].endswith("  done")
+    reverse(folder / "train.bin")
+    (line,) = described(config)
+    assert line.endswith(f"  done, on other tokens than {folder} holds now")
+    text = tmp_path / "text"
+    text.mkdir()
+    for split in ("train", "val"):
+        (text / f"{split}.txt").write_text("Text. " * 99)
+    (line,) = described(changed(config, **{"data.source": str(text)}))
+    assert line.endswith(f"  done, {text} is not tokenized yet")
+
+
 def test_a_prerequisite_made_meanwhile_from_other_tokens_is_refused(own_corpus):
     """Also if its settings differ, which a prerequisite's may."""
     config, folder = own_corpus

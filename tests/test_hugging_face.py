@@ -337,16 +337,18 @@ SPOILT = {
         "tie_word_embeddings is False, with which pcagpt would compute something else",
     ),
     "another_architecture": (
-        with_config(model_type="llama", architectures=["LlamaForCausalLM"]),
-        "holds a LlamaForCausalLM, which pcagpt does not read yet",
+        with_config(
+            model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=16
+        ),
+        "holds a LlamaForCausalLM: of models other than GPT-2, only",
     ),
     "another_head": (
         with_config(architectures=["GPT2ForSequenceClassification"]),
         "holds a GPT2ForSequenceClassification, which pcagpt does not read yet",
     ),
     "another_type": (
-        with_config(model_type="bert", architectures=None),
-        "holds a bert, which pcagpt does not read yet",
+        with_config(model_type="bert", architectures=None, hidden_size=16),
+        "holds a bert: of models other than GPT-2, only",
     ),
     "another_gelu": (with_config(activation_function="relu"), "_function is 'relu'"),
     "another_epsilon": (with_config(layer_norm_epsilon=1e-6), "epsilon is 1e-06"),

@@ -273,10 +273,21 @@ def open_corpus(
     )
 
 
-def _open(
+def made_corpus(
     source: str, cache_dir: Path, tokenizer: str, splits: Collection[str]
-) -> Corpus:
-    """As `open_corpus`, in one process."""
+) -> Corpus | None:
+    """As `open_corpus`, in one process; None for a text that is not tokenized yet."""
+    return _open(source, cache_dir, tokenizer, splits, tokenizes=False)
+
+
+def _open(
+    source: str,
+    cache_dir: Path,
+    tokenizer: str,
+    splits: Collection[str],
+    tokenizes: bool = True,
+) -> Corpus | None:
+    """As `open_corpus`, in one process; without `tokenizes`, as `made_corpus`."""
     found = find_source(source)
     info = found.info(tokenizer)
     check_splits(info, splits, source)
@@ -289,6 +300,8 @@ def _open(
         cache_dir / _folder_name(fingerprint, info)
         for fingerprint in dict.fromkeys(fingerprints)
     )
+    if not (tokenizes or folder.is_dir()):
+        return None
     if not folder.is_dir():
         with naming(cache_dir, "--config.data.cache_dir"):
             write_token_folder(folder, found, info, fingerprints)

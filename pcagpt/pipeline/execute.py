@@ -47,7 +47,10 @@ def _check(plan: Plan, writes: bool) -> dict[Job, Status]:
             raise job.missing_error()
     for job in to_do:
         job.check_early({job.folder for job in to_do})
-    return needed
+    return {
+        job: Status(kind, words if kind == Kind.TO_DO else words + job.remark())
+        for job, (kind, words) in needed.items()
+    }
 
 
 def describe(needed: dict[Job, Status]) -> list[str]:

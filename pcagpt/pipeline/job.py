@@ -91,6 +91,10 @@ class Job(abc.ABC):
         """Names of the settings and hashes in which the folder's files differ."""
         return []
 
+    def remark(self) -> str:
+        """What the plan adds to the status of a job that is begun or done; or ''."""
+        return ""
+
     def compare_corpus(self, is_needed: bool) -> str | None:
         """Raises UserError if what is in the folder was trained on other tokens.
 

@@ -15,6 +15,7 @@ from pcagpt.data.corpus import (
     Corpus,
     check_package,
     describe_corpus,
+    made_corpus,
     open_corpus,
 )
 from pcagpt.data.sources import absolute
@@ -249,6 +250,19 @@ class TrainJob(Job):
         }
         setup = Setup.of(self.settings, self.corpus(), not_made)
         return None if not_made else setup
+
+    def remark(self) -> str:
+        """As in `Job`: whether the run was trained on what its corpus holds now."""
+        data, cache_dir = self.settings.data, self.settings.cache_dir
+        try:
+            stored = read_record(self.folder) or {}
+            corpus = made_corpus(data.source, cache_dir, data.tokenizer, NEEDED_SPLITS)
+            differing = corpus and corpus.changed_parts(stored)
+        except (UserError, OSError):  # `compare_corpus` tells it.
+            return ""
+        if corpus is None:
+            return f", {data.source} is not tokenized yet"
+        return f", on other tokens than {data.source} holds now" if differing else ""
 
     def compare_corpus(self, is_needed: bool) -> str | None:
         """As in `Job`; `run` compares again."""

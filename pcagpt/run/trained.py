@@ -17,6 +17,7 @@ from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
+from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize.factor_files import check_rows_differ
 from pcagpt.files import keep
@@ -301,7 +302,7 @@ class Run:
         if rows < size:
             raise UserError(
                 f"data.tokenizer: {chosen} has {size} tokens, the model of "
-                f"{self.folder} {rows}: name the one that made its tokens"
+                f"{self.folder} {rows}: {how_to_name_tokens(rows)}"
             )
         return chosen
 
