@@ -86,16 +86,19 @@ class Run:
 
         Knobs in `free` may differ. A knob at its default counts as not set.
         """
-        own = self.settings.model
+        stored = self.settings.model
         if self.architecture:  # Its windows may have any length.
             free = (*free, "block_size")
         for field in dataclasses.fields(asked):
-            value, trained = getattr(asked, field.name), getattr(own, field.name)
+            value, trained = getattr(asked, field.name), getattr(stored, field.name)
             default = KNOBS[f"model.{field.name}"].default
             if field.name not in free and value not in (default, trained):
+                own = f"was trained with {trained}"
+                if self.architecture:
+                    own = f"holds a {self.architecture} with sizes of its own"
                 raise UserError(
-                    f"model.{field.name} is {value}, but {self.folder} was trained "
-                    f"with {trained}: leave it out, because a run keeps its model"
+                    f"model.{field.name} is {value}, but {self.folder} {own}: leave it "
+                    "out, because a run keeps its model"
                 )
 
     def model_settings(
