@@ -95,6 +95,23 @@ def loss_of(config, name):
     return evaluate(Settings.of(changed(config, model_path=model)))["loss"]
 
 
+def test_a_compressed_model_with_other_weights_is_refused(swept, tmp_path):
+    config, _ = swept
+    shutil.copytree(folder_of(config) / "best_k8", tmp_path / "compressed/best_k8")
+    copy = changed(config, workdir=str(tmp_path))
+    wanted, model = loss_of(copy, "best_k8"), folder_of(copy) / "best_k8"
+    weights = checkpoint.load_weights(model)
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 0.01
+    shutil.rmtree(model / "ckpt")
+    checkpoint.save_weights(model, weights)
+    with pytest.raises(UserError, match="ckpt/0 holds other weights than those of"):
+        loss_of(copy, "best_k8")
+    record = read_record(model)
+    del record["compressed"]["weights_sha256"]  # as an earlier version wrote it
+    write_record(model, record)
+    assert loss_of(copy, "best_k8") != wanted
+
+
 def key(row):
     return row["method"], row["bands"], row["rank"], row["bits"]
 

@@ -87,6 +87,7 @@ def write_model(
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
             **({} if codes else {"table_sha256": table_sha256}),
+            **({"weights_sha256": _summary(weights)} if weights else {}),
         }
         model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
         own = {"model": model, "run_id": secrets.token_hex(8)}
@@ -245,6 +246,10 @@ def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
     origin, run = _origin_of(folder), original.run
     is_same = is_of(folder, recipe) and origin.get("step") == run.step
     return is_same and run.is_at(origin.get("fingerprint"))
+
+
+def _summary(weights: dict) -> str:
+    return digests.summary(digests.of_arrays(weights))
 
 
 def _holds(folder: Path, weights: dict) -> bool:

@@ -7,6 +7,7 @@ damaged. Delete digests.json to read the checkpoint unchecked.
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def of_arrays(weights: dict) -> dict[str, str]:
         digest.update(leaf.tobytes())
         found[path] = digest.hexdigest()
     return found
+
+
+def summary(arrays: dict[str, str]) -> str:
+    """One hash of the digests of all arrays."""
+    return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
 def arrays(folder: Path) -> dict[str, str]:

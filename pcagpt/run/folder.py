@@ -215,10 +215,14 @@ class FolderState:
         """Why a file does not belong here: it is of another run, step or model.
 
         None if all belong together. A checkpoint that holds only weights, or a damaged
-        one, is not judged.
+        one, is not judged. A compressed model's record has the hash of its weights.
         """
+        made = (self.stored or {}).get("compressed") or {}
         for step, copy, updates in self.saved:
             folder = checkpoint.folder_of(self.folder, step)
+            known = made.get("weights_sha256")
+            if known and digests.summary(digests.arrays(folder)) != known:
+                return f"{folder} holds other weights than those of {self.folder}"
             # A person may have given a trained model's checkpoint another number.
             if self.result and updates not in (None, step):
                 return (

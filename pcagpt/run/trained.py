@@ -322,19 +322,19 @@ class Run:
 
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or tokens of another name."""
-        known_ids = self.record["vocab_size"]
-        if corpus.vocab_size > known_ids:
-            raise UserError(
-                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
-                f"model of {self.folder} knows {known_ids} tokens: give the corpus "
-                "that it was trained on"
-            )
         own = self.record.get("tokenizer")
         if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
                 f"{self.folder} knows those of {own}: set "
                 f"--config.data.tokenizer={own}"
+            )
+        known_ids = self.record["vocab_size"]
+        if corpus.vocab_size > known_ids:
+            raise UserError(
+                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
+                f"model of {self.folder} knows {known_ids} tokens: give the corpus "
+                "that it was trained on"
             )
 
     def results_in(self, workdir: str | Path) -> Path:
