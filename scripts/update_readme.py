@@ -76,7 +76,7 @@ def codes_table(folder: Path) -> str:
     """Tables of few bytes on the validation and the test split of two sweep.json."""
     own, other = (read_sweep(folder / name / "sweep.json") for name in ("val", "test"))
     tested = {row.recipe: row for row in other["rows"]}
-    pairs = [(row, tested[row.recipe]) for row in own["rows"]]
+    pairs = [(row, tested[row.recipe]) for row in own["rows"] if row.recipe in tested]
     vocab_size, width = own["protocol"]["table"]
     rows = [
         [
@@ -93,11 +93,13 @@ def codes_table(folder: Path) -> str:
     commit = code(other["git_commit"][:12])
     says = (
         "Added loss in nats per token, ± half of its 95% interval over evaluation "
-        f"windows, one seed. {other['device']}, commit {commit}, by this command, and "
-        "once without `split`:"
+        f"windows, one seed. {other['device']}, commit {commit}, by"
     )
-    command, further = f"    {other['command']}", further_table(folder / "further")
-    return "\n\n".join([table(header, rows, "lrrrrr"), says, command, further])
+    commands = "\n".join(f"    {sweep['command']}" for sweep in (own, other))
+    parts = [table(header, rows, "lrrrrr"), says, commands]
+    if (folder / "further").is_dir():
+        parts.append(further_table(folder / "further"))
+    return "\n\n".join(parts)
 
 
 def further_table(folder: Path) -> str:
