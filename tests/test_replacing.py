@@ -287,6 +287,15 @@ def test_checkpoints_of_another_run_than_config_json_are_refused(copied):
         Run.open(run_dir)
 
 
+def test_another_run_s_checkpoint_that_lost_its_copy_of_the_record_is_refused(copied):
+    run_dir = job(copied).folder
+    write_record(run_dir, {**read_record(run_dir), "run_id": "another"})
+    for path in run_dir.glob("ckpt/*/meta"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="is a checkpoint of another run than"):
+        Run.open(run_dir)
+
+
 @pytest.mark.parametrize("version", ["this", "older"])
 def test_a_run_does_not_fall_back_to_another_run_s_checkpoint(copied, version):
     run_dir = job(copied).folder

@@ -80,7 +80,8 @@ class Checkpoints:
         if jax.process_index() > 0:  # All would write the same file.
             return
         written = self._folder / f"{self._saving}{_UNFINISHED}"
-        digests.seal(written if written.exists() else self._folder / str(self._saving))
+        final = self._folder / str(self._saving)
+        digests.seal(written if written.exists() else final, self._run_id)
 
     @property
     def latest_step(self) -> int | None:
@@ -100,7 +101,7 @@ class Checkpoints:
         """
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.wait_until_finished()  # `_saving` belongs to one save at a time.
-        self._saving = step
+        self._saving, self._run_id = step, (meta.get("config") or {}).get("run_id")
         self._manager.save(
             step,
             args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(strict(meta))),

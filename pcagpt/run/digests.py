@@ -31,12 +31,16 @@ FILE = "digests.json"
 _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def seal(folder: Path) -> None:
-    """Writes the digests of a complete checkpoint, and waits until all is on disk."""
+def seal(folder: Path, run_id: str | None = None) -> None:
+    """Writes the digests of a complete checkpoint, and waits until all is on disk.
+
+    run_id: of the run that it belongs to; None for weights that no run trained.
+    """
     below = [path for path in folder.rglob("*") if path.name not in _UNLISTED]
     files = [str(path.relative_to(folder)) for path in below if path.is_file()]
     arrays = of_arrays(read_weights(folder))
-    write_json(folder / FILE, {"files": digests_of(folder, files), "arrays": arrays})
+    digests = {"files": digests_of(folder, files), "arrays": arrays}
+    write_json(folder / FILE, digests | ({"run_id": run_id} if run_id else {}))
     for path in (*below, folder.parent):
         sync(path)
 
@@ -49,6 +53,13 @@ def of_arrays(weights: dict) -> dict[str, str]:
         digest.update(leaf.tobytes())
         found[path] = digest.hexdigest()
     return found
+
+
+def owner(folder: Path) -> str | None:
+    """The `run_id` of a checkpoint; None if it is unknown, or the file is damaged."""
+    with contextlib.suppress(UserError):
+        return (_listed(folder) or {}).get("run_id")
+    return None
 
 
 def summary(arrays: dict[str, str]) -> str:

@@ -230,7 +230,12 @@ class FolderState:
                     f"{step}"
                 )
             own = self.folder / "config.json"
-            if copy and self.stored and not _is_same_run(copy, self.stored):
+            # Without a readable copy, the digests still name the run.
+            run_id = digests.owner(folder) if copy is None else None
+            is_others = run_id and run_id != (self.stored or {}).get("run_id", run_id)
+            if is_others or (
+                copy and self.stored and not _is_same_run(copy, self.stored)
+            ):
                 return f"{folder} is a checkpoint of another run than {own}"
             if copy and self.stored and (changed := _changed_model(copy, self.stored)):
                 return f"{own} describes another model than {folder}: {changed}"
