@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import (
     assert_equal,
@@ -386,6 +387,20 @@ def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypat
     with pytest.raises(UserError, match="was removed or replaced while this run"):
         execute(tiny_config)
     assert checkpoint.steps(run_dir) == []
+
+
+def test_a_save_that_fails_does_not_hide_why_training_stopped(copied, monkeypatch):
+    def close(_):
+        raise ValueError("Checkpoint directory does not exist")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", close)
+    with (
+        pytest.raises(UserError, match="the reason"),
+        Checkpoints(job(copied).folder, keep_last=1),
+    ):
+        raise UserError("the reason")
+    with pytest.raises(ValueError, match="does not exist"):
+        Checkpoints(job(copied).folder, keep_last=1).__exit__(None)
 
 
 # A lost config.json

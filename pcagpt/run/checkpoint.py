@@ -72,8 +72,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, error: type | None, *_) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            # A save into a folder that is gone must not hide why training stopped.
+            if error is None:
+                raise
 
     def _seal(self) -> None:
         """Completes a save. Its folder may still have a temporary name."""
