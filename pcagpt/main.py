@@ -1,6 +1,7 @@
 """How small can the token embedding of a GPT become, and at what cost in loss?
 
     python -m pcagpt.main --config=configs/NAME.py [--config.KNOB=VALUE ...]
+    pcagpt NAME [--config.KNOB=VALUE ...]    the same, from any folder
 
   --config=configs/demo.py                 D, A, C, B and the report; CPU, minutes
   --config=configs/experiment.py:64,128    the same at GPT-2-small size

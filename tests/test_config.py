@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from command_line import CONFIGS
@@ -341,6 +343,34 @@ def test_every_synonym_is_of_a_knob_and_no_knob_itself():
     known = command_line._SYNONYMS
     assert known.keys() <= KNOBS.keys()
     assert not KNOBS.keys() & set(" ".join(known.values()).split())
+
+
+@pytest.mark.parametrize("words", [["demo"], ["--config=demo"], ["--config", "demo"]])
+def test_a_config_has_a_short_name_in_any_folder(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, _ = command_line.parse(["pcagpt", *words, "--config.seed=3"])
+    assert (settings.workdir, settings.seed) == ("checkpoints/demo", 3)
+
+
+def test_a_short_name_takes_an_argument_and_a_person_s_file_comes_first(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings, _ = command_line.parse(["pcagpt", "experiment:16,32"])
+    assert settings.ranks == (16, 32)
+    config = "from pcagpt.config import base as get_config\n"
+    Path("demo").write_text(config)
+    settings, _ = command_line.parse(["pcagpt", "--config=demo"])
+    assert settings.workdir == "checkpoints"
+
+
+def test_an_installed_package_has_its_configs_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line, "_CONFIGS", (Path("none"), tmp_path / "share"))
+    with pytest.raises(UserError, match="no config"):
+        command_line.parse(["pcagpt", "demo"])
+    shutil.copytree(CONFIGS, tmp_path / "share")
+    assert command_line.parse(["pcagpt", "demo"])[0].task == "experiment"
 
 
 def test_the_last_of_repeated_words_counts():

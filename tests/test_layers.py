@@ -21,7 +21,7 @@ ROWS = (
     "report",
     "compress",
     "pipeline",
-    "main",
+    "main __main__",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import runpy
+import sysconfig
 import textwrap
 import traceback
 from decimal import Decimal
@@ -13,11 +14,17 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import pcagpt
 from pcagpt.config.checks import wrong_type
 from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import KNOBS, Settings, base, override
 from pcagpt.errors import UserError
 
+# Where the configs are in the repository, and in an installed package.
+_CONFIGS = (
+    Path(pcagpt.__file__).parent.parent / "configs",
+    Path(sysconfig.get_path("data")) / "share/pcagpt/configs",
+)
 # What other trainers, such as nanoGPT and Hugging Face's, call a knob.
 _SYNONYMS = {
     "train.learning_rate": "lr max_lr learning_rate",
@@ -152,7 +159,11 @@ def _plain_number(word: str) -> str:
 
 def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config, and the other arguments."""
-    found, others, words = [], [], iter(arguments)
+    found, others = [], arguments[:1]
+    # `pcagpt demo` is short for `pcagpt --config=demo`.
+    if arguments[1:] and _packaged(arguments[1].partition(":")[0]):
+        arguments = [arguments[0], f"--config={arguments[1]}", *arguments[2:]]
+    words = iter(arguments[1:])
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in ("--config", "-config"):
@@ -164,10 +175,18 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     return (found[0] if found else None), others
 
 
+def _packaged(name: str) -> Path | None:
+    """The config of a short name, as in 'demo'; None for other words."""
+    if not re.fullmatch(r"\w+", name) or Path(name).is_file():
+        return None
+    files = (folder / f"{name}.py" for folder in _CONFIGS)
+    return next(filter(Path.is_file, files), None)
+
+
 def _load(source: str) -> ConfigDict:
     """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
-    path = _expanded("--config", path)
+    path = str(_packaged(path) or _expanded("--config", path))
     if not Path(path).is_file():
         here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         hint = f"there are {here}" if here else "run from the repository's folder"
