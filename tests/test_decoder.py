@@ -157,6 +157,47 @@ def test_untied_tables_are_refused(tmp_path):
         Decoder(tmp_path, 16)
 
 
+def spoil(folder, change):
+    """Rewrites the weights of a folder, changed by `change`."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"has no tensor {NORM} of the shape"),
+        (lambda tensors: tensors[NORM].fill_(float("inf")), f"{NORM} holds values"),
+        (
+            lambda tensors: tensors.update({NORM: torch.ones(3)}),
+            "transformers cannot open|has no tensor",
+        ),
+    ],
+    ids=["missing", "infinite", "another shape"],
+)
+def test_a_folder_whose_weights_are_not_whole_is_refused(change, words, tmp_path):
+    config = transformers.LlamaConfig(**SIZES)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    spoil(tmp_path, change)
+    with pytest.raises(UserError, match=words):
+        Decoder(tmp_path, 16)
+
+
+def test_a_file_that_was_cut_is_refused(tmp_path):
+    config = transformers.LlamaConfig(**SIZES)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="transformers cannot open"):
+        Decoder(tmp_path, 16)
+
+
 @pytest.fixture
 def swept(corpus_folder, tmp_path):
     """(settings, folder) of a sweep of a tiny Llama of the corpus's 97 tokens."""

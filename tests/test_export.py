@@ -147,6 +147,20 @@ def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_
     assert "| `" not in (earlier.parent / "gpt_baseline_hf/README.md").read_text()
 
 
+def test_the_card_tells_two_corpora_of_one_name_apart(trained, tmp_path, corpus_folder):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    other = shutil.copytree(corpus_folder, tmp_path / "other" / corpus_folder.name)
+    tokens = np.fromfile(other / "test.bin", np.uint16)
+    tokens[::-1].tofile(other / "test.bin")
+    for corpus in (other, corpus_folder):
+        asked = {"model_path": run, "split": "test"}
+        assert call(*tiny("evaluate.py", corpus, **asked)).code == 0
+    lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+    shown = [line for line in lines if line.startswith("| `") and " test " in line]
+    assert len({line.split(" | ")[0] for line in shown}) == len(shown) == 2
+    assert all(f"{corpus_folder.name}, tokens " in line for line in shown)
+
+
 # Its tokenizer.
 
 
@@ -163,6 +177,17 @@ def test_characters_and_a_named_tokenizer_go_along(tmp_path):
     assert Run.open(bare).record["tokenizer"] is None
     line = refusal(*asked[:1], f"--config.model_path={bare}", other, unchanged=[bare])
     assert "sotu4096 has 4096 tokens, the model of" in line
+
+
+def test_an_export_with_another_tokenizer_is_another_export(tmp_path):
+    run = write_run(tmp_path / "run", vocab_size=4100)
+    run_export(run, tmp_path)
+    named = "--config.data.tokenizer=sotu4096"
+    words = f"--config.model_path={run}", f"--config.workdir={tmp_path}", named
+    line = refusal(f"--config={CONFIGS / 'export.py'}", *words, unchanged=[run])
+    assert "run_hf holds something else" in line
+    made = run_export(run, tmp_path / "named", "hf", named)
+    assert Run.open(made).record["tokenizer"] == "sotu4096"
 
 
 # npz.

@@ -340,7 +340,7 @@ SPOILT = {
         with_config(
             model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=16
         ),
-        "holds a LlamaForCausalLM with sizes of its own: leave it out",
+        "holds a LlamaForCausalLM",
     ),
     "another_head": (
         with_config(architectures=["GPT2ForSequenceClassification"]),
@@ -348,7 +348,7 @@ SPOILT = {
     ),
     "another_type": (
         with_config(model_type="bert", architectures=None, hidden_size=16),
-        "holds a bert with sizes of its own: leave it out",
+        "holds a bert",
     ),
     "another_gelu": (with_config(activation_function="relu"), "_function is 'relu'"),
     "another_epsilon": (with_config(layer_norm_epsilon=1e-6), "epsilon is 1e-06"),

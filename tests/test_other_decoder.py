@@ -89,6 +89,18 @@ def test_a_config_without_sizes_is_refused(
     assert words in ask("compress.py", llama, tmp_path / "runs", **knobs)
 
 
+def test_sizes_of_its_own_are_not_set_by_knobs(llama, corpus_folder, tmp_path):
+    knobs = {"data.source": corpus_folder, "ranks": 4, "model.n_layer": 2}
+    line = ask("compress.py", llama, tmp_path / "runs", **knobs)
+    assert "holds a LlamaForCausalLM with sizes of its own: leave it out" in line
+
+
+@pytest.mark.parametrize("field", ["architectures", "text_config"])
+def test_odd_fields_of_a_config_are_no_traceback(field, llama):
+    (llama / "config.json").write_text(json.dumps(LLAMA | {field: 7}))
+    assert Run.open(llama).record["vocab_size"] == 97
+
+
 def test_a_folder_without_weights_is_refused(llama, corpus_folder, tmp_path):
     (llama / "model.safetensors").unlink()
     knobs = {"data.source": corpus_folder, "ranks": 4}

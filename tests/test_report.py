@@ -613,7 +613,7 @@ def test_each_rival_is_one_line_over_bytes_and_the_limit_another():
         ("D's table, rounded", [200, 400, 800]),
         ("D's table, GPTQ", [310]),
         ("D's table, PQ", [250, 450]),
-        ("Gaussian R(D), second order", [500, 900]),  # What the axes show.
+        ("Gaussian R(D), weighting of codes", [500, 900]),  # What the axes show.
     ):
         np.testing.assert_allclose(1e6 * sizes[label].get_xdata(), expected)
     assert len({rival.marker for rival in RIVALS.values()}) == len(RIVALS)

@@ -182,6 +182,21 @@ def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
         outcome = call(f"--config={CONFIGS / 'sample.py'}", *words)
         assert outcome.code == 0 and outcome.out.startswith("The"), outcome
     assert snapshot(folder) == before
+    # The compressed model names the tokenizer by its path, and has its hash.
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    vocabulary_of = whole["model"]["vocab"]
+    one, other = list(vocabulary_of)[-2:]
+    vocabulary_of[one], vocabulary_of[other] = vocabulary_of[other], vocabulary_of[one]
+    file.write_text(json.dumps(whole))
+    for config, *knobs in (
+        ("sample.py", "--config.sample.prompt=The"),
+        ("export.py",),
+        ("evaluate.py", "--config.data.source=text"),
+    ):
+        words = f"--config={CONFIGS / config}", f"--config.model_path={made}", *knobs
+        line = refusal(*words, unchanged=[made])
+        assert "tokenizer" in line and str(made) in line
 
 
 @pytest.mark.usefixtures("quick")

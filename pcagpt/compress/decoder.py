@@ -242,15 +242,30 @@ class Decoder:
 
 
 def _open(folder: Path) -> Any:
-    """The model of a folder or of a GGUF file, in float32; UserError if it has none."""
-    place = {"pretrained_model_name_or_path": str(folder)}
-    if folder.suffix == ".gguf":
-        place = {"pretrained_model_name_or_path": str(folder.parent)}
-        place["gguf_file"] = folder.name
+    """The model of a folder in float32; UserError if it has none that is whole."""
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    # The package and what it calls raise errors of many types for damaged files.
+    except Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"transformers cannot open {folder}: {line}") from None
+    # It would go on with random numbers.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise UserError(
+                f"{folder} has no tensor {names[0]} of the shape that its config.json "
+                "asks for: restore it, or download the model again"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{folder}: {name} holds values that are not finite: restore it, or "
+                "download the model again"
+            )
+    return model

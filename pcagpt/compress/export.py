@@ -48,7 +48,8 @@ def write_model(
     In place of factors/, a table of `CODES` has its file with the losses of its row.
     ckpt/0 holds the decoded table (coded) or the code arrays (packed).
 
-    Every command takes the folder as a run. A folder that already holds this model
+    Every command takes the folder as a run. That of a model of another architecture has
+    only the record and the table. A folder that already holds this model
     stays as it is; only lost or damaged factors/ are written again. Another model is
     moved aside. Returns False, and writes nothing, if the model there `stays`.
     'compressed' in config.json tells how the table was made.
@@ -288,7 +289,7 @@ def _model_of(
 ) -> tuple[dict, dict[str, Any]]:
     """({'params', 'constants'} of the model with another table, its `model` knobs).
 
-    A model of another program keeps its weights in its own folder: {} is returned.
+    A model of another architecture keeps its weights in its folder: {} is returned.
     """
     run = original.run
     if run.architecture:

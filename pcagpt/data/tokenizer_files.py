@@ -81,6 +81,9 @@ def describe(file: Path) -> RankFile:
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.suffix == RANK_ENDING:
         return RankFile(_ranks(file)[1], sha256)
+    if END_OF_TEXT not in _id_of_text(file):  # Another file names what ends documents.
+        pair = f"{sha256} {_end_in_config(file.parent)}"
+        sha256 = hashlib.sha256(pair.encode()).hexdigest()
     return RankFile(max(_id_of_text(file).values()) + 1, sha256)
 
 

@@ -1,9 +1,10 @@
 """The task 'compress': makes a trained model's token table smaller, without training.
 
 WORKDIR/compressed/ gets a report and compressed models that every command takes as
-runs. A sweep also writes sweep.json with one row per table; a search for a bound
-writes advice.json instead. A sweep on another split than val chooses no models, and
-writes to WORKDIR/compressed_SPLIT/.
+runs; of a model of another architecture, only its tables. A sweep also writes
+sweep.json with one row per table; a search for a bound writes advice.json instead. A
+sweep on another split than val chooses no models, and writes to
+WORKDIR/compressed_SPLIT/.
 """
 
 from pathlib import Path

@@ -6,6 +6,7 @@ of the original system (npz). It gets its name when it is complete.
 
 import contextlib
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def _export(
         "step": run.step,
         "fingerprint": run.fingerprint,
         "format": settings.format,
+        "tokenizer_sha256": _tokenizer_sha256(run, settings),
     }
     if _holds(folder, origin):
         return f"{folder} is done"
@@ -102,11 +104,18 @@ def _export(
     return f"{folder} was written"
 
 
+def _tokenizer_sha256(run: Run, settings: Settings) -> str | None:
+    """The hash of the tokenizer that the export gets; None without one of a name."""
+    name = run.tokenizer_name(settings.data.tokenizer)
+    return vocabulary.describe(name).sha256 if name else None
+
+
 def _holds(folder: Path, origin: dict[str, Any]) -> bool:
     """Whether a folder has the undamaged files of this origin."""
     try:
         found = read_json(folder / ORIGIN, "delete it") or {}
-        if any(found.get(n) != origin[n] for n in ("fingerprint", "format")):
+        names = ("fingerprint", "format", "tokenizer_sha256")
+        if any(found.get(name) != origin[name] for name in names):
             return False
         check_digests(folder, found.get("files"))
     except UserError:
@@ -147,7 +156,10 @@ def _write_hugging_face(folder: Path, run: Run, settings: Settings) -> None:
 
 
 def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
-    """What was measured on this checkpoint, for the model card."""
+    """What was measured on this checkpoint, for the model card.
+
+    Corpora of the same name are told apart by the hash of their tokens.
+    """
     measured = []
     result = read_result(run.folder)
     if result and result.get("steps") == run.step:
@@ -160,10 +172,21 @@ def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
         protocol = one.get("protocol")
         if isinstance(protocol, dict) and one.get("step", run.step) == run.step:
             known = {"split": "val"} | protocol
-            key = known.get("corpus"), known["split"], known.get("tokens_predicted")
+            names = ("corpus", "split", "tokens_predicted", "tokens_sha256")
+            key = tuple(known.get(name) for name in names)
             found.setdefault(key, one.get("loss"))
-    names = "corpus", "split", "tokens"
-    return [dict(zip(names, key, strict=True), loss=found[key]) for key in found]
+    others = Counter((corpus, split, count) for corpus, split, count, _ in found)
+    return [
+        {
+            "corpus": corpus
+            if others[corpus, split, count] == 1
+            else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
+            "split": split,
+            "tokens": count,
+            "loss": loss,
+        }
+        for (corpus, split, count, sha256), loss in found.items()
+    ]
 
 
 def _write_factors(folder: Path, run: Run, settings: Settings) -> None:

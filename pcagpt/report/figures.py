@@ -198,7 +198,7 @@ def _add_limit(axes: "Axes", sweep: dict[str, Any]) -> None:
         if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
     ]
     if line:
-        label = "Gaussian R(D), second order"
+        label = "Gaussian R(D), weighting of codes"
         axes.plot(*zip(*line, strict=True), color=INK, ls="--", lw=1, label=label)
 
 

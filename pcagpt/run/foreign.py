@@ -56,7 +56,8 @@ def _record(folder: Path) -> dict[str, Any]:
                 f"{folder}: its tokenizer has {size} tokens, but its table {rows} "
                 "rows: give both of one model"
             )
-        return record | {"tokenizer": name}
+        sha256 = vocabulary.describe(name).sha256
+        return record | {"tokenizer": name, "tokenizer_sha256": sha256}
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info = read_meta(folder, "auto")
         texts = info.characters if info.vocab_size <= rows else None

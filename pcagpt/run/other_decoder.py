@@ -33,7 +33,10 @@ def record_of(folder: Path) -> dict[str, Any]:
     config = read_json(folder / hugging_face.CONFIG, _REMEDY)
     assert config is not None  # `is_model` has read it.
     hugging_face.files(folder)
-    text = config.get("text_config") or config
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else _kind(config)
     sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
@@ -46,7 +49,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return {
         "vocab_size": sizes["vocab_size"],
         "model": model,
-        "architecture": (config.get("architectures") or [_kind(config)])[0],
+        "architecture": str(architecture),
     }
 
 
@@ -58,8 +61,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """Always raises UserError: only transformers knows what to do with them."""
-    architecture = record_of(folder)["architecture"]
-    raise UserError(
+    raise refusal(folder, record_of(folder)["architecture"])
+
+
+def refusal(folder: Path, architecture: str) -> UserError:
+    """The error of a command that cannot compute the model."""
+    return UserError(
         f"{folder} holds a {architecture}: of models other than GPT-2, only "
         "--config=configs/compress.py takes one"
     )

@@ -17,12 +17,12 @@ from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
-from pcagpt.data.tokenizer import how_to_name_tokens
+from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorize.factor_files import check_rows_differ
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
-from pcagpt.run import checkpoint, fingerprint, foreign
+from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import choose, look
 from pcagpt.sharding import placement, processes
@@ -63,8 +63,13 @@ class Run:
 
     @classmethod
     def asked(cls, settings: Settings) -> "Run":
-        """The run in `model_path`; raises as `open` and `check_model` do."""
+        """The run in `model_path`; raises as `open` and `check_model` do.
+
+        Also raises UserError if the task cannot compute a model of its architecture.
+        """
         run = cls.open(settings.model_path)
+        if run.architecture and settings.task != "compress":
+            raise other_decoder.refusal(run.folder, run.architecture)
         run.check_model(settings.model)
         return run
 
@@ -301,6 +306,11 @@ class Run:
         if texts or (asked == "auto" and not name):
             return None
         chosen = vocabulary.name_of(name if asked == "auto" else asked)
+        if name and not self.has_tokenizer(chosen):
+            raise UserError(
+                f"{chosen} is another tokenizer now than the one of {self.folder}: "
+                "restore it, or name the file of the old one as --config.data.tokenizer"
+            )
         size, rows = vocabulary.describe(chosen).vocab_size, self.record["vocab_size"]
         if rows < size:
             raise UserError(
@@ -312,13 +322,19 @@ class Run:
     def has_tokenizer(self, name: str) -> bool:
         """Whether the run's own tokenizer is the one with this name.
 
-        Its file may have been moved: the record has its hash, too.
+        Its file may have been moved or changed: the record has its hash, too.
         """
-        if vocabulary.are_same(self.record.get("tokenizer"), name):
-            return True
-        recorded = (self.record.get("corpus") or {}).get("tokenizer_sha256")
-        is_there = recorded and vocabulary.is_known(name)
-        return bool(is_there) and vocabulary.describe(name).sha256 == recorded
+        own, recorded = self.record.get("tokenizer"), self._tokenizer_sha256
+        is_packaged = name in RANKS and own == name
+        if recorded and not is_packaged and vocabulary.is_known(name):
+            return vocabulary.describe(name).sha256 == recorded
+        return vocabulary.are_same(own, name)
+
+    @property
+    def _tokenizer_sha256(self) -> str | None:
+        """The recorded hash of the run's tokenizer."""
+        of_corpus = self.record.get("corpus") or {}
+        return self.record.get("tokenizer_sha256") or of_corpus.get("tokenizer_sha256")
 
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or tokens of another name."""
