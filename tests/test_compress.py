@@ -853,6 +853,23 @@ def copied_codes(coded, tmp_path):
     return changed(asked, ranks=(40, 60), **ALL_CODES)
 
 
+@pytest.mark.parametrize("known", [None, 1], ids=["before there were any", "another"])
+def test_codes_of_another_version_are_measured_again_and_factors_kept(
+    copied_codes, known
+):
+    path = folder_of(copied_codes) / "sweep.json"
+    before = json.loads(path.read_text())
+    del before["sha256"]
+    before["protocol"]["codes"] = known
+    for row in before["rows"]:
+        row["seconds"] += 1000
+    write_json(path, before)
+    after = sweep_of(copied_codes)
+    for row in after["rows"]:
+        assert (row["seconds"] > 1000) == (row["bits"] > 0)
+    assert after["protocol"]["codes"] == coding.VERSION
+
+
 def codes_in(folder, method):
     """(codes, description) in the file of a model; its checkpoint holds the same."""
     codes, description = KINDS[method].read(folder / KINDS[method].file)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pcagpt import coding
 from pcagpt.compress.candidates import Candidate, Compressor
 from pcagpt.compress.own_model import OwnModel
 from pcagpt.compress.score import frequency_deciles
@@ -152,6 +153,7 @@ class Original:
             "calibration_batch_size": self.calibration["batch_size"],
             "compute_dtype": self.model.compute_dtype,
             "singular_value_split": self.singular_value_split,
+            "codes": coding.VERSION,
         }
         if self.split == "test":  # corpus_sha256 leaves it out.
             protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
@@ -169,6 +171,8 @@ class Original:
         stored, corpus = batch_size | protocol, self.corpus  # Older files do not say.
         if self.run.is_at(stored.get("checkpoint")):
             stored["checkpoint"] = self.run.fingerprint
+        # Rows of codes of another version are left out one by one; see `sweep`.
+        stored["codes"] = coding.VERSION
         stated = stored.get("corpus_sha256")
         is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:

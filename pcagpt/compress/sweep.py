@@ -109,7 +109,8 @@ def sweep(
 def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The output then also has its R(D) line and the results of further training.
+    The output then also has its R(D) line and the results of further training. Codes of
+    another version are measured again.
     """
     earlier, heading = read_sweep(output.folder / "sweep.json"), output.heading
     own = strict(heading["protocol"])
@@ -117,9 +118,12 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
         if jax.process_index() == 0:
             move_aside(output.folder / "sweep.json")
         return output, {}
-    kept = [name for name in ("recovered", "gaussian_limit") if earlier.get(name)]
+    has_same_codes = earlier["protocol"].get("codes") == own["codes"]
+    names = ("recovered", *(["gaussian_limit"] if has_same_codes else []))
+    kept = [name for name in names if earlier.get(name)]
     heading = heading | {name: earlier[name] for name in kept}
-    measured = {row.recipe: row for row in earlier["rows"] + earlier["other_rows"]}
+    rows = earlier["rows"] + earlier["other_rows"]
+    measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
     return dataclasses.replace(output, heading=heading), measured
 
 
