@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as executing
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import calibrate, checkpoint, fingerprint, lock
+from pcagpt.run import calibrate, checkpoint, digests, fingerprint, lock
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.folder import read_record, read_result, write_record
@@ -387,6 +388,43 @@ def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypat
     with pytest.raises(UserError, match="was removed or replaced while this run"):
         execute(tiny_config)
     assert checkpoint.steps(run_dir) == []
+
+
+@pytest.mark.parametrize("at", ["step", "save", "end of a save"])
+@pytest.mark.parametrize("level", ["run", "workdir"])
+def test_a_run_whose_folder_is_moved_stops_with_a_line_and_goes_on_when_it_is_back(
+    tiny_config, monkeypatch, at, level
+):
+    run_dir = job(tiny_config).folder
+    place = run_dir if level == "run" else run_dir.parent
+    away = place.with_name("away")
+    owner, name = {
+        "step": (Setup, "batch"),
+        "save": (ocp.CheckpointManager, "save"),
+        "end of a save": (digests, "seal"),
+    }[at]
+    call = getattr(owner, name)
+
+    def move_and_call(*args, **kwargs):
+        if at == "step" and args[1] == 4:
+            while not (run_dir / "ckpt" / "3" / digests.FILE).exists():
+                time.sleep(0.01)
+        if (run_dir / "ckpt").is_dir() and (at != "step" or args[1] == 4):
+            place.rename(away)
+        return call(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, move_and_call)
+        with pytest.raises(UserError, match="removed or replaced while .* move it bac"):
+            execute(tiny_config)
+    if place.exists():  # Threads of Orbax may still write there.
+        place.rename(place.with_name("rest"))
+    away.rename(place)
+    for left in run_dir.parent.glob(".*.lock.*"):  # Its process has ended elsewhere.
+        left.unlink()
+    execute(tiny_config)
+    assert read_result(run_dir)["status"] == "done"
+    assert checkpoint.steps(run_dir)[-1] == 6
 
 
 def test_a_save_that_fails_does_not_hide_why_training_stopped(copied, monkeypatch):

@@ -316,14 +316,18 @@ class TrainJob(Job):
             setup = checked or Setup.of(self.settings, corpus)
             record = _full_record(setup, stored)
 
-            def check_place() -> None:
-                check_lock()
-                corpus.check_unchanged()
+            def check_folder() -> None:
                 if (read_record(self.folder) or {}).get("run_id") != record["run_id"]:
                     raise UserError(
                         f"stopped, because {self.folder} was removed or replaced while "
-                        "this run trained there"
+                        "this run trained there: if it was moved, what was saved moved "
+                        "with it; move it back and run the same command again to go on"
                     )
+
+            def check_place() -> None:
+                check_lock()
+                corpus.check_unchanged()
+                check_folder()
 
             if jax.process_index() == 0:
                 check_lock()
@@ -337,6 +341,10 @@ class TrainJob(Job):
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
                 raise UserError(f"{error}: lower {knob} and {self._remedy}") from None
+            # Without its folder, each writer raises errors of its own.
+            except Exception:
+                check_folder()
+                raise
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
         return "is not trained", "configs/baseline.py", self.settings
