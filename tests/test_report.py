@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
 from pcagpt.arms import ARMS, Arm
@@ -473,11 +475,11 @@ def test_a_second_report_replaces_the_first(tmp_path):
 def test_a_report_moves_a_person_s_files_aside(is_edited, tmp_path, capsys):
     run = write_run(tmp_path, "baseline")
     results = collect_results(tmp_path, [run], FACTORS, COMMAND)
-    names = ["report.md", "report.html", "results.json"]
+    names = ["report.md", "report.html", "results.json", "plots/loss.png"]
     if is_edited:  # A report with notes.
         write_report(tmp_path, results)
     else:
-        names += ["plots/loss.png", "plots/spectrum.png"]
+        names += ["plots/spectrum.png"]
         (tmp_path / "plots").mkdir()
     for name in names:
         with (tmp_path / name).open("a") as file:
@@ -487,8 +489,25 @@ def test_a_report_moves_a_person_s_files_aside(is_edited, tmp_path, capsys):
     for name in names:
         path = tmp_path / name
         (kept,) = path.parent.glob(f"{path.name}.replaced-*")
-        assert kept.read_text().endswith('{"mine": 1}')
+        assert kept.read_bytes().endswith(b'{"mine": 1}')
         assert f"{path} was moved to {kept.name}\n" in out
+
+
+def test_a_figure_is_a_valid_png_and_one_of_an_older_version_is_replaced(tmp_path):
+    results = collect_results(
+        tmp_path, [write_run(tmp_path, "baseline")], FACTORS, COMMAND
+    )
+    write_report(tmp_path, results)
+    path = tmp_path / "plots" / "loss.png"
+    with PIL.Image.open(path) as image:
+        image.load()  # Checks each chunk.
+        assert image.text["Software"] == "pcagpt"
+        assert re.fullmatch(r"written by pcagpt, sha256 \w{64}", image.text["Comment"])
+        older = PIL.PngImagePlugin.PngInfo()
+        older.add_text("Software", "pcagpt")
+        image.save(path, pnginfo=older)
+    write_report(tmp_path, results)
+    assert not list(tmp_path.rglob("*.replaced-*"))
 
 
 @pytest.mark.usefixtures("soon")

@@ -5,7 +5,9 @@ Each file of a report has a mark. A file without it is a person's, and is moved 
 
 import base64
 import hashlib
+import io
 import re
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PNG = {"format": "png", "metadata": {"Software": "pcagpt"}}
-_MARK_OF_PNG = b"Software\0pcagpt"
+_MARK_OF_OLD_PNG = b"Software\0pcagpt"  # Older versions wrote no hash.
+_MARK_OF_PNG = b"tEXtComment\0written by pcagpt, sha256 "  # of all chunks before
+_END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 _MARK_OF_PAGE = b"<!-- written by pcagpt, sha256 "  # of all before it
 
 
@@ -67,7 +71,8 @@ def _write(
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            write_file(path, lambda file, f=figure: f.savefig(file, **_PNG))
+            content = _picture(figure)
+            write_file(path, lambda file, c=content: file.write(c))
     plots = [plot for plot, figure in figures.items() if figure is not None]
     page = render(f"{name}.md.j2", plots=plots, **view)
     _write_page(folder / "report.md", page)
@@ -90,6 +95,21 @@ def _write_page(path: Path, page: str) -> Path:
     return path
 
 
+def _picture(figure: "Figure") -> bytes:
+    """A figure as a PNG with its mark."""
+    file = io.BytesIO()
+    figure.savefig(file, **_PNG)
+    return _marked_png(file.getvalue().removesuffix(_END_OF_PNG))
+
+
+def _marked_png(chunks: bytes) -> bytes:
+    """A whole PNG from all its chunks but the end; its mark is a text chunk."""
+    mark = _MARK_OF_PNG + hashlib.sha256(chunks).hexdigest().encode()
+    length, check = len(mark) - len(b"tEXt"), zlib.crc32(mark)
+    framed = length.to_bytes(4, "big") + mark + check.to_bytes(4, "big")
+    return chunks + framed + _END_OF_PNG
+
+
 def _marked(content: bytes) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     return content + _MARK_OF_PAGE + f"{digest} -->\n".encode()
@@ -109,5 +129,8 @@ def _is_own(path: Path) -> bool:
         return is_sealed(path)
     content = path.read_bytes()
     if path.suffix == ".png":
-        return _MARK_OF_PNG in content
+        before, mark, _ = content.rpartition(_MARK_OF_PNG)
+        if not mark:
+            return _MARK_OF_OLD_PNG in content
+        return content == _marked_png(before[:-4])
     return content == _marked(content.rpartition(_MARK_OF_PAGE)[0])
