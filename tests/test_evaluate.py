@@ -553,6 +553,18 @@ def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
         evaluate(config)
 
 
+def test_tokens_of_a_larger_tokenizer_are_refused_by_the_name_of_the_own_one(
+    asked, tmp_path
+):
+    config = asked()
+    path = Path(config.model_path) / "config.json"
+    trained = json_of(path) | {"tokenizer": "sotu4096", "vocab_size": 4096}
+    path.write_text(json.dumps(trained))
+    config.data.source = write_corpus(tmp_path / "text", 50257, tokenizer="gpt2")
+    with pytest.raises(UserError, match=r"set --config\.data\.tokenizer=sotu4096"):
+        evaluate(config)
+
+
 def test_spare_token_ids_of_a_model_can_be_evaluated(tiny_config, tmp_path):
     """model.vocab_size, not the training corpus, says what a model knows."""
     steps = {"train.steps": 1, "train.warmup_steps": 0}
