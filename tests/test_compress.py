@@ -537,10 +537,10 @@ def test_a_new_table_is_scored_as_two_naive_models_are(original):
     own, table = original.table_VD, original.table_VD + 0.05 * noise.astype(np.float32)
     deciles = frequency_deciles(original.corpus.count_tokens("train") * 1.0)
     swap = TableSwap(
-        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+        original.model.gpt, original.model.variables, original.model.mesh, 3
     )
     batches = list(original.batches)[:2]
-    scores = swap(table, batches)
+    scores = swap(table, deciles, batches)
 
     @jax.jit
     def hidden_of(params, inputs):
@@ -605,8 +605,8 @@ def test_the_interval_is_the_same_on_several_devices_and_in_chunks(
     def interval(mesh, chunks):
         host = original.run.variables(original.model.gpt.config)
         variables = jax.device_put(host, placement.shardings(host, mesh))
-        swap = TableSwap(original.model.gpt, variables, deciles, mesh, chunks)
-        return swap(table, original.batches).added_loss_interval
+        swap = TableSwap(original.model.gpt, variables, mesh, chunks)
+        return swap(table, deciles, original.batches).added_loss_interval
 
     wanted = interval(original.model.mesh, 1)
     found = interval(placement.make_mesh(devices // 2, 2), chunks)
@@ -617,20 +617,21 @@ def test_the_interval_is_the_same_on_several_devices_and_in_chunks(
 def test_the_own_table_adds_nothing_within_an_interval_of_width_zero(original):
     deciles = np.zeros(VOCAB_SIZE, np.int32)
     swap = TableSwap(
-        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+        original.model.gpt, original.model.variables, original.model.mesh, 3
     )
-    scores = swap(original.table_VD, original.batches)
+    scores = swap(original.table_VD, deciles, original.batches)
     assert (scores.added_loss, scores.added_loss_interval) == (0, [0, 0])
 
 
 def test_one_window_has_no_interval(original):
     deciles = np.zeros(VOCAB_SIZE, np.int32)
     swap = TableSwap(
-        original.model.gpt, original.model.variables, deciles, original.model.mesh, 3
+        original.model.gpt, original.model.variables, original.model.mesh, 3
     )
     inputs, targets = next(iter(original.batches))
     targets = np.where(np.arange(len(targets))[:, None] == 0, targets, -1)
-    assert swap(original.table_VD, [(inputs, targets)]).added_loss_interval is None
+    scores = swap(original.table_VD, deciles, [(inputs, targets)])
+    assert scores.added_loss_interval is None
 
 
 def test_each_decile_covers_a_tenth_of_the_text():
@@ -867,7 +868,7 @@ def test_codes_of_another_version_are_measured_again_and_factors_kept(
     after = sweep_of(copied_codes)
     for row in after["rows"]:
         assert (row["seconds"] > 1000) == (row["bits"] > 0)
-    assert after["protocol"]["codes"] == coding.VERSION
+    assert after["protocol"]["codes"] == coding.CODES_VERSION
 
 
 def codes_in(folder, method):

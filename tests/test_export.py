@@ -147,6 +147,14 @@ def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_
     assert "| `" not in (earlier.parent / "gpt_baseline_hf/README.md").read_text()
 
 
+def test_the_card_shows_no_loss_of_weights_that_were_replaced(tmp_path, corpus_folder):
+    run = write_run(tmp_path / "run")
+    loss_of(run, tmp_path, corpus_folder)
+    shutil.rmtree(run / "ckpt")
+    write_run(run, seed=1)
+    assert "| `" not in (run_export(run, tmp_path) / "README.md").read_text()
+
+
 def test_the_card_tells_two_corpora_of_one_name_apart(trained, tmp_path, corpus_folder):
     run = shutil.copytree(trained, tmp_path / "gpt_baseline")
     other = shutil.copytree(corpus_folder, tmp_path / "other" / corpus_folder.name)

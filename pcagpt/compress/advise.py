@@ -81,7 +81,7 @@ def advise(
     output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
         return
-    print(f"model: {place}", flush=True)
+    print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
     trials = [trial.row() for trial in fit.trials]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
     advice, path = output.heading | answer, output.folder / "advice.json"

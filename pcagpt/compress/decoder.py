@@ -62,11 +62,12 @@ class Decoder:
         Targets are drawn with a fixed seed. Sums over batches are float64.
         """
         chance = torch.Generator(self.device).manual_seed(0)
-        total, tokens = dict.fromkeys(Statistics._fields[1:], 0.0), 0
+        total: dict[str, Any] = {}
+        tokens = 0
         for batch_BT in batches:
             for part_BT in self._put(batch_BT).split(self._windows):
                 for name, sums in self._sums(part_BT, chance).items():
-                    total[name] = total[name] + sums.double().cpu().numpy()
+                    total[name] = total.get(name, 0) + sums.double().cpu().numpy()
             tokens += batch_BT.size
         means = {name: value / tokens for name, value in total.items()}
         return Statistics(frequency=frequency_V, **means)
@@ -107,7 +108,7 @@ class Decoder:
             swapped_ND = self._hidden(inputs_BT)
         names = ("loss", "added_loss", "added_loss_input", "added_loss_head", "kl")
         names += ("top1_agreement", "count")
-        sums = dict.fromkeys(names, 0.0)
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         deciles_E2 = torch.zeros(DECILES, 2, device=self.device)
         added = []
         targets_N = targets_BT.reshape(-1)
@@ -134,8 +135,7 @@ class Decoder:
             of_head_n = loss_n(self._log_probabilities(own_nD, new_VD)) - own_n
             parts = (own_n, added_n, of_input_n, of_head_n)
             parts += (torch.where(counted_n, kl_n, 0), counted_n & same_n, counted_n)
-            for name, part_n in zip(names, parts, strict=True):
-                sums[name] += float(part_n.sum(dtype=torch.float64))
+            totals += torch.stack([a_n.sum(dtype=torch.float64) for a_n in parts])
             of_decile_n = decile_V[targets_n.clamp(min=0)]
             pairs_n2 = torch.stack([added_n, counted_n.float()], 1)
             deciles_E2.index_add_(0, of_decile_n, pairs_n2)
@@ -143,12 +143,13 @@ class Decoder:
         by_window = torch.cat(added).reshape(targets_BT.shape), targets_BT >= 0
         windows_W2 = torch.stack([a.sum(1, dtype=torch.float32) for a in by_window], 1)
         found = {"deciles": deciles_E2.T, "windows": windows_W2}
-        return sums | {name: a.cpu().numpy() for name, a in found.items()}
+        found |= dict(zip(names, totals, strict=True))
+        return {name: a.cpu().numpy() for name, a in found.items()}
 
     def _sums(self, tokens_BT, chance) -> dict[str, torch.Tensor]:
         """Sums over a batch of all statistics except the frequency."""
         table_VD = self._embedding.weight
-        rows_ND = table_VD[tokens_BT.reshape(-1)].clone().requires_grad_()
+        rows_ND = table_VD[tokens_BT.reshape(-1)].requires_grad_()
         places_BT = torch.arange(tokens_BT.numel(), device=self.device)
         # Each place has a row of its own, so that the gradient is that of one place.
         with torch.enable_grad(), self._embedding_of(rows_ND):
@@ -226,7 +227,9 @@ class Decoder:
 
     def _check_head(self) -> None:
         """UserError unless the plain product gives the model's own probabilities."""
-        tokens_BT = torch.arange(8, device=self.device)[None] % len(self.table_VD)
+        tokens_BT = torch.arange(8, device=self.device)[None] % len(
+            self._embedding.weight
+        )
         with torch.inference_mode():
             own_nV = self.model(input_ids=tokens_BT, use_cache=False).logits[0]
             own_nV = torch.log_softmax(own_nV.float(), 1)
@@ -251,6 +254,8 @@ def _open(folder: Path) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except MemoryError:
+        raise
     # The package and what it calls raise errors of many types for damaged files.
     except Exception as error:
         line = str(error).strip().partition("\n")[0]

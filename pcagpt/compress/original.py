@@ -6,7 +6,7 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,10 +19,14 @@ from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
+from pcagpt.factorize.factor_files import check_rows_differ
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
+
+if TYPE_CHECKING:  # It imports torch, which is optional.
+    from pcagpt.compress.decoder import Decoder
 
 
 class Model(Protocol):
@@ -82,15 +86,17 @@ class Original:
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
-        corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
-        corpus.tokens("train")  # From here on, `check_unchanged` notices a change.
+        # Before a text is tokenized, which may take long.
         if run.architecture:
             model = _decoder(run, settings.model.block_size)
             table_VD = model.table_VD
+            check_rows_differ(table_VD, f"the token table of {run.folder}")
         else:
             table_VD = run.table()
             gpt, variables = run.load(settings.model, mesh)
             model = OwnModel(gpt, variables, mesh, settings.train.loss_chunks)
+        corpus = run.corpus(settings.data, settings.cache_dir, ["train", split])
+        corpus.tokens("train")  # From here on, `check_unchanged` notices a change.
         return cls(
             run,
             corpus,
@@ -153,7 +159,7 @@ class Original:
             "calibration_batch_size": self.calibration["batch_size"],
             "compute_dtype": self.model.compute_dtype,
             "singular_value_split": self.singular_value_split,
-            "codes": coding.VERSION,
+            "codes": coding.CODES_VERSION,
         }
         if self.split == "test":  # corpus_sha256 leaves it out.
             protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
@@ -172,7 +178,7 @@ class Original:
         if self.run.is_at(stored.get("checkpoint")):
             stored["checkpoint"] = self.run.fingerprint
         # Rows of codes of another version are left out one by one; see `sweep`.
-        stored["codes"] = coding.VERSION
+        stored["codes"] = coding.CODES_VERSION
         stated = stored.get("corpus_sha256")
         is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:
@@ -180,7 +186,7 @@ class Original:
         return stored
 
 
-def _decoder(run: Run, window: int) -> Any:
+def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
     try:
         from pcagpt.compress.decoder import Decoder

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pcagpt.losses import divergence, negative_log_likelihood, scan_chunks
 from pcagpt.losses.interval import mean_interval
@@ -34,26 +35,24 @@ def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
 class TableSwap:
     """Scores replacements of a model's table; all share one compiled program."""
 
-    def __init__(
-        self,
-        model: GPT,
-        variables: dict,
-        decile_V: np.ndarray,
-        mesh,
-        chunks: int,
-    ):
-        """Takes a model with a full table and the result of `frequency_deciles`."""
+    def __init__(self, model: GPT, variables: dict, mesh: Mesh, chunks: int):
+        """Takes a model with a full table; logits are computed in `chunks` parts."""
         self._variables, self._mesh = variables, mesh
-        self._decile_V = jnp.asarray(decile_V)
         score = functools.partial(_score, model=model, chunks=chunks)
         self._score = placement.jit(score, mesh)
 
-    def __call__(self, table_VD: np.ndarray, batches: Iterable) -> SwapScores:
-        """Scores a table [V, D] on batches of (inputs, targets), each [B, T]."""
+    def __call__(
+        self, table_VD: np.ndarray, decile_V: np.ndarray, batches: Iterable
+    ) -> SwapScores:
+        """Scores a table [V, D] on batches of (inputs, targets), each [B, T].
+
+        `decile_V` is the result of `frequency_deciles`.
+        """
         table = jax.device_put(
             np.asarray(table_VD, np.float32), placement.replicated(self._mesh)
         )
-        score = functools.partial(self._score, self._variables, table, self._decile_V)
+        decile_V = jnp.asarray(decile_V)
+        score = functools.partial(self._score, self._variables, table, decile_V)
         scored = placement.map_batches(score, batches, self._mesh)
         return swap_scores(sums for _, sums in scored)
 

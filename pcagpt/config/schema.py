@@ -365,8 +365,8 @@ class Settings:
         "",
         f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
         "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
-        "factorize: or a .npy table; train: such a model as D, from which the arm "
-        "starts",
+        "compress: or a Hugging Face folder of another architecture; factorize: or a "
+        ".npy table; train: such a model as D, from which the arm starts",
         PATH,
     )
     format: str = knob(

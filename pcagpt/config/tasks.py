@@ -53,7 +53,7 @@ _READERS = {
     "ranks": (("train", *_RANKS), "leave it out"),
     "model": (_ALL, ""),
     "model.n_embd_wte": (
-        ("train", "evaluate", "sample"), "set its ranks with --config.ranks"
+        ("train", "evaluate", "sample", "export"), "set its ranks with --config.ranks"
     ),
     "data": (_WITH_TEXT, "leave it out"),
     "data.tokenizer": (_ALL, ""),

@@ -168,9 +168,9 @@ def _id_of_text(file: Path) -> dict[str, int]:
     else:
         model, added = content.get("model"), content.get("added_tokens") or ()
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # A unigram model's have scores.
-        vocabulary = {str(pair[0]): number for number, pair in enumerate(vocabulary)}
     try:
+        if isinstance(vocabulary, list):  # A unigram model's have scores.
+            vocabulary = {str(pair[0]): n for n, pair in enumerate(vocabulary)}
         found = dict(vocabulary) | {one["content"]: one["id"] for one in added}
     except (TypeError, ValueError, KeyError):
         found = {}

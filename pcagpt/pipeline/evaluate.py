@@ -53,6 +53,7 @@ def evaluate(settings: Settings) -> dict:
     result = {
         "run": run.folder.name,
         "step": run.step,
+        "fingerprint": run.fingerprint,
         **measured.metrics,
         **provenance.summary(mesh.size),
         "is_own_corpus": is_own,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.config import Settings
+from pcagpt.config import Settings, override
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
@@ -101,7 +101,13 @@ def _export(
         sync(folder.parent)
     finally:
         shutil.rmtree(written, ignore_errors=True)
-    return f"{folder} was written"
+    hint = ""
+    if settings.format == "npz":
+        hint = (
+            f"; the mean of its table, if it has one, is in the position embeddings of "
+            f"{run.folder}: import it beside {override('init.blocks_from', run.folder)}"
+        )
+    return f"{folder} was written{hint}"
 
 
 def _tokenizer_sha256(run: Run, settings: Settings) -> str | None:
@@ -170,7 +176,11 @@ def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
     found = {}
     for one in measured:
         protocol = one.get("protocol")
-        if isinstance(protocol, dict) and one.get("step", run.step) == run.step:
+        # Evaluations of older versions do not say which weights they are of.
+        is_of_run = one.get("step", run.step) == run.step and (
+            one.get("fingerprint", run.fingerprint) == run.fingerprint
+        )
+        if isinstance(protocol, dict) and is_of_run:
             known = {"split": "val"} | protocol
             names = ("corpus", "split", "tokens_predicted", "tokens_sha256")
             key = tuple(known.get(name) for name in names)
@@ -190,7 +200,10 @@ def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
 
 
 def _write_factors(folder: Path, run: Run, settings: Settings) -> None:
-    """The table, or its factors, as the files that `init.import_*` read."""
+    """The table, or its factors, as the files that `init.import_*` read.
+
+    The mean of a centred table is not in them: it is in the run's `wpe`.
+    """
     config = run.config(settings.model)
     if config.band_blocks:
         raise UserError(

@@ -29,7 +29,7 @@ def model_card(
     header = ("Corpus", "Split", "Loss", "Tokens predicted")
     text = render(
         "model_card.md.j2",
-        made=_how_made(record),
+        made=_how_made(record, view["step"]),
         losses=table(header, rows, "llrr") if rows else "",
         source=Path((record.get("data") or {}).get("source") or "").name,
         **view,
@@ -37,12 +37,14 @@ def model_card(
     return f"{_FRONT}{text}\n"
 
 
-def _how_made(record: Mapping[str, Any]) -> list[str]:
-    """A line for each known step."""
+def _how_made(record: Mapping[str, Any], step: int) -> list[str]:
+    """A line for the training up to `step`, and one for the compression."""
     lines = []
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
-        lines.append(f"{arm.letter}, {arm.title}: {arm.meaning}; {steps} steps")
+        lines.append(
+            f"{arm.letter}, {arm.title}: {arm.meaning}; {step} of {steps} steps"
+        )
     if compressed := record.get("compressed"):
         shown = ("method", "bands", "budget", "rank", "bits")
         recipe = fields({name: compressed.get(name) for name in shown})

@@ -68,7 +68,10 @@ def summary(arrays: dict[str, str]) -> str:
 
 
 def arrays(folder: Path) -> dict[str, str]:
-    """`of_arrays` of a checkpoint's weights; UserError if they cannot be read."""
+    """`of_arrays` of a checkpoint's weights; UserError if they cannot be read.
+
+    Of a model of another architecture, the digests of its files.
+    """
     if foreign.is_model(folder):
         return _of_foreign(folder)
     if known := (_listed(folder) or {}).get("arrays"):

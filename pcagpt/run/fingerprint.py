@@ -17,8 +17,8 @@ _SEEN_IN_ARRAYS = ("block_size", "n_layer", "n_embd", "bias")
 def of(path: str | Path) -> str:
     """A hash of the weights and of the model that computes with them.
 
-    Equal weights give equal hashes: time, device and versions do not enter. `path` and
-    errors are as for `choose`.
+    Equal weights give equal hashes: time, device and versions do not enter. Of another
+    architecture, equal files do. `path` and errors are as for `choose`.
     """
     there, step = choose(path)
     model = (there.stored or {}).get("model")

@@ -62,7 +62,9 @@ def _record(folder: Path) -> dict[str, Any]:
         info = read_meta(folder, "auto")
         texts = info.characters if info.vocab_size <= rows else None
         return record | {"tokenizer": info.tokenizer, "characters": texts}
-    return record | {"tokenizer": "gpt2" if rows in _GPT2_SIZES else None}
+    # Other architectures have vocabularies of these sizes, too.
+    is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
+    return record | {"tokenizer": "gpt2" if is_gpt2 else None}
 
 
 def read_weights(folder: Path) -> dict:

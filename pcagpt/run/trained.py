@@ -41,13 +41,17 @@ class Run:
     record: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Run":
+    def open(cls, path: str | Path, *, any_architecture: bool = False) -> "Run":
         """The newest checkpoint of RUN, or the one in RUN/ckpt/STEP.
 
         All processes must call this.
 
+        Args:
+          path: see above.
+          any_architecture: also accept a model that only transformers computes.
+
         Raises:
-          UserError: as for `choose`, or no config.json exists.
+          UserError: as for `choose`, no config.json exists, or another architecture.
         """
 
         def find() -> tuple[Path, int, dict[str, Any] | None]:
@@ -59,17 +63,16 @@ class Run:
         if record is None or not {"model", "vocab_size"} <= record.keys():
             problem = "has no" if record is None else "has no model in its"
             raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
-        return cls(folder, step, record)
+        run = cls(folder, step, record)
+        if run.architecture and not any_architecture:
+            raise other_decoder.refusal(folder, run.architecture)
+        return run
 
     @classmethod
     def asked(cls, settings: Settings) -> "Run":
-        """The run in `model_path`; raises as `open` and `check_model` do.
-
-        Also raises UserError if the task cannot compute a model of its architecture.
-        """
-        run = cls.open(settings.model_path)
-        if run.architecture and settings.task != "compress":
-            raise other_decoder.refusal(run.folder, run.architecture)
+        """The run in `model_path`; raises as `open` and `check_model` do."""
+        is_compress = settings.task == "compress"
+        run = cls.open(settings.model_path, any_architecture=is_compress)
         run.check_model(settings.model)
         return run
 
@@ -92,15 +95,15 @@ class Run:
         Knobs in `free` may differ. A knob at its default counts as not set.
         """
         stored = self.settings.model
-        if self.architecture:  # Its windows may have any length.
-            free = (*free, "block_size")
+        if self.architecture:  # Only the length of its windows is open.
+            free = ("block_size",)
         for field in dataclasses.fields(asked):
             value, trained = getattr(asked, field.name), getattr(stored, field.name)
             default = KNOBS[f"model.{field.name}"].default
             if field.name not in free and value not in (default, trained):
                 own = f"was trained with {trained}"
                 if self.architecture:
-                    own = f"holds a {self.architecture} with sizes of its own"
+                    own = f"holds a {self.architecture} with settings of its own"
                 raise UserError(
                     f"model.{field.name} is {value}, but {self.folder} {own}: leave it "
                     "out, because a run keeps its model"
