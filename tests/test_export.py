@@ -12,9 +12,9 @@ from command_line import CONFIGS, ROOT, call, refusal, tiny
 from gpt2_folders import write as write_gpt2
 from runs import gpt_config, snapshot
 
-from pcagpt import trees
+from pcagpt import coding, trees
 from pcagpt.config.schema import ModelSettings
-from pcagpt.factorize import factor_files
+from pcagpt.factorize import Weighting, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record
@@ -92,6 +92,23 @@ def loss_of(folder, workdir, corpus_folder):
     return json.loads(outcome.out)["loss"]
 
 
+def write_coded(folder, seed=0):
+    """A run with a coded table, as compress writes it."""
+    table = np.random.default_rng(seed).normal(0, 0.2, (V, 16)).astype(np.float32)
+    coded = coding.at_step(coding.prepare(table, Weighting()), 0.05).table
+    write_run(folder, record={"compressed": {"method": "coded"}})
+    weights = checkpoint.load_weights(folder)
+    padding = ((0, 128 - V), (0, 0))
+    weights["params"]["embed"]["band_0"]["wte"] = np.pad(coded.dense(), padding)
+    shutil.rmtree(folder / "ckpt")
+    checkpoint.save_weights(folder, weights)
+    coding.write(folder / "table.pcat", coded, coding.Description("coded"))
+    return folder
+
+
+SMALL = ("one rank", "equal scales", "untied", "bands", "packed", "coded")
+
+
 @pytest.fixture(params=MODELS)
 def run(request, tmp_path):
     return write_run(tmp_path / "run", **MODELS[request.param])
@@ -109,6 +126,50 @@ def test_an_exported_model_is_read_back_as_the_same_model(run, tmp_path, corpus_
     assert fingerprint.of(again) == fingerprint.of(made)
 
 
+def write_small(name, folder):
+    """(a run with a compressed table, the form that keeps it small)."""
+    if name == "coded":
+        return write_coded(folder), "coded"
+    write = write_untied if name == "untied" else write_run
+    return write(folder, **MODELS.get(name, {})), "hf-factored"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_export_with_a_small_table_is_read_back_as_the_same_run(
+    name, tmp_path, corpus_folder
+):
+    run, form = write_small(name, tmp_path / "run")
+    made = run_export(run, tmp_path, form)
+    np.testing.assert_array_equal(logits_of(run), logits_of(made))
+    losses = [loss_of(one, tmp_path / "work", corpus_folder) for one in (run, made)]
+    assert losses[0] == losses[1]
+    full = run_export(write_run(tmp_path / "full"), tmp_path)
+    assert weight_bytes(made) < weight_bytes(full)
+
+
+def weight_bytes(folder):
+    paths = [*folder.glob("*.safetensors"), *folder.glob("table.pcat")]
+    return sum(path.stat().st_size for path in paths)
+
+
+@pytest.mark.parametrize("name", ["bands", "coded"])
+@pytest.mark.parametrize("damage", ["config.json", "weights", "pcagpt.json"])
+def test_a_changed_export_is_refused(name, damage, tmp_path):
+    run, form = write_small(name, tmp_path / "run")
+    made = run_export(run, tmp_path, form)
+    (weights,) = made.glob("*.safetensors")
+    path = weights if damage == "weights" else made / damage
+    if damage == "pcagpt.json":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    ask = f"--config.model_path={made}", "--config.sample.tokens=1"
+    line = refusal(f"--config={CONFIGS / 'sample.py'}", *ask, unchanged=[tmp_path])
+    assert path.name in line
+
+
 def test_the_folder_has_one_table_of_the_real_vocabulary(tmp_path):
     run = write_run(tmp_path / "run", n_embd_wte=4)
     made = run_export(run, tmp_path)
@@ -123,8 +184,9 @@ def test_the_folder_has_one_table_of_the_real_vocabulary(tmp_path):
     assert config["vocab_size"] == V
     card = (made / "README.md").read_text()
     assert "This form saves no memory" in card
-    assert f"| token table, here | {V * 16:,} |" in card
-    assert f"| token table, in pcagpt | {(V + 16) * 4} |" in card
+    assert f"| token table, in full | {V * 16:,} | {V * 64:,} |" in card
+    factors = (V + 16) * 4
+    assert f"| token table, as factors | {factors} | {4 * factors:,} |" in card
     plain = run_export(write_run(tmp_path / "plain"), tmp_path)
     assert "saves no memory" not in (plain / "README.md").read_text()
 
@@ -239,7 +301,7 @@ def test_bands_a_full_table_and_untied_scales_have_their_files(tmp_path):
     assert not np.array_equal(scales["scale_up"], scales["scale_down"])
 
 
-def write_untied(folder):
+def write_untied(folder, **model):
     """A run whose scale matrices differ."""
     made = write_run(folder, n_embd_wte=4, n_embd_wte_scale_tying=False)
     weights = checkpoint.load_weights(made)
@@ -303,7 +365,13 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     ("write", "form", "words"),
     [
         (write_untied, "hf", "two different scale matrices"),
-        (lambda folder: write_run(folder, **MODELS["packed"]), "npz", "a packed table"),
+        (write_run, "hf-factored", "without factors and without packed codes"),
+        (write_run, "coded", "has no coded table"),
+        (
+            lambda folder: write_run(folder, **MODELS["packed"]),
+            "npz",
+            "a table of codes, which has no factors",
+        ),
         (lambda folder: folder.mkdir() or folder, "hf", "holds no finished checkpoint"),
     ],
 )

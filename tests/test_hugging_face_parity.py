@@ -3,13 +3,14 @@
 Needs torch and transformers: pip install 'pcagpt[hf]'.
 """
 
+import importlib.util
 import itertools
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from test_export import MODELS, V, run_export, write_run
+from test_export import MODELS, SMALL, V, run_export, write_run, write_small
 from test_tokenizer_files import HARD_TEXT
 
 from pcagpt import trees
@@ -193,6 +194,95 @@ def test_an_export_continues_a_prompt_as_the_run_does(exported):
     drawn = generate(*of_ours(run), np.array(prompt), 1, seed=0, temperature=0)
     found = [int(one[0]) for one in itertools.islice(drawn, 11)]
     assert found == greedy(theirs, prompt, 11)
+
+
+@pytest.fixture(params=SMALL)
+def small(request, tmp_path):
+    """(a run with a compressed table, the form of its export, the export)."""
+    run, form = write_small(request.param, tmp_path / "run")
+    return run, form, run_export(run, tmp_path, form)
+
+
+def opened(form, made):
+    """(the model of an export in transformers, what loading it reports)."""
+    if form == "coded":
+        code = importlib.util.spec_from_file_location("loader", made / "load_coded.py")
+        loader = importlib.util.module_from_spec(code)
+        code.loader.exec_module(loader)
+        return loader.load(), {}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        made,
+        trust_remote_code=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+
+
+def test_an_export_with_a_small_table_computes_the_same(small):
+    run, form, made = small
+    theirs, report = opened(form, made)
+    assert not any(report.get(name) for name in ("missing_keys", "unexpected_keys"))
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(run)
+    with jax.default_matmul_precision("highest"), torch.no_grad():
+        wanted_BTV = np.asarray(model.apply(variables, tokens_BT))
+        found = theirs.eval()(torch.tensor(tokens_BT)).logits.numpy()
+    assert_relative(found, wanted_BTV, 1e-5)
+    theirs.generation_config.eos_token_id = None
+    prompt = [3, 1, 4, 1, 5]
+    drawn = generate(model, variables, np.array(prompt), 1, seed=0, temperature=0)
+    assert greedy(theirs, prompt, 11) == [
+        int(one[0]) for one in itertools.islice(drawn, 11)
+    ]
+
+
+def test_the_gradient_of_the_factors_is_ours(tmp_path):
+    run, form = write_small("bands", tmp_path / "run")
+    theirs, _ = opened(form, run_export(run, tmp_path, form))
+    tokens_BT = tokens_of(theirs)
+    model, variables = of_ours(run)
+
+    def loss(params):
+        given = variables | {"params": params}
+        h_ND = model.apply(given, tokens_BT[:, :-1], method="hidden")
+        targets_N = model.apply(given, tokens_BT[:, 1:].reshape(-1), method=_columns)
+        head = model.apply(given, method="head")
+        return cross_entropy(h_ND, head, targets_N, chunks=2) / targets_N.size
+
+    gradients = trees.flatten(jax.grad(loss)(variables["params"]))
+    given = torch.tensor(tokens_BT)
+    theirs.eval()(given, labels=given).loss.backward()
+    for number, band in enumerate(theirs.transformer.wte.bands):
+        for name, parameter in band.named_parameters():
+            ours = gradients[f"embed/band_{number}/{name}"][: len(parameter)]
+            assert_relative(ours, parameter.grad.numpy(), 1e-5)
+
+
+def _columns(model, tokens_N):
+    return model.embed.renumber(tokens_N)
+
+
+def test_a_small_export_is_small_in_memory_and_saved_again(small, tmp_path):
+    run, form, made = small
+    theirs, _ = opened(form, made)
+    if form == "coded":  # It is decoded.
+        assert theirs.transformer.wte.weight is theirs.lm_head.weight
+        return
+    arrays = [*theirs.parameters(), *theirs.buffers()]
+    held = sum(array.numel() * array.element_size() for array in arrays)
+    assert held <= (made / "model.safetensors").stat().st_size
+    assert not list(theirs.lm_head.parameters())
+    tokens = torch.tensor(tokens_of(theirs))
+    theirs.save_pretrained(tmp_path / "again")
+    again, _ = opened(form, tmp_path / "again")
+    assert torch.equal(again.eval()(tokens).logits, theirs.eval()(tokens).logits)
+
+
+def test_transformers_refuses_a_small_export_without_its_code(tmp_path):
+    run, form = write_small("bands", tmp_path / "run")
+    made = run_export(run, tmp_path, form)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", RANKS)

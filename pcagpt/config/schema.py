@@ -371,9 +371,10 @@ class Settings:
     )
     format: str = knob(
         "hf",
-        "hf: a Hugging Face folder, the table multiplied out; npz: the table or its "
-        "factors as .npy and .npz files",
-        one_of("hf", "npz"),
+        "hf: a Hugging Face folder, the table multiplied out; hf-factored: one that "
+        "transformers loads at its small size with a modelling file; coded: one with "
+        "the table as its coded file; npz: the table or its factors as .npy and .npz",
+        one_of("hf", "hf-factored", "coded", "npz"),
     )
     split: str = knob(
         "val",

@@ -23,7 +23,9 @@ from pcagpt.model.config import (
     GPTConfig,
 )
 from pcagpt.model.embedding import (
+    CONSTANTS,
     FULL_TABLE,
+    TABLES,
     BandLeaves,
     Head,
     HeadBand,

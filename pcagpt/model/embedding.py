@@ -166,6 +166,7 @@ class TokenEmbedding(nn.Module):
 
 # Other packages reach the arrays above through these paths and functions.
 
+CONSTANTS = "constants"  # the collection of arrays that are not trained
 FULL_TABLE = "embed/band_0/wte"  # of a model at full width
 TABLES, SCALES = r"embed/band_\d+/wte", r"embed/band_\d+/scale_(up|down)"
 

@@ -1,63 +1,55 @@
-"""The task 'export': writes a run in a form that other programs read.
+"""The task 'export': writes a model in a form that other programs read.
 
-WORKDIR/exported/RUN_FORMAT/ has a Hugging Face folder (hf), or the factors as the files
-of the original system (npz). It gets its name when it is complete.
+WORKDIR/exported/NAME_FORMAT/ gets its name when it is complete.
 """
 
 import contextlib
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pcagpt.config import Settings, override
-from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.export.formats import FORMATS
+from pcagpt.export.measured import measured
+from pcagpt.export.model_card import model_card
+from pcagpt.export.source import Source, open_source
 from pcagpt.files import (
     check_digests,
     digests_of,
     read_json,
     sync,
     write_json,
-    write_npy,
-    write_npz,
     write_text,
 )
-from pcagpt.model import FULL_TABLE, embedding_parameters, token_order
 from pcagpt.pipeline.execute import check_workdir
-from pcagpt.report.model_card import model_card
-from pcagpt.run import hugging_face_files, lock
-from pcagpt.run.dense import dense_weights
-from pcagpt.run.folder import is_vacant, move_aside, read_result
-from pcagpt.run.trained import Run
+from pcagpt.run import lock
+from pcagpt.run.exported import FILE as ORIGIN
+from pcagpt.run.folder import is_vacant, move_aside
 from pcagpt.sharding import processes
 
 FOLDER = "exported"  # in a workdir
-ORIGIN = "pcagpt.json"  # says what the folder was made from, with digests
 
 
 def export(settings: Settings) -> str:
-    """Writes the run of `model_path` as `format`; returns a line that says where.
+    """Writes the model of `model_path` as `format`; returns a line that says where.
 
     A folder that already holds it stays as it is. All processes must call this.
 
     Raises:
-      UserError: the run does not exist, cannot be written in this form, or something
+      UserError: the model does not exist, cannot be written in this form, or something
         else is in the folder and `overwrite` is off.
     """
     check_workdir(settings.workdir)
-    run = Run.asked(settings)
-    name = f"{run.folder.resolve().name}_{settings.format}"
+    source = open_source(settings)
+    name = f"{source.folder.resolve().name}_{settings.format}"
     folder = Path(settings.workdir) / FOLDER / name
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         with lock.held(folder, meanwhile=lambda: None) as check_lock:
             return processes.from_first(
-                lambda: _export(run, settings, folder, check_lock)
+                lambda: _export(source, settings, folder, check_lock)
             )
     finally:
         # A refusal leaves no empty folder behind.
@@ -67,15 +59,16 @@ def export(settings: Settings) -> str:
 
 
 def _export(
-    run: Run, settings: Settings, folder: Path, check_lock: Callable[[], None]
+    source: Source, settings: Settings, folder: Path, check_lock: Callable[[], None]
 ) -> str:
     """As `export`, in one process, which holds the lock of the folder."""
+    form = settings.format
     origin = {
-        "run": run.folder.resolve().name,
-        "step": run.step,
-        "fingerprint": run.fingerprint,
-        "format": settings.format,
-        "tokenizer_sha256": _tokenizer_sha256(run, settings),
+        "run": source.folder.resolve().name,
+        **source.identity,
+        "format": form,
+        "table": source.table_name,
+        "tokenizer_sha256": source.tokenizer_sha256,
     }
     if _holds(folder, origin):
         return f"{folder} is done"
@@ -89,8 +82,11 @@ def _export(
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     try:
-        _FORMATS[settings.format](written, run, settings)
-        run.check_unchanged()
+        FORMATS[form](written, source)
+        if form != "npz":
+            card = model_card(source, form, measured(source, settings.workdir))
+            write_text(written / "README.md", card)
+        source.check_unchanged()
         files = digests_of(written, [path.name for path in written.iterdir()])
         write_json(written / ORIGIN, origin | {"files": files})
         check_lock()
@@ -102,138 +98,24 @@ def _export(
     finally:
         shutil.rmtree(written, ignore_errors=True)
     hint = ""
-    if settings.format == "npz":
+    if form == "npz":
         hint = (
-            f"; the mean of its table, if it has one, is in the position embeddings of "
-            f"{run.folder}: import it beside {override('init.blocks_from', run.folder)}"
+            "; the mean of a run's table, if it has one, is in the position embeddings "
+            f"of {source.folder}: import it beside "
+            f"{override('init.blocks_from', source.folder)}"
         )
     return f"{folder} was written{hint}"
-
-
-def _tokenizer_sha256(run: Run, settings: Settings) -> str | None:
-    """The hash of the tokenizer that the export gets; None without one of a name."""
-    name = run.tokenizer_name(settings.data.tokenizer)
-    return vocabulary.describe(name).sha256 if name else None
 
 
 def _holds(folder: Path, origin: dict[str, Any]) -> bool:
     """Whether a folder has the undamaged files of this origin."""
     try:
         found = read_json(folder / ORIGIN, "delete it") or {}
-        names = ("fingerprint", "format", "tokenizer_sha256")
-        if any(found.get(name) != origin[name] for name in names):
+        # Older versions did not store all fields.
+        names = ("fingerprint", "format", "tokenizer_sha256", "table_sha256")
+        if any(found.get(name) != origin.get(name) for name in names):
             return False
         check_digests(folder, found.get("files"))
     except UserError:
         return False
     return True
-
-
-def _write_hugging_face(folder: Path, run: Run, settings: Settings) -> None:
-    """The model with its table multiplied out, its tokenizer and a model card."""
-    model, texts = run.settings.model, run.record.get("characters")
-    name, end = run.tokenizer_name(settings.data.tokenizer), None
-    weights = dense_weights(run)
-    hugging_face_files.write_weights(folder, weights)
-    if texts:
-        hugging_face_tokenizer.write_characters(folder, texts)
-    elif name:
-        hugging_face_tokenizer.write(folder, name, model.block_size)
-        end = vocabulary.load(name).eot_token
-    table_VD = weights.pop(FULL_TABLE)
-    hugging_face_files.write_config(folder, model, len(table_VD), end)
-    card = model_card(
-        run.record,
-        _losses(run, settings.workdir),
-        name=run.folder.resolve().name,
-        run=run.folder.resolve().name,
-        step=run.step,
-        fingerprint=run.fingerprint[:12],
-        window=model.block_size,
-        is_compressed=model.is_factorized or "compressed" in run.record,
-        here=table_VD.size,
-        there=None
-        if model.band_blocks
-        else embedding_parameters(run.config(settings.model)),
-        others=sum(array.size for array in weights.values()),
-        bare=not (texts or name),
-    )
-    write_text(folder / "README.md", card)
-
-
-def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
-    """What was measured on this checkpoint, for the model card.
-
-    Corpora of the same name are told apart by the hash of their tokens.
-    """
-    measured = []
-    result = read_result(run.folder)
-    if result and result.get("steps") == run.step:
-        measured.append(result | {"loss": result.get("val_loss")})
-    for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
-        with contextlib.suppress(UserError):
-            measured.append(read_json(path, "") or {})
-    found = {}
-    for one in measured:
-        protocol = one.get("protocol")
-        # Evaluations of older versions do not say which weights they are of.
-        is_of_run = one.get("step", run.step) == run.step and (
-            one.get("fingerprint", run.fingerprint) == run.fingerprint
-        )
-        if isinstance(protocol, dict) and is_of_run:
-            known = {"split": "val"} | protocol
-            names = ("corpus", "split", "tokens_predicted", "tokens_sha256")
-            key = tuple(known.get(name) for name in names)
-            found.setdefault(key, one.get("loss"))
-    others = Counter((corpus, split, count) for corpus, split, count, _ in found)
-    return [
-        {
-            "corpus": corpus
-            if others[corpus, split, count] == 1
-            else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
-            "split": split,
-            "tokens": count,
-            "loss": loss,
-        }
-        for (corpus, split, count, sha256), loss in found.items()
-    ]
-
-
-def _write_factors(folder: Path, run: Run, settings: Settings) -> None:
-    """The table, or its factors, as the files that `init.import_*` read.
-
-    The mean of a centred table is not in them: it is in the run's `wpe`.
-    """
-    config = run.config(settings.model)
-    if config.band_blocks:
-        raise UserError(
-            f"{run.folder} has a packed table, which has no factors: give "
-            "--config.format=hf"
-        )
-    variables, bands = run.variables(config), []
-    for number, band in enumerate(config.bands):
-        leaves = variables["params"]["embed"][f"band_{number}"]
-        up, down = leaves.get("scale_up"), leaves.get("scale_down")
-        bands.append((leaves["wte"][: band.size], up, up if down is None else down))
-    if len(bands) > 1:
-        pairs = ((up, down) for _, up, down in bands if up is not None)
-        if not all(np.array_equal(up, down) for up, down in pairs):
-            raise UserError(
-                f"{run.folder} has two different scale matrices in a band, for which "
-                "there are no files"
-            )
-        order_V = token_order(variables["constants"], config.vocab_size)
-        factors = tuple(BandFactors(wte, up) for wte, up, _ in bands)
-        table = FactorizedTable(order_V.astype(np.int32), factors, None)
-        factor_files.write_bands(folder, table)
-        return
-    [(wte, up, down)] = bands
-    if up is None:
-        write_npy(folder / "wte.npy", wte)
-        return
-    write_npy(factor_files.table_path(folder, len(up)), wte)
-    path = factor_files.scale_path(folder, len(up))
-    write_npz(path, scale_up=up, scale_down=down)
-
-
-_FORMATS = {"hf": _write_hugging_face, "npz": _write_factors}

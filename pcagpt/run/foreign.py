@@ -1,9 +1,11 @@
-"""Models of other programs as runs. Nothing is ever written into their folders.
+"""Models of other programs, and exports, as runs.
 
-Such a run has one checkpoint, 0. Its folder is the folder of the run itself.
+Nothing is ever written into their folders. Such a run has one checkpoint, 0. Its folder
+is the folder of the run itself.
 """
 
 import copy
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,14 +18,19 @@ from pcagpt.data import vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
 from pcagpt.files import read_once
-from pcagpt.model import FULL_TABLE
-from pcagpt.run import hugging_face, nano_gpt, other_decoder
+from pcagpt.model import CONSTANTS, TABLES
+from pcagpt.run import exported, hugging_face, nano_gpt, other_decoder
 
 STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
 _FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
-_FORMATS: tuple[ModuleType, ...] = (other_decoder, hugging_face, nano_gpt)
+_FORMATS: tuple[ModuleType, ...] = (
+    exported,
+    other_decoder,
+    hugging_face,
+    nano_gpt,
+)
 
 
 def is_model(folder: Path) -> bool:
@@ -70,10 +77,16 @@ def _record(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict:
     """{'params', 'constants'} as a run of ours stores them; raises as `record_of`."""
     found = _format(folder).read_weights(folder)
-    table_VD = found[FULL_TABLE]
-    padding = -len(table_VD) % KNOBS["model.vocab_multiple"].default
-    found[FULL_TABLE] = np.pad(table_VD, ((0, padding), (0, 0)))
-    return {"params": trees.unflatten(found), "constants": {}}
+    tables = sorted(
+        filter(re.compile(TABLES).fullmatch, found), key=lambda path: (len(path), path)
+    )
+    if tables:  # A packed table has no padding.
+        rows = sum(len(found[path]) for path in tables)
+        padding = -rows % KNOBS["model.vocab_multiple"].default
+        last = max(tables, key=lambda path: (len(path), path))  # The highest number.
+        found[last] = np.pad(found[last], ((0, padding), (0, 0)))
+    tree = trees.unflatten(found)
+    return {"constants": tree.pop(CONSTANTS, {}), "params": tree}
 
 
 def file_digests(folder: Path) -> dict[str, str]:

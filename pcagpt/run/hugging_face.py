@@ -55,6 +55,15 @@ def is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
+def kind_of(folder: Path) -> str | None:
+    """The `model_type` in config.json; None if it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        config = parse_json((folder / CONFIG).read_bytes())
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        return kind if isinstance(kind, str) else None
+    return None
+
+
 def record_of(folder: Path) -> dict[str, Any]:
     """The record of a run that has the model of a folder.
 
@@ -71,14 +80,18 @@ def record_of(folder: Path) -> dict[str, Any]:
                 "tie_word_embeddings is true: pcagpt reads models whose head is the "
                 "token table"
             )
+    return {"vocab_size": config["vocab_size"], "model": model_settings(config)}
+
+
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a `checked_config`."""
     names = ("vocab_size", "n_layer", "n_head", "n_embd")
     # Dropout acts only in training, and whoever trains has a knob for it.
-    model = {
+    return {
         **{name: config[name] for name in names},
         "block_size": config["n_positions"],
         "gelu": "exact" if config["activation_function"] == "gelu" else "tanh",
     }
-    return {"vocab_size": config["vocab_size"], "model": model}
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
@@ -107,18 +120,22 @@ def _leaves(config: Mapping[str, Any]) -> dict:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The fields of `_SUPPORTED` in config.json; UserError if one is not supported."""
-    path = folder / CONFIG
-    stored = read_json(path, _RESTORE)
+    """`checked_config` of a folder."""
+    stored = read_json(folder / CONFIG, _RESTORE)
     if stored is None:
         raise UserError(f"{folder} has weights, but no {CONFIG}: {_RESTORE}")
+    return checked_config(stored, folder / CONFIG)
+
+
+def checked_config(stored: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of `_SUPPORTED` in config.json; UserError if one is not supported."""
     check_fields(stored, {"architectures": (list, None)}, path, _RESTORE)
     kind, named = stored.get("model_type", "gpt2"), stored.get("architectures")
     unknown = [name for name in named or () if name not in ARCHITECTURES]
     if unknown or kind != "gpt2":
         raise UserError(
-            f"{folder} holds a {(unknown or [kind])[0]}, which pcagpt does not read "
-            f"yet: give a GPT-2, {ARCHITECTURES[0]}"
+            f"{path.parent} holds a {(unknown or [kind])[0]}, which pcagpt does not "
+            f"read: give a GPT-2, {ARCHITECTURES[0]}"
         )
     config = {name: stored.get(name, of[0]) for name, of in _SUPPORTED.items()}
     for name, value in config.items():
@@ -156,7 +173,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
     with contextlib.ExitStack() as stack:
         found: dict[str, tuple] = {}
         for path in files(folder):
-            with _reading(path):
+            with reading(path):
                 file = stack.enter_context(safe_open(path, framework="numpy"))
                 found |= {
                     name: (file, stored, path)
@@ -200,7 +217,7 @@ def _shape_error(folder: Path, name: str, shape: tuple, expected: tuple) -> str:
 def _values(tensors: Mapping[str, tuple], name: str) -> np.ndarray:
     """A tensor as float32."""
     file, stored, path = tensors[name]
-    with _reading(path), np.errstate(over="ignore"):
+    with reading(path), np.errstate(over="ignore"):
         return np.array(file.get_tensor(stored), np.float32)
 
 
@@ -229,7 +246,7 @@ def files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """An error that a damaged file can cause becomes a UserError."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder, which `hugging_face` reads back."""
+"""Writes a GPT-2 as a Hugging Face folder, which `hugging_face` reads back."""
 
 import json
 from collections.abc import Mapping
@@ -6,49 +6,53 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pcagpt.config.schema import ModelSettings
-from pcagpt.files import sync, write_text
-from pcagpt.model import FULL_TABLE
+from pcagpt.files import write_file, write_text
 from pcagpt.model.block import LAYER_NORM_EPSILON
-from pcagpt.run.gpt2_names import PREFIX, leaves
-from pcagpt.run.hugging_face import ARCHITECTURES, CONFIG, WEIGHTS
+from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves
+from pcagpt.run.hugging_face import ARCHITECTURES, CONFIG
 
 
-def write_weights(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Writes model.safetensors.
+def tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name of transformers: float32 array} of a GPT-2, without its token table.
 
-    Args:
-      folder: exists.
-      weights: {parameter path: array} of a model with a full table. Biases that it
-        lacks become zeros, because transformers' GPT-2 has all of them.
+    `weights` are by parameter path; they may have a table, too. Biases that they lack
+    become zeros, because transformers' GPT-2 has all of them. ValueError for another
+    parameter that GPT-2 does not have, or that is missing.
     """
-    (vocab_size, width), positions = weights[FULL_TABLE].shape, weights["wpe"]
+    (length, width), found = weights["wpe"].shape, {}
     layers = sum(path.endswith("/ln_1/scale") for path in weights)
-    tensors = {}
-    for name, leaf in leaves(vocab_size, len(positions), layers, width).items():
+    names = leaves(0, length, layers, width)
+    del names[TABLE]
+    known = {leaf.path for leaf in names.values()}
+    own = {path for path in weights if not path.startswith("embed/")}
+    if odd := own ^ known - {path for path in known - own if path.endswith("/bias")}:
+        raise ValueError(f"GPT-2 of transformers has other parameters: {min(odd)}")
+    for name, leaf in names.items():
         array = weights.get(leaf.path)
-        array = np.zeros(leaf.shape, np.float32) if array is None else array
-        tensors[PREFIX + name] = np.ascontiguousarray(array)
-    path = folder / WEIGHTS
-    path.touch()
-    mode = path.stat().st_mode  # save_file would let only the owner read it.
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-    sync(path)
+        array = np.zeros(leaf.shape) if array is None else array
+        found[PREFIX + name] = np.asarray(array, np.float32)
+    return found
 
 
-def write_config(
-    folder: Path, model: ModelSettings, vocab_size: int, end_of_text: int | None
-) -> None:
-    """Writes config.json and generation_config.json.
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file."""
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    content = save(plain, metadata={"format": "pt"})
+    write_file(path, lambda file: file.write(content))
 
-    `model` is that of the run; `end_of_text` is the id that ends a document.
+
+def config(
+    model: ModelSettings, vocab_size: int, end_of_text: int | None
+) -> dict[str, Any]:
+    """config.json of transformers for the model of a run.
+
+    `end_of_text` is the id that ends a document.
     """
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
-    config = {
+    return {
         "model_type": "gpt2",
         "architectures": [ARCHITECTURES[0]],
         "vocab_size": vocab_size,
@@ -60,12 +64,11 @@ def write_config(
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": True,
         **dropouts,
-        **ends,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
-    _write(folder / CONFIG, config)
-    _write(folder / "generation_config.json", {"_from_model_config": True, **ends})
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def write_config(folder: Path, fields: Mapping[str, Any], name: str = CONFIG) -> None:
     """Writes JSON without our seal: other programs read all fields of it."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(folder / name, json.dumps(fields, indent=2) + "\n")

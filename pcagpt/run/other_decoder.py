@@ -4,14 +4,13 @@ pcagpt measures such a model in PyTorch (`compress.decoder`), and compresses its
 It does not train it. The folder has config.json and safetensors.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pcagpt.errors import UserError
-from pcagpt.files import parse_json, read_json, sha256_of_file
+from pcagpt.files import read_json, sha256_of_file
 from pcagpt.run import hugging_face
 
 _REMEDY = "restore it, or download the model again"
@@ -19,10 +18,7 @@ _REMEDY = "restore it, or download the model again"
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model of transformers that is no GPT-2."""
-    with contextlib.suppress(OSError, ValueError):
-        config = parse_json((folder / hugging_face.CONFIG).read_bytes())
-        return isinstance(config, dict) and _kind(config) not in (None, "gpt2")
-    return False
+    return hugging_face.kind_of(folder) not in (None, "gpt2")
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -36,7 +32,9 @@ def record_of(folder: Path) -> dict[str, Any]:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else _kind(config)
+    architecture = (
+        named[0] if isinstance(named, list) and named else hugging_face.kind_of(folder)
+    )
     sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
@@ -70,9 +68,3 @@ def refusal(folder: Path, architecture: str) -> UserError:
         f"{folder} holds a {architecture}: of models other than GPT-2, only "
         "--config=configs/compress.py takes one"
     )
-
-
-def _kind(config: dict[str, Any]) -> str | None:
-    """The architecture's family; None if the file does not say."""
-    kind = config.get("model_type")
-    return kind if isinstance(kind, str) else None

@@ -1,0 +1,158 @@
+"""The forms of an exported folder. Each writes all its files, except the model card."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pcagpt import coding
+from pcagpt.errors import UserError
+from pcagpt.export.source import Factors, Source
+from pcagpt.factorize import factor_files
+from pcagpt.files import write_npy, write_npz, write_text
+from pcagpt.run import hugging_face, hugging_face_files
+from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE
+
+HERE = Path(__file__).parent
+MODELING, LOADER = "modeling_pcagpt.py", "load_coded.py"
+
+
+def write_dense(folder: Path, source: Source) -> None:
+    """A folder that transformers loads as it is; the table is multiplied out."""
+    table = source.table
+    if isinstance(table, Factors) and not table.is_tied:
+        raise UserError(
+            f"{source.folder} has two different scale matrices, so that its output "
+            "head is another table than its input: give --config.format=hf-factored"
+        )
+    tensors = source.tensors | {source.table_name: table.dense()}
+    hugging_face_files.write_tensors(folder / hugging_face.WEIGHTS, tensors)
+    hugging_face_files.write_config(folder, source.config())
+    source.write_beside(folder)
+
+
+def write_factored(folder: Path, source: Source) -> None:
+    """A folder that transformers loads at its small size, with our modelling file."""
+    table = source.table
+    if isinstance(table, coding.CodedTable) or getattr(table, "is_full", False):
+        raise UserError(
+            f"{source.folder} has a table without factors and without packed codes: "
+            f"give --config.format={'coded' if source.coded else 'hf'}"
+        )
+    arrays, layout = _parts(table)
+    prefix = source.table_name.removesuffix("weight")
+    own = {prefix + name: array for name, array in arrays.items()}
+    path = folder / hugging_face.WEIGHTS
+    hugging_face_files.write_tensors(path, source.tensors | own)
+    config = source.config()
+    module, name = Path(MODELING).stem, "CompressedForCausalLM"
+    config |= {
+        "model_type": TYPE + config["model_type"],
+        "architectures": [name],
+        "auto_map": {
+            "AutoConfig": f"{module}.CompressedConfig",
+            "AutoModelForCausalLM": f"{module}.{name}",
+        },
+        "table": layout,
+    }
+    hugging_face_files.write_config(folder, config)
+    source.write_beside(folder)
+    code = (HERE / MODELING).read_text()
+    own = f'ARCHITECTURE = "{source.architecture}"'
+    write_text(folder / MODELING, re.sub('ARCHITECTURE = ".*"', own, code, count=1))
+
+
+def write_coded(folder: Path, source: Source) -> None:
+    """All weights but the table, the table as its coded file, and a loader."""
+    if not source.coded:
+        raise UserError(
+            f"{source.folder} has no coded table: give a model that compress wrote "
+            "with compress.methods=coded, such as compressed/best_coded_k128"
+        )
+    hugging_face_files.write_tensors(folder / OTHERS, source.tensors)
+    shutil.copyfile(source.coded, folder / CODED_TABLE)
+    hugging_face_files.write_config(folder, source.config())
+    source.write_beside(folder)
+    shutil.copyfile(HERE / LOADER, folder / LOADER)
+
+
+def write_npz_files(folder: Path, source: Source) -> None:
+    """The table, or its factors, as the files that `init.import_*` read.
+
+    The mean of a centred table of a run is not in them: it is in the run's `wpe`.
+    """
+    table = source.table
+    if not isinstance(table, Factors):
+        raise UserError(
+            f"{source.folder} has a table of codes, which has no factors: give "
+            "--config.format=hf"
+        )
+    if len(table.bands) > 1:
+        if not table.is_tied:
+            raise UserError(
+                f"{source.folder} has two different scale matrices in a band, for "
+                "which there are no files: give --config.format=hf-factored"
+            )
+        factor_files.write_bands(folder, table.table())
+        return
+    (wte, up, down), mean = table.bands[0], table.mean
+    if up is None:
+        write_npy(folder / "wte.npy", wte if mean is None else wte + mean)
+        return
+    write_npy(factor_files.table_path(folder, len(up)), wte)
+    path = factor_files.scale_path(folder, len(up))
+    with_mean = {} if mean is None else {"mean": mean}
+    down = up if down is None else down
+    write_npz(path, scale_up=up, scale_down=down, **with_mean)
+
+
+class _Parts(NamedTuple):
+    arrays: dict[str, np.ndarray]
+    layout: dict[str, Any]
+
+
+def _parts(table: Factors | coding.PackedTable) -> _Parts:
+    """The state of `modeling_pcagpt.CompressedEmbedding`, and `config.table`."""
+    arrays, order_V = {}, table.order
+    if isinstance(table, Factors):
+        for number, band in enumerate(table.bands):
+            for name, array in band._asdict().items():
+                if array is not None:
+                    arrays[f"bands.{number}.{name}"] = array
+        sizes = [len(band.wte) for band in table.bands]
+        ranks = [0 if b.scale_up is None else len(b.scale_up) for b in table.bands]
+        mean, blocks, is_tied = table.mean, [], table.is_tied
+    else:
+        shared = table.bands[0].shared
+        for name in ("basis", "columns", "levels"):
+            arrays[f"shared.{name}"] = getattr(shared, name)
+        for number, band in enumerate(table.bands):
+            arrays[f"bands.{number}.codes"] = band.codes
+            arrays[f"bands.{number}.scales"] = band.scales
+        sizes, ranks = list(table.sizes), list(table.ranks)
+        blocks = [list(band.blocks) for band in table.bands]
+        mean, is_tied = shared.mean, True
+    if mean is not None:
+        arrays["mean"] = mean
+    if len(sizes) > 1:
+        position_V = np.empty(len(order_V), np.int32)
+        position_V[order_V] = np.arange(len(order_V))
+        arrays["position"] = position_V
+    layout = {
+        "sizes": sizes,
+        "ranks": ranks,
+        "blocks": blocks,
+        "is_tied": is_tied,
+        "has_mean": mean is not None,
+    }
+    return _Parts({name: np.asarray(a) for name, a in arrays.items()}, layout)
+
+
+FORMATS = {
+    "hf": write_dense,
+    "hf-factored": write_factored,
+    "coded": write_coded,
+    "npz": write_npz_files,
+}

@@ -1,0 +1,30 @@
+"""Opens this model in transformers: from load_coded import load; model = load().
+
+It needs pcagpt, torch and transformers. The table is decoded here, so that the model
+takes as much memory as one that was never compressed.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from pcagpt import coding
+
+FOLDER = Path(__file__).parent
+
+
+def load(folder: Path = FOLDER, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder."""
+    name = json.loads((folder / "pcagpt.json").read_text())["table"]
+    coded, _ = coding.read(folder / "table.pcat")
+    tensors = load_file(folder / "others.safetensors")
+    tensors[name] = torch.from_numpy(coded.dense())
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architecture = getattr(transformers, config.architectures[0])
+    return architecture.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype
+    )

@@ -1,0 +1,95 @@
+"""What was measured on a model, for its model card."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pcagpt.errors import UserError
+from pcagpt.export.source import RunSource, Source
+from pcagpt.files import check_fields, read_json
+from pcagpt.rows import DEFAULTS, REMEDY, Row, read_sweep
+from pcagpt.run.folder import read_result
+
+
+def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
+    """{'corpus', 'split', 'tokens', 'loss', 'added', 'interval'} of each measurement.
+
+    'added' and 'interval' are None unless it compares the table with the original's.
+    Corpora of the same name are told apart by the hash of their tokens.
+    """
+    found = {}
+    for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
+        known = {"split": "val"} | protocol
+        names = ("corpus", "split", "tokens", "tokens_sha256")
+        found.setdefault(tuple(known.get(name) for name in names), numbers)
+    others = Counter((corpus, split, count) for corpus, split, count, _ in found)
+    return [
+        {
+            "corpus": corpus
+            if others[corpus, split, count] == 1
+            else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
+            "split": split,
+            "tokens": count,
+            **{"added": None, "interval": None},
+            **numbers,
+        }
+        for (corpus, split, count, sha256), numbers in found.items()
+    ]
+
+
+def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
+    """(protocol, {'loss'}) of each evaluation of this checkpoint."""
+    if not isinstance(source, RunSource):
+        return
+    run, files = source.run, []
+    result = read_result(run.folder)
+    if result and result.get("steps") == run.step:
+        files.append(result | {"loss": result.get("val_loss")})
+    for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
+        with contextlib.suppress(UserError):
+            files.append(read_json(path, "") or {})
+    for one in files:
+        protocol = one.get("protocol")
+        # Evaluations of older versions do not say which weights they are of.
+        is_of_run = one.get("step", run.step) == run.step and (
+            one.get("fingerprint", run.fingerprint) == run.fingerprint
+        )
+        if isinstance(protocol, dict) and is_of_run:
+            tokens = protocol.get("tokens_predicted")
+            yield protocol | {"tokens": tokens}, {"loss": one.get("loss")}
+
+
+def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
+    """(protocol, numbers) of a compressed table, from the sweep or advice beside it."""
+    if not (made := source.record.get("compressed")):
+        return
+    folder = Path(source.folder).resolve().parent
+    for read in (_rows_of_sweep, _row_of_advice):
+        with contextlib.suppress(UserError):
+            protocol, rows = read(folder)
+            if protocol.get("checkpoint") != made.get("fingerprint"):
+                continue
+            tokens = protocol.get("evaluated_tokens")
+            for row in rows:
+                if vars(row.recipe).items() <= (DEFAULTS | made).items():
+                    numbers = {
+                        "loss": row.loss + row.added_loss,
+                        "added": row.added_loss,
+                        "interval": row.added_loss_interval,
+                    }
+                    yield protocol | {"tokens": tokens}, numbers
+
+
+def _rows_of_sweep(folder: Path) -> tuple[dict, list[Row]]:
+    sweep = read_sweep(folder / "sweep.json")
+    return sweep.get("protocol", {}), sweep.get("rows", [])
+
+
+def _row_of_advice(folder: Path) -> tuple[dict, list[Row]]:
+    path = folder / "advice.json"
+    advice = read_json(path, REMEDY) or {}
+    check_fields(advice, {"protocol": (dict, None)}, path, REMEDY)
+    rows = [Row.of(advice["chosen"], path)] if "chosen" in advice else []
+    return advice.get("protocol") or {}, rows

@@ -1,0 +1,104 @@
+"""The model card of an exported model: sizes, losses, and how it was made."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pcagpt.arms import ARMS
+from pcagpt.export.source import Factors, Source
+from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.report.text import (
+    NOTHING,
+    code,
+    count,
+    fields,
+    fixed,
+    render,
+    table,
+    with_interval,
+)
+
+_FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+
+
+def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -> str:
+    """The text of README.md in a folder of a form.
+
+    `losses` are of `measured`.
+    """
+    record, name = source.record, source.folder.resolve().name
+    rows = [
+        [
+            code(one["corpus"]),
+            one["split"],
+            fixed(one["loss"], 4),
+            with_interval(one["added"], one["interval"]),
+            count(one["tokens"]) if one["tokens"] else "all",
+        ]
+        for one in losses
+    ]
+    header = ("Corpus", "Split", "Loss", "Added by the table", "Tokens predicted")
+    model = record.get("model") or {}
+    text = render(
+        "model_card.md.j2",
+        name=name,
+        form=form,
+        architecture=source.architecture,
+        is_compressed=not _is_full(source),
+        sizes=_sizes(source),
+        made=_how_made(record, source.identity.get("step")),
+        step=source.identity.get("step"),
+        fingerprint=source.identity["fingerprint"][:12],
+        losses=table(header, rows, "llrrr") if rows else "",
+        window=model.get("block_size") or NOTHING,
+        source=Path((record.get("data") or {}).get("source") or "").name,
+        bare=not (record.get("characters") or source.tokenizer_sha256),
+    )
+    return f"{_FRONT}{text}\n"
+
+
+def _sizes(source: Source) -> str:
+    """Numbers and bytes of the table in full, of the table as stored, of the rest."""
+    record, stored = source.record, source.table
+    full = record["vocab_size"] * record["model"]["n_embd"]
+    if source.coded:
+        own = ["coded", NOTHING, count(source.coded.stat().st_size)]
+    elif isinstance(stored, Factors):
+        found = stored.table()
+        own = ["as factors", count(found.parameters), count(found.memory)]
+    else:
+        own = ["packed", NOTHING, count(stored.memory)]
+    others = source.tensors.values()
+    numbers = sum(array.size for array in others)
+    rows = [
+        ["token table, in full", count(full), count(FLOAT_BYTES * full)],
+        [f"token table, {own[0]}", *own[1:]],
+        ["other weights", count(numbers), count(sum(a.nbytes for a in others))],
+    ]
+    if _is_full(source):
+        del rows[1]
+    return table(("", "numbers", "bytes"), rows, "lrr")
+
+
+def _is_full(source: Source) -> bool:
+    """Whether the table was never compressed."""
+    return (
+        isinstance(source.table, Factors)
+        and source.table.is_full
+        and ("compressed" not in source.record)
+    )
+
+
+def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
+    """A line for the training up to `step`, and one for the compression."""
+    lines = []
+    if arm := ARMS.get(record.get("arm")):
+        steps = (record.get("train") or {}).get("steps")
+        lines.append(
+            f"{arm.letter}, {arm.title}: {arm.meaning}; {step} of {steps} steps"
+        )
+    if compressed := record.get("compressed"):
+        shown = ("method", "bands", "budget", "rank", "bits")
+        recipe = fields({name: compressed.get(name) for name in shown})
+        lines.append(f"table compressed without training: {recipe}")
+    return lines

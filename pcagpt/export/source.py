@@ -1,0 +1,288 @@
+"""What is exported: a model's tensors in the names of transformers, and its table.
+
+Shape letters: V vocabulary, D model width, K rank.
+"""
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from safetensors import safe_open
+
+from pcagpt import coding, trees
+from pcagpt.compress.codes import KINDS
+from pcagpt.config import Settings
+from pcagpt.data import hugging_face_tokenizer, vocabulary
+from pcagpt.errors import UserError
+from pcagpt.factorize import BandFactors, FactorizedTable
+from pcagpt.factorize.factor_files import read_bands
+from pcagpt.files import read_json, sha256_of_file
+from pcagpt.methods import CODED
+from pcagpt.model import (
+    BandLeaves,
+    PackedBand,
+    SharedArrays,
+    token_order,
+)
+from pcagpt.run import hugging_face, hugging_face_files, other_decoder
+from pcagpt.run.folder import read_record
+from pcagpt.run.gpt2_names import PREFIX, TABLE
+from pcagpt.run.trained import Run
+
+# The last part of the name of a token table, in the architectures of transformers.
+_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+# Files of a model's folder that come along: config of generation, tokenizer, licence.
+_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+
+
+class Factors(NamedTuple):
+    """A table in bands; the head of a band may have a scale matrix of its own."""
+
+    order: np.ndarray  # [V], the token at each position
+    bands: tuple[BandLeaves, ...]
+    mean: np.ndarray | None  # [D], added to each row
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether input and head have the same table."""
+        return all(band.scale_down is None for band in self.bands)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is one full table, without factors."""
+        return len(self.bands) == 1 and self.bands[0].scale_up is None
+
+    def table(self) -> FactorizedTable:
+        """The table of the input."""
+        bands = tuple(BandFactors(band.wte, band.scale_up) for band in self.bands)
+        return FactorizedTable(self.order.astype(np.int32), bands, self.mean)
+
+    def dense(self) -> np.ndarray:
+        """The table of the input by token id: float32 [V, D]."""
+        return self.table().dense()
+
+
+class Source(Protocol):
+    """A model that can be exported.
+
+    folder: where it is; record: how it was made; identity: what tells it from others;
+    architecture: the class of transformers; table_name: of its table among tensors;
+    table: None if only a coded file holds it; coded: that file, or None;
+    tokenizer_sha256: None without a tokenizer of a name.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    identity: dict[str, Any]
+    architecture: str
+    table_name: str
+    table: Factors | coding.PackedTable | coding.CodedTable
+    coded: Path | None
+    tokenizer_sha256: str | None
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """{name: array} of all weights but the table."""
+
+    def config(self) -> dict[str, Any]:
+        """config.json of transformers."""
+
+    def write_beside(self, folder: Path) -> None:
+        """Writes the tokenizer and the settings of generation."""
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the model was replaced since it was opened."""
+
+
+def open_source(settings: Settings) -> Source:
+    """The model in `model_path`; UserError if it cannot be exported."""
+    folder = Path(settings.model_path)
+    record = read_record(folder) if folder.is_dir() else None
+    if record and "architecture" in record:
+        return DecoderSource(folder, record)
+    return RunSource(Run.asked(settings), settings.data.tokenizer)
+
+
+class RunSource:
+    """A run: a GPT-2 of our own or of another program; implements `Source`."""
+
+    architecture, table_name = hugging_face.ARCHITECTURES[0], PREFIX + TABLE
+
+    def __init__(self, run: Run, tokenizer: str):
+        self.run, self.folder, self.record = run, run.folder, run.record
+        self.identity = {"step": run.step, "fingerprint": run.fingerprint}
+        self._tokenizer = run.tokenizer_name(tokenizer)
+        self.tokenizer_sha256 = (
+            vocabulary.describe(self._tokenizer).sha256 if self._tokenizer else None
+        )
+        self.check_unchanged = run.check_unchanged
+        self._config = run.config(run.settings.model)
+        self._variables = run.variables(self._config)
+
+    @functools.cached_property
+    def table(self) -> Factors | coding.PackedTable:
+        """The table as the run stores it; the mean of a centred one is in `wpe`."""
+        config, constants = self._config, self._variables["constants"]
+        order_V = token_order(constants, config.vocab_size)
+        of_bands = [f"band_{number}" for number in range(len(config.bands))]
+        if config.band_blocks:
+            shared = SharedArrays(**constants["embed"]["directions"])
+            return coding.PackedTable(
+                order_V,
+                tuple(
+                    PackedBand(
+                        shared=shared,
+                        blocks=band.blocks,
+                        start=band.start,
+                        size=band.size,
+                        **constants["embed"][name],
+                    )
+                    for name, band in zip(of_bands, config.bands, strict=True)
+                ),
+            )
+        bands = []
+        for name, band in zip(of_bands, config.bands, strict=True):
+            leaves = BandLeaves(**self._variables["params"]["embed"][name])
+            down = leaves.scale_down
+            if down is not None and np.array_equal(down, leaves.scale_up):
+                down = None
+            rows = leaves.wte[: band.size]
+            bands.append(leaves._replace(wte=rows, scale_down=down))
+        return Factors(order_V, tuple(bands), None)
+
+    @property
+    def coded(self) -> Path | None:
+        """The coded file of the run's table; UserError if it holds another table."""
+        if (self.record.get("compressed") or {}).get("method") != CODED:
+            return None
+        path = self.folder / KINDS[CODED].file
+        if not np.array_equal(coding.read(path)[0].dense(), self.run.table()):
+            raise UserError(
+                f"{path} is another table than the one of {self.folder}: compress the "
+                "model again"
+            )
+        return path
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As `Source.tensors`."""
+        return hugging_face_files.tensors(trees.flatten(self._variables["params"]))
+
+    def config(self) -> dict[str, Any]:
+        """As `Source.config`."""
+        end = vocabulary.load(self._tokenizer).eot_token if self._tokenizer else None
+        return hugging_face_files.config(
+            self.run.settings.model, self._config.vocab_size, end
+        )
+
+    def write_beside(self, folder: Path) -> None:
+        """As `Source.write_beside`."""
+        ends = ("bos_token_id", "eos_token_id")
+        generation = {name: self.config()[name] for name in ends}
+        hugging_face_files.write_config(
+            folder,
+            {"_from_model_config": True, **generation},
+            "generation_config.json",
+        )
+        if texts := self.record.get("characters"):
+            hugging_face_tokenizer.write_characters(folder, texts)
+        elif self._tokenizer:
+            length = self._config.block_size
+            hugging_face_tokenizer.write(folder, self._tokenizer, length)
+
+
+class DecoderSource:
+    """The compressed table of a model of another architecture; implements `Source`.
+
+    The other weights are in the folder of the original model.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]):
+        self.folder, self.record = folder, record
+        made = record.get("compressed") or {}
+        self.architecture = record["architecture"]
+        if not made.get("run"):
+            raise other_decoder.refusal(folder, self.architecture)
+        self.original = Run.open(made["run"], any_architecture=True)
+        if not self.original.is_at(made.get("fingerprint")):
+            raise UserError(
+                f"{folder} is a table of another model than the one in "
+                f"{self.original.folder}: compress that one, or restore the first"
+            )
+        kind, self.coded = KINDS.get(made.get("method")), None
+        if kind:
+            path = folder / kind.file
+            self.table = kind.read(path)[0]
+            self.coded = path if made["method"] == CODED else None
+            identity = {"table_sha256": sha256_of_file(path)}
+        else:
+            found = read_bands(folder / "factors")
+            bands = tuple(BandLeaves(band.wte, band.scale) for band in found.bands)
+            self.table = Factors(found.order, bands, found.mean)
+            identity = {"table_sha256": made.get("table_sha256")}
+        self.identity = {"fingerprint": self.original.fingerprint, **identity}
+        self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
+        self.check_unchanged = self.original.check_unchanged
+        self.table_name, self._names = self._find_table()
+
+    def _find_table(self) -> tuple[str, dict[str, Path]]:
+        """(name of the table, {name: file} of the other tensors without its copies)."""
+        sizes = self.original.record
+        shape = [sizes["vocab_size"], sizes["model"]["n_embd"]]
+        names, tables = {}, []
+        for path in hugging_face.files(self.original.folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  # It is no dict.
+                    names[name] = path
+                    if file.get_slice(name).get_shape() == shape:
+                        tables.append(name)
+        own = [name for name in tables if name.split(".")[-2:-1][0] in _TABLES]
+        if len(own) != 1:
+            raise UserError(
+                f"{self.original.folder}: none of its tensors is known to be the token "
+                f"table ({len(own)} of {', '.join(tables) or 'none'} could be)"
+            )
+        table = own[0]
+        values = self._read(names, tables)
+        for name in tables:
+            if name != table and not np.array_equal(values[name], values[table]):
+                raise UserError(
+                    f"{self.original.folder}: {name} is another table than {table}: "
+                    "only models with tied tables are exported"
+                )
+        return table, {name: at for name, at in names.items() if name not in tables}
+
+    def _read(self, files: dict[str, Path], names) -> dict[str, np.ndarray]:
+        found = {}
+        for path in sorted({files[name] for name in names}):
+            with _opened(path) as file:
+                own = [name for name in names if files[name] == path]
+                found |= {name: file.get_tensor(name) for name in own}
+        return found
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As `Source.tensors`: those of the original, in their own types."""
+        return self._read(self._names, self._names)
+
+    def config(self) -> dict[str, Any]:
+        """As `Source.config`: that of the original."""
+        stored = read_json(self.original.folder / hugging_face.CONFIG, "") or {}
+        return stored | {"tie_word_embeddings": True}
+
+    def write_beside(self, folder: Path) -> None:
+        """As `Source.write_beside`: copies the small files of the original."""
+        for pattern in _BESIDE:
+            for path in self.original.folder.glob(pattern):
+                if path.name not in (hugging_face.CONFIG, hugging_face.INDEX):
+                    shutil.copyfile(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with hugging_face.reading(path), safe_open(path, framework="numpy") as file:
+        yield file

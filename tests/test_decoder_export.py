@@ -1,0 +1,104 @@
+"""Compressed tables of other architectures leave as models that transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+
+from command_line import CONFIGS, call  # noqa: E402
+from test_decoder import CONFIGS as MODELS  # noqa: E402
+from test_hugging_face_parity import opened  # noqa: E402
+
+from pcagpt.rows import Row, read_sweep  # noqa: E402
+
+# These two packages warn about themselves.
+pytestmark = pytest.mark.filterwarnings("default")
+FORMS = {
+    "best_k4": ("hf", "hf-factored"),
+    "best_coded_k8": ("hf", "coded"),
+    "advised": ("hf", "hf-factored"),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+def swept(request, tmp_path_factory):
+    """(folder of a model, workdir of a sweep of its table)."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[request.param]())
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    place = tmp_path_factory.mktemp(request.param)
+    model.to(torch.bfloat16).save_pretrained(place / "model")
+    tokens = np.random.default_rng(0).integers(0, 90, 700).astype(np.uint16)
+    (place / "data").mkdir()
+    for split in ("train", "val", "test"):
+        tokens.tofile(place / "data" / f"{split}.bin")
+    (place / "data/meta.json").write_text(json.dumps({"vocab_size": 90}))
+    for words in (
+        ["--config.compress.methods=pca,context,coded", "--config.ranks=4,8"],
+        ["--config.compress.methods=packed", "--config.compress.max_bytes=7000"],
+    ):
+        outcome = call(
+            f"--config={CONFIGS / 'compress.py'}",
+            f"--config.model_path={place / 'model'}",
+            f"--config.workdir={place}",
+            f"--config.data.source={place / 'data'}",
+            "--config.compress.bands=1,3",
+            "--config.compress.calibration_tokens=320",
+            "--config.train.batch_size=8",
+            "--config.evaluate.batch_size=8",
+            *words,
+        )
+        assert outcome.code == 0, outcome
+    return place / "model", place
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_export_has_the_loss_that_was_measured(name, swept):
+    model, workdir = swept
+    table = workdir / "compressed" / name
+    losses = {}
+    for form in FORMS[name]:
+        outcome = call(
+            f"--config={CONFIGS / 'export.py'}",
+            f"--config.model_path={table}",
+            f"--config.workdir={workdir}",
+            f"--config.format={form}",
+        )
+        assert outcome.code == 0, outcome
+        made = workdir / "exported" / f"{name}_{form}"
+        losses[form] = _loss(form, made, workdir)
+    row = _row(workdir, json.loads((table / "config.json").read_text())["compressed"])
+    for form, loss in losses.items():
+        assert loss == pytest.approx(row.loss + row.added_loss, abs=2e-5), form
+    assert f"{row.loss + row.added_loss:,.4f}" in (made / "README.md").read_text()
+
+
+def _row(workdir, made):
+    advice = json.loads((workdir / "compressed/advice.json").read_text())
+    rows = read_sweep(workdir / "compressed/sweep.json")["rows"]
+    rows.append(Row.of(advice["chosen"], "advice.json"))
+    (row,) = [row for row in rows if vars(row.recipe).items() <= made.items()]
+    return row
+
+
+def _loss(form, made, workdir):
+    tokens = np.fromfile(workdir / "data/val.bin", np.uint16).astype(int)
+    windows = [tokens[at : at + 17] for at in range(0, len(tokens) - 1, 16)]
+    if form == "hf":
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            made, dtype=torch.float32
+        )
+    else:
+        model, _ = opened(form, made)
+    model = model.float().eval()
+    total = 0
+    for window in windows:
+        with torch.inference_mode():
+            logits = model(torch.tensor(window[None, :-1])).logits[0]
+        target = torch.tensor(window[1:])
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    return float(total) / (len(tokens) - 1)
