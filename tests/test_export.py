@@ -14,6 +14,7 @@ from runs import gpt_config, snapshot
 
 from pcagpt import coding, trees
 from pcagpt.config.schema import ModelSettings
+from pcagpt.errors import UserError
 from pcagpt.factorize import Weighting, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
@@ -124,6 +125,22 @@ def test_an_exported_model_is_read_back_as_the_same_model(run, tmp_path, corpus_
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     again = run_export(made, tmp_path / "again")
     assert fingerprint.of(again) == fingerprint.of(made)
+
+
+def test_a_parameter_that_gpt2_does_not_have_is_not_dropped(tmp_path):
+    weights = trees.flatten(Run.open(write_run(tmp_path / "run")).weights["params"])
+    assert hugging_face_files.tensors(weights)
+    with pytest.raises(ValueError, match="block_0/attn/q_norm"):
+        hugging_face_files.tensors(weights | {"block_0/attn/q_norm": np.ones(2)})
+    del weights["block_1/attn/qkv/kernel"]
+    with pytest.raises(ValueError, match="block_1/attn/qkv/kernel"):
+        hugging_face_files.tensors(weights)
+
+
+def test_a_knob_that_gpt2_does_not_have_is_not_dropped(monkeypatch):
+    monkeypatch.setattr(hugging_face_files, "_KNOWN_KNOBS", ("n_layer",))
+    with pytest.raises(UserError, match=r"model\.gelu is exact"):
+        hugging_face_files.config(ModelSettings(gelu="exact"), V, None)
 
 
 def write_small(name, folder):

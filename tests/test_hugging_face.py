@@ -344,7 +344,7 @@ SPOILT = {
     ),
     "another_head": (
         with_config(architectures=["GPT2ForSequenceClassification"]),
-        "holds a GPT2ForSequenceClassification, which pcagpt does not read yet",
+        "holds a GPT2ForSequenceClassification, which pcagpt does not read",
     ),
     "another_type": (
         with_config(model_type="bert", architectures=None, hidden_size=16),

@@ -20,6 +20,7 @@ ROWS = (
     "training",
     "report",
     "compress",
+    "export",
     "pipeline",
     "main __main__",
 )

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from pcagpt.config import KNOBS
 from pcagpt.config.schema import ModelSettings
+from pcagpt.errors import UserError
 from pcagpt.files import write_file, write_text
+from pcagpt.model import BLOCK_KNOBS
 from pcagpt.model.block import LAYER_NORM_EPSILON
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves
 from pcagpt.run.hugging_face import ARCHITECTURES, CONFIG
+
+# Those that `config` writes; biases that a model lacks are zeros.
+_KNOWN_KNOBS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
 
 
 def tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -49,8 +55,15 @@ def config(
 ) -> dict[str, Any]:
     """config.json of transformers for the model of a run.
 
-    `end_of_text` is the id that ends a document.
+    `end_of_text` is the id that ends a document. UserError for a knob that GPT-2 of
+    transformers does not have.
     """
+    for name in set(BLOCK_KNOBS) - set(_KNOWN_KNOBS):
+        if getattr(model, name) != KNOBS[f"model.{name}"].default:
+            raise UserError(
+                f"model.{name} is {getattr(model, name)}: GPT-2 of transformers has no "
+                "such switch, so the model cannot be exported to it"
+            )
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
     return {
         "model_type": "gpt2",
