@@ -4,11 +4,11 @@ r"""Writes a trained or compressed model for other programs.
         --config.model_path=checkpoints/gpt_pca_finetune_k128 --config.format=hf
 
 Writes WORKDIR/exported/RUN_FORMAT/. hf: a folder that transformers loads as it is, with
-the tokenizer and a model card; its table is multiplied out, so this form saves no memory.
-hf-factored: one that transformers loads with trust_remote_code=True at its small size.
-coded: one with the table as its coded file. npz: only the table or its factors, as the
-files that init.import_* read. The model may be a run, or the compressed table of another
-architecture, such as checkpoints/compressed/best_coded_k128.
+the tokenizer and a model card; the table is multiplied out, so this form saves no
+memory. hf-factored: one that transformers loads with trust_remote_code=True at its
+small size. coded: one with the table as its coded file. npz: only the table or its
+factors, as the files that init.import_* read. The model may be a run, or the compressed
+table of another architecture, such as checkpoints/compressed/best_coded_k128.
 """
 
 from pcagpt.config import base
