@@ -30,6 +30,7 @@ from pcagpt.model import (
 from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint, initialise
 from pcagpt.run.folder import (
+    WEIGHTS_HASH,
     is_vacant,
     look,
     move_aside,
@@ -88,7 +89,7 @@ def write_model(
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
             **({} if codes else {"table_sha256": table_sha256}),
-            **({"weights_sha256": _summary(weights)} if weights else {}),
+            **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }
         model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
         own = {"model": model, "run_id": secrets.token_hex(8)}
