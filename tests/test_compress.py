@@ -1027,6 +1027,26 @@ def test_factors_whose_weights_cannot_be_read_now_stay(copied_sweep, monkeypatch
 
 
 @each_kind
+@pytest.mark.parametrize("change", ["another's", "more bytes", "no table"])
+def test_a_table_of_codes_that_a_person_changed_is_moved_aside(
+    copied_codes, method, change
+):
+    folder, kind = folder_of(copied_codes), KINDS[method]
+    file = folder / f"best_{method}_k40" / kind.file
+    wanted, other = file.read_bytes(), folder / f"best_{method}_k60" / kind.file
+    own = {
+        "another's": other.read_bytes(),
+        "more bytes": wanted + b"my note",
+        "no table": b"my note",
+    }[change]
+    file.write_bytes(own)
+    sweep_of(copied_codes)
+    assert file.read_bytes() == wanted
+    (kept,) = file.parent.glob(f"{kind.file}.replaced-*")
+    assert kept.read_bytes() == own
+
+
+@each_kind
 def test_codes_of_another_row_are_encoded_again(copied_codes, method):
     folder = folder_of(copied_codes)
     sweep = json.loads((folder / "sweep.json").read_text())
@@ -1053,6 +1073,7 @@ def test_a_new_prediction_is_written_without_encoding(
     monkeypatch.setattr(Compressor, "_codes", pytest.fail)
     sweep_of(copied_codes)
     assert file.read_bytes() == wanted
+    assert not [*file.parent.glob("*.replaced-*")]
 
 
 def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, capsys):
