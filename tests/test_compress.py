@@ -766,6 +766,26 @@ def test_a_replaced_model_keeps_its_advice_beside_it(asked):
     assert json.loads(advice.read_text())["chosen"] == first
 
 
+def test_another_table_of_the_same_recipe_takes_the_earlier_advice_with_it(asked):
+    first, _ = advice_of(asked, max_params=1000)
+    folder = folder_of(asked)
+    weights = checkpoint.load_weights(folder / "advised")
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 0.01
+    shutil.rmtree(folder / "advised" / "ckpt")
+    checkpoint.save_weights(folder / "advised", weights)
+    second, _ = advice_of(asked, max_params=1000)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    for model, advice in (
+        ("advised", "advice.json"),
+        ("advised.replaced-*", "advice.json.replaced-*"),
+    ):
+        (place,), (file,) = folder.glob(model), folder.glob(advice)
+        of = json.loads(file.read_text())["model_run_id"]
+        assert of == read_record(place)["run_id"]
+    advice_of(asked, max_params=1000)
+    assert len([*folder.glob("*.replaced-*")]) == 2
+
+
 def test_the_same_advice_leaves_a_model_that_a_run_started_from(asked, request):
     advice_of(asked, max_params=1000)
     folder = folder_of(asked)
