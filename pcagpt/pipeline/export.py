@@ -21,6 +21,7 @@ from pcagpt.files import (
     check_digests,
     digests_of,
     read_json,
+    strict,
     sync,
     write_json,
     write_npy,
@@ -38,12 +39,14 @@ from pcagpt.sharding import processes
 
 FOLDER = "exported"  # in a workdir
 ORIGIN = "pcagpt.json"  # says what the folder was made from, with digests
+HF = "hf"  # the form that has a model card
 
 
 def export(settings: Settings) -> str:
     """Writes the run of `model_path` as `format`; returns a line that says where.
 
-    A folder that already holds it stays as it is. All processes must call this.
+    A folder that already holds it stays as it is. If the run was evaluated since, the
+    line says that the model card is older. All processes must call this.
 
     Raises:
       UserError: the run does not exist, cannot be written in this form, or something
@@ -70,15 +73,23 @@ def _export(
     run: Run, settings: Settings, folder: Path, check_lock: Callable[[], None]
 ) -> str:
     """As `export`, in one process, which holds the lock of the folder."""
+    losses = strict(_losses(run, settings.workdir)) if settings.format == HF else []
     origin = {
         "run": run.folder.resolve().name,
         "step": run.step,
         "fingerprint": run.fingerprint,
         "format": settings.format,
         "tokenizer_sha256": _tokenizer_sha256(run, settings),
+        "losses": losses,
     }
-    if _holds(folder, origin):
-        return f"{folder} is done"
+    if held := _held(folder, origin):
+        if held.get("losses", losses) == losses:
+            return f"{folder} is done"
+        if not settings.overwrite:
+            return (
+                f"{folder} is done, but its README.md shows other losses than "
+                f"{run.folder} has now: --config.overwrite=True writes it anew"
+            )
     if not is_vacant(folder) and not settings.overwrite:
         raise UserError(
             f"{folder} holds something else: use another --config.workdir, or "
@@ -89,7 +100,7 @@ def _export(
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     try:
-        _FORMATS[settings.format](written, run, settings)
+        _FORMATS[settings.format](written, run, settings, losses)
         run.check_unchanged()
         files = digests_of(written, [path.name for path in written.iterdir()])
         write_json(written / ORIGIN, origin | {"files": files})
@@ -116,20 +127,22 @@ def _tokenizer_sha256(run: Run, settings: Settings) -> str | None:
     return vocabulary.describe(name).sha256 if name else None
 
 
-def _holds(folder: Path, origin: dict[str, Any]) -> bool:
-    """Whether a folder has the undamaged files of this origin."""
+def _held(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """What a folder with the undamaged files of this origin was made from; or None."""
     try:
         found = read_json(folder / ORIGIN, "delete it") or {}
         names = ("fingerprint", "format", "tokenizer_sha256")
         if any(found.get(name) != origin[name] for name in names):
-            return False
+            return None
         check_digests(folder, found.get("files"))
     except UserError:
-        return False
-    return True
+        return None
+    return found
 
 
-def _write_hugging_face(folder: Path, run: Run, settings: Settings) -> None:
+def _write_hugging_face(
+    folder: Path, run: Run, settings: Settings, losses: list[dict[str, Any]]
+) -> None:
     """The model with its table multiplied out, its tokenizer and a model card."""
     model, texts = run.settings.model, run.record.get("characters")
     name, end = run.tokenizer_name(settings.data.tokenizer), None
@@ -144,7 +157,7 @@ def _write_hugging_face(folder: Path, run: Run, settings: Settings) -> None:
     hugging_face_files.write_config(folder, model, len(table_VD), end)
     card = model_card(
         run.record,
-        _losses(run, settings.workdir),
+        losses,
         name=run.folder.resolve().name,
         run=run.folder.resolve().name,
         step=run.step,
@@ -199,7 +212,7 @@ def _losses(run: Run, workdir: str) -> list[dict[str, Any]]:
     ]
 
 
-def _write_factors(folder: Path, run: Run, settings: Settings) -> None:
+def _write_factors(folder: Path, run: Run, settings: Settings, _: list) -> None:
     """The table, or its factors, as the files that `init.import_*` read.
 
     The mean of a centred table is not in them: it is in the run's `wpe`.
@@ -236,4 +249,4 @@ def _write_factors(folder: Path, run: Run, settings: Settings) -> None:
     write_npz(path, scale_up=up, scale_down=down)
 
 
-_FORMATS = {"hf": _write_hugging_face, "npz": _write_factors}
+_FORMATS = {HF: _write_hugging_face, "npz": _write_factors}
