@@ -49,6 +49,7 @@ _NOT_HEEDED = {
     "JAX_DEFAULT_DTYPE_BITS": ("32",),
     "JAX_DEFAULT_MATMUL_PRECISION": ("", "default"),
     "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": _OFF,
     "JAX_RANDOM_SEED_OFFSET": _OFF,
     "JAX_THREEFRY_PARTITIONABLE": ("1", "true", "on", "yes", "y", "t"),
     "JAX_DISABLE_JIT": _OFF,
