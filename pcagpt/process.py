@@ -41,15 +41,31 @@ _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 # A terminal that cannot show a sign shows these instead.
 _PLAIN_SIGNS = {"−": "-", "–": "-", "±": "+/-", "×": "x", "…": "..."}
 
+_OFF = ("", "0", "false", "off", "no", "n", "f")
 # These variables of JAX change the numbers of a run, which must not depend on the
-# environment.
-_IGNORED = (
-    "JAX_ENABLE_X64",
-    "JAX_DEFAULT_DTYPE_BITS",
-    "JAX_DEFAULT_PRNG_IMPL",
-    "JAX_RANDOM_SEED_OFFSET",
-    "JAX_THREEFRY_PARTITIONABLE",
-)
+# environment, or stop commands. The values here do neither.
+_NOT_HEEDED = {
+    "JAX_ENABLE_X64": _OFF,
+    "JAX_DEFAULT_DTYPE_BITS": ("32",),
+    "JAX_DEFAULT_MATMUL_PRECISION": ("", "default"),
+    "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": _OFF,
+    "JAX_RANDOM_SEED_OFFSET": _OFF,
+    "JAX_THREEFRY_PARTITIONABLE": ("1", "true", "on", "yes", "y", "t"),
+    "JAX_DISABLE_JIT": _OFF,
+    "JAX_NO_TRACING": _OFF,
+    "JAX_NO_EXECUTION": _OFF,
+    "JAX_DEBUG_KEY_REUSE": _OFF,
+    "JAX_ERROR_CHECKING_BEHAVIOR_DIVIDE": ("ignore",),
+    "JAX_ERROR_CHECKING_BEHAVIOR_NAN": ("ignore",),
+    "JAX_ERROR_CHECKING_BEHAVIOR_OOB": ("ignore",),
+    "JAX_NUMPY_DTYPE_PROMOTION": ("standard",),
+    "JAX_NUMPY_RANK_PROMOTION": ("allow", "warn"),
+    "JAX_TRANSFER_GUARD": ("allow", "log"),
+    "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": ("allow", "log"),
+    "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": ("allow", "log"),
+    "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": ("allow", "log"),
+}
 
 
 def prepare() -> None:
@@ -75,9 +91,13 @@ def prepare() -> None:
     logger = logging.getLogger("pcagpt")
     logger.addHandler(warnings_shown)
     logger.propagate = False  # Libraries add their own handlers to the root logger.
-    for name in _IGNORED:
-        if os.environ.pop(name, "0").lower() not in ("0", "false", "off", "no", ""):
-            logger.warning("%s is ignored: it would change the numbers", name)
+    for name, harmless in _NOT_HEEDED.items():
+        if os.environ.get(name, harmless[0]).lower() not in harmless:
+            logger.warning(
+                "%s=%s is ignored: it would change the numbers or stop the command",
+                name,
+                os.environ.pop(name),
+            )
 
 
 def _report_unraisable(unraisable: Any) -> None:

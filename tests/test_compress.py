@@ -766,6 +766,26 @@ def test_a_replaced_model_keeps_its_advice_beside_it(asked):
     assert json.loads(advice.read_text())["chosen"] == first
 
 
+def test_another_table_of_the_same_recipe_takes_the_earlier_advice_with_it(asked):
+    first, _ = advice_of(asked, max_params=1000)
+    folder = folder_of(asked)
+    weights = checkpoint.load_weights(folder / "advised")
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 0.01
+    shutil.rmtree(folder / "advised" / "ckpt")
+    checkpoint.save_weights(folder / "advised", weights)
+    second, _ = advice_of(asked, max_params=1000)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    for model, advice in (
+        ("advised", "advice.json"),
+        ("advised.replaced-*", "advice.json.replaced-*"),
+    ):
+        (place,), (file,) = folder.glob(model), folder.glob(advice)
+        of = json.loads(file.read_text())["model_run_id"]
+        assert of == read_record(place)["run_id"]
+    advice_of(asked, max_params=1000)
+    assert len([*folder.glob("*.replaced-*")]) == 2
+
+
 def test_the_same_advice_leaves_a_model_that_a_run_started_from(asked, request):
     advice_of(asked, max_params=1000)
     folder = folder_of(asked)
@@ -1027,6 +1047,26 @@ def test_factors_whose_weights_cannot_be_read_now_stay(copied_sweep, monkeypatch
 
 
 @each_kind
+@pytest.mark.parametrize("change", ["another's", "more bytes", "no table"])
+def test_a_table_of_codes_that_a_person_changed_is_moved_aside(
+    copied_codes, method, change
+):
+    folder, kind = folder_of(copied_codes), KINDS[method]
+    file = folder / f"best_{method}_k40" / kind.file
+    wanted, other = file.read_bytes(), folder / f"best_{method}_k60" / kind.file
+    own = {
+        "another's": other.read_bytes(),
+        "more bytes": wanted + b"my note",
+        "no table": b"my note",
+    }[change]
+    file.write_bytes(own)
+    sweep_of(copied_codes)
+    assert file.read_bytes() == wanted
+    (kept,) = file.parent.glob(f"{kind.file}.replaced-*")
+    assert kept.read_bytes() == own
+
+
+@each_kind
 def test_codes_of_another_row_are_encoded_again(copied_codes, method):
     folder = folder_of(copied_codes)
     sweep = json.loads((folder / "sweep.json").read_text())
@@ -1053,6 +1093,7 @@ def test_a_new_prediction_is_written_without_encoding(
     monkeypatch.setattr(Compressor, "_codes", pytest.fail)
     sweep_of(copied_codes)
     assert file.read_bytes() == wanted
+    assert not [*file.parent.glob("*.replaced-*")]
 
 
 def test_a_rank_too_small_for_a_coded_table_is_left_out_of_the_sweep(asked, capsys):

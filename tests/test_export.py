@@ -350,6 +350,30 @@ def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_p
     assert "written by pcagpt" in (made / "README.md").read_text()
 
 
+def test_an_export_says_that_its_card_lacks_a_later_evaluation(
+    trained, tmp_path, corpus_folder
+):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    made, factors = (run_export(run, tmp_path, form) for form in ("hf", "npz"))
+    before = snapshot(made)
+    asked = {"model_path": run, "split": "test"}
+    assert call(*tiny("evaluate.py", corpus_folder, **asked)).code == 0
+    words = (
+        f"--config={CONFIGS / 'export.py'}",
+        f"--config.model_path={run}",
+        f"--config.workdir={tmp_path}",
+    )
+    said = call(*words).out
+    assert f"{made} is done, but its README.md shows other losses than {run}" in said
+    assert snapshot(made) == before
+    assert call(*words, "--config.format=npz").out == f"{factors} is done\n"
+    assert "was written" in call(*words, "--config.overwrite=True").out
+    assert " | test | " in (made / "README.md").read_text()
+    (kept,) = made.parent.glob("gpt_baseline_hf.replaced-*")
+    assert " | test | " not in (kept / "README.md").read_text()
+    assert call(*words, "--config.overwrite=True").out == f"{made} is done\n"
+
+
 def test_two_commands_at_once_make_one_export(tmp_path):
     run = write_run(tmp_path / "run")
     ask = f"--config.model_path={run}", f"--config.workdir={tmp_path}"

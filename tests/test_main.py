@@ -239,13 +239,31 @@ def test_what_writes_nothing_needs_no_writable_workdir(
     assert "  done\n" in outcome.out
     assert "gpt_baseline is not compared with its corpus: [Errno 30] Re" in outcome.out
     arguments = tiny("experiment.py:8", corpus_folder, workdir=tmp_path / "runs")
-    assert call(*arguments, "--print_config").out.endswith("to do\n")
+    *_, last, told = call(*arguments, "--print_config").out.splitlines()
+    assert last.endswith("to do")
     line = refusal(*arguments, unchanged=[tmp_path])
     assert f"{tmp_path} is not a writable folder" in line
+    assert line == told.replace("this command would stop", "pcagpt") + "\n"
     (tmp_path / "file").touch()
     arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path / "file")
     line = refusal(*arguments, "--print_config", unchanged=[tmp_path])
     assert "file is not a writable folder" in line
+
+
+@pytest.mark.usefixtures("read_only")
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [("compress", True), ("export", True), ("evaluate", False), ("baseline", False)],
+)
+def test_the_plan_says_whether_a_read_only_workdir_stops_the_command(
+    name, stops, trained, corpus_folder
+):
+    arguments = [f"--config={CONFIGS / name}.py", f"--config.model_path={trained}"]
+    if name == "baseline":  # It is done.
+        arguments = tiny("baseline.py", corpus_folder, workdir=trained.parent)
+    outcome = call(*arguments, "--print_config")
+    assert outcome.code == 0, outcome
+    assert ("\nthis command would stop: workdir is " in outcome.out) == stops
 
 
 @pytest.mark.usefixtures("read_only")

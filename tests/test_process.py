@@ -1,5 +1,6 @@
 """The process: errors of the system, the environment, signals and the end."""
 
+import ast
 import contextlib
 import ctypes
 import errno
@@ -12,7 +13,7 @@ import sys
 import jax
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, tiny
-from runs import quick_environment
+from runs import assert_equal, quick_environment, saved_state
 
 from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
@@ -245,7 +246,7 @@ def test_an_error_of_communication_counts_as_the_end_of_another_process(
         ("XLA_FLAGS", "foo", "XLA_FLAGS is 'foo': Could not open file .*"),
         ("JAX_PLATFORMS", "cuda", "JAX finds no device with JAX_PLATFORMS='cuda'.*"),
         ("JAX_PLATFORMS", "nonsense", "JAX finds no device .*'nonsense'.*"),
-        ("JAX_DEFAULT_MATMUL_PRECISION", "foo", "JAX refuses its environment .*"),
+        ("JAX_LEGACY_PRNG_KEY", "foo", "JAX refuses its environment .*"),
     ],
 )
 def test_an_environment_that_jax_lacks_is_one_line(
@@ -268,21 +269,48 @@ def test_flags_are_tried_once_and_good_ones_accepted(monkeypatch):
     processes.open_devices()
 
 
-def test_variables_that_change_numbers_are_not_heeded():
+UNFIT = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_DISABLE_JIT": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_TRANSFER_GUARD": "disallow",
+}
+
+
+def test_variables_that_change_numbers_or_stop_commands_are_not_heeded(
+    corpus_folder, tmp_path
+):
+    wanted, found = (
+        python(
+            *("-m", "pcagpt.main"),
+            *tiny("baseline.py", corpus_folder, workdir=tmp_path / name),
+            environment=environment,
+        )
+        for name, environment in (("plain", {}), ("unfit", UNFIT))
+    )
+    assert (wanted.returncode, found.returncode) == (0, 0), found.stderr
+    says = "is ignored: it would change the numbers or stop the command"
+    told = [line for line in found.stderr.splitlines() if "JAX_" in line]
+    assert sorted(told) == sorted(f"pcagpt: {k}={v} {says}" for k, v in UNFIT.items())
+    assert_equal(
+        *(saved_state(tmp_path / one / "gpt_baseline") for one in ("plain", "unfit"))
+    )
+
+
+def test_values_of_such_variables_that_do_no_harm_are_heeded_without_a_word():
     script = """
 import os
 from pcagpt import process
 process.prepare()
-import jax
-print(jax.config.jax_enable_x64, jax.config.jax_default_prng_impl)
+print({k: v for k, v in os.environ.items() if k in process._NOT_HEEDED})
 """
-    asked = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
-    ended = python("-c", script, environment=asked)
-    assert ended.stdout == "False threefry2x32\n"
-    assert ended.stderr == (
-        "pcagpt: JAX_ENABLE_X64 is ignored: it would change the numbers\n"
-        "pcagpt: JAX_DEFAULT_PRNG_IMPL is ignored: it would change the numbers\n"
-    )
+    harmless = {"JAX_ENABLE_X64": "0", "JAX_NUMPY_RANK_PROMOTION": "warn"}
+    harmless["JAX_TRANSFER_GUARD"] = "log"
+    ended = python("-c", script, environment=harmless)
+    assert ast.literal_eval(ended.stdout) == harmless
+    assert ended.stderr == ""
 
 
 def test_any_text_can_be_shown_on_an_ascii_terminal():

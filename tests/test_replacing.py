@@ -29,7 +29,7 @@ from pcagpt import main
 from pcagpt.compress import export, sweep
 from pcagpt.compress.original import Original
 from pcagpt.config import Settings
-from pcagpt.errors import Interrupted, UserError
+from pcagpt.errors import Interrupted, UserError, warn_once
 from pcagpt.factorize import Factorizer
 from pcagpt.files import write_json
 from pcagpt.pipeline import compress as compressing
@@ -296,6 +296,51 @@ def test_another_run_s_checkpoint_that_lost_its_copy_of_the_record_is_refused(co
         shutil.rmtree(path)
     with pytest.raises(UserError, match="is a checkpoint of another run than"):
         Run.open(run_dir)
+
+
+@pytest.fixture(params=["its", "none"])
+def swapped(request, copied):
+    """D's last weights are those of its first save, without digests, with a meta."""
+    run_dir = job(copied).folder
+    last = run_dir / "ckpt" / "6"
+    for item in ("weights", "optimizer"):
+        shutil.rmtree(last / item)
+    shutil.copytree(run_dir / "ckpt" / "3" / "weights", last / "weights")
+    (last / "digests.json").unlink()
+    if request.param == "none":
+        shutil.rmtree(last / "meta")
+    return run_dir
+
+
+def test_other_weights_without_digests_are_refused_in_a_finished_run(swapped, copied):
+    for use in (Run.open, fingerprint.of, lambda _: execute(copied)):
+        with pytest.raises(UserError, match="6 holds other weights than those of"):
+            use(swapped)
+
+
+def test_a_line_says_that_nothing_proves_the_weights_of_a_run(swapped, said):
+    (swapped / "result.json").unlink()
+    warn_once.cache_clear()
+    Run.open(swapped)
+    assert "6/digests.json is missing: nothing shows" in "".join(said())
+    record = read_record(swapped)
+    del record["run_id"]
+    write_record(swapped, record)  # As an older version did.
+    warn_once.cache_clear()
+    Run.open(swapped)
+    assert len(said()) == 1
+
+
+def test_a_line_says_that_a_run_goes_on_from_unproved_weights(copied, said):
+    run_dir = job(copied).folder
+    wanted = saved_state(run_dir)
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(run_dir / "ckpt" / "6")
+    (run_dir / "ckpt" / "3" / "digests.json").unlink()
+    warn_once.cache_clear()
+    execute(copied)
+    assert "3/digests.json is missing: nothing shows" in "".join(said())
+    assert_equal(saved_state(run_dir), wanted)
 
 
 @pytest.mark.parametrize("version", ["this", "older"])

@@ -163,6 +163,15 @@ def folder(byte_level, tmp_path):
 SMALL = {"n_layer": 2}
 
 
+def swap_two_tokens(file):
+    """Edits a tokenizer.json: the last two tokens get the id of the other."""
+    whole = json.loads(file.read_text())
+    ids = whole["model"]["vocab"]
+    one, other = list(ids)[-2:]
+    ids[one], ids[other] = ids[other], ids[one]
+    file.write_text(json.dumps(whole))
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
     folder, place
@@ -183,12 +192,7 @@ def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
         assert outcome.code == 0 and outcome.out.startswith("The"), outcome
     assert snapshot(folder) == before
     # The compressed model names the tokenizer by its path, and has its hash.
-    file = folder / "tokenizer.json"
-    whole = json.loads(file.read_text())
-    vocabulary_of = whole["model"]["vocab"]
-    one, other = list(vocabulary_of)[-2:]
-    vocabulary_of[one], vocabulary_of[other] = vocabulary_of[other], vocabulary_of[one]
-    file.write_text(json.dumps(whole))
+    swap_two_tokens(folder / "tokenizer.json")
     for config, *knobs in (
         ("sample.py", "--config.sample.prompt=The"),
         ("export.py",),
@@ -222,6 +226,28 @@ def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
 
 
 # What is refused.
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_teacher_whose_tokenizer_was_edited_is_refused_also_on_bare_ids(
+    folder, place
+):
+    knobs = {"init": {"weights_from": folder}, "model": SMALL}
+    assert call(*tiny("recover.py", "text", **knobs)).code == 0
+    (run,) = (place / "checkpoints").glob("gpt_*")
+    for split in ("train", "val"):
+        ids = np.arange(600, dtype=np.uint16) % SIZE
+        (place / "bare").mkdir(exist_ok=True)
+        ids.tofile(place / "bare" / f"{split}.bin")
+    (place / "bare" / "meta.json").write_text(json.dumps({"vocab_size": SIZE}))
+    taught = {"init": {"weights_from": run}, "distill": {"teacher": folder}}
+    command = tiny("recover.py", "bare", **taught, model=SMALL)
+    outcome = call(*command, "--config.workdir=before")
+    assert outcome.code == 0, outcome
+    swap_two_tokens(folder / "tokenizer.json")
+    line = refusal(*command, "--config.workdir=after", unchanged=[folder, run])
+    assert f"{folder} numbers its tokens in another way than {run}: restore" in line
+    assert not (place / "after").exists()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, place):

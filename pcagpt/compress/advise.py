@@ -16,7 +16,7 @@ from pcagpt.files import read_json, strict, write_json
 from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text
 from pcagpt.rows import SwapScores
-from pcagpt.run.folder import move_aside
+from pcagpt.run.folder import move_aside, read_record
 from pcagpt.telemetry.progress import Progress
 
 ADVISED = "advised"  # the folder of the model
@@ -84,16 +84,11 @@ def advise(
     print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
     trials = [trial.row() for trial in fit.trials]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
+    # The same recipe can give another table.
+    answer["model_run_id"] = read_record(place)["run_id"]
     advice, path = output.heading | answer, output.folder / "advice.json"
-    earlier = read_json(path, "delete it") or {}
-    own = strict(advice)
-    known = earlier.get("chosen") or {}
-    is_same_model = all(
-        known.get(name) == own["chosen"][name] for name in vars(row.recipe)
-    )
-    # The model is moved aside if its recipe is another one: its advice goes with it.
-    if not is_same_model or any(
-        earlier.get(n) != own[n] for n in ("protocol", "bounds")
-    ):
+    earlier, own = read_json(path, "delete it") or {}, strict(advice)
+    # If the model was moved aside, its advice goes with it.
+    if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
         move_aside(path)
     write_json(path, advice)

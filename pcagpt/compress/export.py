@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import numpy as np
 from pcagpt import coding, trees
 from pcagpt.arms import FROM_RUN
 from pcagpt.compress.candidates import Candidate, of_full_width
-from pcagpt.compress.codes import KINDS, Codes
+from pcagpt.compress.codes import KINDS, Codes, Kind
 from pcagpt.compress.original import Original
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import BandFactors, FactorizedTable
@@ -30,6 +31,7 @@ from pcagpt.model import (
 from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint, initialise
 from pcagpt.run.folder import (
+    WEIGHTS_HASH,
     is_vacant,
     look,
     move_aside,
@@ -51,8 +53,8 @@ def write_model(
     Every command takes the folder as a run. That of a model of another architecture has
     only the record and the table. A folder that already holds this model
     stays as it is; only lost or damaged factors/ are written again. Another model is
-    moved aside. Returns False, and writes nothing, if the model there `stays`.
-    'compressed' in config.json tells how the table was made.
+    moved aside, as is a changed file of a table. Returns False, and writes nothing, if
+    the model there `stays`. 'compressed' in config.json tells how the table was made.
 
     Raises UserError if the folder of the original now holds another run, Unreadable if
     the system does not let the folder be read.
@@ -77,7 +79,7 @@ def write_model(
             checkpoint.save_weights(written, weights)
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
-        kind.write(written / kind.file, codes, _description(original, row))
+        _write_codes(written / kind.file, kind, codes, _description(original, row))
     elif _held(factors := written / "factors", table_sha256) is None:
         move_aside(factors)
         write_bands(factors, candidate.table)
@@ -88,7 +90,7 @@ def write_model(
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
             **({} if codes else {"table_sha256": table_sha256}),
-            **({"weights_sha256": _summary(weights)} if weights else {}),
+            **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }
         model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
         own = {"model": model, "run_id": secrets.token_hex(8)}
@@ -126,8 +128,28 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     if not _holds(folder, weights):
         return False
     if there != own:
-        kind.write(path, codes, own)
+        _write_codes(path, kind, codes, own)
     return True
+
+
+def _write_codes(
+    path: Path, kind: Kind, codes: Codes, description: coding.Description
+) -> None:
+    """Writes a file of `CODES`; moves one aside unless only its prediction differs.
+
+    A damaged or another file there may be a person's.
+    """
+    if path.exists():
+        found = _undamaged(lambda: kind.read(path))
+        predicted = found and found[1].predicted_loss
+        with tempfile.TemporaryDirectory() as place:
+            earlier = Path(place) / kind.file
+            made = dataclasses.replace(description, predicted_loss=predicted)
+            kind.write(earlier, codes, made)
+            is_own = found and path.read_bytes() == earlier.read_bytes()
+        if not is_own:
+            move_aside(path)
+    kind.write(path, codes, description)
 
 
 def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:

@@ -7,13 +7,15 @@ class Task(NamedTuple):
     """What a task needs and does.
 
     makes_jobs: it has a plan of jobs; model: it reads the model of `model_path`; ranks:
-    it makes a table for each of `ranks`; resumes: after an interruption, the same
-    command goes on from what is saved.
+    it makes a table for each of `ranks`; writes: it always needs a writable workdir,
+    not only for a job that is to do; resumes: after an interruption, the same command
+    goes on from what is saved.
     """
 
     makes_jobs: bool = False
     model: bool = False
     ranks: bool = False
+    writes: bool = False
     resumes: bool = True
 
 
@@ -21,10 +23,10 @@ TASKS = {
     "train": Task(makes_jobs=True),
     "experiment": Task(makes_jobs=True, ranks=True),
     "factorize": Task(makes_jobs=True, model=True, ranks=True),
-    "compress": Task(model=True, ranks=True),
+    "compress": Task(model=True, ranks=True, writes=True),
     "evaluate": Task(model=True, resumes=False),
     "sample": Task(model=True, resumes=False),
-    "export": Task(model=True, resumes=False),
+    "export": Task(model=True, writes=True, resumes=False),
 }
 
 # Stands for `compress` among the readers of a knob that it reads only when it trains

@@ -19,6 +19,7 @@ from pcagpt.files import (
     check_digests,
     digests_of,
     read_json,
+    strict,
     sync,
     write_json,
     write_text,
@@ -35,7 +36,8 @@ FOLDER = "exported"  # in a workdir
 def export(settings: Settings) -> str:
     """Writes the model of `model_path` as `format`; returns a line that says where.
 
-    A folder that already holds it stays as it is. All processes must call this.
+    A folder that already holds it stays as it is. If the run was evaluated since, the
+    line says that the model card is older. All processes must call this.
 
     Raises:
       UserError: the model does not exist, cannot be written in this form, or something
@@ -63,15 +65,24 @@ def _export(
 ) -> str:
     """As `export`, in one process, which holds the lock of the folder."""
     form = settings.format
+    has_card = form != "npz"
+    losses = strict(measured(source, settings.workdir)) if has_card else []
     origin = {
         "run": source.folder.resolve().name,
         **source.identity,
         "format": form,
         "table": source.table_name,
         "tokenizer_sha256": source.tokenizer_sha256,
+        "losses": losses,
     }
-    if _holds(folder, origin):
-        return f"{folder} is done"
+    if held := _held(folder, origin):
+        if held.get("losses", losses) == losses:
+            return f"{folder} is done"
+        if not settings.overwrite:
+            return (
+                f"{folder} is done, but its README.md shows other losses than "
+                f"{source.folder} has now: --config.overwrite=True writes it anew"
+            )
     if not is_vacant(folder) and not settings.overwrite:
         raise UserError(
             f"{folder} holds something else: use another --config.workdir, or "
@@ -83,9 +94,8 @@ def _export(
     written.mkdir(parents=True)
     try:
         FORMATS[form](written, source)
-        if form != "npz":
-            card = model_card(source, form, measured(source, settings.workdir))
-            write_text(written / "README.md", card)
+        if has_card:
+            write_text(written / "README.md", model_card(source, form, losses))
         source.check_unchanged()
         files = digests_of(written, [path.name for path in written.iterdir()])
         write_json(written / ORIGIN, origin | {"files": files})
@@ -107,15 +117,15 @@ def _export(
     return f"{folder} was written{hint}"
 
 
-def _holds(folder: Path, origin: dict[str, Any]) -> bool:
-    """Whether a folder has the undamaged files of this origin."""
+def _held(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """What a folder with the undamaged files of this origin was made from; or None."""
     try:
         found = read_json(folder / ORIGIN, "delete it") or {}
         # Older versions did not store all fields.
         names = ("fingerprint", "format", "tokenizer_sha256", "table_sha256")
         if any(found.get(name) != origin.get(name) for name in names):
-            return False
+            return None
         check_digests(folder, found.get("files"))
     except UserError:
-        return False
-    return True
+        return None
+    return found

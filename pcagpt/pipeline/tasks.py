@@ -7,11 +7,13 @@ import jax
 from pcagpt.config import Settings
 from pcagpt.config.command_line import listing
 from pcagpt.config.tasks import TASKS
+from pcagpt.errors import UserError, explain
 from pcagpt.files import strict
 from pcagpt.pipeline import execute
 from pcagpt.pipeline.compress import compress, decide_effort
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.export import export
+from pcagpt.pipeline.job import Kind
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.sample import sample
 from pcagpt.run.trained import Run
@@ -26,15 +28,24 @@ def preview(settings: Settings) -> str:
     """The value of every knob, and a line for each thing that the task would do.
 
     Writes only caches. Raises UserError as the task would, as far as this shows early.
+    That nothing can be written in the workdir is a line: it may be mounted later.
     """
     settings = decide_effort(settings, jax.default_backend())
+    writes = TASKS[settings.task].writes
     if TASKS[settings.task].makes_jobs:
-        lines = execute.describe(execute.check(make_plan(settings), writes=False))
+        needed = execute.check(make_plan(settings), writes=False)
+        lines = execute.describe(needed)
+        writes = any(kind != Kind.DONE for kind, _ in needed.values())
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
     else:
         raise ValueError(f"no preview for the task {settings.task}")
+    if writes:
+        try:
+            execute.check_workdir(settings.workdir)
+        except (UserError, OSError) as error:
+            lines.append(f"this command would stop: {explain(error) or error}")
     return "\n".join([listing(settings), "", *lines])
 
 

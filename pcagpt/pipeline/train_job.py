@@ -365,6 +365,8 @@ class TrainJob(Job):
                 write_record(self.folder, stored)
             if status.kind == Kind.DONE or there.result:
                 return None
+            if line := there.unproved:
+                warn_once(line)
         return {"run_id": secrets.token_hex(8)} | (stored or {}), is_replaced
 
 

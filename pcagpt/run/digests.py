@@ -1,8 +1,9 @@
 """digests.json of a checkpoint: hashes of all files, and of all arrays of the weights.
 
 It is written at the end of a save, and checked before Orbax opens a file. Checkpoints
-of older versions have none. If digests.json is damaged, the checkpoint counts as
-damaged. Delete digests.json to read the checkpoint unchecked.
+of older versions have none; a line says so if one of this version has lost it. If
+digests.json is damaged, the checkpoint counts as damaged. Delete digests.json to read
+the checkpoint unchecked.
 """
 
 import contextlib
@@ -60,6 +61,19 @@ def owner(folder: Path) -> str | None:
     with contextlib.suppress(UserError):
         return (_listed(folder) or {}).get("run_id")
     return None
+
+
+def of_weights(folder: Path) -> str | None:
+    """The `summary` of a checkpoint's weights; None if they are damaged.
+
+    Raises Unreadable as `damage` does.
+    """
+    try:
+        return summary(arrays(folder))
+    except Unreadable:
+        raise
+    except UserError:
+        return None
 
 
 def summary(arrays: dict[str, str]) -> str:

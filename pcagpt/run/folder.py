@@ -2,7 +2,8 @@
 
 config.json   the run's record: its settings and what it depends on; written first.
               Its 'run_id' is also in the checkpoints and in result.json
-result.json   written last: a run is finished when it is there with status 'done'
+result.json   written last: a run is finished when it is there with status 'done';
+              'weights_sha256' tells the weights of its last step from any others
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window;
                         result.json has its sha256
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.config import KNOBS, check_stored
-from pcagpt.errors import UserError, shown
+from pcagpt.errors import UserError, shown, warn_once
 from pcagpt.files import (
     check_fields,
     read_json,
@@ -62,6 +63,7 @@ _RESULT_REMEDY = (
     "delete it and give the run's command again, or use --config.overwrite=True"
 )
 _WINDOWS_HASH = "val_window_losses_sha256"  # in result.json
+WEIGHTS_HASH = "weights_sha256"  # in result.json, and in a record's 'compressed'
 # {field of config.json besides the knobs: its types}
 _RECORD = {
     "run_id": (str, None),
@@ -214,15 +216,10 @@ class FolderState:
     def stranger(self) -> str | None:
         """Why a file does not belong here: it is of another run, step or model.
 
-        None if all belong together. A checkpoint that holds only weights, or a damaged
-        one, is not judged. A compressed model's record has the hash of its weights.
+        None if all belong together. A damaged checkpoint is not judged.
         """
-        made = (self.stored or {}).get("compressed") or {}
         for step, copy, updates in self.saved:
             folder = checkpoint.folder_of(self.folder, step)
-            known = made.get("weights_sha256")
-            if known and digests.summary(digests.arrays(folder)) != known:
-                return f"{folder} holds other weights than those of {self.folder}"
             # A person may have given a trained model's checkpoint another number.
             if self.result and updates not in (None, step):
                 return (
@@ -239,6 +236,34 @@ class FolderState:
                 return f"{folder} is a checkpoint of another run than {own}"
             if copy and self.stored and (changed := _changed_model(copy, self.stored)):
                 return f"{own} describes another model than {folder}: {changed}"
+            known = self._weights_sha256(step)
+            if known and digests.of_weights(folder) not in (None, known):
+                return f"{folder} holds other weights than those of {self.folder}"
+        return None
+
+    def _weights_sha256(self, step: int) -> str | None:
+        """What `digests.of_weights` must be: of compressed models, of finished runs."""
+        if made := (self.stored or {}).get("compressed"):
+            return made.get(WEIGHTS_HASH)
+        result = self.result or {}
+        return result.get(WEIGHTS_HASH) if result.get("steps") == step else None
+
+    @property
+    def unproved(self) -> str | None:
+        """A line for a checkpoint without digests, of which no hash is known; or None.
+
+        Versions that wrote no `run_id` wrote no digests. A person may have deleted
+        them, or copied the weights alone.
+        """
+        if foreign.is_model(self.folder) or "run_id" not in (self.stored or {}):
+            return None
+        for step, _, _ in self.saved:
+            path = checkpoint.folder_of(self.folder, step) / digests.FILE
+            if not (path.exists() or self._weights_sha256(step)):
+                return (
+                    f"{path} is missing: nothing shows whether the files beside it are "
+                    "unchanged, and of this run"
+                )
         return None
 
     @functools.cached_property
@@ -293,6 +318,8 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
         raise there.damage
     if there.stranger:
         raise UserError(f"{there.stranger}: put the run's own files there")
+    if line := there.unproved:
+        warn_once(line)
     last = (there.result or {}).get("steps", step)
     if last != step and Path(path) != folder:
         reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")

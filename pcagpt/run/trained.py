@@ -333,11 +333,23 @@ class Run:
             return vocabulary.describe(name).sha256 == recorded
         return vocabulary.are_same(own, name)
 
+    def may_share_tokens(self, other: "Run") -> bool:
+        """Whether the ids of both may mean the same text, as far as it is known."""
+        name = self.record.get("tokenizer")
+        if name in RANKS and name == other.record.get("tokenizer"):
+            return True
+        texts = [tuple(run.record.get("characters") or ()) for run in (self, other)]
+        hashes = [self._tokenizer_sha256, other._tokenizer_sha256]
+        return all(a == b for a, b in (texts, hashes) if a and b)
+
     @property
     def _tokenizer_sha256(self) -> str | None:
-        """The recorded hash of the run's tokenizer."""
-        of_corpus = self.record.get("corpus") or {}
-        return self.record.get("tokenizer_sha256") or of_corpus.get("tokenizer_sha256")
+        """The recorded hash of the run's tokenizer; one of the package has its own."""
+        of_corpus, name = self.record.get("corpus") or {}, self.record.get("tokenizer")
+        stated = self.record.get("tokenizer_sha256") or of_corpus.get(
+            "tokenizer_sha256"
+        )
+        return stated or (RANKS[name].sha256 if name in RANKS else None)
 
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or tokens of another name."""

@@ -20,10 +20,10 @@ from pcagpt.model import (
     token_order,
     total_parameters,
 )
-from pcagpt.run import provenance
+from pcagpt.run import checkpoint, digests, provenance
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
-from pcagpt.run.folder import config_sha256, write_result
+from pcagpt.run.folder import WEIGHTS_HASH, config_sha256, write_result
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
@@ -129,6 +129,8 @@ def train(
         telemetry.hyperparameters(settings.flat(), numbers)
         if jax.process_index() == 0:
             check_place()
+            weights = digests.of_weights(checkpoint.folder_of(run_dir, last_step))
+            result = {**result, WEIGHTS_HASH: weights}
             write_result(run_dir, result, measured.window_losses)
         # What comes after this run must not start.
         if number := stop.agreed():

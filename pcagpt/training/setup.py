@@ -138,6 +138,14 @@ class Setup:
             return None
         run = Run.open(path)
         run.check_corpus(self.corpus)
+        init = self.settings.init
+        # The corpus may not say what its ids mean.
+        for start in (init.weights_from or self.settings.model_path, init.blocks_from):
+            if start and not run.may_share_tokens(Run.open(start)):
+                raise UserError(
+                    f"distill.teacher: {path} numbers its tokens in another way than "
+                    f"{start}: restore its tokenizer, or name another teacher"
+                )
         config = run.config(self.settings.model)
         if config.vocab_size != student.vocab_size:
             raise UserError(
