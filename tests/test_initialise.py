@@ -1,6 +1,7 @@
 """What a run starts from: imported factors, another run's blocks, and freezing."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,11 +14,12 @@ from runs import assert_equal, changed, execute, gpt_config, job, setup, start
 from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
+from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
-from pcagpt.run.folder import write_record
+from pcagpt.run.folder import read_record, write_record
 from pcagpt.training import loop
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -325,6 +327,25 @@ def test_blocks_of_another_model_are_refused(other, words, d_dir):
     assert "init.blocks_from" in message
     assert str(d_dir) in message
     assert words in message
+
+
+def test_blocks_of_a_model_of_other_tokens_are_refused(
+    tiny_config, d_dir, corpus_folder, factors, tmp_path
+):
+    source = Path(shutil.copytree(d_dir, tmp_path / "source"))
+    corpus = Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+    for folder, order in ((source, 1), (corpus, -1)):
+        itos = [chr(200 + number) for number in range(97)][::order]
+        meta = json.dumps({"vocab_size": 97, "itos": itos})
+        (corpus / "meta.json").write_text(meta)
+        if folder == source:
+            content = open_corpus(str(corpus), corpus).content
+            write_record(source, read_record(source) | {"corpus": content})
+    knobs = {f"init.{name}": path for name, path in factors().items()}
+    knobs |= {"init.blocks_from": str(source), "data.source": str(corpus)}
+    knobs |= {"arm": "pca_finetune", "model.n_embd_wte": 8}
+    with pytest.raises(UserError, match="numbers its tokens in another way"):
+        job(changed(tiny_config, **knobs)).check(set())
 
 
 def test_more_blocks_than_the_model_has_are_refused(d_dir, monkeypatch):

@@ -283,6 +283,15 @@ def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
     assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
 
 
+def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):
+    made = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}
+    (place / "tokenizer.json").write_text(json.dumps(made))
+    asked = {"data": {"tokenizer": "tokenizer.json"}}
+    line = refusal(*tiny("baseline.py", "text", **asked), unchanged=[])
+    assert "tokenizer.json is damaged" in line
+    assert "Missing [UNK] token from the vocabulary" in line
+
+
 def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "cl100k_base.tiktoken"
     file.write_bytes(b"\n".join(RANK_LINES))

@@ -384,7 +384,7 @@ class Settings:
     ranks: tuple[int, ...] = knob(
         (128,),
         f"{_listed(name for name, task in TASKS.items() if task.ranks)}: ranks to "
-        "make, as in 64,128",
+        f"make, as in 64,128; compress, empty: {_listed(GPU.ranks)}",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -469,8 +469,9 @@ def base() -> ConfigDict:
     config = ConfigDict(Settings().to_dict())
     for path, entry in KNOBS.items():
         if entry.default is None:  # A plain None would accept any type.
-            section, name = path.split(".")
-            config[section][name] = config_dict.placeholder(entry.type)
+            section, _, name = path.rpartition(".")
+            holder = config[section] if section else config
+            holder[name] = config_dict.placeholder(entry.type)
     return config.lock()
 
 

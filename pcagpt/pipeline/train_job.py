@@ -11,6 +11,7 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
+from pcagpt.config.schema import FinetuneSettings, ScratchSettings
 from pcagpt.data.corpus import (
     Corpus,
     check_package,
@@ -347,7 +348,10 @@ class TrainJob(Job):
                 raise
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
-        return "is not trained", "configs/baseline.py", self.settings
+        # D does not read the shares of the arms.
+        shares = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
+        settings = self.settings.replace(shares)
+        return "is not trained", "configs/baseline.py", settings
 
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
         """(record, is_replaced), or None if the run is done; the caller holds the lock.

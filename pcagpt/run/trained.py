@@ -282,11 +282,7 @@ class Run:
         self._check_tokenizer(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
         if "tokenizer_sha256" in differing:
-            raise UserError(
-                f"{corpus.name} numbers its tokens in another way than the corpus of "
-                f"{self.folder}: its ids mean other text to the model; make them with "
-                "the run's own meta file"
-            )
+            raise self._other_numbering(corpus)
         if differing and jax.process_index() == 0:
             warn_once(
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
@@ -340,7 +336,10 @@ class Run:
         return self.record.get("tokenizer_sha256") or of_corpus.get("tokenizer_sha256")
 
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
-        """Raises UserError if the corpus has unknown ids, or tokens of another name."""
+        """Raises UserError if the corpus has unknown ids, or another tokenizer.
+
+        Two names are compared as such, otherwise the texts of the ids, or hashes.
+        """
         own = self.record.get("tokenizer")
         if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
@@ -355,6 +354,19 @@ class Run:
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
                 "that it was trained on"
             )
+        texts = self.record.get("characters"), corpus.characters
+        if None in texts:
+            texts = self._tokenizer_sha256, corpus.tokenizer_sha256
+        is_named = own and corpus.tokenizer
+        if not is_named and None not in texts and len({*map(tuple, texts)}) > 1:
+            raise self._other_numbering(corpus)
+
+    def _other_numbering(self, corpus: CorpusInfo) -> UserError:
+        return UserError(
+            f"{corpus.name} numbers its tokens in another way than the corpus of "
+            f"{self.folder}: its ids mean other text to the model; make them with "
+            "the run's own meta file"
+        )
 
     def results_in(self, workdir: str | Path) -> Path:
         """The folder of what is measured on the run: its own.

@@ -70,7 +70,8 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
-        if source := settings.init.weights_from or settings.model_path:
+        init = settings.init
+        if source := init.weights_from or init.blocks_from or settings.model_path:
             Run.open(source).check_corpus(corpus)
         # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
