@@ -160,7 +160,7 @@ def test_blocks_can_be_taken_from_any_checkpoint(d_dir):
     assert len(found) == len(trees.flatten(template())) - 2
     assert_equal(found, {path: wanted[path] for path in found})
     newest, third, sixth = (
-        initialise.fingerprints(Settings().replace({"init.blocks_from": str(path)}))
+        initialise.import_hashes(Settings().replace({"init.blocks_from": str(path)}))
         for path in (d_dir, d_dir / "ckpt/3", d_dir / "ckpt/6")
     )
     assert newest == sixth != third
@@ -409,6 +409,6 @@ def test_the_files_of_a_factorization_are_imported_and_hashed(d_dir):
     }
     assert imported(**init).keys() == {"embed/band_0/wte", "embed/band_0/scale_up"}
     knobs = {f"init.{name}": path for name, path in init.items()}
-    hashes = initialise.fingerprints(Settings().replace(knobs))
+    hashes = initialise.import_hashes(Settings().replace(knobs))
     assert hashes.keys() == init.keys()
     assert len(set(hashes.values())) == 2

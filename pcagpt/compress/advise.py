@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import jax
 
 from pcagpt.compress.candidates import Candidate, factor_methods, left_out
-from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
+from pcagpt.compress.write_model import write_model
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FLOAT_BYTES
@@ -35,8 +35,9 @@ def advise(
     Args:
       original: the model.
       methods: see `Fit`; a bound on numbers leaves out `CODES`.
-      options: one of its bounds is set. Factors have one of its numbers of bands and,
-        for a bound on bytes, 32 bits per value or one of its `bits`.
+      options: one of its bounds is set. Its `bands` are the numbers of bands that
+        factors may have. For a bound on bytes, they have 32 bits per value or one of
+        its `bits`.
       output: for advice.json and the model; an earlier advice with another protocol,
         bound or model is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.

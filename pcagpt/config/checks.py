@@ -18,7 +18,7 @@ from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
 # Each of these groups of knobs determines the token table or its bands.
-_TABLE_KNOBS = (
+_TABLE_SOURCES = (
     ("model.band_sizes",),
     tuple(path for path in KNOBS if path.startswith("factorize.")),
     ("init.import_bands",),
@@ -208,7 +208,7 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model has own bands; at most one of `_TABLE_KNOBS` is set."""
+    """Only the random model has own bands; at most one of `_TABLE_SOURCES` is set."""
     is_random = (settings.task, settings.arm) == ("train", "random")
     has_source = bool(settings.init.weights_from)
     if settings.model.band_sizes and not is_random and not has_source:
@@ -219,7 +219,7 @@ def _check_bands(settings: Settings) -> None:
     changed = {p for p, value in settings.flat().items() if value != KNOBS[p].default}
     if has_source:  # The bands are those of this run.
         changed.discard("model.band_sizes")
-    found = [[path for path in knobs if path in changed] for knobs in _TABLE_KNOBS]
+    found = [[path for path in knobs if path in changed] for knobs in _TABLE_SOURCES]
     if len(both := [paths[0] for paths in found if paths]) > 1:
         raise UserError(
             f"{both[0]} and {both[1]} are both set, but both determine the token "

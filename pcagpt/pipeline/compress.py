@@ -14,10 +14,10 @@ import jax
 from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import factor_methods, left_out, recipes
 from pcagpt.compress.codes import KINDS
-from pcagpt.compress.export import check_place, is_of_another
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import Models, add_recovered, models_of, sweep
+from pcagpt.compress.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
