@@ -84,8 +84,8 @@ class TrainJob(Job):
     def status(self) -> Status:
         """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.
 
-        Raises UserError if the folder holds anything but this run, and may not be
-        replaced, or a prerequisite that the arm cannot start from.
+        Raises UserError if the folder holds something else that may not be replaced, or
+        a D that `for_arm` cannot start from.
         """
         return self._judge(look(self.folder))[0]
 
@@ -180,7 +180,10 @@ class TrainJob(Job):
         return None
 
     def _lack_to_go_on(self, there: FolderState) -> str | None:
-        """Why an unfinished run that may be replaced can only be trained again."""
+        """What an unfinished run lacks, so that it can only be trained again.
+
+        None if it lacks nothing, or may not be replaced.
+        """
         if there.result or not self._may_replace:
             return None
         return checkpoint.lack(self.folder, checkpoint.ITEMS)
