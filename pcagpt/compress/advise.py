@@ -35,9 +35,8 @@ def advise(
     Args:
       original: the model.
       methods: see `Fit`; a bound on numbers leaves out `CODES`.
-      options: one of its bounds is set. Its `bands` are the numbers of bands that
-        factors may have. For a bound on bytes, they have 32 bits per value or one of
-        its `bits`.
+      options: one of its bounds is set. Factors have one of its numbers of bands and,
+        for a bound on bytes, 32 bits per value or one of its `bits`.
       output: for advice.json and the model; an earlier advice with another protocol,
         bound or model is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.

@@ -218,10 +218,7 @@ class Decoder:
     def _check_tied(self) -> None:
         own, head = self._embedding, self._head
         if not isinstance(own, torch.nn.Embedding):
-            raise UserError(
-                f"{self.folder}: its model has no embedding of tokens: give a causal "
-                "language model"
-            )
+            raise UserError(f"{self.folder}: its model has no embedding of tokens")
         if head is None or head.weight is not own.weight:
             raise UserError(
                 f"{self.folder}: its input and output tables are not tied; only tied "
