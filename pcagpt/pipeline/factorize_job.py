@@ -333,6 +333,8 @@ class FactorizeJob(Job):
             kept += ("compress.calibration_tokens", "train.batch_size", "data")
             kept += ("model.compute_dtype",)
         values = {path: operator.attrgetter(path)(self.settings) for path in kept}
+        if "data" not in kept:  # An empty source stands for the run's own text.
+            values["data.source"] = ""
         settings = Settings(model_path=str(self.source)).replace(values)
         return f"lacks {self.amount}", "configs/factorize.py", settings
 
