@@ -128,7 +128,9 @@ def test_the_end_of_text_may_be_named_in_the_config_beside(word_level):
 # What a file serves.
 
 
-def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(word_level, tmp_path):
+def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(
+    word_level, tmp_path, monkeypatch
+):
     folder = tmp_path / "text"
     folder.mkdir()
     long = TEXT * 2000
@@ -136,7 +138,9 @@ def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(word_level, tmp_
     corpus = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     theirs = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
     assert corpus.tokens("train").tolist() == [1, *theirs.encode(long).ids]
-    assert corpus.text_size("train") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_files, "load", None)  # It is not needed.
+        assert corpus.text_size("train") is None
     again = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     assert (again.folder, again.tokenizer) == (corpus.folder, corpus.tokenizer)
 
@@ -307,6 +311,15 @@ def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
     (place / name).write_bytes(content)
     asked = {"data": {"tokenizer": name}}
     assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
+
+
+def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):
+    made = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}
+    (place / "tokenizer.json").write_text(json.dumps(made))
+    asked = {"data": {"tokenizer": "tokenizer.json"}}
+    line = refusal(*tiny("baseline.py", "text", **asked), unchanged=[])
+    assert "tokenizer.json is damaged" in line
+    assert "Missing [UNK] token from the vocabulary" in line
 
 
 def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):

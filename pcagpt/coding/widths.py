@@ -104,9 +104,9 @@ class Widths:
         return found
 
     def bytes_of(self, error: float) -> int:
-        """Size of the largest file whose error is still above `error`.
+        """Size of the largest file with an error above this one.
 
-        Of the smallest file if none is.
+        If all files have smaller errors, the size of the smallest.
         """
         return self._finest(lambda choice: choice.error > error).bytes
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import jax
 
 from pcagpt.compress.candidates import Candidate, factor_methods, left_out
-from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
+from pcagpt.compress.write_model import write_model
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorize import FLOAT_BYTES

@@ -167,9 +167,9 @@ def factor_methods(methods: Sequence[str]) -> list[str]:
 
 
 def counts_of(method: str, bands: Sequence[int]) -> Sequence[int]:
-    """Those of these numbers of bands that a method is tried in.
+    """The numbers of bands that a method is tried in, of those in `bands`.
 
-    Codes that are not in bands have one band, whatever the numbers are.
+    Methods without token weights take only 1. Codes without bands always have 1.
     """
     if method in KINDS:
         return bands if KINDS[method].in_bands else (1,)

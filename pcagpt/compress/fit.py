@@ -67,8 +67,8 @@ class Fit:
     ) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
-        It has the first of `CODES` that is allowed, else factors. If D's own table at
-        one of `bits` also fits and is smaller, it is that.
+        It has the first of `CODES` that is allowed, otherwise factors. D's own table at
+        one of `bits` takes its place if it is smaller and fits.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5

@@ -1,8 +1,9 @@
 """A corpus: token files of the splits train, val and test.
 
-Tokenizing text keeps it byte for byte and puts `<|endoftext|>` before every document. A
-document is one address in `sotu`, a whole split in `wikitext103`, and a whole file in a
-folder of text files.
+Tokenizing text puts `<|endoftext|>`, or what ends a text for a tokenizer in a file,
+before every document. The package's tokenizers keep each byte; one in a file may change
+text. A document is one address in `sotu`, a whole split in `wikitext103`, and a whole
+file in a folder of text files.
 """
 
 import codecs
@@ -151,9 +152,10 @@ class Corpus(CorpusInfo):
         `<|endoftext|>` ends a word and is not part of the text. Other tokenizers than
         tiktoken's do not tell the bytes of a token.
         """
-        encoding = self.tokenizer and vocabulary.load(self.tokenizer)
-        if not isinstance(encoding, tiktoken.Encoding):
+        if not (self.tokenizer and vocabulary.tells_bytes(self.tokenizer)):
             return None
+        encoding = vocabulary.load(self.tokenizer)
+        assert isinstance(encoding, tiktoken.Encoding)
         end = encoding.eot_token
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = byte_count = 0

@@ -6,9 +6,10 @@ Hugging Face's are tokenizer.json, or vocab.json and merges.txt; the package
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,44 @@ _OTHER_PATTERNS = {
 
 
 class FileTokenizer:
-    """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`."""
+    """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`.
 
-    def __init__(self, tokenizer: Any, n_vocab: int, eot_token: int | None):
+    Its methods raise UserError if the tokenizer cannot do this.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, n_vocab: int, eot_token: int | None):
         """eot_token: the id that separates documents; None without one."""
         self.n_vocab, self.eot_token = n_vocab, eot_token
-        self._tokenizer = tokenizer
+        self._file, self._tokenizer = file, tokenizer
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """The ids of a text. Special tokens in it are always taken for themselves."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _naming(self._file):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], **_: Any) -> list[list[int]]:
         """The ids of several texts."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _naming(self._file):
+            encoded = self._tokenizer.encode_batch(
+                list(texts), add_special_tokens=False
+            )
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with _naming(self._file):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """An error of the package becomes a UserError that names the tokenizer's file."""
+    try:
+        yield
+    # The package raises Exception itself.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} is damaged ({reason}): {_DAMAGED}") from None
 
 
 def file_of(path: Path) -> Path | None:
@@ -125,17 +145,13 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
             f"{file} can only be used with the package `tokenizers`: "
             "pip install 'pcagpt[hf]'"
         ) from None
-    try:
+    with _naming(file):
         made = _byte_level(tokenizers, file) if file.name == VOCAB else None
         made = made or tokenizers.Tokenizer.from_file(str(file))
-    # The package raises Exception itself.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is damaged ({reason}): {_DAMAGED}") from None
     id_of_text = _id_of_text(file)
     texts = (END_OF_TEXT, _end_in_config(file.parent))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
-    return FileTokenizer(made, max(id_of_text.values()) + 1, next(ends, None))
+    return FileTokenizer(file, made, max(id_of_text.values()) + 1, next(ends, None))
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:

@@ -14,10 +14,10 @@ import jax
 from pcagpt.compress.advise import ADVISED, advise
 from pcagpt.compress.candidates import factor_methods, left_out, recipes
 from pcagpt.compress.codes import KINDS
-from pcagpt.compress.export import check_place, is_of_another
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.compress.sweep import Models, add_recovered, models_of, sweep
+from pcagpt.compress.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
@@ -108,10 +108,10 @@ def compress(settings: Settings, command: str) -> None:
 def decide_effort(settings: Settings, platform: str) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
-    A sweep on a CPU measures only a part of the split if methods, bands and
-    calibration_tokens are unset. It measures the whole split if the person has chosen
-    what to try, if a table must keep a bound, or if the report compares the sweep with
-    trained models.
+    A search for a bound has no ranks. A sweep on a CPU measures only a part of the
+    split if methods, bands and calibration_tokens are unset. It measures the whole
+    split if the person has chosen what to try, if a table must keep a bound, or if the
+    report compares the sweep with trained models.
     """
     if settings.task != "compress":
         return settings
@@ -119,6 +119,7 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
+        "ranks": () if compress.bounds else effort.ranks,
         "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,

@@ -105,7 +105,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
 
 
 def _check_own_budget(settings: Settings, baseline: Run) -> None:
-    """Raises UserError for `train` knobs and a seed that D's own replace."""
+    """Raises UserError for `train` knobs and a seed that differ from D's own."""
     given, own = settings.flat(), baseline.settings.flat()
     for path, value in given.items():
         section, _, name = path.partition(".")

@@ -12,7 +12,7 @@ from pcagpt.report.compare import FAILED, HELD, verdict
 
 def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
     """The data that the template experiment.md.j2 shows."""
-    models = models_of(results["rows"])
+    models = means_over_seeds(results["rows"])
     comparisons = results["comparisons"]
     questions = list(dict.fromkeys(found["question"] for found in comparisons))
     comparisons = sorted(comparisons, key=lambda c: questions.index(c["question"]))
@@ -28,7 +28,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def models_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def means_over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Makes one entry for each arm and rank, in the order of the rows.
 
     Numbers are means over seeds; `half` is half the interval of the loss over seeds.

@@ -76,7 +76,7 @@ def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draws loss against parameters of the table and of the model; None without sizes.
 
-    `models` come from `pcagpt.report.experiment.models_of`.
+    `models` come from `pcagpt.report.experiment.means_over_seeds`.
     """
     fields = {"params_embedding": "token table", "params_total": "whole model"}
     models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]

@@ -153,8 +153,8 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 class Saved(NamedTuple):
     """What a checkpoint says of itself.
 
-    record: its copy of the run's record, None if it has none that can be read; updates:
-    those that it has done, as in `read_updates`.
+    record: its copy of the run's record, or None if it has none that can be read;
+    updates: how many it was trained for, as `read_updates` tells.
     """
 
     step: int

@@ -68,7 +68,11 @@ def _record(folder: Path) -> dict[str, Any]:
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info = read_meta(folder, "auto")
         texts = info.characters if info.vocab_size <= rows else None
-        return record | {"tokenizer": info.tokenizer, "characters": texts}
+        return record | {
+            "tokenizer": info.tokenizer,
+            "tokenizer_sha256": info.tokenizer_sha256,
+            "characters": texts,
+        }
     # Other architectures have vocabularies of these sizes, too.
     is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
     return record | {"tokenizer": "gpt2" if is_gpt2 else None}

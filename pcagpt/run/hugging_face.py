@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  # NumPy then knows the bfloat16 of safetensors.
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields, parse_json, read_json
@@ -166,9 +166,10 @@ def checked_config(stored: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tuple]]:
-    """{name: (open file, name in it)} of all tensors that a model needs, and its head.
+    """{name: (open file, name in it, its path)} of all tensors of a model.
 
-    UserError if one is missing, has another shape or type, or is not known.
+    Its head is among them if it is stored. UserError if one is missing, has another
+    shape or type, or is not known.
     """
     with contextlib.ExitStack() as stack:
         found: dict[str, tuple] = {}

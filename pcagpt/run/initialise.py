@@ -50,7 +50,7 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def fingerprints(settings: Settings) -> dict[str, str]:
+def import_hashes(settings: Settings) -> dict[str, str]:
     """{last part of a knob's name: hash of its import}.
 
     Raises UserError if an import is missing or damaged.
@@ -71,7 +71,7 @@ def known_imports(
       recorded: 'imported_sha256' in the record of the run, or None.
 
     Returns:
-      The settings of `with_bands`; the `fingerprints`; the reasons why imports that
+      The settings of `with_bands`; the `import_hashes`; the reasons why imports that
       exist cannot be read. The hash of an import that cannot be read is None. If the
       recorded hash matches by an older formula, that hash is returned.
     """
@@ -234,7 +234,8 @@ def _check_bands(table: FactorizedTable, folder: str, config: GPTConfig) -> None
         raise UserError(
             f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
             f"{table.ranks} of width {table.width}, but this model has the bands "
-            f"{wanted} of width {config.n_embd}"
+            f"{wanted} of width {config.n_embd}: leave init.import_bands out, or name "
+            "bands that were made from such a model"
         )
     # A single band may be 0, such as that of tokens that never occur.
     is_used = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.run import hugging_face
@@ -27,7 +28,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     UserError if the folder lacks weights, or its config.json the sizes of the table.
     """
     config = read_json(folder / hugging_face.CONFIG, _REMEDY)
-    assert config is not None  # `is_model` has read it.
+    if config is None:
+        raise UserError(f"{folder} lost its {hugging_face.CONFIG}: {_REMEDY}")
     hugging_face.files(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
@@ -64,7 +66,9 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 def refusal(folder: Path, architecture: str) -> UserError:
     """The error of a command that cannot compute the model."""
+    taking = [name for name, task in TASKS.items() if task.any_architecture]
     return UserError(
-        f"{folder} holds a {architecture}: of models other than GPT-2, only "
-        "--config=configs/compress.py takes one"
+        f"{folder} holds a {architecture}, which only "
+        f"{' and '.join(f'--config=configs/{name}.py' for name in taking)} can take: "
+        "give a GPT-2"
     )
