@@ -15,7 +15,7 @@ import numpy as np
 from pcagpt import coding, trees
 from pcagpt.arms import FROM_RUN
 from pcagpt.compress.candidates import Candidate, of_full_width
-from pcagpt.compress.codes import KINDS, Codes, Kind
+from pcagpt.compress.codes import KINDS, CodeKind, Codes
 from pcagpt.compress.original import Original
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorize import BandFactors, FactorizedTable
@@ -134,7 +134,7 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
 
 
 def _write_codes(
-    path: Path, kind: Kind, codes: Codes, description: coding.Description
+    path: Path, kind: CodeKind, codes: Codes, description: coding.Description
 ) -> None:
     """Writes a file of `CODES`; moves one aside unless only its prediction differs.
 
