@@ -223,12 +223,19 @@ class Run:
         A run of ours was trained on a corpus that its record names. For another text,
         its tokenizer must be named.
         """
-        name = self.record.get("tokenizer")
-        is_open = asked.tokenizer == "auto" and "data" not in self.record
-        if not (name and is_open and asked.source):
+        name = self.encodes_as
+        if not (name and asked.tokenizer == "auto" and asked.source):
             return asked
         is_text = isinstance(find_source(asked.source), TextSource)
         return dataclasses.replace(asked, tokenizer=name) if is_text else asked
+
+    @property
+    def encodes_as(self) -> str | None:
+        """The tokenizer that a model of another program needs tokens of.
+
+        None if it is unknown, and for a run of ours: it was trained on tokens.
+        """
+        return None if "data" in self.record else self.record.get("tokenizer")
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -247,10 +254,15 @@ class Run:
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
             described = processes.from_first(
-                lambda: describe_corpus(data.source, data.tokenizer, splits)
+                lambda: describe_corpus(
+                    data.source, data.tokenizer, splits, self.encodes_as
+                )
             )
             self._check_tokenizer(described)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
+            self._check_is_told(described, asked.tokenizer)
+        corpus = open_corpus(
+            data.source, cache_dir, data.tokenizer, splits, self.encodes_as
+        )
         differing = corpus.changed_parts(self.record, (*TRAINING_PARTS, "test"))
         if differing and not asked.source:
             own_cache = Path(
@@ -354,6 +366,19 @@ class Run:
                 f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
                 "that it was trained on"
+            )
+
+    def _check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
+        """Raises UserError if nothing says that tokens are those of the model."""
+        known = ("data", "tokenizer", "characters")
+        if any(self.record.get(name) for name in known) or asked != "auto":
+            return
+        if corpus.tokenizer:
+            raise UserError(
+                f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
+                f"{corpus.tokenizer}: put the model's tokenizer.json there, or, if "
+                "these are its tokens, set --config.data.tokenizer="
+                f"{corpus.tokenizer}"
             )
 
     def results_in(self, workdir: str | Path) -> Path:
