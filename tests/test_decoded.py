@@ -7,9 +7,11 @@ import gpt2_folders
 import numpy as np
 import pytest
 import tokenizer_folders
+import tokenizers
 from command_line import call, refusal, tiny
 from runs import snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
+from tokenizers import normalizers, pre_tokenizers
 
 from pcagpt.data import corpus, decoded, token_files, tokenize, vocabulary
 from pcagpt.data.corpus import describe_corpus, open_corpus
@@ -182,6 +184,23 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(
     assert "".join(pieces) == document and max(map(len, pieces)) < 3000
 
 
+def test_a_space_that_a_tokenizer_marks_is_left_out_at_a_cut(word_level, monkeypatch):
+    monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 200)
+    made = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
+    both = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")  # As Llama 2's.
+    made.normalizer = normalizers.Sequence(list(both))
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    text = "the people free " * 99
+
+    def encode(text):
+        return made.encode(text).ids
+
+    pieces = list(
+        tokenize._pieces([text], lambda text: tokenize._checked_cut(encode, text))
+    )
+    assert len(pieces) > 1 and sum(map(encode, pieces), []) == encode(text)
+
+
 # What commands make of it.
 
 
@@ -220,6 +239,11 @@ def test_commands_encode_tokens_again_for_a_model_of_another_program(
         for _ in "again", "once more":
             outcome = call(*tiny(config, "tokens", **knobs))
             assert outcome.code == 0, outcome
+    stored = json.loads(
+        (place / "checkpoints/pca_factorized/metadata.json").read_text()
+    )
+    opened = open_corpus("tokens", place / "checkpoints/data", encode_as=str(model))
+    assert stored["calibration_sha256"] == opened.tokens_sha256("train")
     # A compressed model needs the same tokens.
     made = place / "checkpoints/compressed/best_k4"
     outcome = call(*tiny("evaluate.py", "tokens", model_path=made, model=SMALL))
