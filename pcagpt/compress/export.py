@@ -87,6 +87,7 @@ def write_model(
             "step": run.step,
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
+            **({"side": original.side} if original.side else {}),
             **({} if codes else {"table_sha256": table_sha256}),
             **({"weights_sha256": _summary(weights)} if weights else {}),
         }
