@@ -11,6 +11,7 @@ vocabulary, D width, E deciles.
 
 import contextlib
 import copy
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -267,17 +268,19 @@ class Decoder:
 
 def _open(folder: Path) -> Any:
     """The model of a folder in float32; UserError if it has none that is whole."""
-    # What it would print about damaged files, the error below says in one line.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    is_file = folder.is_file()  # GGUF
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        # What it would print about damaged files, the errors below say in one line.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder.parent if is_file else folder),
+                gguf_file=folder.name if is_file else None,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except MemoryError:
         raise
     # The package and what it calls raise errors of many types for damaged files.

@@ -54,6 +54,8 @@ def compress(settings: Settings, command: str) -> None:
     checkpoint.check_path(folder)
     methods = methods_of(settings.compress.methods)
     run = Run.asked(settings)
+    if types := run.record.get("stored_as"):
+        say(f"{run.folder}: its values, dequantized from {', '.join(types)}, are D")
     tables = [
         _Table(original, folder / original.side, methods, settings)
         for original in Original.of(run, settings).of_each_table()
@@ -105,6 +107,7 @@ class _Table:
             "step": run.step,
             **provenance.summary(original.model.device_count),
             "protocol": original.protocol,
+            "stored_as": run.record.get("stored_as"),
         }
         with lock.held(folder, meanwhile=self.check_folder) as check_lock:
             processes.from_first(self.check_folder)

@@ -217,7 +217,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     there is no checkpoint.
     """
     path = foreign.folder_of(Path(path))
-    if not path.is_dir():
+    if not (path.is_dir() or foreign.is_model(path)):
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "

@@ -258,8 +258,8 @@ class Run:
                     data.source, data.tokenizer, splits, self.encodes_as
                 )
             )
-            self._check_tokenizer(described)
             self._check_is_told(described, asked.tokenizer)
+            self._check_tokenizer(described)
         corpus = open_corpus(
             data.source, cache_dir, data.tokenizer, splits, self.encodes_as
         )
