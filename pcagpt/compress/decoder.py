@@ -19,12 +19,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 
 from pcagpt.compress.score import DECILES, swap_scores
 from pcagpt.compress.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.factorize import Statistics
 from pcagpt.rows import SwapScores
+from pcagpt.run import hugging_face
 
 # Windows that pass through the model at a time, and logits that are kept at a time.
 WINDOWS_ON_CPU, WINDOWS_ON_GPU, LOGITS = 1, 8, 2**25
@@ -45,11 +47,13 @@ class Decoder:
         self.folder = folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _open(folder).to(self.device).requires_grad_(False).eval()
-        self._embedding = self.model.get_input_embeddings()
-        self._head = self.model.get_output_embeddings()
+        self._embedding, self._head = self._tables()
         self._check_tables()
         is_tied = self._head.weight is self._embedding.weight
         self.sides = () if is_tied else (INPUT, OUTPUT)
+        says_tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if (is_tied or says_tied) and not folder.is_file():
+            self._check_stored_table()
         config = self.model.config.get_text_config()
         self.window = min(window, getattr(config, "max_position_embeddings", window))
         self._cap = getattr(config, "final_logit_softcapping", None)
@@ -233,6 +237,39 @@ class Decoder:
             np.asarray(array, np.int64 if is_ids else np.float32), device=self.device
         )
 
+    def _tables(self) -> tuple[Any, Any]:
+        """The modules of input and output; None for one that the model lacks."""
+        found = []
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                found.append(getattr(self.model, name)())
+            except (AttributeError, NotImplementedError):
+                found.append(None)
+        return found[0], found[1]
+
+    def _check_stored_table(self) -> None:
+        """UserError if the files hold two tables for a model that should have one.
+
+        Versions of transformers differ in what they make of it, without a word.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        named = self.model.named_parameters(remove_duplicate=False)
+        tables = (self._embedding.weight, self._head.weight)
+        own = {name for name, p in named if any(p is table for table in tables)}
+        own |= {name.removeprefix(prefix) for name in own}
+        first: tuple[str, torch.Tensor] | None = None
+        for path in hugging_face.files(self.folder):
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(own & set(file.keys())):
+                    table = file.get_tensor(name)
+                    if first and not torch.equal(first[1], table):
+                        raise UserError(
+                            f"{self.folder}: {name} is another table than {first[0]}, "
+                            "although tie_word_embeddings is true: set it to false in "
+                            "its config.json, or remove the wrong table"
+                        )
+                    first = first or (name, table)
+
     def _check_tables(self) -> None:
         """UserError unless input and output have tables of one shape."""
         own, head = self._embedding, self._head
@@ -248,21 +285,45 @@ class Decoder:
             )
 
     def _check_head(self) -> None:
-        """UserError unless the plain product gives the model's own probabilities."""
-        tokens_BT = torch.arange(8, device=self.device)[None] % len(
-            self._embedding.weight
-        )
-        with torch.inference_mode():
-            own_nV = self.model(input_ids=tokens_BT, use_cache=False).logits[0]
-            own_nV = torch.log_softmax(own_nV.float(), 1)
-            found_nV = self._log_probabilities(
-                self._hidden(tokens_BT), self._head.weight
-            )
-        if not (found_nV - own_nV).abs().max() <= LOGITS_AGREE * own_nV.abs().max():
-            name = type(self.model).__name__
+        """UserError unless the plain product gives the model's own probabilities.
+
+        These must not depend on later tokens.
+        """
+        name, size = type(self.model).__name__, len(self._embedding.weight)
+        tokens_BT = torch.arange(min(8, self.window), device=self.device)[None] % size
+        other_BT = tokens_BT.clone()
+        other_BT[:, -1] = (other_BT[:, -1] + 1) % size
+        try:
+            with torch.inference_mode():
+                own_nV, other_nV = (
+                    self.model(input_ids=one_BT, use_cache=False).logits[0].float()
+                    for one_BT in (tokens_BT, other_BT)
+                )
+                own_nV, other_nV = own_nV.log_softmax(1), other_nV.log_softmax(1)
+                found_nV = self._log_probabilities(
+                    self._hidden(tokens_BT), self._head.weight
+                )
+                near = LOGITS_AGREE * own_nV.abs().max()
+                is_product = bool((found_nV - own_nV).abs().max() <= near)
+                is_causal = bool((other_nV - own_nV)[:-1].abs().max() <= near)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        # Architectures differ in what they take, and fail in many ways.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:120]
+            raise UserError(
+                f"{self.folder}: {name} does not compute logits from embedded tokens "
+                f"as other decoders do ({reason}); it cannot be measured"
+            ) from None
+        if not is_product:
             raise UserError(
                 f"{self.folder}: {name} does not multiply its last hidden states by "
                 "its table alone; such a head cannot be measured"
+            )
+        if not is_causal:
+            raise UserError(
+                f"{self.folder}: {name} reads the tokens that it should predict; give "
+                "a causal language model"
             )
 
 

@@ -241,8 +241,9 @@ def _hub_hint(path: Path) -> str:
     if path.exists() or not (len(path.parts) == 1 or is_owned):
         return ""
     return (
-        "; pcagpt downloads no models: of one of Hugging Face's, give the folder that "
-        "holds its config.json and model.safetensors"
+        "; pcagpt reads folders and downloads no models: get one of Hugging Face's "
+        f"with hf download {path} --local-dir {path.name}, and give "
+        f"--config.model_path={path.name}"
     )
 
 
