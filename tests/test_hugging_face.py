@@ -334,7 +334,7 @@ SPOILT = {
     ),
     "untied": (
         with_config(tie_word_embeddings=False),
-        "tie_word_embeddings is False, with which pcagpt would compute something else",
+        "holds a GPT2LMHeadModel: of models other than a GPT-2 with one table, only",
     ),
     "another_architecture": (
         with_config(

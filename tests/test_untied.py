@@ -32,6 +32,7 @@ SIZES = {
 CONFIGS = {
     "llama": transformers.LlamaConfig,
     "phi": transformers.PhiConfig,  # Its head has a bias.
+    "gpt2": transformers.GPT2Config,
 }
 
 
@@ -229,3 +230,12 @@ def test_further_training_of_an_untied_model_is_refused(llama, corpus_folder, tm
     line = refusal(*words, unchanged=[llama])
     assert "compress.recover_ranks is set, but" in line
     assert not (tmp_path / "compressed/input/sweep.json").exists()
+
+
+def test_an_untied_gpt2_is_compressed_so_too(corpus_folder, tmp_path):
+    model = write(tmp_path / "gpt2", "gpt2")
+    words = asked(corpus_folder, model, tmp_path, compress={"methods": "svd"})
+    outcome = call(*words)
+    assert outcome.code == 0, outcome
+    for side in (INPUT, OUTPUT):
+        assert (tmp_path / "compressed" / side / "sweep.json").exists()

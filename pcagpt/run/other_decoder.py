@@ -1,4 +1,4 @@
-"""A folder of transformers with another architecture than GPT-2, as a run.
+"""A folder of transformers with another architecture than a tied GPT-2, as a run.
 
 pcagpt measures such a model in PyTorch (`compress.decoder`), and compresses its table.
 It does not train it. The folder has config.json and safetensors.
@@ -15,13 +15,17 @@ from pcagpt.files import parse_json, read_json, sha256_of_file
 from pcagpt.run import hugging_face
 
 _REMEDY = "restore it, or download the model again"
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model of transformers that is no GPT-2."""
+    """Whether a folder holds a model of transformers that is no tied GPT-2."""
     with contextlib.suppress(OSError, ValueError):
         config = parse_json((folder / hugging_face.CONFIG).read_bytes())
-        return isinstance(config, dict) and _kind(config) not in (None, "gpt2")
+        if not isinstance(config, dict):
+            return False
+        kind, tied = _kind(config), config.get("tie_word_embeddings")
+        return kind is not None and (kind != "gpt2" or tied is False)
     return False
 
 
@@ -37,7 +41,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     text = text if isinstance(text, dict) else config
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else _kind(config)
-    sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
+    width = next((name for name in _WIDTHS if name in text), _WIDTHS[0])
+    sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(
@@ -45,7 +50,7 @@ def record_of(folder: Path) -> dict[str, Any]:
                 "a model that AutoModelForCausalLM of transformers opens"
             )
     # One head fits any width: nothing of ours computes with this model.
-    model = {"n_embd": sizes["hidden_size"], "n_head": 1}
+    model = {"n_embd": sizes[width], "n_head": 1}
     return {
         "vocab_size": sizes["vocab_size"],
         "model": model,
@@ -67,8 +72,8 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 def refusal(folder: Path, architecture: str) -> UserError:
     """The error of a command that cannot compute the model."""
     return UserError(
-        f"{folder} holds a {architecture}: of models other than GPT-2, only "
-        "--config=configs/compress.py takes one"
+        f"{folder} holds a {architecture}: of models other than a GPT-2 with one "
+        "table, only --config=configs/compress.py takes one"
     )
 
 
