@@ -51,7 +51,7 @@ def advise(
             f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
         )
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label, bits = f"fitting {original.run.folder.name}", len(options.bits)
+    label, bits = f"fitting {original.label}", len(options.bits)
     with Progress(label, max(Fit.TRIALS + bits, len(CODES) + 1 + 2 * bits)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:

@@ -13,6 +13,7 @@ import numpy as np
 from pcagpt import coding
 from pcagpt.compress.codes import KINDS, Codes
 from pcagpt.compress.rivals import MAKERS
+from pcagpt.compress.sides import counted_by, seen_by
 from pcagpt.factorize import (
     FLOAT_BYTES,
     BandFactors,
@@ -85,9 +86,11 @@ class Compressor:
         table_VD: np.ndarray,
         statistics: Statistics,
         singular_value_split: float = 0.0,
+        side: str = "",
     ):
-        self._table_VD, self._statistics = table_VD, statistics
-        self._split = singular_value_split
+        """`side` is as for `sides.seen_by`."""
+        self._table_VD, self._statistics = table_VD, seen_by(side, statistics)
+        self._side, self._split = side, singular_value_split
         self._predict = Predictor(table_VD, statistics)
         self._method = ""
 
@@ -108,7 +111,7 @@ class Compressor:
                 table, size = quantized(table, recipe.bits)
         dense_VD = table.dense()
         seconds = time.monotonic() - began
-        second_order = self._predict(dense_VD)
+        second_order = counted_by(self._side, self._predict(dense_VD))
         return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
     def codes_bytes(self, method: str, bands: int, loss: float) -> int:

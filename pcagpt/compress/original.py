@@ -30,20 +30,26 @@ if TYPE_CHECKING:  # It imports torch, which is optional.
 
 
 class Model(Protocol):
-    """What measures a model with one full table for input and output.
+    """What measures a model with a full table.
 
     window: tokens that it reads at a time; compute_dtype: of its activations;
-    device_count: number of devices that it uses.
+    device_count: number of devices that it uses; sides: those of an untied model, none
+    if one table serves input and output; side: the one whose table is replaced.
     """
 
     window: int
     compute_dtype: str
     device_count: int
+    sides: tuple[str, ...]
+    side: str
 
     def statistics(
         self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
     ) -> Statistics:
         """Statistics over batches of token ids, int32 [B, T]."""
+
+    def of_side(self, side: str) -> "Model":
+        """The same model, of which the table of a side is replaced."""
 
     def score(
         self,
@@ -117,6 +123,30 @@ class Original:
             workdir=settings.workdir,
         )
 
+    def of_each_table(self) -> list["Original"]:
+        """Itself; or, of an untied model, one for the table of each side."""
+        if not self.model.sides:
+            return [self]
+        models = map(self.model.of_side, self.model.sides)
+        found = [
+            dataclasses.replace(self, model=model, table_VD=model.table_VD)
+            for model in models
+        ]
+        for one in found:
+            place = f"the {one.side} table of {self.run.folder}"
+            check_rows_differ(one.table_VD, place)
+        return found
+
+    @property
+    def side(self) -> str:
+        """The side of an untied model whose table this is; '' of any other."""
+        return self.model.side
+
+    @property
+    def label(self) -> str:
+        """The name of the run, and the side if there is one."""
+        return f"{self.run.folder.name}{self.side and f', {self.side} table'}"
+
     @functools.cached_property
     def statistics(self) -> Statistics:
         """Statistics on calibration text; see `calibrate.statistics`."""
@@ -133,7 +163,9 @@ class Original:
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        return Compressor(self.table_VD, self.statistics, self.singular_value_split)
+        return Compressor(
+            self.table_VD, self.statistics, self.singular_value_split, self.side
+        )
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
@@ -161,6 +193,8 @@ class Original:
             "singular_value_split": self.singular_value_split,
             "codes": coding.CODES_VERSION,
         }
+        if self.side:
+            protocol["side"] = self.side
         if self.split == "test":  # corpus_sha256 leaves it out.
             protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
         if self.batches.is_cut:  # Files without this field used all tokens.

@@ -14,6 +14,8 @@ from pcagpt.run import calibrate
 class OwnModel:
     """A GPT with a full table; implements `original.Model`."""
 
+    side, sides = "", ()
+
     def __init__(self, gpt: GPT, variables: dict, mesh: Mesh, chunks: int):
         """Takes variables on the mesh; logits are computed in `chunks` parts."""
         self.gpt, self.variables, self.mesh = gpt, variables, mesh

@@ -74,7 +74,7 @@ def sweep(
     if "gaussian_limit" not in output.heading:
         limit = {"gaussian_limit": make.gaussian_limit()}
         output = dataclasses.replace(output, heading=output.heading | limit)
-    label = f"compressing {original.run.folder.name}"
+    label = f"compressing {original.label}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
             try:

@@ -90,6 +90,7 @@ def write_model(
             "step": run.step,
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
+            **({"side": original.side} if original.side else {}),
             **({} if codes else {"table_sha256": table_sha256}),
             **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }

@@ -356,8 +356,11 @@ class FactorizeJob(Job):
     def _calibration_sha256(self) -> str:
         """Hash of the calibration text's tokens."""
         data, cache_dir = self.settings.data, self.settings.cache_dir
-        data = Run.open(self.source).data(data)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer, ["train"])
+        run = Run.open(self.source)
+        data = run.data(data)
+        corpus = open_corpus(
+            data.source, cache_dir, data.tokenizer, ["train"], run.encodes_as
+        )
         return corpus.tokens_sha256("train")
 
     @property

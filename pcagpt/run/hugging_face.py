@@ -47,21 +47,23 @@ _RESTORE = "restore it, or download the model again"
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model of Hugging Face's, of any architecture."""
+    if stored_config(folder).keys() & {"architectures", "model_type"}:
+        return True
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json; {} if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         config = parse_json((folder / CONFIG).read_bytes())
-        return isinstance(config, dict) and bool(
-            config.keys() & {"architectures", "model_type"}
-        )
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def kind_of(folder: Path) -> str | None:
     """The `model_type` in config.json; None if it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        config = parse_json((folder / CONFIG).read_bytes())
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        return kind if isinstance(kind, str) else None
-    return None
+    kind = stored_config(folder).get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def record_of(folder: Path) -> dict[str, Any]:

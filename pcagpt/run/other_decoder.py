@@ -1,4 +1,4 @@
-"""A folder of transformers with another architecture than GPT-2, as a run.
+"""A folder of transformers with another architecture than a tied GPT-2, as a run.
 
 pcagpt measures such a model in PyTorch (`compress.decoder`), and compresses its table.
 It does not train it. The folder has config.json and safetensors.
@@ -15,11 +15,14 @@ from pcagpt.files import read_json, sha256_of_file
 from pcagpt.run import hugging_face
 
 _REMEDY = "restore it, or download the model again"
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model of transformers that is no GPT-2."""
-    return hugging_face.kind_of(folder) not in (None, "gpt2")
+    """Whether a folder holds a model of transformers that is no tied GPT-2."""
+    config = hugging_face.stored_config(folder)
+    kind, tied = hugging_face.kind_of(folder), config.get("tie_word_embeddings")
+    return kind is not None and (kind != "gpt2" or tied is False)
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     architecture = (
         named[0] if isinstance(named, list) and named else hugging_face.kind_of(folder)
     )
-    sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
+    width = next((name for name in _WIDTHS if name in text), _WIDTHS[0])
+    sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(
@@ -45,7 +49,7 @@ def record_of(folder: Path) -> dict[str, Any]:
                 "a model that AutoModelForCausalLM of transformers opens"
             )
     # One head fits any width: nothing of ours computes with this model.
-    model = {"n_embd": sizes["hidden_size"], "n_head": 1}
+    model = {"n_embd": sizes[width], "n_head": 1}
     return {
         "vocab_size": sizes["vocab_size"],
         "model": model,
@@ -70,5 +74,5 @@ def refusal(folder: Path, architecture: str) -> UserError:
     return UserError(
         f"{folder} holds a {architecture}, which only "
         f"{' and '.join(f'--config=configs/{name}.py' for name in taking)} can take: "
-        "give a GPT-2"
+        "give a GPT-2 with one table"
     )

@@ -226,12 +226,19 @@ class Run:
         For a run of ours, a person must name the tokenizer of another text than the one
         in its record.
         """
-        name = self.record.get("tokenizer")
-        is_open = asked.tokenizer == "auto" and "data" not in self.record
-        if not (name and is_open and asked.source):
+        name = self.encodes_as
+        if not (name and asked.tokenizer == "auto" and asked.source):
             return asked
         is_text = isinstance(find_source(asked.source), TextSource)
         return dataclasses.replace(asked, tokenizer=name) if is_text else asked
+
+    @property
+    def encodes_as(self) -> str | None:
+        """The tokenizer that a model of another program needs tokens of.
+
+        None if it is unknown, and for a run of ours: it was trained on tokens.
+        """
+        return None if "data" in self.record else self.record.get("tokenizer")
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -250,10 +257,15 @@ class Run:
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
             described = processes.from_first(
-                lambda: describe_corpus(data.source, data.tokenizer, splits)
+                lambda: describe_corpus(
+                    data.source, data.tokenizer, splits, self.encodes_as
+                )
             )
+            self._check_is_told(described, asked.tokenizer)
             self._check_tokenizer(described)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
+        corpus = open_corpus(
+            data.source, cache_dir, data.tokenizer, splits, self.encodes_as
+        )
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         if differing and not asked.source:
             own_cache = Path(
@@ -382,6 +394,19 @@ class Run:
             f"{self.folder}: its ids mean other text to the model; make them with "
             "the run's own meta file"
         )
+
+    def _check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
+        """Raises UserError if nothing says that tokens are those of the model."""
+        known = ("data", "tokenizer", "characters")
+        if any(self.record.get(name) for name in known) or asked != "auto":
+            return
+        if corpus.tokenizer:
+            raise UserError(
+                f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
+                f"{corpus.tokenizer}: put the model's tokenizer.json there, or, if "
+                "these are its tokens, set --config.data.tokenizer="
+                f"{corpus.tokenizer}"
+            )
 
     def results_in(self, workdir: str | Path) -> Path:
         """The folder of what is measured on the run: its own.
