@@ -202,7 +202,7 @@ def read_json(
             if size > _LARGEST_JSON:
                 raise damaged(f"{size} bytes are too many")
             value = parse_json(file.read(), has_infinities)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(error, path) or damaged(error.strerror) from None

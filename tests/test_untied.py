@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
 from command_line import call, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
@@ -239,3 +240,22 @@ def test_an_untied_gpt2_is_compressed_so_too(corpus_folder, tmp_path):
     assert outcome.code == 0, outcome
     for side in (INPUT, OUTPUT):
         assert (tmp_path / "compressed" / side / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("side", [INPUT, OUTPUT])
+def test_an_export_has_one_table_replaced(swept, llama, side, tmp_path):
+    (table, *_) = sorted((swept[1] / "compressed" / side).glob("best_k*"))
+    ask = f"--config.model_path={table}", f"--config.workdir={tmp_path}"
+    config = f"--config={CONFIG_FILES / 'export.py'}"
+    assert call(config, *ask).code == 0
+    made = tmp_path / "exported" / f"{table.name}_hf"
+    found, own = (
+        transformers.AutoModelForCausalLM.from_pretrained(one).state_dict()
+        for one in (made, llama)
+    )
+    dense = torch.as_tensor(read_bands(table / "factors").dense())
+    names = {INPUT: "model.embed_tokens.weight", OUTPUT: "lm_head.weight"}
+    for name, tensor in own.items():
+        assert torch.equal(found[name], dense if name == names[side] else tensor), name
+    words = *ask, "--config.format=hf-factored"
+    assert "two tables" in refusal(config, *words, unchanged=[tmp_path])

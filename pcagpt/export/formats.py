@@ -41,6 +41,11 @@ def write_factored(folder: Path, source: Source) -> None:
             f"{source.folder} has a table without factors and without packed codes: "
             f"give --config.format={'coded' if source.coded else 'hf'}"
         )
+    if source.record.get("compressed", {}).get("side"):
+        raise UserError(
+            f"{source.folder} is one of two tables, and this form has one for input "
+            "and output: give --config.format=hf"
+        )
     arrays, layout = _parts(table)
     prefix = source.table_name.removesuffix("weight")
     own = {prefix + name: array for name, array in arrays.items()}

@@ -138,5 +138,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:
-    """The content of digests.json; None in older checkpoints."""
+    """The content of digests.json; None in older checkpoints, and of others'."""
+    if foreign.is_model(folder):
+        return None
     return read_json(folder / FILE, "delete it to read the checkpoint unchecked")
