@@ -1,12 +1,19 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
+import numpy as np
 
-from pcagpt.compress.candidates import Candidate, factor_methods, left_out
+from pcagpt.compress.candidates import (
+    Candidate,
+    Compressor,
+    factor_methods,
+    left_out,
+)
 from pcagpt.compress.export import write_model
-from pcagpt.compress.fit import Fit
+from pcagpt.compress.fit import Fit, Trial
 from pcagpt.compress.original import Original
 from pcagpt.compress.output import Output
 from pcagpt.config.schema import CompressSettings
@@ -22,6 +29,25 @@ from pcagpt.telemetry.progress import Progress
 ADVISED = "advised"  # the folder of the model
 
 
+class Compressible(Protocol):
+    """What `find` compresses: an `Original`, or a bare table."""
+
+    @property
+    def name(self) -> str:
+        """A name for progress."""
+
+    @property
+    def table_VD(self) -> np.ndarray:
+        """The table, float32 [V, D]."""
+
+    @property
+    def compressor(self) -> Compressor:
+        """Makes candidates of this table."""
+
+    def measure(self, candidate: Candidate) -> SwapScores:
+        """Scores a candidate in place of the table."""
+
+
 def advise(
     original: Original,
     methods: Sequence[str],
@@ -34,12 +60,53 @@ def advise(
 
     Args:
       original: the model.
-      methods: see `Fit`; a bound on numbers leaves out `CODES`.
-      options: one of its bounds is set. Factors have one of its numbers of bands and,
-        for a bound on bytes, 32 bits per value or one of its `bits`.
+      methods: as for `find`.
+      options: as for `find`.
       output: for advice.json and the model; an earlier advice with another protocol,
         bound or model is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.
+
+    Raises UserError as `find` does.
+    """
+    chosen, tried = find(original, methods, options)
+    if jax.process_index() > 0:
+        return
+    row, place = chosen.row(), output.folder / ADVISED
+    if "max_bytes" in options.bounds and chosen.candidate.note:
+        print(chosen.candidate.note, flush=True)
+    # First, because writing may fail.
+    print(advice_text(row, original.table_VD.shape), flush=True)
+    output.check()
+    if not write_model(place, original, chosen.candidate, row, overwrite):
+        return
+    print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
+    trials = [trial.row() for trial in tried]
+    answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
+    advice, path = output.heading | answer, output.folder / "advice.json"
+    earlier = read_json(path, "delete it") or {}
+    own = strict(advice)
+    known = earlier.get("chosen") or {}
+    is_same_model = all(
+        known.get(name) == own["chosen"][name] for name in vars(row.recipe)
+    )
+    # The model is moved aside if its recipe is another one: its advice goes with it.
+    if not is_same_model or any(
+        earlier.get(n) != own[n] for n in ("protocol", "bounds")
+    ):
+        move_aside(path)
+    write_json(path, advice)
+
+
+def find(
+    original: Compressible, methods: Sequence[str], options: CompressSettings
+) -> tuple[Trial, list[Trial]]:
+    """(the table that fits the bound, all that were tried).
+
+    Args:
+      original: the model, or a bare table.
+      methods: see `Fit`; a bound on numbers leaves out `CODES`.
+      options: one of its bounds is set. Factors have one of its numbers of bands and,
+        for a bound on bytes, 32 bits per value or one of its `bits`.
 
     Raises UserError if no table fits, or no method fits the bands.
     """
@@ -51,7 +118,7 @@ def advise(
             f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
         )
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label, bits = f"fitting {original.run.folder.name}", len(options.bits)
+    label, bits = f"fitting {original.name}", len(options.bits)
     with Progress(label, max(Fit.TRIALS + bits, len(CODES) + 1 + 2 * bits)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
@@ -71,29 +138,4 @@ def advise(
         if name != "max_added_loss":
             hint = f" to {-(-fit.least_bytes(every) // unit)} or more"
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
-    if jax.process_index() > 0:
-        return
-    row, place = chosen.row(), output.folder / ADVISED
-    if name == "max_bytes" and chosen.candidate.note:
-        print(chosen.candidate.note, flush=True)
-    # First, because writing may fail.
-    print(advice_text(row, shape), flush=True)
-    output.check()
-    if not write_model(place, original, chosen.candidate, row, overwrite):
-        return
-    print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
-    trials = [trial.row() for trial in fit.trials]
-    answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
-    advice, path = output.heading | answer, output.folder / "advice.json"
-    earlier = read_json(path, "delete it") or {}
-    own = strict(advice)
-    known = earlier.get("chosen") or {}
-    is_same_model = all(
-        known.get(name) == own["chosen"][name] for name in vars(row.recipe)
-    )
-    # The model is moved aside if its recipe is another one: its advice goes with it.
-    if not is_same_model or any(
-        earlier.get(n) != own[n] for n in ("protocol", "bounds")
-    ):
-        move_aside(path)
-    write_json(path, advice)
+    return chosen, fit.trials

@@ -6,6 +6,7 @@ Shape letters: V vocabulary, D model width.
 import dataclasses
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class Original:
     table_VD: [V, D] float32 without padding rows; split: of the corpus, to measure on;
     batches: of this split, or of its first `evaluate.max_tokens` targets; calibration:
     tokens and batch_size for `calibrate.statistics`; singular_value_split: as for
-    `truncate`; workdir: keeps the statistics of a model of another program.
+    `truncate`; results: the folder that keeps the statistics.
     """
 
     run: Run
@@ -72,11 +73,15 @@ class Original:
     batches: EvaluationBatches
     calibration: dict[str, int]
     singular_value_split: float
-    workdir: str
+    results: Path
 
     @classmethod
-    def of(cls, run: Run, settings: Settings) -> "Original":
+    def of(
+        cls, run: Run, settings: Settings, results: Path | None = None
+    ) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
+
+        `results` is `Run.results_in` the workdir, if it is not given.
 
         Raises UserError if the table is already factorized, if the corpus lacks the
         split, or if the corpus or the devices do not fit the run.
@@ -114,7 +119,7 @@ class Original:
                 "batch_size": settings.train.batch_size,
             },
             singular_value_split=settings.factorize.singular_value_split,
-            workdir=settings.workdir,
+            results=results or run.results_in(settings.workdir),
         )
 
     @functools.cached_property
@@ -124,7 +129,7 @@ class Original:
             self.run,
             self.corpus,
             self.model.statistics,
-            self.run.results_in(self.workdir),
+            self.results,
             window=self.model.window,
             compute_dtype=self.model.compute_dtype,
             **self.calibration,
@@ -135,6 +140,11 @@ class Original:
         """Makes candidates of this table."""
         return Compressor(self.table_VD, self.statistics, self.singular_value_split)
 
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self.run.folder.name
+
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
         return self.model.score(candidate.dense, self._decile_V, self.batches)
@@ -143,7 +153,7 @@ class Original:
     def _decile_V(self) -> np.ndarray:
         return frequency_deciles(self.statistics.frequency)
 
-    @property
+    @functools.cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything besides a recipe that decides the numbers of a row."""
         protocol = {
