@@ -36,11 +36,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pcagpt' has no attribute '{name}'")
     home = "pcagpt.errors" if name == "UserError" else "pcagpt.api"
     return getattr(importlib.import_module(home), name)
+
+
+if not TYPE_CHECKING:  # A type checker would then believe that any name is there.
+    __getattr__ = _imported
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
 
 # What the knobs of the command line are called here.
-_ARGUMENTS = {
+ARGUMENTS = {
     "data.source": "data",
     "data.tokenizer": "tokenizer",
     "model.compute_dtype": "compute_dtype",
@@ -49,7 +49,7 @@ def call(shows_progress: bool | None = None) -> Iterator[None]:
 
 def _in_python(message: str) -> str:
     """A message of the command line in terms of this module."""
-    for path, name in _ARGUMENTS.items():
+    for path, name in ARGUMENTS.items():
         message = re.sub(rf"(?:--config\.)?\b{re.escape(path)}\b", name, message)
     return re.sub(r"--config\.(?=\w)", "", message)
 

@@ -19,7 +19,8 @@ from pcagpt.api.factors import check_needs_no_text, table_of
 from pcagpt.api.model import Model
 from pcagpt.coding import Description
 from pcagpt.compress.advise import find
-from pcagpt.compress.candidates import Candidate, Compressor
+from pcagpt.compress.bare_table import BareTable, relative_error
+from pcagpt.compress.candidates import Candidate
 from pcagpt.compress.codes import KINDS
 from pcagpt.compress.export import write_model
 from pcagpt.compress.original import Original
@@ -28,13 +29,12 @@ from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
 from pcagpt.factorize.factor_files import write_bands
 from pcagpt.files import write_json
 from pcagpt.methods import CODES, METHODS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.pipeline.sample import tokenizer_of
-from pcagpt.rows import Row, SwapScores
+from pcagpt.rows import Row
 from pcagpt.run import checkpoint
 from pcagpt.run.folder import is_vacant
 from pcagpt.run.trained import Run
@@ -168,34 +168,6 @@ def compress(
         return _compressed(row, candidate, original.table_VD, write)
 
 
-class _BareTable:
-    """A table without a model: every error of every row counts alike."""
-
-    name = "a table"
-
-    def __init__(self, table_VD: np.ndarray):
-        self.table_VD = table_VD
-        size, width = table_VD.shape
-        same_V, same_DD = np.full(size, 1 / size), np.eye(width)
-        statistics = Statistics(
-            frequency=same_V,
-            probability=same_V,
-            hidden_mean=np.zeros(width),
-            hidden_moment=same_DD,
-            gradient_moment=same_DD,
-            context_moment=np.zeros_like(same_DD),
-        )
-        self.compressor = Compressor(table_VD, statistics)
-
-    def measure(self, candidate: Candidate) -> SwapScores:
-        """The squared relative error in place of an added loss."""
-        error = _relative_error(candidate.dense, self.table_VD) ** 2
-        nothing = dict.fromkeys(
-            ("loss", "added_loss_input", "added_loss_head", "kl", "top1_agreement"), 0.0
-        )
-        return SwapScores(added_loss=error, added_loss_by_decile=[], **nothing)
-
-
 def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
     options = settings.compress
     if options.max_added_loss:
@@ -208,7 +180,7 @@ def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
     methods = methods_of(options.methods or ",".join((*free, *CODES)))
     check_needs_no_text(methods)
     bands = {"compress.bands": options.bands or (1,)}
-    chosen, _ = find(_BareTable(table_VD), methods, settings.replace(bands).compress)
+    chosen, _ = find(BareTable(table_VD), methods, settings.replace(bands).compress)
     candidate = chosen.candidate
 
     def write(folder: Path) -> None:
@@ -234,14 +206,10 @@ def _compressed(
         bytes=row.bytes,
         added_loss=row.added_loss,
         interval=None if interval is None else (interval[0], interval[1]),
-        relative_error=_relative_error(candidate.dense, own_VD),
+        relative_error=relative_error(candidate.dense, own_VD),
         _table_VD=candidate.dense,
         _write=write,
     )
-
-
-def _relative_error(new_VD: np.ndarray, own_VD: np.ndarray) -> float:
-    return float(np.linalg.norm(new_VD - own_VD) / np.linalg.norm(own_VD))
 
 
 def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]:

@@ -1,17 +1,11 @@
 """Finds the one table that fits a bound: advice.json and its model."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
-import numpy as np
 
-from pcagpt.compress.candidates import (
-    Candidate,
-    Compressor,
-    factor_methods,
-    left_out,
-)
+from pcagpt.compress.bare_table import BareTable
+from pcagpt.compress.candidates import Candidate, factor_methods, left_out
 from pcagpt.compress.export import write_model
 from pcagpt.compress.fit import Fit, Trial
 from pcagpt.compress.original import Original
@@ -27,25 +21,6 @@ from pcagpt.run.folder import move_aside
 from pcagpt.telemetry.progress import Progress
 
 ADVISED = "advised"  # the folder of the model
-
-
-class Compressible(Protocol):
-    """What `find` compresses: an `Original`, or a bare table."""
-
-    @property
-    def name(self) -> str:
-        """A name for progress."""
-
-    @property
-    def table_VD(self) -> np.ndarray:
-        """The table, float32 [V, D]."""
-
-    @property
-    def compressor(self) -> Compressor:
-        """Makes candidates of this table."""
-
-    def measure(self, candidate: Candidate) -> SwapScores:
-        """Scores a candidate in place of the table."""
 
 
 def advise(
@@ -98,7 +73,7 @@ def advise(
 
 
 def find(
-    original: Compressible, methods: Sequence[str], options: CompressSettings
+    original: Original | BareTable, methods: Sequence[str], options: CompressSettings
 ) -> tuple[Trial, list[Trial]]:
     """(the table that fits the bound, all that were tried).
 
@@ -132,7 +107,7 @@ def find(
         if name == "max_added_loss":
             chosen = fit.within_loss(bound, options.bits)
         else:
-            chosen = fit.within_bytes(unit * bound, every)
+            chosen = fit.within_bytes(int(unit * bound), every)
     if chosen is None:
         hint = ""
         if name != "max_added_loss":

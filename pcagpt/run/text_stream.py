@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-# Decoding writes this sign for bytes that are no whole character. The bytes of a
-# character that is still incomplete are shown as at most three of them.
+# Decoding writes this sign for bytes that are no whole character. A character has at
+# most four bytes, so that three tokens or signs may stand for one that is not complete.
 _BROKEN, _MOST_BROKEN = "\ufffd", 3
 
 
@@ -14,7 +14,7 @@ def texts_of(
 ) -> Iterator[str]:
     """The text of tokens in pieces of whole characters; together, what they decode to.
 
-    A character of which the last tokens give only a part is left out.
+    A character at the end that is not complete is left out.
 
     Args:
       tokens: read one by one.
@@ -23,24 +23,23 @@ def texts_of(
       before: the last tokens of the text that these ones continue.
     """
     # The earlier tokens stay with the new ones until these end with a whole character.
-    known, new = list(before), []
-    shown = _whole(decode(known)) if known else 0
+    known, new, text = list(before), [], decode(list(before))
+    shown = len(text.rstrip(_BROKEN))
     for token in tokens:
         new.append(token)
         text = decode(known + new)
-        whole = _whole(text)
+        broken = len(text) - len(text.rstrip(_BROKEN))
+        if broken and len(new) <= _MOST_BROKEN:
+            continue
+        whole = len(text) - min(broken, _MOST_BROKEN)
         if whole > shown:
             yield text[shown:whole]
             shown = whole
-        if whole == len(text):
-            known, new = new, []
-            shown = len(decode(known))
-
-
-def _whole(text: str) -> int:
-    """The length of a text without signs that may become a character."""
-    broken = len(text) - len(text.rstrip(_BROKEN))
-    return len(text) - min(broken, _MOST_BROKEN)
+        if not broken:
+            known, new, text = new, [], decode(new)
+            shown = len(text)
+    if rest := text[shown:].rstrip(_BROKEN):
+        yield rest
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
