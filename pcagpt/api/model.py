@@ -200,13 +200,13 @@ class Model:
         """
         plain = {"compute_dtype": "float32", "attention": "xla", "kernels": "xla"}
         gpt = GPT(dataclasses.replace(self._gpt.config, **plain))
-        tokens_V = jnp.arange(self.vocab_size)
 
         # flax calls a submodule only through a method of the model.
         def embed(model, tokens_N):
             return model.embed(tokens_N)
 
         with call(), jax.default_matmul_precision("highest"):
+            tokens_V = jnp.arange(self.vocab_size)
             return np.asarray(gpt.apply(self._variables, tokens_V, method=embed))
 
     @functools.cached_property
