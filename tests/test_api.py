@@ -1,11 +1,13 @@
 """pcagpt as a library: what it returns, refuses, and leaves alone."""
 
 import inspect
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pcagpt
 from pcagpt.api import calls
 from pcagpt.compress.codes import KINDS
 from pcagpt.config import KNOBS
+from pcagpt.data import tokenize
 from pcagpt.factorize.factor_files import read_bands
 from pcagpt.pipeline import compress as compressing
 from pcagpt.run import calibrate
@@ -444,6 +447,50 @@ def test_data_can_be_texts_ids_or_a_folder_of_text(model, val, tmp_path):
     ids = {name: model.encode("<|endoftext|>" + text) for name, text in texts.items()}
     of_folder = pcagpt.compress(model, data=tmp_path, **how)
     assert repr(of_folder) == repr(pcagpt.compress(model, data=ids, **how))
+
+
+def test_progress_of_tokenizing_is_shown_only_if_it_is_asked_for(
+    model, run, capfd, monkeypatch
+):
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr(tokenize, "time", clock)
+    for shows in (False, True):
+        pcagpt.compress(model, data=run.parent / "text", progress=shows, **BOUND)
+        assert ("tokenizing text" in capfd.readouterr().err) == shows
+
+
+def test_a_model_of_another_dtype_is_compressed_as_it_computes(run, model):
+    found = pcagpt.load(run, compute_dtype="bfloat16")
+    assert found.loss(TEXT) != model.loss(TEXT)
+    assert found.table.dtype == np.float32
+    np.testing.assert_array_equal(found.table, model.table)
+    theirs, ours = (pcagpt.compress(one, **BOUND) for one in (found, model))
+    assert theirs.added_loss != ours.added_loss
+
+
+def test_the_table_of_another_architecture_is_compressed_from_its_folder(
+    tmp_path, capfd
+):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        **sizes, max_position_embeddings=16, tie_word_embeddings=True
+    )
+    llama = transformers.LlamaForCausalLM(config)
+    llama.save_pretrained(tmp_path / "llama")
+    ids = np.random.default_rng(0).integers(0, 90, 600)
+    capfd.readouterr()
+    how = {"max_bytes": 4000, "methods": "coded"}
+    data = {"train": ids, "val": ids[:200]}
+    found = pcagpt.compress(tmp_path / "llama", data=data, **how)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert found.bytes <= 4000 and found.interval[0] < found.interval[1]
+    saved = found.save(tmp_path / "small")
+    assert {path.name for path in saved.iterdir()} == {"config.json", "table.pcat"}
+    with pytest.raises(pcagpt.UserError, match="Llama"):
+        pcagpt.load(tmp_path / "llama")
 
 
 def test_max_tokens_limits_what_is_measured(model):

@@ -3,15 +3,16 @@
 Shape letters: V vocabulary, D model width.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pcagpt import coding
+from pcagpt import coding, process
 from pcagpt.compress.candidates import Candidate, Compressor
 from pcagpt.compress.own_model import OwnModel
 from pcagpt.compress.score import frequency_deciles
@@ -207,4 +208,20 @@ def _decoder(run: Run, window: int) -> "Decoder":
             f"{run.folder} holds a {run.architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
-    return Decoder(run.folder, window)
+    with _without_bar():
+        return Decoder(run.folder, window)
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within, transformers shows no progress if none may be shown."""
+    from transformers.utils import logging
+
+    hides = logging.is_progress_bar_enabled() and not process.shows_progress()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()
