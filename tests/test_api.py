@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -137,6 +138,8 @@ def test_every_public_function_has_types_and_a_docstring():
         assert typing.get_type_hints(function).keys() == parameters | {"return"}
         assert function.__doc__
     assert (Path(pcagpt.__file__).parent / "py.typed").is_file()
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in built["package-data"]["pcagpt"]
 
 
 def test_defaults_are_those_of_the_knobs():
