@@ -250,7 +250,7 @@ def test_the_example_from_python_runs_after_the_demo(clone, monkeypatch, capfd):
     shown = capfd.readouterr()
     assert shown.err == ""
     *_, cost, shapes = shown.out.splitlines()
-    assert re.fullmatch(r".*\d{5,6} bytes add -?0\.\d{4} nats per token \(.*\)", cost)
+    assert re.fullmatch(r"\d{5,6} bytes add -?0\.\d{4} nats per token \(.*\)", cost)
     assert shapes == "(4096, 32) (32, 128)"
     words = ("--config.model_path=small", "--config.data.source=FOLDER")
     assert call("--config=configs/evaluate.py", *words).code == 0
