@@ -37,6 +37,8 @@ __all__ = [
 
 
 def _imported(name: str) -> Any:
+    if name == "api":
+        return importlib.import_module("pcagpt.api")
     if name not in __all__:
         raise AttributeError(f"module 'pcagpt' has no attribute '{name}'")
     home = "pcagpt.errors" if name == "UserError" else "pcagpt.api"

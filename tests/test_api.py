@@ -121,6 +121,7 @@ from pcagpt.factorize.solve import solve
 def test_names_are_those_that_are_declared():
     assert {*pcagpt.__all__} <= {*dir(pcagpt)}
     assert pcagpt.UserError.__name__ == "UserError"
+    assert run_alone("import pcagpt; print(pcagpt.api.load is pcagpt.load)") == "True\n"
     with pytest.raises(AttributeError, match="has no attribute 'fit'"):
         _ = pcagpt.fit
 
