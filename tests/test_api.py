@@ -442,7 +442,9 @@ def test_data_can_be_texts_ids_or_a_folder_of_text(model, val, tmp_path):
     how = BOUND | {"max_tokens": 0}
     found = pcagpt.compress(model, data=texts, **how)
     assert repr(pcagpt.compress(model, data=ids, **how)) == repr(found)
-    assert found.save(tmp_path / "saved")  # The texts are not needed any more.
+    codes = how | {"max_bytes": 8000, "methods": "coded"}
+    for one in (found, pcagpt.compress(model, data=texts, **codes)):
+        one.save(tmp_path / one.method)  # The texts are not there any more.
     own = pcagpt.compress(model, **how)
     assert own.added_loss != found.added_loss
     for split, text in texts.items():
