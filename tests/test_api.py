@@ -234,6 +234,15 @@ def test_attributes_describe_the_model(model, run):
     assert pcagpt.load(run / "ckpt" / "20").step == 20
 
 
+def test_a_model_is_used_from_another_working_directory(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    found = pcagpt.load("gpt_baseline")
+    monkeypatch.chdir(tmp_path)
+    assert found.path == run
+    small = pcagpt.compress(found, **BOUND).save("small")
+    assert pcagpt.load("small").path == small == tmp_path / "small"
+
+
 def test_a_model_of_hugging_face_opens_with_its_own_table(tmp_path):
     tensors = gpt2_folders.tensors()
     folder = gpt2_folders.write(tmp_path / "model", tensors)
@@ -591,6 +600,9 @@ REFUSED = {
     ),
     "data has train: give the texts 'train' and 'val'": lambda m: pcagpt.compress(
         m, **BOUND, data={"train": TEXT}
+    ),
+    r"data\['val'\] has 1 tokens: give at least two": lambda m: pcagpt.compress(
+        m, **BOUND, data=SMALL | {"val": [3]}
     ),
     "max_added_loss is given for a bare table": lambda m: pcagpt.compress(
         m.table, max_added_loss=0.1

@@ -1,8 +1,10 @@
 """How a call from Python becomes settings, and its errors name arguments."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -72,6 +74,11 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
     settings = Settings().replace(values)
     validate(settings)
     return settings
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same in any working directory; ~ is the home."""
+    return str(Path(path).expanduser().absolute())
 
 
 def plain(value: Any) -> Any:

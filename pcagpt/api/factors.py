@@ -16,7 +16,7 @@ from pcagpt.factorize.factor_files import check_rows_differ, checked_table
 from pcagpt.methods import CODES, METHODS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Factorization:
     """A table of one rank: table ≈ wte @ scale + mean.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import call, ids_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, settings_of
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.tokenizer import END_OF_TEXT
@@ -250,7 +250,7 @@ def load(
     """
     with call():
         given = {"data.tokenizer": tokenizer, "model.compute_dtype": compute_dtype}
-        settings = settings_of("sample", {"model_path": os.fspath(path), **given})
+        settings = settings_of("sample", {"model_path": absolute(path), **given})
         run = Run.asked(settings)
         run.tokenizer_name(tokenizer)  # Refuses another one at once.
         return Model(run, settings)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import call, ids_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, settings_of
 from pcagpt.api.factors import check_needs_no_text, table_of
 from pcagpt.api.model import Model
 from pcagpt.coding import Description
@@ -40,7 +40,7 @@ from pcagpt.run.folder import is_vacant
 from pcagpt.run.trained import Run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Compressed:
     """A table that fits a bound, as `compress` found it.
 
@@ -146,7 +146,7 @@ def compress(
             given["model.compute_dtype"] = asked.model.compute_dtype
             given["data.tokenizer"] = asked.data.tokenizer
         elif isinstance(model, str | os.PathLike):
-            run = Run.open(os.fspath(model), any_architecture=True)
+            run = Run.open(absolute(model), any_architecture=True)
         else:
             settings = settings_of("compress", {"model_path": "table.npy", **given})
             return _compress_table(table_of(model), settings)
@@ -234,6 +234,11 @@ def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]
             encode = tokenizer_of(run, settings).encode
             text = np.array(encode(text, allowed_special={END_OF_TEXT}), np.int64)
         tokens = ids_of(text, size)
+        if len(tokens) < 2:
+            raise UserError(
+                f"data['{split}'] has {len(tokens)} tokens: give at least two, and "
+                "for 'train' more than the model reads at a time"
+            )
         counts[split] = len(tokens)
         tokens.astype(DTYPES[name]).tofile(place / f"{split}.bin")
     meta = {"name": "data", "vocab_size": size, "dtype": name, "tokens": counts}
