@@ -364,6 +364,7 @@ KNOBS = {
     "sample.count": (samples, 2, SAMPLE),
     "sample.temperature": (samples, 0, SAMPLE),
     "sample.top_k": (samples, 2, SAMPLE),
+    "sample.top_p": (samples, 0.5, SAMPLE),
     "checkpoint.every": (left, 2, KEPT),
     "checkpoint.keep_last": (left, 1, KEPT),
     "telemetry.every": (left, 2, KEPT),

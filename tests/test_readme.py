@@ -239,6 +239,26 @@ def test_every_command_of_the_readme_runs_and_a_second_run_finds_nothing_to_do(
     assert runs_made(clone / "other") == {"gpt_baseline", "gpt_pca_k64"}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_the_example_from_python_runs_after_the_demo(clone, monkeypatch, capfd):
+    monkeypatch.chdir(clone)
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) == 10
+    line = "python -m pcagpt.main --config=configs/baseline.py"
+    done = call(*shrunken(line)[3:], "--config.workdir=checkpoints/demo")
+    assert done.code == 0, done
+    capfd.readouterr()
+    exec(example, {})
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    *_, cost, shapes = shown.out.splitlines()
+    assert re.fullmatch(r"\d{5,6} bytes add -?0\.\d{4} nats per token \(.*\)", cost)
+    assert shapes == "(4096, 32) (32, 128)"
+    words = ("--config.model_path=small", "--config.data.source=FOLDER")
+    assert call("--config=configs/evaluate.py", *words).code == 0
+
+
 def test_other_commands_of_the_readme_are_listed_here():
     lines = {line for block in BLOCKS for line in block.splitlines() if line.strip()}
     run = {shlex.join(words) for line in lines for words in commands(line)}

@@ -3,15 +3,17 @@
 Shape letters: V vocabulary, D model width.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pcagpt import coding
-from pcagpt.compress.candidates import Candidate, Compressor
+from pcagpt import coding, process
+from pcagpt.compress.candidates import Compressor
 from pcagpt.compress.own_model import OwnModel
 from pcagpt.compress.score import frequency_deciles
 from pcagpt.config import Settings
@@ -67,7 +69,7 @@ class Original:
     table_VD: [V, D] float32 without padding rows; split: of the corpus, to measure on;
     batches: of this split, or of its first `evaluate.max_tokens` targets; calibration:
     tokens and batch_size for `calibrate.statistics`; singular_value_split: as for
-    `truncate`; workdir: keeps the statistics of a model of another program.
+    `truncate`; results: the folder that keeps the statistics.
     """
 
     run: Run
@@ -78,11 +80,15 @@ class Original:
     batches: EvaluationBatches
     calibration: dict[str, int]
     singular_value_split: float
-    workdir: str
+    results: Path
 
     @classmethod
-    def of(cls, run: Run, settings: Settings) -> "Original":
+    def of(
+        cls, run: Run, settings: Settings, results: Path | None = None
+    ) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
+
+        `results` is `Run.results_in` the workdir, if it is not given.
 
         Raises UserError if the table is already factorized, if the corpus lacks the
         split, or if the corpus or the devices do not fit the run.
@@ -120,7 +126,7 @@ class Original:
                 "batch_size": settings.train.batch_size,
             },
             singular_value_split=settings.factorize.singular_value_split,
-            workdir=settings.workdir,
+            results=results or run.results_in(settings.workdir),
         )
 
     def of_each_table(self) -> list["Original"]:
@@ -154,7 +160,7 @@ class Original:
             self.run,
             self.corpus,
             self.model.statistics,
-            self.run.results_in(self.workdir),
+            self.results,
             window=self.model.window,
             compute_dtype=self.model.compute_dtype,
             **self.calibration,
@@ -167,15 +173,11 @@ class Original:
             self.table_VD, self.statistics, self.singular_value_split, self.side
         )
 
-    def measure(self, candidate: Candidate) -> SwapScores:
-        """Scores a candidate in place of the model's table."""
-        return self.model.score(candidate.dense, self._decile_V, self.batches)
-
     @functools.cached_property
     def _decile_V(self) -> np.ndarray:
         return frequency_deciles(self.statistics.frequency)
 
-    @property
+    @functools.cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything besides a recipe that decides the numbers of a row."""
         protocol = {
@@ -231,4 +233,20 @@ def _decoder(run: Run, window: int) -> "Decoder":
             f"{run.folder} holds a {run.architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
-    return Decoder(run.folder, window)
+    with _without_bar():
+        return Decoder(run.folder, window)
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within, transformers shows no progress if none may be shown."""
+    from transformers.utils import logging
+
+    hides = logging.is_progress_bar_enabled() and not process.shows_progress()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()

@@ -295,6 +295,12 @@ class SampleSettings:
     top_k: int = knob(
         200, "draw from this many likeliest tokens; 0: from all", at_least(0)
     )
+    top_p: float = knob(
+        1.0,
+        "draw from the likeliest tokens, as many as have this probability together; "
+        "1: from all",
+        PART,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

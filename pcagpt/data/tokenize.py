@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
+from pcagpt import process
 from pcagpt.data import vocabulary
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
@@ -88,7 +89,7 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
             characters += length
-            if time.monotonic() - reported > 2:
+            if process.shows_progress() and time.monotonic() - reported > 2:
                 reported = time.monotonic()
                 print(
                     f"tokenizing {source.name}: {characters / 1e6:.1f} million "
