@@ -173,6 +173,10 @@ class Original:
             self.table_VD, self.statistics, self.singular_value_split, self.side
         )
 
+    def measure(self, candidate: Candidate) -> SwapScores:
+        """Scores a candidate in place of the model's table."""
+        return self.model.score(candidate.dense, self._decile_V, self.batches)
+
     @functools.cached_property
     def _decile_V(self) -> np.ndarray:
         return frequency_deciles(self.statistics.frequency)
