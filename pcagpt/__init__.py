@@ -8,9 +8,6 @@
 """
 
 import importlib
-import inspect
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,30 +48,3 @@ if not TYPE_CHECKING:  # A type checker would then believe that any name is ther
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _CallablePackage(types.ModuleType):
-    """A package whose name is also that of a function of `pcagpt.api`."""
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self.__wrapped__(*arguments, **named)
-
-    @property
-    def __wrapped__(self) -> Any:
-        return getattr(importlib.import_module("pcagpt.api"), self.__name__[7:])
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__wrapped__)
-
-
-class _Package(types.ModuleType):
-    """This package. Importing `pcagpt.compress.fit` sets its attribute `compress`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in __all__ and type(value) is types.ModuleType:
-            value.__class__ = _CallablePackage
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -160,7 +160,7 @@ class Rival:
     marker: str
 
 
-# What compressed tables have to beat. `pcagpt.compress.rivals` makes them.
+# What compressed tables have to beat. `pcagpt.compression.rivals` makes them.
 RIVALS = {
     OWN_TABLE: Rival("D's table, int{bits}", "D's table, rounded", "#7a7a7a", "v"),
     "gptq": Rival("D's table, GPTQ, int{bits}", "D's table, GPTQ", "#4d4d4d", "^"),

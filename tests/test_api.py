@@ -21,10 +21,10 @@ from runs import json_of, quick_compiles
 
 import pcagpt
 from pcagpt.api import calls
-from pcagpt.compress.codes import KINDS
+from pcagpt.compression.codes import KINDS
 from pcagpt.config import KNOBS
 from pcagpt.data import tokenize
-from pcagpt.factorize.factor_files import read_bands
+from pcagpt.factorization.factor_files import read_bands
 from pcagpt.pipeline import compress as compressing
 from pcagpt.run import calibrate
 
@@ -100,22 +100,6 @@ def run_alone(script):
 def test_importing_pcagpt_imports_no_package_that_takes_time():
     found = run_alone("import sys, pcagpt; print(*sys.modules)").split()
     assert not {"jax", "numpy", "absl", "pcagpt.api", "pcagpt.errors"} & {*found}
-
-
-@pytest.mark.parametrize("first", ["pcagpt.compress.fit", "pcagpt.factorize", "sys"])
-def test_functions_can_be_called_whichever_module_is_imported_first(first):
-    print_all = """
-print(inspect.signature(pcagpt.factorize))
-print(pcagpt.factorize(numpy.eye(4), 4).dense().trace())
-print('max_bytes' in str(inspect.signature(pcagpt.compress)), callable(pcagpt.load))
-import pcagpt.compress.advise as one
-from pcagpt.factorize.solve import solve
-"""
-    found = run_alone(f"import inspect, numpy, pcagpt, {first}\n{print_all}")
-    shape, trace, words = found.splitlines()
-    assert shape.startswith("(table: ")
-    assert float(trace) == pytest.approx(4)
-    assert words == "True True"
 
 
 def test_names_are_those_that_are_declared():

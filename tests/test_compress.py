@@ -15,17 +15,17 @@ from command_line import call
 from runs import assert_equal, changed, execute, quick_compiles, snapshot
 
 from pcagpt import coding, files, main, trees
-from pcagpt.compress import sweep as sweep_module
-from pcagpt.compress import write_model
-from pcagpt.compress.candidates import Compressor, recipes
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.original import Original
-from pcagpt.compress.score import TableSwap, frequency_deciles
-from pcagpt.compress.sweep import _predicted
+from pcagpt.compression import sweep as sweep_module
+from pcagpt.compression import write_model
+from pcagpt.compression.candidates import Compressor, recipes
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.original import Original
+from pcagpt.compression.score import TableSwap, frequency_deciles
+from pcagpt.compression.sweep import _predicted
 from pcagpt.config import Settings, validate
 from pcagpt.config.schema import KNOBS, ModelSettings
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import CODES
 from pcagpt.model import GPT

@@ -15,11 +15,11 @@ from command_line import refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
 from pcagpt import coding  # noqa: E402
-from pcagpt.compress.decoder import Decoder  # noqa: E402
+from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
-from pcagpt.factorize.factor_files import read_bands  # noqa: E402
+from pcagpt.factorization.factor_files import read_bands  # noqa: E402
 from pcagpt.pipeline.compress import compress  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 from pcagpt.run.trained import Run  # noqa: E402

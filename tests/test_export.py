@@ -15,7 +15,7 @@ from runs import gpt_config, snapshot
 from pcagpt import coding, trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import Weighting, factor_files
+from pcagpt.factorization import Weighting, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record

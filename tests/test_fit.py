@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pcagpt.compress.candidates import Candidate, Compressor, quantized, recipes
-from pcagpt.compress.fit import Fit
-from pcagpt.compress.rivals import MAKERS
+from pcagpt.compression.candidates import Candidate, Compressor, quantized, recipes
+from pcagpt.compression.fit import Fit
+from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BandFactors,
     BudgetTooSmall,
     FactorizedTable,

@@ -17,7 +17,7 @@ from command_line import CONFIGS, call, refusal, tiny
 from runs import snapshot
 from tokenizer_folders import HARD_TEXT, TEXT
 
-from pcagpt.compress.decoder import Decoder
+from pcagpt.compression.decoder import Decoder
 from pcagpt.data import gguf_header, vocabulary
 from pcagpt.run import fingerprint
 from pcagpt.run.trained import Run

@@ -16,7 +16,7 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
 from pcagpt.run.folder import read_record, write_record

@@ -101,7 +101,7 @@ def test_compress_says_which_package_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "pcagpt.compress.decoder", raising=False)
+    monkeypatch.delitem(sys.modules, "pcagpt.compression.decoder", raising=False)
     knobs = {"data.source": corpus_folder, "ranks": 4, "mesh.data": 1}
     line = ask("compress.py", llama, tmp_path / "runs", **knobs)
     assert f"needs the package {package}: pip install 'pcagpt[hf]'" in line

@@ -11,7 +11,7 @@ from pcagpt import coding
 from pcagpt.coding.packed import choices, pack
 from pcagpt.coding.widths import CHOICES, Widths, levels_of
 from pcagpt.errors import UserError
-from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
+from pcagpt.factorization import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
 from pcagpt.model import BLOCK, GPT, WIDTHS, BandSpec, token_order
 from pcagpt.training.step import Teacher

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import gptq, quantize
-from pcagpt.factorize.quantize import pack_bits, unpack_bits
+from pcagpt.factorization import gptq, quantize
+from pcagpt.factorization.quantize import pack_bits, unpack_bits
 
 RANDOM = np.random.default_rng(0)
 TABLE = (RANDOM.normal(size=(50, 100)) * np.exp(RANDOM.normal(size=(50, 1)))).astype(

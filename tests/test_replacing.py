@@ -26,11 +26,11 @@ from runs import (
 )
 
 from pcagpt import main
-from pcagpt.compress import sweep, write_model
-from pcagpt.compress.original import Original
+from pcagpt.compression import sweep, write_model
+from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError, warn_once
-from pcagpt.factorize import Factorizer
+from pcagpt.factorization import Factorizer
 from pcagpt.files import write_json
 from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as executing

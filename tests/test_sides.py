@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pcagpt.coding import loss_weighting
-from pcagpt.compress.candidates import Compressor
-from pcagpt.compress.sides import INPUT, OUTPUT, seen_by
-from pcagpt.factorize import Statistics
+from pcagpt.compression.candidates import Compressor
+from pcagpt.compression.sides import INPUT, OUTPUT, seen_by
+from pcagpt.factorization import Statistics
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.rows import Recipe
 

@@ -12,11 +12,11 @@ from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
 from command_line import call, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
-from pcagpt.compress.decoder import Decoder  # noqa: E402
-from pcagpt.compress.sides import INPUT, OUTPUT  # noqa: E402
+from pcagpt.compression.decoder import Decoder  # noqa: E402
+from pcagpt.compression.sides import INPUT, OUTPUT  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
-from pcagpt.factorize.factor_files import read_bands  # noqa: E402
+from pcagpt.factorization.factor_files import read_bands  # noqa: E402
 from pcagpt.files import write_json  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 
 from pcagpt.api.calls import call, plain, settings_of
 from pcagpt.errors import UserError
-from pcagpt.factorize import Factorizer
-from pcagpt.factorize.factor_files import check_rows_differ, checked_table
+from pcagpt.factorization import Factorizer
+from pcagpt.factorization.factor_files import check_rows_differ, checked_table
 from pcagpt.methods import CODES, METHODS
 
 

@@ -18,18 +18,18 @@ from pcagpt.api.calls import absolute, call, ids_of, settings_of
 from pcagpt.api.factors import check_needs_no_text, table_of
 from pcagpt.api.model import Model
 from pcagpt.coding import Description
-from pcagpt.compress.advise import find
-from pcagpt.compress.bare_table import BareTable, relative_error
-from pcagpt.compress.candidates import Candidate
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.original import Original
-from pcagpt.compress.write_model import write_model
+from pcagpt.compression.advise import find
+from pcagpt.compression.bare_table import BareTable, relative_error
+from pcagpt.compression.candidates import Candidate
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.original import Original
+from pcagpt.compression.write_model import write_model
 from pcagpt.config import Settings, methods_of
 from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
-from pcagpt.factorize.factor_files import write_bands
+from pcagpt.factorization.factor_files import write_bands
 from pcagpt.files import write_json
 from pcagpt.methods import CODES, METHODS
 from pcagpt.pipeline.compress import decide_effort

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize import BudgetTooSmall
+from pcagpt.factorization import BudgetTooSmall
 from pcagpt.model import BLOCK, LEVELS, WIDTHS
 
 CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out

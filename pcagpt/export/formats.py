@@ -10,7 +10,7 @@ import numpy as np
 from pcagpt import coding
 from pcagpt.errors import UserError
 from pcagpt.export.source import Factors, Source
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import write_npy, write_npz, write_text
 from pcagpt.run import hugging_face, hugging_face_files
 from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE

@@ -6,7 +6,7 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.export.source import Factors, Source
-from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
     NOTHING,
     code,

@@ -14,13 +14,13 @@ import numpy as np
 from safetensors import safe_open
 
 from pcagpt import coding, trees
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.sides import OUTPUT
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.sides import OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.factor_files import read_bands
+from pcagpt.factorization import BandFactors, FactorizedTable
+from pcagpt.factorization.factor_files import read_bands
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.methods import CODED
 from pcagpt.model import (

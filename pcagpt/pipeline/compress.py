@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jax
 
-from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import factor_methods, left_out, recipes
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
-from pcagpt.compress.sweep import Models, add_recovered, models_of, sweep
-from pcagpt.compress.write_model import check_place, is_of_another
+from pcagpt.compression.advise import ADVISED, advise
+from pcagpt.compression.candidates import factor_methods, left_out, recipes
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.sweep import Models, add_recovered, models_of, sweep
+from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings

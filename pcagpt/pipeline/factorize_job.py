@@ -11,7 +11,7 @@ from pcagpt import factorize
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize import Factorizer, Statistics, factor_files
+from pcagpt.factorization import Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences

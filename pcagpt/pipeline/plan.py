@@ -17,7 +17,7 @@ from pcagpt.config.schema import (
     InitSettings,
 )
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.model import DEVICE_KNOBS, TABLE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job

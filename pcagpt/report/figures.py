@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcagpt.arms import ARMS
-from pcagpt.factorize import SMALLEST_ADDED, energy_kept
+from pcagpt.factorization import SMALLEST_ADDED, energy_kept
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.sweep import baseline_of, table_name
 from pcagpt.report.text import percent

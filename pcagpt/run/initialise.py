@@ -14,7 +14,7 @@ from pcagpt import factorize, trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FactorizedTable, factor_files
+from pcagpt.factorization import FactorizedTable, factor_files
 from pcagpt.model import (
     BLOCK_KNOBS,
     BandLeaves,

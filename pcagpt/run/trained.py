@@ -20,7 +20,7 @@ from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
 from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize.factor_files import check_rows_differ
+from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder

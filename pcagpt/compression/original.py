@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pcagpt import coding, process
-from pcagpt.compress.candidates import Compressor
-from pcagpt.compress.own_model import OwnModel
-from pcagpt.compress.score import frequency_deciles
+from pcagpt.compression.candidates import Compressor
+from pcagpt.compression.own_model import OwnModel
+from pcagpt.compression.score import frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
-from pcagpt.factorize.factor_files import check_rows_differ
+from pcagpt.factorization import Statistics
+from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 if TYPE_CHECKING:  # It imports torch, which is optional.
-    from pcagpt.compress.decoder import Decoder
+    from pcagpt.compression.decoder import Decoder
 
 
 class Model(Protocol):
@@ -229,7 +229,7 @@ class Original:
 def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
     try:
-        from pcagpt.compress.decoder import Decoder
+        from pcagpt.compression.decoder import Decoder
     except ImportError as error:
         if error.name not in ("torch", "transformers"):
             raise

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import Mesh
 
-from pcagpt.compress.score import TableSwap
-from pcagpt.factorize import Statistics
+from pcagpt.compression.score import TableSwap
+from pcagpt.factorization import Statistics
 from pcagpt.model import GPT
 from pcagpt.run import calibrate
 

@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from pcagpt.compress.candidates import (
+from pcagpt.compression.candidates import (
     Candidate,
     best_factors,
     counts_of,
     tries_own_table,
 )
-from pcagpt.factorize import BudgetTooSmall, LossRegression, least_budget
+from pcagpt.factorization import BudgetTooSmall, LossRegression, least_budget
 from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
-from pcagpt.compress.write_model import is_of, keeps_model, stays, write_model
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.write_model import is_of, keeps_model, stays, write_model
 from pcagpt.errors import UserError
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     SMALLEST_ADDED,
     BudgetTooSmall,
     LossRegression,

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pcagpt import coding
-from pcagpt.compress.codes import KINDS, Codes
-from pcagpt.compress.rivals import MAKERS
-from pcagpt.compress.sides import counted_by, seen_by
-from pcagpt.factorize import (
+from pcagpt.compression.codes import KINDS, Codes
+from pcagpt.compression.rivals import MAKERS
+from pcagpt.compression.sides import counted_by, seen_by
+from pcagpt.factorization import (
     FLOAT_BYTES,
     BandFactors,
     FactorizedTable,

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import jax
 
-from pcagpt.compress.bare_table import BareTable
-from pcagpt.compress.candidates import Candidate, factor_methods, left_out
-from pcagpt.compress.fit import Fit, Trial
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
-from pcagpt.compress.write_model import write_model
+from pcagpt.compression.bare_table import BareTable
+from pcagpt.compression.candidates import Candidate, factor_methods, left_out
+from pcagpt.compression.fit import Fit, Trial
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.write_model import write_model
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text

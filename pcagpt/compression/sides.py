@@ -5,7 +5,7 @@ Most models have one table for input and head. Its side is "", and all statistic
 
 import numpy as np
 
-from pcagpt.factorize import SecondOrder, Statistics
+from pcagpt.factorization import SecondOrder, Statistics
 
 INPUT, OUTPUT = "input", "output"
 

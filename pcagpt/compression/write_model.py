@@ -14,13 +14,13 @@ import numpy as np
 
 from pcagpt import coding, trees
 from pcagpt.arms import FROM_RUN
-from pcagpt.compress.candidates import Candidate, of_full_width
-from pcagpt.compress.codes import KINDS, CodeKind, Codes
-from pcagpt.compress.original import Original
+from pcagpt.compression.candidates import Candidate, of_full_width
+from pcagpt.compression.codes import KINDS, CodeKind, Codes
+from pcagpt.compression.original import Original
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.factor_files import read_bands, write_bands
-from pcagpt.factorize.solve import centred
+from pcagpt.factorization import BandFactors, FactorizedTable
+from pcagpt.factorization.factor_files import read_bands, write_bands
+from pcagpt.factorization.solve import centred
 from pcagpt.methods import METHODS
 from pcagpt.model import (
     order_constants,

@@ -1,6 +1,6 @@
 """A causal language model of transformers: its table, statistics and measurements.
 
-It does in PyTorch what `run.calibrate` and `compress.score` do for our own models, for
+It does in PyTorch what `run.calibrate` and `compression.score` do for our own models, for
 any architecture whose head multiplies the last hidden states by a table: that of the
 input, or another one. The model's own code embeds the tokens, so a scaled embedding
 (Gemma) counts as it is.
@@ -21,10 +21,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from pcagpt.compress.score import DECILES, swap_scores
-from pcagpt.compress.sides import INPUT, OUTPUT
+from pcagpt.compression.score import DECILES, swap_scores
+from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
+from pcagpt.factorization import Statistics
 from pcagpt.rows import SwapScores
 from pcagpt.run import hugging_face
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.methods import Weighting
 
 # Smaller eigenvalues of a metric are raised to this share of the largest one, because a

@@ -5,8 +5,8 @@ Shape letters: V vocabulary, D model width.
 
 import numpy as np
 
-from pcagpt.compress.candidates import Candidate, Compressor
-from pcagpt.factorize import Statistics
+from pcagpt.compression.candidates import Candidate, Compressor
+from pcagpt.factorization import Statistics
 from pcagpt.rows import SwapScores
 
 

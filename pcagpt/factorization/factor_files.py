@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.files import (
     check_digests,
     check_fields,

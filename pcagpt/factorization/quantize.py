@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from pcagpt.factorize.chunks import chunks
+from pcagpt.factorization.chunks import chunks
 
 # Columns that share a scale at few bits. GPTQ moves their errors on together.
 _GROUP = 32
