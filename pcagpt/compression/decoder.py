@@ -1,8 +1,8 @@
 """A causal language model of transformers: its table, statistics and measurements.
 
-It does in PyTorch what `run.calibrate` and `compression.score` do for our own models, for
-any architecture whose head multiplies the last hidden states by a table: that of the
-input, or another one. The model's own code embeds the tokens, so a scaled embedding
+It does in PyTorch what `run.calibrate` and `compression.score` do for our own models,
+for any architecture whose head multiplies the last hidden states by a table: that of
+the input, or another one. The model's own code embeds the tokens, so a scaled embedding
 (Gemma) counts as it is.
 
 Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, W windows, V

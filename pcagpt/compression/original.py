@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pcagpt import coding, process
-from pcagpt.compression.candidates import Compressor
+from pcagpt.compression.candidates import Candidate, Compressor
 from pcagpt.compression.own_model import OwnModel
 from pcagpt.compression.score import frequency_deciles
 from pcagpt.config import Settings

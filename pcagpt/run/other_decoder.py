@@ -1,7 +1,7 @@
 """A folder of transformers with another architecture than a tied GPT-2, as a run.
 
-pcagpt measures such a model in PyTorch (`compression.decoder`), and compresses its table.
-It does not train it. The folder has config.json and safetensors.
+pcagpt measures such a model in PyTorch (`compression.decoder`), and compresses its
+table. It does not train it. The folder has config.json and safetensors.
 """
 
 from pathlib import Path
