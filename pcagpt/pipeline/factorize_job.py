@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcagpt import factorize
+from pcagpt import factorization
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
@@ -267,7 +267,7 @@ class FactorizeJob(Job):
             **({"step": run.step} if run else {}),
             "vocab_size": vocab_size,
             "n_embd": width,
-            "effective_rank": factorize.effective_rank(singular_values),
+            "effective_rank": factorization.effective_rank(singular_values),
             "ranks": {str(rank): described[str(rank)] for rank in ranks},
         }
         check()

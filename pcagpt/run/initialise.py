@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt import factorize, trees
+from pcagpt import factorization, trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
@@ -126,7 +126,7 @@ def check_rank(settings: Settings) -> None:
     """
     _, table = with_bands(settings)
     given, one = settings.model.n_embd_wte or 0, (len(table.order), table.width, 1)
-    rank = -(-table.parameters // factorize.budget_of_rank(*one))
+    rank = -(-table.parameters // factorization.budget_of_rank(*one))
     if given < rank or (given > rank and any(table.ranks)):
         raise UserError(
             f"model.n_embd_wte is {given or None}, but init.import_bands: "
@@ -255,7 +255,7 @@ def _controls(
             raise UserError(
                 f"init.keep is '{keep}': import both factors, or a table in bands"
             )
-        made_VK, made_KD = factorize.control(wte, up, keep, random)
+        made_VK, made_KD = factorization.control(wte, up, keep, random)
         controls.append(BandLeaves(made_VK, made_KD, None if down is None else made_KD))
     return controls
 
