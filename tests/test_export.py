@@ -291,7 +291,6 @@ def test_an_exported_model_refuses_tokens_of_another_numbering(tmp_path):
         (characters, stated, False),
         (characters, unknown, False),
         (characters, other, True),
-        (named, other, True),
     ):
         for config in ("evaluate.py", "compress.py"):
             asked = {"model_path": model, "workdir": tmp_path / "runs"}
@@ -304,6 +303,10 @@ def test_an_exported_model_refuses_tokens_of_another_numbering(tmp_path):
                 assert f"{corpus.name} numbers its tokens in another way" in line
             elif config == "evaluate.py":
                 assert call(*arguments).code == 0
+    asked = {"model_path": named, "workdir": tmp_path / "runs", "model": {"n_layer": 2}}
+    outcome = call(*tiny("evaluate.py", other, **asked))
+    assert "encoded again by sotu4096" in outcome.err
+    assert json.loads(outcome.out)["protocol"]["tokenizer"] == "sotu4096"
 
 
 def test_an_export_with_another_tokenizer_is_another_export(tmp_path):

@@ -14,7 +14,9 @@ from pcagpt.config.schema import (
     KNOBS,
     DistillSettings,
     FactorizeSettings,
+    FinetuneSettings,
     InitSettings,
+    ScratchSettings,
 )
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorization import factor_files
@@ -211,6 +213,9 @@ def _train_job(
         keep = "shape" if bands else keep
     taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
+    if arm == "baseline":  # Its record is the same, whichever arm's command makes it.
+        own = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
+        settings = settings.replace(own)
     model = settings.model
     rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
     name = ARMS[arm].run_name.format(rank=rank) + suffix
