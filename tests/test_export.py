@@ -305,7 +305,6 @@ def test_an_exported_model_refuses_tokens_of_another_numbering(tmp_path):
                 assert call(*arguments).code == 0
     asked = {"model_path": named, "workdir": tmp_path / "runs", "model": {"n_layer": 2}}
     outcome = call(*tiny("evaluate.py", other, **asked))
-    assert "encoded again by sotu4096" in outcome.err
     assert json.loads(outcome.out)["protocol"]["tokenizer"] == "sotu4096"
 
 
