@@ -42,10 +42,7 @@ _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-# Temporaries of `write_file`, .NAME.PID.partial; older versions called them .NAME.PID.
-_LEFTOVER = re.compile(
-    r"\..+\.(\d+)\.partial|\..+\.(?:json|jsonl|npy|npz|bin|md|html|png)\.(\d+)"
-)
+_LEFTOVER = re.compile(r"\..+\.(\d+)\.partial")  # a temporary of `write_file`
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -124,7 +121,7 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in list(folder.rglob(".*")):
         found = _LEFTOVER.fullmatch(path.name)
-        if found and not is_running(int(found[1] or found[2])):
+        if found and not is_running(int(found[1])):
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -476,6 +476,7 @@ def test_the_table_of_another_architecture_is_compressed_from_its_folder(
     config = transformers.LlamaConfig(
         **sizes, max_position_embeddings=16, tie_word_embeddings=True
     )
+    level = transformers.utils.logging.get_verbosity()
     llama = transformers.LlamaForCausalLM(config)
     llama.save_pretrained(tmp_path / "llama")
     ids = np.random.default_rng(0).integers(0, 90, 600)
@@ -490,6 +491,12 @@ def test_the_table_of_another_architecture_is_compressed_from_its_folder(
     assert {path.name for path in saved.iterdir()} == {"config.json", "table.pcat"}
     with pytest.raises(pcagpt.UserError, match="Llama"):
         pcagpt.load(tmp_path / "llama")
+    assert transformers.utils.logging.get_verbosity() == level
+    config.tie_word_embeddings = False
+    untied = transformers.LlamaForCausalLM(config)
+    untied.save_pretrained(tmp_path / "untied")
+    with pytest.raises(pcagpt.UserError, match="two tables, of input and output"):
+        pcagpt.compress(tmp_path / "untied", data=data, **how)
 
 
 def test_max_tokens_limits_what_is_measured(model):

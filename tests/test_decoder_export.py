@@ -10,8 +10,10 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS, call  # noqa: E402
 from test_decoder import CONFIGS as MODELS  # noqa: E402
+from test_decoder import SIZES  # noqa: E402
 from test_hugging_face_parity import opened  # noqa: E402
 
+import pcagpt  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
 
 # These two packages warn about themselves.
@@ -102,3 +104,45 @@ def _loss(form, made, workdir):
         target = torch.tensor(window[1:])
         total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
     return float(total) / (len(tokens) - 1)
+
+
+CONFIG_OF = {
+    # Its other matrices have the shape of the table.
+    "square": lambda: transformers.LlamaConfig(
+        **SIZES | {"vocab_size": 48, "intermediate_size": 48}
+    ),
+    # Its head has a bias.
+    "phi": lambda: transformers.PhiConfig(
+        **{name: v for name, v in SIZES.items() if name != "head_dim"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_OF)
+@pytest.mark.parametrize("form", ["hf", "hf-factored"])
+def test_an_export_keeps_all_other_weights(name, form, tmp_path):
+    torch.manual_seed(0)
+    config = CONFIG_OF[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model")
+    table = model.get_input_embeddings().weight.detach().numpy()
+    made = pcagpt.compress(
+        tmp_path / "model",
+        data=dict.fromkeys(("train", "val"), np.arange(400) % len(table)),
+        max_bytes=table.nbytes,
+        methods="svd",
+    )
+    made.save(tmp_path / "small")
+    ask = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
+    words = f"--config={CONFIGS / 'export.py'}", *ask, f"--config.workdir={tmp_path}"
+    assert call(*words, "--print_config").code == 0
+    assert call(*words).code == 0
+    found, report = opened(form, tmp_path / "exported" / f"small_{form}")
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys"))
+    model.get_input_embeddings().weight.data.copy_(torch.as_tensor(made.dense()))
+    tokens = torch.arange(16)[None]
+    with torch.inference_mode():
+        wanted, logits = (one.eval()(tokens).logits for one in (model, found))
+    assert torch.allclose(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max())

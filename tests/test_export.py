@@ -169,10 +169,37 @@ def weight_bytes(folder):
     return sum(path.stat().st_size for path in paths)
 
 
-@pytest.mark.parametrize("name", ["bands", "coded"])
+def test_an_export_with_other_characters_is_another_export(tmp_path):
+    texts = [chr(200 + number) for number in range(V)]
+    for number, own in enumerate((texts, texts[::-1])):
+        record = {"characters": own}
+        write_run(tmp_path / str(number) / "run", record=record)
+    run_export(tmp_path / "0/run", tmp_path)
+    words = f"--config.model_path={tmp_path / '1/run'}", f"--config.workdir={tmp_path}"
+    line = refusal(f"--config={CONFIGS / 'export.py'}", *words, unchanged=[tmp_path])
+    assert "run_hf holds something else" in line
+
+
+def test_changed_factors_of_an_export_are_refused(tmp_path):
+    for model in ({"n_embd_wte": 4}, {}, MODELS["bands"]):
+        run = write_run(tmp_path / str(len(model)), **model)
+        made = run_export(run, tmp_path, "npz")
+        path = next(made.glob("wte*.npy"))
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=path.name):
+            factor_files.read_table(path)
+
+
+@pytest.mark.parametrize("name", ["bands", "coded", "full"])
 @pytest.mark.parametrize("damage", ["config.json", "weights", "pcagpt.json"])
 def test_a_changed_export_is_refused(name, damage, tmp_path):
     run, form = write_small(name, tmp_path / "run")
+    if name == "full":
+        form = "hf"
+        if damage == "pcagpt.json":  # Without it, the folder is as any other.
+            return
     made = run_export(run, tmp_path, form)
     (weights,) = made.glob("*.safetensors")
     path = weights if damage == "weights" else made / damage

@@ -325,8 +325,8 @@ def test_a_result_that_cannot_be_kept_is_a_warning(tmp_path, caplog, monkeypatch
 def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
     (tmp_path / "ckpt").mkdir()
     dead, own = 2**22 + 1, os.getpid()  # Linux numbers processes to 2**22.
-    gone = [f".result.json.{dead}.partial", f"ckpt/.a.npy.{dead}", f".b.json.{dead}"]
-    kept = [f".result.json.{own}.partial", ".hidden", f".mine.{dead}", "a.json"]
+    gone = [f".result.json.{dead}.partial", f"ckpt/.a.npy.{dead}.partial"]
+    kept = [f".result.json.{own}.partial", ".hidden", f".mine.json.{dead}", "a.json"]
     for name in gone + kept:
         (tmp_path / name).write_text("")
     files.remove_leftovers(tmp_path)

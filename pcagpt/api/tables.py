@@ -78,7 +78,7 @@ class Compressed:
             it was loaded.
         """
         with call():
-            place = Path(folder).absolute()
+            place = Path(absolute(folder))
             checkpoint.check_path(place)
             if not is_vacant(place):
                 raise UserError(
@@ -128,7 +128,7 @@ def compress(
     """
     with call(bool(progress)), tempfile.TemporaryDirectory(prefix="pcagpt-") as own:
         names = methods if isinstance(methods, str) else ",".join(methods)
-        cache = Path(os.fspath(cache_dir) if cache_dir is not None else own)
+        cache = Path(own if cache_dir is None else absolute(cache_dir))
         given = {
             "compress.max_bytes": max_bytes,
             "compress.max_added_loss": max_added_loss,
@@ -156,6 +156,11 @@ def compress(
         _check_bound(settings)
         settings = decide_effort(settings, jax.default_backend())
         original = Original.of(run, settings, cache / "measured")
+        if original.model.sides:
+            raise UserError(
+                f"{run.folder} has two tables, of input and output: "
+                "configs/compress.py takes each apart"
+            )
         options = settings.compress
         chosen, _ = find(original, methods_of(options.methods), options)
         original.corpus.check_unchanged()
@@ -215,7 +220,7 @@ def _compressed(
 def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]:
     """The knobs that name a corpus; that of a mapping is written into a folder."""
     if not isinstance(data, Mapping):
-        source = os.fspath(data)
+        source = os.path.expanduser(data)
         is_text = isinstance(sources.find_source(source), sources.TextSource)
         # A text is read with the tokenizer of the model.
         own = run.tokenizer_name(tokenizer) if is_text else None

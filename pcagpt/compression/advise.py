@@ -102,7 +102,8 @@ def find(
         if name == "max_added_loss":
             chosen = fit.within_loss(bound, options.bits)
         else:
-            chosen = fit.within_bytes(int(unit * bound), every)
+            # No table is larger; NumPy knows no larger integers.
+            chosen = fit.within_bytes(min(int(unit * bound), 2**62), every)
     if chosen is None:
         hint = ""
         if name != "max_added_loss":

@@ -93,6 +93,8 @@ class Compressor:
         self._side, self._split = side, singular_value_split
         self._predict = Predictor(table_VD, statistics)
         self._method = ""
+        # Of this table only: a program may compress many.
+        self._codes = functools.cache(self._make_codes)
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
@@ -121,8 +123,7 @@ class Compressor:
         """
         return KINDS[method].estimate(self._prepared, bands, loss)
 
-    @functools.cache  # noqa: B019 - lives as long as the command
-    def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
+    def _make_codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """(a table of `CODES`, size of its file)."""
         make = KINDS[recipe.method].make
         return make(self._prepared, recipe.bands, recipe.budget)

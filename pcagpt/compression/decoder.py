@@ -290,7 +290,9 @@ class Decoder:
         These must not depend on later tokens.
         """
         name, size = type(self.model).__name__, len(self._embedding.weight)
-        tokens_BT = torch.arange(min(8, self.window), device=self.device)[None] % size
+        # Two at least: a later token must not change the logits of an earlier one.
+        length = max(2, min(8, self.window))
+        tokens_BT = torch.arange(length, device=self.device)[None] % size
         other_BT = tokens_BT.clone()
         other_BT[:, -1] = (other_BT[:, -1] + 1) % size
         try:
@@ -327,13 +329,23 @@ class Decoder:
             )
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers logs nothing meanwhile; its level is then as before."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
 def _open(folder: Path) -> Any:
     """The model of a folder in float32; UserError if it has none that is whole."""
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     is_file = folder.is_file()  # GGUF
     try:
         # What it would print about damaged files, the errors below say in one line.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _quietly(), contextlib.redirect_stderr(io.StringIO()):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder.parent if is_file else folder),
                 gguf_file=folder.name if is_file else None,

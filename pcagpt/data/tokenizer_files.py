@@ -186,7 +186,7 @@ def _of_gguf(file: Path) -> FileTokenizer:
             f"{WHOLE} as --config.data.tokenizer"
         ) from None
     end = id_of_text.get(END_OF_TEXT, fields.end)
-    return FileTokenizer(made, len(fields.tokens), end)
+    return FileTokenizer(file, made, len(fields.tokens), end)
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:

@@ -11,7 +11,7 @@ from pcagpt import coding
 from pcagpt.errors import UserError
 from pcagpt.export.source import Factors, Source
 from pcagpt.factorization import factor_files
-from pcagpt.files import write_npy, write_npz, write_text
+from pcagpt.files import digests_of, write_json, write_npy, write_npz, write_text
 from pcagpt.run import hugging_face, hugging_face_files
 from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE
 
@@ -36,7 +36,8 @@ def write_dense(folder: Path, source: Source) -> None:
 def write_factored(folder: Path, source: Source) -> None:
     """A folder that transformers loads at its small size, with our modelling file."""
     table = source.table
-    if isinstance(table, coding.CodedTable) or getattr(table, "is_full", False):
+    is_full = isinstance(table, Factors) and table.is_full
+    if is_full or isinstance(table, coding.CodedTable):
         raise UserError(
             f"{source.folder} has a table without factors and without packed codes: "
             f"give --config.format={'coded' if source.coded else 'hf'}"
@@ -105,12 +106,15 @@ def write_npz_files(folder: Path, source: Source) -> None:
     (wte, up, down), mean = table.bands[0], table.mean
     if up is None:
         write_npy(folder / "wte.npy", wte if mean is None else wte + mean)
-        return
-    write_npy(factor_files.table_path(folder, len(up)), wte)
-    path = factor_files.scale_path(folder, len(up))
-    with_mean = {} if mean is None else {"mean": mean}
-    down = up if down is None else down
-    write_npz(path, scale_up=up, scale_down=down, **with_mean)
+    else:
+        write_npy(factor_files.table_path(folder, len(up)), wte)
+        path = factor_files.scale_path(folder, len(up))
+        with_mean = {} if mean is None else {"mean": mean}
+        down = up if down is None else down
+        write_npz(path, scale_up=up, scale_down=down, **with_mean)
+    # Readers of the files check these digests.
+    files = digests_of(folder, [path.name for path in folder.iterdir()])
+    write_json(folder / factor_files.METADATA_FILE, {"files": files})
 
 
 class _Parts(NamedTuple):

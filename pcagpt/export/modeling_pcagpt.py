@@ -157,15 +157,17 @@ class CompressedEmbedding(nn.Module):
 
 
 class CompressedHead(nn.Module):
-    """The output head; it computes with the table of the input."""
+    """The output head; it computes with the table of the input, and its own bias."""
 
-    def __init__(self, embedding: CompressedEmbedding):
+    def __init__(self, embedding: CompressedEmbedding, bias: torch.Tensor | None):
         super().__init__()
         self._tied = (embedding,)  # A tuple: its weights are stored only once.
+        self.bias = bias
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        return self._tied[0].logits(h)
+        logits = self._tied[0].logits(h)
+        return logits if self.bias is None else logits + self.bias
 
 
 class CompressedConfig(_Config):
@@ -192,7 +194,8 @@ class CompressedForCausalLM(_Model):
             raise ImportError("This model needs transformers 4.57 or newer.")
         embedding = CompressedEmbedding(config.table, own.embedding_dim, scale)
         self.set_input_embeddings(embedding)
-        self.set_output_embeddings(CompressedHead(embedding))
+        head = CompressedHead(embedding, self.get_output_embeddings().bias)
+        self.set_output_embeddings(head)
 
     def tie_weights(self, *args, **kwargs):
         """Does nothing: the head reads the table of the input."""

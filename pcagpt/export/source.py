@@ -5,6 +5,7 @@ Shape letters: V vocabulary, D model width, K rank.
 
 import contextlib
 import functools
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ class Source(Protocol):
 
     folder: where it is; record: how it was made; identity: what tells it from others;
     architecture: the class of transformers; table_name: of its table among tensors;
-    table: None if only a coded file holds it; coded: that file, or None;
+    coded: the file of a coded table, or None;
     tokenizer_sha256: None without a tokenizer of a name.
     """
 
@@ -117,9 +118,11 @@ class RunSource:
         self.run, self.folder, self.record = run, run.folder, run.record
         self.identity = {"step": run.step, "fingerprint": run.fingerprint}
         self._tokenizer = run.tokenizer_name(tokenizer)
-        self.tokenizer_sha256 = (
-            vocabulary.describe(self._tokenizer).sha256 if self._tokenizer else None
-        )
+        self.tokenizer_sha256 = None
+        if texts := self.record.get("characters"):
+            self.tokenizer_sha256 = hashlib.sha256(repr(texts).encode()).hexdigest()
+        elif self._tokenizer:
+            self.tokenizer_sha256 = vocabulary.describe(self._tokenizer).sha256
         self.check_unchanged = run.check_unchanged
         self._config = run.config(run.settings.model)
         self._variables = run.variables(self._config)
@@ -155,7 +158,7 @@ class RunSource:
             bands.append(leaves._replace(wte=rows, scale_down=down))
         return Factors(order_V, tuple(bands), None)
 
-    @property
+    @functools.cached_property
     def coded(self) -> Path | None:
         """The coded file of the run's table; UserError if it holds another table."""
         if (self.record.get("compressed") or {}).get("method") != CODED:
@@ -254,8 +257,11 @@ class DecoderSource:
                 f"{self.original.folder}: none of its tensors is known to be the token "
                 f"table ({len(own)} of {', '.join(tables) or 'none'} could be)"
             )
-        table = own[0]
-        copies = {table} if side else set(tables)
+        table, copies = own[0], set(own)
+        if not side and len(tables) > 1:  # A head that is stored, too.
+            values = self._read(names, tables)
+            equal = (np.array_equal(values[table], values[name]) for name in tables)
+            copies = {name for name, same in zip(tables, equal, strict=True) if same}
         return table, {name: at for name, at in names.items() if name not in copies}
 
     def _read(self, files: dict[str, Path], names) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pcagpt.config import Settings
 from pcagpt.config.command_line import listing
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError, explain
+from pcagpt.export.source import open_source
 from pcagpt.files import strict
 from pcagpt.pipeline import execute
 from pcagpt.pipeline.compress import compress, decide_effort
@@ -36,6 +37,8 @@ def preview(settings: Settings) -> str:
         needed = execute.check(make_plan(settings), writes=False)
         lines = execute.describe(needed)
         writes = any(kind != Kind.DONE for kind, _ in needed.values())
+    elif settings.task == "export":
+        lines = [f"export {open_source(settings).folder} as {settings.format}"]
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         if settings.task == "compress":

@@ -17,7 +17,7 @@ from pcagpt.config import KNOBS
 from pcagpt.data import vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
-from pcagpt.files import read_once
+from pcagpt.files import check_digests, read_json, read_once
 from pcagpt.model import CONSTANTS, TABLES
 from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decoder
 
@@ -25,6 +25,7 @@ STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
 _FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
+_NOT_READ = ("README.md", "generation_config.json")  # files of an export
 _FORMATS: tuple[ModuleType, ...] = (
     gguf_model,
     exported,
@@ -55,8 +56,25 @@ def record_of(folder: Path) -> dict[str, Any]:
     return copy.deepcopy(_record(folder))
 
 
+def _check_export(folder: Path) -> None:
+    """UserError if files of an export that are read here were changed."""
+    origin = read_json(folder / exported.FILE, "export the model again")
+    if origin is None:
+        return
+    files = origin.get("files")
+    read = {name: files[name] for name in files if name not in _NOT_READ}
+    try:
+        check_digests(folder, read)
+    except UserError as error:
+        raise UserError(
+            f"{error}: export the model again; if you changed it yourself, delete "
+            f"{exported.FILE} to have it read as any Hugging Face folder"
+        ) from None
+
+
 @read_once
 def _record(folder: Path) -> dict[str, Any]:
+    _check_export(folder)
     record = _format(folder).record_of(folder)
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:

@@ -14,6 +14,7 @@ ended after `STALE` seconds without renewal. All times are the file server's.
 import contextlib
 import os
 import random
+import re
 import secrets
 import socket
 import tempfile
@@ -84,8 +85,9 @@ class Lock:
 
     def _others(self) -> list[Path]:
         folder = self._own.parent
-        names = [n for n in os.listdir(folder) if n.startswith(self._start)]
-        return [folder / name for name in sorted(names) if name != self._own.name]
+        of_lock = re.compile(re.escape(self._start) + "[0-9a-f]+")
+        names = sorted(filter(of_lock.fullmatch, os.listdir(folder)))
+        return [folder / name for name in names if name != self._own.name]
 
     def _holders(self) -> list[str]:
         """Descriptions of other living commands, with the end of the wait if known."""

@@ -236,9 +236,11 @@ class Run:
     def encodes_as(self) -> str | None:
         """The tokenizer that a model of another program needs tokens of.
 
-        None if it is unknown, and for a run of ours: it was trained on tokens.
+        None if it is unknown or gone, and for a run of ours: it was trained on tokens.
         """
-        return None if "data" in self.record else self.record.get("tokenizer")
+        name = self.record.get("tokenizer")
+        is_open = "data" not in self.record and vocabulary.is_known(name)
+        return name if is_open else None
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -381,11 +383,12 @@ class Run:
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
                 "that it was trained on"
             )
+        if own and corpus.tokenizer:
+            return
         texts = self.record.get("characters"), corpus.characters
-        if None in texts:
-            texts = self._tokenizer_sha256, corpus.tokenizer_sha256
-        is_named = own and corpus.tokenizer
-        if not is_named and None not in texts and len({*map(tuple, texts)}) > 1:
+        hashes = self._tokenizer_sha256, corpus.tokenizer_sha256
+        known, other = hashes if None in texts else map(tuple, texts)
+        if known and other and known != other:
             raise self._other_numbering(corpus)
 
     def _other_numbering(self, corpus: CorpusInfo) -> UserError:
