@@ -1254,7 +1254,7 @@ def test_rivals_alone_need_no_ranks_and_meet_no_bound(asked):
         *(("baseline", 1, 0, 4), ("gptq", 1, 0, 4))
     ]
     report = (folder_of(asked) / "report.md").read_text("utf-8")
-    assert "## Tables at equal size" not in report and "## All tables" in report
+    assert "best at equal size" not in report and "## All tables" in report
     _, trials = advice_of(asked, methods="context,gptq,pq", bits=(4,), max_bytes=2600)
     assert {row["method"] for row in trials} == {"context", "baseline"}
 

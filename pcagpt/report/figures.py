@@ -5,16 +5,15 @@ zoom and hide; report.md and TensorBoard have it as a picture. vl-convert makes 
 pictures and holds the scripts for the page. It is imported when it is first used.
 """
 
-import functools
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.factorize import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
 from pcagpt.methods import CODES, METHODS, RIVALS
+from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
 from pcagpt.report.sweep import (
     baseline_of,
     compared_rows,
@@ -33,87 +32,7 @@ BITS_SHAPES = {32: "circle", 8: "square", 6: "triangle-up", 4: "diamond", 0: STA
 BITS_DASHES = {32: [], 8: [6, 3], 6: [5, 2], 5: [3, 2], 4: [2, 2], 0: []}
 BITS_TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LIMIT = "Gaussian R(D), weighting of codes"
-CONFIG = {
-    "axis": {
-        **{"gridColor": "#ececec", "titleFontWeight": "normal"},
-        **{"labelFontSize": 11, "titleFontSize": 12},
-    },
-    "legend": {"labelFontSize": 12},
-    "title": {"anchor": "start", "fontWeight": "normal"},
-}
-PICTURE_SIZE = 940, 380  # pixels of all panels in a row, and of a panel's height
-PICTURE_SCALE = 2
 _LOSS = "loss (nats per token)"
-_DRAG = "[pointerdown[event.pointerType !== 'touch'], window:pointerup] > "
-# A turn of the wheel without Ctrl scrolls the page.
-_ZOOM = {
-    "name": "zoom",
-    "select": {
-        "type": "interval",
-        "translate": _DRAG + "window:pointermove!",
-        "zoom": "wheel![event.ctrlKey || event.metaKey]",
-    },
-    "bind": "scales",
-}
-_SHOWN = [{"filter": {"param": "shown"}}]
-
-
-class Look(NamedTuple):
-    """How the lines and points of one entry of a legend are drawn."""
-
-    colour: str
-    shape: str = "circle"
-    fill: str = ""  # of the points; empty: as the colour
-    dash: Sequence[int] = ()
-
-
-class Figure(NamedTuple):
-    """Charts beside each other: specifications of Vega-Lite without sizes."""
-
-    panels: list[dict[str, Any]]
-
-    def png(self) -> bytes:
-        """The charts as a picture, three in a row."""
-        import vl_convert
-
-        (width, height), columns = PICTURE_SIZE, min(len(self.panels), 3)
-        size = {"width": width // columns, "height": height}
-        legend = CONFIG["legend"] | {"orient": "top", "columns": 4 // columns}
-        whole = {
-            "concat": [panel | size for panel in self.panels],
-            "columns": columns,
-            "config": CONFIG | {"legend": legend},
-            "background": "white",
-        }
-        return _packed(vl_convert.vegalite_to_png(whole, scale=PICTURE_SCALE))
-
-
-def _packed(picture: bytes) -> bytes:
-    """The PNG in a third of its bytes: vl-convert compresses for speed."""
-    start, content, end = 8, [], len(picture)
-    others = []
-    while start < end:
-        length = int.from_bytes(picture[start : start + 4], "big")
-        kind, data = picture[start + 4 : start + 8], picture[start + 8 :][:length]
-        (content if kind == b"IDAT" else others).append(kind + data)
-        start += length + 12
-    pixels = zlib.decompress(b"".join(part[4:] for part in content))
-    others.insert(-1, b"IDAT" + zlib.compress(pixels, 9))
-    return picture[:8] + b"".join(map(png_chunk, others))
-
-
-def png_chunk(content: bytes) -> bytes:
-    """A chunk of a PNG from its kind and data."""
-    length, check = len(content) - 4, zlib.crc32(content)
-    return length.to_bytes(4, "big") + content + check.to_bytes(4, "big")
-
-
-@functools.cache
-def chart_scripts() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`."""
-    import vl_convert
-
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
 
 
 def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
@@ -123,8 +42,8 @@ def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
         return None
     curves = {row["folder"]: np.array(row["curve"], np.float64).T for row in rows}
     axes = {
-        "x": _axis("tokens", "training tokens (millions)"),
-        "y": _axis("loss", f"validation {_LOSS}", domain=_loss_limits(curves.values())),
+        "x": axis("tokens", "training tokens (millions)"),
+        "y": axis("loss", f"validation {_LOSS}", domain=_loss_limits(curves.values())),
     }
     panels = []
     for rank in sorted({row["rank"] for row in rows if row["rank"]}) or [None]:
@@ -145,9 +64,9 @@ def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
                     | {"Tokens": count(t + shift), "Loss": fixed(loss, 4)}
                     for t, loss in zip(tokens, losses, strict=True)
                 ]
-        line = {"mark": _mark("line"), "encoding": {"detail": {"field": "run"}}}
+        line = {"mark": mark("line"), "encoding": {"detail": {"field": "run"}}}
         panels.append(
-            _panel(points, looks, axes, [line], ["Arm", "Tokens", "Loss"], size=25)
+            panel(points, looks, axes, [line], ["Arm", "Tokens", "Loss"], size=25)
             | ({"title": f"rank {rank}"} if rank else {})
         )
     return Figure(panels)
@@ -178,16 +97,16 @@ def size_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
         for m in models
     ]
     layers = [
-        {"mark": _mark("line"), "encoding": {"detail": {"field": "of"}}},
-        _bars("low", "high"),
+        {"mark": mark("line"), "encoding": {"detail": {"field": "of"}}},
+        bars("low", "high"),
     ]
     panels = []
     for name in fields.values():
         title, kind = f"parameters of the {name} (millions)", "log"
-        axes = {"x": _axis(name, title, kind if name == "token table" else "linear")}
-        axes["y"] = _axis("loss", f"validation {_LOSS}")
+        axes = {"x": axis(name, title, kind if name == "token table" else "linear")}
+        axes["y"] = axis("loss", f"validation {_LOSS}")
         shown = ["Arm", "Rank", "Loss", "Added", "Table", "Model"]
-        panels.append(_panel(points, looks, axes, layers, shown))
+        panels.append(panel(points, looks, axes, layers, shown))
     return Figure(panels)
 
 
@@ -215,16 +134,16 @@ def spectrum_figure(
     label = {"type": "text", "align": "right", "dx": -8, "dy": -8}
     shown = ["Rank", "Singular value", "Energy kept"]
     at = {
-        "x": _axis("rank", "rank"),
-        "y": _axis("value", "singular value", "log"),
+        "x": axis("rank", "rank"),
+        "y": axis("value", "singular value", "log"),
     }
-    kept = at | {"y": _axis("energy", "energy kept (%)", domain=[0, 104])}
-    line, looks = {"mark": _mark("line")}, {"": Look(INK)}
+    kept = at | {"y": axis("energy", "energy kept (%)", domain=[0, 104])}
+    line, looks = {"mark": mark("line")}, {"": Look(INK)}
     labels = [line, marks | {"mark": {"type": "point", "size": 90}}]
     return Figure(
         [
-            _panel(points, looks, at, [line], shown, size=8),
-            _panel(points, looks, kept, [*labels, marks | {"mark": label}], shown, 8),
+            panel(points, looks, at, [line], shown, size=8),
+            panel(points, looks, kept, [*labels, marks | {"mark": label}], shown, 8),
         ]
     )
 
@@ -241,7 +160,7 @@ def pareto_figure(sweep: dict[str, Any]) -> Figure:
     if limit := _limit(sweep, rows):
         looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])
     points = [_of_row(row, numbers) for row in rows] + limit
-    x = _axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
+    x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
     panel = _over_size(points, looks, x, FLOAT_BYTES * numbers)
     return Figure([_with_bits(panel, numbers)])
 
@@ -254,7 +173,7 @@ def numbers_figure(sweep: dict[str, Any]) -> Figure | None:
     numbers = baseline_of(sweep)["params"]
     points = [_of_row(row, numbers) for row in rows]
     looks = {_legend(row): _look(row) for row in rows}
-    x = _axis("M", "numbers stored (millions); grey: D's table", "log")
+    x = axis("M", "numbers stored (millions); grey: D's table", "log")
     return Figure([_over_size(points, looks, x, numbers)])
 
 
@@ -281,10 +200,10 @@ def _over_size(
             "y2": {"value": {"expr": "height"}},
         },
     }
-    axes = {"x": x, "y": _axis("drawn", f"added {_LOSS}", "log")}
+    axes = {"x": x, "y": axis("drawn", f"added {_LOSS}", "log")}
     shown = ["Table", "File", "Bits per number", "Added loss", "Top-1", "KL"]
-    layers = [own_table, {"mark": _mark("line")}, _bars("low", "high")]
-    return _panel(points, looks, axes, layers, shown)
+    layers = [own_table, {"mark": mark("line")}, bars("low", "high")]
+    return panel(points, looks, axes, layers, shown)
 
 
 def decile_figure(sweep: dict[str, Any]) -> Figure | None:
@@ -305,10 +224,10 @@ def decile_figure(sweep: dict[str, Any]) -> Figure | None:
             if loss is not None
         ]
     title = "frequency decile of the predicted token (1: most frequent)"
-    axes = {"x": _axis("decile", title), "y": _axis("drawn", f"added {_LOSS}", "log")}
+    axes = {"x": axis("decile", title), "y": axis("drawn", f"added {_LOSS}", "log")}
     axes["x"]["axis"] |= {"values": list(range(1, 11)), "format": "d"}
     shown = ["Table", "Decile", "Added in it", "Added loss", "File"]
-    return Figure([_panel(points, looks, axes, [{"mark": _mark("line")}], shown)])
+    return Figure([panel(points, looks, axes, [{"mark": mark("line")}], shown)])
 
 
 def _name(arm: Arm) -> str:
@@ -369,81 +288,6 @@ def _limit(sweep: dict[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
         for size, loss in sweep.get("gaussian_limit") or ()
         if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
     ]
-
-
-def _panel(
-    points: list[dict[str, Any]],
-    looks: Mapping[str, Look],
-    axes: dict[str, Any],
-    layers: list[dict[str, Any]],
-    shown: Sequence[str],
-    size: int = 70,
-) -> dict[str, Any]:
-    """A chart of `layers` below points; `of` is a point's entry in the legend.
-
-    A click on an entry hides it. `shown` are the fields of the tooltip.
-    """
-    names = list(looks)
-
-    def scale(values: Iterable) -> dict[str, Any]:
-        legend = {"legend": None} if names == [""] else {}
-        by = {"domain": names, "range": list(values)}
-        return {"field": "of", "type": "nominal", "title": None, "scale": by} | legend
-
-    every = looks.values()
-    colour = scale(look.colour for look in every)
-    dash = scale(list(look.dash) for look in every)
-    entries = [{"of": name} for name in names]
-    hide = {"type": "point", "fields": ["of"], "toggle": "true"}
-    top = {
-        "params": [
-            {"name": "shown", "select": hide, "bind": "legend", "value": entries},
-            _ZOOM,
-        ],
-        # A line of the legend alone has no points.
-        "transform": [*_SHOWN, {"filter": "isValid(datum['" + shown[-1] + "'])"}],
-        "mark": {"type": "point", "size": size, "opacity": 1, "clip": True},
-        "encoding": {
-            "shape": scale(look.shape for look in every),
-            "fill": scale(look.fill or look.colour for look in every),
-            "tooltip": [{"field": name, "type": "nominal"} for name in shown],
-        },
-    }
-    below = [
-        layer | {"encoding": {"strokeDash": dash} | layer.get("encoding", {})}
-        if layer["mark"]["type"] == "line"
-        else layer
-        for layer in layers
-    ]
-    return {
-        "data": {"values": points},
-        "encoding": axes | {"color": colour},
-        "layer": [
-            layer if "data" in layer else {"transform": _SHOWN} | layer
-            for layer in [*below, top]
-        ],
-    }
-
-
-def _mark(kind: str) -> dict[str, Any]:
-    return {"type": kind, "clip": True}
-
-
-def _axis(
-    field: str, title: str, kind: str = "linear", domain: Sequence[float] | None = None
-) -> dict[str, Any]:
-    """A position in a chart; kind: 'linear' or 'log'."""
-    scale = {"type": kind} | ({"zero": False} if kind == "linear" else {})
-    scale |= {"domain": domain} if domain else {"nice": False, "padding": 12}
-    axis = {"format": "~g"} | ({"tickCount": 6} if kind == "log" else {})
-    place = {"field": field, "type": "quantitative", "title": title}
-    return place | {"scale": scale, "axis": axis}
-
-
-def _bars(low: str, high: str) -> dict[str, Any]:
-    """The intervals as vertical bars."""
-    ends = {"y": {"field": low, "type": "quantitative"}, "y2": {"field": high}}
-    return {"mark": _mark("rule"), "encoding": ends}
 
 
 def _with_bits(panel: dict[str, Any], numbers: int) -> dict[str, Any]:

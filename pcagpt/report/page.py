@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.files import is_sealed, write_file, write_json
+from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
-    CONFIG,
-    Figure,
-    chart_scripts,
     curves_figure,
     decile_figure,
     numbers_figure,
     pareto_figure,
-    png_chunk,
     size_figure,
     spectrum_figure,
 )
