@@ -29,7 +29,7 @@ from pcagpt.report import (
 from pcagpt.report import text as texts
 from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import verdict
-from pcagpt.report.experiment import experiment_view, models_of
+from pcagpt.report.experiment import experiment_view, means_over_seeds
 from pcagpt.report.figures import (
     curves_figure,
     decile_figure,
@@ -628,7 +628,7 @@ def test_every_arm_and_a_new_one_are_in_results_figures_and_pages(
     page = write_report(tmp_path, results)
     text = page.with_suffix(".md").read_text("utf-8")
     curves = curves_figure(results["rows"])
-    sizes = size_figure(models_of(results["rows"]))
+    sizes = size_figure(means_over_seeds(results["rows"]))
     for arm in ARMS.values():
         assert cells_of(text, "| Arm | Model", f"| **{arm.letter}** |")
         assert f"- **{arm.letter}**: {arm.meaning}" in text
@@ -912,7 +912,7 @@ def test_no_figure_is_drawn_without_data(tmp_path):
     (tmp_path / run / "metrics.jsonl").unlink()
     rows = collect_results(tmp_path, [run], FACTORS, COMMAND)["rows"]
     assert curves_figure(rows) is None
-    assert size_figure(models_of(rows)) is None
+    assert size_figure(means_over_seeds(rows)) is None
 
 
 def test_the_spectrum_is_on_a_log_scale_beside_the_energy_it_keeps():

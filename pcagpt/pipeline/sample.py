@@ -31,10 +31,10 @@ def sample(settings: Settings) -> list[str]:
         contradicts the run.
     """
     run, options = Run.asked(settings), settings.sample
-    tokenizer = _tokenizer(run, settings)
+    tokenizer = tokenizer_of(run, settings)
     end = tokenizer.eot_token
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
-    prompt = np.array(text or _beginning(tokenizer), np.int32)
+    prompt = np.array(text or beginning_of(tokenizer), np.int32)
     model, variables = run.load(settings.model)
     samples, at_once = [], samples_at_once(model.config)
     firsts, total = range(0, options.count, at_once), options.tokens
@@ -63,7 +63,7 @@ def sample(settings: Settings) -> list[str]:
     return samples
 
 
-def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
+def beginning_of(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
     """What precedes a document in the training text: an end of text, or a line end."""
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
@@ -71,10 +71,13 @@ def _beginning(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int
     return tokenizer.encode("\n") if is_of_lines else [0]
 
 
-def _tokenizer(
+def tokenizer_of(
     run: Run, settings: Settings
 ) -> vocabulary.Tokenizer | CharacterTokenizer:
-    """The run's own tokenizer, or the one that was asked for if the run has none."""
+    """The run's own tokenizer, or the one that was asked for if the run has none.
+
+    Raises UserError as `sample` does.
+    """
     asked, rows = settings.data.tokenizer, run.record["vocab_size"]
     if name := run.tokenizer_name(asked):
         return vocabulary.load(name)

@@ -34,7 +34,7 @@ from pcagpt.report.text import (
 def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
     """The data that the template experiment.md.j2 shows."""
     comparisons = results["comparisons"]
-    models = models_of(results["rows"], comparisons)
+    models = means_over_seeds(results["rows"], comparisons)
     questions = list(dict.fromkeys(found["question"] for found in comparisons))
     comparisons = sorted(comparisons, key=lambda c: questions.index(c["question"]))
     caveats = dict.fromkeys(c["caveat"] for c in comparisons if c["caveat"])
@@ -78,7 +78,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def models_of(
+def means_over_seeds(
     rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """Makes one entry for each arm and rank, in the order of the rows.

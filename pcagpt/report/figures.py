@@ -75,7 +75,7 @@ def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
 def size_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
     """Draws loss against parameters of the table and of the model; None without sizes.
 
-    `models` come from `pcagpt.report.experiment.models_of`.
+    `models` come from `pcagpt.report.experiment.means_over_seeds`.
     """
     fields = {"params_embedding": "token table", "params_total": "whole model"}
     models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]
@@ -130,8 +130,12 @@ def spectrum_figure(
     ]
     marked = [p | {"text": f"rank {p['rank']}: {p['Energy kept']}"} for p in points]
     marked = [p for p in marked if p["rank"] in ranks]
-    marks = {"data": {"values": marked}, "encoding": {"text": {"field": "text"}}}
-    label = {"type": "text", "align": "right", "dx": -8, "dy": -8}
+    # Below the curve, which is concave, is room.
+    side = {"expr": f"datum.rank < {len(values) / 2} ? 'left' : 'right'"}
+    written = {"mark": {"type": "text", "align": side, "dy": 18}}
+    written |= {"encoding": {"text": {"field": "text"}}}
+    circles = {"mark": {"type": "point", "size": 90}}
+    layers = [layer | {"data": {"values": marked}} for layer in (circles, written)]
     shown = ["Rank", "Singular value", "Energy kept"]
     at = {
         "x": axis("rank", "rank"),
@@ -139,11 +143,11 @@ def spectrum_figure(
     }
     kept = at | {"y": axis("energy", "energy kept (%)", domain=[0, 104])}
     line, looks = {"mark": mark("line")}, {"": Look(INK)}
-    labels = [line, marks | {"mark": {"type": "point", "size": 90}}]
+    layers = [line, *layers] if marked else [line]
     return Figure(
         [
             panel(points, looks, at, [line], shown, size=8),
-            panel(points, looks, kept, [*labels, marks | {"mark": label}], shown, 8),
+            panel(points, looks, kept, layers, shown, size=8),
         ]
     )
 
