@@ -24,7 +24,10 @@ SCREENS = {"wide": (1400, "light"), "narrow": (400, "light"), "dark": (1400, "da
 POINTS = "[data-figure='{}'] g.mark-symbol.role-mark path"
 # What a reader could load from elsewhere, and what the page writes to the console.
 LOGS = {"browser": "ALL", "performance": "ALL"}
-SAMPLES = [{"prompt": "The people", "seed": 1, "texts": {"D": "<b>one\n", "A": "two"}}]
+SAMPLES = [
+    {"prompt": "The people", "seed": 1, "temperature": 0.8}
+    | {"texts": {"D": "<b>one\n", "A": "two"}}
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

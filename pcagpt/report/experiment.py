@@ -165,6 +165,22 @@ def _run_of(model: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return next(same)["folder"]
 
 
+def compared_runs(results: dict[str, Any]) -> dict[str, str]:
+    """{name: folder} of the runs whose samples are shown: D and the arms of one rank.
+
+    The rank is that of the recommended model, or the lowest; the seed is the first.
+    """
+    rows = results["rows"]
+    best = recommended(means_over_seeds(rows, results["comparisons"])) or {}
+    rank = best.get("rank") or min((r["rank"] for r in rows if r["rank"]), default=None)
+    seed = min(row["seed"] for row in rows)
+    return {
+        f"{row['letter']} {ARMS[row['arm']].title}": row["folder"]
+        for row in rows
+        if row["rank"] in (None, rank) and row["seed"] == seed
+    }
+
+
 def _answer(comparison: dict[str, Any], d_is_brief: bool) -> str:
     """What a reader would say: 'A is better than C', 'no difference is resolved'."""
     first, second = comparison["question"].split(" vs ")
