@@ -156,7 +156,7 @@ def axis(
     """A position in a chart; kind: 'linear' or 'log'."""
     scale = {"type": kind} | ({"zero": False} if kind == "linear" else {})
     scale |= {"domain": domain} if domain else {"nice": False, "padding": 12}
-    axis = {"format": "~g"} | ({"tickCount": 6} if kind == "log" else {})
+    axis = {"format": "~r"} | ({"tickCount": 6} if kind == "log" else {})
     place = {"field": field, "type": "quantitative", "title": title}
     return place | {"scale": scale, "axis": axis}
 

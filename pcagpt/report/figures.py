@@ -18,6 +18,7 @@ from pcagpt.report.sweep import (
     baseline_of,
     compared_rows,
     full_name,
+    limit_points,
     row_name,
     table_name,
 )
@@ -161,7 +162,7 @@ def pareto_figure(sweep: dict[str, Any]) -> Figure:
     """
     rows, numbers = _best_bands(sweep), baseline_of(sweep)["params"]
     looks = {_legend(row): _look(row) for row in rows}
-    if limit := _limit(sweep, rows):
+    if limit := _limit(sweep):
         looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])
     points = [_of_row(row, numbers) for row in rows] + limit
     x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
@@ -279,18 +280,11 @@ def _look(row: Row) -> Look:
     return Look(colour, shape, colour if row.bands > 1 else "white", dash)
 
 
-def _limit(sweep: dict[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The Gaussian rate-distortion line over the bytes of a sweep's tables."""
-    sizes = [row.bytes for row in rows]
+def _limit(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of the Gaussian rate-distortion line, without a tooltip."""
     return [
         {"of": LIMIT, "MB": size / 1e6, "drawn": loss, "low": loss, "high": loss}
-        | {
-            "Table": LIMIT,
-            "File": f"{count(size)} bytes",
-            "Added loss": signed(loss, 4),
-        }
-        for size, loss in sweep.get("gaussian_limit") or ()
-        if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
+        for size, loss in limit_points(sweep)
     ]
 
 

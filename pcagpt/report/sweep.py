@@ -36,7 +36,12 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     best, compared = recommended_row(sweep), compared_rows(sweep)
     rounded = _rounded(rows, best)
     measured = table_columns(sweep)
-    short = [c for c in measured if c.title in ("Table", *_SHORT)]
+    short = [column for column in measured if column.title in _SHORT]
+
+    def named(row: Row) -> str:
+        name = row_name(row.method, row.bands, row.bits)
+        return Markdown(f"**{name}**") if row is best else name
+
     return {
         "sweep": sweep,
         "split": SPLIT_TITLES[sweep["protocol"].get("split", "val")],
@@ -50,7 +55,8 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "rounded_name": full_name(rounded) if rounded else "",
         "samples": sweep.get("samples") or (),
         "compared": compared,
-        "short": short,
+        "short": [Column("Table", "bold: the table above", named, "l"), *short],
+        "has_limit": bool(limit_points(sweep)),
         "sizes": equal_size_columns(sweep),
         "at_sizes": _at_sizes(sweep),
         "recovery": recovery_rows(sweep),
@@ -163,6 +169,16 @@ def model_name(row: Row) -> str | None:
     if row.is_codes:
         return f"best_{row.method}_k{row.rank}"
     return f"best_k{row.rank}" if row.is_factors and row.method in METHODS else None
+
+
+def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
+    """(bytes, loss) of the Gaussian rate-distortion line, about a sweep's tables."""
+    sizes = [row.bytes for row in sweep["rows"]]
+    return [
+        (size, loss)
+        for size, loss in sweep.get("gaussian_limit") or ()
+        if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
+    ]
 
 
 def _rounded(rows: list[Row], best: Row) -> Row | None:
