@@ -841,7 +841,7 @@ def test_the_page_of_a_sweep_holds_its_numbers(tmp_path):
     assert cells["Model"] == "D, trained further"
     assert cells["Minus D+"] == "–"
     assert "|  | svd | k=4 | 3.2500 | +0.2500 | – |" in text
-    assert "+0.3000 | –° |" in text
+    assert " | –° | 1,004 |" in text
     assert (tmp_path / "plots" / "pareto.png").stat().st_size > 10_000
 
 

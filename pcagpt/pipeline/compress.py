@@ -262,6 +262,8 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     if original.split != "val" or original.run.architecture:
         return
     content = read_sweep(folder / "sweep.json")
+    if not content:
+        return
     rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
     places = sorted(folder.glob(f"best_*k{rank}/config.json"))
     runs = {"D": original.run.folder} | {p.parent.name: p.parent for p in places}

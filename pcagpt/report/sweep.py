@@ -98,22 +98,11 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             "most as many bytes as factors of this rank have values",
             lambda row: str(row.rank or NOTHING),
         ),
-        Column("Numbers", "stored values", lambda row: count(row.params)),
         Column("Bytes", "of storage: of the file, for codes", lambda r: count(r.bytes)),
         Column(
             "Bits",
             "bits of storage for each number of D's table",
             lambda row: fixed(8 * row.bytes / own["params"], 2),
-        ),
-        Column(
-            "Memory",
-            "bytes of the table on a device that computes with it",
-            lambda row: count(row.memory),
-        ),
-        Column(
-            "Smaller",
-            "bytes of D's table in float32, divided by these bytes",
-            lambda row: times(own["bytes"] / row.bytes),
         ),
         Column(
             "Added",
@@ -123,11 +112,19 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             lambda row: with_interval(row.added_loss, row.added_loss_interval),
         ),
         Column(
-            "Predicted",
-            "second-order estimate of the added loss, scaled for each method to fit "
-            "the tables marked °; a method without ° uses the scale of the ° table "
-            "with the smallest estimate",
-            predicted,
+            "Smaller",
+            "bytes of D's table in float32, divided by these bytes",
+            lambda row: times(own["bytes"] / row.bytes),
+        ),
+        Column(
+            "Top-1",
+            "share of positions where the most likely token stays the same",
+            lambda row: percent(row.top1_agreement),
+        ),
+        Column(
+            "KL",
+            "mean divergence of the predictions, KL(D ‖ compressed), in nats",
+            lambda row: fixed(row.kl, 4),
         ),
         Column(
             "Input",
@@ -140,14 +137,17 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             lambda row: signed(row.added_loss_head, 4),
         ),
         Column(
-            "KL",
-            "mean divergence of the predictions, KL(D ‖ compressed), in nats",
-            lambda row: fixed(row.kl, 4),
+            "Predicted",
+            "second-order estimate of the added loss, scaled for each method to fit "
+            "the tables marked °; a method without ° uses the scale of the ° table "
+            "with the smallest estimate",
+            predicted,
         ),
+        Column("Numbers", "stored values", lambda row: count(row.params)),
         Column(
-            "Top-1",
-            "share of positions where the most likely token stays the same",
-            lambda row: percent(row.top1_agreement),
+            "Memory",
+            "bytes of the table on a device that computes with it",
+            lambda row: count(row.memory),
         ),
         Column("Seconds", "time to make the table", lambda row: fixed(row.seconds, 1)),
     ]

@@ -119,17 +119,24 @@ class Column(NamedTuple):
     side: str = "r"
 
 
-def columns(
+def table_of(
     rows: Iterable[Any], of: Sequence[Column], for_page: bool = False
 ) -> Markdown:
-    """A table, and what its columns mean; on the page, also in each column's head."""
+    """A table alone; on the page, each column's head has its meaning as a title."""
     head = [
         column.title
         + (f' {{: title="{column.meaning}" }}' if for_page and column.meaning else "")
         for column in of
     ]
     cells = [[escaped(column.cell(row)) for column in of] for row in rows]
-    shown = table(head, cells, "".join(column.side for column in of))
+    return table(head, cells, "".join(column.side for column in of))
+
+
+def columns(
+    rows: Iterable[Any], of: Sequence[Column], for_page: bool = False
+) -> Markdown:
+    """A table, and what its columns mean."""
+    shown = table_of(rows, of, for_page)
     meanings = "\n".join(f"- **{c.title}**: {c.meaning}" for c in of if c.meaning)
     if for_page and meanings:
         summary = "<summary>What the columns mean</summary>"
