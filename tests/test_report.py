@@ -496,6 +496,7 @@ def test_the_tables_hold_every_number(reported):
 
 def test_foreign_text_stays_text(tmp_path):
     hostile = "<script>alert(1)</script> | *a* `b` [c](http://d) ![e](http://f) &amp;"
+    hostile += " {: onclick=alert(1) } {{ 1 }}"
     run = write_run(tmp_path, "baseline")
     path = tmp_path / run / "result.json"
     row = json.loads(path.read_text()) | {"device": hostile}
@@ -503,7 +504,12 @@ def test_foreign_text_stays_text(tmp_path):
     path.write_text(json.dumps(row))
     odd = "odd | <i>run* (1)"
     (tmp_path / run).rename(tmp_path / odd)
-    write_report(tmp_path, collect_results(tmp_path, [odd], FACTORS, hostile))
+    results = collect_results(tmp_path, [odd], FACTORS, hostile)
+    lines = f"{hostile}\n\n# {hostile}\n"
+    results["samples"] = [
+        {"prompt": hostile, "seed": 1, "temperature": 1.0, "texts": {"D": lines}}
+    ]
+    write_report(tmp_path, results)
     page = without_scripts((tmp_path / "report.html").read_text("utf-8"))
     addresses, links, tags = resources(page)
     assert not addresses and "i" not in tags
@@ -514,6 +520,9 @@ def test_foreign_text_stays_text(tmp_path):
         assert hostile in html.unescape(row)
     block = re.search(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)[1]
     assert html.unescape(block).strip() == hostile and "<" not in block
+    assert not re.search(r"<[^>]* onclick=", page) and page.count("<h1") == 1
+    (box,) = re.findall(r'<div class="samples">(.*?)</div></div>', page)
+    assert html.unescape(box.replace("<br>", "\n")).endswith(lines.rstrip())
     files = page.split('<h2 id="files">')[1]
     assert files.count("<td") == 8  # one run
 
