@@ -28,5 +28,5 @@ def get_config():
     config = base()
     config.task = "compress"
     config.data.source = ""
-    config.ranks = (32, 64, 128, 256)
+    config.ranks = ()
     return config

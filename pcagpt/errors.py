@@ -100,10 +100,10 @@ def explain(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def naming(path: object, place: str = _PLACE) -> Iterator[None]:
-    """In this context, an error of the system names a path if it has none.
+    """Within, an error of the system without a path gets `path`.
 
-    Those of an open file have none. Below `path`, there may be temporary names, so
-    `path` is named instead. `place` is what a person sets to use another disk.
+    Errors of an open file have none. `path` also replaces a path below it, which may be
+    a temporary name. `place` is what a person sets to use another disk.
     """
     try:
         yield
@@ -112,7 +112,7 @@ def naming(path: object, place: str = _PLACE) -> Iterator[None]:
         if isinstance(known, str) and Path(known).is_relative_to(path):
             known = error.filename = None
         _name(error, path)
-        if not (known and hasattr(error, "place")):  # It has those of an inner one.
+        if not (known and hasattr(error, "place")):  # An inner context named both.
             error.place = place
         raise
 

@@ -396,7 +396,7 @@ def memory_bytes() -> int:
 
 
 def check_values(array: np.ndarray, what: str) -> None:
-    """Raises UserError unless a floating-point array is finite and below LARGEST."""
+    """Raises UserError if a value is not finite, or its size is above LARGEST."""
     with np.errstate(invalid="ignore"):
         is_bad = ~(np.abs(array) <= LARGEST)
     if is_bad.any():

@@ -55,6 +55,18 @@ _DEVICE_OUT_OF_MEMORY = (
     "sample.count) or raise train.loss_chunks; for a new run, also lower "
     "train.batch_size or model.block_size, or raise train.accumulation"
 )
+# PyTorch computes what pcagpt cannot, in fewer ways.
+_TORCH_OUT_OF_MEMORY = (
+    "the GPU's memory is exhausted: lower evaluate.batch_size and train.batch_size, "
+    "use a larger GPU, or the CPU, with CUDA_VISIBLE_DEVICES= before the command"
+)
+# {a part of the text of a RuntimeError: what to say}
+_OUT_OF_MEMORY = {
+    "RESOURCE_EXHAUSTED": _DEVICE_OUT_OF_MEMORY,
+    "CUDA out of memory": _TORCH_OUT_OF_MEMORY,
+    "CUDA error: out of memory": _TORCH_OUT_OF_MEMORY,
+    "DefaultCPUAllocator": _HOST_OUT_OF_MEMORY,  # PyTorch's
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -84,9 +96,10 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
             return _say(line, REFUSED)
-        # JAX's own errors are RuntimeErrors.
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            return _say(_DEVICE_OUT_OF_MEMORY, REFUSED)
+        # Those of JAX and PyTorch are RuntimeErrors.
+        known = _OUT_OF_MEMORY if isinstance(error, RuntimeError) else {}
+        if lines := [line for text, line in known.items() if text in str(error)]:
+            return _say(lines[0], REFUSED)
         if "jax" in sys.modules:
             from pcagpt.sharding import processes
 

@@ -161,7 +161,7 @@ class Rival:
     marker: str  # a shape of Vega
 
 
-# What compressed tables have to beat. `pcagpt.compress.rivals` makes them.
+# What compressed tables have to beat. `pcagpt.compression.rivals` makes them.
 RIVALS = {
     OWN_TABLE: Rival(
         "D's table, int{bits}",

@@ -3,6 +3,7 @@
 import atexit
 import codecs
 import contextlib
+import contextvars
 import ctypes
 import io
 import logging
@@ -66,6 +67,40 @@ _NOT_HEEDED = {
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": ("allow", "log"),
     "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": ("allow", "log"),
 }
+
+
+# Of a program that imports pcagpt: whether it asked for progress. None: the command.
+_guest: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
+    "guest", default=None
+)
+
+
+@contextlib.contextmanager
+def as_guest(shows_progress: bool) -> Iterator[None]:
+    """Within, pcagpt works for another program instead of being the command.
+
+    It prints nothing, except progress if that is asked for, and keeps nothing beside
+    files that it only reads.
+    """
+    # absl configures the root logger at its first message, unless it has a handler.
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    token = _guest.set(shows_progress)
+    try:
+        yield
+    finally:
+        _guest.reset(token)
+        logging.getLogger().removeHandler(handler)
+
+
+def shows_progress() -> bool:
+    """Whether progress may be printed."""
+    return _guest.get() is not False
+
+
+def is_guest() -> bool:
+    """Whether pcagpt works for another program, see `as_guest`."""
+    return _guest.get() is not None
 
 
 def prepare() -> None:

@@ -11,6 +11,7 @@ from runs import snapshot
 
 from pcagpt import main
 from pcagpt.config import command_line
+from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.config.tasks import readers_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,18 @@ def tiny_knobs(config_name):
     return {k: v for k, v in TINY.items() if settings.task in readers_of(k)[0]}
 
 
+def unread(values):
+    """The knobs that a task does not read beside others of these values."""
+    names = set()
+    is_bare = str(values.get("model_path")).endswith(".npy")
+    has_none = values.get("factorize.method") == "svd" or is_bare
+    if has_none or "factorize.statistics" in values:
+        names = {"data.source", "train.batch_size", "compress.calibration_tokens"}
+    if any(f"compress.{bound}" in values for bound in COMPRESS_BOUNDS):
+        names.add("telemetry.tensorboard")
+    return names
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The exit code of a call, and what it printed."""
@@ -61,12 +74,16 @@ def tiny(config_name, corpus_folder, **sections):
 
     tiny("pca_k128.py", folder, train={"steps": 3}, seed=2) sets two knobs besides.
     """
-    values = {"data.source": corpus_folder, **tiny_knobs(config_name)}
+    given = {}
     for name, value in sections.items():
         if isinstance(value, dict):
-            values |= {f"{name}.{knob}": v for knob, v in value.items()}
+            given |= {f"{name}.{knob}": v for knob, v in value.items()}
         else:
-            values[name] = value
+            given[name] = value
+    values = {"data.source": corpus_folder} | tiny_knobs(config_name) | given
+    if config_name == "factorize.py":
+        values = {"factorize.method": "svd"} | values
+    values = {k: v for k, v in values.items() if k in given or k not in unread(values)}
     overrides = [f"--config.{path}={value}" for path, value in values.items()]
     return [f"--config={CONFIGS / config_name}", *overrides]
 

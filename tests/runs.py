@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.config.schema import ModelSettings
 from pcagpt.config.tasks import RECOVERY, readers_of
-from pcagpt.factorize import Statistics
+from pcagpt.factorization import Statistics
 from pcagpt.model import GPTConfig
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline.job import Job

@@ -21,7 +21,7 @@ from runs import (
 from pcagpt import arms, trees
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, Factorizer, factor_files
+from pcagpt.factorization import BandFactors, FactorizedTable, Factorizer, factor_files
 from pcagpt.files import write_json
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate

@@ -21,6 +21,7 @@ import pytest
 from command_line import CONFIGS, call, refusal, tiny
 
 from pcagpt.config import KNOBS, command_line, validate
+from pcagpt.config.schema import FinetuneSettings
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run.folder import read_record
@@ -189,11 +190,14 @@ def only_job(line, monkeypatch):
 def test_a_missing_baseline_is_refused_with_the_command_that_trains_it(
     config_name, corpus_folder, place, monkeypatch
 ):
-    line, (baseline, *_) = lacking(config_name, corpus_folder, place, seed=3)
+    is_tuned = config_name == "pca_finetune_k128.py"  # D reads no such share.
+    share = {"finetune": {"steps_share": 0.3}} if is_tuned else {}
+    line, (baseline, *_) = lacking(config_name, corpus_folder, place, seed=3, **share)
     assert "gpt_baseline is not trained and build_prerequisites is off" in line
     job = only_job(line, monkeypatch)
     assert job.folder == baseline.folder
-    assert job.settings == baseline.settings
+    own = {"finetune": FinetuneSettings()}
+    assert job.settings == baseline.settings.replace(own)
 
 
 def test_missing_factors_are_refused_with_the_command_that_makes_them(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BudgetTooSmall,
     Factorizer,
     Weighting,
@@ -14,8 +14,8 @@ from pcagpt.factorize import (
     least_budget,
     solve,
 )
-from pcagpt.factorize.bands import allocate_ranks, banded, frequency_bands
-from pcagpt.factorize.solve import table_of_rank, truncate
+from pcagpt.factorization.bands import allocate_ranks, banded, frequency_bands
+from pcagpt.factorization.solve import table_of_rank, truncate
 
 V, D = 700, 12
 RANDOM = np.random.default_rng(2)

@@ -10,10 +10,10 @@ import pytest
 from runs import changed
 
 from pcagpt import files
-from pcagpt.compress.original import Original
+from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
+from pcagpt.factorization import Statistics
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes

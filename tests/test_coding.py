@@ -27,7 +27,7 @@ from pcagpt.coding.transform import (
     karhunen_loeve,
 )
 from pcagpt.errors import UserError
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BudgetTooSmall,
     Statistics,
     Weighting,

@@ -15,17 +15,17 @@ from command_line import call
 from runs import assert_equal, changed, execute, quick_compiles, snapshot
 
 from pcagpt import coding, files, main, trees
-from pcagpt.compress import export
-from pcagpt.compress import sweep as sweep_module
-from pcagpt.compress.candidates import Compressor, recipes
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.original import Original
-from pcagpt.compress.score import TableSwap, frequency_deciles
-from pcagpt.compress.sweep import _predicted
+from pcagpt.compression import sweep as sweep_module
+from pcagpt.compression import write_model
+from pcagpt.compression.candidates import Compressor, recipes
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.original import Original
+from pcagpt.compression.score import TableSwap, frequency_deciles
+from pcagpt.compression.sweep import _predicted
 from pcagpt.config import Settings, validate
 from pcagpt.config.schema import KNOBS, ModelSettings
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import CODES
 from pcagpt.model import GPT
@@ -814,7 +814,7 @@ def test_a_model_is_not_replaced_if_a_run_beside_it_cannot_be_read(asked, monkey
     run.mkdir()
     before, state = snapshot(folder), FolderState(run, (), False)
     refused = dataclasses.replace(state, damage=Unreadable("input/output error"))
-    monkeypatch.setattr(export, "look", lambda _: refused)
+    monkeypatch.setattr(write_model, "look", lambda _: refused)
     other = changed(asked, **{"compress.max_params": 900})
     with pytest.raises(Unreadable, match="input/output error"):
         compress(Settings.of(other), "a command")
@@ -1164,7 +1164,9 @@ def test_a_packed_table_meets_a_bound_and_is_a_run(asked):
     further = {"task": "train", "arm": "continued", "model_path": ""}
     source = Run.open(asked.model_path).record["corpus_source"]
     further |= {"init.weights_from": str(folder), "data.source": source}
-    with pytest.raises(UserError, match="a packed table cannot be trained"):
+    with pytest.raises(
+        UserError, match=f"{folder} has a packed table, which cannot be"
+    ):
         execute(changed(asked, **further))
 
 
@@ -1337,6 +1339,16 @@ def test_print_config_refuses_a_model_that_the_run_does_not_have(name, asked):
 
 
 def test_print_config_says_what_would_be_compressed(asked):
+    compressed = Path(asked.model_path).with_name("gpt_pca_k8")
+    write_record(compressed, Run.open(asked.model_path).record)
+    checkpoint.save_weights(compressed, Run.open(asked.model_path).weights)
+    record = read_record(compressed)
+    record["model"]["n_embd_wte"] = 8
+    write_record(compressed, record)
+    words = f"--config.model_path={compressed}", "--print_config"
+    outcome = call("--config=configs/compress.py", *words)
+    assert outcome.code == 2
+    assert "already has a factorized embedding" in outcome.err
     model = f"--config.model_path={asked.model_path}"
     outcome = call("--config=configs/compress.py", model, "--print_config")
     assert outcome.code == 0, outcome

@@ -109,7 +109,6 @@ def test_values_at_the_end_of_their_range_are_accepted():
     ends = {
         "seed": 2**32 - 1,
         "model.dropout": 0.0,
-        "finetune.steps_share": 1.0,
         "train.warmup_steps": 0,
         "train.gradient_clip": 0.0,
         "train.final_learning_rate_share": 0.0,
@@ -123,6 +122,19 @@ BANDS = {"model.band_sizes": (100, 400), "model.band_ranks": (64, 0)}
 WEIGHTS = {"init.weights_from": "RUN"}
 A = {"arm": "pca", "model.n_embd_wte": 8}
 COMPRESS = {"task": "compress", "model_path": "RUN"}
+FACTORIZE = {"task": "factorize", "model_path": "RUN"}
+CONTEXT = {"factorize.method": "context"}
+MEASURED = {
+    "data.source": "corpus",
+    "train.batch_size": 3,
+    "compress.calibration_tokens": 7,
+}
+SHARES = {
+    "finetune.steps_share",
+    "finetune.learning_rate_share",
+    "scratch.pca_learning_rate_share",
+    "scratch.random_learning_rate_share",
+}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +261,36 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             {"train.schedule": "constant", "train.final_learning_rate_share": 0.5},
             "train.final_learning_rate_share is set, but train.schedule is 'constant'",
         ),
+        (
+            COMPRESS | {"compress.max_bytes": 9, "ranks": (77,)},
+            "ranks is set, but compress.max_bytes is set, too, and does not read it",
+        ),
+        (
+            COMPRESS | {"compress.max_bytes": 9, "telemetry.tensorboard": False},
+            "telemetry.tensorboard is set, but compress.max_bytes is set, too",
+        ),
+        (
+            COMPRESS | {"compress.max_params": 9, "compress.bits": (4,)},
+            "compress.bits is set, but compress.max_params is set, too",
+        ),
+        *(
+            (task | {knob: value}, f"{knob} is set, but no statistics are measured")
+            for task in (
+                FACTORIZE,
+                FACTORIZE | CONTEXT | {"factorize.statistics": "x.npz"},
+                FACTORIZE | CONTEXT | {"model_path": "x.npy"},
+            )
+            for knob, value in MEASURED.items()
+        ),
+        *(
+            (arm | {knob: 0.7}, f"{knob} is set, but the {name} model does not read it")
+            for name, arm, knobs in (
+                ("baseline", {}, SHARES),
+                ("pca", A, SHARES - {"scratch.pca_learning_rate_share"}),
+                ("random", A | RANDOM, SHARES - {"scratch.random_learning_rate_share"}),
+            )
+            for knob in sorted(knobs)
+        ),
         ({"workdir": ""}, "workdir is empty: give --config.workdir=FOLDER; . is"),
         ({"task": "evaluate"}, "model_path is empty: name the run to evaluate"),
         ({"task": "factorize"}, "model_path is empty: name the run to factorize"),
@@ -258,6 +300,24 @@ def test_knobs_that_contradict_each_other_are_refused(values, words):
     with pytest.raises(UserError) as refused:
         validate(Settings().replace(values))
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        FACTORIZE | CONTEXT | MEASURED,
+        FACTORIZE | {"data.source": ""},
+        A | {"arm": "pca_finetune", "finetune.steps_share": 1.0},
+        WEIGHTS | {"finetune.steps_share": 0.7, "finetune.learning_rate_share": 0.7},
+        A | {"scratch.pca_learning_rate_share": 0.7},
+        EXPERIMENT | dict.fromkeys(SHARES, 0.7),
+        COMPRESS | {"ranks": ()},
+        COMPRESS | {"ranks": (), "compress.max_added_loss": 0.1},
+        COMPRESS | {"compress.max_bytes": 9, "compress.bits": (4,)},
+    ],
+)
+def test_knobs_that_another_value_makes_read_are_accepted(values):
+    validate(Settings().replace(values))
 
 
 @pytest.mark.parametrize(

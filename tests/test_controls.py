@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pcagpt.config import KNOBS
-from pcagpt.factorize import CONTROLS, control
+from pcagpt.factorization import CONTROLS, control
 
 RANDOM = np.random.default_rng(0)
 # A table [40, 6] and a scale matrix [6, 12] with uneven rows.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from command_line import refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
 from pcagpt import coding  # noqa: E402
-from pcagpt.compress.decoder import Decoder  # noqa: E402
+from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
-from pcagpt.factorize.factor_files import read_bands  # noqa: E402
+from pcagpt.factorization.factor_files import read_bands  # noqa: E402
 from pcagpt.pipeline.compress import compress  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
+from pcagpt.run.trained import Run  # noqa: E402
 
 SIZES = {
     "vocab_size": 90,
@@ -150,13 +153,6 @@ def test_the_gradient_moment_predicts_the_loss_of_noisy_rows(folder):
     assert np.mean(total) == pytest.approx(predicted, rel=0.1)
 
 
-def test_untied_tables_are_refused(tmp_path):
-    config = transformers.LlamaConfig(**SIZES | {"tie_word_embeddings": False})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="input and output tables are not tied"):
-        Decoder(tmp_path, 16)
-
-
 def spoil(folder, change):
     """Rewrites the weights of a folder, changed by `change`."""
     from safetensors.torch import load_file, save_file
@@ -169,33 +165,183 @@ def spoil(folder, change):
 NORM = "model.norm.weight"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda tensors: tensors.pop(NORM), f"has no tensor {NORM} of the shape"),
-        (lambda tensors: tensors[NORM].fill_(float("inf")), f"{NORM} holds values"),
-        (
-            lambda tensors: tensors.update({NORM: torch.ones(3)}),
-            "transformers cannot open|has no tensor",
-        ),
-    ],
-    ids=["missing", "infinite", "another shape"],
-)
-def test_a_folder_whose_weights_are_not_whole_is_refused(change, words, tmp_path):
-    config = transformers.LlamaConfig(**SIZES)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    spoil(tmp_path, change)
-    with pytest.raises(UserError, match=words):
-        Decoder(tmp_path, 16)
+def half_infinite(folder):
+    def change(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.half()
+        tensors[TABLE][3, 5] = float("inf")
+
+    spoil(folder, change)
 
 
-def test_a_file_that_was_cut_is_refused(tmp_path):
-    config = transformers.LlamaConfig(**SIZES)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
+def set_config(**fields):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def add_head(table):
+    return lambda folder: spoil(
+        folder, lambda tensors: tensors.update({"lm_head.weight": table})
+    )
+
+
+def lose_shard(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="transformers cannot open"):
-        Decoder(tmp_path, 16)
+
+
+def another_norm(change):
+    return lambda folder: spoil(folder, change)
+
+
+def write_code(folder):
+    """Code of a model, which must not run."""
+    text = f"open({str(folder / 'RAN')!r}, 'w')\n"
+    for name in ("modeling_own.py", "configuration_own.py"):
+        (folder / name).write_text(text)
+    classes = {
+        "AutoConfig": "configuration_own.A",
+        "AutoModelForCausalLM": "modeling_own.B",
+    }
+    set_config(auto_map=classes, model_type="own")(folder)
+
+
+def big_tokenizer(folder):
+    vocab = {str(number): number for number in range(98)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+
+
+NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
+SPOILT = {
+    "no_weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "has a config.json, but no model.safetensors: download it",
+    ),
+    "lost_shard": (lose_shard, "which its model.safetensors.index.json names"),
+    "cut": (cut, "transformers cannot open"),
+    "lacking": (
+        another_norm(lambda tensors: tensors.pop(NORM)),
+        f"has no tensor {NORM} of the shape",
+    ),
+    "infinite": (
+        another_norm(lambda tensors: tensors[NORM].fill_(float("inf"))),
+        f"{NORM} holds values that are not finite",
+    ),
+    "half_infinite": (half_infinite, f"{TABLE} holds values that are not finite"),
+    "shape": (
+        another_norm(lambda tensors: tensors.update({NORM: torch.ones(3)})),
+        "theirs",
+    ),
+    "padded": (set_config(vocab_size=90), "theirs"),
+    "two_tables": (
+        add_head(torch.randn(97, 32)),
+        f"{TABLE} is another table than lm_head.weight, although tie_word_embeddings",
+    ),
+    "lost_head": (
+        set_config(tie_word_embeddings=False),
+        "has no tensor lm_head.weight",
+    ),
+    "big_tokenizer": (big_tokenizer, "its tokenizer has 98 tokens, but its table 97"),
+    "code": (write_code, "transformers cannot open"),
+    "not_whole_sizes": (set_config(num_attention_heads=5), "theirs"),
+    "unknown": (set_config(model_type="unheard"), "transformers cannot open"),
+    "encoder": (set_config(model_type="t5"), "transformers cannot open"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_folder_that_is_not_a_whole_model_is_refused(
+    spoilt, llama, corpus_folder, tmp_path
+):
+    spoil_it, words = SPOILT[spoilt]
+    spoil_it(llama)
+    knobs = {"model_path": llama, "workdir": tmp_path / "runs", "ranks": 4}
+    sizes = {"block_size": 16, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    asked = tiny("compress.py", corpus_folder, **knobs, model=sizes)
+    line = refusal(*asked, unchanged=[llama])
+    assert words in line
+    assert not (tmp_path / "runs").exists() and not (llama / "RAN").exists()
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A whole tied Llama of 97 tokens, which a test may spoil."""
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": 97})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_the_same_table_twice_is_one(llama):
+    stored = Decoder(llama, 16).table_VD
+    add_head(torch.as_tensor(stored))(llama)
+    model = Decoder(llama, 16)
+    assert model.sides == ()
+    np.testing.assert_array_equal(model.table_VD, stored)
+
+
+def test_code_in_the_folder_of_a_known_model_is_not_run(llama):
+    write_code(llama)
+    set_config(model_type="llama")(llama)
+    assert type(Decoder(llama, 16).model) is transformers.LlamaForCausalLM
+    assert not (llama / "RAN").exists()
+
+
+def test_a_smaller_tokenizer_fits_a_padded_table(llama):
+    vocab = {str(number): number for number in range(90)}
+    (llama / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    run = Run.open(llama, any_architecture=True)
+    assert run.record["tokenizer"] == str(llama / "tokenizer.json")
+    assert run.record["vocab_size"] == 97
+
+
+@pytest.mark.parametrize("name", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_model_without_a_table_that_can_be_found_is_refused(name, llama, monkeypatch):
+    def fail(_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, name, fail)
+    with pytest.raises(UserError, match="has no (embedding of tokens|table of the)"):
+        Decoder(llama, 16)
+
+
+def test_a_model_that_takes_no_embedded_tokens_is_refused(llama, monkeypatch):
+    forward = transformers.LlamaModel.forward
+
+    def plain(self, input_ids=None, use_cache=None, **others):
+        others.pop("inputs_embeds", None)
+        return forward(self, input_ids=input_ids, use_cache=False)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", plain)
+    with pytest.raises(UserError, match="does not compute logits from embedded tokens"):
+        Decoder(llama, 16)
+
+
+def test_a_model_that_reads_the_tokens_it_predicts_is_refused(tmp_path):
+    sizes = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**SIZES | sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = Decoder(tmp_path, 16)
+    model.model.forward = lambda input_ids, use_cache: types.SimpleNamespace(
+        logits=model.model.lm_head(hidden(input_ids))
+    )
+    embed = model.model.get_input_embeddings()
+
+    def hidden(input_ids):
+        return embed(input_ids) + embed(input_ids).mean(1, keepdim=True)
+
+    model._hidden = lambda tokens_BT: hidden(tokens_BT)[0]
+    with pytest.raises(UserError, match="reads the tokens that it should predict"):
+        model._check_head()
 
 
 @pytest.fixture

@@ -313,6 +313,9 @@ def test_max_tokens_predicts_the_first_tokens_and_writes_a_file_of_its_own(asked
         "_first48_step6.json",
         "_step6.json",
     }
+    before = snapshot(run_dir).keys()
+    evaluate(asked(**{"evaluate.max_tokens": 10**6}))  # That is the whole split.
+    assert snapshot(run_dir).keys() == before
 
 
 def test_each_corpus_split_and_step_has_its_own_file_in_the_run_folder(asked, tmp_path):
@@ -414,10 +417,12 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
     tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
     tokens[700] ^= 1
     tokens.tofile(folder / f"{split}.bin")
-    before = snapshot(Path(config.model_path))
+    before, measured = snapshot(Path(config.model_path)), changed(config, split=split)
     with pytest.raises(UserError, match=rf"\({split} changed\): restore it, or name"):
-        evaluate(config)
+        evaluate(measured)
     assert snapshot(Path(config.model_path)) == before
+    if split == "test":  # It decides nothing on another split.
+        assert evaluate(config)["is_own_corpus"]
     named = changed(config, **{"data.source": str(folder)})
     assert evaluate(named)["is_own_corpus"] == (split == "test")
     assert not evaluate(changed(named, split=split))["is_own_corpus"]

@@ -330,9 +330,13 @@ def test_missing_factors_are_refused_with_all_that_they_depend_on(copied):
 
 def test_the_command_that_makes_factors_names_a_corpus_that_is_a_default(tiny_config):
     # configs/factorize.py takes the corpus of D, if none is named.
-    settings = Settings.of(changed(tiny_config, **{"data.source": "sotu"}))
-    factors = FactorizeJob(Path("x"), settings, True, Path("gpt_baseline"))
-    assert "--config.data.source=sotu" in str(factors.missing_error())
+    for method, is_read in (("context", True), ("svd", False)):
+        knobs = {"data.source": "sotu", "factorize.method": method}
+        settings = Settings.of(changed(tiny_config, **knobs))
+        factors = FactorizeJob(Path("x"), settings, True, Path("gpt_baseline"))
+        line = str(factors.missing_error())
+        assert ("--config.data.source=sotu" in line) == is_read
+        assert ("--config.train.batch_size=8" in line) == is_read
 
 
 def test_a_finished_baseline_is_used_whatever_its_budget_was(copied):

@@ -15,7 +15,7 @@ from runs import gpt_config, snapshot
 from pcagpt import coding, trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import Weighting, factor_files
+from pcagpt.factorization import Weighting, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record
@@ -264,6 +264,48 @@ def test_characters_and_a_named_tokenizer_go_along(tmp_path):
     assert Run.open(bare).record["tokenizer"] is None
     line = refusal(*asked[:1], f"--config.model_path={bare}", other, unchanged=[bare])
     assert "sotu4096 has 4096 tokens, the model of" in line
+
+
+def write_corpus(folder, **meta):
+    folder.mkdir()
+    for split in ("train", "val"):
+        (np.arange(999) % V).astype(np.uint16).tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": V} | meta))
+    return folder
+
+
+def test_an_exported_model_refuses_tokens_of_another_numbering(tmp_path):
+    texts = [chr(200 + number) for number in range(V)]
+    own = write_corpus(tmp_path / "own", itos=texts)
+    stated = write_corpus(tmp_path / "stated", itos=texts, tokenizer_sha256="x")
+    other = write_corpus(tmp_path / "other", itos=texts[::-1])
+    unknown = write_corpus(tmp_path / "unknown")
+    characters = run_export(
+        write_run(tmp_path / "run", record={"characters": texts}), tmp_path
+    )
+    record = {"tokenizer": "sotu4096"}
+    named = write_run(tmp_path / "named", vocab_size=4096, record=record)
+    named = run_export(named, tmp_path)
+    for model, corpus, is_refused in (
+        (characters, own, False),
+        (characters, stated, False),
+        (characters, unknown, False),
+        (characters, other, True),
+    ):
+        for config in ("evaluate.py", "compress.py"):
+            asked = {"model_path": model, "workdir": tmp_path / "runs"}
+            asked["model"] = {"n_layer": 2}
+            if config == "compress.py":
+                asked |= {"ranks": 4, "compress": {"methods": "svd", "bands": 1}}
+            arguments = tiny(config, corpus, **asked)
+            if is_refused:
+                line = refusal(*arguments, unchanged=[model, corpus])
+                assert f"{corpus.name} numbers its tokens in another way" in line
+            elif config == "evaluate.py":
+                assert call(*arguments).code == 0
+    asked = {"model_path": named, "workdir": tmp_path / "runs", "model": {"n_layer": 2}}
+    outcome = call(*tiny("evaluate.py", other, **asked))
+    assert json.loads(outcome.out)["protocol"]["tokenizer"] == "sotu4096"
 
 
 def test_an_export_with_another_tokenizer_is_another_export(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from pcagpt import files
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(7, 2)).astype(np.float32)

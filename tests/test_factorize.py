@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BandFactors,
     FactorizedTable,
     Factorizer,
     effective_rank,
     energy_kept,
 )
-from pcagpt.factorize.solve import table_of_rank, truncate
+from pcagpt.factorization.solve import table_of_rank, truncate
 
 pytestmark = pytest.mark.usefixtures("quick")
 RANDOM = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from runs import changed, described, execute, snapshot, write_statistics
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
@@ -244,6 +244,37 @@ def test_files_know_the_tokens_that_they_were_calibrated_on(
     del metadata["calibration_sha256"]  # As in files of an earlier version.
     write_json(job.folder / "metadata.json", metadata)
     assert job.status().words == "done"
+
+
+@pytest.mark.usefixtures("quick")
+def test_files_know_the_compute_dtype_of_their_statistics(job, corpus_folder):
+    knobs = {"train.batch_size": 8, "compress.calibration_tokens": 128}
+    knobs |= {"data.source": str(corpus_folder), "mesh.data": 1}
+    plain = by(job, method="kl")
+    plain = dataclasses.replace(plain, settings=plain.settings.replace(knobs))
+
+    def of_dtype(dtype, **more):
+        asked = {"model.compute_dtype": dtype}
+        changed = plain.settings.replace(asked)
+        return by(dataclasses.replace(plain, settings=changed), **more)
+
+    metadata = made(of_dtype("bfloat16"))
+    assert metadata["compute_dtype"] == "bfloat16"
+    assert of_dtype("bfloat16").status().words == "done"
+    with pytest.raises(
+        UserError, match=r"compute_dtype \(there bfloat16, here float32"
+    ):
+        of_dtype("float32").status()
+    assert "--config.model.compute_dtype=bfloat16" in str(
+        of_dtype("bfloat16").missing_error()
+    )
+    # Unless a person asks for one, that of another device is accepted, but not mixed.
+    assert plain.status().words == "done"
+    with pytest.raises(UserError, match="use --config.model.compute_dtype=bfloat16"):
+        of_dtype("auto", ranks=(4, 8)).status()
+    del metadata["compute_dtype"]  # As in files of an earlier version.
+    write_json(job.folder / "metadata.json", metadata)
+    assert of_dtype("float32").status().words == "done"
 
 
 def test_files_made_in_another_way_are_refused_and_kept(job, baseline_dir, tmp_path):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pcagpt.compress.candidates import Candidate, Compressor, quantized, recipes
-from pcagpt.compress.fit import Fit
-from pcagpt.compress.rivals import MAKERS
+from pcagpt.compression.candidates import Candidate, Compressor, quantized, recipes
+from pcagpt.compression.fit import Fit
+from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BandFactors,
     BudgetTooSmall,
     FactorizedTable,
@@ -89,6 +89,7 @@ def test_every_rival_can_be_made_and_is_named():
 def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     cpu, gpu = (decide_effort(SWEEP, platform) for platform in ("cpu", "gpu"))
     assert gpu.compress.methods.split(",") == [*METHODS, *CODES, *RIVALS]
+    assert cpu.ranks == gpu.ranks == (32, 64, 128, 256)
     assert gpu.compress.bands == (1, 7, 12)
     assert gpu.compress.calibration_tokens == 1_048_576
     assert gpu.evaluate.max_tokens == 0
@@ -98,6 +99,7 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
     assert 0 < cpu.evaluate.max_tokens < 100_000
     explicit = SWEEP.replace(
         {
+            "ranks": (128,),
             "compress.methods": "kl",
             "compress.bands": (2,),
             "compress.calibration_tokens": 7,

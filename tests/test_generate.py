@@ -127,6 +127,42 @@ def test_tokens_are_drawn_by_their_probability_at_the_temperature_among_top_k():
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.02)
 
 
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_have_this_probability():
+    model, variables = model_of("factorized")
+    logits = jax.jit(model.apply)(variables, jnp.array([[7]], jnp.int32))
+    p = np.exp(np.asarray(logits[0, -1], np.float64) / 4)
+    p /= p.sum()
+    likeliest = np.argsort(-p)
+    sums = np.cumsum(p[likeliest])
+    top_p = float((sums[3] + sums[4]) / 2)  # Four tokens are too few.
+    how = {"samples": 20_000, "temperature": 4.0}
+    found = drawn(model, variables, [7], 1, top_p=top_p, **how)
+    shares = np.array([(found == token).mean() for token in likeliest[:5]])
+    wanted = p[likeliest[:5]] / sums[4]
+    np.testing.assert_allclose(shares, wanted, atol=0.02)
+    assert shares.sum() == 1
+    # Among the two of top_k, the likelier one has more than 0.4.
+    found = drawn(model, variables, [7], 1, top_p=0.4, top_k=2, **how)
+    assert (found == likeliest[0]).all()
+    np.testing.assert_array_equal(
+        drawn(model, variables, [7], 9, top_p=1e-9),
+        drawn(model, variables, [7], 9, top_k=1),
+    )
+
+
+def test_top_p_1_draws_the_same_tokens_as_without_it_by_the_same_program(monkeypatch):
+    monkeypatch.setattr(generation, "_nucleus", None)  # It would be called.
+    model, variables = model_of("full")
+    plain = drawn(model, variables, [7], 20, samples=50, top_k=41)
+    np.testing.assert_array_equal(
+        drawn(model, variables, [7], 20, samples=50, top_k=41, top_p=1.0), plain
+    )
+    # These tokens were drawn before there was a top_p.
+    assert drawn(model, variables, [7], 12, top_k=40)[0].tolist() == [
+        *(15, 47, 35, 47, 80, 51, 43, 43, 42, 35, 1, 43)
+    ]
+
+
 @pytest.mark.parametrize("options", [{"top_k": 40}, {"temperature": 0}])
 def test_ids_beyond_those_of_the_tokenizer_are_never_drawn(options):
     model, variables = model_of("full")

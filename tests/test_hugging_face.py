@@ -334,7 +334,7 @@ SPOILT = {
     ),
     "untied": (
         with_config(tie_word_embeddings=False),
-        "tie_word_embeddings is False, with which pcagpt would compute something else",
+        "holds a GPT2LMHeadModel: of models other than a GPT-2 with one table, only",
     ),
     "another_architecture": (
         with_config(
@@ -379,14 +379,15 @@ def test_a_folder_that_is_not_a_whole_gpt2_is_refused(
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_the_name_of_a_model_on_a_hub_is_refused_with_what_to_give(name, place):
-    for config in ("evaluate.py", "factorize.py", "sample.py"):
+    for config in ("evaluate.py", "factorize.py", "sample.py", "compress.py"):
         line = refusal(
             *tiny(config, place, model_path=name)[:1],
             f"--config.model_path={name}",
             unchanged=[place],
         )
         assert f"{name} does not exist" in line
-        assert "pcagpt downloads no models" in line
+        assert "pcagpt reads folders and downloads no models" in line
+        assert f"hf download {name} --local-dir gpt2" in line
     line = refusal(*tiny("evaluate.py", place, model_path="/gpt2"), unchanged=[place])
     assert "downloads" not in line
 
@@ -398,3 +399,11 @@ def test_a_folder_says_nothing_of_its_corpus_and_keeps_its_sizes(folder, place):
     asked["model"] = {"n_layer": 3}
     line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[place, folder])
     assert "model.n_layer is 3" in line
+
+
+def test_code_in_the_folder_is_not_run(folder, place, corpus_folder):
+    ran = place / "RAN"
+    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    gpt2_folders.write_config(folder, auto_map={"AutoModel": "modeling_own.Own"})
+    done(*tiny("evaluate.py", corpus_folder, model_path=folder, model={"n_layer": 2}))
+    assert not ran.exists()

@@ -10,8 +10,8 @@ import pytest
 from runs import gpt_config
 
 from pcagpt import trees
-from pcagpt.factorize import Factorizer, energy_kept
-from pcagpt.factorize.solve import table_of_rank, truncate
+from pcagpt.factorization import Factorizer, energy_kept
+from pcagpt.factorization.solve import table_of_rank, truncate
 from pcagpt.model import GPT, embedding_parameters, total_parameters
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -1,6 +1,7 @@
 """What a run starts from: imported factors, another run's blocks, and freezing."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,11 +14,12 @@ from runs import assert_equal, changed, execute, gpt_config, job, setup, start
 from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
+from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
-from pcagpt.run.folder import write_record
+from pcagpt.run.folder import read_record, write_record
 from pcagpt.training import loop
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -158,7 +160,7 @@ def test_blocks_can_be_taken_from_any_checkpoint(d_dir):
     assert len(found) == len(trees.flatten(template())) - 2
     assert_equal(found, {path: wanted[path] for path in found})
     newest, third, sixth = (
-        initialise.fingerprints(Settings().replace({"init.blocks_from": str(path)}))
+        initialise.import_hashes(Settings().replace({"init.blocks_from": str(path)}))
         for path in (d_dir, d_dir / "ckpt/3", d_dir / "ckpt/6")
     )
     assert newest == sixth != third
@@ -327,6 +329,25 @@ def test_blocks_of_another_model_are_refused(other, words, d_dir):
     assert words in message
 
 
+def test_blocks_of_a_model_of_other_tokens_are_refused(
+    tiny_config, d_dir, corpus_folder, factors, tmp_path
+):
+    source = Path(shutil.copytree(d_dir, tmp_path / "source"))
+    corpus = Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+    for folder, order in ((source, 1), (corpus, -1)):
+        itos = [chr(200 + number) for number in range(97)][::order]
+        meta = json.dumps({"vocab_size": 97, "itos": itos})
+        (corpus / "meta.json").write_text(meta)
+        if folder == source:
+            content = open_corpus(str(corpus), corpus).content
+            write_record(source, read_record(source) | {"corpus": content})
+    knobs = {f"init.{name}": path for name, path in factors().items()}
+    knobs |= {"init.blocks_from": str(source), "data.source": str(corpus)}
+    knobs |= {"arm": "pca_finetune", "model.n_embd_wte": 8}
+    with pytest.raises(UserError, match="numbers its tokens in another way"):
+        job(changed(tiny_config, **knobs)).check(set())
+
+
 def test_more_blocks_than_the_model_has_are_refused(d_dir, monkeypatch):
     deeper = template(dataclasses.replace(MODEL, n_layer=2))
     monkeypatch.setattr(checkpoint, "load_weights", lambda _: {"params": deeper})
@@ -388,6 +409,6 @@ def test_the_files_of_a_factorization_are_imported_and_hashed(d_dir):
     }
     assert imported(**init).keys() == {"embed/band_0/wte", "embed/band_0/scale_up"}
     knobs = {f"init.{name}": path for name, path in init.items()}
-    hashes = initialise.fingerprints(Settings().replace(knobs))
+    hashes = initialise.import_hashes(Settings().replace(knobs))
     assert hashes.keys() == init.keys()
     assert len(set(hashes.values())) == 2

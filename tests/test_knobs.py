@@ -18,7 +18,7 @@ from pcagpt import main
 from pcagpt.config import Settings, checks, validate
 from pcagpt.config.tasks import RECOVERY, TASKS, readers_of
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable, factor_files
+from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
 from pcagpt.model import GPT
 from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as pipeline
@@ -364,6 +364,7 @@ KNOBS = {
     "sample.count": (samples, 2, SAMPLE),
     "sample.temperature": (samples, 0, SAMPLE),
     "sample.top_k": (samples, 2, SAMPLE),
+    "sample.top_p": (samples, 0.5, SAMPLE),
     "checkpoint.every": (left, 2, KEPT),
     "checkpoint.keep_last": (left, 1, KEPT),
     "telemetry.every": (left, 2, KEPT),

@@ -14,14 +14,15 @@ ROWS = (
     "files process trees arms methods",
     "sharding",
     "kernels",
-    "config model factorize data telemetry",
+    "config model factorization data telemetry",
     "losses coding rows",
     "run",
     "training",
     "report",
-    "compress",
+    "compression",
     "export",
     "pipeline",
+    "api",
     "main __main__",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
@@ -33,6 +34,7 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path.read_text("utf-8") for path in ROOT.rglob("*.py")}
+del MODULES["pcagpt"]  # It names what `api` has, and imports it only when it is used.
 
 
 def package_of(module):
@@ -66,7 +68,7 @@ def wrong_arrows(modules):
 
 
 def test_every_package_has_exactly_one_row():
-    assert {package_of(module) for module in MODULES} - {""} == set(ROW)
+    assert {package_of(module) for module in MODULES} == set(ROW)
     assert len(ROW) == sum(len(names.split()) for names in ROWS)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pcagpt import coding
-from pcagpt.factorize import Weighting, second_order_loss
+from pcagpt.factorization import Weighting, second_order_loss
 
 V, D = 4000, 12
 RANDOM = np.random.default_rng(0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     BandFactors,
     LossRegression,
     Predictor,
@@ -12,7 +12,7 @@ from pcagpt.factorize import (
     Weighting,
     solve,
 )
-from pcagpt.factorize.solve import table_of_rank
+from pcagpt.factorization.solve import table_of_rank
 from pcagpt.methods import METHODS, token_contexts
 
 V, D = 60, 8

@@ -17,7 +17,7 @@ import pytest
 from command_line import CONFIGS, call, tiny
 from runs import metrics, saved_state
 
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.report.read import read_row
 from pcagpt.run import folder
 from pcagpt.run.checkpoint import steps

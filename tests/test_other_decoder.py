@@ -9,7 +9,8 @@ import pytest
 from command_line import CONFIGS, refusal
 from safetensors.numpy import save_file
 
-from pcagpt.run import foreign
+from pcagpt.errors import UserError
+from pcagpt.run import foreign, other_decoder
 from pcagpt.run.trained import Run
 
 LLAMA = {
@@ -44,6 +45,12 @@ def test_a_decoder_is_a_run_with_a_vocabulary_and_an_architecture(llama):
     assert (run.step, run.record["vocab_size"]) == (foreign.STEP, 97)
 
 
+def test_a_config_that_vanishes_meanwhile_is_one_line(llama):
+    (llama / "config.json").unlink()
+    with pytest.raises(UserError, match="llama lost its config.json: restore it"):
+        other_decoder.record_of(llama)
+
+
 def test_other_weights_give_another_fingerprint(llama):
     first = Run.open(llama, any_architecture=True).fingerprint
     table = np.zeros((97, 24), np.float32)
@@ -55,7 +62,7 @@ def test_other_weights_give_another_fingerprint(llama):
     ("config", "knobs"),
     [
         ("evaluate.py", {}),
-        ("factorize.py", {"ranks": 4}),
+        ("factorize.py", {"ranks": 4, "factorize.method": "context"}),
         ("export.py", {}),
         ("pca_finetune_k128.py", {"model.n_embd_wte": 4}),
         ("pca_k128.py", {"model.n_embd_wte": 4}),
@@ -74,7 +81,7 @@ def test_a_task_that_cannot_compute_the_model_says_so_before_it_tokenizes(
     words = [*words, *(f"--config.{name}={value}" for name, value in knobs.items())]
     line = refusal(f"--config={CONFIGS / config}", *words, unchanged=[llama])
     assert "holds a LlamaForCausalLM" in line
-    assert "only --config=configs/compress.py takes one" in line
+    assert "which only --config=configs/compress.py can take" in line
     assert not list(tmp_path.rglob("*.bin"))
 
 
@@ -94,7 +101,7 @@ def test_compress_says_which_package_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "pcagpt.compress.decoder", raising=False)
+    monkeypatch.delitem(sys.modules, "pcagpt.compression.decoder", raising=False)
     knobs = {"data.source": corpus_folder, "ranks": 4, "mesh.data": 1}
     line = ask("compress.py", llama, tmp_path / "runs", **knobs)
     assert f"needs the package {package}: pip install 'pcagpt[hf]'" in line

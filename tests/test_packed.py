@@ -1,5 +1,7 @@
 """Packed tables: fixed-width codes, which a model reads in place."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from pcagpt import coding
 from pcagpt.coding.packed import choices, pack
 from pcagpt.coding.widths import CHOICES, Widths, levels_of
 from pcagpt.errors import UserError
-from pcagpt.factorize import BudgetTooSmall, Weighting, second_order_loss
+from pcagpt.factorization import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
 from pcagpt.model import BLOCK, GPT, WIDTHS, BandSpec, token_order
 from pcagpt.training.step import Teacher
@@ -175,6 +177,16 @@ def test_arrays_that_do_not_fit_together_are_refused(prepared, tmp_path, change)
     np.savez(path, **dict(np.load(path)) | change)
     with pytest.raises(UserError, match="is damaged"):
         coding.read_packed(path)
+
+
+def test_fields_of_a_later_version_are_left_out(prepared, tmp_path):
+    path = tmp_path / "table.npz"
+    coding.write_packed(path, pack(prepared, 5, 42_000), DESCRIPTION)
+    arrays = dict(np.load(path))
+    said = json.loads(arrays["description"].tobytes()) | {"later": 1}
+    text = json.dumps(said).encode()
+    np.savez(path, **arrays | {"description": np.frombuffer(text, np.uint8)})
+    assert coding.read_packed(path)[1] == DESCRIPTION
 
 
 @pytest.mark.parametrize(("bands", "largest"), [(1, 60_000), (5, 90_000)])

@@ -97,6 +97,21 @@ def stop_with(error, monkeypatch):
     monkeypatch.setattr(execute, "execute", stop)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory", "raise train.loss_chunks"),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "CUDA_VISIBLE_DEVICES= "),
+        ("CUDA error: out of memory", "CUDA_VISIBLE_DEVICES= "),
+        ("[enforce fail] . DefaultCPUAllocator: can't allocate", "main memory is"),
+    ],
+)
+def test_exhausted_memory_is_no_bug(text, words, corpus_folder, monkeypatch, tmp_path):
+    stop_with(RuntimeError(text), monkeypatch)
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path)
+    assert words in refusal(*arguments, unchanged=[tmp_path])
+
+
 def test_a_full_disk_ends_a_command_in_one_line(corpus_folder, monkeypatch, tmp_path):
     stop_with(OSError(errno.ENOSPC, "x", "runs/a"), monkeypatch)
     arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import product_quantize
+from pcagpt.factorization import product_quantize
 
 RANDOM = np.random.default_rng(0)
 FLAT = np.ones(3000)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pcagpt.factorize import gptq, quantize
-from pcagpt.factorize.quantize import pack, unpack
+from pcagpt.factorization import gptq, quantize
+from pcagpt.factorization.quantize import pack_bits, unpack_bits
 
 RANDOM = np.random.default_rng(0)
 TABLE = (RANDOM.normal(size=(50, 100)) * np.exp(RANDOM.normal(size=(50, 1)))).astype(
@@ -24,16 +24,16 @@ def test_packed_codes_come_back_and_fill_no_more_than_their_last_byte(bits, widt
     half = 2 ** (bits - 1)
     codes = RANDOM.integers(-half, half, (5000, width)).astype(np.int8)
     codes[:2, 0] = -half, half - 1
-    packed = pack(codes, bits)
+    packed = pack_bits(codes, bits)
     assert packed.dtype == np.uint8
     assert packed.shape == (5000, -(-width * bits // 8))
-    np.testing.assert_array_equal(unpack(packed, width, bits), codes)
+    np.testing.assert_array_equal(unpack_bits(packed, width, bits), codes)
 
 
 def test_packed_codes_are_those_worked_out_by_hand():
     codes = np.array([[1, -1, 3, -4]], np.int8)  # 001 111 011 100, in three bits each
-    assert pack(codes, 3).tolist() == [[0b00111101, 0b11000000]]
-    assert pack(np.array([[-2, -1, 0, 1]], np.int8), 2).tolist() == [[0b10110001]]
+    assert pack_bits(codes, 3).tolist() == [[0b00111101, 0b11000000]]
+    assert pack_bits(np.array([[-2, -1, 0, 1]], np.int8), 2).tolist() == [[0b10110001]]
 
 
 @each_width

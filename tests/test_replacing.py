@@ -26,11 +26,11 @@ from runs import (
 )
 
 from pcagpt import main
-from pcagpt.compress import export, sweep
-from pcagpt.compress.original import Original
+from pcagpt.compression import sweep, write_model
+from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError, warn_once
-from pcagpt.factorize import Factorizer
+from pcagpt.factorization import Factorizer
 from pcagpt.files import write_json
 from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as executing
@@ -583,14 +583,14 @@ def test_another_rank_leaves_the_files_that_are_there_alone(factorization):
 
 def test_the_place_of_a_compressed_model_must_be_its_own(tmp_path):
     place = tmp_path / "best_k8"
-    export.check_place(place)
+    write_model.check_place(place)
     place.mkdir()
-    export.check_place(place)
+    write_model.check_place(place)
     write_record(place, {"model": {}})
     with pytest.raises(UserError, match="best_k8 holds something other than"):
-        export.check_place(place)
+        write_model.check_place(place)
     write_record(place, {"model": {}, "compressed": {}})
-    export.check_place(place)
+    write_model.check_place(place)
 
 
 # Other commands at the same time

@@ -28,8 +28,8 @@ from runs import (
 
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.factor_files import write_bands
+from pcagpt.factorization import BandFactors, FactorizedTable
+from pcagpt.factorization.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import folder, initialise
 from pcagpt.run.checkpoint import steps

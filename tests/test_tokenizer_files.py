@@ -8,9 +8,11 @@ import sys
 import gpt2_folders
 import numpy as np
 import pytest
+import tokenizer_folders
 import tokenizers
 from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
+from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
 from pcagpt.data import tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
@@ -18,46 +20,15 @@ from pcagpt.data.tokenizer import ASSETS, RANKS
 from pcagpt.errors import UserError
 from pcagpt.run.trained import Run
 
-TEXT = "The people of the United States are, as a people, free.\nThe people, 1790!\n"
-HARD_TEXT = "don't  stop\n\n 1,234 × naïve 日本語 🙂\t\r\n end  "
-SIZE = 300
-
 
 @pytest.fixture(scope="session")
 def byte_level(shared):
-    """A folder with a BPE tokenizer like GPT-2's, with other ids, in both forms."""
-
-    def make(folder):
-        made = tokenizers.ByteLevelBPETokenizer()
-        made.train_from_iterator(
-            [TEXT] * 9, SIZE, min_frequency=1, special_tokens=["<|endoftext|>"]
-        )
-        (folder / "whole").mkdir()
-        (folder / "parts").mkdir()
-        made.save(str(folder / "whole/tokenizer.json"))
-        made.save_model(str(folder / "parts"))
-
-    return shared("byte_level", make)
+    return shared("byte_level", tokenizer_folders.byte_level)
 
 
 @pytest.fixture(scope="session")
 def word_level(shared):
-    """A folder with a tokenizer that puts a mark before each text, as Llama's does."""
-
-    def make(folder):
-        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
-        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-        made.decoder = tokenizers.decoders.Metaspace()
-        trainer = tokenizers.trainers.UnigramTrainer(
-            vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>",
-            show_progress=False,
-        )  # fmt: skip
-        made.train_from_iterator([TEXT] * 9, trainer)
-        made.save(str(folder / "tokenizer.json"))
-        config = {"eos_token": {"content": "</s>"}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-    return shared("word_level", make)
+    return shared("word_level", tokenizer_folders.word_level)
 
 
 # Which tokenizer a file holds.
@@ -128,7 +99,9 @@ def test_the_end_of_text_may_be_named_in_the_config_beside(word_level):
 # What a file serves.
 
 
-def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(word_level, tmp_path):
+def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(
+    word_level, tmp_path, monkeypatch
+):
     folder = tmp_path / "text"
     folder.mkdir()
     long = TEXT * 2000
@@ -136,7 +109,9 @@ def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(word_level, tmp_
     corpus = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     theirs = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
     assert corpus.tokens("train").tolist() == [1, *theirs.encode(long).ids]
-    assert corpus.text_size("train") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_files, "load", None)  # It is not needed.
+        assert corpus.text_size("train") is None
     again = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     assert (again.folder, again.tokenizer) == (corpus.folder, corpus.tokenizer)
 
@@ -307,6 +282,15 @@ def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
     (place / name).write_bytes(content)
     asked = {"data": {"tokenizer": name}}
     assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
+
+
+def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):
+    made = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}
+    (place / "tokenizer.json").write_text(json.dumps(made))
+    asked = {"data": {"tokenizer": "tokenizer.json"}}
+    line = refusal(*tiny("baseline.py", "text", **asked), unchanged=[])
+    assert "tokenizer.json is damaged" in line
+    assert "Missing [UNK] token from the vocabulary" in line
 
 
 def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):

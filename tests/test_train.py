@@ -23,7 +23,7 @@ from runs import (
     start,
 )
 
-from pcagpt.compress import score
+from pcagpt.compression import score
 from pcagpt.config import Settings, base
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize.solve import metric_roots
+from pcagpt.factorization.solve import metric_roots
 
 LARGEST = 2**14  # magnitude of an integer before compensation moves it
 

@@ -1,8 +1,8 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
-Each row has its own `Distribution`; the four indices of a single row come before it,
-coded uniformly. A group starts with its distributions: a row of all reaches, one of
-scales, of locations, of tails. Each is coded as a single row.
+Each row has its own `Distribution`, which four indices tell. Before a single row come
+its four indices, coded uniformly. Before a group of rows come four single rows: the
+reaches, the scales, the locations and the tails of all its rows.
 """
 
 from collections.abc import Sequence

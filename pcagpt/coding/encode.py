@@ -30,7 +30,7 @@ from pcagpt.coding.transform import (
     mean_row,
 )
 from pcagpt.errors import UserError
-from pcagpt.factorize import Weighting
+from pcagpt.factorization import Weighting
 from pcagpt.files import check_values
 
 # Squared steps of error that one bit must remove: 2 ln 2 / 12 at small steps, a little

@@ -20,7 +20,9 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +52,7 @@ _FIELDS = {
     "predicted_loss": (float, None),
     "measured_loss": (float, None),
 }
-_REMEDY = "write it again, or copy it again from where it was written"
+REMEDY = "write it again, or copy it again from where it was written"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Description:
     checkpoint: str | None = None  # SHA-256, hexadecimal
     predicted_loss: float | None = None  # added loss in nats per token
     measured_loss: float | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Description":
+        """From JSON; leaves out fields that a later version has added."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: stored[name] for name in names if name in stored})
 
 
 def file_bytes(words: np.ndarray) -> int:
@@ -111,7 +119,7 @@ def read(path: Path) -> tuple[CodedTable, Description]:
     try:
         return _parsed(content, path)
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {_REMEDY}") from None
+        raise UserError(f"{path} is damaged ({error}): {REMEDY}") from None
 
 
 def _parsed(content: bytes, path: Path) -> tuple[CodedTable, Description]:
@@ -132,7 +140,7 @@ def _parsed(content: bytes, path: Path) -> tuple[CodedTable, Description]:
     if end > len(content) - _SEAL or (len(content) - _SEAL - end) % 4:
         raise ValueError("its parts do not fill it")
     header = parse_json(content[_START:end])
-    check_fields(header, _FIELDS, f"the header of {path}", _REMEDY)
+    check_fields(header, _FIELDS, f"the header of {path}", REMEDY)
     shape, directions, step = header["shape"], header["directions"], header["step"]
     if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"shape {shape!r:.60}")
@@ -152,5 +160,4 @@ def _parsed(content: bytes, path: Path) -> tuple[CodedTable, Description]:
     words = np.frombuffer(content[end:-_SEAL], "<u4").astype(np.uint32)
     coded = from_words(words, tuple(shape), directions, step)
     coded.dense()  # ValueError if its integers are too large.
-    names = [field.name for field in dataclasses.fields(Description)]
-    return coded, Description(**{name: header.get(name) for name in names})
+    return coded, Description.of(header)

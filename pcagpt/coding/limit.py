@@ -5,7 +5,7 @@ Shape letters: V vocabulary, R = min(V, D) directions.
 
 import numpy as np
 
-from pcagpt.factorize import Weighting, solve
+from pcagpt.factorization import Weighting, solve
 
 MOST_BITS = 8  # for each number of the table: the line ends there
 

@@ -18,7 +18,7 @@ from pcagpt.coding.encode import Prepared
 from pcagpt.coding.quantize import compensated
 from pcagpt.coding.transform import Coefficients, coefficients, mean_row
 from pcagpt.coding.widths import Widths, borders_of, levels_of
-from pcagpt.factorize.chunks import chunks
+from pcagpt.factorization.chunks import chunks
 from pcagpt.model import (
     BLOCK,
     WIDTHS,

@@ -22,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.coding.file import HEADER_BYTES, Description
+from pcagpt.coding.file import HEADER_BYTES, REMEDY, Description
 from pcagpt.coding.packed import PackedTable
 from pcagpt.errors import UserError
 from pcagpt.files import parse_json, read_npz, strict, write_npz
 from pcagpt.model import BLOCK, LEVELS, WIDTHS, PackedBand, SharedArrays
-
-_REMEDY = "write it again, or copy it again from where it was written"
 
 
 def packed_bytes(table: PackedTable) -> int:
@@ -62,9 +60,9 @@ def read_packed(path: Path) -> tuple[PackedTable, Description]:
         order_V = arrays.get("order", np.arange(start, dtype=np.int32))
         table = PackedTable(order_V, tuple(bands))
         _check(table)
-        description = Description(**parse_json(arrays["description"].tobytes()))
+        description = Description.of(parse_json(arrays["description"].tobytes()))
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error!s:.80}): {_REMEDY}") from None
+        raise UserError(f"{path} is damaged ({error!s:.80}): {REMEDY}") from None
     return table, description
 
 

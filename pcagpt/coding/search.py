@@ -9,7 +9,7 @@ import numpy as np
 from pcagpt.coding.encode import Prepared, encode, estimate
 from pcagpt.coding.file import file_bytes
 from pcagpt.coding.table import CodedTable
-from pcagpt.factorize import BudgetTooSmall
+from pcagpt.factorization import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
 # After `FEW` encodings, a table that fills this share of the target is good enough. The

@@ -10,8 +10,8 @@ import numpy as np
 
 from pcagpt.coding.basis import Basis
 from pcagpt.coding.quantize import class_steps
-from pcagpt.factorize import FLOAT_BYTES
-from pcagpt.factorize.chunks import chunks
+from pcagpt.factorization import FLOAT_BYTES
+from pcagpt.factorization.chunks import chunks
 
 LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in any order.
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize import Weighting
-from pcagpt.factorize.chunks import chunks
-from pcagpt.factorize.solve import metric_roots
+from pcagpt.factorization import Weighting
+from pcagpt.factorization.chunks import chunks
+from pcagpt.factorization.solve import metric_roots
 
 RIDGE = 1e-12  # relative; keeps systems of equations solvable
 

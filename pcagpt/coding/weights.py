@@ -5,7 +5,7 @@ Shape letters: V vocabulary, D model width.
 
 import numpy as np
 
-from pcagpt.factorize import Statistics, Weighting
+from pcagpt.factorization import Statistics, Weighting
 from pcagpt.methods import METHODS
 
 # Part of a sweep's protocol: raise it when codes of the same statistics would change.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize import BudgetTooSmall
+from pcagpt.factorization import BudgetTooSmall
 from pcagpt.model import BLOCK, LEVELS, WIDTHS
 
 CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out
@@ -104,9 +104,9 @@ class Widths:
         return found
 
     def bytes_of(self, error: float) -> int:
-        """Size of the largest file whose error is still above `error`.
+        """Size of the largest file with an error above this one.
 
-        Of the smallest file if none is.
+        If all files have smaller errors, the size of the smallest.
         """
         return self._finest(lambda choice: choice.error > error).bytes
 

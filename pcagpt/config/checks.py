@@ -1,10 +1,10 @@
 """Rules between knobs, and the lists inside text knobs."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pcagpt.arms import ARMS
+from pcagpt.arms import ARMS, FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE
 from pcagpt.config.schema import (
     KNOBS,
     OTHER_ARMS,
@@ -18,7 +18,7 @@ from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
 # Each of these groups of knobs determines the token table or its bands.
-_TABLE_KNOBS = (
+_TABLE_SOURCES = (
     ("model.band_sizes",),
     tuple(path for path in KNOBS if path.startswith("factorize.")),
     ("init.import_bands",),
@@ -191,7 +191,7 @@ def _check_ranks(settings: Settings) -> None:
     """Some tasks need ranks. No rank exceeds the width of the model."""
     model = settings.model
     if TASKS[settings.task].ranks:
-        if not settings.ranks:
+        if not settings.ranks and settings.task != "compress":  # See `effort`.
             raise UserError("ranks is empty: give at least one, as in 64,128")
         _check_distinct("ranks", settings.ranks)
     for path, ranks in (
@@ -208,7 +208,7 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_bands(settings: Settings) -> None:
-    """Only the random model has own bands; at most one of `_TABLE_KNOBS` is set."""
+    """Only the random model has own bands; at most one of `_TABLE_SOURCES` is set."""
     is_random = (settings.task, settings.arm) == ("train", "random")
     has_source = bool(settings.init.weights_from)
     if settings.model.band_sizes and not is_random and not has_source:
@@ -219,7 +219,7 @@ def _check_bands(settings: Settings) -> None:
     changed = {p for p, value in settings.flat().items() if value != KNOBS[p].default}
     if has_source:  # The bands are those of this run.
         changed.discard("model.band_sizes")
-    found = [[path for path in knobs if path in changed] for knobs in _TABLE_KNOBS]
+    found = [[path for path in knobs if path in changed] for knobs in _TABLE_SOURCES]
     if len(both := [paths[0] for paths in found if paths]) > 1:
         raise UserError(
             f"{both[0]} and {both[1]} are both set, but both determine the token "
@@ -342,27 +342,43 @@ def _check_read(settings: Settings) -> None:
             f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
             f"{rank}: set only --config.model.n_embd_wte"
         )
-    share, schedule = "train.final_learning_rate_share", settings.train.schedule
-    if schedule == "constant" and flat[share] != KNOBS[share].default:
-        raise UserError(
-            f"{share} is set, but train.schedule is 'constant', which does not read "
-            "it: choose linear or cosine"
-        )
-    chosen = settings.factorize
-    if chosen.statistics and not METHODS[chosen.method].needs_statistics:
-        needing = (name for name, method in METHODS.items() if method.needs_statistics)
-        raise UserError(
-            f"factorize.statistics is set, but factorize.method is '{chosen.method}', "
-            f"which needs none: choose one of {', '.join(needing)}"
-        )
-    is_taught = any(ARMS[arm].is_taught for arm in _arms(settings))
-    if flat["distill.share"] != KNOBS["distill.share"].default and not (
-        is_taught or settings.distill.teacher or RECOVERY in does
-    ):
-        raise UserError(
-            "distill.share is set, but no model has a teacher: leave it out, or name "
-            "the arm pca_distill"
-        )
+    unset = {"ranks": (), "data.source": ""}  # in config files of some tasks
+    for path, is_read, reason in _read_if(settings, does):
+        default = KNOBS[path].default
+        if flat[path] not in (default, unset.get(path, default)) and not is_read:
+            raise UserError(f"{path} is set, but {reason}")
+
+
+def _read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str]]:
+    """(knob that the task reads in some cases, whether it does, why not)."""
+    is_constant = settings.train.schedule == "constant"
+    reason = "train.schedule is 'constant', which does not read it: choose linear or "
+    yield "train.final_learning_rate_share", not is_constant, f"{reason}cosine"
+    method, given = settings.factorize.method, settings.factorize.statistics
+    needing = [name for name, one in METHODS.items() if one.needs_statistics]
+    reason = f"factorize.method is '{method}', which needs none: choose one of "
+    yield "factorize.statistics", method in needing, reason + ", ".join(needing)
+    if settings.task == "factorize":
+        is_run = not settings.model_path.endswith(".npy")
+        is_measured = method in needing and is_run and not given
+        reason = "no statistics are measured here: leave it out"
+        for name in ("data.source", "train.batch_size", "compress.calibration_tokens"):
+            yield name, is_measured, reason
+    arms = [ARMS[arm] for arm in _arms(settings)]
+    is_taught = any(arm.is_taught for arm in arms) or bool(settings.distill.teacher)
+    reason = "no model has a teacher: leave it out, or name the arm pca_distill"
+    yield "distill.share", is_taught or RECOVERY in does, reason
+    # The config of an experiment may serve for other arms than it names.
+    if settings.task == "train" and not settings.init.weights_from:
+        reason = f"the {settings.arm} model does not read it: leave it out"
+        yield "finetune.steps_share", arms[0].is_fine_tuned, reason
+        for knob in (FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE):
+            yield knob, arms[0].rate_share == knob, reason
+    for bound in settings.compress.bounds:
+        reason = f"compress.{bound} is set, too, and does not read it: leave it out"
+        for name in ("ranks", "telemetry.tensorboard"):
+            yield name, False, reason
+        yield "compress.bits", bound != "max_params", reason
 
 
 def _check_bounds(settings: Settings) -> None:

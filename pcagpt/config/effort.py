@@ -6,8 +6,9 @@ from pcagpt.methods import CODES, METHODS, RIVALS
 
 
 class Effort(NamedTuple):
-    """Values of `compress.*` and of `evaluate.max_tokens`."""
+    """Values of `ranks`, of `compress.*` and of `evaluate.max_tokens`."""
 
+    ranks: tuple[int, ...]
     methods: tuple[str, ...]
     bands: tuple[int, ...]
     calibration_tokens: int
@@ -15,6 +16,7 @@ class Effort(NamedTuple):
 
 
 _FIRST, *_, _LAST = METHODS
-GPU = Effort((*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
+_RANKS = (32, 64, 128, 256)
+GPU = Effort(_RANKS, (*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
-CPU = Effort((_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)
+CPU = Effort(_RANKS, (_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)

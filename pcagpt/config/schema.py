@@ -34,7 +34,7 @@ COMPRESS_BOUNDS = ("max_added_loss", "max_params", "max_bytes")
 OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
 
 
-def _listed(entries: Iterable[Any]) -> str:
+def _joined(entries: Iterable[Any]) -> str:
     return ",".join(map(str, entries))
 
 
@@ -215,15 +215,15 @@ class CompressSettings:
         "",
         f"methods to try: all, or some of {', '.join(METHODS)}, "
         f"{', '.join(f'{name} ({code.words})' for name, code in CODES.items())}, "
-        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). Of those that "
-        "make factors in one of compress.bands, the last counts as the best: only it "
-        "is rounded to fewer bits, and only it serves a bound. Empty: all; on a CPU "
-        f"{_listed(CPU.methods)}",
+        f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The best method "
+        "is the last one that makes factors in one of compress.bands. Only its factors "
+        "are rounded to fewer bits or tried for a bound. Empty: all; on a CPU "
+        f"{_joined(CPU.methods)}",
     )
     bands: tuple[int, ...] = knob(
         (),
         "numbers of frequency bands to try; 1: one rank for all tokens; empty: "
-        f"{_listed(GPU.bands)} (on a CPU: {_listed(CPU.bands)})",
+        f"{_joined(GPU.bands)} (on a CPU: {_joined(CPU.bands)})",
     )
     bits: tuple[int, ...] = knob(
         (8, 4),
@@ -239,10 +239,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss. It has the first of "
-        f"{', '.join(CODES)} that is in methods, otherwise factors. D's own table in "
-        "compress.bits is tried if methods has baseline or a method that makes "
-        "factors. 0: no bound",
+        "find the smallest table that adds at most this loss: of the first of "
+        f"{', '.join(CODES)} that compress.methods names; without these, of factors. "
+        "If methods names baseline or a method that makes factors, D's own table in "
+        "compress.bits is tried, too. 0: no bound",
         at_least(0),
     )
     max_params: int = knob(
@@ -294,6 +294,12 @@ class SampleSettings:
     )
     top_k: int = knob(
         200, "draw from this many likeliest tokens; 0: from all", at_least(0)
+    )
+    top_p: float = knob(
+        1.0,
+        "draw from the likeliest tokens, as many as have this probability together; "
+        "1: from all",
+        PART,
     )
 
 
@@ -363,10 +369,11 @@ class Settings:
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",
-        f"{_listed(name for name, task in TASKS.items() if task.model)}: a run or one "
+        f"{_joined(name for name, task in TASKS.items() if task.model)}: a run or one "
         "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
-        "compress: or a Hugging Face folder of another architecture; factorize: or a "
-        ".npy table; train: such a model as D, from which the arm starts",
+        f"{_joined(name for name, task in TASKS.items() if task.any_architecture)}: or "
+        "a Hugging Face folder of another architecture; factorize: or a .npy table; "
+        "train: the model that takes D's place, to start the arm from",
         PATH,
     )
     format: str = knob(
@@ -384,8 +391,8 @@ class Settings:
     )
     ranks: tuple[int, ...] = knob(
         (128,),
-        f"{_listed(name for name, task in TASKS.items() if task.ranks)}: ranks to "
-        "make, as in 64,128",
+        f"{_joined(name for name, task in TASKS.items() if task.ranks)}: ranks to "
+        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -470,12 +477,13 @@ def base() -> ConfigDict:
     config = ConfigDict(Settings().to_dict())
     for path, entry in KNOBS.items():
         if entry.default is None:  # A plain None would accept any type.
-            section, name = path.split(".")
-            config[section][name] = config_dict.placeholder(entry.type)
+            section, _, name = path.rpartition(".")
+            holder = config[section] if section else config
+            holder[name] = config_dict.placeholder(entry.type)
     return config.lock()
 
 
 def override(path: str, value: Any) -> str:
     """The argument that sets a knob: '--config.ranks=64,128'."""
-    text = _listed(value) if isinstance(value, tuple) else str(value)
+    text = _joined(value) if isinstance(value, tuple) else str(value)
     return f"--config.{path}={text}"

@@ -6,10 +6,11 @@ from typing import NamedTuple
 class Task(NamedTuple):
     """What a task needs and does.
 
-    makes_jobs: it has a plan of jobs; model: it reads the model of `model_path`; ranks:
-    it makes a table for each of `ranks`; writes: it always needs a writable workdir,
-    not only for a job that is to do; resumes: after an interruption, the same command
-    goes on from what is saved.
+    any_architecture: the model may be one that only transformers computes; makes_jobs:
+    it has a plan of jobs; model: it reads the model of `model_path`; ranks: it makes a
+    table for each of `ranks`; writes: it always needs a writable workdir, not only for
+    a job that is to do; resumes: after an interruption, the same command goes on from
+    what is saved.
     """
 
     makes_jobs: bool = False
@@ -17,13 +18,14 @@ class Task(NamedTuple):
     ranks: bool = False
     writes: bool = False
     resumes: bool = True
+    any_architecture: bool = False
 
 
 TASKS = {
     "train": Task(makes_jobs=True),
     "experiment": Task(makes_jobs=True, ranks=True),
     "factorize": Task(makes_jobs=True, model=True, ranks=True),
-    "compress": Task(model=True, ranks=True, writes=True),
+    "compress": Task(model=True, ranks=True, writes=True, any_architecture=True),
     "evaluate": Task(model=True, resumes=False),
     "sample": Task(model=True, resumes=False),
     "export": Task(model=True, writes=True, resumes=False),

@@ -3,7 +3,8 @@
 Both need the whole file. .pcagpt-content.json beside it, or in the cache folder if that
 folder is read-only, keeps the result with the file's size, mtime and ctime. As long as
 these three stay the same, the file is not read again. The result of a file that has
-just changed is not kept.
+just changed is not kept. For a program that imports pcagpt, only the cache folder keeps
+it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt import process
 from pcagpt.errors import UserError, naming
 from pcagpt.files import is_settled, read_json, read_once, stamp_of, write_json
 
@@ -57,7 +59,7 @@ def content_of(path: Path, cache_dir: Path) -> Content:
     if stamp_of(path) != stamp:
         raise UserError(f"{path} changed while it was read: run the command again")
     entry = {"stamp": stamp, "content": dataclasses.asdict(content)}
-    for file in files:
+    for file in files[process.is_guest() :]:
         with contextlib.suppress(OSError):
             if file.parent == cache_dir:
                 cache_dir.mkdir(parents=True, exist_ok=True)

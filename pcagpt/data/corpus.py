@@ -1,8 +1,9 @@
 """A corpus: token files of the splits train, val and test.
 
-Tokenizing text keeps it byte for byte and puts `<|endoftext|>` before every document. A
-document is one address in `sotu`, a whole split in `wikitext103`, and a whole file in a
-folder of text files.
+Tokenizing text puts `<|endoftext|>`, or what ends a text for a tokenizer in a file,
+before every document. The package's tokenizers keep each byte; one in a file may change
+text. A document is one address in `sotu`, a whole split in `wikitext103`, and a whole
+file in a folder of text files.
 """
 
 import codecs
@@ -18,8 +19,15 @@ import numpy as np
 import tiktoken
 
 from pcagpt.data import vocabulary
+from pcagpt.data.decoded import as_text
 from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
-from pcagpt.data.sources import NAMED, TokenFolder, find_source, import_package
+from pcagpt.data.sources import (
+    NAMED,
+    TextSource,
+    TokenFolder,
+    find_source,
+    import_package,
+)
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.errors import UserError, naming, warn_once
@@ -151,9 +159,10 @@ class Corpus(CorpusInfo):
         `<|endoftext|>` ends a word and is not part of the text. Other tokenizers than
         tiktoken's do not tell the bytes of a token.
         """
-        encoding = self.tokenizer and vocabulary.load(self.tokenizer)
-        if not isinstance(encoding, tiktoken.Encoding):
+        if not (self.tokenizer and vocabulary.tells_bytes(self.tokenizer)):
             return None
+        encoding = vocabulary.load(self.tokenizer)
+        assert isinstance(encoding, tiktoken.Encoding)
         end = encoding.eot_token
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = byte_count = 0
@@ -222,13 +231,16 @@ def check_splits(info: CorpusInfo, needed: Collection[str], place: object) -> No
 
 
 def describe_corpus(
-    source: str, tokenizer: str = "auto", splits: Collection[str] = ()
+    source: str,
+    tokenizer: str = "auto",
+    splits: Collection[str] = (),
+    encode_as: str | None = None,
 ) -> CorpusInfo:
     """Describes what `open_corpus` would open, without reading tokens or tokenizing.
 
     Raises the same, unless only the token files show it.
     """
-    info = find_source(source).info(tokenizer)
+    _, info = _find(source, Path(), tokenizer, encode_as)
     check_splits(info, splits, source)
     return info
 
@@ -248,6 +260,7 @@ def open_corpus(
     cache_dir: Path,
     tokenizer: str = "auto",
     splits: Collection[str] = (),
+    encode_as: str | None = None,
 ) -> Corpus:
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
@@ -263,13 +276,15 @@ def open_corpus(
       tokenizer: as for `vocabulary.name_of`, or 'auto': sotu4096 for sotu, gpt2 for
         other text, and the tokenizer in the folder's meta file for token files.
       splits: those that the corpus must have.
+      encode_as: a tokenizer. Token files of another one are decoded, and encoded again
+        by this one, once, as text is.
 
     Raises:
       UserError: the source cannot be read as one of these, or lacks a split. Nothing
         has been tokenized then.
     """
     return processes.from_first(
-        lambda: _open(source, Path(cache_dir), tokenizer, splits)
+        lambda: _open(source, Path(cache_dir), tokenizer, splits, encode_as)
     )
 
 
@@ -285,11 +300,11 @@ def _open(
     cache_dir: Path,
     tokenizer: str,
     splits: Collection[str],
+    encode_as: str | None = None,
     tokenizes: bool = True,
 ) -> Corpus | None:
     """As `open_corpus`, in one process; without `tokenizes`, as `made_corpus`."""
-    found = find_source(source)
-    info = found.info(tokenizer)
+    found, info = _find(source, cache_dir, tokenizer, encode_as)
     check_splits(info, splits, source)
     if found.notice:
         warn_once(found.notice)
@@ -307,6 +322,21 @@ def _open(
             write_token_folder(folder, found, info, fingerprints)
     made = _made(folder, info)
     return Corpus(**vars(made), folder=folder, cache_dir=cache_dir, older=tuple(older))
+
+
+def _find(
+    source: str, cache_dir: Path, tokenizer: str, encode_as: str | None
+) -> tuple[TextSource | TokenFolder, CorpusInfo]:
+    """A source and what it would make; tokens as text if they must be encoded again."""
+    found = find_source(source)
+    info = found.info(tokenizer)
+    if encode_as is None or isinstance(found, TextSource):
+        return found, info
+    if info.tokenizer_sha256 in (None, vocabulary.describe(encode_as).sha256):
+        return found, info  # The numbering is the same, or unknown.
+    corpus = Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir)
+    text = as_text(corpus, encode_as)
+    return text, text.info(encode_as)
 
 
 def _made(folder: Path, info: CorpusInfo) -> CorpusInfo:

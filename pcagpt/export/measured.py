@@ -14,7 +14,7 @@ from pcagpt.run.folder import read_result
 
 
 def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
-    """{'corpus', 'split', 'tokens', 'loss', 'added', 'interval'} of each measurement.
+    """{'corpus', 'split', 'tokens', 'window', 'loss', 'added', 'interval'} of each.
 
     'added' and 'interval' are None unless it compares the table with the original's.
     Corpora of the same name are told apart by the hash of their tokens.
@@ -22,6 +22,7 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     found = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
         known = {"split": "val"} | protocol
+        numbers["window"] = protocol.get("window")
         names = ("corpus", "split", "tokens", "tokens_sha256")
         found.setdefault(tuple(known.get(name) for name in names), numbers)
     others = Counter((corpus, split, count) for corpus, split, count, _ in found)
@@ -54,7 +55,7 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
         protocol = one.get("protocol")
         # Evaluations of older versions do not say which weights they are of.
         is_of_run = one.get("step", run.step) == run.step and (
-            one.get("fingerprint", run.fingerprint) == run.fingerprint
+            "fingerprint" not in one or run.is_at(one["fingerprint"])
         )
         if isinstance(protocol, dict) and is_of_run:
             tokens = protocol.get("tokens_predicted")

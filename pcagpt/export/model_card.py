@@ -6,7 +6,7 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.export.source import Factors, Source
-from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
     NOTHING,
     code,
@@ -34,11 +34,18 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
             fixed(one["loss"], 4),
             with_interval(one["added"], one["interval"]),
             count(one["tokens"]) if one["tokens"] else "all",
+            count(one["window"]),
         ]
         for one in losses
     ]
-    header = ("Corpus", "Split", "Loss", "Added by the table", "Tokens predicted")
-    model = record.get("model") or {}
+    header = (
+        "Corpus",
+        "Split",
+        "Loss",
+        "Added by the table",
+        "Tokens predicted",
+        "Window",
+    )
     text = render(
         "model_card.md.j2",
         name=name,
@@ -49,8 +56,7 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         made=_how_made(record, source.identity.get("step")),
         step=source.identity.get("step"),
         fingerprint=source.identity["fingerprint"][:12],
-        losses=table(header, rows, "llrrr") if rows else "",
-        window=model.get("block_size") or NOTHING,
+        losses=table(header, rows, "llrrrr") if rows else "",
         source=Path((record.get("data") or {}).get("source") or "").name,
         bare=not (record.get("characters") or source.tokenizer_sha256),
     )

@@ -14,12 +14,13 @@ import numpy as np
 from safetensors import safe_open
 
 from pcagpt import coding, trees
-from pcagpt.compress.codes import KINDS
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.sides import OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.factor_files import read_bands
+from pcagpt.factorization import BandFactors, FactorizedTable
+from pcagpt.factorization.factor_files import read_bands
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.methods import CODED
 from pcagpt.model import (
@@ -231,7 +232,12 @@ class DecoderSource:
 
     def _find_table(self) -> tuple[str, dict[str, Path]]:
         """(name of the table, {name: file} of the other tensors without its copies)."""
-        sizes = self.original.record
+        if not self.original.folder.is_dir():
+            raise UserError(
+                f"{self.original.folder} is a GGUF file: only models in folders with "
+                "safetensors are exported"
+            )
+        sizes, side = self.original.record, self.record["compressed"].get("side")
         shape = [sizes["vocab_size"], sizes["model"]["n_embd"]]
         names, tables = {}, []
         for path in hugging_face.files(self.original.folder):
@@ -241,20 +247,16 @@ class DecoderSource:
                     if file.get_slice(name).get_shape() == shape:
                         tables.append(name)
         own = [name for name in tables if name.split(".")[-2:-1][0] in _TABLES]
+        if side == OUTPUT:
+            own = [name for name in tables if name not in own]
         if len(own) != 1:
             raise UserError(
                 f"{self.original.folder}: none of its tensors is known to be the token "
                 f"table ({len(own)} of {', '.join(tables) or 'none'} could be)"
             )
         table = own[0]
-        values = self._read(names, tables)
-        for name in tables:
-            if name != table and not np.array_equal(values[name], values[table]):
-                raise UserError(
-                    f"{self.original.folder}: {name} is another table than {table}: "
-                    "only models with tied tables are exported"
-                )
-        return table, {name: at for name, at in names.items() if name not in tables}
+        copies = {table} if side else set(tables)
+        return table, {name: at for name, at in names.items() if name not in copies}
 
     def _read(self, files: dict[str, Path], names) -> dict[str, np.ndarray]:
         found = {}
@@ -272,7 +274,9 @@ class DecoderSource:
     def config(self) -> dict[str, Any]:
         """As `Source.config`: that of the original."""
         stored = read_json(self.original.folder / hugging_face.CONFIG, "") or {}
-        return stored | {"tie_word_embeddings": True}
+        return stored | {
+            "tie_word_embeddings": not self.record["compressed"].get("side")
+        }
 
     def write_beside(self, folder: Path) -> None:
         """As `Source.write_beside`: copies the small files of the original."""

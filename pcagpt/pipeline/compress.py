@@ -4,7 +4,8 @@ WORKDIR/compressed/ gets a report and compressed models that every command takes
 runs; of a model of another architecture, only its tables. A sweep also writes
 sweep.json with one row per table; a search for a bound writes advice.json instead. A
 sweep on another split than val chooses no models, and writes to
-WORKDIR/compressed_SPLIT/.
+WORKDIR/compressed_SPLIT/. Of an untied model, each of the two tables has this in a
+folder of its own, input/ and output/.
 """
 
 from pathlib import Path
@@ -12,19 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pcagpt.compress.advise import ADVISED, advise
-from pcagpt.compress.candidates import factor_methods, left_out, recipes
-from pcagpt.compress.codes import KINDS
-from pcagpt.compress.export import check_place, is_of_another
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
-from pcagpt.compress.sweep import (
+from pcagpt.compression.advise import ADVISED, advise
+from pcagpt.compression.candidates import factor_methods, left_out, recipes
+from pcagpt.compression.codes import KINDS
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.sweep import (
     Models,
     add_recovered,
     add_samples,
     models_of,
     sweep,
 )
+from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
@@ -57,70 +58,101 @@ def compress(settings: Settings, command: str) -> None:
     check_workdir(settings.workdir)
     settings = decide_effort(settings, jax.default_backend())
     suffix = "" if settings.split == "val" else f"_{settings.split}"
-    options, folder = settings.compress, Path(settings.workdir) / f"{FOLDER}{suffix}"
+    folder = Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
-    methods = methods_of(options.methods)
+    methods = methods_of(settings.compress.methods)
     run = Run.asked(settings)
-    original = Original.of(run, settings)
-    path = folder / ("advice.json" if options.bounds else "sweep.json")
-    heading = {
-        "command": command,
-        "run": str(run.folder),
-        "step": run.step,
-        **provenance.summary(original.model.device_count),
-        "protocol": original.protocol,
-    }
-    if options.bounds:
-        tried, models = [], {folder / ADVISED: []}
-    else:
-        tried = _recipes(original, methods, settings.ranks, options)
-        models = models_of(folder, tried)
+    if types := run.record.get("stored_as"):
+        say(f"{run.folder}: its values, dequantized from {', '.join(types)}, are D")
+    tables = [
+        _Table(original, folder / original.side, methods, settings)
+        for original in Original.of(run, settings).of_each_table()
+    ]
+    if single := left_out(methods, settings.compress.bands):
+        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
+    if len(tables) > 1:
+        say(
+            f"{run.folder} is untied: each table is compressed apart, while the other "
+            f"stays as it is, into {' and '.join(str(one.folder) for one in tables)}"
+        )
+        for table in tables:
+            processes.from_first(table.check_folder)
+    for table in tables:
+        table.compress(command)
 
-    def check_folder() -> None:
-        for place in (folder, *sorted(models)):
+
+class _Table:
+    """The work on one table: what is tried, and the folder of the results."""
+
+    def __init__(
+        self, original: Original, folder: Path, methods: list[str], settings: Settings
+    ):
+        self.original, self.folder, self.settings = original, folder, settings
+        self._methods, options = methods, settings.compress
+        self._file = folder / ("advice.json" if options.bounds else "sweep.json")
+        self._tried: list[Recipe] = []
+        self._models: Models = {folder / ADVISED: []}
+        if not options.bounds:
+            self._tried = _recipes(original, methods, settings.ranks, options)
+            self._models = models_of(folder, self._tried)
+
+    def check_folder(self) -> None:
+        """Raises UserError if the folder holds something else."""
+        for place in (self.folder, *sorted(self._models)):
             check_link(place)
-        if not settings.overwrite:
-            _check_file(path, original)
-            for model in sorted(models):
+        if not self.settings.overwrite:
+            _check_file(self._file, self.original)
+            for model in sorted(self._models):
                 check_place(model)
 
-    if single := left_out(methods, options.bands):
-        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
-    with lock.held(folder, meanwhile=check_folder) as check_lock:
-        processes.from_first(check_folder)
-        processes.from_first(lambda: _tell_of_others(folder, models, original))
+    def compress(self, command: str) -> None:
+        """Does the work; `command` is for the report."""
+        original, folder, settings = self.original, self.folder, self.settings
+        options, run, models = settings.compress, original.run, self._models
+        heading = {
+            "command": command,
+            "run": str(run.folder),
+            "step": run.step,
+            **provenance.summary(original.model.device_count),
+            "protocol": original.protocol,
+            "stored_as": run.record.get("stored_as"),
+        }
+        with lock.held(folder, meanwhile=self.check_folder) as check_lock:
+            processes.from_first(self.check_folder)
+            processes.from_first(lambda: _tell_of_others(folder, models, original))
 
-        def check_inputs() -> None:
-            check_lock()
-            original.corpus.check_unchanged()
+            def check_inputs() -> None:
+                check_lock()
+                original.corpus.check_unchanged()
 
-        output = Output(folder, heading, check_inputs)
-        if options.bounds:
-            advise(original, methods, options, output, overwrite=settings.overwrite)
-        else:
-            _check_recoverable(original, models, settings, folder)
-            models = sweep(
-                original,
-                tried,
-                output,
-                overwrite=settings.overwrite,
-                tensorboard=settings.telemetry.tensorboard,
-            )
-            _sample(settings, folder, original)
-        if jax.process_index() == 0:
-            remove_leftovers(folder)
-        processes.wait_for_all(FOLDER)
-        if options.recover_ranks:
-            _recover(settings, folder, models, run)
+            output = Output(folder, heading, check_inputs)
+            if options.bounds:
+                overwrite = settings.overwrite
+                advise(original, self._methods, options, output, overwrite=overwrite)
+            else:
+                _check_recoverable(original, models, settings, folder)
+                models = sweep(
+                    original,
+                    self._tried,
+                    output,
+                    overwrite=settings.overwrite,
+                    tensorboard=settings.telemetry.tensorboard,
+                )
+                _sample(settings, folder, original)
+            if jax.process_index() == 0:
+                remove_leftovers(folder)
+            processes.wait_for_all(FOLDER)
+            if options.recover_ranks:
+                _recover(settings, folder, models, run)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
-    A sweep on a CPU measures only a part of the split if methods, bands and
-    calibration_tokens are unset. It measures the whole split if the person has chosen
-    what to try, if a table must keep a bound, or if the report compares the sweep with
-    trained models.
+    A search for a bound has no ranks. A sweep on a CPU measures only a part of the
+    split if methods, bands and calibration_tokens are unset. It measures the whole
+    split if the person has chosen what to try, if a table must keep a bound, or if the
+    report compares the sweep with trained models.
     """
     if settings.task != "compress":
         return settings
@@ -128,6 +160,7 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
+        "ranks": () if compress.bounds else effort.ranks,
         "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,

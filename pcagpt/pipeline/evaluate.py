@@ -17,17 +17,14 @@ from pcagpt.telemetry.progress import Progress
 
 
 def evaluate(settings: Settings) -> dict:
-    """Evaluates `model_path` on `split`; writes the result to the run's folder.
-
-    If it cannot write there, it says so and only returns the result.
-
-    That of a model of another program goes into the workdir.
-
-    With `evaluate.max_tokens`, it uses only the first tokens of the split, and the name
-    of the file says so.
+    """Evaluates `model_path` on `split`; returns the result and writes it.
 
     The corpus is the one that the run was trained on, unless `data.source` names
-    another.
+    another. With `evaluate.max_tokens`, only the first tokens of the split count, and
+    the name of the file says so.
+
+    The file is in the run's folder; for a model of another program, in the workdir. If
+    it cannot be written, a warning says so.
 
     Raises:
       UserError: the run does not exist, or the corpus or a `model` knob does not fit
@@ -60,8 +57,9 @@ def evaluate(settings: Settings) -> dict:
         "protocol": evaluator.protocol,
     }
     if jax.process_index() == 0:
-        tokens = settings.evaluate.max_tokens
-        part = f"{settings.split}_first{tokens}" if tokens else settings.split
+        part = settings.split
+        if evaluator.batches.is_cut:
+            part += f"_first{settings.evaluate.max_tokens}"
         try:
             run.check_unchanged()
             corpus.check_unchanged()

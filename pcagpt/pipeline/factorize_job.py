@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcagpt import factorize
+from pcagpt import factorization
 from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize import Factorizer, Statistics, factor_files
+from pcagpt.factorization import Factorizer, Statistics, factor_files
 from pcagpt.files import remove_leftovers, sha256_of_file
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences
@@ -81,7 +81,7 @@ class FactorizeJob(Job):
             or not factor_files.exists(self.folder, rank, in_bands)
         )
         conflict = None
-        if differing := self._differing(metadata):
+        if differing := self._differing(metadata, adds=bool(lacking and described)):
             conflict = self._other_files(differing)
         elif others := factor_files.not_ours(self.folder, metadata, lacking):
             conflict = UserError(
@@ -102,17 +102,24 @@ class FactorizeJob(Job):
             return Work(lacking, described)
         return None
 
-    def _differing(self, metadata: dict[str, Any] | None) -> list[str]:
+    def _differing(
+        self, metadata: dict[str, Any] | None, adds: bool = False
+    ) -> list[str]:
         """'PART (there VALUE, here VALUE)' where the files' `identity` is another.
 
-        Empty if there are no files, or no source to compare them with.
+        Empty if there are no files, or no source to compare them with. `adds`: ranks
+        are added to the files, which must then have the same compute dtype.
         """
         # `identity` may tokenize a text.
         if metadata is None or not self._source_exists:
             return []
         identity = self.identity()
-        older = {"bands": 1, "calibration_sha256": identity.get("calibration_sha256")}
+        unknown = ("calibration_sha256", "compute_dtype")
+        older = {"bands": 1} | {name: identity.get(name) for name in unknown}
         metadata = older | metadata  # Older files lack these fields.
+        # What a GPU has made counts as done on a CPU.
+        if self.settings.model.compute_dtype == "auto" and not adds:
+            metadata["compute_dtype"] = identity.get("compute_dtype")
         source, recorded = identity["source_sha256"], metadata.get("source_sha256")
         if source != recorded and self._is_source(recorded):
             metadata["source_sha256"] = source
@@ -142,6 +149,8 @@ class FactorizeJob(Job):
             identity["calibration_tokens"] = self._calibration_tokens
             identity["calibration_batch_size"] = self.settings.train.batch_size
             identity["calibration_sha256"] = self._calibration_sha256()
+            config = Run.open(self.source).config(self.settings.model)
+            identity["compute_dtype"] = config.compute_dtype
         elif given and given.exists():
             identity["statistics_sha256"] = sha256_of_file(given)
         return identity
@@ -258,7 +267,7 @@ class FactorizeJob(Job):
             **({"step": run.step} if run else {}),
             "vocab_size": vocab_size,
             "n_embd": width,
-            "effective_rank": factorize.effective_rank(singular_values),
+            "effective_rank": factorization.effective_rank(singular_values),
             "ranks": {str(rank): described[str(rank)] for rank in ranks},
         }
         check()
@@ -320,9 +329,12 @@ class FactorizeJob(Job):
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
         kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
-        # Statistics also depend on these.
-        kept += ("compress.calibration_tokens", "train.batch_size", "data")
+        if METHODS[self.settings.factorize.method].needs_statistics:
+            kept += ("compress.calibration_tokens", "train.batch_size", "data")
+            kept += ("model.compute_dtype",)
         values = {path: operator.attrgetter(path)(self.settings) for path in kept}
+        if "data" not in kept:  # An empty source stands for the run's own text.
+            values["data.source"] = ""
         settings = Settings(model_path=str(self.source)).replace(values)
         return f"lacks {self.amount}", "configs/factorize.py", settings
 
@@ -344,8 +356,11 @@ class FactorizeJob(Job):
     def _calibration_sha256(self) -> str:
         """Hash of the calibration text's tokens."""
         data, cache_dir = self.settings.data, self.settings.cache_dir
-        data = Run.open(self.source).data(data)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer, ["train"])
+        run = Run.open(self.source)
+        data = run.data(data)
+        corpus = open_corpus(
+            data.source, cache_dir, data.tokenizer, ["train"], run.encodes_as
+        )
         return corpus.tokens_sha256("train")
 
     @property

@@ -14,10 +14,12 @@ from pcagpt.config.schema import (
     KNOBS,
     DistillSettings,
     FactorizeSettings,
+    FinetuneSettings,
     InitSettings,
+    ScratchSettings,
 )
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.model import DEVICE_KNOBS, TABLE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job
@@ -105,7 +107,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
 
 
 def _check_own_budget(settings: Settings, baseline: Run) -> None:
-    """Raises UserError for `train` knobs and a seed that D's own replace."""
+    """Raises UserError for `train` knobs and a seed that differ from D's own."""
     given, own = settings.flat(), baseline.settings.flat()
     for path, value in given.items():
         section, _, name = path.partition(".")
@@ -211,6 +213,9 @@ def _train_job(
         keep = "shape" if bands else keep
     taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
+    if arm == "baseline":  # Its record is the same, whichever arm's command makes it.
+        own = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
+        settings = settings.replace(own)
     model = settings.model
     rank = "-".join(map(str, model.band_ranks)) or model.n_embd_wte
     name = ARMS[arm].run_name.format(rank=rank) + suffix

@@ -51,6 +51,7 @@ def sample(settings: Settings) -> list[str]:
                 options.top_k,
                 tokenizer.n_vocab,
                 batch,
+                options.top_p,
             )
             found = []
             for drawn_B in progress.track(itertools.islice(drawn, total)):

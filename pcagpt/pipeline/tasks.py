@@ -38,6 +38,8 @@ def preview(settings: Settings) -> str:
         writes = any(kind != Kind.DONE for kind, _ in needed.values())
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
+        if settings.task == "compress":
+            _ = run.table_shape  # Its check.
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
     else:
         raise ValueError(f"no preview for the task {settings.task}")

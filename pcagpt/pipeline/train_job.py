@@ -11,6 +11,7 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
+from pcagpt.config.schema import FinetuneSettings, ScratchSettings
 from pcagpt.data.corpus import (
     Corpus,
     check_package,
@@ -83,8 +84,8 @@ class TrainJob(Job):
     def status(self) -> Status:
         """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.
 
-        Raises UserError if the folder holds anything but this run, and may not be
-        replaced, or a prerequisite that the arm cannot start from.
+        Raises UserError if the folder holds something else that may not be replaced, or
+        a D that `for_arm` cannot start from.
         """
         return self._judge(look(self.folder))[0]
 
@@ -179,7 +180,10 @@ class TrainJob(Job):
         return None
 
     def _lack_to_go_on(self, there: FolderState) -> str | None:
-        """Why an unfinished run that may be replaced can only be trained again."""
+        """What an unfinished run lacks, so that it can only be trained again.
+
+        None if it lacks nothing, or may not be replaced.
+        """
         if there.result or not self._may_replace:
             return None
         return checkpoint.lack(self.folder, checkpoint.ITEMS)
@@ -347,7 +351,10 @@ class TrainJob(Job):
                 raise
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
-        return "is not trained", "configs/baseline.py", self.settings
+        # D does not read the shares of the arms.
+        shares = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
+        settings = self.settings.replace(shares)
+        return "is not trained", "configs/baseline.py", settings
 
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:
         """(record, is_replaced), or None if the run is done; the caller holds the lock.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.arms import ARMS, Arm
-from pcagpt.factorize import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
+from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
 from pcagpt.report.sweep import (

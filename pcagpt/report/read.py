@@ -8,12 +8,13 @@ import numpy as np
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.factorize import factor_files
+from pcagpt.factorization import factor_files
 from pcagpt.files import check_fields
 from pcagpt.run.folder import read_record, read_result, read_window_losses
 from pcagpt.telemetry.metrics import read_metrics
 
 _LOGGER = logging.getLogger(__name__)
+_REMEDY = "run its command again with --config.overwrite=True"
 _NUMBER = (int, float, None)
 # {field of result.json: its types}; None: older results lack it, or have no value.
 _RESULT: dict[str, tuple] = {
@@ -64,10 +65,10 @@ def read_row(folder: Path) -> dict[str, Any]:
     required = ("run", "arm", "rank", "seed", "val_loss", "tokens_seen")
     missing = [name for name in required if name not in result]
     if missing:
-        raise UserError(f"{folder / 'result.json'} lacks {', '.join(missing)}")
-    check_fields(
-        result, _RESULT, folder / "result.json", "run its command again with overwrite"
-    )
+        raise UserError(
+            f"{folder / 'result.json'} lacks {', '.join(missing)}: {_REMEDY}"
+        )
+    check_fields(result, _RESULT, folder / "result.json", _REMEDY)
     if result["arm"] not in ARMS:
         raise UserError(
             f"{folder / 'result.json'} has the arm {result['arm']!r}: it must be one "
@@ -136,5 +137,5 @@ def _curve(folder: Path, curve: list | None) -> list[list[float]]:
     except (TypeError, ValueError):
         raise UserError(
             f"{folder / 'result.json'} is damaged ('curve' holds no pairs of numbers): "
-            "run its command again with overwrite"
+            f"{_REMEDY}"
         ) from None

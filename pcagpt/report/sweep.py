@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.factorize import FLOAT_BYTES, SMALLEST_ADDED
+from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError, shown
-from pcagpt.factorize import Statistics
+from pcagpt.factorization import Statistics
 from pcagpt.files import parse_json, read_npz, write_npz
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products

@@ -217,7 +217,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     there is no checkpoint.
     """
     path = foreign.folder_of(Path(path))
-    if not path.is_dir():
+    if not (path.is_dir() or foreign.is_model(path)):
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {problem}: give the folder of a run, such as "
@@ -241,8 +241,9 @@ def _hub_hint(path: Path) -> str:
     if path.exists() or not (len(path.parts) == 1 or is_owned):
         return ""
     return (
-        "; pcagpt downloads no models: of one of Hugging Face's, give the folder that "
-        "holds its config.json and model.safetensors"
+        "; pcagpt reads folders and downloads no models: get one of Hugging Face's "
+        f"with hf download {path} --local-dir {path.name}, and give "
+        f"--config.model_path={path.name}"
     )
 
 

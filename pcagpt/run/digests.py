@@ -59,7 +59,7 @@ def of_arrays(weights: dict) -> dict[str, str]:
 def owner(folder: Path) -> str | None:
     """The `run_id` of a checkpoint; None if it is unknown, or the file is damaged."""
     with contextlib.suppress(UserError):
-        return (_listed(folder) or {}).get("run_id")
+        return (_stored(folder) or {}).get("run_id")
     return None
 
 
@@ -88,7 +88,7 @@ def arrays(folder: Path) -> dict[str, str]:
     """
     if foreign.is_model(folder):
         return _of_foreign(folder)
-    if known := (_listed(folder) or {}).get("arrays"):
+    if known := (_stored(folder) or {}).get("arrays"):
         return known
     with reading(folder):
         return of_arrays(read_weights(folder))
@@ -105,7 +105,7 @@ def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     Raises Unreadable if the system does not let a file be read: it may be undamaged.
     """
     try:
-        listed = _listed(folder)
+        listed = _stored(folder)
         if listed is not None:
             check_digests(folder, listed.get("files"), below)
     except Unreadable:
@@ -137,6 +137,8 @@ def reading(folder: Path) -> Iterator[None]:
         raise UserError(str(error).strip().split("\n")[0][:200]) from None
 
 
-def _listed(folder: Path) -> dict[str, Any] | None:
-    """The content of digests.json; None in older checkpoints."""
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The content of digests.json; None in older checkpoints, and of others'."""
+    if foreign.is_model(folder):
+        return None
     return read_json(folder / FILE, "delete it to read the checkpoint unchecked")

@@ -9,11 +9,13 @@ table, D model width, K rank.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus, TextSize
@@ -51,7 +53,7 @@ class Evaluator:
     def __init__(
         self,
         model: GPT,
-        mesh,
+        mesh: Mesh,
         corpus: Corpus,
         split: str,
         batch_size: int,
@@ -104,16 +106,32 @@ class Evaluator:
           (None if the text is unknown), ln_f_cosine (mean), ln_f_cosine_p05 (its 5th
           percentile), ln_f_cosine_d and tokens_predicted.
         """
-        batches = self.batches if progress is None else progress.track(self.batches)
-        score, scores, targets = functools.partial(self._score, variables), [], []
-        for (_, targets_BT), found in placement.map_batches(score, batches, self._mesh):
-            scores.append(found)
-            targets.append(targets_BT)
-        # The last batch may end with windows without targets.
-        windows = self.batches.window_count
-        targets_WT = np.concatenate(targets)[:windows]
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:windows], *scores)
-        return summarize(whole, targets_WT >= 0, self._text)
+        score = functools.partial(self._score, variables)
+        found = score_windows(score, self.batches, self._mesh, progress)
+        return summarize(*found, self._text)
+
+
+def score_windows(
+    score: Callable,
+    batches: EvaluationBatches,
+    mesh: Mesh,
+    progress: Progress | None = None,
+) -> tuple[TokenScores, np.ndarray]:
+    """(scores of all targets [W, T], whether there is a target [W, T]).
+
+    score: `score_tokens` of (inputs, targets) with a model's variables, jitted on the
+    mesh.
+    """
+    scores, targets = [], []
+    tracked = batches if progress is None else progress.track(batches)
+    for (_, targets_BT), found in placement.map_batches(score, tracked, mesh):
+        scores.append(found)
+        targets.append(targets_BT)
+    # The last batch may end with windows without targets.
+    windows = batches.window_count
+    targets_WT = np.concatenate(targets)[:windows]
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:windows], *scores)
+    return whole, targets_WT >= 0
 
 
 def summarize(

@@ -111,6 +111,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 def _result_of(run_dir: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
     """As `read_result`, of the run with this record; None: of any run."""
+    if foreign.is_model(run_dir):
+        return None
     path, remedy = run_dir / "result.json", _RESULT_REMEDY
     # Older versions wrote Infinity for a perplexity beyond floats.
     result = read_json(path, remedy, has_infinities=True)
@@ -153,8 +155,8 @@ def read_window_losses(run_dir: Path) -> np.ndarray | None:
 class Saved(NamedTuple):
     """What a checkpoint says of itself.
 
-    record: its copy of the run's record, None if it has none that can be read; updates:
-    those that it has done, as in `read_updates`.
+    record: its copy of the run's record, or None if it has none that can be read;
+    updates: how many it was trained for, as `read_updates` tells.
     """
 
     step: int

@@ -1,7 +1,7 @@
 """Models of other programs, and exports, as runs.
 
 Nothing is ever written into their folders. Such a run has one checkpoint, 0. Its folder
-is the folder of the run itself.
+is the folder of the run itself; a GGUF file is a run itself.
 """
 
 import copy
@@ -19,13 +19,14 @@ from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
 from pcagpt.files import read_once
 from pcagpt.model import CONSTANTS, TABLES
-from pcagpt.run import exported, hugging_face, nano_gpt, other_decoder
+from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decoder
 
 STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
 _FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
 _FORMATS: tuple[ModuleType, ...] = (
+    gguf_model,
     exported,
     other_decoder,
     hugging_face,
@@ -39,7 +40,9 @@ def is_model(folder: Path) -> bool:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of a model's file; any other path as it is."""
+    """The folder of a model's file, or the GGUF file of a folder; else the path."""
+    if path.is_dir() and not (is_model(path) or (path / _OWN).exists()):
+        return gguf_model.file_in(path) or path
     is_file = path.name in _FILES and path.is_file()
     return path.parent if is_file and is_model(path.parent) else path
 
@@ -55,7 +58,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 @read_once
 def _record(folder: Path) -> dict[str, Any]:
     record = _format(folder).record_of(folder)
-    rows, name = record["vocab_size"], vocabulary.in_folder(folder)
+    rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:
         size = vocabulary.describe(name).vocab_size
         if size > rows:
@@ -68,7 +71,11 @@ def _record(folder: Path) -> dict[str, Any]:
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info = read_meta(folder, "auto")
         texts = info.characters if info.vocab_size <= rows else None
-        return record | {"tokenizer": info.tokenizer, "characters": texts}
+        return record | {
+            "tokenizer": info.tokenizer,
+            "tokenizer_sha256": info.tokenizer_sha256,
+            "characters": texts,
+        }
     # Other architectures have vocabularies of these sizes, too.
     is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
     return record | {"tokenizer": "gpt2" if is_gpt2 else None}
@@ -77,9 +84,7 @@ def _record(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict:
     """{'params', 'constants'} as a run of ours stores them; raises as `record_of`."""
     found = _format(folder).read_weights(folder)
-    tables = sorted(
-        filter(re.compile(TABLES).fullmatch, found), key=lambda path: (len(path), path)
-    )
+    tables = [path for path in found if re.fullmatch(TABLES, path)]
     if tables:  # A packed table has no padding.
         rows = sum(len(found[path]) for path in tables)
         padding = -rows % KNOBS["model.vocab_multiple"].default
@@ -91,8 +96,19 @@ def read_weights(folder: Path) -> dict:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """{file: sha256} of a model that only transformers can read; {} of others."""
-    is_other = _format(folder) is other_decoder
-    return other_decoder.digests(folder) if is_other else {}
+    kind = _format(folder)
+    return kind.digests(folder) if kind in (gguf_model, other_decoder) else {}
+
+
+def _tokenizer_of(folder: Path) -> str | None:
+    """The tokenizer that comes with a model; None without one that can be used."""
+    name = vocabulary.in_folder(folder)
+    if name and gguf_model.is_model(folder):
+        try:
+            vocabulary.load(name)
+        except UserError:
+            return None
+    return name
 
 
 def _format(folder: Path) -> ModuleType | None:

@@ -27,6 +27,7 @@ class Sampler(NamedTuple):
     model: GPT
     temperature: float
     top_k: int
+    top_p: float
     known_ids: int
 
 
@@ -53,6 +54,7 @@ def generate(
     top_k: int = 0,
     known_ids: int | None = None,
     batch: int = 0,
+    top_p: float = 1.0,
 ) -> Iterator[jax.Array]:
     """Draws the next token of each sample, int32 [B], without end.
 
@@ -70,11 +72,14 @@ def generate(
       top_k: draws from the k most likely tokens only; 0 means all.
       known_ids: draws only ids below it, those of the tokenizer; None means all.
       batch: another number draws other samples.
+      top_p: draws from the likeliest tokens only, as many as it takes until their
+        probabilities, at the temperature and among `top_k`, sum to at least this share
+        (Holtzman et al. 2020); 1 means all.
     """
     length, key = model.config.block_size, jax.random.key(seed)
     key = jax.random.fold_in(key, batch) if batch else key
     known_ids = known_ids or model.config.vocab_size
-    sampler = Sampler(model, temperature, top_k, known_ids)
+    sampler = Sampler(model, temperature, top_k, top_p, known_ids)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
@@ -165,7 +170,7 @@ def _read_full(variables, window_BT, known, key, sampler: Sampler):
 
 def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
     """Draws tokens [B] that follow the output of ln_f at the last known ones."""
-    model, temperature, top_k, known_ids = sampler
+    model, temperature, top_k, top_p, known_ids = sampler
     logits_BV = model.apply(variables, h_BD, method="logits")[:, :known_ids]
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -174,5 +179,21 @@ def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
         drawn_B = jnp.argmax(logits_BV, axis=-1)
     else:
         key = jax.random.fold_in(key, known)
-        drawn_B = jax.random.categorical(key, logits_BV / temperature)
+        logits_BV = logits_BV / temperature
+        if top_p < 1:
+            logits_BV = _nucleus(logits_BV, top_p)
+        drawn_B = jax.random.categorical(key, logits_BV)
     return drawn_B.astype(jnp.int32)
+
+
+def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """The logits of the fewest tokens with the probability `top_p`; others are -inf.
+
+    Tokens as likely as the last of them stay, too.
+    """
+    falling_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    p_BV = jax.nn.softmax(falling_BV)
+    # The likeliest token is always needed: nothing comes before it.
+    needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p
+    least_B1 = jnp.where(needed_BV, falling_BV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

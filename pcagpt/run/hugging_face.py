@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  # NumPy then knows the bfloat16 of safetensors.
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pcagpt.data.foreign import HEAD_BYTES, foreign_kind
+from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import check_fields, parse_json, read_json
@@ -47,21 +47,23 @@ _RESTORE = "restore it, or download the model again"
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model of Hugging Face's, of any architecture."""
+    if stored_config(folder).keys() & {"architectures", "model_type"}:
+        return True
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json; {} if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         config = parse_json((folder / CONFIG).read_bytes())
-        return isinstance(config, dict) and bool(
-            config.keys() & {"architectures", "model_type"}
-        )
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def kind_of(folder: Path) -> str | None:
     """The `model_type` in config.json; None if it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        config = parse_json((folder / CONFIG).read_bytes())
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        return kind if isinstance(kind, str) else None
-    return None
+    kind = stored_config(folder).get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -166,9 +168,10 @@ def checked_config(stored: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tuple]]:
-    """{name: (open file, name in it)} of all tensors that a model needs, and its head.
+    """{name: (open file, name in it, its path)} of all tensors of a model.
 
-    UserError if one is missing, has another shape or type, or is not known.
+    Its head is among them if it is stored. UserError if one is missing, has another
+    shape or type, or is not known.
     """
     with contextlib.ExitStack() as stack:
         found: dict[str, tuple] = {}

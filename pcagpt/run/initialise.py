@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt import factorize, trees
+from pcagpt import factorization, trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FactorizedTable, factor_files
+from pcagpt.factorization import FactorizedTable, factor_files
 from pcagpt.model import (
     BLOCK_KNOBS,
     BandLeaves,
@@ -50,7 +50,7 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def fingerprints(settings: Settings) -> dict[str, str]:
+def import_hashes(settings: Settings) -> dict[str, str]:
     """{last part of a knob's name: hash of its import}.
 
     Raises UserError if an import is missing or damaged.
@@ -71,7 +71,7 @@ def known_imports(
       recorded: 'imported_sha256' in the record of the run, or None.
 
     Returns:
-      The settings of `with_bands`; the `fingerprints`; the reasons why imports that
+      The settings of `with_bands`; the `import_hashes`; the reasons why imports that
       exist cannot be read. The hash of an import that cannot be read is None. If the
       recorded hash matches by an older formula, that hash is returned.
     """
@@ -126,7 +126,7 @@ def check_rank(settings: Settings) -> None:
     """
     _, table = with_bands(settings)
     given, one = settings.model.n_embd_wte or 0, (len(table.order), table.width, 1)
-    rank = -(-table.parameters // factorize.budget_of_rank(*one))
+    rank = -(-table.parameters // factorization.budget_of_rank(*one))
     if given < rank or (given > rank and any(table.ranks)):
         raise UserError(
             f"model.n_embd_wte is {given or None}, but init.import_bands: "
@@ -234,7 +234,8 @@ def _check_bands(table: FactorizedTable, folder: str, config: GPTConfig) -> None
         raise UserError(
             f"init.import_bands: {folder} holds {table.sizes} tokens at the ranks "
             f"{table.ranks} of width {table.width}, but this model has the bands "
-            f"{wanted} of width {config.n_embd}"
+            f"{wanted} of width {config.n_embd}: leave init.import_bands out, or name "
+            "bands that were made from such a model"
         )
     # A single band may be 0, such as that of tokens that never occur.
     is_used = [
@@ -254,7 +255,7 @@ def _controls(
             raise UserError(
                 f"init.keep is '{keep}': import both factors, or a table in bands"
             )
-        made_VK, made_KD = factorize.control(wte, up, keep, random)
+        made_VK, made_KD = factorization.control(wte, up, keep, random)
         controls.append(BandLeaves(made_VK, made_KD, None if down is None else made_KD))
     return controls
 

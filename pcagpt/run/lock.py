@@ -169,7 +169,7 @@ def _told(owner: dict[str, Any], path: Path) -> str:
 
 
 def _limit(silent: float) -> str:
-    """The end of the wait for another machine, silent for `silent` seconds."""
+    """When this command stops waiting for a machine, silent for these seconds."""
     last = time.time() - silent
     since, end = (
         time.strftime("%H:%M:%S", time.localtime(t)) for t in (last, last + STALE)

@@ -1,7 +1,7 @@
-"""A folder of transformers with another architecture than GPT-2, as a run.
+"""A folder of transformers with another architecture than a tied GPT-2, as a run.
 
-pcagpt measures such a model in PyTorch (`compress.decoder`), and compresses its table.
-It does not train it. The folder has config.json and safetensors.
+pcagpt measures such a model in PyTorch (`compression.decoder`), and compresses its
+table. It does not train it. The folder has config.json and safetensors.
 """
 
 from pathlib import Path
@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.run import hugging_face
 
 _REMEDY = "restore it, or download the model again"
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model of transformers that is no GPT-2."""
-    return hugging_face.kind_of(folder) not in (None, "gpt2")
+    """Whether a folder holds a model of transformers that is no tied GPT-2."""
+    config = hugging_face.stored_config(folder)
+    kind, tied = hugging_face.kind_of(folder), config.get("tie_word_embeddings")
+    return kind is not None and (kind != "gpt2" or tied is False)
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -27,7 +31,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     UserError if the folder lacks weights, or its config.json the sizes of the table.
     """
     config = read_json(folder / hugging_face.CONFIG, _REMEDY)
-    assert config is not None  # `is_model` has read it.
+    if config is None:
+        raise UserError(f"{folder} lost its {hugging_face.CONFIG}: {_REMEDY}")
     hugging_face.files(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
@@ -35,7 +40,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     architecture = (
         named[0] if isinstance(named, list) and named else hugging_face.kind_of(folder)
     )
-    sizes = {name: text.get(name) for name in ("vocab_size", "hidden_size")}
+    width = next((name for name in _WIDTHS if name in text), _WIDTHS[0])
+    sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(
@@ -43,7 +49,7 @@ def record_of(folder: Path) -> dict[str, Any]:
                 "a model that AutoModelForCausalLM of transformers opens"
             )
     # One head fits any width: nothing of ours computes with this model.
-    model = {"n_embd": sizes["hidden_size"], "n_head": 1}
+    model = {"n_embd": sizes[width], "n_head": 1}
     return {
         "vocab_size": sizes["vocab_size"],
         "model": model,
@@ -64,7 +70,9 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 def refusal(folder: Path, architecture: str) -> UserError:
     """The error of a command that cannot compute the model."""
+    taking = [name for name, task in TASKS.items() if task.any_architecture]
     return UserError(
-        f"{folder} holds a {architecture}: of models other than GPT-2, only "
-        "--config=configs/compress.py takes one"
+        f"{folder} holds a {architecture}, which only "
+        f"{' and '.join(f'--config=configs/{name}.py' for name in taking)} can take: "
+        "give a GPT-2 with one table"
     )

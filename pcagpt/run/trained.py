@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from pcagpt import trees
 from pcagpt.config import KNOBS, Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
+from pcagpt.config.tasks import TASKS
 from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
 from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorize.factor_files import check_rows_differ
+from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder
@@ -71,8 +72,8 @@ class Run:
     @classmethod
     def asked(cls, settings: Settings) -> "Run":
         """The run in `model_path`; raises as `open` and `check_model` do."""
-        is_compress = settings.task == "compress"
-        run = cls.open(settings.model_path, any_architecture=is_compress)
+        takes_any = TASKS[settings.task].any_architecture
+        run = cls.open(settings.model_path, any_architecture=takes_any)
         run.check_model(settings.model)
         return run
 
@@ -126,7 +127,8 @@ class Run:
 
         Raises UserError for a damaged file, and as `check_unchanged`.
         """
-        _ = self.fingerprint  # Before the weights are read, so that it is theirs.
+        # Taken before the weights are read: a change in between is then noticed.
+        _ = self.fingerprint
         weights = checkpoint.load_weights(self._checkpoint)
         self.check_unchanged()
         return weights
@@ -161,7 +163,8 @@ class Run:
         if missing:
             raise UserError(
                 f"{self._checkpoint} lacks '{missing[0]}', which the model of its "
-                "config.json has"
+                "config.json has: put the run's own files there, or name another "
+                "checkpoint"
             )
         source = str(self._checkpoint)
         return {"constants": {}} | trees.replace(wanted, stored, source=source)
@@ -218,17 +221,24 @@ class Run:
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
     def with_tokenizer(self, asked: DataSettings) -> DataSettings:
-        """`asked`, but a text gets the tokenizer of a model of another program.
+        """`asked`; for a text, with the tokenizer of a model of another program.
 
-        A run of ours was trained on a corpus that its record names. For another text,
-        its tokenizer must be named.
+        For a run of ours, a person must name the tokenizer of another text than the one
+        in its record.
         """
-        name = self.record.get("tokenizer")
-        is_open = asked.tokenizer == "auto" and "data" not in self.record
-        if not (name and is_open and asked.source):
+        name = self.encodes_as
+        if not (name and asked.tokenizer == "auto" and asked.source):
             return asked
         is_text = isinstance(find_source(asked.source), TextSource)
         return dataclasses.replace(asked, tokenizer=name) if is_text else asked
+
+    @property
+    def encodes_as(self) -> str | None:
+        """The tokenizer that a model of another program needs tokens of.
+
+        None if it is unknown, and for a run of ours: it was trained on tokens.
+        """
+        return None if "data" in self.record else self.record.get("tokenizer")
 
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
@@ -247,11 +257,16 @@ class Run:
         data = self.data(asked)
         if asked.source or asked.tokenizer != "auto":
             described = processes.from_first(
-                lambda: describe_corpus(data.source, data.tokenizer, splits)
+                lambda: describe_corpus(
+                    data.source, data.tokenizer, splits, self.encodes_as
+                )
             )
+            self._check_is_told(described, asked.tokenizer)
             self._check_tokenizer(described)
-        corpus = open_corpus(data.source, cache_dir, data.tokenizer, splits)
-        differing = corpus.changed_parts(self.record, (*TRAINING_PARTS, "test"))
+        corpus = open_corpus(
+            data.source, cache_dir, data.tokenizer, splits, self.encodes_as
+        )
+        differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         if differing and not asked.source:
             own_cache = Path(
                 self.settings.data.cache_dir or self.folder.parent / "data"
@@ -282,11 +297,7 @@ class Run:
         self._check_tokenizer(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
         if "tokenizer_sha256" in differing:
-            raise UserError(
-                f"{corpus.name} numbers its tokens in another way than the corpus of "
-                f"{self.folder}: its ids mean other text to the model; make them with "
-                "the run's own meta file"
-            )
+            raise self._other_numbering(corpus)
         if differing and jax.process_index() == 0:
             warn_once(
                 f"{corpus.folder} is another corpus than the one that {self.folder} "
@@ -352,7 +363,10 @@ class Run:
         return stated or (RANKS[name].sha256 if name in RANKS else None)
 
     def _check_tokenizer(self, corpus: CorpusInfo) -> None:
-        """Raises UserError if the corpus has unknown ids, or tokens of another name."""
+        """Raises UserError if the corpus has unknown ids, or another tokenizer.
+
+        Two names are compared as such, otherwise the texts of the ids, or hashes.
+        """
         own = self.record.get("tokenizer")
         if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
@@ -367,12 +381,38 @@ class Run:
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
                 "that it was trained on"
             )
+        texts = self.record.get("characters"), corpus.characters
+        if None in texts:
+            texts = self._tokenizer_sha256, corpus.tokenizer_sha256
+        is_named = own and corpus.tokenizer
+        if not is_named and None not in texts and len({*map(tuple, texts)}) > 1:
+            raise self._other_numbering(corpus)
+
+    def _other_numbering(self, corpus: CorpusInfo) -> UserError:
+        return UserError(
+            f"{corpus.name} numbers its tokens in another way than the corpus of "
+            f"{self.folder}: its ids mean other text to the model; make them with "
+            "the run's own meta file"
+        )
+
+    def _check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
+        """Raises UserError if nothing says that tokens are those of the model."""
+        known = ("data", "tokenizer", "characters")
+        if any(self.record.get(name) for name in known) or asked != "auto":
+            return
+        if corpus.tokenizer:
+            raise UserError(
+                f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
+                f"{corpus.tokenizer}: put the model's tokenizer.json there, or, if "
+                "these are its tokens, set --config.data.tokenizer="
+                f"{corpus.tokenizer}"
+            )
 
     def results_in(self, workdir: str | Path) -> Path:
         """The folder of what is measured on the run: its own.
 
-        That of another program's model is in the workdir; its name tells two models of
-        one name apart.
+        Of a model of another program, a folder in the workdir. Its name holds a part of
+        the fingerprint, because two models may have one name.
         """
         if not foreign.is_model(self.folder):
             return self.folder

@@ -9,6 +9,8 @@ from rich import progress
 from rich.console import Console
 from rich.table import Column
 
+from pcagpt import process
+
 LINE_SECONDS = 10.0  # minimum time between two lines of one bar in a log file
 
 Item = TypeVar("Item")
@@ -58,7 +60,8 @@ class Progress:
     A terminal shows a live bar. A log file gets a line at the start, then at most one
     line in LINE_SECONDS, and one at the end. Bars can nest: an inner bar disappears at
     its end, and a log file shows it only if it takes longer than LINE_SECONDS. Only the
-    first process shows progress. `start` is the number of steps that are already done.
+    first process shows progress, and only if `process.shows_progress`. `start` is the
+    number of steps that are already done.
     """
 
     _display: progress.Progress | None = None  # stays None on other processes
@@ -67,7 +70,7 @@ class Progress:
         self.label, self.total, self.step = label, total, start
 
     def __enter__(self) -> "Progress":
-        if jax.process_index() > 0:
+        if jax.process_index() > 0 or not process.shows_progress():
             return self
         self._display = _open_bars[0]._display if _open_bars else _new_display()
         self._task = self._display.add_task(

@@ -19,6 +19,7 @@ from pcagpt.model import (
     order_constants,
     token_order,
     total_parameters,
+    training_flops_per_token,
 )
 from pcagpt.run import checkpoint, digests, provenance
 from pcagpt.run.checkpoint import Checkpoints
@@ -72,7 +73,15 @@ def train(
         progress = stack.enter_context(Progress(label, last_step, first_step))
         stop = stack.enter_context(recorded_signals())
         compiled_step = compile_step(setup, state, shardings, teacher)
-        meter = Meter(setup, history, telemetry, progress)
+        meter = Meter(
+            history,
+            telemetry,
+            progress,
+            every=settings.telemetry.every,
+            tokens_per_step=setup.tokens_per_step,
+            flops_per_token=training_flops_per_token(setup.model.config),
+            peak_flops=provenance.peak_flops(setup.mesh.size),
+        )
 
         # `step` is the number of updates of `state`. Each iteration evaluates and saves
         # this state if that is due, and then makes the next update.

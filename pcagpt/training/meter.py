@@ -10,11 +10,9 @@ import jax
 
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields
-from pcagpt.model import training_flops_per_token
 from pcagpt.run import provenance
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
-from pcagpt.training.setup import Setup
 
 
 @dataclasses.dataclass
@@ -69,13 +67,23 @@ class Meter:
     """
 
     def __init__(
-        self, setup: Setup, history: History, telemetry: Telemetry, progress: Progress
+        self,
+        history: History,
+        telemetry: Telemetry,
+        progress: Progress,
+        *,
+        every: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
     ):
+        """every: steps between logged metrics; peak_flops: per second, of all devices.
+
+        peak_flops is None if it is unknown.
+        """
         self._history, self._telemetry, self._progress = history, telemetry, progress
-        self._every = setup.settings.telemetry.every
-        self._tokens_per_step = setup.tokens_per_step
-        self._flops_per_token = training_flops_per_token(setup.model.config)
-        self._peak_flops = provenance.peak_flops(setup.mesh.size)
+        self._every, self._tokens_per_step = every, tokens_per_step
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._held: tuple[int, Mapping[str, jax.Array]] | None = None
         self._last_read: float | None = None
 

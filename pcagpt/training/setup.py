@@ -57,10 +57,11 @@ class Setup:
             settings = settings.replace(without)
         settings, _ = initialise.with_bands(settings)
         if settings.model.band_blocks:
+            source = settings.init.weights_from
+            subject = f"{source} has" if source else "model.band_blocks asks for"
             raise UserError(
-                "model.band_blocks is set, but a packed table cannot be trained: train "
-                "a model with factors or with a coded table, such as "
-                "compressed/best_k128"
+                f"{subject} a packed table, which cannot be trained: name a model with "
+                "factors or with a coded table, such as compressed/best_k128"
             )
         train = settings.train
         mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -70,7 +71,8 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
-        if source := settings.init.weights_from or settings.model_path:
+        init = settings.init
+        if source := init.weights_from or init.blocks_from or settings.model_path:
             Run.open(source).check_corpus(corpus)
         # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
@@ -100,7 +102,7 @@ class Setup:
         )
         setup.import_into(_stand_in(model))
         setup.open_teacher()
-        hashes = initialise.fingerprints(settings)
+        hashes = initialise.import_hashes(settings)
         return dataclasses.replace(setup, imported_sha256=hashes)
 
     @property
@@ -161,7 +163,7 @@ class Setup:
 
     def check_unchanged(self) -> None:
         """Raises UserError if an import was changed since the setup was made."""
-        for name, found in initialise.fingerprints(self.settings).items():
+        for name, found in initialise.import_hashes(self.settings).items():
             if found != self.imported_sha256[name]:
                 raise UserError(
                     f"stopped, because the import of {name} was changed since it was "

@@ -68,6 +68,10 @@ class Command:
         path = REPOSITORY / "configs" / f"{self.config}.py"
         task = self.config if self.config in TASKS else "train"
         values = {k: v for k, v in _QUICK.items() if task in readers_of(k)[0]}
+        if self.config in ("baseline", "pca_k128"):  # They have D's own budget.
+            del values["finetune.steps_share"]
+        if str(self.knobs.get("model_path")).endswith(".npy"):  # It is not measured.
+            del values["train.batch_size"], values["compress.calibration_tokens"]
         if not TASKS[task].model:  # Otherwise the run has them.
             values |= _CORPUS | ({} if self.config == "recover" else _MODEL)
         values |= self.knobs

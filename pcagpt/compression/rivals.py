@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pcagpt.factorize import Statistics, gptq, product_quantize, quantize
+from pcagpt.factorization import Statistics, gptq, product_quantize, quantize
 from pcagpt.methods import METHODS, OWN_TABLE
 from pcagpt.rows import Recipe
 

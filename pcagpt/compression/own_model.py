@@ -5,14 +5,16 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import Mesh
 
-from pcagpt.compress.score import TableSwap
-from pcagpt.factorize import Statistics
+from pcagpt.compression.score import TableSwap
+from pcagpt.factorization import Statistics
 from pcagpt.model import GPT
 from pcagpt.run import calibrate
 
 
 class OwnModel:
     """A GPT with a full table; implements `original.Model`."""
+
+    side, sides = "", ()
 
     def __init__(self, gpt: GPT, variables: dict, mesh: Mesh, chunks: int):
         """Takes variables on the mesh; logits are computed in `chunks` parts."""

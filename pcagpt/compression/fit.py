@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from pcagpt.compress.candidates import (
+from pcagpt.compression.candidates import (
     Candidate,
     best_factors,
     counts_of,
     tries_own_table,
 )
-from pcagpt.factorize import BudgetTooSmall, LossRegression, least_budget
+from pcagpt.factorization import BudgetTooSmall, LossRegression, least_budget
 from pcagpt.methods import CODES, FEWEST_FACTOR_BITS, OWN_TABLE
 from pcagpt.rows import Recipe, Row, SwapScores
 
@@ -67,8 +67,8 @@ class Fit:
     ) -> Trial | None:
         """The smallest table found that adds at most this loss, or None.
 
-        It has the first of `CODES` that is allowed, else factors. If D's own table at
-        one of `bits` also fits and is smaller, it is that.
+        It has the first of `CODES` that is allowed, otherwise factors. D's own table at
+        one of `bits` takes its place if it is smaller and fits.
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pcagpt import coding
-from pcagpt.compress.codes import KINDS, Codes
-from pcagpt.compress.rivals import MAKERS
-from pcagpt.factorize import (
+from pcagpt.compression.codes import KINDS, Codes
+from pcagpt.compression.rivals import MAKERS
+from pcagpt.compression.sides import counted_by, seen_by
+from pcagpt.factorization import (
     FLOAT_BYTES,
     BandFactors,
     FactorizedTable,
@@ -85,9 +86,11 @@ class Compressor:
         table_VD: np.ndarray,
         statistics: Statistics,
         singular_value_split: float = 0.0,
+        side: str = "",
     ):
-        self._table_VD, self._statistics = table_VD, statistics
-        self._split = singular_value_split
+        """`side` is as for `sides.seen_by`."""
+        self._table_VD, self._statistics = table_VD, seen_by(side, statistics)
+        self._side, self._split = side, singular_value_split
         self._predict = Predictor(table_VD, statistics)
         self._method = ""
 
@@ -108,7 +111,7 @@ class Compressor:
                 table, size = quantized(table, recipe.bits)
         dense_VD = table.dense()
         seconds = time.monotonic() - began
-        second_order = self._predict(dense_VD)
+        second_order = counted_by(self._side, self._predict(dense_VD))
         return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
 
     def codes_bytes(self, method: str, bands: int, loss: float) -> int:
@@ -167,9 +170,9 @@ def factor_methods(methods: Sequence[str]) -> list[str]:
 
 
 def counts_of(method: str, bands: Sequence[int]) -> Sequence[int]:
-    """Those of these numbers of bands that a method is tried in.
+    """The numbers of bands that a method is tried in, of those in `bands`.
 
-    Codes that are not in bands have one band, whatever the numbers are.
+    Methods without token weights take only 1. Codes without bands always have 1.
     """
     if method in KINDS:
         return bands if KINDS[method].in_bands else (1,)

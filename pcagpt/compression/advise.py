@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import jax
 
-from pcagpt.compress.candidates import Candidate, factor_methods, left_out
-from pcagpt.compress.export import write_model
-from pcagpt.compress.fit import Fit
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
+from pcagpt.compression.bare_table import BareTable
+from pcagpt.compression.candidates import Candidate, factor_methods, left_out
+from pcagpt.compression.fit import Fit, Trial
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.write_model import write_model
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
-from pcagpt.factorize import FLOAT_BYTES
+from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text
@@ -34,12 +35,48 @@ def advise(
 
     Args:
       original: the model.
-      methods: see `Fit`; a bound on numbers leaves out `CODES`.
-      options: one of its bounds is set. Factors have one of its numbers of bands and,
-        for a bound on bytes, 32 bits per value or one of its `bits`.
+      methods: as for `find`.
+      options: as for `find`.
       output: for advice.json and the model; an earlier advice with another protocol,
         bound or model is moved aside.
       overwrite: without it, a model that a run started from `stays`, and its advice.
+
+    Raises UserError as `find` does.
+    """
+    chosen, tried = find(original, methods, options)
+    if jax.process_index() > 0:
+        return
+    row, place = chosen.row(), output.folder / ADVISED
+    if "max_bytes" in options.bounds and chosen.candidate.note:
+        print(chosen.candidate.note, flush=True)
+    # First, because writing may fail.
+    print(advice_text(row, original.table_VD.shape), flush=True)
+    output.check()
+    if not write_model(place, original, chosen.candidate, row, overwrite):
+        return
+    print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
+    trials = [trial.row() for trial in tried]
+    answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
+    # The same recipe can give another table.
+    answer["model_run_id"] = read_record(place)["run_id"]
+    advice, path = output.heading | answer, output.folder / "advice.json"
+    earlier, own = read_json(path, "delete it") or {}, strict(advice)
+    # If the model was moved aside, its advice goes with it.
+    if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
+        move_aside(path)
+    write_json(path, advice)
+
+
+def find(
+    original: Original | BareTable, methods: Sequence[str], options: CompressSettings
+) -> tuple[Trial, list[Trial]]:
+    """(the table that fits the bound, all that were tried).
+
+    Args:
+      original: the model, or a bare table.
+      methods: see `Fit`; a bound on numbers leaves out `CODES`.
+      options: one of its bounds is set. Factors have one of its numbers of bands and,
+        for a bound on bytes, 32 bits per value or one of its `bits`.
 
     Raises UserError if no table fits, or no method fits the bands.
     """
@@ -51,7 +88,7 @@ def advise(
             f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
         )
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
-    label, bits = f"fitting {original.run.folder.name}", len(options.bits)
+    label, bits = f"fitting {original.label}", len(options.bits)
     with Progress(label, max(Fit.TRIALS + bits, len(CODES) + 1 + 2 * bits)) as progress:
 
         def measure(candidate: Candidate) -> SwapScores:
@@ -65,30 +102,10 @@ def advise(
         if name == "max_added_loss":
             chosen = fit.within_loss(bound, options.bits)
         else:
-            chosen = fit.within_bytes(unit * bound, every)
+            chosen = fit.within_bytes(int(unit * bound), every)
     if chosen is None:
         hint = ""
         if name != "max_added_loss":
             hint = f" to {-(-fit.least_bytes(every) // unit)} or more"
         raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
-    if jax.process_index() > 0:
-        return
-    row, place = chosen.row(), output.folder / ADVISED
-    if name == "max_bytes" and chosen.candidate.note:
-        print(chosen.candidate.note, flush=True)
-    # First, because writing may fail.
-    print(advice_text(row, shape), flush=True)
-    output.check()
-    if not write_model(place, original, chosen.candidate, row, overwrite):
-        return
-    print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
-    trials = [trial.row() for trial in fit.trials]
-    answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
-    # The same recipe can give another table.
-    answer["model_run_id"] = read_record(place)["run_id"]
-    advice, path = output.heading | answer, output.folder / "advice.json"
-    earlier, own = read_json(path, "delete it") or {}, strict(advice)
-    # If the model was moved aside, its advice goes with it.
-    if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
-        move_aside(path)
-    write_json(path, advice)
+    return chosen, fit.trials

@@ -28,7 +28,7 @@ class Codes(Protocol):
         """The table that the codes stand for: float32 [V, D]."""
 
 
-class Kind(NamedTuple):
+class CodeKind(NamedTuple):
     """How the tables of one of `CODES` are made and stored.
 
     file: its name; in_bands: whether the tokens are in bands; trainable: whether
@@ -62,7 +62,7 @@ def _packed(prepared, bands, most):
 
 
 KINDS = {
-    CODED: Kind(
+    CODED: CodeKind(
         file="table.pcat",
         in_bands=False,
         trainable=True,
@@ -71,7 +71,7 @@ KINDS = {
         read=coding.read,
         write=coding.write,
     ),
-    PACKED: Kind(
+    PACKED: CodeKind(
         file="table.npz",
         in_bands=True,
         trainable=False,

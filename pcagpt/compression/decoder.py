@@ -1,26 +1,32 @@
 """A causal language model of transformers: its table, statistics and measurements.
 
-It does in PyTorch what `run.calibrate` and `compress.score` do for our own models, for
-any architecture whose head multiplies the last hidden states by the token table. The
-model's own code embeds the tokens, so a scaled embedding (Gemma) counts as it is.
+It does in PyTorch what `run.calibrate` and `compression.score` do for our own models,
+for any architecture whose head multiplies the last hidden states by a table: that of
+the input, or another one. The model's own code embeds the tokens, so a scaled embedding
+(Gemma) counts as it is.
 
 Shape letters: B batch, T sequence, N = B*T, n tokens of a chunk, W windows, V
 vocabulary, D width, E deciles.
 """
 
 import contextlib
+import copy
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 
-from pcagpt.compress.score import DECILES, swap_scores
+from pcagpt.compression.score import DECILES, swap_scores
+from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
+from pcagpt.factorization import Statistics
 from pcagpt.rows import SwapScores
+from pcagpt.run import hugging_face
 
 # Windows that pass through the model at a time, and logits that are kept at a time.
 WINDOWS_ON_CPU, WINDOWS_ON_GPU, LOGITS = 1, 8, 2**25
@@ -31,7 +37,7 @@ LOGITS_AGREE = 1e-4
 class Decoder:
     """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
-    compute_dtype, device_count = "float32", 1
+    compute_dtype, device_count, side = "float32", 1, ""
 
     def __init__(self, folder: Path, window: int):
         """Opens a folder; UserError if its model cannot be measured.
@@ -41,9 +47,13 @@ class Decoder:
         self.folder = folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _open(folder).to(self.device).requires_grad_(False).eval()
-        self._embedding = self.model.get_input_embeddings()
-        self._head = self.model.get_output_embeddings()
-        self._check_tied()
+        self._embedding, self._head = self._tables()
+        self._check_tables()
+        is_tied = self._head.weight is self._embedding.weight
+        self.sides = () if is_tied else (INPUT, OUTPUT)
+        says_tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if (is_tied or says_tied) and not folder.is_file():
+            self._check_stored_table()
         config = self.model.config.get_text_config()
         self.window = min(window, getattr(config, "max_position_embeddings", window))
         self._cap = getattr(config, "final_logit_softcapping", None)
@@ -51,8 +61,15 @@ class Decoder:
 
     @property
     def table_VD(self) -> np.ndarray:
-        """The token table, float32 [V, D]."""
-        return self._embedding.weight.detach().float().cpu().numpy()
+        """The token table, or that of the side: float32 [V, D]."""
+        table = self._head if self.side == OUTPUT else self._embedding
+        return table.weight.detach().float().cpu().numpy()
+
+    def of_side(self, side: str) -> Self:
+        """The same model, of which one table is replaced."""
+        other = copy.copy(self)
+        other.side = side
+        return other
 
     def statistics(
         self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
@@ -78,7 +95,7 @@ class Decoder:
         decile_V: np.ndarray,
         batches: Iterable[tuple[np.ndarray, np.ndarray]],
     ) -> SwapScores:
-        """Scores of a table in place of the model's own; as `score.TableSwap`."""
+        """Scores of a table in place of the side's own; as `score.TableSwap`."""
         new_VD, decile_V = self._put(table_VD), self._put(decile_V)
         with torch.inference_mode():
             return swap_scores(
@@ -102,10 +119,13 @@ class Decoder:
 
     def _part_scores(self, new_VD, decile_V, inputs_BT, targets_BT):
         """Sums of all scores over a batch; `windows`: added loss and count of each."""
-        own_VD = self._embedding.weight
-        own_ND = self._hidden(inputs_BT)
-        with self._embedding_of(new_VD):
-            swapped_ND = self._hidden(inputs_BT)
+        own_VD = self._head.weight
+        swapped_ND = own_ND = self._hidden(inputs_BT)
+        if self.side != OUTPUT:
+            with self._embedding_of(new_VD):
+                swapped_ND = self._hidden(inputs_BT)
+        if self.side == INPUT:
+            new_VD = own_VD
         names = ("loss", "added_loss", "added_loss_input", "added_loss_head", "kl")
         names += ("top1_agreement", "count")
         totals = torch.zeros(len(names), dtype=torch.float64, device=self.device)
@@ -148,8 +168,8 @@ class Decoder:
 
     def _sums(self, tokens_BT, chance) -> dict[str, torch.Tensor]:
         """Sums over a batch of all statistics except the frequency."""
-        table_VD = self._embedding.weight
-        rows_ND = table_VD[tokens_BT.reshape(-1)].requires_grad_()
+        table_VD = self._head.weight
+        rows_ND = self._embedding.weight[tokens_BT.reshape(-1)].requires_grad_()
         places_BT = torch.arange(tokens_BT.numel(), device=self.device)
         # Each place has a row of its own, so that the gradient is that of one place.
         with torch.enable_grad(), self._embedding_of(rows_ND):
@@ -180,7 +200,7 @@ class Decoder:
         }
 
     def _hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states that the head multiplies by the table: float32 [N, D]."""
+        """Hidden states that the head multiplies by its table: float32 [N, D]."""
         # Some models also read the ids; the rows of `_embedding_of` have none.
         embedded_BTD = self._embedding(tokens_BT)
         body = self.model.base_model
@@ -189,6 +209,8 @@ class Decoder:
 
     def _logits(self, h_nD: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
         logits_nV = h_nD @ table_VD.T
+        if self._head.bias is not None:
+            logits_nV += self._head.bias
         if self._cap:
             logits_nV = self._cap * torch.tanh(logits_nV / self._cap)
         return logits_nV
@@ -215,45 +237,111 @@ class Decoder:
             np.asarray(array, np.int64 if is_ids else np.float32), device=self.device
         )
 
-    def _check_tied(self) -> None:
+    def _tables(self) -> tuple[Any, Any]:
+        """The modules of input and output; None for one that the model lacks."""
+        found = []
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                found.append(getattr(self.model, name)())
+            except (AttributeError, NotImplementedError):
+                found.append(None)
+        return found[0], found[1]
+
+    def _check_stored_table(self) -> None:
+        """UserError if the files hold two tables for a model that should have one.
+
+        Versions of transformers differ in what they make of it, without a word.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        named = self.model.named_parameters(remove_duplicate=False)
+        tables = (self._embedding.weight, self._head.weight)
+        own = {name for name, p in named if any(p is table for table in tables)}
+        own |= {name.removeprefix(prefix) for name in own}
+        first: tuple[str, torch.Tensor] | None = None
+        for path in hugging_face.files(self.folder):
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(own & set(file.keys())):
+                    table = file.get_tensor(name)
+                    if first and not torch.equal(first[1], table):
+                        raise UserError(
+                            f"{self.folder}: {name} is another table than {first[0]}, "
+                            "although tie_word_embeddings is true: set it to false in "
+                            "its config.json, or remove the wrong table"
+                        )
+                    first = first or (name, table)
+
+    def _check_tables(self) -> None:
+        """UserError unless input and output have tables of one shape."""
         own, head = self._embedding, self._head
         if not isinstance(own, torch.nn.Embedding):
             raise UserError(f"{self.folder}: its model has no embedding of tokens")
-        if head is None or head.weight is not own.weight:
+        if not isinstance(head, torch.nn.Linear):
+            raise UserError(f"{self.folder}: its model has no table of the output")
+        if head.weight.shape != own.weight.shape:
             raise UserError(
-                f"{self.folder}: its input and output tables are not tied; only tied "
-                "tables can be compressed"
+                f"{self.folder}: its input table is {tuple(own.weight.shape)}, its "
+                f"output table {tuple(head.weight.shape)}: only tables of one shape "
+                "can be measured"
             )
 
     def _check_head(self) -> None:
-        """UserError unless the plain product gives the model's own probabilities."""
-        tokens_BT = torch.arange(8, device=self.device)[None] % len(
-            self._embedding.weight
-        )
-        with torch.inference_mode():
-            own_nV = self.model(input_ids=tokens_BT, use_cache=False).logits[0]
-            own_nV = torch.log_softmax(own_nV.float(), 1)
-            found_nV = self._log_probabilities(
-                self._hidden(tokens_BT), self._embedding.weight
-            )
-        if not (found_nV - own_nV).abs().max() <= LOGITS_AGREE * own_nV.abs().max():
-            name = type(self.model).__name__
+        """UserError unless the plain product gives the model's own probabilities.
+
+        These must not depend on later tokens.
+        """
+        name, size = type(self.model).__name__, len(self._embedding.weight)
+        tokens_BT = torch.arange(min(8, self.window), device=self.device)[None] % size
+        other_BT = tokens_BT.clone()
+        other_BT[:, -1] = (other_BT[:, -1] + 1) % size
+        try:
+            with torch.inference_mode():
+                own_nV, other_nV = (
+                    self.model(input_ids=one_BT, use_cache=False).logits[0].float()
+                    for one_BT in (tokens_BT, other_BT)
+                )
+                own_nV, other_nV = own_nV.log_softmax(1), other_nV.log_softmax(1)
+                found_nV = self._log_probabilities(
+                    self._hidden(tokens_BT), self._head.weight
+                )
+                near = LOGITS_AGREE * own_nV.abs().max()
+                is_product = bool((found_nV - own_nV).abs().max() <= near)
+                is_causal = bool((other_nV - own_nV)[:-1].abs().max() <= near)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        # Architectures differ in what they take, and fail in many ways.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:120]
+            raise UserError(
+                f"{self.folder}: {name} does not compute logits from embedded tokens "
+                f"as other decoders do ({reason}); it cannot be measured"
+            ) from None
+        if not is_product:
             raise UserError(
                 f"{self.folder}: {name} does not multiply its last hidden states by "
-                "the token table alone; such a head cannot be measured"
+                "its table alone; such a head cannot be measured"
+            )
+        if not is_causal:
+            raise UserError(
+                f"{self.folder}: {name} reads the tokens that it should predict; give "
+                "a causal language model"
             )
 
 
 def _open(folder: Path) -> Any:
     """The model of a folder in float32; UserError if it has none that is whole."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    is_file = folder.is_file()  # GGUF
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        # What it would print about damaged files, the errors below say in one line.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder.parent if is_file else folder),
+                gguf_file=folder.name if is_file else None,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except MemoryError:
         raise
     # The package and what it calls raise errors of many types for damaged files.

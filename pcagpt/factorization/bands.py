@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.errors import UserError
-from pcagpt.factorize.solve import (
+from pcagpt.factorization.solve import (
     Factors,
     centred,
     energy_kept,
@@ -22,7 +22,7 @@ from pcagpt.factorize.solve import (
     table_of_rank,
     truncate,
 )
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.methods import METHODS, Statistics, Weighting
 
 FIRST_BAND = 64  # initial size of the band of the most frequent tokens

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from pcagpt.compress.export import is_of, keeps_model, stays, write_model
-from pcagpt.compress.original import Original
-from pcagpt.compress.output import Output
+from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
+from pcagpt.compression.write_model import is_of, keeps_model, stays, write_model
 from pcagpt.errors import UserError
-from pcagpt.factorize import (
+from pcagpt.factorization import (
     SMALLEST_ADDED,
     BudgetTooSmall,
     LossRegression,
@@ -20,6 +20,7 @@ from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
 from pcagpt.rows import Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside
+from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
@@ -62,7 +63,10 @@ def sweep(
     Only what was measured on the validation split chooses models. Returns them.
     """
     folder, writes = output.folder, jax.process_index() == 0
-    output, measured = _resume(original, output)
+    heading, measured = processes.from_first(
+        lambda: _resume(original, folder, output.heading)
+    )
+    output = dataclasses.replace(output, heading=heading)
     known = set(measured)
     lacking = [recipe for recipe in tried if recipe not in measured]
     done = len(tried) - len(lacking)
@@ -70,7 +74,7 @@ def sweep(
     if "gaussian_limit" not in output.heading:
         limit = {"gaussian_limit": make.gaussian_limit()}
         output = dataclasses.replace(output, heading=output.heading | limit)
-    label = f"compressing {original.run.folder.name}"
+    label = f"compressing {original.label}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
             try:
@@ -106,18 +110,19 @@ def sweep(
     return chosen
 
 
-def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Row]]:
+def _resume(
+    original: Original, folder: Path, heading: dict[str, Any]
+) -> tuple[dict[str, Any], dict[Recipe, Row]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The output then also has its R(D) line and the results of further training. Codes of
-    another version are measured again.
+    The heading then also has its R(D) line and the results of further training. Codes
+    of another version are measured again.
     """
-    earlier, heading = read_sweep(output.folder / "sweep.json"), output.heading
+    earlier = read_sweep(folder / "sweep.json")
     own = strict(heading["protocol"])
     if not earlier or original.renewed(earlier["protocol"]) != own:
-        if jax.process_index() == 0:
-            move_aside(output.folder / "sweep.json")
-        return output, {}
+        move_aside(folder / "sweep.json")
+        return heading, {}
     has_same_codes = earlier["protocol"].get("codes") == own["codes"]
     names = (
         "recovered",
@@ -129,7 +134,7 @@ def _resume(original: Original, output: Output) -> tuple[Output, dict[Recipe, Ro
     heading = heading | {name: earlier[name] for name in kept}
     rows = earlier["rows"] + earlier["other_rows"]
     measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
-    return dataclasses.replace(output, heading=heading), measured
+    return heading, measured
 
 
 def _write_best(

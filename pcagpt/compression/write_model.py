@@ -14,13 +14,13 @@ import numpy as np
 
 from pcagpt import coding, trees
 from pcagpt.arms import FROM_RUN
-from pcagpt.compress.candidates import Candidate, of_full_width
-from pcagpt.compress.codes import KINDS, Codes, Kind
-from pcagpt.compress.original import Original
+from pcagpt.compression.candidates import Candidate, of_full_width
+from pcagpt.compression.codes import KINDS, CodeKind, Codes
+from pcagpt.compression.original import Original
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize import BandFactors, FactorizedTable
-from pcagpt.factorize.factor_files import read_bands, write_bands
-from pcagpt.factorize.solve import centred
+from pcagpt.factorization import BandFactors, FactorizedTable
+from pcagpt.factorization.factor_files import read_bands, write_bands
+from pcagpt.factorization.solve import centred
 from pcagpt.methods import METHODS
 from pcagpt.model import (
     order_constants,
@@ -38,6 +38,7 @@ from pcagpt.run.folder import (
     read_record,
     write_record,
 )
+from pcagpt.run.trained import Run
 
 Found = TypeVar("Found")
 
@@ -45,16 +46,16 @@ Found = TypeVar("Found")
 def write_model(
     folder: Path, original: Original, candidate: Candidate, row: Row, overwrite: bool
 ) -> bool:
-    """Writes the model with the table of a candidate: config.json, ckpt/0, factors/.
+    """Writes the model with the table of a candidate, as a folder that is a run.
 
-    In place of factors/, a table of `CODES` has its file with the losses of its row.
-    ckpt/0 holds the decoded table (coded) or the code arrays (packed).
+      config.json   the record; its 'compressed' tells how the table was made
+      ckpt/0        the weights, with the decoded table (coded) or the codes (packed)
+      factors/      the factors; of `CODES`, the table's file is there instead
 
-    Every command takes the folder as a run. That of a model of another architecture has
-    only the record and the table. A folder that already holds this model
-    stays as it is; only lost or damaged factors/ are written again. Another model is
-    moved aside, as is a changed file of a table. Returns False, and writes nothing, if
-    the model there `stays`. 'compressed' in config.json tells how the table was made.
+    Of a model of another architecture, there is no ckpt/0. If the folder already holds
+    this model, only lost or damaged factors/ are written again. Another model is moved
+    aside, unless it `stays`: then False is returned, and nothing is written. A changed
+    file of a table is moved aside, too.
 
     Raises UserError if the folder of the original now holds another run, Unreadable if
     the system does not let the folder be read.
@@ -89,6 +90,7 @@ def write_model(
             "step": run.step,
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
+            **({"side": original.side} if original.side else {}),
             **({} if codes else {"table_sha256": table_sha256}),
             **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }
@@ -133,7 +135,7 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
 
 
 def _write_codes(
-    path: Path, kind: Kind, codes: Codes, description: coding.Description
+    path: Path, kind: CodeKind, codes: Codes, description: coding.Description
 ) -> None:
     """Writes a file of `CODES`; moves one aside unless only its prediction differs.
 
@@ -180,7 +182,7 @@ def _read_back(folder: Path, original: Original, row: Row) -> FactorizedTable:
 
     UserError if ckpt/0 is damaged, KeyError if it has other bands than the row.
     """
-    weights = checkpoint.load_weights(folder)
+    weights = Run.open(folder).weights
     bands, embed = [], weights["params"]["embed"]
     for number, size in enumerate(row.band_sizes):
         leaves = embed[f"band_{number}"]

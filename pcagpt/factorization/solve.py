@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.methods import Weighting
 
 # Smaller eigenvalues of a metric are raised to this share of the largest one, because a
@@ -129,9 +129,9 @@ def truncate(
     """Cuts factors to rank k and splits the singular values between wte and scale.
 
     Let s_i be the norm of column i of `table` times the norm of row i of `directions`
-    (without weights, the singular value). Column i of wte then has the norm s_i^(1-a),
-    and row i of scale the norm s_i^a. All splits give the same product, but training
-    from them differs.
+    (without weights, the singular value). Row i of scale then has the norm s_i^a.
+    Column i of wte has the norm s_i^(1-a), until a method refits the rows of wte. All
+    splits give the same product, but training from them differs.
 
     Args:
       factors: of any method. If they have contexts, rows are refitted.

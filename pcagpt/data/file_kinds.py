@@ -50,7 +50,7 @@ def foreign_kind(head: bytes) -> str | None:
 
 
 def is_text(head: bytes) -> bool:
-    """It is UTF-8 without control characters. Ids almost never are."""
+    """Whether bytes are UTF-8 without control characters. Ids almost never are."""
     text = head.decode("utf-8", "ignore")
     lost = len(head) - len(text.encode())
     return lost < 4 and not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)

@@ -3,47 +3,55 @@
 Shape letters: V vocabulary, D model width.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pcagpt import coding
-from pcagpt.compress.candidates import Candidate, Compressor
-from pcagpt.compress.own_model import OwnModel
-from pcagpt.compress.score import frequency_deciles
+from pcagpt import coding, process
+from pcagpt.compression.candidates import Candidate, Compressor
+from pcagpt.compression.own_model import OwnModel
+from pcagpt.compression.score import frequency_deciles
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
-from pcagpt.factorize import Statistics
-from pcagpt.factorize.factor_files import check_rows_differ
+from pcagpt.factorization import Statistics
+from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 if TYPE_CHECKING:  # It imports torch, which is optional.
-    from pcagpt.compress.decoder import Decoder
+    from pcagpt.compression.decoder import Decoder
 
 
 class Model(Protocol):
-    """What measures a model with one full table for input and output.
+    """What measures a model with a full table.
 
     window: tokens that it reads at a time; compute_dtype: of its activations;
-    device_count: number of devices that it uses.
+    device_count: number of devices that it uses; sides: those of an untied model, none
+    if one table serves input and output; side: the one whose table is replaced.
     """
 
     window: int
     compute_dtype: str
     device_count: int
+    sides: tuple[str, ...]
+    side: str
 
     def statistics(
         self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
     ) -> Statistics:
         """Statistics over batches of token ids, int32 [B, T]."""
+
+    def of_side(self, side: str) -> "Model":
+        """The same model, of which the table of a side is replaced."""
 
     def score(
         self,
@@ -61,7 +69,7 @@ class Original:
     table_VD: [V, D] float32 without padding rows; split: of the corpus, to measure on;
     batches: of this split, or of its first `evaluate.max_tokens` targets; calibration:
     tokens and batch_size for `calibrate.statistics`; singular_value_split: as for
-    `truncate`; workdir: keeps the statistics of a model of another program.
+    `truncate`; results: the folder that keeps the statistics.
     """
 
     run: Run
@@ -72,11 +80,15 @@ class Original:
     batches: EvaluationBatches
     calibration: dict[str, int]
     singular_value_split: float
-    workdir: str
+    results: Path
 
     @classmethod
-    def of(cls, run: Run, settings: Settings) -> "Original":
+    def of(
+        cls, run: Run, settings: Settings, results: Path | None = None
+    ) -> "Original":
         """The run with its own corpus, or with the one in `settings.data`.
+
+        `results` is `Run.results_in` the workdir, if it is not given.
 
         Raises UserError if the table is already factorized, if the corpus lacks the
         split, or if the corpus or the devices do not fit the run.
@@ -114,8 +126,32 @@ class Original:
                 "batch_size": settings.train.batch_size,
             },
             singular_value_split=settings.factorize.singular_value_split,
-            workdir=settings.workdir,
+            results=results or run.results_in(settings.workdir),
         )
+
+    def of_each_table(self) -> list["Original"]:
+        """Itself; or, of an untied model, one for the table of each side."""
+        if not self.model.sides:
+            return [self]
+        models = map(self.model.of_side, self.model.sides)
+        found = [
+            dataclasses.replace(self, model=model, table_VD=model.table_VD)
+            for model in models
+        ]
+        for one in found:
+            place = f"the {one.side} table of {self.run.folder}"
+            check_rows_differ(one.table_VD, place)
+        return found
+
+    @property
+    def side(self) -> str:
+        """The side of an untied model whose table this is; '' of any other."""
+        return self.model.side
+
+    @property
+    def label(self) -> str:
+        """The name of the run, and the side if there is one."""
+        return f"{self.run.folder.name}{self.side and f', {self.side} table'}"
 
     @functools.cached_property
     def statistics(self) -> Statistics:
@@ -124,7 +160,7 @@ class Original:
             self.run,
             self.corpus,
             self.model.statistics,
-            self.run.results_in(self.workdir),
+            self.results,
             window=self.model.window,
             compute_dtype=self.model.compute_dtype,
             **self.calibration,
@@ -133,7 +169,9 @@ class Original:
     @functools.cached_property
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
-        return Compressor(self.table_VD, self.statistics, self.singular_value_split)
+        return Compressor(
+            self.table_VD, self.statistics, self.singular_value_split, self.side
+        )
 
     def measure(self, candidate: Candidate) -> SwapScores:
         """Scores a candidate in place of the model's table."""
@@ -143,7 +181,7 @@ class Original:
     def _decile_V(self) -> np.ndarray:
         return frequency_deciles(self.statistics.frequency)
 
-    @property
+    @functools.cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything besides a recipe that decides the numbers of a row."""
         protocol = {
@@ -161,6 +199,8 @@ class Original:
             "singular_value_split": self.singular_value_split,
             "codes": coding.CODES_VERSION,
         }
+        if self.side:
+            protocol["side"] = self.side
         if self.split == "test":  # corpus_sha256 leaves it out.
             protocol["tokens_sha256"] = self.corpus.tokens_sha256("test")
         if self.batches.is_cut:  # Files without this field used all tokens.
@@ -189,7 +229,7 @@ class Original:
 def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
     try:
-        from pcagpt.compress.decoder import Decoder
+        from pcagpt.compression.decoder import Decoder
     except ImportError as error:
         if error.name not in ("torch", "transformers"):
             raise
@@ -197,4 +237,20 @@ def _decoder(run: Run, window: int) -> "Decoder":
             f"{run.folder} holds a {run.architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
-    return Decoder(run.folder, window)
+    with _without_bar():
+        return Decoder(run.folder, window)
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within, transformers shows no progress if none may be shown."""
+    from transformers.utils import logging
+
+    hides = logging.is_progress_bar_enabled() and not process.shows_progress()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()

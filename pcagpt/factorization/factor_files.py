@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.factorize.table import BandFactors, FactorizedTable
+from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.files import (
     check_digests,
     check_fields,
@@ -308,7 +308,12 @@ def read_table(path: str | Path) -> np.ndarray:
 
     Raises UserError unless the file holds a finite floating-point matrix.
     """
-    return _checked(read_npy(_checked_file(Path(path))), 2, str(path))
+    return checked_table(read_npy(_checked_file(Path(path))), str(path))
+
+
+def checked_table(table_VK: np.ndarray, what: str) -> np.ndarray:
+    """A token table as float32; UserError unless it is a finite float matrix."""
+    return _checked(table_VK, 2, what)
 
 
 def check_rows_differ(table_VD: np.ndarray, what: object) -> None:

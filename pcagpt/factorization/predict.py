@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorize.chunks import chunks
+from pcagpt.factorization.chunks import chunks
 from pcagpt.methods import Statistics, Weighting, token_contexts
 
 SMALLEST_ADDED = 1e-3  # nats: smaller measured losses are mostly rounding

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from pcagpt.factorize.chunks import chunks
+from pcagpt.factorization.chunks import chunks
 
 # Columns that share a scale at few bits. GPTQ moves their errors on together.
 _GROUP = 32
@@ -18,7 +18,7 @@ _DAMPING = 0.01  # share of the metric's mean diagonal that GPTQ adds to its dia
 class Quantized:
     """A quantized array [N, width], as it is stored."""
 
-    packed: np.ndarray  # uint8 [N, bytes of a row], of `pack`
+    packed: np.ndarray  # uint8 [N, bytes of a row], of `pack_bits`
     scales: np.ndarray  # float16 [N, G], the step between two levels
     width: int
     bits: int
@@ -31,7 +31,7 @@ class Quantized:
     @property
     def codes(self) -> np.ndarray:
         """int8 [N, width]: a level is (code + `offset_of`) * scale."""
-        return unpack(self.packed, self.width, self.bits)
+        return unpack_bits(self.packed, self.width, self.bits)
 
     def dense(self) -> np.ndarray:
         """The dequantized array, float32 [N, width]."""
@@ -86,7 +86,7 @@ def offset_of(bits: int) -> np.float32:
     return np.float32(0.5 if bits <= 3 else 0)
 
 
-def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
+def pack_bits(codes_ND: np.ndarray, bits: int) -> np.ndarray:
     """Codes in two's complement side by side; rows end in full bytes: uint8 [N, bytes].
 
     codes_ND: int8 from -2^(bits-1) to `largest_code`.
@@ -99,8 +99,8 @@ def pack(codes_ND: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def unpack(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
-    """The codes of `pack`: int8 [N, width]."""
+def unpack_bits(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
+    """The codes of `pack_bits`: int8 [N, width]."""
     codes_ND = np.empty((len(packed), width), np.int8)
     for rows in chunks(len(packed)):
         bits_n = np.unpackbits(packed[rows], axis=1, count=width * bits)
@@ -138,4 +138,4 @@ def _quantize(
                 left_Dn[j] -= levels_n * step_n  # It now holds the error.
             if moves_DD is not None:
                 left_Dn[end:] -= moves_DD[start:end, end:].T @ left_Dn[start:end]
-    return Quantized(pack(codes_ND, bits), scales_NG, width, bits)
+    return Quantized(pack_bits(codes_ND, bits), scales_NG, width, bits)

@@ -1,0 +1,105 @@
+"""How a call from Python becomes settings, and its errors name arguments."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pcagpt import process
+from pcagpt.config import KNOBS, Settings, validate
+from pcagpt.config.checks import wrong_type
+from pcagpt.config.schema import COMPRESS_BOUNDS
+from pcagpt.errors import UserError
+
+# What the knobs of the command line are called here.
+ARGUMENTS = {
+    "data.source": "data",
+    "data.tokenizer": "tokenizer",
+    "model.compute_dtype": "compute_dtype",
+    "sample.prompt": "the text",
+    "sample.tokens": "max_tokens",
+    **{f"sample.{name}": name for name in ("temperature", "top_k", "top_p")},
+    **{f"compress.{name}": name for name in (*COMPRESS_BOUNDS, "methods", "bands")},
+    "compress.bits": "bits",
+    "evaluate.max_tokens": "max_tokens",
+    "factorize.method": "method",
+    "factorize.singular_value_split": "singular_value_split",
+}
+
+
+@contextlib.contextmanager
+def call(shows_progress: bool | None = None) -> Iterator[None]:
+    """What all work runs in: pcagpt is a guest, and errors name arguments.
+
+    Numbers have 32 bits, whatever the program has chosen for JAX. None: shows progress
+    as the call around it does.
+    """
+    if shows_progress is None:
+        shows_progress = process.is_guest() and process.shows_progress()
+    try:
+        with process.as_guest(shows_progress), jax.enable_x64(False):
+            yield
+    except UserError as error:
+        raise type(error)(_in_python(str(error))) from None
+
+
+def _in_python(message: str) -> str:
+    """A message of the command line in terms of this module."""
+    for path, name in ARGUMENTS.items():
+        message = re.sub(rf"(?:--config\.)?\b{re.escape(path)}\b", name, message)
+    return re.sub(r"--config\.(?=\w)", "", message)
+
+
+def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
+    """Settings of a task with the defaults and these knobs; UserError as on a command.
+
+    Also raises UserError for a value of another type.
+    """
+    values: dict[str, Any] = {"task": task}
+    for path, value in given.items():
+        kind, value = KNOBS[path].type, plain(value)
+        if kind is tuple and not isinstance(value, str) and np.iterable(value):
+            value = tuple(map(plain, value))
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise wrong_type(path, str(value))
+        values[path] = value
+    settings = Settings().replace(values)
+    validate(settings)
+    return settings
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same in any working directory; ~ is the home."""
+    return str(Path(path).expanduser().absolute())
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:
+    """Token ids as int32 [T]; UserError unless all are below `known`."""
+    array = np.asarray(tokens)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(
+            f"token ids have shape {array.shape} and dtype {array.dtype}: give one "
+            "list of whole numbers, or a str"
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= known:
+        raise UserError(
+            f"token id {low if low < 0 else high} is unknown: the ids of this model "
+            f"are 0 to {known - 1}"
+        )
+    return array.astype(np.int32)

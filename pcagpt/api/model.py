@@ -1,0 +1,256 @@
+"""A trained model: its loss, logits, text and table.
+
+Shape letters: B batch, T tokens of a text, W windows, V vocabulary, D model width.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pcagpt.api.calls import absolute, call, ids_of, settings_of
+from pcagpt.config import Settings
+from pcagpt.data.batches import EvaluationBatches
+from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.errors import UserError
+from pcagpt.model import GPT
+from pcagpt.pipeline.sample import beginning_of, tokenizer_of
+from pcagpt.run.evaluator import score_tokens, score_windows, summarize
+from pcagpt.run.generate import cache_capacity, generate
+from pcagpt.run.text_stream import texts_of, until
+from pcagpt.run.trained import Run
+from pcagpt.sharding import placement
+
+WINDOWS = 32  # evaluated at a time, as by `evaluate.batch_size`
+CONTEXT = 8  # tokens of a prompt that decoding the next ones may need
+
+
+class Model:
+    """A trained model in memory; `load` opens it.
+
+    path: the folder of the run; step: of the checkpoint; vocab_size: V; block_size:
+    tokens that it reads at a time; width: D.
+    """
+
+    def __init__(self, run: Run, settings: Settings):
+        """Loads the weights of a run; `settings` has `model` and `data.tokenizer`."""
+        self._run, self._settings = run, settings
+        self._mesh = placement.make_mesh(1, 1)
+        self._gpt, self._variables = run.load(settings.model, self._mesh)
+        config = self._gpt.config
+        self.path, self.step = run.folder, run.step
+        self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        self.width = config.n_embd
+        self._logits = jax.jit(self._gpt.apply)
+        score = functools.partial(
+            score_tokens, model=self._gpt, chunks=settings.train.loss_chunks
+        )
+        self._score = placement.jit(score, self._mesh)
+
+    def __repr__(self) -> str:
+        """Path, step and sizes."""
+        shape = f"[{self.vocab_size}, {self.width}]"
+        return f"<pcagpt.Model {self.path}, step {self.step}, table {shape}>"
+
+    def loss(self, text: ArrayLike) -> float:
+        """Mean loss in nats per token of a text, each token after the first predicted.
+
+        The text is cut into windows of `block_size` tokens that do not overlap, as by
+        the task evaluate. The first token is not predicted: begin with '<|endoftext|>'
+        to have the loss of a whole document.
+
+        Args:
+          text: a str, or token ids [T].
+
+        Raises:
+          UserError: fewer than two tokens, ids that the model does not know, or a str
+            although the model has no tokenizer.
+        """
+        with call():
+            tokens_T = self._tokens(text)
+            if len(tokens_T) < 2:
+                raise UserError(
+                    f"the text has {len(tokens_T)} tokens: at least two are needed, to "
+                    "predict one from the other"
+                )
+            count = math.ceil((len(tokens_T) - 1) / self.block_size)
+            # Powers of two, so that few programs are compiled.
+            at_once = min(WINDOWS, 1 << (count - 1).bit_length())
+            batches = EvaluationBatches(tokens_T, self.block_size, at_once)
+            score = functools.partial(self._score, self._variables)
+            scores, has_target_WT = score_windows(score, batches, self._mesh)
+            loss = summarize(scores, has_target_WT, None).metrics["loss"]
+            assert loss is not None
+            return float(loss)
+
+    def logits(self, text: ArrayLike) -> np.ndarray:
+        """The logits of the token after each one: float32 [T, V].
+
+        Args:
+          text: a str, or token ids [T]; at most `block_size` tokens.
+
+        Raises UserError as `loss` does, and for no token or too many.
+        """
+        with call():
+            tokens_T = self._tokens(text)
+            if not 1 <= len(tokens_T) <= self.block_size:
+                raise UserError(
+                    f"the text has {len(tokens_T)} tokens: the model reads from 1 to "
+                    f"{self.block_size} at a time"
+                )
+            # Few lengths are compiled. Later tokens do not change earlier logits.
+            length = cache_capacity(len(tokens_T), self.block_size)
+            read_BT = np.zeros((1, length), np.int32)
+            read_BT[0, : len(tokens_T)] = tokens_T
+            logits_BTV = self._logits(self._variables, read_BT)
+            return np.array(logits_BTV[0, : len(tokens_T)], np.float32)
+
+    def generate(
+        self,
+        prompt: ArrayLike = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 200,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 1,
+    ) -> Iterator[str]:
+        """Continues a prompt; yields the new text in pieces, as it is drawn.
+
+        The pieces are whole characters. Together they are what the task sample prints
+        after the prompt, except that a character cut by the last token is left out. The
+        text ends before the first end of text, or before the first of `stop`.
+
+        Args:
+          prompt: a str, or token ids [T]; without a token, a document begins.
+          max_tokens: number of tokens to draw at most.
+          temperature: divides the logits; 0 takes the likeliest token.
+          top_k: draws from this many likeliest tokens; 0 means all.
+          top_p: draws from the likeliest tokens, as many as have this probability
+            together; 1 means all.
+          stop: strings at which the text ends. They are not part of it.
+          seed: the same seed draws the same text.
+
+        Raises:
+          UserError: at once, for a value out of range, and as `loss` does.
+        """
+        with call():
+            given = {
+                "sample.tokens": max_tokens,
+                "sample.temperature": temperature,
+                "sample.top_k": top_k,
+                "sample.top_p": top_p,
+                "seed": seed,
+            }
+            settings = settings_of("sample", {"model_path": str(self.path), **given})
+            stops = [stop] if isinstance(stop, str) and stop else list(stop)
+            if not all(isinstance(text, str) and text for text in stops):
+                raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
+            tokenizer, options = self._tokenizer, settings.sample
+            text_T = self._tokens(prompt)
+            prompt_T = text_T if len(text_T) else np.array(beginning_of(tokenizer))
+            drawn = generate(
+                self._gpt,
+                self._variables,
+                prompt_T,
+                1,
+                settings.seed,
+                options.temperature,
+                options.top_k,
+                tokenizer.n_vocab,
+                top_p=options.top_p,
+            )
+        end = tokenizer.eot_token
+        tokens = itertools.takewhile(lambda token: token != end, _numbers(drawn))
+        tokens = itertools.islice(tokens, options.tokens)
+        before = text_T[-CONTEXT:].tolist()
+        return until(texts_of(tokens, tokenizer.decode, before), stops)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The token ids of a text, int32 [T]; '<|endoftext|>' is one token.
+
+        Raises UserError if the model has no tokenizer, or it does not know a character.
+        """
+        with call():
+            ids = self._tokenizer.encode(text, allowed_special={END_OF_TEXT})
+            return np.array(ids, np.int32)
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The text of token ids [T]; UserError as for `encode`, or for unknown ids."""
+        with call():
+            ids = ids_of(tokens, self._tokenizer.n_vocab)
+            return self._tokenizer.decode(ids.tolist())
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """The table of the input embedding, read-only float32 [V, D].
+
+        That of a factorized or compressed model is multiplied out. The output head has
+        the same table, unless the model has two scale matrices. The mean row of a
+        centred factorization is in the position embeddings instead.
+        """
+        plain = {"compute_dtype": "float32", "attention": "xla", "kernels": "xla"}
+        gpt = GPT(dataclasses.replace(self._gpt.config, **plain))
+
+        # flax calls a submodule only through a method of the model.
+        def embed(model, tokens_N):
+            return model.embed(tokens_N)
+
+        with call(), jax.default_matmul_precision("highest"):
+            tokens_V = jnp.arange(self.vocab_size)
+            return np.asarray(gpt.apply(self._variables, tokens_V, method=embed))
+
+    @functools.cached_property
+    def _tokenizer(self):
+        # A corpus with characters may be read, whose hashes are not kept.
+        with tempfile.TemporaryDirectory(prefix="pcagpt-") as cache:
+            settings = self._settings.replace({"data.cache_dir": cache})
+            return tokenizer_of(self._run, settings)
+
+    def _tokens(self, text: ArrayLike) -> np.ndarray:
+        if isinstance(text, str):
+            return self.encode(text)
+        return ids_of(text, self.vocab_size)
+
+
+def _numbers(drawn: Iterator[jax.Array]) -> Iterator[int]:
+    """The token of the only sample; each is drawn when it is asked for."""
+    while True:
+        with call():
+            token_B = np.asarray(next(drawn))
+        yield int(token_B[0])
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str = "auto",
+    compute_dtype: str = "auto",
+) -> Model:
+    """Opens a model and loads its weights.
+
+    Args:
+      path: a run of pcagpt or one of its checkpoints (RUN/ckpt/STEP), a compressed
+        model, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt.
+      tokenizer: for a model that names none: sotu4096, gpt2, or a file.
+      compute_dtype: auto (bfloat16 on GPUs), float32 or bfloat16.
+
+    Raises:
+      UserError: there is no model, it is damaged, or pcagpt would compute it in another
+        way than the program that made it.
+    """
+    with call():
+        given = {"data.tokenizer": tokenizer, "model.compute_dtype": compute_dtype}
+        settings = settings_of("sample", {"model_path": absolute(path), **given})
+        run = Run.asked(settings)
+        run.tokenizer_name(tokenizer)  # Refuses another one at once.
+        return Model(run, settings)

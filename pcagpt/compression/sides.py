@@ -1,0 +1,38 @@
+"""The two tables of an untied model, each compressed apart.
+
+Most models have one table for input and head. Its side is "", and all statistics count.
+"""
+
+import numpy as np
+
+from pcagpt.factorization import SecondOrder, Statistics
+
+INPUT, OUTPUT = "input", "output"
+
+
+def seen_by(side: str, statistics: Statistics) -> Statistics:
+    """The statistics that weight the errors of the table of a side.
+
+    What the input reads: the frequency of the tokens, and the gradient with respect to
+    its rows. What the output reads: the hidden states and the probabilities that the
+    model predicts from them. These take the places of those of the other side.
+    """
+    if not side:
+        return statistics
+    nothing_DD = np.zeros_like(statistics.gradient_moment)
+    if side == OUTPUT:
+        share_V = statistics.probability / statistics.probability.sum()
+        return statistics._replace(frequency=share_V, gradient_moment=nothing_DD)
+    return statistics._replace(
+        probability=statistics.frequency,
+        hidden_mean=np.zeros_like(statistics.hidden_mean),
+        hidden_moment=statistics.gradient_moment,
+        gradient_moment=nothing_DD,
+        context_moment=nothing_DD,
+    )
+
+
+def counted_by(side: str, loss: SecondOrder) -> SecondOrder:
+    """A second-order loss, without that of the side whose table stays as it is."""
+    unused = {INPUT: "head", OUTPUT: "input"}.get(side)
+    return loss._replace(**{unused: 0.0}) if unused else loss

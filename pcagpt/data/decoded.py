@@ -1,0 +1,133 @@
+"""Tokens of one tokenizer as text, so that another one can encode them."""
+
+import codecs
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tiktoken
+
+from pcagpt.data import vocabulary
+from pcagpt.data.sources import Document, TextSource
+from pcagpt.data.token_files import pieces
+from pcagpt.errors import UserError
+
+_PART = 1 << 14  # tokens that are decoded at a time
+_OVERLAP = 16  # tokens that are decoded twice, where a long document is cut
+_LOST = "\ufffd"  # what a decoder writes for a part of a character
+
+
+class Tokens(Protocol):
+    """What is read of a `corpus.Corpus`."""
+
+    name: str
+    folder: Path
+    splits: tuple[str, ...]
+    tokenizer: str | None
+    tokenizer_sha256: str | None
+    characters: tuple[str, ...] | None
+
+    def tokens(self, split: str) -> np.ndarray:
+        """Token ids of a split: [n]."""
+
+    def tokens_sha256(self, split: str) -> str:
+        """Hash of all ids of a split."""
+
+
+def as_text(corpus: Tokens, tokenizer: str) -> TextSource:
+    """The text of a corpus's tokens, for a tokenizer with another numbering.
+
+    What lies between two tokens `<|endoftext|>` is a document. The tokens are read when
+    the text is. Raises UserError if nothing tells their text.
+    """
+    own = corpus.tokenizer or ("its meta file" if corpus.characters else None)
+    if own is None:
+        raise UserError(
+            f"{corpus.folder} holds tokens of another tokenizer than {tokenizer}, and "
+            "its meta file does not tell their text: give the text as "
+            "--config.data.source"
+        )
+
+    def fingerprints() -> tuple[str]:
+        hashes = {split: corpus.tokens_sha256(split) for split in corpus.splits}
+        parts = json.dumps([hashes, corpus.tokenizer_sha256])
+        return (hashlib.sha256(parts.encode()).hexdigest(),)
+
+    return TextSource(
+        re.sub(r"[^\w.-]+", "_", corpus.name),
+        tokenizer,
+        fingerprints,
+        {split: partial(_documents, corpus, split) for split in corpus.splits},
+        f"the tokens in {corpus.folder} are those of {own}: they are decoded, and "
+        f"encoded again by {tokenizer}",
+    )
+
+
+def _documents(corpus: Tokens, split: str) -> Iterator[Document]:
+    """The documents of a split, each as blocks of text."""
+    texts, end = _decoder(corpus)
+    parts = _parts(corpus.tokens(split), end)
+    for _, parts_of_one in itertools.groupby(parts, itemgetter(0)):
+        yield texts(ids for _, ids in parts_of_one)
+
+
+def _parts(tokens: np.ndarray, end: int | None) -> Iterator[tuple[int, list[int]]]:
+    """(number of the document, a part of its ids), without the ends of documents."""
+    number = 0
+    for chunk in pieces(tokens):
+        ends = [] if end is None else np.flatnonzero(chunk == end)
+        for place, part in enumerate(np.split(chunk, ends)):
+            number += place > 0
+            ids = part[place > 0 :]
+            for start in range(0, len(ids), _PART):
+                yield number, ids[start : start + _PART].tolist()
+
+
+def _decoder(
+    corpus: Tokens,
+) -> tuple[Callable[[Iterable[list[int]]], Iterator[str]], int | None]:
+    """(what makes text from the parts of a document, the id that ends documents)."""
+    if corpus.tokenizer is None:
+        characters = corpus.characters or ()
+        return partial(map, lambda ids: "".join(map(characters.__getitem__, ids))), None
+    encoding = vocabulary.load(corpus.tokenizer)
+    if isinstance(encoding, tiktoken.Encoding):
+        return partial(_of_bytes, encoding.decode_bytes), encoding.eot_token
+    return partial(_of_overlaps, encoding.decode), encoding.eot_token
+
+
+def _of_bytes(
+    decode: Callable[[list[int]], bytes], parts: Iterable[list[int]]
+) -> Iterator[str]:
+    """Text of tokens that are bytes; a character may lie in two parts."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield from (decoder.decode(decode(ids)) for ids in parts)
+    yield decoder.decode(b"", final=True)
+
+
+def _of_overlaps(
+    decode: Callable[[list[int]], str], parts: Iterable[list[int]]
+) -> Iterator[str]:
+    """Text of tokens whose text depends on those before, such as a space at the start.
+
+    The last tokens of a part are decoded once more with the next part.
+    """
+    before: list[int] = []
+    left: list[int] = []
+    for ids in itertools.chain(parts, [None]):
+        left += ids or []
+        cut = len(left)
+        if ids is not None:  # Later tokens may complete its last character.
+            least = max(cut - _OVERLAP, 0)
+            while cut > least and decode(left[max(cut - 4, 0) : cut]).endswith(_LOST):
+                cut -= 1
+        text = decode(before + left[:cut])
+        yield text[len(decode(before)) :] if before else text
+        before, left = (before + left[:cut])[-_OVERLAP:], left[cut:]

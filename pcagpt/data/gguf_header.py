@@ -1,0 +1,71 @@
+"""What a GGUF file says of itself, as the package `gguf` reads it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pcagpt.errors import UserError, unreadable
+from pcagpt.files import read_once
+
+ENDING = ".gguf"
+_TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
+
+
+class Header(NamedTuple):
+    """fields: by name; shapes: of the tensors, rows first; types: those they have."""
+
+    fields: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    types: tuple[str, ...]
+
+
+class TokenizerFields(NamedTuple):
+    """tokens: by id, as the file writes them; end: the id that ends a text."""
+
+    tokens: list[str]
+    end: int | None
+    kind: tuple[str | None, str | None]  # the model, and the pattern
+    sha256: str
+
+
+@read_once
+def header(path: Path) -> Header:
+    """The header of a file; UserError if it is damaged, or without the package."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            f"{path} can only be read with the package `gguf`: pip install 'pcagpt[hf]'"
+        ) from None
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        shapes = {
+            one.name: tuple(map(int, reversed(one.shape))) for one in reader.tensors
+        }
+        types = dict.fromkeys(one.tensor_type.name for one in reader.tensors)
+    # The package raises errors of many types for damaged files.
+    except Exception as error:
+        if found := unreadable(error, path):
+            raise found from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path} is damaged ({reason}): restore it, or download it again"
+        ) from None
+    return Header(fields, shapes, tuple(types))
+
+
+def tokenizer_fields(path: Path) -> TokenizerFields:
+    """What a file says of its tokenizer; UserError if it has none."""
+    fields = header(path).fields
+    own = {name: v for name, v in fields.items() if name.startswith(_TOKENIZER)}
+    tokens, end = own.get(_TOKENS), own.get(f"{_TOKENIZER}eos_token_id")
+    if not isinstance(tokens, list) or not tokens:
+        raise UserError(
+            f"{path} has no tokenizer: name its tokenizer.json as "
+            "--config.data.tokenizer"
+        )
+    kind = own.get(f"{_TOKENIZER}model"), own.get(f"{_TOKENIZER}pre")
+    sha256 = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
+    return TokenizerFields(tokens, end, kind, sha256.hexdigest())

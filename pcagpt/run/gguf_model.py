@@ -1,0 +1,60 @@
+"""A GGUF file as a run: its values, dequantized by transformers, are the model.
+
+Only `compress` takes it, as a model of another architecture.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcagpt.data.gguf_header import ENDING, header
+from pcagpt.errors import UserError
+from pcagpt.files import sha256_of_file
+from pcagpt.run import other_decoder
+
+_TABLE = "token_embd.weight"
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a GGUF file."""
+    return path.suffix == ENDING and path.is_file()
+
+
+def file_in(folder: Path) -> Path | None:
+    """The only GGUF file in a folder; None without one, UserError for several."""
+    found = sorted(folder.glob(f"*{ENDING}")) if folder.is_dir() else []
+    if len(found) > 1:
+        raise UserError(
+            f"{folder} has {len(found)} GGUF files: name one, such as {found[0]}"
+        )
+    return found[0] if found else None
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The record of a run with the model of a file; UserError without a token table.
+
+    'stored_as' names the types from which its values are dequantized.
+    """
+    found = header(path)
+    shape = found.shapes.get(_TABLE, ())
+    if len(shape) != 2:
+        raise UserError(
+            f"{path} has no tensor {_TABLE}: give the GGUF of a language model"
+        )
+    return {
+        "vocab_size": shape[0],
+        "model": {"n_embd": shape[1], "n_head": 1},  # As in `other_decoder`.
+        "architecture": f"{found.fields.get('general.architecture')} in GGUF",
+        "stored_as": list(found.types),
+    }
+
+
+def digests(path: Path) -> dict[str, str]:
+    """{file: sha256}."""
+    return {path.name: sha256_of_file(path)}
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Always raises UserError: only transformers knows what to do with them."""
+    raise other_decoder.refusal(path, record_of(path)["architecture"])

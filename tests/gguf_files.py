@@ -1,0 +1,68 @@
+"""Tiny models as GGUF files, as llama.cpp has them."""
+
+import json
+
+import gguf
+import numpy as np
+
+WIDTH, HEADS, INNER, LAYERS, CONTEXT = 32, 4, 64, 2, 64
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def write(path, tokenizer, is_tied=True, quantized=True, **fields):
+    """Writes a random Llama with the tokens of a byte-level tokenizer.json.
+
+    Returns {name in the file: float32 array as transformers must read it}.
+    """
+    vocab = json.loads(tokenizer.read_text())["model"]["vocab"]
+    merges = json.loads(tokenizer.read_text())["model"]["merges"]
+    size, random = len(vocab), np.random.default_rng(0)
+    shapes = {"token_embd.weight": (size, WIDTH), "output_norm.weight": (WIDTH,)}
+    if not is_tied:
+        shapes["output.weight"] = (size, WIDTH)
+    for layer in range(LAYERS):
+        of_layer = {
+            "attn_norm": (WIDTH,),
+            "ffn_norm": (WIDTH,),
+            **dict.fromkeys(
+                ("attn_q", "attn_k", "attn_v", "attn_output"), (WIDTH, WIDTH)
+            ),
+            "ffn_gate": (INNER, WIDTH),
+            "ffn_up": (INNER, WIDTH),
+            "ffn_down": (WIDTH, INNER),
+        }
+        shapes |= {f"blk.{layer}.{name}.weight": s for name, s in of_layer.items()}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocab, key=vocab.get))
+    writer.add_token_types([3 if text == "<|endoftext|>" else 1 for text in vocab])
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
+    writer.add_token_merges(list(pairs))
+    writer.add_eos_token_id(vocab["<|endoftext|>"])
+    writer.add_bos_token_id(vocab["<|endoftext|>"])
+    arrays = {}
+    for name, shape in shapes.items():
+        array = random.normal("norm" in name, 0.2, shape).astype(np.float32)
+        if quantized and len(shape) == 2:
+            stored = gguf.quants.quantize(array, Q8)
+            array = gguf.quants.dequantize(stored, Q8)
+            writer.add_tensor(name, stored, raw_dtype=Q8)
+        else:
+            writer.add_tensor(name, array)
+        arrays[name] = array
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arrays

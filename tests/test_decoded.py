@@ -1,0 +1,271 @@
+"""Tokens of another tokenizer are decoded, and encoded again by the model's."""
+
+import json
+import shutil
+
+import gpt2_folders
+import numpy as np
+import pytest
+import tokenizer_folders
+import tokenizers
+from command_line import call, refusal, tiny
+from runs import snapshot
+from tokenizer_folders import HARD_TEXT, SIZE, TEXT
+from tokenizers import normalizers, pre_tokenizers
+
+from pcagpt.data import corpus, decoded, token_files, tokenize, vocabulary
+from pcagpt.data.corpus import describe_corpus, open_corpus
+from pcagpt.errors import UserError
+from pcagpt.run.trained import Run
+
+SMALL = {"n_layer": 2}
+DOCUMENTS = [TEXT * 3, HARD_TEXT, "naïve 日本語 🙂" * 40, TEXT]
+
+
+@pytest.fixture(scope="session")
+def byte_level(shared):
+    return shared("byte_level", tokenizer_folders.byte_level) / "whole"
+
+
+@pytest.fixture(scope="session")
+def word_level(shared):
+    return shared("word_level", tokenizer_folders.word_level)
+
+
+@pytest.fixture(params=["sotu4096", "byte_level", "word_level"])
+def tokenizer(request):
+    """The name of a tokenizer."""
+    if request.param == "sotu4096":
+        return request.param
+    return vocabulary.name_of(str(request.getfixturevalue(request.param)))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Documents lie in several parts, chunks and pieces."""
+    monkeypatch.setattr(decoded, "_PART", 7)
+    monkeypatch.setattr(token_files, "_CHUNK_TOKENS", 50)
+    monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 150)
+
+
+def text_folder(folder, documents=DOCUMENTS):
+    """A folder with a text file for each document."""
+    folder.mkdir()
+    for number, document in enumerate(documents):
+        (folder / f"{number}.train.txt").write_bytes(document.encode())
+    return folder
+
+
+def token_folder(folder, name, documents=DOCUMENTS, **meta):
+    """A folder of the tokens of documents; each ends as in nanoGPT's corpora."""
+    folder.mkdir()
+    encoding, ids = vocabulary.load(name), []
+    for document in documents:
+        ids += [*encoding.encode(document), encoding.eot_token]
+    np.array(ids, np.uint16).tofile(folder / "train.bin")
+    known = {"vocab_size": encoding.n_vocab, "tokenizer": name, "dtype": "uint16"}
+    meta = known | {"tokens": {"train": len(ids)}} | meta
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.usefixtures("small")
+def test_gpt2s_tokens_become_those_of_the_text(tokenizer, tmp_path):
+    folder = token_folder(tmp_path / "gpt2", "gpt2")
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as=tokenizer)
+    text = text_folder(tmp_path / "text")
+    same = open_corpus(str(text), tmp_path / "cache", tokenizer)
+    assert found.tokens("train").tolist() == same.tokens("train").tolist()
+    assert (found.tokenizer, found.vocab_size) == (tokenizer, same.vocab_size)
+    assert found.tokens_sha256("train") == same.tokens_sha256("train")
+
+
+@pytest.mark.usefixtures("small")
+def test_tokens_of_any_tokenizer_become_gpt2s(tokenizer, tmp_path):
+    # Not every tokenizer has a token for every character.
+    documents = [TEXT * 3, TEXT] if "json" in tokenizer else DOCUMENTS
+    folder = token_folder(tmp_path / "theirs", tokenizer, documents)
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
+    encoding = vocabulary.load("gpt2")
+    ids = [[50256, *encoding.encode(document)] for document in documents]
+    assert found.tokens("train").tolist() == sum(ids, [])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_character_of_several_tokens_may_lie_in_two_parts(byte_level, tmp_path):
+    name = vocabulary.name_of(str(byte_level))
+    folder = token_folder(tmp_path / "theirs", name, DOCUMENTS)
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
+    text = vocabulary.load("gpt2").decode(found.tokens("train").tolist())
+    assert text.split("<|endoftext|>") == ["", *DOCUMENTS]
+
+
+def test_characters_become_tokens(tmp_path):
+    letters = sorted(set(TEXT))
+    folder = tmp_path / "characters"
+    folder.mkdir()
+    ids = np.array([letters.index(letter) for letter in TEXT * 9], np.uint16)
+    ids.tofile(folder / "train.bin")
+    meta = {"vocab_size": len(letters), "itos": letters, "tokens": {"train": len(ids)}}
+    (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "uint16"}))
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
+    assert vocabulary.load("gpt2").decode(found.tokens("train")[1:]) == TEXT * 9
+
+
+def test_tokens_that_the_model_knows_or_that_nobody_numbered_stay(tmp_path):
+    folder = token_folder(tmp_path / "same", "gpt2")
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
+    assert found.folder == folder
+    folder = token_folder(tmp_path / "bare", "gpt2", tokenizer=None)
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="sotu4096")
+    assert found.folder == folder
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("meta", [{"tokenizer": "theirs"}, {"itos": {"1": "a"}}])
+def test_tokens_without_a_text_are_refused(meta, tmp_path):
+    folder = token_folder(tmp_path / "theirs", "gpt2", **{"tokenizer": None} | meta)
+    with pytest.raises(UserError, match="does not tell their text: give the text"):
+        describe_corpus(str(folder), encode_as="sotu4096")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tokens_are_encoded_once_until_they_change(tmp_path, monkeypatch):
+    made = []
+    write = corpus.write_token_folder
+    monkeypatch.setattr(
+        corpus, "write_token_folder", lambda *a: made.append(a[0]) or write(*a)
+    )
+    folder = token_folder(tmp_path / "gpt2", "gpt2")
+
+    def opened(name="sotu4096"):
+        return open_corpus(str(folder), tmp_path / "cache", encode_as=name).folder
+
+    first = opened()
+    assert (opened(), len(made)) == (first, 1)
+    shutil.rmtree(folder)
+    token_folder(folder, "gpt2", DOCUMENTS[:2])
+    second = opened()
+    assert second != first and made == [first, second]
+    assert sorted((tmp_path / "cache").glob("gpt2-*")) == sorted(made)
+
+
+def test_no_more_than_a_part_is_decoded_at_a_time(tmp_path, monkeypatch):
+    folder, most = token_folder(tmp_path / "gpt2", "gpt2", [TEXT * 5000]), []
+    encoding = vocabulary.load("gpt2")
+
+    class Watched(type(encoding)):
+        def __init__(self):
+            self.__dict__ = encoding.__dict__
+
+        def decode_bytes(self, ids):
+            most.append(len(ids))
+            return encoding.decode_bytes(ids)
+
+    load = vocabulary.load
+    monkeypatch.setattr(
+        decoded.vocabulary, "load", lambda n: Watched() if n == "gpt2" else load(n)
+    )
+    open_corpus(str(folder), tmp_path / "cache", encode_as="sotu4096")
+    assert len(most) > 5 and max(most) <= decoded._PART
+
+
+@pytest.mark.parametrize("document", ["日" * 9000, "a" * 9000], ids=["日", "a"])
+def test_a_text_without_a_place_to_cut_is_cut_all_the_same(
+    document, word_level, monkeypatch
+):
+    monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(tokenize, "_LONGEST_PIECE", 1000)
+    encode = vocabulary.load(str(word_level)).encode
+    blocks = (document[start : start + 90] for start in range(0, 9000, 90))
+    pieces = list(
+        tokenize._pieces(blocks, lambda text: tokenize._checked_cut(encode, text))
+    )
+    assert "".join(pieces) == document and max(map(len, pieces)) < 3000
+
+
+def test_a_space_that_a_tokenizer_marks_is_left_out_at_a_cut(word_level, monkeypatch):
+    monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 200)
+    made = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
+    both = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")  # As Llama 2's.
+    made.normalizer = normalizers.Sequence(list(both))
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    text = "the people free " * 99
+
+    def encode(text):
+        return made.encode(text).ids
+
+    pieces = list(
+        tokenize._pieces([text], lambda text: tokenize._checked_cut(encode, text))
+    )
+    assert len(pieces) > 1 and sum(map(encode, pieces), []) == encode(text)
+
+
+# What commands make of it.
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, with GPT-2's tokens and a model of another tokenizer."""
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    folder = token_folder(tmp_path / "place/tokens", "gpt2", [TEXT * 9])
+    shutil.copy(folder / "train.bin", folder / "val.bin")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def model(byte_level, tmp_path):
+    made = gpt2_folders.write(tmp_path / "theirs", vocab_size=SIZE)
+    shutil.copy(byte_level / "tokenizer.json", made)
+    return made
+
+
+@pytest.mark.usefixtures("quick")
+def test_commands_encode_tokens_again_for_a_model_of_another_program(
+    model, place, said
+):
+    before = [snapshot(model), snapshot(place / "tokens")]
+    asked = {"model_path": model, "model": SMALL}
+    outcome = call(*tiny("evaluate.py", "tokens", **asked))
+    assert outcome.code == 0, outcome
+    line = "the tokens in tokens are those of gpt2: they are decoded, and encoded again"
+    assert [line in other for other in said()] == [True]
+    protocol = json.loads(outcome.out)["protocol"]
+    assert protocol["tokenizer"] == str(model / "tokenizer.json")
+    factorized = asked | {"ranks": 4, "factorize": {"method": "kl"}}
+    swept = asked | {"ranks": 4, "compress": {"methods": "svd", "bits": 8, "bands": 1}}
+    for config, knobs in (("factorize.py", factorized), ("compress.py", swept)):
+        for _ in "again", "once more":
+            outcome = call(*tiny(config, "tokens", **knobs))
+            assert outcome.code == 0, outcome
+    stored = json.loads(
+        (place / "checkpoints/pca_factorized/metadata.json").read_text()
+    )
+    opened = open_corpus("tokens", place / "checkpoints/data", encode_as=str(model))
+    assert stored["calibration_sha256"] == opened.tokens_sha256("train")
+    # A compressed model needs the same tokens.
+    made = place / "checkpoints/compressed/best_k4"
+    outcome = call(*tiny("evaluate.py", "tokens", model_path=made, model=SMALL))
+    assert outcome.code == 0, outcome
+    (tokens,) = (place / "checkpoints/data").glob("tokens-*")
+    hidden = ".pcagpt-content.json"
+    after = [snapshot(model), snapshot(place / "tokens")]
+    for one, other in zip(before, after, strict=True):
+        assert one == {name: v for name, v in other.items() if hidden not in str(name)}
+
+
+def test_a_run_of_ours_is_not_given_other_tokens(model, place, byte_level):
+    record = {"data": {"source": "tokens"}, "tokenizer": str(byte_level)}
+    run = Run(model, 0, {"model": {}, "vocab_size": SIZE} | record)
+    assert run.encodes_as is None
+
+
+def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, place):
+    gpt2_folders.write(model, vocab_size=60000)
+    (model / "tokenizer.json").unlink()
+    asked = {"model_path": model, "model": SMALL}
+    line = refusal(*tiny("evaluate.py", "tokens", **asked), unchanged=[place])
+    assert "has no tokenizer, and tokens has tokens of gpt2" in line
+    asked |= {"data": {"tokenizer": "gpt2"}}
+    assert call(*tiny("evaluate.py", "tokens", **asked)).code == 0

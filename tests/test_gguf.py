@@ -1,0 +1,162 @@
+"""The dequantized values of a GGUF file are a model that `compress` takes."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra hf: torch, transformers, gguf")
+pytest.importorskip("transformers", reason="needs the extra hf")
+pytest.importorskip("gguf", reason="needs the extra hf")
+
+import gguf_files
+import tokenizer_folders
+from command_line import CONFIGS, call, refusal, tiny
+from runs import snapshot
+from tokenizer_folders import HARD_TEXT, TEXT
+
+from pcagpt.compression.decoder import Decoder
+from pcagpt.data import gguf_header, vocabulary
+from pcagpt.run import fingerprint
+from pcagpt.run.trained import Run
+
+
+@pytest.fixture(scope="module")
+def byte_level(shared):
+    return shared("byte_level", tokenizer_folders.byte_level) / "whole/tokenizer.json"
+
+
+@pytest.fixture
+def file(byte_level, tmp_path):
+    """A GGUF file, beside another one."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    gguf_files.write(folder / "small.gguf", byte_level)
+    shutil.copy(folder / "small.gguf", folder / "other.gguf")
+    return folder / "small.gguf"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, with a text."""
+    (tmp_path / "place/text").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"place/text/{split}.txt").write_text(TEXT * 40)
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def asked(model, **knobs):
+    compress = {"methods": "svd,coded", "bands": 1, "bits": 8}
+    compress["calibration_tokens"] = 256
+    sizes = {"block_size": 16, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    knobs = {"compress": compress, "model": sizes, "ranks": 16} | knobs
+    return tiny("compress.py", "text", model_path=model, **knobs)
+
+
+def test_a_file_is_a_run_with_its_dequantized_table(file, byte_level, tmp_path):
+    arrays = gguf_files.write(tmp_path / "same.gguf", byte_level)
+    run = Run.open(file, any_architecture=True)
+    table = arrays["token_embd.weight"]
+    assert (run.folder, run.architecture) == (file, "llama in GGUF")
+    assert (run.record["vocab_size"], run.step) == (len(table), 0)
+    assert set(run.record["stored_as"]) == {"Q8_0", "F32"}
+    run.check_unchanged()
+    np.testing.assert_array_equal(Decoder(file, 16).table_VD, table)
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    alone = shutil.copy(file, folder / "small.gguf")
+    for path in (folder, alone):
+        assert Run.open(path, any_architecture=True).folder == alone
+    assert fingerprint.of(folder) == fingerprint.of(file)
+    gguf_files.write(alone, byte_level, quantized=False)
+    assert fingerprint.of(folder) != fingerprint.of(file)
+
+
+def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
+    file, byte_level, tmp_path
+):
+    ours, theirs = (vocabulary.load(str(path)) for path in (file, byte_level))
+    for text in (TEXT, HARD_TEXT, "one<|endoftext|>two"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.n_vocab, ours.eot_token) == (theirs.n_vocab, theirs.eot_token)
+    assert Run.open(file, any_architecture=True).record["tokenizer"] == str(file)
+    gguf_files.write(tmp_path / "finer.gguf", byte_level, quantized=False)
+    described = vocabulary.describe(str(tmp_path / "finer.gguf"))
+    assert described == vocabulary.describe(str(file))
+    assert described.vocab_size == ours.n_vocab
+
+
+def test_a_sweep_writes_tables_and_says_what_d_is(file, place):
+    before = snapshot(file.parent)
+    outcome = call(*asked(file))
+    assert outcome.code == 0, outcome
+    line = f"{file}: its values, dequantized from Q8_0, F32, are D"
+    assert line in outcome.out
+    folder = place / "checkpoints/compressed"
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert sweep["protocol"]["tokenizer"] == str(file)
+    assert all(np.isfinite(row["added_loss"]) for row in sweep["rows"])
+    report = (folder / "report.md").read_text()
+    assert "D is what the file holds after dequantization (from Q8_0, F32)" in report
+    assert (folder / "best_k16/factors").is_dir()
+    (results,) = (place / "checkpoints/measured").iterdir()
+    assert results.name.startswith("small.gguf-")
+    assert snapshot(file.parent) == before
+
+
+def test_a_file_with_an_output_table_is_untied(byte_level, place):
+    gguf_files.write(place / "untied.gguf", byte_level, is_tied=False)
+    outcome = call(*asked("untied.gguf"))
+    assert outcome.code == 0, outcome
+    for side in ("input", "output"):
+        assert (place / f"checkpoints/compressed/{side}/sweep.json").exists()
+
+
+# What is refused.
+
+
+def test_several_files_in_a_folder_are_refused_with_a_name(file, place):
+    line = refusal(*asked(file.parent), unchanged=[file.parent, place])
+    assert f"has 2 GGUF files: name one, such as {file.parent}/other.gguf" in line
+
+
+@pytest.mark.parametrize("config", ["evaluate.py", "factorize.py", "export.py"])
+def test_other_commands_say_that_only_compress_takes_it(config, file, place):
+    knobs = {"evaluate.py": ["--config.data.source=text"]}.get(config, [])
+    words = f"--config={CONFIGS / config}", f"--config.model_path={file}", *knobs
+    line = refusal(*words, unchanged=[file.parent, place])
+    assert "holds a llama in GGUF" in line and "configs/compress.py takes one" in line
+
+
+@pytest.mark.parametrize("kept", [0, 100, -2000])
+def test_a_file_that_is_not_whole_is_refused(kept, file, place):
+    file.write_bytes(file.read_bytes()[:kept])
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert f"{file} is damaged" in line
+
+
+def test_without_the_package_the_line_says_what_to_install(file, place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert "package `gguf`: pip install 'pcagpt[hf]'" in line
+
+
+def test_a_tokenizer_that_transformers_cannot_make_must_be_named(
+    file, byte_level, place, monkeypatch
+):
+    fields = gguf_header.tokenizer_fields(file)
+    monkeypatch.setattr(
+        gguf_header, "tokenizer_fields", lambda _: fields._replace(tokens=["a"])
+    )
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    assert Run.open(file, any_architecture=True).record["tokenizer"] is None
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert "small.gguf has no tokenizer, and text has tokens of gpt2" in line
+    outcome = call(*asked(file, data={"tokenizer": byte_level}))
+    assert outcome.code == 0, outcome
