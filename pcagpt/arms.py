@@ -12,8 +12,8 @@ class Arm:
       title: long name.
       meaning: definition in the report.
       run_name: name of its run folder, where `{rank}` stands for the rank.
-      colour: matplotlib colour of its lines.
-      marker: matplotlib marker of its points.
+      colour: of its lines, as in CSS.
+      marker: of its points: a shape of Vega, or its path.
       takes: the weights it starts from: 'factors' (of D's table), 'blocks' (D's other
         weights), 'weights' (all weights of D).
       keep: which property of the factors it keeps, a value of `init.keep`.
@@ -28,7 +28,7 @@ class Arm:
     meaning: str
     run_name: str
     colour: str = "#6b6b6b"
-    marker: str = "o"
+    marker: str = "circle"
     takes: tuple[str, ...] = ()
     keep: str = "all"
     has_bands_of_a: bool = False
@@ -54,7 +54,7 @@ ARMS = {
         meaning="full token table, everything trained from random initialisation",
         run_name="gpt_baseline",
         colour="#3a3a3a",
-        marker="s",
+        marker="square",
     ),
     "continued": Arm(
         letter="D+",
@@ -62,7 +62,7 @@ ARMS = {
         meaning="D, trained further for as many steps as B",
         run_name="gpt_baseline_continued",
         colour="#8c8c8c",
-        marker="P",
+        marker="cross",
         takes=("weights",),
         rate_share=FINETUNE_SHARE,
     ),
@@ -72,7 +72,7 @@ ARMS = {
         meaning="D's token table, factorized; all other weights start random",
         run_name="gpt_pca_k{rank}",
         colour="#0072b2",
-        marker="o",
+        marker="circle",
         takes=("factors",),
         rate_share=PCA_SHARE,
     ),
@@ -82,7 +82,7 @@ ARMS = {
         meaning="D's token table, factorized, and all other weights of D; fine-tuned",
         run_name="gpt_pca_finetune_k{rank}",
         colour="#d55e00",
-        marker="D",
+        marker="diamond",
         takes=("factors", "blocks"),
         rate_share=FINETUNE_SHARE,
     ),
@@ -92,7 +92,7 @@ ARMS = {
         meaning="as B, but trained on D's predictions",
         run_name="gpt_pca_distill_k{rank}",
         colour="#f0a500",
-        marker="d",
+        marker="M0,-1L.5,0L0,1L-.5,0Z",
         takes=("factors", "blocks"),
         is_taught=True,
         rate_share=FINETUNE_SHARE,
@@ -104,7 +104,7 @@ ARMS = {
         "all weights start random",
         run_name="gpt_random_lowrank_k{rank}",
         colour="#009e73",
-        marker="^",
+        marker="triangle-up",
         has_bands_of_a=True,
         rate_share=RANDOM_SHARE,
     ),
@@ -115,7 +115,7 @@ ARMS = {
         meaning="as A, but random factors with the standard deviation of A's",
         run_name="gpt_random_std_k{rank}",
         colour="#cc79a7",
-        marker="v",
+        marker="triangle-down",
         takes=("factors",),
         keep="std",
         rate_share=PCA_SHARE,
@@ -126,7 +126,7 @@ ARMS = {
         meaning="as A, but random factors with the singular values of A's table",
         run_name="gpt_random_spectrum_k{rank}",
         colour="#a88c00",
-        marker="<",
+        marker="triangle-left",
         takes=("factors",),
         keep="spectrum",
         rate_share=PCA_SHARE,
@@ -137,7 +137,7 @@ ARMS = {
         meaning="as A, but each token has the row of another token",
         run_name="gpt_pca_shuffled_k{rank}",
         colour="#56b4e9",
-        marker=">",
+        marker="triangle-right",
         takes=("factors",),
         keep="rows",
         rate_share=PCA_SHARE,

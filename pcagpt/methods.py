@@ -156,15 +156,36 @@ class Rival:
 
     name: str  # with {bits}
     title: str  # of all its tables, in figures
+    words: str  # what it does
     colour: str
-    marker: str
+    marker: str  # a shape of Vega
 
 
 # What compressed tables have to beat. `pcagpt.compression.rivals` makes them.
 RIVALS = {
-    OWN_TABLE: Rival("D's table, int{bits}", "D's table, rounded", "#7a7a7a", "v"),
-    "gptq": Rival("D's table, GPTQ, int{bits}", "D's table, GPTQ", "#4d4d4d", "^"),
-    "pq": Rival("D's table, PQ", "D's table, PQ", "#a3a3a3", "P"),
+    OWN_TABLE: Rival(
+        "D's table, int{bits}",
+        "D's table, rounded",
+        "each number rounded to few bits; the numbers of a group share a scale",
+        "#7a7a7a",
+        "triangle-down",
+    ),
+    "gptq": Rival(
+        "D's table, GPTQ, int{bits}",
+        "D's table, GPTQ",
+        "rounded column by column; later columns make up for the errors of earlier "
+        "ones (Frantar et al. 2022)",
+        "#4d4d4d",
+        "triangle-up",
+    ),
+    "pq": Rival(
+        "D's table, PQ",
+        "D's table, PQ",
+        "product quantization: short pieces of rows share a codebook "
+        "(Jégou et al. 2011)",
+        "#a3a3a3",
+        "cross",
+    ),
 }
 
 

@@ -19,6 +19,8 @@ _SWEEP: dict[str, tuple] = {
     "rows": (list,),
     "other_rows": (list, None),
     "recovered": (list, None),
+    "samples": (list, None),
+    "samples_of": (dict, None),
     "gaussian_limit": (list, None),
 }
 

@@ -59,7 +59,7 @@ from torture.parts import PARTS
 # Imported before the forks, because the user of the read-only cases may not be allowed
 # to read the packages. None of these modules may start JAX's backend or a thread.
 IMPORTED = (
-    "encodings.ascii", "jax", "matplotlib.pyplot", "pcagpt.pipeline.tasks",
+    "encodings.ascii", "jax", "pcagpt.pipeline.tasks", "vl_convert",
 )  # fmt: skip
 
 

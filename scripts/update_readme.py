@@ -19,6 +19,7 @@ from pcagpt.report.text import (
     percent,
     signed,
     table,
+    table_of,
     times,
     with_interval,
 )
@@ -68,8 +69,10 @@ def compression_tables(folder: Path) -> str:
         f"seed. {sweep['device']}, commit {code(sweep['git_commit'][:12])}, by"
     )
     view = sweep_view(sweep)
-    parts = [view["equal_size"], view["recovery"], says, f"    {sweep['command']}"]
-    return "\n\n".join(filter(None, parts))
+    parts = [table_of(view["at_sizes"], view["sizes"])]
+    if view["recovery"]:
+        parts.append(table_of(view["recovery"], view["recovery_columns"]))
+    return "\n\n".join([*parts, says, f"    {sweep['command']}"])
 
 
 def codes_table(folder: Path) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import json
 import math
@@ -19,6 +20,7 @@ from pcagpt.report import (
     advice_text,
     collect_results,
     compare,
+    experiment,
     pareto_figure,
     spectrum_figure,
     write_report,
@@ -28,7 +30,12 @@ from pcagpt.report import text as texts
 from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import verdict
 from pcagpt.report.experiment import experiment_view, means_over_seeds
-from pcagpt.report.figures import curves_figure, size_figure
+from pcagpt.report.figures import (
+    curves_figure,
+    decile_figure,
+    numbers_figure,
+    size_figure,
+)
 from pcagpt.report.read import read_row
 from pcagpt.rows import Row
 
@@ -133,6 +140,13 @@ def cells_of(text, header, row):
     return dict(zip(*([cell.strip() for cell in line] for line in both), strict=True))
 
 
+def without_scripts(page):
+    """A page without its scripts, their data and their licence."""
+    assert page.count("<script") == page.count("</script>") == 3
+    page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    return re.sub(r"<!-- Vega.*?-->", "", page, flags=re.DOTALL)
+
+
 def resources(page):
     """Addresses that a page would load, its links, and its tags."""
     loaded = (
@@ -164,7 +178,7 @@ FEWER, SAME = (1000, 4000), (4000, 4000)
         ("less at fewer tokens", SAME, [0.1, 0.2], "did not hold"),
         ("equal", SAME, [-0.05, 0.05], "held"),
         ("equal", SAME, [0.06, 0.09], "did not hold"),
-        ("equal", SAME, [-0.09, -0.06], "did not hold"),
+        ("equal", SAME, [-0.09, -0.06], "exceeded"),
         ("equal", SAME, [0.04, 0.06], "not resolved"),
         ("equal", SAME, [-0.06, 0.0], "not resolved"),
         ("equal", SAME, None, "not resolved"),
@@ -227,7 +241,7 @@ def test_every_rank_is_compared_with_the_one_baseline(reported):
     assert find(results, "B vs D")["tokens_to_match"] is None
     expected = ["held", "did not hold", "held", "held"]
     assert verdicts(results) == dict(zip(questions, expected, strict=True))
-    expected = [*3 * ["did not hold"], "not resolved"]
+    expected = ["did not hold", "exceeded", "did not hold", "not resolved"]
     assert verdicts(results, rank=8) == dict(zip(questions, expected, strict=True))
     assert results["margin"] == 0.05
 
@@ -264,7 +278,8 @@ def test_runs_without_comparable_windows_are_not_resolved(tmp_path, spoil, reaso
     assert verdicts(results)["A vs D"] == "not resolved"
     assert find(results, "B vs D")["interval"] is not None
     cells = cells_of(markdown_of(results), "| Question", "| **A vs D**")
-    assert reason in cells["Over"] and cells["Answer"] == "**not resolved**"
+    assert reason in cells["Over"]
+    assert cells["Answer"] == "**no difference is resolved**"
 
 
 def test_seeds_are_paired_and_shown_with_their_interval(tmp_path):
@@ -302,9 +317,10 @@ def test_some_arms_without_a_factorization_make_a_report(arms, tmp_path):
     assert results["comparisons"] == results["hypotheses"] == []
     assert results["spectrum"] is None
     text = markdown_of(results)
-    assert "## Questions" not in text and "pectrum" not in text
+    assert "## Questions" not in text and "How much of D's table" not in text
+    assert "there is nothing to recommend" in text or "random" in arms
     letter, added = ("C", "+0.300") if "random" in arms else ("A", "–")
-    assert cells_of(text, "| Arm", f"| **{letter}**")["Added"] == added
+    assert cells_of(text, "| Arm", f"| **{letter}**")["Added"].split(" ± ")[0] == added
 
 
 # Refused runs
@@ -389,23 +405,56 @@ def test_the_report_writes_its_files_with_strict_json(reported):
 
 
 def test_the_page_holds_all_it_shows(reported):
-    page, text = (
+    whole, text = (
         (reported[0] / name).read_text("utf-8") for name in ("report.html", "report.md")
     )
+    assert len(whole) < 4e6
+    page = without_scripts(whole)
     addresses, links, tags = resources(page)
-    assert len(addresses) == 3
-    assert all(a.startswith("data:image/png;base64,") for a in addresses)
+    assert not addresses and not {"link", "iframe", "img"} & set(tags)
     assert not re.search(r"https?:|url\(|@import", page)
-    assert not {"script", "link", "iframe"} & set(tags)
-    assert len(links) == 3 * 7 + 1
-    assert all((reported[0] / link).exists() for link in links)
-    # It has the headings and tables of the markdown.
-    assert page.count("<table>") == text.count("\n| :--- | ") == 6
-    headings = re.findall(r"^## (.*)", text, re.MULTILINE)
-    assert headings[:2] == ["Summary", "Questions"] and len(headings) == 8
-    assert re.findall(r"<h2>(.*)</h2>", page) == headings
-    assert '<td style="text-align: right;">3.100</td>' in page
+    files = [link for link in links if not link.startswith("#")]
+    assert len(files) == 3 * 7 + 1
+    assert all((reported[0] / link).exists() for link in files)
+    anchors = {link[1:] for link in links} - {link[1:] for link in files}
+    assert anchors == set(re.findall(r'<h[23] id="(.*?)"', page))
+    # It has the headings and tables of the markdown, and a chart for each picture.
+    assert page.count("<table>") == len(re.findall(r"\n\| :--- \| ", text)) == 6
+    headings = re.findall(r"^##+ (.*)", text, re.MULTILINE)
+    assert headings[:3] == ["Finding", "Arms", "Questions"] and len(headings) == 10
+    found = re.findall(r"<h[23] .*?>(.*)</h[23]>", page)
+    assert [html.unescape(heading) for heading in found] == headings
+    pictures = re.findall(r"!\[.*\]\(plots/(.*)\.png\)", text)
+    assert re.findall('data-figure="(.*?)"', page) == pictures
+    assert pictures == ["size", "loss", "spectrum"]
+    assert '<td style="text-align: right;">3.100 ± 0.007</td>' in page
     assert "**" not in page and "| " not in page and "{{" not in page
+
+
+def test_every_column_is_explained_in_its_head_and_below(reported):
+    workdir = reported[0]
+    page = without_scripts((workdir / "report.html").read_text("utf-8"))
+    text = (workdir / "report.md").read_text("utf-8")
+    for column in (*experiment.SUMMARY, *experiment.MEASURES):
+        if column.meaning:
+            assert f"- **{column.title}**: {column.meaning}" in text
+            title = html.escape(column.meaning, quote=False)
+            assert re.search(f'<th [^>]*title="{re.escape(title)}"[^>]*>', page)
+
+
+def test_the_finding_names_the_smallest_arm_that_is_about_as_good_as_d(reported):
+    text = (reported[0] / "report.md").read_text("utf-8")
+    finding = text.split("## Finding")[1].split("###")[0]
+    # B at rank 4 is 0.02 above D; A, smaller than D by as much, is 0.1 above.
+    assert "**B** (PCA-finetune, rank 4) has a token table 3.45× smaller" in finding
+    assert "nats per token more than this D, which was trained briefly" in finding
+    assert "It is recommended" in finding and "tokens for each of its" in finding
+    results = json.loads((reported[0] / "results.json").read_text())
+    rows = [r | {"tokens_seen": 10**9} for r in results["rows"] if r["rank"] != 8]
+    worse = [row | {"added_loss_interval": [0.0, 0.2]} for row in rows]
+    text = markdown_of(results | {"rows": worse, "comparisons": []})
+    assert "No smaller model has a loss of at most" in text
+    assert "trained briefly" not in text
 
 
 def test_the_tables_hold_every_number(reported):
@@ -415,20 +464,29 @@ def test_the_tables_hold_every_number(reported):
         return " | ".join(cells_of(text, header, start).values())
 
     assert row("| Arm | Model", "| **A** | PCA-scratch | 4 ") == (
-        "**A** | PCA-scratch | 4 | 3.100 | +0.100 | 3.45× | 1.21× | 4,000 | 8,000"
+        "**A** | PCA-scratch | 4 | 3.100 ± 0.007 | +0.100 ± 0.007 | 3.45× | 1.21× | "
+        "4,000 | 8,000"
     )
     asks = "Is fine-tuning D's weights better than training from scratch?"
-    shown = texts.interval(find(reported[1], "B vs A")["interval"])
+    low, high = find(reported[1], "B vs A")["interval"]
     assert row("| Question", "| **B vs A**") == (
-        f"**B vs A** | {asks} | 4 | 3.020, 3.100 | −0.080 | {shown} | "
-        "10 evaluation windows | **B is lower** | 1,000, 4,000 | 500"
+        f"**B vs A** | {asks} | 4 | **B is better than A** | −0.080 ± "
+        f"{(high - low) / 2:.3f} | 10 evaluation windows | 3.020, 3.100 | 1,000, 4,000 "
+        "| 500"
     )
     assert row("| Arm | Rank | Table", "| **B** | 4 ") == (
         "**B** | 4 | 464 | 5,464 | 20.49 | – | 1.500 | +4.020 | 0.250 | 0.062 | 0.375 "
         "| 0.001 | 12,346"
     )
     cells = row("| Expectation", "| A ≈ D")
-    assert cells == "A ≈ D in loss | 4 | **did not hold**"
+    words = "A is worse than this D, which was trained briefly"
+    assert cells == f"A ≈ D in loss | 4 | **did not hold** | {words}"
+    lines = [line for line in text.splitlines() if "| 4 | **" not in line]
+    cells = cells_of("\n".join(lines), "| Expectation", "| A ≈ D")
+    assert (cells["Verdict"], cells["In words"]) == (
+        "**exceeded**",
+        "A is better than this D, which was trained briefly",
+    )
     assert "Rank 4 keeps 56.6% of the energy" in text
     assert "One seed: the interval covers the evaluation text, not " in text
     measured = text.split("## How it was measured")[1]
@@ -438,6 +496,7 @@ def test_the_tables_hold_every_number(reported):
 
 def test_foreign_text_stays_text(tmp_path):
     hostile = "<script>alert(1)</script> | *a* `b` [c](http://d) ![e](http://f) &amp;"
+    hostile += " {: onclick=alert(1) } {{ 1 }}"
     run = write_run(tmp_path, "baseline")
     path = tmp_path / run / "result.json"
     row = json.loads(path.read_text()) | {"device": hostile}
@@ -445,17 +504,27 @@ def test_foreign_text_stays_text(tmp_path):
     path.write_text(json.dumps(row))
     odd = "odd | <i>run* (1)"
     (tmp_path / run).rename(tmp_path / odd)
-    write_report(tmp_path, collect_results(tmp_path, [odd], FACTORS, hostile))
-    page = (tmp_path / "report.html").read_text("utf-8")
+    results = collect_results(tmp_path, [odd], FACTORS, hostile)
+    lines = f"{hostile}\n\n# {hostile}\n"
+    results["samples"] = [
+        {"prompt": hostile, "seed": 1, "temperature": 1.0, "texts": {"D": lines}}
+    ]
+    write_report(tmp_path, results)
+    page = without_scripts((tmp_path / "report.html").read_text("utf-8"))
     addresses, links, tags = resources(page)
-    assert not {"script", "i"} & set(tags)
-    assert all(a.startswith("data:") for a in addresses)
+    assert not addresses and "i" not in tags
     assert not any("http" in link for link in links)
-    for name in ("command", "device", "corpus"):
+    for name in ("device", "corpus"):
         row = page.split(f">{name}</td>")[1].split("</tr>")[0]
         assert row.count("<td") == 1 and "<em>" not in row
         assert hostile in html.unescape(row)
-    assert page.split("<h2>Files</h2>")[1].count("<td") == 8  # one run
+    block = re.search(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)[1]
+    assert html.unescape(block).strip() == hostile and "<" not in block
+    assert not re.search(r"<[^>]* onclick=", page) and page.count("<h1") == 1
+    (box,) = re.findall(r'<div class="samples">(.*?)</div></div>', page)
+    assert html.unescape(box.replace("<br>", "\n")).endswith(lines.rstrip())
+    files = page.split('<h2 id="files">')[1]
+    assert files.count("<td") == 8  # one run
 
 
 def test_a_second_report_replaces_the_first(tmp_path):
@@ -501,7 +570,6 @@ def test_a_figure_is_a_valid_png_and_one_of_an_older_version_is_replaced(tmp_pat
     path = tmp_path / "plots" / "loss.png"
     with PIL.Image.open(path) as image:
         image.load()  # Checks each chunk.
-        assert image.text["Software"] == "pcagpt"
         assert re.fullmatch(r"written by pcagpt, sha256 \w{64}", image.text["Comment"])
         older = PIL.PngImagePlugin.PngInfo()
         older.add_text("Software", "pcagpt")
@@ -526,8 +594,32 @@ def test_a_report_moves_aside_what_is_no_file(make, tmp_path, capsys):
         assert (tmp_path / name).is_file()
 
 
+def layers_of(panel):
+    """The layers of a chart, with those inside others."""
+    found = []
+    for layer in panel["layer"]:
+        found += layers_of(layer) if "layer" in layer else [layer]
+    return found
+
+
+def scale_of(figure, channel, panel=0):
+    """{entry of the legend: its colour, shape, ...} of a chart."""
+    whole = figure.panels[panel]
+    encodings = [whole["encoding"], *(x["encoding"] for x in layers_of(whole))]
+    scale = next(e[channel]["scale"] for e in encodings if channel in e)
+    return dict(zip(scale["domain"], scale["range"], strict=True))
+
+
 def labels_of(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    return list(scale_of(figure, "color"))
+
+
+def drawn(figure, field, panel=0):
+    """{entry of the legend: the values of a field} of the points of a chart."""
+    found = {}
+    for point in figure.panels[panel]["data"]["values"]:
+        found.setdefault(point["of"], []).append(point[field])
+    return found
 
 
 def test_every_arm_and_a_new_one_are_in_results_figures_and_pages(
@@ -595,7 +687,7 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     rows += [sweep_row("new", 3, 4, bits=2)]
     figure = pareto_figure(sweep_of(rows))
     labels = labels_of(figure)
-    colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    colours = scale_of(figure, "color")
     assert all(colours[name] == method.colour for name, method in METHODS.items())
     page = write_sweep_report(tmp_path, sweep_of(rows))
     text = page.with_suffix(".md").read_text("utf-8")
@@ -603,18 +695,21 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
         assert method in labels and f"| {method} | " in text
     for method in METHODS:
         assert f"{method}, in bands" in labels and f"| {method}, 3 bands | " in text
-    for label in ("D's table, rounded", "D's table, float32", "new, in bands, int2"):
+    for label in ("D's table, rounded", "new, in bands, int2"):
         assert label in labels
     assert "| D's table, int8 | " in text
-    assert "## After further training" not in text and "## Accuracy" not in text
+    assert "further training win" not in text and "cost be predicted" not in text
+    for name, method in METHODS.items():
+        words = (method.weigh.__doc__ or "factors").splitlines()[0].rstrip(".")
+        assert f"- **{name}**: {words}" in text
 
 
 def test_the_figure_shows_the_best_number_of_bands_and_cuts_off_tiny_losses():
     rows = [sweep_row("svd", 3, added=0.5), sweep_row("svd", 7, added=0.2)]
     figure = pareto_figure(sweep_of([*rows, sweep_row("pca", added=-0.3)]))
-    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
-    np.testing.assert_array_equal(drawn["svd, in bands"], [0.2])
-    np.testing.assert_array_equal(drawn["pca"], [1e-3])
+    assert drawn(figure, "drawn") == {"svd, in bands": [0.2], "pca": [1e-3]}
+    (tip,) = (p for p in figure.panels[0]["data"]["values"] if p["of"] == "pca")
+    assert tip["Added loss"] == "−0.3000"  # The tooltip has the true value.
 
 
 def test_each_rival_is_one_line_over_bytes_and_the_limit_another():
@@ -623,19 +718,69 @@ def test_each_rival_is_one_line_over_bytes_and_the_limit_another():
     rows += [sweep_row("gptq", rank=0, bits=3, bytes=310)]
     rows += [sweep_row("pq", rank=0, bits=8, budget=n, bytes=n) for n in (450, 250)]
     limit = [[0, 9.0], [50, 2.0], [500, 0.5], [900, 0.1], [950, 1e-4], [9000, 0.01]]
-    figure = pareto_figure(sweep_of(rows) | {"gaussian_limit": limit})
-    numbers, sizes = (
-        {line.get_label(): line for line in axes.lines} for axes in figure.axes
-    )
-    assert "D's table, rounded" not in numbers and "svd" in numbers
+    sweep = sweep_of(rows) | {"gaussian_limit": limit}
+    sizes = drawn(pareto_figure(sweep), "MB")
+    assert labels_of(numbers_figure(sweep)) == ["svd"]
     for label, expected in (
         ("D's table, rounded", [200, 400, 800]),
         ("D's table, GPTQ", [310]),
         ("D's table, PQ", [250, 450]),
         ("Gaussian R(D), weighting of codes", [500, 900]),  # What the axes show.
     ):
-        np.testing.assert_allclose(1e6 * sizes[label].get_xdata(), expected)
+        np.testing.assert_allclose(
+            [1e6 * size for size in sorted(sizes[label])], expected
+        )
     assert len({rival.marker for rival in RIVALS.values()}) == len(RIVALS)
+
+
+def test_a_second_axis_has_bits_for_each_number_of_the_table():
+    top = pareto_figure(sweep_of([sweep_row("svd")])).panels[0]["layer"][1]
+    shown = top["encoding"]["x"]["axis"]
+    assert shown["orient"] == "top"
+    # 8 bits for each of V * D numbers.
+    assert V * D / 1e6 in shown["values"]
+    assert shown["labelExpr"] == f"format(datum.value / {V * D / 8e6}, '~g')"
+
+
+def test_the_smallest_table_that_surely_adds_little_is_recommended(tmp_path):
+    sure = sweep_row("coded", bits=0, added=0.006, bytes=300)
+    unsure = sweep_row("packed", bits=0, added=0.006, bytes=200)
+    surely = {"added_loss_interval": [0.003, 0.009]}
+    rows = [
+        dataclasses.replace(sure, **surely),
+        dataclasses.replace(unsure, added_loss_interval=[0.001, 0.011]),
+        sweep_row("baseline", rank=0, bits=4, added=0.009, bytes=600, **surely),
+    ]
+    sweep = sweep_of(rows)
+    write_sweep_report(tmp_path, sweep)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    finding = text.split("## Finding")[1].split("###")[0]
+    assert "**coded, k=4** stores the table in 300 bytes" in finding
+    assert "adds **+0.0060 ± 0.0030** nats" in finding
+    assert "D's table, int4, needs 2.00× as many bytes for +0.0090 ± 0.0030" in finding
+    assert "model_path=FOLDER/best_coded_k4" in text
+    write_sweep_report(tmp_path, sweep | {"rows": rows[1:2]})
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "No table adds at most 0.01" in text
+    test = sweep | {"protocol": sweep["protocol"] | {"split": "test"}}
+    write_sweep_report(tmp_path, test)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "Nothing is chosen on this split: " in text and "recommended as" not in text
+
+
+def test_deciles_are_drawn_for_tables_of_about_the_recommended_size():
+    deciles = [0.001 * n for n in range(1, 10)] + [None]
+    rows = [
+        sweep_row(
+            "coded", bits=0, added=0.004, bytes=300, added_loss_by_decile=deciles
+        ),
+        sweep_row("svd", added=0.3, bytes=310),
+        sweep_row("svd", added=0.2, bytes=9000),
+    ]
+    figure = decile_figure(sweep_of(rows))
+    found = drawn(figure, "drawn")
+    assert found == {"coded, 0.0003 MB": deciles[:9], "svd, 0.00031 MB": 10 * [0.3]}
+    assert drawn(figure, "decile")["coded, 0.0003 MB"] == list(range(1, 10))
 
 
 def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_path):
@@ -644,23 +789,31 @@ def test_intervals_stand_beside_the_added_loss_and_are_bars_in_the_figure(tmp_pa
     write_sweep_report(tmp_path, sweep)
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "| svd | **+0.2500 ± 0.0500** |" in text
-    assert cells_of(text, "| Method | k", "| svd |")["Added"] == "+0.2500 ± 0.0500"
-    assert cells_of(text, "| Method | k", "| pca |")["Added"] == "+0.5000"
-    bars = [bar.get_segments() for bar in pareto_figure(sweep).axes[1].collections]
-    assert [segment[:, 1].tolist() for (segment,) in bars] == [[0.2, 0.3], [0.5, 0.5]]
+    assert cells_of(text, "| Table | k", "| svd |")["Added"] == "+0.2500 ± 0.0500"
+    assert cells_of(text, "| Table | k", "| pca |")["Added"] == "+0.5000"
+    figure = pareto_figure(sweep)
+    assert drawn(figure, "low") == {"svd": [0.2], "pca": [0.5]}
+    assert drawn(figure, "high") == {"svd": [0.3], "pca": [0.5]}
+    (bar,) = (
+        layer["encoding"]
+        for layer in layers_of(figure.panels[0])
+        if "y2" in layer["encoding"] and "field" in layer["encoding"]["y2"]
+    )
+    assert (bar["y"]["field"], bar["y2"]["field"]) == ("low", "high")
     trained = {
         **{"letter": "B", "rank": 4, "method": "pca", "bands": 1, "added_loss": 0.1},
         **{"added_at_start": 0.5, "interval": None, "val_loss": 3.1},
     }
     write_sweep_report(tmp_path, sweep | {"recovered": [trained]})
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "|  | svd | k=4 | 3.2500 | +0.2500 | +0.200 to +0.300 | – |" in text
+    assert "|  | svd | k=4 | 3.2500 | +0.2500 ± 0.0500 | – |" in text
     unknown = trained | {"added_at_start": None}  # Its log was lost.
     write_sweep_report(tmp_path, sweep | {"recovered": [unknown]})
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "|  | pca | k=4 | – | – | – | – |" in text
     write_sweep_report(tmp_path, sweep_of([sweep_row("pca")]))
-    assert "±" not in (tmp_path / "report.md").read_text("utf-8")
+    cells = (tmp_path / "report.md").read_text("utf-8").split("## All tables")[1]
+    assert " ± 0" not in cells
 
 
 def test_the_advice_prints_the_interval():
@@ -686,17 +839,18 @@ def test_the_page_of_a_sweep_holds_its_numbers(tmp_path):
     write_sweep_report(tmp_path, sweep | {"recovered": [recovered, continued]})
     text = (tmp_path / "report.md").read_text("utf-8")
     # The predictions of 0.1 and 0.2 are off by 10 %; 0.4 is not a small loss.
-    assert "| 3 | 1.000 | 10.0% |" in text
+    assert "Of 3 float32 tables" in text and "rank correlation of 1.000" in text
+    assert "error of a prediction is 10.0%" in text
     assert "| pca | – | **+0.2500** |" in text  # k=4 and k=8
     assert list(cells_of(text, "|  | Model", "| **B**").values())[1:] == [
-        *("svd, trained further", "k=4", "3.0500", "+0.0500", "+0.090 to +0.110"),
-        *("+0.1000", "1,000", "25.0%", "0.001"),
+        *("svd, trained further", "k=4", "3.0500", "+0.0500 ± 0.0100"),
+        *("+0.1000 ± 0.0100", "1,000", "25.0%", "0.001"),
     ]
     cells = cells_of(text, "|  | Model", "| **D+**")
     assert cells["Model"] == "D, trained further"
-    assert (cells["Minus D+"], cells["95% interval"]) == ("–", "–")
+    assert cells["Minus D+"] == "–"
     assert "|  | svd | k=4 | 3.2500 | +0.2500 | – |" in text
-    assert "+0.3000 | –° |" in text
+    assert " | –° | 1,004 |" in text
     assert (tmp_path / "plots" / "pareto.png").stat().st_size > 10_000
 
 
@@ -732,14 +886,19 @@ def test_numbers_are_written_for_reading():
 
 def test_curves_show_every_arm_and_b_twice(reported):
     figure = curves_figure(reported[1]["rows"])
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["rank 4", "rank 8"]
-    for axes in figure.axes:
-        ends = {(line.get_color(), line.get_xdata()[-1]) for line in axes.lines}
-        tokens = {"baseline": 0.004, "pca": 0.004, "random": 0.004}  # millions
-        expected = {(ARMS[arm].colour, end) for arm, end in tokens.items()}
-        tuned = ARMS["pca_finetune"].colour
-        assert ends == expected | {(tuned, 0.001), (tuned, 0.005)}
-        low, high = axes.get_ylim()
+    assert [panel["title"] for panel in figure.panels] == ["rank 4", "rank 8"]
+    names = {arm: f"{ARMS[arm].letter} {ARMS[arm].title}" for arm in ARMS}
+    for number, panel in enumerate(figure.panels):
+        ends = {name: of[-1] for name, of in drawn(figure, "tokens", number).items()}
+        expected = {
+            names[arm]: 0.004 for arm in ("baseline", "pca", "random")
+        }  # millions
+        tuned = {names["pca_finetune"]: 0.001, "B, after D's tokens": 0.005}
+        assert ends == pytest.approx(expected | tuned)
+        colours = scale_of(figure, "color", number)
+        assert {colours[name] for name in tuned} == {ARMS["pca_finetune"].colour}
+        assert scale_of(figure, "strokeDash", number)["B, after D's tokens"]
+        low, high = panel["encoding"]["y"]["scale"]["domain"]
         assert low < 2.8 and high < 4  # The first losses of 7 are cut off.
 
 
@@ -767,22 +926,26 @@ def test_no_figure_is_drawn_without_data(tmp_path):
 
 def test_the_spectrum_is_on_a_log_scale_beside_the_energy_it_keeps():
     figure = spectrum_figure(np.array([3.0, 2.0, 1.0, 0.0]), [3, 1, 9])
-    left, right = figure.axes
-    assert left.get_yscale() == "log"
-    np.testing.assert_array_equal(left.lines[0].get_ydata(), [3, 2, 1])
-    np.testing.assert_allclose(
-        right.lines[0].get_ydata(), np.array([9, 13, 14, 14]) / 0.14
+    left, right = (panel["encoding"]["y"] for panel in figure.panels)
+    assert (left["field"], left["scale"]["type"]) == ("value", "log")
+    assert drawn(figure, "value")[""] == [3, 2, 1, None]  # A log scale has no zero.
+    shares = drawn(figure, right["field"], 1)[""]
+    np.testing.assert_allclose(shares, np.array([9, 13, 14, 14]) / 0.14)
+    (label,) = (
+        layer["data"]["values"]
+        for layer in layers_of(figure.panels[1])
+        if layer["mark"]["type"] == "text"
     )
-    labels = [text.get_text() for text in right.get_legend().get_texts()]
-    assert labels == ["rank 1: 64.3%", "rank 3: 100.0%"]
+    assert [point["text"] for point in label] == ["rank 1: 64.3%", "rank 3: 100.0%"]
 
 
-def test_reading_results_needs_no_matplotlib_and_drawing_no_pyplot():
+def test_reading_results_and_declaring_a_figure_import_nothing_that_draws():
     script = (
         "import sys, pcagpt.report as report\n"
-        "assert not {'matplotlib', 'jinja2', 'markdown'} & set(sys.modules)\n"
-        "report.spectrum_figure([2.0, 1.0], [1])\n"
-        "assert 'matplotlib' in sys.modules\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "figure = report.spectrum_figure([2.0, 1.0], [1])\n"
+        "drawing = {'matplotlib', 'vl_convert', 'jinja2', 'markdown'}\n"
+        "assert not drawing & set(sys.modules)\n"
+        "assert figure.png().startswith(b'\\x89PNG')\n"
+        "assert 'matplotlib' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

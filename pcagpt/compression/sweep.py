@@ -124,7 +124,12 @@ def _resume(
         move_aside(folder / "sweep.json")
         return heading, {}
     has_same_codes = earlier["protocol"].get("codes") == own["codes"]
-    names = ("recovered", *(["gaussian_limit"] if has_same_codes else []))
+    names = (
+        "recovered",
+        "samples",
+        "samples_of",
+        *(["gaussian_limit"] if has_same_codes else []),
+    )
     kept = [name for name in names if earlier.get(name)]
     heading = heading | {name: earlier[name] for name in kept}
     rows = earlier["rows"] + earlier["other_rows"]
@@ -180,6 +185,13 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     content["recovered"] = list(recovered.values())
     write_json(path, content)
     return write_sweep_report(folder, content)
+
+
+def add_samples(folder: Path, samples: dict[str, Any]) -> None:
+    """Adds what `pipeline.samples` wrote to sweep.json; rewrites its report."""
+    content = read_sweep(folder / "sweep.json") | samples
+    write_json(folder / "sweep.json", content)
+    write_sweep_report(folder, content)
 
 
 def _write_sweep(

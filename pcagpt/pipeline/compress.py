@@ -11,13 +11,20 @@ folder of its own, input/ and output/.
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pcagpt.compression.advise import ADVISED, advise
 from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
 from pcagpt.compression.output import Output
-from pcagpt.compression.sweep import Models, add_recovered, models_of, sweep
+from pcagpt.compression.sweep import (
+    Models,
+    add_recovered,
+    add_samples,
+    models_of,
+    sweep,
+)
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU
@@ -27,8 +34,9 @@ from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
-from pcagpt.report import recovered_rows
-from pcagpt.rows import REMEDY, Recipe
+from pcagpt.pipeline.samples import samples_of
+from pcagpt.report import recommended_row, recovered_rows
+from pcagpt.rows import REMEDY, Recipe, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
 from pcagpt.run.trained import Run
@@ -130,6 +138,7 @@ class _Table:
                     overwrite=settings.overwrite,
                     tensorboard=settings.telemetry.tensorboard,
                 )
+                _sample(settings, folder, original)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)
@@ -276,6 +285,28 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
             "was tried can be trained further"
         )
     return [model for model, rank in trainable.items() if rank in ranks]
+
+
+def _sample(settings: Settings, folder: Path, original: Original) -> None:
+    """Adds samples of D and of the best models of the recommended size to the report.
+
+    A sweep on another split has no models; transformers computes other architectures.
+    """
+    if original.split != "val" or original.run.architecture:
+        return
+    content = read_sweep(folder / "sweep.json")
+    if not content:
+        return
+    rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
+    places = sorted(folder.glob(f"best_*k{rank}/config.json"))
+    runs = {"D": original.run.folder} | {p.parent.name: p.parent for p in places}
+
+    def text() -> np.ndarray:
+        return original.corpus.tokens(original.split)
+
+    samples = samples_of(runs, settings, text, known=content)
+    if samples and samples["samples_of"] != content.get("samples_of"):
+        add_samples(folder, samples)
 
 
 def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:

@@ -10,6 +10,7 @@ from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
 from pcagpt.pipeline.job import Job, Kind, Status
 from pcagpt.pipeline.plan import Plan
+from pcagpt.pipeline.samples import experiment_samples
 from pcagpt.report import collect_results, write_report
 from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import import_wandb
@@ -106,6 +107,7 @@ def execute(plan: Plan, command: str) -> None:
     if jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
+        results |= experiment_samples(plan.settings, workdir, results)
         try:
             write_report(workdir, results)
         except OSError as error:

@@ -14,6 +14,7 @@ from pcagpt.report.compare import (
     MARGIN,
     compare_arms,
     judge_claims,
+    loss_interval,
     window_interval,
 )
 from pcagpt.report.read import read_config, read_row, read_spectrum
@@ -109,7 +110,10 @@ def recovered_rows(
 
 
 def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """A row's losses minus D's last loss; its tokens, with D's if it starts from D."""
+    """A row's losses minus D's last loss, with intervals over evaluation windows.
+
+    Also its tokens, with D's if it starts from D.
+    """
 
     def added(loss: float | None) -> float | None:
         known = baseline and None not in (loss, baseline["val_loss"])
@@ -118,8 +122,13 @@ def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, 
     tokens = row["tokens_seen"]
     if ARMS[row["arm"]].takes:
         tokens = tokens + baseline["tokens_seen"] if baseline else None
+    paired = baseline is not None and baseline is not row
     return {
+        "val_loss_interval": loss_interval(row),
         "added_loss": added(row["val_loss"]),
+        "added_loss_interval": window_interval(row, baseline).bounds
+        if paired
+        else None,
         "added_at_start": added(row["start_loss"]),
         "tokens_with_baseline": tokens,
     }

@@ -11,7 +11,11 @@ INTERVAL = f"{CONFIDENCE:.0%} interval"
 MARGIN = 0.05  # nats per token: losses closer than this count as equal
 LOSS_AGREEMENT = 1e-3  # nats: largest difference of result.json and the windows
 ONE_SEED = "One seed: the interval covers the evaluation text, not other training runs."
-HELD, FAILED, UNRESOLVED = "held", "did not hold", "not resolved"
+HELD, EXCEEDED = "held", "exceeded"
+FAILED, UNRESOLVED = "did not hold", "not resolved"
+# Fewer training tokens for each parameter than about this leave a model under-trained
+# (Hoffmann et al. 2022).
+ENOUGH_TOKENS = 20
 
 
 class Question(NamedTuple):
@@ -59,6 +63,17 @@ class WindowInterval(NamedTuple):
     reason: str | None = None
 
 
+def loss_interval(row: dict[str, Any]) -> list[float] | None:
+    """The interval of a row's loss over evaluation windows; None if it has none."""
+    if (windows := row["windows"]) is None or row["val_loss"] is None:
+        return None
+    used = windows[windows[:, 1] > 0]
+    if len(used) < 2:
+        return None
+    mean, bounds = mean_interval(used[:, 0] / used[:, 1], used[:, 1])
+    return bounds if abs(mean - row["val_loss"]) <= LOSS_AGREEMENT else None
+
+
 def window_interval(first: dict[str, Any], second: dict[str, Any]) -> WindowInterval:
     """The interval of the loss of one row minus the loss of another."""
     one, other = first["windows"], second["windows"]
@@ -83,15 +98,18 @@ def window_interval(first: dict[str, Any], second: dict[str, Any]) -> WindowInte
 def verdict(
     kind: str, bounds: Sequence[float] | None, tokens: Sequence[float] = (0, 1)
 ) -> str:
-    """Judges a claim of a `Question.kind`: HELD, FAILED or UNRESOLVED.
+    """Judges a claim of a `Question.kind`: HELD, EXCEEDED, FAILED or UNRESOLVED.
 
     `bounds` is the interval of first - second in nats per token; `tokens` are the
-    training tokens of both, for 'less at fewer tokens'.
+    training tokens of both, for 'less at fewer tokens'. An equal loss is exceeded by a
+    lower one.
     """
     low, high = bounds or (-np.inf, np.inf)
     if kind == "equal":
+        if high < -MARGIN:
+            return EXCEEDED
         has_held = low >= -MARGIN and high <= MARGIN
-        has_failed = low > MARGIN or high < -MARGIN
+        has_failed = low > MARGIN
     else:
         # A lower loss at equally many tokens says nothing about fewer tokens.
         has_held = high < 0 and (kind == "less" or tokens[0] < tokens[1])

@@ -1,79 +1,79 @@
-"""The figures of the reports, as matplotlib Figure objects.
+"""The figures of the reports, as Vega-Lite charts.
 
-The first figure imports matplotlib, so that training starts without it. pyplot is not
-used: it would keep every figure in memory.
+A chart is declared once. The page draws it in the browser, where a reader can hover,
+zoom and hide; report.md and TensorBoard have it as a picture. vl-convert makes the
+pictures and holds the scripts for the page. It is imported when it is first used.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from pcagpt.arms import ARMS
-from pcagpt.factorization import SMALLEST_ADDED, energy_kept
+from pcagpt.arms import ARMS, Arm
+from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
 from pcagpt.methods import CODES, METHODS, RIVALS
-from pcagpt.report.sweep import baseline_of, table_name
-from pcagpt.report.text import percent
+from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
+from pcagpt.report.sweep import (
+    baseline_of,
+    compared_rows,
+    full_name,
+    limit_points,
+    row_name,
+    table_name,
+)
+from pcagpt.report.text import count, fixed, percent, signed, with_interval
 from pcagpt.rows import Row
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
 INK = "#222222"
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.dpi": 160,
-    "font.size": 9,
-    "grid.color": "#e2e2e2",
-}
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
 # By bits of a stored value; 0 for codes.
-BITS_MARKERS = {32: "o", 8: "s", 6: "h", 5: "p", 4: "D", 0: "*"}
-BITS_LINES = {32: "-", 8: "--", 6: (0, (5, 1)), 5: (0, (3, 1)), 4: ":", 0: "-"}
+STAR = "M0,-1L.23,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31Z"
+BITS_SHAPES = {32: "circle", 8: "square", 6: "triangle-up", 4: "diamond", 0: STAR}
+BITS_DASHES = {32: [], 8: [6, 3], 6: [5, 2], 5: [3, 2], 4: [2, 2], 0: []}
+BITS_TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LIMIT = "Gaussian R(D), weighting of codes"
+_LOSS = "loss (nats per token)"
 
 
-def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure | None":
+def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
     """Draws validation loss against tokens, a panel per rank; None without curves."""
     rows = [row for row in rows if row["curve"]]
     if not rows:
         return None
     curves = {row["folder"]: np.array(row["curve"], np.float64).T for row in rows}
-    ranks = sorted({row["rank"] for row in rows if row["rank"]}) or [None]
-    columns = min(len(ranks), 3)
-    lines = -(-len(ranks) // columns)
-    figure, grid = _panels(lines, columns, 0.7 + 3.3 * lines)
-    limits = _loss_limits(list(curves.values()))
-    for place, (rank, axes) in enumerate(zip(ranks, grid, strict=False)):
+    axes = {
+        "x": axis("tokens", "training tokens (millions)"),
+        "y": axis("loss", f"validation {_LOSS}", domain=_loss_limits(curves.values())),
+    }
+    panels = []
+    for rank in sorted({row["rank"] for row in rows if row["rank"]}) or [None]:
+        points, looks = [], {}
         for row in rows:
             if row["rank"] not in (None, rank):
                 continue
             arm, (tokens, losses) = ARMS[row["arm"]], curves[row["folder"]]
-            style = {"color": arm.colour, "marker": arm.marker, "markevery": [-1]}
-            name = f"{arm.letter} {arm.title}"
-            axes.plot(tokens / 1e6, losses, label=name, **style)
+            shifts = {_name(arm): (0, [])}
             if arm.is_fine_tuned and row["tokens_with_baseline"]:
                 after = row["tokens_with_baseline"] - row["tokens_seen"]
-                style |= {"ls": "--", "lw": 1, "label": "fine-tuned, after D's tokens"}
-                axes.plot((tokens + after) / 1e6, losses, **style)
-        axes.set(xlabel="training tokens (millions)", ylim=limits)
-        axes.set_xlim(left=0)
-        if place % columns == 0:
-            axes.set_ylabel("validation loss (nats per token)")
-        if rank:
-            axes.set_title(f"rank {rank}", loc="left", fontsize="medium")
-    for axes in grid[len(ranks) :]:
-        axes.remove()
-    _add_legend(figure)
-    return figure
+                shifts[f"{arm.letter}, after D's tokens"] = after, [6, 3]
+            for name, (shift, dash) in shifts.items():
+                looks[name] = Look(arm.colour, arm.marker, dash=dash)
+                points += [
+                    {"of": name, "run": row["folder"], "Arm": name}
+                    | {"tokens": (t + shift) / 1e6, "loss": loss}
+                    | {"Tokens": count(t + shift), "Loss": fixed(loss, 4)}
+                    for t, loss in zip(tokens, losses, strict=True)
+                ]
+        line = {"mark": mark("line"), "encoding": {"detail": {"field": "run"}}}
+        panels.append(
+            panel(points, looks, axes, [line], ["Arm", "Tokens", "Loss"], size=25)
+            | ({"title": f"rank {rank}"} if rank else {})
+        )
+    return Figure(panels)
 
 
-def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
+def size_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
     """Draws loss against parameters of the table and of the model; None without sizes.
 
     `models` come from `pcagpt.report.experiment.means_over_seeds`.
@@ -82,151 +82,231 @@ def size_figure(models: Sequence[dict[str, Any]]) -> "Figure | None":
     models = [m for m in models if all(m.get(f) for f in ("val_loss", *fields))]
     if not models:
         return None
-    figure, grid = _panels(1, 2, 3.7)
-    for axes, (field, name) in zip(grid, fields.items(), strict=True):
-        for arm in ARMS.values():
-            points = [m for m in models if m["letter"] == arm.letter]
-            axes.plot(
-                [m[field] / 1e6 for m in points],
-                [m["val_loss"] for m in points],
-                color=arm.colour,
-                marker=arm.marker,
-                label=f"{arm.letter} {arm.title}" if points else None,
-            )
-        axes.set_xlabel(f"parameters of the {name} (millions)")
-    grid[0].set_xscale("log")
-    _use_plain_ticks(grid[0].xaxis)
-    sizes = {m["rank"]: m["params_embedding"] / 1e6 for m in models if m["rank"]}
-    top = grid[0].secondary_xaxis("top")
-    top.set_xticks(list(sizes.values()), [f"k={rank}" for rank in sizes])
-    top.set_xticks([], minor=True)
-    top.tick_params(length=0)
-    top.spines["top"].set_visible(False)
-    grid[0].set_ylabel("validation loss (nats per token)")
-    _add_legend(figure)
-    return figure
+    looks = {
+        _name(arm): Look(arm.colour, arm.marker)
+        for arm in ARMS.values()
+        if any(m["letter"] == arm.letter for m in models)
+    }
+    points = [
+        {name: m[field] / 1e6 for field, name in fields.items()}
+        | {"of": _name(ARMS[m["arm"]]), "loss": m["val_loss"], "Arm": m["title"]}
+        | {"low": m["val_loss"] - (m["half"] or 0)}
+        | {"high": m["val_loss"] + (m["half"] or 0), "Rank": count(m["rank"])}
+        | {"Loss": fixed(m["val_loss"]) + _half(m["half"])}
+        | {"Added": signed(m.get("added_loss")) + _half(m["added_half"])}
+        | {"Table": count(m["params_embedding"]), "Model": count(m["params_total"])}
+        for m in models
+    ]
+    layers = [
+        {"mark": mark("line"), "encoding": {"detail": {"field": "of"}}},
+        bars("low", "high"),
+    ]
+    panels = []
+    for name in fields.values():
+        title, kind = f"parameters of the {name} (millions)", "log"
+        axes = {"x": axis(name, title, kind if name == "token table" else "linear")}
+        axes["y"] = axis("loss", f"validation {_LOSS}")
+        shown = ["Arm", "Rank", "Loss", "Added", "Table", "Model"]
+        panels.append(panel(points, looks, axes, layers, shown))
+    return Figure(panels)
 
 
 def spectrum_figure(
     singular_values: Sequence[float] | np.ndarray, ranks: Sequence[int]
-) -> "Figure":
+) -> Figure:
     """Draws descending singular values [d] on a log scale, and the energy kept.
 
     The energy kept by each of `ranks` is marked.
     """
     values = np.asarray(singular_values, np.float64)
-    index = np.arange(1, len(values) + 1)
     energy = energy_kept(values)
-    figure, (left, right) = _panels(1, 2, 3.3, sharey=False)
-    positive = values > 0  # A log scale cannot show zeros.
-    left.semilogy(index[positive], values[positive], color=INK)
-    left.set(xlabel="index of the singular value", ylabel="singular value")
-    right.plot(index, 100 * energy, color=INK)
-    right.set(xlabel="rank", ylabel="energy kept (%)", ylim=(0, 104))
-    for rank in sorted(rank for rank in ranks if 1 <= rank <= len(values)):
-        share = energy[rank - 1]
-        right.plot(rank, 100 * share, "o", label=f"rank {rank}: {percent(share)}")
-    if right.get_legend_handles_labels()[0]:
-        right.legend(loc="lower right", frameon=False)
-    return figure
+    points = [
+        {"rank": rank, "of": "", "energy": 100 * share, "value": value or None}
+        | {
+            "Rank": rank,
+            "Energy kept": percent(share),
+            "Singular value": f"{value:.4g}",
+        }
+        for rank, (value, share) in enumerate(zip(values, energy, strict=True), 1)
+    ]
+    marked = [p | {"text": f"rank {p['rank']}: {p['Energy kept']}"} for p in points]
+    marked = [p for p in marked if p["rank"] in ranks]
+    # Below the curve, which is concave, is room.
+    side = {"expr": f"datum.rank < {len(values) / 2} ? 'left' : 'right'"}
+    written = {"mark": {"type": "text", "align": side, "dy": 18}}
+    written |= {"encoding": {"text": {"field": "text"}}}
+    circles = {"mark": {"type": "point", "size": 90}}
+    layers = [layer | {"data": {"values": marked}} for layer in (circles, written)]
+    shown = ["Rank", "Singular value", "Energy kept"]
+    at = {
+        "x": axis("rank", "rank"),
+        "y": axis("value", "singular value", "log"),
+    }
+    kept = at | {"y": axis("energy", "energy kept (%)", domain=[0, 104])}
+    line, looks = {"mark": mark("line")}, {"": Look(INK)}
+    layers = [line, *layers] if marked else [line]
+    return Figure(
+        [
+            panel(points, looks, at, [line], shown, size=8),
+            panel(points, looks, kept, layers, shown, size=8),
+        ]
+    )
 
 
-def pareto_figure(sweep: dict[str, Any]) -> "Figure":
-    """Draws added loss of a sweep's tables against numbers and bytes, on log scales.
+def pareto_figure(sweep: dict[str, Any]) -> Figure:
+    """Draws added loss of a sweep's tables against bytes, on log scales.
 
     Of tables in several bands that differ only in their number, it shows only the best.
-    All tables of a rival are one line.
+    All tables of a rival are one line. A second axis has bits for each number of D's
+    table.
     """
-    best: dict[tuple, dict[tuple, Row]] = {}
+    rows, numbers = _best_bands(sweep), baseline_of(sweep)["params"]
+    looks = {_legend(row): _look(row) for row in rows}
+    if limit := _limit(sweep):
+        looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])
+    points = [_of_row(row, numbers) for row in rows] + limit
+    x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
+    panel = _over_size(points, looks, x, FLOAT_BYTES * numbers)
+    return Figure([_with_bits(panel, numbers)])
+
+
+def numbers_figure(sweep: dict[str, Any]) -> Figure | None:
+    """As `pareto_figure`, against the stored numbers; None without factors."""
+    rows = [row for row in _best_bands(sweep) if row.is_factors]
+    if not rows:
+        return None
+    numbers = baseline_of(sweep)["params"]
+    points = [_of_row(row, numbers) for row in rows]
+    looks = {_legend(row): _look(row) for row in rows}
+    x = axis("M", "numbers stored (millions); grey: D's table", "log")
+    return Figure([_over_size(points, looks, x, numbers)])
+
+
+def _best_bands(sweep: dict[str, Any]) -> list[Row]:
+    """The rows, without those of the same size in another number of bands."""
+    best: dict[tuple, Row] = {}
     for row in sweep["rows"]:
-        bits = None if row.method in RIVALS else row.bits
-        of_kind = best.setdefault((row.method, row.bands > 1, bits), {})
-        known = of_kind.setdefault((row.budget, row.bits), row)
-        if row.added_loss < known.added_loss:
-            of_kind[row.budget, row.bits] = row
-    figure, grid = _panels(1, 2, 4.6)
-    units = {"params": "numbers stored (millions)", "bytes": "bytes stored (MB)"}
-    for axes, (field, unit) in zip(grid, units.items(), strict=True):
-        for (method, in_bands, bits), of_kind in best.items():
-            if field == "params" and bits != 32:
-                continue  # Bits do not change the number of values.
-            rows = sorted(of_kind.values(), key=lambda row: row.bytes)
-            style = _style(method, in_bands, bits)
-            sizes = [getattr(row, field) / 1e6 for row in rows]
-            ends = [row.added_loss_interval or 2 * [row.added_loss] for row in rows]
-            bars = np.maximum(ends, SMALLEST_ADDED).T
-            axes.vlines(sizes, *bars, color=style["color"])
-            axes.plot(
-                sizes,
-                [max(row.added_loss, SMALLEST_ADDED) for row in rows],
-                **style,
-            )
-        axes.axvline(
-            baseline_of(sweep)[field] / 1e6, color="#bbbbbb", label="D's table, float32"
-        )
-        axes.set(xscale="log", yscale="log", xlabel=unit)
-        _use_plain_ticks(axes.xaxis)
-        _use_plain_ticks(axes.yaxis)
-    _add_limit(grid[1], sweep)
-    grid[0].set_ylabel("added loss (nats per token)")
-    _add_legend(figure)
-    return figure
+        key = _legend(row), row.budget, row.bits
+        if key not in best or row.added_loss < best[key].added_loss:
+            best[key] = row
+    return list(best.values())
 
 
-def _style(method: str, in_bands: bool, bits: int | None) -> dict[str, str]:
-    """How `pareto_figure` draws tables of one kind; bits None: those of a rival."""
-    if rival := RIVALS.get(method):
-        style = {"color": rival.colour, "marker": rival.marker, "ls": "-."}
-        return style | {"label": rival.title}
-    colours = {name: known.colour for name, known in (METHODS | CODES).items()}
-    colour = colours.get(method, "#f0a6ca")  # Old sweeps have others.
+def _over_size(
+    points: list[dict], looks: Mapping[str, Look], x: dict[str, Any], own: int
+) -> dict[str, Any]:
+    """A chart of added loss against size, with a line at the size of D's own table."""
+    own_table = {
+        "data": {"values": [{x["field"]: own / 1e6}]},
+        "mark": {"type": "rule", "clip": True, "strokeWidth": 2},
+        "encoding": {
+            "color": {"value": "#bbbbbb"},
+            "y": {"value": 0},
+            "y2": {"value": {"expr": "height"}},
+        },
+    }
+    axes = {"x": x, "y": axis("drawn", f"added {_LOSS}", "log")}
+    shown = ["Table", "File", "Bits per number", "Added loss", "Top-1", "KL"]
+    layers = [own_table, {"mark": mark("line")}, bars("low", "high")]
+    return panel(points, looks, axes, layers, shown)
+
+
+def decile_figure(sweep: dict[str, Any]) -> Figure | None:
+    """Draws the added loss of each frequency decile, for tables of about one size."""
+    rows, numbers = compared_rows(sweep), baseline_of(sweep)["params"]
+    rows = [row for row in rows if row.added_loss_by_decile]
+    if not rows:
+        return None
+    points, looks = [], {}
+    for row in rows:
+        name = f"{row_name(row.method, row.bands, row.bits)}, {row.bytes / 1e6:.3g} MB"
+        looks[name] = _look(row)
+        points += [
+            _of_row(row, numbers)
+            | {"of": name, "decile": decile, "Decile": decile}
+            | {"drawn": max(loss, SMALLEST_ADDED), "Added in it": signed(loss, 4)}
+            for decile, loss in enumerate(row.added_loss_by_decile, 1)
+            if loss is not None
+        ]
+    title = "frequency decile of the predicted token (1: most frequent)"
+    axes = {"x": axis("decile", title), "y": axis("drawn", f"added {_LOSS}", "log")}
+    axes["x"]["axis"] |= {"values": list(range(1, 11)), "format": "d"}
+    shown = ["Table", "Decile", "Added in it", "Added loss", "File"]
+    return Figure([panel(points, looks, axes, [{"mark": mark("line")}], shown)])
+
+
+def _name(arm: Arm) -> str:
+    return f"{arm.letter} {arm.title}"
+
+
+def _half(half: float | None) -> str:
+    return "" if half is None else f" ± {fixed(half)}"
+
+
+def _of_row(row: Row, numbers: int) -> dict[str, Any]:
+    """What a chart and its tooltip show of a row of a sweep."""
+    ends = row.added_loss_interval or 2 * [row.added_loss]
+    low, drawn, high = (
+        max(v, SMALLEST_ADDED) for v in (ends[0], row.added_loss, ends[1])
+    )
     return {
-        "color": colour,
-        "marker": BITS_MARKERS.get(bits, "X"),
-        "ls": BITS_LINES.get(bits, "-."),
-        "markerfacecolor": colour if in_bands else "white",
-        "label": table_name(method, "in bands" if in_bands else "", bits),
+        "of": _legend(row),
+        "is_factors": row.is_factors,
+        **{"MB": row.bytes / 1e6, "M": row.params / 1e6},
+        **{"low": low, "drawn": drawn, "high": high},
+        "Table": full_name(row),
+        "File": f"{count(row.bytes)} bytes",
+        "Bits per number": fixed(8 * row.bytes / numbers, 2),
+        "Added loss": with_interval(row.added_loss, row.added_loss_interval),
+        "Top-1": percent(row.top1_agreement),
+        "KL": fixed(row.kl, 4),
     }
 
 
-def _add_limit(axes: "Axes", sweep: dict[str, Any]) -> None:
-    """Draws the Gaussian rate-distortion line over the bytes of a sweep's tables."""
-    sizes = [row.bytes for row in sweep["rows"]]
-    line = [
-        (size / 1e6, loss)
-        for size, loss in sweep.get("gaussian_limit") or ()
-        if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
+def _legend(row: Row) -> str:
+    """The entry of a row in a legend; all tables of a rival have one."""
+    if rival := RIVALS.get(row.method):
+        return rival.title
+    return table_name(row.method, "in bands" if row.bands > 1 else "", row.bits)
+
+
+def _look(row: Row) -> Look:
+    """How a row is drawn; points of a single band are hollow."""
+    if rival := RIVALS.get(row.method):
+        return Look(rival.colour, rival.marker, dash=[8, 3, 2, 3])
+    known = (METHODS | CODES).get(row.method)
+    colour = known.colour if known else "#f0a6ca"  # Old sweeps have others.
+    shape, dash = BITS_SHAPES.get(row.bits, "cross"), BITS_DASHES.get(row.bits, [2, 4])
+    return Look(colour, shape, colour if row.bands > 1 else "white", dash)
+
+
+def _limit(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of the Gaussian rate-distortion line, without a tooltip."""
+    return [
+        {"of": LIMIT, "MB": size / 1e6, "drawn": loss, "low": loss, "high": loss}
+        for size, loss in limit_points(sweep)
     ]
-    if line:
-        label = "Gaussian R(D), weighting of codes"
-        axes.plot(*zip(*line, strict=True), color=INK, ls="--", lw=1, label=label)
 
 
-def _panels(
-    rows: int, columns: int, height: float, sharey: bool = True
-) -> "tuple[Figure, list[Axes]]":
-    """Makes a figure with rows × columns panels; height in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((10, height), layout="constrained")
-        grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
-    return figure, list(grid.flat)
-
-
-def _add_legend(figure: "Figure") -> None:
-    """Adds one legend above all panels, with each label once."""
-    entries = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    place = {"loc": "outside upper left", "ncols": 4, "frameon": False}
-    figure.legend(entries.values(), entries.keys(), **place)
+def _with_bits(panel: dict[str, Any], numbers: int) -> dict[str, Any]:
+    """A chart over MB with a second axis above: bits for each number of D's table."""
+    megabytes = numbers / 8e6  # of one bit
+    axis = {
+        **{"orient": "top", "title": "bits per number of D's table", "grid": False},
+        "values": [bits * megabytes for bits in BITS_TICKS],
+        "labelExpr": f"format(datum.value / {megabytes}, '~g')",
+        "labelOverlap": True,
+    }
+    above = {"x": {"field": "MB", "type": "quantitative", "axis": axis}}
+    mark = {"type": "point", "opacity": 0, "tooltip": None}
+    layers = [{"layer": panel["layer"]}, {"mark": mark, "encoding": above}]
+    own_axes = {"resolve": {"axis": {"x": "independent"}}}
+    return panel | {"layer": layers} | own_axes
 
 
-def _loss_limits(curves: list[np.ndarray]) -> tuple[float, float]:
+def _loss_limits(curves: Iterable[np.ndarray]) -> list[float]:
     """Limits of the loss axis that cut off the high losses at the start."""
+    curves = list(curves)
     start = START_SHARE * max(tokens[-1] for tokens, _ in curves)
     settled = [
         losses[min(np.searchsorted(tokens, start), len(losses) - 1)]
@@ -234,13 +314,4 @@ def _loss_limits(curves: list[np.ndarray]) -> tuple[float, float]:
     ]
     lowest = min(losses.min() for _, losses in curves)
     span = max(max(settled) - lowest, 0.1)
-    return lowest - 0.06 * span, lowest + 1.06 * span
-
-
-def _use_plain_ticks(axis: "Axis") -> None:
-    """Labels a log scale with plain numbers at 1, 2, 5, 10, ..."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    return [float(lowest - 0.06 * span), float(lowest + 1.06 * span)]

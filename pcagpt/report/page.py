@@ -1,33 +1,30 @@
-"""Renders report.md from a template and a view, and report.html from report.md.
+"""Renders report.md and report.html from a template and a view.
 
 Each file of a report has a mark. A file without it is a person's, and is moved aside.
 """
 
-import base64
 import hashlib
-import io
+import json
 import re
-import zlib
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pcagpt.files import is_sealed, write_file, write_json
+from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
+    decile_figure,
+    numbers_figure,
     pareto_figure,
     size_figure,
     spectrum_figure,
 )
-from pcagpt.report.read import read_singular_values
 from pcagpt.report.sweep import sweep_view
 from pcagpt.report.text import Markdown, render
 from pcagpt.run.folder import move_aside
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_PNG = {"format": "png", "metadata": {"Software": "pcagpt"}}
 _MARK_OF_OLD_PNG = b"Software\0pcagpt"  # Older versions wrote no hash.
 _MARK_OF_PNG = b"tEXtComment\0written by pcagpt, sha256 "  # of all chunks before
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
@@ -37,55 +34,79 @@ _MARK_OF_PAGE = b"<!-- written by pcagpt, sha256 "  # of all before it
 def write_report(workdir: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, plots/*.png, report.md and report.html; returns the last.
 
-    `results` come from `collect_results`. The spectrum is read from `workdir`.
+    `results` come from `collect_results`.
     """
     write_json(_free(workdir / "results.json"), results)
+    return write_experiment_pages(workdir, results)
+
+
+def write_experiment_pages(workdir: Path, results: dict[str, Any]) -> Path:
+    """As `write_report`, without results.json."""
     view, spectrum = experiment_view(results), results["spectrum"] or {}
     figures = {
-        "loss": curves_figure(results["rows"]),
         "size": size_figure(view["models"]),
+        "loss": curves_figure(results["rows"]),
         "spectrum": None,
     }
-    if spectrum:
+    if values := spectrum.get("singular_values"):
         ranks = [int(rank) for rank in spectrum["energy"]]
-        values = read_singular_values(workdir / spectrum["folder"])
-        if values is not None:
-            figures["spectrum"] = spectrum_figure(values, ranks)
+        figures["spectrum"] = spectrum_figure(values, ranks)
     return _write(workdir, "experiment", view, figures)
 
 
 def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
-    """Writes plots/pareto.png, report.md and report.html; returns the last."""
-    return _write(folder, "sweep", sweep_view(sweep), {"pareto": pareto_figure(sweep)})
+    """Writes plots/*.png, report.md and report.html; returns the last."""
+    figures = {
+        "pareto": pareto_figure(sweep),
+        "decile": decile_figure(sweep),
+        "numbers": numbers_figure(sweep),
+    }
+    return _write(folder, "sweep", sweep_view(sweep), figures)
 
 
 def _write(
-    folder: Path, name: str, view: dict, figures: "dict[str, Figure | None]"
+    folder: Path, name: str, view: dict, figures: dict[str, Figure | None]
 ) -> Path:
     """Writes the figures and both pages; removes figures of an earlier report."""
-    import markdown
-
     (folder / "plots").mkdir(exist_ok=True)
     for plot, figure in figures.items():
         path = _free(folder / "plots" / f"{plot}.png")
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            content = _picture(figure)
+            content = _marked_png(figure.png())
             write_file(path, lambda file, c=content: file.write(c))
-    plots = [plot for plot, figure in figures.items() if figure is not None]
-    page = render(f"{name}.md.j2", plots=plots, **view)
-    _write_page(folder / "report.md", page)
+    drawn = {plot: figure.panels for plot, figure in figures.items() if figure}
+    text = render(f"{name}.md.j2", plots=drawn, **view)
+    _write_page(folder / "report.md", text)
+    text = render(f"{name}.md.j2", for_page=True, plots=drawn, **view)
+    return _write_page(folder / "report.html", _page(text, drawn))
 
-    def inlined(match: re.Match) -> str:
-        image = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
-        return f'src="data:image/png;base64,{image}"'
 
-    body = markdown.markdown(page, extensions=["tables"], output_format="html")
-    body = Markdown(re.sub(r'src="(plots/\w+\.png)"', inlined, body))
-    title = page.splitlines()[0].removeprefix("# ")
-    html = render("page.html.j2", title=title, body=body)
-    return _write_page(folder / "report.html", html)
+def _page(text: Markdown, panels: dict[str, list]) -> str:
+    """A whole page from its text: all that it shows is inside."""
+    import markdown
+
+    extensions = ["tables", "toc", "attr_list", "md_in_html"]
+    toc = {"toc_depth": "2-3"}
+    converter = markdown.Markdown(
+        extensions=extensions, extension_configs={"toc": toc}, output_format="html"
+    )
+    body = converter.convert(text)
+    figures = json.dumps({"config": CONFIG, "panels": panels}, allow_nan=False)
+    assets = resources.files("pcagpt.report") / "assets"
+    parts = {
+        "title": re.sub("<.*?>", "", re.search("<h1.*?>(.*?)</h1>", body)[1]),
+        "body": body,
+        "contents": converter.toc,
+        "figures": figures.replace("<", "\\u003c"),  # No end of the script in a text.
+        "charts": chart_scripts(),
+        "style": (assets / "page.css").read_text("utf-8"),
+        "script": (assets / "page.js").read_text("utf-8"),
+        "licence": (assets / "vega_licence.txt").read_text("utf-8"),
+    }
+    parts = {name: Markdown(part) for name, part in parts.items()}
+    return render("page.html.j2", **parts)
 
 
 def _write_page(path: Path, page: str) -> Path:
@@ -95,19 +116,11 @@ def _write_page(path: Path, page: str) -> Path:
     return path
 
 
-def _picture(figure: "Figure") -> bytes:
-    """A figure as a PNG with its mark."""
-    file = io.BytesIO()
-    figure.savefig(file, **_PNG)
-    return _marked_png(file.getvalue().removesuffix(_END_OF_PNG))
-
-
-def _marked_png(chunks: bytes) -> bytes:
-    """A whole PNG from all its chunks but the end; its mark is a text chunk."""
+def _marked_png(picture: bytes) -> bytes:
+    """A PNG with its mark, a text chunk before its end."""
+    chunks = picture.removesuffix(_END_OF_PNG)
     mark = _MARK_OF_PNG + hashlib.sha256(chunks).hexdigest().encode()
-    length, check = len(mark) - len(b"tEXt"), zlib.crc32(mark)
-    framed = length.to_bytes(4, "big") + mark + check.to_bytes(4, "big")
-    return chunks + framed + _END_OF_PNG
+    return chunks + png_chunk(mark) + _END_OF_PNG
 
 
 def _marked(content: bytes) -> bytes:

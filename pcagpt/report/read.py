@@ -106,13 +106,15 @@ def read_spectrum(folder: Path) -> dict[str, Any] | None:
         "method": metadata.get("method"),
         "effective_rank": metadata.get("effective_rank"),
         "energy": {k: ranks[k].get("energy_kept") for k in sorted(ranks, key=int)},
+        "singular_values": _singular_values(folder),
     }
 
 
-def read_singular_values(folder: Path) -> np.ndarray | None:
+def _singular_values(folder: Path) -> list[float] | None:
     """Singular values of a factorization; None, with a warning, if they are damaged."""
     try:
-        return factor_files.read_spectrum(folder)
+        values = factor_files.read_spectrum(folder)
+        return None if values is None else np.asarray(values, np.float64).tolist()
     except UserError as error:
         _LOGGER.warning("the report has no figure of the spectrum: %s", error)
         return None

@@ -9,44 +9,230 @@ from typing import Any
 import numpy as np
 
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED
-from pcagpt.methods import CODES, RIVALS
+from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (
     NOTHING,
+    Column,
     Markdown,
     count,
     fixed,
-    render,
+    percent,
+    plain,
     signed,
-    table,
+    times,
     with_interval,
 )
 from pcagpt.rows import Row
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
+SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     """The data that the template sweep.md.j2 shows."""
     rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
+    best, compared = recommended_row(sweep), compared_rows(sweep)
+    rounded = _rounded(rows, best)
+    measured = table_columns(sweep)
+    short = [column for column in measured if column.title in _SHORT]
+
+    def named(row: Row) -> str:
+        name = row_name(row.method, row.bands, row.bits)
+        return Markdown(f"**{name}**") if row is best else name
+
     return {
         "sweep": sweep,
         "split": SPLIT_TITLES[sweep["protocol"].get("split", "val")],
         "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),
-        "equal_size": (
-            equal_size_table(sweep) if any(row.is_factors for row in rows) else None
-        ),
-        "recovery": recovery_table(sweep) if sweep.get("recovered") else None,
+        "best": best,
+        "best_name": full_name(best),
+        "best_model": model_name(best),
+        "is_cheap": added_at_most(best) <= SMALL_COST,
+        "rounded": rounded,
+        "rounded_name": full_name(rounded) if rounded else "",
+        "samples": sweep.get("samples") or (),
+        "compared": compared,
+        "short": [Column("Table", "bold: the table above", named, "l"), *short],
+        "has_limit": bool(limit_points(sweep)),
+        "sizes": equal_size_columns(sweep),
+        "at_sizes": _at_sizes(sweep),
+        "recovery": recovery_rows(sweep),
+        "recovery_columns": RECOVERY_COLUMNS,
         "recovers_codes": any(
             row["method"] in CODES for row in sweep.get("recovered") or ()
         ),
-        "rows": [(row_name(row.method, row.bands, row.bits), row) for row in rows],
+        "rows": rows,
+        "columns": measured,
+        "methods": _methods(rows),
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
+        "small_cost": SMALL_COST,
         "small_loss": SMALL_LOSS,
     }
+
+
+_SHORT = ("Bytes", "Bits", "Smaller", "Added", "Top-1")
+
+
+def table_columns(sweep: dict[str, Any]) -> list[Column]:
+    """What the report shows of each row of a sweep."""
+    own = baseline_of(sweep)
+
+    def predicted(row: Row) -> str:
+        return signed(row.predicted_loss, 4) + ("°" if row.is_anchor else "")
+
+    return [
+        Column(
+            "Table",
+            "the method, the number of frequency bands if there are several, and the "
+            "bits of a stored value if they are not 32",
+            lambda row: row_name(row.method, row.bands, row.bits),
+            "l",
+        ),
+        Column(
+            "k",
+            "the rank of factors with one band of this size; a file of codes has at "
+            "most as many bytes as factors of this rank have values",
+            lambda row: str(row.rank or NOTHING),
+        ),
+        Column("Bytes", "of storage: of the file, for codes", lambda r: count(r.bytes)),
+        Column(
+            "Bits",
+            "bits of storage for each number of D's table",
+            lambda row: fixed(8 * row.bytes / own["params"], 2),
+        ),
+        Column(
+            "Added",
+            "loss with this table minus loss with D's table, in nats per token, ± "
+            f"half of its {INTERVAL} over evaluation windows, each measured with both "
+            "tables",
+            lambda row: with_interval(row.added_loss, row.added_loss_interval),
+        ),
+        Column(
+            "Smaller",
+            "bytes of D's table in float32, divided by these bytes",
+            lambda row: times(own["bytes"] / row.bytes),
+        ),
+        Column(
+            "Top-1",
+            "share of positions where the most likely token stays the same",
+            lambda row: percent(row.top1_agreement),
+        ),
+        Column(
+            "KL",
+            "mean divergence of the predictions, KL(D ‖ compressed), in nats",
+            lambda row: fixed(row.kl, 4),
+        ),
+        Column(
+            "Input",
+            "added loss if only the input uses the table",
+            lambda row: signed(row.added_loss_input, 4),
+        ),
+        Column(
+            "Head",
+            "added loss if only the head uses the table",
+            lambda row: signed(row.added_loss_head, 4),
+        ),
+        Column(
+            "Predicted",
+            "second-order estimate of the added loss, scaled for each method to fit "
+            "the tables marked °; a method without ° uses the scale of the ° table "
+            "with the smallest estimate",
+            predicted,
+        ),
+        Column("Numbers", "stored values", lambda row: count(row.params)),
+        Column(
+            "Memory",
+            "bytes of the table on a device that computes with it",
+            lambda row: count(row.memory),
+        ),
+        Column("Seconds", "time to make the table", lambda row: fixed(row.seconds, 1)),
+    ]
+
+
+def added_at_most(row: Row) -> float:
+    """The upper end of the interval of the added loss, or the added loss itself."""
+    return (row.added_loss_interval or [row.added_loss])[-1]
+
+
+def full_name(row: Row) -> str:
+    """The name of a row's table, with its rank: 'context, 12 bands, k=128'."""
+    rank = f", k={row.rank}" if row.rank else ""
+    return row_name(row.method, row.bands, row.bits) + rank
+
+
+def model_name(row: Row) -> str | None:
+    """The folder of a row's model beside sweep.json; None if a sweep writes none."""
+    if row.is_codes:
+        return f"best_{row.method}_k{row.rank}"
+    return f"best_k{row.rank}" if row.is_factors and row.method in METHODS else None
+
+
+def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
+    """(bytes, loss) of the Gaussian rate-distortion line, about a sweep's tables."""
+    sizes = [row.bytes for row in sweep["rows"]]
+    return [
+        (size, loss)
+        for size, loss in sweep.get("gaussian_limit") or ()
+        if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
+    ]
+
+
+def _rounded(rows: list[Row], best: Row) -> Row | None:
+    """The smallest rival that surely adds no more than `best`, or SMALL_COST."""
+    limit = max(added_at_most(best), SMALL_COST)
+    rivals = (row for row in rows if row.method in RIVALS)
+    return next((row for row in rivals if added_at_most(row) <= limit), None)
+
+
+def _methods(rows: list[Row]) -> dict[str, str]:
+    """What each method in a sweep does, by the name that the tables show."""
+    found = {}
+    for row in rows:
+        if method := METHODS.get(row.method):
+            words = (method.weigh.__doc__ or "factors").strip().splitlines()[0]
+            found[row.method] = words.rstrip(".")
+        elif code := CODES.get(row.method):
+            found[row.method] = code.words
+        elif rival := RIVALS.get(row.method):
+            found[rival.title] = rival.words
+        else:
+            found[row.method] = "a method of an earlier version"
+    return found
+
+
+def recommended_row(sweep: dict[str, Any]) -> Row:
+    """The smallest table that surely adds at most `SMALL_COST`.
+
+    'Surely': the upper end of its interval does. If no table does, the one that adds
+    least. A rival can be recommended, too.
+    """
+    rows = sorted(sweep["rows"], key=lambda row: row.bytes)
+    fitting = (row for row in rows if added_at_most(row) <= SMALL_COST)
+    return next(fitting, None) or min(rows, key=lambda row: row.added_loss)
+
+
+def compared_rows(sweep: dict[str, Any]) -> list[Row]:
+    """The recommended row and, of every other kind, the row nearest to its size.
+
+    A kind is a method in one band or in several, whatever their number and the bits.
+    """
+    best, nearest = recommended_row(sweep), {}
+    for row in sweep["rows"]:
+        kind = row.method, row.bands > 1
+        known = nearest.setdefault(kind, row)
+        if _distance(row, best) < _distance(known, best):
+            nearest[kind] = row
+    nearest[best.method, best.bands > 1] = best
+    return sorted(nearest.values(), key=lambda row: row.added_loss)
+
+
+def _distance(row: Row, other: Row) -> tuple[float, float]:
+    """How far the sizes of two tables are apart; then the added loss."""
+    return abs(math.log(row.bytes / other.bytes)), row.added_loss
 
 
 def of_rank(rank: int) -> str:
@@ -95,24 +281,76 @@ def row_name(method: str, bands: int, bits: int = 32) -> str:
     return table_name(method, f"{bands} bands" if bands > 1 else "", bits)
 
 
-def equal_size_table(sweep: dict[str, Any]) -> Markdown:
-    """Added loss: a row for each method and number of bands, a column for each rank."""
+def _at_sizes(sweep: dict[str, Any]) -> list[tuple[str, dict[int, str]]]:
+    """Added loss of factors: (name, {rank: text}); the best of each rank is bold."""
     rows = [row for row in sweep["rows"] if row.is_factors]
-    ranks = sorted({row.rank for row in rows})
-    best = {k: min(row.added_loss for row in rows if row.rank == k) for k in ranks}
+    best: dict[int, float] = {}
+    for row in rows:
+        best[row.rank] = min(row.added_loss, best.get(row.rank, math.inf))
     found: dict[str, dict[int, str]] = {}
     for row in rows:
         text = with_interval(row.added_loss, row.added_loss_interval)
-        cell = f"**{text}**" if row.added_loss == best[row.rank] else text
+        cell = Markdown(f"**{text}**") if row.added_loss == best[row.rank] else text
         found.setdefault(row_name(row.method, row.bands), {})[row.rank] = cell
-    lines = [[n, *(cells.get(k, NOTHING) for k in ranks)] for n, cells in found.items()]
-    header = ["Method", *(f"size of k={rank}" for rank in ranks)]
-    return table(header, lines, "l" + "r" * len(ranks))
+    return list(found.items())
 
 
-def recovery_table(sweep: dict[str, Any]) -> Markdown:
+def equal_size_columns(sweep: dict[str, Any]) -> list[Column]:
+    """A column of `_at_sizes` for each rank."""
+    ranks = sorted({row.rank for row in sweep["rows"] if row.is_factors})
+    meaning = (
+        "added loss of factors with as many numbers as those of this rank in a band"
+    )
+    return [
+        Column("Method", "", lambda found: found[0], "l"),
+        *(
+            Column(
+                f"size of k={rank}",
+                meaning if rank == ranks[0] else "",
+                lambda found, rank=rank: found[1].get(rank, NOTHING),
+            )
+            for rank in ranks
+        ),
+    ]
+
+
+RECOVERY_COLUMNS = [
+    Column(
+        "",
+        "",
+        lambda row: Markdown(f"**{row['letter']}**" if row.get("letter") else ""),
+        "l",
+    ),
+    Column("Model", "", lambda row: row["name"], "l"),
+    Column(
+        "Size of", "", lambda row: f"k={row['rank']}" if row.get("rank") else NOTHING
+    ),
+    Column("Loss", "in nats per token", lambda row: fixed(row["val_loss"], 4)),
+    Column(
+        "Added",
+        f"loss minus D's loss, ± half of its {INTERVAL} over evaluation windows, of "
+        "one seed",
+        lambda row: with_interval(row["added_loss"], row.get("interval")),
+    ),
+    Column(
+        "Minus D+",
+        "loss minus that of D+, which is D, trained further for the same steps",
+        lambda row: with_interval(
+            row.get("less_continued"), row.get("less_continued_interval")
+        ),
+    ),
+    Column(
+        "Tokens", "of the further training", lambda row: count(row.get("tokens_seen"))
+    ),
+    Column("Share of D's tokens", "", lambda row: percent(row.get("share_of_tokens"))),
+    Column("Learning rate", "the peak", lambda row: plain(row.get("learning_rate"))),
+]
+
+
+def recovery_rows(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     """Added loss of compressed models before and after training, and of D+."""
-    recovered, rows, loss = sweep["recovered"], [], baseline_of(sweep)["loss"]
+    recovered, rows = sweep.get("recovered") or (), []
+    loss = baseline_of(sweep)["loss"]
     for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
         measured = {
             row_name(row.method, row.bands): row
@@ -138,7 +376,7 @@ def recovery_table(sweep: dict[str, Any]) -> Markdown:
         if row["rank"] is None:
             none = {"less_continued": None, "less_continued_interval": None}
             rows.append(row | none | {"name": "D, trained further"})
-    return render("recovery.md.j2", rows=rows, interval_name=INTERVAL)
+    return rows
 
 
 def _accuracy(rows: list[Row]) -> dict[str, Any] | None:

@@ -4,13 +4,14 @@ The first template imports Jinja2, so that training starts without it.
 """
 
 import datetime
+import functools
 import html
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 MINUS, NOTHING = "−", "–"  # NOTHING replaces a number that was not measured.
-_MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]|\\#!~$"})
+_MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]{}|\\#!~$"})
 
 
 class Markdown(str):
@@ -90,6 +91,11 @@ def code(value: object) -> Markdown:
     return Markdown(f"`{text}`" if is_plain else f"<code>{escaped(text)}</code>")
 
 
+def command(text: str) -> Markdown:
+    """A line of an indented block of code, where markdown has no markup."""
+    return Markdown(" ".join(text.split()))
+
+
 def fields(value: object) -> str:
     """{'window': 8, 'split': ''} → 'window 8'; other values as they are."""
     if not isinstance(value, dict):
@@ -104,15 +110,84 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> M
     return Markdown("\n".join(lines))
 
 
-def render(template: str, **view: Any) -> Markdown:
-    """Fills in a template; escapes every inserted value that is not Markdown."""
+class Column(NamedTuple):
+    """A column of a table: what it means, and the text of a row's cell."""
+
+    title: str
+    meaning: str
+    cell: Callable[[Any], str]
+    side: str = "r"
+
+
+def table_of(
+    rows: Iterable[Any], of: Sequence[Column], for_page: bool = False
+) -> Markdown:
+    """A table alone; on the page, each column's head has its meaning as a title."""
+    head = [
+        column.title
+        + (f' {{: title="{column.meaning}" }}' if for_page and column.meaning else "")
+        for column in of
+    ]
+    cells = [[escaped(column.cell(row)) for column in of] for row in rows]
+    return table(head, cells, "".join(column.side for column in of))
+
+
+def columns(
+    rows: Iterable[Any], of: Sequence[Column], for_page: bool = False
+) -> Markdown:
+    """A table, and what its columns mean."""
+    shown = table_of(rows, of, for_page)
+    meanings = "\n".join(f"- **{c.title}**: {c.meaning}" for c in of if c.meaning)
+    if for_page and meanings:
+        summary = "<summary>What the columns mean</summary>"
+        meanings = f'<details markdown="1">{summary}\n\n{meanings}\n\n</details>'
+    return Markdown(f"{shown}\n\n{meanings}".strip())
+
+
+HINT = "Drag to move, Ctrl and wheel to zoom, click twice to go back. The legend hides."
+
+
+def chart(name: str, words: str, for_page: bool = False) -> Markdown:
+    """A figure: its picture in report.md, a place for its charts on the page."""
+    if not for_page:
+        return Markdown(f"![{words}](plots/{name}.png)")
+    place = f'<div class="charts" data-figure="{name}" aria-label="{words}"></div>'
+    return Markdown(f'{place}\n\n<p class="hint">{HINT}</p>')
+
+
+def side_by_side(sample: dict[str, Any], for_page: bool = False) -> Markdown:
+    """What several models wrote after one prompt: {'prompt', 'seed', 'texts'}."""
+    head = f"After “{escaped(sample['prompt'])}”, seed {sample['seed']}:"
+    if not for_page:
+        texts = ((f"**{escaped(n)}**", escaped(t)) for n, t in sample["texts"].items())
+        return Markdown(f"{head}\n\n{table(['Model', 'Text'], list(texts), 'll')}")
+    boxes = (
+        f"<div><strong>{html.escape(name)}</strong><br>{_one_line(text)}</div>"
+        for name, text in sample["texts"].items()
+    )
+    return Markdown(f'{head}\n\n<div class="samples">{"".join(boxes)}</div>')
+
+
+def _one_line(text: str) -> str:
+    """Text as HTML without line ends, which could end a block of markdown."""
+    return "<br>".join(html.escape(line) for line in text.splitlines())
+
+
+def render(template: str, for_page: bool = False, **view: Any) -> Markdown:
+    """Fills in a template; escapes every inserted value that is not Markdown.
+
+    `for_page`: the text becomes a page, where tables and figures are interactive.
+    """
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
         loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
     )
     filters = fixed, signed, effect, interval, with_interval, plain, count, times
-    for function in (*filters, percent, duration, code, fields):
+    for function in (*filters, percent, duration, code, fields, command):
         environment.filters[function.__name__] = function
+    for function in (columns, chart, side_by_side):
+        made = functools.partial(function, for_page=for_page)
+        environment.filters[function.__name__] = made
     text = environment.get_template(template).render(view)
     return Markdown(re.sub(r"\n{3,}", "\n\n", text).strip())

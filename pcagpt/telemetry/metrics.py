@@ -173,9 +173,19 @@ class Telemetry:
             self._board.add_text(tag, markdown)
 
     def figure(self, tag: str, figure: Any) -> None:
-        """Adds a matplotlib Figure as an image to TensorBoard."""
+        """Adds a figure of `pcagpt.report` as an image to TensorBoard."""
         if self._board:
-            self._board.add_figure(tag, figure)
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            picture = figure.png()
+            width, height = (
+                int.from_bytes(picture[n : n + 4], "big") for n in (16, 20)
+            )
+            image = Summary.Image(
+                width=width, height=height, colorspace=4, encoded_image_string=picture
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            self._board.file_writer.add_summary(summary)
 
     def hyperparameters(
         self, flat_dict: Mapping[str, Any], final_metrics: Mapping[str, Any]

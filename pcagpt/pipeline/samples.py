@@ -1,0 +1,104 @@
+"""What several models write after the same prompts, for the reports.
+
+The prompts are pieces of the text that the report measures on.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pcagpt.config import Settings
+from pcagpt.errors import UserError, warn_once
+from pcagpt.files import is_sealed, read_json
+from pcagpt.pipeline.sample import tokenizer_of
+from pcagpt.report import compared_runs
+from pcagpt.run.generate import generate
+from pcagpt.run.trained import Run
+from pcagpt.telemetry.progress import Progress
+
+PROMPTS, PROMPT_TOKENS, TOKENS = 3, 12, 40
+SEED, TEMPERATURE = 1, 0.8
+
+
+def experiment_samples(
+    settings: Settings, workdir: Path, results: dict[str, Any]
+) -> dict[str, Any]:
+    """The samples of the runs that a report compares, as `samples_of` returns them."""
+    path = workdir / "results.json"
+    known = read_json(path, "") if path.is_file() and is_sealed(path) else {}
+    runs = {name: workdir / run for name, run in compared_runs(results).items()}
+
+    def text() -> np.ndarray:
+        run = Run.open(next(iter(runs.values())))
+        return run.corpus(settings.data, settings.cache_dir, ["val"]).tokens("val")
+
+    return samples_of(runs, settings, text, known)
+
+
+def samples_of(
+    runs: Mapping[str, Path],
+    settings: Settings,
+    text: Callable[[], np.ndarray],
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """{'samples': [{'prompt', 'seed', 'temperature', 'texts'}, ...], 'samples_of'}.
+
+    Each text is {name: what the run wrote}. 'samples_of' are hashes of the runs'
+    records: with the same ones, the samples of `known` are returned. {} if there are
+    none: their tokens stand for no known text, only transformers computes a model, a
+    checkpoint is missing, or there are several processes.
+
+    Args:
+      runs: {name: folder}; all know the same tokens.
+      settings: of the command.
+      text: gives the tokens that the prompts come from, [N].
+      known: what the report showed before.
+    """
+    if jax.process_count() > 1:
+        return {}
+    records = {name: _hash_of_record(folder) for name, folder in runs.items()}
+    if records == known.get("samples_of"):
+        return {name: known[name] for name in ("samples", "samples_of")}
+    try:
+        opened = {name: Run.open(folder) for name, folder in runs.items()}
+        tokenizer = tokenizer_of(next(iter(opened.values())), settings)
+        tokens, end = text(), tokenizer.eot_token
+        starts = [len(tokens) * n // PROMPTS for n in range(PROMPTS)]
+        prompts = [tokens[start : start + PROMPT_TOKENS] for start in starts]
+        texts: list[dict[str, str]] = [{} for _ in prompts]
+        with Progress("sampling for the report", len(runs) * PROMPTS) as progress:
+            for name, run in opened.items():
+                model, variables = run.load(settings.model)
+                for found, prompt in progress.track(zip(texts, prompts, strict=True)):
+                    drawn = generate(
+                        *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
+                        temperature=TEMPERATURE,
+                        known_ids=tokenizer.n_vocab,
+                    )
+                    ids = [int(token[0]) for token in itertools.islice(drawn, TOKENS)]
+                    kept = itertools.takewhile(lambda one: one != end, ids)
+                    found[name] = tokenizer.decode(list(kept))
+    except UserError as error:
+        if "bare token ids" not in str(error):
+            warn_once(f"the report has no samples: {error}")
+        return {}
+    # A document's beginning is after the end of the one before it.
+    shown = (tokenizer.decode([t for t in p.tolist() if t != end]) for p in prompts)
+    common = {"seed": SEED, "temperature": TEMPERATURE}
+    samples = [
+        {"prompt": prompt} | common | {"texts": found}
+        for prompt, found in zip(shown, texts, strict=True)
+    ]
+    return {"samples": samples, "samples_of": records}
+
+
+def _hash_of_record(folder: Path) -> str:
+    """Changes with each run: a record names its weights, or their source."""
+    files = [folder / name for name in ("config.json", "result.json")]
+    content = b"".join(path.read_bytes() for path in files if path.is_file())
+    return hashlib.sha256(content).hexdigest()
