@@ -25,6 +25,7 @@ STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
 _FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
+_EXPORT_AGAIN = "export the model again"
 _NOT_READ = ("README.md", "generation_config.json")  # files of an export
 _FORMATS: tuple[ModuleType, ...] = (
     gguf_model,
@@ -58,7 +59,8 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def _check_export(folder: Path) -> None:
     """UserError if files of an export that are read here were changed."""
-    origin = read_json(folder / exported.FILE, "export the model again")
+    is_file = folder.is_file()  # GGUF
+    origin = None if is_file else read_json(folder / exported.FILE, _EXPORT_AGAIN)
     if origin is None:
         return
     files = origin.get("files")
@@ -67,7 +69,7 @@ def _check_export(folder: Path) -> None:
         check_digests(folder, read)
     except UserError as error:
         raise UserError(
-            f"{error}: export the model again; if you changed it yourself, delete "
+            f"{error}: {_EXPORT_AGAIN}; if you changed it yourself, delete "
             f"{exported.FILE} to have it read as any Hugging Face folder"
         ) from None
 
