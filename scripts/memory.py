@@ -42,6 +42,7 @@ TINY = {
     "train.batch_size": 4,
     "evaluate.batch_size": 64,
     "evaluate.every": 250,
+    "finetune.steps_share": 0.1,  # The demo's own share is of B.
     "mesh.data": 1,
 }
 

@@ -984,10 +984,10 @@ def test_a_finished_sweep_encodes_again_only_what_is_lost_or_damaged(
     copied_codes, monkeypatch, method, damaged, is_lost
 ):
     folder, made = folder_of(copied_codes) / f"best_{method}_k40", []
-    file, encode = folder / KINDS[method].file, Compressor._codes
+    file, encode = folder / KINDS[method].file, Compressor._make_codes
     wanted, before = file.read_bytes(), snapshot(folder / "ckpt")
     monkeypatch.setattr(
-        Compressor, "_codes", lambda self, r: made.append(r) or encode(self, r)
+        Compressor, "_make_codes", lambda self, r: made.append(r) or encode(self, r)
     )
     if damaged:
         path = file if damaged == "the file" else folder / damaged
@@ -1090,7 +1090,7 @@ def test_a_new_prediction_is_written_without_encoding(
     record["compressed"]["table_sha256"] = "0" * 64
     write_record(file.parent, record)
     kind.write(file, codes, dataclasses.replace(description, predicted_loss=7.0))
-    monkeypatch.setattr(Compressor, "_codes", pytest.fail)
+    monkeypatch.setattr(Compressor, "_make_codes", pytest.fail)
     sweep_of(copied_codes)
     assert file.read_bytes() == wanted
     assert not [*file.parent.glob("*.replaced-*")]

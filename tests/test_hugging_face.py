@@ -334,7 +334,7 @@ SPOILT = {
     ),
     "untied": (
         with_config(tie_word_embeddings=False),
-        "holds a GPT2LMHeadModel: of models other than a GPT-2 with one table, only",
+        "holds a GPT2LMHeadModel, which only --config=configs/compress.py can take",
     ),
     "another_architecture": (
         with_config(
