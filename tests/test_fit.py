@@ -19,7 +19,7 @@ from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, PACKED, RIVALS
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.rows import Recipe, SwapScores
 
-SWEEP = Settings(task="compress")
+SWEEP = Settings(task="compress", ranks=())
 
 # Recipes
 

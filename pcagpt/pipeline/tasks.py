@@ -38,7 +38,10 @@ def preview(settings: Settings) -> str:
         lines = execute.describe(needed)
         writes = any(kind != Kind.DONE for kind, _ in needed.values())
     elif settings.task == "export":
-        lines = [f"export {open_source(settings).folder} as {settings.format}"]
+        source = open_source(settings)
+        step = source.identity.get("step")
+        at_step = "" if step is None else f" at step {step}"
+        lines = [f"export {source.folder}{at_step} as {settings.format}"]
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         if settings.task == "compress":
