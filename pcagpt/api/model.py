@@ -211,7 +211,7 @@ class Model:
 
     @functools.cached_property
     def _tokenizer(self):
-        # A corpus with characters may be read, whose hashes are not kept.
+        # This may read the run's corpus for its characters. Its hashes are not kept.
         with tempfile.TemporaryDirectory(prefix="pcagpt-") as cache:
             settings = self._settings.replace({"data.cache_dir": cache})
             return tokenizer_of(self._run, settings)

@@ -66,7 +66,7 @@ class Decoder:
         return table.weight.detach().float().cpu().numpy()
 
     def of_side(self, side: str) -> Self:
-        """The same model, of which one table is replaced."""
+        """The same model; `score` replaces the table of this side only."""
         other = copy.copy(self)
         other.side = side
         return other

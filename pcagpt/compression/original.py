@@ -51,7 +51,7 @@ class Model(Protocol):
         """Statistics over batches of token ids, int32 [B, T]."""
 
     def of_side(self, side: str) -> "Model":
-        """The same model, of which the table of a side is replaced."""
+        """The same model; `score` replaces the table of this side only."""
 
     def score(
         self,

@@ -12,6 +12,7 @@ from pcagpt.errors import UserError
 from pcagpt.export.source import Factors, Source
 from pcagpt.factorization import factor_files
 from pcagpt.files import digests_of, write_json, write_npy, write_npz, write_text
+from pcagpt.model import order_constants
 from pcagpt.run import hugging_face, hugging_face_files
 from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE
 
@@ -146,9 +147,7 @@ def _parts(table: Factors | coding.PackedTable) -> _Parts:
     if mean is not None:
         arrays["mean"] = mean
     if len(sizes) > 1:
-        position_V = np.empty(len(order_V), np.int32)
-        position_V[order_V] = np.arange(len(order_V))
-        arrays["position"] = position_V
+        arrays["position"] = order_constants(order_V)["embed"]["position_of_token"]
     layout = {
         "sizes": sizes,
         "ranks": ranks,

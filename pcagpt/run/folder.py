@@ -252,7 +252,7 @@ class FolderState:
 
     @property
     def unproved(self) -> str | None:
-        """A line for a checkpoint without digests, of which no hash is known; or None.
+        """A warning: no hash proves the content of a checkpoint. None if one does.
 
         Versions that wrote no `run_id` wrote no digests. A person may have deleted
         them, or copied the weights alone.
