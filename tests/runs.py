@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from pcagpt.config import KNOBS, Settings, override
+from pcagpt.config.checks import read_if
 from pcagpt.config.schema import ModelSettings
 from pcagpt.config.tasks import RECOVERY, readers_of
 from pcagpt.factorization import Statistics
@@ -84,11 +85,15 @@ def plan(config: ConfigDict) -> Plan:
 
 def overrides(config: ConfigDict) -> list[str]:
     """The arguments that set a config's knobs, those that its task reads."""
+    settings = Settings.of(config)
     reads = {config.task} | ({RECOVERY} if config.compress.recover_ranks else set())
+    unread = {path for path, is_read, _ in read_if(settings, reads) if not is_read}
     return [
         override(path, value)
-        for path, value in Settings.of(config).flat().items()
-        if value != KNOBS[path].default and reads & set(readers_of(path)[0])
+        for path, value in settings.flat().items()
+        if value != KNOBS[path].default
+        and reads & set(readers_of(path)[0])
+        and path not in unread
     ]
 
 

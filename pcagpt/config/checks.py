@@ -343,14 +343,17 @@ def _check_read(settings: Settings) -> None:
             f"{rank}: set only --config.model.n_embd_wte"
         )
     unset = {"ranks": (), "data.source": ""}  # in config files of some tasks
-    for path, is_read, reason in _read_if(settings, does):
+    for path, is_read, reason in read_if(settings, does):
         default = KNOBS[path].default
         if flat[path] not in (default, unset.get(path, default)) and not is_read:
             raise UserError(f"{path} is set, but {reason}")
 
 
-def _read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str]]:
-    """(knob that the task reads in some cases, whether it does, why not)."""
+def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str]]:
+    """(knob that the task reads in some cases, whether it does, why not).
+
+    `does`: the task, and `RECOVERY` if it also does that.
+    """
     is_constant = settings.train.schedule == "constant"
     reason = "train.schedule is 'constant', which does not read it: choose linear or "
     yield "train.final_learning_rate_share", not is_constant, f"{reason}cosine"
