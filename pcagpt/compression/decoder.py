@@ -38,6 +38,7 @@ class Decoder:
     """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
     compute_dtype, device_count, side = "float32", 1, ""
+    packages = ("torch", "transformers")
 
     def __init__(self, folder: Path, window: int):
         """Opens a folder; UserError if its model cannot be measured.

@@ -35,13 +35,15 @@ class Model(Protocol):
     """What measures a model with a full table.
 
     window: tokens that it reads at a time; compute_dtype: of its activations;
-    device_count: number of devices that it uses; sides: those of an untied model, none
-    if one table serves input and output; side: the one whose table is replaced.
+    device_count: number of devices that it uses; packages: those that compute it
+    besides JAX; sides: those of an untied model, none if one table serves input and
+    output; side: the one whose table is replaced.
     """
 
     window: int
     compute_dtype: str
     device_count: int
+    packages: tuple[str, ...]
     sides: tuple[str, ...]
     side: str
 

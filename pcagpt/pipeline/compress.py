@@ -113,7 +113,7 @@ class _Table:
             "command": command,
             "run": str(run.folder),
             "step": run.step,
-            **provenance.summary(original.model.device_count),
+            **provenance.summary(original.model.device_count, original.model.packages),
             "protocol": original.protocol,
             "stored_as": run.record.get("stored_as"),
         }

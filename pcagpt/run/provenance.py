@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,19 @@ PEAK_FLOPS = {
 }
 
 
-def summary(device_count: int) -> dict[str, Any]:
+def summary(device_count: int, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """{'device', 'versions', 'git_commit'} of a result on `device_count` devices."""
     return {
         "device": device(device_count),
-        "versions": versions(),
+        "versions": versions(packages),
         "git_commit": git_commit(),
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of pcagpt and of the packages that compute its numbers."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+def versions(packages: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of Python, pcagpt, its numerical packages and the other `packages`."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages)
     own = {"python": platform.python_version(), "pcagpt": pcagpt.__version__}
-    # A model of another architecture is computed by these.
-    names += tuple(name for name in ("torch", "transformers") if name in sys.modules)
     return own | {name: metadata.version(name) for name in names}
 
 
