@@ -1,5 +1,6 @@
 """Models of transformers are measured as their own code computes them."""
 
+import contextlib
 import copy
 import json
 import types
@@ -15,6 +16,7 @@ from command_line import refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
 from pcagpt import coding  # noqa: E402
+from pcagpt.compression import decoder  # noqa: E402
 from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
@@ -110,6 +112,24 @@ def test_the_model_is_as_before_after_a_swap(folder):
     np.testing.assert_array_equal(model.table_VD, own)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_hidden_states_of_the_model_itself_are_kept_for_the_next_table(
+    folder, kept, monkeypatch
+):
+    monkeypatch.setattr(decoder, "WINDOWS_ON_CPU", 1)
+    model = Decoder(folder, 16)
+    batches = EvaluationBatches(np.arange(49) * 7 % 90, 16, 2)  # three windows
+    tables = [scale * model.table_VD for scale in (1.1, 0.9)]
+    wanted = [Decoder(folder, 16).score(t, np.zeros(90, int), batches) for t in tables]
+    model._free_bytes = kept * 16 * 32 * 4
+    asked = []
+    hidden = model._hidden
+    monkeypatch.setattr(model, "_hidden", lambda t: asked.append(t) or hidden(t))
+    found = [model.score(table, np.zeros(90, int), batches) for table in tables]
+    assert found == wanted
+    assert len(asked) == 2 * 3 + 3 + (3 - kept)
+
+
 def test_statistics_are_those_of_the_model_itself(folder):
     tokens = np.random.default_rng(1).integers(0, 90, (2, 8))
     model = Decoder(folder, 16)
@@ -128,6 +148,26 @@ def test_statistics_are_those_of_the_model_itself(folder):
     np.testing.assert_allclose(
         found.context_moment, h.T @ (p @ w) / 16, rtol=1e-4, atol=1e-5
     )
+
+
+def test_layers_are_computed_again_for_the_gradient(folder, monkeypatch):
+    """A layer then keeps its input only."""
+    tokens = [np.random.default_rng(1).integers(0, 90, (2, 8))]
+    model, frequency = Decoder(folder, 16), np.ones(90) / 90
+    lists = (m for m in model.model.modules() if isinstance(m, torch.nn.ModuleList))
+    layers = next(lists)
+    calls = []
+    for layer in layers:
+        first = next(layer.children())
+        first.register_forward_hook(lambda module, *_: calls.append(module))
+    found = model.statistics(frequency, tokens)
+    assert len(layers) == SIZES["num_hidden_layers"]
+    assert len(calls) == 2 * len(layers) * 2  # two windows, one at a time
+    assert not any("forward" in vars(layer) for layer in layers)
+    monkeypatch.setattr(Decoder, "_recomputed_layers", contextlib.nullcontext)
+    wanted = model.statistics(frequency, tokens)
+    for name, value in found._asdict().items():
+        np.testing.assert_array_equal(value, getattr(wanted, name), err_msg=name)
 
 
 def test_the_gradient_moment_predicts_the_loss_of_noisy_rows(folder):

@@ -11,6 +11,7 @@ vocabulary, D width, E deciles.
 
 import contextlib
 import copy
+import functools
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
+from torch.utils import checkpoint
 
 from pcagpt.compression.score import DECILES, swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
@@ -28,8 +30,13 @@ from pcagpt.factorization import Statistics
 from pcagpt.rows import SwapScores
 from pcagpt.run import hugging_face
 
-# Windows that pass through the model at a time, and logits that are kept at a time.
-WINDOWS_ON_CPU, WINDOWS_ON_GPU, LOGITS = 1, 8, 2**25
+# Windows that pass through the model at a time.
+WINDOWS_ON_CPU, WINDOWS_ON_GPU = 1, 2
+# Numbers in a chunk of logits, and in all arrays of that shape that live at a time.
+LOGITS, ARRAYS = 2**25, 5
+# Hidden states of the model itself that `score` keeps for the next table, as a share of
+# the model's memory.
+KEPT = 0.5
 # Relative distance between the model's own logits and those of the plain product.
 LOGITS_AGREE = 1e-4
 
@@ -59,6 +66,10 @@ class Decoder:
         self.window = min(window, getattr(config, "max_position_embeddings", window))
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._check_head()
+        parameters = self.model.parameters()
+        self._free_bytes = KEPT * sum(p.nbytes for p in parameters)
+        # {(shape, content) of tokens: hidden states}
+        self._kept: dict[tuple[tuple[int, ...], bytes], torch.Tensor] = {}
 
     @property
     def table_VD(self) -> np.ndarray:
@@ -114,14 +125,14 @@ class Decoder:
         return WINDOWS_ON_GPU if self.device.type == "cuda" else WINDOWS_ON_CPU
 
     def _chunks(self, *arrays_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Parts of arrays, so short that the logits of a part are at most `LOGITS`."""
-        size = max(1, LOGITS // len(self._embedding.weight))
+        """Parts of arrays, so short that all arrays of logits are at most `LOGITS`."""
+        size = max(1, LOGITS // ARRAYS // len(self._embedding.weight))
         return zip(*(array_N.split(size) for array_N in arrays_N), strict=True)
 
     def _part_scores(self, new_VD, decile_V, inputs_BT, targets_BT):
         """Sums of all scores over a batch; `windows`: added loss and count of each."""
         own_VD = self._head.weight
-        swapped_ND = own_ND = self._hidden(inputs_BT)
+        swapped_ND = own_ND = self._own_hidden(inputs_BT)
         if self.side != OUTPUT:
             with self._embedding_of(new_VD):
                 swapped_ND = self._hidden(inputs_BT)
@@ -173,7 +184,8 @@ class Decoder:
         rows_ND = self._embedding.weight[tokens_BT.reshape(-1)].requires_grad_()
         places_BT = torch.arange(tokens_BT.numel(), device=self.device)
         # Each place has a row of its own, so that the gradient is that of one place.
-        with torch.enable_grad(), self._embedding_of(rows_ND):
+        embedding, layers = self._embedding_of(rows_ND), self._recomputed_layers()
+        with torch.enable_grad(), embedding, layers:
             h_ND = self._hidden(places_BT.reshape(tokens_BT.shape))
         probability_V = torch.zeros(len(table_VD), device=self.device)
         expected, gradient = [], []
@@ -208,6 +220,17 @@ class Decoder:
         found = body(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
         return found.reshape(-1, found.shape[-1])
 
+    def _own_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """`_hidden` with the model's own table; the same tokens come for each table."""
+        key = tuple(tokens_BT.shape), tokens_BT.cpu().numpy().tobytes()
+        if (kept_ND := self._kept.get(key)) is not None:
+            return kept_ND
+        h_ND = self._hidden(tokens_BT)
+        if h_ND.nbytes <= self._free_bytes:
+            self._free_bytes -= h_ND.nbytes
+            self._kept[key] = h_ND
+        return h_ND
+
     def _logits(self, h_nD: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
         logits_nV = h_nD @ table_VD.T
         if self._head.bias is not None:
@@ -231,6 +254,25 @@ class Decoder:
         finally:
             del self._embedding.weight
             self._embedding.weight, self._embedding.padding_idx = own, padding
+
+    @contextlib.contextmanager
+    def _recomputed_layers(self) -> Iterator[None]:
+        """For a gradient, each layer keeps its input only: less memory, more time."""
+        depth = self.model.config.get_text_config().num_hidden_layers
+        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        layers = next((layers for layers in lists if len(layers) == depth), ())
+        for layer in layers:
+            # transformers would do it only in training, where dropout is active.
+            layer.forward = functools.partial(
+                *(checkpoint.checkpoint, layer.forward),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         is_ids = np.issubdtype(array.dtype, np.integer)
