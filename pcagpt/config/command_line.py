@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import sysconfig
 import textwrap
 import traceback
@@ -279,6 +280,15 @@ def knobs_text() -> str:
             text, 88, subsequent_indent=" " * 43, break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def next_command(config: str, folder: Path) -> str:
+    """A line with the command that a person may want next, on the model in a folder."""
+    model = shlex.quote(str(folder))
+    return (
+        f"{config} it: python -m pcagpt.main --config=configs/{config}.py "
+        f"--config.model_path={model}"
+    )
 
 
 def listing(settings: Settings) -> str:

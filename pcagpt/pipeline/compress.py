@@ -27,6 +27,7 @@ from pcagpt.compression.sweep import (
 )
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
+from pcagpt.config.command_line import next_command
 from pcagpt.config.effort import CPU, GPU
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
@@ -35,7 +36,7 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
-from pcagpt.report import recommended_row, recovered_rows
+from pcagpt.report import recommended_row, recovered_rows, sweep_lines
 from pcagpt.rows import REMEDY, Recipe, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
@@ -79,6 +80,9 @@ def compress(settings: Settings, command: str) -> None:
             processes.from_first(table.check_folder)
     for table in tables:
         table.compress(command)
+    if jax.process_index() == 0:
+        for table in tables:
+            table.say_found()
 
 
 class _Table:
@@ -144,6 +148,13 @@ class _Table:
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
                 _recover(settings, folder, models, run)
+
+    def say_found(self) -> None:
+        """Prints what the sweep recommends, or a command for the advised model."""
+        if not self.settings.compress.bounds:
+            say(*sweep_lines(read_sweep(self.folder / "sweep.json"), self.folder))
+        elif (self.folder / ADVISED).is_dir():
+            say(next_command("export", self.folder / ADVISED))
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:

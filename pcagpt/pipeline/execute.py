@@ -11,7 +11,7 @@ from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
 from pcagpt.pipeline.job import Job, Kind, Status
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
-from pcagpt.report import collect_results, write_report
+from pcagpt.report import collect_results, experiment_lines, write_report
 from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import import_wandb
 from pcagpt.training.setup import Setup
@@ -97,6 +97,9 @@ def execute(plan: Plan, command: str) -> None:
         # `pop` frees the memory of a teacher before the next job.
         job.run(setups.pop(job))
     if not plan.reported:
+        for job in needed:
+            if job.is_target and jax.process_index() == 0:
+                say(*job.found())
         return
     for job, (kind, _) in check(plan).items():
         if kind != Kind.DONE:
@@ -116,6 +119,7 @@ def execute(plan: Plan, command: str) -> None:
             warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
         else:
             say(f"report: {workdir / 'report.html'}")
+        say(*experiment_lines(results, workdir))
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:

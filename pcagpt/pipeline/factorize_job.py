@@ -125,6 +125,15 @@ class FactorizeJob(Job):
             metadata["source_sha256"] = source
         return differences(metadata, identity, identity)
 
+    def found(self) -> list[str]:
+        """The error of each rank."""
+        ranks = factor_files.read_metadata(self.folder)["ranks"]
+        lines = [
+            f"rank {rank}: relative error {ranks[str(rank)]['relative_error']:.4f}"
+            for rank in self.settings.ranks
+        ]
+        return [*lines, f"factors: {self.folder}"]
+
     def differing(self) -> list[str]:
         """As in `Job`; damaged files are not compared, and a warning says so."""
         try:

@@ -87,6 +87,10 @@ class Job(abc.ABC):
         Waits while another command holds the folder. All processes must call this.
         """
 
+    @abc.abstractmethod
+    def found(self) -> list[str]:
+        """Lines about what is made: what it is, where, and the next command."""
+
     def differing(self) -> list[str]:
         """Names of the settings and hashes in which the folder's files differ."""
         return []

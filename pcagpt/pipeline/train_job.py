@@ -11,6 +11,7 @@ import jax
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
+from pcagpt.config.command_line import next_command
 from pcagpt.config.schema import FinetuneSettings, ScratchSettings
 from pcagpt.data.corpus import (
     Corpus,
@@ -80,6 +81,16 @@ class TrainJob(Job):
         """Paths of other jobs' results that this job reads."""
         paths = initialise.imported_paths(self.settings).values()
         return {*paths, *(path.parent for path in paths)}
+
+    def found(self) -> list[str]:
+        """The loss, and a command that compresses D or samples from another model."""
+        result = read_result(self.folder) or {}
+        loss, perplexity = result["val_loss"], result["perplexity"]
+        has_full_table = self.settings.arm == "baseline"
+        return [
+            f"val loss {loss:.4f}, perplexity {perplexity:,.1f}: {self.folder}",
+            next_command("compress" if has_full_table else "sample", self.folder),
+        ]
 
     def status(self) -> Status:
         """'done', 'resumes at step N', 'lacks its config.json' or 'to do'.

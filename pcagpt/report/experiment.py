@@ -55,7 +55,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
         "best_loss": best and _loss(best),
         "best_added": best and _against(best["added_loss"], best["added_half"]),
         "best_is_good": best and added_at_most(best) <= MARGIN,
-        "best_run": best and _run_of(best, results["rows"]),
+        "best_run": best and run_of(best, results["rows"]),
         "meanings": {ARMS[m["arm"]].letter: ARMS[m["arm"]].meaning for m in models},
         "comparisons": [
             c | {"answer": answers[c["question"], c["rank"]]} for c in comparisons
@@ -159,7 +159,7 @@ def added_at_most(model: dict[str, Any]) -> float:
     return model["added_loss"] + (model["added_half"] or 0)
 
 
-def _run_of(model: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def run_of(model: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The folder of the first run of a model."""
     same = (r for r in rows if (r["arm"], r["rank"]) == (model["arm"], model["rank"]))
     return next(same)["folder"]
