@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import stat
 import time
 import zipfile
@@ -42,7 +43,8 @@ _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_LEFTOVER = re.compile(r"\..+\.(\d+)\.partial")  # a temporary of `write_file`
+# A temporary of `write_file`; older versions wrote no random part.
+_LEFTOVER = re.compile(r"\..+\.(\d+)(\.[0-9a-f]{8})?\.partial")
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -78,7 +80,9 @@ def open_file(path: Path) -> BinaryIO:
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` by what `write` writes into an open binary file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Threads, and processes of two machines, may have the same number.
+    own = f"{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{own}.partial")
     try:
         with naming(path), open(temporary, "wb") as file:
             write(file)

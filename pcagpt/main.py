@@ -36,7 +36,17 @@ import shlex
 import sys
 import traceback
 
-from pcagpt import process
+try:
+    from pcagpt import process
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"pcagpt: {sys.executable} has no package '{error.name}': run 'bash "
+        "scripts/setup.sh' once, then 'source .venv/bin/activate'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 from pcagpt.errors import Interrupted, UserError, explain
 from pcagpt.process import FAILED, REFUSED, SUCCEEDED
 

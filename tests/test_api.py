@@ -589,6 +589,9 @@ REFUSED = {
     "data source 'nowhere' does not exist": lambda m: pcagpt.compress(
         m, **BOUND, data="nowhere"
     ),
+    "data is 5: give a name, a folder, or the texts": lambda m: pcagpt.compress(
+        m, **BOUND, data=5
+    ),
     "data has train: give the texts 'train' and 'val'": lambda m: pcagpt.compress(
         m, **BOUND, data={"train": TEXT}
     ),

@@ -322,10 +322,20 @@ def test_a_result_that_cannot_be_kept_is_a_warning(tmp_path, caplog, monkeypatch
     assert files.keep(tmp_path / "a.json", lambda path: files.write_json(path, {}))
 
 
+def test_writers_of_one_file_have_temporaries_of_their_own(tmp_path):
+    def write(file):
+        files.write_file(tmp_path / "a", lambda other: other.write(b"other"))
+        file.write(b"own")
+
+    files.write_file(tmp_path / "a", write)  # As two threads do.
+    assert (tmp_path / "a").read_bytes() == b"own"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
     (tmp_path / "ckpt").mkdir()
     dead, own = 2**22 + 1, os.getpid()  # Linux numbers processes to 2**22.
-    gone = [f".result.json.{dead}.partial", f"ckpt/.a.npy.{dead}.partial"]
+    gone = [f".result.json.{dead}.0123abcd.partial", f"ckpt/.a.npy.{dead}.partial"]
     kept = [f".result.json.{own}.partial", ".hidden", f".mine.json.{dead}", "a.json"]
     for name in gone + kept:
         (tmp_path / name).write_text("")

@@ -213,7 +213,13 @@ def test_a_finished_run_is_shown_as_done_and_not_touched_again(
     assert call(*arguments, "--print_config").out.endswith("  done\n")
     again = call(*arguments)
     assert (again.code, again.err) == (0, "")
-    assert again.out.endswith("  done\n")
+    done, loss, following = again.out.splitlines()
+    assert done.endswith("  done")
+    assert re.fullmatch(r"val loss \d\.\d{4}, perplexity [\d.]+: runs/\w+", loss)
+    assert following == (
+        "compress it: python -m pcagpt.main --config=configs/compress.py "
+        "--config.model_path=runs/gpt_baseline"
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -318,10 +324,12 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     arguments = tiny("pca_k128.py", corpus_folder, model={"n_embd_wte": 4})
     ended = process(*arguments, cache=compiled)
     assert ended.returncode == 0, ended.stderr
-    *plan, tokens, made = ended.stdout.splitlines()
+    *plan, tokens, made, loss, following = ended.stdout.splitlines()
     assert [line.split()[0] for line in plan] == ["D", "pca_factorized", "A"]
     assert "holds bare token ids: to sample its models, give the text" in tokens
     assert made.startswith("factorizing")
+    assert loss.startswith("val loss ") and "gpt_pca_k4" in loss
+    assert following.startswith("sample it: ")
     for line in ended.stderr.splitlines():
         assert re.fullmatch(r"[DA] gpt_\w+  \d/2 .* left", line), ended.stderr
 
@@ -335,6 +343,18 @@ def test_help_and_mistakes_end_a_process_before_jax_is_imported(tmp_path):
         mistaken = process(DEMO, f"--config.{knob}={value}", modules=tmp_path)
         assert (mistaken.returncode, mistaken.stdout) == (2, "")
         assert re.fullmatch(f"pcagpt: {knob} is '{value}': .*\n", mistaken.stderr)
+
+
+def test_without_its_packages_the_program_says_how_to_install_them(tmp_path):
+    (tmp_path / "absl").mkdir()
+    missing = "raise ModuleNotFoundError('No module', name='absl')"
+    (tmp_path / "absl" / "__init__.py").write_text(missing)
+    ended = process(DEMO, modules=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"pcagpt: {sys.executable} has no package 'absl': run 'bash scripts/setup.sh' "
+        "once, then 'source .venv/bin/activate'\n"
+    )
 
 
 def test_a_bug_ends_a_process_with_exit_code_1_and_a_traceback(tmp_path):

@@ -14,19 +14,19 @@ from numpy.typing import ArrayLike
 from pcagpt import process
 from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
-from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.errors import UserError
 
+BOUNDS = ("max_bytes", "max_added_loss")
 # What the knobs of the command line are called here.
 ARGUMENTS = {
     "data.source": "data",
     "data.tokenizer": "tokenizer",
     "model.compute_dtype": "compute_dtype",
+    "model_path": "path",
     "sample.prompt": "the text",
     "sample.tokens": "max_tokens",
     **{f"sample.{name}": name for name in ("temperature", "top_k", "top_p")},
-    **{f"compress.{name}": name for name in (*COMPRESS_BOUNDS, "methods", "bands")},
-    "compress.bits": "bits",
+    **{f"compress.{name}": name for name in (*BOUNDS, "methods", "bands")},
     "evaluate.max_tokens": "max_tokens",
     "factorize.method": "method",
     "factorize.singular_value_split": "singular_value_split",

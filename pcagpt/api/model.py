@@ -157,6 +157,7 @@ class Model:
                 raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
             tokenizer, options = self._tokenizer, settings.sample
             text_T = self._tokens(prompt)
+            ids_of(text_T, tokenizer.n_vocab)  # A padded vocabulary has more ids.
             prompt_T = text_T if len(text_T) else np.array(beginning_of(tokenizer))
             drawn = generate(
                 self._gpt,

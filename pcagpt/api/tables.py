@@ -97,6 +97,7 @@ def compress(
     methods: str | Sequence[str] = (),
     bands: Sequence[int] = (),
     max_tokens: int = 0,
+    tokenizer: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Compressed:
@@ -118,6 +119,7 @@ def compress(
         command's own choice.
       bands: numbers of frequency bands to try; empty: the command's own choice.
       max_tokens: number of validation tokens to predict; 0: all.
+      tokenizer: for a path of a model that names none, as for `load`.
       cache_dir: keeps tokenized text, hashes of token files and measured statistics for
         the next call. None: a temporary folder, which is removed.
       progress: shows progress on stderr.
@@ -139,6 +141,7 @@ def compress(
             "data.cache_dir": str(cache),
             "mesh.data": 1,
             "data.source": "",
+            "data.tokenizer": tokenizer,
         }
         given = {path: value for path, value in given.items() if value is not None}
         if isinstance(model, Model):
@@ -219,6 +222,10 @@ def _compressed(
 
 def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]:
     """The knobs that name a corpus; that of a mapping is written into a folder."""
+    if not isinstance(data, str | os.PathLike | Mapping):
+        raise UserError(
+            f"data is {data!r}: give a name, a folder, or the texts 'train' and 'val'"
+        )
     if not isinstance(data, Mapping):
         source = os.path.expanduser(data)
         is_text = isinstance(sources.find_source(source), sources.TextSource)

@@ -36,8 +36,8 @@ class Fit:
       make: a `Compressor`.
       codes_bytes: its estimate of the size of a file of `CODES`.
       measure: scores a candidate.
-      methods: those of `CODES` that are allowed, and others; the `best_factors` of
-        them make the factors.
+      methods: the allowed ones. Those of `CODES` make codes; the `best_factors` of
+        the others make factors.
       bands: numbers of frequency bands to choose from.
       table: (V, D) of the full table.
     """

@@ -156,16 +156,12 @@ def _write_codes(
 
 def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
     factors = folder / "factors"
-    held = _held(factors, _origin_of(folder).get("table_sha256"))
-    try:
-        can_read_back = not original.run.architecture
-        table = held or (
-            _undamaged(lambda: _read_back(folder, original, row))
-            if can_read_back
-            else None
-        )
-    except KeyError:  # The weights have other bands.
-        return False
+    held = table = _held(factors, _origin_of(folder).get("table_sha256"))
+    if table is None and not original.run.architecture:
+        try:
+            table = _undamaged(lambda: _read_back(folder, original, row))
+        except KeyError:  # The weights have other bands.
+            return False
     if table is None:
         return False
     weights, _ = _model_of(original, table, None)

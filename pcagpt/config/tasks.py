@@ -31,8 +31,7 @@ TASKS = {
     "export": Task(model=True, writes=True, resumes=False),
 }
 
-# Stands for `compress` among the readers of a knob that it reads only when it trains
-# models further.
+# Among the readers of a knob: `compress`, but only if it trains models further.
 RECOVERY = "compress with compress.recover_ranks"
 _ALL = tuple(TASKS)
 _TRAINING = ("train", "experiment")

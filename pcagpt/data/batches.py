@@ -30,8 +30,8 @@ class TrainingBatches:
         if len(tokens) <= block_size:
             raise UserError(
                 f"model.block_size={block_size} needs {block_size + 1} tokens, but the "
-                f"train split has {len(tokens)}: lower --config.model.block_size, or "
-                "give more text as --config.data.source"
+                f"train split has {len(tokens)}: give more text as "
+                "--config.data.source, or a model of lower --config.model.block_size"
             )
         # A view: a window is read from the file when grain asks for it.
         every = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)

@@ -14,7 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.export.formats import FORMATS
 from pcagpt.export.measured import measured
 from pcagpt.export.model_card import model_card
-from pcagpt.export.source import Source, open_source
+from pcagpt.export.source import RunSource, Source, open_source
 from pcagpt.files import (
     check_digests,
     digests_of,
@@ -108,10 +108,10 @@ def _export(
     finally:
         shutil.rmtree(written, ignore_errors=True)
     hint = ""
-    if form == "npz":
+    if form == "npz" and isinstance(source, RunSource):
         hint = (
             "; the mean of a run's table, if it has one, is in the position embeddings "
-            f"of {source.folder}: import it beside "
+            f"of {source.folder}: to start a model from the files, also give "
             f"{override('init.blocks_from', source.folder)}"
         )
     return f"{folder} was written{hint}"

@@ -39,11 +39,6 @@ def effect(value: float) -> str:
     return signed(value, places)
 
 
-def interval(bounds: Sequence[float] | None) -> str:
-    """[-0.13, -0.116] → '−0.130 to −0.116'."""
-    return " to ".join(map(effect, bounds)) if bounds else NOTHING
-
-
 def with_interval(value: Any, bounds: Sequence[float] | None) -> str:
     """0.039, [0.0378, 0.0402] → '+0.0390 ± 0.0012'; without bounds, '+0.0390'."""
     half = f" ± {fixed((bounds[1] - bounds[0]) / 2, 4)}" if bounds else ""
@@ -183,8 +178,8 @@ def render(template: str, for_page: bool = False, **view: Any) -> Markdown:
     environment = Environment(
         loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
     )
-    filters = fixed, signed, effect, interval, with_interval, plain, count, times
-    for function in (*filters, percent, duration, code, fields, command):
+    filters = fixed, with_interval, count, times, percent, code, fields, command
+    for function in filters:
         environment.filters[function.__name__] = function
     for function in (columns, chart, side_by_side):
         made = functools.partial(function, for_page=for_page)

@@ -107,12 +107,12 @@ _is_deciding = contextvars.ContextVar("_is_deciding", default=False)
 def from_first(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on every process.
 
-    All processes must call this, and also every function that calls it. Files may
-    change while several processes look at them, and all must do the same. If `decide`
-    raises an error, every process raises it.
+    All processes must call this, and every function that calls it. Files may change
+    while several processes look at them, and all must do the same. If `decide` raises
+    an error, every process raises it.
 
-    Only the first process runs `decide`. Called there, this function just calls its
-    argument.
+    Only the first process runs `decide`. Within `decide`, a further call runs its own
+    argument directly.
     """
     if jax.process_count() == 1 or _is_deciding.get():
         return decide()
