@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -1355,7 +1356,11 @@ def test_print_config_says_what_would_be_compressed(asked):
     model = f"--config.model_path={asked.model_path}"
     outcome = call("--config=configs/compress.py", model, "--print_config")
     assert outcome.code == 0, outcome
-    assert f"compress {asked.model_path} at step 6" in outcome.out
+    bound = "--config.compress.max_bytes=9000"
+    work = f"compress {asked.model_path} at step 6\n"
+    assert re.search(f"{work}\\d+ tables to measure, each on 32,768 tok", outcome.out)
+    outcome = call("--config=configs/compress.py", model, "--print_config", bound)
+    assert f"{work}a search for one table; each one that it tries is" in outcome.out
     assert not folder_of(asked).exists()
 
 

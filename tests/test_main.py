@@ -8,16 +8,20 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import pytest
 from command_line import CONFIGS, ROOT, call, refusal, tiny
-from runs import overrides, quick_environment, snapshot
+from runs import changed, overrides, plan, quick_environment, snapshot
 
 from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS
 from pcagpt.methods import METHODS
-from pcagpt.pipeline import execute, tasks, train_job
+from pcagpt.model import training_flops_per_token
+from pcagpt.pipeline import estimate, execute, tasks, train_job
+from pcagpt.run import provenance
+from pcagpt.run.trained import Run
 
 DEMO = f"--config={CONFIGS / 'demo.py'}"
 
@@ -175,12 +179,16 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
     outcome = call(*arguments, "--print_config")
     assert (outcome.code, outcome.err) == (0, "")
     assert (snapshot(tmp_path), snapshot(corpus_folder)) == before
-    shown, plan = outcome.out.split("\n\n")
+    shown, text = outcome.out.split("\n\n")
     for path in knobs.KNOBS:
         assert re.search(rf"^{path} ", shown, re.MULTILINE)
     assert re.search(r"^train.steps +2 +\(default 5000\)$", shown, re.MULTILINE)
     assert re.search(r"^train.beta1 +0.9$", shown, re.MULTILINE)
-    assert [line.split()[:2] for line in plan.splitlines()] == [
+    *folders, work = text.splitlines()
+    assert re.fullmatch(
+        "7 runs to train: roughly a minute on 8 x cpu, without evaluations", work
+    )
+    assert [line.split()[:2] for line in folders] == [
         ["D", "gpt_baseline"],
         ["pca_factorized", "rank"],
         ["A", "gpt_pca_k8"],
@@ -190,7 +198,32 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
         ["C", "gpt_random_lowrank_k4"],
         ["B", "gpt_pca_finetune_k4"],
     ]
-    assert all(line.endswith("to do") for line in plan.splitlines())
+    assert all(line.endswith("to do") for line in folders)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [(0.2, "a minute"), (12, "12 minutes"), (89, "89 minutes"), (150, "2 hours")],
+)
+def test_a_time_is_estimated_from_the_speed_of_the_devices(minutes, words, monkeypatch):
+    speed = estimate.CORE_FLOPS * len(os.sched_getaffinity(0))
+    devices = provenance.device(jax.device_count())
+    assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert estimate.time_of(1.0) is None  # Its peak is not known.
+    monkeypatch.setattr(provenance, "peak_flops", lambda count: 1e14 * count)
+    speed = estimate.SHARE_OF_PEAK * 1e14 * jax.device_count()
+    assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+
+
+def test_what_is_trained_already_is_not_in_the_estimate(finished_experiment):
+    run = next(job for job in plan(finished_experiment).jobs if job.label[0] == "A")
+    assert run.flops() == 0
+    longer = changed(finished_experiment, **{"train.steps": 9})
+    more = next(job for job in plan(longer).jobs if job.label[0] == "A").flops()
+    config = Run.open(run.folder).config(run.settings.model)
+    tokens = 3 * run.settings.train.batch_size * config.block_size
+    assert more == tokens * training_flops_per_token(config)
 
 
 def test_print_config_tells_of_a_package_that_is_missing(tmp_path, monkeypatch):
@@ -324,8 +357,8 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     arguments = tiny("pca_k128.py", corpus_folder, model={"n_embd_wte": 4})
     ended = process(*arguments, cache=compiled)
     assert ended.returncode == 0, ended.stderr
-    *plan, tokens, made, loss, following = ended.stdout.splitlines()
-    assert [line.split()[0] for line in plan] == ["D", "pca_factorized", "A"]
+    *jobs, tokens, made, loss, following = ended.stdout.splitlines()
+    assert [line.split()[0] for line in jobs] == ["D", "pca_factorized", "A"]
     assert "holds bare token ids: to sample its models, give the text" in tokens
     assert made.startswith("factorizing")
     assert loss.startswith("val loss ") and "gpt_pca_k4" in loss

@@ -181,6 +181,18 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     return settings.replace({path: given[path] or decided[path] for path in decided})
 
 
+def amount_of(settings: Settings, shape: tuple[int, int]) -> str:
+    """'26 tables to measure, each on 32,768 tokens of val', for a table [V, D]."""
+    compress, limit = settings.compress, settings.evaluate.max_tokens
+    split = f"{limit:,} tokens of {settings.split}" if limit else settings.split
+    if compress.bounds:
+        return f"a search for one table; each one that it tries is measured on {split}"
+    methods = methods_of(compress.methods)
+    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
+    found = recipes(*shape, methods, ranks, compress.bands, compress.bits)
+    return f"{len(found)} tables to measure, each on {split}"
+
+
 def _recipes(
     original: Original,
     methods: list[str],

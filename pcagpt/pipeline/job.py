@@ -91,6 +91,10 @@ class Job(abc.ABC):
     def found(self) -> list[str]:
         """Lines about what is made: what it is, where, and the next command."""
 
+    def flops(self) -> float:
+        """Floating-point operations of the training that is to do; 0 without any."""
+        return 0.0
+
     def differing(self) -> list[str]:
         """Names of the settings and hashes in which the folder's files differ."""
         return []

@@ -10,8 +10,8 @@ from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError, explain
 from pcagpt.export.source import open_source
 from pcagpt.files import strict
-from pcagpt.pipeline import execute
-from pcagpt.pipeline.compress import compress, decide_effort
+from pcagpt.pipeline import estimate, execute
+from pcagpt.pipeline.compress import amount_of, compress, decide_effort
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.export import export
 from pcagpt.pipeline.job import Kind
@@ -36,6 +36,10 @@ def preview(settings: Settings) -> str:
     if TASKS[settings.task].makes_jobs:
         needed = execute.check(make_plan(settings), writes=False)
         lines = execute.describe(needed)
+        to_do = [job for job, (kind, _) in needed.items() if kind != Kind.DONE]
+        flops = [amount for job in to_do if (amount := job.flops())]
+        if flops:
+            lines.append(estimate.of_training(len(flops), sum(flops)))
         writes = any(kind != Kind.DONE for kind, _ in needed.values())
     elif settings.task == "export":
         source = open_source(settings)
@@ -44,9 +48,9 @@ def preview(settings: Settings) -> str:
         lines = [f"export {source.folder}{at_step} as {settings.format}"]
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
-        if settings.task == "compress":
-            _ = run.table_shape  # Its check.
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
+        if settings.task == "compress":
+            lines.append(amount_of(settings, run.table_shape))
     else:
         raise ValueError(f"no preview for the task {settings.task}")
     if writes:

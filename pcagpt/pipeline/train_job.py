@@ -23,7 +23,7 @@ from pcagpt.data.corpus import (
 from pcagpt.data.sources import absolute
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
-from pcagpt.model import BLOCK_KNOBS
+from pcagpt.model import BLOCK_KNOBS, training_flops_per_token
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.run import checkpoint, fingerprint, initialise, lock
@@ -81,6 +81,15 @@ class TrainJob(Job):
         """Paths of other jobs' results that this job reads."""
         paths = initialise.imported_paths(self.settings).values()
         return {*paths, *(path.parent for path in paths)}
+
+    def flops(self) -> float:
+        """As in `Job`, from the newest checkpoint on."""
+        data, budget = self.settings.data, self.settings.train
+        described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
+        config = build_config(self.settings.model, described.vocab_size)
+        done = max(checkpoint.steps(self.folder), default=0)
+        tokens = (budget.steps - done) * budget.batch_size * config.block_size
+        return tokens * training_flops_per_token(config)
 
     def found(self) -> list[str]:
         """The loss, and a command that compresses D or samples from another model."""
