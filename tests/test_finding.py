@@ -16,7 +16,7 @@ def test_an_experiment_ends_with_the_loss_of_each_arm():
     results = json.loads((PUBLISHED / "demo" / "results.json").read_text("utf-8"))
     own, *others, following = experiment_lines(results, Path("runs"))
     assert re.fullmatch(r"D +val loss \d\.\d{4}", own)
-    for line, letter in zip(others, "ABC", strict=True):
+    for line, letter in zip(sorted(others), "ABC", strict=True):
         loss = next(r["val_loss"] for r in results["rows"] if r["letter"] == letter)
         shown = rf"{letter}  k=32 +val loss {loss:.4f}, [+−]0\.\d{{4}} ± 0\.\d{{4}} "
         assert re.fullmatch(shown + r"against D, table \d\.\d\d× smaller", line)
