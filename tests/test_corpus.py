@@ -23,11 +23,11 @@ import pytest
 from runs import json_of
 
 from pcagpt import files
-from pcagpt.data import content, text_files, token_files, vocabulary
+from pcagpt.data import content, single_text, text_files, token_files, vocabulary
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute, find_source, sotu_documents
-from pcagpt.data.tokenizer import RANKS, load_tokenizer
+from pcagpt.data.tokenizer import END_OF_TEXT, RANKS, load_tokenizer
 from pcagpt.errors import UserError, explain
 from pcagpt.files import sha256_of_file
 
@@ -542,7 +542,7 @@ def test_a_text_of_many_blocks_is_checked_to_its_end(folder, cache, monkeypatch)
     monkeypatch.setattr(text_files, "_BLOCK_BYTES", 7)
     text = "Crème brûlée\n<|endoftext|>\n" * 3
     (folder / "train.txt").write_bytes(text.encode())
-    assert text_files._check(folder / "train.txt")[1]
+    assert text_files.check(folder / "train.txt")[1]
     (folder / "train.txt").write_bytes(text.encode() + b"one\n\0")
     refused(folder, cache, "NUL byte in line 8")
     (folder / "train.txt").write_bytes(text.encode() + b"one\n\xe8\n")
@@ -1069,10 +1069,46 @@ def test_ids_of_other_tokenizers_do_not_pass_as_gpt2s(folder, cache):
 # Refused sources
 
 
+def test_one_text_file_is_cut_into_splits_at_lines(tmp_path, cache):
+    lines = [f"Line {number} of é🙂.\n" for number in range(400)]
+    file = tmp_path / "folder" / "input.txt"
+    file.parent.mkdir()
+    file.write_text("\ufeff" + "".join(lines), encoding="utf-8")
+    (file.parent / "notes.md").write_text("not a text of the corpus")
+    tokenizer, told = load_tokenizer("gpt2"), []
+    for source in (file, file.parent):
+        corpus = open_corpus(str(source), cache)
+        texts = {
+            split: tokenizer.decode(corpus.tokens(split).tolist())
+            for split in ("train", "val", "test")
+        }
+        told.append(texts)
+    assert told[0] == told[1]
+    assert "".join(text.replace(END_OF_TEXT, "") for text in texts.values()) == (
+        "".join(lines)
+    )
+    for text in texts.values():
+        assert text.replace(END_OF_TEXT, "").endswith("\n")
+    sizes = [text.count("Line") for text in texts.values()]
+    assert [round(size / 20) for size in sizes] == [18, 1, 1]
+    first = find_source(str(file)).fingerprints()
+    file.write_text("".join(lines[1:]), encoding="utf-8")
+    assert find_source(str(file)).fingerprints() != first
+
+
+def test_one_line_of_text_is_cut_between_characters(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("é🙂日" * 50, encoding="utf-8")
+    places = single_text.parts(path)
+    texts = ["".join(single_text.read_part(path, *place)) for place in places.values()]
+    assert "".join(texts) == "é🙂日" * 50
+    assert [len(text) for text in texts] == pytest.approx([135, 7.5, 7.5], abs=1)
+
+
 def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
-    (tmp_path / "train.txt").write_text("text")
-    refused(tmp_path / "train.txt", cache, "is a file")
+    (tmp_path / "train.bin").write_bytes(b"text")
+    refused(tmp_path / "train.bin", cache, "is a token file")
     (tmp_path / "link").symlink_to("nowhere")
     refused(tmp_path / "link", cache, "link' is a link to nothing")
     refused("", cache, r"data\.source is empty: .*\. is the current folder")
@@ -1081,7 +1117,9 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("input.txt", b"text", "nothing recognisable.*train.txt and val.txt"),
+        ("input.md", b"text", "nothing recognisable.*train.txt and val.txt"),
+        ("input.txt", b"text", "too short to be cut into splits, val would be empty"),
+        ("input.txt", b"caf\xe9\n" * 99, "not UTF-8: byte 0xe9 in line 1"),
         ("val.txt", b"", r"val\.txt is empty"),
         ("train.test.txt", b"text", "more than one split"),
         ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),

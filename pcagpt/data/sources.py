@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from pcagpt.data import content, text_files, vocabulary
+from pcagpt.data import content, single_text, text_files, vocabulary
 from pcagpt.data.meta import (
     META_FILES,
     SPLITS,
@@ -86,30 +86,54 @@ def find_source(source: str) -> TextSource | TokenFolder:
         line = _namesake(source)
         return TextSource(source, tokenizer, lambda: (version,), documents, line)
     folder = Path(source)
+    if folder.is_file() and folder.suffix != ".bin":
+        return _single_text(folder)
     if not folder.is_dir():
-        absent = "is a file" if folder.exists() else "does not exist"
+        absent = "is a token file" if folder.exists() else "does not exist"
         kind = odd_kind(folder)
         problem = f"is {kind}" if kind else absent
         raise UserError(
-            f"data source '{source}' {problem}: give {', '.join(map(repr, NAMED))} or "
-            "a folder of .bin or text files, as --config.data.source"
+            f"data source '{source}' {problem}: give {', '.join(map(repr, NAMED))}, a "
+            "text file, or a folder of .bin or text files, as --config.data.source"
         )
     if present_splits(folder):
         return TokenFolder(folder)
     files = text_files.find_text_files(folder)
+    if not files.of_split and len(files.without_split) == 1:
+        return _single_text(files.without_split[0])
     if not files.of_split:
         raise UserError(
             f"nothing recognisable in {folder}: it must hold train.bin and val.bin, or "
             f"text files named by split and ending in {', '.join(text_files.ENDINGS)}, "
-            f"such as train.txt and val.txt{odd_splits(folder)}"
+            "such as train.txt and val.txt, or one text file"
+            f"{odd_splits(folder)}"
         )
-    name = re.sub(r"[^\w.-]+", "_", folder.resolve().name) or "text"
     documents = {
         split: partial(map, text_files.read_text, paths)
         for split, paths in files.of_split.items()
     }
     fingerprints = partial(text_files.text_hashes, files)
-    return TextSource(name, "gpt2", fingerprints, documents, str(files))
+    return TextSource(_name(folder), "gpt2", fingerprints, documents, str(files))
+
+
+def _single_text(path: Path) -> TextSource:
+    """A text file as a source; each split is one document."""
+
+    def documents(start: int, end: int) -> list[Document]:
+        return [single_text.read_part(path, start, end)]
+
+    def fingerprints() -> tuple[str]:
+        return (single_text.text_hash(path),)
+
+    line = single_text.notice(path)
+    places = single_text.parts(path).items()
+    of_split = {split: partial(documents, *place) for split, place in places}
+    return TextSource(_name(path), "gpt2", fingerprints, of_split, line)
+
+
+def _name(path: Path) -> str:
+    """The name of a corpus that a person has in a file or folder."""
+    return re.sub(r"[^\w.-]+", "_", path.resolve().name) or "text"
 
 
 def _namesake(source: str) -> str:

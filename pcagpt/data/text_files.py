@@ -41,10 +41,15 @@ _WIDE = {
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """The files of each split in sorted order, and the other names in the folder."""
+    """The text files in a folder.
+
+    of_split: those of each split, in sorted order; without_split: those whose names
+    have no split; left_out: all other names in the folder, too.
+    """
 
     folder: Path
     of_split: dict[str, list[Path]]
+    without_split: list[Path]
     left_out: list[str]
 
     def __str__(self) -> str:
@@ -63,7 +68,7 @@ def find_text_files(folder: Path) -> TextFiles:
     Ignores hidden files.
     """
     of_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    left_out = []
+    without_split, left_out = [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -72,6 +77,7 @@ def find_text_files(folder: Path) -> TextFiles:
         is_text = path.suffix.lower() in ENDINGS and path.is_file()
         if not is_text or not splits:
             left_out.append(path.name + "/" * path.is_dir())
+            without_split += [path] if is_text else []
             continue
         if len(splits) > 1:
             raise UserError(
@@ -81,9 +87,8 @@ def find_text_files(folder: Path) -> TextFiles:
         if path.stat().st_size in (0, len(_BOM)) and _is_blank(path):
             raise UserError(f"{path} is empty: fill or remove it")
         of_split[splits[0]].append(path)
-    return TextFiles(
-        folder, {split: paths for split, paths in of_split.items() if paths}, left_out
-    )
+    of_split = {split: paths for split, paths in of_split.items() if paths}
+    return TextFiles(folder, of_split, without_split, left_out)
 
 
 def other_names(folder: Path, used: Collection[str]) -> str:
@@ -102,7 +107,7 @@ def text_hashes(files: TextFiles) -> tuple[str, str]:
     today, earlier = hashlib.sha256(), hashlib.sha256()
     for split, paths in files.of_split.items():
         for path in paths:
-            content, is_marked = _check(path)
+            content, is_marked = check(path)
             mark = " without its marks" if is_marked else ""
             today.update(f"{split} {content}{mark}\n".encode())
             earlier.update(f"{split} {content}\n".encode())
@@ -116,7 +121,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 @read_once
-def _check(path: Path) -> tuple[str, bool]:
+def check(path: Path) -> tuple[str, bool]:
     """(sha256 of a file, whether it has a byte order mark or `<|endoftext|>`).
 
     UserError unless it is UTF-8 without NUL.

@@ -210,7 +210,7 @@ class Run:
         if asked.source:
             return self.with_tokenizer(asked)
         own, folder = self.settings.data, self.record.get("corpus_source")
-        is_there = isinstance(folder, str) and Path(folder).is_dir()
+        is_there = isinstance(folder, str) and Path(folder).exists()
         tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
         if not (is_there or self.record.get("data", {}).get("source")):
             raise UserError(
