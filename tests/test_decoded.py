@@ -13,6 +13,7 @@ from runs import snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 from tokenizers import normalizers, pre_tokenizers
 
+from pcagpt.config import Settings
 from pcagpt.data import corpus, decoded, token_files, tokenize, vocabulary
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError
@@ -259,6 +260,19 @@ def test_a_run_of_ours_is_not_given_other_tokens(model, place, byte_level):
     record = {"data": {"source": "tokens"}, "tokenizer": str(byte_level)}
     run = Run(model, 0, {"model": {}, "vocab_size": SIZE} | record)
     assert run.encodes_as is None
+
+
+def test_a_text_is_read_with_the_tokenizer_of_the_run(model, place):
+    run = Run(model, 0, {"model": {}, "vocab_size": 4096, "tokenizer": "sotu4096"})
+    (place / "input.txt").write_text("A line.\n" * 99)
+    for source, asked, wanted in (
+        ("input.txt", "auto", "sotu4096"),
+        ("input.txt", "gpt2", "gpt2"),
+        ("tokens", "auto", "auto"),
+        ("", "auto", "auto"),
+    ):
+        given = Settings().replace({"data.source": source, "data.tokenizer": asked})
+        assert run.with_tokenizer(given.data).tokenizer == wanted
 
 
 def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, place):

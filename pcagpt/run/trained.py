@@ -221,13 +221,11 @@ class Run:
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
     def with_tokenizer(self, asked: DataSettings) -> DataSettings:
-        """`asked`; for a text, with the tokenizer of a model of another program.
-
-        For a run of ours, a person must name the tokenizer of another text than the one
-        in its record.
-        """
-        name = self.encodes_as
-        if not (name and asked.tokenizer == "auto" and asked.source):
+        """`asked`; for a text, with the tokenizer whose tokens the model knows."""
+        name = self.record.get("tokenizer")
+        if not (
+            asked.source and asked.tokenizer == "auto" and vocabulary.is_known(name)
+        ):
             return asked
         is_text = isinstance(find_source(asked.source), TextSource)
         return dataclasses.replace(asked, tokenizer=name) if is_text else asked
