@@ -9,7 +9,7 @@ from typing import Any
 
 import tiktoken
 
-from pcagpt.data import vocabulary
+from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.data.tokenizer_files import MERGES, VOCAB, WHOLE, letters_of
 from pcagpt.files import write_json, write_text
@@ -24,6 +24,15 @@ def write(folder: Path, name: str, length: int) -> None:
     encoding = vocabulary.load(name)
     if not isinstance(encoding, tiktoken.Encoding):
         file = Path(name)
+        if file.suffix == gguf_header.ENDING:
+            _write(folder / WHOLE, encoding.whole())
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": encoding.end_of_text,
+                "model_max_length": length,
+            }
+            _write(folder / CONFIG, config)
+            return
         beside = (file.with_name(other) for other in _BESIDE)
         for path in (file, *filter(Path.is_file, beside)):
             shutil.copyfile(path, folder / path.name)

@@ -96,14 +96,18 @@ def _is_full(source: Source) -> bool:
 
 
 def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
-    """A line for the training up to `step`, and one for the compression."""
-    lines = []
+    """A line for the training up to `step`, and one for the compression.
+
+    `step` is the model's own. A compressed model was trained up to the step of D.
+    """
+    lines, compressed = [], record.get("compressed") or {}
+    step = compressed.get("step", step)
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
         lines.append(
             f"{arm.letter}, {arm.title}: {arm.meaning}; {step} of {steps} steps"
         )
-    if compressed := record.get("compressed"):
+    if compressed:
         shown = ("method", "bands", "budget", "rank", "bits")
         recipe = fields({name: compressed.get(name) for name in shown})
         lines.append(f"table compressed without training: {recipe}")

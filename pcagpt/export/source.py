@@ -220,14 +220,22 @@ class DecoderSource:
         kind, self.coded = KINDS.get(made.get("method")), None
         if kind:
             path = folder / kind.file
-            self.table = kind.read(path)[0]
+            self.table, description = kind.read(path)
+            is_own = self.original.is_at(description.checkpoint)
             self.coded = path if made["method"] == CODED else None
             identity = {"table_sha256": sha256_of_file(path)}
         else:
-            found = read_bands(folder / "factors")
+            path = folder / "factors"
+            found = read_bands(path)
+            is_own = found.sha256 == made.get("table_sha256")
             bands = tuple(BandLeaves(band.wte, band.scale) for band in found.bands)
             self.table = Factors(found.order, bands, found.mean)
             identity = {"table_sha256": made.get("table_sha256")}
+        if not is_own:
+            raise UserError(
+                f"{path} is another table than the one that the config.json of "
+                f"{folder} names: compress the model again"
+            )
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
         self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
         self.check_unchanged = self.original.check_unchanged

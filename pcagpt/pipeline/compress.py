@@ -298,8 +298,9 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     if not content:
         return
     rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
-    places = sorted(folder.glob(f"best_*k{rank}/config.json"))
-    runs = {"D": original.run.folder} | {p.parent.name: p.parent for p in places}
+    places = [path.parent for path in folder.glob(f"best_*k{rank}/config.json")]
+    own = (place for place in sorted(places) if not is_of_another(place, original))
+    runs = {"D": original.run.folder} | {place.name: place for place in own}
 
     def text() -> np.ndarray:
         return original.corpus.tokens(original.split)
