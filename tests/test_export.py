@@ -18,6 +18,7 @@ from pcagpt.compression.codes import KINDS
 from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
+from pcagpt.export import formats
 from pcagpt.export.source import open_source
 from pcagpt.factorization import Factorizer, Weighting, factor_files
 from pcagpt.files import sha256_of_file
@@ -195,6 +196,13 @@ def test_changed_factors_of_an_export_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=path.name):
             factor_files.read_table(path)
+
+
+def test_an_export_whose_record_lists_no_files_is_refused(tmp_path):
+    made = run_export(write_run(tmp_path / "run"), tmp_path)
+    (made / "pcagpt.json").write_text("{}")
+    with pytest.raises(UserError, match="pcagpt.json is damaged .'files' is missing"):
+        Run.open(made)
 
 
 @pytest.mark.parametrize("name", ["bands", "coded", "full"])
@@ -417,6 +425,46 @@ def test_codes_of_another_model_than_the_record_names_are_refused(method, tmp_pa
     KINDS[method].write(path, codes, other)
     with pytest.raises(UserError, match=f"{path.name} is another table than the one"):
         source_of(folder)
+
+
+def test_a_tensor_of_the_table_s_shape_may_have_a_name_without_a_dot(tmp_path):
+    names = "model.embed_tokens.weight", "odd"
+    source = source_of(write_table_of_another(tmp_path, names=names))
+    assert source.table_name == names[0]
+
+
+@dataclasses.dataclass
+class OtherCodes:
+    """What `Codes` asks for, and no more."""
+
+    sizes: tuple
+    ranks: tuple
+    memory: int
+    constants: dict | None
+    blocks: tuple
+
+    def dense(self):
+        return np.zeros((V, 16), np.float32)
+
+
+@pytest.mark.parametrize("name", ["packed", "dense"])
+def test_a_new_kind_of_codes_is_exported_by_its_protocol(name, tmp_path):
+    source = source_of(write_run(tmp_path / "run", **MODELS["packed"]))
+    own = source.table
+    parts = [getattr(own, field.name) for field in dataclasses.fields(OtherCodes)]
+    wanted, found = tmp_path / "wanted", tmp_path / "found"
+    wanted.mkdir()
+    found.mkdir()
+    formats.write_factored(wanted, source)
+    source.__dict__["table"] = table = OtherCodes(*parts)
+    if name == "dense":
+        table.constants = None
+        with pytest.raises(UserError, match="without factors and without packed codes"):
+            formats.write_factored(tmp_path, source)
+        return
+    formats.write_factored(found, source)
+    for path in wanted.iterdir():
+        assert path.read_bytes() == (found / path.name).read_bytes(), path
 
 
 # npz.

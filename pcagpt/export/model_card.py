@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.arms import ARMS
-from pcagpt.export.source import Factors, Source
+from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
     NOTHING,
@@ -69,7 +69,7 @@ def _sizes(source: Source) -> str:
     full = record["vocab_size"] * record["model"]["n_embd"]
     if source.coded:
         own = ["coded", NOTHING, count(source.coded.stat().st_size)]
-    elif isinstance(stored, Factors):
+    elif isinstance(stored, ExportedTable):
         found = stored.table()
         own = ["as factors", count(found.parameters), count(found.memory)]
     else:
@@ -89,7 +89,7 @@ def _sizes(source: Source) -> str:
 def _is_full(source: Source) -> bool:
     """Whether the table was never compressed."""
     return (
-        isinstance(source.table, Factors)
+        isinstance(source.table, ExportedTable)
         and source.table.is_full
         and ("compressed" not in source.record)
     )
