@@ -241,10 +241,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss; 0: no bound. Codes are "
-        f"tried first: the first of {', '.join(CODES)} in compress.methods. Without "
-        "codes in it, factors are tried. D's own table in compress.bits is tried, too, "
-        "if compress.methods has baseline or a method that makes factors",
+        "find the smallest table that adds at most this loss; 0: no bound. Tries the "
+        f"first of {', '.join(CODES)} that compress.methods names, or factors if it "
+        "names none of them. Also tries D's own table in compress.bits if "
+        "compress.methods names baseline or a method that makes factors",
         at_least(0),
     )
     max_params: int = knob(
