@@ -162,6 +162,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
+def write_plain_json(
+    path: Path, value: Mapping[str, Any], indent: int | None = None
+) -> None:
+    """Replaces a JSON file, without a seal: other programs read all fields of it."""
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
 def strict(value: Any) -> Any:
     """The value as plain JSON.
 

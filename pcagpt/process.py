@@ -77,7 +77,7 @@ _guest: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def as_guest(shows_progress: bool) -> Iterator[None]:
-    """Within, pcagpt works for another program instead of being the command.
+    """In this context, pcagpt works for another program and is not the command.
 
     It prints nothing, except progress if that is asked for, and keeps nothing beside
     files that it only reads.

@@ -52,6 +52,21 @@ class Recipe:
         """Whether it makes factors that training can go on from."""
         return self.bits == 32
 
+    @property
+    def model_name(self) -> str | None:
+        """The folder of the best model of its kind and rank.
+
+        None for rounded factors and for `RIVALS`, of which a sweep writes no model.
+        """
+        if self.is_codes:
+            return f"best_{self.method}_k{self.rank}"
+        return f"best_k{self.rank}" if self.is_factors else None
+
+
+def best_models(folder: Path, rank: int | None = None) -> list[Path]:
+    """The best models in the folder of a sweep: of one rank, or of all."""
+    return sorted(folder.glob(f"best_*k{'*' if rank is None else rank}"))
+
 
 def in_bands(recipe: Recipe) -> str:
     """The method of a recipe, as in 'packed in 3 bands'."""

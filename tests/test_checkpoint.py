@@ -290,7 +290,7 @@ def test_damage_of_any_file_is_seen_and_the_checkpoint_before_is_taken(tmp_path,
                 assert_same(checkpoint.load_weights(copy), items_at(1)["weights"])
             if item == "meta":
                 with pytest.raises(UserError, match="meta/metadata"):
-                    checkpoint.read_meta(copy, 2)
+                    checkpoint.read_saved_meta(copy, 2)
             assert digests.damage(copy / "ckpt/2", item)
     assert "falling back to the one before, step 1" in said()[-1]
 

@@ -458,6 +458,11 @@ def test_a_link_to_nothing_is_refused_before_anything_is_measured(
             sweep_of(asked, overwrite=overwrite)
 
 
+def test_a_model_s_folder_may_be_directly_below_the_root():
+    recipe = Recipe("svd", 1, 100, 4)
+    assert not write_model.stays(Path("/no such model"), recipe, overwrite=False)
+
+
 def test_another_factorization_makes_another_best_model(asked):
     table, methods = [], {"compress.methods": "svd", "compress.bits": ()}
     for split in (0.0, 0.5):

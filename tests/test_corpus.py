@@ -26,7 +26,7 @@ from pcagpt import files
 from pcagpt.data import content, single_text, text_files, token_files, vocabulary
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
-from pcagpt.data.sources import absolute, find_source, sotu_documents
+from pcagpt.data.sources import absolute_source, find_source, sotu_documents
 from pcagpt.data.tokenizer import END_OF_TEXT, RANKS, load_tokenizer
 from pcagpt.errors import UserError, explain
 from pcagpt.files import sha256_of_file
@@ -590,7 +590,7 @@ def test_a_folder_may_be_called_like_a_home_folder(tmp_path, monkeypatch):
     folder.mkdir()
     write_tokens(folder, [1], vocab_size=10)
     assert find_source("./~nobody-here").folder.resolve() == folder
-    assert absolute("./~nobody-here") == str(folder)
+    assert absolute_source("./~nobody-here") == str(folder)
 
 
 def test_odd_names_are_quoted_in_the_lines_and_commands(folder):

@@ -1,5 +1,6 @@
 """The task 'export': other programs, and pcagpt itself, read the same model."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,9 +14,14 @@ from gpt2_folders import write as write_gpt2
 from runs import gpt_config, snapshot
 
 from pcagpt import coding, trees
+from pcagpt.compression.codes import KINDS
+from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.factorization import Weighting, factor_files
+from pcagpt.export import formats
+from pcagpt.export.source import open_source
+from pcagpt.factorization import Factorizer, Weighting, factor_files
+from pcagpt.files import sha256_of_file
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record
@@ -192,6 +198,13 @@ def test_changed_factors_of_an_export_are_refused(tmp_path):
             factor_files.read_table(path)
 
 
+def test_an_export_whose_record_lists_no_files_is_refused(tmp_path):
+    made = run_export(write_run(tmp_path / "run"), tmp_path)
+    (made / "pcagpt.json").write_text("{}")
+    with pytest.raises(UserError, match="pcagpt.json is damaged .'files' is missing"):
+        Run.open(made)
+
+
 @pytest.mark.parametrize("name", ["bands", "coded", "full"])
 @pytest.mark.parametrize("damage", ["config.json", "weights", "pcagpt.json"])
 def test_a_changed_export_is_refused(name, damage, tmp_path):
@@ -251,6 +264,15 @@ def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_
     assert any(line.startswith("- D, baseline: ") for line in lines)
     earlier = run_export(run / "ckpt/1", tmp_path / "early")
     assert "| `" not in (earlier.parent / "gpt_baseline_hf/README.md").read_text()
+
+
+def test_the_card_of_a_compressed_run_tells_how_long_d_was_trained(tmp_path):
+    compressed = {"method": "svd", "rank": 4, "step": 3}
+    record = {"arm": "baseline", "train": {"steps": 4}, "compressed": compressed}
+    run = write_run(tmp_path / "run", record=record, n_embd_wte=4)
+    lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+    (made,) = (line for line in lines if line.startswith("- D, baseline: "))
+    assert made.endswith("; 3 of 4 steps")
 
 
 def test_the_card_shows_no_loss_of_weights_that_were_replaced(tmp_path, corpus_folder):
@@ -344,6 +366,105 @@ def test_an_export_with_another_tokenizer_is_another_export(tmp_path):
     assert "run_hf holds something else" in line
     made = run_export(run, tmp_path / "named", "hf", named)
     assert Run.open(made).record["tokenizer"] == "sotu4096"
+
+
+# The table of another architecture.
+
+
+def write_table_of_another(folder, method="svd", names=("model.embed_tokens.weight",)):
+    """The folder of a table of 'theirs', as `compress` writes it."""
+    config = {"model_type": "llama", "hidden_size": 16, "vocab_size": V}
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    theirs = folder / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text(json.dumps(config))
+    table = np.random.default_rng(0).normal(0, 0.2, (V, 16)).astype(np.float32)
+    tensors = dict.fromkeys(names, table)
+    hugging_face_files.write_tensors(theirs / "model.safetensors", tensors)
+    run = Run.open(theirs, any_architecture=True)
+    made = {"run": str(theirs), "fingerprint": run.fingerprint, "method": method}
+    if method == "svd":
+        made["table_sha256"] = write_factors(folder / "table", table, 4)
+    else:
+        codes, _ = KINDS[method].make(coding.prepare(table, Weighting()), 1, 9000)
+        description = coding.Description(method, checkpoint=run.fingerprint)
+        (folder / "table").mkdir()
+        KINDS[method].write(folder / "table" / KINDS[method].file, codes, description)
+    write_record(folder / "table", run.record | {"compressed": made})
+    return folder / "table"
+
+
+def write_factors(folder, table, rank):
+    """Writes factors/ of a rank; returns the hash of the factors."""
+    made, _ = Factorizer(table, "svd").of_rank(rank, 1)
+    factor_files.write_bands(folder / "factors", made)
+    return made.sha256
+
+
+def source_of(folder):
+    return open_source(Settings(task="export", model_path=str(folder)))
+
+
+def test_factors_of_another_table_than_the_record_names_are_refused(tmp_path):
+    folder = write_table_of_another(tmp_path)
+    stated = read_record(folder)["compressed"]["table_sha256"]
+    assert source_of(folder).identity["table_sha256"] == stated
+    shutil.rmtree(folder / "factors")
+    write_factors(folder, np.random.default_rng(1).normal(size=(V, 16)), 2)
+    with pytest.raises(UserError, match="factors is another table than the one"):
+        source_of(folder)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_codes_of_another_model_than_the_record_names_are_refused(method, tmp_path):
+    folder = write_table_of_another(tmp_path, method)
+    path = folder / KINDS[method].file
+    codes, description = KINDS[method].read(path)
+    assert source_of(folder).identity["table_sha256"] == sha256_of_file(path)
+    other = dataclasses.replace(description, checkpoint="0" * 64)
+    KINDS[method].write(path, codes, other)
+    with pytest.raises(UserError, match=f"{path.name} is another table than the one"):
+        source_of(folder)
+
+
+def test_a_tensor_of_the_table_s_shape_may_have_a_name_without_a_dot(tmp_path):
+    names = "model.embed_tokens.weight", "odd"
+    source = source_of(write_table_of_another(tmp_path, names=names))
+    assert source.table_name == names[0]
+
+
+@dataclasses.dataclass
+class OtherCodes:
+    """What `Codes` asks for, and no more."""
+
+    sizes: tuple
+    ranks: tuple
+    memory: int
+    constants: dict | None
+    blocks: tuple
+
+    def dense(self):
+        return np.zeros((V, 16), np.float32)
+
+
+@pytest.mark.parametrize("name", ["packed", "dense"])
+def test_a_new_kind_of_codes_is_exported_by_its_protocol(name, tmp_path):
+    source = source_of(write_run(tmp_path / "run", **MODELS["packed"]))
+    own = source.table
+    parts = [getattr(own, field.name) for field in dataclasses.fields(OtherCodes)]
+    wanted, found = tmp_path / "wanted", tmp_path / "found"
+    wanted.mkdir()
+    found.mkdir()
+    formats.write_factored(wanted, source)
+    source.__dict__["table"] = table = OtherCodes(*parts)
+    if name == "dense":
+        table.constants = None
+        with pytest.raises(UserError, match="without factors and without packed codes"):
+            formats.write_factored(tmp_path, source)
+        return
+    formats.write_factored(found, source)
+    for path in wanted.iterdir():
+        assert path.read_bytes() == (found / path.name).read_bytes(), path
 
 
 # npz.

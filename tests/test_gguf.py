@@ -15,6 +15,7 @@ import gguf_files
 import tokenizer_folders
 from command_line import CONFIGS, call, refusal, tiny
 from runs import snapshot
+from test_export import run_export, write_run
 from tokenizer_folders import HARD_TEXT, TEXT
 
 from pcagpt.compression.decoder import Decoder
@@ -88,6 +89,23 @@ def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
     described = vocabulary.describe(str(tmp_path / "finer.gguf"))
     assert described == vocabulary.describe(str(file))
     assert described.vocab_size == ours.n_vocab
+
+
+def test_an_export_has_the_tokenizer_but_not_the_model_of_a_file(file, tmp_path):
+    import transformers
+
+    ours = vocabulary.load(str(file))
+    run = write_run(tmp_path / "run", vocab_size=ours.n_vocab)
+    named = f"--config.data.tokenizer={file}"
+    made = run_export(run, tmp_path / "work", "hf", named)
+    assert not list(made.glob("*.gguf"))
+    found = vocabulary.load(Run.open(made).record["tokenizer"])
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    assert (found.n_vocab, found.eot_token) == (ours.n_vocab, ours.eot_token)
+    assert theirs.eos_token_id == ours.eot_token
+    for text in (TEXT, HARD_TEXT, "one<|endoftext|>two"):
+        assert found.encode(text) == theirs.encode(text) == ours.encode(text)
+        assert found.decode(ours.encode(text)) == text
 
 
 def test_a_sweep_writes_tables_and_says_what_d_is(file, place):

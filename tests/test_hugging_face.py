@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 
 import gpt2_folders
@@ -17,7 +18,7 @@ from pcagpt import trees
 from pcagpt.config import command_line
 from pcagpt.errors import UserError
 from pcagpt.pipeline.plan import make_plan
-from pcagpt.run import checkpoint, fingerprint
+from pcagpt.run import checkpoint, fingerprint, hugging_face
 from pcagpt.run.folder import read_record
 from pcagpt.run.trained import Run
 
@@ -375,6 +376,20 @@ def test_a_folder_that_is_not_a_whole_gpt2_is_refused(
     assert words in refusal(*evaluate, unchanged=kept)
     start = {"init": {"weights_from": folder}, "model": {"n_layer": 2}}
     assert words in refusal(*tiny("recover.py", corpus_folder, **start), unchanged=kept)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_named_pipe_in_the_folder_is_not_waited_for(name, folder):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=folder.name):
+        Run.open(folder)
+    with (
+        pytest.raises(UserError, match="is a named pipe"),
+        hugging_face.reading(folder / name),
+    ):
+        raise AssertionError
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])

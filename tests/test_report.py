@@ -21,6 +21,7 @@ from pcagpt.report import (
     collect_results,
     compare,
     experiment,
+    figures,
     pareto_figure,
     spectrum_figure,
     write_report,
@@ -702,6 +703,11 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     for name, method in METHODS.items():
         words = (method.weigh.__doc__ or "factors").splitlines()[0].rstrip(".")
         assert f"- **{name}**: {words}" in text
+
+
+def test_each_number_of_bits_with_a_dash_has_a_shape_of_its_own():
+    assert figures.BITS_SHAPES.keys() == figures.BITS_DASHES.keys()
+    assert len(set(figures.BITS_SHAPES.values())) == len(figures.BITS_SHAPES)
 
 
 def test_the_figure_shows_the_best_number_of_bands_and_cuts_off_tiny_losses():

@@ -98,16 +98,21 @@ def test_a_lost_checkpoint_leaves_out_the_samples_and_says_so(readable, caplog):
     assert "the report has no samples: " in caplog.text and "gpt_pca_k8" in caplog.text
 
 
-def test_a_sweep_has_samples_of_d_and_of_its_models_of_one_size(readable, tmp_path):
-    config = changed(
+def compressing(readable, workdir):
+    """The config of a sweep of the baseline."""
+    return changed(
         readable,
         task="compress",
         model_path=f"{readable.workdir}/gpt_baseline",
-        workdir=str(tmp_path),
+        workdir=str(workdir),
         ranks=(4, 8),
         **{"compress.methods": "svd,coded", "compress.bands": (1,)},
         **{"compress.bits": (8,), "compress.calibration_tokens": 512},
     )
+
+
+def test_a_sweep_has_samples_of_d_and_of_its_models_of_one_size(readable, tmp_path):
+    config = compressing(readable, tmp_path)
     folder = tmp_path / "compressed"
     for _ in range(2):  # A repeated sweep keeps them.
         compress(Settings.of(config), "a command")
@@ -117,3 +122,14 @@ def test_a_sweep_has_samples_of_d_and_of_its_models_of_one_size(readable, tmp_pa
             assert names in (["D", f"best_coded_k{k}", f"best_k{k}"] for k in (4, 8))
         text = (folder / "report.md").read_text("utf-8")
         assert "### What do they write?" in text
+
+
+def test_a_sweep_has_no_samples_of_the_models_of_another_d(readable, tmp_path):
+    config = changed(compressing(readable, tmp_path), ranks=(8,))
+    compress(Settings.of(config), "a command")
+    earlier = {"model_path": f"{config.model_path}/ckpt/3", "compress.methods": "svd"}
+    compress(Settings.of(changed(config, overwrite=True, **earlier)), "a command")
+    folder = tmp_path / "compressed"
+    assert (folder / "best_coded_k8").is_dir()
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert all(list(one["texts"]) == ["D", "best_k8"] for one in sweep["samples"])

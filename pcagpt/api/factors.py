@@ -15,6 +15,9 @@ from pcagpt.factorization import Factorizer
 from pcagpt.factorization.factor_files import check_rows_differ, checked_table
 from pcagpt.methods import CODES, METHODS
 
+# The methods that a bare table is enough for.
+FREE = tuple(name for name, method in METHODS.items() if not method.needs_statistics)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factorization:
@@ -47,7 +50,7 @@ def factorize(
     Args:
       table: floating point [V, D], such as `model.table`.
       rank: K, from 1 to min(V, D).
-      method: svd, or pca (which first subtracts the mean row).
+      method: one that needs no text: svd, or pca, which first subtracts the mean row.
       singular_value_split: share a of the singular values in `scale`, S^a V^T; `wte`
         has the rest, U S^(1-a).
 
@@ -84,12 +87,12 @@ def check_needs_no_text(methods: Collection[str]) -> None:
         if method in METHODS and METHODS[method].needs_statistics:
             raise UserError(
                 f"'{method}' needs statistics of the model that the table is from: use "
-                "pcagpt.compress with the model, or the method svd or pca"
+                f"pcagpt.compress with the model, or the method {' or '.join(FREE)}"
             )
         if method not in METHODS and method not in CODES:
             raise UserError(
                 f"'{method}' only serves for comparison in a sweep: choose some of "
-                f"svd, pca, {', '.join(CODES)}"
+                f"{', '.join((*FREE, *CODES))}"
             )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pcagpt.api.calls import absolute, call, ids_of, settings_of
-from pcagpt.api.factors import check_needs_no_text, table_of
+from pcagpt.api.factors import FREE, check_needs_no_text, table_of
 from pcagpt.api.model import Model
 from pcagpt.coding import Description
 from pcagpt.compression.advise import find
@@ -31,7 +31,7 @@ from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.factorization.factor_files import write_bands
 from pcagpt.files import write_json
-from pcagpt.methods import CODES, METHODS
+from pcagpt.methods import CODES
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row
@@ -184,8 +184,7 @@ def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
             "max_bytes, or a model"
         )
     _check_bound(settings)
-    free = [name for name, method in METHODS.items() if not method.needs_statistics]
-    methods = methods_of(options.methods or ",".join((*free, *CODES)))
+    methods = methods_of(options.methods or ",".join((*FREE, *CODES)))
     check_needs_no_text(methods)
     bands = {"compress.bands": options.bands or (1,)}
     chosen, _ = find(BareTable(table_VD), methods, settings.replace(bands).compress)

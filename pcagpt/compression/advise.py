@@ -37,9 +37,10 @@ def advise(
       original: the model.
       methods: as for `find`.
       options: as for `find`.
-      output: for advice.json and the model; an earlier advice with another protocol,
-        bound or model is moved aside.
-      overwrite: without it, a model that a run started from `stays`, and its advice.
+      output: for advice.json and the model. An earlier advice is moved aside if it has
+        another protocol, bound or model.
+      overwrite: if False, a model that a run started from `stays`, and so does its
+        advice.
 
     Raises UserError as `find` does.
     """

@@ -181,7 +181,7 @@ def counts_of(method: str, bands: Sequence[int]) -> Sequence[int]:
 
 
 def left_out(methods: Sequence[str], bands: Sequence[int]) -> list[str]:
-    """The methods that make factors, but in none of these numbers of bands."""
+    """The methods that make factors, and can use none of these numbers of bands."""
     return [name for name in factor_methods(methods) if not counts_of(name, bands)]
 
 

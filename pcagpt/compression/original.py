@@ -245,7 +245,7 @@ def _decoder(run: Run, window: int) -> "Decoder":
 
 @contextlib.contextmanager
 def _without_bar() -> Iterator[None]:
-    """Within, transformers shows no progress if none may be shown."""
+    """In this context, transformers shows no progress if none may be shown."""
     from transformers.utils import logging
 
     hides = logging.is_progress_bar_enabled() and not process.shows_progress()

@@ -13,9 +13,10 @@ INPUT, OUTPUT = "input", "output"
 def seen_by(side: str, statistics: Statistics) -> Statistics:
     """The statistics that weight the errors of the table of a side.
 
-    What the input reads: the frequency of the tokens, and the gradient with respect to
-    its rows. What the output reads: the hidden states and the probabilities that the
-    model predicts from them. These take the places of those of the other side.
+    The frequency of the tokens and the gradient with respect to the rows weight the
+    errors of the input table. The hidden states and the predicted probabilities weight
+    those of the output table. The statistics of one side also replace those of the
+    other side.
     """
     if not side:
         return statistics

@@ -28,22 +28,12 @@ Models = dict[Path, list[Recipe]]  # folders, and what each is chosen from
 REPORT_EVERY = 5  # rows
 
 
-def best_model(folder: Path, rank: int, codes: str = "") -> Path:
-    """The folder of the best factors of a rank, or of its table of codes."""
-    return folder / (f"best_{codes}_k{rank}" if codes else f"best_k{rank}")
-
-
 def models_of(folder: Path, tried: list[Recipe]) -> Models:
-    """The models that a sweep writes.
-
-    Rounded factors and rivals are measured, but have no model.
-    """
+    """The models that a sweep writes."""
     found: Models = {}
     for recipe in tried:
-        if recipe.is_codes or recipe.is_factors:
-            codes = recipe.method if recipe.is_codes else ""
-            place = best_model(folder, recipe.rank, codes)
-            found.setdefault(place, []).append(recipe)
+        if recipe.model_name:
+            found.setdefault(folder / recipe.model_name, []).append(recipe)
     return found
 
 

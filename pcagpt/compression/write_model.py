@@ -1,7 +1,6 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
 import dataclasses
-import hashlib
 import secrets
 import shutil
 import tempfile
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from pcagpt import coding, trees
@@ -62,7 +60,7 @@ def write_model(
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()
-    table_sha256 = None if codes else _sha256(candidate.table)
+    table_sha256 = None if codes else candidate.table.sha256
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = (
         _is_from(folder, original, recipe)
@@ -208,10 +206,11 @@ def stays(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
 def _started_from(model: Path) -> Path | None:
     """A run beside or one folder above that was started from a model as it is now."""
     name = FROM_RUN.format(arm="*", source=model.name)
-    for run in [*sorted(model.parent.glob(name)), *sorted(model.parents[1].glob(name))]:
-        # A damaged run cannot go on.
-        if _undamaged(lambda run=run: _began_with(run, model)):
-            return run
+    for above in model.parents[:2]:  # A folder directly below / has only one.
+        for run in sorted(above.glob(name)):
+            # A damaged run cannot go on.
+            if _undamaged(lambda run=run: _began_with(run, model)):
+                return run
     return None
 
 
@@ -286,7 +285,7 @@ def _holds(folder: Path, weights: dict) -> bool:
 def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
     """The table in a folder if it is the one with this hash, undamaged."""
     table = _undamaged(lambda: read_bands(factors))
-    return table if table and _sha256(table) == table_sha256 else None
+    return table if table and table.sha256 == table_sha256 else None
 
 
 def is_of_another(folder: Path, original: Original) -> bool:
@@ -331,11 +330,3 @@ def _model_of(
     else:
         sizes["n_embd_wte"] = table.ranks[0] or None
     return {"params": params, "constants": constants}, sizes
-
-
-def _sha256(table: FactorizedTable) -> str:
-    """Hash of all values of a table, because the same recipe can give another table."""
-    digest = hashlib.sha256(table.order.tobytes())
-    for leaf in jax.tree.leaves((table.bands, table.mean)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -98,8 +98,8 @@ class DataSettings:
     tokenizer: str = knob(
         "auto",
         "sotu4096, gpt2, or a file or folder: tokenizer.json, vocab.json with "
-        "merges.txt, or tiktoken's ranks (.tiktoken) for GPT-2's pattern; auto: the "
-        "source's own, or that of a model of another program",
+        "merges.txt, a GGUF file, or tiktoken's ranks (.tiktoken) for GPT-2's pattern; "
+        "auto: the source's own, or that of a model of another program",
         PATH,
     )
     cache_dir: str = knob("", "folder for tokenized text; empty: WORKDIR/data", PATH)
@@ -132,7 +132,9 @@ class TrainSettings:
         1.0, "limit of the gradients' global norm; 0: no limit", at_least(0)
     )
     loss_chunks: int = knob(
-        8, "compute the logits in this many parts; more parts need less memory"
+        8,
+        "compute the logits in this many parts; more parts need less memory. No effect "
+        "on models that transformers computes: their parts have a fixed size",
     )
 
 
@@ -239,10 +241,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss: of the first of "
-        f"{', '.join(CODES)} that compress.methods names; without these, of factors. "
-        "If methods names baseline or a method that makes factors, D's own table in "
-        "compress.bits is tried, too. 0: no bound",
+        "find the smallest table that adds at most this loss; 0: no bound. Tries the "
+        f"first of {', '.join(CODES)} that compress.methods names, or factors if it "
+        "names none of them. Also tries D's own table in compress.bits if "
+        "compress.methods names baseline or a method that makes factors",
         at_least(0),
     )
     max_params: int = knob(
@@ -275,9 +277,9 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all, except a CPU sweep "
-        "without chosen methods, bands, calibration or recover_ranks: "
-        f"{CPU.max_tokens}",
+        "evaluate, compress: number of tokens to predict; 0: all. A sweep on a CPU "
+        f"predicts {CPU.max_tokens} if methods, bands, calibration_tokens and "
+        "recover_ranks of compress are not set",
         at_least(0),
     )
 

@@ -1,18 +1,16 @@
 """Writes a tokenizer as the files that Hugging Face's programs read."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import tiktoken
 
-from pcagpt.data import vocabulary
+from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.data.tokenizer_files import MERGES, VOCAB, WHOLE, letters_of
-from pcagpt.files import write_json, write_text
+from pcagpt.files import write_json, write_plain_json, write_text
 
 CONFIG = "tokenizer_config.json"
 # What a person's folder may have beside the main file.
@@ -24,6 +22,15 @@ def write(folder: Path, name: str, length: int) -> None:
     encoding = vocabulary.load(name)
     if not isinstance(encoding, tiktoken.Encoding):
         file = Path(name)
+        if file.suffix == gguf_header.ENDING:
+            write_plain_json(folder / WHOLE, encoding.whole())
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": encoding.end_of_text,
+                "model_max_length": length,
+            }
+            write_plain_json(folder / CONFIG, config)
+            return
         beside = (file.with_name(other) for other in _BESIDE)
         for path in (file, *filter(Path.is_file, beside)):
             shutil.copyfile(path, folder / path.name)
@@ -31,7 +38,7 @@ def write(folder: Path, name: str, length: int) -> None:
     tokens = list(map(encoding.decode_single_token_bytes, range(encoding.eot_token)))
     pairs = [" ".join(map(letters_of, pair)) for pair in _merges(tokens)]
     vocab = {letters_of(token): number for number, token in enumerate(tokens)}
-    _write(folder / VOCAB, vocab | {END_OF_TEXT: encoding.eot_token})
+    write_plain_json(folder / VOCAB, vocab | {END_OF_TEXT: encoding.eot_token})
     write_text(folder / MERGES, "\n".join(["#version: 0.2", *pairs, ""]))
     special = {"special": True, "normalized": False, "single_word": False}
     special |= {"id": encoding.eot_token, "lstrip": False, "rstrip": False}
@@ -57,24 +64,19 @@ def write(folder: Path, name: str, length: int) -> None:
             "merges": pairs,
         },
     }
-    _write(folder / WHOLE, whole)
+    write_plain_json(folder / WHOLE, whole)
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "model_max_length": length,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    _write(folder / CONFIG, config)
+    write_plain_json(folder / CONFIG, config)
 
 
 def write_characters(folder: Path, texts: Sequence[str]) -> None:
     """Writes the text of each id as meta.json, which only pcagpt reads."""
     write_json(folder / "meta.json", {"vocab_size": len(texts), "itos": list(texts)})
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """Writes JSON without our seal: other programs read all fields of it."""
-    write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def _merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:

@@ -68,7 +68,7 @@ class TokenFolder(NamedTuple):
         return f"tokens in {self.folder}; left out: {others}" if others else ""
 
 
-def absolute(source: str) -> str:
+def absolute_source(source: str) -> str:
     """The source as a name or an absolute path."""
     return source if source in NAMED else str(Path(source).resolve())
 

@@ -41,7 +41,7 @@ def rank_file(name: str) -> RankFile:
         raise UserError(
             f"unknown tokenizer '{name}': set --config.data.tokenizer to 'auto' or to "
             f"one of {', '.join(RANKS)}, or to a file: tokenizer.json, vocab.json with "
-            "merges.txt beside it, or .tiktoken"
+            "merges.txt beside it, .gguf or .tiktoken"
         )
     return RANKS[name]
 

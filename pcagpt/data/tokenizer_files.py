@@ -10,6 +10,7 @@ import binascii
 import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ class FileTokenizer:
         """The text of ids, special tokens included."""
         with _naming(self._file):
             return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def end_of_text(self) -> str | None:
+        """The text of `eot_token`."""
+        end = self.eot_token
+        return None if end is None else self._tokenizer.id_to_token(end)
+
+    def whole(self) -> dict[str, Any]:
+        """The content of its tokenizer.json."""
+        return json.loads(self._tokenizer.to_str())
 
 
 @contextlib.contextmanager

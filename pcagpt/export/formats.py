@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcagpt import coding
+from pcagpt.compression.codes import Codes
 from pcagpt.errors import UserError
-from pcagpt.export.source import Factors, Source
+from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import factor_files
 from pcagpt.files import digests_of, write_json, write_npy, write_npz, write_text
 from pcagpt.model import order_constants
@@ -23,7 +23,7 @@ MODELING, LOADER = "modeling_pcagpt.py", "load_coded.py"
 def write_dense(folder: Path, source: Source) -> None:
     """A folder that transformers loads as it is; the table is multiplied out."""
     table = source.table
-    if isinstance(table, Factors) and not table.is_tied:
+    if isinstance(table, ExportedTable) and not table.is_tied:
         raise UserError(
             f"{source.folder} has two different scale matrices, so that its output "
             "head is another table than its input: give --config.format=hf-factored"
@@ -37,8 +37,11 @@ def write_dense(folder: Path, source: Source) -> None:
 def write_factored(folder: Path, source: Source) -> None:
     """A folder that transformers loads at its small size, with our modelling file."""
     table = source.table
-    is_full = isinstance(table, Factors) and table.is_full
-    if is_full or isinstance(table, coding.CodedTable):
+    if isinstance(table, ExportedTable):
+        is_small = not table.is_full
+    else:
+        is_small = table.constants is not None
+    if not is_small:
         raise UserError(
             f"{source.folder} has a table without factors and without packed codes: "
             f"give --config.format={'coded' if source.coded else 'hf'}"
@@ -91,7 +94,7 @@ def write_npz_files(folder: Path, source: Source) -> None:
     The mean of a centred table of a run is not in them: it is in the run's `wpe`.
     """
     table = source.table
-    if not isinstance(table, Factors):
+    if not isinstance(table, ExportedTable):
         raise UserError(
             f"{source.folder} has a table of codes, which has no factors: give "
             "--config.format=hf"
@@ -123,10 +126,10 @@ class _Parts(NamedTuple):
     layout: dict[str, Any]
 
 
-def _parts(table: Factors | coding.PackedTable) -> _Parts:
+def _parts(table: ExportedTable | Codes) -> _Parts:
     """The state of `modeling_pcagpt.CompressedEmbedding`, and `config.table`."""
-    arrays, order_V = {}, table.order
-    if isinstance(table, Factors):
+    arrays = {}
+    if isinstance(table, ExportedTable):
         for number, band in enumerate(table.bands):
             for name, array in band._asdict().items():
                 if array is not None:
@@ -134,20 +137,21 @@ def _parts(table: Factors | coding.PackedTable) -> _Parts:
         sizes = [len(band.wte) for band in table.bands]
         ranks = [0 if b.scale_up is None else len(b.scale_up) for b in table.bands]
         mean, blocks, is_tied = table.mean, [], table.is_tied
+        constants = order_constants(table.order)["embed"]
     else:
-        shared = table.bands[0].shared
-        for name in ("basis", "columns", "levels"):
-            arrays[f"shared.{name}"] = getattr(shared, name)
-        for number, band in enumerate(table.bands):
-            arrays[f"bands.{number}.codes"] = band.codes
-            arrays[f"bands.{number}.scales"] = band.scales
         sizes, ranks = list(table.sizes), list(table.ranks)
-        blocks = [list(band.blocks) for band in table.bands]
-        mean, is_tied = shared.mean, True
+        constants = table.constants["embed"]
+        shared = dict(constants["directions"])
+        mean, is_tied = shared.pop("mean"), True
+        arrays |= {f"shared.{name}": array for name, array in shared.items()}
+        for number in range(len(sizes)):
+            for name, array in constants[f"band_{number}"].items():
+                arrays[f"bands.{number}.{name}"] = array
+        blocks = np.reshape(table.blocks, (len(sizes), -1)).tolist()
     if mean is not None:
         arrays["mean"] = mean
     if len(sizes) > 1:
-        arrays["position"] = order_constants(order_V)["embed"]["position_of_token"]
+        arrays["position"] = constants["position_of_token"]
     layout = {
         "sizes": sizes,
         "ranks": ranks,

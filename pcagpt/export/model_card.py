@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.arms import ARMS
-from pcagpt.export.source import Factors, Source
+from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
     NOTHING,
@@ -69,7 +69,7 @@ def _sizes(source: Source) -> str:
     full = record["vocab_size"] * record["model"]["n_embd"]
     if source.coded:
         own = ["coded", NOTHING, count(source.coded.stat().st_size)]
-    elif isinstance(stored, Factors):
+    elif isinstance(stored, ExportedTable):
         found = stored.table()
         own = ["as factors", count(found.parameters), count(found.memory)]
     else:
@@ -89,21 +89,25 @@ def _sizes(source: Source) -> str:
 def _is_full(source: Source) -> bool:
     """Whether the table was never compressed."""
     return (
-        isinstance(source.table, Factors)
+        isinstance(source.table, ExportedTable)
         and source.table.is_full
         and ("compressed" not in source.record)
     )
 
 
 def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
-    """A line for the training up to `step`, and one for the compression."""
-    lines = []
+    """A line for the training up to `step`, and one for the compression.
+
+    `step` is the model's own. A compressed model was trained up to the step of D.
+    """
+    lines, compressed = [], record.get("compressed") or {}
+    step = compressed.get("step", step)
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
         lines.append(
             f"{arm.letter}, {arm.title}: {arm.meaning}; {step} of {steps} steps"
         )
-    if compressed := record.get("compressed"):
+    if compressed:
         shown = ("method", "bands", "budget", "rank", "bits")
         recipe = fields({name: compressed.get(name) for name in shown})
         lines.append(f"table compressed without training: {recipe}")

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from pcagpt import coding, trees
-from pcagpt.compression.codes import KINDS
+from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.sides import OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
@@ -41,7 +41,7 @@ _TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 
-class Factors(NamedTuple):
+class ExportedTable(NamedTuple):
     """A table in bands; the head of a band may have a scale matrix of its own."""
 
     order: np.ndarray  # [V], the token at each position
@@ -82,7 +82,7 @@ class Source(Protocol):
     identity: dict[str, Any]
     architecture: str
     table_name: str
-    table: Factors | coding.PackedTable | coding.CodedTable
+    table: ExportedTable | Codes
     coded: Path | None
     tokenizer_sha256: str | None
 
@@ -104,6 +104,7 @@ def open_source(settings: Settings) -> Source:
     """The model in `model_path`; UserError if it cannot be exported."""
     folder = Path(settings.model_path)
     record = read_record(folder) if folder.is_dir() else None
+    # Such a table has no ckpt/, which `Run.open` needs and compares with the record.
     if record and "architecture" in record:
         return DecoderSource(folder, record)
     return RunSource(Run.asked(settings), settings.data.tokenizer)
@@ -128,7 +129,7 @@ class RunSource:
         self._variables = run.variables(self._config)
 
     @functools.cached_property
-    def table(self) -> Factors | coding.PackedTable:
+    def table(self) -> ExportedTable | coding.PackedTable:
         """The table as the run stores it; the mean of a centred one is in `wpe`."""
         config, constants = self._config, self._variables["constants"]
         order_V = token_order(constants, config.vocab_size)
@@ -156,7 +157,7 @@ class RunSource:
                 down = None
             rows = leaves.wte[: band.size]
             bands.append(leaves._replace(wte=rows, scale_down=down))
-        return Factors(order_V, tuple(bands), None)
+        return ExportedTable(order_V, tuple(bands), None)
 
     @functools.cached_property
     def coded(self) -> Path | None:
@@ -220,14 +221,22 @@ class DecoderSource:
         kind, self.coded = KINDS.get(made.get("method")), None
         if kind:
             path = folder / kind.file
-            self.table = kind.read(path)[0]
+            self.table, description = kind.read(path)
+            is_own = self.original.is_at(description.checkpoint)
             self.coded = path if made["method"] == CODED else None
             identity = {"table_sha256": sha256_of_file(path)}
         else:
-            found = read_bands(folder / "factors")
+            path = folder / "factors"
+            found = read_bands(path)
+            is_own = found.sha256 == made.get("table_sha256")
             bands = tuple(BandLeaves(band.wte, band.scale) for band in found.bands)
-            self.table = Factors(found.order, bands, found.mean)
+            self.table = ExportedTable(found.order, bands, found.mean)
             identity = {"table_sha256": made.get("table_sha256")}
+        if not is_own:
+            raise UserError(
+                f"{path} is another table than the one that the config.json of "
+                f"{folder} names: compress the model again"
+            )
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
         self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
         self.check_unchanged = self.original.check_unchanged
@@ -249,7 +258,7 @@ class DecoderSource:
                     names[name] = path
                     if file.get_slice(name).get_shape() == shape:
                         tables.append(name)
-        own = [name for name in tables if name.split(".")[-2:-1][0] in _TABLES]
+        own = [name for name in tables if f".{name}".split(".")[-2] in _TABLES]
         if side == OUTPUT:
             own = [name for name in tables if name not in own]
         if len(own) != 1:

@@ -3,6 +3,7 @@
 Shape letters: V vocabulary, n tokens of a band, K rank, D model width.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,15 @@ class FactorizedTable(NamedTuple):
     def memory(self) -> int:
         """Bytes of all values in float32."""
         return FLOAT_BYTES * self.parameters
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all values: the same recipe can give another table."""
+        digest = hashlib.sha256(self.order.tobytes())
+        for array in (*(factor for band in self.bands for factor in band), self.mean):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def dense(self) -> np.ndarray:
         """The whole table by token id, mean included: [V, D]."""

@@ -4,10 +4,10 @@ from pcagpt.model.config import BLOCK, LEVELS, WIDTHS, GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
-    """Values in token tables that are not packed, and in scale matrices.
+    """Values in the token tables and scale matrices, without padding rows.
 
-    Leaves out padding rows. With several bands, the position of each token counts as
-    one value.
+    Counts the table as if it were not packed. With several bands, the position of each
+    token counts as one value.
     """
     scales = 1 if config.n_embd_wte_scale_tying else 2
     return _positions(config) + sum(
@@ -22,7 +22,10 @@ def _positions(config: GPTConfig) -> int:
 
 
 def total_parameters(config: GPTConfig) -> int:
-    """Values in the whole model, without padding rows; its table is not packed."""
+    """Values in the whole model, without padding rows.
+
+    Counts the table as if it were not packed.
+    """
     return embedding_parameters(config) + _other_parameters(config)
 
 

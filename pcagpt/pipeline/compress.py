@@ -37,7 +37,7 @@ from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
 from pcagpt.report import recommended_row, recovered_rows, sweep_lines
-from pcagpt.rows import REMEDY, Recipe, read_sweep
+from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
 from pcagpt.run.trained import Run
@@ -254,7 +254,7 @@ def _check_file(path: Path, original: Original) -> None:
 def _tell_of_others(folder: Path, models: Models, original: Original) -> None:
     """Prints a line for each best model that is of another D."""
     run = original.run
-    for place in sorted(folder.glob("best_*")):
+    for place in best_models(folder):
         if ".replaced-" in place.name or not is_of_another(place, original):
             continue
         renewed = place in models
@@ -321,8 +321,9 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     if not content:
         return
     rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
-    places = sorted(folder.glob(f"best_*k{rank}/config.json"))
-    runs = {"D": original.run.folder} | {p.parent.name: p.parent for p in places}
+    places = (p for p in best_models(folder, rank) if (p / "config.json").is_file())
+    own = (place for place in places if not is_of_another(place, original))
+    runs = {"D": original.run.folder} | {place.name: place for place in own}
 
     def text() -> np.ndarray:
         return original.corpus.tokens(original.split)

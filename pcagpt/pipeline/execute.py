@@ -94,7 +94,7 @@ def execute(plan: Plan, command: str) -> None:
         )
     is_new = bool(setups)
     for job in list(setups):
-        # `pop` frees the memory of a teacher before the next job.
+        # `pop` lets go of what one job holds before the next one begins.
         job.run(setups.pop(job))
     if not plan.reported:
         for job in needed:

@@ -19,6 +19,10 @@ from pcagpt.telemetry.progress import Progress
 FETCH_DELAY = 8  # steps until the host reads a token, so that the device never waits
 
 
+class NoTokenizer(UserError):
+    """Nothing says what text the tokens of a model stand for."""
+
+
 def sample(settings: Settings) -> list[str]:
     """Continues `sample.prompt` with the model of `model_path`.
 
@@ -77,14 +81,14 @@ def tokenizer_of(
 ) -> vocabulary.Tokenizer | CharacterTokenizer:
     """The run's own tokenizer, or the one that was asked for if the run has none.
 
-    Raises UserError as `sample` does.
+    Raises UserError as `sample` does, NoTokenizer if there is neither.
     """
     asked, rows = settings.data.tokenizer, run.record["vocab_size"]
     if name := run.tokenizer_name(asked):
         return vocabulary.load(name)
     texts = run.record.get("characters") or _texts_of_corpus(run, settings)
     if not texts:
-        raise UserError(
+        raise NoTokenizer(
             f"{run.folder} was trained on bare token ids: without a tokenizer there is "
             f"no text to show; {how_to_name_tokens(rows)}"
         )

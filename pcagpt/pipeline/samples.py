@@ -15,7 +15,7 @@ import numpy as np
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import is_sealed, read_json
-from pcagpt.pipeline.sample import tokenizer_of
+from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
@@ -83,9 +83,10 @@ def samples_of(
                     ids = [int(token[0]) for token in itertools.islice(drawn, TOKENS)]
                     kept = itertools.takewhile(lambda one: one != end, ids)
                     found[name] = tokenizer.decode(list(kept))
+    except NoTokenizer:
+        return {}
     except UserError as error:
-        if "bare token ids" not in str(error):
-            warn_once(f"the report has no samples: {error}")
+        warn_once(f"the report has no samples: {error}")
         return {}
     # A document's beginning is after the end of the one before it.
     shown = (tokenizer.decode([t for t in p.tolist() if t != end]) for p in prompts)

@@ -20,7 +20,7 @@ from pcagpt.data.corpus import (
     made_corpus,
     open_corpus,
 )
-from pcagpt.data.sources import absolute
+from pcagpt.data.sources import absolute_source
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import remove_leftovers
 from pcagpt.model import BLOCK_KNOBS, training_flops_per_token
@@ -413,5 +413,5 @@ def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": corpus.tokenizer or stored.get("tokenizer"),
         "characters": corpus.characters or stored.get("characters"),
         "corpus": corpus.content | (stored.get("corpus") or {}) | stated,
-        "corpus_source": absolute(settings.data.source),
+        "corpus_source": absolute_source(settings.data.source),
     }

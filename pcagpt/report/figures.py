@@ -1,9 +1,4 @@
-"""The figures of the reports, as Vega-Lite charts.
-
-A chart is declared once. The page draws it in the browser, where a reader can hover,
-zoom and hide; report.md and TensorBoard have it as a picture. vl-convert makes the
-pictures and holds the scripts for the page. It is imported when it is first used.
-"""
+"""The figures of the reports: each is declared once, as `chart` describes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,7 +24,10 @@ INK = "#222222"
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
 # By bits of a stored value; 0 for codes.
 STAR = "M0,-1L.23,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31Z"
-BITS_SHAPES = {32: "circle", 8: "square", 6: "triangle-up", 4: "diamond", 0: STAR}
+BITS_SHAPES = {
+    **{32: "circle", 8: "square", 6: "triangle-up", 5: "triangle-down"},
+    **{4: "diamond", 0: STAR},
+}
 BITS_DASHES = {32: [], 8: [6, 3], 6: [5, 2], 5: [3, 2], 4: [2, 2], 0: []}
 BITS_TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LIMIT = "Gaussian R(D), weighting of codes"
@@ -166,8 +164,8 @@ def pareto_figure(sweep: dict[str, Any]) -> Figure:
         looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])
     points = [_of_row(row, numbers) for row in rows] + limit
     x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
-    panel = _over_size(points, looks, x, FLOAT_BYTES * numbers)
-    return Figure([_with_bits(panel, numbers)])
+    chart = _over_size(points, looks, x, FLOAT_BYTES * numbers)
+    return Figure([_with_bits(chart, numbers)])
 
 
 def numbers_figure(sweep: dict[str, Any]) -> Figure | None:
@@ -288,20 +286,20 @@ def _limit(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_bits(panel: dict[str, Any], numbers: int) -> dict[str, Any]:
+def _with_bits(chart: dict[str, Any], numbers: int) -> dict[str, Any]:
     """A chart over MB with a second axis above: bits for each number of D's table."""
     megabytes = numbers / 8e6  # of one bit
-    axis = {
+    above = {
         **{"orient": "top", "title": "bits per number of D's table", "grid": False},
         "values": [bits * megabytes for bits in BITS_TICKS],
         "labelExpr": f"format(datum.value / {megabytes}, '~g')",
         "labelOverlap": True,
     }
-    above = {"x": {"field": "MB", "type": "quantitative", "axis": axis}}
-    mark = {"type": "point", "opacity": 0, "tooltip": None}
-    layers = [{"layer": panel["layer"]}, {"mark": mark, "encoding": above}]
+    encoding = {"x": {"field": "MB", "type": "quantitative", "axis": above}}
+    unseen = {"type": "point", "opacity": 0, "tooltip": None}
+    layers = [{"layer": chart["layer"]}, {"mark": unseen, "encoding": encoding}]
     own_axes = {"resolve": {"axis": {"x": "independent"}}}
-    return panel | {"layer": layers} | own_axes
+    return chart | {"layer": layers} | own_axes
 
 
 def _loss_limits(curves: Iterable[np.ndarray]) -> list[float]:

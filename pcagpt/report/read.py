@@ -114,7 +114,7 @@ def _singular_values(folder: Path) -> list[float] | None:
     """Singular values of a factorization; None, with a warning, if they are damaged."""
     try:
         values = factor_files.read_spectrum(folder)
-        return None if values is None else np.asarray(values, np.float64).tolist()
+        return values.tolist()
     except UserError as error:
         _LOGGER.warning("the report has no figure of the spectrum: %s", error)
         return None

@@ -49,8 +49,8 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "baseline": baseline_of(sweep),
         "best": best,
         "best_name": full_name(best),
-        "best_model": model_name(best),
-        "is_cheap": added_at_most(best) <= SMALL_COST,
+        "best_model": best.model_name,
+        "is_cheap": _highest_added(best) <= SMALL_COST,
         "rounded": rounded,
         "rounded_name": full_name(rounded) if rounded else "",
         "samples": sweep.get("samples") or (),
@@ -153,7 +153,7 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
     ]
 
 
-def added_at_most(row: Row) -> float:
+def _highest_added(row: Row) -> float:
     """The upper end of the interval of the added loss, or the added loss itself."""
     return (row.added_loss_interval or [row.added_loss])[-1]
 
@@ -162,13 +162,6 @@ def full_name(row: Row) -> str:
     """The name of a row's table, with its rank: 'context, 12 bands, k=128'."""
     rank = f", k={row.rank}" if row.rank else ""
     return row_name(row.method, row.bands, row.bits) + rank
-
-
-def model_name(row: Row) -> str | None:
-    """The folder of a row's model beside sweep.json; None if a sweep writes none."""
-    if row.is_codes:
-        return f"best_{row.method}_k{row.rank}"
-    return f"best_k{row.rank}" if row.is_factors and row.method in METHODS else None
 
 
 def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
@@ -183,9 +176,9 @@ def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
 
 def _rounded(rows: list[Row], best: Row) -> Row | None:
     """The smallest rival that surely adds no more than `best`, or SMALL_COST."""
-    limit = max(added_at_most(best), SMALL_COST)
+    limit = max(_highest_added(best), SMALL_COST)
     rivals = (row for row in rows if row.method in RIVALS)
-    return next((row for row in rivals if added_at_most(row) <= limit), None)
+    return next((row for row in rivals if _highest_added(row) <= limit), None)
 
 
 def _methods(rows: list[Row]) -> dict[str, str]:
@@ -211,7 +204,7 @@ def recommended_row(sweep: dict[str, Any]) -> Row:
     least. A rival can be recommended, too.
     """
     rows = sorted(sweep["rows"], key=lambda row: row.bytes)
-    fitting = (row for row in rows if added_at_most(row) <= SMALL_COST)
+    fitting = (row for row in rows if _highest_added(row) <= SMALL_COST)
     return next(fitting, None) or min(rows, key=lambda row: row.added_loss)
 
 

@@ -216,7 +216,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     Without a step, it is the newest one with undamaged weights. Raises UserError if
     there is no checkpoint.
     """
-    path = foreign.folder_of(Path(path))
+    path = foreign.place_of(Path(path))
     if not (path.is_dir() or foreign.is_model(path)):
         problem = "is not a folder" if path.exists() else "does not exist"
         raise UserError(
@@ -279,7 +279,7 @@ def exists(path: str | Path) -> bool:
 
 def _parts(path: Path) -> tuple[Path, int | None]:
     """Run folder and step that a path names."""
-    path = foreign.folder_of(path)
+    path = foreign.place_of(path)
     if foreign.is_model(path):
         return path, None
     if path.name.isdigit() and path.parent.name == FOLDER:
@@ -287,7 +287,7 @@ def _parts(path: Path) -> tuple[Path, int | None]:
     return path.parent if path.name == FOLDER else path, None
 
 
-def read_meta(run_dir: Path, step: int) -> dict[str, Any]:
+def read_saved_meta(run_dir: Path, step: int) -> dict[str, Any]:
     """The item 'meta' of a checkpoint: {'history', 'config'}.
 
     Raises UserError if it is missing or damaged.

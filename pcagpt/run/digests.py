@@ -76,9 +76,9 @@ def of_weights(folder: Path) -> str | None:
         return None
 
 
-def summary(arrays: dict[str, str]) -> str:
+def summary(found: dict[str, str]) -> str:
     """One hash of the digests of all arrays."""
-    return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def arrays(folder: Path) -> dict[str, str]:

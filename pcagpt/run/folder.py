@@ -96,7 +96,7 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 def _copy(run_dir: Path, step: int) -> dict[str, Any] | None:
     """The record in a checkpoint; None if it has none that can be read."""
     with contextlib.suppress(UserError, OSError):  # A run may be deleting it.
-        copy = checkpoint.read_meta(run_dir, step).get("config")
+        copy = checkpoint.read_saved_meta(run_dir, step).get("config")
         return copy if isinstance(copy, dict) else None
 
 

@@ -17,7 +17,7 @@ from pcagpt.config import KNOBS
 from pcagpt.data import vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
-from pcagpt.files import check_digests, read_json, read_once
+from pcagpt.files import check_digests, check_fields, read_json, read_once
 from pcagpt.model import CONSTANTS, TABLES
 from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decoder
 
@@ -41,7 +41,7 @@ def is_model(folder: Path) -> bool:
     return _format(folder) is not None
 
 
-def folder_of(path: Path) -> Path:
+def place_of(path: Path) -> Path:
     """The folder of a model's file, or the GGUF file of a folder; else the path."""
     if path.is_dir() and not (is_model(path) or (path / _OWN).exists()):
         return gguf_model.file_in(path) or path
@@ -63,8 +63,8 @@ def _check_export(folder: Path) -> None:
     origin = None if is_file else read_json(folder / exported.FILE, _EXPORT_AGAIN)
     if origin is None:
         return
-    files = origin.get("files")
-    read = {name: files[name] for name in files if name not in _NOT_READ}
+    check_fields(origin, {"files": (dict,)}, folder / exported.FILE, _EXPORT_AGAIN)
+    read = {name: of for name, of in origin["files"].items() if name not in _NOT_READ}
     try:
         check_digests(folder, read)
     except UserError as error:

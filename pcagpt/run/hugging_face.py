@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import check_fields, parse_json, read_json
+from pcagpt.files import check_fields, read_json, refuse_odd
 from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
 
@@ -54,9 +54,8 @@ def is_model(folder: Path) -> bool:
 
 def stored_config(folder: Path) -> dict[str, Any]:
     """The content of config.json; {} if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        config = parse_json((folder / CONFIG).read_bytes())
-        return config if isinstance(config, dict) else {}
+    with contextlib.suppress(UserError):
+        return read_json(folder / CONFIG, _RESTORE) or {}
     return {}
 
 
@@ -251,6 +250,7 @@ def files(folder: Path) -> list[Path]:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """An error that a damaged file can cause becomes a UserError."""
+    refuse_odd(path)
     try:
         yield
     except (SafetensorError, OSError, ValueError, TypeError) as error:

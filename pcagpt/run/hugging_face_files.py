@@ -1,6 +1,5 @@
 """Writes a GPT-2 as a Hugging Face folder, which `hugging_face` reads back."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.numpy import save
 from pcagpt.config import KNOBS
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.files import write_file, write_text
+from pcagpt.files import write_file, write_plain_json
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.model.block import LAYER_NORM_EPSILON
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves
@@ -83,5 +82,5 @@ def config(
 
 
 def write_config(folder: Path, fields: Mapping[str, Any], name: str = CONFIG) -> None:
-    """Writes JSON without our seal: other programs read all fields of it."""
-    write_text(folder / name, json.dumps(fields, indent=2) + "\n")
+    """Writes config.json, or another file of settings."""
+    write_plain_json(folder / name, fields, indent=2)
