@@ -6,7 +6,7 @@ from typing import Any
 
 from pcagpt.config.command_line import next_command
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
-from pcagpt.report.sweep import full_name, model_name, recommended_row
+from pcagpt.report.sweep import full_name, recommended_row
 from pcagpt.report.text import count, fixed, signed, times, with_interval
 
 
@@ -40,7 +40,7 @@ def sweep_lines(sweep: dict[str, Any], folder: Path) -> list[str]:
         f"recommended: {full_name(best)}, {count(best.bytes)} bytes ({smaller} smaller "
         f"than in float32), adds {added} nats per token"
     ]
-    name = model_name(best)
+    name = best.model_name
     if name and (folder / name).is_dir():
         lines.append(next_command("export", folder / name))
     return lines
