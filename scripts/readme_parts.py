@@ -51,15 +51,14 @@ def headline(folder: Path) -> str:
     name = row_name(rounded.method, 1, rounded.bits).removeprefix("D's table, ")
     return (
         f"**{own['run']}'s token table takes {count(best.bytes)} bytes in a file "
-        f"instead of {count(dense['bytes'])} in float32: {fixed(bits, 2)} bits for each "
-        f"number, {times(dense['bytes'] / best.bytes)} smaller. The loss of "
-        f"{fixed(dense['loss'], 2)} nats per token rises by {added(best)} on validation "
-        f"text and by {added(tested)} on test text.** Encoding took "
+        f"instead of {count(dense['bytes'])} in float32: {fixed(bits, 2)} bits for "
+        f"each number, {times(dense['bytes'] / best.bytes)} smaller. The loss of "
+        f"{fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
+        f"validation text and by {added(tested)} on test text.** Encoding took "
         f"{fixed(best.seconds, 0)} seconds. The smallest rounding that adds at most "
-        f"{SMALL_COST} nats ({name}) needs "
-        f"{times(rounded.bytes / best.bytes)} as many bytes. The file saves no memory. "
-        f"A packed table does: it takes {count(packed.memory)} bytes on the device and "
-        f"adds {added(packed)} nats."
+        f"{SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as many "
+        "bytes. The file saves no memory. A packed table does: it takes "
+        f"{count(packed.memory)} bytes on the device and adds {added(packed)} nats."
     )
 
 
@@ -122,17 +121,17 @@ def sizes_table(_: Path) -> str:
         config = GPTConfig(
             **asdict(ModelSettings()) | GPT2_SMALL | {"n_embd_wte": rank}
         )
-        sizes = embedding_parameters(config), total_parameters(config)
-        own = own or sizes
-        shares = [times(full / size) for full, size in zip(own, sizes, strict=True)]
-        cells = zip(map(count, sizes), shares, strict=True)
+        numbers = embedding_parameters(config), total_parameters(config)
+        own = own or numbers
+        shares = [times(full / less) for full, less in zip(own, numbers, strict=True)]
+        cells = zip(map(count, numbers), shares, strict=True)
         rows.append([count(rank) if rank else NOTHING, *chain(*cells)])
     header = ["k", "table parameters", "smaller by", "model parameters", "smaller by"]
     return table(header, rows, "rrrrr")
 
 
 def samples(folder: Path) -> str:
-    """What D and a compressed model write after the same prompt, if it was published."""
+    """What D and a compressed model write after the same prompt, if published."""
     found = read_sweep(folder / "sweep.json").get("samples")
     if not found:
         return ""
@@ -182,23 +181,25 @@ def failures(published: Path) -> str:
 
     return "\n".join(
         [
-            "- **Fine-tuning beats training from scratch (the original: B < A).** It did "
-            f"not, after {own['steps']} steps of GPT-2 small: B minus A is "
-            f"{asked['B vs A', 64]} at rank 64 and {asked['B vs A', 128]} at rank 128. B "
-            f"had {percent(share)} of A's tokens.",
-            "- **A small table costs nothing (the original: A ≈ D).** A was better than D "
-            f"by {asked['A vs D', 128].lstrip(MINUS)} at rank 128. But D saw only "
-            f"{fixed(each, 1)} tokens for each of its parameters, and A also profits from "
-            "D's training. This says nothing about a D that was trained for long.",
+            "- **Fine-tuning beats training from scratch (the original: B < A).** It "
+            f"did not, after {own['steps']} steps of GPT-2 small: B minus A is "
+            f"{asked['B vs A', 64]} at rank 64 and {asked['B vs A', 128]} at rank 128. "
+            f"B had {percent(share)} of A's tokens.",
+            "- **A and D end at the same loss (the original: A ≈ D).** A was better "
+            f"than D by {asked['A vs D', 128].lstrip(MINUS)} at rank 128. But D saw "
+            f"only {fixed(each, 1)} tokens for each of its parameters, and A also "
+            "profits from D's training. This says nothing about a D that was trained "
+            "for long.",
             "- **B, trained further, beats D.** B's loss minus D's is "
-            f"{gains['B']}. But D gains from the same steps, too (D+): {gains['D+']}. B "
-            f"minus D+ is {beyond}: not resolved.",
-            "- **D's predictions teach more than the text.** The model that learned them "
-            f"(Bd) adds {gains['Bd']} to D's loss, and B adds {gains['B']}.",
-            "- **Factors that suit a briefly trained model suit every model.** `context` "
-            f"in 12 bands adds {both('context', 12, (131, 128))}, at about the size of "
-            "k = 128.",
-            "- **The same holds for rounding.** D's own table in 4 bits adds "
+            f"{gains['B']}. But D gains from the same steps, too (D+): "
+            f"{gains['D+']}. B minus D+ is {beyond}: not resolved.",
+            "- **D's predictions teach more than the text.** The model that learned "
+            f"them (Bd) ends at D's loss {gains['Bd']}, and B at D's loss "
+            f"{gains['B']}.",
+            "- **Factors that suit a briefly trained model suit every model.** "
+            f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
+            "the size of k = 128.",
+            "- **Rounding costs every model the same.** D's own table in 4 bits adds "
             f"{both('baseline', 1, (0, 0), 4)}.",
         ]
     )

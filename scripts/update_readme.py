@@ -2,8 +2,8 @@
 
     python scripts/update_readme.py
 
-A page has comments `<!-- KIND of FOLDER -->` and `<!-- end -->`. The text between them is
-made from the files of the folder; `KINDS` says how.
+A page has comments `<!-- KIND of FOLDER -->` and `<!-- end -->`. This script makes the
+text between them from the files of the folder; `KINDS` says how.
 """
 
 import json
@@ -68,8 +68,8 @@ def results_table(folder: Path) -> str:
     seeds = len({row["seed"] for row in results["rows"]})
     says = (
         f"Validation loss in nats per token on {code(results['corpus']['name'])}, "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; × means how many times "
-        f"smaller than D's. {results['device']}, commit "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; the columns with × "
+        f"divide D's parameters by the model's. {results['device']}, commit "
         f"{code((results['git_commit'] or 'unknown')[:12])}, by"
     )
     text = table([*header, "Tokens/s"], rows, "llrrrrrrr")
