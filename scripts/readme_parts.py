@@ -35,9 +35,13 @@ from pcagpt.report.text import (
 )
 from pcagpt.rows import Row, read_sweep
 
-GPT2_SMALL = {
-    "vocab_size": 50257
-}  # the defaults of `ModelSettings` are its other sizes
+# The defaults of `ModelSettings` are the other sizes of GPT-2 small.
+GPT2_SMALL = {"vocab_size": 50257}
+# The texts of smollm2_135m, whose files call them `wiki`.
+TEXTS = {
+    "val": "WikiText-103's validation split",
+    "test": "the State of the Union addresses",
+}
 
 
 def headline(folder: Path) -> str:
@@ -49,17 +53,25 @@ def headline(folder: Path) -> str:
     packed = next(row for row in compared_rows(own) if row.method == PACKED)
     bits = 8 * best.bytes / dense["params"]
     name = row_name(rounded.method, 1, rounded.bits).removeprefix("D's table, ")
+    smaller = times(dense["bytes"] / best.bytes)
     return (
-        f"**{own['run']}'s token table takes {count(best.bytes)} bytes in a file "
-        f"instead of {count(dense['bytes'])} in float32: {fixed(bits, 2)} bits for "
-        f"each number, {times(dense['bytes'] / best.bytes)} smaller. The loss of "
-        f"{fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
-        f"validation text and by {added(tested)} on test text.** Encoding took "
+        f"**{own['run']}'s token table takes {megabytes(best.bytes)} in a file instead "
+        f"of {megabytes(dense['bytes'])} in float32, {smaller} smaller. The model's "
+        f"loss of {fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
+        f"{TEXTS['val']}** and by {added(tested)} on {TEXTS['test']} (± half of the "
+        "95% interval over windows of the text). The file has "
+        f"{fixed(bits, 2)} bits for each number, and encoding took "
         f"{fixed(best.seconds, 0)} seconds. The smallest rounding that adds at most "
         f"{SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as many "
         "bytes. The file saves no memory. A packed table does: it takes "
-        f"{count(packed.memory)} bytes on the device and adds {added(packed)} nats."
+        f"{megabytes(packed.memory)} on the device and adds {added(packed)} nats on "
+        f"{TEXTS['val']}."
     )
+
+
+def megabytes(number: int) -> str:
+    """12683480 → '12.7 MB'."""
+    return f"{fixed(number / 1e6, 1)} MB"
 
 
 def short_table(folder: Path) -> str:
@@ -190,12 +202,13 @@ def failures(published: Path) -> str:
             f"only {fixed(each, 1)} tokens for each of its parameters, and A also "
             "profits from D's training. This says nothing about a D that was trained "
             "for long.",
-            "- **B, trained further, beats D.** B's loss minus D's is "
-            f"{gains['B']}. But D gains from the same steps, too (D+): "
+            "- **B, trained further, beats D.** GPT-2 small with factors of the size "
+            f"of k = {trained['B']['rank']} (B) trained on for "
+            f"{percent(trained['B']['share_of_tokens'])} of D's tokens. Its loss minus "
+            f"D's is {gains['B']}. But D gains from the same steps, too (D+): "
             f"{gains['D+']}. B minus D+ is {beyond}: not resolved.",
-            "- **D's predictions teach more than the text.** The model that learned "
-            f"them (Bd) ends at D's loss {gains['Bd']}, and B at D's loss "
-            f"{gains['B']}.",
+            "- **D's predictions teach more than the text.** The same model, trained "
+            f"on them (Bd), adds {gains['Bd']} to D's loss.",
             "- **Factors that suit a briefly trained model suit every model.** "
             f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
             "the size of k = 128.",

@@ -266,7 +266,8 @@ def updated(page: str) -> str:
     def block(found: re.Match) -> str:
         kind, name = found[1], found[2]
         text = KINDS[kind](PUBLISHED if name == "all" else PUBLISHED / name)
-        return f"<!-- {kind} of {name} -->\n{text}\n<!-- end -->"
+        lines = [f"<!-- {kind} of {name} -->", *filter(None, [text]), "<!-- end -->"]
+        return "\n".join(lines)
 
     pattern = r"<!-- (\w+) of ([\w/]+) -->\n.*?<!-- end -->"
     return re.sub(pattern, block, page, flags=re.DOTALL)
