@@ -1,4 +1,4 @@
-"""Tests README.md's promises: kills, damage, full disks, parallel commands, bad input.
+"""Tests what is promised: kills, damage, full disks, parallel commands, bad input.
 
     python scripts/torture.py --out FOLDER            an hour at most, on two cores
     python scripts/torture.py --out FOLDER --short    five minutes at most

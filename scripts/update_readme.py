@@ -1,12 +1,17 @@
-"""Writes the result tables of README.md from checkpoints/published.
+"""Writes the results that README.md and other pages show, from checkpoints/published.
 
-python scripts/update_readme.py
+    python scripts/update_readme.py
+
+A page has comments `<!-- KIND of FOLDER -->` and `<!-- end -->`. This script makes the
+text between them from the files of the folder; `KINDS` says how.
 """
 
 import json
 import re
 from itertools import chain
 from pathlib import Path
+
+from readme_parts import PARTS
 
 from pcagpt.arms import ARMS
 from pcagpt.methods import CODED
@@ -28,6 +33,17 @@ from pcagpt.run.folder import read_record, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "checkpoints" / "published"
+PAGES = (
+    "README.md",
+    "checkpoints/README.md",
+    "checkpoints/published/RESULTS.md",
+    "checkpoints/published/SPEED.md",
+    "configs/README.md",
+    "pcagpt/compression/README.md",
+    "pcagpt/export/README.md",
+    "scripts/README.md",
+    "tests/README.md",
+)
 PEERS = {"torch": "PyTorch", "transformers": "transformers"}  # of scripts/bench.py
 
 
@@ -52,8 +68,8 @@ def results_table(folder: Path) -> str:
     seeds = len({row["seed"] for row in results["rows"]})
     says = (
         f"Validation loss in nats per token on {code(results['corpus']['name'])}, "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; × means how many times "
-        f"smaller than D's. {results['device']}, commit "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; the columns with × "
+        f"divide D's parameters by the model's. {results['device']}, commit "
         f"{code((results['git_commit'] or 'unknown')[:12])}, by"
     )
     text = table([*header, "Tokens/s"], rows, "llrrrrrrr")
@@ -236,18 +252,28 @@ TABLES = {
 }
 
 
-def updated(readme: str) -> str:
-    """The text with every block of results rewritten."""
+def results(folder: Path) -> str:
+    """The tables of a folder, whatever its command wrote."""
+    return next(of for name, of in TABLES.items() if any(folder.glob(name)))(folder)
+
+
+KINDS = PARTS | {"results": results}
+
+
+def updated(page: str) -> str:
+    """The text of a page with every block written again."""
 
     def block(found: re.Match) -> str:
-        folder = PUBLISHED / found[1]
-        table_of = next(of for name, of in TABLES.items() if any(folder.glob(name)))
-        return f"<!-- results of {found[1]} -->\n{table_of(folder)}\n<!-- end -->"
+        kind, name = found[1], found[2]
+        text = KINDS[kind](PUBLISHED if name == "all" else PUBLISHED / name)
+        lines = [f"<!-- {kind} of {name} -->", *filter(None, [text]), "<!-- end -->"]
+        return "\n".join(lines)
 
-    pattern = r"<!-- results of (\w+) -->\n.*?<!-- end -->"
-    return re.sub(pattern, block, readme, flags=re.DOTALL)
+    pattern = r"<!-- (\w+) of ([\w/]+) -->\n.*?<!-- end -->"
+    return re.sub(pattern, block, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text("utf-8")), encoding="utf-8")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(updated(page.read_text("utf-8")), encoding="utf-8")

@@ -128,7 +128,16 @@ def test_the_docstring_of_every_config_holds_its_command(name, monkeypatch):
         command_line.parse(["pcagpt", *words])
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "checkpoints/README.md",
+    "configs/README.md",
+    "pcagpt/compression/README.md",
+    "pcagpt/export/README.md",
+    "scripts/README.md",
+    "tests/README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""README.md is true: its figures were written by a command, and its commands run."""
+"""README.md and its pages are true: commands wrote their figures, and theirs run."""
 
 import json
 import re
@@ -20,11 +20,14 @@ from pcagpt.rows import read_sweep
 sys.path.insert(0, str(ROOT / "scripts"))
 from bench import report
 
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
 sys.path.remove(str(ROOT / "scripts"))
 
-README = (ROOT / "README.md").read_text("utf-8")
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PUBLISHED = ROOT / "checkpoints" / "published"
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in SCRIPT["PAGES"]}
+README = PAGES["README.md"]
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.join(words) for words in commands("\n".join(BLOCKS))]
 
 # The commands use rank 128, so the model needs that width.
@@ -36,13 +39,67 @@ exec '{sys.executable}' "$@"
 """
 
 
-def test_result_tables_are_those_of_the_published_results():
-    assert README.count("<!-- results of ") == 7
-    assert SCRIPT["updated"](README) == README
+def test_results_of_each_page_are_those_of_the_published_files():
+    assert TEXT.count("<!-- results of ") == 7
+    for name, page in PAGES.items():
+        assert SCRIPT["updated"](page) == page, name
+
+
+def test_another_number_in_a_result_would_be_noticed():
+    for kind in SCRIPT["KINDS"]:
+        block = re.search(rf"<!-- {kind} of .*?<!-- end -->", TEXT, re.DOTALL)[0]
+        if kind != "samples":  # No published sweep has any.
+            changed = re.sub(r"\d(?=[^\d]*<!-- end)", "x", block)
+            assert changed != block and SCRIPT["updated"](changed) == block
+
+
+def test_readme_is_short_and_has_no_long_table():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        assert len(table.splitlines()) - 2 <= 8, table
+
+
+def test_what_readme_says_of_its_experiments_is_what_their_files_say():
+    def of(*names):
+        return json.loads(PUBLISHED.joinpath(*names).read_text("utf-8"))
+
+    def verdicts(name):
+        lines = SCRIPT["KINDS"]["questions"](PUBLISHED / name).splitlines()[2:]
+        cells = [re.findall(r"(held|exceeded|did not hold)(?= \|)", x) for x in lines]
+        return [set(found) for found in cells]
+
+    text = " ".join(README.split())
+    train = of("gpt2_small_wikipedia", "gpt_baseline", "config.json")["train"]
+    sizes = train["steps"], train["batch_size"]
+    assert "GPT-2 small, {} steps of {} × 1,024 tokens".format(*sizes) in text
+    results = of("gpt2_small_wikipedia", "results.json")
+    assert len({row["seed"] for row in results["rows"]}) == 1
+    assert "one seed, one H100" in text and "1 x NVIDIA H100" in results["device"]
+    assert results["protocol"]["window"] == 1024
+    demo = of("demo", "gpt_baseline", "result.json")["params_total"]
+    assert f"toy D of {demo / 1e6:.1f} million parameters" in text
+    assert "gives the same four answers" in text
+    assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
+    for name in ("val", "test"):
+        assert of("smollm2_135m", name, "sweep.json")["rows_left"] > 0
+    assert "The sweep was cut before its last tables" in text
+
+
+def test_samples_are_shown_as_soon_as_a_published_sweep_has_them(tmp_path):
+    sweep = json.loads((PUBLISHED / "smollm2_135m/val/sweep.json").read_text("utf-8"))
+    texts = {"D": "a | b", "best_coded_k128": "a | c"}
+    sample = {"prompt": "The *people*", "seed": 1, "temperature": 0.8, "texts": texts}
+    write_json(tmp_path / "sweep.json", sweep | {"samples": [sample, sample]})
+    lines = SCRIPT["KINDS"]["samples"](tmp_path).splitlines()
+    assert lines[0].startswith("After “The &#42;people&#42;”, with the same seed")
+    assert "| **D** | a &#124; b |" in lines
+    assert lines[-1] == "| **best_coded_k128** | a &#124; c |"
+    assert SCRIPT["KINDS"]["samples"](PUBLISHED / "smollm2_135m/val") == ""
 
 
 def test_the_table_of_codes_has_every_row_of_both_splits():
-    folder = ROOT / "checkpoints" / "published" / "gpt2_small_codes"
+    folder = PUBLISHED / "gpt2_small_codes"
     lines = SCRIPT["codes_table"](folder).partition("\n\n")[0].splitlines()
     shown = [line.split(" | ")[1] for line in lines if line.startswith("| ")][2:]
     for split in ("val", "test"):
@@ -53,7 +110,7 @@ def test_the_table_of_codes_has_every_row_of_both_splits():
 
 
 def test_a_sweep_without_further_training_has_no_table_of_it(tmp_path):
-    published = ROOT / "checkpoints" / "published" / "gpt2_small_compression"
+    published = PUBLISHED / "gpt2_small_compression"
     sweep = json.loads((published / "sweep.json").read_text("utf-8"))
     found = sweep.pop("recovered")
     assert len(found) == 3
@@ -123,11 +180,17 @@ def test_scaling_table_has_columns_for_each_machine(tmp_path):
     ]
 
 
-def test_local_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    local = [target for target in targets if "://" not in target]
-    assert len(local) > 3
-    assert [target for target in local if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_local_links_and_pictures_exist(name):
+    targets = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", PAGES[name])
+    local = [target for target in targets if "://" not in target[0]]
+    assert name != "README.md" or len(local) > 10
+    for path, anchor in local:
+        place = (ROOT / name).parent / path
+        assert place.exists(), path
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", place.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [head.lower().replace(" ", "-") for head in heads]
 
 
 @pytest.fixture
@@ -225,6 +288,7 @@ def test_every_command_of_the_readme_runs_and_a_second_run_finds_nothing_to_do(
 ):
     monkeypatch.chdir(clone)
     lines = [line for line in COMMANDS if line.startswith("python -m pcagpt.main")]
+    lines.sort(key=lambda line: "configs/demo.py" not in line)  # demo.sh runs first.
     assert len(lines) > 8
     for line in lines:
         words = shrunken(line)[3:]
@@ -267,4 +331,4 @@ def test_other_commands_of_the_readme_are_listed_here():
     run = {shlex.join(words) for line in lines for words in commands(line)}
     assert run == set(COMMANDS)
     others = [line for line in lines if not commands(line)]
-    assert others == ["pip install -c constraints.txt -e '.[cuda13]'"]
+    assert others == ["source .venv/bin/activate"]

@@ -52,7 +52,7 @@ def train(
         the folder belongs to another command now.
 
     Returns:
-      The result. README.md explains its fields.
+      The result. checkpoints/README.md explains its fields.
 
     Raises:
       NotFinite: a loss or a gradient is not finite.

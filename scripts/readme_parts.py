@@ -1,0 +1,233 @@
+"""The parts of the pages that `update_readme.py` writes and that are no plain results.
+
+Each function takes a folder of checkpoints/published and returns markdown.
+"""
+
+import json
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+from pcagpt.config.schema import ModelSettings
+from pcagpt.methods import PACKED
+from pcagpt.model import GPTConfig
+from pcagpt.model.size import embedding_parameters, total_parameters
+from pcagpt.report.compare import QUESTIONS, judge_claims
+from pcagpt.report.sweep import (
+    SMALL_COST,
+    baseline_of,
+    compared_rows,
+    row_name,
+    sweep_view,
+)
+from pcagpt.report.text import (
+    MINUS,
+    NOTHING,
+    code,
+    count,
+    escaped,
+    fixed,
+    percent,
+    signed,
+    table,
+    times,
+    with_interval,
+)
+from pcagpt.rows import Row, read_sweep
+
+# The defaults of `ModelSettings` are the other sizes of GPT-2 small.
+GPT2_SMALL = {"vocab_size": 50257}
+# The texts of smollm2_135m, whose files call them `wiki`.
+TEXTS = {
+    "val": "WikiText-103's validation split",
+    "test": "the State of the Union addresses",
+}
+
+
+def headline(folder: Path) -> str:
+    """The recommended table of a sweep in a few sentences, with its cost."""
+    own, other = (read_sweep(folder / name / "sweep.json") for name in ("val", "test"))
+    view, dense = sweep_view(own), baseline_of(own)
+    best, rounded = view["best"], view["rounded"]
+    (tested,) = (row for row in other["rows"] if row.recipe == best.recipe)
+    packed = next(row for row in compared_rows(own) if row.method == PACKED)
+    bits = 8 * best.bytes / dense["params"]
+    name = row_name(rounded.method, 1, rounded.bits).removeprefix("D's table, ")
+    smaller = times(dense["bytes"] / best.bytes)
+    return (
+        f"**{own['run']}'s token table takes {megabytes(best.bytes)} in a file instead "
+        f"of {megabytes(dense['bytes'])} in float32, {smaller} smaller. The model's "
+        f"loss of {fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
+        f"{TEXTS['val']}** and by {added(tested)} on {TEXTS['test']} (± half of the "
+        "95% interval over windows of the text). The file has "
+        f"{fixed(bits, 2)} bits for each number, and encoding took "
+        f"{fixed(best.seconds, 0)} seconds. The smallest rounding that adds at most "
+        f"{SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as many "
+        "bytes. The file saves no memory. A packed table does: it takes "
+        f"{megabytes(packed.memory)} on the device and adds {added(packed)} nats on "
+        f"{TEXTS['val']}."
+    )
+
+
+def megabytes(number: int) -> str:
+    """12683480 → '12.7 MB'."""
+    return f"{fixed(number / 1e6, 1)} MB"
+
+
+def short_table(folder: Path) -> str:
+    """The recommended table of a sweep, and the nearest one of each other kind."""
+    own, other = (read_sweep(folder / name / "sweep.json") for name in ("val", "test"))
+    tested = {row.recipe: added(row) for row in other["rows"]}
+    numbers = baseline_of(own)["params"]
+    rows = [
+        [
+            row_name(row.method, row.bands, row.bits),
+            count(row.bytes),
+            fixed(8 * row.bytes / numbers, 2),
+            count(row.memory),
+            added(row),
+            tested.get(row.recipe, NOTHING),
+        ]
+        for row in compared_rows(own)
+    ]
+    header = ["Table", "Bytes", "Bits", "Memory", "Added, validation", "Added, test"]
+    return table(header, rows, "lrrrrr")
+
+
+def questions_table(folder: Path) -> str:
+    """The questions of an experiment, with their answers at each rank."""
+    found = json.loads((folder / "results.json").read_text("utf-8"))["comparisons"]
+    verdicts = {(c["question"], c["rank"]): c["verdict"] for c in judge_claims(found)}
+    ranks = sorted({one["rank"] for one in found})
+    rows = []
+    for name, question in QUESTIONS.items():
+        cells = {
+            one["rank"]: f"{half_interval(one)}, {verdicts[name, one['rank']]}"
+            for one in found
+            if one["question"] == name
+        }
+        if cells:
+            shown = [cells.get(rank, NOTHING) for rank in ranks]
+            rows.append(
+                [
+                    f"**{name}**",
+                    question.asks,
+                    escaped(question.claim.partition(":")[0]),
+                    *shown,
+                ]
+            )
+    header = ["Models", "Question", "Expected", *(f"k = {rank}" for rank in ranks)]
+    return table(header, rows, "lll" + len(ranks) * "r")
+
+
+def half_interval(found: dict) -> str:
+    """The effect of a comparison, ± half of its interval."""
+    low, high = found["interval"]
+    return f"{signed(found['effect'])} ± {fixed((high - low) / 2)}"
+
+
+def sizes_table(_: Path) -> str:
+    """Parameters of GPT-2 small by the rank of its table, with tied scales."""
+    rows, own = [], None
+    for rank in (0, 256, 128, 64):
+        config = GPTConfig(
+            **asdict(ModelSettings()) | GPT2_SMALL | {"n_embd_wte": rank}
+        )
+        numbers = embedding_parameters(config), total_parameters(config)
+        own = own or numbers
+        shares = [times(full / less) for full, less in zip(own, numbers, strict=True)]
+        cells = zip(map(count, numbers), shares, strict=True)
+        rows.append([count(rank) if rank else NOTHING, *chain(*cells)])
+    header = ["k", "table parameters", "smaller by", "model parameters", "smaller by"]
+    return table(header, rows, "rrrrr")
+
+
+def samples(folder: Path) -> str:
+    """What D and a compressed model write after the same prompt, if published."""
+    found = read_sweep(folder / "sweep.json").get("samples")
+    if not found:
+        return ""
+    first = found[0]
+    rows = [[f"**{escaped(n)}**", escaped(t)] for n, t in first["texts"].items()]
+    says = (
+        f"After “{escaped(first['prompt'])}”, with the same seed and at temperature "
+        f"{first['temperature']}, the models of {code(folder.name)} write:"
+    )
+    return f"{says}\n\n{table(['Model', 'Text'], rows, 'll')}"
+
+
+def failures(published: Path) -> str:
+    """What did not hold, or held for one model alone."""
+    brief = published / "gpt2_small_wikipedia"
+    results = json.loads((brief / "results.json").read_text("utf-8"))
+    asked = {
+        (c["question"], c["rank"]): half_interval(c) for c in results["comparisons"]
+    }
+    of_b = [c for c in results["comparisons"] if c["question"] == "B vs A"]
+    (own,) = (row for row in results["rows"] if row["letter"] == "D")
+    (share,) = {b / a for b, a in (c["tokens"] for c in of_b)}
+    each = own["tokens_seen"] / own["params_total"]
+    swept = read_sweep(published / "gpt2_small_compression" / "sweep.json")
+    trained = {row["letter"]: row for row in swept["recovered"]}
+    gains = {
+        name: with_interval(row["added_loss"], row["interval"])
+        for name, row in trained.items()
+    }
+    beyond = with_interval(
+        trained["B"]["less_continued"], trained["B"]["less_continued_interval"]
+    )
+    gpt2 = read_sweep(published / "gpt2_small_codes" / "val" / "sweep.json")
+    smollm2 = read_sweep(published / "smollm2_135m" / "val" / "sweep.json")
+
+    def both(method: str, bands: int, size: tuple[int, int], bits: int = 32) -> str:
+        one, other = (
+            next(
+                added(row)
+                for row in sweep["rows"]
+                if (row.method, row.bands, row.bits) == (method, bands, bits)
+                and row.rank == rank
+            )
+            for sweep, rank in zip((gpt2, smollm2), size, strict=True)
+        )
+        return f"{one} to GPT-2 small and {other} to SmolLM2-135M"
+
+    return "\n".join(
+        [
+            "- **Fine-tuning beats training from scratch (the original: B < A).** It "
+            f"did not, after {own['steps']} steps of GPT-2 small: B minus A is "
+            f"{asked['B vs A', 64]} at rank 64 and {asked['B vs A', 128]} at rank 128. "
+            f"B had {percent(share)} of A's tokens.",
+            "- **A and D end at the same loss (the original: A ≈ D).** A was better "
+            f"than D by {asked['A vs D', 128].lstrip(MINUS)} at rank 128. But D saw "
+            f"only {fixed(each, 1)} tokens for each of its parameters, and A also "
+            "profits from D's training. This says nothing about a D that was trained "
+            "for long.",
+            "- **B, trained further, beats D.** GPT-2 small with factors of the size "
+            f"of k = {trained['B']['rank']} (B) trained on for "
+            f"{percent(trained['B']['share_of_tokens'])} of D's tokens. Its loss minus "
+            f"D's is {gains['B']}. But D gains from the same steps, too (D+): "
+            f"{gains['D+']}. B minus D+ is {beyond}: not resolved.",
+            "- **D's predictions teach more than the text.** The same model, trained "
+            f"on them (Bd), adds {gains['Bd']} to D's loss.",
+            "- **Factors that suit a briefly trained model suit every model.** "
+            f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
+            "the size of k = 128.",
+            "- **Rounding costs every model the same.** D's own table in 4 bits adds "
+            f"{both('baseline', 1, (0, 0), 4)}.",
+        ]
+    )
+
+
+def added(row: Row) -> str:
+    """The added loss of a table, ± half of its interval."""
+    return with_interval(row.added_loss, row.added_loss_interval)
+
+
+PARTS = {
+    "headline": headline,
+    "nearest": short_table,
+    "questions": questions_table,
+    "sizes": sizes_table,
+    "samples": samples,
+    "failures": failures,
+}
