@@ -386,12 +386,17 @@ def write_table_of_another(folder, method="svd", names=("model.embed_tokens.weig
     if method == "svd":
         made["table_sha256"] = write_factors(folder / "table", table, 4)
     else:
-        codes, _ = KINDS[method].make(coding.prepare(table, Weighting()), 1, 9000)
+        codes = codes_of(method, table, 9000)
+        made["table_sha256"] = codes.sha256
         description = coding.Description(method, checkpoint=run.fingerprint)
         (folder / "table").mkdir()
         KINDS[method].write(folder / "table" / KINDS[method].file, codes, description)
     write_record(folder / "table", run.record | {"compressed": made})
     return folder / "table"
+
+
+def codes_of(method, table, most_bytes):
+    return KINDS[method].make(coding.prepare(table, Weighting()), 1, most_bytes)[0]
 
 
 def write_factors(folder, table, rank):
@@ -416,13 +421,16 @@ def test_factors_of_another_table_than_the_record_names_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", KINDS)
-def test_codes_of_another_model_than_the_record_names_are_refused(method, tmp_path):
+def test_codes_of_another_table_than_the_record_names_are_refused(method, tmp_path):
     folder = write_table_of_another(tmp_path, method)
     path = folder / KINDS[method].file
     codes, description = KINDS[method].read(path)
     assert source_of(folder).identity["table_sha256"] == sha256_of_file(path)
-    other = dataclasses.replace(description, checkpoint="0" * 64)
-    KINDS[method].write(path, codes, other)
+    renewed = dataclasses.replace(description, predicted_loss=0.25)
+    KINDS[method].write(path, codes, renewed)
+    assert source_of(folder).identity["table_sha256"] == sha256_of_file(path)
+    smaller = codes_of(method, codes.dense(), 5000)
+    KINDS[method].write(path, smaller, description)
     with pytest.raises(UserError, match=f"{path.name} is another table than the one"):
         source_of(folder)
 

@@ -1,11 +1,13 @@
 """From a run, a checkpoint or a bare table to the files of its factorization."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import CONFIGS, call
 from runs import changed, described, execute, snapshot, write_statistics
 
 from pcagpt.config import Settings
@@ -347,6 +349,27 @@ def test_the_task_writes_once_and_then_finds_all_done(finished_experiment, tmp_p
     assert line.split() == ["pca_factorized", "rank", "2,", "4", "done"]
     execute(config)
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_the_command_ends_with_the_error_or_the_ranks_of_its_bands(bands, tmp_path):
+    table = np.random.default_rng(0).normal(size=(97, 16)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    outcome = call(
+        f"--config={CONFIGS / 'factorize.py'}",
+        f"--config.model_path={tmp_path / 'table.npy'}",
+        f"--config.workdir={tmp_path}",
+        *("--config.ranks=8", f"--config.factorize.bands={bands}"),
+        "--config.factorize.method=svd",
+    )
+    assert outcome.code == 0, outcome
+    about, where = outcome.out.splitlines()[-2:]
+    shown = {
+        1: r"rank 8: relative error 0\.\d{4}",
+        3: r"size of rank 8: bands of ranks ",
+    }
+    assert re.match(shown[bands], about), outcome.out
+    assert where == f"factors: {tmp_path / 'pca_factorized'}"
 
 
 # What cannot be factorized

@@ -19,6 +19,7 @@ from pcagpt.coding.quantize import compensated
 from pcagpt.coding.transform import Coefficients, coefficients, mean_row
 from pcagpt.coding.widths import Widths, borders_of, levels_of
 from pcagpt.factorization.chunks import chunks
+from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.model import (
     BLOCK,
     WIDTHS,
@@ -62,6 +63,11 @@ class PackedTable:
     def constants(self) -> dict:
         """The 'constants' of a model with this table."""
         return packed_constants(self.order, self.bands)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all values."""
+        return sha256_of_arrays(self.order, *jax.tree.leaves(self.bands))
 
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D]."""

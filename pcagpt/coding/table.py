@@ -12,6 +12,7 @@ from pcagpt.coding.basis import Basis
 from pcagpt.coding.quantize import class_steps
 from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.factorization.chunks import chunks
+from pcagpt.factorization.table import sha256_of_arrays
 
 LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in any order.
 
@@ -41,6 +42,12 @@ class CodedTable:
     def memory(self) -> int:
         """Bytes of the dense table."""
         return FLOAT_BYTES * math.prod(self.shape)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all values."""
+        steps = np.float64(self.step), self.classes
+        return sha256_of_arrays(self.symbols, *steps, *self.basis)
 
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D], the same bits on every machine.

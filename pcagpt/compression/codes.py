@@ -13,9 +13,10 @@ from pcagpt.methods import CODED, PACKED
 class Codes(Protocol):
     """A table that is stored as codes.
 
-    sizes, ranks: of its bands (rank 0: full width); memory: bytes on a device that
-    computes with it; constants, blocks: the 'constants' and `model.band_blocks` of a
-    model that reads the codes in place; None and () if a model reads the dense table.
+    sha256: hash of all values; sizes, ranks: of its bands (rank 0: full width);
+    memory: bytes on a device that computes with it; constants, blocks: the 'constants'
+    and `model.band_blocks` of a model that reads the codes in place; None and () if a
+    model reads the dense table.
     """
 
     sizes: tuple[int, ...]
@@ -23,6 +24,7 @@ class Codes(Protocol):
     memory: int
     constants: dict[str, Any] | None
     blocks: tuple[int, ...]
+    sha256: str
 
     def dense(self) -> np.ndarray:
         """The table that the codes stand for: float32 [V, D]."""

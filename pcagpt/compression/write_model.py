@@ -60,7 +60,7 @@ def write_model(
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()
-    table_sha256 = None if codes else candidate.table.sha256
+    table_sha256 = _recorded_hash(original, candidate.table, codes)
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = (
         _is_from(folder, original, recipe)
@@ -89,7 +89,7 @@ def write_model(
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
             **({"side": original.side} if original.side else {}),
-            **({} if codes else {"table_sha256": table_sha256}),
+            **({"table_sha256": table_sha256} if table_sha256 else {}),
             **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }
         model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
@@ -124,12 +124,27 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
     if renewed != own or path.stat().st_size != row.bytes:
         return False
+    wanted = _recorded_hash(original, None, codes)
+    if wanted not in (None, _origin_of(folder).get("table_sha256")):
+        return False
     weights, _ = _model_of(original, of_full_width(codes.dense()), codes)
     if not _holds(folder, weights):
         return False
     if there != own:
         _write_codes(path, kind, codes, own)
     return True
+
+
+def _recorded_hash(
+    original: Original, table: FactorizedTable | None, codes: Codes | None
+) -> str | None:
+    """The hash of its table in a model's record.
+
+    None for codes of our own models: they are also in ckpt/0, which has hashes.
+    """
+    if codes is None:
+        return None if table is None else table.sha256
+    return codes.sha256 if original.run.architecture else None
 
 
 def _write_codes(

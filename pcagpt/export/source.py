@@ -221,8 +221,8 @@ class DecoderSource:
         kind, self.coded = KINDS.get(made.get("method")), None
         if kind:
             path = folder / kind.file
-            self.table, description = kind.read(path)
-            is_own = self.original.is_at(description.checkpoint)
+            self.table, _ = kind.read(path)
+            is_own = self.table.sha256 == made.get("table_sha256")
             self.coded = path if made["method"] == CODED else None
             identity = {"table_sha256": sha256_of_file(path)}
         else:

@@ -11,6 +11,15 @@ import numpy as np
 FLOAT_BYTES = 4  # of a stored value
 
 
+def sha256_of_arrays(*arrays: np.ndarray | None) -> str:
+    """Hash of the values of arrays, one after another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 class BandFactors(NamedTuple):
     """Factors of one band's rows."""
 
@@ -80,11 +89,8 @@ class FactorizedTable(NamedTuple):
     @property
     def sha256(self) -> str:
         """Hash of all values: the same recipe can give another table."""
-        digest = hashlib.sha256(self.order.tobytes())
-        for array in (*(factor for band in self.bands for factor in band), self.mean):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        factors = (factor for band in self.bands for factor in band)
+        return sha256_of_arrays(self.order, *factors, self.mean)
 
     def dense(self) -> np.ndarray:
         """The whole table by token id, mean included: [V, D]."""

@@ -323,7 +323,8 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
     places = (p for p in best_models(folder, rank) if (p / "config.json").is_file())
     own = (place for place in places if not is_of_another(place, original))
-    runs = {"D": original.run.folder} | {place.name: place for place in own}
+    baseline = checkpoint.folder_of(original.run.folder, original.run.step)
+    runs = {"D": baseline} | {place.name: place for place in own}
 
     def text() -> np.ndarray:
         return original.corpus.tokens(original.split)

@@ -126,12 +126,15 @@ class FactorizeJob(Job):
         return differences(metadata, identity, identity)
 
     def found(self) -> list[str]:
-        """The error of each rank."""
-        ranks = factor_files.read_metadata(self.folder)["ranks"]
-        lines = [
-            f"rank {rank}: relative error {ranks[str(rank)]['relative_error']:.4f}"
-            for rank in self.settings.ranks
-        ]
+        """The error of each rank, or the ranks of its bands."""
+        ranks, lines = factor_files.read_metadata(self.folder)["ranks"], []
+        for rank in self.settings.ranks:
+            known = ranks[str(rank)]
+            if (error := known.get("relative_error")) is not None:
+                lines.append(f"rank {rank}: relative error {error:.4f}")
+            elif bands := known.get("band_ranks"):
+                own = ", ".join(map(str, bands))
+                lines.append(f"size of rank {rank}: bands of ranks {own}")
         return [*lines, f"factors: {self.folder}"]
 
     def differing(self) -> list[str]:

@@ -3,7 +3,6 @@
 The prompts are pieces of the text that the report measures on.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,24 +47,24 @@ def samples_of(
 ) -> dict[str, Any]:
     """{'samples': [{'prompt', 'seed', 'temperature', 'texts'}, ...], 'samples_of'}.
 
-    Each text is {name: what the run wrote}. 'samples_of' are hashes of the runs'
-    records: with the same ones, the samples of `known` are returned. {} if there are
+    Each text is {name: what the run wrote}. 'samples_of' are fingerprints of the runs:
+    with the same ones, the samples of `known` are returned. {} if there are
     none: their tokens stand for no known text, only transformers computes a model, a
     checkpoint is missing, or there are several processes.
 
     Args:
-      runs: {name: folder}; all know the same tokens.
+      runs: {name: folder, or one of its checkpoints}; all know the same tokens.
       settings: of the command.
       text: gives the tokens that the prompts come from, [N].
       known: what the report showed before.
     """
     if jax.process_count() > 1:
         return {}
-    records = {name: _hash_of_record(folder) for name, folder in runs.items()}
-    if records == known.get("samples_of"):
-        return {name: known[name] for name in ("samples", "samples_of")}
     try:
         opened = {name: Run.open(folder) for name, folder in runs.items()}
+        prints = {name: run.fingerprint for name, run in opened.items()}
+        if prints == known.get("samples_of"):
+            return {name: known[name] for name in ("samples", "samples_of")}
         tokenizer = tokenizer_of(next(iter(opened.values())), settings)
         tokens, end = text(), tokenizer.eot_token
         starts = [len(tokens) * n // PROMPTS for n in range(PROMPTS)]
@@ -95,11 +94,4 @@ def samples_of(
         {"prompt": prompt} | common | {"texts": found}
         for prompt, found in zip(shown, texts, strict=True)
     ]
-    return {"samples": samples, "samples_of": records}
-
-
-def _hash_of_record(folder: Path) -> str:
-    """Changes with each run: a record names its weights, or their source."""
-    files = [folder / name for name in ("config.json", "result.json")]
-    content = b"".join(path.read_bytes() for path in files if path.is_file())
-    return hashlib.sha256(content).hexdigest()
+    return {"samples": samples, "samples_of": prints}
