@@ -117,7 +117,8 @@ class Row(SwapScores, Recipe):
     bytes: its storage; memory: bytes on a device that computes with it; seconds: time
     to make it; second_order_head and _input: a `SecondOrder`; predicted_loss:
     prediction of added_loss; is_anchor: whether the predictions were fitted to this
-    row.
+    row; table_sha256: hash of its factors or codes, None for other tables and in older
+    files.
     """
 
     band_sizes: list[int]
@@ -130,6 +131,7 @@ class Row(SwapScores, Recipe):
     memory: int | None = None
     predicted_loss: float | None = None
     is_anchor: bool = False
+    table_sha256: str | None = None
 
     @classmethod
     def of(cls, content: Any, where: object) -> Self:

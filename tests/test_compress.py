@@ -26,6 +26,8 @@ from pcagpt.compression.sweep import _predicted
 from pcagpt.config import Settings, validate
 from pcagpt.config.schema import KNOBS, ModelSettings
 from pcagpt.errors import Unreadable, UserError
+from pcagpt.export.measured import measured
+from pcagpt.export.source import open_source
 from pcagpt.factorization import factor_files
 from pcagpt.files import write_json
 from pcagpt.methods import CODES
@@ -533,6 +535,29 @@ def test_overwrite_moves_what_is_damaged_in_a_best_model_s_place_aside(
     assert Run.open(place).step == 0
     (kept,) = place.parent.glob("best_k8.replaced-*")
     assert kept.is_file() == is_file
+
+
+def test_a_model_card_has_no_loss_of_another_table_of_its_recipe(asked):
+    methods = {"compress.methods": "context,coded", "compress.bands": (1,)}
+    for tokens in (64, 512):
+        calibration = {"compress.calibration_tokens": tokens}
+        sweep_of(asked, overwrite=True, ranks=(8,), **methods, **calibration)
+    for name in ("best_k8", "best_coded_k8"):
+        (moved,) = folder_of(asked).glob(f"{name}.replaced-*")
+        for place, count in ((folder_of(asked) / name, 1), (moved, 0)):
+            source = open_source(Settings(task="export", model_path=str(place)))
+            assert len(measured(source, asked.workdir)) == count, place
+
+
+def test_a_compressed_model_is_not_compressed_again(asked):
+    sweep_of(asked, ranks=(8,), **{"compress.methods": "coded"})
+    model = folder_of(asked) / "best_coded_k8"
+    again = changed(asked, model_path=str(model), workdir=f"{model}/runs")
+    with pytest.raises(UserError, match=r"compressed table: give the model .* from, /"):
+        sweep_of(again)
+    words = f"--config.model_path={model}", "--print_config"
+    outcome = call("--config=configs/compress.py", *words)
+    assert outcome.code == 2 and "has a compressed table" in outcome.err
 
 
 # What is measured

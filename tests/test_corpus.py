@@ -1084,6 +1084,8 @@ def test_one_text_file_is_cut_into_splits_at_lines(tmp_path, cache):
         }
         told.append(texts)
     assert told[0] == told[1]
+    notices = [find_source(str(source)).notice for source in (file, file.parent)]
+    assert notices[1] == f"{notices[0]}; left out: notes.md"
     assert "".join(text.replace(END_OF_TEXT, "") for text in texts.values()) == (
         "".join(lines)
     )
@@ -1094,6 +1096,15 @@ def test_one_text_file_is_cut_into_splits_at_lines(tmp_path, cache):
     first = find_source(str(file)).fingerprints()
     file.write_text("".join(lines[1:]), encoding="utf-8")
     assert find_source(str(file)).fingerprints() != first
+
+
+def test_a_known_corpus_tells_of_a_file_or_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_source("sotu").notice == ""
+    (tmp_path / "sotu").write_text("my text")
+    assert "not the file sotu here: give --config.data.source=./sotu for the file" in (
+        find_source("sotu").notice
+    )
 
 
 def test_one_line_of_text_is_cut_between_characters(tmp_path):
@@ -1107,8 +1118,9 @@ def test_one_line_of_text_is_cut_between_characters(tmp_path):
 
 def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
-    (tmp_path / "train.bin").write_bytes(b"text")
-    refused(tmp_path / "train.bin", cache, "is a token file")
+    for name in ("train.bin", "lines.jsonl", "text"):
+        (tmp_path / name).write_text("text\n" * 99)
+        refused(tmp_path / name, cache, r"does not end in \.txt, \.raw, \.tok")
     (tmp_path / "link").symlink_to("nowhere")
     refused(tmp_path / "link", cache, "link' is a link to nothing")
     refused("", cache, r"data\.source is empty: .*\. is the current folder")

@@ -15,6 +15,7 @@ from test_hugging_face_parity import opened  # noqa: E402
 
 import pcagpt  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
+from pcagpt.run.folder import read_record  # noqa: E402
 
 # These two packages warn about themselves.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -62,6 +63,8 @@ def swept(request, tmp_path_factory):
 def test_an_export_has_the_loss_that_was_measured(name, swept):
     model, workdir = swept
     table = workdir / "compressed" / name
+    # It is found from any working directory.
+    assert read_record(table)["compressed"]["run"] == str(model.resolve())
     losses = {}
     for form in FORMS[name]:
         outcome = call(

@@ -318,6 +318,25 @@ def test_max_tokens_predicts_the_first_tokens_and_writes_a_file_of_its_own(asked
     assert snapshot(run_dir).keys() == before
 
 
+@pytest.mark.parametrize("text", ["my own notes", '{"mine": 1}'])
+def test_what_a_person_has_in_the_place_of_a_result_is_moved_aside(asked, text, capfd):
+    run_dir = Path(asked().model_path)
+    evaluate(asked())
+    evaluate(asked())  # It replaces its own result.
+    (plain,) = run_dir.glob("evaluation_*")
+    plain.write_text(text)
+    evaluate(asked())
+    plain.write_text('{"protocol": {"tokens_sha256": "of another corpus"}}')
+    evaluate(asked())
+    (hashed,) = set(run_dir.glob("evaluation_*_step6_*.json")) - {plain}
+    hashed.write_text(text)
+    evaluate(asked())
+    kept = [path.read_text() for path in run_dir.glob("evaluation_*.replaced-*")]
+    assert kept == [text, text]
+    out, err = capfd.readouterr()
+    assert "was moved to" in err and "was moved to" not in out
+
+
 def test_each_corpus_split_and_step_has_its_own_file_in_the_run_folder(asked, tmp_path):
     source = write_corpus(tmp_path / "other", vocab_size=50)
     wanted = {

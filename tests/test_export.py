@@ -19,6 +19,7 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.export import formats
+from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import Factorizer, Weighting, factor_files
 from pcagpt.files import sha256_of_file
@@ -275,6 +276,20 @@ def test_the_card_of_a_compressed_run_tells_how_long_d_was_trained(tmp_path):
     assert made.endswith("; 3 of 4 steps")
 
 
+def test_the_card_of_a_model_trained_further_names_where_it_started(tmp_path):
+    record = {"arm": "pca_finetune", "train": {"steps": 4}}
+    record["init"] = {"weights_from": "runs/compressed/best_coded_k4"}
+    for distill, words in (({}, ""), ({"teacher": "D"}, " on the predictions of a")):
+        run = write_run(tmp_path / "run", record=record | {"distill": distill})
+        lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+        (made,) = (line for line in lines if line.startswith("- B"))
+        assert made.startswith(
+            f"- B: all weights of best_coded_k4, trained further{words}"
+        )
+        shutil.rmtree(run)
+        shutil.rmtree(tmp_path / "exported")
+
+
 def test_the_card_shows_no_loss_of_weights_that_were_replaced(tmp_path, corpus_folder):
     run = write_run(tmp_path / "run")
     loss_of(run, tmp_path, corpus_folder)
@@ -417,6 +432,30 @@ def test_factors_of_another_table_than_the_record_names_are_refused(tmp_path):
     shutil.rmtree(folder / "factors")
     write_factors(folder, np.random.default_rng(1).normal(size=(V, 16)), 2)
     with pytest.raises(UserError, match="factors is another table than the one"):
+        source_of(folder)
+
+
+def test_a_table_whose_model_got_another_tokenizer_is_refused(tmp_path):
+    folder = write_table_of_another(tmp_path)
+    record = read_record(folder) | {"tokenizer_sha256": "0" * 64}
+    write_record(folder, record)
+    with pytest.raises(UserError, match="theirs has another tokenizer than when"):
+        source_of(folder)
+
+
+def test_the_card_tells_in_which_type_transformers_computes(tmp_path):
+    folder = write_table_of_another(tmp_path)
+    for dtype, is_told in (("bfloat16", True), ("float32", False)):
+        source = source_of(folder)
+        config = source.config() | {"dtype": dtype}
+        source.config = lambda config=config: config
+        assert ("weights are in bfloat16" in model_card(source, "hf", [])) == is_told
+
+
+def test_a_table_whose_model_is_gone_names_it(tmp_path):
+    folder = write_table_of_another(tmp_path)
+    shutil.move(tmp_path / "theirs", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"model in {tmp_path}/theirs, which is gone"):
         source_of(folder)
 
 

@@ -173,6 +173,18 @@ def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     assert moved(run_dir).is_dir()
 
 
+def test_a_run_that_another_command_replaced_meanwhile_is_not_told(copied, monkeypatch):
+    """The first command has seen its own run, which was finished."""
+
+    def replace(job, is_needed):
+        record = read_record(job.folder)
+        write_record(job.folder, record | {"seed": 2})
+
+    monkeypatch.setattr(train_job.TrainJob, "compare_corpus", replace)
+    with pytest.raises(UserError, match="was trained with another config: seed"):
+        execute(changed(copied, task="train", arm="baseline"))
+
+
 def test_a_command_that_lost_its_lock_moves_nothing_aside(made_elsewhere, monkeypatch):
     run_dir = job(made_elsewhere).folder
     before = content(run_dir)

@@ -182,6 +182,8 @@ class Model:
         Raises UserError if the model has no tokenizer, or it does not know a character.
         """
         with call():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError("the text has half of a surrogate pair: decode it anew")
             ids = self._tokenizer.encode(text, allowed_special={END_OF_TEXT})
             return np.array(ids, np.int32)
 

@@ -53,6 +53,7 @@ class Candidate:
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
         stored = self.codes or self.table
+        is_model = self.recipe.is_codes or self.recipe.is_factors
         return Row(
             **dataclasses.asdict(self.recipe),
             **dataclasses.asdict(scores),
@@ -64,6 +65,7 @@ class Candidate:
             seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
+            table_sha256=stored.sha256 if is_model else None,
         )
 
     @property

@@ -64,6 +64,16 @@ class Model(Protocol):
         """Scores of a table in place of the model's own, on (inputs, targets)."""
 
 
+def check_is_original(run: Run) -> None:
+    """Raises UserError if the table of a run was made smaller already."""
+    _ = run.table_shape  # Its check.
+    if made := run.record.get("compressed"):
+        raise UserError(
+            f"{run.folder} has a compressed table: give the model that it was made "
+            f"from, {made.get('run')}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Original:
     """A run with a full table, and the text to measure it on.
@@ -92,7 +102,7 @@ class Original:
 
         `results` is `Run.results_in` the workdir, if it is not given.
 
-        Raises UserError if the table is already factorized, if the corpus lacks the
+        Raises UserError if the table was made smaller already, if the corpus lacks the
         split, or if the corpus or the devices do not fit the run.
         """
         split = settings.split
@@ -100,6 +110,7 @@ class Original:
         for section in ("train", "evaluate"):
             size = getattr(settings, section).batch_size
             placement.check_divisible(f"{section}.batch_size", size, mesh)
+        check_is_original(run)
         # Before a text is tokenized, which may take long.
         if run.architecture:
             model = _decoder(run, settings.model.block_size)

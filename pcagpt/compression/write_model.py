@@ -60,11 +60,11 @@ def write_model(
     """
     run, recipe, codes = original.run, candidate.recipe, candidate.codes
     run.check_unchanged()
-    table_sha256 = _recorded_hash(original, candidate.table, codes)
+    table = codes or candidate.table
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = (
         _is_from(folder, original, recipe)
-        and table_sha256 in (None, _origin_of(folder).get("table_sha256"))
+        and _names(folder, original, table)
         and _holds(folder, weights)
     )
     if not is_made and stays(folder, recipe, overwrite):
@@ -79,17 +79,17 @@ def write_model(
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
         _write_codes(written / kind.file, kind, codes, _description(original, row))
-    elif _held(factors := written / "factors", table_sha256) is None:
+    elif _held(factors := written / "factors", table.sha256) is None:
         move_aside(factors)
         write_bands(factors, candidate.table)
     if not is_made:
         made = {
-            "run": str(run.folder),
+            "run": str(run.folder.resolve()),
             "step": run.step,
             "fingerprint": run.fingerprint,
             **dataclasses.asdict(recipe),
             **({"side": original.side} if original.side else {}),
-            **({"table_sha256": table_sha256} if table_sha256 else {}),
+            "table_sha256": table.sha256,
             **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
         }
         model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
@@ -124,8 +124,7 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
     if renewed != own or path.stat().st_size != row.bytes:
         return False
-    wanted = _recorded_hash(original, None, codes)
-    if wanted not in (None, _origin_of(folder).get("table_sha256")):
+    if not _names(folder, original, codes):
         return False
     weights, _ = _model_of(original, of_full_width(codes.dense()), codes)
     if not _holds(folder, weights):
@@ -135,16 +134,15 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     return True
 
 
-def _recorded_hash(
-    original: Original, table: FactorizedTable | None, codes: Codes | None
-) -> str | None:
-    """The hash of its table in a model's record.
-
-    None for codes of our own models: they are also in ckpt/0, which has hashes.
-    """
-    if codes is None:
-        return None if table is None else table.sha256
-    return codes.sha256 if original.run.architecture else None
+def _names(folder: Path, original: Original, table: FactorizedTable | Codes) -> bool:
+    """Whether the record in a folder is of this table."""
+    recorded = _origin_of(folder).get("table_sha256")
+    # Older versions recorded no hash of codes. Those of our own models are in ckpt/0,
+    # too, which has hashes.
+    is_factors = isinstance(table, FactorizedTable)
+    if recorded is None and not is_factors and not original.run.architecture:
+        return True
+    return recorded == table.sha256
 
 
 def _write_codes(

@@ -3,7 +3,7 @@
 import errno
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -86,10 +86,11 @@ def find_source(source: str) -> TextSource | TokenFolder:
         line = _namesake(source)
         return TextSource(source, tokenizer, lambda: (version,), documents, line)
     folder = Path(source)
-    if folder.is_file() and folder.suffix != ".bin":
+    endings = ", ".join(text_files.ENDINGS)
+    if folder.is_file() and folder.suffix.lower() in text_files.ENDINGS:
         return _single_text(folder)
     if not folder.is_dir():
-        absent = "is a token file" if folder.exists() else "does not exist"
+        absent = f"does not end in {endings}" if folder.exists() else "does not exist"
         kind = odd_kind(folder)
         problem = f"is {kind}" if kind else absent
         raise UserError(
@@ -100,11 +101,11 @@ def find_source(source: str) -> TextSource | TokenFolder:
         return TokenFolder(folder)
     files = text_files.find_text_files(folder)
     if not files.of_split and len(files.without_split) == 1:
-        return _single_text(files.without_split[0])
+        return _single_text(files.without_split[0], files.left_out)
     if not files.of_split:
         raise UserError(
             f"nothing recognisable in {folder}: it must hold train.bin and val.bin, or "
-            f"text files named by split and ending in {', '.join(text_files.ENDINGS)}, "
+            f"text files named by split and ending in {endings}, "
             "such as train.txt and val.txt, or one text file"
             f"{odd_splits(folder)}"
         )
@@ -116,8 +117,11 @@ def find_source(source: str) -> TextSource | TokenFolder:
     return TextSource(_name(folder), "gpt2", fingerprints, documents, str(files))
 
 
-def _single_text(path: Path) -> TextSource:
-    """A text file as a source; each split is one document."""
+def _single_text(path: Path, beside: Sequence[str] = ()) -> TextSource:
+    """A text file as a source; each split is one document.
+
+    `beside` are the names in its folder, all but its own are left out.
+    """
 
     def documents(start: int, end: int) -> list[Document]:
         return [single_text.read_part(path, start, end)]
@@ -125,7 +129,8 @@ def _single_text(path: Path) -> TextSource:
     def fingerprints() -> tuple[str]:
         return (single_text.text_hash(path),)
 
-    line = single_text.notice(path)
+    others = text_files.some_of([name for name in beside if name != path.name])
+    line = single_text.notice(path) + (f"; left out: {others}" if others else "")
     places = single_text.parts(path).items()
     of_split = {split: partial(documents, *place) for split, place in places}
     return TextSource(_name(path), "gpt2", fingerprints, of_split, line)
@@ -138,11 +143,12 @@ def _name(path: Path) -> str:
 
 def _namesake(source: str) -> str:
     """A line that says that a folder of this name here is not used; '' without one."""
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         return ""
+    kind = "folder" if Path(source).is_dir() else "file"
     return (
-        f"data source '{source}' is the known corpus, not the folder {source} here: "
-        f"give --config.data.source=./{source} for the folder"
+        f"data source '{source}' is the known corpus, not the {kind} {source} here: "
+        f"give --config.data.source=./{source} for the {kind}"
     )
 
 

@@ -55,10 +55,10 @@ class TextFiles:
     def __str__(self) -> str:
         """As in 'text in wiki: train from a.train.txt; left out: notes.md'."""
         used = (
-            f"{split} from {_some_of([path.name for path in paths])}"
+            f"{split} from {some_of([path.name for path in paths])}"
             for split, paths in self.of_split.items()
         )
-        rest = f"; left out: {_some_of(self.left_out)}" if self.left_out else ""
+        rest = f"; left out: {some_of(self.left_out)}" if self.left_out else ""
         return f"text in {self.folder}: {', '.join(used)}{rest}"
 
 
@@ -94,7 +94,7 @@ def find_text_files(folder: Path) -> TextFiles:
 def other_names(folder: Path, used: Collection[str]) -> str:
     """The names in a folder besides these and hidden ones, with commas; '' for none."""
     names = (p.name + "/" * p.is_dir() for p in sorted(folder.iterdir()))
-    return _some_of([name for name in names if name not in used and name[0] != "."])
+    return some_of([name for name in names if name not in used and name[0] != "."])
 
 
 def text_hashes(files: TextFiles) -> tuple[str, str]:
@@ -226,7 +226,7 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _some_of(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
     """At most eight names, quoted unless plain, and the number of further ones."""
     names = [n if _PLAIN_NAME.fullmatch(n) else repr(n) for n in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

@@ -74,7 +74,10 @@ def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
                 continue
             tokens = protocol.get("evaluated_tokens")
             for row in rows:
-                if vars(row.recipe).items() <= (DEFAULTS | made).items():
+                # The same recipe makes another table from other statistics.
+                known = {None, made.get("table_sha256")}
+                is_same = vars(row.recipe).items() <= (DEFAULTS | made).items()
+                if is_same and row.table_sha256 in known:
                     numbers = {
                         "loss": row.loss + row.added_loss,
                         "added": row.added_loss,

@@ -53,6 +53,7 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         architecture=source.architecture,
         is_compressed=not _is_full(source),
         sizes=_sizes(source),
+        half=_half_precision(source),
         made=_how_made(record, source.identity.get("step")),
         step=source.identity.get("step"),
         fingerprint=source.identity["fingerprint"][:12],
@@ -86,6 +87,13 @@ def _sizes(source: Source) -> str:
     return table(("", "numbers", "bytes"), rows, "lrr")
 
 
+def _half_precision(source: Source) -> str:
+    """The type of the weights as transformers opens them, if it is not float32."""
+    config = source.config()
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return "" if dtype == "float32" else dtype
+
+
 def _is_full(source: Source) -> bool:
     """Whether the table was never compressed."""
     return (
@@ -104,9 +112,12 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
     step = compressed.get("step", step)
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
-        lines.append(
-            f"{arm.letter}, {arm.title}: {arm.meaning}; {step} of {steps} steps"
-        )
+        text = f"{arm.letter}, {arm.title}: {arm.meaning}"
+        if start := (record.get("init") or {}).get("weights_from"):
+            text = f"{arm.letter}: all weights of {Path(start).name}, trained further"
+            if (record.get("distill") or {}).get("teacher"):
+                text += " on the predictions of a teacher"
+        lines.append(f"{text}; {step} of {steps} steps")
     if compressed:
         shown = ("method", "bands", "budget", "rank", "bits")
         recipe = fields({name: compressed.get(name) for name in shown})

@@ -212,6 +212,11 @@ class DecoderSource:
         self.architecture = record["architecture"]
         if not made.get("run"):
             raise other_decoder.refusal(folder, self.architecture)
+        if not Path(made["run"]).exists():
+            raise UserError(
+                f"{folder} is a table of the model in {made['run']}, which is gone: "
+                "restore that folder, or compress the model again"
+            )
         self.original = Run.open(made["run"], any_architecture=True)
         if not self.original.is_at(made.get("fingerprint")):
             raise UserError(
@@ -239,6 +244,11 @@ class DecoderSource:
             )
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
         self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
+        if record.get("tokenizer_sha256") not in (None, self.tokenizer_sha256):
+            raise UserError(
+                f"{self.original.folder} has another tokenizer than when {folder} was "
+                "made from it: restore it, or compress the model again"
+            )
         self.check_unchanged = self.original.check_unchanged
         self.table_name, self._names = self._find_table()
 

@@ -80,9 +80,7 @@ def compress(settings: Settings, command: str) -> None:
             processes.from_first(table.check_folder)
     for table in tables:
         table.compress(command)
-    if jax.process_index() == 0:
-        for table in tables:
-            table.say_found()
+    say(*(line for table in tables for line in table.found))
 
 
 class _Table:
@@ -95,6 +93,7 @@ class _Table:
         self._methods, options = methods, settings.compress
         self._file = folder / ("advice.json" if options.bounds else "sweep.json")
         self._tried: list[Recipe] = []
+        self.found: list[str] = []  # the last lines of the command
         self._models: Models = {folder / ADVISED: []}
         if not options.bounds:
             self._tried = _recipes(original, methods, settings.ranks, options)
@@ -145,16 +144,17 @@ class _Table:
                 _sample(settings, folder, original)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
+                self.found = self._found()
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
                 _recover(settings, folder, models, run)
 
-    def say_found(self) -> None:
-        """Prints what the sweep recommends, or a command for the advised model."""
+    def _found(self) -> list[str]:
+        """What the sweep recommends, or a command for the advised model."""
         if not self.settings.compress.bounds:
-            say(*sweep_lines(read_sweep(self.folder / "sweep.json"), self.folder))
-        elif (self.folder / ADVISED).is_dir():
-            say(next_command("export", self.folder / ADVISED))
+            return sweep_lines(read_sweep(self.folder / "sweep.json"), self.folder)
+        model = self.folder / ADVISED
+        return [next_command("export", model)] if model.is_dir() else []
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:

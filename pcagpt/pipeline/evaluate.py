@@ -1,6 +1,8 @@
 """The task 'evaluate': the loss of any run on any split of a corpus that fits it."""
 
+import contextlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.files import check_fields, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
+from pcagpt.run.folder import move_aside
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 from pcagpt.telemetry.progress import Progress
@@ -69,7 +72,7 @@ def evaluate(settings: Settings) -> dict:
         folder = run.results_in(settings.workdir)
         path = _path(folder, part, run.step, evaluator.protocol)
         # The folder of a shared model may be read-only.
-        run.keep_result(path, lambda place: write_json(place, result))
+        run.keep_result(path, lambda place: _write(place, result))
     return result
 
 
@@ -80,16 +83,26 @@ def _path(folder: Path, part: str, step: int, protocol: dict[str, Any]) -> Path:
     """
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
     plain = folder / f"evaluation_{name}_{part}_step{step}.json"
-    try:
-        earlier = read_json(plain, "delete it")
-        if earlier is not None:
-            check_fields(earlier, {"protocol": (dict, None)}, plain, "delete it")
-    except UserError:  # It is damaged, and a new one can replace it.
-        earlier = None
+    earlier = _protocol_in(plain)
     hashes = ("tokens_sha256", "tokenizer_sha256")
-    is_same = earlier is None or all(
-        (earlier.get("protocol") or {}).get(key) == protocol[key] for key in hashes
-    )
-    if is_same:
+    if earlier is None or all(earlier.get(key) == protocol[key] for key in hashes):
         return plain
     return plain.with_stem(f"{plain.stem}_{protocol['tokens_sha256'][:8]}")
+
+
+def _protocol_in(path: Path) -> dict[str, Any] | None:
+    """The protocol of a result; None if the file has none, is damaged or missing."""
+    try:
+        result = read_json(path, "delete it") or {}
+        check_fields(result, {"protocol": (dict, None)}, path, "delete it")
+    except UserError:
+        return None
+    return result.get("protocol")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Replaces an earlier result; another file there is moved aside."""
+    if _protocol_in(path) is None:
+        with contextlib.redirect_stdout(sys.stderr):  # The result is on stdout.
+            move_aside(path)
+    write_json(path, result)

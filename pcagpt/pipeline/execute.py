@@ -96,18 +96,16 @@ def execute(plan: Plan, command: str) -> None:
     for job in list(setups):
         # `pop` lets go of what one job holds before the next one begins.
         job.run(setups.pop(job))
-    if not plan.reported:
-        for job in needed:
-            if job.is_target and jax.process_index() == 0:
-                say(*job.found())
-        return
+    # Another command may have replaced what is told or reported now.
     for job, (kind, _) in check(plan).items():
         if kind != Kind.DONE:
             raise UserError(
                 f"{job.folder} was replaced or changed while this command ran: run the "
                 "same command again"
             )
-    if jax.process_index() == 0:
+    if not plan.reported:
+        say(*(line for job in needed if job.is_target for line in job.found()))
+    elif jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
         results |= experiment_samples(plan.settings, workdir, results)

@@ -4,6 +4,7 @@ import json
 
 import jax
 
+from pcagpt.compression.original import check_is_original
 from pcagpt.config import Settings
 from pcagpt.config.command_line import listing
 from pcagpt.config.tasks import TASKS
@@ -50,6 +51,7 @@ def preview(settings: Settings) -> str:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
         if settings.task == "compress":
+            check_is_original(run)
             lines.append(amount_of(settings, run.table_shape))
     else:
         raise ValueError(f"no preview for the task {settings.task}")

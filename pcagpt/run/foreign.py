@@ -68,10 +68,13 @@ def _check_export(folder: Path) -> None:
     try:
         check_digests(folder, read)
     except UserError as error:
-        raise UserError(
-            f"{error}: {_EXPORT_AGAIN}; if you changed it yourself, delete "
-            f"{exported.FILE} to have it read as any Hugging Face folder"
-        ) from None
+        remedy = _EXPORT_AGAIN
+        if not exported.is_model(folder):
+            remedy += (
+                f"; if you changed it yourself, delete {exported.FILE} to have it read "
+                "as any Hugging Face folder"
+            )
+        raise UserError(f"{error}: {remedy}") from None
 
 
 @read_once
