@@ -93,7 +93,9 @@ class DataSettings:
     """The corpus."""
 
     source: str = knob(
-        "sotu", "sotu, wikitext103, or a folder of text or .bin files", PATH
+        "sotu",
+        "sotu, wikitext103, a text file, or a folder of text or .bin files",
+        PATH,
     )
     tokenizer: str = knob(
         "auto",
