@@ -100,7 +100,7 @@ def explain(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def naming(path: object, place: str = _PLACE) -> Iterator[None]:
-    """In this context, an error of the system without a path gets `path`.
+    """This context adds `path` to an error of the system that has none.
 
     Errors of an open file have none. `path` also replaces a path below it, which may be
     a temporary name. `place` is what a person sets to use another disk.

@@ -19,7 +19,7 @@ from pcagpt.coding.distribution import Distribution, frequencies
 from pcagpt.coding.encode import estimate, prepare
 from pcagpt.coding.file import HEADER_BYTES
 from pcagpt.coding.fit import fit
-from pcagpt.coding.quantize import ROUNDING, class_steps, quantize, step_classes
+from pcagpt.coding.quantize import ROUNDING, class_steps, step_classes, symbols_of
 from pcagpt.coding.transform import (
     Coefficients,
     coefficient_chunks,
@@ -149,7 +149,7 @@ def test_without_weights_symbols_are_uniform_quantization_in_the_klt():
     basis = np.linalg.svd(TABLE.astype(np.float64))[2]
     expected = np.floor(np.abs(TABLE @ basis.T) / 0.11 + ROUNDING)
     steps = class_steps(step_classes(np.ones(V)), 0.11)
-    np.testing.assert_array_equal(np.abs(quantize(made, steps)).T, expected)
+    np.testing.assert_array_equal(np.abs(symbols_of(made, steps)).T, expected)
 
 
 def test_contexts_move_what_is_rounded_as_worked_out_by_hand():
@@ -161,9 +161,9 @@ def test_contexts_move_what_is_rounded_as_worked_out_by_hand():
     values = np.array([[1.56, 0.3], [0.8, 0.6]], np.float32)
     contexts = np.array([[1, 1], [1, -2]], np.float32)
     steps, left_out = np.array([1, 0.5]), np.array([0, 0.4])
-    made = quantize(Coefficients(values, contexts, left_out), steps)
+    made = symbols_of(Coefficients(values, contexts, left_out), steps)
     np.testing.assert_array_equal(made, [[1, 0], [1, 1]])
-    plain = quantize(Coefficients(values, None, None), steps)
+    plain = symbols_of(Coefficients(values, None, None), steps)
     np.testing.assert_array_equal(plain, [[2, 1], [1, 1]])
 
 
@@ -190,7 +190,7 @@ def test_rows_are_coded_chunk_by_chunk_as_they_are_together(monkeypatch):
     for rows, part in coefficient_chunks(*arguments):
         for one, all_ in zip(part, together, strict=True):
             np.testing.assert_array_equal(one, all_[..., rows], strict=True)
-    whole = quantize(
+    whole = symbols_of(
         together,
         class_steps(made.classes, 0.1),
         kept_DC[kept_DC.any(axis=1)][:, place_V],
@@ -225,7 +225,7 @@ def test_few_large_tables_of_frequencies_are_kept():
 
 def test_values_between_the_dead_zone_and_half_a_step_become_zero():
     values = np.array([[0.52, 0.58, -0.52, -0.58, 1.52, 1.58]], np.float32)
-    symbols = quantize(Coefficients(values, None, None), np.ones(6))
+    symbols = symbols_of(Coefficients(values, None, None), np.ones(6))
     np.testing.assert_array_equal(symbols, [[0, 1, 0, -1, 1, 2]])
 
 

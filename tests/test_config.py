@@ -17,6 +17,7 @@ from pcagpt.config import (
     ranks_of,
     validate,
 )
+from pcagpt.config.checks import wrong_type
 from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
@@ -103,6 +104,13 @@ def test_a_value_that_breaks_its_rule_is_refused_by_name(path, value, words):
         validate(Settings().replace({path: value}))
     assert str(refused.value).startswith(f"{path} ")
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("path", [p for p, k in KNOBS.items() if k.type is tuple])
+def test_the_example_in_an_error_is_a_value_that_the_knob_takes(path):
+    example = str(wrong_type(path, "")).partition(f"as in --config.{path}=")[2]
+    rule = KNOBS[path].rule
+    assert all(rule.holds(int(number)) for number in example.split(","))
 
 
 def test_values_at_the_end_of_their_range_are_accepted():

@@ -121,7 +121,7 @@ def test_hidden_states_of_the_model_itself_are_kept_for_the_next_table(
     batches = EvaluationBatches(np.arange(49) * 7 % 90, 16, 2)  # three windows
     tables = [scale * model.table_VD for scale in (1.1, 0.9)]
     wanted = [Decoder(folder, 16).score(t, np.zeros(90, int), batches) for t in tables]
-    model._free_bytes = kept * 16 * 32 * 4
+    model._kept.free_bytes = kept * 16 * 32 * 4
     asked = []
     hidden = model._hidden
     monkeypatch.setattr(model, "_hidden", lambda t: asked.append(t) or hidden(t))

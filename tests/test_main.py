@@ -17,6 +17,7 @@ from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS
+from pcagpt.files import read_json, write_json
 from pcagpt.methods import METHODS
 from pcagpt.model import training_flops_per_token
 from pcagpt.pipeline import estimate, execute, tasks, train_job
@@ -254,6 +255,22 @@ def test_a_finished_run_is_shown_as_done_and_not_touched_again(
         "--config.model_path=runs/gpt_baseline"
     )
     assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_whose_result_lacks_numbers_is_still_shown(
+    trained, corpus_folder, tmp_path
+):
+    folder = tmp_path / "runs" / trained.name
+    shutil.copytree(trained, folder)
+    result = read_json(folder / "result.json", "")
+    arguments = tiny("baseline.py", corpus_folder, workdir="runs")
+    for loss, shown in (({"val_loss": 712.5}, "712.5000"), ({}, "–")):
+        del result["val_loss"]
+        write_json(folder / "result.json", result | loss | {"perplexity": None})
+        result["val_loss"] = 0
+        outcome = call(*arguments)
+        assert outcome.code == 0, outcome
+        assert f"val loss {shown}, perplexity –: runs/" in outcome.out
 
 
 @pytest.fixture

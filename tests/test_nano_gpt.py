@@ -121,6 +121,17 @@ def infinite(torch):
     return {"model": model}
 
 
+def with_table(made):
+    """Spoils the token table; `made` is what is there instead, or makes it."""
+
+    def spoil(torch):
+        model, name = state(torch), "transformer.wte.weight"
+        model[name] = made(model[name]) if callable(made) else made
+        return {"model": model}
+
+    return spoil
+
+
 SPOILT = {
     "untied": (untied, "lm_head.weight is another table than wte.weight"),
     "lacking": (lacking, "has no tensor h.1.mlp.c_fc.bias"),
@@ -128,6 +139,23 @@ SPOILT = {
     "unknown": (
         lambda torch: {"model": state(torch) | {"lora.weight": torch.ones(2)}},
         "has an unknown tensor lora.weight",
+    ),
+    "number_as_name": (
+        lambda torch: {"model": state(torch) | {7: torch.ones(2)}},
+        "7 is no name of a tensor",
+    ),
+    "text": (with_table("a table"), "wte.weight is no tensor of real numbers"),
+    "sparse": (
+        with_table(lambda table: table.to_sparse()),
+        "wte.weight is no tensor of real numbers",
+    ),
+    "complex": (
+        with_table(lambda table: table + 1j),
+        "wte.weight is no tensor of real numbers",
+    ),
+    "text_as_head": (
+        lambda torch: {"model": state(torch) | {"lm_head.weight": "a table"}},
+        "lm_head.weight is no tensor of real numbers",
     ),
     "narrow": (
         lambda _: {"model_args": arguments(block_size=8)},

@@ -1,6 +1,8 @@
 """Packed tables: fixed-width codes, which a model reads in place."""
 
+import gc
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -258,6 +260,15 @@ def test_what_does_not_depend_on_the_size_is_computed_once(monkeypatch):
     pack(coding.prepare(2 * TABLE, FULL), 5, 42_000)
     pack(prepared, 1, 42_000)
     assert len(made) == 3
+
+
+def test_a_table_that_was_packed_is_not_kept_in_memory():
+    prepared = coding.prepare(TABLE + 1, FULL)
+    coding.estimated_packed_bytes(prepared, 5, np.inf)
+    table = weakref.ref(prepared.table_VD)
+    del prepared
+    gc.collect()
+    assert table() is None
 
 
 def test_levels_of_a_gaussian_are_those_of_lloyd_and_max():

@@ -1,6 +1,7 @@
 """Each table of an untied model is compressed apart, while the other stays as it is."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -163,6 +164,26 @@ def swept(corpus_folder, llama, tmp_path_factory):
     outcome = call(*asked(corpus_folder, llama, workdir))
     assert outcome.code == 0, outcome
     return outcome, workdir, snapshot(workdir)
+
+
+def test_both_sides_share_the_memory_for_hidden_states(llama):
+    model = Decoder(llama, 16)
+    sides = [model.of_side(side) for side in (INPUT, OUTPUT)]
+    model._kept.free_bytes = 3 * 16 * 32 * 4  # of three windows
+    for number, one in enumerate(sides):  # They score two windows each.
+        batches = EvaluationBatches(np.arange(33) * (number + 3) % 97, 16, 2)
+        one.score(1.1 * one.table_VD, np.zeros(97, int), batches)
+    assert len(model._kept) == 3
+    assert model._kept.free_bytes == 0
+
+
+def test_the_plan_counts_the_tables_to_measure_for_each_token_table(
+    corpus_folder, llama, tmp_path
+):
+    outcome = call(*asked(corpus_folder, llama, tmp_path), "--print_config")
+    assert outcome.code == 0, outcome
+    last = outcome.out.splitlines()[-1]
+    assert re.fullmatch(r"for each token table: \d+ tables to measure, .*", last)
 
 
 def test_a_sweep_of_each_table_is_in_a_folder_of_its_own(swept, llama):

@@ -50,7 +50,7 @@ def factorize(
     Args:
       table: floating point [V, D], such as `model.table`.
       rank: K, from 1 to min(V, D).
-      method: one that needs no text: svd, or pca, which first subtracts the mean row.
+      method: one of `FREE`, which need no text.
       singular_value_split: share a of the singular values in `scale`, S^a V^T; `wte`
         has the rest, U S^(1-a).
 

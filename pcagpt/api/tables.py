@@ -108,13 +108,15 @@ def compress(
 
     Args:
       model: a `Model`, a path that `load` takes, a Hugging Face folder of another
-        architecture with tied tables, or a bare table [V, D]. For a bare table there is
-        no loss: the search finds the smallest error, and `data` has no effect.
+        architecture or a GGUF file, if input and output share one table, or a bare
+        table [V, D]. For a bare table there is no loss: the search finds the smallest
+        error. `data`, `max_tokens`, `tokenizer` and `cache_dir` then have no effect.
       max_bytes: finds the table of at most this many bytes that adds the least loss.
       max_added_loss: finds the smallest table that adds at most this loss, in nats per
         token. One of the two bounds must be given.
-      data: the text. None: that on which the run was trained; a name or a folder, as
-        for `data.source`; or {'train': text, 'val': text}, each a str or token ids.
+      data: the text. None: that on which the run was trained; a name, a text file or a
+        folder, as for `data.source`; or {'train': text, 'val': text}, each a str or
+        token ids.
       methods: names of methods and codes, as for `compress.methods`; 'all'; empty: the
         command's own choice.
       bands: numbers of frequency bands to try; empty: the command's own choice.

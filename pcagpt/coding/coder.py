@@ -1,6 +1,6 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
-Each row has its own `Distribution`, which four indices tell. Before a single row come
+Each row has its own `Distribution`. Four indices describe it. Before a single row come
 its four indices, coded uniformly. Before a group of rows come four single rows: the
 reaches, the scales, the locations and the tails of all its rows.
 """

@@ -9,6 +9,7 @@ bit that it takes. The basis is rounded at the same price.
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from pcagpt.coding.quantize import (
     LARGEST_SYMBOL,
     SMALLEST_WEIGHT,
     class_steps,
-    quantize,
     step_classes,
+    symbols_of,
 )
 from pcagpt.coding.table import CodedTable
 from pcagpt.coding.transform import (
@@ -46,7 +47,7 @@ SMALLEST_SAMPLE = 64  # tokens of a class
 COUNTERS = 2**20  # of symbols, in memory at the same time
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # Is a key of caches, by identity.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
     """What does not depend on the step."""
 
@@ -59,6 +60,8 @@ class Prepared:
     tokens_N: np.ndarray  # a sample that holds all classes
     shares_N: np.ndarray  # number of tokens that each of the sample stands for
     sampled: Coefficients  # [D, N]
+    # {bands: `packed.choices`}; kept here, so that they go with the table.
+    choices: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def steps_N(self) -> np.ndarray:
@@ -146,7 +149,7 @@ def estimate(prepared: Prepared, step: float) -> Estimate:
         return bits_DC, energy_DC
 
     # Without contexts, symbols do not depend on what else is coded.
-    symbols_DN = quantize(Coefficients(values_DN, None, None), steps_N)
+    symbols_DN = symbols_of(Coefficients(values_DN, None, None), steps_N)
     bits_DC, energy_DC = bits_and_energy(symbols_DN)
     # y^2 - (y - n)^2 = 2 y n - n^2: the error that a symbol n for y removes.
     products_DN = 2 * values_DN * (cost_N / steps_N).astype(np.float32) * symbols_DN
@@ -158,7 +161,7 @@ def estimate(prepared: Prepared, step: float) -> Estimate:
     basis_D = _basis_bits(width, (energy_DC * kept_DC).sum(axis=1))
     kept_DC &= ((surplus_DC * kept_DC).sum(axis=1) > BIT * basis_D)[:, None]
 
-    symbols_DN = quantize(prepared.sampled, steps_N, kept_DC[:, place_N])
+    symbols_DN = symbols_of(prepared.sampled, steps_N, kept_DC[:, place_N])
     bits_DC, energy_DC = bits_and_energy(symbols_DN)
     energy_D, bits = energy_DC.sum(axis=1), bits_DC[kept_DC].sum()
     bits += _basis_bits(width, energy_D)[kept_DC.any(axis=1)].sum()
@@ -191,7 +194,8 @@ def encode(prepared: Prepared, step: float) -> tuple[CodedTable, np.ndarray]:
     symbols_KV = np.empty((len(chosen_K), len(table_VD)), np.int16)
     # Rows do not depend on each other. Coefficients take twice the table's memory.
     for rows, part in coefficient_chunks(table_VD, weighting, synthesis_KD, mean_D):
-        symbols_KV[:, rows] = quantize(part, steps_V[rows], kept_KC[:, place_V[rows]])
+        kept_Kn = kept_KC[:, place_V[rows]]
+        symbols_KV[:, rows] = symbols_of(part, steps_V[rows], kept_Kn)
     coded = CodedTable(symbols_KV, prepared.classes_V, step, basis)
     return coded, to_words(coded)
 

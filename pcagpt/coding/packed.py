@@ -8,7 +8,6 @@ block of directions.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -134,11 +133,19 @@ def estimated_packed_bytes(prepared: Prepared, bands: int, loss: float) -> int:
     return choices(prepared, bands)[2].bytes_of(2 * loss / prepared.mean_weight)
 
 
-@functools.lru_cache(maxsize=8)  # A search asks for many sizes of the same bands.
 def choices(
     prepared: Prepared, bands: int
 ) -> tuple[list[np.ndarray], dict[int, np.ndarray], Widths]:
     """(the tokens of each band, the levels of each width, the choice of widths)."""
+    # A search asks for many sizes of the same bands.
+    if bands not in prepared.choices:
+        prepared.choices[bands] = _choices(prepared, bands)
+    return prepared.choices[bands]
+
+
+def _choices(
+    prepared: Prepared, bands: int
+) -> tuple[list[np.ndarray], dict[int, np.ndarray], Widths]:
     weighting, width = prepared.weighting, prepared.table_VD.shape[1]
     tokens_of_bands = _bands(prepared.weights_V, bands)
     exact_DV = coefficients(

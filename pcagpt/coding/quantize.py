@@ -65,7 +65,7 @@ def compensated(
     return integers_KV
 
 
-def quantize(
+def symbols_of(
     coefficients: Coefficients,
     steps_V: np.ndarray,
     kept_KV: np.ndarray | None = None,

@@ -104,7 +104,7 @@ class Widths:
         return found
 
     def bytes_of(self, error: float) -> int:
-        """Size of the largest file with an error above this one.
+        """About the size of a file with this error; slightly too small.
 
         If all files have smaller errors, the size of the smallest.
         """

@@ -41,6 +41,14 @@ KEPT = 0.5
 LOGITS_AGREE = 1e-4
 
 
+class _Kept(dict[tuple[tuple[int, ...], bytes], torch.Tensor]):
+    """{(shape, content) of tokens: hidden states}, and the bytes that may be added."""
+
+    def __init__(self, free_bytes: float):
+        super().__init__()
+        self.free_bytes = free_bytes
+
+
 class Decoder:
     """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
@@ -67,9 +75,8 @@ class Decoder:
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._check_head()
         parameters = self.model.parameters()
-        self._free_bytes = KEPT * sum(p.nbytes for p in parameters)
-        # {(shape, content) of tokens: hidden states}
-        self._kept: dict[tuple[tuple[int, ...], bytes], torch.Tensor] = {}
+        # Both sides of an untied model share it.
+        self._kept = _Kept(KEPT * sum(p.nbytes for p in parameters))
 
     @property
     def table_VD(self) -> np.ndarray:
@@ -226,8 +233,8 @@ class Decoder:
         if (kept_ND := self._kept.get(key)) is not None:
             return kept_ND
         h_ND = self._hidden(tokens_BT)
-        if h_ND.nbytes <= self._free_bytes:
-            self._free_bytes -= h_ND.nbytes
+        if h_ND.nbytes <= self._kept.free_bytes:
+            self._kept.free_bytes -= h_ND.nbytes
             self._kept[key] = h_ND
         return h_ND
 

@@ -72,7 +72,8 @@ class Fit:
         """
         start = math.sqrt(4 * self._rank_1 * self._whole)
         most, slope = self._whole, -1.5
-        if self._codes:  # From some bytes for each token to four for each value.
+        # The span of codes: from some bytes for each token to four for each value.
+        if self._codes:
             start = self._estimated_bytes(self._codes[0], max_added_loss)
             most, slope = 4 * most, -2.0
         span = self._rank_1, min(max(start, self._rank_1), most), most

@@ -13,10 +13,10 @@ INPUT, OUTPUT = "input", "output"
 def seen_by(side: str, statistics: Statistics) -> Statistics:
     """The statistics that weight the errors of the table of a side.
 
-    The frequency of the tokens and the gradient with respect to the rows weight the
-    errors of the input table. The hidden states and the predicted probabilities weight
-    those of the output table. The statistics of one side also replace those of the
-    other side.
+    Input: `probability` gets the value of `frequency`, and `hidden_moment` gets that of
+    `gradient_moment`. `hidden_mean`, `gradient_moment` and `context_moment` become 0.
+    Output: `frequency` gets the value of `probability`, with the sum 1, and
+    `gradient_moment` becomes 0. All other fields stay.
     """
     if not side:
         return statistics
@@ -34,6 +34,6 @@ def seen_by(side: str, statistics: Statistics) -> Statistics:
 
 
 def counted_by(side: str, loss: SecondOrder) -> SecondOrder:
-    """A second-order loss, without that of the side whose table stays as it is."""
+    """A second-order loss, with 0 for the side that is not compressed."""
     unused = {INPUT: "head", OUTPUT: "input"}.get(side)
     return loss._replace(**{unused: 0.0}) if unused else loss

@@ -24,7 +24,7 @@ from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
-Models = dict[Path, list[Recipe]]  # folders, and what each is chosen from
+Models = dict[Path, list[Recipe]]  # {folder: its recipes}
 REPORT_EVERY = 5  # rows
 
 

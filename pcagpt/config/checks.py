@@ -177,7 +177,9 @@ def wrong_type(path: str, seen: str) -> UserError:
         tuple: "whole numbers separated by commas",
         str: "text",
     }[knob.type]
-    example = (64, 128) if knob.type is tuple else knob.default
+    example = knob.default
+    if knob.type is tuple:
+        example = knob.default or (64, 128)
     shown = "" if example is None else f", as in {override(path, example)}"
     return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
 

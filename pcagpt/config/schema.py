@@ -93,7 +93,9 @@ class DataSettings:
     """The corpus."""
 
     source: str = knob(
-        "sotu", "sotu, wikitext103, or a folder of text or .bin files", PATH
+        "sotu",
+        "sotu, wikitext103, a text file, or a folder of text or .bin files",
+        PATH,
     )
     tokenizer: str = knob(
         "auto",
@@ -241,10 +243,10 @@ class CompressSettings:
     )
     max_added_loss: float = knob(
         0.0,
-        "find the smallest table that adds at most this loss; 0: no bound. Tries the "
-        f"first of {', '.join(CODES)} that compress.methods names, or factors if it "
-        "names none of them. Also tries D's own table in compress.bits if "
-        "compress.methods names baseline or a method that makes factors",
+        "find the smallest table that adds at most this loss; 0: no bound. If "
+        f"compress.methods names one of {', '.join(CODES)}, it tries the first of "
+        "these. If it names none of them, it tries factors. If it names baseline or a "
+        "method that makes factors, it also tries D's own table in compress.bits",
         at_least(0),
     )
     max_params: int = knob(
@@ -374,7 +376,8 @@ class Settings:
         f"{_joined(name for name, task in TASKS.items() if task.model)}: a run or one "
         "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
         f"{_joined(name for name, task in TASKS.items() if task.any_architecture)}: or "
-        "a Hugging Face folder of another architecture; factorize: or a .npy table; "
+        "a Hugging Face folder of another architecture, or a GGUF file; export: or a "
+        "compressed table of another architecture; factorize: or a .npy table; "
         "train: the model that takes D's place, to start the arm from",
         PATH,
     )

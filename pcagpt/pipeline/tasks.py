@@ -30,7 +30,7 @@ def preview(settings: Settings) -> str:
     """The value of every knob, and a line for each thing that the task would do.
 
     Writes only caches. Raises UserError as the task would, as far as this shows early.
-    That nothing can be written in the workdir is a line: it may be mounted later.
+    If the workdir is not writable, a line says so: it may be mounted later.
     """
     settings = decide_effort(settings, jax.default_backend())
     writes = TASKS[settings.task].writes
@@ -52,7 +52,8 @@ def preview(settings: Settings) -> str:
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
         if settings.task == "compress":
             check_is_original(run)
-            lines.append(amount_of(settings, run.table_shape))
+            each = "for each token table: " if run.architecture else ""
+            lines.append(f"{each}{amount_of(settings, run.table_shape)}")
     else:
         raise ValueError(f"no preview for the task {settings.task}")
     if writes:

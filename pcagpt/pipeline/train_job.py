@@ -26,6 +26,7 @@ from pcagpt.files import remove_leftovers
 from pcagpt.model import BLOCK_KNOBS, training_flops_per_token
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
+from pcagpt.report.text import fixed
 from pcagpt.run import checkpoint, fingerprint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
@@ -94,10 +95,12 @@ class TrainJob(Job):
     def found(self) -> list[str]:
         """The loss, and a command that compresses D or samples from another model."""
         result = read_result(self.folder) or {}
-        loss, perplexity = result["val_loss"], result["perplexity"]
+        # Infinite values are null. Older versions lack some fields.
+        loss = fixed(result.get("val_loss"), 4)
+        perplexity = fixed(result.get("perplexity"), 1)
         has_full_table = self.settings.arm == "baseline"
         return [
-            f"val loss {loss:.4f}, perplexity {perplexity:,.1f}: {self.folder}",
+            f"val loss {loss}, perplexity {perplexity}: {self.folder}",
             next_command("compress" if has_full_table else "sample", self.folder),
         ]
 

@@ -156,9 +156,9 @@ def axis(
     """A position in a chart; kind: 'linear' or 'log'."""
     scale = {"type": kind} | ({"zero": False} if kind == "linear" else {})
     scale |= {"domain": domain} if domain else {"nice": False, "padding": 12}
-    axis = {"format": "~r"} | ({"tickCount": 6} if kind == "log" else {})
+    marks = {"format": "~r"} | ({"tickCount": 6} if kind == "log" else {})
     place = {"field": field, "type": "quantitative", "title": title}
-    return place | {"scale": scale, "axis": axis}
+    return place | {"scale": scale, "axis": marks}
 
 
 def bars(low: str, high: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def columns(
 HINT = "Drag to move, Ctrl and wheel to zoom, click twice to go back. The legend hides."
 
 
-def chart(name: str, words: str, for_page: bool = False) -> Markdown:
+def figure(name: str, words: str, for_page: bool = False) -> Markdown:
     """A figure: its picture in report.md, a place for its charts on the page."""
     if not for_page:
         return Markdown(f"![{words}](plots/{name}.png)")
@@ -181,7 +181,7 @@ def render(template: str, for_page: bool = False, **view: Any) -> Markdown:
     filters = fixed, with_interval, count, times, percent, code, fields, command
     for function in filters:
         environment.filters[function.__name__] = function
-    for function in (columns, chart, side_by_side):
+    for function in (columns, figure, side_by_side):
         made = functools.partial(function, for_page=for_page)
         environment.filters[function.__name__] = made
     text = environment.get_template(template).render(view)

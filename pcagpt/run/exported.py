@@ -45,8 +45,9 @@ def record_of(folder: Path) -> dict[str, Any]:
     """
     stored, config = _configs(folder)
     model = hugging_face.model_settings(config)
-    if layout := stored.get("table"):
-        check_fields(layout, _LAYOUT, folder / hugging_face.CONFIG, _RESTORE)
+    if "table" in stored:
+        layout = stored["table"]
+        _check_layout(layout, folder / hugging_face.CONFIG)
         is_packed, sizes = bool(layout["blocks"]), layout["sizes"]
         model["n_embd_wte_scale_tying"] = layout["is_tied"]
         if is_packed or len(sizes) > 1:
@@ -65,14 +66,32 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     with hugging_face.reading(path), safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     sizes = (config[name] for name in ("n_positions", "n_layer", "n_embd"))
-    found = {}
-    for name, leaf in leaves(0, *sizes).items():
-        if name != TABLE:
-            found[leaf.path] = arrays.pop(PREFIX + name)
+    paths = {PREFIX + n: leaf.path for n, leaf in leaves(0, *sizes).items()}
+    del paths[PREFIX + TABLE]
+    if lacking := [name for name in paths if name not in arrays]:
+        raise UserError(f"{path} has no tensor {lacking[0]}: {_RESTORE}")
+    found = {at: arrays.pop(name) for name, at in paths.items()}
     if is_coded:
         return found | {FULL_TABLE: coding.read(folder / CODED_TABLE)[0].dense()}
     prefix = PREFIX + TABLE.removesuffix("weight")
     return found | {_path(name.removeprefix(prefix)): a for name, a in arrays.items()}
+
+
+def _check_layout(layout: Any, path: Path) -> None:
+    """UserError unless each band has a size and a rank, and blocks if it is packed."""
+    check_fields(layout, _LAYOUT, path, _RESTORE)
+    sizes, ranks, blocks = (layout[name] for name in ("sizes", "ranks", "blocks"))
+    of_bands = {len(sizes), len(ranks), len(blocks or sizes)}
+    numbers = [sizes, ranks, *blocks]
+    are_numbers = all(
+        type(part) is list and all(type(n) is int and n >= 0 for n in part)
+        for part in numbers
+    )
+    if not (sizes and len(of_bands) == 1 and are_numbers and all(sizes)):
+        raise UserError(
+            f"{path} is damaged ('table' must have a size and a rank of each band, and "
+            f"a list of blocks if it is packed): {_RESTORE}"
+        )
 
 
 def _path(part: str) -> str:

@@ -74,12 +74,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"1 to {most}: {_REMEDY}"
             )
     model, wanted = stored["model"], _leaves(arguments)
+    if odd := [name for name in model if not isinstance(name, str)]:
+        raise UserError(f"{path}: {odd[0]!r:.60} is no name of a tensor: {_REMEDY}")
     tensors = {name: model[at] for name, at in plain_names(model).items()}
     lacking = [name for name in wanted if name not in tensors]
     unknown = sorted(tensors.keys() - wanted.keys() - {HEAD})
     if lacking or unknown:
         problem = "has no" if lacking else "has an unknown"
         raise UserError(f"{path} {problem} tensor {(lacking or unknown)[0]}: {_REMEDY}")
+    for name in wanted.keys() | {HEAD} & tensors.keys():
+        if not _is_plain(tensors[name]):
+            raise UserError(f"{path}: {name} is no tensor of real numbers: {_REMEDY}")
     for name, leaf in wanted.items():
         shape = tuple(tensors[name].shape)
         expected = leaf.shape[::-1] if _is_transposed(leaf) else leaf.shape
@@ -94,6 +99,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "head is the token table"
         )
     return arguments, tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor of floating point numbers."""
+    import torch
+
+    is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_tensor and value.is_floating_point()
 
 
 def _as_dict(value: Any) -> Any:
