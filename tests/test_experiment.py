@@ -250,9 +250,12 @@ def test_repeating_a_finished_experiment_only_reports_it_again(copied, capfd):
     execute(copied)
     assert [snapshot(folder) for folder in folders] == before
     assert (workdir / "report.md").exists()
-    *jobs, report = capfd.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
+    jobs, (report, *arms, following) = lines[:5], lines[5:]
     assert [line.split()[-1] for line in jobs] == ["done"] * 5
     assert report == f"report: {workdir / 'report.html'}"
+    assert [line[0] for line in arms] == ["D", "A", "C", "B"]
+    assert following.startswith("sample it: ")
 
 
 def test_only_the_first_process_prints_and_reports(copied, capfd, monkeypatch):

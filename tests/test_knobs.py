@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import changed, execute, metrics, setup, write_statistics
+from runs import changed, execute, job, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
@@ -233,11 +233,7 @@ def mesh(config):
 
 def tokenized(config):
     """Which tokenizer a text goes through, and where the tokens are put."""
-    corpora = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainJob, "run", lambda job, _: corpora.append(job.corpus()))
-        execute(config)
-    (corpus,) = corpora
+    corpus = job(config).corpus()
     return corpus.tokenizer, corpus.folder.parent
 
 

@@ -152,7 +152,8 @@ class _Table:
     def _found(self) -> list[str]:
         """What the sweep recommends, or a command for the advised model."""
         if not self.settings.compress.bounds:
-            return sweep_lines(read_sweep(self.folder / "sweep.json"), self.folder)
+            content = read_sweep(self.folder / "sweep.json")
+            return sweep_lines(content, self.folder) if content else []
         model = self.folder / ADVISED
         return [next_command("export", model)] if model.is_dir() else []
 
