@@ -254,7 +254,7 @@ def test_repeating_a_finished_experiment_only_reports_it_again(copied, capfd):
     jobs, (report, *arms, following) = lines[:5], lines[5:]
     assert [line.split()[-1] for line in jobs] == ["done"] * 5
     assert report == f"report: {workdir / 'report.html'}"
-    assert [line[0] for line in arms] == ["D", "A", "C", "B"]
+    assert [line[0] for line in arms] == ["D", "A", "B", "C"]
     assert following.startswith("sample it: ")
 
 
