@@ -54,7 +54,8 @@ class Figure(NamedTuple):
 
         (width, height), columns = PICTURE_SIZE, min(len(self.panels), 3)
         size = {"width": width // columns, "height": height}
-        legend = CONFIG["legend"] | {"orient": "top", "columns": 4 // columns}
+        legend = {"orient": "top", "columns": 4 // columns, "labelLimit": width // 3}
+        legend |= CONFIG["legend"]
         whole = {
             "concat": [one | size for one in self.panels],
             "columns": columns,
