@@ -9,6 +9,7 @@ from command_line import ROOT
 from pcagpt.report import experiment_lines, sweep_lines
 from pcagpt.rows import read_sweep
 
+TEST = {"split": "test"}
 PUBLISHED = ROOT / "checkpoints" / "published"
 
 
@@ -30,6 +31,11 @@ def test_a_sweep_ends_with_its_recommended_table(tmp_path):
         "recommended: coded, k=256, 12,683,480 bytes (8.93× smaller than in float32), "
         "adds +0.0041 ± 0.0005 nats per token"
     )
+    (on_test,) = sweep_lines(sweep | {"protocol": sweep["protocol"] | TEST}, tmp_path)
+    assert on_test.startswith("none is recommended; nearest: coded, k=256, 12,6")
+    costly = {"rows": [row for row in sweep["rows"] if row.added_loss > 0.1]}
+    (line_of_costly,) = sweep_lines(sweep | costly, tmp_path)
+    assert line_of_costly.startswith("none is recommended; nearest: ")
     (tmp_path / "best_coded_k256").mkdir()
     assert sweep_lines(sweep, tmp_path) == [
         line,

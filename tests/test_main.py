@@ -210,6 +210,8 @@ def test_a_time_is_estimated_from_the_speed_of_the_devices(minutes, words, monke
     speed = estimate.CORE_FLOPS * len(os.sched_getaffinity(0))
     devices = provenance.device(jax.device_count())
     assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+    monkeypatch.delattr(os, "sched_getaffinity")  # As on macOS.
+    assert estimate.time_of(1.0) == f"roughly a minute on {devices}"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert estimate.time_of(1.0) is None  # Its peak is not known.
     monkeypatch.setattr(provenance, "peak_flops", lambda count: 1e14 * count)
@@ -222,6 +224,9 @@ def test_what_is_trained_already_is_not_in_the_estimate(finished_experiment):
     assert run.flops() == 0
     longer = changed(finished_experiment, **{"train.steps": 9})
     more = next(job for job in plan(longer).jobs if job.label[0] == "A").flops()
+    anew = {"overwrite": True, "train.learning_rate": 0.1, "train.steps": 3}
+    anew = plan(changed(finished_experiment, **anew)).jobs
+    assert next(job for job in anew if job.label[0] == "A").flops() == more
     config = Run.open(run.folder).config(run.settings.model)
     tokens = 3 * run.settings.train.batch_size * config.block_size
     assert more == tokens * training_flops_per_token(config)

@@ -12,8 +12,10 @@ from runs import changed, execute
 
 from pcagpt.config import Settings
 from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.pipeline import compress as compress_task
 from pcagpt.pipeline import samples
 from pcagpt.pipeline.compress import compress
+from pcagpt.run import fingerprint
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 
@@ -122,6 +124,30 @@ def test_a_sweep_has_samples_of_d_and_of_its_models_of_one_size(readable, tmp_pa
             assert names in (["D", f"best_coded_k{k}", f"best_k{k}"] for k in (4, 8))
         text = (folder / "report.md").read_text("utf-8")
         assert "### What do they write?" in text
+
+
+def test_a_report_shows_no_samples_of_earlier_models(readable, tmp_path, monkeypatch):
+    config = changed(compressing(readable, tmp_path), ranks=(8,))
+    compress(Settings.of(config), "a command")
+    path = tmp_path / "compressed/sweep.json"
+    assert json.loads(path.read_text())["samples"]
+    monkeypatch.setattr(compress_task, "samples_of", lambda *_, **__: {})
+    compress(Settings.of(config), "a command")
+    assert not {"samples", "samples_of"} & json.loads(path.read_text()).keys()
+    text = (tmp_path / "compressed/report.md").read_text("utf-8")
+    assert "### What do they write?" not in text
+
+
+def test_a_sweep_of_a_checkpoint_has_samples_of_that_one(readable, tmp_path):
+    run, written = f"{readable.workdir}/gpt_baseline", []
+    for number, path in enumerate((run, f"{run}/ckpt/6", f"{run}/ckpt/3")):
+        config = compressing(readable, tmp_path / str(number))
+        compress(Settings.of(changed(config, model_path=path, ranks=(8,))), "a command")
+        folder = tmp_path / str(number) / "compressed"
+        sweep = json.loads((folder / "sweep.json").read_text())
+        assert sweep["samples_of"]["D"] == fingerprint.of(path)
+        written.append([sample["texts"]["D"] for sample in sweep["samples"]])
+    assert written[0] == written[1] != written[2]
 
 
 def test_a_sweep_has_no_samples_of_the_models_of_another_d(readable, tmp_path):

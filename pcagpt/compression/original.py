@@ -24,6 +24,7 @@ from pcagpt.factorization import Statistics
 from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
+from pcagpt.run.exported import compressed_in
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
@@ -67,7 +68,9 @@ class Model(Protocol):
 def check_is_original(run: Run) -> None:
     """Raises UserError if the table of a run was made smaller already."""
     _ = run.table_shape  # Its check.
-    if made := run.record.get("compressed"):
+    made = compressed_in(run.record) or {}
+    # The other table of an untied model may follow.
+    if made and not made.get("side"):
         raise UserError(
             f"{run.folder} has a compressed table: give the model that it was made "
             f"from, {made.get('run')}"
@@ -143,10 +146,11 @@ class Original:
         )
 
     def of_each_table(self) -> list["Original"]:
-        """Itself; or, of an untied model, one for the table of each side."""
+        """Itself; or, of an untied model, one for each table that is not compressed."""
         if not self.model.sides:
             return [self]
-        models = map(self.model.of_side, self.model.sides)
+        done = (compressed_in(self.run.record) or {}).get("side")
+        models = [self.model.of_side(side) for side in self.model.sides if side != done]
         found = [
             dataclasses.replace(self, model=model, table_VD=model.table_VD)
             for model in models

@@ -177,9 +177,12 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return write_sweep_report(folder, content)
 
 
-def add_samples(folder: Path, samples: dict[str, Any]) -> None:
-    """Adds what `pipeline.samples` wrote to sweep.json; rewrites its report."""
-    content = read_sweep(folder / "sweep.json") | samples
+def set_samples(folder: Path, samples: dict[str, Any]) -> None:
+    """Gives sweep.json the result of `pipeline.samples`; rewrites its report."""
+    content = read_sweep(folder / "sweep.json")
+    for name in ("samples", "samples_of"):
+        content.pop(name, None)
+    content |= samples
     write_json(folder / "sweep.json", content)
     write_sweep_report(folder, content)
 

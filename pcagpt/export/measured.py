@@ -88,7 +88,8 @@ def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
 
 def _rows_of_sweep(folder: Path) -> tuple[dict, list[Row]]:
     sweep = read_sweep(folder / "sweep.json")
-    return sweep.get("protocol", {}), sweep.get("rows", [])
+    rows = sweep.get("rows", []) + sweep.get("other_rows", [])
+    return sweep.get("protocol", {}), rows
 
 
 def _row_of_advice(folder: Path) -> tuple[dict, list[Row]]:

@@ -17,6 +17,7 @@ from pcagpt.report.text import (
     table,
     with_interval,
 )
+from pcagpt.run.exported import BEFORE, compressed_in
 
 _FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
 
@@ -99,7 +100,7 @@ def _is_full(source: Source) -> bool:
     return (
         isinstance(source.table, ExportedTable)
         and source.table.is_full
-        and ("compressed" not in source.record)
+        and not compressed_in(source.record)
     )
 
 
@@ -108,7 +109,7 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
 
     `step` is the model's own. A compressed model was trained up to the step of D.
     """
-    lines, compressed = [], record.get("compressed") or {}
+    lines, compressed = [], compressed_in(record) or {}
     step = compressed.get("step", step)
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
@@ -118,8 +119,9 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
             if (record.get("distill") or {}).get("teacher"):
                 text += " on the predictions of a teacher"
         lines.append(f"{text}; {step} of {steps} steps")
-    if compressed:
-        shown = ("method", "bands", "budget", "rank", "bits")
-        recipe = fields({name: compressed.get(name) for name in shown})
-        lines.append(f"table compressed without training: {recipe}")
+    shown = ("side", "method", "bands", "budget", "rank", "bits")
+    for made in (record.get(BEFORE), record.get("compressed")):
+        if made:
+            recipe = fields({name: made.get(name) for name in shown})
+            lines.append(f"table compressed without training: {recipe}")
     return lines

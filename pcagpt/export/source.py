@@ -30,7 +30,7 @@ from pcagpt.model import (
     SharedArrays,
     token_order,
 )
-from pcagpt.run import hugging_face, hugging_face_files, other_decoder
+from pcagpt.run import exported, hugging_face, hugging_face_files, other_decoder
 from pcagpt.run.folder import read_record
 from pcagpt.run.gpt2_names import PREFIX, TABLE
 from pcagpt.run.trained import Run
@@ -38,6 +38,8 @@ from pcagpt.run.trained import Run
 # The last part of the name of a token table, in the architectures of transformers.
 _TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 # Files of a model's folder that come along: config of generation, tokenizer, licence.
+# Its own files are written anew; it may be an export itself.
+_OWN = (hugging_face.CONFIG, hugging_face.INDEX, exported.FILE)
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 
@@ -307,7 +309,7 @@ class DecoderSource:
         """As `Source.write_beside`: copies the small files of the original."""
         for pattern in _BESIDE:
             for path in self.original.folder.glob(pattern):
-                if path.name not in (hugging_face.CONFIG, hugging_face.INDEX):
+                if path.name not in _OWN:
                     shutil.copyfile(path, folder / path.name)
 
 

@@ -21,8 +21,8 @@ from pcagpt.compression.output import Output
 from pcagpt.compression.sweep import (
     Models,
     add_recovered,
-    add_samples,
     models_of,
+    set_samples,
     sweep,
 )
 from pcagpt.compression.write_model import check_place, is_of_another
@@ -331,8 +331,9 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
         return original.corpus.tokens(original.split)
 
     samples = samples_of(runs, settings, text, known=content)
-    if samples and samples["samples_of"] != content.get("samples_of"):
-        add_samples(folder, samples)
+    is_renewed = samples.get("samples_of") != content.get("samples_of")
+    if is_renewed and jax.process_index() == 0:
+        set_samples(folder, samples)
 
 
 def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:

@@ -16,7 +16,7 @@ _KNOBS = {
     "method": "factorize.method",
     "singular_value_split": "factorize.singular_value_split",
 }
-# What the absence of a part means; of others, that it is unknown or not set.
+# What the absence of a part means. The absence of others is shown as None.
 _ABSENT = {"evaluated_tokens": "the whole split"}
 
 

@@ -6,8 +6,8 @@ import jax
 
 from pcagpt.run import provenance
 
-# What the training step reaches: of a GPU's peak, and of a core of a CPU. Measured with
-# GPT-2 small on an H100, and with the demo on two cores.
+# Share of a GPU's peak, and FLOP/s of one CPU core, that the training step reaches:
+# measured with GPT-2 small on an H100, and with the demo on two cores.
 SHARE_OF_PEAK, CORE_FLOPS = 0.4, 4e10
 
 
@@ -15,7 +15,10 @@ def time_of(flops: float) -> str | None:
     """'roughly 3 minutes on 1 x cpu'; None if the devices' speed is not known."""
     count = jax.device_count()
     if jax.default_backend() == "cpu":  # Its devices share the cores.
-        speed = CORE_FLOPS * len(os.sched_getaffinity(0))
+        # The cores that this process may use; macOS does not tell.
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        speed = CORE_FLOPS * cores
     else:
         speed = SHARE_OF_PEAK * (provenance.peak_flops(count) or 0)
     if not speed:

@@ -96,7 +96,7 @@ class Job(abc.ABC):
         return 0.0
 
     def differing(self) -> list[str]:
-        """Names of the settings and hashes in which the folder's files differ."""
+        """The settings and hashes in which the folder's files differ, as words."""
         return []
 
     def remark(self) -> str:

@@ -84,11 +84,12 @@ class TrainJob(Job):
         return {*paths, *(path.parent for path in paths)}
 
     def flops(self) -> float:
-        """As in `Job`, from the newest checkpoint on."""
+        """As in `Job`; those of a teacher are not counted."""
         data, budget = self.settings.data, self.settings.train
         described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
         config = build_config(self.settings.model, described.vocab_size)
-        done = max(checkpoint.steps(self.folder), default=0)
+        _, is_replaced = self._judge(look(self.folder))
+        done = 0 if is_replaced else max(checkpoint.steps(self.folder), default=0)
         tokens = (budget.steps - done) * budget.batch_size * config.block_size
         return tokens * training_flops_per_token(config)
 

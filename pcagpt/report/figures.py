@@ -22,8 +22,8 @@ from pcagpt.rows import Row
 
 INK = "#222222"
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
-# By bits of a stored value; 0 for codes.
 STAR = "M0,-1L.23,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31Z"
+# By bits of a stored value; 0 for codes.
 BITS_SHAPES = {
     **{32: "circle", 8: "square", 6: "triangle-up", 5: "triangle-down"},
     **{4: "diamond", 0: STAR},

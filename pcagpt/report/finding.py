@@ -1,12 +1,11 @@
 """What a report found, in a few lines for the terminal."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from pcagpt.config.command_line import next_command
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
-from pcagpt.report.sweep import full_name, recommended_row
+from pcagpt.report.sweep import baseline_of, full_name, recommended_row, recommends
 from pcagpt.report.text import count, fixed, signed, times, with_interval
 
 
@@ -22,7 +21,7 @@ def experiment_lines(results: dict[str, Any], workdir: Path) -> list[str]:
 def _arm(model: dict[str, Any]) -> str:
     """'A  k=128  val loss 4.1925, +0.0591 ± 0.0020 against D, table 5.91x smaller'."""
     rank = f"k={model['rank']:g}" if model["rank"] else ""
-    line = f"{model['letter']:<2} {rank:<6} val loss {fixed(model['val_loss'], 4)}"
+    line = f"{model['letter']:<2} {rank:<6} val loss {fixed(model.get('val_loss'), 4)}"
     if model["letter"] == "D" or "added_loss" not in model:
         return line
     half = model["added_half"]
@@ -34,10 +33,11 @@ def _arm(model: dict[str, Any]) -> str:
 def sweep_lines(sweep: dict[str, Any], folder: Path) -> list[str]:
     """The recommended table and a command for its model, if it has one."""
     best = recommended_row(sweep)
-    smaller = times(4 * math.prod(sweep["protocol"]["table"]) / best.bytes)
+    smaller = times(baseline_of(sweep)["bytes"] / best.bytes)
     added = with_interval(best.added_loss, best.added_loss_interval)
+    word = "recommended" if recommends(sweep) else "none is recommended; nearest"
     lines = [
-        f"recommended: {full_name(best)}, {count(best.bytes)} bytes ({smaller} smaller "
+        f"{word}: {full_name(best)}, {count(best.bytes)} bytes ({smaller} smaller "
         f"than in float32), adds {added} nats per token"
     ]
     name = best.model_name

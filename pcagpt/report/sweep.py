@@ -208,6 +208,12 @@ def recommended_row(sweep: dict[str, Any]) -> Row:
     return next(fitting, None) or min(rows, key=lambda row: row.added_loss)
 
 
+def recommends(sweep: dict[str, Any]) -> bool:
+    """Whether `recommended_row` is a recommendation, on the split that chooses."""
+    is_val = sweep["protocol"].get("split", "val") == "val"
+    return is_val and _highest_added(recommended_row(sweep)) <= SMALL_COST
+
+
 def compared_rows(sweep: dict[str, Any]) -> list[Row]:
     """The recommended row and, of every other kind, the row nearest to its size.
 

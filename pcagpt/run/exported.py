@@ -5,6 +5,7 @@ coded         config.json, others.safetensors, table.pcat: the table as coded fi
 pcagpt.json   of both: what it was made from, and the digests of all files
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pcagpt.run import hugging_face
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves
 
 FILE = "pcagpt.json"
+# Where the record of an export has what `write_model` recorded as "compressed".
+BEFORE = "compressed_before"
 OTHERS, CODED_TABLE = "others.safetensors", "table.pcat"
 TYPE = "pcagpt_"  # before the model_type of the architecture, in config.json
 _RESTORE = "export the model again"
@@ -29,6 +32,11 @@ _LAYOUT = {  # of a table in factors or packed codes, in config.json
     "is_tied": (bool,),
     "has_mean": (bool,),
 }
+
+
+def compressed_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the table of a model was compressed, here or before it was exported."""
+    return record.get("compressed") or record.get(BEFORE)
 
 
 def is_model(folder: Path) -> bool:

@@ -57,12 +57,15 @@ def record_of(folder: Path) -> dict[str, Any]:
     return copy.deepcopy(_record(folder))
 
 
-def _check_export(folder: Path) -> None:
-    """UserError if files of an export that are read here were changed."""
+def _check_export(folder: Path) -> dict[str, Any]:
+    """What pcagpt.json of an export holds, {} without it.
+
+    UserError if files that are read here were changed.
+    """
     is_file = folder.is_file()  # GGUF
     origin = None if is_file else read_json(folder / exported.FILE, _EXPORT_AGAIN)
     if origin is None:
-        return
+        return {}
     check_fields(origin, {"files": (dict,)}, folder / exported.FILE, _EXPORT_AGAIN)
     read = {name: of for name, of in origin["files"].items() if name not in _NOT_READ}
     try:
@@ -75,12 +78,15 @@ def _check_export(folder: Path) -> None:
                 "as any Hugging Face folder"
             )
         raise UserError(f"{error}: {remedy}") from None
+    return origin
 
 
 @read_once
 def _record(folder: Path) -> dict[str, Any]:
-    _check_export(folder)
+    origin = _check_export(folder)
     record = _format(folder).record_of(folder)
+    if isinstance(made := origin.get("compressed"), dict):
+        record[exported.BEFORE] = made
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:
         size = vocabulary.describe(name).vocab_size
