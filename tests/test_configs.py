@@ -33,6 +33,17 @@ ALL = {
     "recover.py": (FROM_RUN, ["D+ gpt_continued_from_gpt_baseline"]),
     "sample.py": (RUN, ["sample gpt_baseline at step 2"]),
 }
+# The line that follows the plan of a command that may take long.
+AMOUNTS = {
+    "baseline.py": "1 run to train: roughly ",
+    "compress.py": "2 tables to measure, each on 32,768 tokens of val",
+    "demo.py": "4 runs to train: roughly ",
+    "experiment.py": "4 runs to train: roughly ",
+    "pca_finetune_k128.py": "2 runs to train: roughly ",
+    "pca_k128.py": "2 runs to train: roughly ",
+    "random_k128.py": "1 run to train: roughly ",
+    "recover.py": "1 run to train: roughly ",
+}
 
 
 @pytest.fixture
@@ -55,6 +66,8 @@ def test_every_config_plans_its_task(name):
     outcome = call(f"--config={CONFIGS / name}", *words, "--print_config")
     assert outcome.code == 0, outcome
     lines = outcome.out.split("\n\n")[1].splitlines()
+    if name in AMOUNTS:
+        assert lines.pop().startswith(AMOUNTS[name])
     for line, expected in zip(lines, plan, strict=True):
         assert " ".join(line.split()).startswith(expected)
 

@@ -136,13 +136,11 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
 
 def _names(folder: Path, original: Original, table: FactorizedTable | Codes) -> bool:
     """Whether the record in a folder is of this table."""
-    recorded = _origin_of(folder).get("table_sha256")
-    # Older versions recorded no hash of codes. Those of our own models are in ckpt/0,
-    # too, which has hashes.
-    is_factors = isinstance(table, FactorizedTable)
-    if recorded is None and not is_factors and not original.run.architecture:
+    # Older versions recorded no hash of codes, or that of the decoded table. Codes of
+    # our own models are in ckpt/0, too, which has hashes.
+    if not isinstance(table, FactorizedTable) and not original.run.architecture:
         return True
-    return recorded == table.sha256
+    return _origin_of(folder).get("table_sha256") == table.sha256
 
 
 def _write_codes(

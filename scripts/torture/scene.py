@@ -183,18 +183,22 @@ def result(command: Command, place: Path, out: str) -> Any:
     """
     if not command.result:
         return _stripped(json.loads(out[out.index("{") :])) if "{" in out else out
+
+    def read(path: Path) -> str:  # Records name folders by their whole path.
+        return path.read_text().replace(str(place), "")
+
     made = place / command.result
     if made.is_file():
-        return _stripped(json.loads(made.read_text()))
+        return _stripped(json.loads(read(made)))
     found: dict[str, Any] = {}
     for path in sorted(made.rglob("*")):
         name = str(path.relative_to(made))
         if "ckpt" in path.parts or path.name.startswith("evaluation_"):
             continue
         if path.suffix == ".json":
-            found[name] = _stripped(json.loads(path.read_text()))
+            found[name] = _stripped(json.loads(read(path)))
         elif path.suffix == ".jsonl":
-            lines = path.read_text().splitlines()
+            lines = read(path).splitlines()
             found[name] = [_stripped(json.loads(line)) for line in lines]
         elif path.suffix in (".npy", ".npz"):
             arrays = arrays_of(path)
