@@ -150,8 +150,8 @@ FROM_RUN = "gpt_{arm}_from_{source}"
 def arm_from_run(is_compressed: bool, is_taught: bool) -> str:
     """The arm, a key of `ARMS`, of a run that continues from another run's weights.
 
-    is_compressed: its table is, or was at its start; is_taught: it learns a teacher's
-    predictions.
+    is_compressed: the table is compressed, or was at the start; is_taught: the run
+    learns a teacher's predictions.
     """
     if is_taught:
         return "pca_distill"

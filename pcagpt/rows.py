@@ -63,9 +63,9 @@ class Recipe:
         return f"best_k{self.rank}" if self.is_factors else None
 
 
-def best_models(folder: Path, rank: int | None = None) -> list[Path]:
-    """The best models in the folder of a sweep: of one rank, or of all."""
-    return sorted(folder.glob(f"best_*k{'*' if rank is None else rank}"))
+def best_models(folder: Path) -> list[Path]:
+    """The best models in the folder of a sweep."""
+    return sorted(folder.glob("best_*k*"))
 
 
 def in_bands(recipe: Recipe) -> str:

@@ -21,6 +21,7 @@ from pcagpt.compression import write_model
 from pcagpt.compression.candidates import Compressor, recipes
 from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
+from pcagpt.compression.output import Output
 from pcagpt.compression.score import TableSwap, frequency_deciles
 from pcagpt.compression.sweep import _predicted
 from pcagpt.config import Settings, validate
@@ -782,7 +783,9 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     other = changed(asked, overwrite=overwrite, **{"compress.max_params": 900})
     compress(Settings.of(other), "a command")
     said = f"advised stays, because {run} started from it; another table"
-    assert (said in capsys.readouterr().out) == (not overwrite)
+    printed = capsys.readouterr().out
+    assert (said in printed) == (not overwrite)
+    assert ("configs/export.py" in printed) == overwrite
     assert len(list(folder.glob("advised.replaced-*"))) == overwrite
     assert (snapshot(folder) == before) == (not overwrite)
 
@@ -1508,7 +1511,7 @@ def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus
             {"run": "continued", "rank": None} | row,
             {"run": f"k{rank}", "rank": rank} | row,
         ]
-        sweep_module.add_recovered(tmp_path, rows)
+        sweep_module.add_recovered(Output(tmp_path, {}, lambda: None), rows)
     found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]
     assert [row["run"] for row in found] == kept
     assert ("left out of the report: k4," in capsys.readouterr().out) == bool(changes)

@@ -35,16 +35,23 @@ from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 
 pytestmark = pytest.mark.usefixtures("quick")
-VOCAB, BLOCK = 21, 8
+VOCAB, BLOCK_RANK = 21, 8
 DENSE = gpt_config(
-    vocab_size=VOCAB, vocab_multiple=8, block_size=BLOCK, n_layer=1, n_head=2, n_embd=8
+    vocab_size=VOCAB,
+    vocab_multiple=8,
+    block_size=BLOCK_RANK,
+    n_layer=1,
+    n_head=2,
+    n_embd=8,
 )
 UNTIED = dataclasses.replace(DENSE, n_embd_wte=3, n_embd_wte_scale_tying=False)
 BANDS = dataclasses.replace(
     UNTIED, n_embd_wte=0, band_sizes=(4, 7, 10), band_ranks=(0, 4, 2)
 )
 # Seven whole windows and one of four targets.
-SPLIT = np.random.default_rng(1).integers(0, VOCAB, 7 * BLOCK + 5).astype(np.uint16)
+SPLIT = (
+    np.random.default_rng(1).integers(0, VOCAB, 7 * BLOCK_RANK + 5).astype(np.uint16)
+)
 TEXT = TextSize(words=13, bytes=170)
 
 
@@ -89,7 +96,7 @@ def variables_of(config):
 def hidden_of(config):
     """Final hidden states of the split's targets, in order: [n, D] float64."""
     hidden = jax.jit(functools.partial(GPT(config).apply, method="hidden"))
-    ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK, 8)
+    ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK_RANK, 8)
     h_ND = np.asarray(hidden(variables_of(config), inputs), np.float64)
     return h_ND[targets.reshape(-1) >= 0]
 
@@ -139,9 +146,10 @@ def test_every_number_is_that_of_plain_numpy(config):
     assert np.ptp(losses) > 2
 
     metrics, window_losses = evaluated(config, 3, chunks=2)
-    starts = range(0, len(losses), BLOCK)
+    starts = range(0, len(losses), BLOCK_RANK)
     expected = [
-        [sum(losses[s : s + BLOCK]), len(losses[s : s + BLOCK])] for s in starts
+        [sum(losses[s : s + BLOCK_RANK]), len(losses[s : s + BLOCK_RANK])]
+        for s in starts
     ]
     assert window_losses.dtype == np.float64
     assert window_losses[-1, 1] == 4
@@ -178,7 +186,7 @@ def test_the_result_does_not_depend_on_batch_size_chunks_or_devices():
 
 def test_padding_of_the_last_batch_and_window_counts_for_nothing():
     whole = evaluated(DENSE, 3)
-    full_windows = evaluated(DENSE, 7, tokens=SPLIT[: 7 * BLOCK + 1])
+    full_windows = evaluated(DENSE, 7, tokens=SPLIT[: 7 * BLOCK_RANK + 1])
     np.testing.assert_allclose(
         whole.window_losses[:7], full_windows.window_losses, rtol=1e-6
     )
@@ -187,13 +195,13 @@ def test_padding_of_the_last_batch_and_window_counts_for_nothing():
 
 
 def test_scores_are_zero_where_there_is_no_target():
-    ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK, 8)
+    ((inputs, targets),) = EvaluationBatches(SPLIT, BLOCK_RANK, 8)
     targets = targets.copy()
     targets[:, ::3] = -1
     score = functools.partial(score_tokens, model=GPT(BANDS), chunks=2)
     score = placement.jit(score, placement.make_mesh(1, 1))
     for found in score(variables_of(BANDS), inputs, targets):
-        assert (found.shape, found.dtype) == ((8, BLOCK), jnp.float32)
+        assert (found.shape, found.dtype) == ((8, BLOCK_RANK), jnp.float32)
         np.testing.assert_array_equal(np.asarray(found) != 0, targets >= 0)
 
 

@@ -672,6 +672,13 @@ def test_a_model_of_another_program_can_be_exported_as_a_table(tmp_path):
     assert snapshot(theirs) == before
 
 
+def test_an_exported_table_is_not_compressed_again(tmp_path, corpus_folder):
+    made = run_export(write_coded(tmp_path / "run"), tmp_path / "work")
+    asked = {"model_path": made, "workdir": tmp_path / "again", "model": {"n_layer": 2}}
+    line = refusal(*tiny("compress.py", corpus_folder, **asked), unchanged=[made])
+    assert f"{made} has a compressed table" in line
+
+
 def test_a_compressed_model_keeps_its_order_of_tokens(tmp_path):
     run = write_run(tmp_path / "run", **MODELS["bands"])
     flat = trees.flatten(checkpoint.load_weights(run)["params"])

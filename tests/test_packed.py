@@ -15,7 +15,7 @@ from pcagpt.coding.widths import CHOICES, Widths, levels_of
 from pcagpt.errors import UserError
 from pcagpt.factorization import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
-from pcagpt.model import BLOCK, GPT, WIDTHS, BandSpec, token_order
+from pcagpt.model import BLOCK_RANK, GPT, WIDTHS, BandSpec, token_order
 from pcagpt.training.step import Teacher
 
 V, D = 3000, 20  # The width is no multiple of a block, the bands none of a tile.
@@ -283,7 +283,7 @@ def test_levels_of_a_gaussian_are_those_of_lloyd_and_max():
 
 def test_widths_are_the_cheapest_choice_within_the_bytes():
     """All choices of two blocks in two bands are tried."""
-    values = RANDOM.normal(size=(16, 60)) * np.repeat([3.0, 0.5], BLOCK)[:, None]
+    values = RANDOM.normal(size=(16, 60)) * np.repeat([3.0, 0.5], BLOCK_RANK)[:, None]
     weights = np.repeat([5.0, 1.0], 30)
     bands = [np.arange(30), np.arange(30, 60)]
     errors = 0.3 ** CHOICES.astype(float)
@@ -298,8 +298,8 @@ def test_widths_are_the_cheapest_choice_within_the_bytes():
     assert (np.diff(widths, axis=1) <= 0).all()
 
     def used(widths):
-        codes = (30 * widths + 4 * BLOCK * (widths > 0)).sum()
-        rows = BLOCK * (widths > 0).any(axis=0).sum()
+        codes = (30 * widths + 4 * BLOCK_RANK * (widths > 0)).sum()
+        rows = BLOCK_RANK * (widths > 0).any(axis=0).sum()
         return codes + rows * 16 + 4 * (60 + 32 + sum(2**w for w in WIDTHS))
 
     def loss(widths):

@@ -150,6 +150,17 @@ def test_a_sweep_of_a_checkpoint_has_samples_of_that_one(readable, tmp_path):
     assert measured[0] == measured[1] != measured[2]
 
 
+def test_a_sweep_has_no_samples_of_models_that_are_not_in_its_rows(readable, tmp_path):
+    config, written = changed(compressing(readable, tmp_path), ranks=(8,)), []
+    for methods in ("svd,coded", "svd"):
+        asked = changed(config, **{"compress.methods": methods})
+        compress(Settings.of(asked), "a command")
+        sweep = json.loads((tmp_path / "compressed/sweep.json").read_text())
+        written.append(list(sweep["samples_of"]))
+    assert (tmp_path / "compressed/best_coded_k8").is_dir()
+    assert written == [["D", "best_coded_k8", "best_k8"], ["D", "best_k8"]]
+
+
 def test_a_sweep_has_no_samples_of_the_models_of_another_d(readable, tmp_path):
     config = changed(compressing(readable, tmp_path), ranks=(8,))
     compress(Settings.of(config), "a command")

@@ -266,13 +266,17 @@ def test_an_untied_gpt2_is_compressed_so_too(corpus_folder, tmp_path):
         assert (tmp_path / "compressed" / side / "sweep.json").exists()
 
 
+def export(table, workdir):
+    """The folder of a table's model, in the form hf."""
+    ask = f"--config.model_path={table}", f"--config.workdir={workdir}"
+    assert call(f"--config={CONFIG_FILES / 'export.py'}", *ask).code == 0
+    return workdir / "exported" / f"{table.name}_hf"
+
+
 @pytest.mark.parametrize("side", [INPUT, OUTPUT])
 def test_an_export_has_one_table_replaced(swept, llama, side, tmp_path):
     (table, *_) = sorted((swept[1] / "compressed" / side).glob("best_k*"))
-    ask = f"--config.model_path={table}", f"--config.workdir={tmp_path}"
-    config = f"--config={CONFIG_FILES / 'export.py'}"
-    assert call(config, *ask).code == 0
-    made = tmp_path / "exported" / f"{table.name}_hf"
+    made = export(table, tmp_path)
     found, own = (
         transformers.AutoModelForCausalLM.from_pretrained(one).state_dict()
         for one in (made, llama)
@@ -281,5 +285,34 @@ def test_an_export_has_one_table_replaced(swept, llama, side, tmp_path):
     names = {INPUT: "model.embed_tokens.weight", OUTPUT: "lm_head.weight"}
     for name, tensor in own.items():
         assert torch.equal(found[name], dense if name == names[side] else tensor), name
-    words = *ask, "--config.format=hf-factored"
-    assert "two tables" in refusal(config, *words, unchanged=[tmp_path])
+    line = refusal(
+        f"--config={CONFIG_FILES / 'export.py'}",
+        f"--config.model_path={table}",
+        f"--config.workdir={tmp_path}",
+        "--config.format=hf-factored",
+        unchanged=[tmp_path],
+    )
+    assert "two tables" in line
+
+
+def test_the_two_tables_of_a_model_are_compressed_one_after_the_other(
+    swept, llama, corpus_folder, tmp_path
+):
+    place, done = swept[1] / "compressed", []
+    for side, left in ((INPUT, [OUTPUT]), (OUTPUT, [])):
+        (table, *_) = sorted((place / side).glob("best_k*"))
+        made = export(table, tmp_path / side)
+        done.append(side)
+        origin = json.loads((made / "pcagpt.json").read_text())
+        assert [one["side"] for one in origin["compressed"]] == done
+        words = asked(corpus_folder, made, tmp_path / f"after {side}")
+        if not left:
+            line = refusal(*words, unchanged=[made])
+            assert f"{made} has a compressed table: give the model that it" in line
+            continue
+        assert call(*words).code == 0
+        place = tmp_path / f"after {side}/compressed"
+        assert sorted(path.name for path in place.iterdir()) == left
+    card = (made / "README.md").read_text()
+    for side in done:
+        assert f"table compressed without training: side {side}, method " in card

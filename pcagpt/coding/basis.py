@@ -31,9 +31,9 @@ def quantize_basis(
 ) -> Basis:
     """Rounds rows so that the error E of row k costs E M E' ~ D steps_k^2 / 12.
 
-    Column after column, the error is compensated in the columns that follow, as GPTQ
-    does; the steps of the columns are such that each costs the same in the metric. All
-    steps are powers of two.
+    Rounds one column at a time. The columns that follow compensate its error, as in
+    GPTQ. The steps of the columns are powers of two, chosen so that the error of each
+    column costs the same in the metric.
     """
     width = rows_KD.shape[1]
     columns_D, moves_DD = np.zeros(width, np.int16), np.eye(width)

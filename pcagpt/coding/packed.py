@@ -20,7 +20,7 @@ from pcagpt.coding.widths import Widths, borders_of, levels_of
 from pcagpt.factorization.chunks import chunks
 from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.model import (
-    BLOCK,
+    BLOCK_RANK,
     WIDTHS,
     PackedBand,
     SharedArrays,
@@ -101,7 +101,7 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
     mean_D = mean_row(weighting, table_VD.shape[1])
     tokens_of_bands, levels, widths = choices(prepared, bands)
     widths_BS = widths.within_bytes(most).widths
-    directions = BLOCK * int((widths_BS > 0).any(axis=0).sum())
+    directions = BLOCK_RANK * int((widths_BS > 0).any(axis=0).sum())
     synthesis_KD = prepared.synthesis_DD[:directions]
     padding = directions - len(synthesis_KD)  # Blocks may have more rows than a table.
     synthesis_KD = np.pad(synthesis_KD, ((0, padding), (0, 0)))
@@ -193,7 +193,7 @@ def _quantize(
     of_band = Coefficients(*(x if x is None else x[..., tokens] for x in stored))
     squares_Kn = np.square(of_band.values, dtype=np.float64)
     scales_K = np.sqrt(squares_Kn.mean(axis=1)) + 1e-30
-    widths_K = np.repeat(widths_S, BLOCK)
+    widths_K = np.repeat(widths_S, BLOCK_RANK)
 
     def rounded(k: int, target_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if k >= len(widths_K):  # The band leaves this direction out.
@@ -210,10 +210,10 @@ def _packed(numbers_nK: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
     """Codes [n, bytes] uint8: byte i of a block has bit i of its eight indices."""
     parts, start = [], 0
     for width, count in zip(WIDTHS, blocks, strict=True):
-        own_nK = numbers_nK[:, start : start + BLOCK * count]
-        own_nS8 = own_nK.reshape(len(own_nK), count, BLOCK)
+        own_nK = numbers_nK[:, start : start + BLOCK_RANK * count]
+        own_nS8 = own_nK.reshape(len(own_nK), count, BLOCK_RANK)
         bits_nSW8 = (own_nS8[:, :, None] >> np.arange(width)[:, None]) & 1
         packed_nSW1 = np.packbits(bits_nSW8.astype(np.uint8), -1, bitorder="little")
         parts.append(packed_nSW1.reshape(len(own_nK), count * width))
-        start += BLOCK * count
+        start += BLOCK_RANK * count
     return np.concatenate(parts, axis=1)

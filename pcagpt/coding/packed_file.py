@@ -26,7 +26,7 @@ from pcagpt.coding.file import HEADER_BYTES, REMEDY, Description
 from pcagpt.coding.packed import PackedTable
 from pcagpt.errors import UserError
 from pcagpt.files import parse_json, read_npz, strict, write_npz
-from pcagpt.model import BLOCK, LEVELS, WIDTHS, PackedBand, SharedArrays
+from pcagpt.model import BLOCK_RANK, LEVELS, WIDTHS, PackedBand, SharedArrays
 
 
 def packed_bytes(table: PackedTable) -> int:
@@ -83,7 +83,7 @@ def _check(table: PackedTable) -> None:
     shared, directions = table.bands[0].shared, []
     for band in table.bands:
         row = sum(n * width for n, width in zip(band.blocks, WIDTHS, strict=True))
-        directions.append(BLOCK * sum(band.blocks))
+        directions.append(BLOCK_RANK * sum(band.blocks))
         if band.codes.shape != (band.size, row) or band.codes.dtype != np.uint8:
             raise ValueError("codes that do not fit their blocks")
         if band.scales.shape != (directions[-1],):

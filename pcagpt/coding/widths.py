@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcagpt.factorization import BudgetTooSmall
-from pcagpt.model import BLOCK, LEVELS, WIDTHS
+from pcagpt.model import BLOCK_RANK, LEVELS, WIDTHS
 
 CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out
 _LLOYD_STEPS = 50
@@ -81,14 +81,14 @@ class Widths:
         self._width, energy = len(values_DV), []
         for tokens in tokens_of_bands:
             energy_D = np.square(values_DV[:, tokens]) @ weights_V[tokens]
-            energy_D = np.pad(energy_D, (0, -self._width % BLOCK))
-            energy.append(energy_D.reshape(-1, BLOCK).sum(axis=1))
+            energy_D = np.pad(energy_D, (0, -self._width % BLOCK_RANK))
+            energy.append(energy_D.reshape(-1, BLOCK_RANK).sum(axis=1))
         falling_BS = np.maximum.accumulate(np.array(energy)[:, ::-1], axis=1)[:, ::-1]
         self._errors_BSW = falling_BS[..., None] * errors_W
         self._errors_BSW[:, 0, 0] = np.inf  # Orbax stores no empty arrays.
         sizes_B = np.array([len(tokens) for tokens in tokens_of_bands])
         # A code takes its bits; each direction of a band takes a scale.
-        bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK * (CHOICES > 0)
+        bytes_BSW = sizes_B[:, None, None] * CHOICES + 4 * BLOCK_RANK * (CHOICES > 0)
         self._bytes_BSW = np.broadcast_to(bytes_BSW, self._errors_BSW.shape)
         order = sizes_B.sum() if len(sizes_B) > 1 else 0  # One band stores none.
         self._fixed = overhead + 4 * (order + 2 * self._width + LEVELS)
@@ -132,6 +132,6 @@ class Widths:
         best_BS1 = np.argmin(priced_BSW, axis=2)[..., None]
         used = np.take_along_axis(self._bytes_BSW, best_BS1, 2).sum()
         error = np.take_along_axis(self._errors_BSW, best_BS1, 2).sum()
-        rows = BLOCK * (best_BS1 > 0).any(axis=0).sum()  # of the basis
+        rows = BLOCK_RANK * (best_BS1 > 0).any(axis=0).sum()  # of the basis
         size = int(used + rows * self._width + self._fixed)
         return Choice(CHOICES[best_BS1[..., 0]], size, float(error))

@@ -30,8 +30,10 @@ def advise(
     output: Output,
     *,
     overwrite: bool,
-) -> None:
+) -> bool:
     """Finds the table that fits the bound; writes its model and advice.json.
+
+    Returns whether they were written; only process 0 writes.
 
     Args:
       original: the model.
@@ -39,14 +41,14 @@ def advise(
       options: as for `find`.
       output: for advice.json and the model. An earlier advice is moved aside if it has
         another protocol, bound or model.
-      overwrite: if False, a model that a run started from `stays`, and so does its
-        advice.
+      overwrite: if False, a model stays from which a run was trained further (see
+        `stays`), and so does its advice.
 
     Raises UserError as `find` does.
     """
     chosen, tried = find(original, methods, options)
     if jax.process_index() > 0:
-        return
+        return False
     row, place = chosen.row(), output.folder / ADVISED
     if "max_bytes" in options.bounds and chosen.candidate.note:
         print(chosen.candidate.note, flush=True)
@@ -54,7 +56,7 @@ def advise(
     print(advice_text(row, original.table_VD.shape), flush=True)
     output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
-        return
+        return False
     print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
     trials = [trial.row() for trial in tried]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
@@ -66,6 +68,7 @@ def advise(
     if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
         move_aside(path)
     write_json(path, advice)
+    return True
 
 
 def find(

@@ -16,6 +16,7 @@ from pcagpt import coding, process
 from pcagpt.compression.candidates import Candidate, Compressor
 from pcagpt.compression.own_model import OwnModel
 from pcagpt.compression.score import frequency_deciles
+from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
@@ -24,7 +25,7 @@ from pcagpt.factorization import Statistics
 from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
-from pcagpt.run.exported import compressed_in
+from pcagpt.run.exported import compressions
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
@@ -68,12 +69,12 @@ class Model(Protocol):
 def check_is_original(run: Run) -> None:
     """Raises UserError if the table of a run was made smaller already."""
     _ = run.table_shape  # Its check.
-    made = compressed_in(run.record) or {}
-    # The other table of an untied model may follow.
-    if made and not made.get("side"):
+    made = compressions(run.record)
+    # One table of an untied model may follow the other.
+    if made and {one.get("side") for one in made} not in ({INPUT}, {OUTPUT}):
         raise UserError(
             f"{run.folder} has a compressed table: give the model that it was made "
-            f"from, {made.get('run')}"
+            f"from, {made[0].get('run')}"
         )
 
 
@@ -109,10 +110,6 @@ class Original:
         split, or if the corpus or the devices do not fit the run.
         """
         split = settings.split
-        mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-        for section in ("train", "evaluate"):
-            size = getattr(settings, section).batch_size
-            placement.check_divisible(f"{section}.batch_size", size, mesh)
         check_is_original(run)
         # Before a text is tokenized, which may take long.
         if run.architecture:
@@ -120,6 +117,10 @@ class Original:
             table_VD = model.table_VD
             check_rows_differ(table_VD, f"the token table of {run.folder}")
         else:
+            mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+            for section in ("train", "evaluate"):
+                size = getattr(settings, section).batch_size
+                placement.check_divisible(f"{section}.batch_size", size, mesh)
             table_VD = run.table()
             gpt, variables = run.load(settings.model, mesh)
             model = OwnModel(gpt, variables, mesh, settings.train.loss_chunks)
@@ -149,8 +150,9 @@ class Original:
         """Itself; or, of an untied model, one for each table that is not compressed."""
         if not self.model.sides:
             return [self]
-        done = (compressed_in(self.run.record) or {}).get("side")
-        models = [self.model.of_side(side) for side in self.model.sides if side != done]
+        done = {made.get("side") for made in compressions(self.run.record)}
+        sides = [side for side in self.model.sides if side not in done]
+        models = map(self.model.of_side, sides)
         found = [
             dataclasses.replace(self, model=model, table_VD=model.table_VD)
             for model in models

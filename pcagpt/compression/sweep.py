@@ -151,13 +151,14 @@ def _write_best(
         write_model(place, original, candidate, measured[best], overwrite)
 
 
-def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
+def add_recovered(output: Output, rows: list[dict[str, Any]]) -> Path:
     """Adds the results of further training to sweep.json; rewrites its report.
 
     Those of other runs stay if they were compared with the same D+. Otherwise they are
     left out, and a line says so.
     """
-    path = folder / "sweep.json"
+    output.check()
+    path = output.folder / "sweep.json"
     content = read_sweep(path)
     recovered = {row["run"]: row for row in content.get("recovered") or ()}
     new = {row["run"]: row for row in strict(rows)}
@@ -174,17 +175,19 @@ def add_recovered(folder: Path, rows: list[dict[str, Any]]) -> Path:
     recovered |= new
     content["recovered"] = list(recovered.values())
     write_json(path, content)
-    return write_sweep_report(folder, content)
+    return write_sweep_report(output.folder, content)
 
 
-def set_samples(folder: Path, samples: dict[str, Any]) -> None:
+def set_samples(output: Output, samples: dict[str, Any]) -> None:
     """Gives sweep.json the result of `pipeline.samples`; rewrites its report."""
-    content = read_sweep(folder / "sweep.json")
+    output.check()
+    path = output.folder / "sweep.json"
+    content = read_sweep(path)
     for name in ("samples", "samples_of"):
         content.pop(name, None)
     content |= samples
-    write_json(folder / "sweep.json", content)
-    write_sweep_report(folder, content)
+    write_json(path, content)
+    write_sweep_report(output.folder, content)
 
 
 def _write_sweep(

@@ -369,7 +369,9 @@ class Settings:
         "checkpoints", "folder that runs are read from and written to", PATH
     )
     seed: int = knob(1, "seed of initialisation, dropout and data order", SEED)
-    overwrite: bool = knob(False, "move aside an existing run with other settings")
+    overwrite: bool = knob(
+        False, "move a run, model, sweep or export aside that is there and differs"
+    )
     build_prerequisites: bool = knob(True, "make D and its factorization if missing")
     model_path: str = knob(
         "",

@@ -41,7 +41,7 @@ _OTHER_PATTERNS = {
 class FileTokenizer:
     """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`.
 
-    Its methods raise UserError if the tokenizer cannot do this.
+    A method raises UserError if the tokenizer fails.
     """
 
     def __init__(self, file: Path, tokenizer: Any, n_vocab: int, eot_token: int | None):

@@ -17,7 +17,7 @@ from pcagpt.report.text import (
     table,
     with_interval,
 )
-from pcagpt.run.exported import BEFORE, compressed_in
+from pcagpt.run.exported import compressions
 
 _FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
 
@@ -100,7 +100,7 @@ def _is_full(source: Source) -> bool:
     return (
         isinstance(source.table, ExportedTable)
         and source.table.is_full
-        and not compressed_in(source.record)
+        and not compressions(source.record)
     )
 
 
@@ -109,8 +109,8 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
 
     `step` is the model's own. A compressed model was trained up to the step of D.
     """
-    lines, compressed = [], compressed_in(record) or {}
-    step = compressed.get("step", step)
+    lines, made = [], compressions(record)
+    step = made[0].get("step", step) if made else step
     if arm := ARMS.get(record.get("arm")):
         steps = (record.get("train") or {}).get("steps")
         text = f"{arm.letter}, {arm.title}: {arm.meaning}"
@@ -120,8 +120,7 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
                 text += " on the predictions of a teacher"
         lines.append(f"{text}; {step} of {steps} steps")
     shown = ("side", "method", "bands", "budget", "rank", "bits")
-    for made in (record.get(BEFORE), record.get("compressed")):
-        if made:
-            recipe = fields({name: made.get(name) for name in shown})
-            lines.append(f"table compressed without training: {recipe}")
+    for one in made:
+        recipe = fields({name: one.get(name) for name in shown})
+        lines.append(f"table compressed without training: {recipe}")
     return lines

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 ARCHITECTURE = "GPT2LMHeadModel"  # An export has the name of its own model here.
-BLOCK, WIDTHS = 8, (8, 6, 5, 4, 3, 2, 1)  # of packed tables
+BLOCK_RANK, WIDTHS = 8, (8, 6, 5, 4, 3, 2, 1)  # of packed tables
 TILE = 2048  # packed rows of the head that are unpacked at the same time
 
 _Model = getattr(transformers, ARCHITECTURE)
@@ -67,7 +67,7 @@ class PackedBand(nn.Module):
         self.blocks = blocks
         length = sum(count * bits for count, bits in zip(blocks, WIDTHS, strict=True))
         self.register_buffer("codes", torch.empty(size, length, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(BLOCK * sum(blocks)))
+        self.register_buffer("scales", torch.empty(BLOCK_RANK * sum(blocks)))
 
     def rows(self, rows_N: torch.Tensor, shared: Directions) -> torch.Tensor:
         """Rows of the table: [N, D]."""
@@ -85,7 +85,7 @@ class PackedBand(nn.Module):
     def _unpack(self, codes: torch.Tensor, shared: Directions) -> torch.Tensor:
         """The values of packed rows: [N, bytes] uint8 -> [N, K]."""
         values, byte, level = [], 0, 0
-        places_8 = torch.arange(BLOCK, device=codes.device)
+        places_8 = torch.arange(BLOCK_RANK, device=codes.device)
         for bits, count in zip(WIDTHS, self.blocks, strict=True):
             size = count * bits
             own_NSB1 = (
@@ -94,7 +94,7 @@ class PackedBand(nn.Module):
             numbers_NSB8 = (own_NSB1 >> places_8 & 1) << places_8[:bits, None]
             of_width = shared.levels[level : level + 2**bits]
             values_NSB = of_width[numbers_NSB8.sum(2)]
-            values.append(values_NSB.reshape(len(codes), count * BLOCK))
+            values.append(values_NSB.reshape(len(codes), count * BLOCK_RANK))
             byte, level = byte + size, level + 2**bits
         return torch.cat(values, dim=1)
 
@@ -112,7 +112,7 @@ class CompressedEmbedding(nn.Module):
         self.scale, self.width = scale, width
         self.shared = None
         if blocks:
-            self.shared = Directions(BLOCK * max(map(sum, blocks)), width)
+            self.shared = Directions(BLOCK_RANK * max(map(sum, blocks)), width)
             bands = [PackedBand(*band) for band in zip(sizes, blocks, strict=True)]
         else:
             bands = [

@@ -13,8 +13,8 @@ them. A model of several bands also stores the column of each token id.
 """
 
 from pcagpt.model.config import (
-    BLOCK,
     BLOCK_KNOBS,
+    BLOCK_RANK,
     DEVICE_KNOBS,
     LEVELS,
     TABLE_KNOBS,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 INIT_STD = 0.02
 # Of a packed table: the widths of its codes in bits, and the directions of a block.
-WIDTHS, BLOCK = (8, 6, 5, 4, 3, 2, 1), 8
+WIDTHS, BLOCK_RANK = (8, 6, 5, 4, 3, 2, 1), 8
 LEVELS = sum(2**width for width in WIDTHS)  # of the codes of all widths
 
 # Knobs about the device. They change results only by rounding errors, so a run may be

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model.config import BLOCK, LEVELS, WIDTHS, BandSpec
+from pcagpt.model.config import BLOCK_RANK, LEVELS, WIDTHS, BandSpec
 
 TILE = 2048  # rows of the head that are unpacked at the same time
 
@@ -87,11 +87,11 @@ def unpack(codes, blocks: tuple[int, ...], levels, dtype):
     for width, count in zip(WIDTHS, blocks, strict=True):
         size = count * width
         bytes_NSW1 = codes[:, byte : byte + size].reshape(len(codes), count, width, 1)
-        bits_NSWI = bytes_NSW1 >> numpy.arange(BLOCK, dtype=numpy.uint8) & 1
+        bits_NSWI = bytes_NSW1 >> numpy.arange(BLOCK_RANK, dtype=numpy.uint8) & 1
         places_W1 = numpy.arange(width, dtype=numpy.uint8)[:, None]
         numbers_NSI = (bits_NSWI << places_W1).sum(axis=2, dtype=numpy.uint8)
         of_width = numpy.asarray(levels[level : level + 2**width], dtype=dtype)
-        values.append(of_width[numbers_NSI].reshape(len(codes), count * BLOCK))
+        values.append(of_width[numbers_NSI].reshape(len(codes), count * BLOCK_RANK))
         byte, level = byte + size, level + 2**width
     return numpy.concatenate(values, axis=1)
 
@@ -104,7 +104,7 @@ class Directions(nn.Module):
 
     def setup(self):
         """Declares the arrays."""
-        rows = BLOCK * max(sum(band.blocks) for band in self.bands)
+        rows = BLOCK_RANK * max(sum(band.blocks) for band in self.bands)
         shapes = {
             "basis": ((rows, self.width), jnp.int8),
             "columns": (self.width, jnp.float32),
@@ -135,7 +135,7 @@ class PackedEmbedding(nn.Module):
         row_bytes = sum(n * width for n, width in zip(blocks, WIDTHS, strict=True))
         shape = self.band.size, row_bytes
         self.codes = self.variable("constants", "codes", jnp.zeros, shape, jnp.uint8)
-        scales = BLOCK * sum(blocks)
+        scales = BLOCK_RANK * sum(blocks)
         self.scales = self.variable("constants", "scales", jnp.zeros, scales)
 
     def head(self) -> PackedBand:

@@ -1,6 +1,6 @@
 """Stored values and bytes of a model, and its operations per training token."""
 
-from pcagpt.model.config import BLOCK, LEVELS, WIDTHS, GPTConfig
+from pcagpt.model.config import BLOCK_RANK, LEVELS, WIDTHS, GPTConfig
 
 
 def embedding_parameters(config: GPTConfig) -> int:
@@ -51,7 +51,7 @@ def _table_bytes(config: GPTConfig) -> int:
             band.padding * (band.rank or config.n_embd) for band in config.bands
         )
         return 4 * (embedding_parameters(config) + padding)
-    directions = [BLOCK * sum(band.blocks) for band in config.bands]
+    directions = [BLOCK_RANK * sum(band.blocks) for band in config.bands]
     codes = sum(
         band.size * sum(n * width for n, width in zip(band.blocks, WIDTHS, strict=True))
         for band in config.bands

@@ -131,7 +131,11 @@ class _Table:
             output = Output(folder, heading, check_inputs)
             if options.bounds:
                 overwrite = settings.overwrite
-                advise(original, self._methods, options, output, overwrite=overwrite)
+                is_advised = advise(
+                    original, self._methods, options, output, overwrite=overwrite
+                )
+                if is_advised:
+                    self.found = [next_command("export", folder / ADVISED)]
             else:
                 _check_recoverable(original, models, settings, folder)
                 models = sweep(
@@ -141,21 +145,14 @@ class _Table:
                     overwrite=settings.overwrite,
                     tensorboard=settings.telemetry.tensorboard,
                 )
-                _sample(settings, folder, original)
+                _sample(settings, output, original)
+                if jax.process_index() == 0:
+                    self.found = sweep_lines(read_sweep(self._file), folder)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
-                self.found = self._found()
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
-                _recover(settings, folder, models, run)
-
-    def _found(self) -> list[str]:
-        """What the sweep recommends, or a command for the advised model."""
-        if not self.settings.compress.bounds:
-            content = read_sweep(self.folder / "sweep.json")
-            return sweep_lines(content, self.folder) if content else []
-        model = self.folder / ADVISED
-        return [next_command("export", model)] if model.is_dir() else []
+                _recover(settings, output, models, run)
 
 
 def decide_effort(settings: Settings, platform: str) -> Settings:
@@ -311,18 +308,21 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
     return [model for model, rank in trainable.items() if rank in ranks]
 
 
-def _sample(settings: Settings, folder: Path, original: Original) -> None:
+def _sample(settings: Settings, output: Output, original: Original) -> None:
     """Adds samples of D and of the best models of the recommended size to the report.
 
     A sweep on another split has no models; transformers computes other architectures.
     """
     if original.split != "val" or original.run.architecture:
         return
-    content = read_sweep(folder / "sweep.json")
+    content = read_sweep(output.folder / "sweep.json")
     if not content:
         return
-    rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
-    places = (p for p in best_models(folder, rank) if (p / "config.json").is_file())
+    rows = content["rows"]
+    rank = recommended_row(content).rank or max(row.rank for row in rows)
+    names = {row.model_name for row in rows if row.rank == rank}
+    places = (output.folder / name for name in sorted(names - {None}))
+    places = (place for place in places if (place / "config.json").is_file())
     own = (place for place in places if not is_of_another(place, original))
     baseline = checkpoint.folder_of(original.run.folder, original.run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
@@ -333,17 +333,17 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     samples = samples_of(runs, settings, text, known=content)
     is_renewed = samples.get("samples_of") != content.get("samples_of")
     if is_renewed and jax.process_index() == 0:
-        set_samples(folder, samples)
+        set_samples(output, samples)
 
 
-def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:
+def _recover(settings: Settings, output: Output, models: Models, baseline: Run) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     processes.from_first(baseline.check_unchanged)
     ranks = settings.compress.recover_ranks
-    plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
+    plan = recovery_plan(settings, output.folder, _models_to_train(models, ranks))
     execute(plan, command="")
     processes.from_first(baseline.check_unchanged)
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]
-        rows = recovered_rows(folder, runs, baseline.folder)
-        say(f"report: {add_recovered(folder, rows)}")
+        rows = recovered_rows(output.folder, runs, baseline.folder)
+        say(f"report: {add_recovered(output, rows)}")

@@ -27,7 +27,7 @@ from pcagpt.files import (
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.run import lock
 from pcagpt.run.exported import FILE as ORIGIN
-from pcagpt.run.exported import compressed_in
+from pcagpt.run.exported import compressions
 from pcagpt.run.folder import is_vacant, move_aside
 from pcagpt.sharding import processes
 
@@ -76,8 +76,10 @@ def _export(
         "tokenizer_sha256": source.tokenizer_sha256,
         "losses": losses,
     }
-    if made := compressed_in(source.record):
-        origin["compressed"] = made | {"run": Path(made.get("run", "")).name}
+    if made := compressions(source.record):
+        origin["compressed"] = [
+            one | {"run": Path(one.get("run", "")).name} for one in made
+        ]
     if held := _held(folder, origin):
         if held.get("losses", losses) == losses:
             return f"{folder} is done"

@@ -110,9 +110,10 @@ def recovered_rows(
 
 
 def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """A row's losses minus D's last loss, with intervals over evaluation windows.
+    """A row's losses minus D's last loss, with intervals, and its tokens.
 
-    Also its tokens, with D's if it starts from D.
+    The intervals are over evaluation windows. A run that starts from D counts D's
+    tokens, too.
     """
 
     def added(loss: float | None) -> float | None:

@@ -10,7 +10,7 @@ from pcagpt import kernels
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.files import memory_bytes
-from pcagpt.model import BLOCK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
+from pcagpt.model import BLOCK_RANK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 
@@ -76,7 +76,7 @@ def build_config(
 
 def _check_blocks(model: ModelSettings) -> None:
     """Raises UserError if the blocks of a packed table do not fit its bands."""
-    blocks, kinds, most = model.band_blocks, len(WIDTHS), -(-model.n_embd // BLOCK)
+    blocks, kinds, most = model.band_blocks, len(WIDTHS), -(-model.n_embd // BLOCK_RANK)
     of_bands = [blocks[i : i + kinds] for i in range(0, len(blocks), kinds)]
     fits = len(blocks) == kinds * len(model.band_sizes) and not any(model.band_ranks)
     if blocks and not (fits and all(sum(band) <= most for band in of_bands)):

@@ -20,7 +20,7 @@ from pcagpt.run import hugging_face
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves
 
 FILE = "pcagpt.json"
-# Where the record of an export has what `write_model` recorded as "compressed".
+# Where the record of an export lists what `write_model` recorded as "compressed".
 BEFORE = "compressed_before"
 OTHERS, CODED_TABLE = "others.safetensors", "table.pcat"
 TYPE = "pcagpt_"  # before the model_type of the architecture, in config.json
@@ -34,9 +34,10 @@ _LAYOUT = {  # of a table in factors or packed codes, in config.json
 }
 
 
-def compressed_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the table of a model was compressed, here or before it was exported."""
-    return record.get("compressed") or record.get(BEFORE)
+def compressions(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How each compressed table of a model was made, here or before it was exported."""
+    own = record.get("compressed")
+    return [*record.get(BEFORE, ()), *([own] if own else ())]
 
 
 def is_model(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 config.json   the run's record: its settings and what it depends on; written first.
               Its 'run_id' is also in the checkpoints and in result.json
 result.json   written last: a run is finished when it is there with status 'done';
-              'weights_sha256' tells the weights of its last step from any others
+              'weights_sha256' is the hash of the weights of its last step
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window;
                         result.json has its sha256
 """

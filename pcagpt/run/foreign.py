@@ -66,7 +66,11 @@ def _check_export(folder: Path) -> dict[str, Any]:
     origin = None if is_file else read_json(folder / exported.FILE, _EXPORT_AGAIN)
     if origin is None:
         return {}
-    check_fields(origin, {"files": (dict,)}, folder / exported.FILE, _EXPORT_AGAIN)
+    fields = {"files": (dict,), "compressed": (list, None)}
+    check_fields(origin, fields, folder / exported.FILE, _EXPORT_AGAIN)
+    for number, made in enumerate(origin.get("compressed") or ()):
+        place = f"compressed[{number}] of {folder / exported.FILE}"
+        check_fields(made, {"run": (str,), "step": (int, None)}, place, _EXPORT_AGAIN)
     read = {name: of for name, of in origin["files"].items() if name not in _NOT_READ}
     try:
         check_digests(folder, read)
@@ -85,8 +89,7 @@ def _check_export(folder: Path) -> dict[str, Any]:
 def _record(folder: Path) -> dict[str, Any]:
     origin = _check_export(folder)
     record = _format(folder).record_of(folder)
-    if isinstance(made := origin.get("compressed"), dict):
-        record[exported.BEFORE] = made
+    record[exported.BEFORE] = origin.get("compressed") or []
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:
         size = vocabulary.describe(name).vocab_size

@@ -221,7 +221,7 @@ class Run:
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
     def with_tokenizer(self, asked: DataSettings) -> DataSettings:
-        """`asked`; for a text, with the tokenizer whose tokens the model knows."""
+        """`asked`; a text gets the model's tokenizer if no other is asked for."""
         name = self.record.get("tokenizer")
         if not (
             asked.source and asked.tokenizer == "auto" and vocabulary.is_known(name)
