@@ -11,6 +11,10 @@ also trains the best factors and the coded table of that rank, and D for the sam
 that fits a bound. --config.split=test measures on the test split instead; it writes
 checkpoints/compressed_test/, without models.
 
+--config.model_path=table.npy compresses a token table without its model. There is no
+loss then: checkpoints/compressed_table/ gets the relative error of each table, or with
+.max_bytes= the best table.
+
 On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.
 Each table of coded, packed, gptq and pq takes up to half a minute on the host;
 --config.compress.methods can leave these out. On a CPU, the demo's D takes two to three

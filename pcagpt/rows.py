@@ -62,6 +62,27 @@ class Recipe:
             return f"best_{self.method}_k{self.rank}"
         return f"best_k{self.rank}" if self.is_factors else None
 
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """Reads a JSON object; UserError, beginning with `where`, if it is damaged."""
+        check_fields(content, {}, where, REMEDY)
+        values = {}
+        for field in dataclasses.fields(cls):
+            value = content.get(field.name, field.default)
+            if not _has_type(value, field.type):
+                shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
+                raise UserError(
+                    f"{where} is damaged ('{field.name}' {shown:.40}): {REMEDY}"
+                )
+            values[field.name] = value
+        return cls(**values)
+
+    @property
+    def recipe(self) -> "Recipe":
+        """The recipe of its table."""
+        names = [field.name for field in dataclasses.fields(Recipe)]
+        return Recipe(*(getattr(self, name) for name in names))
+
 
 def best_models(folder: Path) -> list[Path]:
     """The best models in the folder of a sweep."""
@@ -79,6 +100,20 @@ DEFAULTS = {
     for field in dataclasses.fields(Recipe)
     if field.default is not dataclasses.MISSING
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ErrorRow(Recipe):
+    """A compressed table without a model, so without a loss.
+
+    params: stored values; bytes: its storage; relative_error: |new - own| / |own| in
+    Frobenius norm; seconds: time to make it.
+    """
+
+    params: int
+    bytes: int
+    relative_error: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,27 +167,6 @@ class Row(SwapScores, Recipe):
     predicted_loss: float | None = None
     is_anchor: bool = False
     table_sha256: str | None = None
-
-    @classmethod
-    def of(cls, content: Any, where: object) -> Self:
-        """Reads a JSON object; UserError, beginning with `where`, if it is damaged."""
-        check_fields(content, {}, where, REMEDY)
-        values = {}
-        for field in dataclasses.fields(cls):
-            value = content.get(field.name, field.default)
-            if not _has_type(value, field.type):
-                shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
-                raise UserError(
-                    f"{where} is damaged ('{field.name}' {shown:.40}): {REMEDY}"
-                )
-            values[field.name] = value
-        return cls(**values)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of its table."""
-        names = [field.name for field in dataclasses.fields(Recipe)]
-        return Recipe(*(getattr(self, name) for name in names))
 
 
 def read_sweep(path: Path) -> dict[str, Any]:

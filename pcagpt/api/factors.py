@@ -4,19 +4,15 @@ Shape letters: V vocabulary, D model width, K rank.
 """
 
 import dataclasses
-from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pcagpt.api.calls import call, plain, settings_of
+from pcagpt.compression.bare_table import check_needs_no_text
 from pcagpt.errors import UserError
 from pcagpt.factorization import Factorizer
 from pcagpt.factorization.factor_files import check_rows_differ, checked_table
-from pcagpt.methods import CODES, METHODS
-
-# The methods that a bare table is enough for.
-FREE = tuple(name for name, method in METHODS.items() if not method.needs_statistics)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,21 +75,6 @@ def factorize(
         return Factorization(
             band.wte, band.scale, made.mean, float(about["energy_kept"])
         )
-
-
-def check_needs_no_text(methods: Collection[str]) -> None:
-    """Raises UserError for a method that a bare table is not enough for."""
-    for method in methods:
-        if method in METHODS and METHODS[method].needs_statistics:
-            raise UserError(
-                f"'{method}' needs statistics of the model that the table is from: use "
-                f"pcagpt.compress with the model, or the method {' or '.join(FREE)}"
-            )
-        if method not in METHODS and method not in CODES:
-            raise UserError(
-                f"'{method}' only serves for comparison in a sweep: choose some of "
-                f"{', '.join((*FREE, *CODES))}"
-            )
 
 
 def table_of(array: ArrayLike) -> np.ndarray:

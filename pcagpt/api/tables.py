@@ -4,6 +4,7 @@ Shape letters: V vocabulary, D model width.
 """
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pcagpt.api.calls import absolute, call, ids_of, settings_of
-from pcagpt.api.factors import FREE, check_needs_no_text, table_of
+from pcagpt.api.factors import table_of
 from pcagpt.api.model import Model
-from pcagpt.coding import Description
 from pcagpt.compression.advise import find
-from pcagpt.compression.bare_table import BareTable, relative_error
+from pcagpt.compression.bare_table import (
+    FREE,
+    BareTable,
+    check_needs_no_text,
+    relative_error,
+    write_table,
+)
 from pcagpt.compression.candidates import Candidate
-from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
 from pcagpt.compression.write_model import write_model
 from pcagpt.config import Settings, methods_of
@@ -29,7 +34,6 @@ from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
-from pcagpt.factorization.factor_files import write_bands
 from pcagpt.files import write_json
 from pcagpt.methods import CODES
 from pcagpt.pipeline.compress import decide_effort
@@ -153,7 +157,8 @@ def compress(
         elif isinstance(model, str | os.PathLike):
             run = Run.open(absolute(model), any_architecture=True)
         else:
-            settings = settings_of("compress", {"model_path": "table.npy", **given})
+            of_table = {p: v for p, v in given.items() if p.startswith("compress.")}
+            settings = settings_of("compress", {"model_path": "table.npy", **of_table})
             return _compress_table(table_of(model), settings)
         if data is not None:
             given |= _source(run, data, Path(own), given.get("data.tokenizer", "auto"))
@@ -180,26 +185,13 @@ def compress(
 
 def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
     options = settings.compress
-    if options.max_added_loss:
-        raise UserError(
-            "max_added_loss is given for a bare table, which has no loss: give "
-            "max_bytes, or a model"
-        )
     _check_bound(settings)
     methods = methods_of(options.methods or ",".join((*FREE, *CODES)))
     check_needs_no_text(methods)
     bands = {"compress.bands": options.bands or (1,)}
     chosen, _ = find(BareTable(table_VD), methods, settings.replace(bands).compress)
     candidate = chosen.candidate
-
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if candidate.codes is None:
-            write_bands(folder / "factors", candidate.table)
-            return
-        kind, method = KINDS[candidate.recipe.method], candidate.recipe.method
-        kind.write(folder / kind.file, candidate.codes, Description(method))
-
+    write = functools.partial(write_table, candidate=candidate)
     found = _compressed(chosen.row(), candidate, table_VD, write)
     return dataclasses.replace(found, added_loss=None, interval=None)
 

@@ -25,6 +25,12 @@ _TABLE_SOURCES = (
     ("init.import_wte_npy", "init.import_scale_matrices_npz"),
     ("init.weights_from",),
 )
+# What `compress` does not read for a table without its model.
+_OF_MODEL = (
+    "compress.max_added_loss", "compress.recover_ranks", "compress.calibration_tokens",
+    "data.source", "evaluate.batch_size", "evaluate.max_tokens", "split",
+    "telemetry.tensorboard", "train.batch_size", "train.loss_chunks",
+)  # fmt: skip
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -364,7 +370,7 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
     reason = f"factorize.method is '{method}', which needs none: choose one of "
     yield "factorize.statistics", method in needing, reason + ", ".join(needing)
     if settings.task == "factorize":
-        is_run = not settings.model_path.endswith(".npy")
+        is_run = not settings.is_of_bare_table
         is_measured = method in needing and is_run and not given
         reason = "no statistics are measured here: leave it out"
         for name in ("data.source", "train.batch_size", "compress.calibration_tokens"):
@@ -379,6 +385,10 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
         yield "finetune.steps_share", arms[0].is_fine_tuned, reason
         for knob in (FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE):
             yield knob, arms[0].rate_share == knob, reason
+    if settings.task == "compress" and settings.is_of_bare_table:
+        reason = "a table without its model has no text and no loss: leave it out, or "
+        for name in _OF_MODEL:
+            yield name, False, f"{reason}give the model"
     for bound in settings.compress.bounds:
         reason = f"compress.{bound} is set, too, and does not read it: leave it out"
         for name in ("ranks", "telemetry.tensorboard"):

@@ -379,7 +379,8 @@ class Settings:
         "checkpoint, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt; "
         f"{_joined(name for name, task in TASKS.items() if task.any_architecture)}: or "
         "a Hugging Face folder of another architecture, or a GGUF file; export: or a "
-        "compressed table of another architecture; factorize: or a .npy table; "
+        "compressed table of another architecture; factorize, compress: or a .npy "
+        "table; "
         "train: the model that takes D's place, to start the arm from",
         PATH,
     )
@@ -455,6 +456,11 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values."""
         return dataclasses.asdict(self)
+
+    @property
+    def is_of_bare_table(self) -> bool:
+        """Whether `model_path` is a token table without its model."""
+        return self.model_path.endswith(".npy")
 
     @property
     def cache_dir(self) -> Path:

@@ -147,7 +147,8 @@ class _Table:
                 )
                 _sample(settings, output, original)
                 if jax.process_index() == 0:
-                    self.found = sweep_lines(read_sweep(self._file), folder)
+                    content = read_sweep(self._file)
+                    self.found = sweep_lines(content, folder) if content else []
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)
@@ -163,7 +164,7 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
     split if the person has chosen what to try, if a table must keep a bound, or if the
     report compares the sweep with trained models.
     """
-    if settings.task != "compress":
+    if settings.task != "compress" or settings.is_of_bare_table:
         return settings
     effort, compress = CPU if platform == "cpu" else GPU, settings.compress
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)

@@ -13,6 +13,7 @@ from pcagpt.export.source import open_source
 from pcagpt.files import strict
 from pcagpt.pipeline import estimate, execute
 from pcagpt.pipeline.compress import amount_of, compress, decide_effort
+from pcagpt.pipeline.compress_table import compress_table, preview_table
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.export import export
 from pcagpt.pipeline.job import Kind
@@ -47,6 +48,8 @@ def preview(settings: Settings) -> str:
         step = source.identity.get("step")
         at_step = "" if step is None else f" at step {step}"
         lines = [f"export {source.folder}{at_step} as {settings.format}"]
+    elif settings.task == "compress" and settings.is_of_bare_table:
+        lines = preview_table(settings)
     elif TASKS[settings.task].model:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
@@ -68,6 +71,11 @@ def _execute(settings: Settings, command: str) -> None:
     execute.execute(make_plan(settings), command)
 
 
+def _compress(settings: Settings, command: str) -> None:
+    of = compress_table if settings.is_of_bare_table else compress
+    of(settings, command)
+
+
 def _evaluate(settings: Settings, _: str) -> str:
     return json.dumps(strict(evaluate(settings)), indent=2, allow_nan=False)
 
@@ -80,7 +88,7 @@ DOES = {
     "train": _execute,
     "experiment": _execute,
     "factorize": _execute,
-    "compress": compress,
+    "compress": _compress,
     "evaluate": _evaluate,
     "sample": _sample,
     "export": lambda settings, _: export(settings),

@@ -18,7 +18,7 @@ from pcagpt.report.sweep import (
     table_name,
 )
 from pcagpt.report.text import count, fixed, percent, signed, with_interval
-from pcagpt.rows import Row
+from pcagpt.rows import ErrorRow, Row
 
 INK = "#222222"
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
@@ -180,6 +180,29 @@ def numbers_figure(sweep: dict[str, Any]) -> Figure | None:
     return Figure([_over_size(points, looks, x, numbers)])
 
 
+def error_figure(rows: Sequence[ErrorRow], numbers: int) -> Figure:
+    """Draws the relative error of tables against bytes, on log scales.
+
+    numbers: of the table in full.
+    """
+    points = [
+        {"of": _legend(row), "MB": row.bytes / 1e6, "drawn": row.relative_error}
+        | {"Table": full_name(row), "File": f"{count(row.bytes)} bytes"}
+        | {"Bits per number": fixed(8 * row.bytes / numbers, 2)}
+        | {"Relative error": fixed(row.relative_error, 4)}
+        for row in rows
+        if row.relative_error > 0
+    ]
+    looks = {_legend(row): _look(row) for row in rows}
+    axes = {
+        "x": axis("MB", "bytes stored (MB)", "log"),
+        "y": axis("drawn", "relative error of the table", "log"),
+    }
+    shown = ["Table", "File", "Bits per number", "Relative error"]
+    chart = panel(points, looks, axes, [{"mark": mark("line")}], shown)
+    return Figure([_with_bits(chart, numbers)])
+
+
 def _best_bands(sweep: dict[str, Any]) -> list[Row]:
     """The rows, without those of the same size in another number of bands."""
     best: dict[tuple, Row] = {}
@@ -261,14 +284,14 @@ def _of_row(row: Row, numbers: int) -> dict[str, Any]:
     }
 
 
-def _legend(row: Row) -> str:
+def _legend(row: Row | ErrorRow) -> str:
     """The entry of a row in a legend; all tables of a rival have one."""
     if rival := RIVALS.get(row.method):
         return rival.title
     return table_name(row.method, "in bands" if row.bands > 1 else "", row.bits)
 
 
-def _look(row: Row) -> Look:
+def _look(row: Row | ErrorRow) -> Look:
     """How a row is drawn; points of a single band are hollow."""
     if rival := RIVALS.get(row.method):
         return Look(rival.colour, rival.marker, dash=[8, 3, 2, 3])

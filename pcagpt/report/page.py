@@ -5,17 +5,20 @@ Each file of a report has a mark. A file without it is a person's, and is moved 
 
 import hashlib
 import json
+import math
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pcagpt.files import is_sealed, write_file, write_json
+from pcagpt.report.bare_table import table_view
 from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     curves_figure,
     decile_figure,
+    error_figure,
     numbers_figure,
     pareto_figure,
     size_figure,
@@ -62,6 +65,13 @@ def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
         "numbers": numbers_figure(sweep),
     }
     return _write(folder, "sweep", sweep_view(sweep), figures)
+
+
+def write_table_report(folder: Path, errors: dict[str, Any]) -> Path:
+    """As `write_sweep_report`, of errors.json, for a table without its model."""
+    view = table_view(errors)
+    figures = {"errors": error_figure(view["rows"], math.prod(errors["table"]))}
+    return _write(folder, "bare_table", view, figures)
 
 
 def _write(

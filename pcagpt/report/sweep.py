@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pcagpt.report.text import (
     times,
     with_interval,
 )
-from pcagpt.rows import Row
+from pcagpt.rows import ErrorRow, Row
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
 SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
@@ -66,7 +67,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         ),
         "rows": rows,
         "columns": measured,
-        "methods": _methods(rows),
+        "methods": methods_in(rows),
         "accuracy": _accuracy(rows),
         "smallest_added": SMALLEST_ADDED,
         "small_cost": SMALL_COST,
@@ -158,7 +159,7 @@ def _highest_added(row: Row) -> float:
     return (row.added_loss_interval or [row.added_loss])[-1]
 
 
-def full_name(row: Row) -> str:
+def full_name(row: Row | ErrorRow) -> str:
     """The name of a row's table, with its rank: 'context, 12 bands, k=128'."""
     rank = f", k={row.rank}" if row.rank else ""
     return row_name(row.method, row.bands, row.bits) + rank
@@ -181,7 +182,7 @@ def _rounded(rows: list[Row], best: Row) -> Row | None:
     return next((row for row in rivals if _highest_added(row) <= limit), None)
 
 
-def _methods(rows: list[Row]) -> dict[str, str]:
+def methods_in(rows: Sequence[Row | ErrorRow]) -> dict[str, str]:
     """What each method in a sweep does, by the name that the tables show."""
     found = {}
     for row in rows:
