@@ -205,6 +205,18 @@ def replaced(folder):
     return [path.name for path in folder.glob("best_k8.replaced-*")]
 
 
+def test_a_narrower_sweep_keeps_a_better_model_of_an_earlier_one(copied_sweep):
+    folder = folder_of(copied_sweep)
+    before = snapshot(folder / "best_k8")
+    assert read_record(folder / "best_k8")["compressed"]["method"] != "svd"
+    sweep = sweep_of(changed(copied_sweep, **{"compress.methods": "svd"}))
+    assert {row["method"] for row in sweep["rows"]} == {"svd", "baseline"}
+    assert snapshot(folder / "best_k8") == before
+    assert sweep["models"]["best_k8"]["method"] != "svd"
+    # The recommended table is another one than the model of its name.
+    assert "To sample or export" not in (folder / "report.md").read_text()
+
+
 def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     folder = folder_of(copied_sweep)
     sweep = json.loads((folder / "sweep.json").read_text())

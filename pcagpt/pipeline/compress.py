@@ -27,16 +27,14 @@ from pcagpt.compression.sweep import (
 )
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.command_line import next_command
 from pcagpt.config.effort import CPU, GPU
-from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
-from pcagpt.report import recommended_row, recovered_rows, sweep_lines
+from pcagpt.report import how_to_take, recommended_row, recovered_rows, sweep_lines
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
@@ -96,7 +94,7 @@ class _Table:
         self.found: list[str] = []  # the last lines of the command
         self._models: Models = {folder / ADVISED: []}
         if not options.bounds:
-            self._tried = _recipes(original, methods, settings.ranks, options)
+            self._tried = _recipes(settings, original.table_VD.shape, methods)
             self._models = models_of(folder, self._tried)
 
     def check_folder(self) -> None:
@@ -118,6 +116,7 @@ class _Table:
             "step": run.step,
             **provenance.summary(original.model.device_count, original.model.packages),
             "protocol": original.protocol,
+            "architecture": run.architecture,
             "stored_as": run.record.get("stored_as"),
         }
         with lock.held(folder, meanwhile=self.check_folder) as check_lock:
@@ -131,11 +130,12 @@ class _Table:
             output = Output(folder, heading, check_inputs)
             if options.bounds:
                 overwrite = settings.overwrite
-                is_advised = advise(
+                row = advise(
                     original, self._methods, options, output, overwrite=overwrite
                 )
-                if is_advised:
-                    self.found = [next_command("export", folder / ADVISED)]
+                if row:
+                    place = folder / ADVISED
+                    self.found = [how_to_take(row, place, settings.workdir, heading)]
             else:
                 _check_recoverable(original, models, settings, folder)
                 models = sweep(
@@ -148,7 +148,8 @@ class _Table:
                 _sample(settings, output, original)
                 if jax.process_index() == 0:
                     content = read_sweep(self._file)
-                    self.found = sweep_lines(content, folder) if content else []
+                    if content:
+                        self.found = sweep_lines(content, folder, settings.workdir)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)
@@ -187,23 +188,23 @@ def amount_of(settings: Settings, shape: tuple[int, int]) -> str:
     if compress.bounds:
         return f"a search for one table; each one that it tries is measured on {split}"
     methods = methods_of(compress.methods)
-    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
-    found = recipes(*shape, methods, ranks, compress.bands, compress.bits)
+    found = _recipes(settings, shape, methods)
     return f"{len(found)} tables to measure, each on {split}"
 
 
 def _recipes(
-    original: Original,
-    methods: list[str],
-    ranks: tuple[int, ...],
-    options: CompressSettings,
+    settings: Settings, shape: tuple[int, int], methods: list[str]
 ) -> list[Recipe]:
-    """The recipes of the sweep, without ranks that no table can have."""
-    shape, factors = original.table_VD.shape, factor_methods(methods)
+    """The recipes of a sweep of a table [V, D]; leaves out ranks that it cannot have.
+
+    Raises UserError if none are left.
+    """
+    ranks, options = settings.ranks, settings.compress
+    factors = factor_methods(methods)
     possible = [rank for rank in ranks if rank <= min(shape)]
     if not possible:
         raise UserError(
-            f"ranks is {ranks}: the table of {original.run.folder} is {shape}, its "
+            f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
             f"rank is at most {min(shape)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)

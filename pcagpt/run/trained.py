@@ -1,5 +1,6 @@
 """Opens a trained run: its record, model, weights and corpus."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
@@ -25,7 +26,7 @@ from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder
 from pcagpt.run.build import build_config
-from pcagpt.run.folder import choose, look
+from pcagpt.run.folder import choose, look, read_record
 from pcagpt.sharding import placement, processes
 
 
@@ -56,7 +57,15 @@ class Run:
         """
 
         def find() -> tuple[Path, int, dict[str, Any] | None]:
-            there, step = choose(path)
+            try:
+                there, step = choose(path)
+            except UserError:
+                if architecture := _architecture_of_table(Path(path)):
+                    raise UserError(
+                        f"{path} holds only the compressed table of a {architecture}: "
+                        "export it with --config=configs/export.py"
+                    ) from None
+                raise
             return there.folder, step, there.stored
 
         # The run may be training: every process must open the same step.
@@ -443,3 +452,11 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return checkpoint.folder_of(self.folder, self.step)
+
+
+def _architecture_of_table(folder: Path) -> str | None:
+    """That of the model whose compressed table, without a run, is in a folder."""
+    with contextlib.suppress(UserError, OSError):
+        record = read_record(folder) or {}
+        return record.get("architecture") if record.get("compressed") else None
+    return None
