@@ -792,6 +792,7 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     run = Path(asked.workdir) / "gpt_pca_distill_from_advised"
     write_record(run, record)
     before = snapshot(folder)
+    capsys.readouterr()
     other = changed(asked, overwrite=overwrite, **{"compress.max_params": 900})
     compress(Settings.of(other), "a command")
     said = f"advised stays, because {run} started from it; another table"
