@@ -21,7 +21,7 @@ ARMS = ["A gpt_pca_k128", "C gpt_random_lowrank_k128", "B gpt_pca_finetune_k128"
 # {config: (knobs that it needs, its plan)}. test_readme.py runs all of them.
 ALL = {
     "baseline.py": ({}, ["D gpt_baseline"]),
-    "compress.py": (RUN, ["compress gpt_baseline at step 2"]),
+    "compress.py": (RUN | {"ranks": 8}, ["compress gpt_baseline at step 2"]),
     "demo.py": ({}, [line.replace("128", "32") for line in FACTORS + ARMS]),
     "evaluate.py": (RUN, ["evaluate gpt_baseline at step 2"]),
     "experiment.py": ({}, FACTORS + ARMS),
@@ -36,7 +36,7 @@ ALL = {
 # The line that follows the plan of a command that may take long.
 AMOUNTS = {
     "baseline.py": "1 run to train: roughly ",
-    "compress.py": "2 tables to measure, each on 32,768 tokens of val",
+    "compress.py": "10 tables to measure, each on 32,768 tokens of val",
     "demo.py": "4 runs to train: roughly ",
     "experiment.py": "4 runs to train: roughly ",
     "pca_finetune_k128.py": "2 runs to train: roughly ",

@@ -196,7 +196,8 @@ def wrong_type(path: str, seen: str) -> UserError:
         tuple: "whole numbers separated by commas",
         str: "text",
     }[knob.type]
-    example = knob.default or _EXAMPLES.get(path, knob.default)
+    other = (64, 128) if knob.type is tuple else knob.default
+    example = knob.default or _EXAMPLES.get(path, other)
     shown = "" if example is None else f", as in {override(path, example)}"
     return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
 
