@@ -120,7 +120,7 @@ def test_a_missing_config_lists_those_that_are_there(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     line = refusal("--config=configs/dmo.py", unchanged=[tmp_path])
     for path in CONFIGS.glob("*.py"):
-        assert f"configs/{path.name}" in line
+        assert re.search(rf"\b{path.stem}\b", line)
 
 
 BASE = "from pcagpt.config import base\ndef get_config():\n    c = base()\n"
@@ -321,6 +321,8 @@ def test_the_plan_says_whether_a_read_only_workdir_stops_the_command(
     name, stops, trained, corpus_folder
 ):
     arguments = [f"--config={CONFIGS / name}.py", f"--config.model_path={trained}"]
+    if name == "compress":
+        arguments.append("--config.ranks=8")
     if name == "baseline":  # It is done.
         arguments = tiny("baseline.py", corpus_folder, workdir=trained.parent)
     outcome = call(*arguments, "--print_config")
