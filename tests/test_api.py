@@ -598,8 +598,8 @@ REFUSED = {
     r"data\['val'\] has 1 tokens: give at least two": lambda m: pcagpt.compress(
         m, **BOUND, data=SMALL | {"val": [3]}
     ),
-    "max_added_loss is set, but a table without its model has no": lambda m: pcagpt.compress(
-        m.table, max_added_loss=0.1
+    "max_added_loss is set, but a table without its model has no": lambda m: (
+        pcagpt.compress(m.table, max_added_loss=0.1)
     ),
     "'fisher' needs statistics": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="fisher"
