@@ -205,6 +205,18 @@ def replaced(folder):
     return [path.name for path in folder.glob("best_k8.replaced-*")]
 
 
+def test_a_narrower_sweep_keeps_a_better_model_of_an_earlier_one(copied_sweep):
+    folder = folder_of(copied_sweep)
+    before = snapshot(folder / "best_k8")
+    assert read_record(folder / "best_k8")["compressed"]["method"] != "svd"
+    sweep = sweep_of(changed(copied_sweep, **{"compress.methods": "svd"}))
+    assert {row["method"] for row in sweep["rows"]} == {"svd", "baseline"}
+    assert snapshot(folder / "best_k8") == before
+    assert sweep["models"]["best_k8"]["method"] != "svd"
+    # The recommended table is another one than the model of its name.
+    assert "To sample or export" not in (folder / "report.md").read_text()
+
+
 def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     folder = folder_of(copied_sweep)
     sweep = json.loads((folder / "sweep.json").read_text())
@@ -780,6 +792,7 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     run = Path(asked.workdir) / "gpt_pca_distill_from_advised"
     write_record(run, record)
     before = snapshot(folder)
+    capsys.readouterr()
     other = changed(asked, overwrite=overwrite, **{"compress.max_params": 900})
     compress(Settings.of(other), "a command")
     said = f"advised stays, because {run} started from it; another table"

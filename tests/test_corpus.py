@@ -1116,6 +1116,17 @@ def test_one_line_of_text_is_cut_between_characters(tmp_path):
     assert [len(text) for text in texts] == pytest.approx([135, 7.5, 7.5], abs=1)
 
 
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_lines_that_are_longer_than_a_split_are_cut(count, tmp_path):
+    path = tmp_path / "lines.txt"
+    text = ("é" * (1500 // count) + "\n") * count
+    path.write_text(text, encoding="utf-8")
+    places = single_text.parts(path)
+    texts = ["".join(single_text.read_part(path, *place)) for place in places.values()]
+    assert "".join(texts) == text
+    assert [len(part) for part in texts] == pytest.approx([1350, 75, 75], abs=20)
+
+
 def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
     refused(tmp_path / "nowhere", cache, "nowhere' does not exist: give 'sotu'")
     for name in ("train.bin", "lines.jsonl", "text"):

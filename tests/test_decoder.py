@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
 from command_line import refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
@@ -428,6 +429,17 @@ def test_a_sweep_of_another_architecture_writes_rows_and_tables(swept):
     assert table.dense().shape == model.table_VD.shape
     codes, _ = coding.read(folder / "best_coded_k16" / "table.pcat")
     assert codes.dense().shape == model.table_VD.shape
+
+
+def test_only_export_takes_a_compressed_table(swept):
+    _, folder = swept
+    text = (folder / "report.md").read_text()
+    assert "To export the recommended model" in text
+    assert "configs/export.py" in text and "configs/sample.py" not in text
+    words = f"--config.model_path={folder / 'best_k16'}", "--config.data.source=x"
+    for name in ("evaluate", "compress"):
+        line = refusal(f"--config={CONFIG_FILES / name}.py", *words, unchanged=[folder])
+        assert "holds only the compressed table of a LlamaForCausalLM: export" in line
 
 
 def test_a_second_sweep_measures_nothing_and_keeps_the_tables(swept, monkeypatch):

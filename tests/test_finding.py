@@ -1,15 +1,21 @@
 """What a report found, in a few lines for the terminal."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import pytest
 from command_line import ROOT
 
-from pcagpt.report import experiment_lines, sweep_lines
+from pcagpt.report import (
+    experiment_lines,
+    how_to_take,
+    recommended_row,
+    sweep_lines,
+)
 from pcagpt.rows import read_sweep
 
-TEST = {"split": "test"}
 PUBLISHED = ROOT / "checkpoints" / "published"
 
 
@@ -24,21 +30,103 @@ def test_an_experiment_ends_with_the_loss_of_each_arm():
     assert re.fullmatch(r"sample it: .*--config.model_path=runs/gpt_\w+", following)
 
 
-def test_a_sweep_ends_with_its_recommended_table(tmp_path):
-    sweep = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
-    (line,) = sweep_lines(sweep, tmp_path)
-    assert line == (
-        "recommended: coded, k=256, 12,683,480 bytes (8.93× smaller than in float32), "
-        "adds +0.0041 ± 0.0005 nats per token"
-    )
-    (on_test,) = sweep_lines(sweep | {"protocol": sweep["protocol"] | TEST}, tmp_path)
-    assert on_test.startswith("none is recommended; nearest: coded, k=256, 12,6")
-    costly = {"rows": [row for row in sweep["rows"] if row.added_loss > 0.1]}
-    (line_of_costly,) = sweep_lines(sweep | costly, tmp_path)
-    assert line_of_costly.startswith("none is recommended; nearest: ")
-    (tmp_path / "best_coded_k256").mkdir()
-    assert sweep_lines(sweep, tmp_path) == [
-        line,
-        "export it: python -m pcagpt.main --config=configs/export.py "
-        f"--config.model_path={tmp_path}/best_coded_k256",
+SMOLLM2 = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
+RECOMMENDED = (
+    "recommended: coded, k=256, 12,683,480 bytes (8.93× smaller than in float32), "
+    "adds +0.0041 ± 0.0005 nats per token"
+)
+COMPARISON = "that table serves for comparison: no model of it is written"
+COSTLY = {"rows": [row for row in SMOLLM2["rows"] if row.added_loss > 0.1]}
+ROUNDED = {"rows": [row for row in SMOLLM2["rows"] if row.method == "baseline"]}
+IS_TEST = {"protocol": SMOLLM2["protocol"] | {"split": "test"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "begin", "then"),
+    [
+        ({}, RECOMMENDED, []),
+        (
+            COSTLY,
+            "none is recommended; adds least: packed, 12 bands, k=128, 6,363,093",
+            [],
+        ),
+        (ROUNDED, "recommended: D's table, int8, 28,409,856 bytes", [COMPARISON]),
+        (
+            IS_TEST,
+            "nothing is chosen on the test split; smallest that adds at most ",
+            1,
+        ),
+        (
+            IS_TEST | COSTLY,
+            "nothing is chosen on the test split; adds least here: p",
+            1,
+        ),
+    ],
+    ids=["cheap", "costly", "rounded", "test", "costly test"],
+)
+def test_a_sweep_ends_with_its_recommended_table(change, begin, then, tmp_path):
+    first, *others = sweep_lines(SMOLLM2 | change, tmp_path, "checkpoints")
+    assert first.startswith(begin)
+    assert others == then
+
+
+def test_a_rival_is_recommended_beside_the_best_table_with_a_model(tmp_path):
+    best = recommended_row(SMOLLM2)
+    rival = dataclasses.replace(best, method="baseline", bits=4, bytes=9_000_000)
+    lines = sweep_lines(SMOLLM2 | {"rows": [best, rival]}, tmp_path, "checkpoints")
+    assert lines == [
+        lines[0],
+        COMPARISON,
+        RECOMMENDED.replace("recommended", "of the tables with a model"),
     ]
+    assert lines[0].startswith("recommended: D's table, int4, k=256, 9,000,000 bytes")
+
+
+def of_models(model):
+    """A sweep that has recorded its models."""
+    best = recommended_row(SMOLLM2)
+    recipe = dataclasses.asdict(best.recipe) | model
+    return SMOLLM2 | {"models": {"best_coded_k256": recipe}}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "workdir", "shown"),
+    [
+        (SMOLLM2, "checkpoints", "export it: {command} --config.format=coded"),
+        (
+            of_models({}),
+            "runs",
+            "export it: {command} --config.format=coded --config.workdir=runs",
+        ),
+        (
+            SMOLLM2 | {"stored_as": ["Q4_1"]},
+            "runs",
+            "its table: {model}; pcagpt exports no model that came as GGUF",
+        ),
+        (
+            SMOLLM2 | {"protocol": SMOLLM2["protocol"] | {"side": "input"}},
+            "checkpoints",
+            "export it: {command}",
+        ),
+    ],
+    ids=["older", "workdir", "another table", "GGUF", "untied"],
+)
+def test_a_sweep_tells_how_its_model_is_taken(sweep, workdir, shown, tmp_path):
+    model = tmp_path / "best_coded_k256"
+    model.mkdir()
+    command = (
+        f"python -m pcagpt.main --config=configs/export.py --config.model_path={model}"
+    )
+    _, last = sweep_lines(sweep, tmp_path, workdir)
+    assert last == shown.format(command=command, model=model)
+
+
+def test_factors_are_exported_at_their_size(tmp_path):
+    row = dataclasses.replace(recommended_row(SMOLLM2), method="context", bits=32)
+    last = how_to_take(row, tmp_path, "checkpoints", SMOLLM2)
+    assert last.endswith(f"--config.model_path={tmp_path} --config.format=hf-factored")
+
+
+def test_a_model_of_another_table_is_not_offered(tmp_path):
+    (tmp_path / "best_coded_k256").mkdir()
+    assert sweep_lines(of_models({"bands": 7}), tmp_path, "runs") == [RECOMMENDED]

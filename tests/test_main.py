@@ -77,7 +77,10 @@ def test_help_names_every_config_and_every_knob_with_default_and_meaning():
     ("arguments", "line"),
     [
         ([], "no config: give --config=configs/demo.py, or --help"),
-        (["--config=nowhere.py"], "config file 'nowhere.py' does not exist: .*"),
+        (
+            ["--config=nowhere.py"],
+            "config file 'nowhere.py' does not exist: give a file, or one of .*demo.*",
+        ),
         (["--config"], "config file '' does not exist: .*"),
         ([DEMO, DEMO], "--config is given twice, .*"),
         ([DEMO + ":64"], ".*demo.py takes no ':64': .*"),
@@ -255,7 +258,7 @@ def test_a_finished_run_is_shown_as_done_and_not_touched_again(
     assert re.fullmatch(r"val loss \d\.\d{4}, perplexity [\d.]+: runs/\w+", loss)
     assert following == (
         "compress it: python -m pcagpt.main --config=configs/compress.py "
-        "--config.model_path=runs/gpt_baseline"
+        "--config.model_path=runs/gpt_baseline --config.workdir=runs"
     )
     assert snapshot(tmp_path) == before
 

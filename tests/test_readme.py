@@ -47,8 +47,8 @@ def test_results_of_each_page_are_those_of_the_published_files():
 
 def test_another_number_in_a_result_would_be_noticed():
     for kind in SCRIPT["KINDS"]:
-        block = re.search(rf"<!-- {kind} of .*?<!-- end -->", TEXT, re.DOTALL)[0]
         if kind != "samples":  # No published sweep has any.
+            block = re.search(rf"<!-- {kind} of .*?<!-- end -->", TEXT, re.DOTALL)[0]
             changed = re.sub(r"\d(?=[^\d]*<!-- end)", "x", block)
             assert changed != block and SCRIPT["updated"](changed) == block
 

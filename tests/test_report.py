@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
 import pytest
+from command_line import ROOT
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
@@ -954,3 +956,15 @@ def test_reading_results_and_declaring_a_figure_import_nothing_that_draws():
         "assert 'matplotlib' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_the_published_reports_are_those_of_this_version(tmp_path):
+    renew = runpy.run_path(str(ROOT / "scripts/renew_reports.py"))["renew"]
+    published = ROOT / "checkpoints" / "published"
+    shutil.copytree(published, tmp_path / "published")
+    renew(tmp_path / "published")
+    reports = list(published.rglob("report.md"))
+    assert len(reports) > 5
+    for report in reports:
+        renewed = tmp_path / "published" / report.relative_to(published)
+        assert renewed.read_text("utf-8") == report.read_text("utf-8"), report

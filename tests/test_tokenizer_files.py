@@ -232,6 +232,44 @@ def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, place):
     assert "tokens, but its table 97 rows: give both" in line
 
 
+def test_an_export_has_the_chat_template(folder, place):
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    words = f"--config={CONFIGS / 'export.py'}", f"--config.model_path={folder}"
+    assert call(*words).code == 0
+    made = place / "checkpoints/exported/theirs_hf"
+    assert (made / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.usefixtures("quick")
+def test_added_tokens_may_have_no_row_if_the_text_has_none(folder, place):
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    size = len(whole["model"]["vocab"])
+    gpt2_folders.write(folder, vocab_size=size)
+    pad = {"id": size, "content": "[PAD]", "special": True, "normalized": False}
+    pad |= {"single_word": False, "lstrip": False, "rstrip": False}
+    whole["added_tokens"] = [*whole.get("added_tokens", ()), pad]
+    before = call(*tiny("evaluate.py", "text", model_path=folder, model=SMALL)).out
+    file.write_text(json.dumps(whole))
+    assert vocabulary.describe(str(file)).vocab_size == size + 1
+    asked = {"model_path": folder, "model": SMALL}
+    outcome = call(*tiny("evaluate.py", "text", **asked))
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["loss"] == json.loads(before)["loss"]
+    swept = asked | {"ranks": 4, "compress": {"methods": "context", "bands": 1}}
+    assert call(*tiny("compress.py", "text", **swept)).code == 0
+    words = f"--config={CONFIGS / 'sample.py'}", f"--config.model_path={folder}"
+    for prompt, code in (("The", 0), ("The [PAD]", 2)):
+        ask = f"--config.sample.prompt={prompt}", "--config.sample.tokens=5"
+        assert call(*words, *ask).code == code
+    text = place / "text/val.txt"
+    text.write_text(text.read_text() + " [PAD] The")
+    outcome = call(*tiny("evaluate.py", "text", **asked))
+    assert outcome.code == 2
+    said = f"the val split of text has the added token with id {size}, but {folder}"
+    assert said in outcome.err.splitlines()[-1]
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("config", ["pca_k128.py", "pca_finetune_k128.py"])
 def test_an_arm_gets_the_tokenizer_of_its_d_and_no_other(

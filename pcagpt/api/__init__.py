@@ -16,8 +16,8 @@
 - Files. Only `Compressed.save` and `compress(..., cache_dir=FOLDER)` write files that
   stay. Models and corpora are only read.
 - The process. Signals, the environment, the working directory and the settings of JAX
-  and of logging stay as they are. JAX computes on its first
-  device. torch computes models of other architectures, on the first GPU if it has one.
+  and of logging stay as they are. JAX computes on its first device. torch computes
+  models of other architectures, on the first GPU if it has one.
 
 Shape letters: T tokens of a text, V vocabulary, D model width, K rank.
 """

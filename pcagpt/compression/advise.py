@@ -16,7 +16,7 @@ from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.files import read_json, strict, write_json
 from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text
-from pcagpt.rows import SwapScores
+from pcagpt.rows import Row, SwapScores
 from pcagpt.run.folder import move_aside, read_record
 from pcagpt.telemetry.progress import Progress
 
@@ -30,10 +30,10 @@ def advise(
     output: Output,
     *,
     overwrite: bool,
-) -> bool:
+) -> Row | None:
     """Finds the table that fits the bound; writes its model and advice.json.
 
-    Returns whether they were written; only process 0 writes.
+    Returns its row, or None if nothing is written: only process 0 writes.
 
     Args:
       original: the model.
@@ -48,7 +48,7 @@ def advise(
     """
     chosen, tried = find(original, methods, options)
     if jax.process_index() > 0:
-        return False
+        return None
     row, place = chosen.row(), output.folder / ADVISED
     if "max_bytes" in options.bounds and chosen.candidate.note:
         print(chosen.candidate.note, flush=True)
@@ -56,7 +56,7 @@ def advise(
     print(advice_text(row, original.table_VD.shape), flush=True)
     output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
-        return False
+        return None
     print(f"{'table' if original.run.architecture else 'model'}: {place}", flush=True)
     trials = [trial.row() for trial in tried]
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
@@ -68,7 +68,7 @@ def advise(
     if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
         move_aside(path)
     write_json(path, advice)
-    return True
+    return row
 
 
 def find(

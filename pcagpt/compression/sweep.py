@@ -77,9 +77,18 @@ def sweep(
     if not writes:
         return chosen
     content = write(tried)
-    measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
-    for place, of_place in sorted(chosen.items()):
-        _write_best(original, place, of_place, measured, known, overwrite)
+    # Those in the report now have predictions.
+    measured |= {row.recipe: row for row in content["rows"]}
+    every = models_of(folder, list(measured))
+    for place in sorted(chosen):
+        _write_best(original, place, every[place], measured, known, overwrite)
+    content["models"] = {
+        place.name: dataclasses.asdict(recipe)
+        for place in chosen
+        for recipe in every[place]
+        if is_of(place, recipe)
+    }
+    write_json(folder / output.file, content)
     with Telemetry(folder, tensorboard=tensorboard) as telemetry:
         telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {report(content)}", flush=True)
@@ -171,6 +180,8 @@ def _write_best(
     overwrite: bool,
 ) -> None:
     """Writes the model of least added loss, unless the one there `stays`.
+
+    Tables of earlier sweeps count, too.
 
     In a tie, it keeps the one already there. If an earlier sweep wrote this model and
     it is undamaged, it is not made again.

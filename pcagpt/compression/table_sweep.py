@@ -26,7 +26,7 @@ def sweep_table(
     """Makes the table of every recipe; writes the rows, report and the best tables.
 
     Keeps the rows that an earlier sweep measured under the same protocol, and the best
-    tables that are still these. Moves others aside. Returns the content of errors.json.
+    tables, if they still are. Moves others aside. Returns the content of errors.json.
 
     Raises UserError if all recipes are left out, because no table fits.
     """
@@ -40,8 +40,9 @@ def sweep_table(
         return write_table_report(output.folder, content)
 
     tried = measure_each(table, tried, measured, table.row, write, report)
-    for place, recipes in sorted(models_of(output.folder, tried).items()):
-        best = min(recipes, key=lambda recipe: measured[recipe].error)
+    every = models_of(output.folder, list(measured))
+    for place in sorted(models_of(output.folder, tried)):
+        best = min(every[place], key=lambda recipe: measured[recipe].error)
         if not holds_table(place, best.method, measured[best].table_sha256):
             candidate = table.compressor(best)
             # Another machine may have made the row: it rounds in another way.

@@ -167,6 +167,19 @@ def _check_value(path: str, value: Any) -> None:
             raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
 
 
+# Of knobs whose default says nothing.
+_EXAMPLES = {
+    "compress.bands": (1, 7),
+    "compress.recover_ranks": (64, 128),
+    "compress.max_bytes": 1_000_000,
+    "compress.max_params": 1_000_000,
+    "compress.max_added_loss": 0.01,
+    "model.band_ranks": (256, 64),
+    "model.band_sizes": (8192, 42065),
+    "ranks": (64, 128),
+}
+
+
 def wrong_type(path: str, seen: str) -> UserError:
     """The error for a knob that got a value (`seen`) of the wrong type."""
     knob = KNOBS[path]
@@ -177,9 +190,7 @@ def wrong_type(path: str, seen: str) -> UserError:
         tuple: "whole numbers separated by commas",
         str: "text",
     }[knob.type]
-    example = knob.default
-    if knob.type is tuple:
-        example = knob.default or (64, 128)
+    example = knob.default or _EXAMPLES.get(path, knob.default)
     shown = "" if example is None else f", as in {override(path, example)}"
     return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
 

@@ -11,6 +11,7 @@ import textwrap
 import traceback
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -177,10 +178,14 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _packaged(name: str) -> Path | None:
-    """The config of a short name, as in 'demo'; None for other words."""
-    if not re.fullmatch(r"\w+", name) or Path(name).is_file():
+    """The config of 'demo' or 'configs/demo.py', from any folder.
+
+    None for other words, and for a file here.
+    """
+    named = re.fullmatch(r"(\w+)|configs/(\w+)\.py", name)
+    if not named or Path(name).is_file():
         return None
-    files = (folder / f"{name}.py" for folder in _CONFIGS)
+    files = (folder / f"{named[1] or named[2]}.py" for folder in _CONFIGS)
     return next(filter(Path.is_file, files), None)
 
 
@@ -189,8 +194,8 @@ def _load(source: str) -> ConfigDict:
     path, *argument = source.split(":", 1)
     path = str(_packaged(path) or _expanded("--config", path))
     if not Path(path).is_file():
-        here = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        hint = f"there are {here}" if here else "run from the repository's folder"
+        own = sorted({p.stem for folder in _CONFIGS for p in folder.glob("*.py")})
+        hint = f"give a file, or one of {', '.join(own)}"
         problem = "is not a file" if os.path.lexists(path) else "does not exist"
         raise UserError(f"config file '{path}' {problem}: {hint}")
     try:
@@ -282,13 +287,19 @@ def knobs_text() -> str:
     return "\n".join(lines)
 
 
-def next_command(config: str, folder: Path) -> str:
-    """A line with the command that a person may want next, on the model in a folder."""
-    model = shlex.quote(str(folder))
-    return (
-        f"{config} it: python -m pcagpt.main --config=configs/{config}.py "
-        f"--config.model_path={model}"
-    )
+def next_command(config: str, model: Path, **knobs: Any) -> str:
+    """A line with the command that a person may want next, on a model.
+
+    Leaves out `knobs`, by their paths, at their defaults.
+    """
+    given = {"model_path": model, **knobs}
+    words = [
+        shlex.quote(override(name, value))
+        for name, value in given.items()
+        if str(value) != str(KNOBS[name].default)
+    ]
+    called = f"python -m pcagpt.main --config=configs/{config}.py"
+    return f"{config} it: {' '.join([called, *words])}"
 
 
 def listing(settings: Settings) -> str:

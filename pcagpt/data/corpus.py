@@ -2,8 +2,8 @@
 
 Tokenizing text puts `<|endoftext|>`, or what ends a text for a tokenizer in a file,
 before every document. The package's tokenizers keep each byte; one in a file may change
-text. A document is one address in `sotu`, a whole split in `wikitext103`, and a whole
-file in a folder of text files.
+text. A document is one address in `sotu`, a whole split in `wikitext103` and of a
+single text, and a whole file in a folder of text files.
 """
 
 import codecs
@@ -269,9 +269,10 @@ def open_corpus(
 
     Args:
       source: 'sotu' (in the package), 'wikitext103' (needs the package `datasets`), or
-        a folder. The folder holds .bin files in nanoGPT's format, or text files with
-        train, val, valid, validation or test as a word of their names. .bin files
-        without meta.json or meta.pkl must hold GPT-2's tokens.
+        a text file, which is cut into splits (`single_text`), or a folder. The folder
+        holds one text, .bin files in nanoGPT's format, or text files with train, val,
+        valid, validation or test as a word of their names. .bin files without meta.json
+        or meta.pkl must hold GPT-2's tokens.
       cache_dir: folder for the token files of text.
       tokenizer: as for `vocabulary.name_of`, or 'auto': sotu4096 for sotu, gpt2 for
         other text, and the tokenizer in the folder's meta file for token files.

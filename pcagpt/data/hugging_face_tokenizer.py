@@ -14,7 +14,10 @@ from pcagpt.files import write_json, write_plain_json, write_text
 
 CONFIG = "tokenizer_config.json"
 # What a person's folder may have beside the main file.
-_BESIDE = (MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json")
+_BESIDE = (
+    MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model",
+)  # fmt: skip
 
 
 def write(folder: Path, name: str, length: int) -> None:

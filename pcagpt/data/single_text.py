@@ -2,7 +2,7 @@
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,16 +17,13 @@ _BLOCK_BYTES = 1 << 20
 def parts(path: Path) -> dict[str, tuple[int, int]]:
     """{split: (first byte, end)}; each split but the last ends with a line.
 
-    A split ends within a line if no line ends in the next MB. UserError if a split
-    would be empty.
+    The splits end within lines if lines are so long that a split would be empty, or
+    that no line ends in the next MB. UserError if a split is empty then, too.
     """
     with naming(path), path.open("rb") as file:
-        size, start, share, found = file.seek(0, 2), 0, 0, {}
-        for split in SPLITS:
-            share += PERCENT[split]
-            end = _line_end(file, size * share // 100) if share < 100 else size
-            found[split] = start, end
-            start = end
+        found = _parts(file, _line_end)
+        if any(start == end for start, end in found.values()):
+            found = _parts(file, _character_end)
     if empty := [split for split, (start, end) in found.items() if start == end]:
         raise UserError(
             f"{path} is too short to be cut into splits, {empty[0]} would be empty: "
@@ -35,13 +32,29 @@ def parts(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _parts(
+    file: BinaryIO, end_at: Callable[[BinaryIO, int], int]
+) -> dict[str, tuple[int, int]]:
+    size, start, share, found = file.seek(0, 2), 0, 0, {}
+    for split in SPLITS:
+        share += PERCENT[split]
+        end = end_at(file, size * share // 100) if share < 100 else size
+        found[split] = start, end
+        start = end
+    return found
+
+
 def _line_end(file: BinaryIO, place: int) -> int:
-    """The end of the line at a place, or of the character."""
+    """The end of the line at a place; of the character, if the line is too long."""
     file.seek(place)
-    block = file.read(_BLOCK_BYTES)
-    if (length := block.find(b"\n")) >= 0:
-        return place + length + 1
-    # The next byte that does not continue a character of UTF-8.
+    length = file.read(_BLOCK_BYTES).find(b"\n")
+    return place + length + 1 if length >= 0 else _character_end(file, place)
+
+
+def _character_end(file: BinaryIO, place: int) -> int:
+    """The next byte that does not continue a character of UTF-8."""
+    file.seek(place)
+    block = file.read(4)
     return place + next((n for n, b in enumerate(block) if b & 0xC0 != 0x80), 0)
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded corpus, the Hugging Face hub, a local folder."""
+"""Where text comes from: the package, the Hugging Face hub, a folder or a file."""
 
 import errno
 import lzma
@@ -41,7 +41,7 @@ class TextSource(NamedTuple):
     def info(self, tokenizer: str) -> CorpusInfo:
         """Describes the corpus that a tokenizer (as for `open_corpus`) makes."""
         name = self.tokenizer if tokenizer == "auto" else vocabulary.name_of(tokenizer)
-        vocab_size, sha256 = vocabulary.describe(name)
+        vocab_size, sha256, _ = vocabulary.describe(name)
         return CorpusInfo(
             name=self.name,
             splits=tuple(self.documents),

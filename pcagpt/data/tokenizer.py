@@ -19,10 +19,20 @@ GPT2_PATTERN = (
 
 
 class RankFile(NamedTuple):
-    """A vocabulary, NAME.tiktoken in pcagpt/assets; its last id is `<|endoftext|>`."""
+    """A vocabulary, such as NAME.tiktoken in pcagpt/assets.
+
+    vocab_size: the highest id + 1; added_from: ids from here on are added tokens, which
+    text has only if it spells them out; None if there are none.
+    """
 
     vocab_size: int
     sha256: str
+    added_from: int | None = None
+
+    @property
+    def least_rows(self) -> int:
+        """The least rows of a table that most texts can be read with."""
+        return min(self.vocab_size, self.added_from or self.vocab_size)
 
 
 RANKS = {
@@ -48,7 +58,7 @@ def rank_file(name: str) -> RankFile:
 
 def how_to_name_tokens(vocab_size: int) -> str:
     """What a person can do so that ids of a vocabulary stand for text."""
-    names = [name for name, (size, _) in RANKS.items() if size <= vocab_size]
+    names = [name for name, one in RANKS.items() if one.vocab_size <= vocab_size]
     named = f"set --config.data.tokenizer={' or '.join(names)} if it made them, or "
     return (
         f'{named if names else ""}give the text of each id as "itos" in the meta.json '
@@ -84,7 +94,7 @@ def encoding_from_ranks(
 @functools.lru_cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
     """Builds an encoding of RANKS; UserError if it is unknown or damaged."""
-    vocab_size, sha256 = rank_file(name)
+    vocab_size, sha256, _ = rank_file(name)
     # Each line is `base64(token) rank`. tiktoken's own loader would delete the file if
     # its hash differs.
     rows = map(bytes.split, packaged_bytes(f"{name}.tiktoken", sha256).splitlines())

@@ -121,9 +121,11 @@ def describe(file: Path) -> RankFile:
     if END_OF_TEXT not in _id_of_text(file):  # Another file names what ends documents.
         pair = f"{sha256} {_end_in_config(file.parent)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
-    return RankFile(max(_id_of_text(file).values()) + 1, sha256)
+    size = max(_id_of_text(file).values()) + 1
+    return RankFile(size, sha256, _added_from(file, size))
 
 
+@read_once
 def known_name(file: Path) -> str | None:
     """The name in RANKS of the same tokenizer; None without one.
 
@@ -242,6 +244,19 @@ def _id_of_text(file: Path) -> dict[str, int]:
     if not found or any(type(number) is not int for number in found.values()):
         raise UserError(f"{file} is damaged (it has no vocabulary): {_DAMAGED}")
     return found
+
+
+@read_once
+def _added_from(file: Path, size: int) -> int | None:
+    """The first of the ids up to the last that are all added tokens."""
+    if file.name != WHOLE:
+        return None
+    content = read_json(file, _DAMAGED) or {}
+    added = {one["id"] for one in content.get("added_tokens") or ()}
+    first = size
+    while first - 1 in added:
+        first -= 1
+    return first
 
 
 @read_once

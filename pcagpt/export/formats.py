@@ -46,7 +46,7 @@ def write_factored(folder: Path, source: Source) -> None:
             f"{source.folder} has a table without factors and without packed codes: "
             f"give --config.format={'coded' if source.coded else 'hf'}"
         )
-    if source.record.get("compressed", {}).get("side"):
+    if (source.record.get("compressed") or {}).get("side"):
         raise UserError(
             f"{source.folder} is one of two tables, and this form has one for input "
             "and output: give --config.format=hf"

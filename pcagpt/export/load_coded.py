@@ -17,8 +17,11 @@ from pcagpt import coding
 FOLDER = Path(__file__).parent
 
 
-def load(folder: Path = FOLDER, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    folder: str | Path = FOLDER, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model of a folder."""
+    folder = Path(folder)
     name = json.loads((folder / "pcagpt.json").read_text())["table"]
     coded, _ = coding.read(folder / "table.pcat")
     tensors = load_file(folder / "others.safetensors")

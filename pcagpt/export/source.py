@@ -309,7 +309,7 @@ class DecoderSource:
         """As `Source.write_beside`: copies the small files of the original."""
         for pattern in _BESIDE:
             for path in self.original.folder.glob(pattern):
-                if path.name not in _OWN:
+                if path.is_file() and path.name not in _OWN:
                     shutil.copyfile(path, folder / path.name)
 
 

@@ -28,16 +28,14 @@ from pcagpt.compression.sweep import (
 )
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.command_line import next_command
 from pcagpt.config.effort import CPU, GPU, of_bare_table
-from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
-from pcagpt.report import recommended_row, recovered_rows, sweep_lines
+from pcagpt.report import how_to_take, recommended_row, recovered_rows, sweep_lines
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
@@ -90,15 +88,13 @@ class _Table:
         self, original: Original, folder: Path, methods: list[str], settings: Settings
     ):
         self.original, self.folder, self.settings = original, folder, settings
-        self._methods, options, run = methods, settings.compress, original.run
+        self._methods, options = methods, settings.compress
         self._file = folder / ("advice.json" if options.bounds else "sweep.json")
         self._tried: list[Recipe] = []
         self.found: list[str] = []  # the last lines of the command
         self._models: Models = {folder / ADVISED: []}
         if not options.bounds:
-            self._tried = recipes_of(
-                original.table_VD.shape, run.folder, methods, settings.ranks, options
-            )
+            self._tried = recipes_of(settings, original.table_VD.shape, methods)
             self._models = models_of(folder, self._tried)
 
     def check_folder(self) -> None:
@@ -120,6 +116,7 @@ class _Table:
             "step": run.step,
             **provenance.summary(original.model.device_count, original.model.packages),
             "protocol": original.protocol,
+            "architecture": run.architecture,
             "stored_as": run.record.get("stored_as"),
         }
         with lock.held(folder, meanwhile=self.check_folder) as check_lock:
@@ -133,11 +130,12 @@ class _Table:
             output = Output(folder, heading, check_inputs)
             if options.bounds:
                 overwrite = settings.overwrite
-                is_advised = advise(
+                row = advise(
                     original, self._methods, options, output, overwrite=overwrite
                 )
-                if is_advised:
-                    self.found = [next_command("export", folder / ADVISED)]
+                if row:
+                    place = folder / ADVISED
+                    self.found = [how_to_take(row, place, settings.workdir, heading)]
             else:
                 _check_recoverable(original, models, settings, folder)
                 models = sweep(
@@ -150,7 +148,8 @@ class _Table:
                 _sample(settings, output, original)
                 if jax.process_index() == 0:
                     content = read_sweep(self._file)
-                    self.found = sweep_lines(content, folder) if content else []
+                    if content:
+                        self.found = sweep_lines(content, folder, settings.workdir)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)
@@ -198,8 +197,7 @@ def amount_of(settings: Settings, shape: tuple[int, int]) -> str:
         how = "" if is_bare else f"; each one that it tries is measured on {split}"
         return f"a search for one table{how}"
     methods = methods_of(compress.methods)
-    ranks = [rank for rank in settings.ranks if rank <= min(shape)]
-    found = recipes(*shape, methods, ranks, compress.bands, compress.bits)
+    found = recipes_of(settings, shape, methods)
     how = "make" if is_bare else f"measure, each on {split}"
     return f"{len(found)} tables to {how}"
 
@@ -211,18 +209,20 @@ def tell_left_out(methods: list[str], bands: tuple[int, ...]) -> None:
 
 
 def recipes_of(
-    shape: tuple[int, ...],
-    source: object,
-    methods: list[str],
-    ranks: tuple[int, ...],
-    options: CompressSettings,
+    settings: Settings, shape: tuple[int, int], methods: list[str]
 ) -> list[Recipe]:
-    """The recipes of the sweep, without ranks that no table can have.
+    """The recipes of a sweep of a table [V, D]; leaves out ranks that it cannot have.
 
-    `source` is what has the table of this shape [V, D].
+    Raises UserError if none are left.
     """
+    ranks, options = settings.ranks, settings.compress
     factors = factor_methods(methods)
-    possible = possible_ranks(ranks, shape, source)
+    possible = [rank for rank in ranks if rank <= min(shape)]
+    if not possible:
+        raise UserError(
+            f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
+            f"rank is at most {min(shape)}"
+        )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
     if factors and not any(recipe.rank for recipe in combinations):
         raise UserError(
@@ -245,18 +245,6 @@ def recipes_of(
             f"{options.bands}"
         )
     return combinations
-
-
-def possible_ranks(
-    ranks: tuple[int, ...], shape: tuple[int, ...], source: object
-) -> list[int]:
-    """The ranks that a table [V, D] can have; UserError if there is none."""
-    if possible := [rank for rank in ranks if rank <= min(shape)]:
-        return possible
-    raise UserError(
-        f"ranks is {ranks}: the table of {source} is {shape}, its rank is at most "
-        f"{min(shape)}"
-    )
 
 
 def check_file(path: Path, original: Original | BareTable) -> None:

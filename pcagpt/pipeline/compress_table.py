@@ -22,7 +22,6 @@ from pcagpt.pipeline.compress import (
     amount_of,
     check_file,
     decide_effort,
-    possible_ranks,
     recipes_of,
     tell_left_out,
 )
@@ -53,8 +52,7 @@ def compress_table(settings: Settings, command: str) -> None:
     if options.bounds:
         known = folder / ADVISED / ADVICE
     else:
-        shape, ranks = table.table_VD.shape, settings.ranks
-        tried = recipes_of(shape, source, methods, ranks, options)
+        tried = recipes_of(settings, table.table_VD.shape, methods)
         places = sorted(models_of(folder, tried))
 
     def check_folder() -> None:
@@ -72,13 +70,13 @@ def compress_table(settings: Settings, command: str) -> None:
             **provenance.summary(1),
             "protocol": table.protocol,
         }
-        output, lines = Output(folder, heading, check_lock, known.name), []
+        output, lines = Output(folder, heading, check_lock, "errors.json"), []
         if options.bounds:
             advise_table(table, methods, options, output)
         else:
             board = settings.telemetry.tensorboard
             content = sweep_table(table, tried, output, tensorboard=board)
-            lines = table_lines(content, folder)
+            lines = table_lines(content, folder, settings.workdir)
         remove_leftovers(folder)
         return [*lines, _lacking(table, source)]
 
@@ -90,8 +88,6 @@ def preview_table(settings: Settings) -> list[str]:
     """What `compress_table` would do, from `decided` settings; UserError as there."""
     (table, _), path = _open(settings), Path(settings.model_path)
     shape = table.table_VD.shape
-    if not settings.compress.bounds:
-        possible_ranks(settings.ranks, shape, path)
     return [
         f"compress {path}, a table {shape} without its model",
         amount_of(settings, shape),

@@ -24,7 +24,7 @@ def time_of(flops: float) -> str | None:
     if not speed:
         return None
     minutes = flops / speed / 60
-    if minutes < 1:
+    if minutes < 1.5:
         amount = "a minute"
     elif minutes < 90:
         amount = f"{minutes:.0f} minutes"

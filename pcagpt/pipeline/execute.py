@@ -158,6 +158,6 @@ def check_workdir(workdir: str, writes: bool = True) -> None:
 
 
 def say(*lines: str) -> None:
-    """Prints lines, on the first process only."""
-    if jax.process_index() == 0:
+    """Prints lines, if any, on the first process only."""
+    if lines and jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)

@@ -86,7 +86,8 @@ def _export(
         if not settings.overwrite:
             return (
                 f"{folder} is done, but its README.md shows other losses than "
-                f"{source.folder} has now: --config.overwrite=True writes it anew"
+                f"{source.folder} has now: --config.overwrite=True moves it aside "
+                "and writes it anew"
             )
     if not is_vacant(folder) and not settings.overwrite:
         raise UserError(

@@ -38,6 +38,11 @@ def sample(settings: Settings) -> list[str]:
     tokenizer = tokenizer_of(run, settings)
     end = tokenizer.eot_token
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
+    if max(text, default=0) >= (rows := run.record["vocab_size"]):
+        raise UserError(
+            f"sample.prompt has the added token with id {max(text)}, but {run.folder} "
+            f"knows {rows} tokens: remove it from the prompt"
+        )
     prompt = np.array(text or beginning_of(tokenizer), np.int32)
     model, variables = run.load(settings.model)
     samples, at_once = [], samples_at_once(model.config)

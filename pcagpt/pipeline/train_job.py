@@ -102,7 +102,9 @@ class TrainJob(Job):
         has_full_table = self.settings.arm == "baseline"
         return [
             f"val loss {loss}, perplexity {perplexity}: {self.folder}",
-            next_command("compress" if has_full_table else "sample", self.folder),
+            next_command("compress", self.folder, workdir=self.folder.parent)
+            if has_full_table
+            else next_command("sample", self.folder),
         ]
 
     def status(self) -> Status:

@@ -9,6 +9,6 @@ from pcagpt.report.bare_table import lacking_line, table_lines, table_text
 from pcagpt.report.collect import collect_results, recovered_rows
 from pcagpt.report.experiment import compared_runs
 from pcagpt.report.figures import error_figure, pareto_figure, spectrum_figure
-from pcagpt.report.finding import experiment_lines, sweep_lines
+from pcagpt.report.finding import experiment_lines, how_to_take, sweep_lines
 from pcagpt.report.page import write_report, write_sweep_report, write_table_report
 from pcagpt.report.sweep import advice_text, recommended_row

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.config.command_line import next_command
-from pcagpt.config.schema import override
 from pcagpt.methods import FREE, METHODS
 from pcagpt.report.sweep import (
     full_name,
@@ -74,8 +73,11 @@ def best_rows(errors: dict[str, Any]) -> list[ErrorRow]:
     return best
 
 
-def table_lines(errors: dict[str, Any], folder: Path) -> list[str]:
-    """The best tables, where they are, and a command for one of another size."""
+def table_lines(errors: dict[str, Any], folder: Path, workdir: str) -> list[str]:
+    """The best tables, where they are, and a command for one of another size.
+
+    folder: of the sweep; workdir: for what the next command writes.
+    """
     own = own_size(errors)["bytes"]
     what = "the estimate" if has_estimates(errors) else "relative error"
     rows = [
@@ -87,15 +89,15 @@ def table_lines(errors: dict[str, Any], folder: Path) -> list[str]:
         f"best for their bytes, by {what}:",
         *rows,
         f"tables: {folder / 'best_*'}",
-        _next(errors),
+        _next(errors, workdir=workdir),
     ]
 
 
-def _next(errors: dict[str, Any]) -> str:
+def _next(errors: dict[str, Any], **knobs: str) -> str:
     """A command for a table of a tenth of the bytes, or as few as one here has."""
     bound = max(own_size(errors)["bytes"] // 10, best_rows(errors)[0].bytes)
-    command = next_command("compress", Path(errors["source"]))
-    return f"{command} {override('compress.max_bytes', bound)}"
+    asked = {**knobs, "compress.max_bytes": bound}
+    return next_command("compress", Path(errors["source"]), **asked)
 
 
 def table_text(row: ErrorRow, table: tuple[int, int]) -> str:

@@ -1,15 +1,27 @@
 """What a report found, in a few lines for the terminal."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pcagpt.config.command_line import next_command
+from pcagpt.methods import CODED
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
-from pcagpt.report.sweep import baseline_of, full_name, recommended_row, recommends
+from pcagpt.report.sweep import (
+    SMALL_COST,
+    SPLIT_TITLES,
+    baseline_of,
+    full_name,
+    is_cheap,
+    model_of,
+    recommended_model,
+    recommended_row,
+)
 from pcagpt.report.text import count, fixed, signed, times, with_interval
+from pcagpt.rows import Row
 
 
-def experiment_lines(results: dict[str, Any], workdir: Path) -> list[str]:
+def experiment_lines(results: dict[str, Any], workdir: str) -> list[str]:
     """The loss of each arm, and a command for the recommended model."""
     models = means_over_seeds(results["rows"], results["comparisons"])
     lines = [_arm(model) for model in models]
@@ -30,17 +42,52 @@ def _arm(model: dict[str, Any]) -> str:
     return f"{line}, {added} against D, table {smaller} smaller"
 
 
-def sweep_lines(sweep: dict[str, Any], folder: Path) -> list[str]:
-    """The recommended table and a command for its model, if it has one."""
-    best = recommended_row(sweep)
-    smaller = times(baseline_of(sweep)["bytes"] / best.bytes)
-    added = with_interval(best.added_loss, best.added_loss_interval)
-    word = "recommended" if recommends(sweep) else "none is recommended; nearest"
-    lines = [
-        f"{word}: {full_name(best)}, {count(best.bytes)} bytes ({smaller} smaller "
-        f"than in float32), adds {added} nats per token"
-    ]
-    name = best.model_name
+def sweep_lines(sweep: dict[str, Any], folder: Path, workdir: str) -> list[str]:
+    """The recommended table and how to take its model away.
+
+    folder: of the sweep; workdir: for what the next command writes.
+    """
+    best, model = recommended_row(sweep), recommended_model(sweep)
+    split = sweep["protocol"].get("split", "val")
+    kind = "adds least"
+    if is_cheap(best):
+        kind = f"smallest that adds at most {SMALL_COST}"
+    if split != "val":
+        title = SPLIT_TITLES[split]
+        return [
+            f"nothing is chosen on the {title} split; {kind} here: {_of(best, sweep)}"
+        ]
+    word = "recommended" if is_cheap(best) else f"none is recommended; {kind}"
+    lines = [f"{word}: {_of(best, sweep)}"]
+    if best is not model:
+        lines.append("that table serves for comparison: no model of it is written")
+    if model is None:
+        return lines
+    if best is not model:
+        lines.append(f"of the tables with a model: {_of(model, sweep)}")
+    name = model_of(model, sweep)
     if name and (folder / name).is_dir():
-        lines.append(next_command("export", folder / name))
+        lines.append(how_to_take(model, folder / name, workdir, sweep))
     return lines
+
+
+def _of(row: Row, sweep: dict[str, Any]) -> str:
+    smaller = times(baseline_of(sweep)["bytes"] / row.bytes)
+    added = with_interval(row.added_loss, row.added_loss_interval)
+    return (
+        f"{full_name(row)}, {count(row.bytes)} bytes ({smaller} smaller than in "
+        f"float32), adds {added} nats per token"
+    )
+
+
+def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any]) -> str:
+    """The command that exports the model of a row, or why none does.
+
+    heading: has 'protocol' and 'stored_as' of sweep.json or advice.json.
+    """
+    if heading.get("stored_as"):
+        return f"its table: {model}; pcagpt exports no model that came as GGUF"
+    form = "coded" if row.method == CODED else "hf-factored"
+    if heading["protocol"].get("side"):  # The other forms hold one table.
+        form = "hf"
+    return next_command("export", model, format=form, workdir=workdir)

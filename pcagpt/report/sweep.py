@@ -3,6 +3,7 @@
 `sweep` is the content of sweep.json as `read_sweep` returns it.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     """The data that the template sweep.md.j2 shows."""
     rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
     best, compared = recommended_row(sweep), compared_rows(sweep)
+    model = recommended_model(sweep)
     rounded = _rounded(rows, best)
     measured = table_columns(sweep)
     short = [column for column in measured if column.title in _SHORT]
@@ -50,8 +52,11 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "baseline": baseline_of(sweep),
         "best": best,
         "best_name": full_name(best),
-        "best_model": best.model_name,
-        "is_cheap": _highest_added(best) <= SMALL_COST,
+        "model": model,
+        "model_name": full_name(model) if model else "",
+        "model_folder": model_of(model, sweep) if model else None,
+        "is_cheap": is_cheap(best),
+        "can_sample": not _is_other_architecture(sweep),
         "rounded": rounded,
         "rounded_name": full_name(rounded) if rounded else "",
         "samples": sweep.get("samples") or (),
@@ -169,6 +174,12 @@ def stored_columns(
     return named, smaller, made
 
 
+def _is_other_architecture(sweep: dict[str, Any]) -> bool:
+    """Whether the model is none of ours; older files only name the packages."""
+    packages = sweep.get("versions") or {}
+    return bool(sweep.get("architecture") or "transformers" in packages)
+
+
 def _highest_added(row: Row) -> float:
     """The upper end of the interval of the added loss, or the added loss itself."""
     return (row.added_loss_interval or [row.added_loss])[-1]
@@ -219,15 +230,33 @@ def recommended_row(sweep: dict[str, Any]) -> Row:
     'Surely': the upper end of its interval does. If no table does, the one that adds
     least. A rival can be recommended, too.
     """
-    rows = sorted(sweep["rows"], key=lambda row: row.bytes)
-    fitting = (row for row in rows if _highest_added(row) <= SMALL_COST)
-    return next(fitting, None) or min(rows, key=lambda row: row.added_loss)
+    return _recommended(sweep["rows"])
 
 
-def recommends(sweep: dict[str, Any]) -> bool:
-    """Whether `recommended_row` is a recommendation, on the split that chooses."""
-    is_val = sweep["protocol"].get("split", "val") == "val"
-    return is_val and _highest_added(recommended_row(sweep)) <= SMALL_COST
+def recommended_model(sweep: dict[str, Any]) -> Row | None:
+    """As `recommended_row`, of the tables that a sweep writes as models."""
+    rows = [row for row in sweep["rows"] if row.model_name]
+    return _recommended(rows) if rows else None
+
+
+def _recommended(rows: list[Row]) -> Row:
+    cheap = filter(is_cheap, sorted(rows, key=lambda row: row.bytes))
+    return next(cheap, None) or min(rows, key=lambda row: row.added_loss)
+
+
+def is_cheap(row: Row) -> bool:
+    """Whether a table surely adds at most `SMALL_COST`."""
+    return _highest_added(row) <= SMALL_COST
+
+
+def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
+    """The name of the folder with the model of a row, None without one.
+
+    Older versions did not record which table each model has.
+    """
+    models = sweep.get("models", {row.model_name: dataclasses.asdict(row.recipe)})
+    made = models.get(row.model_name)
+    return row.model_name if made == dataclasses.asdict(row.recipe) else None
 
 
 def compared_rows(sweep: dict[str, Any]) -> list[Row]:

@@ -1,9 +1,9 @@
 """digests.json of a checkpoint: hashes of all files, and of all arrays of the weights.
 
 It is written at the end of a save, and checked before Orbax opens a file. Checkpoints
-of older versions have none. A warning is printed if a checkpoint of this version has
-none. If digests.json is damaged, the checkpoint counts as damaged. Delete digests.json
-to read the checkpoint unchecked.
+of older versions have none; if one of this version has none, a warning is printed. If
+digests.json is damaged, the checkpoint counts as damaged. Delete digests.json to read
+the checkpoint unchecked.
 """
 
 import contextlib

@@ -24,7 +24,10 @@ from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decod
 STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
 _OWN = "ckpt"  # our own runs have this folder
-_FILES = (hugging_face.CONFIG, hugging_face.WEIGHTS, nano_gpt.CHECKPOINT)
+_FILES = (
+    hugging_face.CONFIG, hugging_face.WEIGHTS, hugging_face.INDEX, nano_gpt.CHECKPOINT,
+    exported.OTHERS, exported.CODED_TABLE,
+)  # fmt: skip
 _EXPORT_AGAIN = "export the model again"
 _NOT_READ = ("README.md", "generation_config.json")  # files of an export
 _FORMATS: tuple[ModuleType, ...] = (
@@ -92,7 +95,7 @@ def _record(folder: Path) -> dict[str, Any]:
     record[exported.BEFORE] = origin.get("compressed") or []
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:
-        size = vocabulary.describe(name).vocab_size
+        size = vocabulary.describe(name).least_rows
         if size > rows:
             raise UserError(
                 f"{folder}: its tokenizer has {size} tokens, but its table {rows} "

@@ -78,7 +78,7 @@ def generate(
     """
     length, key = model.config.block_size, jax.random.key(seed)
     key = jax.random.fold_in(key, batch) if batch else key
-    known_ids = known_ids or model.config.vocab_size
+    known_ids = min(known_ids or model.config.vocab_size, model.config.vocab_size)
     sampler = Sampler(model, temperature, top_k, top_p, known_ids)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)

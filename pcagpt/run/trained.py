@@ -1,5 +1,6 @@
 """Opens a trained run: its record, model, weights and corpus."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
@@ -25,7 +26,7 @@ from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder
 from pcagpt.run.build import build_config
-from pcagpt.run.folder import choose, look
+from pcagpt.run.folder import choose, look, read_record
 from pcagpt.sharding import placement, processes
 
 
@@ -56,7 +57,15 @@ class Run:
         """
 
         def find() -> tuple[Path, int, dict[str, Any] | None]:
-            there, step = choose(path)
+            try:
+                there, step = choose(path)
+            except UserError:
+                if architecture := _architecture_of_table(Path(path)):
+                    raise UserError(
+                        f"{path} holds only the compressed table of a {architecture}: "
+                        "export it with --config=configs/export.py"
+                    ) from None
+                raise
             return there.folder, step, there.stored
 
         # The run may be training: every process must open the same step.
@@ -278,7 +287,7 @@ class Run:
                 "corpus as --config.data.source"
             )
         self.check_corpus(corpus, splits)
-        return corpus
+        return self._within_rows(corpus, splits)
 
     def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
         """Whether the run was trained on these tokens; None if its record is silent.
@@ -325,7 +334,7 @@ class Run:
                 f"{chosen} is another tokenizer now than the one of {self.folder}: "
                 "restore it, or name the file of the old one as --config.data.tokenizer"
             )
-        size, rows = vocabulary.describe(chosen).vocab_size, self.record["vocab_size"]
+        size, rows = vocabulary.describe(chosen).least_rows, self.record["vocab_size"]
         if rows < size:
             raise UserError(
                 f"data.tokenizer: {chosen} has {size} tokens, the model of "
@@ -375,7 +384,7 @@ class Run:
                 f"--config.data.tokenizer={own}"
             )
         known_ids = self.record["vocab_size"]
-        if corpus.vocab_size > known_ids:
+        if corpus.vocab_size > known_ids and not self._may_fit(corpus):
             raise UserError(
                 f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
@@ -388,6 +397,30 @@ class Run:
         known, other = hashes if None in texts else map(tuple, texts)
         if known and other and known != other:
             raise self._other_numbering(corpus)
+
+    def _may_fit(self, corpus: CorpusInfo) -> bool:
+        """Whether only added tokens of its tokenizer can be ids without a row."""
+        if not (self.record.get("tokenizer") and corpus.tokenizer):
+            return False
+        least = vocabulary.describe(corpus.tokenizer).least_rows
+        return least <= self.record["vocab_size"]
+
+    def _within_rows(self, corpus: Corpus, splits: Collection[str]) -> Corpus:
+        """The corpus, without added tokens that the table has no row for.
+
+        UserError if a split has such a token.
+        """
+        rows = self.record["vocab_size"]
+        if corpus.vocab_size <= rows:
+            return corpus
+        for split in splits:
+            if (highest := int(corpus.tokens(split).max(initial=0))) >= rows:
+                raise UserError(
+                    f"the {split} split of {corpus.name} has the added token with id "
+                    f"{highest}, but {self.folder} knows {rows} tokens: remove it from "
+                    "the text"
+                )
+        return dataclasses.replace(corpus, vocab_size=rows)
 
     def _other_numbering(self, corpus: CorpusInfo) -> UserError:
         return UserError(
@@ -443,3 +476,11 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return checkpoint.folder_of(self.folder, self.step)
+
+
+def _architecture_of_table(folder: Path) -> str | None:
+    """That of the model whose compressed table, without a run, is in a folder."""
+    with contextlib.suppress(UserError, OSError):
+        record = read_record(folder) or {}
+        return record.get("architecture") if record.get("compressed") else None
+    return None
