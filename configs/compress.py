@@ -11,9 +11,10 @@ also trains the best factors and the coded table of that rank, and D for the sam
 that fits a bound. --config.split=test measures on the test split instead; it writes
 checkpoints/compressed_test/, without models.
 
---config.model_path=table.npy compresses a token table without its model. There is no
-loss then: checkpoints/compressed_table/ gets the relative error of each table, or with
-.max_bytes= the best table.
+--config.model_path=table.npy compresses a token table [V, d] without its model. There
+is no loss then: checkpoints/compressed_table/ gets the relative error of each table,
+the best ones as files, and a report; or, with .max_bytes=, the best table of that size.
+Without table.statistics.npz beside it, only methods that need no statistics are tried.
 
 On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.
 Each table of coded, packed, gptq and pq takes up to half a minute on the host;

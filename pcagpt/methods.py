@@ -129,6 +129,8 @@ METHODS = {
     "fisher": Method(_fisher, True, True, "#0072b2"),
     "context": Method(_context, True, True, "#009e73"),
 }
+# The methods that a bare table is enough for.
+FREE = tuple(name for name, method in METHODS.items() if not method.needs_statistics)
 FEWEST_FACTOR_BITS = 4  # The product of factors in fewer bits is far from their table.
 
 

@@ -1,4 +1,4 @@
-"""sweep.json and its rows: compressed tables, how they are made and what they cost.
+"""sweep.json, errors.json and their rows: tables, how they are made, what they cost.
 
 Each field is declared here only, with its type. A field that older files lack has a
 default: None for a number that was not measured.
@@ -8,7 +8,7 @@ import dataclasses
 import math
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json
@@ -103,20 +103,6 @@ DEFAULTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ErrorRow(Recipe):
-    """A compressed table without a model, so without a loss.
-
-    params: stored values; bytes: its storage; relative_error: |new - own| / |own| in
-    Frobenius norm; seconds: time to make it.
-    """
-
-    params: int
-    bytes: int
-    relative_error: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SwapScores:
     """Means over all targets, in nats per token.
 
@@ -145,15 +131,13 @@ class SwapScores:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(SwapScores, Recipe):
-    """A row of sweep.json or advice.json: one compressed table.
+class Stored(Recipe):
+    """A compressed table, without a measurement.
 
     band_sizes, band_ranks: of its bands (rank 0: full width); params: stored values;
     bytes: its storage; memory: bytes on a device that computes with it; seconds: time
-    to make it; second_order_head and _input: a `SecondOrder`; predicted_loss:
-    prediction of added_loss; is_anchor: whether the predictions were fitted to this
-    row; table_sha256: hash of its factors or codes, None for other tables and in older
-    files.
+    to make it; table_sha256: hash of its factors or codes, None for other tables and in
+    older files.
     """
 
     band_sizes: list[int]
@@ -161,23 +145,59 @@ class Row(SwapScores, Recipe):
     params: int
     bytes: int
     seconds: float
-    second_order_head: float
-    second_order_input: float
     memory: int | None = None
-    predicted_loss: float | None = None
-    is_anchor: bool = False
     table_sha256: str | None = None
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
-    """sweep.json with its rows as `Row`s; {} without a file. UserError if damaged."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(SwapScores, Stored):
+    """A row of sweep.json or advice.json: one compressed table of a model.
+
+    second_order_head and _input: a `SecondOrder`; predicted_loss: prediction of
+    added_loss; is_anchor: whether the predictions were fitted to this row.
+    """
+
+    second_order_head: float
+    second_order_input: float
+    predicted_loss: float | None = None
+    is_anchor: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ErrorRow(Stored):
+    """A row of errors.json or advice.json: a compressed table without its model.
+
+    relative_error: |new - own| / |own| in Frobenius norm; energy_kept: 1 minus its
+    square; estimated_loss: second-order estimate of the added loss, in nats per token,
+    None without statistics of the model.
+    """
+
+    relative_error: float
+    energy_kept: float
+    estimated_loss: float | None = None
+
+    @property
+    def error(self) -> float:
+        """What the best table has least of: the estimate, or else the error."""
+        known = self.estimated_loss
+        return self.relative_error if known is None else known
+
+
+AnyRow = TypeVar("AnyRow", bound=Stored)
+
+
+def read_sweep(path: Path, kind: type[Stored] = Row) -> dict[str, Any]:
+    """sweep.json or errors.json with its rows as `kind`; {} without a file.
+
+    UserError if it is damaged.
+    """
     found = read_json(path, REMEDY)
     if found is None:
         return {}
     check_fields(found, _SWEEP, path, REMEDY)
     tables = {
         name: [
-            Row.of(row, f"{path}: row {number} of {name}")
+            kind.of(row, f"{path}: row {number} of {name}")
             for number, row in enumerate(found.get(name) or ())
         ]
         for name in ("rows", "other_rows")

@@ -20,14 +20,13 @@ from pcagpt.api.factors import table_of
 from pcagpt.api.model import Model
 from pcagpt.compression.advise import find
 from pcagpt.compression.bare_table import (
-    FREE,
     BareTable,
     check_needs_no_text,
     relative_error,
-    write_table,
 )
 from pcagpt.compression.candidates import Candidate
 from pcagpt.compression.original import Original
+from pcagpt.compression.table_files import write_table
 from pcagpt.compression.write_model import write_model
 from pcagpt.config import Settings, methods_of
 from pcagpt.data import sources
@@ -35,7 +34,6 @@ from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
-from pcagpt.methods import CODES
 from pcagpt.pipeline.compress import decide_effort
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row
@@ -184,12 +182,11 @@ def compress(
 
 
 def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
-    options = settings.compress
     _check_bound(settings)
-    methods = methods_of(options.methods or ",".join((*FREE, *CODES)))
+    options = decide_effort(settings, jax.default_backend()).compress
+    methods = methods_of(options.methods)
     check_needs_no_text(methods)
-    bands = {"compress.bands": options.bands or (1,)}
-    chosen, _ = find(BareTable(table_VD), methods, settings.replace(bands).compress)
+    chosen, _ = find(BareTable(table_VD), methods, options)
     candidate = chosen.candidate
     write = functools.partial(write_table, candidate=candidate)
     found = _compressed(chosen.row(), candidate, table_VD, write)

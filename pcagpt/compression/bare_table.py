@@ -3,37 +3,60 @@
 Shape letters: V vocabulary, D model width.
 """
 
+import functools
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from pcagpt.coding import Description
+from pcagpt.coding import CODES_VERSION
 from pcagpt.compression.candidates import Candidate, Compressor
-from pcagpt.compression.codes import KINDS
 from pcagpt.errors import UserError
-from pcagpt.factorization import Statistics
-from pcagpt.factorization.factor_files import write_bands
-from pcagpt.methods import CODES, METHODS
-from pcagpt.rows import SwapScores
-
-# The methods that a bare table is enough for.
-FREE = tuple(name for name, method in METHODS.items() if not method.needs_statistics)
+from pcagpt.factorization import Statistics, factor_files
+from pcagpt.factorization.table import sha256_of_arrays
+from pcagpt.methods import CODES, FREE, METHODS, OWN_TABLE
+from pcagpt.rows import ErrorRow, SwapScores
+from pcagpt.run import calibrate
 
 
 class BareTable:
-    """What `advise.find` compresses in place of an `Original`.
+    """What `advise.find` and `table_sweep` compress in place of an `Original`.
 
-    Every error of every row counts alike.
+    table_VD: [V, D] float32; statistics: of its model, None if they are not known:
+    every error of every row then counts alike; label: of its progress.
     """
 
-    label = "a table"
+    def __init__(
+        self,
+        table_VD: np.ndarray,
+        statistics: Statistics | None = None,
+        singular_value_split: float = 0.0,
+        label: str = "a table",
+    ):
+        self.table_VD, self.statistics, self.label = table_VD, statistics, label
+        self._split = singular_value_split
 
-    def __init__(self, table_VD: np.ndarray):
-        self.table_VD = table_VD
-        size, width = table_VD.shape
+    @classmethod
+    def read(cls, path: Path, singular_value_split: float = 0.0) -> Self:
+        """The table of a .npy file, with the statistics beside it if they are there.
+
+        Raises UserError if one of the files is damaged, or the two do not fit.
+        """
+        table_VD = factor_files.read_table(path)
+        factor_files.check_rows_differ(table_VD, path)
+        statistics, beside = None, calibrate.beside(path)
+        if beside.exists():
+            statistics = calibrate.read(beside)
+            calibrate.check_shape(statistics, beside, table_VD.shape, path)
+        return cls(table_VD, statistics, singular_value_split, path.name)
+
+    @functools.cached_property
+    def compressor(self) -> Compressor:
+        """Makes candidates of this table."""
+        size, width = self.table_VD.shape
         same_V, same_DD = np.full(size, 1 / size), np.eye(width)
-        statistics = Statistics(
+        alike = Statistics(
             frequency=same_V,
             probability=same_V,
             hidden_mean=np.zeros(width),
@@ -41,15 +64,43 @@ class BareTable:
             gradient_moment=same_DD,
             context_moment=np.zeros_like(same_DD),
         )
-        self.compressor = Compressor(table_VD, statistics)
+        return Compressor(self.table_VD, self.statistics or alike, self._split)
+
+    def row(self, candidate: Candidate) -> ErrorRow:
+        """The row of a candidate in errors.json or advice.json."""
+        error = relative_error(candidate.dense, self.table_VD)
+        return ErrorRow(
+            **candidate.stored,
+            relative_error=error,
+            energy_kept=1 - error**2,
+            estimated_loss=sum(candidate.second_order) if self.statistics else None,
+        )
 
     def measure(self, candidate: Candidate) -> SwapScores:
-        """The squared relative error in place of an added loss."""
-        error = relative_error(candidate.dense, self.table_VD) ** 2
+        """The squared error of `ErrorRow.error` in place of an added loss."""
+        row = self.row(candidate)
+        known = row.estimated_loss
+        error = row.relative_error**2 if known is None else known
         nothing = dict.fromkeys(
             ("loss", "added_loss_input", "added_loss_head", "kl", "top1_agreement"), 0.0
         )
         return SwapScores(added_loss=error, added_loss_by_decile=[], **nothing)
+
+    @functools.cached_property
+    def protocol(self) -> dict[str, Any]:
+        """Everything besides a recipe that decides the numbers of a row."""
+        known = self.statistics
+        return {
+            "table_sha256": sha256_of_arrays(self.table_VD),
+            "table": self.table_VD.shape,
+            "statistics_sha256": known and sha256_of_arrays(*known),
+            "singular_value_split": self._split,
+            "codes": CODES_VERSION,
+        }
+
+    def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
+        """A stored protocol in today's terms, as `Original.renewed`."""
+        return protocol | {"codes": CODES_VERSION}
 
 
 def relative_error(new_VD: np.ndarray, own_VD: np.ndarray) -> float:
@@ -57,27 +108,21 @@ def relative_error(new_VD: np.ndarray, own_VD: np.ndarray) -> float:
     return float(np.linalg.norm(new_VD - own_VD) / np.linalg.norm(own_VD))
 
 
-def check_needs_no_text(methods: Collection[str]) -> None:
-    """Raises UserError for a method that a bare table is not enough for."""
+def check_needs_no_text(
+    methods: Collection[str], remedy: str = "compress the model instead"
+) -> None:
+    """Raises UserError for a method that a bare table is not enough for.
+
+    `remedy` says how to give it more.
+    """
     for method in methods:
-        if method in METHODS and METHODS[method].needs_statistics:
+        if method in METHODS and method not in FREE:
             raise UserError(
                 f"'{method}' needs statistics of the model that the table is from: "
-                f"compress the model instead, or use the method {' or '.join(FREE)}"
+                f"{remedy}, or use the method {' or '.join(FREE)}"
             )
-        if method not in METHODS and method not in CODES:
+        if method not in (*FREE, *CODES, OWN_TABLE):
             raise UserError(
                 f"'{method}' only serves for comparison in the sweep of a model: "
                 f"choose some of {', '.join((*FREE, *CODES))}"
             )
-
-
-def write_table(folder: Path, candidate: Candidate) -> None:
-    """Writes a table into a folder: codes as their file, others as factors/."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if candidate.codes is None:
-        write_bands(folder / "factors", candidate.table)
-        return
-    method = candidate.recipe.method
-    kind = KINDS[method]
-    kind.write(folder / kind.file, candidate.codes, Description(method))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,21 +53,32 @@ class Candidate:
 
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
-        stored = self.codes or self.table
-        is_model = self.recipe.is_codes or self.recipe.is_factors
         return Row(
-            **dataclasses.asdict(self.recipe),
+            **self.stored,
             **dataclasses.asdict(scores),
-            band_sizes=list(stored.sizes),
-            band_ranks=list(stored.ranks),
-            params=self.table.parameters,
-            bytes=self.bytes,
-            memory=stored.memory,
-            seconds=self.seconds,
             second_order_head=self.second_order.head,
             second_order_input=self.second_order.input,
-            table_sha256=stored.sha256 if is_model else None,
         )
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The fields of `Stored`."""
+        stored = self.codes or self.table
+        is_model = self.recipe.is_codes or self.recipe.is_factors
+        return dataclasses.asdict(self.recipe) | {
+            "band_sizes": list(stored.sizes),
+            "band_ranks": list(stored.ranks),
+            "params": self.table.parameters,
+            "bytes": self.bytes,
+            "memory": stored.memory,
+            "seconds": self.seconds,
+            "table_sha256": self.sha256 if is_model else None,
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its factors or codes."""
+        return (self.codes or self.table).sha256
 
     @property
     def note(self) -> str:

@@ -11,9 +11,11 @@ class Output:
     """The folder of a sweep or an advice.
 
     heading: the fields of its JSON file that do not come from tables; check: raises
-    UserError if the folder may not be written any more, or the corpus has changed.
+    UserError if the folder may not be written any more, or the corpus has changed;
+    file: the name of a sweep's JSON file.
     """
 
     folder: Path
     heading: dict[str, Any]
     check: Callable[[], None]
+    file: str = "sweep.json"

@@ -1,11 +1,14 @@
 """Measures many compressed tables of a model: sweep.json, its report, best models."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from pcagpt.compression.bare_table import BareTable
+from pcagpt.compression.candidates import Candidate
 from pcagpt.compression.original import Original
 from pcagpt.compression.output import Output
 from pcagpt.compression.write_model import is_of, keeps_model, stays, write_model
@@ -18,7 +21,7 @@ from pcagpt.factorization import (
 )
 from pcagpt.files import strict, write_json
 from pcagpt.report import pareto_figure, write_sweep_report
-from pcagpt.rows import Recipe, Row, in_bands, read_sweep
+from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside
 from pcagpt.sharding import processes
 from pcagpt.telemetry.metrics import Telemetry
@@ -53,17 +56,95 @@ def sweep(
     Only what was measured on the validation split chooses models. Returns them.
     """
     folder, writes = output.folder, jax.process_index() == 0
-    heading, measured = processes.from_first(
-        lambda: _resume(original, folder, output.heading)
-    )
+    heading, measured = processes.from_first(lambda: resume(original, output))
     output = dataclasses.replace(output, heading=heading)
     known = set(measured)
-    lacking = [recipe for recipe in tried if recipe not in measured]
-    done = len(tried) - len(lacking)
-    make = original.compressor  # May calibrate, with a progress bar of its own.
     if "gaussian_limit" not in output.heading:
-        limit = {"gaussian_limit": make.gaussian_limit()}
+        limit = {"gaussian_limit": original.compressor.gaussian_limit()}
         output = dataclasses.replace(output, heading=output.heading | limit)
+
+    def measure(candidate: Candidate) -> Row:
+        return candidate.row(original.measure(candidate))
+
+    def write(tried: list[Recipe]) -> dict[str, Any]:
+        return write_sweep(output, tried, measured, _predicted)
+
+    def report(content: dict[str, Any]) -> Path:
+        return write_sweep_report(folder, content)
+
+    tried = measure_each(original, tried, measured, measure, write, report)
+    chosen = models_of(folder, tried) if original.split == "val" else {}
+    if not writes:
+        return chosen
+    content = write(tried)
+    # Those in the report now have predictions.
+    measured |= {row.recipe: row for row in content["rows"]}
+    every = models_of(folder, list(measured))
+    for place in sorted(chosen):
+        _write_best(original, place, every[place], measured, known, overwrite)
+    content["models"] = {
+        place.name: dataclasses.asdict(recipe)
+        for place in chosen
+        for recipe in every[place]
+        if is_of(place, recipe)
+    }
+    write_json(folder / output.file, content)
+    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
+        telemetry.figure("pareto", pareto_figure(content))
+    print(f"report: {report(content)}", flush=True)
+    return chosen
+
+
+def resume(
+    original: Original | BareTable, output: Output, kind: type[AnyRow] = Row
+) -> tuple[dict[str, Any], dict[Recipe, AnyRow]]:
+    """The rows of an earlier sweep under the same protocol; moves another one aside.
+
+    The heading then also has its R(D) line and the results of further training. Codes
+    of another version are measured again.
+    """
+    path, heading = output.folder / output.file, output.heading
+    earlier, own = read_sweep(path, kind), strict(heading["protocol"])
+    if not earlier or original.renewed(earlier["protocol"]) != own:
+        move_aside(path)
+        return heading, {}
+    has_same_codes = earlier["protocol"].get("codes") == own["codes"]
+    names = (
+        "recovered",
+        "samples",
+        "samples_of",
+        *(["gaussian_limit"] if has_same_codes else []),
+    )
+    kept = [name for name in names if earlier.get(name)]
+    heading = heading | {name: earlier[name] for name in kept}
+    rows = earlier["rows"] + earlier["other_rows"]
+    measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
+    return heading, measured
+
+
+def measure_each(
+    original: Original | BareTable,
+    tried: list[Recipe],
+    measured: dict[Recipe, AnyRow],
+    measure: Callable[[Candidate], AnyRow],
+    write: Callable[[list[Recipe]], dict[str, Any]],
+    report: Callable[[dict[str, Any]], Any],
+) -> list[Recipe]:
+    """Makes the tables that `measured` lacks, and adds their rows to it.
+
+    Leaves out recipes that no table fits; UserError if all are. Returns the others.
+
+    Args:
+      original: the table.
+      tried: the recipes of the sweep.
+      measured: rows that are known.
+      measure: the row of a candidate.
+      write: writes the sweep after each row, on the first process; returns its content.
+      report: writes the report of this content.
+    """
+    lacking = [recipe for recipe in tried if recipe not in measured]
+    done, writes = len(tried) - len(lacking), jax.process_index() == 0
+    make = original.compressor  # May calibrate, with a progress bar of its own.
     label = f"compressing {original.label}"
     with Progress(label, len(tried), start=done) as progress:
         for number, recipe in enumerate(progress.track(lacking), 1):
@@ -80,60 +161,14 @@ def sweep(
                 if writes:
                     print(f"left out: {too_small}", flush=True)
                 continue
-            measured[recipe] = candidate.row(original.measure(candidate))
+            measured[recipe] = measure(candidate)
             if writes and candidate.note:
                 print(f"rank {recipe.rank}, {candidate.note}", flush=True)
             if writes:  # After every row: an interrupted sweep resumes here.
-                content = _write_sweep(output, tried, measured)
+                content = write(tried)
                 if number % REPORT_EVERY == 0:
-                    write_sweep_report(folder, content)
-    chosen = models_of(folder, tried) if original.split == "val" else {}
-    if not writes:
-        return chosen
-    content = _write_sweep(output, tried, measured)
-    # Those in the report now have predictions.
-    measured |= {row.recipe: row for row in content["rows"]}
-    every = models_of(folder, list(measured))
-    for place in sorted(chosen):
-        _write_best(original, place, every[place], measured, known, overwrite)
-    content["models"] = {
-        place.name: dataclasses.asdict(recipe)
-        for place in chosen
-        for recipe in every[place]
-        if is_of(place, recipe)
-    }
-    write_json(folder / "sweep.json", content)
-    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
-        telemetry.figure("pareto", pareto_figure(content))
-    print(f"report: {write_sweep_report(folder, content)}", flush=True)
-    return chosen
-
-
-def _resume(
-    original: Original, folder: Path, heading: dict[str, Any]
-) -> tuple[dict[str, Any], dict[Recipe, Row]]:
-    """The rows of an earlier sweep under the same protocol; moves another one aside.
-
-    The heading then also has its R(D) line and the results of further training. Codes
-    of another version are measured again.
-    """
-    earlier = read_sweep(folder / "sweep.json")
-    own = strict(heading["protocol"])
-    if not earlier or original.renewed(earlier["protocol"]) != own:
-        move_aside(folder / "sweep.json")
-        return heading, {}
-    has_same_codes = earlier["protocol"].get("codes") == own["codes"]
-    names = (
-        "recovered",
-        "samples",
-        "samples_of",
-        *(["gaussian_limit"] if has_same_codes else []),
-    )
-    kept = [name for name in names if earlier.get(name)]
-    heading = heading | {name: earlier[name] for name in kept}
-    rows = earlier["rows"] + earlier["other_rows"]
-    measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
-    return heading, measured
+                    report(content)
+    return tried
 
 
 def _write_best(
@@ -201,22 +236,26 @@ def set_samples(output: Output, samples: dict[str, Any]) -> None:
     write_sweep_report(output.folder, content)
 
 
-def _write_sweep(
-    output: Output, tried: list[Recipe], measured: dict[Recipe, Row]
+def write_sweep(
+    output: Output,
+    tried: list[Recipe],
+    measured: dict[Recipe, AnyRow],
+    complete: Callable[[list[AnyRow]], list[AnyRow]] = list,
 ) -> dict[str, Any]:
-    """Writes sweep.json with predictions; returns its content.
+    """Writes the JSON file of a sweep; returns its content.
 
-    other_rows: rows of earlier commands that are not in `tried`; rows_left: number of
-    rows still to measure, absent at the end.
+    `complete` gets the rows of `tried`, and returns those to write. other_rows: rows of
+    earlier commands that are not in `tried`; rows_left: number of rows still to
+    measure, absent at the end.
     """
     output.check()
     output.folder.mkdir(parents=True, exist_ok=True)
-    rows = _predicted([measured[recipe] for recipe in tried if recipe in measured])
+    rows = complete([measured[recipe] for recipe in tried if recipe in measured])
     others = [row for recipe, row in measured.items() if recipe not in tried]
     content = {**output.heading, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
         content["rows_left"] = len(tried) - len(rows)
-    write_json(output.folder / "sweep.json", content)
+    write_json(output.folder / output.file, content)
     return content
 
 

@@ -4,9 +4,8 @@ import dataclasses
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from pcagpt.arms import FROM_RUN
 from pcagpt.compression.candidates import Candidate, of_full_width
 from pcagpt.compression.codes import KINDS, CodeKind, Codes
 from pcagpt.compression.original import Original
-from pcagpt.errors import Unreadable, UserError
+from pcagpt.compression.table_files import FACTORS, factors_in, undamaged
+from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
-from pcagpt.factorization.factor_files import read_bands, write_bands
+from pcagpt.factorization.factor_files import write_bands
 from pcagpt.factorization.solve import centred
 from pcagpt.methods import METHODS
 from pcagpt.model import (
@@ -37,8 +37,6 @@ from pcagpt.run.folder import (
     write_record,
 )
 from pcagpt.run.trained import Run
-
-Found = TypeVar("Found")
 
 
 def write_model(
@@ -79,7 +77,7 @@ def write_model(
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
         _write_codes(written / kind.file, kind, codes, _description(original, row))
-    elif _held(factors := written / "factors", table.sha256) is None:
+    elif factors_in(factors := written / FACTORS, table.sha256) is None:
         move_aside(factors)
         write_bands(factors, candidate.table)
     if not is_made:
@@ -117,7 +115,7 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
 def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     kind, own = KINDS[row.method], _description(original, row)
     path = folder / kind.file
-    if (found := _undamaged(lambda: kind.read(path))) is None:
+    if (found := undamaged(lambda: kind.read(path))) is None:
         return False
     codes, there = found
     # The size and the measured loss tell the table from those of other statistics.
@@ -151,7 +149,7 @@ def _write_codes(
     A damaged or another file there may be a person's.
     """
     if path.exists():
-        found = _undamaged(lambda: kind.read(path))
+        found = undamaged(lambda: kind.read(path))
         predicted = found and found[1].predicted_loss
         with tempfile.TemporaryDirectory() as place:
             earlier = Path(place) / kind.file
@@ -164,11 +162,11 @@ def _write_codes(
 
 
 def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
-    factors = folder / "factors"
-    held = table = _held(factors, _origin_of(folder).get("table_sha256"))
+    factors = folder / FACTORS
+    kept = table = factors_in(factors, _origin_of(folder).get("table_sha256"))
     if table is None and not original.run.architecture:
         try:
-            table = _undamaged(lambda: _read_back(folder, original, row))
+            table = undamaged(lambda: _read_back(folder, original, row))
         except KeyError:  # The weights have other bands.
             return False
     if table is None:
@@ -176,7 +174,7 @@ def _keeps_factors(folder: Path, original: Original, row: Row) -> bool:
     weights, _ = _model_of(original, table, None)
     if not _holds(folder, weights):
         return False
-    if not held:
+    if not kept:
         move_aside(factors)
         write_bands(factors, table)
     return True
@@ -220,7 +218,7 @@ def _started_from(model: Path) -> Path | None:
     for above in model.parents[:2]:  # A folder directly below / has only one.
         for run in sorted(above.glob(name)):
             # A damaged run cannot go on.
-            if _undamaged(lambda run=run: _began_with(run, model)):
+            if undamaged(lambda run=run: _began_with(run, model)):
                 return run
     return None
 
@@ -232,19 +230,6 @@ def _began_with(run: Path, model: Path) -> bool:
         raise found.damage
     recorded = (found.stored or {}).get("imported_sha256") or {}
     return fingerprint.same(model, recorded.get("weights_from"))
-
-
-def _undamaged(read: Callable[[], Found]) -> Found | None:
-    """What `read` returns; None if it finds damage.
-
-    Raises Unreadable if the system does not let a file be read: it may be undamaged.
-    """
-    try:
-        return read()
-    except Unreadable:
-        raise
-    except UserError:
-        return None
 
 
 def _description(original: Original, row: Row) -> coding.Description:
@@ -265,7 +250,7 @@ def is_of(folder: Path, recipe: Recipe) -> bool:
 
 def _origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} if it cannot be read."""
-    origin = (_undamaged(lambda: read_record(folder)) or {}).get("compressed")
+    origin = (undamaged(lambda: read_record(folder)) or {}).get("compressed")
     return DEFAULTS | origin if origin else {}
 
 
@@ -290,13 +275,7 @@ def _holds(folder: Path, weights: dict) -> bool:
         run_dir, step = checkpoint.find(folder)
         return digests.arrays(checkpoint.folder_of(run_dir, step))
 
-    return not weights or _undamaged(read) == digests.of_arrays(weights)
-
-
-def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
-    """The table in a folder if it is the one with this hash, undamaged."""
-    table = _undamaged(lambda: read_bands(factors))
-    return table if table and table.sha256 == table_sha256 else None
+    return not weights or undamaged(read) == digests.of_arrays(weights)
 
 
 def is_of_another(folder: Path, original: Original) -> bool:

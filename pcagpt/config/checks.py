@@ -13,7 +13,7 @@ from pcagpt.config.schema import (
     Settings,
     override,
 )
-from pcagpt.config.tasks import RECOVERY, TASKS, readers_of
+from pcagpt.config.tasks import OF_BARE_TABLE, RECOVERY, TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
@@ -25,12 +25,6 @@ _TABLE_SOURCES = (
     ("init.import_wte_npy", "init.import_scale_matrices_npz"),
     ("init.weights_from",),
 )
-# What `compress` does not read for a table without its model.
-_OF_MODEL = (
-    "compress.max_added_loss", "compress.recover_ranks", "compress.calibration_tokens",
-    "data.source", "evaluate.batch_size", "evaluate.max_tokens", "split",
-    "telemetry.tensorboard", "train.batch_size", "train.loss_chunks",
-)  # fmt: skip
 
 
 def ranks_of(text: str) -> tuple[int, ...]:
@@ -399,8 +393,8 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
             yield knob, arms[0].rate_share == knob, reason
     if settings.task == "compress" and settings.is_of_bare_table:
         reason = "a table without its model has no text and no loss: leave it out, or "
-        for name in _OF_MODEL:
-            yield name, False, f"{reason}give the model"
+        for name in sorted(KNOBS.keys() - OF_BARE_TABLE):
+            yield name, name.startswith("distributed."), f"{reason}give the model"
     for bound in settings.compress.bounds:
         reason = f"compress.{bound} is set, too, and does not read it: leave it out"
         for name in ("ranks", "telemetry.tensorboard"):

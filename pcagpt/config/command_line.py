@@ -290,7 +290,7 @@ def knobs_text() -> str:
 def next_command(config: str, model: Path, **knobs: Any) -> str:
     """A line with the command that a person may want next, on a model.
 
-    Leaves out `knobs` of top level at their defaults.
+    Leaves out `knobs`, by their paths, at their defaults.
     """
     given = {"model_path": model, **knobs}
     words = [

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pcagpt.methods import CODES, METHODS, RIVALS
+from pcagpt.methods import CODES, FREE, METHODS, RIVALS
 
 
 class Effort(NamedTuple):
@@ -20,3 +20,13 @@ _RANKS = (32, 64, 128, 256)
 GPU = Effort(_RANKS, (*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
 CPU = Effort(_RANKS, (_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)
+
+
+def of_bare_table(effort: Effort, has_statistics: bool) -> Effort:
+    """The effort for a table without its model: all that it is enough for.
+
+    No loss is measured, so each table takes little time. Without statistics, all tokens
+    weigh the same, and bands mean nothing.
+    """
+    methods, bands = (METHODS, effort.bands) if has_statistics else (FREE, (1,))
+    return Effort(effort.ranks, (*methods, *CODES), bands, 0, 0)

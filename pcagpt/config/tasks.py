@@ -96,6 +96,13 @@ _READERS = {
     "distributed": (_ALL, ""),
 }  # fmt: skip
 
+# The knobs that `compress` reads for a table without its model, besides `distributed`.
+OF_BARE_TABLE = {
+    *("task", "workdir", "overwrite", "model_path", "ranks"),
+    *("factorize.singular_value_split", "telemetry.tensorboard", "compress.methods"),
+    *("compress.bands", "compress.bits", "compress.max_params", "compress.max_bytes"),
+}
+
 
 def readers_of(knob: str) -> tuple[tuple[str, ...], str]:
     """(the tasks that read a knob, what to do in another task).

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from pcagpt.compression.advise import ADVISED, advise
+from pcagpt.compression.bare_table import BareTable
 from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
@@ -27,7 +28,7 @@ from pcagpt.compression.sweep import (
 )
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.effort import CPU, GPU
+from pcagpt.config.effort import CPU, GPU, of_bare_table
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
@@ -67,8 +68,7 @@ def compress(settings: Settings, command: str) -> None:
         _Table(original, folder / original.side, methods, settings)
         for original in Original.of(run, settings).of_each_table()
     ]
-    if single := left_out(methods, settings.compress.bands):
-        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
+    tell_left_out(methods, settings.compress.bands)
     if len(tables) > 1:
         say(
             f"{run.folder} is untied: each table is compressed apart, while the other "
@@ -94,7 +94,7 @@ class _Table:
         self.found: list[str] = []  # the last lines of the command
         self._models: Models = {folder / ADVISED: []}
         if not options.bounds:
-            self._tried = _recipes(settings, original.table_VD.shape, methods)
+            self._tried = recipes_of(settings, original.table_VD.shape, methods)
             self._models = models_of(folder, self._tried)
 
     def check_folder(self) -> None:
@@ -102,7 +102,7 @@ class _Table:
         for place in (self.folder, *sorted(self._models)):
             check_link(place)
         if not self.settings.overwrite:
-            _check_file(self._file, self.original)
+            check_file(self._file, self.original)
             for model in sorted(self._models):
                 check_place(model)
 
@@ -157,17 +157,25 @@ class _Table:
                 _recover(settings, output, models, run)
 
 
-def decide_effort(settings: Settings, platform: str) -> Settings:
+def decide_effort(
+    settings: Settings, platform: str, has_statistics: bool = False
+) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
     A search for a bound has no ranks. A sweep on a CPU measures only a part of the
     split if methods, bands and calibration_tokens are unset. It measures the whole
     split if the person has chosen what to try, if a table must keep a bound, or if the
-    report compares the sweep with trained models.
+    report compares the sweep with trained models. has_statistics: whether the
+    statistics of a bare table's model are known.
     """
-    if settings.task != "compress" or settings.is_of_bare_table:
+    if settings.task != "compress":
         return settings
     effort, compress = CPU if platform == "cpu" else GPU, settings.compress
+    given = settings.flat()
+    if settings.is_of_bare_table:
+        effort = of_bare_table(effort, has_statistics)
+        if given["compress.methods"] == "all" and not has_statistics:
+            given["compress.methods"] = ""
     is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
     is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
     decided = {
@@ -177,7 +185,6 @@ def decide_effort(settings: Settings, platform: str) -> Settings:
         "compress.calibration_tokens": effort.calibration_tokens,
         "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
     }
-    given = settings.flat()
     return settings.replace({path: given[path] or decided[path] for path in decided})
 
 
@@ -185,14 +192,23 @@ def amount_of(settings: Settings, shape: tuple[int, int]) -> str:
     """'26 tables to measure, each on 32,768 tokens of val', for a table [V, D]."""
     compress, limit = settings.compress, settings.evaluate.max_tokens
     split = f"{limit:,} tokens of {settings.split}" if limit else settings.split
+    is_bare = settings.is_of_bare_table
     if compress.bounds:
-        return f"a search for one table; each one that it tries is measured on {split}"
+        how = "" if is_bare else f"; each one that it tries is measured on {split}"
+        return f"a search for one table{how}"
     methods = methods_of(compress.methods)
-    found = _recipes(settings, shape, methods)
-    return f"{len(found)} tables to measure, each on {split}"
+    found = recipes_of(settings, shape, methods)
+    how = "make" if is_bare else f"measure, each on {split}"
+    return f"{len(found)} tables to {how}"
 
 
-def _recipes(
+def tell_left_out(methods: list[str], bands: tuple[int, ...]) -> None:
+    """Prints the methods that can use none of these numbers of bands."""
+    if single := left_out(methods, bands):
+        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
+
+
+def recipes_of(
     settings: Settings, shape: tuple[int, int], methods: list[str]
 ) -> list[Recipe]:
     """The recipes of a sweep of a table [V, D]; leaves out ranks that it cannot have.
@@ -231,7 +247,7 @@ def _recipes(
     return combinations
 
 
-def _check_file(path: Path, original: Original) -> None:
+def check_file(path: Path, original: Original | BareTable) -> None:
     """Raises UserError if the file holds numbers of another protocol.
 
     Numbers of a part of the split may be replaced by those of the whole split.

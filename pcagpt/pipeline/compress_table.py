@@ -1,49 +1,37 @@
 """The task 'compress' on a .npy file: a table without its model, so without a loss.
 
-WORKDIR/compressed_table/ gets errors.json, with one row per table, and its report. A
-search for a bound writes the table itself into advised/, and advice.json.
-
-Shape letters: V vocabulary, D model width.
+WORKDIR/compressed_table/ gets errors.json, with one row per table, its report, and the
+best table of each kind and rank. A search for a bound writes its table and advice.json
+into advised/ instead. Statistics of the model beside the table, as for configs/
+factorize.py, allow the methods that need them, and an estimate of the loss.
 """
 
-import dataclasses
-import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import jax
 
-from pcagpt import coding
-from pcagpt.compression.advise import ADVISED, find
-from pcagpt.compression.bare_table import (
-    FREE,
-    BareTable,
-    check_needs_no_text,
-    relative_error,
-    write_table,
-)
-from pcagpt.compression.candidates import Candidate, recipes
+from pcagpt.compression.advise import ADVISED
+from pcagpt.compression.bare_table import BareTable, check_needs_no_text
 from pcagpt.compression.output import Output
+from pcagpt.compression.sweep import models_of
+from pcagpt.compression.table_files import ADVICE, check_table_place
+from pcagpt.compression.table_sweep import advise_table, sweep_table
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.effort import GPU
-from pcagpt.config.schema import override
-from pcagpt.errors import UserError
-from pcagpt.factorization import BudgetTooSmall, factor_files
-from pcagpt.files import check_fields, read_json, strict, write_json
-from pcagpt.methods import CODES
+from pcagpt.files import remove_leftovers
+from pcagpt.pipeline.compress import (
+    amount_of,
+    check_file,
+    decide_effort,
+    recipes_of,
+    tell_left_out,
+)
 from pcagpt.pipeline.execute import check_workdir, say
-from pcagpt.report import best_rows, full_name, write_table_report
-from pcagpt.rows import REMEDY, ErrorRow, Recipe, in_bands
-from pcagpt.run import lock, provenance
-from pcagpt.run.folder import check_link, move_aside
+from pcagpt.report import lacking_line, table_lines
+from pcagpt.run import calibrate, lock, provenance
+from pcagpt.run.folder import check_link
 from pcagpt.sharding import processes
-from pcagpt.telemetry.progress import Progress
 
 FOLDER = "compressed_table"  # in a workdir
-_FOR_MORE = (
-    "no loss was measured: for losses, and for methods that use statistics, give the "
-    "model instead of its table"
-)
 
 
 def compress_table(settings: Settings, command: str) -> None:
@@ -51,145 +39,76 @@ def compress_table(settings: Settings, command: str) -> None:
 
     All processes must call this; the first does the work.
 
-    Raises UserError for a damaged table, a method that needs the model, and a bound
-    that no table fits.
+    Raises UserError for a damaged table, a method that needs more than there is, the
+    results of another table in the folder, and a bound that no table fits.
     """
     check_workdir(settings.workdir)
-    folder, source = Path(settings.workdir) / FOLDER, Path(settings.model_path)
-    table_VD = _table(settings)
-    heading = {
-        "command": command,
-        "source": str(source),
-        **provenance.summary(1),
-        "table": list(table_VD.shape),
-        # What the rows depend on.
-        "sha256_of_table": factor_files.sha256(source),
-        "codes": coding.CODES_VERSION,
-    }
-    work = _fit if settings.compress.bounds else _sweep
-    with lock.held(folder, meanwhile=lambda: check_link(folder)) as check_lock:
-        output = Output(folder, heading, check_lock)
-        lines = processes.from_first(lambda: work(settings, table_VD, output))
-    say(*lines, _FOR_MORE)
+    settings = decided(settings)
+    table, methods = _open(settings)
+    folder, options = Path(settings.workdir) / FOLDER, settings.compress
+    source, known = Path(settings.model_path), folder / "errors.json"
+    tried, places = [], [folder / ADVISED]
+    tell_left_out(methods, options.bands)
+    if options.bounds:
+        known = folder / ADVISED / ADVICE
+    else:
+        tried = recipes_of(settings, table.table_VD.shape, methods)
+        places = sorted(models_of(folder, tried))
+
+    def check_folder() -> None:
+        check_link(folder)
+        if not settings.overwrite:
+            check_file(known, table)
+            for place in places:
+                check_table_place(place)
+
+    def work() -> list[str]:
+        check_folder()
+        heading = {
+            "command": command,
+            "source": str(source),
+            **provenance.summary(1),
+            "protocol": table.protocol,
+        }
+        output, lines = Output(folder, heading, check_lock, "errors.json"), []
+        if options.bounds:
+            advise_table(table, methods, options, output)
+        else:
+            board = settings.telemetry.tensorboard
+            content = sweep_table(table, tried, output, tensorboard=board)
+            lines = table_lines(content, folder, settings.workdir)
+        remove_leftovers(folder)
+        return [*lines, _lacking(table, source)]
+
+    with lock.held(folder, meanwhile=check_folder) as check_lock:
+        say(*processes.from_first(work))
 
 
 def preview_table(settings: Settings) -> list[str]:
-    """What `compress_table` would do, in lines; raises UserError as it would."""
-    shape = _table(settings).shape
-    lines = [f"compress {settings.model_path}, a table {shape} without its model"]
-    if settings.compress.bounds:
-        return [*lines, "a search for one table"]
-    return [*lines, f"{len(_recipes(settings, shape))} tables to make"]
-
-
-def _table(settings: Settings) -> np.ndarray:
-    """The table [V, D], checked; UserError also for methods that need the model."""
-    check_needs_no_text(_methods(settings))
-    table_VD = factor_files.read_table(settings.model_path)
-    factor_files.check_rows_differ(table_VD, settings.model_path)
-    return table_VD
-
-
-def _methods(settings: Settings) -> list[str]:
-    return methods_of(settings.compress.methods or ",".join((*FREE, *CODES)))
-
-
-def _recipes(settings: Settings, shape: tuple[int, ...]) -> list[Recipe]:
-    """The recipes of a sweep, in one band, because no token is known to be frequent."""
-    ranks, (size, width) = settings.ranks or GPU.ranks, shape
-    possible = [rank for rank in ranks if rank <= min(shape)]
-    if not possible:
-        raise UserError(
-            f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
-            f"rank is at most {min(shape)}"
-        )
-    return recipes(
-        size, width, _methods(settings), possible, (1,), settings.compress.bits
-    )
-
-
-def _sweep(settings: Settings, table_VD: np.ndarray, output: Output) -> list[str]:
-    """Makes every table that is not in errors.json yet; returns the last lines."""
-    path = output.folder / "errors.json"
-    tried, rows = _recipes(settings, table_VD.shape), _known(path, output.heading)
-    lacking = [recipe for recipe in tried if recipe not in rows]
-    make, done = BareTable(table_VD).compressor, len(tried) - len(lacking)
-    label = f"compressing {Path(settings.model_path).name}"
-    with Progress(label, len(tried), start=done) as progress:
-        for recipe in progress.track(lacking):
-            try:
-                candidate = make(recipe)
-            except BudgetTooSmall as error:
-                say(f"left out: rank {recipe.rank}, {in_bands(recipe)}: {error}")
-                continue
-            rows[recipe] = _row(candidate, table_VD)
-            _write(path, output, {"rows": list(rows.values())})
-    if not rows:
-        raise UserError("no table fits: raise ranks")
-    _write(path, output, {"rows": list(rows.values())})
-    content = output.heading | {"rows": list(rows.values())}
-    report = write_table_report(output.folder, content)
-    errors = [row.relative_error for row in rows.values()]
-    smallest = best_rows(list(rows.values()))[0].bytes
-    bound = override("compress.max_bytes", smallest)
+    """What `compress_table` would do, from `decided` settings; UserError as there."""
+    (table, _), path = _open(settings), Path(settings.model_path)
+    shape = table.table_VD.shape
     return [
-        f"{len(rows)} tables, relative errors from {min(errors):.4f} to "
-        f"{max(errors):.4f}: {report}",
-        f"write the best one of a size: add {bound}",
+        f"compress {path}, a table {shape} without its model",
+        amount_of(settings, shape),
+        _lacking(table, path),
     ]
 
 
-def _known(path: Path, heading: dict[str, Any]) -> dict[Recipe, ErrorRow]:
-    """The rows of an earlier sweep of this table; moves that of another one aside."""
-    earlier = read_json(path, REMEDY) or {}
-    if any(earlier.get(name) != heading[name] for name in ("sha256_of_table", "codes")):
-        move_aside(path)
-        return {}
-    check_fields(earlier, {"rows": (list,)}, path, REMEDY)
-    rows = [
-        ErrorRow.of(row, f"{path}: row {number}")
-        for number, row in enumerate(earlier["rows"])
-    ]
-    return {row.recipe: row for row in rows}
+def decided(settings: Settings) -> Settings:
+    """As `decide_effort`, which depends on whether statistics are beside the table."""
+    has_statistics = calibrate.beside(Path(settings.model_path)).exists()
+    return decide_effort(settings, jax.default_backend(), has_statistics)
 
 
-def _row(candidate: Candidate, own_VD: np.ndarray) -> ErrorRow:
-    return ErrorRow(
-        **dataclasses.asdict(candidate.recipe),
-        params=candidate.table.parameters,
-        bytes=candidate.bytes,
-        relative_error=relative_error(candidate.dense, own_VD),
-        seconds=candidate.seconds,
-    )
+def _open(settings: Settings) -> tuple[BareTable, list[str]]:
+    """(the table, the methods); UserError if one lacks the statistics."""
+    path, methods = Path(settings.model_path), methods_of(settings.compress.methods)
+    table = BareTable.read(path, settings.factorize.singular_value_split)
+    if table.statistics is None:
+        check_needs_no_text(methods, f"give them as {calibrate.beside(path)}")
+    return table, methods
 
 
-def _fit(settings: Settings, table_VD: np.ndarray, output: Output) -> list[str]:
-    """Writes the table of the smallest error within a bound; returns the last lines."""
-    options = settings.replace({"compress.bands": (1,)}).compress
-    chosen, _ = find(BareTable(table_VD), _methods(settings), options)
-    candidate, place = chosen.candidate, output.folder / ADVISED
-    row = _row(candidate, table_VD)
-    table_sha256 = (candidate.codes or candidate.table).sha256
-    found = {"bounds": options.bounds, "table_sha256": table_sha256}
-    lines = [
-        f"{full_name(row)}: {row.params:,} numbers in {row.bytes:,} bytes, relative "
-        f"error {row.relative_error:.4f}",
-        f"table: {place}",
-    ]
-    path = place / "advice.json"
-    earlier = read_json(path, REMEDY) or {}
-    if all(earlier.get(name) == value for name, value in strict(found).items()):
-        return lines
-    written = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(written, ignore_errors=True)  # A killed command may have left it.
-    write_table(written, candidate)
-    _write(written / path.name, output, found | {"chosen": row})
-    move_aside(place)
-    written.rename(place)
-    return lines
-
-
-def _write(path: Path, output: Output, content: dict[str, Any]) -> None:
-    output.check()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, output.heading | content)
+def _lacking(table: BareTable, path: Path) -> str:
+    return lacking_line(None if table.statistics else calibrate.beside(path))

@@ -331,12 +331,7 @@ class FactorizeJob(Job):
                 f"statistics, and {error}: name their file as "
                 "--config.factorize.statistics"
             ) from None
-        measured = len(statistics.probability), len(statistics.hidden_mean)
-        if measured != shape:
-            raise UserError(
-                f"{path} has statistics of a table {measured}, but the table of "
-                f"{self.source} is {shape}: name the statistics of this table"
-            )
+        calibrate.check_shape(statistics, path, shape, self.source)
         return statistics
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
@@ -408,5 +403,4 @@ class FactorizeJob(Job):
         if chosen.statistics:
             return Path(chosen.statistics)
         # Without a model to measure, a file beside the table must hold the statistics.
-        beside = self.source.with_suffix(".statistics.npz")
-        return beside if self._is_bare_table else None
+        return calibrate.beside(self.source) if self._is_bare_table else None

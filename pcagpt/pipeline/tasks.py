@@ -13,7 +13,7 @@ from pcagpt.export.source import open_source
 from pcagpt.files import strict
 from pcagpt.pipeline import estimate, execute
 from pcagpt.pipeline.compress import amount_of, compress, decide_effort
-from pcagpt.pipeline.compress_table import compress_table, preview_table
+from pcagpt.pipeline.compress_table import compress_table, decided, preview_table
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.export import export
 from pcagpt.pipeline.job import Kind
@@ -33,7 +33,11 @@ def preview(settings: Settings) -> str:
     Writes only caches. Raises UserError as the task would, as far as this shows early.
     If the workdir is not writable, a line says so: it may be mounted later.
     """
-    settings = decide_effort(settings, jax.default_backend())
+    is_table = settings.task == "compress" and settings.is_of_bare_table
+    if is_table:
+        settings = decided(settings)
+    else:
+        settings = decide_effort(settings, jax.default_backend())
     writes = TASKS[settings.task].writes
     if TASKS[settings.task].makes_jobs:
         needed = execute.check(make_plan(settings), writes=False)
@@ -48,7 +52,7 @@ def preview(settings: Settings) -> str:
         step = source.identity.get("step")
         at_step = "" if step is None else f" at step {step}"
         lines = [f"export {source.folder}{at_step} as {settings.format}"]
-    elif settings.task == "compress" and settings.is_of_bare_table:
+    elif is_table:
         lines = preview_table(settings)
     elif TASKS[settings.task].model:
         run = Run.asked(settings)

@@ -1,13 +1,14 @@
 """Finished runs and sweeps -> results.json, report.md, report.html and figures.
 
 `collect` makes the dictionary of results.json. `experiment` and `sweep` select from
-results.json and sweep.json what the templates show. `page` fills in the templates.
+results.json and sweep.json what the templates show, `bare_table` from errors.json.
+`page` fills in the templates.
 """
 
-from pcagpt.report.bare_table import best_rows
+from pcagpt.report.bare_table import lacking_line, table_lines, table_text
 from pcagpt.report.collect import collect_results, recovered_rows
 from pcagpt.report.experiment import compared_runs
-from pcagpt.report.figures import pareto_figure, spectrum_figure
+from pcagpt.report.figures import error_figure, pareto_figure, spectrum_figure
 from pcagpt.report.finding import experiment_lines, how_to_take, sweep_lines
 from pcagpt.report.page import write_report, write_sweep_report, write_table_report
-from pcagpt.report.sweep import advice_text, full_name, recommended_row
+from pcagpt.report.sweep import advice_text, recommended_row

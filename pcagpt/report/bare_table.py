@@ -1,67 +1,139 @@
-"""errors.json -> tables and texts of the report on a table without its model."""
+"""errors.json -> what the report on a table without its model shows, and the terminal.
 
-import math
+`errors` is the content of errors.json with `ErrorRow`s.
+"""
+
+from pathlib import Path
 from typing import Any
 
-from pcagpt.factorization import FLOAT_BYTES
-from pcagpt.report.sweep import full_name, methods_in, row_name
-from pcagpt.report.text import NOTHING, Column, count, fixed, times
+from pcagpt.config.command_line import next_command
+from pcagpt.methods import FREE, METHODS
+from pcagpt.report.sweep import (
+    full_name,
+    methods_in,
+    own_size,
+    size_text,
+    stored_columns,
+)
+from pcagpt.report.text import Column, count, fixed, times
+from pcagpt.rows import ErrorRow
 
 
 def table_view(errors: dict[str, Any]) -> dict[str, Any]:
     """The data that the template bare_table.md.j2 shows."""
-    rows = sorted(errors["rows"], key=lambda row: (row.bytes, row.relative_error))
-    numbers = math.prod(errors["table"])
+    named, smaller, made = stored_columns(errors)
+    measured = [
+        Column(
+            "Relative error",
+            "‖table − D‖ / ‖D‖ in Frobenius norm",
+            lambda row: error_text(row.relative_error),
+        ),
+        Column(
+            "Energy kept",
+            "1 minus the squared relative error; of svd, the share of the squared "
+            "singular values",
+            lambda row: energy_text(row.energy_kept),
+        ),
+    ]
+    if has_estimates(errors):
+        meaning = (
+            "second-order estimate of the added loss from the statistics, in nats per "
+            "token; not measured"
+        )
+        cell = Column("Estimate", meaning, lambda row: error_text(row.estimated_loss))
+        measured.append(cell)
     return {
         "errors": errors,
-        "rows": rows,
-        "numbers": numbers,
-        "bytes": FLOAT_BYTES * numbers,
-        "best": [(row, full_name(row)) for row in best_rows(rows)],
-        "columns": _columns(numbers),
-        "methods": methods_in(rows),
+        "own": own_size(errors),
+        "has_estimates": has_estimates(errors),
+        "rows": sorted(errors["rows"], key=lambda row: (row.bytes, row.error)),
+        "columns": [*named, smaller, *measured, *made],
+        "best": [(full_name(row), row, errors_text(row)) for row in best_rows(errors)],
+        "for_bound": _next(errors).partition(": ")[2],
+        "methods": methods_in(errors["rows"]),
+        "written": sorted({row.model_name for row in errors["rows"]} - {None}),
     }
 
 
-def best_rows(rows: list[Any]) -> list[Any]:
-    """The rows of which none that is smaller has a smaller error, by size."""
-    found: list[Any] = []
-    for row in sorted(rows, key=lambda row: (row.bytes, row.relative_error)):
-        if not found or row.relative_error < found[-1].relative_error:
-            found.append(row)
-    return found
+def has_estimates(errors: dict[str, Any]) -> bool:
+    """Whether the statistics of the model were known."""
+    return errors["protocol"]["statistics_sha256"] is not None
 
 
-def _columns(numbers: int) -> list[Column]:
-    return [
-        Column(
-            "Table",
-            "the method, and the bits of a stored value if they are not 32",
-            lambda row: row_name(row.method, row.bands, row.bits),
-            "l",
-        ),
-        Column(
-            "k",
-            "the rank of factors; a file of codes has at most as many bytes as factors "
-            "of this rank have values",
-            lambda row: str(row.rank or NOTHING),
-        ),
-        Column("Bytes", "of storage: of the file, for codes", lambda r: count(r.bytes)),
-        Column(
-            "Bits",
-            "bits of storage for each number of the table",
-            lambda row: fixed(8 * row.bytes / numbers, 2),
-        ),
-        Column(
-            "Smaller",
-            "bytes of the table in float32, divided by these bytes",
-            lambda row: times(FLOAT_BYTES * numbers / row.bytes),
-        ),
-        Column(
-            "Relative error",
-            "Frobenius norm of the error, divided by that of the table",
-            lambda row: fixed(row.relative_error, 4),
-        ),
-        Column("Numbers", "stored values", lambda row: count(row.params)),
-        Column("Seconds", "time to make the table", lambda row: fixed(row.seconds, 1)),
+def best_rows(errors: dict[str, Any]) -> list[ErrorRow]:
+    """The rows, by bytes, that no row of as few bytes has a smaller error than.
+
+    Without those that are no smaller than the own table, unless all are.
+    """
+    own, best = own_size(errors)["bytes"], []
+    rows = sorted(errors["rows"], key=lambda row: (row.bytes, row.error))
+    for row in [row for row in rows if row.bytes < own] or rows:
+        if not best or row.error < best[-1].error:
+            best.append(row)
+    return best
+
+
+def table_lines(errors: dict[str, Any], folder: Path, workdir: str) -> list[str]:
+    """The best tables, where they are, and a command for one of another size.
+
+    folder: of the sweep; workdir: for what the next command writes.
+    """
+    own = own_size(errors)["bytes"]
+    what = "the estimate" if has_estimates(errors) else "relative error"
+    rows = [
+        f"  {full_name(row)}: {count(row.bytes)} bytes ({times(own / row.bytes)} "
+        f"smaller than in float32), {errors_text(row)}"
+        for row in best_rows(errors)
     ]
+    return [
+        f"best for their bytes, by {what}:",
+        *rows,
+        f"tables: {folder / 'best_*'}",
+        _next(errors, workdir=workdir),
+    ]
+
+
+def _next(errors: dict[str, Any], **knobs: str) -> str:
+    """A command for a table of a tenth of the bytes, or as few as one here has."""
+    bound = max(own_size(errors)["bytes"] // 10, best_rows(errors)[0].bytes)
+    asked = {**knobs, "compress.max_bytes": bound}
+    return next_command("compress", Path(errors["source"]), **asked)
+
+
+def table_text(row: ErrorRow, table: tuple[int, int]) -> str:
+    """Describes the choice for a table [V, D] in a few lines for the terminal."""
+    return f"{size_text(row, table)}\n{errors_text(row)}"
+
+
+def lacking_line(statistics: Path | None) -> str:
+    """What a bare table lacks for more, before the work or after it.
+
+    `statistics` is where those of the model would have to be, None if they are there.
+    """
+    loss = "not measured: loss, which needs the model itself as model_path"
+    if statistics is None:
+        return loss
+    needing = ", ".join(name for name in METHODS if name not in FREE)
+    return f"{loss}; not tried: {needing}, which need its statistics as {statistics}"
+
+
+def error_text(value: float) -> str:
+    """0.031234 → '0.03123': errors differ by orders of magnitude."""
+    return f"{value:.4g}"
+
+
+def energy_text(value: float) -> str:
+    """0.99995 → '100.00%'."""
+    return f"{fixed(100 * value, 2)}%"
+
+
+def errors_text(row: ErrorRow) -> str:
+    """'relative error 0.0312, energy kept 99.9%', and the estimate if there is one."""
+    text = (
+        f"relative error {error_text(row.relative_error)}, energy kept "
+        f"{energy_text(row.energy_kept)}"
+    )
+    if row.estimated_loss is None:
+        return text
+    estimate = error_text(row.estimated_loss)
+    return f"{text}, added loss {estimate} nats per token by a second-order estimate"

@@ -1,6 +1,6 @@
 """The figures of the reports: each is declared once, as `chart` describes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,19 @@ import numpy as np
 from pcagpt.arms import ARMS, Arm
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
 from pcagpt.methods import CODES, METHODS, RIVALS
+from pcagpt.report.bare_table import energy_text, error_text
 from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
 from pcagpt.report.sweep import (
     baseline_of,
     compared_rows,
     full_name,
     limit_points,
+    own_size,
     row_name,
     table_name,
 )
 from pcagpt.report.text import count, fixed, percent, signed, with_interval
-from pcagpt.rows import ErrorRow, Row
+from pcagpt.rows import AnyRow, Row, Stored
 
 INK = "#222222"
 START_SHARE = 0.08  # of the tokens; the loss axis fits the curves after it
@@ -32,6 +34,8 @@ BITS_DASHES = {32: [], 8: [6, 3], 6: [5, 2], 5: [3, 2], 4: [2, 2], 0: []}
 BITS_TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LIMIT = "Gaussian R(D), weighting of codes"
 _LOSS = "loss (nats per token)"
+_ADDED = axis("drawn", f"added {_LOSS}", "log"), ["Added loss", "Top-1", "KL"]
+SMALLEST_ERROR = 1e-3  # Smaller relative errors are drawn here.
 
 
 def curves_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
@@ -158,65 +162,84 @@ def pareto_figure(sweep: dict[str, Any]) -> Figure:
     All tables of a rival are one line. A second axis has bits for each number of D's
     table.
     """
-    rows, numbers = _best_bands(sweep), baseline_of(sweep)["params"]
+    rows, numbers = _best_bands(sweep["rows"], _added), own_size(sweep)["params"]
     looks = {_legend(row): _look(row) for row in rows}
     if limit := _limit(sweep):
         looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])
     points = [_of_row(row, numbers) for row in rows] + limit
-    x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
-    chart = _over_size(points, looks, x, FLOAT_BYTES * numbers)
-    return Figure([_with_bits(chart, numbers)])
+    return Figure([_over_bytes(points, looks, _ADDED, numbers)])
+
+
+def error_figure(sweep: dict[str, Any]) -> Figure:
+    """Draws the relative error of a bare table's tables against bytes, on log scales.
+
+    As `pareto_figure`, without losses.
+    """
+    rows = _best_bands(sweep["rows"], lambda row: row.error)
+    numbers = own_size(sweep)["params"]
+    points = [
+        _place(row, numbers)
+        | {"drawn": max(row.relative_error, SMALLEST_ERROR)}
+        | {"Relative error": error_text(row.relative_error)}
+        | {"Energy kept": energy_text(row.energy_kept)}
+        for row in rows
+    ]
+    shown = axis("drawn", "relative error", "log"), ["Relative error", "Energy kept"]
+    looks = {_legend(row): _look(row) for row in rows}
+    return Figure([_over_bytes(points, looks, shown, numbers)])
 
 
 def numbers_figure(sweep: dict[str, Any]) -> Figure | None:
     """As `pareto_figure`, against the stored numbers; None without factors."""
-    rows = [row for row in _best_bands(sweep) if row.is_factors]
+    rows = [row for row in _best_bands(sweep["rows"], _added) if row.is_factors]
     if not rows:
         return None
-    numbers = baseline_of(sweep)["params"]
+    numbers = own_size(sweep)["params"]
     points = [_of_row(row, numbers) for row in rows]
     looks = {_legend(row): _look(row) for row in rows}
     x = axis("M", "numbers stored (millions); grey: D's table", "log")
-    return Figure([_over_size(points, looks, x, numbers)])
+    return Figure([_over_size(points, looks, x, _ADDED, numbers)])
 
 
-def error_figure(rows: Sequence[ErrorRow], numbers: int) -> Figure:
-    """Draws the relative error of tables against bytes, on log scales.
-
-    numbers: of the table in full.
-    """
-    points = [
-        {"of": _legend(row), "MB": row.bytes / 1e6, "drawn": row.relative_error}
-        | {"Table": full_name(row), "File": f"{count(row.bytes)} bytes"}
-        | {"Bits per number": fixed(8 * row.bytes / numbers, 2)}
-        | {"Relative error": fixed(row.relative_error, 4)}
-        for row in rows
-        if row.relative_error > 0
-    ]
-    looks = {_legend(row): _look(row) for row in rows}
-    axes = {
-        "x": axis("MB", "bytes stored (MB)", "log"),
-        "y": axis("drawn", "relative error of the table", "log"),
-    }
-    shown = ["Table", "File", "Bits per number", "Relative error"]
-    chart = panel(points, looks, axes, [{"mark": mark("line")}], shown)
-    return Figure([_with_bits(chart, numbers)])
+def _added(row: Row) -> float:
+    return row.added_loss
 
 
-def _best_bands(sweep: dict[str, Any]) -> list[Row]:
+def _best_bands(
+    rows: Sequence[AnyRow], error: Callable[[AnyRow], float]
+) -> list[AnyRow]:
     """The rows, without those of the same size in another number of bands."""
-    best: dict[tuple, Row] = {}
-    for row in sweep["rows"]:
+    best: dict[tuple, AnyRow] = {}
+    for row in rows:
         key = _legend(row), row.budget, row.bits
-        if key not in best or row.added_loss < best[key].added_loss:
+        if key not in best or error(row) < error(best[key]):
             best[key] = row
     return list(best.values())
 
 
-def _over_size(
-    points: list[dict], looks: Mapping[str, Look], x: dict[str, Any], own: int
+def _over_bytes(
+    points: list[dict],
+    looks: Mapping[str, Look],
+    y: tuple[dict[str, Any], list[str]],
+    numbers: int,
 ) -> dict[str, Any]:
-    """A chart of added loss against size, with a line at the size of D's own table."""
+    """As `_over_size`, against bytes and bits for each number of D's table."""
+    x = axis("MB", "bytes stored (MB); grey: D's table in float32", "log")
+    chart = _over_size(points, looks, x, y, FLOAT_BYTES * numbers)
+    return _with_bits(chart, numbers)
+
+
+def _over_size(
+    points: list[dict],
+    looks: Mapping[str, Look],
+    x: dict[str, Any],
+    y: tuple[dict[str, Any], list[str]],
+    own: int,
+) -> dict[str, Any]:
+    """A chart against size, with a line at the size of D's own table.
+
+    y: the axis of the field 'drawn', and what the tooltip shows of it.
+    """
     own_table = {
         "data": {"values": [{x["field"]: own / 1e6}]},
         "mark": {"type": "rule", "clip": True, "strokeWidth": 2},
@@ -226,10 +249,12 @@ def _over_size(
             "y2": {"value": {"expr": "height"}},
         },
     }
-    axes = {"x": x, "y": axis("drawn", f"added {_LOSS}", "log")}
-    shown = ["Table", "File", "Bits per number", "Added loss", "Top-1", "KL"]
-    layers = [own_table, {"mark": mark("line")}, bars("low", "high")]
-    return panel(points, looks, axes, layers, shown)
+    vertical, told = y
+    layers = [own_table, {"mark": mark("line")}]
+    if any("low" in point for point in points):
+        layers.append(bars("low", "high"))
+    shown = ["Table", "File", "Bits per number", *told]
+    return panel(points, looks, {"x": x, "y": vertical}, layers, shown)
 
 
 def decile_figure(sweep: dict[str, Any]) -> Figure | None:
@@ -271,27 +296,34 @@ def _of_row(row: Row, numbers: int) -> dict[str, Any]:
         max(v, SMALLEST_ADDED) for v in (ends[0], row.added_loss, ends[1])
     )
     return {
-        "of": _legend(row),
-        "is_factors": row.is_factors,
-        **{"MB": row.bytes / 1e6, "M": row.params / 1e6},
+        **_place(row, numbers),
         **{"low": low, "drawn": drawn, "high": high},
-        "Table": full_name(row),
-        "File": f"{count(row.bytes)} bytes",
-        "Bits per number": fixed(8 * row.bytes / numbers, 2),
         "Added loss": with_interval(row.added_loss, row.added_loss_interval),
         "Top-1": percent(row.top1_agreement),
         "KL": fixed(row.kl, 4),
     }
 
 
-def _legend(row: Row | ErrorRow) -> str:
+def _place(row: Stored, numbers: int) -> dict[str, Any]:
+    """The size of a row in a chart, and its name."""
+    return {
+        "of": _legend(row),
+        "is_factors": row.is_factors,
+        **{"MB": row.bytes / 1e6, "M": row.params / 1e6},
+        "Table": full_name(row),
+        "File": f"{count(row.bytes)} bytes",
+        "Bits per number": fixed(8 * row.bytes / numbers, 2),
+    }
+
+
+def _legend(row: Stored) -> str:
     """The entry of a row in a legend; all tables of a rival have one."""
     if rival := RIVALS.get(row.method):
         return rival.title
     return table_name(row.method, "in bands" if row.bands > 1 else "", row.bits)
 
 
-def _look(row: Row | ErrorRow) -> Look:
+def _look(row: Stored) -> Look:
     """How a row is drawn; points of a single band are hollow."""
     if rival := RIVALS.get(row.method):
         return Look(rival.colour, rival.marker, dash=[8, 3, 2, 3])

@@ -5,7 +5,6 @@ Each file of a report has a mark. A file without it is a person's, and is moved 
 
 import hashlib
 import json
-import math
 import re
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from pcagpt.report.bare_table import table_view
 from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
+    SMALLEST_ERROR,
     curves_figure,
     decile_figure,
     error_figure,
@@ -69,9 +69,8 @@ def write_sweep_report(folder: Path, sweep: dict[str, Any]) -> Path:
 
 def write_table_report(folder: Path, errors: dict[str, Any]) -> Path:
     """As `write_sweep_report`, of errors.json, for a table without its model."""
-    view = table_view(errors)
-    figures = {"errors": error_figure(view["rows"], math.prod(errors["table"]))}
-    return _write(folder, "bare_table", view, figures)
+    view = table_view(errors) | {"smallest_error": SMALLEST_ERROR}
+    return _write(folder, "bare_table", view, {"errors": error_figure(errors)})
 
 
 def _write(

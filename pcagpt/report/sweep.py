@@ -25,7 +25,7 @@ from pcagpt.report.text import (
     times,
     with_interval,
 )
-from pcagpt.rows import ErrorRow, Row
+from pcagpt.rows import Row, Stored
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
 SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
@@ -85,31 +85,13 @@ _SHORT = ("Bytes", "Bits", "Smaller", "Added", "Top-1")
 
 def table_columns(sweep: dict[str, Any]) -> list[Column]:
     """What the report shows of each row of a sweep."""
-    own = baseline_of(sweep)
+    named, smaller, made = stored_columns(sweep)
 
     def predicted(row: Row) -> str:
         return signed(row.predicted_loss, 4) + ("°" if row.is_anchor else "")
 
     return [
-        Column(
-            "Table",
-            "the method, the number of frequency bands if there are several, and the "
-            "bits of a stored value if they are not 32",
-            lambda row: row_name(row.method, row.bands, row.bits),
-            "l",
-        ),
-        Column(
-            "k",
-            "the rank of factors with one band of this size; a file of codes has at "
-            "most as many bytes as factors of this rank have values",
-            lambda row: str(row.rank or NOTHING),
-        ),
-        Column("Bytes", "of storage: of the file, for codes", lambda r: count(r.bytes)),
-        Column(
-            "Bits",
-            "bits of storage for each number of D's table",
-            lambda row: fixed(8 * row.bytes / own["params"], 2),
-        ),
+        *named,
         Column(
             "Added",
             "loss with this table minus loss with D's table, in nats per token, ± "
@@ -117,11 +99,7 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             "tables",
             lambda row: with_interval(row.added_loss, row.added_loss_interval),
         ),
-        Column(
-            "Smaller",
-            "bytes of D's table in float32, divided by these bytes",
-            lambda row: times(own["bytes"] / row.bytes),
-        ),
+        smaller,
         Column(
             "Top-1",
             "share of positions where the most likely token stays the same",
@@ -149,6 +127,42 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             "with the smallest estimate",
             predicted,
         ),
+        *made,
+    ]
+
+
+def stored_columns(
+    sweep: dict[str, Any],
+) -> tuple[list[Column], Column, list[Column]]:
+    """(its name and size, how much smaller it is, how it was made), of each row."""
+    own = own_size(sweep)
+    named = [
+        Column(
+            "Table",
+            "the method, the number of frequency bands if there are several, and the "
+            "bits of a stored value if they are not 32",
+            lambda row: row_name(row.method, row.bands, row.bits),
+            "l",
+        ),
+        Column(
+            "k",
+            "the rank of factors with one band of this size; a file of codes has at "
+            "most as many bytes as factors of this rank have values",
+            lambda row: str(row.rank or NOTHING),
+        ),
+        Column("Bytes", "of storage: of the file, for codes", lambda r: count(r.bytes)),
+        Column(
+            "Bits",
+            "bits of storage for each number of D's table",
+            lambda row: fixed(8 * row.bytes / own["params"], 2),
+        ),
+    ]
+    smaller = Column(
+        "Smaller",
+        "bytes of D's table in float32, divided by these bytes",
+        lambda row: times(own["bytes"] / row.bytes),
+    )
+    made = [
         Column("Numbers", "stored values", lambda row: count(row.params)),
         Column(
             "Memory",
@@ -157,6 +171,7 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
         ),
         Column("Seconds", "time to make the table", lambda row: fixed(row.seconds, 1)),
     ]
+    return named, smaller, made
 
 
 def _is_other_architecture(sweep: dict[str, Any]) -> bool:
@@ -170,7 +185,7 @@ def _highest_added(row: Row) -> float:
     return (row.added_loss_interval or [row.added_loss])[-1]
 
 
-def full_name(row: Row | ErrorRow) -> str:
+def full_name(row: Stored) -> str:
     """The name of a row's table, with its rank: 'context, 12 bands, k=128'."""
     rank = f", k={row.rank}" if row.rank else ""
     return row_name(row.method, row.bands, row.bits) + rank
@@ -193,7 +208,7 @@ def _rounded(rows: list[Row], best: Row) -> Row | None:
     return next((row for row in rivals if _highest_added(row) <= limit), None)
 
 
-def methods_in(rows: Sequence[Row | ErrorRow]) -> dict[str, str]:
+def methods_in(rows: Sequence[Stored]) -> dict[str, str]:
     """What each method in a sweep does, by the name that the tables show."""
     found = {}
     for row in rows:
@@ -269,8 +284,8 @@ def of_rank(rank: int) -> str:
     return f"rank {rank}" if rank else "full width"
 
 
-def advice_text(row: Row, table: tuple[int, int]) -> str:
-    """Describes the choice for a table [V, D] in a few lines for the terminal."""
+def size_text(row: Stored, table: tuple[int, int]) -> str:
+    """Describes the size of a row for a table [V, D], in two lines."""
     bands = ", ".join(
         f"{size} tokens" + ("" if row.method in CODES else f" at {of_rank(rank)}")
         for size, rank in zip(row.band_sizes, row.band_ranks, strict=True)
@@ -279,22 +294,30 @@ def advice_text(row: Row, table: tuple[int, int]) -> str:
     return (
         f"{row_name(row.method, row.bands, row.bits)}: {count(row.params)} numbers in "
         f"{count(row.bytes)} bytes, {fixed(bits, 2)} bits for each of D's table\n"
-        f"bands: {bands}\n"
+        f"bands: {bands}"
+    )
+
+
+def advice_text(row: Row, table: tuple[int, int]) -> str:
+    """Describes the choice for a table [V, D] in a few lines for the terminal."""
+    return (
+        f"{size_text(row, table)}\n"
         f"added loss: {signed(row.predicted_loss, 4)} predicted, "
         f"{with_interval(row.added_loss, row.added_loss_interval)} measured, in nats "
         f"per token (±: {INTERVAL})"
     )
 
 
-def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
-    """params, bytes (as float32) and loss of the model with its own table."""
+def own_size(sweep: dict[str, Any]) -> dict[str, int]:
+    """params, and bytes as float32, of the own table."""
     vocab_size, width = sweep["protocol"]["table"]
     numbers = vocab_size * width
-    return {
-        "params": numbers,
-        "bytes": FLOAT_BYTES * numbers,
-        "loss": sweep["rows"][0].loss,
-    }
+    return {"params": numbers, "bytes": FLOAT_BYTES * numbers}
+
+
+def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
+    """params, bytes (as float32) and loss of the model with its own table."""
+    return {**own_size(sweep), "loss": sweep["rows"][0].loss}
 
 
 def table_name(method: str, bands: str, bits: int = 32) -> str:

@@ -203,6 +203,23 @@ def read(path: Path, run: Run | None = None) -> Statistics:
     return statistics
 
 
+def beside(table: Path) -> Path:
+    """The file that holds the statistics of a bare table's model, if it is there."""
+    return table.with_suffix(".statistics.npz")
+
+
+def check_shape(
+    statistics: Statistics, path: Path, shape: tuple[int, ...], source: object
+) -> None:
+    """Raises UserError if statistics are of another shape [V, D] than a source's."""
+    measured = len(statistics.probability), len(statistics.hidden_mean)
+    if measured != shape:
+        raise UserError(
+            f"{path} has statistics of a table {measured}, but the table of {source} "
+            f"is {shape}: give the statistics of this table"
+        )
+
+
 def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
     """Statistics from a file, and their protocol; errors are those of `read`."""
     arrays = read_npz(path)
