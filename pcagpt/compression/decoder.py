@@ -23,10 +23,11 @@ import transformers
 from safetensors import safe_open
 from torch.utils import checkpoint
 
-from pcagpt.compression.score import DECILES, swap_scores
+from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
+from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
 from pcagpt.run import hugging_face
 

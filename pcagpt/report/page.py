@@ -14,6 +14,7 @@ from pcagpt.files import is_sealed, write_file, write_json
 from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
+    arms_decile_figure,
     curves_figure,
     decile_figure,
     numbers_figure,
@@ -46,6 +47,7 @@ def write_experiment_pages(workdir: Path, results: dict[str, Any]) -> Path:
     figures = {
         "size": size_figure(view["models"]),
         "loss": curves_figure(results["rows"]),
+        "decile": arms_decile_figure(view["by_decile"]),
         "spectrum": None,
     }
     if values := spectrum.get("singular_values"):
