@@ -314,9 +314,9 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
 def _sample(settings: Settings, folder: Path, original: Original) -> None:
     """Adds samples of D and of the best models of the recommended size to the report.
 
-    A sweep on another split has no models; transformers computes other architectures.
+    A sweep on another split has no models.
     """
-    if original.split != "val" or original.run.architecture:
+    if original.split != "val":
         return
     content = read_sweep(folder / "sweep.json")
     if not content:
@@ -324,13 +324,15 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
     places = (p for p in best_models(folder, rank) if (p / "config.json").is_file())
     own = (place for place in places if not is_of_another(place, original))
-    baseline = checkpoint.folder_of(original.run.folder, original.run.step)
+    run, is_other = original.run, bool(original.run.architecture)
+    baseline = run.folder if is_other else checkpoint.folder_of(run.folder, run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
 
     def text() -> np.ndarray:
         return original.corpus.tokens(original.split)
 
-    samples = samples_of(runs, settings, text, known=content)
+    decoder = original if is_other else None
+    samples = samples_of(runs, settings, text, known=content, original=decoder)
     is_renewed = samples.get("samples_of") != content.get("samples_of")
     if is_renewed and jax.process_index() == 0:
         set_samples(folder, samples)
