@@ -24,6 +24,7 @@ from runs import json_of
 
 from pcagpt import files
 from pcagpt.data import content, single_text, text_files, token_files, vocabulary
+from pcagpt.data import corpus as corpus_module
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute_source, find_source, sotu_documents
@@ -247,7 +248,9 @@ def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypa
 # Tokens, words and bytes
 
 
-def test_counting_never_converts_the_whole_map(folder, cache):
+def test_counting_never_converts_the_whole_map_and_is_done_once(
+    folder, cache, monkeypatch
+):
     tokens = np.arange(8_000_000) % 7
     write_tokens(folder, tokens, vocab_size=10)
     corpus = open_corpus(str(folder), cache)
@@ -258,6 +261,13 @@ def test_counting_never_converts_the_whole_map(folder, cache):
     assert peak < 2 * len(tokens)  # an int64 copy takes 8 bytes per token
     assert count_V.dtype == np.int64
     assert count_V.tolist() == np.bincount(tokens, minlength=10).tolist()
+    with monkeypatch.context() as patch:  # Each arm of an experiment asks.
+        patch.setattr(corpus_module, "count_tokens", None)
+        again = open_corpus(str(folder), cache).count_tokens("train")
+    assert again.tolist() == count_V.tolist()
+    write_tokens(folder, tokens[::-1] % 3, vocab_size=10)
+    changed = open_corpus(str(folder), cache).count_tokens("train")
+    assert changed[3:].sum() == 0 and changed.sum() == len(tokens)
     assert count_tokens(np.uint32([3, 1, 3]), 5).tolist() == [0, 1, 0, 2, 0]
 
 

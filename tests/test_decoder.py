@@ -2,10 +2,14 @@
 
 import contextlib
 import copy
+import itertools
 import json
+import shutil
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,8 +25,10 @@ from pcagpt.compression import decoder  # noqa: E402
 from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
+from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
 from pcagpt.factorization.factor_files import read_bands  # noqa: E402
+from pcagpt.pipeline import samples  # noqa: E402
 from pcagpt.pipeline.compress import compress  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 from pcagpt.run.trained import Run  # noqa: E402
@@ -111,6 +117,29 @@ def test_the_model_is_as_before_after_a_swap(folder):
     assert first == again
     assert same.added_loss == same.kl == 0
     np.testing.assert_array_equal(model.table_VD, own)
+
+
+def test_tokens_are_drawn_as_the_model_with_the_table_predicts_them(folder):
+    chance = np.random.default_rng(2)
+    table = Decoder(folder, 8).table_VD
+    table = table + 0.1 * chance.normal(size=table.shape).astype(np.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    reference.get_input_embeddings().weight.data.copy_(torch.as_tensor(table))
+    reference.tie_weights()
+    for temperature in (0, 0.8):
+        model = Decoder(folder, 8)
+        drawn = model.generate(table, np.array([3, 5, 7]), 80, 1, temperature)
+        found = list(itertools.islice(drawn, 12))
+        tokens = [3, 5, 7]
+        for token in found:  # After 8 tokens, the first ones are no longer read.
+            with torch.inference_mode():
+                logits = reference(torch.as_tensor([tokens[-8:]])).logits[0, -1, :80]
+            key = jax.random.fold_in(jax.random.key(1), len(tokens))
+            scaled = jnp.asarray(logits.numpy()) / (temperature or 1)
+            drawn = jax.random.categorical(key, scaled[None])[0]
+            assert token == (int(drawn) if temperature else int(logits.argmax()))
+            tokens.append(token)
+        np.testing.assert_array_equal(model.table_VD, Decoder(folder, 8).table_VD)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
@@ -385,8 +414,12 @@ def test_a_model_that_reads_the_tokens_it_predicts_is_refused(tmp_path):
         model._check_head()
 
 
+# Its tokens stand for characters.
+TOKENIZER = CharacterTokenizer(tuple(chr(0x4E00 + n) for n in range(97)))
+
+
 @pytest.fixture
-def swept(corpus_folder, tmp_path):
+def swept(corpus_folder, tmp_path, monkeypatch):
     """(settings, folder) of a sweep of a tiny Llama of the corpus's 97 tokens."""
     config = transformers.LlamaConfig(**SIZES | {"vocab_size": 97})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
@@ -408,7 +441,10 @@ def swept(corpus_folder, tmp_path):
             "telemetry.tensorboard": False,
         }
     )
-    compress(settings, "a command")
+    monkeypatch.setattr(samples, "TOKENS", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "tokenizer_of", lambda run, settings: TOKENIZER)
+        compress(settings, "a command")
     return settings, tmp_path / "runs" / "compressed"
 
 
@@ -445,10 +481,49 @@ def test_only_export_takes_a_compressed_table(swept):
 def test_a_second_sweep_measures_nothing_and_keeps_the_tables(swept, monkeypatch):
     settings, folder = swept
     before = snapshot(folder)
-    monkeypatch.setattr(Decoder, "score", None)
-    monkeypatch.setattr(Decoder, "statistics", None)
+    written = json.loads((folder / "sweep.json").read_text())["samples"]
+    for name in ("score", "statistics", "generate"):
+        monkeypatch.setattr(Decoder, name, None)
     compress(settings, "a command")
+    assert json.loads((folder / "sweep.json").read_text())["samples"] == written
     after = snapshot(folder)
     tables = [name for name in before if "best_" in str(name)]
     assert tables
     assert all(before[name] == after[name] for name in tables)
+
+
+def test_d_and_the_tables_of_one_size_write_after_the_same_prompts(
+    swept, corpus_folder
+):
+    settings, folder = swept
+    found = json.loads((folder / "sweep.json").read_text())["samples"]
+    model = Decoder(Path(settings.model_path), 16)
+    coded, _ = coding.read(folder / "best_coded_k16" / "table.pcat")
+    tables = {
+        "D": model.table_VD,
+        "best_coded_k16": coded.dense(),
+        "best_k16": read_bands(folder / "best_k16" / "factors").dense(),
+    }
+    val = np.fromfile(corpus_folder / "val.bin", np.uint16)
+    for sample, start in zip(found, (0, 334, 668), strict=True):
+        prompt = val[start : start + 12]
+        assert sample["prompt"] == TOKENIZER.decode(prompt.tolist())
+        assert (sample["seed"], sample["temperature"]) == (1, 0.8)
+        assert list(sample["texts"]) == list(tables)
+        for name, table in tables.items():
+            drawn = itertools.islice(model.generate(table, prompt, 97, 1, 0.8), 6)
+            assert sample["texts"][name] == TOKENIZER.decode(list(drawn))
+    assert "### What do they write?" in (folder / "report.md").read_text("utf-8")
+
+
+def test_a_changed_table_leaves_out_the_samples_and_says_so(swept, caplog, monkeypatch):
+    settings, folder = swept
+    made = read_record(folder / "best_k16")
+    shutil.copytree(folder / "best_k16", folder / "best_other_k16")
+    made["compressed"]["table_sha256"] = "another"
+    (folder / "best_other_k16" / "config.json").write_text(json.dumps(made))
+    monkeypatch.setattr(samples, "tokenizer_of", lambda run, settings: TOKENIZER)
+    compress(settings, "a command")
+    assert "samples" not in json.loads((folder / "sweep.json").read_text())
+    assert "the report has no samples: " in caplog.text
+    assert "factors is another table than the one that the config.json" in caplog.text

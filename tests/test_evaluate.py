@@ -145,7 +145,7 @@ def test_every_number_is_that_of_plain_numpy(config):
         cosines_d.append(cosine(h, wide[target]))
     assert np.ptp(losses) > 2
 
-    metrics, window_losses = evaluated(config, 3, chunks=2)
+    metrics, window_losses, target_losses = evaluated(config, 3, chunks=2)
     starts = range(0, len(losses), BLOCK_RANK)
     expected = [
         [sum(losses[s : s + BLOCK_RANK]), len(losses[s : s + BLOCK_RANK])]
@@ -154,6 +154,9 @@ def test_every_number_is_that_of_plain_numpy(config):
     assert window_losses.dtype == np.float64
     assert window_losses[-1, 1] == 4
     np.testing.assert_allclose(window_losses, expected, rtol=1e-6)
+    of_target = np.zeros((SPLIT.max() + 1, 2))
+    np.add.at(of_target, SPLIT[1:], [(loss, 1) for loss in losses])
+    np.testing.assert_allclose(target_losses, of_target, rtol=1e-6)
     nats = sum(losses)
     place = 0.05 * (len(cosines) - 1)
     below = sorted(cosines)[math.floor(place) : math.floor(place) + 2]
@@ -180,6 +183,9 @@ def test_the_result_does_not_depend_on_batch_size_chunks_or_devices():
         found = evaluated(BANDS, batch_size, devices, chunks)
         np.testing.assert_allclose(
             found.window_losses, expected.window_losses, rtol=5e-7
+        )
+        np.testing.assert_allclose(
+            found.target_losses, expected.target_losses, rtol=5e-7
         )
         assert found.metrics == pytest.approx(expected.metrics, rel=2e-6)
 
@@ -227,14 +233,17 @@ def summary(losses, has_target=None, text=None):
     if has_target is None:
         has_target = np.ones(losses.shape)
     scores = TokenScores(losses, number, 2 * number)
-    return summarize(scores, np.asarray(has_target, bool), text)
+    targets = np.where(has_target, np.arange(losses.size).reshape(losses.shape), -1)
+    return summarize(scores, targets, text)
 
 
 def test_missing_targets_inside_a_window_are_left_out():
-    metrics, window_losses = summary(
+    metrics, window_losses, target_losses = summary(
         [[1, 2, 3, 0], [0, 0, 5, 1]], [[1, 1, 1, 0], [0, 0, 1, 1]]
     )
     np.testing.assert_array_equal(window_losses, [[6, 3], [6, 2]])
+    by_id = [[1, 1], [2, 1], [3, 1], [0, 0], [0, 0], [0, 0], [5, 1], [1, 1]]
+    np.testing.assert_array_equal(target_losses, by_id)
     assert metrics["loss"] == 12 / 5
     assert metrics["tokens_predicted"] == 5
     # Cosines .00 .01 .02 .06 .07: the 5th percentile lies a fifth of the way up.
@@ -245,21 +254,21 @@ def test_missing_targets_inside_a_window_are_left_out():
 
 def test_perplexities_and_bits_by_hand():
     losses = [[3 * math.log(2), 5 * math.log(2)]]
-    metrics, _ = summary(losses, text=TextSize(words=1, bytes=16))
+    metrics, *_ = summary(losses, text=TextSize(words=1, bytes=16))
     assert metrics["perplexity"] == pytest.approx(2**4)
     assert metrics["word_perplexity"] == pytest.approx(2**8)
     assert metrics["bits_per_byte"] == pytest.approx(0.5)
-    metrics, _ = summary(losses, text=None)
+    metrics, *_ = summary(losses, text=None)
     assert metrics["word_perplexity"] is None
     assert metrics["bits_per_byte"] is None
-    metrics, _ = summary([[800, 800]])  # Too large for a float.
+    metrics, *_ = summary([[800, 800]])  # Too large for a float.
     assert (metrics["loss"], metrics["perplexity"]) == (800, math.inf)
 
 
 def test_window_losses_are_summed_in_float64():
     losses = np.full((1, 4096), 1e-4)
     losses[0, 0] = 2.0**17
-    _, window_losses = summary(losses)
+    window_losses = summary(losses).window_losses
     exact = np.sum(losses.astype(np.float32), dtype=np.float64)
     assert window_losses[0, 0] == pytest.approx(exact, rel=1e-15)
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from runs import changed, described, execute, plan, snapshot, without_timings
 
@@ -14,12 +15,15 @@ from pcagpt.arms import ARMS
 from pcagpt.config import Settings, checks
 from pcagpt.config.schema import DistillSettings, InitSettings
 from pcagpt.errors import UserError
+from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run.folder import read_result, read_window_losses
+from pcagpt.run.trained import Run
 
 RESULT_FIELDS = {
     *("run", "arm", "rank", "seed", "status", "steps", "tokens_seen", "seconds"),
-    *("val_loss", "perplexity", "word_perplexity", "bits_per_byte"),
+    *("val_loss", "val_loss_by_decile"),
+    *("perplexity", "word_perplexity", "bits_per_byte"),
     *("ln_f_cosine", "ln_f_cosine_p05", "ln_f_cosine_d"),
     *("params_total", "params_embedding"),
     *("compression_embedding", "compression_total"),
@@ -230,6 +234,33 @@ def test_window_losses_add_up_to_the_loss(finished_experiment, results):
         nats, targets = losses.sum(axis=0)
         assert targets == 1002
         assert nats / targets == pytest.approx(results[run]["val_loss"], rel=1e-12)
+
+
+def test_losses_by_decile_are_means_over_targets_of_equally_frequent_tokens(
+    finished_experiment, results, corpus_folder
+):
+    train, val = (
+        np.fromfile(corpus_folder / f"{split}.bin", np.uint16)
+        for split in ("train", "val")
+    )
+    # As in sweeps: the deciles of the whole training text.
+    decile_V = frequency_deciles(np.bincount(train, minlength=97) / len(train))
+    windows = [val[start : start + 17] for start in range(0, len(val) - 1, 16)]
+    for run in RUNS:
+        model, variables = Run.open(Path(finished_experiment.workdir) / run).load(
+            Settings.of(finished_experiment).model
+        )
+        losses = []
+        for window in windows:
+            logits = np.asarray(model.apply(variables, window[None, :-1]), np.float64)
+            logits = logits.reshape(len(window) - 1, -1)[:, :97]
+            own = logits[np.arange(len(logits)), window[1:]]
+            losses += list(np.log(np.exp(logits).sum(1)) - own)
+        found = results[run]["val_loss_by_decile"]
+        for decile, of_it in enumerate(decile_V[val[1:]] == np.arange(10)[:, None]):
+            wanted = np.mean(losses, where=of_it) if of_it.any() else None
+            assert found[decile] == (wanted and pytest.approx(wanted, rel=1e-5))
+        assert sum(mean is not None for mean in found) > 5
 
 
 def test_the_report_holds_the_four_runs(finished_experiment, results):

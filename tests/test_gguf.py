@@ -121,6 +121,9 @@ def test_a_sweep_writes_tables_and_says_what_d_is(file, place):
     report = (folder / "report.md").read_text()
     assert "D is what the file holds after dequantization (from Q8_0, F32)" in report
     assert (folder / "best_k16/factors").is_dir()
+    texts = [sample["texts"] for sample in sweep["samples"]]
+    assert [list(of) for of in texts] == 3 * [["D", "best_coded_k16", "best_k16"]]
+    assert all(any(of.values()) for of in texts)
     (results,) = (place / "checkpoints/measured").iterdir()
     assert results.name.startswith("small.gguf-")
     assert snapshot(file.parent) == before

@@ -47,6 +47,9 @@ def pages(tmp_path_factory):
     published = PUBLISHED / "gpt2_small_wikipedia"
     results = read_json(published / "results.json", "")
     rows = [read_row(published / row["folder"]) | row for row in results["rows"]]
+    for number, row in enumerate(rows):  # These are older.
+        row["val_loss_by_decile"] = 10 * [3.0]
+        row["added_loss_by_decile"] = [number * n / 100 for n in range(10)]
     results |= {"rows": rows, "samples": SAMPLES}
     results["spectrum"] |= {"singular_values": [3.0, 2.0, 1.0]}
     return {
@@ -118,7 +121,7 @@ def test_charts_are_drawn_without_a_word_in_the_console_or_a_request(
         ]
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
         figures = {"sweep": ["pareto", "decile", "numbers"]}
-        for figure in figures.get(kind, ["size", "loss", "spectrum"]):
+        for figure in figures.get(kind, ["size", "loss", "decile", "spectrum"]):
             assert len(visible(driver, figure)) > 2
         # Nothing is wider than the screen; on a narrow one, panels stack.
         assert driver.execute_script("return document.body.scrollWidth") <= width

@@ -34,6 +34,7 @@ from pcagpt.report.collect import _shared_protocol
 from pcagpt.report.compare import verdict
 from pcagpt.report.experiment import experiment_view, means_over_seeds
 from pcagpt.report.figures import (
+    arms_decile_figure,
     curves_figure,
     decile_figure,
     numbers_figure,
@@ -336,6 +337,9 @@ def test_some_arms_without_a_factorization_make_a_report(arms, tmp_path):
         ({"status": "running"}, "is not a finished run"),
         ({"arm": "mystery"}, "'mystery': it must be one of baseline, continued, pca"),
         ('{"status": "done", "run": "x"}', "lacks arm, rank"),
+        ({"val_loss_by_decile": 9 * [1.0]}, "'val_loss_by_decile' holds no 10 numbers"),
+        ({"val_loss_by_decile": [*9 * [1.0], "a"]}, "holds no 10 numbers"),
+        ({"val_loss_by_decile": 1.0}, "'val_loss_by_decile' is 1.0"),
         (None, "is not a finished run"),
     ],
 )
@@ -649,6 +653,60 @@ def test_every_arm_and_a_new_one_are_in_results_figures_and_pages(
     assert len(results["comparisons"]) == len(compare.QUESTIONS)
     for question in compare.QUESTIONS:
         assert f"| **{question}** |" in text
+
+
+def test_losses_by_decile_are_compared_with_d(tmp_path):
+    losses = {
+        "baseline": [float(n) for n in range(1, 10)] + [None],
+        "pca": [n + 0.25 for n in range(1, 10)] + [None],
+        "random": None,  # Of an older version.
+    }
+    runs = [
+        write_run(
+            tmp_path,
+            arm,
+            None if arm == "baseline" else rank,
+            seed,
+            val_loss_by_decile=of_arm and [x and x + rank * seed for x in of_arm],
+        )
+        for seed in (0, 1)
+        for arm, of_arm in losses.items()
+        for rank in ((4, 8) if arm == "pca" else (4,))
+    ]
+    results = collect_results(tmp_path, runs, FACTORS, COMMAND)
+    text = write_report(tmp_path, results).with_suffix(".md").read_text("utf-8")
+    section = text.split("### Which tokens pay?")[1].split("\n#")[0]
+    assert "plots/decile.png" in section and (tmp_path / "plots/decile.png").is_file()
+    header = "| Arm | Rank | 1 |"
+    # D's of both seeds differ by 4; A's added loss at rank 8 by 4, too.
+    own, at_4, at_8 = (
+        cells_of(section, header, row)
+        for row in ("| **D** | – |", "| **A** | 4 |", "| **A** | 8 |")
+    )
+    assert (own["1"], own["9"], own["10"]) == ("3.000", "11.000", "–")
+    assert (at_4["1"], at_4["9"], at_4["10"]) == ("+0.250", "+0.250", "–")
+    assert (at_8["1"], at_8["10"]) == ("+2.250", "–")
+    assert "**C**" not in section
+    figure = arms_decile_figure(experiment_view(results)["by_decile"])
+    added = [drawn(figure, "added", panel) for panel in (0, 1)]
+    assert [set(found) for found in added] == 2 * [{"D baseline", "A PCA-scratch"}]
+    assert added[0] == {"D baseline": 9 * [0], "A PCA-scratch": 9 * [0.25]}
+    assert added[1]["A PCA-scratch"] == 9 * [2.25]
+    assert drawn(figure, "decile")["D baseline"] == list(range(1, 10))
+    assert [panel["title"] for panel in figure.panels] == ["rank 4", "rank 8"]
+
+
+@pytest.mark.parametrize("older", ["baseline", "pca"])
+def test_nothing_is_compared_by_decile_with_an_older_result(older, tmp_path):
+    for arm, rank in (("baseline", None), ("pca", 4)):
+        losses = None if arm == older else 10 * [3.0]
+        write_run(tmp_path, arm, rank, val_loss_by_decile=losses)
+    runs = ["gpt_baseline", "gpt_pca_k4"]
+    results = collect_results(tmp_path, runs, FACTORS, COMMAND)
+    page = write_report(tmp_path, results)
+    for path in (page, page.with_suffix(".md")):
+        assert "Which tokens pay" not in path.read_text("utf-8")
+    assert not (tmp_path / "plots" / "decile.png").exists()
 
 
 def test_no_two_arms_look_alike():

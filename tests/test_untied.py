@@ -1,5 +1,6 @@
 """Each table of an untied model is compressed apart, while the other stays as it is."""
 
+import itertools
 import json
 import re
 
@@ -97,6 +98,22 @@ def test_a_swapped_table_adds_the_loss_of_a_model_that_has_it(folder, side):
     np.testing.assert_array_equal(model.table_VD, own)
     same = model.score(own, np.zeros(97, int), batches)
     assert same.added_loss == same.kl == 0
+
+
+@pytest.mark.parametrize("side", [INPUT, OUTPUT])
+def test_tokens_are_drawn_with_a_table_on_one_side(folder, side):
+    model = Decoder(folder, 16).of_side(side)
+    noise = np.random.default_rng(0).normal(size=model.table_VD.shape)
+    table = model.table_VD + noise.astype(np.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    of = reference.get_output_embeddings, reference.get_input_embeddings
+    of[side == INPUT]().weight.data.copy_(torch.as_tensor(table))
+    tokens = [3, 5, 7]
+    for token in itertools.islice(model.generate(table, tokens, 97, 1, 0), 9):
+        with torch.inference_mode():
+            logits = reference(torch.as_tensor([tokens])).logits[0, -1]
+        assert token == int(logits.argmax())
+        tokens = [*tokens, token]
 
 
 def test_statistics_of_the_head_are_of_its_own_table(folder):

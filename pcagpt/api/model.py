@@ -86,8 +86,8 @@ class Model:
             at_once = min(WINDOWS, 1 << (count - 1).bit_length())
             batches = EvaluationBatches(tokens_T, self.block_size, at_once)
             score = functools.partial(self._score, self._variables)
-            scores, has_target_WT = score_windows(score, batches, self._mesh)
-            loss = summarize(scores, has_target_WT, None).metrics["loss"]
+            found = score_windows(score, batches, self._mesh)
+            loss = summarize(*found, None).metrics["loss"]
             assert loss is not None
             return float(loss)
 

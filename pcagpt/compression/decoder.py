@@ -17,18 +17,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
 from torch.utils import checkpoint
 
-from pcagpt.compression.score import DECILES, swap_scores
+from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
+from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
 from pcagpt.run import hugging_face
+from pcagpt.run.generate import draw
 
 # Windows that pass through the model at a time.
 WINDOWS_ON_CPU, WINDOWS_ON_GPU = 1, 2
@@ -126,6 +130,32 @@ class Decoder:
                 )
                 if (part[1] >= 0).any()  # The last batch may end with padding.
             )
+
+    def generate(
+        self,
+        table_VD: np.ndarray,
+        prompt: np.ndarray,
+        known_ids: int,
+        seed: int,
+        temperature: float,
+    ) -> Iterator[int]:
+        """Draws the next tokens with a table in place of the side's own, without end.
+
+        Arguments are those of `run.generate.generate`. The model sees the last `window`
+        tokens, and reads them anew for each token.
+        """
+        new_VD, own_VD = self._put(table_VD), self._embedding.weight
+        in_VD = own_VD if self.side == OUTPUT else new_VD
+        out_VD = self._head.weight if self.side == INPUT else new_VD
+        tokens, key = [int(token) for token in prompt], jax.random.key(seed)
+        while True:
+            window_BT = self._put(np.array([tokens[-self.window :]]))
+            with torch.inference_mode(), self._embedding_of(in_VD):
+                logits_BV = self._logits(self._hidden(window_BT)[-1:], out_VD)
+            known_BV = logits_BV[:, :known_ids].cpu().numpy()
+            drawn_B = draw(jnp.asarray(known_BV), len(tokens), key, temperature)
+            tokens.append(int(drawn_B[0]))
+            yield tokens[-1]
 
     @property
     def _windows(self) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 from pcagpt import coding, process
 from pcagpt.compression.candidates import Candidate, Compressor
 from pcagpt.compression.own_model import OwnModel
-from pcagpt.compression.score import frequency_deciles
 from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
@@ -23,6 +22,7 @@ from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
 from pcagpt.factorization.factor_files import check_rows_differ
+from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.rows import SwapScores
 from pcagpt.run import calibrate
 from pcagpt.run.exported import compressions

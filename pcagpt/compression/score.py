@@ -14,22 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pcagpt.losses import divergence, negative_log_likelihood, scan_chunks
+from pcagpt.losses.deciles import DECILES, decile_means
 from pcagpt.losses.interval import mean_interval
 from pcagpt.model import GPT, HeadBand, head_logits
 from pcagpt.rows import SwapScores
 from pcagpt.sharding import placement
-
-DECILES = 10
-
-
-def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
-    """Decile of each token, int32 [V]; 0 covers the most frequent tenth of the text."""
-    order = np.argsort(-frequency_V, kind="stable")
-    before = np.cumsum(frequency_V[order]) - frequency_V[order]
-    decile_V = np.empty(len(frequency_V), np.int32)
-    shares = before / max(frequency_V.sum(), 1e-300)
-    decile_V[order] = np.minimum(DECILES * shares, DECILES - 1).astype(np.int32)
-    return decile_V
 
 
 class TableSwap:
@@ -62,15 +51,14 @@ def swap_scores(batches: Iterable[dict[str, Any]]) -> SwapScores:
     found = list(batches)
     windows_W2 = np.concatenate([sums.pop("windows") for sums in found])
     total = jax.tree.map(lambda *sums: sum(map(np.float64, sums)), *found)
-    by_decile = zip(*total.pop("deciles"), strict=True)
+    by_decile = decile_means(total.pop("deciles").T)
     count = total.pop("count")
     means = {name: float(value / count) for name, value in total.items()}
-    decile_means = [float(a / n) if n else None for a, n in by_decile]
     # The last batch may end with windows without targets.
     added_W, count_W = np.float64(windows_W2[windows_W2[:, 1] > 0]).T
     _, interval = mean_interval(added_W / count_W, count_W)
     return SwapScores(
-        **means, added_loss_by_decile=decile_means, added_loss_interval=interval
+        **means, added_loss_by_decile=by_decile, added_loss_interval=interval
     )
 
 

@@ -8,6 +8,7 @@ single text, and a whole file in a folder of text files.
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -150,8 +151,9 @@ class Corpus(CorpusInfo):
         return ""
 
     def count_tokens(self, split: str) -> np.ndarray:
-        """Number of occurrences of each token id in a split: int64 [V]."""
-        return count_tokens(self.tokens(split), self.vocab_size)
+        """Number of occurrences of each token id in a split: int64 [V], read-only."""
+        self.tokens(split)  # From here on, `check_unchanged` notices a change.
+        return _counted(self._path(split), self._checked(split), self.vocab_size)
 
     def text_size(self, split: str) -> TextSize | None:
         """Words and UTF-8 bytes of a split's text; None if the tokens hide them.
@@ -202,6 +204,14 @@ class Corpus(CorpusInfo):
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"
+
+
+@functools.lru_cache(maxsize=4)  # All arms of an experiment have one corpus.
+def _counted(path: Path, checked: TokenFile, vocab_size: int) -> np.ndarray:
+    """`count_tokens` of a file; its hash, in `checked`, tells it from a later one."""
+    count_V = count_tokens(map_tokens(path, checked.dtype), vocab_size)
+    count_V.flags.writeable = False
+    return count_V
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 
 from pcagpt import coding, trees
 from pcagpt.compression.codes import KINDS, Codes
+from pcagpt.compression.read_table import read_table
 from pcagpt.compression.sides import OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
-from pcagpt.factorization.factor_files import read_bands
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.methods import CODED
 from pcagpt.model import (
@@ -225,25 +225,15 @@ class DecoderSource:
                 f"{folder} is a table of another model than the one in "
                 f"{self.original.folder}: compress that one, or restore the first"
             )
-        kind, self.coded = KINDS.get(made.get("method")), None
-        if kind:
-            path = folder / kind.file
-            self.table, _ = kind.read(path)
-            is_own = self.table.sha256 == made.get("table_sha256")
-            self.coded = path if made["method"] == CODED else None
-            identity = {"table_sha256": sha256_of_file(path)}
-        else:
-            path = folder / "factors"
-            found = read_bands(path)
-            is_own = found.sha256 == made.get("table_sha256")
+        self.table, self.coded = read_table(folder, made), None
+        identity = {"table_sha256": made.get("table_sha256")}
+        if isinstance(found := self.table, FactorizedTable):
             bands = tuple(BandLeaves(band.wte, band.scale) for band in found.bands)
             self.table = ExportedTable(found.order, bands, found.mean)
-            identity = {"table_sha256": made.get("table_sha256")}
-        if not is_own:
-            raise UserError(
-                f"{path} is another table than the one that the config.json of "
-                f"{folder} names: compress the model again"
-            )
+        else:
+            path = folder / KINDS[made["method"]].file
+            self.coded = path if made["method"] == CODED else None
+            identity = {"table_sha256": sha256_of_file(path)}
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
         self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
         if record.get("tokenizer_sha256") not in (None, self.tokenizer_sha256):

@@ -329,9 +329,9 @@ def _models_to_train(models: Models, ranks: tuple[int, ...]) -> list[Path]:
 def _sample(settings: Settings, output: Output, original: Original) -> None:
     """Adds samples of D and of the best models of the recommended size to the report.
 
-    A sweep on another split has no models; transformers computes other architectures.
+    A sweep on another split has no models.
     """
-    if original.split != "val" or original.run.architecture:
+    if original.split != "val":
         return
     content = read_sweep(output.folder / "sweep.json")
     if not content:
@@ -342,13 +342,15 @@ def _sample(settings: Settings, output: Output, original: Original) -> None:
     places = (output.folder / name for name in sorted(names - {None}))
     places = (place for place in places if (place / "config.json").is_file())
     own = (place for place in places if not is_of_another(place, original))
-    baseline = checkpoint.folder_of(original.run.folder, original.run.step)
+    run, is_other = original.run, bool(original.run.architecture)
+    baseline = run.folder if is_other else checkpoint.folder_of(run.folder, run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
 
     def text() -> np.ndarray:
         return original.corpus.tokens(original.split)
 
-    samples = samples_of(runs, settings, text, known=content)
+    decoder = original if is_other else None
+    samples = samples_of(runs, settings, text, known=content, original=decoder)
     is_renewed = samples.get("samples_of") != content.get("samples_of")
     if is_renewed and jax.process_index() == 0:
         set_samples(output, samples)

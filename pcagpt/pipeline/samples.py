@@ -3,19 +3,23 @@
 The prompts are pieces of the text that the report measures on.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from pcagpt.compression.original import Original
+from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
 from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
+from pcagpt.run.folder import read_record
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
@@ -44,42 +48,45 @@ def samples_of(
     settings: Settings,
     text: Callable[[], np.ndarray],
     known: Mapping[str, Any],
+    original: Original | None = None,
 ) -> dict[str, Any]:
     """{'samples': [{'prompt', 'seed', 'temperature', 'texts'}, ...], 'samples_of'}.
 
     Each text is {name: what the run wrote}. 'samples_of' are fingerprints of the runs:
     with the same ones, the samples of `known` are returned. {} if there are
-    none: their tokens stand for no known text, only transformers computes a model, a
-    checkpoint is missing, or there are several processes.
+    none: their tokens stand for no known text, a checkpoint or a table is missing, or
+    there are several processes.
 
     Args:
       runs: {name: folder, or one of its checkpoints}; all know the same tokens.
       settings: of the command.
       text: gives the tokens that the prompts come from, [N].
       known: what the report showed before.
+      original: the model of another architecture that computes all of them: `runs` are
+        its folder and those of its tables.
     """
     if jax.process_count() > 1:
         return {}
     try:
-        opened = {name: Run.open(folder) for name, folder in runs.items()}
-        prints = {name: run.fingerprint for name, run in opened.items()}
+        opened = functools.partial(
+            *((_with_table, original) if original else (_of_run, settings))
+        )
+        writers = {name: opened(folder) for name, folder in runs.items()}
+        prints = {name: writer.fingerprint for name, writer in writers.items()}
         if prints == known.get("samples_of"):
             return {"samples": known.get("samples"), "samples_of": prints}
-        tokenizer = tokenizer_of(next(iter(opened.values())), settings)
+        first = original.run if original else Run.open(next(iter(runs.values())))
+        tokenizer = tokenizer_of(first, settings)
         tokens, end = text(), tokenizer.eot_token
         starts = [len(tokens) * n // PROMPTS for n in range(PROMPTS)]
         prompts = [tokens[start : start + PROMPT_TOKENS] for start in starts]
         texts: list[dict[str, str]] = [{} for _ in prompts]
         with Progress("sampling for the report", len(runs) * PROMPTS) as progress:
-            for name, run in opened.items():
-                model, variables = run.load(settings.model)
+            for name, writer in writers.items():
+                draw = writer.load()
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
-                    drawn = generate(
-                        *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
-                        temperature=TEMPERATURE,
-                        known_ids=tokenizer.n_vocab,
-                    )
-                    ids = [int(token[0]) for token in itertools.islice(drawn, TOKENS)]
+                    drawn = draw(prompt, tokenizer.n_vocab)
+                    ids = list(itertools.islice(drawn, TOKENS))
                     kept = itertools.takewhile(lambda one: one != end, ids)
                     found[name] = tokenizer.decode(list(kept))
     except NoTokenizer:
@@ -95,3 +102,50 @@ def samples_of(
         for prompt, found in zip(shown, texts, strict=True)
     ]
     return {"samples": samples, "samples_of": prints}
+
+
+class _Writer(NamedTuple):
+    """A model that continues a prompt.
+
+    load() reads its weights and gives the function (prompt [n], number of known ids) ->
+    token ids without end.
+    """
+
+    fingerprint: str
+    load: Callable[[], Callable[[np.ndarray, int], Iterable[int]]]
+
+
+def _of_run(settings: Settings, folder: Path) -> _Writer:
+    """A run, or one of its checkpoints."""
+    run = Run.open(folder)
+
+    def load() -> Callable[[np.ndarray, int], Iterable[int]]:
+        model, variables = run.load(settings.model)
+
+        def draw(prompt: np.ndarray, known_ids: int) -> Iterable[int]:
+            drawn = generate(
+                *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
+                temperature=TEMPERATURE,
+                known_ids=known_ids,
+            )
+            return (int(token_B[0]) for token_B in drawn)
+
+        return draw
+
+    return _Writer(run.fingerprint, load)
+
+
+def _with_table(original: Original, folder: Path) -> _Writer:
+    """The model with its own table, if that is its folder, or with that of a folder."""
+    run, is_own = original.run, folder == original.run.folder
+    made = {} if is_own else (read_record(folder) or {}).get("compressed", {})
+
+    def load() -> Callable[[np.ndarray, int], Iterable[int]]:
+        own_VD = original.table_VD
+        table_VD = own_VD if is_own else read_table(folder, made).dense()
+        continued = original.model.generate  # `Decoder` has it.
+        return functools.partial(
+            continued, table_VD, seed=SEED, temperature=TEMPERATURE
+        )
+
+    return _Writer(run.fingerprint if is_own else str(made.get("table_sha256")), load)

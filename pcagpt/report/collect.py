@@ -113,24 +113,29 @@ def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, 
     """A row's losses minus D's last loss, with intervals, and its tokens.
 
     The intervals are over evaluation windows. A run that starts from D counts D's
-    tokens, too.
+    tokens, too. `added_loss_by_decile` is None if one of the results is older than
+    the losses by decile.
     """
 
-    def added(loss: float | None) -> float | None:
-        known = baseline and None not in (loss, baseline["val_loss"])
-        return loss - baseline["val_loss"] if known else None
+    def added(loss: float | None, own: float | None) -> float | None:
+        return None if loss is None or own is None else loss - own
 
+    own_loss = baseline and baseline["val_loss"]
+    by_decile = [r and r.get("val_loss_by_decile") for r in (row, baseline)]
     tokens = row["tokens_seen"]
     if ARMS[row["arm"]].takes:
         tokens = tokens + baseline["tokens_seen"] if baseline else None
     paired = baseline is not None and baseline is not row
     return {
         "val_loss_interval": loss_interval(row),
-        "added_loss": added(row["val_loss"]),
+        "added_loss": added(row["val_loss"], own_loss),
         "added_loss_interval": window_interval(row, baseline).bounds
         if paired
         else None,
-        "added_at_start": added(row["start_loss"]),
+        "added_at_start": added(row["start_loss"], own_loss),
+        "added_loss_by_decile": None
+        if None in by_decile
+        else list(map(added, *by_decile)),
         "tokens_with_baseline": tokens,
     }
 

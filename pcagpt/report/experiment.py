@@ -7,6 +7,7 @@ from urllib.parse import quote
 import numpy as np
 
 from pcagpt.arms import ARMS
+from pcagpt.losses.deciles import DECILES
 from pcagpt.losses.interval import CONFIDENCE, mean_interval
 from pcagpt.report.compare import (
     ENOUGH_TOKENS,
@@ -56,6 +57,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
         "best_added": best and _against(best["added_loss"], best["added_half"]),
         "best_is_good": best and added_at_most(best) <= MARGIN,
         "best_run": best and run_of(best, results["rows"]),
+        "by_decile": with_deciles(models),
         "meanings": {ARMS[m["arm"]].letter: ARMS[m["arm"]].meaning for m in models},
         "comparisons": [
             c | {"answer": answers[c["question"], c["rank"]]} for c in comparisons
@@ -73,6 +75,7 @@ def experiment_view(results: dict[str, Any]) -> dict[str, Any]:
         "summary": SUMMARY,
         "asked": QUESTIONS_ASKED,
         "claimed": CLAIMS,
+        "decile_columns": BY_DECILE,
         "measures": MEASURES,
         "files": FILES,
     }
@@ -85,7 +88,8 @@ def means_over_seeds(
 
     Numbers are means over seeds. `half` and `added_half` are half the intervals of the
     loss and of the added loss: over seeds, or over evaluation windows with one seed.
-    Older results have the second one only in the comparisons with D.
+    Older results have the second one only in the comparisons with D, and no losses by
+    frequency decile.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
@@ -104,6 +108,9 @@ def means_over_seeds(
             for name, values in columns.items()
             if all(type(value) in (int, float) for value in values)
         }
+        for name in ("val_loss_by_decile", "added_loss_by_decile"):
+            if all(lists := columns.get(name, [None])):
+                model[name] = list(map(_mean, zip(*lists, strict=True)))
         model |= {"arm": arm, "letter": ARMS[arm].letter, "title": ARMS[arm].title}
         model |= {"rank": rank, "bands": len(seeds[0].get("band_ranks") or ())}
         added = _interval(columns, "added_loss") or with_d.get((model["letter"], rank))
@@ -111,6 +118,10 @@ def means_over_seeds(
         model["added_half"] = _half(added)
         models.append(model)
     return models
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
 
 
 def _interval(columns: dict[str, list], name: str) -> list[float] | None:
@@ -157,6 +168,12 @@ def recommended(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def added_at_most(model: dict[str, Any]) -> float:
     """The upper end of the interval of the added loss, or the added loss itself."""
     return model["added_loss"] + (model["added_half"] or 0)
+
+
+def with_deciles(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models to compare with D by frequency decile, and D; none without others."""
+    known = [model for model in models if model.get("added_loss_by_decile")]
+    return known if any(model["letter"] != "D" for model in known) else []
 
 
 def run_of(model: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -312,6 +329,18 @@ CLAIMS = [
     Column("Verdict", "", lambda claim: _bold(claim["verdict"]), "l"),
     Column("In words", "", lambda claim: claim["answer"], "l"),
 ]
+
+
+def _in_decile(index: int) -> Column:
+    def cell(model: dict[str, Any]) -> str:
+        if model["letter"] == "D":
+            return fixed(model["val_loss_by_decile"][index])
+        return signed(model["added_loss_by_decile"][index])
+
+    return Column(str(index + 1), "", cell)
+
+
+BY_DECILE = [ARM, Column("Rank", "", _rank), *map(_in_decile, range(DECILES))]
 MEASURES = [
     ARM,
     Column("Rank", "", _of("rank")),

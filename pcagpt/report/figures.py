@@ -7,6 +7,7 @@ import numpy as np
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED, energy_kept
+from pcagpt.losses.deciles import DECILES
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.bare_table import energy_text, error_text
 from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
@@ -111,6 +112,35 @@ def size_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
         shown = ["Arm", "Rank", "Loss", "Added", "Table", "Model"]
         panels.append(panel(points, looks, axes, layers, shown))
     return Figure(panels)
+
+
+def arms_decile_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
+    """Draws loss minus D's loss in each frequency decile, a panel per rank.
+
+    `models` come from `pcagpt.report.experiment.with_deciles`; None without any.
+    """
+    axes = {"x": _decile_axis(), "y": axis("added", f"added {_LOSS}")}
+    panels = []
+    for rank in sorted({m["rank"] for m in models if m["rank"]}) or [None]:
+        shown = [m for m in models if m["rank"] in (None, rank)]
+        arms = [ARMS[m["arm"]] for m in shown]
+        looks = {_name(arm): Look(arm.colour, arm.marker) for arm in arms}
+        points = [
+            {"of": _name(arm), "decile": decile, "added": added}
+            | {"Arm": arm.title, "Rank": count(model["rank"]), "Decile": decile}
+            | {"Loss": fixed(model["val_loss_by_decile"][decile - 1], 4)}
+            | {"Added": signed(added, 4)}
+            for model, arm in zip(shown, arms, strict=True)
+            for decile, added in enumerate(model["added_loss_by_decile"], 1)
+            if added is not None
+        ]
+        line = {"mark": mark("line"), "encoding": {"detail": {"field": "Rank"}}}
+        told = ["Arm", "Rank", "Decile", "Loss", "Added"]
+        panels.append(
+            panel(points, looks, axes, [line], told)
+            | ({"title": f"rank {rank}"} if rank else {})
+        )
+    return Figure(panels) if models else None
 
 
 def spectrum_figure(
@@ -274,11 +304,16 @@ def decile_figure(sweep: dict[str, Any]) -> Figure | None:
             for decile, loss in enumerate(row.added_loss_by_decile, 1)
             if loss is not None
         ]
-    title = "frequency decile of the predicted token (1: most frequent)"
-    axes = {"x": axis("decile", title), "y": axis("drawn", f"added {_LOSS}", "log")}
-    axes["x"]["axis"] |= {"values": list(range(1, 11)), "format": "d"}
+    axes = {"x": _decile_axis(), "y": axis("drawn", f"added {_LOSS}", "log")}
     shown = ["Table", "Decile", "Added in it", "Added loss", "File"]
     return Figure([panel(points, looks, axes, [{"mark": mark("line")}], shown)])
+
+
+def _decile_axis() -> dict[str, Any]:
+    title = "frequency decile of the predicted token (1: most frequent)"
+    x = axis("decile", title)
+    x["axis"] |= {"values": list(range(1, DECILES + 1)), "format": "d"}
+    return x
 
 
 def _name(arm: Arm) -> str:

@@ -16,6 +16,7 @@ from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view
 from pcagpt.report.figures import (
     SMALLEST_ERROR,
+    arms_decile_figure,
     curves_figure,
     decile_figure,
     error_figure,
@@ -49,6 +50,7 @@ def write_experiment_pages(workdir: Path, results: dict[str, Any]) -> Path:
     figures = {
         "size": size_figure(view["models"]),
         "loss": curves_figure(results["rows"]),
+        "decile": arms_decile_figure(view["by_decile"]),
         "spectrum": None,
     }
     if values := spectrum.get("singular_values"):

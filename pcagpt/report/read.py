@@ -10,6 +10,7 @@ from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.factorization import factor_files
 from pcagpt.files import check_fields
+from pcagpt.losses.deciles import DECILES
 from pcagpt.run.folder import read_record, read_result, read_window_losses
 from pcagpt.telemetry.metrics import read_metrics
 
@@ -27,6 +28,7 @@ _RESULT: dict[str, tuple] = {
     "steps": (int, None),
     "best_val_loss": _NUMBER,
     "curve": (list, None),
+    "val_loss_by_decile": (list, None),
     "perplexity": _NUMBER,
     "word_perplexity": _NUMBER,
     "bits_per_byte": _NUMBER,
@@ -69,6 +71,7 @@ def read_row(folder: Path) -> dict[str, Any]:
             f"{folder / 'result.json'} lacks {', '.join(missing)}: {_REMEDY}"
         )
     check_fields(result, _RESULT, folder / "result.json", _REMEDY)
+    _check_deciles(result.get("val_loss_by_decile"), folder / "result.json")
     if result["arm"] not in ARMS:
         raise UserError(
             f"{folder / 'result.json'} has the arm {result['arm']!r}: it must be one "
@@ -118,6 +121,18 @@ def _singular_values(folder: Path) -> list[float] | None:
     except UserError as error:
         _LOGGER.warning("the report has no figure of the spectrum: %s", error)
         return None
+
+
+def _check_deciles(losses: list | None, path: Path) -> None:
+    """Raises UserError unless there is a number or None for each decile, or no list."""
+    if losses is None:
+        return
+    types = set(map(type, losses))
+    if len(losses) != DECILES or not types <= {int, float, type(None)}:
+        raise UserError(
+            f"{path} is damaged ('val_loss_by_decile' holds no {DECILES} numbers): "
+            f"{_REMEDY}"
+        )
 
 
 def _curve(folder: Path, curve: list | None) -> list[list[float]]:

@@ -38,10 +38,15 @@ class TokenScores(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """metrics: {name: number or None}; window_losses: [W, 2] float64 (sum, targets)."""
+    """metrics: {name: number or None}.
+
+    window_losses: [W, 2] float64 (summed loss, targets) of each window; target_losses:
+    [V, 2] float64, the same of each token id as the target, up to the highest one.
+    """
 
     metrics: dict[str, float | None]
     window_losses: np.ndarray
+    target_losses: np.ndarray
 
 
 class Evaluator:
@@ -117,7 +122,7 @@ def score_windows(
     mesh: Mesh,
     progress: Progress | None = None,
 ) -> tuple[TokenScores, np.ndarray]:
-    """(scores of all targets [W, T], whether there is a target [W, T]).
+    """(scores of all targets [W, T], targets [W, T], negative where there is none).
 
     score: `score_tokens` of (inputs, targets) with a model's variables, jitted on the
     mesh.
@@ -131,16 +136,19 @@ def score_windows(
     windows = batches.window_count
     targets_WT = np.concatenate(targets)[:windows]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:windows], *scores)
-    return whole, targets_WT >= 0
+    return whole, targets_WT
 
 
 def summarize(
-    scores: TokenScores, has_target_WT: np.ndarray, text: TextSize | None
+    scores: TokenScores, targets_WT: np.ndarray, text: TextSize | None
 ) -> Evaluation:
-    """The metrics of a split from the scores [W, T] of all its windows."""
+    """The metrics of a split from the scores and targets [W, T] of all its windows."""
+    has_target_WT = targets_WT >= 0
     sums_W = scores.loss.sum(axis=1, dtype=np.float64)
     window_losses = np.stack([sums_W, has_target_WT.sum(axis=1)], axis=1)
     nats, tokens = window_losses.sum(axis=0)
+    targets = targets_WT[has_target_WT]
+    by_target = np.bincount(targets, scores.loss[has_target_WT]), np.bincount(targets)
     cosines, cosines_d = scores.cosine[has_target_WT], scores.cosine_d[has_target_WT]
     metrics = {
         "loss": nats / tokens,
@@ -152,7 +160,7 @@ def summarize(
         "ln_f_cosine_d": float(cosines_d.mean(dtype=np.float64)),
         "tokens_predicted": int(tokens),
     }
-    return Evaluation(metrics, window_losses)
+    return Evaluation(metrics, window_losses, np.stack(by_target, axis=1))
 
 
 def score_tokens(variables, inputs_BT, targets_BT, *, model: GPT, chunks: int):

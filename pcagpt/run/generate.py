@@ -172,6 +172,17 @@ def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
     """Draws tokens [B] that follow the output of ln_f at the last known ones."""
     model, temperature, top_k, top_p, known_ids = sampler
     logits_BV = model.apply(variables, h_BD, method="logits")[:, :known_ids]
+    return draw(logits_BV, known, key, temperature, top_k, top_p)
+
+
+def draw(
+    logits_BV, known, key, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+    """Draws a token from each row of logits: int32 [B]; as `generate`.
+
+    known: the number of tokens before it; with the same key, another number draws
+    others.
+    """
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pcagpt.errors import Interrupted
+from pcagpt.losses.deciles import means_by_decile
 from pcagpt.model import (
     DEVICE_KNOBS,
     embedding_parameters,
@@ -261,6 +262,7 @@ def _result(
     embedding, total = embedding_parameters(model), total_parameters(model)
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
+    count_V = setup.corpus.count_tokens("train")
     # An imported table in bands is as large as one band of rank n_embd_wte; other bands
     # have no such rank.
     has_rank = settings.init.import_bands or not model.band_sizes
@@ -279,6 +281,9 @@ def _result(
         "best_val_loss": history.best_val_loss,
         "curve": history.curve,
         **metrics,
+        "val_loss_by_decile": means_by_decile(
+            measured.target_losses, count_V / count_V.sum()
+        ),
         "params_total": total,
         "params_embedding": embedding,
         "compression_embedding": embedding_parameters(full) / embedding,
