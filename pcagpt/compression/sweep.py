@@ -17,11 +17,10 @@ from pcagpt.factorization import (
     SecondOrder,
 )
 from pcagpt.files import strict, write_json
-from pcagpt.report import pareto_figure, write_sweep_report
+from pcagpt.report import write_sweep_report
 from pcagpt.rows import Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside
 from pcagpt.sharding import processes
-from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
 Models = dict[Path, list[Recipe]]  # {folder: its recipes}
@@ -43,7 +42,6 @@ def sweep(
     output: Output,
     *,
     overwrite: bool,
-    tensorboard: bool,
 ) -> Models:
     """Measures every recipe; writes the rows, reports and the best models.
 
@@ -94,8 +92,6 @@ def sweep(
     measured = {row.recipe: row for row in content["rows"]}  # Now with predictions.
     for place, of_place in sorted(chosen.items()):
         _write_best(original, place, of_place, measured, known, overwrite)
-    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
-        telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {write_sweep_report(folder, content)}", flush=True)
     return chosen
 

@@ -299,6 +299,15 @@ def _held(factors: Path, table_sha256: str | None) -> FactorizedTable | None:
     return table if table and table.sha256 == table_sha256 else None
 
 
+def table_in(folder: Path) -> np.ndarray | None:
+    """The table [V, D] of a model that `write_model` wrote; None if it is damaged."""
+    if kind := KINDS.get(_origin_of(folder).get("method")):
+        found = _undamaged(lambda: kind.read(folder / kind.file))
+        return found and found[0].dense()
+    table = _undamaged(lambda: read_bands(folder / "factors"))
+    return table and table.dense()
+
+
 def is_of_another(folder: Path, original: Original) -> bool:
     """Whether `write_model` wrote a table of another model there."""
     recorded = _origin_of(folder).get("fingerprint")

@@ -381,7 +381,8 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
             yield knob, arms[0].rate_share == knob, reason
     for bound in settings.compress.bounds:
         reason = f"compress.{bound} is set, too, and does not read it: leave it out"
-        for name in ("ranks", "telemetry.tensorboard"):
+        boards = ("tensorboard", "wandb", "wandb_project")
+        for name in ("ranks", *(f"telemetry.{board}" for board in boards)):
             yield name, False, reason
         yield "compress.bits", bound != "max_params", reason
 

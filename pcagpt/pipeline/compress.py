@@ -8,6 +8,7 @@ WORKDIR/compressed_SPLIT/. Of an untied model, each of the two tables has this i
 folder of its own, input/ and output/.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from pcagpt.compression.sweep import (
     set_samples,
     sweep,
 )
-from pcagpt.compression.write_model import check_place, is_of_another
+from pcagpt.compression.write_model import check_place, is_of_another, table_in
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.command_line import next_command
 from pcagpt.config.effort import CPU, GPU
@@ -36,12 +37,15 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
-from pcagpt.report import recommended_row, recovered_rows, sweep_lines
+from pcagpt.pipeline.token_rows import BEFORE, show_rows
+from pcagpt.report import pareto_figure, recommended_row, recovered_rows, sweep_lines
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import check_link, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
+from pcagpt.telemetry.boards import Boards
+from pcagpt.telemetry.wandb_run import import_wandb, share_group
 
 FOLDER = "compressed"  # in a workdir; with a suffix for other splits than val
 
@@ -53,10 +57,13 @@ def compress(settings: Settings, command: str) -> None:
     All processes must call this.
 
     Raises:
-      UserError: the run or a method does not exist, the table is already factorized,
-        the folder holds the sweep of another model, or no table fits.
+      UserError: W&B is not installed, the run or a method does not exist, the table is
+        already factorized, the folder holds the sweep of another model, or no table
+        fits.
     """
     check_workdir(settings.workdir)
+    if settings.telemetry.wandb:
+        import_wandb()
     settings = decide_effort(settings, jax.default_backend())
     suffix = "" if settings.split == "val" else f"_{settings.split}"
     folder = Path(settings.workdir) / f"{FOLDER}{suffix}"
@@ -129,25 +136,21 @@ class _Table:
                 original.corpus.check_unchanged()
 
             output = Output(folder, heading, check_inputs)
+            overwrite = settings.overwrite
             if options.bounds:
-                overwrite = settings.overwrite
                 advise(original, self._methods, options, output, overwrite=overwrite)
             else:
                 _check_recoverable(original, models, settings, folder)
-                models = sweep(
-                    original,
-                    self._tried,
-                    output,
-                    overwrite=settings.overwrite,
-                    tensorboard=settings.telemetry.tensorboard,
-                )
+                models = sweep(original, self._tried, output, overwrite=overwrite)
                 _sample(settings, folder, original)
+                if jax.process_index() == 0:
+                    _show(settings, folder, original, command)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
                 self.found = self._found()
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
-                _recover(settings, folder, models, run)
+                _recover(settings, folder, models, run, command)
 
     def _found(self) -> list[str]:
         """What the sweep recommends, or a command for the advised model."""
@@ -321,9 +324,8 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
     content = read_sweep(folder / "sweep.json")
     if not content:
         return
-    rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
-    places = (p for p in best_models(folder, rank) if (p / "config.json").is_file())
-    own = (place for place in places if not is_of_another(place, original))
+    own = _best_of_size(folder, content, original)
+    own = [place for place in own if (place / "config.json").is_file()]
     baseline = checkpoint.folder_of(original.run.folder, original.run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
 
@@ -336,12 +338,45 @@ def _sample(settings: Settings, folder: Path, original: Original) -> None:
         set_samples(folder, samples)
 
 
-def _recover(settings: Settings, folder: Path, models: Models, baseline: Run) -> None:
+def _show(settings: Settings, folder: Path, original: Original, command: str) -> None:
+    """Shows the figure of a sweep, and the tables of its recommended size, on boards.
+
+    On the first process.
+    """
+    content = read_sweep(folder / "sweep.json")
+    if not content:
+        return
+    places = _best_of_size(folder, content, original)
+    after = {f"after_{p.name}": functools.partial(table_in, p) for p in places}
+    tables = {BEFORE: lambda: original.table_VD} | after
+    with Boards(
+        folder,
+        settings.telemetry,
+        workdir=Path(settings.workdir),
+        job="compress",
+        command=command,
+        config=settings.to_dict(),
+    ) as boards:
+        boards.figure("pareto", pareto_figure(content))
+        show_rows(boards, original.run, settings, original.statistics, tables)
+
+
+def _best_of_size(folder: Path, content: dict, original: Original) -> list[Path]:
+    """The best models of the size that a sweep recommends, made from this model."""
+    rank = recommended_row(content).rank or max(row.rank for row in content["rows"])
+    return [p for p in best_models(folder, rank) if not is_of_another(p, original)]
+
+
+def _recover(
+    settings: Settings, folder: Path, models: Models, baseline: Run, command: str
+) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     processes.from_first(baseline.check_unchanged)
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, folder, _models_to_train(models, ranks))
-    execute(plan, command="")
+    if settings.telemetry.wandb and jax.process_index() == 0:
+        share_group(Path(settings.workdir), folder)
+    execute(plan, command)
     processes.from_first(baseline.check_unchanged)
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]

@@ -3,7 +3,6 @@
 The prompts are pieces of the text that the report measures on.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,22 @@ import numpy as np
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
-from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
-from pcagpt.run.generate import generate
+from pcagpt.run.generate import PROMPT_TOKENS, SEED, TEMPERATURE, continuation
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
-PROMPTS, PROMPT_TOKENS, TOKENS = 3, 12, 40
-SEED, TEMPERATURE = 1, 0.8
+PROMPTS, TOKENS = 3, 40
 
 
 def experiment_samples(
-    settings: Settings, workdir: Path, results: dict[str, Any]
+    settings: Settings, workdir: Path, results: dict[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The samples of the runs that a report compares, as `samples_of` returns them."""
-    path = workdir / "results.json"
-    known = read_json(path, "") if path.is_file() and is_sealed(path) else {}
+    """The samples of the runs that a report compares, as `samples_of` returns them.
+
+    `known`: the results that the report showed before; {} if there are none.
+    """
     runs = {name: workdir / run for name, run in compared_runs(results).items()}
 
     def text() -> np.ndarray:
@@ -74,14 +72,9 @@ def samples_of(
             for name, run in opened.items():
                 model, variables = run.load(settings.model)
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
-                    drawn = generate(
-                        *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
-                        temperature=TEMPERATURE,
-                        known_ids=tokenizer.n_vocab,
+                    found[name] = continuation(
+                        model, variables, tokenizer, prompt, TOKENS
                     )
-                    ids = [int(token[0]) for token in itertools.islice(drawn, TOKENS)]
-                    kept = itertools.takewhile(lambda one: one != end, ids)
-                    found[name] = tokenizer.decode(list(kept))
     except NoTokenizer:
         return {}
     except UserError as error:

@@ -5,8 +5,8 @@ results.json and sweep.json what the templates show. `page` fills in the templat
 """
 
 from pcagpt.report.collect import collect_results, recovered_rows
-from pcagpt.report.experiment import compared_runs
-from pcagpt.report.figures import pareto_figure, spectrum_figure
+from pcagpt.report.experiment import compared_runs, means_over_seeds, summary_table
+from pcagpt.report.figures import pareto_figure, size_figure, spectrum_figure
 from pcagpt.report.finding import experiment_lines, sweep_lines
 from pcagpt.report.page import write_report, write_sweep_report
 from pcagpt.report.sweep import advice_text, recommended_row

@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.data.vocabulary import Tokenizer
 from pcagpt.model import GPT, GPTConfig
 
+# Of the samples in reports and on boards; a prompt is a piece of a text.
+SEED, TEMPERATURE, PROMPT_TOKENS = 1, 0.8, 12
 # Limits of the samples that are drawn at once; Ctrl-C waits for one of their tokens.
 BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
 LEAST_CAPACITY = 128  # tokens; a power of 2
@@ -102,6 +106,32 @@ def generate(
     for known in itertools.count(length):
         window_BT, drawn_B = _read_full(variables, window_BT, known, key, sampler)
         yield drawn_B
+
+
+def continuation(
+    model: GPT,
+    variables: dict,
+    tokenizer: Tokenizer | CharacterTokenizer,
+    prompt: np.ndarray,
+    tokens: int,
+) -> str:
+    """The text that a model writes after a prompt, up to its first end of text.
+
+    Args:
+      model: a GPT.
+      variables: as for `generate`.
+      tokenizer: of the model's tokens.
+      prompt: int token ids, at least one.
+      tokens: the most that are drawn, with SEED and TEMPERATURE.
+    """
+    drawn = generate(
+        *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
+        temperature=TEMPERATURE,
+        known_ids=tokenizer.n_vocab,
+    )
+    ids = [int(token[0]) for token in itertools.islice(drawn, tokens)]
+    end = tokenizer.eot_token
+    return tokenizer.decode(list(itertools.takewhile(lambda one: one != end, ids)))
 
 
 def cache_capacity(known: int, block_size: int) -> int:
