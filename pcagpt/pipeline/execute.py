@@ -95,8 +95,8 @@ def execute(plan: Plan, command: str) -> None:
             f"{how_to_name_tokens(vocab_size)}"
         )
     is_new = bool(setups)
-    if is_new and jax.process_index() == 0:
-        show_plan(plan, command)
+    if is_new:
+        processes.from_first(lambda: show_plan(plan, command))
     for job in list(setups):
         # `pop` lets go of what one job holds before the next one begins.
         job.run(setups.pop(job), command)

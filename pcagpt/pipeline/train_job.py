@@ -365,7 +365,7 @@ class TrainJob(Job):
                 remove_leftovers(self.folder)
             processes.wait_for_all(self.folder.name)
             try:
-                train(setup, self.folder, record, self.label, command, check_place)
+                train(setup, self.folder, record, self.label, check_place, command)
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
                 raise UserError(f"{error}: lower {knob} and {self._remedy}") from None

@@ -40,8 +40,8 @@ def train(
     run_dir: Path,
     record: dict[str, Any],
     label: str,
-    command: str,
     check_place: Callable[[], None],
+    command: str = "",
 ) -> dict:
     """Trains to the last step and writes result.json.
 
@@ -50,9 +50,9 @@ def train(
       run_dir: the run's folder; a checkpoint in it is resumed.
       record: the content of config.json; each checkpoint gets a copy.
       label: of the progress bar.
-      command: what the person has called, for the boards.
       check_place: called before each save on the first process; raises UserError if
         the folder belongs to another command now.
+      command: what the person has called; the boards show it.
 
     Returns:
       The result. checkpoints/README.md explains its fields.
