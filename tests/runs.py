@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
 
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.config.checks import read_if
@@ -179,6 +181,25 @@ def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that two runs of one config share, at any commit."""
     left_out = TIMINGS | {"git_commit", "run_id"}
     return {name: v for name, v in values.items() if name not in left_out}
+
+
+def shown(folder: Path) -> dict[tuple[str, int], list[Any]]:
+    """What TensorBoard shows of a folder: {(tag, step): its values, ideally one}.
+
+    A file that begins at a step replaces what older files have from there on.
+    """
+    found: dict[tuple[str, int], list[Any]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, bytes, their checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                found = {key: v for key, v in found.items() if key[1] < event.step}
+            for value in event.summary.value:
+                found.setdefault((value.tag, event.step), []).append(value)
+    return found
 
 
 def snapshot(folder: Path) -> dict[str, int]:

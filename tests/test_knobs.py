@@ -32,7 +32,7 @@ from pcagpt.run import checkpoint
 from pcagpt.run.build import Hardware, build_config
 from pcagpt.run.folder import read_record, write_record
 from pcagpt.sharding import placement, processes
-from pcagpt.training import loop
+from pcagpt.training import loop, sampler
 from pcagpt.training.step import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -151,11 +151,20 @@ def left(config):
 def wandb(config):
     """What a run asks of W&B."""
     with pytest.MonkeyPatch.context() as patch:
-        asked = {}
-        patch.setattr(loop.Telemetry, "__init__", lambda _, *a, **k: asked.update(k))
-        patch.setattr(loop.Telemetry, "text", lambda *_: None)
-        loop._telemetry(setup(config), Path("run"), resumed_at=None)
-    return asked["wandb"], asked["wandb_project"]
+        asked = []
+        patch.setattr(loop.Telemetry, "__init__", lambda _, *a, **k: asked.append(a[1]))
+        patch.setattr(loop.Telemetry, "begin", lambda *_: None)
+        loop._telemetry(setup(config), Path("run"), {}, "", resumed_at=None)
+    (wanted,) = asked
+    return wanted.wandb, wanted.wandb_project
+
+
+def tokens_of_a_sample(config):
+    """How many tokens a run writes at an evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "drawn_after", lambda *_: ())
+        patch.setattr(sampler, "written", lambda *given: str(given[-1]))
+        return sampler.sampler(setup(config))({})
 
 
 def evaluation(config):
@@ -364,6 +373,7 @@ KNOBS = {
     "checkpoint.every": (left, 2, KEPT),
     "checkpoint.keep_last": (left, 1, KEPT),
     "telemetry.every": (left, 2, KEPT),
+    "telemetry.sample_tokens": (tokens_of_a_sample, 8, TEXT),
     "telemetry.tensorboard": (left, True, KEPT),
     "telemetry.wandb": (wandb, True, {}),
     "telemetry.wandb_project": (wandb, "another", {}),

@@ -16,6 +16,7 @@ from pcagpt.pipeline import compress as compress_task
 from pcagpt.pipeline import samples
 from pcagpt.pipeline.compress import compress
 from pcagpt.run import fingerprint
+from pcagpt.run.continuation import drawn_after
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 
@@ -67,22 +68,25 @@ def test_d_and_the_arms_write_after_the_same_pieces_of_the_text(
 def test_samples_are_kept_as_long_as_the_runs_are_the_same(readable, monkeypatch):
     first = results_of(readable)
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "generate", None)  # Nothing may be drawn.
+        patch.setattr(samples, "drawn_after", None)  # Nothing may be drawn.
         assert results_of(readable)["samples"] == first["samples"]
     drawn = []
 
     def count(*arguments, **options):
         drawn.append(arguments)
-        return generate(*arguments, **options)
+        return drawn_after(*arguments, **options)
 
-    monkeypatch.setattr(samples, "generate", count)
+    monkeypatch.setattr(samples, "drawn_after", count)
     known = dict(first, samples_of=first["samples_of"] | {NAMES[1]: "another"})
     settings, workdir = Settings.of(readable), Path(readable.workdir)
-    (workdir / "results.json").write_text(json.dumps(known))  # No longer sealed.
-    assert samples.experiment_samples(settings, workdir, first) == {
+    assert samples.experiment_samples(settings, workdir, first, known) == {
         name: first[name] for name in ("samples", "samples_of")
     }
     assert len(drawn) == 3 * len(NAMES)
+    # A person has changed the file, which is no longer sealed.
+    (workdir / "results.json").write_text(json.dumps(first | {"rows": []}))
+    assert results_of(readable)["samples"] == first["samples"]
+    assert len(drawn) == 2 * 3 * len(NAMES)
 
 
 def test_bare_tokens_have_no_samples_and_no_warning(copied, capfd):
@@ -96,7 +100,7 @@ def test_a_lost_checkpoint_leaves_out_the_samples_and_says_so(readable, caplog):
     (Path(readable.workdir) / "results.json").unlink()
     shutil.rmtree(Path(readable.workdir) / "gpt_pca_k8" / "ckpt")
     settings, workdir = Settings.of(readable), Path(readable.workdir)
-    assert samples.experiment_samples(settings, workdir, first) == {}
+    assert samples.experiment_samples(settings, workdir, first, {}) == {}
     assert "the report has no samples: " in caplog.text and "gpt_pca_k8" in caplog.text
 
 

@@ -1,25 +1,27 @@
 import io
 import json
 import logging
-import struct
 import sys
 import types
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from runs import shown
 
-from pcagpt.errors import UserError
-from pcagpt.report import spectrum_figure
+from pcagpt.config.schema import TelemetrySettings
 from pcagpt.telemetry import progress
 from pcagpt.telemetry.metrics import Telemetry, read_metrics
 from pcagpt.telemetry.progress import Progress
 
 
-def start(folder, **options):
-    return Telemetry(folder, config={"train": {"steps": 3}}, **options)
+def start(folder, resume_step=None, **wanted):
+    return Telemetry(
+        folder,
+        TelemetrySettings(**wanted),
+        resume_step=resume_step,
+        workdir=folder.parent,
+    )
 
 
 def read_lines(folder):
@@ -31,37 +33,28 @@ def read_lines(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def read_events(folder):
-    events = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:  # TFRecord: length, its checksum, bytes, their checksum
-            (length,) = struct.unpack("<Q", data[:8])
-            events.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return events
-
-
-def summaries(folder):
-    """What TensorBoard shows: {(tag, step): value}."""
-    return {(v.tag, e.step): v for e in read_events(folder) for v in e.summary.value}
-
-
 def test_metrics_reach_the_file_at_once_and_tensorboard(tmp_path):
     with start(tmp_path / "run") as log:
         log.log(1, 64, "train", {"loss": np.float32(2.5), "flop_utilisation": None})
         log.log(1, 64, "val", {"loss": 2.75, "nan": float("nan"), "inf": -np.inf})
+        log.log(2, 128, "val", {"tokens_predicted": 7})
         lines = read_lines(tmp_path / "run")
     assert lines == [
         {"step": 1, "tokens": 64, "split": "train", "loss": 2.5}
         | {"flop_utilisation": None},
         {"step": 1, "tokens": 64, "split": "val", "loss": 2.75}
         | {"nan": None, "inf": None},
+        {"step": 2, "tokens": 128, "split": "val", "tokens_predicted": 7},
     ]
-    found = summaries(tmp_path / "run")
-    assert found["train/loss", 1].simple_value == 2.5
-    assert found["val/loss", 1].simple_value == 2.75
-    assert ("train/flop_utilisation", 1) not in found
+    found = shown(tmp_path / "run")
+    assert [value.simple_value for value in found["train/loss", 1]] == [2.5]
+    # TensorBoard opens on the first group of tags in the alphabet.
+    (first, step), (loss,) = min(found.items())
+    assert (first, step, loss.simple_value) == ("loss/val", 1, 2.75)
+    # What is not measured, and what is always the same, has no curve.
+    assert {tag for tag, _ in found} == {
+        *("train/loss", "loss/val", "val/nan", "val/inf"),
+    }
 
 
 def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
@@ -76,9 +69,15 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
         log.log(3, 192, "train", {"loss": 3.5})
     lines = [f"{e['step']} {e['split']} {e['loss']}" for e in read_lines(tmp_path)]
     assert lines == ["1 train 1.0", "2 train 2.0", "2 val 9.0", "3 train 3.5"]
-    # TensorBoard drops what it has from step 3 on.
-    sessions = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
-    assert sessions == [0, 3]
+    values = {
+        key: [v.simple_value for v in found] for key, found in shown(tmp_path).items()
+    }
+    assert values == {
+        ("train/loss", 1): [1.0],
+        ("train/loss", 2): [2.0],
+        ("train/loss", 3): [3.5],
+        ("loss/val", 2): [9.0],
+    }
 
 
 def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypatch):
@@ -118,36 +117,10 @@ def test_a_new_run_in_an_old_folder_replaces_its_metrics(tmp_path):
     assert [line["loss"] for line in read_lines(tmp_path)] == [2.0]
 
 
-def test_text_figures_and_hyperparameters_go_to_the_same_folder(tmp_path):
-    figure = spectrum_figure([2.0, 1.0], [1])
-    with start(tmp_path) as log:
-        log.text("config", "| knob | value |")
-        log.figure("spectrum", figure)
-        log.hyperparameters(
-            {"train.steps": 3, "data.source": "sotu", "ranks": (1, 2), "none": None},
-            {"val_loss": 2.0, "word_perplexity": None, "broken": float("nan")},
-        )
-    found = summaries(tmp_path)
-    assert {tag for tag, _ in found} == {
-        *("config/text_summary", "spectrum", "final/val_loss"),
-        *("_hparams_/experiment", "_hparams_/session_start_info"),
-        "_hparams_/session_end_info",
-    }
-    assert found["final/val_loss", 0].simple_value == 2.0
-    image = found["spectrum", 0].image
-    with PIL.Image.open(io.BytesIO(image.encoded_image_string)) as shown:
-        assert (image.width, image.height) == shown.size
-    # A folder would be a second run in TensorBoard.
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
 def test_only_the_first_process_records_and_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with start(tmp_path / "run", wandb=True) as log, Progress("label", 1) as bar:
         log.log(1, 64, "train", {"loss": 1.0})
-        log.text("config", "text")
-        log.figure("figure", None)
-        log.hyperparameters({"a": 1}, {"b": 2.0})
         bar.update(1)
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
@@ -155,60 +128,10 @@ def test_only_the_first_process_records_and_shows(tmp_path, monkeypatch, capsys)
 
 def test_without_tensorboard_a_folder_holds_only_metrics(tmp_path):
     with start(tmp_path, tensorboard=False) as log:
-        log.text("config", "text")
+        log.text("config", "text", 0)
         assert not list(tmp_path.iterdir())
         log.log(1, 64, "train", {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.fixture
-def wandb_home(tmp_path, monkeypatch):
-    """W&B offline, without the account or the caches of whoever runs the tests."""
-    wandb = pytest.importorskip("wandb")
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for name in ("WANDB_API_KEY", "WANDB_DIR", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "home").mkdir()
-    wandb.teardown()  # it reads the environment once
-    yield
-    wandb.teardown()
-
-
-def test_wandb_logs_offline_and_continues_the_same_run(tmp_path, wandb_home):
-    run = tmp_path / "run"
-    with start(run, wandb=True, wandb_project="project-of-the-test") as log:
-        log.log(1, 64, "train", {"loss": 1.5})
-        log.log(1, 64, "val", {"loss": float("nan")})
-        log.hyperparameters({"train.steps": 3}, {"val_loss": 1.25})
-    with start(run, wandb=True, resume_step=1) as log:
-        log.log(2, 128, "train", {"loss": 1.0})
-    run_id = (run / "wandb_id").read_text().strip()
-    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
-    assert {path.stem for path in files} == {f"run-{run_id}"}
-    record = b"".join(path.read_bytes() for path in files)
-    for word in (b"project-of-the-test", b"train/loss", b"final/val_loss"):
-        assert word in record
-    assert [line["step"] for line in read_lines(run)] == [1, 1, 2]
-
-
-def test_wandb_without_an_account_is_refused_in_one_line(
-    tmp_path, wandb_home, monkeypatch
-):
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    with pytest.raises(UserError, match=r"W&B did not start.*WANDB_MODE=offline") as e:
-        start(tmp_path / "run", wandb=True)
-    assert "\n" not in str(e.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'pcagpt\[wandb\]'"):
-        start(tmp_path / "run", wandb=True)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

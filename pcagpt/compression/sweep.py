@@ -20,11 +20,10 @@ from pcagpt.factorization import (
     SecondOrder,
 )
 from pcagpt.files import strict, write_json
-from pcagpt.report import pareto_figure, write_sweep_report
+from pcagpt.report import write_sweep_report
 from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside
 from pcagpt.sharding import processes
-from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 
 Models = dict[Path, list[Recipe]]  # {folder: its recipes}
@@ -46,7 +45,6 @@ def sweep(
     output: Output,
     *,
     overwrite: bool,
-    tensorboard: bool,
 ) -> Models:
     """Measures every recipe; writes the rows, reports and the best models.
 
@@ -89,8 +87,6 @@ def sweep(
         if is_of(place, recipe)
     }
     write_json(folder / output.file, content)
-    with Telemetry(folder, tensorboard=tensorboard) as telemetry:
-        telemetry.figure("pareto", pareto_figure(content))
     print(f"report: {report(content)}", flush=True)
     return chosen
 

@@ -15,13 +15,12 @@ from pcagpt.compression.sweep import measure_each, models_of, resume, write_swee
 from pcagpt.compression.table_files import ADVICE, holds_table, replace_table
 from pcagpt.config.schema import CompressSettings
 from pcagpt.files import read_json, strict
-from pcagpt.report import error_figure, table_text, write_table_report
+from pcagpt.report import table_text, write_table_report
 from pcagpt.rows import REMEDY, ErrorRow, Recipe
-from pcagpt.telemetry.metrics import Telemetry
 
 
 def sweep_table(
-    table: BareTable, tried: list[Recipe], output: Output, *, tensorboard: bool
+    table: BareTable, tried: list[Recipe], output: Output
 ) -> dict[str, Any]:
     """Makes the table of every recipe; writes the rows, report and the best tables.
 
@@ -50,8 +49,6 @@ def sweep_table(
             output.check()
             replace_table(place, candidate)
     content = write(tried)
-    with Telemetry(output.folder, tensorboard=tensorboard) as telemetry:
-        telemetry.figure("errors", error_figure(content))
     print(f"report: {report(content)}", flush=True)
     return content
 

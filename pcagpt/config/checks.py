@@ -397,7 +397,8 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
             yield name, name.startswith("distributed."), f"{reason}give the model"
     for bound in settings.compress.bounds:
         reason = f"compress.{bound} is set, too, and does not read it: leave it out"
-        for name in ("ranks", "telemetry.tensorboard"):
+        boards = ("tensorboard", "wandb", "wandb_project")
+        for name in ("ranks", *(f"telemetry.{board}" for board in boards)):
             yield name, False, reason
         yield "compress.bits", bound != "max_params", reason
 

@@ -317,9 +317,16 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TelemetrySettings:
-    """Logs while training."""
+    """Logs while training, and pictures of what other tasks make."""
 
     every: int = knob(10, "steps between logged training metrics")
+    sample_tokens: int = knob(
+        64,
+        "tokens of the text that a run writes at each evaluation, for TensorBoard and "
+        "W&B; 0: none. No effect if the corpus does not say what text its tokens stand "
+        "for, or on several processes",
+        at_least(0),
+    )
     tensorboard: bool = knob(True, "write event files for TensorBoard")
     wandb: bool = knob(False, "also log to Weights & Biases")
     wandb_project: str = knob("pcagpt", "project in Weights & Biases")

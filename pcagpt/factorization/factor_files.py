@@ -66,16 +66,21 @@ def bands_path(folder: Path, rank: int) -> Path:
 def exists(folder: Path, rank: int, in_bands: bool) -> bool:
     """Whether the files of a rank are complete and undamaged."""
     try:
-        if in_bands:
-            read_bands(bands_path(folder, rank))
-        else:
-            read_table(table_path(folder, rank))
-            read_scale_matrices(scale_path(folder, rank))
+        read(folder, rank, in_bands)
     except Unreadable:
         raise
     except UserError:
         return False
     return True
+
+
+def read(folder: Path, rank: int, in_bands: bool) -> FactorizedTable:
+    """The table of a rank; UserError if its files are damaged or missing."""
+    if in_bands:
+        return read_bands(bands_path(folder, rank))
+    wte = read_table(table_path(folder, rank))
+    scale, _, mean = read_scale_matrices(scale_path(folder, rank))
+    return FactorizedTable.of_one_band(BandFactors(wte, scale), mean)
 
 
 def not_ours(

@@ -8,6 +8,7 @@ WORKDIR/compressed_SPLIT/. Of an untied model, each of the two tables has this i
 folder of its own, input/ and output/.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
 from pcagpt.compression.output import Output
+from pcagpt.compression.read_table import read_table
 from pcagpt.compression.sweep import (
     Models,
     add_recovered,
@@ -26,6 +28,7 @@ from pcagpt.compression.sweep import (
     set_samples,
     sweep,
 )
+from pcagpt.compression.table_files import undamaged
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.config.effort import CPU, GPU, of_bare_table
@@ -35,12 +38,21 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.pipeline.samples import samples_of
-from pcagpt.report import how_to_take, recommended_row, recovered_rows, sweep_lines
+from pcagpt.pipeline.token_rows import BEFORE, show_rows
+from pcagpt.report import (
+    how_to_take,
+    pareto_figure,
+    recommended_row,
+    recovered_rows,
+    sweep_lines,
+)
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
-from pcagpt.run.folder import check_link, read_result
+from pcagpt.run.folder import check_link, read_record, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
+from pcagpt.telemetry.boards import Boards
+from pcagpt.telemetry.wandb_run import import_wandb, share_group
 
 FOLDER = "compressed"  # in a workdir; with a suffix for other splits than val
 
@@ -52,10 +64,13 @@ def compress(settings: Settings, command: str) -> None:
     All processes must call this.
 
     Raises:
-      UserError: the run or a method does not exist, the table is already factorized,
-        the folder holds the sweep of another model, or no table fits.
+      UserError: W&B is not installed, the run or a method does not exist, the table is
+        already factorized, the folder holds the sweep of another model, or no table
+        fits.
     """
     check_workdir(settings.workdir)
+    if settings.telemetry.wandb:
+        import_wandb()
     settings = decide_effort(settings, jax.default_backend())
     suffix = "" if settings.split == "val" else f"_{settings.split}"
     folder = Path(settings.workdir) / f"{FOLDER}{suffix}"
@@ -128,8 +143,8 @@ class _Table:
                 original.corpus.check_unchanged()
 
             output = Output(folder, heading, check_inputs)
+            overwrite = settings.overwrite
             if options.bounds:
-                overwrite = settings.overwrite
                 row = advise(
                     original, self._methods, options, output, overwrite=overwrite
                 )
@@ -138,23 +153,18 @@ class _Table:
                     self.found = [how_to_take(row, place, settings.workdir, heading)]
             else:
                 _check_recoverable(original, models, settings, folder)
-                models = sweep(
-                    original,
-                    self._tried,
-                    output,
-                    overwrite=settings.overwrite,
-                    tensorboard=settings.telemetry.tensorboard,
-                )
+                models = sweep(original, self._tried, output, overwrite=overwrite)
                 _sample(settings, output, original)
                 if jax.process_index() == 0:
                     content = read_sweep(self._file)
                     if content:
                         self.found = sweep_lines(content, folder, settings.workdir)
+                        _show(settings, folder, content, original, command)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
-                _recover(settings, output, models, run)
+                _recover(settings, output, models, run, command)
 
 
 def decide_effort(
@@ -336,12 +346,8 @@ def _sample(settings: Settings, output: Output, original: Original) -> None:
     content = read_sweep(output.folder / "sweep.json")
     if not content:
         return
-    rows = content["rows"]
-    rank = recommended_row(content).rank or max(row.rank for row in rows)
-    names = {row.model_name for row in rows if row.rank == rank}
-    places = (output.folder / name for name in sorted(names - {None}))
-    places = (place for place in places if (place / "config.json").is_file())
-    own = (place for place in places if not is_of_another(place, original))
+    own = _best_of_size(output.folder, content, original)
+    own = [place for place in own if (place / "config.json").is_file()]
     run, is_other = original.run, bool(original.run.architecture)
     baseline = run.folder if is_other else checkpoint.folder_of(run.folder, run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
@@ -356,12 +362,47 @@ def _sample(settings: Settings, output: Output, original: Original) -> None:
         set_samples(output, samples)
 
 
-def _recover(settings: Settings, output: Output, models: Models, baseline: Run) -> None:
+def _show(
+    settings: Settings, folder: Path, content: dict, original: Original, command: str
+) -> None:
+    """Shows the figure of a sweep, and the tables of its recommended size, on boards.
+
+    On the first process.
+    """
+    places = _best_of_size(folder, content, original)
+    after = {f"after_{p.name}": functools.partial(_table_in, p) for p in places}
+    tables = {BEFORE: lambda: original.table_VD} | after
+    with Boards.of_command(settings, folder, "compress", command) as boards:
+        boards.figure("pareto", pareto_figure(content))
+        show_rows(boards, original.run, settings, original.statistics, tables)
+
+
+def _table_in(folder: Path) -> np.ndarray | None:
+    """The table [V, D] of a best model, or None if it is damaged."""
+    made = (read_record(folder) or {}).get("compressed", {})
+    table = undamaged(lambda: read_table(folder, made))
+    return table and table.dense()
+
+
+def _best_of_size(folder: Path, content: dict, original: Original) -> list[Path]:
+    """The best models of the size that a sweep recommends, made from this model."""
+    rows = content["rows"]
+    rank = recommended_row(content).rank or max(row.rank for row in rows)
+    names = {row.model_name for row in rows if row.rank == rank} - {None}
+    places = (folder / name for name in sorted(names))
+    return [p for p in places if p.is_dir() and not is_of_another(p, original)]
+
+
+def _recover(
+    settings: Settings, output: Output, models: Models, baseline: Run, command: str
+) -> None:
     """Trains the best models of a sweep and D further; adds them to its report."""
     processes.from_first(baseline.check_unchanged)
     ranks = settings.compress.recover_ranks
     plan = recovery_plan(settings, output.folder, _models_to_train(models, ranks))
-    execute(plan, command="")
+    if settings.telemetry.wandb and jax.process_index() == 0:
+        share_group(Path(settings.workdir), output.folder)
+    execute(plan, command)
     processes.from_first(baseline.check_unchanged)
     if jax.process_index() == 0:
         runs = [job.folder.name for job in plan.jobs]

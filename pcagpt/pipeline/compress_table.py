@@ -26,10 +26,12 @@ from pcagpt.pipeline.compress import (
     tell_left_out,
 )
 from pcagpt.pipeline.execute import check_workdir, say
-from pcagpt.report import lacking_line, table_lines
+from pcagpt.report import error_figure, lacking_line, table_lines
 from pcagpt.run import calibrate, lock, provenance
 from pcagpt.run.folder import check_link
 from pcagpt.sharding import processes
+from pcagpt.telemetry.boards import Boards
+from pcagpt.telemetry.wandb_run import import_wandb
 
 FOLDER = "compressed_table"  # in a workdir
 
@@ -39,10 +41,13 @@ def compress_table(settings: Settings, command: str) -> None:
 
     All processes must call this; the first does the work.
 
-    Raises UserError for a damaged table, a method that needs more than there is, the
-    results of another table in the folder, and a bound that no table fits.
+    Raises UserError if W&B is not installed, for a damaged table, a method that needs
+    more than there is, the results of another table in the folder, and a bound that no
+    table fits.
     """
     check_workdir(settings.workdir)
+    if settings.telemetry.wandb:
+        import_wandb()
     settings = decided(settings)
     table, methods = _open(settings)
     folder, options = Path(settings.workdir) / FOLDER, settings.compress
@@ -74,9 +79,10 @@ def compress_table(settings: Settings, command: str) -> None:
         if options.bounds:
             advise_table(table, methods, options, output)
         else:
-            board = settings.telemetry.tensorboard
-            content = sweep_table(table, tried, output, tensorboard=board)
+            content = sweep_table(table, tried, output)
             lines = table_lines(content, folder, settings.workdir)
+            with Boards.of_command(settings, folder, "compress", command) as boards:
+                boards.figure("errors", error_figure(content))
         remove_leftovers(folder)
         return [*lines, _lacking(table, source)]
 

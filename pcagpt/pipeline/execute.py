@@ -8,12 +8,14 @@ import jax
 
 from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
+from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.job import Job, Kind, Status
+from pcagpt.pipeline.overview import show_plan, show_results
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
 from pcagpt.report import collect_results, experiment_lines, write_report
 from pcagpt.sharding import processes
-from pcagpt.telemetry.metrics import import_wandb
+from pcagpt.telemetry.wandb_run import import_wandb
 from pcagpt.training.setup import Setup
 
 
@@ -69,7 +71,7 @@ def describe(needed: dict[Job, Status]) -> list[str]:
 def execute(plan: Plan, command: str) -> None:
     """Does the missing jobs in order, and writes the report of an experiment.
 
-    The report shows `command`. All processes must call this.
+    The report and the boards show `command`. All processes must call this.
 
     Raises:
       UserError: as for `check`, or a job does not fit the corpus or the devices. In
@@ -93,9 +95,11 @@ def execute(plan: Plan, command: str) -> None:
             f"{how_to_name_tokens(vocab_size)}"
         )
     is_new = bool(setups)
+    if is_new:
+        processes.from_first(lambda: show_plan(plan, command))
     for job in list(setups):
         # `pop` lets go of what one job holds before the next one begins.
-        job.run(setups.pop(job))
+        job.run(setups.pop(job), command)
     # Another command may have replaced what is told or reported now.
     for job, (kind, _) in check(plan).items():
         if kind != Kind.DONE:
@@ -107,8 +111,10 @@ def execute(plan: Plan, command: str) -> None:
         say(*(line for job in needed if job.is_target for line in job.found()))
     elif jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
+        path = workdir / "results.json"
+        known = read_json(path, "") if path.is_file() and is_sealed(path) else {}
         results = collect_results(workdir, plan.reported, plan.factors, command)
-        results |= experiment_samples(plan.settings, workdir, results)
+        results |= experiment_samples(plan.settings, workdir, results, known)
         try:
             write_report(workdir, results)
         except OSError as error:
@@ -117,6 +123,9 @@ def execute(plan: Plan, command: str) -> None:
             warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
         else:
             say(f"report: {workdir / 'report.html'}")
+            # Other commands may have trained all runs.
+            if is_new or known.get("rows") != results["rows"]:
+                show_results(plan, command, results)
         say(*experiment_lines(results, workdir))
 
 

@@ -1,11 +1,14 @@
 """A job that factorizes the table of a run or of a .npy file."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from pcagpt import factorization
 from pcagpt.config import Settings, effort
@@ -16,12 +19,13 @@ from pcagpt.files import remove_leftovers, sha256_of_file
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
+from pcagpt.pipeline.token_rows import BEFORE, show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import check_link, move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
-from pcagpt.telemetry.metrics import Telemetry
+from pcagpt.telemetry.boards import Boards
 
 
 class Work(NamedTuple):
@@ -224,9 +228,10 @@ class FactorizeJob(Job):
             return False
         return not read_result(self.source) or bool(self._differing(metadata))
 
-    def run(self, _: None = None) -> None:
+    def run(self, _: None = None, command: str = "") -> None:
         """Writes the files on the first process; every process calibrates.
 
+        `command` is as in `Job`.
         Waits while another command holds the folder; nothing is left to do if it made
         these files.
         """
@@ -247,7 +252,9 @@ class FactorizeJob(Job):
                         "while it was factorized: run the same command again"
                     )
 
-            processes.from_first(lambda: self._write(work, run, measured, check))
+            processes.from_first(
+                lambda: self._write(work, run, measured, check, command)
+            )
 
     def _write(
         self,
@@ -255,6 +262,7 @@ class FactorizeJob(Job):
         run: Run | None,
         measured: Statistics | None,
         check: Callable[[], None],
+        command: str,
     ) -> None:
         """Writes the files that are left to do, of `run` or of a bare table.
 
@@ -291,10 +299,23 @@ class FactorizeJob(Job):
         factor_files.write(
             self.folder, tables, singular_values, metadata, chosen.bands > 1
         )
-        board = self.settings.telemetry.tensorboard
-        with Telemetry(self.folder, tensorboard=board) as telemetry:
-            telemetry.figure("spectrum", spectrum_figure(singular_values, ranks))
+        shown_in = (self.settings, self.folder, "factorize", command)
+        with Boards.of_command(*shown_in) as boards:
+            boards.figure("spectrum", spectrum_figure(singular_values, ranks))
+            if run:
+                shown = {
+                    f"after_rank_{n}": functools.partial(self._dense, n) for n in ranks
+                }
+                shown = {BEFORE: lambda: table_VD} | shown
+                show_rows(boards, run, self.settings, statistics, shown)
         remove_leftovers(self.folder)
+
+    def _dense(self, rank: int) -> np.ndarray | None:
+        """The table [V, D] in the files of a rank; None if they are damaged."""
+        in_bands = self.settings.factorize.bands > 1
+        with contextlib.suppress(UserError):
+            return factor_files.read(self.folder, rank, in_bands).dense()
+        return None
 
     def _measured_statistics(self, run: Run) -> Statistics:
         """Statistics on the corpus in `settings.data`, by default the run's own."""
@@ -335,7 +356,8 @@ class FactorizeJob(Job):
         return statistics
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
-        kept = ("workdir", "ranks", "factorize", "telemetry.tensorboard")
+        boards = ("tensorboard", "wandb", "wandb_project")
+        kept = ("workdir", "ranks", "factorize", *(f"telemetry.{b}" for b in boards))
         if METHODS[self.settings.factorize.method].needs_statistics:
             kept += ("compress.calibration_tokens", "train.batch_size", "data")
             kept += ("model.compute_dtype",)

@@ -81,10 +81,11 @@ class Job(abc.ABC):
         """
 
     @abc.abstractmethod
-    def run(self, checked: Any = None) -> None:
+    def run(self, checked: Any = None, command: str = "") -> None:
         """Makes what the folder lacks; `checked` is the result of `check`.
 
-        Waits while another command holds the folder. All processes must call this.
+        TensorBoard and W&B show `command`, what the person has called. Waits while
+        another command holds the folder. All processes must call this.
         """
 
     @abc.abstractmethod

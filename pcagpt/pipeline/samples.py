@@ -4,7 +4,6 @@ The prompts are pieces of the text that the report measures on.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,24 +15,29 @@ from pcagpt.compression.original import Original
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
-from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
+from pcagpt.run.continuation import (
+    PROMPT_TOKENS,
+    SEED,
+    TEMPERATURE,
+    drawn_after,
+    written,
+)
 from pcagpt.run.folder import read_record
-from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
-PROMPTS, PROMPT_TOKENS, TOKENS = 3, 12, 40
-SEED, TEMPERATURE = 1, 0.8
+PROMPTS, TOKENS = 3, 40
 
 
 def experiment_samples(
-    settings: Settings, workdir: Path, results: dict[str, Any]
+    settings: Settings, workdir: Path, results: dict[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The samples of the runs that a report compares, as `samples_of` returns them."""
-    path = workdir / "results.json"
-    known = read_json(path, "") if path.is_file() and is_sealed(path) else {}
+    """The samples of the runs that a report compares, as `samples_of` returns them.
+
+    `known`: the results that the report showed before; {} if there are none.
+    """
     runs = {name: workdir / run for name, run in compared_runs(results).items()}
 
     def text() -> np.ndarray:
@@ -86,9 +90,7 @@ def samples_of(
                 draw = writer.load()
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
                     drawn = draw(prompt, tokenizer.n_vocab)
-                    ids = list(itertools.islice(drawn, TOKENS))
-                    kept = itertools.takewhile(lambda one: one != end, ids)
-                    found[name] = tokenizer.decode(list(kept))
+                    found[name] = written(drawn, tokenizer, TOKENS)
     except NoTokenizer:
         return {}
     except UserError as error:
@@ -120,17 +122,7 @@ def _of_run(settings: Settings, folder: Path) -> _Writer:
     run = Run.open(folder)
 
     def load() -> Callable[[np.ndarray, int], Iterable[int]]:
-        model, variables = run.load(settings.model)
-
-        def draw(prompt: np.ndarray, known_ids: int) -> Iterable[int]:
-            drawn = generate(
-                *(model, variables, np.asarray(prompt, np.int32), 1, SEED),
-                temperature=TEMPERATURE,
-                known_ids=known_ids,
-            )
-            return (int(token_B[0]) for token_B in drawn)
-
-        return draw
+        return functools.partial(drawn_after, *run.load(settings.model))
 
     return _Writer(run.fingerprint, load)
 

@@ -330,11 +330,11 @@ class TrainJob(Job):
             f"({', '.join(differing)} differ){corpus.older_tokens(stored, beside)}"
         )
 
-    def run(self, checked: Setup | None = None) -> None:
+    def run(self, checked: Setup | None = None, command: str = "") -> None:
         """Trains the run; continues from its newest checkpoint if it has one.
 
         Waits while another command holds the folder; nothing is left to do if it made
-        this run. `checked` is the result of `check`.
+        this run. `checked` and `command` are as in `Job`.
         """
         with lock.held(self.folder, meanwhile=self.status) as check_lock:
             corpus = checked.corpus if checked else self.corpus()
@@ -367,7 +367,7 @@ class TrainJob(Job):
                 remove_leftovers(self.folder)
             processes.wait_for_all(self.folder.name)
             try:
-                train(setup, self.folder, record, self.label, check_place)
+                train(setup, self.folder, record, self.label, check_place, command)
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
                 raise UserError(f"{error}: lower {knob} and {self._remedy}") from None

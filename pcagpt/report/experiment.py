@@ -278,6 +278,15 @@ SUMMARY = [
 ]
 
 
+def summary_table(models: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows of cells) of the summary of `means_over_seeds`, without markup."""
+    titles = [column.title for column in SUMMARY]
+    return titles, [
+        [model["letter"], *(column.cell(model) for column in SUMMARY[1:])]
+        for model in models
+    ]
+
+
 def _over(found: dict[str, Any]) -> str:
     if not found["interval"]:
         return found["no_interval_because"] or "–"

@@ -1,19 +1,17 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard and W&B."""
+"""The metrics of a run: metrics.jsonl, and the boards that show them."""
 
 import json
 import logging
-import math
-import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 
 from pcagpt.errors import UserError, naming
 from pcagpt.files import check_fields, open_file, parse_json, strict, write_text
+from pcagpt.telemetry.boards import Boards, Wanted
+from pcagpt.telemetry.tensorboard_files import VAL_LOSS
 
 _LOGGER = logging.getLogger(__name__)
 # {field of a line in metrics.jsonl: its types}
@@ -23,6 +21,8 @@ _ENTRY = {
     "split": (str,),
     "loss": (int, float, None),
 }
+_TAGS = {("val", "loss"): VAL_LOSS}
+_UNSHOWN = ("tokens_predicted",)  # The same at each step, it would be a flat curve.
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -49,80 +49,45 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def import_wandb() -> ModuleType:
-    """Imports the optional package wandb; UserError if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "telemetry.wandb needs the package wandb, which is not installed: "
-            "pip install 'pcagpt[wandb]', or --config.telemetry.wandb=False"
-        ) from None
-    return wandb
+class Telemetry(Boards):
+    """Records one run in its folder, and shows it; a context manager.
 
-
-def _start_wandb(
-    run_dir: Path, config: Mapping[str, Any] | None, project: str, resume: bool
-) -> Any:
-    """Starts a W&B run, or continues the run of the folder's wandb_id."""
-    wandb = import_wandb()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    id_file = run_dir / "wandb_id"
-    known = resume and id_file.is_file()
-    try:
-        run = wandb.init(
-            project=project,
-            name=run_dir.name,
-            id=id_file.read_text("utf-8").strip() if known else None,
-            resume="allow" if known else None,
-            dir=str(run_dir),
-            config=config,
-            # W&B's capture of the console would break the progress bar.
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except wandb.errors.Error as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(
-            f"W&B did not start: {reason}; log in with `wandb login`, set "
-            "WANDB_MODE=offline, or switch it off with --config.telemetry.wandb=False"
-        ) from None
-    write_text(id_file, run.id + "\n")
-    # W&B ignores entries with a step below its own counter, but a resumed run writes
-    # such entries. So our step is a metric, and it is the x-axis of all other metrics.
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-class Telemetry:
-    """Records one run in its folder; a context manager.
-
-    The methods do nothing on other processes than the first. `config` is for W&B.
-
-    With a `resume_step`, it removes later lines of metrics.jsonl and does not write
-    existing lines again, so that each (step, split) has one line. With None, it starts
-    a new metrics.jsonl. Raises UserError if W&B cannot start; metrics.jsonl is then
-    unchanged.
+    The methods do nothing on other processes than the first.
     """
 
-    _path = _board = _wandb = None  # stay None except on the first process
+    _path = None  # stays None except on the first process
 
     def __init__(
         self,
-        run_dir: str | os.PathLike,
+        run_dir: Path,
+        wanted: Wanted,
         *,
-        config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
-        tensorboard: bool = True,
-        wandb: bool = False,
-        wandb_project: str = "pcagpt",
+        **of_boards: Any,
     ):
+        """Opens metrics.jsonl and the boards.
+
+        With a `resume_step`, it removes later lines of metrics.jsonl and does not write
+        existing lines again, so that each (step, split) has one line. With None, it
+        starts a new metrics.jsonl.
+
+        Args:
+          run_dir: the run's folder.
+          wanted: which boards.
+          resume_step: the step of the state that the run goes on from; None: it is new.
+          **of_boards: `workdir`, `command` and `config`, as in `Boards`.
+
+        Raises:
+          UserError: W&B cannot start. metrics.jsonl is then unchanged.
+        """
+        last_step = -1 if resume_step is None else resume_step
+        first_step = last_step + 1
+        super().__init__(
+            run_dir, wanted, job="train", first_step=first_step, **of_boards
+        )
         if jax.process_index() > 0:
             return
-        run_dir, resume = Path(run_dir), resume_step is not None
-        if wandb:  # first, because it can fail and must leave metrics.jsonl unchanged
-            self._wandb = _start_wandb(run_dir, config, wandb_project, resume)
         run_dir.mkdir(parents=True, exist_ok=True)
-        last_step = resume_step if resume else -1
         self._path = run_dir / "metrics.jsonl"
         kept = {
             (entry["step"], entry["split"]): json.dumps(entry) + "\n"
@@ -132,15 +97,6 @@ class Telemetry:
         if self._path.exists():
             write_text(self._path, "".join(kept.values()))
         self._logged = set(kept)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(run_dir),
-                purge_step=last_step + 1,
-                # Without this, two writers in one second would have the same file name.
-                filename_suffix=f".{time.time_ns()}",
-            )
 
     def log(
         self, step: int, tokens: int, split: str, metrics: Mapping[str, Any]
@@ -148,7 +104,8 @@ class Telemetry:
         """Records scalars after `step` updates on `tokens` training tokens.
 
         None means that a metric was not measured. NaN and infinities become null in
-        metrics.jsonl.
+        metrics.jsonl. The boards have them as SPLIT/NAME, but the validation loss as
+        VAL_LOSS.
         """
         if self._path is None or (step, split) in self._logged:
             return
@@ -157,62 +114,11 @@ class Telemetry:
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         scalars = {
-            f"{split}/{name}": float(value)
+            _TAGS.get((split, name), f"{split}/{name}"): float(value)
             for name, value in metrics.items()
-            if value is not None
+            if value is not None and name not in _UNSHOWN
         }
         if self._board:
-            for tag, value in scalars.items():
-                self._board.add_scalar(tag, value, step)
+            self._board.scalars(scalars, step)
         if self._wandb:
-            self._wandb.log(counts | scalars)
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Adds a page of Markdown to TensorBoard."""
-        if self._board:
-            self._board.add_text(tag, markdown)
-
-    def figure(self, tag: str, figure: Any) -> None:
-        """Adds a figure of `pcagpt.report` as an image to TensorBoard."""
-        if self._board:
-            from tensorboardX.proto.summary_pb2 import Summary
-
-            picture = figure.png()
-            width, height = (
-                int.from_bytes(picture[n : n + 4], "big") for n in (16, 20)
-            )
-            image = Summary.Image(
-                width=width, height=height, colorspace=4, encoded_image_string=picture
-            )
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self._board.file_writer.add_summary(summary)
-
-    def hyperparameters(
-        self, flat_dict: Mapping[str, Any], final_metrics: Mapping[str, Any]
-    ) -> None:
-        """Adds the run to TensorBoard's HPARAMS table, with metrics `final/NAME`."""
-        metrics = {
-            f"final/{name}": float(value)
-            for name, value in final_metrics.items()
-            if value is not None and math.isfinite(value)
-        }
-        if self._board:
-            settings = {
-                name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in flat_dict.items()
-            }
-            # add_hparams opens a second file, and TensorBoard then ignores the first.
-            self._board.flush()
-            # "." is the run's own folder; another name would show up as a second run.
-            self._board.add_hparams(settings, metrics, name=".")
-        if self._wandb:
-            self._wandb.summary.update(metrics)
-
-    def __enter__(self) -> "Telemetry":
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._wandb.scalars(counts | scalars)

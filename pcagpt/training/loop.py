@@ -22,7 +22,7 @@ from pcagpt.model import (
     total_parameters,
     training_flops_per_token,
 )
-from pcagpt.run import checkpoint, digests, provenance
+from pcagpt.run import checkpoint, digests, hyperparameters, provenance
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import WEIGHTS_HASH, config_sha256, write_result
@@ -31,6 +31,7 @@ from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
 from pcagpt.training.interrupt import recorded_signals
 from pcagpt.training.meter import History, Meter, NotFinite
+from pcagpt.training.sampler import sampler
 from pcagpt.training.setup import Setup
 from pcagpt.training.step import Teacher, TrainState, initial_state, train_step
 
@@ -41,6 +42,7 @@ def train(
     record: dict[str, Any],
     label: str,
     check_place: Callable[[], None],
+    command: str = "",
 ) -> dict:
     """Trains to the last step and writes result.json.
 
@@ -51,6 +53,7 @@ def train(
       label: of the progress bar.
       check_place: called before each save on the first process; raises UserError if
         the folder belongs to another command now.
+      command: what the person has called; the boards show it.
 
     Returns:
       The result. checkpoints/README.md explains its fields.
@@ -70,7 +73,10 @@ def train(
         setup.check_unchanged()  # All imports are read now.
         resumed_at = checkpoints.latest_step  # None: the run is new
         first_step, seconds_before = int(state.step), history.seconds
-        telemetry = stack.enter_context(_telemetry(setup, run_dir, resumed_at))
+        telemetry = stack.enter_context(
+            _telemetry(setup, run_dir, record, command, resumed_at)
+        )
+        sample = sampler(setup) if telemetry.is_shown else None
         progress = stack.enter_context(Progress(label, last_step, first_step))
         stop = stack.enter_context(recorded_signals())
         compiled_step = compile_step(setup, state, shardings, teacher)
@@ -102,12 +108,15 @@ def train(
                 tokens = step * setup.tokens_per_step
                 history.add(tokens, loss)
                 telemetry.log(step, tokens, "val", measured.metrics)
+                if sample and is_new:
+                    telemetry.text("sample", sample(state.variables), step)
 
             # Step 0 is not saved: the same seed makes the same state again.
             save_is_due = is_last or stopping or step % settings.checkpoint.every == 0
             if is_new and step > 0 and save_is_due:
                 meter.flush()
                 history.seconds = seconds_before + time.monotonic() - began
+                telemetry.flush()  # A killed run goes on from here, and logs no more.
                 if jax.process_index() == 0:
                     check_place()
                 checkpoints.save(
@@ -136,7 +145,7 @@ def train(
         checkpoints.wait()
         result = _result(setup, run_dir, record, measured, history, compiled_step)
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-        telemetry.hyperparameters(settings.flat(), numbers)
+        telemetry.end(last_step, numbers)
         if jax.process_index() == 0:
             check_place()
             weights = digests.of_weights(checkpoint.folder_of(run_dir, last_step))
@@ -232,19 +241,30 @@ def peak_bytes(compiled_step: jax.stages.Compiled) -> int:
     )
 
 
-def _telemetry(setup: Setup, run_dir: Path, resumed_at: int | None) -> Telemetry:
-    """Opens the logs of the run and adds a table of its settings."""
-    settings = setup.settings
+def _telemetry(
+    setup: Setup,
+    run_dir: Path,
+    record: dict[str, Any],
+    command: str,
+    resumed_at: int | None,
+) -> Telemetry:
+    """Opens the logs of the run; a new one is described there."""
+    settings, model = setup.settings, setup.model.config
     telemetry = Telemetry(
         run_dir,
-        config=settings.to_dict(),
+        settings.telemetry,
         resume_step=resumed_at,
-        tensorboard=settings.telemetry.tensorboard,
-        wandb=settings.telemetry.wandb,
-        wandb_project=settings.telemetry.wandb_project,
+        workdir=Path(settings.workdir),
+        command=command,
+        config=settings.to_dict(),
     )
-    lines = [f"| {name} | {value} |" for name, value in settings.flat().items()]
-    telemetry.text("config", "\n".join(["| knob | value |", "|---|---|", *lines]))
+    if resumed_at is None:
+        rank = settings.model.n_embd_wte
+        telemetry.begin(
+            settings.flat(),
+            hyperparameters.hyperparameters(record),
+            hyperparameters.sizes(rank, model),
+        )
     return telemetry
 
 

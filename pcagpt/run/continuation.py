@@ -1,0 +1,36 @@
+"""Short texts that models write after a prompt, for reports and boards."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.data.vocabulary import Tokenizer
+from pcagpt.model import GPT
+from pcagpt.run.generate import generate
+
+SEED, TEMPERATURE = 1, 0.8
+PROMPT_TOKENS = 12  # a piece of a text
+
+
+def drawn_after(
+    model: GPT, variables: dict, prompt: np.ndarray, known_ids: int
+) -> Iterator[int]:
+    """Token ids below `known_ids` that follow a prompt [n], without end."""
+    prompt = np.asarray(prompt, np.int32)
+    drawn = generate(
+        *(model, variables, prompt, 1, SEED),
+        temperature=TEMPERATURE,
+        known_ids=known_ids,
+    )
+    return (int(token_B[0]) for token_B in drawn)
+
+
+def written(
+    drawn: Iterable[int], tokenizer: Tokenizer | CharacterTokenizer, tokens: int
+) -> str:
+    """The text of the first `tokens` ids, up to the first end of text."""
+    ids = list(itertools.islice(drawn, tokens))
+    end = tokenizer.eot_token
+    return tokenizer.decode(list(itertools.takewhile(lambda one: one != end, ids)))

@@ -1,0 +1,157 @@
+"""Event files for TensorBoard, and the files of its embedding projector."""
+
+import math
+import textwrap
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# TensorBoard opens on the group that is the first in the alphabet: this one alone.
+VAL_LOSS = "loss/val"
+# {category: {chart: [kind, patterns of tags]}}; a chart shows all runs.
+_CHARTS = {
+    "loss": {
+        "validation loss of all models": ["Multiline", [f"{VAL_LOSS}$"]],
+        "training loss of all models": ["Multiline", ["train/loss$"]],
+    },
+    "training": {
+        "learning rate": ["Multiline", ["train/learning_rate$"]],
+        "gradient norm": ["Multiline", ["train/gradient_norm$"]],
+        "tokens per second": ["Multiline", ["train/tokens_per_second$"]],
+    },
+}
+_TEXT_WIDTH = 100  # characters
+# Where TensorBoard looks for the projector's files in a run's folder.
+_PROJECTOR = Path("plugins", "org_tensorflow_tensorboard_projector")
+
+
+class TensorBoard:
+    """Event files of one folder, which is a run in TensorBoard."""
+
+    def __init__(self, folder: Path, first_step: int):
+        """Drops what older files of the folder have from `first_step` on."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=first_step,
+            # Without this, two writers in one second would have the same file name.
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds a point to the curve of each tag."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Adds plain text, in lines of a limited width."""
+        lines = [
+            line
+            for whole in text.splitlines()
+            for line in textwrap.wrap(whole, _TEXT_WIDTH, break_on_hyphens=False)
+            or [""]
+        ]
+        self._writer.add_text(tag, textwrap.indent("\n".join(lines), "    "), step)
+
+    def table(self, tag: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+        """Adds a table to the texts."""
+        whole = [columns, ["---"] * len(columns), *rows]
+        cells = ([str(cell).replace("|", r"\|") for cell in row] for row in whole)
+        lines = (f"| {' | '.join(row)} |" for row in cells)
+        self._writer.add_text(tag, "\n".join(lines), 0)
+
+    def picture(self, tag: str, png: bytes) -> None:
+        """Adds a PNG file as an image."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        width, height = (int.from_bytes(png[n : n + 4], "big") for n in (16, 20))
+        image = Summary.Image(
+            width=width, height=height, colorspace=4, encoded_image_string=png
+        )
+        self._add(Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    def charts(self) -> None:
+        """Adds the charts of the page 'Custom Scalars', which overlay all runs."""
+        self._writer.add_custom_scalars(_CHARTS)
+
+    def columns(self, examples: Mapping[str, Any]) -> None:
+        """Names the columns of HPARAMS, for all runs below the folder above.
+
+        `examples` has a value of each column; its type counts. The validation loss is
+        one more column.
+        """
+        # `add_hparams` would name the columns of each run anew, and draw a chart for
+        # each final number.
+        named, _, _ = _hparams(examples, [VAL_LOSS])
+        self._add(named)
+
+    def session(self, values: Mapping[str, Any]) -> None:
+        """Adds the run to HPARAMS; None is an empty cell."""
+        _, begun, _ = _hparams(values, [])
+        self._add(begun)
+
+    def end_session(self, step: int) -> None:
+        """Marks the run in HPARAMS as finished."""
+        _, _, ended = _hparams({}, [])
+        self._add(ended, step)
+
+    def flush(self) -> None:
+        """Returns when everything is in the file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()
+
+    def _add(self, summary: Any, step: int = 0) -> None:
+        self._writer.file_writer.add_summary(summary, step)
+
+
+def _hparams(values: Mapping[str, Any], metrics: Iterable[str]) -> tuple:
+    """Summaries: the columns of HPARAMS, the begin of a run, its end."""
+    from tensorboardX.summary import hparams
+
+    plain = {
+        name: value
+        if isinstance(value, (bool, int, float, str, type(None)))
+        else str(value)
+        for name, value in values.items()
+    }
+    return hparams(plain, dict.fromkeys(metrics, 0.0))
+
+
+def write_projector(
+    folder: Path,
+    tables: Mapping[str, np.ndarray],
+    labels: Sequence[Sequence[Any]],
+    header: Sequence[str],
+) -> None:
+    """Writes tables for the embedding projector; replaces those of the same name.
+
+    Args:
+      folder: a run in TensorBoard.
+      tables: {name: rows [n, D]}; the names are words.
+      labels: n tuples of text or numbers, one for each row.
+      header: their names.
+    """
+    from tensorboardX.embedding import append_pbtxt, make_mat, make_tsv
+
+    place = folder / _PROJECTOR
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "projector_config.pbtxt").unlink(missing_ok=True)
+    for name, rows in tables.items():
+        (place / name).mkdir(exist_ok=True)
+        make_tsv(labels, str(place / name), header)
+        make_mat(_rounded(rows), str(place / name))
+        append_pbtxt(labels, None, str(place), name, 0, name)
+
+
+def _rounded(rows: np.ndarray) -> np.ndarray:
+    """The rows with five digits of the largest value: files a third as long."""
+    largest = float(np.abs(rows).max())
+    digits = 4 - math.floor(math.log10(largest)) if largest else 0
+    return np.asarray(rows, np.float64).round(digits)

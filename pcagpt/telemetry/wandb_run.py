@@ -1,0 +1,146 @@
+"""A run in Weights & Biases."""
+
+import html
+import io
+import secrets
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pcagpt.errors import UserError
+from pcagpt.files import write_text
+
+GROUP_FILE, _ID_FILE = "wandb_group", "wandb_id"
+
+
+def import_wandb() -> ModuleType:
+    """Imports the optional package wandb; UserError if it is not installed."""
+    try:
+        import PIL.Image  # noqa: F401 - wandb needs it for pictures.
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"telemetry.wandb needs the package {error.name}, which is not installed: "
+            "pip install 'pcagpt[wandb]', or --config.telemetry.wandb=False"
+        ) from None
+    return wandb
+
+
+class WandbRun:
+    """What one folder holds, as a run in W&B.
+
+    All runs of a workdir are in one group, whose name is in its file `wandb_group`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workdir: Path,
+        project: str,
+        job: str,
+        config: Mapping[str, Any],
+        continues: bool,
+    ):
+        """Starts a run, or continues that of the folder's wandb_id; says where it is.
+
+        Raises UserError if W&B does not start.
+        """
+        wandb = import_wandb()
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / _ID_FILE
+        known = continues and id_file.is_file()
+        try:
+            self._run = wandb.init(
+                project=project,
+                group=_group(workdir),
+                job_type=job,
+                name=folder.name,
+                id=id_file.read_text("utf-8").strip() if known else None,
+                resume="allow" if known else None,
+                dir=str(folder),
+                config=dict(config),
+                # W&B's capture of the console would break the progress bar.
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"W&B did not start: {reason}; log in with `wandb login`, set "
+                "WANDB_MODE=offline, or switch it off with "
+                "--config.telemetry.wandb=False"
+            ) from None
+        write_text(id_file, self._run.id + "\n")
+        # W&B ignores entries with a step below its own counter, but a resumed run
+        # writes such entries. So our step is a metric, and it is the x-axis of all
+        # other metrics.
+        self._run.define_metric("*", step_metric="step")
+        if self._run.offline:
+            # Its path ends in files/.
+            kept = Path(self._run.dir).parent
+            print(
+                f"W&B of {folder.name}, offline: {kept}; upload it with: "
+                f"wandb sync {shlex.quote(str(kept))}",
+                flush=True,
+            )
+        elif url := self._run.url:
+            print(f"W&B of {folder.name}: {url}", flush=True)
+
+    def scalars(self, values: Mapping[str, float]) -> None:
+        """Adds a point to each curve; `values` also has the step."""
+        self._run.log(dict(values))
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Adds plain text."""
+        import wandb
+
+        page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        self._run.log({"step": step, tag: wandb.Html(page)})
+
+    def table(self, tag: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+        """Adds a table."""
+        import wandb
+
+        data = [list(row) for row in rows]
+        found = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+        self._run.log({"step": 0, tag: found})
+
+    def picture(self, tag: str, png: bytes) -> None:
+        """Adds a PNG file as an image."""
+        import PIL.Image
+        import wandb
+
+        with PIL.Image.open(io.BytesIO(png)) as image:
+            self._run.log({"step": 0, tag: wandb.Image(image)})
+
+    def session(self, values: Mapping[str, Any]) -> None:
+        """Adds columns to the table of runs."""
+        self._run.config.update(dict(values), allow_val_change=True)
+
+    def end(self, numbers: Mapping[str, float]) -> None:
+        """Sets the final numbers."""
+        self._run.summary.update(dict(numbers))
+
+    def close(self, has_failed: bool) -> None:
+        """Ends the run."""
+        self._run.finish(exit_code=1 if has_failed else 0)
+
+
+def share_group(workdir: Path, other: Path) -> None:
+    """Puts the runs of a folder into the group of a workdir, unless it has its own."""
+    if not (other / GROUP_FILE).exists():
+        write_text(other / GROUP_FILE, _group(workdir) + "\n")
+
+
+def _group(workdir: Path) -> str:
+    """The group of a workdir's runs; a new workdir gets a new one."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / GROUP_FILE
+    try:  # Another command may begin there at the same time.
+        with path.open("x", encoding="utf-8") as file:
+            file.write(f"{workdir.resolve().name}-{secrets.token_hex(4)}\n")
+    except FileExistsError:
+        pass
+    return path.read_text("utf-8").strip()
