@@ -60,10 +60,9 @@ def headline(folder: Path) -> str:
         f"loss of {fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
         f"{TEXTS['val']}** and by {added(tested)} on {TEXTS['test']} (± half of the "
         "95% interval over windows of the text). The file has "
-        f"{fixed(bits, 2)} bits for each number, and encoding took "
-        f"{fixed(best.seconds, 0)} seconds. The smallest rounding that adds at most "
-        f"{SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as many "
-        "bytes. The file saves no memory. A packed table does: it takes "
+        f"{fixed(bits, 2)} bits for each number. The smallest rounding that adds at "
+        f"most {SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as "
+        "many bytes. The file saves no memory. A packed table does: it takes "
         f"{megabytes(packed.memory)} on the device and adds {added(packed)} nats on "
         f"{TEXTS['val']}."
     )

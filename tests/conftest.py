@@ -44,10 +44,33 @@ def shared(tmp_path_factory):
             if not done.exists():
                 folder.mkdir()
                 make(folder)
-                done.touch()
+                done.write_text("\n".join(files_in(folder)))
+            if name in ("finished", "trained"):
+                RUNS[folder] = done.read_text().splitlines()
         return folder
 
     return made
+
+
+RUNS = {}  # {shared folder of runs: its files}
+
+
+def files_in(folder):
+    """The paths of everything in a folder."""
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.fixture(autouse=True)
+def runs_stay(request):
+    """Fails a test that leaves other files in a shared folder of runs.
+
+    Statistics that it left there would spare the next test to measure them.
+    """
+    yield
+    for folder, files in RUNS.items():
+        if changed := set(files_in(folder)) ^ set(files):
+            RUNS[folder] = files_in(folder)  # The next tests are not to blame.
+            pytest.fail(f"copy {folder} first: {request.node.name} changes {changed}")
 
 
 @pytest.fixture(scope="session")

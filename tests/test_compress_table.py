@@ -222,7 +222,8 @@ def test_singular_value_split_and_bands_reach_the_tables(table):
 def test_with_statistics_the_tables_are_those_of_a_sweep_of_the_model(
     finished_experiment, tmp_path
 ):
-    run = Run.open(Path(finished_experiment.workdir) / "gpt_baseline")
+    trained = Path(finished_experiment.workdir) / "gpt_baseline"
+    run = Run.open(shutil.copytree(trained, tmp_path / "gpt_baseline"))
     config = changed(
         finished_experiment,
         task="compress",

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import shutil
 import types
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
 from pcagpt.factorization.factor_files import read_bands  # noqa: E402
+from pcagpt.pipeline import compress as compress_task  # noqa: E402
 from pcagpt.pipeline import samples  # noqa: E402
 from pcagpt.pipeline.compress import compress  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
@@ -518,10 +518,16 @@ def test_d_and_the_tables_of_one_size_write_after_the_same_prompts(
 
 def test_a_changed_table_leaves_out_the_samples_and_says_so(swept, caplog, monkeypatch):
     settings, folder = swept
-    made = read_record(folder / "best_k16")
-    shutil.copytree(folder / "best_k16", folder / "best_other_k16")
-    made["compressed"]["table_sha256"] = "another"
-    (folder / "best_other_k16" / "config.json").write_text(json.dumps(made))
+    sweep = compress_task.sweep
+
+    def sweep_and_change(*arguments, **options):
+        models = sweep(*arguments, **options)
+        record = read_record(folder / "best_k16")
+        record["compressed"]["table_sha256"] = "another"
+        (folder / "best_k16" / "config.json").write_text(json.dumps(record))
+        return models
+
+    monkeypatch.setattr(compress_task, "sweep", sweep_and_change)
     monkeypatch.setattr(samples, "tokenizer_of", lambda run, settings: TOKENIZER)
     compress(settings, "a command")
     assert "samples" not in json.loads((folder / "sweep.json").read_text())

@@ -20,8 +20,9 @@ from pcagpt.run import calibrate, checkpoint, fingerprint, trained
 
 
 @pytest.fixture
-def baseline_dir(finished_experiment):
-    return Path(finished_experiment.workdir) / "gpt_baseline"
+def baseline_dir(finished_experiment, tmp_path):
+    finished = Path(finished_experiment.workdir) / "gpt_baseline"
+    return shutil.copytree(finished, tmp_path / "gpt_baseline")
 
 
 @pytest.fixture
@@ -169,12 +170,11 @@ def test_the_split_moves_the_singular_values_between_the_two_factors(job):
 
 @pytest.mark.usefixtures("quick")
 def test_a_checkpoint_is_read_once_also_to_calibrate_on_it(
-    job, baseline_dir, corpus_folder, tmp_path, monkeypatch
+    job, corpus_folder, monkeypatch
 ):
-    copy = Path(shutil.copytree(baseline_dir, tmp_path / "gpt_baseline"))
     knobs = {"train.batch_size": 8, "compress.calibration_tokens": 128}
     knobs |= {"data.source": str(corpus_folder), "mesh.data": 1}
-    job = by(job, source=copy, method="kl")
+    job = by(job, method="kl")
     job = dataclasses.replace(job, settings=job.settings.replace(knobs))
     read, load = [], checkpoint.load_weights
 
