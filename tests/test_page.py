@@ -1,6 +1,7 @@
 """The pages of the reports in a browser: charts, tables, narrow and dark screens."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pcagpt.files import read_json
 from pcagpt.report import write_sweep_report
 from pcagpt.report.page import write_experiment_pages
 from pcagpt.report.read import read_row
+from pcagpt.report.text import with_interval
 from pcagpt.rows import read_sweep
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -39,11 +41,23 @@ def _programs():
         pytest.skip(said)
 
 
+SMOLLM2 = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
+
+
+def of_smollm2(method, rank, bits=0):
+    """A row of the published sweep."""
+    recipe = {"method": method, "bands": 1, "rank": rank, "bits": bits}
+    return next(
+        row
+        for row in SMOLLM2["rows"]
+        if recipe.items() <= dataclasses.asdict(row).items()
+    )
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """{kind: page} of a sweep and of an experiment."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("sweep", "experiment")}
-    sweep = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
     published = PUBLISHED / "gpt2_small_wikipedia"
     results = read_json(published / "results.json", "")
     rows = [read_row(published / row["folder"]) | row for row in results["rows"]]
@@ -53,7 +67,7 @@ def pages(tmp_path_factory):
     results |= {"rows": rows, "samples": SAMPLES}
     results["spectrum"] |= {"singular_values": [3.0, 2.0, 1.0]}
     return {
-        "sweep": write_sweep_report(folders["sweep"], sweep | {"samples": SAMPLES}),
+        "sweep": write_sweep_report(folders["sweep"], SMOLLM2 | {"samples": SAMPLES}),
         "experiment": write_experiment_pages(folders["experiment"], results),
     }
 
@@ -144,7 +158,9 @@ def test_a_tooltip_has_the_value_and_its_interval(pages):
         webdriver.ActionChains(driver).move_to_element(point).perform()
         (tip,) = driver.find_elements(By.ID, "vg-tooltip-element")
         until(driver, lambda: "visible" in tip.get_attribute("class"))
-        for text in ("coded, k=256", "12,683,480 bytes", "3.58", "+0.0041 ± 0.0005"):
+        row = of_smollm2("coded", 256)
+        added = with_interval(row.added_loss, row.added_loss_interval)
+        for text in ("coded, k=256", f"{row.bytes:,} bytes", "3.58", added):
             assert text in tip.text
 
 
@@ -215,7 +231,9 @@ def test_a_table_sorts_filters_and_is_downloaded_as_csv(pages):
         values = dict(zip(names, cells, strict=True))
         assert values["Table"] == "D's table, GPTQ, int4"
         assert values["Bytes"] == "15925248" and lines[2:] == [""]
-        assert (values["Added"], values["Added ±"]) == ("+0.0348", "0.0015")
+        row = of_smollm2("gptq", 0, bits=4)
+        added = with_interval(row.added_loss, row.added_loss_interval)
+        assert f"{values['Added']} ± {values['Added ±']}" == added
 
 
 def test_samples_stand_side_by_side_as_text(pages):
