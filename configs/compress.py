@@ -13,7 +13,8 @@ checkpoints/compressed_test/, without models.
 
 --config.model_path=table.npy compresses a token table [V, d] without its model. There
 is no loss then: checkpoints/compressed_table/ gets the relative error of each table,
-the best ones as files, and a report; or, with .max_bytes=, the best table of that size.
+the best ones as files, and a report; or, with .max_bytes=, the best table of at most
+that size.
 Without table.statistics.npz beside it, only methods that need no statistics are tried.
 
 On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.

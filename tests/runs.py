@@ -183,10 +183,14 @@ def without_timings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in values.items() if name not in left_out}
 
 
+HPARAMS = "_hparams_/"
+
+
 def shown(folder: Path) -> dict[tuple[str, int], list[Any]]:
     """What TensorBoard shows of a folder: {(tag, step): its values, ideally one}.
 
-    A file that begins at a step replaces what older files have from there on.
+    A file that begins at a step replaces what older files have from there on. But of
+    the columns and rows of HPARAMS, which are metadata of a tag, the first ones stay.
     """
     found: dict[tuple[str, int], list[Any]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -196,9 +200,15 @@ def shown(folder: Path) -> dict[tuple[str, int], list[Any]]:
             event = Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
             if event.HasField("session_log"):
-                found = {key: v for key, v in found.items() if key[1] < event.step}
+                found = {
+                    key: values
+                    for key, values in found.items()
+                    if key[1] < event.step or key[0].startswith(HPARAMS)
+                }
             for value in event.summary.value:
-                found.setdefault((value.tag, event.step), []).append(value)
+                is_known = any(tag == value.tag for tag, _ in found)
+                if not (is_known and value.tag.startswith(HPARAMS)):
+                    found.setdefault((value.tag, event.step), []).append(value)
     return found
 
 

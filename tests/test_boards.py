@@ -1,5 +1,6 @@
 """What TensorBoard and W&B show: read back from the files that they get."""
 
+import errno
 import io
 import json
 import re
@@ -15,14 +16,17 @@ import PIL.Image
 import pytest
 from conftest import VOCAB_SIZE
 from runs import assert_equal, changed, execute, metrics, saved_state, shown, signal_at
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import layout_pb2, plugin_hparams_pb2
 
 from pcagpt.config import Settings
 from pcagpt.config.schema import TelemetrySettings
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.pipeline.compress import compress
+from pcagpt.pipeline.token_rows import show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run.hyperparameters import columns, hyperparameters
+from pcagpt.run.trained import Run
 from pcagpt.telemetry.boards import Boards
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -106,13 +110,70 @@ def test_texts_tables_and_figures_go_to_the_same_folder(tmp_path):
 
 
 def test_a_second_opening_replaces_what_the_first_one_showed(tmp_path):
-    for _ in range(2):
+    another = tmp_path / "events.out.tfevents.1795853731.host.77.0"
+    another.touch()  # By another program.
+    for number in range(2):
         with start(tmp_path) as boards:
             boards.figure("spectrum", spectrum_figure([2.0, 1.0], [1]))
-    assert {key: len(found) for key, found in shown(tmp_path).items()} == {
-        ("command/text_summary", 0): 1,
-        ("spectrum", 0): 1,
-    }
+            boards.columns({f"column_{number}": 1})
+            boards.begin({}, {"train.batch_size": number}, {})
+    found = shown(tmp_path)
+    assert {len(values) for values in found.values()} == {1}
+    assert found.keys() > {("command/text_summary", 0), ("spectrum", 0)}
+    (column,) = hparams(tmp_path, "experiment").hparam_infos
+    assert column.name == "column_1"
+    row = hparams(tmp_path, "session_start_info").hparams
+    assert row["train.batch_size"].number_value == 1
+    assert another.exists()
+
+
+def test_what_was_flushed_is_in_the_file(tmp_path):
+    with start(tmp_path) as boards:
+        boards.text("sample", "a text", 5)
+        boards.flush()  # A kill after it loses nothing.
+        assert ("sample/text_summary", 5) in shown(tmp_path)
+
+
+def test_a_full_disk_ends_the_boards_with_an_error_at_once(tmp_path, soon):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, start(tmp_path) as boards:
+        patch.setattr(EventsWriter, "write_event", fill)
+        for step in range(20):  # More than a queue of SummaryWriter holds.
+            with pytest.raises(OSError, match="No space left") as caught:
+                boards.text("sample", "a text", step)
+            assert caught.value.filename == str(tmp_path)
+
+
+def test_rows_without_a_token_have_no_text(config):
+    rows = VOCAB_SIZE + 5
+    trained = execute(changed(config, **{"model.vocab_size": rows}))
+    labels = []
+    boards = types.SimpleNamespace(
+        has_projector=True, projector=lambda _, given, __: labels.extend(given)
+    )
+    tables = dict.fromkeys("ab", lambda: np.ones((rows, 2)))
+    statistics = types.SimpleNamespace(frequency=np.arange(1.0, rows + 1))
+    show_rows(boards, Run.open(trained), Settings.of(config), statistics, tables)
+    texts = {token: text for text, token, *_ in labels}
+    assert (texts[VOCAB_SIZE - 1], texts[VOCAB_SIZE]) == (repr(TEXTS[-1]), "")
+
+
+def test_a_resumed_run_is_described_on_a_board_that_is_new(tmp_path):
+    with start(tmp_path, first_step=3) as boards:
+        boards.begin({}, {"train.batch_size": 8}, {})
+    row = hparams(tmp_path, "session_start_info").hparams
+    assert row["train.batch_size"].number_value == 8
+
+
+def test_the_columns_are_those_of_all_runs_of_the_workdir_so_far(config):
+    execute(config)
+    workdir = Path(config.workdir)
+    more = {"arm": "random", "model.n_embd_wte": 8, "train.steps": 3}
+    execute(changed(config, **more, **{"checkpoint.every": 3}))
+    found = hparams(workdir / "experiment", "experiment")
+    assert "train.steps" in [column.name for column in found.hparam_infos]
 
 
 def test_only_the_first_process_shows(tmp_path, monkeypatch, capsys):
@@ -452,6 +513,18 @@ def test_wandb_without_an_account_is_refused_in_one_line(
         start(tmp_path / "run", wandb=True)
     assert "\n" not in str(e.value)
     assert not list((tmp_path / "run").glob("events.*"))
+
+
+def test_work_that_is_done_is_shown_without_wandb_if_it_does_not_start(
+    tmp_path, wandb_home, monkeypatch, said
+):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    with start(tmp_path / "compressed", "compress", wandb=True) as boards:
+        boards.figure("pareto", spectrum_figure([2.0, 1.0], [1]))
+    assert ("pareto", 0) in shown(tmp_path / "compressed")
+    (line,) = said()
+    assert line.startswith("W&B did not start")
 
 
 @pytest.mark.parametrize("package", ["wandb", "PIL.Image"])

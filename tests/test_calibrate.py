@@ -115,6 +115,7 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     for name, bad, says in (
         ("hidden_mean", np.array([np.nan, 1]), "cannot be statistics"),
         ("probability", np.array([-1.0, 1, 1]), "cannot be statistics"),
+        ("gradient_moment", -np.eye(2), "cannot be statistics"),
         ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),
         ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),
     ):

@@ -186,6 +186,17 @@ def test_results_of_another_table_are_replaced_only_when_asked(table, words):
     assert list(folder_of(table).glob("*.replaced-*"))
 
 
+def test_a_table_under_another_protocol_is_replaced_only_when_asked(table):
+    words = asked(table, "--config.compress.max_bytes=8000")
+    assert call(*words).code == 0
+    words += ("--config.factorize.singular_value_split=0.5",)
+    line = refusal(*words, unchanged=[table.parent])
+    assert "holds other numbers, singular_value_split (there 0.0, here 0.5" in line
+    assert call(*words, "--config.overwrite=True").code == 0
+    assert list(folder_of(table).glob("advised.replaced-*"))
+    assert call(*words).code == 0
+
+
 def test_a_folder_of_a_person_is_moved_aside_only_when_asked(table):
     (place := folder_of(table) / "best_k10").mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
@@ -264,8 +275,8 @@ def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):
     # The plan does not know which sizes are too small.
     tried = len(rows) + outcome.out.count("left out: rank ")
     assert plan[-2] == f"{tried} tables to make"
-    last = "not measured: loss, which needs the model itself as model_path"
-    assert plan[-1] == outcome.out.splitlines()[-1] == last
+    last = "; not checked: whether the statistics are of this table's model"
+    assert plan[-1] == outcome.out.splitlines()[-1] and plan[-1].endswith(last)
     assert "best for their bytes, by the estimate:" in outcome.out
     text = (folder_of(table) / "report.md").read_text()
     assert "**No loss was measured**" in text
@@ -326,6 +337,15 @@ def test_a_bound_on_numbers_gives_factors(table):
     chosen = json.loads((folder / "advice.json").read_text())["chosen"]
     assert chosen["params"] <= 3000 and chosen["method"] == "pca"
     assert (folder / "factors").is_dir()
+
+
+def test_a_table_of_tiny_numbers_has_the_errors_of_the_same_one_in_other_units(table):
+    found = []
+    for unit in (1, 1e-25):
+        np.save(table, (unit * np.load(table)).astype(np.float32))
+        assert call(*asked(table, *QUICK, "--config.overwrite=True")).code == 0
+        found.append([row.relative_error for row in rows_of(table)])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_a_bound_that_no_table_fits_is_refused(table):

@@ -105,7 +105,9 @@ class BareTable:
 
 def relative_error(new_VD: np.ndarray, own_VD: np.ndarray) -> float:
     """|new - own| / |own| in Frobenius norm, of tables [V, D]."""
-    return float(np.linalg.norm(new_VD - own_VD) / np.linalg.norm(own_VD))
+    # In float32, the squares of small numbers would be 0.
+    error_VD = np.subtract(new_VD, own_VD, dtype=np.float64)
+    return float(np.linalg.norm(error_VD) / np.linalg.norm(own_VD.astype(np.float64)))
 
 
 def check_needs_no_text(

@@ -71,6 +71,7 @@ def advise_table(
     print(f"{table_text(row, table.table_VD.shape)}\ntable: {place}", flush=True)
     # The row of rounded factors has no hash.
     own = {"bounds": options.bounds, "written_sha256": candidate.sha256}
+    own["protocol"] = output.heading["protocol"]
     earlier = read_json(place / ADVICE, REMEDY) or {}
     is_same = all(earlier.get(name) == value for name, value in strict(own).items())
     if is_same and holds_table(place, row.method, candidate.sha256):

@@ -100,8 +100,9 @@ _READERS = {
 # The knobs that `compress` reads for a table without its model, besides `distributed`.
 OF_BARE_TABLE = {
     *("task", "workdir", "overwrite", "model_path", "ranks"),
-    *("factorize.singular_value_split", "telemetry.tensorboard", "compress.methods"),
-    *("compress.bands", "compress.bits", "compress.max_params", "compress.max_bytes"),
+    *("factorize.singular_value_split", "compress.methods", "compress.bands"),
+    *("compress.bits", "compress.max_params", "compress.max_bytes"),
+    *("telemetry.tensorboard", "telemetry.wandb", "telemetry.wandb_project"),
 }
 
 

@@ -8,9 +8,8 @@ import jax
 
 from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
-from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.job import Job, Kind, Status
-from pcagpt.pipeline.overview import show_plan, show_results
+from pcagpt.pipeline.overview import results_in, show_plan, show_results
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
 from pcagpt.report import collect_results, experiment_lines, write_report
@@ -111,8 +110,7 @@ def execute(plan: Plan, command: str) -> None:
         say(*(line for job in needed if job.is_target for line in job.found()))
     elif jax.process_index() == 0:
         workdir = Path(plan.settings.workdir)
-        path = workdir / "results.json"
-        known = read_json(path, "") if path.is_file() and is_sealed(path) else {}
+        known = results_in(workdir)
         results = collect_results(workdir, plan.reported, plan.factors, command)
         results |= experiment_samples(plan.settings, workdir, results, known)
         try:
@@ -123,10 +121,10 @@ def execute(plan: Plan, command: str) -> None:
             warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
         else:
             say(f"report: {workdir / 'report.html'}")
-            # Other commands may have trained all runs.
-            if is_new or known.get("rows") != results["rows"]:
-                show_results(plan, command, results)
         say(*experiment_lines(results, workdir))
+        # Other commands may have trained all runs.
+        if is_new or known.get("rows") != results["rows"]:
+            show_results(plan, command, results)
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:

@@ -5,11 +5,11 @@ the command, and the results of an experiment.
 """
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pcagpt.errors import UserError
+from pcagpt.files import is_sealed, read_json
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.report import means_over_seeds, size_figure, summary_table
@@ -23,30 +23,32 @@ FOLDER = "experiment"
 def show_plan(plan: Plan, command: str) -> None:
     """Shows the columns of HPARAMS and the command, before the first run begins.
 
-    W&B shows both beside each run.
+    Also the results of the workdir's last experiment. W&B shows all of this beside the
+    runs.
     """
     if any(isinstance(job, TrainJob) for job in plan.jobs):
         in_files = plan.settings.replace({"telemetry.wandb": False})
-        with _boards(plan._replace(settings=in_files), command):
-            pass
+        known = results_in(Path(plan.settings.workdir))
+        show_results(plan._replace(settings=in_files), command, known)
 
 
 def show_results(plan: Plan, command: str, results: dict[str, Any]) -> None:
-    """Shows the same again, and the results of an experiment: a figure and a table."""
-    models = means_over_seeds(results["rows"], results["comparisons"])
-    with _boards(plan, command) as boards:
-        # A sweep's figure of loss and size has the same name.
-        boards.figure("pareto", size_figure(models))
-        boards.table("table", *summary_table(models))
-
-
-@contextlib.contextmanager
-def _boards(plan: Plan, command: str) -> Iterator[Boards]:
+    """Shows the columns, the command, and an experiment: a figure and a table."""
     folder = Path(plan.settings.workdir) / FOLDER
     with Boards.of_command(plan.settings, folder, FOLDER, command) as boards:
         if boards.is_shown:  # The first process, which may read the other runs.
             boards.columns(columns(_records(plan)))
-        yield boards
+        if results:
+            models = means_over_seeds(results["rows"], results["comparisons"])
+            # A sweep's figure of loss and size has the same name.
+            boards.figure("pareto", size_figure(models))
+            boards.table("table", *summary_table(models))
+
+
+def results_in(workdir: Path) -> dict[str, Any]:
+    """The results.json of a workdir; {} if there is none, or a person changed it."""
+    path = workdir / "results.json"
+    return read_json(path, "") if path.is_file() and is_sealed(path) else {}
 
 
 def _records(plan: Plan) -> list[dict[str, Any]]:

@@ -50,7 +50,10 @@ def show_rows(
     with contextlib.suppress(UserError):  # Bare ids stand for no known text.
         tokenizer = tokenizer_of(run, settings)
         # `repr` shows spaces and line ends.
-        texts = [repr(tokenizer.decode([token])) for token in ids_n.tolist()]
+        texts = [
+            repr(tokenizer.decode([token])) if token < tokenizer.n_vocab else ""
+            for token in ids_n.tolist()
+        ]
     share_n = frequency_V[ids_n] / frequency_V.sum()
     shares = [f"{share:.2e}" for share in share_n]
     places = range(1, len(ids_n) + 1)

@@ -112,7 +112,7 @@ def lacking_line(statistics: Path | None) -> str:
     """
     loss = "not measured: loss, which needs the model itself as model_path"
     if statistics is None:
-        return loss
+        return f"{loss}; not checked: whether the statistics are of this table's model"
     needing = ", ".join(name for name in METHODS if name not in FREE)
     return f"{loss}; not tried: {needing}, which need its statistics as {statistics}"
 

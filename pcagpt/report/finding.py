@@ -21,7 +21,7 @@ from pcagpt.report.text import count, fixed, signed, times, with_interval
 from pcagpt.rows import Row
 
 
-def experiment_lines(results: dict[str, Any], workdir: str) -> list[str]:
+def experiment_lines(results: dict[str, Any], workdir: Path) -> list[str]:
     """The loss of each arm, and a command for the recommended model."""
     models = means_over_seeds(results["rows"], results["comparisons"])
     lines = [_arm(model) for model in models]

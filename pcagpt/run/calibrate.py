@@ -240,7 +240,9 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
                 f"{path}: '{name}' is {array.dtype} {array.shape}, it must be float64 "
                 f"{shape}"
             )
-        if not np.isfinite(array).all() or (letters == "V" and array.min() < 0):
+        # Second moments and shares of tokens are never negative.
+        least = {"V": array, "DD": array.diagonal()}.get(letters, np.zeros(1)).min()
+        if not np.isfinite(array).all() or least < 0:
             raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(statistics)):
         raise UserError(f"{path} was changed or damaged since it was written")

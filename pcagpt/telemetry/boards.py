@@ -7,8 +7,9 @@ from typing import Any, Protocol, Self
 
 import jax
 
+from pcagpt.errors import UserError, warn_once
 from pcagpt.telemetry.tensorboard_files import TensorBoard, write_projector
-from pcagpt.telemetry.wandb_run import WandbRun
+from pcagpt.telemetry.wandb_run import WandbRun, import_wandb
 
 
 class Wanted(Protocol):
@@ -48,6 +49,9 @@ class Boards:
     ):
         """Opens the boards and adds the command to their texts.
 
+        If W&B cannot start, training is refused. Other jobs may have worked for long
+        already: a line says so, and TensorBoard alone shows them.
+
         Args:
           folder: a run in TensorBoard and in W&B.
           wanted: which boards.
@@ -60,21 +64,28 @@ class Boards:
             showed of later ones is dropped.
 
         Raises:
-          UserError: W&B cannot start; nothing was written into the folder's files.
+          UserError: W&B is not installed, or it cannot start for `job` 'train'. Nothing
+            was shown yet, and no file was written.
         """
         project = wanted.wandb_project
         self._folder = folder
         if jax.process_index() > 0:
             return
         if wanted.wandb:  # First, because it can fail.
-            self._wandb = WandbRun(
-                folder,
-                workdir=workdir,
-                project=project,
-                job=job,
-                config=config or {},
-                continues=job != "train" or first_step > 0,
-            )
+            import_wandb()
+            try:
+                self._wandb = WandbRun(
+                    folder,
+                    workdir=workdir,
+                    project=project,
+                    job=job,
+                    config=config or {},
+                    continues=job != "train" or first_step > 0,
+                )
+            except UserError as error:
+                if job == "train":
+                    raise
+                warn_once(str(error))
         if wanted.tensorboard:
             self._board = TensorBoard(folder, first_step)
         if command:
@@ -121,12 +132,12 @@ class Boards:
         chosen: Mapping[str, Any],
         sizes: Mapping[str, Any],
     ) -> None:
-        """Shows a run that begins: a table of its knobs, and its row in HPARAMS.
+        """Shows a run's knobs as a table, and its row in HPARAMS, if it is new there.
 
         The row has the `chosen` knobs and the sizes. W&B has the knobs already, as its
         config.
         """
-        if self._board:
+        if self._board and self._board.is_new:
             self._board.charts()
             # TensorBoard opens the first two texts in the alphabet: command and sample.
             self._board.table("settings", ["knob", "value"], knobs.items())

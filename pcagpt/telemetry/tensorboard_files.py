@@ -1,6 +1,7 @@
 """Event files for TensorBoard, and the files of its embedding projector."""
 
 import math
+import re
 import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pcagpt.files import naming
 
 # TensorBoard opens on the group that is the first in the alphabet: this one alone.
 VAL_LOSS = "loss/val"
@@ -23,7 +26,9 @@ _CHARTS = {
         "tokens per second": ["Multiline", ["train/tokens_per_second$"]],
     },
 }
+_OURS = re.compile(r"\.\d{19}$")  # the ends of the names of our files
 _TEXT_WIDTH = 100  # characters
+_FLUSH_SECONDS = 30  # A person who looks on waits so long at most.
 # Where TensorBoard looks for the projector's files in a run's folder.
 _PROJECTOR = Path("plugins", "org_tensorflow_tensorboard_projector")
 
@@ -33,19 +38,32 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int):
         """Drops what older files of the folder have from `first_step` on."""
-        from tensorboardX import SummaryWriter
+        # SummaryWriter would hand everything to a thread, which ends at an error, such
+        # as a full disk. Whoever adds more would then wait forever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._writer = SummaryWriter(
-            str(folder),
-            purge_step=first_step,
-            # Without this, two writers in one second would have the same file name.
-            filename_suffix=f".{time.time_ns()}",
-        )
+        found = folder.glob("events.out.tfevents.*")
+        older = [path for path in found if _OURS.search(path.name)]
+        self.is_new = not (older and first_step)
+        if self.is_new:
+            # TensorBoard would go on showing their columns and rows of HPARAMS: of
+            # these, it keeps the first, also if a later file drops them.
+            for path in older:
+                path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._flushed = folder, time.monotonic()
+        # Without the time, two writers in one second would have the same file name.
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        begin = SessionLog(status=SessionLog.START)
+        self._write(session_log=begin, step=first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Adds a point to the curve of each tag."""
+        from tensorboardX.summary import scalar
+
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            self._add(scalar(tag, value), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Adds plain text, in lines of a limited width."""
@@ -55,14 +73,14 @@ class TensorBoard:
             for line in textwrap.wrap(whole, _TEXT_WIDTH, break_on_hyphens=False)
             or [""]
         ]
-        self._writer.add_text(tag, textwrap.indent("\n".join(lines), "    "), step)
+        self._markdown(tag, textwrap.indent("\n".join(lines), "    "), step)
 
     def table(self, tag: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
         """Adds a table to the texts."""
         whole = [columns, ["---"] * len(columns), *rows]
         cells = ([str(cell).replace("|", r"\|") for cell in row] for row in whole)
         lines = (f"| {' | '.join(row)} |" for row in cells)
-        self._writer.add_text(tag, "\n".join(lines), 0)
+        self._markdown(tag, "\n".join(lines))
 
     def picture(self, tag: str, png: bytes) -> None:
         """Adds a PNG file as an image."""
@@ -76,7 +94,9 @@ class TensorBoard:
 
     def charts(self) -> None:
         """Adds the charts of the page 'Custom Scalars', which overlay all runs."""
-        self._writer.add_custom_scalars(_CHARTS)
+        from tensorboardX.summary import custom_scalars
+
+        self._add(custom_scalars(_CHARTS))
 
     def columns(self, examples: Mapping[str, Any]) -> None:
         """Names the columns of HPARAMS, for all runs below the folder above.
@@ -100,15 +120,31 @@ class TensorBoard:
         self._add(ended, step)
 
     def flush(self) -> None:
-        """Returns when everything is in the file."""
-        self._writer.flush()
+        """Returns when everything is on the disk."""
+        with naming(self._folder):
+            self._events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Ends the file."""
-        self._writer.close()
+        with naming(self._folder):
+            self._events.close()
+
+    def _markdown(self, tag: str, text: str, step: int = 0) -> None:
+        from tensorboardX import summary
+
+        self._add(summary.text(tag, text), step)
 
     def _add(self, summary: Any, step: int = 0) -> None:
-        self._writer.file_writer.add_summary(summary, step)
+        self._write(summary=summary, step=step)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with naming(self._folder):
+            self._events.write_event(Event(wall_time=time.time(), **content))
 
 
 def _hparams(values: Mapping[str, Any], metrics: Iterable[str]) -> tuple:

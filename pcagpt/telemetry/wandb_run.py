@@ -52,12 +52,14 @@ class WandbRun:
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / _ID_FILE
         known = continues and id_file.is_file()
+        own = folder.is_relative_to(workdir)
+        name = folder.relative_to(workdir).as_posix() if own else folder.name
         try:
             self._run = wandb.init(
                 project=project,
                 group=_group(workdir),
                 job_type=job,
-                name=folder.name,
+                name=name,
                 id=id_file.read_text("utf-8").strip() if known else None,
                 resume="allow" if known else None,
                 dir=str(folder),
@@ -81,12 +83,12 @@ class WandbRun:
             # Its path ends in files/.
             kept = Path(self._run.dir).parent
             print(
-                f"W&B of {folder.name}, offline: {kept}; upload it with: "
+                f"W&B of {name}, offline: {kept}; upload it with: "
                 f"wandb sync {shlex.quote(str(kept))}",
                 flush=True,
             )
         elif url := self._run.url:
-            print(f"W&B of {folder.name}: {url}", flush=True)
+            print(f"W&B of {name}: {url}", flush=True)
 
     def scalars(self, values: Mapping[str, float]) -> None:
         """Adds a point to each curve; `values` also has the step."""

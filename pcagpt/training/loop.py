@@ -248,7 +248,7 @@ def _telemetry(
     command: str,
     resumed_at: int | None,
 ) -> Telemetry:
-    """Opens the logs of the run; a new one is described there."""
+    """Opens the logs of the run, and describes it there."""
     settings, model = setup.settings, setup.model.config
     telemetry = Telemetry(
         run_dir,
@@ -258,13 +258,11 @@ def _telemetry(
         command=command,
         config=settings.to_dict(),
     )
-    if resumed_at is None:
-        rank = settings.model.n_embd_wte
-        telemetry.begin(
-            settings.flat(),
-            hyperparameters.hyperparameters(record),
-            hyperparameters.sizes(rank, model),
-        )
+    telemetry.begin(
+        settings.flat(),
+        hyperparameters.hyperparameters(record),
+        hyperparameters.sizes(settings.model.n_embd_wte, model),
+    )
     return telemetry
 
 
