@@ -339,12 +339,13 @@ def test_a_bound_on_numbers_gives_factors(table):
     assert (folder / "factors").is_dir()
 
 
-def test_a_table_of_tiny_numbers_has_the_errors_of_the_same_one_in_other_units(table):
+def test_factors_of_a_table_of_tiny_numbers_have_the_same_error(table):
     found = []
     for unit in (1, 1e-25):
         np.save(table, (unit * np.load(table)).astype(np.float32))
         assert call(*asked(table, *QUICK, "--config.overwrite=True")).code == 0
-        found.append([row.relative_error for row in rows_of(table)])
+        (row,) = [r for r in rows_of(table) if (r.method, r.bits) == ("svd", 32)]
+        found.append(row.relative_error)
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 

@@ -240,9 +240,11 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
                 f"{path}: '{name}' is {array.dtype} {array.shape}, it must be float64 "
                 f"{shape}"
             )
-        # Second moments and shares of tokens are never negative.
-        least = {"V": array, "DD": array.diagonal()}.get(letters, np.zeros(1)).min()
-        if not np.isfinite(array).all() or least < 0:
+        is_negative = letters == "V" and array.min() < 0
+        if name in ("hidden_moment", "gradient_moment"):  # Of squares, up to rounding.
+            squares = array.diagonal()
+            is_negative = squares.min() < -1e-6 * np.abs(squares).max()
+        if not np.isfinite(array).all() or is_negative:
             raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(statistics)):
         raise UserError(f"{path} was changed or damaged since it was written")
