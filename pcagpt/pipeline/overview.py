@@ -46,7 +46,7 @@ def show_results(plan: Plan, command: str, results: dict[str, Any]) -> None:
 
 
 def results_in(workdir: Path) -> dict[str, Any]:
-    """The results.json of a workdir; {} if there is none, or a person changed it."""
+    """The content of results.json; {} if it is missing or a person changed it."""
     path = workdir / "results.json"
     return read_json(path, "") if path.is_file() and is_sealed(path) else {}
 

@@ -175,7 +175,7 @@ def stored_columns(
 
 
 def _is_other_architecture(sweep: dict[str, Any]) -> bool:
-    """Whether the model is none of ours; older files only name the packages."""
+    """Whether transformers computes the model. Older files only name its version."""
     packages = sweep.get("versions") or {}
     return bool(sweep.get("architecture") or "transformers" in packages)
 

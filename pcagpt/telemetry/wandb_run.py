@@ -31,7 +31,7 @@ def import_wandb() -> ModuleType:
 class WandbRun:
     """What one folder holds, as a run in W&B.
 
-    All runs of a workdir are in one group, whose name is in its file `wandb_group`.
+    All runs of a workdir are one group. The file `wandb_group` there has its name.
     """
 
     def __init__(
