@@ -12,6 +12,7 @@ from runs import changed
 from pcagpt import files
 from pcagpt.compression.original import Original
 from pcagpt.config import Settings
+from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
 from pcagpt.run import calibrate
@@ -98,6 +99,33 @@ def test_the_first_process_decides_whether_statistics_are_known(original, monkey
     found = dataclasses.replace(original).statistics
     for array, wanted in zip(found, measured, strict=True):
         np.testing.assert_array_equal(array, wanted)
+
+
+@pytest.mark.parametrize(
+    ("part", "sizes"), [(0, [4, 4, 4]), (1, [1] * 9), (3, [3, 1, 3, 1, 1])]
+)
+def test_a_model_that_takes_parts_of_batches_reads_no_more_text_than_asked(
+    part, sizes, original, tmp_path
+):
+    found, read = original.statistics, []
+
+    def measure(_, parts):
+        read.extend(parts)
+        return found
+
+    how = {"window": 16, "tokens": 9 * 16 - 3, "batch_size": 4, "part": part}
+    calibrate.statistics(
+        *(original.run, original.corpus, measure, tmp_path / "kept"),
+        compute_dtype="float32",
+        **how,
+    )
+    assert [len(part_BT) for part_BT in read] == sizes
+    batches = TrainingBatches(original.corpus.tokens("train"), 16, 4, calibrate.SEED)
+    whole = np.concatenate([batches.batch_at(step)[:, :-1] for step in range(3)])
+    np.testing.assert_array_equal(np.concatenate(read), whole[: sum(sizes)])
+    (path,) = (tmp_path / "kept").iterdir()
+    _, protocol = calibrate._read(path)
+    assert protocol["tokens"] == 16 * sum(sizes)
 
 
 def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):

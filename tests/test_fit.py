@@ -6,7 +6,7 @@ import pytest
 from pcagpt.compression.candidates import Candidate, Compressor, quantized, recipes
 from pcagpt.compression.fit import Fit
 from pcagpt.compression.rivals import MAKERS
-from pcagpt.config import Settings
+from pcagpt.config import Settings, methods_of
 from pcagpt.factorization import (
     BandFactors,
     BudgetTooSmall,
@@ -16,7 +16,7 @@ from pcagpt.factorization import (
     quantize,
 )
 from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, PACKED, RIVALS
-from pcagpt.pipeline.compress import decide_effort
+from pcagpt.pipeline.compress import decide_effort, recipes_of
 from pcagpt.rows import Recipe, SwapScores
 
 SWEEP = Settings(task="compress", ranks=())
@@ -106,7 +106,25 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
             "evaluate.max_tokens": 8,
         }
     )
-    assert decide_effort(explicit, "cpu") == explicit
+    for shape in (0, 0), (50_257, 768):
+        assert decide_effort(explicit, "cpu", shape) == explicit
+
+
+def test_a_large_table_has_fewer_rows_and_tokens_on_a_cpu():
+    small, large = (50_257, 128), (49_152, 576)
+    first, few = (decide_effort(SWEEP, "cpu", shape) for shape in (small, large))
+    assert first == decide_effort(SWEEP, "cpu")
+    assert decide_effort(SWEEP, "gpu", large) == decide_effort(SWEEP, "gpu")
+    assert few.compress.calibration_tokens < first.compress.calibration_tokens
+    assert few.evaluate.max_tokens < first.evaluate.max_tokens
+    amounts = [
+        len(recipes_of(chosen, large, methods_of(chosen.compress.methods)))
+        for chosen in (first, few)
+    ]
+    assert amounts == [34, 6]
+    # Only factors that were tried can be trained further.
+    further = SWEEP.replace({"compress.recover_ranks": (64,)})
+    assert decide_effort(further, "cpu", large) == decide_effort(further, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def compress(
             given |= _source(run, data, Path(own), given.get("data.tokenizer", "auto"))
         settings = settings_of("compress", {"model_path": str(run.folder), **given})
         _check_bound(settings)
-        settings = decide_effort(settings, jax.default_backend())
+        settings = decide_effort(settings, jax.default_backend(), run.table_shape)
         original = Original.of(run, settings, cache / "measured")
         if original.model.sides:
             raise UserError(

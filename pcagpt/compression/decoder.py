@@ -105,9 +105,8 @@ class Decoder:
         total: dict[str, Any] = {}
         tokens = 0
         for batch_BT in batches:
-            for part_BT in self._put(batch_BT).split(self._windows):
-                for name, sums in self._sums(part_BT, chance).items():
-                    total[name] = total.get(name, 0) + sums.double().cpu().numpy()
+            for name, sums in self._sums(self._put(batch_BT), chance).items():
+                total[name] = total.get(name, 0) + sums.double().cpu().numpy()
             tokens += batch_BT.size
         means = {name: value / tokens for name, value in total.items()}
         return Statistics(frequency=frequency_V, **means)
@@ -125,7 +124,7 @@ class Decoder:
                 self._part_scores(new_VD, decile_V, *part)
                 for batch in batches
                 for part in zip(
-                    *(self._put(a_BT).split(self._windows) for a_BT in batch),
+                    *(self._put(a_BT).split(self.part) for a_BT in batch),
                     strict=True,
                 )
                 if (part[1] >= 0).any()  # The last batch may end with padding.
@@ -158,7 +157,8 @@ class Decoder:
             yield tokens[-1]
 
     @property
-    def _windows(self) -> int:
+    def part(self) -> int:
+        """Windows that pass through the model at a time."""
         return WINDOWS_ON_GPU if self.device.type == "cuda" else WINDOWS_ON_CPU
 
     def _chunks(self, *arrays_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -36,13 +36,15 @@ if TYPE_CHECKING:  # It imports torch, which is optional.
 class Model(Protocol):
     """What measures a model with a full table.
 
-    window: tokens that it reads at a time; compute_dtype: of its activations;
+    window: tokens that it reads at a time; part: windows that `statistics` takes at a
+    time, 0 if it only takes whole batches; compute_dtype: of its activations;
     device_count: number of devices that it uses; packages: those that compute it
     besides JAX; sides: those of an untied model, none if one table serves input and
     output; side: the one whose table is replaced.
     """
 
     window: int
+    part: int
     compute_dtype: str
     device_count: int
     packages: tuple[str, ...]
@@ -181,6 +183,7 @@ class Original:
             self.model.statistics,
             self.results,
             window=self.model.window,
+            part=self.model.part,
             compute_dtype=self.model.compute_dtype,
             **self.calibration,
         )

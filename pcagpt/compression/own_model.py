@@ -14,7 +14,7 @@ from pcagpt.run import calibrate
 class OwnModel:
     """A GPT with a full table; implements `original.Model`."""
 
-    packages, side, sides = (), "", ()
+    packages, side, sides, part = (), "", (), 0
 
     def __init__(self, gpt: GPT, variables: dict, mesh: Mesh, chunks: int):
         """Takes variables on the mesh; logits are computed in `chunks` parts."""

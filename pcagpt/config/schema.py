@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from pcagpt.arms import ARMS
-from pcagpt.config.effort import CPU, GPU
+from pcagpt.config.effort import CPU, CPU_LARGE, GPU, LARGE_TABLE
 from pcagpt.config.knobs import (
     BELOW_1,
     PART,
@@ -36,6 +36,17 @@ OTHER_ARMS = tuple(arm for arm in ARMS if arm != "baseline")
 
 def _joined(entries: Iterable[Any]) -> str:
     return ",".join(map(str, entries))
+
+
+def _on_cpu(field: str) -> str:
+    """What `compress` uses on a CPU for a knob that is 0 or empty."""
+    small, large = (
+        _joined(value) if isinstance(value, tuple) else value
+        for value in (getattr(effort, field) for effort in (CPU, CPU_LARGE))
+    )
+    return (
+        f"on a CPU {small}, or {large} for a table of {LARGE_TABLE:,} numbers or more"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +232,13 @@ class CompressSettings:
         f"{', '.join(f'{name} ({code.words})' for name, code in CODES.items())}, "
         f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The best method "
         "is the last one that makes factors in one of compress.bands. Only its factors "
-        "are rounded to fewer bits or tried for a bound. Empty: all; on a CPU "
-        f"{_joined(CPU.methods)}",
+        "are rounded to fewer bits or tried for a bound. Empty: all; "
+        f"{_on_cpu('methods')}",
     )
     bands: tuple[int, ...] = knob(
         (),
         "numbers of frequency bands to try; 1: one rank for all tokens; empty: "
-        f"{_joined(GPU.bands)} (on a CPU: {_joined(CPU.bands)})",
+        f"{_joined(GPU.bands)}; {_on_cpu('bands')}",
     )
     bits: tuple[int, ...] = knob(
         (8, 4),
@@ -237,8 +248,8 @@ class CompressSettings:
     )
     calibration_tokens: int = knob(
         0,
-        f"training tokens for the statistics; 0: {GPU.calibration_tokens} (compress on "
-        f"a CPU: {CPU.calibration_tokens})",
+        f"training tokens for the statistics; 0: {GPU.calibration_tokens}; compress "
+        f"{_on_cpu('calibration_tokens')}",
         at_least(0),
     )
     max_added_loss: float = knob(
@@ -279,8 +290,8 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all. A sweep on a CPU "
-        f"predicts {CPU.max_tokens} if methods, bands, calibration_tokens and "
+        "evaluate, compress: number of tokens to predict; 0: all, but in a sweep "
+        f"{_on_cpu('max_tokens')}, if methods, bands, calibration_tokens and "
         "recover_ranks of compress are not set",
         at_least(0),
     )
@@ -407,7 +418,8 @@ class Settings:
     ranks: tuple[int, ...] = knob(
         (128,),
         f"{_joined(name for name, task in TASKS.items() if task.ranks)}: ranks to "
-        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}",
+        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}; "
+        f"{_on_cpu('ranks')}",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

@@ -9,6 +9,7 @@ folder of its own, input/ and output/.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ from pcagpt.compression.sweep import (
 from pcagpt.compression.table_files import undamaged
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.effort import CPU, GPU, of_bare_table
+from pcagpt.config.effort import effort_on, of_bare_table
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
 from pcagpt.pipeline.differences import differences
@@ -71,12 +72,12 @@ def compress(settings: Settings, command: str) -> None:
     check_workdir(settings.workdir)
     if settings.telemetry.wandb:
         import_wandb()
-    settings = decide_effort(settings, jax.default_backend())
+    run = Run.asked(settings)
+    settings = decide_effort(settings, jax.default_backend(), run.table_shape)
     suffix = "" if settings.split == "val" else f"_{settings.split}"
     folder = Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
     methods = methods_of(settings.compress.methods)
-    run = Run.asked(settings)
     if types := run.record.get("stored_as"):
         say(f"{run.folder}: its values, dequantized from {', '.join(types)}, are D")
     tables = [
@@ -168,19 +169,31 @@ class _Table:
 
 
 def decide_effort(
-    settings: Settings, platform: str, has_statistics: bool = False
+    settings: Settings,
+    platform: str,
+    shape: tuple[int, int] = (0, 0),
+    *,
+    has_statistics: bool = False,
 ) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
     A search for a bound has no ranks. A sweep on a CPU measures only a part of the
     split if methods, bands and calibration_tokens are unset. It measures the whole
     split if the person has chosen what to try, if a table must keep a bound, or if the
-    report compares the sweep with trained models. has_statistics: whether the
-    statistics of a bare table's model are known.
+    report compares the sweep with trained models.
+
+    Args:
+      settings: of any task; only those of `compress` change.
+      platform: of the devices.
+      shape: [V, D] of the model's table; a bare table needs none.
+      has_statistics: whether the statistics of a bare table's model are known.
     """
     if settings.task != "compress":
         return settings
-    effort, compress = CPU if platform == "cpu" else GPU, settings.compress
+    compress = settings.compress
+    # Factors that are trained further must be tried first.
+    numbers = 0 if compress.recover_ranks else math.prod(shape)
+    effort = effort_on(platform, numbers)
     given = settings.flat()
     if settings.is_of_bare_table:
         effort = of_bare_table(effort, has_statistics)

@@ -104,7 +104,8 @@ def preview_table(settings: Settings) -> list[str]:
 def decided(settings: Settings) -> Settings:
     """As `decide_effort`, which depends on whether statistics are beside the table."""
     has_statistics = calibrate.beside(Path(settings.model_path)).exists()
-    return decide_effort(settings, jax.default_backend(), has_statistics)
+    platform = jax.default_backend()
+    return decide_effort(settings, platform, has_statistics=has_statistics)
 
 
 def _open(settings: Settings) -> tuple[BareTable, list[str]]:

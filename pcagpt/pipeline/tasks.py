@@ -36,8 +36,9 @@ def preview(settings: Settings) -> str:
     is_table = settings.task == "compress" and settings.is_of_bare_table
     if is_table:
         settings = decided(settings)
-    else:
-        settings = decide_effort(settings, jax.default_backend())
+    elif settings.task == "compress":
+        shape = Run.asked(settings).table_shape
+        settings = decide_effort(settings, jax.default_backend(), shape)
     writes = TASKS[settings.task].writes
     if TASKS[settings.task].makes_jobs:
         needed = execute.check(make_plan(settings), writes=False)

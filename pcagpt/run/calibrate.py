@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ def statistics(
     compute_dtype: str,
     tokens: int,
     batch_size: int,
+    part: int = 0,
 ) -> Statistics:
     """Statistics of a run with a full table; cached in a folder, mostly the run's own.
 
@@ -131,22 +132,25 @@ def statistics(
     Args:
       run: the folder and the step.
       corpus: its training split is the calibration text.
-      measure: measures the run's model: (frequency [V], batches of token ids
-        [batch_size, window]) -> statistics.
+      measure: measures the run's model: (frequency [V], batches of token ids, int32
+        [B, window]) -> statistics.
       folder: keeps them.
       window: tokens that the model reads at a time.
       compute_dtype: the model's.
-      tokens: length of the calibration text; it is rounded up to whole batches.
-      batch_size: windows at a time.
+      tokens: length of the calibration text, rounded up to what `measure` can take.
+      batch_size: windows of a batch, whose order a seed decides.
+      part: windows of the batches that `measure` gets, and fewer at the end. 0: it only
+        takes whole batches of `batch_size`.
     """
     train = corpus.tokens("train")
     batches = TrainingBatches(train, window, batch_size, SEED)
-    steps = -(-tokens // (batch_size * window))
+    least = 1 if part else batch_size
+    count = -(-tokens // (least * window)) * least  # windows
     protocol = {
         "checkpoint": run.fingerprint,
         "corpus": corpus.tokens_sha256("train"),
         "split": "train",
-        "tokens": steps * batch_size * window,
+        "tokens": count * window,
         "window": window,
         "batch_size": batch_size,
         "seed": SEED,
@@ -156,9 +160,17 @@ def statistics(
     if known := processes.from_first(lambda: _known(run, folder, protocol)):
         return read(folder / known)
     frequency_V = count_tokens(train, run.record["vocab_size"]) / len(train)
-    windows = (batches.batch_at(step)[:, :-1] for step in range(steps))
-    with Progress(f"calibrating on {corpus.name}", steps) as progress:
-        found = measure(frequency_V, progress.track(windows))
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, count, batch_size):
+            batch_BT = batches.batch_at(start // batch_size)[: count - start, :-1]
+            for first in range(0, len(batch_BT), part or batch_size):
+                part_BT = batch_BT[first : first + (part or batch_size)]
+                yield part_BT
+                progress.update(progress.step + len(part_BT))
+
+    with Progress(f"calibrating on {corpus.name}", count) as progress:
+        found = measure(frequency_V, parts())
     processes.from_first(corpus.check_unchanged)
     if jax.process_index() == 0:
         text = json.dumps(protocol, sort_keys=True).encode()
