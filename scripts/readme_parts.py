@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from pcagpt.config.schema import ModelSettings
-from pcagpt.methods import PACKED
+from pcagpt.methods import CODED, PACKED
 from pcagpt.model import GPTConfig
 from pcagpt.model.size import embedding_parameters, total_parameters
 from pcagpt.report.compare import QUESTIONS, judge_claims
@@ -23,7 +23,6 @@ from pcagpt.report.sweep import (
 from pcagpt.report.text import (
     MINUS,
     NOTHING,
-    code,
     count,
     escaped,
     fixed,
@@ -142,17 +141,34 @@ def sizes_table(_: Path) -> str:
 
 
 def samples(folder: Path) -> str:
-    """What D and a compressed model write after the same prompt, if published."""
-    found = read_sweep(folder / "sweep.json").get("samples")
-    if not found:
-        return ""
-    first = found[0]
-    rows = [[f"**{escaped(n)}**", escaped(t)] for n, t in first["texts"].items()]
-    says = (
-        f"After “{escaped(first['prompt'])}”, with the same seed and at temperature "
-        f"{first['temperature']}, the models of {code(folder.name)} write:"
-    )
-    return f"{says}\n\n{table(['Model', 'Text'], rows, 'll')}"
+    """What D and the recommended model write after the same prompts."""
+    samples = read_sweep(folder / "sweep.json")["samples"]
+    names = list(samples[0]["texts"])[:2]
+    rows = [
+        [escaped(text) for text in (one["prompt"], *map(one["texts"].get, names))]
+        for one in samples
+    ]
+    return table(["Prompt", "D writes", f"{escaped(names[1])} writes"], rows, "lll")
+
+
+def calibration_table(folder: Path) -> str:
+    """Added loss of coded tables by the length of the calibration text."""
+    sweeps = [read_sweep(path) for path in folder.glob("calibration_*.json")]
+    sweeps.append(read_sweep(folder / "val" / "sweep.json"))
+    losses = {
+        sweep["protocol"]["calibration_tokens"]: {
+            row.rank: added(row) for row in sweep["rows"] if row.method == CODED
+        }
+        for sweep in sweeps
+    }
+    ranks = sorted(set.intersection(*(set(losses[n]) for n in sorted(losses)[:2])))
+    rows = [
+        [count(tokens), *(losses[tokens].get(rank, NOTHING) for rank in ranks)]
+        for tokens in sorted(losses)
+    ]
+    sizes = {r.rank: r.bytes for r in sweeps[-1]["rows"] if r.method == CODED}
+    header = ["Calibration tokens", *(megabytes(sizes[rank]) for rank in ranks)]
+    return table(header, rows, "r" * len(header))
 
 
 def failures(published: Path) -> str:
@@ -228,5 +244,6 @@ PARTS = {
     "questions": questions_table,
     "sizes": sizes_table,
     "samples": samples,
+    "calibration": calibration_table,
     "failures": failures,
 }

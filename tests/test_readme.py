@@ -47,10 +47,9 @@ def test_results_of_each_page_are_those_of_the_published_files():
 
 def test_another_number_in_a_result_would_be_noticed():
     for kind in SCRIPT["KINDS"]:
-        if kind != "samples":  # No published sweep has any.
-            block = re.search(rf"<!-- {kind} of .*?<!-- end -->", TEXT, re.DOTALL)[0]
-            changed = re.sub(r"\d(?=[^\d]*<!-- end)", "x", block)
-            assert changed != block and SCRIPT["updated"](changed) == block
+        block = re.search(rf"<!-- {kind} of .*?<!-- end -->", TEXT, re.DOTALL)[0]
+        changed = re.sub(r"\d(?=[^\d]*<!-- end)", "x", block)
+        assert changed != block and SCRIPT["updated"](changed) == block
 
 
 def test_readme_is_short_and_has_no_long_table():
@@ -85,16 +84,14 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
         assert "rows_left" not in of("smollm2_135m", name, "sweep.json")
 
 
-def test_samples_are_shown_as_soon_as_a_published_sweep_has_them(tmp_path):
+def test_samples_stand_side_by_side(tmp_path):
     sweep = json.loads((PUBLISHED / "smollm2_135m/val/sweep.json").read_text("utf-8"))
-    texts = {"D": "a | b", "best_coded_k128": "a | c"}
+    texts = {"D": "a | b", "best_coded_k128": "a | c", "best_packed_k128": "d"}
     sample = {"prompt": "The *people*", "seed": 1, "temperature": 0.8, "texts": texts}
     write_json(tmp_path / "sweep.json", sweep | {"samples": [sample, sample]})
-    lines = SCRIPT["KINDS"]["samples"](tmp_path).splitlines()
-    assert lines[0].startswith("After “The &#42;people&#42;”, with the same seed")
-    assert "| **D** | a &#124; b |" in lines
-    assert lines[-1] == "| **best_coded_k128** | a &#124; c |"
-    assert SCRIPT["KINDS"]["samples"](PUBLISHED / "smollm2_135m/val") == ""
+    first, _, *rows = SCRIPT["KINDS"]["samples"](tmp_path).splitlines()
+    assert first == "| Prompt | D writes | best_coded_k128 writes |"
+    assert rows == ["| The &#42;people&#42; | a &#124; b | a &#124; c |"] * 2
 
 
 def test_the_table_of_codes_has_every_row_of_both_splits():
