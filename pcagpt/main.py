@@ -23,8 +23,8 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
       disk; what was saved before is kept
   75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
       training has saved, the same command goes on
-   1  a bug; Ctrl-C or SIGTERM, after training has saved; the end of another process,
-      noticed within a minute
+   1  a bug; Ctrl-C or SIGTERM, after training has saved; another process of the same
+      run has ended, noticed within a minute
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text
@@ -67,8 +67,8 @@ _DEVICE_OUT_OF_MEMORY = (
 )
 # PyTorch computes what pcagpt cannot, in fewer ways.
 _TORCH_OUT_OF_MEMORY = (
-    "the GPU's memory is exhausted: lower evaluate.batch_size and train.batch_size, "
-    "use a larger GPU, or the CPU, with CUDA_VISIBLE_DEVICES= before the command"
+    "the GPU's memory is exhausted: lower model.block_size, use a larger GPU, or the "
+    "CPU, with CUDA_VISIBLE_DEVICES= before the command"
 )
 # {a part of the text of a RuntimeError: what to say}
 _OUT_OF_MEMORY = {

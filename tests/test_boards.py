@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from pcagpt.pipeline.token_rows import show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run.hyperparameters import columns, hyperparameters
 from pcagpt.run.trained import Run
+from pcagpt.telemetry import wandb_run
 from pcagpt.telemetry.boards import Boards
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -450,6 +452,25 @@ def test_wandb_continues_the_run_of_a_folder_in_its_group(tmp_path, wandb_home):
     with start(runs / "gpt_baseline", wandb=True, tensorboard=False):
         pass  # A new run in an old folder.
     assert (runs / "gpt_baseline" / "wandb_id").read_text().strip() != first
+
+
+def test_two_commands_may_begin_in_one_workdir(tmp_path, monkeypatch):
+    """Each sees a folder before and after the other has changed it."""
+    link, unlink = os.link, Path.unlink
+    monkeypatch.setattr(os, "link", lambda *a: [link(*a), link(*a)])
+    group = wandb_run._group(tmp_path)
+    assert group.startswith(tmp_path.name) and group == wandb_run._group(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb_group"]
+    with start(tmp_path / "experiment"):
+        pass
+
+    def twice(path, **how):
+        unlink(path, missing_ok=True)
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", twice)
+    with start(tmp_path / "experiment"):
+        pass
 
 
 class FakeRun:

@@ -184,6 +184,9 @@ def test_anchors_are_the_extremes_of_each_method_and_leave_out_exact_tables(swep
     assert anchors == [0, 2, 4]
     for row in rows[:3]:
         assert row.predicted_loss == pytest.approx(row.added_loss, rel=0.3)
+    # Nothing is fitted to codes.
+    codes = [dataclasses.replace(row, method="coded", bits=0) for row in rows]
+    assert not any(row.is_anchor or row.predicted_loss for row in _predicted(codes))
 
 
 @pytest.mark.parametrize("rank", [4, 8])

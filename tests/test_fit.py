@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from pcagpt.compression.candidates import Candidate, Compressor, quantized, recipes
+from pcagpt.compression.candidates import (
+    Candidate,
+    Compressor,
+    best_factors,
+    quantized,
+    recipes,
+)
 from pcagpt.compression.fit import Fit
 from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings, methods_of
@@ -106,7 +112,7 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
             "evaluate.max_tokens": 8,
         }
     )
-    for shape in (0, 0), (50_257, 768):
+    for shape in None, (50_257, 768):
         assert decide_effort(explicit, "cpu", shape) == explicit
 
 
@@ -122,9 +128,27 @@ def test_a_large_table_has_fewer_rows_and_tokens_on_a_cpu():
         for chosen in (first, few)
     ]
     assert amounts == [34, 6]
-    # Only factors that were tried can be trained further.
-    further = SWEEP.replace({"compress.recover_ranks": (64,)})
-    assert decide_effort(further, "cpu", large) == decide_effort(further, "cpu")
+    narrow = (163_840, 64)  # Its rank is less than those of a large table.
+    assert decide_effort(SWEEP, "cpu", narrow) == first
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"compress.recover_ranks": (64,)},
+        {"compress.methods": "svd"},
+        {"compress.bands": (1,)},
+        {"compress.max_params": 3_000_000},
+        {"compress.max_added_loss": 0.1},
+    ],
+    ids=str,
+)
+def test_what_needs_factors_of_a_large_table_has_them_on_a_cpu(asked):
+    settings = SWEEP.replace(asked)
+    decided = decide_effort(settings, "cpu", (50_257, 768))
+    assert decided == decide_effort(settings, "cpu")
+    methods = methods_of(decided.compress.methods)
+    assert best_factors(methods, decided.compress.bands)
 
 
 @pytest.mark.parametrize(

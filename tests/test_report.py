@@ -887,6 +887,15 @@ def test_the_advice_prints_the_interval():
     row = sweep_row("svd", predicted_loss=0.26, added_loss_interval=[0.2, 0.3])
     text = advice_text(row, (V, D))
     assert "+0.2600 predicted, +0.2500 ± 0.0500 measured, in nats per token" in text
+    text = advice_text(dataclasses.replace(row, predicted_loss=None), (V, D))
+    assert "added loss: +0.2500 ± 0.0500 measured, in nats per token" in text
+
+
+@pytest.mark.parametrize("is_anchor", [True, False])
+def test_predictions_are_shown_if_a_table_was_measured_for_them(tmp_path, is_anchor):
+    write_sweep_report(tmp_path, sweep_of([sweep_row("svd", is_anchor=is_anchor)]))
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert ("Predicted" in text) == is_anchor
 
 
 def test_the_page_of_a_sweep_holds_its_numbers(tmp_path):

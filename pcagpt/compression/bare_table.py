@@ -77,7 +77,7 @@ class BareTable:
         )
 
     def measure(self, candidate: Candidate) -> SwapScores:
-        """The squared error of `ErrorRow.error` in place of an added loss."""
+        """The estimated loss, or else the squared relative error, as the added loss."""
         row = self.row(candidate)
         known = row.estimated_loss
         error = row.relative_error**2 if known is None else known

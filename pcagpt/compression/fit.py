@@ -17,11 +17,14 @@ from pcagpt.rows import Recipe, Row, SwapScores
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A measured candidate; predicted: its added loss, predicted before measuring."""
+    """A measured candidate.
+
+    predicted: its added loss, predicted before measuring; None for the first trial.
+    """
 
     candidate: Candidate
     scores: SwapScores
-    predicted: float
+    predicted: float | None
 
     def row(self) -> Row:
         """The row of advice.json."""

@@ -1,5 +1,6 @@
 """Values that `compress` uses for knobs that are 0 or empty."""
 
+import math
 from typing import NamedTuple
 
 from pcagpt.methods import CODES, FREE, METHODS, RIVALS
@@ -20,17 +21,21 @@ _RANKS = (32, 64, 128, 256)
 GPU = Effort(_RANKS, (*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
 CPU = Effort(_RANKS, (_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)
-# A first answer for a model of 135 million parameters within 20 minutes on two cores:
+# A first look at a model of 135 million parameters within 20 minutes on two cores:
 # codes, and the strongest rival.
 LARGE_TABLE = 10_000_000  # numbers
 CPU_LARGE = Effort((128, 256), (*CODES, "gptq"), (7,), 2**14, 2**14)
 
 
-def effort_on(platform: str, table_numbers: int) -> Effort:
-    """The effort on 'cpu' or another platform for a table of so many numbers."""
+def effort_on(platform: str, shape: tuple[int, int] | None) -> Effort:
+    """The effort on 'cpu' or another platform.
+
+    shape: [V, D] of the table, if it only gets a first look.
+    """
     if platform != "cpu":
         return GPU
-    return CPU_LARGE if table_numbers >= LARGE_TABLE else CPU
+    is_large = shape and math.prod(shape) >= LARGE_TABLE
+    return CPU_LARGE if is_large and min(shape) >= max(CPU_LARGE.ranks) else CPU
 
 
 def of_bare_table(effort: Effort, has_statistics: bool) -> Effort:

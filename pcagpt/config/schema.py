@@ -38,15 +38,17 @@ def _joined(entries: Iterable[Any]) -> str:
     return ",".join(map(str, entries))
 
 
+# See `compress.decide_effort`.
+_LARGE = f"for a first look at a model's table of {LARGE_TABLE:,} numbers or more"
+
+
 def _on_cpu(field: str) -> str:
     """What `compress` uses on a CPU for a knob that is 0 or empty."""
     small, large = (
         _joined(value) if isinstance(value, tuple) else value
         for value in (getattr(effort, field) for effort in (CPU, CPU_LARGE))
     )
-    return (
-        f"on a CPU {small}, or {large} for a table of {LARGE_TABLE:,} numbers or more"
-    )
+    return f"on a CPU {small}, or {large} {_LARGE}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,16 +250,18 @@ class CompressSettings:
     )
     calibration_tokens: int = knob(
         0,
-        f"training tokens for the statistics; 0: {GPU.calibration_tokens}; compress "
+        "training tokens for the statistics, rounded up to whole batches, or to whole "
+        f"windows of another architecture; 0: {GPU.calibration_tokens}; compress "
         f"{_on_cpu('calibration_tokens')}",
         at_least(0),
     )
     max_added_loss: float = knob(
         0.0,
         "find the smallest table that adds at most this loss; 0: no bound. If "
-        f"compress.methods names one of {', '.join(CODES)}, it tries the first of "
-        "these. If it names none of them, it tries factors. If it names baseline or a "
-        "method that makes factors, it also tries D's own table in compress.bits",
+        f"compress.methods names some of {', '.join(CODES)}, it tries the first of "
+        "them in this order. If it names none of them, it tries factors. If it names "
+        "baseline or a method that makes factors, it also tries D's own table in "
+        "compress.bits",
         at_least(0),
     )
     max_params: int = knob(
@@ -418,8 +422,8 @@ class Settings:
     ranks: tuple[int, ...] = knob(
         (128,),
         f"{_joined(name for name, task in TASKS.items() if task.ranks)}: ranks to "
-        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}; "
-        f"{_on_cpu('ranks')}",
+        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}; on a CPU "
+        f"{_joined(CPU_LARGE.ranks)} {_LARGE}",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

@@ -75,7 +75,7 @@ class LossRegression:
     The second-order loss is too high for large errors, and too low for a method that
     minimises it. So each method has its own least-squares line log(added loss) = offset
     + slope * log(second order). A method without measurements gets slope 1 through the
-    smallest point.
+    smallest point. Without any measurement, there is no prediction.
     """
 
     def __init__(self, measured: Iterable[tuple[str, SecondOrder, float]]):
@@ -89,8 +89,10 @@ class LossRegression:
         x, y = min(sum(points.values(), []), default=(0.0, 0.0))
         self._default = 1.0, y - x
 
-    def __call__(self, method: str, second_order: SecondOrder) -> float:
+    def __call__(self, method: str, second_order: SecondOrder) -> float | None:
         """The predicted added loss in nats per token."""
+        if not self._lines:
+            return None
         if sum(second_order) <= 0:
             return 0.0
         slope, offset = self._lines.get(method, self._default)

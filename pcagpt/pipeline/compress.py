@@ -9,7 +9,6 @@ folder of its own, input/ and output/.
 """
 
 import functools
-import math
 from pathlib import Path
 
 import jax
@@ -171,42 +170,41 @@ class _Table:
 def decide_effort(
     settings: Settings,
     platform: str,
-    shape: tuple[int, int] = (0, 0),
+    shape: tuple[int, int] | None = None,
     *,
     has_statistics: bool = False,
 ) -> Settings:
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
-    A search for a bound has no ranks. A sweep on a CPU measures only a part of the
-    split if methods, bands and calibration_tokens are unset. It measures the whole
-    split if the person has chosen what to try, if a table must keep a bound, or if the
-    report compares the sweep with trained models.
+    A search for a bound has no ranks. A sweep on a CPU is a first look if methods and
+    bands are unset, no table must keep a bound, and none is trained further. It tries
+    fewer tables if the table is large. It measures only a part of the split, if
+    calibration_tokens is unset, too.
 
     Args:
       settings: of any task; only those of `compress` change.
       platform: of the devices.
-      shape: [V, D] of the model's table; a bare table needs none.
+      shape: [V, D] of the model's table; None for a bare table.
       has_statistics: whether the statistics of a bare table's model are known.
     """
     if settings.task != "compress":
         return settings
     compress = settings.compress
-    # Factors that are trained further must be tried first.
-    numbers = 0 if compress.recover_ranks else math.prod(shape)
-    effort = effort_on(platform, numbers)
+    is_open = not (compress.methods or compress.bands)
+    is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
+    effort = effort_on(platform, shape if is_first_look else None)
     given = settings.flat()
     if settings.is_of_bare_table:
         effort = of_bare_table(effort, has_statistics)
         if given["compress.methods"] == "all" and not has_statistics:
             given["compress.methods"] = ""
-    is_open = not (compress.methods or compress.bands or compress.calibration_tokens)
-    is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
+    is_quick = is_first_look and not compress.calibration_tokens
     decided = {
         "ranks": () if compress.bounds else effort.ranks,
         "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
-        "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
+        "evaluate.max_tokens": effort.max_tokens if is_quick else 0,
     }
     return settings.replace({path: given[path] or decided[path] for path in decided})
 

@@ -87,9 +87,17 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
     """What the report shows of each row of a sweep."""
     named, smaller, made = stored_columns(sweep)
 
-    def predicted(row: Row) -> str:
+    def cell(row: Row) -> str:
         return signed(row.predicted_loss, 4) + ("°" if row.is_anchor else "")
 
+    predicted = Column(
+        "Predicted",
+        "second-order estimate of the added loss, scaled for each method to fit the "
+        "tables marked °; a method without ° uses the scale of the ° table with the "
+        "smallest estimate",
+        cell,
+    )
+    is_predicted = any(row.is_anchor for row in sweep["rows"])
     return [
         *named,
         Column(
@@ -120,13 +128,7 @@ def table_columns(sweep: dict[str, Any]) -> list[Column]:
             "added loss if only the head uses the table",
             lambda row: signed(row.added_loss_head, 4),
         ),
-        Column(
-            "Predicted",
-            "second-order estimate of the added loss, scaled for each method to fit "
-            "the tables marked °; a method without ° uses the scale of the ° table "
-            "with the smallest estimate",
-            predicted,
-        ),
+        *([predicted] if is_predicted else []),
         *made,
     ]
 
@@ -300,9 +302,11 @@ def size_text(row: Stored, table: tuple[int, int]) -> str:
 
 def advice_text(row: Row, table: tuple[int, int]) -> str:
     """Describes the choice for a table [V, D] in a few lines for the terminal."""
+    known = row.predicted_loss
+    predicted = "" if known is None else f"{signed(known, 4)} predicted, "
     return (
         f"{size_text(row, table)}\n"
-        f"added loss: {signed(row.predicted_loss, 4)} predicted, "
+        f"added loss: {predicted}"
         f"{with_interval(row.added_loss, row.added_loss_interval)} measured, in nats "
         f"per token (±: {INTERVAL})"
     )

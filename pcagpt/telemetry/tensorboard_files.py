@@ -49,8 +49,8 @@ class TensorBoard:
         if self.is_new:
             # TensorBoard would go on showing their columns and rows of HPARAMS: of
             # these, it keeps the first, also if a later file drops them.
-            for path in older:
-                path.unlink()
+            for path in older:  # Another command may do the same.
+                path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._flushed = folder, time.monotonic()
         # Without the time, two writers in one second would have the same file name.

@@ -1,9 +1,12 @@
 """A run in Weights & Biases."""
 
+import contextlib
 import html
 import io
+import os
 import secrets
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -140,9 +143,11 @@ def _group(workdir: Path) -> str:
     """The group of a workdir's runs; a new workdir gets a new one."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / GROUP_FILE
-    try:  # Another command may begin there at the same time.
-        with path.open("x", encoding="utf-8") as file:
-            file.write(f"{workdir.resolve().name}-{secrets.token_hex(4)}\n")
-    except FileExistsError:
-        pass
+    if not path.exists():
+        # Another command may begin there at the same time: the file appears whole.
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".") as own:
+            own.write(f"{workdir.resolve().name}-{secrets.token_hex(4)}\n".encode())
+            own.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(own.name, path)
     return path.read_text("utf-8").strip()
