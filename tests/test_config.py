@@ -95,7 +95,8 @@ def test_a_config_file_can_set_only_declared_knobs_to_values_of_their_type():
         ("train.warmup_steps", -1, "at least 0"),
         ("train.final_learning_rate_share", 1.1, "from 0 to 1"),
         ("finetune.steps_share", 0.0, "above 0 and at most 1"),
-        ("mesh.data", -2, "at least -1"),
+        ("mesh.data", -2, "-1, or at least 1"),
+        ("mesh.data", 0, "-1, or at least 1"),
         ("init.keep", "some", "one of all, std"),
     ],
 )

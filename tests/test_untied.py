@@ -200,7 +200,9 @@ def test_the_plan_counts_the_tables_to_measure_for_each_token_table(
     outcome = call(*asked(corpus_folder, llama, tmp_path), "--print_config")
     assert outcome.code == 0, outcome
     last = outcome.out.splitlines()[-1]
-    assert re.fullmatch(r"for each token table: \d+ tables to measure, .*", last)
+    assert re.fullmatch(
+        r"for each token table that it has: \d+ tables to measure, .*", last
+    )
 
 
 def test_a_sweep_of_each_table_is_in_a_folder_of_its_own(swept, llama):

@@ -22,6 +22,7 @@ from pcagpt.config.knobs import (
     SEED,
     SHARE,
     Knob,
+    Rule,
     at_least,
     declared,
     knob,
@@ -366,7 +367,7 @@ class MeshSettings:
     data: int = knob(
         -1,
         "split the batch over this many devices; -1: all devices / fsdp",
-        at_least(-1),
+        Rule("-1, or at least 1", lambda count: count == -1 or count >= 1),
     )
     fsdp: int = knob(1, "split parameters and batch over this many devices")
 

@@ -60,7 +60,7 @@ def preview(settings: Settings) -> str:
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
         if settings.task == "compress":
             check_is_original(run)
-            each = "for each token table: " if run.architecture else ""
+            each = "for each token table that it has: " if run.architecture else ""
             lines.append(f"{each}{amount_of(settings, run.table_shape)}")
     else:
         raise ValueError(f"no preview for the task {settings.task}")
