@@ -14,16 +14,15 @@ checkpoints/compressed_test/, without models.
 --config.model_path=table.npy compresses a token table [V, d] without its model. There
 is no loss then: checkpoints/compressed_table/ gets the relative error of each table,
 the best ones as files, and a report; or, with .max_bytes=, the best table of at most
-that size.
-Without table.statistics.npz beside it, only methods that need no statistics are tried.
+that size. Without table.statistics.npz beside it, only methods that need no statistics
+are tried.
 
 On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.
 Each table of coded, packed, gptq and pq takes up to half a minute on the host;
 --config.compress.methods can leave these out. On a CPU, the demo's D takes two to three
-minutes: by default, fewer tables are tried, on fewer tokens. A model with a table of
-10,000,000 numbers or more gets a first look: six tables, of codes and GPTQ, and no
-factors (best_k*). SmolLM2-135M takes 16 minutes on two cores. To try as much as on a
-GPU, add:
+minutes: by default, fewer tables are tried, on fewer tokens. Of a table of 10,000,000
+numbers or more, it tries six tables: codes and GPTQ, and no factors (best_k*).
+SmolLM2-135M takes less than 20 minutes on two cores. To try as much as on a GPU, add:
     --config.compress.methods=all --config.compress.bands=1,7,12
     --config.compress.calibration_tokens=1048576
 """

@@ -80,9 +80,7 @@ def open_file(path: Path) -> BinaryIO:
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` by what `write` writes into an open binary file."""
-    # Threads, and processes of two machines, may have the same number.
-    own = f"{os.getpid()}.{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.name}.{own}.partial")
+    temporary = _temporary(path)
     try:
         with naming(path), open(temporary, "wb") as file:
             write(file)
@@ -90,6 +88,33 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside a file; `remove_leftovers` knows it."""
+    # Threads, and processes of two machines, may have the same number.
+    own = f"{os.getpid()}.{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{own}.partial")
+
+
+def write_first(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, unless there is one.
+
+    Of several commands, the first one writes it. The others see it whole, if the file
+    system has hard links.
+    """
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text, "utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # It has none.
+            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                file.write(text)
     finally:
         temporary.unlink(missing_ok=True)
 

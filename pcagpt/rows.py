@@ -154,7 +154,8 @@ class Row(SwapScores, Stored):
     """A row of sweep.json or advice.json: one compressed table of a model.
 
     second_order_head and _input: a `SecondOrder`; predicted_loss: prediction of
-    added_loss; is_anchor: whether the predictions were fitted to this row.
+    added_loss, None if no table was measured to fit it; is_anchor: whether the
+    predictions were fitted to this row.
     """
 
     second_order_head: float

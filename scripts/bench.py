@@ -1,4 +1,4 @@
-"""Measures how fast pcagpt trains and decodes, next to PyTorch on the same GPU.
+"""Measures how fast pcagpt trains and decodes, next to PyTorch on the same device.
 
     python scripts/bench.py --out bench.json
     python scripts/bench.py --quick
@@ -11,7 +11,8 @@ Two models are measured: GPT-2 small (D), and GPT-2 small with a token table of 
 The systems take turns in each round, so that a GPU that slows down affects all of them.
 The GPU rests before each turn, because a hot GPU at its power limit is slower. A figure
 is the median over the rounds. A ratio is computed within each round; the report has its
-median, minimum and maximum over the rounds.
+median, minimum and maximum over the rounds. A turn that departs from the median of its
+system by more than 3% is listed, with the clock of the GPU at its end.
 
   pcagpt         the compiled training step, on one batch that stays on the device
   pcagpt-loop    a training run: reads data from disk, logs and saves. Each step counts
@@ -25,12 +26,13 @@ median, minimum and maximum over the rounds.
   decode         greedy decoding by pcagpt with a key-value cache, 1 and 64 sequences at
                  a time (--quick: only 1); its memory is weights plus cache
 
-torch and transformers need a GPU and `pip install torch transformers`. They run under
+torch and transformers need `pip install torch transformers`. They run under
 torch.compile with flash attention, fused AdamW, gradient clipping and autocast.
 Autocast keeps the residual stream in float32; in pcagpt it is bfloat16. Their peak
 memory is the memory that PyTorch allocated; for pcagpt it is the memory that the
-compiled program needs. --quick measures only pcagpt, at the demo's size, and also runs
-on a CPU.
+compiled program needs. --quick measures at the demo's size, and also runs on a CPU,
+where all systems compute in float32 on the same threads. There, torch.compile needs a
+compiler of C++; without one, PyTorch runs as it is.
 """
 
 import argparse
@@ -86,6 +88,7 @@ TRAINED = {
 SYSTEMS = (*TRAINED, "decode")
 DECODED = (1, 64)  # sequences at a time
 REST = 5.0  # seconds
+DEPARTS = 0.03  # of a turn's time from the median of its system, relative
 
 
 def arguments() -> argparse.Namespace:
@@ -216,11 +219,9 @@ def why_left_out(name: str, quick: bool) -> str:
         return "it needs several devices"
     if name not in PEERS:
         return ""
-    if quick:
-        return "--quick measures only pcagpt"
     if bench_torch is None:
         return "PyTorch is not installed (pip install torch)"
-    return bench_torch.why_left_out(name)
+    return bench_torch.why_left_out(name, quick)
 
 
 def measure(group: list[tuple], args, folder: Path) -> Iterator[list[dict]]:
@@ -332,9 +333,26 @@ def table(rows: list[dict]) -> str:
             f"{r['ms_per_step']:>10.2f}{spread:>20}{r['tokens_per_second']:>12,.0f}"
             f"{share:>9}{memory:>9}"
         )
+    for r in rows:
+        lines += departures(r)
     for name, r in ratios(rows).items():
         lines.append(f"{name}: {r['ratio']:.3f} ({r['least']:.3f} to {r['most']:.3f})")
     return "\n".join([*lines, ""])
+
+
+def departures(row: dict) -> list[str]:
+    """The turns of a row that depart from its median, one line each."""
+    found = []
+    turns = zip(row["rounds_ms"], row["rounds_clock"], strict=True)
+    for number, (milliseconds, clock) in enumerate(turns, 1):
+        share = milliseconds / row["ms_per_step"] - 1
+        if abs(share) > DEPARTS:
+            at = f", GPU clock {clock}" if clock else ""
+            found.append(
+                f"round {number} of {row['system']} {row['model']}, batch "
+                f"{row['batch']}: {share:+.1%} from the median{at}"
+            )
+    return found
 
 
 def report(rows: list[dict]) -> dict:

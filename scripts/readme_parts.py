@@ -142,13 +142,13 @@ def sizes_table(_: Path) -> str:
 
 def samples(folder: Path) -> str:
     """What D and the recommended model write after the same prompts."""
-    samples = read_sweep(folder / "sweep.json")["samples"]
-    names = list(samples[0]["texts"])[:2]
+    sweep = read_sweep(folder / "sweep.json")
+    best = sweep_view(sweep)["best"].model_name
     rows = [
-        [escaped(text) for text in (one["prompt"], *map(one["texts"].get, names))]
-        for one in samples
+        [escaped(text) for text in (one["prompt"], *map(one["texts"].get, ("D", best)))]
+        for one in sweep["samples"]
     ]
-    return table(["Prompt", "D writes", f"{escaped(names[1])} writes"], rows, "lll")
+    return table(["Prompt", "D writes", f"{escaped(best)} writes"], rows, "lll")
 
 
 def calibration_table(folder: Path) -> str:

@@ -44,6 +44,7 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
         return result, waited
 
     monkeypatch.setattr(bench_pcagpt, "train", counted)
+    monkeypatch.setattr(bench, "bench_torch", None)
     out = tmp_path / "bench.json"
     asked = ["--quick", "--steps", "6", "--rounds", "1", "--profile", "--out", str(out)]
     assert run(monkeypatch, *asked) == 0
@@ -73,8 +74,23 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
     assert found["command"] == "python scripts/bench.py " + " ".join(asked[:-2])
     assert {"jax", "jaxlib", "python"} <= found["versions"].keys()
     shown = capsys.readouterr().out
-    assert "torch is left out: --quick measures only pcagpt" in shown
+    assert "torch is left out: PyTorch is not installed" in shown
     assert " ms per step, summed over all threads\n" in shown
+
+
+def test_pytorch_takes_turns_on_a_cpu(quick, tmp_path, monkeypatch, capsys):
+    bench_torch = pytest.importorskip("bench_torch", reason="needs PyTorch")
+    monkeypatch.setattr(bench_torch, "has_compiler", lambda: False)
+    asked = ["--quick", "--systems", "pcagpt,torch,transformers", "--steps", "6"]
+    out = tmp_path / "bench.json"
+    assert run(monkeypatch, *asked, "--rounds", "1", "--out", str(out)) == 0
+    found = json.loads(out.read_text())
+    rows = {(row["system"], row["model"]): row for row in found["rows"]}
+    systems = ("pcagpt", "torch", "transformers")
+    assert rows.keys() == {(s, m) for s in systems for m in ("D", "k8")}
+    assert rows["torch", "D"]["compiled"] is False
+    assert rows["torch", "D"]["threads"] >= 1
+    assert {f"{m}, batch 8: pcagpt / torch" for m in ("D", "k8")} < set(found["ratios"])
 
 
 def test_exchanged_bytes_are_those_of_a_ring():
@@ -170,6 +186,8 @@ def test_systems_take_turns_and_the_median_counts(
     assert ratio == {"ratio": 2.0, "least": 1.5, "most": 4.0}
     shown = capsys.readouterr().out
     assert "2000.00 to 4000.00" in shown
+    assert "round 2 of pcagpt D, batch 8: +33.3% from the median\n" in shown
+    assert "round 3 of pcagpt D" not in shown
     assert "pcagpt, batch 8: k8 / D: 2.000 (1.500 to 4.000)" in shown
 
 

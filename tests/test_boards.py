@@ -548,6 +548,20 @@ def test_work_that_is_done_is_shown_without_wandb_if_it_does_not_start(
     assert line.startswith("W&B did not start")
 
 
+def test_work_that_is_done_is_shown_without_wandb_if_its_files_cannot_be_written(
+    tmp_path, monkeypatch, said
+):
+    denied = OSError(errno.EACCES, "Permission denied", "wandb_group")
+    monkeypatch.setattr(wandb_run, "_group", lambda _: (_ for _ in ()).throw(denied))
+    with start(tmp_path / "compressed", "compress", wandb=True) as boards:
+        boards.figure("pareto", spectrum_figure([2.0, 1.0], [1]))
+    assert ("pareto", 0) in shown(tmp_path / "compressed")
+    (line,) = said()
+    assert line.startswith("wandb_group: permission denied")
+    with pytest.raises(OSError, match="Permission denied"):
+        start(tmp_path / "run", wandb=True)
+
+
 @pytest.mark.parametrize("package", ["wandb", "PIL.Image"])
 def test_a_missing_package_of_wandb_says_how_to_install_it(
     package, tmp_path, monkeypatch

@@ -356,3 +356,23 @@ def test_files_that_differ_from_their_digests_are_named(tmp_path):
     (tmp_path / "b").unlink()
     with pytest.raises(UserError, match="/b: No such file"):
         files.check_digests(tmp_path, known)
+
+
+@pytest.mark.parametrize("error", [None, OSError(errno.EOPNOTSUPP, "no hard links")])
+def test_the_first_of_several_writers_decides_a_file(tmp_path, monkeypatch, error):
+    link = os.link
+
+    def linked(*names):
+        if error:
+            raise error
+        link(*names)
+
+    monkeypatch.setattr(os, "link", linked)
+    path = tmp_path / "name"
+    for text in ("first", "second"):
+        files.write_first(path, text)
+        assert path.read_text() == "first"
+    files.write_text(tmp_path / "other", "as any file")
+    other = (tmp_path / "other").stat()
+    assert path.stat().st_mode == other.st_mode  # Other users may read it.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["name", "other"]

@@ -86,11 +86,11 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
 
 def test_samples_stand_side_by_side(tmp_path):
     sweep = json.loads((PUBLISHED / "smollm2_135m/val/sweep.json").read_text("utf-8"))
-    texts = {"D": "a | b", "best_coded_k128": "a | c", "best_packed_k128": "d"}
+    texts = {"D": "a | b", "best_coded_k128": "d", "best_coded_k256": "a | c"}
     sample = {"prompt": "The *people*", "seed": 1, "temperature": 0.8, "texts": texts}
     write_json(tmp_path / "sweep.json", sweep | {"samples": [sample, sample]})
     first, _, *rows = SCRIPT["KINDS"]["samples"](tmp_path).splitlines()
-    assert first == "| Prompt | D writes | best_coded_k128 writes |"
+    assert first == "| Prompt | D writes | best_coded_k256 writes |"
     assert rows == ["| The &#42;people&#42; | a &#124; b | a &#124; c |"] * 2
 
 

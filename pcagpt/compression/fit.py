@@ -19,7 +19,8 @@ from pcagpt.rows import Recipe, Row, SwapScores
 class Trial:
     """A measured candidate.
 
-    predicted: its added loss, predicted before measuring; None for the first trial.
+    predicted: its added loss, predicted before measuring; None while no earlier trial
+    added any.
     """
 
     candidate: Candidate

@@ -22,15 +22,17 @@ GPU = Effort(_RANKS, (*METHODS, *CODES, *RIVALS), (1, 7, 12), 2**20, 0)
 # A first answer for a small model within three minutes on two cores.
 CPU = Effort(_RANKS, (_FIRST, _LAST, *CODES), (1, 7), 2**15, 2**15)
 # A first look at a model of 135 million parameters within 20 minutes on two cores:
-# codes, and the strongest rival.
+# codes, and the strongest rival. A later sweep of chosen methods may take its place,
+# because it has the same statistics.
 LARGE_TABLE = 10_000_000  # numbers
-CPU_LARGE = Effort((128, 256), (*CODES, "gptq"), (7,), 2**14, 2**14)
+CPU_LARGE = Effort((128, 256), (*CODES, "gptq"), (7,), CPU.calibration_tokens, 2**14)
 
 
 def effort_on(platform: str, shape: tuple[int, int] | None) -> Effort:
     """The effort on 'cpu' or another platform.
 
-    shape: [V, D] of the table, if it only gets a first look.
+    shape: [V, D] of the table, if it only gets a first look. A table that has no such
+    ranks as those for large ones is not large.
     """
     if platform != "cpu":
         return GPU

@@ -39,8 +39,7 @@ def _joined(entries: Iterable[Any]) -> str:
     return ",".join(map(str, entries))
 
 
-# See `compress.decide_effort`.
-_LARGE = f"for a first look at a model's table of {LARGE_TABLE:,} numbers or more"
+_LARGE = "for a first look at a large table"
 
 
 def _on_cpu(field: str) -> str:
@@ -49,7 +48,7 @@ def _on_cpu(field: str) -> str:
         _joined(value) if isinstance(value, tuple) else value
         for value in (getattr(effort, field) for effort in (CPU, CPU_LARGE))
     )
-    return f"on a CPU {small}, or {large} {_LARGE}"
+    return f"on a CPU {small}, or {large} {_LARGE} (see compress.methods)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +235,10 @@ class CompressSettings:
         f"{', '.join(RIVALS)} (D's table in few bits, for comparison). The best method "
         "is the last one that makes factors in one of compress.bands. Only its factors "
         "are rounded to fewer bits or tried for a bound. Empty: all; "
-        f"{_on_cpu('methods')}",
+        f"on a CPU {_joined(CPU.methods)}, or {_joined(CPU_LARGE.methods)} {_LARGE}. A "
+        "first look is a sweep on a CPU without methods, bands, recover_ranks and "
+        f"bounds. A table of {LARGE_TABLE:,} numbers or more is large, if it has the "
+        f"ranks {_joined(CPU_LARGE.ranks)}",
     )
     bands: tuple[int, ...] = knob(
         (),
@@ -252,15 +254,15 @@ class CompressSettings:
     calibration_tokens: int = knob(
         0,
         "training tokens for the statistics, rounded up to whole batches, or to whole "
-        f"windows of another architecture; 0: {GPU.calibration_tokens}; compress "
-        f"{_on_cpu('calibration_tokens')}",
+        f"windows of another architecture; 0: {GPU.calibration_tokens}; compress on a "
+        f"CPU {CPU.calibration_tokens}",
         at_least(0),
     )
     max_added_loss: float = knob(
         0.0,
         "find the smallest table that adds at most this loss; 0: no bound. If "
-        f"compress.methods names some of {', '.join(CODES)}, it tries the first of "
-        "them in this order. If it names none of them, it tries factors. If it names "
+        f"compress.methods names {' or '.join(CODES)}, it tries the first of these "
+        "that is named. If it names none of them, it tries factors. If it names "
         "baseline or a method that makes factors, it also tries D's own table in "
         "compress.bits",
         at_least(0),
@@ -295,9 +297,9 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all, but in a sweep "
-        f"{_on_cpu('max_tokens')}, if methods, bands, calibration_tokens and "
-        "recover_ranks of compress are not set",
+        "evaluate, compress: number of tokens to predict; 0: all, but in a first look "
+        f"(see compress.methods) without calibration_tokens {CPU.max_tokens}, or "
+        f"{CPU_LARGE.max_tokens} of a large table",
         at_least(0),
     )
 
@@ -423,8 +425,8 @@ class Settings:
     ranks: tuple[int, ...] = knob(
         (128,),
         f"{_joined(name for name, task in TASKS.items() if task.ranks)}: ranks to "
-        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}; on a CPU "
-        f"{_joined(CPU_LARGE.ranks)} {_LARGE}",
+        f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}, or "
+        f"{_joined(CPU_LARGE.ranks)} {_LARGE} (see compress.methods)",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

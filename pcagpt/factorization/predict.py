@@ -90,7 +90,7 @@ class LossRegression:
         self._default = 1.0, y - x
 
     def __call__(self, method: str, second_order: SecondOrder) -> float | None:
-        """The predicted added loss in nats per token."""
+        """The predicted added loss in nats per token; None without any measurement."""
         if not self._lines:
             return None
         if sum(second_order) <= 0:

@@ -160,12 +160,13 @@ def statistics(
     if known := processes.from_first(lambda: _known(run, folder, protocol)):
         return read(folder / known)
     frequency_V = count_tokens(train, run.record["vocab_size"]) / len(train)
+    size = part or batch_size
 
     def parts() -> Iterator[np.ndarray]:
         for start in range(0, count, batch_size):
             batch_BT = batches.batch_at(start // batch_size)[: count - start, :-1]
-            for first in range(0, len(batch_BT), part or batch_size):
-                part_BT = batch_BT[first : first + (part or batch_size)]
+            for first in range(0, len(batch_BT), size):
+                part_BT = batch_BT[first : first + size]
                 yield part_BT
                 progress.update(progress.step + len(part_BT))
 

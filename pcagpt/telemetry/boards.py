@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 
 import jax
 
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError, explain, warn_once
 from pcagpt.telemetry.tensorboard_files import TensorBoard, write_projector
 from pcagpt.telemetry.wandb_run import WandbRun, import_wandb
 
@@ -82,10 +82,10 @@ class Boards:
                     config=config or {},
                     continues=job != "train" or first_step > 0,
                 )
-            except UserError as error:
+            except (UserError, OSError) as error:
                 if job == "train":
                     raise
-                warn_once(str(error))
+                warn_once(explain(error) or str(error))
         if wanted.tensorboard:
             self._board = TensorBoard(folder, first_step)
         if command:

@@ -1,19 +1,16 @@
 """A run in Weights & Biases."""
 
-import contextlib
 import html
 import io
-import os
 import secrets
 import shlex
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pcagpt.errors import UserError
-from pcagpt.files import write_text
+from pcagpt.files import write_first, write_text
 
 GROUP_FILE, _ID_FILE = "wandb_group", "wandb_id"
 
@@ -143,11 +140,6 @@ def _group(workdir: Path) -> str:
     """The group of a workdir's runs; a new workdir gets a new one."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / GROUP_FILE
-    if not path.exists():
-        # Another command may begin there at the same time: the file appears whole.
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".") as own:
-            own.write(f"{workdir.resolve().name}-{secrets.token_hex(4)}\n".encode())
-            own.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(own.name, path)
+    if not path.exists():  # Another command may begin there at the same time.
+        write_first(path, f"{workdir.resolve().name}-{secrets.token_hex(4)}\n")
     return path.read_text("utf-8").strip()
