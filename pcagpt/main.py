@@ -62,8 +62,9 @@ _HOST_OUT_OF_MEMORY = (
 )
 _DEVICE_OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
-    "sample.count) or raise train.loss_chunks; for a new run, also lower "
-    "train.batch_size or model.block_size, or raise train.accumulation"
+    "sample.count; for statistics: train.batch_size) or raise train.loss_chunks; for a "
+    "new run, also lower train.batch_size or model.block_size, or raise "
+    "train.accumulation"
 )
 # PyTorch computes what pcagpt cannot, in fewer ways.
 _TORCH_OUT_OF_MEMORY = (

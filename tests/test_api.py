@@ -22,10 +22,9 @@ from runs import json_of, quick_compiles
 import pcagpt
 from pcagpt.api import calls
 from pcagpt.compression.codes import KINDS
-from pcagpt.config import KNOBS
+from pcagpt.config import KNOBS, effort
 from pcagpt.data import tokenize
 from pcagpt.factorization.factor_files import read_bands
-from pcagpt.pipeline import compress as compressing
 from pcagpt.run import calibrate
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -65,8 +64,8 @@ def model(run):
 @pytest.fixture(autouse=True)
 def calibrates_quickly(monkeypatch):
     """Statistics of a few windows, where a test or a command names no number."""
-    few = compressing.CPU._replace(calibration_tokens=512)
-    monkeypatch.setattr(compressing, "CPU", few)
+    few = effort.CPU._replace(calibration_tokens=512)
+    monkeypatch.setattr(effort, "CPU", few)
 
 
 @pytest.fixture(scope="session")
@@ -278,6 +277,7 @@ def test_generated_text_ends_before_a_stop_string_and_before_the_end_of_text(
     found = "".join(model.generate("The", stop=stop, **asked))
     assert found == text.partition(stop)[0]
     assert found == "".join(model.generate("The", stop=["nowhere", stop], **asked))
+    assert text == "".join(model.generate("The", stop=None, **asked))
     # The end of text would be drawn at once.
     module = sys.modules[pcagpt.Model.__module__]
     ends = iter([np.array([5]), np.array([4095]), np.array([6])])
@@ -559,6 +559,12 @@ REFUSED = {
     ),
     "seed is -1: it must be": lambda m: m.generate("The", seed=-1),
     r"stop is \[''\]": lambda m: m.generate("The", stop=[""]),
+    "stop is 5: it must hold texts": lambda m: m.generate("The", stop=5),
+    "stop is b'x': it must hold texts": lambda m: m.generate("The", stop=b"x"),
+    "methods is 5: it must hold texts": lambda m: pcagpt.compress(
+        m, max_bytes=9, methods=5
+    ),
+    "the text is 5: it must be a str": lambda m: m.encode(5),
     "'kl' needs statistics of the model": lambda m: pcagpt.factorize(
         m.table, 2, method="kl"
     ),

@@ -566,6 +566,25 @@ def test_a_model_card_has_no_loss_of_another_table_of_its_recipe(asked):
             assert len(measured(source, asked.workdir)) == count, place
 
 
+@pytest.mark.parametrize("limit", [0, 96])
+def test_a_sweep_and_an_evaluation_of_one_text_are_one_line_of_a_model_card(
+    asked, limit
+):
+    methods = {"compress.methods": "svd", "compress.bands": (1,), "ranks": (8,)}
+    cut = {"evaluate.max_tokens": limit}
+    sweep = sweep_of(asked, **methods, **cut)
+    place = folder_of(asked) / "best_k8"
+    kept = {"data.source": asked.data.source, "workdir": asked.workdir}
+    settings = Settings(task="evaluate", model_path=str(place)).replace(kept | cut)
+    loss = evaluate(settings)["loss"]
+    source = open_source(settings.replace({"task": "export"}))
+    (found,) = measured(source, asked.workdir)
+    (row,) = [row for row in sweep["rows"] if row["bits"] == 32]
+    assert found["loss"] == loss
+    assert found["added"] == row["added_loss"]
+    assert found["tokens"] == (limit or found["tokens"]) > 0
+
+
 def test_a_compressed_model_is_not_compressed_again(asked):
     sweep_of(asked, ranks=(8,), **{"compress.methods": "coded"})
     model = folder_of(asked) / "best_coded_k8"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def plain(value: Any) -> Any:
     """A number of NumPy as one of Python; other values as they are."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def list_of(name: str, values: Any) -> list[str]:
+    """The texts of an argument; UserError if it holds anything else."""
+    found = list(values) if isinstance(values, Iterable) else [None]
+    if all(isinstance(value, str) for value in found):
+        return found
+    raise UserError(f"{name} is {values!r}: it must hold texts")
 
 
 def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:

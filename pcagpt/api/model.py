@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, list_of, settings_of
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.tokenizer import END_OF_TEXT
@@ -121,7 +121,7 @@ class Model:
         temperature: float = 0.8,
         top_k: int = 200,
         top_p: float = 1.0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int = 1,
     ) -> Iterator[str]:
         """Continues a prompt; yields the new text in pieces, as it is drawn.
@@ -152,7 +152,8 @@ class Model:
                 "seed": seed,
             }
             settings = settings_of("sample", {"model_path": str(self.path), **given})
-            stops = [stop] if isinstance(stop, str) and stop else list(stop)
+            is_one = isinstance(stop, str) and stop
+            stops = [stop] if is_one else list_of("stop", stop or ())
             if not all(isinstance(text, str) and text for text in stops):
                 raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
             tokenizer, options = self._tokenizer, settings.sample
@@ -182,6 +183,8 @@ class Model:
         Raises UserError if the model has no tokenizer, or it does not know a character.
         """
         with call():
+            if not isinstance(text, str):
+                raise UserError(f"the text is {text!r}: it must be a str")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError("the text has half of a surrogate pair: decode it anew")
             ids = self._tokenizer.encode(text, allowed_special={END_OF_TEXT})

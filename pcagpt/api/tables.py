@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, list_of, settings_of
 from pcagpt.api.factors import table_of
 from pcagpt.api.model import Model
 from pcagpt.compression.advise import find
@@ -96,7 +96,7 @@ def compress(
     max_bytes: int | None = None,
     max_added_loss: float | None = None,
     data: str | os.PathLike[str] | Mapping[str, ArrayLike] | None = None,
-    methods: str | Sequence[str] = (),
+    methods: str | Sequence[str] | None = (),
     bands: Sequence[int] = (),
     max_tokens: int = 0,
     tokenizer: str = "auto",
@@ -133,7 +133,8 @@ def compress(
         does not fit the model, or a value is out of range.
     """
     with call(bool(progress)), tempfile.TemporaryDirectory(prefix="pcagpt-") as own:
-        names = methods if isinstance(methods, str) else ",".join(methods)
+        is_one = isinstance(methods, str)
+        names = methods if is_one else ",".join(list_of("methods", methods or ()))
         cache = Path(own if cache_dir is None else absolute(cache_dir))
         given = {
             "compress.max_bytes": max_bytes,

@@ -229,6 +229,14 @@ class Original:
             protocol["evaluated_tokens"] = self.batches.target_count
         return protocol
 
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """The text of the numbers, in terms of an evaluation's protocol."""
+        return {
+            "tokens_predicted": self.batches.target_count,
+            "tokens_sha256": self.corpus.tokens_sha256(self.split),
+        }
+
     def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """A stored protocol in today's terms, if it is of this run and this corpus.
 

@@ -17,14 +17,16 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     """{'corpus', 'split', 'tokens', 'window', 'loss', 'added', 'interval'} of each.
 
     'added' and 'interval' are None unless it compares the table with the original's.
-    Corpora of the same name are told apart by the hash of their tokens.
+    Corpora of the same name are told apart by the hash of their tokens. A sweep and an
+    evaluation of the same tokens are one entry.
     """
-    found = {}
+    found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
         known = {"split": "val"} | protocol
         numbers["window"] = protocol.get("window")
-        names = ("corpus", "split", "tokens", "tokens_sha256")
-        found.setdefault(tuple(known.get(name) for name in names), numbers)
+        names = ("corpus", "split", "tokens_predicted", "tokens_sha256")
+        key = tuple(known.get(name) for name in names)
+        found[key] = numbers | found.get(key, {})
     others = Counter((corpus, split, count) for corpus, split, count, _ in found)
     return [
         {
@@ -45,7 +47,9 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
     if not isinstance(source, RunSource):
         return
     run, files = source.run, []
-    result = read_result(run.folder)
+    result = None
+    with contextlib.suppress(UserError):
+        result = read_result(run.folder)
     if result and result.get("steps") == run.step:
         files.append(result | {"loss": result.get("val_loss")})
     for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
@@ -58,8 +62,7 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
             "fingerprint" not in one or run.is_at(one["fingerprint"])
         )
         if isinstance(protocol, dict) and is_of_run:
-            tokens = protocol.get("tokens_predicted")
-            yield protocol | {"tokens": tokens}, {"loss": one.get("loss")}
+            yield protocol, {"loss": one.get("loss")}
 
 
 def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
@@ -72,7 +75,8 @@ def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
             protocol, rows = read(folder)
             if protocol.get("checkpoint") != made.get("fingerprint"):
                 continue
-            tokens = protocol.get("evaluated_tokens")
+            # Files of older versions do not say which tokens they are of.
+            cut = {"tokens_predicted": protocol.get("evaluated_tokens")}
             for row in rows:
                 # The same recipe makes another table from other statistics.
                 known = {None, made.get("table_sha256")}
@@ -83,18 +87,19 @@ def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
                         "added": row.added_loss,
                         "interval": row.added_loss_interval,
                     }
-                    yield protocol | {"tokens": tokens}, numbers
+                    yield cut | protocol, numbers
 
 
 def _rows_of_sweep(folder: Path) -> tuple[dict, list[Row]]:
     sweep = read_sweep(folder / "sweep.json")
     rows = sweep.get("rows", []) + sweep.get("other_rows", [])
-    return sweep.get("protocol", {}), rows
+    return sweep.get("protocol", {}) | (sweep.get("measured_on") or {}), rows
 
 
 def _row_of_advice(folder: Path) -> tuple[dict, list[Row]]:
     path = folder / "advice.json"
     advice = read_json(path, REMEDY) or {}
-    check_fields(advice, {"protocol": (dict, None)}, path, REMEDY)
+    fields = {"protocol": (dict, None), "measured_on": (dict, None)}
+    check_fields(advice, fields, path, REMEDY)
     rows = [Row.of(advice["chosen"], path)] if "chosen" in advice else []
-    return advice.get("protocol") or {}, rows
+    return (advice.get("protocol") or {}) | (advice.get("measured_on") or {}), rows

@@ -131,6 +131,7 @@ class _Table:
             "step": run.step,
             **provenance.summary(original.model.device_count, original.model.packages),
             "protocol": original.protocol,
+            "measured_on": original.measured_on,
             "architecture": run.architecture,
             "stored_as": run.record.get("stored_as"),
         }
