@@ -201,8 +201,8 @@ def token_contexts(table_VD: np.ndarray, statistics: Statistics) -> np.ndarray:
     mean_D = share_V @ table_VD
     rows_VD = table_VD - mean_D
     spread_DD = (rows_VD * share_V[:, None]).T @ rows_VD
-    # The ridge keeps a singular table solvable.
-    ridge = 1e-6 * np.trace(spread_DD) / len(mean_D)
+    # The ridge keeps a singular table solvable, also one without any spread.
+    ridge = 1e-6 * np.trace(spread_DD) / len(mean_D) or 1.0
     cross_DD = statistics.context_moment - np.outer(statistics.hidden_mean, mean_D)
     map_DD = np.linalg.solve(spread_DD + ridge * np.eye(len(mean_D)), cross_DD.T)
     return rows_VD @ map_DD

@@ -59,11 +59,12 @@ def headline(folder: Path) -> str:
         f"loss of {fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
         f"{TEXTS['val']}** and by {added(tested)} on {TEXTS['test']} (± half of the "
         "95% interval over windows of the text). The file has "
-        f"{fixed(bits, 2)} bits for each number. The smallest rounding that adds at "
-        f"most {SMALL_COST} nats ({name}) needs {times(rounded.bytes / best.bytes)} as "
-        "many bytes. The file saves no memory. A packed table does: it takes "
-        f"{megabytes(packed.memory)} on the device and adds {added(packed)} nats on "
-        f"{TEXTS['val']}."
+        f"{fixed(bits, 2)} bits for each number. The smallest file of a rounded table "
+        f"that adds at most {SMALL_COST} nats ({name}) is "
+        f"{times(rounded.bytes / best.bytes)} as large. These files save disk, and are "
+        "decoded to the full size in memory. A packed table also saves memory: it "
+        f"takes {megabytes(packed.memory)} on the device and adds {added(packed)} nats "
+        f"on {TEXTS['val']}."
     )
 
 
@@ -218,7 +219,7 @@ def failures(published: Path) -> str:
             "profits from D's training. This says nothing about a D that was trained "
             "for long.",
             "- **B, trained further, beats D.** GPT-2 small with factors of the size "
-            f"of k = {trained['B']['rank']} (B) trained on for "
+            f"of k = {trained['B']['rank']} (B) was trained further, for "
             f"{percent(trained['B']['share_of_tokens'])} of D's tokens. Its loss minus "
             f"D's is {gains['B']}. But D gains from the same steps, too (D+): "
             f"{gains['D+']}. B minus D+ is {beyond}: not resolved.",

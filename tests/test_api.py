@@ -648,3 +648,9 @@ def test_remarks_go_to_the_logger_of_the_package(model, caplog):
     with caplog.at_level(logging.WARNING, "pcagpt"):
         pcagpt.compress(model, data=SMALL, **BOUND)
     assert "another corpus than the one that" in caplog.text
+
+
+def test_a_table_of_tiny_numbers_is_compressed_without_the_codes_that_cannot():
+    table = np.random.default_rng(0).normal(size=(300, 16)) * 1e-16
+    found = pcagpt.compress(table.astype(np.float32), max_bytes=1500)
+    assert found.bytes <= 1500 and found.relative_error < 1

@@ -454,6 +454,23 @@ def test_wandb_continues_the_run_of_a_folder_in_its_group(tmp_path, wandb_home):
     assert (runs / "gpt_baseline" / "wandb_id").read_text().strip() != first
 
 
+def test_a_damaged_name_of_wandb_is_named_and_a_damaged_id_begins_a_new_run(
+    tmp_path, wandb_home
+):
+    folder, name = tmp_path / "compressed", tmp_path / "wandb_group"
+    for bad in (b"\xff\xfe", b"", b"two\nlines"):
+        name.write_bytes(bad)
+        with pytest.raises(UserError, match="wandb_group holds no name of a group"):
+            start(folder, "train", wandb=True, tensorboard=False)
+    name.unlink()
+    for bad in (b"\xff\xfe", b"", b"a/b c"):
+        folder.mkdir(exist_ok=True)
+        (folder / "wandb_id").write_bytes(bad)
+        with start(folder, "compress", wandb=True, tensorboard=False):
+            pass
+        assert re.fullmatch(r"\w+\n", (folder / "wandb_id").read_text())
+
+
 def test_two_commands_may_begin_in_one_workdir(tmp_path, monkeypatch):
     """Each sees a folder before and after the other has changed it."""
     link, unlink = os.link, Path.unlink

@@ -130,7 +130,9 @@ def test_a_model_that_takes_parts_of_batches_reads_no_more_text_than_asked(
 
 def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     shapes = [(3,), (3,), (2,), (2, 2), (2, 2), (2, 2)]
-    statistics = Statistics(*(np.full(s, i, float) for i, s in enumerate(shapes)))
+    shares = [np.array([0.2, 0.3, 0.5]), np.array([0.5, 0, 0.5])]
+    moments = [np.full(shape, i, float) for i, shape in enumerate(shapes)][2:]
+    statistics = Statistics(*shares, *moments)
     path = tmp_path / "statistics.npz"
     calibrate.write(path, statistics, {"tokens": 5})
     found = calibrate.read(path)
@@ -143,6 +145,9 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     for name, bad, says in (
         ("hidden_mean", np.array([np.nan, 1]), "cannot be statistics"),
         ("probability", np.array([-1.0, 1, 1]), "cannot be statistics"),
+        ("probability", np.array([5.0, 1, 2]), "cannot be statistics"),  # counts
+        ("frequency", np.zeros(3), "cannot be statistics"),
+        ("hidden_moment", 1e300 * np.eye(2), "cannot be statistics"),
         ("gradient_moment", -np.eye(2), "cannot be statistics"),
         ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),
         ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),

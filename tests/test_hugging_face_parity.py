@@ -218,6 +218,18 @@ def opened(form, made):
     )
 
 
+def test_a_coded_export_with_the_table_of_another_model_is_refused(tmp_path):
+    run, form = write_small("coded", tmp_path / "run")
+    made = run_export(run, tmp_path, form)
+    for name in ("table.pcat", "others.safetensors"):
+        whole = (made / name).read_bytes()
+        (made / name).write_bytes(whole + b" ")
+        with pytest.raises(ValueError, match=f"{name} has changed since the export"):
+            opened(form, made)
+        (made / name).write_bytes(whole)
+    opened(form, made)
+
+
 def test_an_export_with_a_small_table_computes_the_same(small):
     run, form, made = small
     theirs, report = opened(form, made)

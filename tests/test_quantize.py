@@ -114,3 +114,9 @@ def test_gptq_takes_a_singular_metric_and_rows_of_zeros():
     for bits in (4, 2):
         stored = gptq(np.zeros((3, 100)), bits, np.outer(MIXED[0], MIXED[0]))
         assert (stored.dense() == 0).all()
+
+
+def test_entries_beyond_float16_scales_are_cut():
+    row = np.array([[4e5, -1e6, 1.0]], np.float32)
+    found = quantize(row, 4).dense()
+    np.testing.assert_allclose(found, [[65504 * 6, -65504 * 7, 0]])

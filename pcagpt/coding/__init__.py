@@ -6,5 +6,5 @@ from pcagpt.coding.limit import gaussian_limit
 from pcagpt.coding.packed import PackedTable, estimated_packed_bytes, pack
 from pcagpt.coding.packed_file import packed_bytes, read_packed, write_packed
 from pcagpt.coding.search import Encoded, at_step, estimated_bytes, within_bytes
-from pcagpt.coding.table import CodedTable
+from pcagpt.coding.table import CodedTable, InexactSums
 from pcagpt.coding.weights import CODES_VERSION, loss_weighting

@@ -14,6 +14,11 @@ from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.factorization.chunks import chunks
 from pcagpt.factorization.table import sha256_of_arrays
 
+
+class InexactSums(ValueError):
+    """The integers of a table are too large for exact sums."""
+
+
 LARGEST_SUM = 2.0**53  # Sums of integers below this are exact in float64, in any order.
 
 
@@ -53,7 +58,7 @@ class CodedTable:
         """The table, float32 [V, D], the same bits on every machine.
 
         Sums are of integers, so their order does not matter; what follows is a fixed
-        sequence of single float64 operations. ValueError if a sum may be inexact.
+        sequence of single float64 operations. InexactSums if a sum may be inexact.
         """
         integers_KD, rows_K, columns_D = self.basis
         mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)
@@ -72,7 +77,7 @@ class CodedTable:
                 symbols_Kn = symbols_Kn[used].astype(np.float64)
                 size = np.abs(symbols_Kn).max(axis=1) @ largest_K[used]
                 if not size < LARGEST_SUM:
-                    raise ValueError("its integers are too large for exact sums")
+                    raise InexactSums("its integers are too large for exact sums")
                 sums_nD = symbols_Kn.T @ integers_KD[used]
                 scaled_nD = sums_nD * units_D * class_steps(name, self.step)
                 dense_VD[tokens[part]] = scaled_nD + mean_D

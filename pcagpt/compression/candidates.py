@@ -18,6 +18,7 @@ from pcagpt.compression.sides import counted_by, seen_by
 from pcagpt.factorization import (
     FLOAT_BYTES,
     BandFactors,
+    BudgetTooSmall,
     FactorizedTable,
     Factorizer,
     Predictor,
@@ -114,8 +115,11 @@ class Compressor:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
         began, codes = time.monotonic(), None
         if recipe.method in KINDS:
-            codes, size = self._codes(recipe)
-            table = of_full_width(codes.dense())
+            try:
+                codes, size = self._codes(recipe)
+                table = of_full_width(codes.dense())
+            except coding.InexactSums as error:  # The values are extremely small.
+                raise BudgetTooSmall(f"no {recipe.method} table: {error}") from None
         elif recipe.method in MAKERS:
             maker = MAKERS[recipe.method]
             made = maker.make(self._table_VD, self._statistics, recipe)

@@ -4,6 +4,7 @@ It needs pcagpt, torch and transformers. The table is decoded here, so that the 
 takes as much memory as one that was never compressed.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,11 +21,17 @@ FOLDER = Path(__file__).parent
 def load(
     folder: str | Path = FOLDER, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model of a folder."""
+    """The model of a folder; ValueError if its weights are not those of the export."""
     folder = Path(folder)
-    name = json.loads((folder / "pcagpt.json").read_text())["table"]
-    coded, _ = coding.read(folder / "table.pcat")
-    tensors = load_file(folder / "others.safetensors")
+    record = json.loads((folder / "pcagpt.json").read_text())
+    table, others = folder / "table.pcat", folder / "others.safetensors"
+    for path in (table, others):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != record["files"][path.name]["sha256"]:
+            raise ValueError(f"{path} has changed since the export: export it again")
+    name, (coded, _) = record["table"], coding.read(table)
+    tensors = load_file(others)
     tensors[name] = torch.from_numpy(coded.dense())
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, config.architectures[0])

@@ -11,6 +11,7 @@ from pcagpt.factorization.chunks import chunks
 
 # Columns that share a scale at few bits. GPTQ moves their errors on together.
 _GROUP = 32
+LARGEST_SCALE = float(np.finfo(np.float16).max)
 _DAMPING = 0.01  # share of the metric's mean diagonal that GPTQ adds to its diagonal
 
 
@@ -46,8 +47,8 @@ def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
     From 4 bits on, they are 2^bits - 1 levels, with 0 in the middle. 3 and 2 bits have
     all 2^bits levels, (code + 1/2) * scale, without 0. The error of an entry is at most
     half a step plus the rounding of the scale to float16: max / (levels - 1) * 1.002 +
-    2^-11 * max. Groups below the range of float16 become zero; entries must be below
-    65504 * (levels - 1) / 2 in magnitude.
+    2^-11 * max. Groups below the range of float16 become zero; entries beyond 65504 *
+    (levels - 1) / 2 are cut to that magnitude.
     """
     return _quantize(array_ND, bits, None)
 
@@ -125,7 +126,7 @@ def _quantize(
             end = min(start + _GROUP, width)
             if start % group == 0:
                 size_n = np.abs(left_Dn[start : start + group]).max(axis=0)
-                scale_n = (size_n / largest).astype(np.float16)
+                scale_n = np.minimum(size_n / largest, LARGEST_SCALE).astype(np.float16)
                 scales_NG[part, start // group] = scale_n
                 step_n = scale_n.astype(np.float32)
             for j in range(start, end):

@@ -37,6 +37,8 @@ _SHAPES = {
     "context_moment": "DD",
 }
 SEED = 0  # of the order of the calibration text
+SHARES_AGREE = 0.01  # distance of the sum of all shares from 1
+LARGEST_MOMENT = 1e18  # as for values of tables, squared, with room
 
 
 def collect(
@@ -257,7 +259,10 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
         if name in ("hidden_moment", "gradient_moment"):  # Of squares, up to rounding.
             squares = array.diagonal()
             is_negative = squares.min() < -1e-6 * np.abs(squares).max()
-        if not np.isfinite(array).all() or is_negative:
+        # Both are shares: `frequency` of the text, `probability` of the predictions.
+        is_no_share = letters == "V" and not abs(array.sum() - 1) <= SHARES_AGREE
+        is_absurd = not np.abs(array).max() <= LARGEST_MOMENT  # Also if it is NaN.
+        if is_absurd or is_negative or is_no_share:
             raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(statistics)):
         raise UserError(f"{path} was changed or damaged since it was written")

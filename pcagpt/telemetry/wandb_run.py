@@ -2,6 +2,7 @@
 
 import html
 import io
+import re
 import secrets
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +52,9 @@ class WandbRun:
         wandb = import_wandb()
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / _ID_FILE
-        known = continues and id_file.is_file()
+        known = _name_in(id_file) if continues else ""
+        if re.search(r"[/\\#?%:\s]", known):  # W&B would refuse it for ever.
+            known = ""
         own = folder.is_relative_to(workdir)
         name = folder.relative_to(workdir).as_posix() if own else folder.name
         try:
@@ -60,7 +63,7 @@ class WandbRun:
                 group=_group(workdir),
                 job_type=job,
                 name=name,
-                id=id_file.read_text("utf-8").strip() if known else None,
+                id=known or None,
                 resume="allow" if known else None,
                 dir=str(folder),
                 config=dict(config),
@@ -139,7 +142,17 @@ def share_group(workdir: Path, other: Path) -> None:
 def _group(workdir: Path) -> str:
     """The group of a workdir's runs; a new workdir gets a new one."""
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / GROUP_FILE
+    path, new = workdir / GROUP_FILE, f"{workdir.resolve().name}-{secrets.token_hex(4)}"
     if not path.exists():  # Another command may begin there at the same time.
-        write_first(path, f"{workdir.resolve().name}-{secrets.token_hex(4)}\n")
-    return path.read_text("utf-8").strip()
+        write_first(path, f"{new}\n")
+    if name := _name_in(path):
+        return name
+    raise UserError(f"{path} holds no name of a group: remove it, to begin a new group")
+
+
+def _name_in(path: Path) -> str:
+    """The name or id in a file; '' if it is missing, or not a line of text."""
+    if not path.is_file():
+        return ""
+    text = path.read_bytes().decode("utf-8", "replace").strip()
+    return text if text.isprintable() and "\ufffd" not in text else ""
