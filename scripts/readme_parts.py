@@ -162,7 +162,7 @@ def calibration_table(folder: Path) -> str:
         }
         for sweep in sweeps
     }
-    ranks = sorted(set.intersection(*(set(losses[n]) for n in sorted(losses)[:2])))
+    ranks = sorted(losses[min(losses)])
     rows = [
         [count(tokens), *(losses[tokens].get(rank, NOTHING) for rank in ranks)]
         for tokens in sorted(losses)

@@ -145,8 +145,8 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     for name, bad, says in (
         ("hidden_mean", np.array([np.nan, 1]), "cannot be statistics"),
         ("probability", np.array([-1.0, 1, 1]), "cannot be statistics"),
-        ("probability", np.array([5.0, 1, 2]), "cannot be statistics"),  # counts
-        ("frequency", np.zeros(3), "cannot be statistics"),
+        ("probability", np.array([5.0, 1, 2]), "its sum is 8, it must be 1"),
+        ("frequency", np.zeros(3), "'frequency' must hold a share for each token"),
         ("hidden_moment", 1e300 * np.eye(2), "cannot be statistics"),
         ("gradient_moment", -np.eye(2), "cannot be statistics"),
         ("hidden_moment", np.ones((2, 3)), r"must be float64 \(2, 2\)"),

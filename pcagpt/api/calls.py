@@ -87,7 +87,12 @@ def plain(value: Any) -> Any:
 
 
 def list_of(name: str, values: Any) -> list[str]:
-    """The texts of an argument; UserError if it holds anything else."""
+    """The texts of an argument: one text, several, or none ('' and None).
+
+    Raises UserError if it holds anything else.
+    """
+    if values is None or isinstance(values, str):
+        return [values] if values else []
     found = list(values) if isinstance(values, Iterable) else [None]
     if all(isinstance(value, str) for value in found):
         return found

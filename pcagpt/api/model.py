@@ -152,9 +152,8 @@ class Model:
                 "seed": seed,
             }
             settings = settings_of("sample", {"model_path": str(self.path), **given})
-            is_one = isinstance(stop, str) and stop
-            stops = [stop] if is_one else list_of("stop", stop or ())
-            if not all(isinstance(text, str) and text for text in stops):
+            stops = list_of("stop", stop)
+            if not all(stops):
                 raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
             tokenizer, options = self._tokenizer, settings.sample
             text_T = self._tokens(prompt)

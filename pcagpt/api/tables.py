@@ -133,8 +133,7 @@ def compress(
         does not fit the model, or a value is out of range.
     """
     with call(bool(progress)), tempfile.TemporaryDirectory(prefix="pcagpt-") as own:
-        is_one = isinstance(methods, str)
-        names = methods if is_one else ",".join(list_of("methods", methods or ()))
+        names = ",".join(list_of("methods", methods))
         cache = Path(own if cache_dir is None else absolute(cache_dir))
         given = {
             "compress.max_bytes": max_bytes,

@@ -40,15 +40,7 @@ def _joined(entries: Iterable[Any]) -> str:
 
 
 _LARGE = "for a first look at a large table"
-
-
-def _on_cpu(field: str) -> str:
-    """What `compress` uses on a CPU for a knob that is 0 or empty."""
-    small, large = (
-        _joined(value) if isinstance(value, tuple) else value
-        for value in (getattr(effort, field) for effort in (CPU, CPU_LARGE))
-    )
-    return f"on a CPU {small}, or {large} {_LARGE} (see compress.methods)"
+_SEE = "(see compress.methods)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +229,14 @@ class CompressSettings:
         "are rounded to fewer bits or tried for a bound. Empty: all; "
         f"on a CPU {_joined(CPU.methods)}, or {_joined(CPU_LARGE.methods)} {_LARGE}. A "
         "first look is a sweep on a CPU without methods, bands, recover_ranks and "
-        f"bounds. A table of {LARGE_TABLE:,} numbers or more is large, if it has the "
-        f"ranks {_joined(CPU_LARGE.ranks)}",
+        f"bounds. A table is large if it has {LARGE_TABLE:,} numbers or more and is at "
+        f"least {max(CPU_LARGE.ranks)} wide",
     )
     bands: tuple[int, ...] = knob(
         (),
         "numbers of frequency bands to try; 1: one rank for all tokens; empty: "
-        f"{_joined(GPU.bands)}; {_on_cpu('bands')}",
+        f"{_joined(GPU.bands)}; on a CPU {_joined(CPU.bands)}, or "
+        f"{_joined(CPU_LARGE.bands)} {_LARGE} {_SEE}",
     )
     bits: tuple[int, ...] = knob(
         (8, 4),
@@ -298,7 +291,7 @@ class EvaluateSettings:
     max_tokens: int = knob(
         0,
         "evaluate, compress: number of tokens to predict; 0: all, but in a first look "
-        f"(see compress.methods) without calibration_tokens {CPU.max_tokens}, or "
+        f"{_SEE} without calibration_tokens {CPU.max_tokens}, or "
         f"{CPU_LARGE.max_tokens} of a large table",
         at_least(0),
     )
@@ -426,7 +419,7 @@ class Settings:
         (128,),
         f"{_joined(name for name, task in TASKS.items() if task.ranks)}: ranks to "
         f"make, as in 64,128; compress, empty: {_joined(GPU.ranks)}, or "
-        f"{_joined(CPU_LARGE.ranks)} {_LARGE} (see compress.methods)",
+        f"{_joined(CPU_LARGE.ranks)} {_LARGE} {_SEE}",
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

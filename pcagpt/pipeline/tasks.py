@@ -36,9 +36,6 @@ def preview(settings: Settings) -> str:
     is_table = settings.task == "compress" and settings.is_of_bare_table
     if is_table:
         settings = decided(settings)
-    elif settings.task == "compress":
-        shape = Run.asked(settings).table_shape
-        settings = decide_effort(settings, jax.default_backend(), shape)
     writes = TASKS[settings.task].writes
     if TASKS[settings.task].makes_jobs:
         needed = execute.check(make_plan(settings), writes=False)
@@ -60,6 +57,8 @@ def preview(settings: Settings) -> str:
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
         if settings.task == "compress":
             check_is_original(run)
+            platform = jax.default_backend()
+            settings = decide_effort(settings, platform, run.table_shape)
             each = "for each token table that it has: " if run.architecture else ""
             lines.append(f"{each}{amount_of(settings, run.table_shape)}")
     else:

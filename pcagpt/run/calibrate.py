@@ -37,8 +37,8 @@ _SHAPES = {
     "context_moment": "DD",
 }
 SEED = 0  # of the order of the calibration text
-SHARES_AGREE = 0.01  # distance of the sum of all shares from 1
-LARGEST_MOMENT = 1e18  # as for values of tables, squared, with room
+SHARES_AGREE = 0.01  # largest distance of the sum of all shares from 1
+LARGEST = 1e18  # Hidden states and gradients of a model that works are far below.
 
 
 def collect(
@@ -140,9 +140,9 @@ def statistics(
       window: tokens that the model reads at a time.
       compute_dtype: the model's.
       tokens: length of the calibration text, rounded up to what `measure` can take.
-      batch_size: windows of a batch, whose order a seed decides.
-      part: windows of the batches that `measure` gets, and fewer at the end. 0: it only
-        takes whole batches of `batch_size`.
+      batch_size: windows of a batch. `SEED` decides the order of the windows.
+      part: windows that `measure` gets at a time; the last part of a batch may have
+        fewer. 0: `measure` takes whole batches only.
     """
     train = corpus.tokens("train")
     batches = TrainingBatches(train, window, batch_size, SEED)
@@ -259,11 +259,14 @@ def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
         if name in ("hidden_moment", "gradient_moment"):  # Of squares, up to rounding.
             squares = array.diagonal()
             is_negative = squares.min() < -1e-6 * np.abs(squares).max()
-        # Both are shares: `frequency` of the text, `probability` of the predictions.
-        is_no_share = letters == "V" and not abs(array.sum() - 1) <= SHARES_AGREE
-        is_absurd = not np.abs(array).max() <= LARGEST_MOMENT  # Also if it is NaN.
-        if is_absurd or is_negative or is_no_share:
+        is_absurd = not np.abs(array).max() <= LARGEST  # Also if it is NaN.
+        if is_absurd or is_negative:
             raise UserError(f"{path}: '{name}' holds values that cannot be statistics")
+        if letters == "V" and abs(array.sum() - 1) > SHARES_AGREE:
+            raise UserError(
+                f"{path}: '{name}' must hold a share for each token; its sum is "
+                f"{array.sum():.6g}, it must be 1"
+            )
     if protocol.pop("arrays_sha256", None) not in (None, _sha256(statistics)):
         raise UserError(f"{path} was changed or damaged since it was written")
     return statistics, protocol
