@@ -408,3 +408,21 @@ def test_all_methods_are_those_that_the_table_is_enough_for(table):
         for words in ([RANKS], [RANKS, "--config.compress.methods=all"])
     ]
     assert found[0] == found[1] and found[0].endswith(" tables to make")
+
+
+def one_row(values):
+    return values[:1]
+
+
+def one_large_row(values):
+    values[5] *= 1e5
+    return values
+
+
+@pytest.mark.parametrize("change", [one_row, one_large_row])
+def test_a_table_without_spread_and_one_beyond_float16_are_compressed(table, change):
+    np.save(table, change(np.load(table)))
+    words = "--config.compress.methods=svd,coded", "--config.ranks=1"
+    outcome = call(*asked(table, *words))
+    assert outcome.code == 0, outcome
+    assert all(np.isfinite(row.relative_error) for row in rows_of(table))
