@@ -1420,9 +1420,21 @@ def test_print_config_says_what_would_be_compressed(asked):
     assert outcome.code == 0, outcome
     bound = "--config.compress.max_bytes=9000"
     work = f"compress {asked.model_path} at step 6\n"
-    assert re.search(f"{work}\\d+ tables to measure, each on 32,768 tok", outcome.out)
+    amount = r"\d+ tables to measure, each on 32,768 tokens of val: roughly .* on "
+    assert re.search(f"{work}{amount}", outcome.out)
     outcome = call("--config=configs/compress.py", model, "--print_config", bound)
-    assert f"{work}a search for one table; each one that it tries is" in outcome.out
+    amount = "a search for one table; each one that it tries is measured on val: rough"
+    assert f"{work}{amount}" in outcome.out
+    assert " per million tokens of the split" in outcome.out
+    bands = "--config.compress.methods=svd", "--config.compress.bands=7"
+    outcome = call(
+        "--config=configs/compress.py", model, *bands, bound, "--print_config"
+    )
+    assert outcome.code == 2 and "no table fits compress.bands (7,)" in outcome.err
+    further = "--config.ranks=8", "--config.compress.recover_ranks=8"
+    outcome = call("--config=configs/compress.py", model, *further, "--print_config")
+    # D, and two models on the text and on D's predictions.
+    assert re.search(r"\n5 runs to train: roughly ", outcome.out), outcome
     assert not folder_of(asked).exists()
 
 

@@ -274,7 +274,7 @@ def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):
     assert {row.bands for row in rows} == {1, 7}
     # The plan does not know which sizes are too small.
     tried = len(rows) + outcome.out.count("left out: rank ")
-    assert plan[-2] == f"{tried} tables to make"
+    assert plan[-2] == f"{tried} tables to make: roughly a minute"
     last = "; not checked: whether the statistics are of this table's model"
     assert plan[-1] == outcome.out.splitlines()[-1] and plan[-1].endswith(last)
     assert "best for their bytes, by the estimate:" in outcome.out
@@ -367,10 +367,10 @@ def test_the_plan_counts_the_tables_and_says_what_is_missing(table):
     assert what == f"compress {table}, a table ({V}, {D}) without its model"
     assert not folder_of(table).exists()
     done = call(*asked(table, RANKS))
-    assert amount == f"{len(rows_of(table))} tables to make"
+    assert amount == f"{len(rows_of(table))} tables to make: roughly a minute"
     assert lacking == done.out.splitlines()[-1]
     bound = call(*asked(table, "--config.compress.max_bytes=6000"), "--print_config")
-    assert bound.out.splitlines()[-2] == "a search for one table"
+    assert bound.out.splitlines()[-2] == "a search for one table: roughly a minute"
 
 
 NEEDS_MODEL = "a table without its model has no text and no loss: leave it out"

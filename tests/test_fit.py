@@ -22,7 +22,7 @@ from pcagpt.factorization import (
     quantize,
 )
 from pcagpt.methods import CODED, CODES, METHODS, OWN_TABLE, PACKED, RIVALS
-from pcagpt.pipeline.compress import decide_effort, recipes_of
+from pcagpt.pipeline.compress_plan import decide_effort, recipes_of
 from pcagpt.rows import Recipe, SwapScores
 
 SWEEP = Settings(task="compress", ranks=())

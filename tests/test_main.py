@@ -16,6 +16,7 @@ from runs import changed, overrides, plan, quick_environment, snapshot
 from pcagpt import config as knobs
 from pcagpt import errors
 from pcagpt.config import command_line
+from pcagpt.config.schema import ModelSettings
 from pcagpt.config.tasks import TASKS
 from pcagpt.files import read_json, write_json
 from pcagpt.methods import METHODS
@@ -220,6 +221,30 @@ def test_a_time_is_estimated_from_the_speed_of_the_devices(minutes, words, monke
     monkeypatch.setattr(provenance, "peak_flops", lambda count: 1e14 * count)
     speed = estimate.SHARE_OF_PEAK * 1e14 * jax.device_count()
     assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+
+
+def test_the_time_of_a_sweep_grows_with_all_that_it_depends_on(monkeypatch):
+    monkeypatch.setattr(estimate, "speed_of_devices", lambda share: 6e12)
+    monkeypatch.setattr(estimate, "SECONDS_PER_TABLE", 60.0)
+    monkeypatch.setattr(estimate, "SECONDS_PER_NUMBER", 60e-6)
+    model = ModelSettings(n_layer=1, n_embd=1_000)
+    devices = provenance.device(jax.device_count())
+
+    def time(tables, rows, calibration, measured, platform="cpu"):
+        shape = (rows, 1_000)
+        return estimate.of_sweep(tables, shape, model, calibration, measured, platform)
+
+    # A table of 1,000 numbers is made in a minute.
+    assert time(10, 1, 0, 1) == f"roughly 10 minutes on {devices}"
+    # With 12 million numbers in the block, a million tokens of calibration take
+    # 6 * 12e6 / 6e12 s * 1e6 = 12 s.
+    assert time(0, 0, 50_000_000, 1) == f"roughly 10 minutes on {devices}"
+    # The heads have two tables of 6 million numbers.
+    monkeypatch.setattr(estimate, "SECONDS_PER_NUMBER", 0.0)
+    assert time(2, 6_000, 0, 15_000_000) == f"roughly 6 minutes on {devices}"
+    more = ", plus 10 minutes per million tokens of the split"
+    assert time(75, 6_000, 0, 0) == f"roughly 75 minutes on {devices}{more}"
+    assert time(1, 1, 1, 1, platform="cuda") is None
 
 
 def test_what_is_trained_already_is_not_in_the_estimate(finished_experiment):

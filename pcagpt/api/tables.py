@@ -25,7 +25,7 @@ from pcagpt.compression.bare_table import (
     relative_error,
 )
 from pcagpt.compression.candidates import Candidate
-from pcagpt.compression.original import Original
+from pcagpt.compression.original import Original, platform_of
 from pcagpt.compression.table_files import write_table
 from pcagpt.compression.write_model import write_model
 from pcagpt.config import Settings, methods_of
@@ -34,7 +34,7 @@ from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
-from pcagpt.pipeline.compress import decide_effort
+from pcagpt.pipeline.compress_plan import decide_effort
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row
 from pcagpt.run import checkpoint
@@ -162,7 +162,7 @@ def compress(
             given |= _source(run, data, Path(own), given.get("data.tokenizer", "auto"))
         settings = settings_of("compress", {"model_path": str(run.folder), **given})
         _check_bound(settings)
-        settings = decide_effort(settings, jax.default_backend(), run.table_shape)
+        settings = decide_effort(settings, platform_of(run), run.table_shape)
         original = Original.of(run, settings, cache / "measured")
         if original.model.sides:
             raise UserError(

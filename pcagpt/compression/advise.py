@@ -71,6 +71,17 @@ def advise(
     return row
 
 
+def methods_within(options: CompressSettings, methods: Sequence[str]) -> list[str]:
+    """The methods that a search for a bound uses; UserError if none fits the bands."""
+    if "max_params" in options.bounds:
+        methods = factor_methods(methods)
+    if not set(methods) - {*left_out(methods, options.bands), *RIVALS}:
+        raise UserError(
+            f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
+        )
+    return list(methods)
+
+
 def find(
     original: Original | BareTable, methods: Sequence[str], options: CompressSettings
 ) -> tuple[Trial, list[Trial]]:
@@ -85,12 +96,7 @@ def find(
     Raises UserError if no table fits, or no method fits the bands.
     """
     ((name, bound),) = options.bounds.items()
-    if name == "max_params":
-        methods = factor_methods(methods)
-    if not set(methods) - {*left_out(methods, options.bands), *RIVALS}:
-        raise UserError(
-            f"no table fits compress.bands {options.bands}: list 1 in compress.bands"
-        )
+    methods = methods_within(options, methods)
     make, shape = original.compressor, original.table_VD.shape  # Calibrates first.
     label, bits = f"fitting {original.label}", len(options.bits)
     with Progress(label, max(Fit.TRIALS + bits, len(CODES) + 1 + 2 * bits)) as progress:

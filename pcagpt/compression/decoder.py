@@ -53,6 +53,11 @@ class _Kept(dict[tuple[tuple[int, ...], bytes], torch.Tensor]):
         self.free_bytes = free_bytes
 
 
+def device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Decoder:
     """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
@@ -65,7 +70,7 @@ class Decoder:
         The model reads `window` tokens at a time, or as many as it was made for.
         """
         self.folder = folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device()
         self.model = _open(folder).to(self.device).requires_grad_(False).eval()
         self._embedding, self._head = self._tables()
         self._check_tables()

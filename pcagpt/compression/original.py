@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
 import numpy as np
 
 from pcagpt import coding, process
@@ -66,6 +67,19 @@ class Model(Protocol):
         batches: Iterable[tuple[np.ndarray, np.ndarray]],
     ) -> SwapScores:
         """Scores of a table in place of the model's own, on (inputs, targets)."""
+
+
+def platform_of(run: Run) -> str:
+    """'cpu' if a run is measured on a CPU, otherwise another name.
+
+    JAX measures our own models, and PyTorch those of other architectures. UserError if
+    these need a package that is not there.
+    """
+    if not run.architecture:
+        return jax.default_backend()
+    with _of_extra(run):
+        from pcagpt.compression.decoder import device
+    return device().type
 
 
 def check_is_original(run: Run) -> None:
@@ -258,8 +272,17 @@ class Original:
 
 def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
-    try:
+    with _of_extra(run):
         from pcagpt.compression.decoder import Decoder
+    with _without_bar():
+        return Decoder(run.folder, window)
+
+
+@contextlib.contextmanager
+def _of_extra(run: Run) -> Iterator[None]:
+    """Imports of the extra hf for a run; UserError if a package is lacking."""
+    try:
+        yield
     except ImportError as error:
         if error.name not in ("torch", "transformers"):
             raise
@@ -267,8 +290,6 @@ def _decoder(run: Run, window: int) -> "Decoder":
             f"{run.folder} holds a {run.architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
-    with _without_bar():
-        return Decoder(run.folder, window)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,8 @@ import numpy as np
 
 from pcagpt.compression.advise import ADVISED, advise
 from pcagpt.compression.bare_table import BareTable
-from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.codes import KINDS
-from pcagpt.compression.original import Original
+from pcagpt.compression.original import Original, check_is_original, platform_of
 from pcagpt.compression.output import Output
 from pcagpt.compression.read_table import read_table
 from pcagpt.compression.sweep import (
@@ -31,9 +30,15 @@ from pcagpt.compression.sweep import (
 from pcagpt.compression.table_files import undamaged
 from pcagpt.compression.write_model import check_place, is_of_another
 from pcagpt.config import Settings, methods_of
-from pcagpt.config.effort import effort_on, of_bare_table
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
+from pcagpt.pipeline import estimate
+from pcagpt.pipeline.compress_plan import (
+    amount_of,
+    decide_effort,
+    recipes_of,
+    tell_left_out,
+)
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.execute import check, check_workdir, execute, say
 from pcagpt.pipeline.plan import recovery_plan
@@ -72,7 +77,7 @@ def compress(settings: Settings, command: str) -> None:
     if settings.telemetry.wandb:
         import_wandb()
     run = Run.asked(settings)
-    settings = decide_effort(settings, jax.default_backend(), run.table_shape)
+    settings = decide_effort(settings, platform_of(run), run.table_shape)
     suffix = "" if settings.split == "val" else f"_{settings.split}"
     folder = Path(settings.workdir) / f"{FOLDER}{suffix}"
     checkpoint.check_path(folder)
@@ -94,6 +99,24 @@ def compress(settings: Settings, command: str) -> None:
     for table in tables:
         table.compress(command)
     say(*(line for table in tables for line in table.found))
+
+
+def preview_compress(settings: Settings, run: Run) -> list[str]:
+    """What `compress` would do with a run, and how long that takes; UserError as there.
+
+    `settings` has its effort decided.
+    """
+    check_is_original(run)
+    each = "for each token table that it has: " if run.architecture else ""
+    lines = [f"{each}{amount_of(settings, run.table_shape, platform_of(run))}"]
+    if ranks := settings.compress.recover_ranks:
+        folder, methods = Path(settings.workdir), methods_of(settings.compress.methods)
+        tried = recipes_of(settings, run.table_shape, methods)
+        models = _models_to_train(models_of(folder, tried), ranks)
+        (baseline,) = recovery_plan(settings, folder, ()).jobs
+        runs = 1 + 2 * len(models)  # As in `recovery_plan`.
+        lines.append(estimate.of_training(runs, runs * baseline.flops()))
+    return lines
 
 
 class _Table:
@@ -166,107 +189,6 @@ class _Table:
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
                 _recover(settings, output, models, run, command)
-
-
-def decide_effort(
-    settings: Settings,
-    platform: str,
-    shape: tuple[int, int] | None = None,
-    *,
-    has_statistics: bool = False,
-) -> Settings:
-    """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
-
-    A search for a bound has no ranks. A sweep on a CPU is a first look if methods and
-    bands are unset, no table must keep a bound, and none is trained further. It tries
-    fewer tables if the table is large. It measures only a part of the split, if
-    calibration_tokens is unset, too.
-
-    Args:
-      settings: of any task; only those of `compress` change.
-      platform: of the devices.
-      shape: [V, D] of the model's table; None for a bare table.
-      has_statistics: whether the statistics of a bare table's model are known.
-    """
-    if settings.task != "compress":
-        return settings
-    compress = settings.compress
-    is_open = not (compress.methods or compress.bands)
-    is_first_look = is_open and not (compress.bounds or compress.recover_ranks)
-    effort = effort_on(platform, shape if is_first_look else None)
-    given = settings.flat()
-    if settings.is_of_bare_table:
-        effort = of_bare_table(effort, has_statistics)
-        if given["compress.methods"] == "all" and not has_statistics:
-            given["compress.methods"] = ""
-    is_quick = is_first_look and not compress.calibration_tokens
-    decided = {
-        "ranks": () if compress.bounds else effort.ranks,
-        "compress.methods": ",".join(effort.methods),
-        "compress.bands": effort.bands,
-        "compress.calibration_tokens": effort.calibration_tokens,
-        "evaluate.max_tokens": effort.max_tokens if is_quick else 0,
-    }
-    return settings.replace({path: given[path] or decided[path] for path in decided})
-
-
-def amount_of(settings: Settings, shape: tuple[int, int]) -> str:
-    """'26 tables to measure, each on 32,768 tokens of val', for a table [V, D]."""
-    compress, limit = settings.compress, settings.evaluate.max_tokens
-    split = f"{limit:,} tokens of {settings.split}" if limit else settings.split
-    is_bare = settings.is_of_bare_table
-    if compress.bounds:
-        how = "" if is_bare else f"; each one that it tries is measured on {split}"
-        return f"a search for one table{how}"
-    methods = methods_of(compress.methods)
-    found = recipes_of(settings, shape, methods)
-    how = "make" if is_bare else f"measure, each on {split}"
-    return f"{len(found)} tables to {how}"
-
-
-def tell_left_out(methods: list[str], bands: tuple[int, ...]) -> None:
-    """Prints the methods that can use none of these numbers of bands."""
-    if single := left_out(methods, bands):
-        say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
-
-
-def recipes_of(
-    settings: Settings, shape: tuple[int, int], methods: list[str]
-) -> list[Recipe]:
-    """The recipes of a sweep of a table [V, D]; leaves out ranks that it cannot have.
-
-    Raises UserError if none are left.
-    """
-    ranks, options = settings.ranks, settings.compress
-    factors = factor_methods(methods)
-    possible = [rank for rank in ranks if rank <= min(shape)]
-    if not possible:
-        raise UserError(
-            f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
-            f"rank is at most {min(shape)}"
-        )
-    combinations = recipes(*shape, methods, possible, options.bands, options.bits)
-    if factors and not any(recipe.rank for recipe in combinations):
-        raise UserError(
-            f"no table fits compress.bands {options.bands}: raise ranks, or list 1 in "
-            "compress.bands"
-        )
-    if not combinations:
-        raise UserError(
-            f"compress.methods is '{options.methods}', but compress.bits is empty: "
-            "name bits, such as --config.compress.bits=4"
-        )
-    if high := [str(rank) for rank in ranks if rank not in possible]:
-        say(f"left out: rank {', '.join(high)}, too high for the table {shape}")
-    single = left_out(methods, options.bands)
-    made = {recipe.rank for recipe in combinations if recipe.is_factors}
-    low = [str(rank) for rank in possible if rank not in made]
-    if low and factors != single:
-        say(
-            f"left out: factors of rank {', '.join(low)}, too low for compress.bands "
-            f"{options.bands}"
-        )
-    return combinations
 
 
 def check_file(path: Path, original: Original | BareTable) -> None:

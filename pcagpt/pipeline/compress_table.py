@@ -18,9 +18,9 @@ from pcagpt.compression.table_files import ADVICE, check_table_place
 from pcagpt.compression.table_sweep import advise_table, sweep_table
 from pcagpt.config import Settings, methods_of
 from pcagpt.files import remove_leftovers
-from pcagpt.pipeline.compress import (
+from pcagpt.pipeline.compress import check_file
+from pcagpt.pipeline.compress_plan import (
     amount_of,
-    check_file,
     decide_effort,
     recipes_of,
     tell_left_out,
@@ -96,7 +96,7 @@ def preview_table(settings: Settings) -> list[str]:
     shape = table.table_VD.shape
     return [
         f"compress {path}, a table {shape} without its model",
-        amount_of(settings, shape),
+        amount_of(settings, shape, jax.default_backend()),
         _lacking(table, path),
     ]
 

@@ -2,9 +2,7 @@
 
 import json
 
-import jax
-
-from pcagpt.compression.original import check_is_original
+from pcagpt.compression.original import platform_of
 from pcagpt.config import Settings
 from pcagpt.config.command_line import listing
 from pcagpt.config.tasks import TASKS
@@ -12,7 +10,8 @@ from pcagpt.errors import UserError, explain
 from pcagpt.export.source import open_source
 from pcagpt.files import strict
 from pcagpt.pipeline import estimate, execute
-from pcagpt.pipeline.compress import amount_of, compress, decide_effort
+from pcagpt.pipeline.compress import compress, preview_compress
+from pcagpt.pipeline.compress_plan import decide_effort
 from pcagpt.pipeline.compress_table import compress_table, decided, preview_table
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.export import export
@@ -56,11 +55,9 @@ def preview(settings: Settings) -> str:
         run = Run.asked(settings)
         lines = [f"{settings.task} {run.folder} at step {run.step}"]
         if settings.task == "compress":
-            check_is_original(run)
-            platform = jax.default_backend()
-            settings = decide_effort(settings, platform, run.table_shape)
-            each = "for each token table that it has: " if run.architecture else ""
-            lines.append(f"{each}{amount_of(settings, run.table_shape)}")
+            settings = decide_effort(settings, platform_of(run), run.table_shape)
+            asked = settings.replace({"model": run.model_settings(settings.model)})
+            lines += preview_compress(asked, run)
     else:
         raise ValueError(f"no preview for the task {settings.task}")
     if writes:

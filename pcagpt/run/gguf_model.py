@@ -42,10 +42,12 @@ def record_of(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has no tensor {_TABLE}: give the GGUF of a language model"
         )
+    architecture = found.fields.get("general.architecture")
+    depth = found.fields.get(f"{architecture}.block_count")
     return {
         "vocab_size": shape[0],
-        "model": {"n_embd": shape[1], "n_head": 1},  # As in `other_decoder`.
-        "architecture": f"{found.fields.get('general.architecture')} in GGUF",
+        "model": other_decoder.model_record(shape[1], depth),
+        "architecture": f"{architecture} in GGUF",
         "stored_as": list(found.types),
     }
 

@@ -16,6 +16,7 @@ from pcagpt.run import hugging_face
 
 _REMEDY = "restore it, or download the model again"
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def is_model(folder: Path) -> bool:
@@ -48,13 +49,21 @@ def record_of(folder: Path) -> dict[str, Any]:
                 f"{folder}: its config.json has no {name} of a language model: give "
                 "a model that AutoModelForCausalLM of transformers opens"
             )
-    # One head fits any width: nothing of ours computes with this model.
-    model = {"n_embd": sizes[width], "n_head": 1}
+    depth = next((text[name] for name in _DEPTHS if name in text), None)
     return {
         "vocab_size": sizes["vocab_size"],
-        "model": model,
+        "model": model_record(sizes[width], depth),
         "architecture": str(architecture),
     }
+
+
+def model_record(width: int, depth: Any) -> dict[str, int]:
+    """Width and, if it is known, depth, as knobs of `model`.
+
+    One head fits any width: nothing of ours computes with such a model.
+    """
+    layers = {"n_layer": depth} if type(depth) is int and depth > 0 else {}
+    return {"n_embd": width, "n_head": 1} | layers
 
 
 def digests(folder: Path) -> dict[str, str]:
