@@ -260,10 +260,10 @@ class Decoding(System):
     rests = False  # Decoding does not heat a GPU.
 
     def prepare(self) -> None:
-        """Makes random weights and decodes a few tokens."""
+        """Makes random weights and decodes once, which compiles."""
         size = self.size
         self.gpt = setup(size, self.model, self.batch, self.folder).model
-        tokens_of_a_turn = size.prompt_tokens + WARM_STEPS + size.decoded_tokens
+        tokens_of_a_turn = size.prompt_tokens + size.decoded_tokens + 1
         shape = self.batch, cache_capacity(tokens_of_a_turn, size.block_size)
         tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
@@ -273,7 +273,7 @@ class Decoding(System):
         )
         # `generate` uses this dtype, so it makes no second copy.
         self.variables = jax.device_put(in_compute_dtype(weights, self.gpt))
-        self.begin()
+        self.seconds_per_step(0)
         read = functools.partial(self.gpt.apply, method="hidden", mutable="cache")
         kept = self.variables, jax.eval_shape(read, self.variables, tokens_BT)[1]
         leaves = jax.tree.leaves(kept)
@@ -281,23 +281,20 @@ class Decoding(System):
         self.tokens_per_step, self.flops_per_token = self.batch, None
         self.details = {"steps": size.decoded_tokens}
 
-    def begin(self) -> None:
-        """Reads the prompt and decodes a few tokens, which may compile."""
-        prompt = np.ones(self.size.prompt_tokens, np.int32)
-        self.drawn = generate(
-            self.gpt, self.variables, prompt, self.batch, seed=0, temperature=0
-        )
-        for _ in range(WARM_STEPS):
-            jax.block_until_ready(next(self.drawn))
-
     def seconds_per_step(self, steps: int) -> float:
         """Mean over the decoded tokens; `Size` gives their number."""
         del steps
-        self.begin()
+        prompt, count = np.ones(self.size.prompt_tokens, np.int32), self.batch
+        drawn = generate(
+            *(self.gpt, self.variables, prompt, count),
+            seed=0,
+            temperature=0,
+            limit=self.size.decoded_tokens + 1,
+        )
+        next(drawn)  # Reads the prompt.
         start = time.perf_counter()
-        for _ in range(self.size.decoded_tokens):
-            tokens_B = next(self.drawn)
-        jax.block_until_ready(tokens_B)
+        for _ in drawn:
+            pass
         return (time.perf_counter() - start) / self.size.decoded_tokens
 
 

@@ -16,7 +16,9 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from pcagpt.kernels import one_token
 from pcagpt.model import GPT
+from pcagpt.model.next_token import next_hidden
 from pcagpt.pipeline import sample
 from pcagpt.run import checkpoint, folder
 from pcagpt.run import generate as generation
@@ -57,6 +59,74 @@ def drawn(model, variables, prompt, count, samples=1, seed=1, **options):
     """[samples, count] token ids."""
     found = generate(model, variables, np.array(prompt), samples, seed, **options)
     return np.stack([np.asarray(t) for t in itertools.islice(found, count)], axis=1)
+
+
+def without_biases(tree):
+    if not isinstance(tree, dict):
+        return tree
+    return {name: without_biases(t) for name, t in tree.items() if name != "bias"}
+
+
+# Few sequences and many have different kernels. A head is 16 wide.
+@pytest.mark.parametrize("samples", [1, 3, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_kernels_read_a_new_token_as_the_plain_form_does(samples, bias, monkeypatch):
+    calls, product = [], one_token.norm_product
+    monkeypatch.setattr(
+        one_token, "norm_product", lambda *a: calls.append(1) or product(*a)
+    )
+    _, variables = model_of("factorized")
+    variables = jax.tree.map(lambda leaf: leaf / 4, variables)
+    if not bias:
+        variables = without_biases(variables)
+    random = np.random.default_rng(1)
+    earlier, new = random.integers(0, 97, (samples, 6)), random.integers(0, 97, samples)
+    found = []
+    for kernels in ("xla", "pallas"):
+        config = gpt_config(**SIZES, n_embd_wte=8, bias=bias, kernels=kernels)
+        model = GPT(config)
+        _, written = model.apply(variables, earlier, method="hidden", mutable="cache")
+        cache = jax.tree.map(
+            lambda kept: jnp.pad(kept, ((0, 0), (0, 2), (0, 0), (0, 0))),
+            written["cache"],
+        )
+        assert not calls
+        read = functools.partial(next_hidden, model)
+        found.append(jax.jit(read)(variables, cache, jnp.array(new), jnp.int32(6)))
+    assert bool(calls) == (samples <= one_token.FEW)
+    wanted = model.apply(
+        variables, np.concatenate([earlier, new[:, None]], axis=1), method="hidden"
+    ).reshape(samples, 7, -1)[:, -1]
+    for h_BD, _ in found:
+        np.testing.assert_allclose(h_BD, wanted, rtol=1e-4, atol=1e-4)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        *(cache for _, cache in found),
+    )
+
+
+def test_no_more_is_drawn_than_the_limit():
+    model, variables = model_of("full")
+    asked = {"count": 30, "samples": 2, "seed": 3}
+    whole = drawn(model, variables, [5, 96], **asked)
+    for limit in (0, 1, 2, 6, 7, 11, 19):  # The window of 8 tokens is full after 6.
+        found = list(
+            generate(model, variables, np.array([5, 96]), 2, seed=3, limit=limit)
+        )
+        assert len(found) == limit
+        assert not limit or (np.stack(found, axis=1) == whole[:, :limit]).all()
+
+
+def test_a_call_draws_as_many_tokens_as_take_a_tenth_of_a_second(monkeypatch):
+    now = iter([0, 9.0, 9.0, 9.04, 9.04, 9.08, 9.08, 9.14, 9.14, 9.3, 9.3, 9.31])
+    monkeypatch.setattr(generation.time, "monotonic", lambda: next(now))
+    pace, asked = generation._Pace(), []
+    for most in (100, 100, 100, 100, 100, 1):
+        asked.append(pace.tokens(most))
+        with pace:
+            pass
+    assert asked == [1, 1, 2, 4, 4, 1]  # The first call compiles.
+    assert pace.tokens(100) == 2
 
 
 # A window has 8 tokens; the prompt has 1 to 11.

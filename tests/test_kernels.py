@@ -1,6 +1,7 @@
 """Each kernel against float64: interpreted on CPUs, compiled on GPUs."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
-from pcagpt.kernels import gelu, launch, low_rank_head, norm, softmax
+from pcagpt.kernels import gelu, launch, low_rank_head, norm, one_token, softmax
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -303,12 +304,99 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
         arguments = ((count, 768), half), ((768,), full)
         assert lower(jax.grad(activations, argnums=(0, 1)), *arguments) == 4
 
+        def block(x, parts, vector, kernel, keys):
+            update = one_token.Sum(parts, vector)
+            norm_ = one_token.Norm(vector, vector, 1e-5)
+            stream, parts = one_token.norm_product(x, update, norm_, kernel)
+            qkv = one_token.Sum(jnp.tile(parts, 3), jnp.tile(vector, 3))
+            y, keys, _ = one_token.attend(qkv, keys, keys, jnp.int32(3))
+            parts = one_token.gelu_product(update, kernel)
+            return stream, one_token.product(y, kernel), parts, keys
+
+        for batch in (1, 64):
+            shapes = (batch, 768), (2, batch, 768), (768,), (768, 768)
+            arrays = (*zip(shapes, (half, full, full, half), strict=True),)
+            cache = ((batch, 1024, 12, 64), half)
+            assert lower(block, *arrays, cache) == 4
+
 
 def gpu_that_is_not_here():
     """A description of the GPU, which newer versions of JAX ask for."""
     described = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=described)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def norm_of(x, scale, offset, epsilon=1e-5):
+    centred = x - x.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + epsilon)
+    return centred / deviation * scale + offset
+
+
+def gelu_of(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+# One row or several; a kernel that is cut along its rows, and one that is not.
+@pytest.mark.parametrize(("count", "width"), [(1, 32), (3, 80), (2, 1536)])
+@in_each_precision
+def test_products_of_few_rows_are_those_of_the_layers(count, width, precision):
+    dtype = precision.dtype
+    x = random_array(0, count, width, dtype=dtype)
+    kernel = random_array(1, width, 96, dtype=dtype, scale=0.1)
+    update = one_token.Sum(random_array(2, 2, count, width), random_array(3, width))
+    scale, offset = 1 + random_array(4, width), random_array(5, width)
+    exact_x, exact_kernel, *more = exact(x, kernel, *update, scale, offset)
+    parts, bias, exact_scale, exact_offset = more
+    exact_update = parts.sum(axis=0) + bias
+    near = functools.partial(assert_near, tolerance=precision.exact)
+
+    def total(parts):
+        assert parts.shape == (-(-width // one_token.ROWS), count, 96)
+        return np.asarray(parts, np.float64).sum(axis=0)
+
+    near(total(one_token.product(x, kernel)), exact_x @ exact_kernel)
+    found = one_token.gelu_product(update, kernel)
+    near(total(found), gelu_of(exact_update) @ exact_kernel)
+    norm_ = one_token.Norm(scale, offset, 1e-5)
+    stream, found = one_token.norm_product(x, update, norm_, kernel)
+    assert stream.dtype == dtype
+    assert_near(exact(stream)[0], exact_x + exact_update, precision.rounded)
+    wanted = norm_of(exact(stream)[0], exact_scale, exact_offset) @ exact_kernel
+    near(total(found), wanted)
+
+
+# One tile of the cache and several, at its first place, between tiles, and at its last.
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 128), (3, 96), (140, 64)])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_new_token_attends_to_itself_and_all_earlier_ones(batch, capacity, place):
+    heads, width = 2, 16
+    position = {"first": 0, "middle": capacity // 2 + 5, "last": capacity - 1}[place]
+    shape = batch, capacity, heads, width
+    keys, values = random_array(0, *shape), random_array(1, *shape)
+    qkv = one_token.Sum(
+        random_array(2, 2, batch, 3 * heads * width), random_array(3, 3 * heads * width)
+    )
+    (parts, bias, k, v), d = exact(*qkv, keys, values), heads * width
+    new_q, new_k, new_v = np.split(parts.sum(axis=0), 3, axis=1)
+    k[:, position] = new_k.reshape(batch, heads, width)
+    v[:, position] = new_v.reshape(batch, heads, width)
+    q = (new_q + bias[:d]).reshape(batch, heads, width)
+    k, v = k[:, : position + 1], v[:, : position + 1]
+    logits = np.einsum("bhc,bthc->bht", q, k) / np.sqrt(width)
+    p = softmax_of(logits.reshape(batch * heads, -1)).reshape(logits.shape)
+    wanted = np.einsum("bht,bthc->bhc", p, v).reshape(batch, d) + bias[2 * d :]
+    # Later places of the cache hold what an earlier text left there.
+    y, new_keys, new_values = one_token.attend(qkv, keys, values, jnp.int32(position))
+    assert_near(y, wanted, FULL.exact)
+    assert_near(exact(new_keys)[0][:, : position + 1], k, FULL.exact)
+    np.testing.assert_array_equal(new_keys[:, position + 1 :], keys[:, position + 1 :])
+    assert_near(exact(new_values)[0][:, : position + 1], v, FULL.exact)
+
+
+def test_the_kernels_of_one_token_leave_odd_widths_to_the_plain_form():
+    assert one_token.fits(768, 12) and one_token.fits(1600, 25)
+    assert not any(itertools.starmap(one_token.fits, [(768, 16), (24, 3), (96, 12)]))
 
 
 def test_norm_takes_usual_widths_and_leaves_those_of_many_pieces_to_the_plain_form():

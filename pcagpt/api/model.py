@@ -169,10 +169,10 @@ class Model:
                 options.top_k,
                 tokenizer.n_vocab,
                 top_p=options.top_p,
+                limit=options.tokens,
             )
         end = tokenizer.eot_token
         tokens = itertools.takewhile(lambda token: token != end, _numbers(drawn))
-        tokens = itertools.islice(tokens, options.tokens)
         before = text_T[-CONTEXT:].tolist()
         return until(texts_of(tokens, tokenizer.decode, before), stops)
 
@@ -227,11 +227,13 @@ class Model:
         return ids_of(text, self.vocab_size)
 
 
-def _numbers(drawn: Iterator[jax.Array]) -> Iterator[int]:
-    """The token of the only sample; each is drawn when it is asked for."""
+def _numbers(drawn: Iterator[np.ndarray]) -> Iterator[int]:
+    """The token of the only sample; it is drawn when it is asked for."""
     while True:
         with call():
-            token_B = np.asarray(next(drawn))
+            token_B = next(drawn, None)
+        if token_B is None:
+            return
         yield int(token_B[0])
 
 

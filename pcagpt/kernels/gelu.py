@@ -62,7 +62,7 @@ def _forward(h_NF, bias_F):
 
 def _visit_forward(h_ref, bias_ref, gelu_ref):
     x_nf = h_ref[...].astype(jnp.float32) + bias_ref[...][None, :]
-    gelu_ref[...] = (x_nf * _sigmoid(x_nf)).astype(gelu_ref.dtype)
+    gelu_ref[...] = tanh_gelu(x_nf).astype(gelu_ref.dtype)
 
 
 @inside.by_device([True, True, False], [True, False])
@@ -114,6 +114,11 @@ bias_gelu.defvjp(
     lambda h_NF, bias_F: (bias_gelu(h_NF, bias_F), (h_NF, bias_F)),
     lambda residuals, of_gelu_NF: _backward(of_gelu_NF, *residuals),
 )
+
+
+def tanh_gelu(x_nf):
+    """GELU of a tile, float32, inside a kernel."""
+    return x_nf * _sigmoid(x_nf)
 
 
 def _sigmoid(x_nf):

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import gelu, norm
+from pcagpt.kernels import gelu, norm, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
@@ -56,13 +56,22 @@ class ResidualNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ND: jax.Array, update_ND: jax.Array, bias_D: jax.Array
+        self,
+        x_ND: jax.Array,
+        update_ND: jax.Array,
+        bias_D: jax.Array,
+        *,
+        has_few_rows: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
-        """x + update + bias, and its LayerNorm; each [N, D] in the compute dtype."""
+        """x + update + bias, and its LayerNorm; each [N, D] in the compute dtype.
+
+        XLA's own form is faster for few rows, such as one token of each sequence.
+        """
         width = x_ND.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         parameters = bias_D, scale_D, _bias(self, width)
-        if self.config.kernels == "pallas" and norm.fits(width):
+        has_kernel = self.config.kernels == "pallas" and norm.fits(width)
+        if has_kernel and not has_few_rows:
             return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
         return _add_and_norm(x_ND, update_ND, *parameters)
 
@@ -97,6 +106,9 @@ class Attention(nn.Module):
         config, width = self.config, self.config.n_embd
         drops = config.dropout > 0 and not deterministic
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
+        if position is not None:
+            y_ND, bias_D = self._attend_to_cache(x_ND @ kernel, bias, position)
+            return project_back(config, y_ND, bias_D, deterministic)
         q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
         # The key's bias adds the same number to all logits of a query, so the softmax
         # cancels it. Attention weights sum to 1, so the value's bias can be added
@@ -122,13 +134,6 @@ class Attention(nn.Module):
                 broadcast_dropout=False,
                 deterministic=False,
             )
-        elif position is not None:
-            y_BTHC = jax.nn.dot_product_attention(
-                q_BTHC,
-                self._cached("keys", k_BTHC, position),
-                self._cached("values", v_BTHC, position),
-                key_value_seq_lengths=jnp.full(len(q_BTHC), position + 1),
-            )
         else:
             if self.is_mutable_collection("cache") and not self.is_initializing():
                 self._cached("keys", k_BTHC, 0)
@@ -137,6 +142,30 @@ class Attention(nn.Module):
                 q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
             )
         return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+
+    def _attend_to_cache(self, qkv_B3D, bias_3D, position):
+        """(result [B, D] for one token of each sequence, value bias [D] to be added).
+
+        The value bias is None if the result contains it.
+        """
+        config, width = self.config, self.config.n_embd
+        if config.kernels == "pallas" and one_token.fits(width, config.n_head):
+            kept = [self.variable("cache", name, None) for name in ("keys", "values")]
+            qkv = one_token.Sum(qkv_B3D.astype(jnp.float32)[None], bias_3D)
+            y_BD, *new = one_token.attend(qkv, *(k.value for k in kept), position)
+            for one, value in zip(kept, new, strict=True):
+                one.value = value
+            return y_BD, None
+        q_bias_D, _, v_bias_D = jnp.split(bias_3D, 3)
+        q_BD, k_BD, v_BD = jnp.split(qkv_B3D, 3, axis=1)
+        shape = len(qkv_B3D), 1, config.n_head, width // config.n_head
+        y_B1HC = jax.nn.dot_product_attention(
+            _add_bias(q_BD, q_bias_D).reshape(shape),
+            self._cached("keys", k_BD.reshape(shape), position),
+            self._cached("values", v_BD.reshape(shape), position),
+            key_value_seq_lengths=jnp.full(len(qkv_B3D), position + 1),
+        )
+        return y_B1HC.reshape(-1, width), v_bias_D
 
     def _cached(self, name: str, new_BtHC: jax.Array, start) -> jax.Array:
         """Writes new keys or values to the cache and returns all of it [B, T, H, C]."""
@@ -224,9 +253,14 @@ class Block(nn.Module):
         self, x_ND, update, sequence_length: int, deterministic: bool, position=None
     ):
         """(stream [N, D], update to add to it) -> the same after this block."""
-        x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(x_ND, *update)
+        has_few_rows = position is not None
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_1")(
+            x_ND, *update, has_few_rows=has_few_rows
+        )
         update = Attention(self.config, name="attn")(
             y_ND, sequence_length, deterministic, position
         )
-        x_ND, y_ND = ResidualNorm(self.config, name="ln_2")(x_ND, *update)
+        x_ND, y_ND = ResidualNorm(self.config, name="ln_2")(
+            x_ND, *update, has_few_rows=has_few_rows
+        )
         return x_ND, MLP(self.config, name="mlp")(y_ND, deterministic)

@@ -58,7 +58,7 @@ class GPT(nn.Module):
         update = wpe_ND, bias_D
         for block in self.blocks:
             x_ND, update = block(x_ND, update, length, deterministic, position)
-        return self.ln_f(x_ND, *update)[1]
+        return self.ln_f(x_ND, *update, has_few_rows=position is not None)[1]
 
     def next_hidden(self, tokens_B: jax.Array, position: jax.Array) -> jax.Array:
         """The next token of each sequence, at `position` -> output of ln_f [B, D].

@@ -16,8 +16,6 @@ from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
 
-FETCH_DELAY = 8  # steps until the host reads a token, so that the device never waits
-
 
 class NoTokenizer(UserError):
     """Nothing says what text the tokens of a model stand for."""
@@ -61,12 +59,9 @@ def sample(settings: Settings) -> list[str]:
                 tokenizer.n_vocab,
                 batch,
                 options.top_p,
+                total,
             )
-            found = []
-            for drawn_B in progress.track(itertools.islice(drawn, total)):
-                found.append(drawn_B)
-                if len(found) > FETCH_DELAY:
-                    found[-1 - FETCH_DELAY] = np.asarray(found[-1 - FETCH_DELAY])
+            found = list(progress.track(drawn))
             for tokens in np.stack(found, axis=1).tolist():
                 kept = itertools.takewhile(lambda token: token != end, tokens)
                 samples.append(tokenizer.decode([*text, *kept]))

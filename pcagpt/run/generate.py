@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 import functools
-import itertools
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcagpt.model import GPT, GPTConfig
+from pcagpt.model.next_token import next_hidden
 
-# Limits of the samples that are drawn at once; Ctrl-C waits for one of their tokens.
+# Limits of the samples that are drawn at once.
 BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
+# The device draws many tokens in one call, so that it never waits for the host. A call
+# takes about this many seconds, for which text appears in pieces and Ctrl-C waits.
+CALL_SECONDS, CALL_TOKENS = 0.1, 256
 LEAST_CAPACITY = 128  # tokens; a power of 2
 LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn
 
@@ -55,8 +59,9 @@ def generate(
     known_ids: int | None = None,
     batch: int = 0,
     top_p: float = 1.0,
-) -> Iterator[jax.Array]:
-    """Draws the next token of each sample, int32 [B], without end.
+    limit: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Draws the next token of each sample, int32 [B], until `limit`.
 
     The model sees the last `block_size` tokens, prompt included. It uses a KV cache for
     the first `block_size` tokens. After that, every new token shifts the positions of
@@ -75,6 +80,7 @@ def generate(
       top_p: draws from the likeliest tokens only, as many as it takes until their
         probabilities, at the temperature and among `top_k`, sum to at least this share
         (Holtzman et al. 2020); 1 means all.
+      limit: number of tokens of each sample; None: without end.
     """
     length, key = model.config.block_size, jax.random.key(seed)
     key = jax.random.fold_in(key, batch) if batch else key
@@ -83,25 +89,57 @@ def generate(
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
-    start = len(prompt)
-    if start < length:
-        capacity = cache_capacity(start, length)
-        window_BT, cache, drawn_B = _read(
-            variables, window_BT, start, key, sampler, capacity
-        )
-        yield drawn_B
-        for known in range(start + 1, length):
+    known, pace = len(prompt), _Pace()
+    end = known + limit if limit is not None else 2**31 - 1  # int32 counts tokens
+    if known < min(length, end):
+        capacity = cache_capacity(known, length)
+        window_BT, cache = _read(variables, window_BT, known, key, sampler, capacity)
+        yield np.array(window_BT)[:, known]
+        known += 1
+        while known < min(length, end):
             if known > capacity:
                 capacity = cache_capacity(known, length)
                 cache = _enlarge(cache, capacity)
-            window_BT, cache, drawn_B = _read_next(
-                variables, window_BT, cache, known, key, sampler
-            )
-            yield drawn_B
+            count = pace.tokens(min(capacity + 1, length, end) - known)
+            with pace:
+                window_BT, cache = _read_next(
+                    variables, window_BT, cache, known, known + count, key, sampler
+                )
+                drawn_BT = np.array(window_BT)[:, known : known + count]
+            yield from drawn_BT.T
+            known += count
         del cache  # frees its memory for the rest of the loop
-    for known in itertools.count(length):
-        window_BT, drawn_B = _read_full(variables, window_BT, known, key, sampler)
-        yield drawn_B
+    while known < end:
+        count = pace.tokens(min(length, end - known))
+        with pace:
+            window_BT = _read_full(
+                variables, window_BT, known, known + count, key, sampler
+            )
+            drawn_BT = np.array(window_BT)[:, -count:]
+        yield from drawn_BT.T
+        known += count
+
+
+class _Pace:
+    """How many tokens a call draws, so that it takes about CALL_SECONDS."""
+
+    def __init__(self):
+        self._tokens, self._asked = 1, 1
+
+    def tokens(self, most: int) -> int:
+        """The tokens of the next call, at most `most`."""
+        self._asked = min(self._tokens, most)
+        return self._asked
+
+    def __enter__(self):
+        self._start = time.monotonic()
+
+    def __exit__(self, *_):
+        seconds = time.monotonic() - self._start
+        if seconds > CALL_SECONDS:
+            self._tokens = max(1, self._asked // 2)
+        elif seconds < CALL_SECONDS / 2 and self._asked == self._tokens:
+            self._tokens = min(2 * self._tokens, CALL_TOKENS)
 
 
 def cache_capacity(known: int, block_size: int) -> int:
@@ -124,14 +162,14 @@ def in_compute_dtype(variables: dict, model: GPT) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
 def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
-    """Reads `capacity` tokens; returns (window with a new token, cache, drawn [B])."""
+    """Reads `capacity` tokens; returns (window with a new token, cache)."""
     read_BT = window_BT[:, :capacity]
     h_ND, written = sampler.model.apply(
         variables, read_BT, method="hidden", mutable="cache"
     )
     h_BD = h_ND.reshape(*read_BT.shape, -1)[:, known - 1]
     drawn_B = _draw(variables, h_BD, known, key, sampler)
-    return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
+    return window_BT.at[:, known].set(drawn_B), written["cache"]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -145,27 +183,32 @@ def _enlarge(cache, capacity: int):
     return jax.tree.map(pad, cache)
 
 
-@functools.partial(jax.jit, static_argnums=5, donate_argnums=(1, 2))
-def _read_next(variables, window_BT, cache, known, key, sampler: Sampler):
-    """Reads the last known token with the cache; returns the same as `_read`."""
-    h_BD, written = sampler.model.apply(
-        variables | {"cache": cache},
-        window_BT[:, known - 1],
-        known - 1,
-        method="next_hidden",
-        mutable="cache",
-    )
-    drawn_B = _draw(variables, h_BD, known, key, sampler)
-    return window_BT.at[:, known].set(drawn_B), written["cache"], drawn_B
+@functools.partial(jax.jit, static_argnums=6, donate_argnums=(1, 2))
+def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler):
+    """Draws tokens `known` to `end` with the cache; returns the same as `_read`."""
+
+    def draw_next(known, carry):
+        window_BT, cache = carry
+        h_BD, cache = next_hidden(
+            sampler.model, variables, cache, window_BT[:, known - 1], known - 1
+        )
+        drawn_B = _draw(variables, h_BD, known, key, sampler)
+        return window_BT.at[:, known].set(drawn_B), cache
+
+    return jax.lax.fori_loop(known, end, draw_next, (window_BT, cache))
 
 
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def _read_full(variables, window_BT, known, key, sampler: Sampler):
-    """Reads a full window; returns (window shifted to the next token, drawn [B])."""
-    h_ND = sampler.model.apply(variables, window_BT, method="hidden")
-    h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
-    drawn_B = _draw(variables, h_BD, known, key, sampler)
-    return jnp.roll(window_BT, -1, axis=1).at[:, -1].set(drawn_B), drawn_B
+@functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
+def _read_full(variables, window_BT, known, end, key, sampler: Sampler):
+    """Draws tokens `known` to `end` from full windows; returns the shifted window."""
+
+    def draw_next(known, window_BT):
+        h_ND = sampler.model.apply(variables, window_BT, method="hidden")
+        h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
+        drawn_B = _draw(variables, h_BD, known, key, sampler)
+        return jnp.roll(window_BT, -1, axis=1).at[:, -1].set(drawn_B)
+
+    return jax.lax.fori_loop(known, end, draw_next, window_BT)
 
 
 def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
