@@ -272,7 +272,7 @@ class CompressSettings:
         (),
         "after the sweep, train the best factors and the coded table of these ranks "
         "further, once on the text and once on D's predictions; and D, for the same "
-        "steps. D's train settings and seed apply.",
+        "steps. D's train settings and seed apply",
     )
 
     @property
@@ -290,9 +290,9 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all, but in a first look "
-        f"{_SEE} without calibration_tokens {CPU.max_tokens}, or "
-        f"{CPU_LARGE.max_tokens} of a large table",
+        "evaluate, compress: number of tokens to predict; 0: all. A first look "
+        f"{_SEE} predicts {CPU.max_tokens}, or {CPU_LARGE.max_tokens} if the table is "
+        "large",
         at_least(0),
     )
 
