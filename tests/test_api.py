@@ -21,6 +21,7 @@ from runs import json_of, quick_compiles
 
 import pcagpt
 from pcagpt.api import calls
+from pcagpt.coding.table import CodedTable, InexactSums
 from pcagpt.compression.codes import KINDS
 from pcagpt.config import KNOBS, effort
 from pcagpt.data import tokenize
@@ -650,7 +651,25 @@ def test_remarks_go_to_the_logger_of_the_package(model, caplog):
     assert "another corpus than the one that" in caplog.text
 
 
-def test_a_table_of_tiny_numbers_is_compressed_without_the_codes_that_cannot():
-    table = np.random.default_rng(0).normal(size=(300, 16)) * 1e-16
-    found = pcagpt.compress(table.astype(np.float32), max_bytes=1500)
-    assert found.bytes <= 1500 and found.relative_error < 1
+@pytest.mark.parametrize("method", ["coded", "packed"])
+def test_a_table_of_tiny_numbers_is_compressed_as_another_one(method):
+    table = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    errors = [
+        pcagpt.compress(scale * table, max_bytes=4700, methods=method).relative_error
+        for scale in np.float32([1, 1e-20])
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+def test_a_bound_that_is_large_enough_is_not_to_be_raised(monkeypatch):
+    def refuse(table):
+        raise InexactSums("its integers are too large for exact sums")
+
+    monkeypatch.setattr(CodedTable, "dense", refuse)
+    table = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    with pytest.raises(pcagpt.UserError) as caught:
+        pcagpt.compress(table, max_bytes=4500, methods="coded")
+    assert str(caught.value) == (
+        "no table fits max_bytes = 4500: no coded table: its integers are too large "
+        "for exact sums; try other methods"
+    )
