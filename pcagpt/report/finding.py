@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.config.command_line import next_command
-from pcagpt.methods import CODED
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
 from pcagpt.report.sweep import (
     SMALL_COST,
     SPLIT_TITLES,
     baseline_of,
+    form_of,
     full_name,
     is_cheap,
     model_of,
@@ -87,7 +87,5 @@ def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any])
     """
     if heading.get("stored_as"):
         return f"its table: {model}; pcagpt exports no model that came as GGUF"
-    form = "coded" if row.method == CODED else "hf-factored"
-    if heading["protocol"].get("side"):  # The other forms hold one table.
-        form = "hf"
+    form = form_of(row, heading["protocol"].get("side", ""))
     return next_command("export", model, format=form, workdir=workdir)
