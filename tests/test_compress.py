@@ -1341,7 +1341,10 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
             {"compress.methods": "gptq", "compress.bits": ()},
             "compress.methods is 'gptq', but compress.bits is empty",
         ),
-        ({"ranks": (33,)}, "its rank is at most 32"),
+        (
+            {"ranks": (33,)},
+            "is at most 32; give ranks that fit, as in --config.ranks=8,16",
+        ),
         ({"ranks": (1,)} | ONLY_IN_BANDS, "no table fits"),
         ({"model.n_layer": 5}, "model.n_layer is 5, but"),
         ({"model_path": "nowhere"}, "nowhere does not exist"),

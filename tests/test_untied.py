@@ -269,6 +269,7 @@ def test_a_bound_holds_for_each_table(bound, llama, corpus_folder, tmp_path):
         assert chosen[{"max_bytes": "bytes"}.get(name, "added_loss")] <= float(value)
         assert read_record(place / "advised")["compressed"]["side"] == side
         assert f"table: {place}/advised" in outcome.out
+        assert re.search(f"^{side} table: (svd|context|coded)", outcome.out, re.M)
 
 
 def test_further_training_of_an_untied_model_is_refused(llama, corpus_folder, tmp_path):
@@ -304,6 +305,9 @@ def printed(outcome):
 
 def test_both_printed_commands_export(swept):
     outcome, workdir, _ = swept
+    for side in (INPUT, OUTPUT):
+        word = "(none is )?recommended"
+        assert re.search(f"^{side} table: {word}", outcome.out, re.MULTILINE)
     commands = printed(outcome)
     assert len(commands) == 2
     for _ in range(2):

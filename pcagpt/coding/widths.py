@@ -21,7 +21,8 @@ def levels_of(
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """The levels that serve best for coefficients of unit energy (Lloyd 1982).
 
-    The largest of the values must be about 1. Returns ({width: its levels}, squared error with each of `CHOICES`).
+    The largest of the values must be about 1. Returns ({width: its levels}, squared
+    error with each of `CHOICES`).
     """
     samples = []
     for tokens in tokens_of_bands:
@@ -66,7 +67,7 @@ class Widths:
     """Chooses widths of least weighted error; more bytes never have a larger error.
 
     Widths never rise from block to block, and each band has at least one block.
-    errors_W: squared error of each of `CHOICES` where the squares of values have mean 1.
+    errors_W: squared error of each of `CHOICES`, at mean square 1 of the values.
     overhead: bytes of the file that describe its arrays.
     """
 
@@ -94,7 +95,7 @@ class Widths:
         self._fixed = overhead + 4 * (order + 2 * self._width + LEVELS)
 
     def within_bytes(self, most: int) -> Choice:
-        """The best choice for a file of some bytes; the coarsest if none surely fits."""
+        """The best choice for a file of some bytes; the coarsest if none must fit."""
         return self._finest(lambda choice: choice.bytes <= most)
 
     def bytes_of(self, error: float) -> int:

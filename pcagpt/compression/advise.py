@@ -53,7 +53,8 @@ def advise(
     if "max_bytes" in options.bounds and chosen.candidate.note:
         print(chosen.candidate.note, flush=True)
     # First, because writing may fail.
-    print(advice_text(row, original.table_VD.shape), flush=True)
+    whose = f"{original.side} table: " if original.side else ""
+    print(f"{whose}{advice_text(row, original.table_VD.shape)}", flush=True)
     output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
         return None

@@ -49,16 +49,19 @@ def sweep_lines(sweep: dict[str, Any], folder: Path, workdir: str) -> list[str]:
     """
     best, model = recommended_row(sweep), recommended_model(sweep)
     split = sweep["protocol"].get("split", "val")
+    side = sweep["protocol"].get("side", "")
+    whose = f"{side} table: " if side else ""
     kind = "adds least"
     if is_cheap(best):
         kind = f"smallest that adds at most {SMALL_COST}"
     if split != "val":
         title = SPLIT_TITLES[split]
         return [
-            f"nothing is chosen on the {title} split; {kind} here: {_of(best, sweep)}"
+            f"{whose}nothing is chosen on the {title} split; {kind} here: "
+            f"{_of(best, sweep)}"
         ]
     word = "recommended" if is_cheap(best) else f"none is recommended; {kind}"
-    lines = [f"{word}: {_of(best, sweep)}"]
+    lines = [f"{whose}{word}: {_of(best, sweep)}"]
     if best is not model:
         lines.append("that table serves for comparison: no model of it is written")
     if model is None:
