@@ -1,4 +1,4 @@
-"""Each table of an untied model is compressed apart, while the other stays as it is."""
+"""The tables of an untied model are compressed one by one; the other one stays."""
 
 import itertools
 import json
@@ -209,7 +209,7 @@ def test_the_plan_counts_the_tables_to_measure_for_each_token_table(
 
 def test_a_sweep_of_each_table_is_in_a_folder_of_its_own(swept, llama):
     outcome, workdir, _ = swept
-    assert f"{llama} is untied: each table is compressed apart" in outcome.out
+    assert f"{llama} is untied: its tables are compressed one by one" in outcome.out
     folder, decoder = workdir / "compressed", Decoder(llama, 16)
     assert not (folder / "sweep.json").exists()
     for side, other in ((INPUT, OUTPUT), (OUTPUT, INPUT)):
