@@ -3,7 +3,7 @@
 from pcagpt.compression.advise import methods_within
 from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.fit import Fit
-from pcagpt.config import Settings, methods_of
+from pcagpt.config import Settings, methods_of, override
 from pcagpt.config.effort import effort_on, of_bare_table
 from pcagpt.errors import UserError
 from pcagpt.pipeline import estimate
@@ -62,9 +62,11 @@ def recipes_of(
     factors = factor_methods(methods)
     possible = [rank for rank in ranks if rank <= min(shape)]
     if not possible:
+        fitting = tuple(rank for n in (4, 2) if (rank := min(shape) // n)) or (1,)
         raise UserError(
             f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
-            f"rank is at most {min(shape)}"
+            f"rank is at most {min(shape)}; give ranks that fit, as in "
+            f"{override('ranks', fitting)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
     if factors and not any(recipe.rank for recipe in combinations):
