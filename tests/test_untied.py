@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transfor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
-from command_line import call, refusal, tiny  # noqa: E402
+from command_line import THEIR_SIZES, call, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 from test_hugging_face_parity import opened  # noqa: E402
 
@@ -171,8 +171,7 @@ def asked(corpus_folder, model, workdir, **knobs):
     known = {"model_path": model, "workdir": workdir, "ranks": 16, **knobs}
     if compress.keys() & set(COMPRESS_BOUNDS):
         known.pop("ranks")
-    sizes = {"block_size": 16, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    known |= {"evaluate": {"batch_size": 4}, "compress": compress, "model": sizes}
+    known |= {"evaluate": {"batch_size": 4}, "compress": compress, "model": THEIR_SIZES}
     return tiny("compress.py", corpus_folder, **known)
 
 
