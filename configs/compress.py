@@ -20,10 +20,10 @@ are tried.
 On a GPU, calibration takes a minute, and each table of GPT-2 small about 2 seconds.
 Each table of coded, packed, gptq and pq takes up to half a minute on the host;
 --config.compress.methods can leave these out. On a CPU, the demo's D takes two to three
-minutes: by default, fewer tables are tried, on fewer tokens. Of a table of 10,000,000
-numbers or more, it tries six tables: codes and GPTQ, and no factors (best_k*). With
-20,480 calibration tokens, SmolLM2-135M takes 16 minutes on two cores. To try as much as
-on a GPU, add:
+minutes: by default, fewer tables are tried, on fewer tokens. For a table of 10,000,000
+numbers or more that is at least 256 wide, the command tries six tables: codes and GPTQ,
+and no factors (best_k*). With 20,480 calibration tokens, SmolLM2-135M takes 16 minutes
+on two cores. To try as much as on a GPU, add:
     --config.compress.methods=all --config.compress.bands=1,7,12
     --config.compress.calibration_tokens=1048576
 """

@@ -6,12 +6,14 @@ default: None for a number that was not measured.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin
 
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json
+from pcagpt.methods import CODES
 
 REMEDY = "delete it to measure again"
 _SWEEP: dict[str, tuple] = {
@@ -85,8 +87,9 @@ class Recipe:
 
 
 def best_models(folder: Path) -> list[Path]:
-    """The best models in the folder of a sweep."""
-    return sorted(folder.glob("best_*k*"))
+    """The best models in the folder of a sweep, by their `model_name`."""
+    name = re.compile(rf"best_(({'|'.join(CODES)})_)?k\d+")
+    return sorted(at for at in folder.glob("best_*") if name.fullmatch(at.name))
 
 
 def in_bands(recipe: Recipe) -> str:

@@ -24,11 +24,12 @@ require_rank() {
       "for example: bash scripts/$script 128"
 }
 
-# require_ranks VALUE: refuses anything but positive whole numbers and commas.
+# require_ranks VALUE [MORE]: refuses anything but positive whole numbers and commas.
+# MORE: the other arguments of an example.
 require_ranks() {
   [[ $1 =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] ||
     refuse "the first argument is '$1', not a list of ranks: give positive whole" \
-      "numbers separated by commas, for example: bash scripts/$script 64,128"
+      "numbers separated by commas, for example: bash scripts/$script 64,128${2:+ $2}"
 }
 
 # find_python: sets `python` to that of the active virtual environment, of .venv if none

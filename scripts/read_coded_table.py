@@ -24,17 +24,15 @@ has the row (symbols @ basis) step 2^(c/2) + mean.
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 from constriction import stream
 
-OCTAVE = (26, 28, 31, 34, 37, 40, 44, 48)  # scales in 1/256; each octave doubles them
-
 
 def read(path):
     """The table in a file: float32 [V, D]. A damaged file ends the program."""
-    with open(path, "rb") as file:
-        content = file.read()
+    content = Path(path).read_bytes()
     is_whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
     if not (is_whole and content[:10] == b"PCATABLE\x01\x00"):
         sys.exit(f"{path} is damaged, or no coded table of version 1")
@@ -56,8 +54,7 @@ def read(path):
         symbols = np.array(group(decoder, [len(tokens)] * directions), np.float64)
         step = header["step"] * np.ldexp((1.0, 1.4142135623730951)[name % 2], name // 2)
         sums = symbols.reshape(directions, len(tokens)).T @ basis  # exact below 2^53
-        scaled = sums * np.ldexp(1.0, lowest + columns) * step
-        table[tokens] = scaled + mean
+        table[tokens] = sums * np.ldexp(1.0, lowest + columns) * step + mean
     return table
 
 
@@ -81,7 +78,8 @@ def values(decoder, length, reach, scale, location, tail):
     """Integers below 2^reach in magnitude: int32."""
     if not (reach and length):
         return np.zeros(length, np.int32)
-    largest, scale = 2 ** int(reach) - 1, OCTAVE[scale % 8] << int(scale) // 8
+    largest = 2 ** int(reach) - 1
+    scale = (26, 28, 31, 34, 37, 40, 44, 48)[scale % 8] << int(scale) // 8  # in 1/256
     distances = np.arange(-largest, largest + 1) * 256 - (location * scale >> 3)
     cut = max(0, scale.bit_length() - 16)
     distances, scale = np.minimum(np.abs(distances) >> cut, 2**26), scale >> cut
@@ -97,4 +95,6 @@ def values(decoder, length, reach, scale, location, tail):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+        sys.exit("give a file: python scripts/read_coded_table.py table.pcat table.npy")
     np.save(sys.argv[2], read(sys.argv[1]))

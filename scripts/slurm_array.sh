@@ -11,8 +11,10 @@
 
 # shellcheck source=SCRIPTDIR/launch.sh
 source "$(dirname -- "$0")/launch.sh"
-require_ranks "${1-}"
-[[ $# -ge 3 ]] || refuse "give ranks, arms and seeds, as the first three arguments"
+require_ranks "${1-}" "pca,random 1,2"
+[[ $# -ge 3 ]] ||
+  refuse "give ranks, arms and seeds, for example: bash scripts/$script 64,128" \
+    "pca,random 1,2"
 IFS=, read -ra ranks <<<"$1"
 IFS=, read -ra arms <<<"$2"
 IFS=, read -ra seeds <<<"$3"

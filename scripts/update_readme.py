@@ -269,7 +269,7 @@ def updated(page: str) -> str:
         lines = [f"<!-- {kind} of {name} -->", *filter(None, [text]), "<!-- end -->"]
         return "\n".join(lines)
 
-    pattern = r"<!-- (\w+) of ([\w/]+) -->\n.*?<!-- end -->"
+    pattern = r"<!-- (\w+) of ([\w./-]+) -->\n.*?<!-- end -->"
     return re.sub(pattern, block, page, flags=re.DOTALL)
 
 

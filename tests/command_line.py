@@ -34,6 +34,13 @@ TINY = {
 }
 
 
+LEFT_OUT = object()
+# The `model` section for a model of another program, which has its own sizes.
+THEIR_SIZES = {"block_size": 16} | dict.fromkeys(
+    ("n_layer", "n_head", "n_embd"), LEFT_OUT
+)
+
+
 def tiny_knobs(config_name):
     """Those of `TINY` that the task of the config reads."""
     settings, _ = command_line.parse(["pcagpt", f"--config={CONFIGS / config_name}"])
@@ -73,6 +80,7 @@ def tiny(config_name, corpus_folder, **sections):
     """Arguments for a config of configs/ at tiny size.
 
     tiny("pca_k128.py", folder, train={"steps": 3}, seed=2) sets two knobs besides.
+    LEFT_OUT as a value leaves a knob to the config.
     """
     given = {}
     for name, value in sections.items():
@@ -83,7 +91,11 @@ def tiny(config_name, corpus_folder, **sections):
     values = {"data.source": corpus_folder} | tiny_knobs(config_name) | given
     if config_name == "factorize.py":
         values = {"factorize.method": "svd"} | values
-    values = {k: v for k, v in values.items() if k in given or k not in unread(values)}
+    values = {
+        k: v
+        for k, v in values.items()
+        if v is not LEFT_OUT and (k in given or k not in unread(values))
+    }
     overrides = [f"--config.{path}={value}" for path, value in values.items()]
     return [f"--config={CONFIGS / config_name}", *overrides]
 

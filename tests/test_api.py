@@ -14,6 +14,8 @@ from pathlib import Path
 
 import gpt2_folders
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from command_line import CONFIGS, ROOT, call, tiny
@@ -21,11 +23,13 @@ from runs import json_of, quick_compiles
 
 import pcagpt
 from pcagpt.api import calls
+from pcagpt.coding.table import CodedTable, InexactSums
 from pcagpt.compression.codes import KINDS
 from pcagpt.config import KNOBS, effort
 from pcagpt.data import tokenize
-from pcagpt.factorization.factor_files import read_bands
+from pcagpt.factorization.factor_files import read_bands, read_table
 from pcagpt.run import calibrate
+from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -610,6 +614,26 @@ REFUSED = {
     "'fisher' needs statistics": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="fisher"
     ),
+    "the table is a list that NumPy cannot read: give a float32 array, such as": (
+        lambda m: pcagpt.factorize([[1.0, 2.0], [3.0]], 1)
+    ),
+    "the text is a list that NumPy cannot read: give one list of whole": lambda m: (
+        m.loss([[1, 2], [3]])
+    ),
+    "None is no path: give the path of a folder": lambda m: pcagpt.load(None),
+    "no path": lambda m: pcagpt.compress(m.table, **BOUND).save("a\0b"),
+    r"bands is '1,7': it must be whole numbers, as in bands=\[1, 7\]": lambda m: (
+        pcagpt.compress(m, **BOUND, bands="1,7")
+    ),
+    r"bands is '7': .* as in bands=\[1, 7\]$": lambda m: pcagpt.compress(
+        m, **BOUND, bands=7
+    ),
+    "tokenizer is '5': it must be text, as in tokenizer='auto'": lambda m: pcagpt.load(
+        m.path, tokenizer=5
+    ),
+    "cache_dir is .*test_api.py, which is no folder: name": lambda m: pcagpt.compress(
+        m, **BOUND, cache_dir=__file__
+    ),
     "'gptq' only serves for comparison": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="svd,gptq"
     ),
@@ -650,7 +674,53 @@ def test_remarks_go_to_the_logger_of_the_package(model, caplog):
     assert "another corpus than the one that" in caplog.text
 
 
-def test_a_table_of_tiny_numbers_is_compressed_without_the_codes_that_cannot():
-    table = np.random.default_rng(0).normal(size=(300, 16)) * 1e-16
-    found = pcagpt.compress(table.astype(np.float32), max_bytes=1500)
-    assert found.bytes <= 1500 and found.relative_error < 1
+@pytest.mark.parametrize("method", ["coded", "packed"])
+def test_a_table_of_tiny_numbers_is_compressed_as_another_one(method):
+    table = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    errors = [
+        pcagpt.compress(scale * table, max_bytes=4700, methods=method).relative_error
+        for scale in np.float32([1, 1e-20])
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+def test_a_bound_that_is_large_enough_is_not_to_be_raised(monkeypatch):
+    def refuse(table):
+        raise InexactSums("its integers are too large for exact sums")
+
+    monkeypatch.setattr(CodedTable, "dense", refuse)
+    table = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    with pytest.raises(pcagpt.UserError) as caught:
+        pcagpt.compress(table, max_bytes=4500, methods="coded")
+    assert str(caught.value) == (
+        "no table fits max_bytes = 4500: no coded table: its integers are too large "
+        "for exact sums; try other methods"
+    )
+
+
+def test_a_table_may_be_bfloat16(tmp_path):
+    table = np.random.default_rng(0).normal(size=(60, 8)).astype(ml_dtypes.bfloat16)
+    np.save(tmp_path / "table.npy", table)
+    wanted = pcagpt.factorize(table.astype(np.float32), 3).wte
+    for given in (table, jnp.asarray(table)):
+        np.testing.assert_array_equal(pcagpt.factorize(given, 3).wte, wanted)
+    read = read_table(tmp_path / "table.npy")  # NumPy reads it as bytes without a type.
+    np.testing.assert_array_equal(read, table.astype(np.float32))
+
+
+def test_a_tensor_that_numpy_cannot_read_is_refused():
+    torch = pytest.importorskip("torch", reason="needs the extra hf")
+    tensor = torch.ones(6, 3)
+    for given in (torch.nn.Parameter(tensor), tensor.bfloat16()):
+        with pytest.raises(pcagpt.UserError, match=r"such as `\.detach\(\)\.float"):
+            pcagpt.factorize(given, 2)
+
+
+def test_the_argument_of_the_model_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise pcagpt.UserError("--config.model_path is wrong")
+
+    monkeypatch.setattr(Run, "open", refuse)
+    for ask, name in ((pcagpt.load, "path"), (pcagpt.compress, "model")):
+        with pytest.raises(pcagpt.UserError, match=f"^{name} is wrong$"):
+            ask("x")

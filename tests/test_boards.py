@@ -178,6 +178,15 @@ def test_the_columns_are_those_of_all_runs_of_the_workdir_so_far(config):
     assert "train.steps" in [column.name for column in found.hparam_infos]
 
 
+def test_a_run_that_is_trained_anew_has_a_column_for_the_knob_that_changed(config):
+    execute(config)
+    again = {"train.weight_decay": 0.2, "overwrite": True}
+    execute(changed(config, **again))
+    found = hparams(Path(config.workdir) / "experiment", "experiment")
+    names = [column.name for column in found.hparam_infos]
+    assert "train.weight_decay" in names and "model.vocab_size" not in names
+
+
 def test_only_the_first_process_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with start(tmp_path / "run", wandb=True) as boards:

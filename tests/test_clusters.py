@@ -136,6 +136,7 @@ def test_an_array_without_seeds_is_refused(slurm, tmp_path):
     for words in ([], ["8"], ["8", "pca"], ["x", "pca", "1"]):
         code, said = slurm("scripts/slurm_array.sh", *words)
         assert (code, said.count("\n")) == (2, 1)
+        assert said.endswith("bash scripts/slurm_array.sh 64,128 pca,random 1,2\n")
     assert not (tmp_path / "sbatch").exists()
 
 

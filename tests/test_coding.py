@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import runpy
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -376,7 +378,7 @@ def test_sums_that_float64_would_round_are_refused(tmp_path):
         coding.read(tmp_path / "table.pcat")
 
 
-def test_the_stand_alone_reader_gives_the_same_bits(tmp_path):
+def test_the_stand_alone_reader_gives_the_same_bits(tmp_path, monkeypatch):
     path = ROOT / "scripts" / "read_coded_table.py"
     assert len(path.read_text().splitlines()) <= 100
     spec = importlib.util.spec_from_file_location("read_coded_table", path)
@@ -393,6 +395,9 @@ def test_the_stand_alone_reader_gives_the_same_bits(tmp_path):
     (tmp_path / "none").write_bytes(content)
     with pytest.raises(SystemExit, match="damaged"):
         reader.read(tmp_path / "none")
+    monkeypatch.setattr(sys, "argv", [str(path), "nowhere.pcat", "table.npy"])
+    with pytest.raises(SystemExit, match=r"python scripts/read_coded_table\.py table"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_the_file_of_an_older_version_gives_the_same_bits():

@@ -460,6 +460,8 @@ def test_best_models_of_another_d_are_named_when_a_sweep_starts(asked, capsys):
     assert f"{folder}/best_k4 {than}: sweep its rank, or delete it\n" in out
     assert f"{folder}/best_k8 {than}: this sweep renews it\n" in out
     assert out.count("another D") == 2  # No line for the one that was moved aside.
+    for copy in ("best_k4.bak", "best_book"):
+        shutil.copytree(folder / "best_k4", folder / copy)
     sweep_of(asked, **earlier)
     assert capsys.readouterr().out.count("another D") == 1
 
@@ -1341,7 +1343,10 @@ ONLY_IN_BANDS = {"compress.methods": "kl", "compress.bands": (12,)}
             {"compress.methods": "gptq", "compress.bits": ()},
             "compress.methods is 'gptq', but compress.bits is empty",
         ),
-        ({"ranks": (33,)}, "its rank is at most 32"),
+        (
+            {"ranks": (33,)},
+            "is at most 32; give ranks that fit, as in --config.ranks=8,16",
+        ),
         ({"ranks": (1,)} | ONLY_IN_BANDS, "no table fits"),
         ({"model.n_layer": 5}, "model.n_layer is 5, but"),
         ({"model_path": "nowhere"}, "nowhere does not exist"),

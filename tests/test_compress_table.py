@@ -281,6 +281,8 @@ def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):
     text = (folder_of(table) / "report.md").read_text()
     assert "**No loss was measured**" in text
     assert "| Energy kept | Estimate |" in text
+    finding = text.split("## Finding")[1].split("\n- **")[0]
+    assert "The relative error and the energy count all tokens" in finding
     factors = [row for row in rows if row.model_name == "best_k10"]
     chosen = read_bands(folder_of(table) / "best_k10/factors").sha256
     (best,) = {row.method for row in factors if row.table_sha256 == chosen}

@@ -98,6 +98,8 @@ def test_a_config_file_can_set_only_declared_knobs_to_values_of_their_type():
         ("mesh.data", -2, "-1, or at least 1"),
         ("mesh.data", 0, "-1, or at least 1"),
         ("init.keep", "some", "one of all, std"),
+        ("sample.tokens", 2**63, "the largest is 9223372036854775807"),
+        ("ranks", (8, 10**20), "holds 100000000000000000000: the largest is"),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_refused_by_name(path, value, words):
@@ -122,6 +124,7 @@ def test_values_at_the_end_of_their_range_are_accepted():
         "train.gradient_clip": 0.0,
         "train.final_learning_rate_share": 0.0,
         "mesh.data": -1,
+        "train.batch_size": 2**63 - 1,
     }
     validate(Settings().replace(ends))
 
@@ -460,6 +463,64 @@ def test_whole_numbers_can_be_short():
         UserError, match=r"steps is '1\.5e0': it must be a whole number"
     ):
         parse("--config.train.steps=1.5e0")
+    with pytest.raises(UserError, match="steps is 1000000000000000000000000000000: "):
+        validate(parse("--config.train.steps=1e30")[0])
+
+
+def checked(config, *words):
+    """The settings of a command line, after all checks that need no files."""
+    settings, _ = command_line.parse(["pcagpt", config, *words])
+    validate(settings)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "refused"),
+    [
+        ("compress", ["compress.max_bytes=100000", "ranks=128"], "ranks"),
+        (
+            "compress",
+            ["compress.max_bytes=9", "telemetry.tensorboard=True"],
+            "telemetry.tensorboard",
+        ),
+        ("compress", ["model_path=x.npy", "data.source=sotu"], "data.source"),
+        ("compress", ["checkpoint.every=1000"], "checkpoint.every"),
+        ("sample", ["train.steps=5000"], "train.steps"),
+        ("random_k128", ["ranks=128", "model.n_embd_wte=8"], "ranks"),
+        (
+            "pca_k128",
+            ["factorize.method=svd", "init.import_bands=x"],
+            "factorize.method",
+        ),
+    ],
+)
+def test_a_named_knob_that_is_not_read_is_refused_at_its_default_too(
+    config, words, refused
+):
+    words = [f"--config.{word}" for word in ("model_path=RUN", *words)]
+    if config.endswith("k128"):
+        del words[0]
+    with pytest.raises(UserError, match=f"^{refused} "):
+        checked(config, *words)
+    validate(command_line.parse(["pcagpt", config, *words])[0].replace({"named": ()}))
+
+
+def test_a_named_knob_may_ask_for_nothing_or_take_back_what_a_config_file_sets(
+    tmp_path,
+):
+    words = ["--config.model_path=RUN", "--config.compress.max_bytes=9"]
+    checked("compress", *words, "--config.telemetry.wandb=False")
+    (tmp_path / "mine.py").write_text(
+        "from pcagpt.config import base\n"
+        "def get_config():\n"
+        "    c = base()\n    c.task = 'compress'\n    c.ranks = (8,)\n    return c\n"
+    )
+    mine = f"--config={tmp_path / 'mine.py'}"
+    with pytest.raises(UserError, match="^ranks is set"):
+        checked(mine, *words)
+    assert checked(mine, *words, "--config.ranks=128").named == {
+        *("model_path", "compress.max_bytes"),
+    }
 
 
 def test_a_word_that_is_no_utf8_is_refused():

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transfor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
-from command_line import refusal, tiny  # noqa: E402
+from command_line import THEIR_SIZES, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
 from pcagpt import coding  # noqa: E402
@@ -336,8 +336,7 @@ def test_a_folder_that_is_not_a_whole_model_is_refused(
     spoil_it, words = SPOILT[spoilt]
     spoil_it(llama)
     knobs = {"model_path": llama, "workdir": tmp_path / "runs", "ranks": 4}
-    sizes = {"block_size": 16, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    asked = tiny("compress.py", corpus_folder, **knobs, model=sizes)
+    asked = tiny("compress.py", corpus_folder, **knobs, model=THEIR_SIZES)
     line = refusal(*asked, unchanged=[llama])
     assert words in line
     assert not (tmp_path / "runs").exists() and not (llama / "RAN").exists()

@@ -22,7 +22,7 @@ from pcagpt.export import formats
 from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import Factorizer, Weighting, factor_files
-from pcagpt.files import sha256_of_file
+from pcagpt.files import sha256_of_file, write_json
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record
@@ -296,6 +296,22 @@ def test_the_card_shows_no_loss_of_weights_that_were_replaced(tmp_path, corpus_f
     shutil.rmtree(run / "ckpt")
     write_run(run, seed=1)
     assert "| `" not in (run_export(run, tmp_path) / "README.md").read_text()
+
+
+def test_the_card_has_a_line_for_each_length_of_windows(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    step = json.loads((run / "result.json").read_text())["steps"]
+    tokens = {"corpus": "one", "split": "test", "tokens_predicted": 90}
+    for window in (8, 16):
+        protocol = tokens | {"tokens_sha256": "a", "window": window}
+        content = {"step": step, "loss": 1.0 + window, "protocol": protocol}
+        write_json(run / f"evaluation_one_test_{window}.json", content)
+    lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+    shown = [line.strip("| ").split(" | ") for line in lines if " test " in line]
+    assert [[row[0], row[2], row[5]] for row in shown] == [
+        ["`one`", "17.0000", "16"],
+        ["`one`", "9.0000", "8"],
+    ]
 
 
 def test_the_card_tells_two_corpora_of_one_name_apart(trained, tmp_path, corpus_folder):

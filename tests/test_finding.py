@@ -13,6 +13,7 @@ from pcagpt.report import (
     how_to_take,
     recommended_row,
     sweep_lines,
+    write_sweep_report,
 )
 from pcagpt.report.text import with_interval
 from pcagpt.rows import read_sweep
@@ -108,7 +109,7 @@ def of_models(model):
         (
             SMOLLM2 | {"protocol": SMOLLM2["protocol"] | {"side": "input"}},
             "checkpoints",
-            "export it: {command}",
+            "export it: {command} --config.format=coded",
         ),
     ],
     ids=["older", "workdir", "GGUF", "untied"],
@@ -123,10 +124,36 @@ def test_a_sweep_tells_how_its_model_is_taken(sweep, workdir, shown, tmp_path):
     assert last == shown.format(command=command, model=model)
 
 
-def test_factors_are_exported_at_their_size(tmp_path):
-    row = dataclasses.replace(recommended_row(SMOLLM2), method="context", bits=32)
-    last = how_to_take(row, tmp_path, "checkpoints", SMOLLM2)
-    assert last.endswith(f"--config.model_path={tmp_path} --config.format=hf-factored")
+UNTIED = {"protocol": SMOLLM2["protocol"] | {"side": "input"}}
+FACTORED = {"method": "context", "bits": 32, "band_ranks": [64, 0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sweep", "form"),
+    [
+        (FACTORED, SMOLLM2, " --config.format=hf-factored"),
+        ({"method": "packed"}, SMOLLM2, " --config.format=hf-factored"),
+        (FACTORED, SMOLLM2 | UNTIED, ""),
+        # Rounded, it is written as the full table.
+        ({"method": "baseline", "bits": 4, "band_ranks": [0]}, SMOLLM2, ""),
+    ],
+    ids=["factors", "packed", "factors of a side", "rounded"],
+)
+def test_a_model_is_exported_in_its_smallest_form(changes, sweep, form, tmp_path):
+    row = dataclasses.replace(BEST, **changes)
+    last = how_to_take(row, tmp_path, "checkpoints", sweep)
+    assert last.endswith(f"--config.model_path={tmp_path}{form}")
+
+
+@pytest.mark.parametrize("changes", [{}, FACTORED, {"method": "packed"}])
+def test_the_page_and_the_terminal_have_one_command_to_export(changes, tmp_path):
+    best = dataclasses.replace(BEST, **changes)
+    sweep = SMOLLM2 | {"rows": [best]}
+    (tmp_path / best.model_name).mkdir()
+    *_, last = sweep_lines(sweep, tmp_path, "checkpoints")
+    command = last.removeprefix("export it: ").replace(str(tmp_path), "FOLDER")
+    write_sweep_report(tmp_path, sweep)
+    assert f"\n    {command}\n" in (tmp_path / "report.md").read_text("utf-8")
 
 
 def test_a_model_of_another_table_is_not_offered(tmp_path):

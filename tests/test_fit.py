@@ -26,6 +26,7 @@ from pcagpt.pipeline.compress_plan import decide_effort, recipes_of
 from pcagpt.rows import Recipe, SwapScores
 
 SWEEP = Settings(task="compress", ranks=())
+LARGE = (49_152, 576)  # SmolLM2-135M's table
 
 # Recipes
 
@@ -117,7 +118,7 @@ def test_open_knobs_depend_on_the_device_and_explicit_ones_do_not():
 
 
 def test_a_large_table_has_fewer_rows_and_tokens_on_a_cpu():
-    small, large = (50_257, 128), (49_152, 576)
+    small, large = (50_257, 128), LARGE
     first, few = (decide_effort(SWEEP, "cpu", shape) for shape in (small, large))
     assert first == decide_effort(SWEEP, "cpu")
     assert decide_effort(SWEEP, "gpu", large) == decide_effort(SWEEP, "gpu")
@@ -161,13 +162,23 @@ def test_what_needs_factors_of_a_large_table_has_them_on_a_cpu(asked):
         {"compress.max_added_loss": 0.1},
         {"compress.max_bytes": 1000},
         {"compress.methods": "kl"},
-        {"compress.calibration_tokens": 7},
+        {"compress.bands": (2,)},
     ],
     ids=str,
 )
-def test_a_sweep_with_explicit_knobs_is_measured_on_the_whole_split(choice):
-    chosen = decide_effort(SWEEP.replace(choice), "cpu")
-    assert chosen.evaluate.max_tokens == 0
+def test_what_is_no_first_look_is_measured_on_the_whole_split(choice):
+    for tokens in 0, 20_480:
+        asked = SWEEP.replace(choice | {"compress.calibration_tokens": tokens})
+        assert decide_effort(asked, "cpu", LARGE).evaluate.max_tokens == 0
+
+
+def test_a_first_look_stays_one_with_other_calibration_tokens():
+    asked = SWEEP.replace({"compress.calibration_tokens": 20_480})
+    for shape, tokens in (None, 32_768), (LARGE, 16_384):
+        decided = decide_effort(asked, "cpu", shape)
+        assert decided.evaluate.max_tokens == tokens
+        plain = decide_effort(SWEEP, "cpu", shape)
+        assert decided == plain.replace({"compress.calibration_tokens": 20_480})
 
 
 # Bounds. In this world the loss is a power of the budget. Two bands are better than

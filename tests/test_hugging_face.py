@@ -335,7 +335,7 @@ SPOILT = {
     ),
     "untied": (
         with_config(tie_word_embeddings=False),
-        "holds a GPT2LMHeadModel, which only --config=configs/compress.py can take",
+        "holds a GPT2LMHeadModel: only `compress` takes it; `export` takes",
     ),
     "another_architecture": (
         with_config(

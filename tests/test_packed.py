@@ -12,6 +12,7 @@ from runs import gpt_config
 from pcagpt import coding
 from pcagpt.coding.packed import choices, pack
 from pcagpt.coding.widths import CHOICES, Widths, levels_of
+from pcagpt.compression.codes import KINDS
 from pcagpt.errors import UserError
 from pcagpt.factorization import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
@@ -235,8 +236,26 @@ def test_bands_and_the_context_term_pay(prepared):
 
 
 def test_a_budget_without_room_for_any_code_is_refused(prepared):
-    with pytest.raises(BudgetTooSmall, match="cannot hold a packed table"):
-        pack(prepared, 5, 15_000)
+    make, estimate = KINDS["packed"].make, KINDS["packed"].estimate
+    with pytest.raises(BudgetTooSmall, match="cannot hold a packed table") as caught:
+        make(prepared, 5, 15_000)
+    least = estimate(prepared, 5, np.inf)
+    assert str(caught.value).endswith(f"the smallest takes {least:,}")
+    # The file has fewer bytes than the choice of widths reckons with.
+    assert choices(prepared, 5)[2].within_bytes(least).bytes > least
+    assert make(prepared, 5, least)[1] == least
+    with pytest.raises(BudgetTooSmall):
+        make(prepared, 5, least - 1)
+
+
+def test_tiny_values_have_the_relative_error_of_others():
+    def error(scale):
+        table, weighting = TABLE * np.float32(scale), FULL._replace(contexts=None)
+        weighting = weighting._replace(mean=MEAN * scale)
+        dense = pack(coding.prepare(table, weighting), 5, 42_000).dense()
+        return np.linalg.norm((dense - table) / np.float32(scale))
+
+    assert error(1e-20) == pytest.approx(error(1), rel=1e-3)
 
 
 def test_every_band_has_codes(prepared):

@@ -63,3 +63,11 @@ def test_likely_tokens_lose_less():
         for w in (weights, np.ones(20_000))
     ]
     assert error[0] < 0.8 * error[1]
+
+
+def test_values_beyond_float16_are_cut_to_its_range():
+    stored = product_quantize(1e6 * TABLE[:600], 3, FLAT[:600])
+    dense = stored.dense()
+    assert np.isfinite(dense).all()
+    assert np.abs(dense).max() == np.finfo(np.float16).max
+    assert (np.sign(dense) == np.sign(TABLE[:600])).mean() > 0.7

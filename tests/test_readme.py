@@ -52,6 +52,17 @@ def test_another_number_in_a_result_would_be_noticed():
         assert changed != block and SCRIPT["updated"](changed) == block
 
 
+def test_a_block_of_a_folder_with_a_dash_or_a_dot_is_written():
+    KINDS, said = SCRIPT["KINDS"], []
+    block = "<!-- results of my-model_1.5b/val -->\nold\n<!-- end -->"
+    KINDS["results"], before = lambda folder: said.append(folder), KINDS["results"]
+    try:
+        assert "old" not in SCRIPT["updated"](block)
+    finally:
+        KINDS["results"] = before
+    assert said == [PUBLISHED / "my-model_1.5b/val"]
+
+
 def test_readme_is_short_and_has_no_long_table():
     lines = README.splitlines()
     assert len(lines) <= 250

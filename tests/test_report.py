@@ -456,6 +456,8 @@ def test_the_finding_names_the_smallest_arm_that_is_about_as_good_as_d(reported)
     assert "**B** (PCA-finetune, rank 4) has a token table 3.45× smaller" in finding
     assert "nats per token more than this D, which was trained briefly" in finding
     assert "It is recommended" in finding and "tokens for each of its" in finding
+    exported = "configs/export.py --config.model_path=FOLDER/gpt_pca_finetune_k4"
+    assert f"{exported} --config.format=hf-factored\n" in text
     results = json.loads((reported[0] / "results.json").read_text())
     rows = [r | {"tokens_seen": 10**9} for r in results["rows"] if r["rank"] != 8]
     worse = [row | {"added_loss_interval": [0.0, 0.2]} for row in rows]

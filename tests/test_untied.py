@@ -1,8 +1,9 @@
-"""Each table of an untied model is compressed apart, while the other stays as it is."""
+"""The tables of an untied model are compressed one by one; the other one stays."""
 
 import itertools
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transfor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS as CONFIG_FILES  # noqa: E402
-from command_line import call, refusal, tiny  # noqa: E402
+from command_line import THEIR_SIZES, call, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
+from test_hugging_face_parity import opened  # noqa: E402
 
 from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.compression.sides import INPUT, OUTPUT  # noqa: E402
@@ -169,8 +171,7 @@ def asked(corpus_folder, model, workdir, **knobs):
     known = {"model_path": model, "workdir": workdir, "ranks": 16, **knobs}
     if compress.keys() & set(COMPRESS_BOUNDS):
         known.pop("ranks")
-    sizes = {"block_size": 16, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    known |= {"evaluate": {"batch_size": 4}, "compress": compress, "model": sizes}
+    known |= {"evaluate": {"batch_size": 4}, "compress": compress, "model": THEIR_SIZES}
     return tiny("compress.py", corpus_folder, **known)
 
 
@@ -207,7 +208,7 @@ def test_the_plan_counts_the_tables_to_measure_for_each_token_table(
 
 def test_a_sweep_of_each_table_is_in_a_folder_of_its_own(swept, llama):
     outcome, workdir, _ = swept
-    assert f"{llama} is untied: each table is compressed apart" in outcome.out
+    assert f"{llama} is untied: its tables are compressed one by one" in outcome.out
     folder, decoder = workdir / "compressed", Decoder(llama, 16)
     assert not (folder / "sweep.json").exists()
     for side, other in ((INPUT, OUTPUT), (OUTPUT, INPUT)):
@@ -267,6 +268,7 @@ def test_a_bound_holds_for_each_table(bound, llama, corpus_folder, tmp_path):
         assert chosen[{"max_bytes": "bytes"}.get(name, "added_loss")] <= float(value)
         assert read_record(place / "advised")["compressed"]["side"] == side
         assert f"table: {place}/advised" in outcome.out
+        assert re.search(f"^{side} table: (svd|context|coded)", outcome.out, re.M)
 
 
 def test_further_training_of_an_untied_model_is_refused(llama, corpus_folder, tmp_path):
@@ -285,11 +287,65 @@ def test_an_untied_gpt2_is_compressed_so_too(corpus_folder, tmp_path):
         assert (tmp_path / "compressed" / side / "sweep.json").exists()
 
 
-def export(table, workdir):
-    """The folder of a table's model, in the form hf."""
+def export(table, workdir, form="hf"):
+    """The folder of a table's model."""
     ask = f"--config.model_path={table}", f"--config.workdir={workdir}"
-    assert call(f"--config={CONFIG_FILES / 'export.py'}", *ask).code == 0
-    return workdir / "exported" / f"{table.name}_hf"
+    words = f"--config={CONFIG_FILES / 'export.py'}", *ask, f"--config.format={form}"
+    assert call(*words).code == 0
+    side = read_record(table)["compressed"]["side"]
+    return workdir / "exported" / f"{table.name}_{side}_{form}"
+
+
+def printed(outcome):
+    """The arguments of each command to export that was printed."""
+    lines = re.findall("^export it: .* pcagpt.main (.*)$", outcome.out, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def test_both_printed_commands_export(swept):
+    outcome, workdir, _ = swept
+    for side in (INPUT, OUTPUT):
+        word = "(none is )?recommended"
+        assert re.search(f"^{side} table: {word}", outcome.out, re.MULTILINE)
+    commands = printed(outcome)
+    assert len(commands) == 2
+    for _ in range(2):
+        assert [call(*words).code for words in commands] == [0, 0]
+    made = [path.name for path in (workdir / "exported").iterdir()]
+    assert {name.split("_")[-2] for name in made} == {INPUT, OUTPUT}
+    assert len(made) == 2
+
+
+def test_a_later_advice_is_exported_beside_an_earlier_one(
+    llama, corpus_folder, tmp_path
+):
+    made = []
+    for most in (6000, 7000, 6000):
+        compress = {"max_bytes": most, "methods": "coded"}
+        commands = printed(
+            call(*asked(corpus_folder, llama, tmp_path, compress=compress))
+        )
+        for words in commands:
+            outcome = call(*words)
+            assert outcome.code == 0, outcome
+            made.append(outcome.out.split()[0])
+    first, second, third = made[:2], made[2:4], made[4:]
+    assert first == third
+    for path, later, side in zip(first, second, (INPUT, OUTPUT), strict=True):
+        assert path == str(tmp_path / f"exported/advised_{side}_coded")
+        assert re.fullmatch(rf"{path}_[0-9a-f]{{8}}", later)
+
+
+def test_a_coded_table_of_a_side_is_exported_as_its_file(swept, llama, tmp_path):
+    tokens = torch.arange(16)[None]
+    for side in (INPUT, OUTPUT):
+        table = swept[1] / "compressed" / side / "best_coded_k16"
+        logits = []
+        for form in ("hf", "coded"):
+            model, _ = opened(form, export(table, tmp_path, form))
+            with torch.inference_mode():
+                logits.append(model.eval()(tokens).logits)
+        assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("side", [INPUT, OUTPUT])
@@ -335,3 +391,7 @@ def test_the_two_tables_of_a_model_are_compressed_one_after_the_other(
     card = (made / "README.md").read_text()
     for side in done:
         assert f"table compressed without training: side {side}, method " in card
+    assert "| Added by the output table |" in card
+    assert "The input table is compressed in both, so the loss that it adds is" in card
+    assert "| output table, as factors |" in card
+    assert "| other weights, with the input table in full |" in card

@@ -22,7 +22,6 @@ ARGUMENTS = {
     "data.source": "data",
     "data.tokenizer": "tokenizer",
     "model.compute_dtype": "compute_dtype",
-    "model_path": "path",
     "sample.prompt": "the text",
     "sample.tokens": "max_tokens",
     **{f"sample.{name}": name for name in ("temperature", "top_k", "top_p")},
@@ -34,11 +33,11 @@ ARGUMENTS = {
 
 
 @contextlib.contextmanager
-def call(shows_progress: bool | None = None) -> Iterator[None]:
+def call(shows_progress: bool | None = None, *, model: str = "path") -> Iterator[None]:
     """What all work runs in: pcagpt is a guest, and errors name arguments.
 
     Numbers have 32 bits, whatever the program has chosen for JAX. None: shows progress
-    as the call around it does.
+    as the call around it does. model: the argument that names the model.
     """
     if shows_progress is None:
         shows_progress = process.is_guest() and process.shows_progress()
@@ -46,14 +45,25 @@ def call(shows_progress: bool | None = None) -> Iterator[None]:
         with process.as_guest(shows_progress), jax.enable_x64(False):
             yield
     except UserError as error:
-        raise type(error)(_in_python(str(error))) from None
+        raise type(error)(_in_python(str(error), model)) from None
 
 
-def _in_python(message: str) -> str:
+def _in_python(message: str, model: str) -> str:
     """A message of the command line in terms of this module."""
-    for path, name in ARGUMENTS.items():
+    for path, name in (ARGUMENTS | {"model_path": model}).items():
         message = re.sub(rf"(?:--config\.)?\b{re.escape(path)}\b", name, message)
-    return re.sub(r"--config\.(?=\w)", "", message)
+    message = re.sub(r"--config\.(?=\w)", "", message)
+    message = message.replace("whole numbers separated by commas", "whole numbers")
+    return re.sub(r"(?<=as in )(\w+)=(\S+)$", _example, message)
+
+
+def _example(found: re.Match[str]) -> str:
+    """A value of the command line, as an argument is written: bands=[1, 7]."""
+    name, value = found.groups()
+    if re.fullmatch(r"\d+(,\d+)+", value):
+        return f"{name}=[{value.replace(',', ', ')}]"
+    is_text = not re.fullmatch(r"[-+.e\d]+|True|False", value)
+    return f"{name}={value!r}" if is_text else found[0]
 
 
 def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
@@ -77,8 +87,15 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same in any working directory; ~ is the home."""
-    return str(Path(path).expanduser().absolute())
+    """A path that means the same in any working directory; ~ is the home.
+
+    Raises UserError for what is no path.
+    """
+    with contextlib.suppress(TypeError, RuntimeError):  # RuntimeError: ~NOBODY
+        found = str(Path(path).expanduser().absolute())
+        if "\0" not in found:
+            return found
+    raise UserError(f"{path!r} is no path: give the path of a folder")
 
 
 def plain(value: Any) -> Any:
@@ -99,15 +116,27 @@ def list_of(name: str, values: Any) -> list[str]:
     raise UserError(f"{name} is {values!r}: it must hold texts")
 
 
+def array_of(values: ArrayLike, what: str, remedy: str) -> np.ndarray:
+    """Values as an array of NumPy; UserError if NumPy makes none of them."""
+    try:
+        return np.asarray(values)
+    # PyTorch raises the first two for tensors with a gradient, of bfloat16 or on a GPU.
+    except (RuntimeError, TypeError, ValueError):
+        kind = type(values).__name__
+        raise UserError(
+            f"{what} is a {kind} that NumPy cannot read: {remedy}"
+        ) from None
+
+
 def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:
     """Token ids as int32 [T]; UserError unless all are below `known`."""
-    array = np.asarray(tokens)
+    remedy = "give one list of whole numbers, or a str"
+    array = array_of(tokens, "the text", remedy)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise UserError(
-            f"token ids have shape {array.shape} and dtype {array.dtype}: give one "
-            "list of whole numbers, or a str"
+            f"token ids have shape {array.shape} and dtype {array.dtype}: {remedy}"
         )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= known:

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import call, plain, settings_of
+from pcagpt.api.calls import array_of, call, plain, settings_of
 from pcagpt.compression.bare_table import check_needs_no_text
 from pcagpt.errors import UserError
 from pcagpt.factorization import Factorizer
@@ -44,7 +44,7 @@ def factorize(
     """The best factors of a token table.
 
     Args:
-      table: floating point [V, D], such as `model.table`.
+      table: floating point (also bfloat16) [V, D], such as `model.table`.
       rank: K, from 1 to min(V, D).
       method: one of `FREE`, which need no text.
       singular_value_split: share a of the singular values in `scale`, S^a V^T; `wte`
@@ -79,6 +79,7 @@ def factorize(
 
 def table_of(array: ArrayLike) -> np.ndarray:
     """An array as a table to compress, float32 [V, D]."""
-    table_VD = checked_table(np.asarray(array), "the table")
+    remedy = "give a float32 array, such as `.detach().float().cpu().numpy()`"
+    table_VD = checked_table(array_of(array, "the table", remedy), "the table")
     check_rows_differ(table_VD, "the table")
     return table_VD

@@ -132,9 +132,14 @@ def compress(
       UserError: no table fits, the table is already factorized, the text is missing or
         does not fit the model, or a value is out of range.
     """
-    with call(bool(progress)), tempfile.TemporaryDirectory(prefix="pcagpt-") as own:
+    with (
+        call(bool(progress), model="model"),
+        tempfile.TemporaryDirectory(prefix="pcagpt-") as own,
+    ):
         names = ",".join(list_of("methods", methods))
         cache = Path(own if cache_dir is None else absolute(cache_dir))
+        if cache.exists() and not cache.is_dir():
+            raise UserError(f"cache_dir is {cache}, which is no folder: name a folder")
         given = {
             "compress.max_bytes": max_bytes,
             "compress.max_added_loss": max_added_loss,
@@ -167,7 +172,7 @@ def compress(
         if original.model.sides:
             raise UserError(
                 f"{run.folder} has two tables, of input and output: "
-                "configs/compress.py takes each apart"
+                "configs/compress.py compresses them one by one"
             )
         options = settings.compress
         chosen, _ = find(original, methods_of(options.methods), options)

@@ -90,7 +90,7 @@ class _ByteBasis(NamedTuple):
 
 
 def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
-    """The best table in a file of some bytes; BudgetTooSmall if none fits.
+    """The best table in a file of some bytes; the smallest one if none surely fits.
 
     Args:
       prepared: of the table.
@@ -154,7 +154,11 @@ def _choices(
         prepared.synthesis_DD,
         mean_row(weighting, width),
     ).values
+    # The squares of very small values are 0 in float32; a power of two loses nothing.
+    exponent = int(np.frexp(max(exact_DV.max(), -exact_DV.min()))[1])
+    np.ldexp(exact_DV, -exponent, out=exact_DV)
     levels, errors_W = levels_of(exact_DV, tokens_of_bands)
+    errors_W = np.ldexp(errors_W, 2 * exponent)
     overhead = _FILE_BYTES + _BAND_BYTES * len(tokens_of_bands)
     weights_V = prepared.weights_V
     widths = Widths(exact_DV, weights_V, tokens_of_bands, errors_W, overhead)
@@ -178,7 +182,8 @@ def _basis(rows_KD: np.ndarray, metric_DD: np.ndarray | None) -> _ByteBasis:
         diagonal_D = metric_DD.diagonal()
         columns_D = np.maximum(diagonal_D, 1e-6 * diagonal_D.mean()) ** -0.5
     rows_KD = rows_KD / columns_D
-    steps_K = np.abs(rows_KD).max(axis=1, initial=1e-30) / 127
+    steps_K = np.abs(rows_KD).max(axis=1) / 127
+    steps_K[steps_K == 0] = 1
     integers_KD = np.rint(rows_KD / steps_K[:, None]).astype(np.int8)
     return _ByteBasis(integers_KD, steps_K, columns_D)
 
@@ -192,14 +197,14 @@ def _quantize(
     """(indices of levels [n, K] uint8, scales [K] float64) of the tokens of a band."""
     of_band = Coefficients(*(x if x is None else x[..., tokens] for x in stored))
     squares_Kn = np.square(of_band.values, dtype=np.float64)
-    scales_K = np.sqrt(squares_Kn.mean(axis=1)) + 1e-30
+    scales_K = np.sqrt(squares_Kn.mean(axis=1))
     widths_K = np.repeat(widths_S, BLOCK_RANK)
 
     def rounded(k: int, target_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if k >= len(widths_K):  # The band leaves this direction out.
             return (zeros_n := np.zeros(len(tokens))), zeros_n
         own = levels[int(widths_K[k])]
-        numbers_n = np.searchsorted(borders_of(own), target_n / scales_K[k])
+        numbers_n = np.searchsorted(borders_of(own), target_n / (scales_K[k] or 1))
         return numbers_n, own[numbers_n] * scales_K[k]
 
     numbers_Kn, used = compensated(of_band, rounded), slice(len(widths_K))

@@ -63,7 +63,7 @@ class CodedTable:
         integers_KD, rows_K, columns_D = self.basis
         mean_D = np.ldexp(integers_KD[-1].astype(np.float64), rows_K[-1] + columns_D)
         # The sums are in units of the row with the finest step.
-        lowest = rows_K[:-1].min(initial=rows_K[-1])
+        lowest = min(rows_K[:-1], default=rows_K[-1])
         shifts_K = (rows_K[:-1] - lowest)[:, None]
         integers_KD = np.ldexp(integers_KD[:-1].astype(np.float64), shifts_K)
         units_D = np.ldexp(1.0, lowest + columns_D)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.factorization import BudgetTooSmall
 from pcagpt.model import BLOCK_RANK, LEVELS, WIDTHS
 
 CHOICES = np.array([0, *reversed(WIDTHS)])  # 0: a block is left out
@@ -22,7 +21,8 @@ def levels_of(
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """The levels that serve best for coefficients of unit energy (Lloyd 1982).
 
-    Returns ({width: its levels}, squared error with each of `CHOICES`).
+    The largest of the values must be about 1. Returns ({width: its levels}, squared
+    error with each of `CHOICES`).
     """
     samples = []
     for tokens in tokens_of_bands:
@@ -67,6 +67,7 @@ class Widths:
     """Chooses widths of least weighted error; more bytes never have a larger error.
 
     Widths never rise from block to block, and each band has at least one block.
+    errors_W: squared error of each of `CHOICES`, at mean square 1 of the values.
     overhead: bytes of the file that describe its arrays.
     """
 
@@ -94,14 +95,8 @@ class Widths:
         self._fixed = overhead + 4 * (order + 2 * self._width + LEVELS)
 
     def within_bytes(self, most: int) -> Choice:
-        """The best choice for a file of some bytes; BudgetTooSmall if none fits."""
-        found = self._finest(lambda choice: choice.bytes <= most)
-        if found.bytes > most:
-            raise BudgetTooSmall(
-                f"{most:,} bytes cannot hold a packed table: the smallest takes "
-                f"{found.bytes:,}"
-            )
-        return found
+        """The best choice for a file of some bytes; the coarsest if none must fit."""
+        return self._finest(lambda choice: choice.bytes <= most)
 
     def bytes_of(self, error: float) -> int:
         """About the size of a file with this error; slightly too small.

@@ -53,7 +53,8 @@ def advise(
     if "max_bytes" in options.bounds and chosen.candidate.note:
         print(chosen.candidate.note, flush=True)
     # First, because writing may fail.
-    print(advice_text(row, original.table_VD.shape), flush=True)
+    whose = f"{original.side} table: " if original.side else ""
+    print(f"{whose}{advice_text(row, original.table_VD.shape)}", flush=True)
     output.check()
     if not write_model(place, original, chosen.candidate, row, overwrite):
         return None
@@ -115,8 +116,12 @@ def find(
             # No table is larger; NumPy knows no larger integers.
             chosen = fit.within_bytes(min(int(unit * bound), 2**62), every)
     if chosen is None:
-        hint = ""
+        is_low, hint = bool(fit.trials), ""
         if name != "max_added_loss":
-            hint = f" to {-(-fit.least_bytes(every) // unit)} or more"
-        raise UserError(f"no table fits compress.{name} = {bound}: raise it{hint}")
+            least = -(-fit.least_bytes(every) // unit)
+            is_low, hint = least > bound, f" to {least} or more"
+        remedy = f"raise it{hint}"
+        if not is_low:
+            remedy = f"{fit.refusal}; try other compress.methods"
+        raise UserError(f"no table fits compress.{name} = {bound}: {remedy}")
     return chosen, fit.trials

@@ -118,7 +118,7 @@ class Compressor:
             try:
                 codes, size = self._codes(recipe)
                 table = of_full_width(codes.dense())
-            except coding.InexactSums as error:  # The values are extremely small.
+            except coding.InexactSums as error:  # Of values that differ extremely.
                 raise BudgetTooSmall(f"no {recipe.method} table: {error}") from None
         elif recipe.method in MAKERS:
             maker = MAKERS[recipe.method]

@@ -1,5 +1,6 @@
 """Makes, reads and writes the tables of `CODES`."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pcagpt import coding
+from pcagpt.factorization import BudgetTooSmall
 from pcagpt.methods import CODED, PACKED
 
 
@@ -37,7 +39,7 @@ class CodeKind(NamedTuple):
     training can start from such a table. make(prepared, bands, bytes): the best table
     whose file fits, and the file's size; BudgetTooSmall if none does.
     estimate(prepared, bands, loss): about the size of a file with that second-order
-    loss.
+    loss; inf gives the size of the smallest.
     """
 
     file: str
@@ -60,7 +62,17 @@ def _coded_bytes(prepared, bands, loss):
 
 def _packed(prepared, bands, most):
     made = coding.pack(prepared, bands, most)
-    return made, coding.packed_bytes(made)
+    if (size := coding.packed_bytes(made)) > most:
+        raise BudgetTooSmall(
+            f"{most:,} bytes cannot hold a packed table: the smallest takes {size:,}"
+        )
+    return made, size
+
+
+def _packed_bytes(prepared, bands, loss):
+    if loss == math.inf:
+        return coding.packed_bytes(coding.pack(prepared, bands, 0))
+    return coding.estimated_packed_bytes(prepared, bands, loss)
 
 
 KINDS = {
@@ -78,7 +90,7 @@ KINDS = {
         in_bands=True,
         trainable=False,
         make=_packed,
-        estimate=coding.estimated_packed_bytes,
+        estimate=_packed_bytes,
         read=coding.read_packed,
         write=coding.write_packed,
     ),

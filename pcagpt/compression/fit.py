@@ -65,6 +65,7 @@ class Fit:
         self._tries_own_table = tries_own_table(methods)
         self._rank_1, self._whole = sum(table), math.prod(table)
         self.trials: list[Trial] = []
+        self.refusal = "no method makes one"  # why the last one could not be made
 
     def within_loss(
         self, max_added_loss: float, bits: Sequence[int] = ()
@@ -166,8 +167,8 @@ class Fit:
         for bands in counts_of(method, self._bands):
             try:
                 found.append(self._make(Recipe(method, bands, budget, 0, bits)))
-            except BudgetTooSmall:
-                continue
+            except BudgetTooSmall as error:
+                self.refusal = str(error)
         return min(found, key=lambda made: sum(made.second_order), default=None)
 
     def _try(self, candidate: Candidate) -> Trial:

@@ -1,4 +1,4 @@
-"""The two tables of an untied model, each compressed apart.
+"""The two tables of an untied model, compressed one by one.
 
 Most models have one table for input and head. Its side is "", and all statistics count.
 """

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pcagpt.arms import ARMS, FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE
+from pcagpt.config.knobs import LARGEST_WHOLE
 from pcagpt.config.schema import (
     KNOBS,
     OTHER_ARMS,
@@ -160,11 +161,13 @@ def _check_value(path: str, value: Any) -> None:
     entries = value if knob.type is tuple else (value,)
     if knob.type is tuple and any(type(entry) is not int for entry in entries):
         raise wrong_type(path, ",".join(map(str, value)))
+    verb = "holds" if knob.type is tuple else "is"
     for entry in entries:
+        shown = repr(entry) if isinstance(entry, str) else entry
         if not knob.rule.holds(entry):
-            verb = "holds" if knob.type is tuple else "is"
-            shown = repr(entry) if isinstance(entry, str) else entry
             raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
+        if knob.type in (int, tuple) and entry > LARGEST_WHOLE:
+            raise UserError(f"{path} {verb} {shown}: the largest is {LARGEST_WHOLE}")
 
 
 # Of knobs whose default says nothing.
@@ -230,10 +233,10 @@ def _check_bands(settings: Settings) -> None:
             "model.band_sizes is set: only the random model (configs/random_k128.py) "
             "can have several bands"
         )
-    changed = {p for p, value in settings.flat().items() if value != KNOBS[p].default}
+    given = settings.given
     if has_source:  # The bands are those of this run.
-        changed.discard("model.band_sizes")
-    found = [[path for path in knobs if path in changed] for knobs in _TABLE_SOURCES]
+        given.discard("model.band_sizes")
+    found = [[path for path in knobs if path in given] for knobs in _TABLE_SOURCES]
     if len(both := [paths[0] for paths in found if paths]) > 1:
         raise UserError(
             f"{both[0]} and {both[1]} are both set, but both determine the token "
@@ -338,28 +341,26 @@ def _arms(settings: Settings) -> list[str]:
 
 def _check_read(settings: Settings) -> None:
     """A knob is refused if the task does not read it."""
-    flat, task = settings.flat(), settings.task
+    given, task = settings.given, settings.task
     does = {task}
     if task == "compress" and settings.compress.recover_ranks:
         does.add(RECOVERY)
-    for path, value in flat.items():
+    for path in filter(given.__contains__, KNOBS):
         tasks, remedy = readers_of(path)
-        if value != KNOBS[path].default and does.isdisjoint(tasks):
+        if does.isdisjoint(tasks):
             this = "an experiment" if task == "experiment" else f"task {task}"
             raise UserError(
                 f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
                 f"{remedy}"
             )
     rank, ranks = settings.model.n_embd_wte, settings.ranks
-    if task == "train" and rank and ranks not in (KNOBS["ranks"].default, (rank,)):
+    if task == "train" and rank and "ranks" in given and ranks != (rank,):
         raise UserError(
             f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
             f"{rank}: set only --config.model.n_embd_wte"
         )
-    unset = {"ranks": (), "data.source": ""}  # in config files of some tasks
     for path, is_read, reason in read_if(settings, does):
-        default = KNOBS[path].default
-        if flat[path] not in (default, unset.get(path, default)) and not is_read:
+        if path in given and not is_read:
             raise UserError(f"{path} is set, but {reason}")
 
 

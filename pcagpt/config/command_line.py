@@ -83,9 +83,10 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
             raise UserError(f"this locale cannot read {word!r}: set LC_ALL=C.UTF-8")
     source, words = _take_config_file(arguments)
     words = _last_of_each([_plain_number(word) for word in _joined(words)])
-    for word in words[1:]:
-        if knob := re.match(r"--?(?:no)?config\.([^=]*)", word):
-            _require_knob(knob[1])
+    found = [re.match(r"--?(?:no)?config\.([^=]*)", word) for word in words[1:]]
+    named = [knob[1] for knob in found if knob]
+    for name in named:
+        _require_knob(name)
     if source is None:
         raise UserError("no config: give --config=configs/demo.py, or --help")
     # absl's global flags would keep the values of an earlier call.
@@ -93,9 +94,11 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     print_only = flags.DEFINE_bool(
         "print_config", False, "Show the plan and stop.", flag_values=flag_values
     )
+    loaded = _load(source)
+    in_file = Settings.of(loaded).given
     try:
         config = config_flags.DEFINE_config_dict(
-            "config", _load(source), flag_values=flag_values, sys_argv=words
+            "config", loaded, flag_values=flag_values, sys_argv=words
         )
         stray = flag_values(words)[1:]
     except flags.Error as error:
@@ -108,7 +111,8 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
         for path, value in settings.flat().items()
         if KNOBS[path].rule is PATH
     }
-    return settings.replace(paths), print_only.value
+    chosen = settings.replace({**paths, "named": frozenset(named) - in_file})
+    return chosen, print_only.value
 
 
 def _joined(words: list[str]) -> list[str]:
@@ -156,7 +160,8 @@ def _plain_number(word: str) -> str:
     if path not in KNOBS or KNOBS[path].type is not int or not is_short:
         return word
     number = Decimal(value)
-    return f"{knob}={int(number)}" if number % 1 == 0 else word
+    is_whole = number == number.to_integral_value()
+    return f"{knob}={int(number)}" if is_whole else word
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -31,8 +31,8 @@ CPU_LARGE = Effort((128, 256), (*CODES, "gptq"), (7,), CPU.calibration_tokens, 2
 def effort_on(platform: str, shape: tuple[int, int] | None) -> Effort:
     """The effort on 'cpu' or another platform.
 
-    shape: [V, D] of the table, if it only gets a first look. A table that is narrower
-    than the ranks of `CPU_LARGE` does not count as large.
+    shape: [V, D] of the table, if it only gets a first look. A table with fewer rows or
+    columns than the ranks of `CPU_LARGE` does not count as large.
     """
     if platform != "cpu":
         return GPU

@@ -25,6 +25,7 @@ def at_least(low: int) -> Rule:
     return Rule(f"at least {low}", lambda value: low <= value < math.inf)
 
 
+LARGEST_WHOLE = 2**63 - 1  # Of int64; Python counts no iterations beyond it.
 ANYTHING = Rule("anything", lambda value: True)
 COUNT = at_least(1)
 POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
@@ -39,6 +40,7 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
     """A field of a section. For a tuple, the rule applies to each entry.
 
     Without a rule, whole numbers must be a `COUNT` and other values can be anything.
+    No whole number may be above `LARGEST_WHOLE`.
     The command line expands ~ in a `PATH`.
     """
     metadata = {"meaning": meaning, "rule": rule}
@@ -62,6 +64,8 @@ def declared(kind: type, prefix: str = "") -> dict[str, Knob]:
         hint = types[field.name]
         if dataclasses.is_dataclass(hint):
             found |= declared(hint, f"{field.name}.")
+            continue
+        if not field.metadata:  # It is no knob.
             continue
         # `tuple[int, ...]` is a tuple, `int | None` an int that may be unset.
         is_tuple = typing.get_origin(hint) is tuple

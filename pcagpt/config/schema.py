@@ -39,6 +39,8 @@ def _joined(entries: Iterable[Any]) -> str:
     return ",".join(map(str, entries))
 
 
+# What the config files of some tasks set a knob to, so that it says nothing.
+_UNSET = {"ranks": (), "data.source": ""}
 _LARGE = "for a first look at a large table"
 _SEE = "(see compress.methods)"
 
@@ -272,7 +274,7 @@ class CompressSettings:
         (),
         "after the sweep, train the best factors and the coded table of these ranks "
         "further, once on the text and once on D's predictions; and D, for the same "
-        "steps. D's train settings and seed apply.",
+        "steps. D's train settings and seed apply",
     )
 
     @property
@@ -290,9 +292,9 @@ class EvaluateSettings:
     batch_size: int = knob(32, "sequences at a time")
     max_tokens: int = knob(
         0,
-        "evaluate, compress: number of tokens to predict; 0: all, but in a first look "
-        f"{_SEE} without calibration_tokens {CPU.max_tokens}, or "
-        f"{CPU_LARGE.max_tokens} of a large table",
+        "evaluate, compress: number of tokens to predict; 0: all. A first look "
+        f"{_SEE} predicts {CPU.max_tokens}, or {CPU_LARGE.max_tokens} if the table is "
+        "large",
         at_least(0),
     )
 
@@ -379,7 +381,11 @@ class DistributedSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All knobs. `settings.train.steps` is the knob 'train.steps'."""
+    """All knobs. `settings.train.steps` is the knob 'train.steps'.
+
+    named: the knobs that the command line sets, except where it takes back a value of
+    the config file.
+    """
 
     task: str = knob("train", "what to do", one_of(*TASKS))
     arm: str = knob("baseline", "task train: which model", one_of(*ARMS))
@@ -437,6 +443,7 @@ class Settings:
     experiment: ExperimentSettings = ExperimentSettings()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
+    named: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Settings":
@@ -474,7 +481,20 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values."""
-        return dataclasses.asdict(self)
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "named"}
+
+    @property
+    def given(self) -> set[str]:
+        """The knobs that must have an effect: not at their default, or `named`.
+
+        A knob that is named with a default such as 0, False or '' asks for nothing.
+        """
+        return {
+            path
+            for path, value in self.flat().items()
+            if (value and path in self.named)
+            or value not in (default := KNOBS[path].default, _UNSET.get(path, default))
+        }
 
     @property
     def is_of_bare_table(self) -> bool:

@@ -18,16 +18,15 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
 
     'added' and 'interval' are None unless it compares the table with the original's.
     Corpora of the same name are told apart by the hash of their tokens. A sweep and an
-    evaluation of the same tokens are one entry.
+    evaluation of the same tokens in windows of one length are one entry.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
         known = {"split": "val"} | protocol
-        numbers["window"] = protocol.get("window")
-        names = ("corpus", "split", "tokens_predicted", "tokens_sha256")
+        names = ("corpus", "split", "tokens_predicted", "tokens_sha256", "window")
         key = tuple(known.get(name) for name in names)
         found[key] = numbers | found.get(key, {})
-    others = Counter((corpus, split, count) for corpus, split, count, _ in found)
+    others = Counter(text[:3] for text in {key[:4] for key in found})
     return [
         {
             "corpus": corpus
@@ -35,10 +34,11 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
             else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
             "split": split,
             "tokens": count,
+            "window": window,
             **{"added": None, "interval": None},
             **numbers,
         }
-        for (corpus, split, count, sha256), numbers in found.items()
+        for (corpus, split, count, sha256, window), numbers in found.items()
     ]
 
 

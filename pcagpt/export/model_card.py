@@ -39,11 +39,12 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         ]
         for one in losses
     ]
+    sides = _sides(source)
     header = (
         "Corpus",
         "Split",
         "Loss",
-        "Added by the table",
+        f"Added by the {sides[-1] if len(sides) > 1 else 'table'}",
         "Tokens predicted",
         "Window",
     )
@@ -59,6 +60,7 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         step=source.identity.get("step"),
         fingerprint=source.identity["fingerprint"][:12],
         losses=table(header, rows, "llrrrr") if rows else "",
+        sides=sides,
         source=Path((record.get("data") or {}).get("source") or "").name,
         bare=not (record.get("characters") or source.tokenizer_sha256),
     )
@@ -78,14 +80,23 @@ def _sizes(source: Source) -> str:
         own = ["packed", NOTHING, count(stored.memory)]
     others = source.tensors.values()
     numbers = sum(array.size for array in others)
+    *before, last = _sides(source) or ["token table"]
+    full_too = "".join(f", with the {one} in full" for one in before)
+    size = count(sum(array.nbytes for array in others))
     rows = [
-        ["token table, in full", count(full), count(FLOAT_BYTES * full)],
-        [f"token table, {own[0]}", *own[1:]],
-        ["other weights", count(numbers), count(sum(a.nbytes for a in others))],
+        [f"{last}, in full", count(full), count(FLOAT_BYTES * full)],
+        [f"{last}, {own[0]}", *own[1:]],
+        [f"other weights{full_too}", count(numbers), size],
     ]
     if _is_full(source):
         del rows[1]
     return table(("", "numbers", "bytes"), rows, "lrr")
+
+
+def _sides(source: Source) -> list[str]:
+    """The tables of an untied model that are compressed, the last of them here."""
+    sides = [one.get("side") for one in compressions(source.record)]
+    return [f"{side} table" for side in sides if side]
 
 
 def _half_precision(source: Source) -> str:

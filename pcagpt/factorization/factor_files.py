@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from pcagpt.errors import Unreadable, UserError
@@ -378,7 +379,11 @@ def _checked(array: np.ndarray, dimensions: int, what: str) -> np.ndarray:
         raise UserError(
             f"{what} has shape {array.shape}: {dimensions} dimensions are needed"
         )
-    if not np.issubdtype(array.dtype, np.floating):
+    # A .npy file does not name bfloat16.
+    if array.dtype == np.dtype("V2"):
+        array = array.view(ml_dtypes.bfloat16)
+    is_brief = array.dtype == ml_dtypes.bfloat16  # NumPy does not count it as floating.
+    if not (is_brief or np.issubdtype(array.dtype, np.floating)):
         raise UserError(f"{what} has dtype {array.dtype}: floating point is needed")
     with np.errstate(over="ignore"):  # The next check reports values beyond float32.
         array = _float32(array)

@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 from scipy.cluster.vq import kmeans2, vq
 
+from pcagpt.factorization.quantize import LARGEST_SCALE
+
 CENTROIDS = 256  # of a part: a code is one byte
 _SAMPLE = 8192  # rows that k-means sees
 _ITERATIONS = 20
@@ -41,7 +43,8 @@ def product_quantize(
 
     A metric would whiten the parts, and directions of tiny weight then get errors so
     large that second order no longer holds. Likely tokens are more often in the sample
-    of rows that k-means sees, so codebooks fit them better.
+    of rows that k-means sees, so codebooks fit them better. Centroids are cut to the
+    range of float16.
 
     Args:
       table_VD: finite.
@@ -61,6 +64,7 @@ def product_quantize(
             warnings.filterwarnings("ignore", "One of the clusters is empty")
             start_Cd = sampled_nd[:CENTROIDS]
             book_Cd, _ = kmeans2(sampled_nd, start_Cd, _ITERATIONS, minit="matrix")
+        book_Cd = np.clip(book_Cd, -LARGEST_SCALE, LARGEST_SCALE)
         codebooks.append(book_Cd.astype(np.float16))
         codes.append(vq(part_Vd, codebooks[-1].astype(np.float32))[0].astype(np.uint8))
     return ProductQuantized(np.stack(codes, axis=1), tuple(codebooks))

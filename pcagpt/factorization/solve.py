@@ -104,6 +104,7 @@ def principal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared singular values [R] (descending) and directions [D, R] of weighted rows.
 
+    The squares are float64, the directions in the dtype of the rows.
     The eigenvectors of the Gram matrix take much less time than an SVD of a tall
     matrix. It computes in float64 on the host, because the Gram matrix squares the
     condition number.

@@ -90,9 +90,10 @@ def compress(settings: Settings, command: str) -> None:
     ]
     tell_left_out(methods, settings.compress.bands)
     if len(tables) > 1:
+        places = " and ".join(str(table.folder) for table in tables)
         say(
-            f"{run.folder} is untied: each table is compressed apart, while the other "
-            f"stays as it is, into {' and '.join(str(one.folder) for one in tables)}"
+            f"{run.folder} is untied: its tables are compressed one by one, while the "
+            f"other stays as it is, into {places}"
         )
         for table in tables:
             processes.from_first(table.check_folder)
@@ -215,7 +216,7 @@ def _tell_of_others(folder: Path, models: Models, original: Original) -> None:
     """Prints a line for each best model that is of another D."""
     run = original.run
     for place in best_models(folder):
-        if ".replaced-" in place.name or not is_of_another(place, original):
+        if not is_of_another(place, original):
             continue
         renewed = place in models
         remedy = "this sweep renews it" if renewed else "sweep its rank, or delete it"

@@ -3,7 +3,7 @@
 from pcagpt.compression.advise import methods_within
 from pcagpt.compression.candidates import factor_methods, left_out, recipes
 from pcagpt.compression.fit import Fit
-from pcagpt.config import Settings, methods_of
+from pcagpt.config import Settings, methods_of, override
 from pcagpt.config.effort import effort_on, of_bare_table
 from pcagpt.errors import UserError
 from pcagpt.pipeline import estimate
@@ -21,9 +21,8 @@ def decide_effort(
     """Fills in what `compress` leaves 0 or empty, for 'cpu' or another platform.
 
     A search for a bound has no ranks. A sweep on a CPU is a first look if methods and
-    bands are unset, no table must keep a bound, and none is trained further. It tries
-    fewer tables if the table is large. It measures only a part of the split, if
-    calibration_tokens is unset, too.
+    bands are unset, no table must keep a bound, and none is trained further. It
+    measures only a part of the split, and tries fewer tables if the table is large.
 
     Args:
       settings: of any task; only those of `compress` change.
@@ -42,13 +41,12 @@ def decide_effort(
         effort = of_bare_table(effort, has_statistics)
         if given["compress.methods"] == "all" and not has_statistics:
             given["compress.methods"] = ""
-    is_quick = is_first_look and not compress.calibration_tokens
     decided = {
         "ranks": () if compress.bounds else effort.ranks,
         "compress.methods": ",".join(effort.methods),
         "compress.bands": effort.bands,
         "compress.calibration_tokens": effort.calibration_tokens,
-        "evaluate.max_tokens": effort.max_tokens if is_quick else 0,
+        "evaluate.max_tokens": effort.max_tokens if is_first_look else 0,
     }
     return settings.replace({path: given[path] or decided[path] for path in decided})
 
@@ -64,9 +62,11 @@ def recipes_of(
     factors = factor_methods(methods)
     possible = [rank for rank in ranks if rank <= min(shape)]
     if not possible:
+        fitting = tuple(rank for n in (4, 2) if (rank := min(shape) // n)) or (1,)
         raise UserError(
             f"ranks is {ranks}: the table of {settings.model_path} is {shape}, its "
-            f"rank is at most {min(shape)}"
+            f"rank is at most {min(shape)}; give ranks that fit, as in "
+            f"{override('ranks', fitting)}"
         )
     combinations = recipes(*shape, methods, possible, options.bands, options.bits)
     if factors and not any(recipe.rank for recipe in combinations):

@@ -95,7 +95,7 @@ def execute(plan: Plan, command: str) -> None:
         )
     is_new = bool(setups)
     if is_new:
-        processes.from_first(lambda: show_plan(plan, command))
+        processes.from_first(lambda: show_plan(plan.settings, setups, command))
     for job in list(setups):
         # `pop` lets go of what one job holds before the next one begins.
         job.run(setups.pop(job), command)
@@ -124,7 +124,7 @@ def execute(plan: Plan, command: str) -> None:
         say(*experiment_lines(results, workdir))
         # Other commands may have trained all runs.
         if is_new or known.get("rows") != results["rows"]:
-            show_results(plan, command, results)
+            show_results(plan.settings, command, results)
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:

@@ -1,6 +1,7 @@
 """The task 'export': writes a model in a form that other programs read.
 
-WORKDIR/exported/NAME_FORMAT/ gets its name when it is complete.
+WORKDIR/exported/NAME_FORMAT/ gets its name when it is complete; of one table of an
+untied model, NAME_SIDE_FORMAT/.
 """
 
 import contextlib
@@ -46,8 +47,7 @@ def export(settings: Settings) -> str:
     """
     check_workdir(settings.workdir)
     source = open_source(settings)
-    name = f"{source.folder.resolve().name}_{settings.format}"
-    folder = Path(settings.workdir) / FOLDER / name
+    folder = processes.from_first(lambda: _place(source, settings))
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         with lock.held(folder, meanwhile=lambda: None) as check_lock:
@@ -59,6 +59,25 @@ def export(settings: Settings) -> str:
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
+
+
+def _place(source: Source, settings: Settings) -> Path:
+    """The folder for an export.
+
+    `compress` replaces a table by another one of the same name. The export of the later
+    one gets the beginning of its hash into its name, if the earlier one was exported.
+    """
+    made = source.record.get("compressed") or {}
+    parts = [source.folder.resolve().name, made.get("side"), settings.format]
+    folder = Path(settings.workdir) / FOLDER / "_".join(filter(None, parts))
+    own, earlier = made.get("table_sha256"), None
+    with contextlib.suppress(UserError):
+        origin = read_json(folder / ORIGIN, "") or {}
+        *_, last = origin.get("compressed") or [{}]
+        earlier = last.get("table_sha256")
+    if settings.overwrite or None in (own, earlier) or own == earlier:
+        return folder
+    return folder.with_name(f"{folder.name}_{own[:8]}")
 
 
 def _export(

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
 from pcagpt.config import Settings, arms_of, check_rules
 from pcagpt.config.schema import (
-    KNOBS,
     DistillSettings,
     FactorizeSettings,
     FinetuneSettings,
@@ -108,14 +107,14 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
 
 def _check_own_budget(settings: Settings, baseline: Run) -> None:
     """Raises UserError for `train` knobs and a seed that differ from D's own."""
-    given, own = settings.flat(), baseline.settings.flat()
-    for path, value in given.items():
+    given, own = settings.given, baseline.settings.flat()
+    for path, value in settings.flat().items():
         section, _, name = path.partition(".")
         is_own = section in ("train", "seed") and section in baseline.record
         # The statistics and the memory of this command depend on these two.
         if not is_own or name in ("batch_size", "loss_chunks"):
             continue
-        if value not in (KNOBS[path].default, own[path]):
+        if path in given and value != own[path]:
             raise UserError(
                 f"{path} is {value}, but {baseline.folder} is trained further with its "
                 f"own value {own[path]}: leave it out; finetune.steps_share and "
@@ -164,7 +163,7 @@ def _like_baseline(settings: Settings) -> Settings:
     """The settings with the sizes of the D in `model_path`, and its tokenizer."""
     source = Run.open(settings.model_path)
     free = (*DEVICE_KNOBS, *TABLE_KNOBS, "dropout")
-    source.check_model(settings.model, free)
+    source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
     sizes = {"model": model, "model.vocab_size": source.record["vocab_size"]}
     settings = settings.replace({**sizes, "data": source.with_tokenizer(settings.data)})
@@ -187,7 +186,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
     except UserError as error:
         raise UserError(f"init.weights_from: {error}") from None
     free = (*DEVICE_KNOBS, "dropout")
-    source.check_model(settings.model, free)
+    source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
     data = source.with_tokenizer(settings.data)
     settings = settings.replace({"model": model, "data": data})

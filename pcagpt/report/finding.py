@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.config.command_line import next_command
-from pcagpt.methods import CODED
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
 from pcagpt.report.sweep import (
     SMALL_COST,
     SPLIT_TITLES,
     baseline_of,
+    form_of,
     full_name,
     is_cheap,
     model_of,
@@ -49,16 +49,19 @@ def sweep_lines(sweep: dict[str, Any], folder: Path, workdir: str) -> list[str]:
     """
     best, model = recommended_row(sweep), recommended_model(sweep)
     split = sweep["protocol"].get("split", "val")
+    side = sweep["protocol"].get("side", "")
+    whose = f"{side} table: " if side else ""
     kind = "adds least"
     if is_cheap(best):
         kind = f"smallest that adds at most {SMALL_COST}"
     if split != "val":
         title = SPLIT_TITLES[split]
         return [
-            f"nothing is chosen on the {title} split; {kind} here: {_of(best, sweep)}"
+            f"{whose}nothing is chosen on the {title} split; {kind} here: "
+            f"{_of(best, sweep)}"
         ]
     word = "recommended" if is_cheap(best) else f"none is recommended; {kind}"
-    lines = [f"{word}: {_of(best, sweep)}"]
+    lines = [f"{whose}{word}: {_of(best, sweep)}"]
     if best is not model:
         lines.append("that table serves for comparison: no model of it is written")
     if model is None:
@@ -87,7 +90,5 @@ def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any])
     """
     if heading.get("stored_as"):
         return f"its table: {model}; pcagpt exports no model that came as GGUF"
-    form = "coded" if row.method == CODED else "hf-factored"
-    if heading["protocol"].get("side"):  # The other forms hold one table.
-        form = "hf"
+    form = form_of(row, heading["protocol"].get("side", ""))
     return next_command("export", model, format=form, workdir=workdir)

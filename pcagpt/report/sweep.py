@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED
-from pcagpt.methods import CODES, METHODS, RIVALS
+from pcagpt.methods import CODED, CODES, METHODS, RIVALS
 from pcagpt.report.compare import INTERVAL
 from pcagpt.report.text import (
     NOTHING,
@@ -56,6 +56,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "model_name": full_name(model) if model else "",
         "model_folder": model_of(model, sweep) if model else None,
         "is_cheap": is_cheap(best),
+        "form": form_of(model, sweep["protocol"].get("side", "")) if model else None,
         "can_sample": not _is_other_architecture(sweep),
         "rounded": rounded,
         "rounded_name": full_name(rounded) if rounded else "",
@@ -259,6 +260,17 @@ def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
     models = sweep.get("models", {row.model_name: dataclasses.asdict(row.recipe)})
     made = models.get(row.model_name)
     return row.model_name if made == dataclasses.asdict(row.recipe) else None
+
+
+def form_of(row: Stored, side: str) -> str:
+    """The smallest form in which the model of a row is exported: `format` of a command.
+
+    side: of the table, if it is one of two; 'hf-factored' holds one for both sides.
+    """
+    if row.method == CODED:
+        return CODED
+    is_small = row.is_codes or any(row.band_ranks)
+    return "hf-factored" if is_small and not side else "hf"
 
 
 def compared_rows(sweep: dict[str, Any]) -> list[Row]:

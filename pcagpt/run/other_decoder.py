@@ -79,9 +79,9 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 def refusal(folder: Path, architecture: str) -> UserError:
     """The error of a command that cannot compute the model."""
-    taking = [name for name, task in TASKS.items() if task.any_architecture]
+    taking = [f"`{name}`" for name, task in TASKS.items() if task.any_architecture]
+    verb = "takes" if len(taking) == 1 else "take"
     return UserError(
-        f"{folder} holds a {architecture}, which only "
-        f"{' and '.join(f'--config=configs/{name}.py' for name in taking)} can take: "
-        "give a GPT-2 with one table, or to export, the compressed table that it made"
+        f"{folder} holds a {architecture}: only {' and '.join(taking)} {verb} it; "
+        "`export` takes the compressed tables that `compress` wrote"
     )

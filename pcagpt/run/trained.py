@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pcagpt import trees
-from pcagpt.config import KNOBS, Settings
+from pcagpt.config import Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.config.tasks import TASKS
 from pcagpt.data import vocabulary
@@ -83,7 +83,7 @@ class Run:
         """The run in `model_path`; raises as `open` and `check_model` do."""
         takes_any = TASKS[settings.task].any_architecture
         run = cls.open(settings.model_path, any_architecture=takes_any)
-        run.check_model(settings.model)
+        run.check_model(settings)
         return run
 
     @property
@@ -98,19 +98,19 @@ class Run:
         return stored.replace({"model.vocab_size": self.record["vocab_size"]})
 
     def check_model(
-        self, asked: ModelSettings, free: Collection[str] = DEVICE_KNOBS
+        self, settings: Settings, free: Collection[str] = DEVICE_KNOBS
     ) -> None:
-        """Raises UserError if `asked` sets a knob to another value than the run's.
+        """Raises UserError if a `model` knob is given another value than the run's.
 
-        Knobs in `free` may differ. A knob at its default counts as not set.
+        Knobs in `free` may differ.
         """
-        stored = self.settings.model
+        asked, given, stored = settings.model, settings.given, self.settings.model
         if self.architecture:  # Only the length of its windows is open.
             free = ("block_size",)
         for field in dataclasses.fields(asked):
             value, trained = getattr(asked, field.name), getattr(stored, field.name)
-            default = KNOBS[f"model.{field.name}"].default
-            if field.name not in free and value not in (default, trained):
+            is_fixed = field.name not in free and f"model.{field.name}" in given
+            if is_fixed and value != trained:
                 own = f"was trained with {trained}"
                 if self.architecture:
                     own = f"holds a {self.architecture} with settings of its own"
