@@ -47,7 +47,7 @@ def record_of(path: Path) -> dict[str, Any]:
     return {
         "vocab_size": shape[0],
         "model": other_decoder.model_record(shape[1], depth),
-        "architecture": f"{architecture} in GGUF",
+        "architecture": f"{architecture}{other_decoder.IN_GGUF}",
         "stored_as": list(found.types),
     }
 

@@ -14,6 +14,7 @@ from pcagpt.errors import UserError
 from pcagpt.files import read_json, sha256_of_file
 from pcagpt.run import hugging_face
 
+IN_GGUF = " in GGUF"  # ends the architecture of a model in such a file
 _REMEDY = "restore it, or download the model again"
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -81,7 +82,7 @@ def refusal(folder: Path, architecture: str) -> UserError:
     """The error of a command that cannot compute the model."""
     taking = [f"`{name}`" for name, task in TASKS.items() if task.any_architecture]
     verb = "takes" if len(taking) == 1 else "take"
-    return UserError(
-        f"{folder} holds a {architecture}: only {' and '.join(taking)} {verb} it; "
-        "`export` takes the compressed tables that `compress` wrote"
-    )
+    line = f"{folder} holds a {architecture}: only {' and '.join(taking)} {verb} it"
+    if not architecture.endswith(IN_GGUF):  # No compressed tables of it are exported.
+        line += "; `export` takes the compressed tables that `compress` wrote"
+    return UserError(line)
