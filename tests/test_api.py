@@ -610,6 +610,9 @@ REFUSED = {
     "'fisher' needs statistics": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="fisher"
     ),
+    r"a\[b holds one of .*: use another folder$": lambda m: pcagpt.compress(
+        m.table, max_bytes=40_000, methods="svd"
+    ).save("a[b"),
     "'gptq' only serves for comparison": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="svd,gptq"
     ),

@@ -53,6 +53,7 @@ def _in_python(message: str) -> str:
     """A message of the command line in terms of this module."""
     for path, name in ARGUMENTS.items():
         message = re.sub(rf"(?:--config\.)?\b{re.escape(path)}\b", name, message)
+    message = message.replace("--config.workdir", "folder")
     return re.sub(r"--config\.(?=\w)", "", message)
 
 

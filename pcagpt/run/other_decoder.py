@@ -83,5 +83,6 @@ def refusal(folder: Path, architecture: str) -> UserError:
     return UserError(
         f"{folder} holds a {architecture}, which only "
         f"{' and '.join(f'--config=configs/{name}.py' for name in taking)} can take: "
-        "give a GPT-2 with one table, or to export, the compressed table that it made"
+        "give a GPT-2 with one table; to export, give the compressed table that this "
+        "command made"
     )
