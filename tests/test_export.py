@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from runs import gpt_config, snapshot
 
 from pcagpt import coding, trees
 from pcagpt.compression.codes import KINDS
-from pcagpt.config import KNOBS, Settings
+from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.export import formats
@@ -554,25 +553,6 @@ def test_bands_a_full_table_and_untied_scales_have_their_files(tmp_path):
     untied = write_untied(tmp_path / "untied")
     scales = np.load(run_export(untied, tmp_path, "npz") / "scale_mats_pca_k4.npz")
     assert not np.array_equal(scales["scale_up"], scales["scale_down"])
-
-
-@pytest.mark.parametrize(
-    "model", [{}, {"n_embd_wte": 4}, MODELS["bands"]], ids=["full", "factors", "bands"]
-)
-def test_the_card_of_a_table_alone_says_how_to_read_it(tmp_path, monkeypatch, model):
-    run = write_run(tmp_path / "run", **model)
-    made = run_export(run, tmp_path, "npz")
-    card = (made / "README.md").read_text()
-    assert "transformers" not in card and "other weights |" not in card
-    lines = [line.strip() for line in card.splitlines() if line.startswith("    ")]
-    monkeypatch.chdir(made)
-    found = {"FOLDER": made}
-    exec("\n".join(lines), found)
-    wanted = Run.open(run_export(run, tmp_path)).table()
-    np.testing.assert_allclose(found["table"], wanted, atol=1e-6)
-    words = re.findall(r"--config\.([\w.]+)=(\S+?)[ `]", card)
-    assert words and {knob for knob, _ in words} < KNOBS.keys()
-    assert all((made / file).exists() or file == "FOLDER" for _, file in words)
 
 
 def write_untied(folder, **model):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.arms import ARMS
-from pcagpt.config import override
 from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
@@ -48,16 +47,14 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         "Tokens predicted",
         "Window",
     )
-    is_model = form != "npz"
     text = render(
         "model_card.md.j2",
         name=name,
         form=form,
         architecture=source.architecture,
         is_compressed=not _is_full(source),
-        opening="" if is_model else _how_to_read(source.table),
-        sizes=_sizes(source, is_model),
-        half=_half_precision(source) if is_model else "",
+        sizes=_sizes(source),
+        half=_half_precision(source),
         made=_how_made(record, source.identity.get("step")),
         step=source.identity.get("step"),
         fingerprint=source.identity["fingerprint"][:12],
@@ -65,39 +62,11 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         source=Path((record.get("data") or {}).get("source") or "").name,
         bare=not (record.get("characters") or source.tokenizer_sha256),
     )
-    return f"{_FRONT}{text}\n" if is_model else f"{text}\n"
+    return f"{_FRONT}{text}\n"
 
 
-def _how_to_read(stored: ExportedTable) -> str:
-    """How Python and the commands of pcagpt read the files of the form npz."""
-    if len(stored.bands) > 1:
-        lines = [
-            "from pcagpt.factorization.factor_files import read_bands",
-            "table = read_bands(FOLDER).dense()",
-        ]
-        knobs = {"init.import_bands": "FOLDER"}
-    elif stored.is_full:
-        lines = ["import numpy", 'table = numpy.load("wte.npy")']
-        knobs = {"model_path": "wte.npy"}
-    else:
-        rank = len(stored.bands[0].scale_up)
-        wte, scale = f"wte_pca_k{rank}.npy", f"scale_mats_pca_k{rank}.npz"
-        mean = "" if stored.mean is None else ' + scale["mean"]'
-        lines = [
-            "import numpy",
-            f'scale = numpy.load("{scale}")',
-            f'table = numpy.load("{wte}") @ scale["scale_up"]{mean}',
-        ]
-        knobs = {"init.import_wte_npy": wte, "init.import_scale_matrices_npz": scale}
-    words = " ".join(override(path, value) for path, value in knobs.items())
-    return "\n".join([*(f"    {line}" for line in lines), "", f"Or: `{words}`"])
-
-
-def _sizes(source: Source, is_model: bool) -> str:
-    """Numbers and bytes of the table in full, of the table as stored, of the rest.
-
-    is_model: there is a rest.
-    """
+def _sizes(source: Source) -> str:
+    """Numbers and bytes of the table in full, of the table as stored, of the rest."""
     record, stored = source.record, source.table
     full = record["vocab_size"] * record["model"]["n_embd"]
     if source.coded:
@@ -114,8 +83,6 @@ def _sizes(source: Source, is_model: bool) -> str:
         [f"token table, {own[0]}", *own[1:]],
         ["other weights", count(numbers), count(sum(a.nbytes for a in others))],
     ]
-    if not is_model:
-        del rows[2]
     if _is_full(source):
         del rows[1]
     return table(("", "numbers", "bytes"), rows, "lrr")
