@@ -107,14 +107,15 @@ def write_first(path: Path, text: str) -> None:
     """
     temporary = _temporary(path)
     try:
-        temporary.write_text(text, "utf-8")
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # It has none.
-            with contextlib.suppress(FileExistsError), open(path, "x") as file:
-                file.write(text)
+        with naming(path):
+            temporary.write_text(text, "utf-8")
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # It has none.
+                with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                    file.write(text)
     finally:
         temporary.unlink(missing_ok=True)
 

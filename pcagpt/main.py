@@ -35,15 +35,18 @@ import re
 import shlex
 import sys
 import traceback
+from pathlib import Path
 
 try:
     from pcagpt import process
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
+    remedy = "install pcagpt again with pip, which also installs what it needs"
+    if (Path(__file__).parents[1] / "scripts" / "setup.sh").is_file():
+        remedy = "run 'bash scripts/setup.sh' once, then 'source .venv/bin/activate'"
     print(
-        f"pcagpt: {sys.executable} has no package '{error.name}': run 'bash "
-        "scripts/setup.sh' once, then 'source .venv/bin/activate'",
+        f"pcagpt: {sys.executable} has no package '{error.name}': {remedy}",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -634,6 +634,9 @@ REFUSED = {
     "cache_dir is .*test_api.py, which is no folder: name": lambda m: pcagpt.compress(
         m, **BOUND, cache_dir=__file__
     ),
+    r"a\[b holds one of .*: use another folder$": lambda m: pcagpt.compress(
+        m.table, max_bytes=40_000, methods="svd"
+    ).save("a[b"),
     "'gptq' only serves for comparison": lambda m: pcagpt.compress(
         m.table, max_bytes=9999, methods="svd,gptq"
     ),

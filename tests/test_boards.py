@@ -30,6 +30,7 @@ from pcagpt.run.hyperparameters import columns, hyperparameters
 from pcagpt.run.trained import Run
 from pcagpt.telemetry import wandb_run
 from pcagpt.telemetry.boards import Boards
+from pcagpt.telemetry.tensorboard_files import TensorBoard
 
 pytestmark = pytest.mark.usefixtures("quick")
 PROJECTOR = "plugins/org_tensorflow_tensorboard_projector"
@@ -472,12 +473,61 @@ def test_a_damaged_name_of_wandb_is_named_and_a_damaged_id_begins_a_new_run(
         with pytest.raises(UserError, match="wandb_group holds no name of a group"):
             start(folder, "train", wandb=True, tensorboard=False)
     name.unlink()
+    name.mkdir()
+    with pytest.raises(UserError, match="wandb_group is a folder: remove it"):
+        start(folder, "train", wandb=True, tensorboard=False)
+    name.rmdir()
+    name.symlink_to("nothing")
+    with pytest.raises(UserError, match="wandb_group is a link to nothing: remove it"):
+        start(folder, "train", wandb=True, tensorboard=False)
+    name.unlink()
     for bad in (b"\xff\xfe", b"", b"a/b c"):
         folder.mkdir(exist_ok=True)
         (folder / "wandb_id").write_bytes(bad)
         with start(folder, "compress", wandb=True, tensorboard=False):
             pass
         assert re.fullmatch(r"\w+\n", (folder / "wandb_id").read_text())
+
+
+def test_a_workdir_of_any_name_has_a_group(tmp_path):
+    for name in ("two\nlines", os.fsdecode(b"\xff"), "a b é"):
+        group = wandb_run._group(tmp_path / name)
+        assert re.fullmatch(r"(two_lines|_|a b é)-\w{8}", group)
+        assert wandb_run._group(tmp_path / name) == group
+
+
+class Closing(wandb_run.WandbRun):
+    """A run that only notes whether it was closed, and as failed."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def text(self, *_):
+        pass
+
+    def close(self, has_failed):
+        CLOSED.append(has_failed)
+
+
+CLOSED = []
+
+
+@pytest.mark.parametrize("name", ["__init__", "text", "close"])
+def test_wandb_is_closed_if_tensorboard_fails(tmp_path, monkeypatch, name):
+    end = TensorBoard.close
+
+    def full(*arguments):
+        if name == "close":
+            end(*arguments)
+        raise OSError(errno.ENOSPC, "full")
+
+    CLOSED.clear()
+    monkeypatch.setattr("pcagpt.telemetry.boards.import_wandb", lambda: None)
+    monkeypatch.setattr("pcagpt.telemetry.boards.WandbRun", Closing)
+    monkeypatch.setattr(TensorBoard, name, full)
+    with pytest.raises(OSError, match="full"), start(tmp_path / "run", wandb=True):
+        pass
+    assert CLOSED == [True]
 
 
 def test_two_commands_may_begin_in_one_workdir(tmp_path, monkeypatch):
@@ -560,6 +610,12 @@ def test_wandb_without_an_account_is_refused_in_one_line(
         start(tmp_path / "run", wandb=True)
     assert "\n" not in str(e.value)
     assert not list((tmp_path / "run").glob("events.*"))
+
+
+def test_a_wrong_project_of_wandb_is_named_with_its_knob(tmp_path, wandb_home):
+    words = "W&B did not start: .*a/b.*correct telemetry.wandb_project"
+    with pytest.raises(UserError, match=words):
+        start(tmp_path / "run", wandb=True, wandb_project="a/b")
 
 
 def test_work_that_is_done_is_shown_without_wandb_if_it_does_not_start(

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import shutil
+import types
 from pathlib import Path
 
+import gpt2_folders
 import pytest
 from command_line import CONFIGS
 
@@ -21,6 +23,8 @@ from pcagpt.config.checks import wrong_type
 from pcagpt.config.knobs import PATH
 from pcagpt.config.schema import InitSettings
 from pcagpt.errors import UserError
+from pcagpt.pipeline import plan
+from pcagpt.run.trained import Run
 
 
 def test_defaults_are_the_same_in_settings_and_config_files_and_are_valid():
@@ -503,6 +507,24 @@ def test_a_named_knob_that_is_not_read_is_refused_at_its_default_too(
     with pytest.raises(UserError, match=f"^{refused} "):
         checked(config, *words)
     validate(command_line.parse(["pcagpt", config, *words])[0].replace({"named": ()}))
+
+
+def test_a_named_default_that_is_not_the_run_s_own_value_is_refused(tmp_path):
+    run = Run.open(gpt2_folders.write(tmp_path / "model"))
+    settings = Settings()
+    assert run.settings.model.n_layer != settings.model.n_layer
+    run.check_model(settings)
+    with pytest.raises(UserError, match=r"^model\.n_layer is 12, but"):
+        run.check_model(settings.replace({"named": frozenset({"model.n_layer"})}))
+    trained = types.SimpleNamespace(
+        settings=Settings().replace({"train.steps": 7}),
+        record={"train": {}},
+        folder="RUN",
+    )
+    plan._check_own_budget(settings, trained)
+    with pytest.raises(UserError, match=r"^train\.steps is 5000, but RUN"):
+        named = settings.replace({"named": frozenset({"train.steps"})})
+        plan._check_own_budget(named, trained)
 
 
 def test_a_named_knob_may_ask_for_nothing_or_take_back_what_a_config_file_sets(

@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,6 +357,20 @@ def test_files_that_differ_from_their_digests_are_named(tmp_path):
     (tmp_path / "b").unlink()
     with pytest.raises(UserError, match="/b: No such file"):
         files.check_digests(tmp_path, known)
+
+
+def test_a_full_disk_is_told_with_the_path_that_was_to_be_written(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "name"
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")  # As of an open file: without a path.
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError) as failed:
+        files.write_first(path, "text")
+    assert explain(failed.value).startswith(f"{path}: no space left on device: ")
 
 
 @pytest.mark.parametrize("error", [None, OSError(errno.EOPNOTSUPP, "no hard links")])

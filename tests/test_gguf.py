@@ -19,7 +19,7 @@ from test_export import run_export, write_run
 from tokenizer_folders import HARD_TEXT, TEXT
 
 from pcagpt.compression.decoder import Decoder
-from pcagpt.data import gguf_header, vocabulary
+from pcagpt.data import gguf_header, tokenizer_files, vocabulary
 from pcagpt.run import fingerprint
 from pcagpt.run.trained import Run
 
@@ -157,6 +157,18 @@ def test_a_file_that_is_not_whole_is_refused(kept, file, place):
     file.write_bytes(file.read_bytes()[:kept])
     line = refusal(*asked(file), unchanged=[file.parent, place])
     assert f"{file} is damaged" in line
+
+
+def test_a_lack_of_memory_is_no_damage(file, tmp_path, monkeypatch):
+    def exhausted(_):
+        raise MemoryError
+
+    copy = shutil.copyfile(file, tmp_path / "copy.gguf")
+    monkeypatch.setattr("gguf.GGUFReader", exhausted)
+    with pytest.raises(MemoryError):
+        gguf_header.header(copy)
+    with pytest.raises(MemoryError), tokenizer_files._naming(file):
+        raise MemoryError
 
 
 def test_without_the_package_the_line_says_what_to_install(file, place, monkeypatch):

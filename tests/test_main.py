@@ -438,6 +438,11 @@ def test_without_its_packages_the_program_says_how_to_install_them(tmp_path):
         f"pcagpt: {sys.executable} has no package 'absl': run 'bash scripts/setup.sh' "
         "once, then 'source .venv/bin/activate'\n"
     )
+    # An installed package has no scripts beside it.
+    shutil.copytree(ROOT / "pcagpt", tmp_path / "pcagpt")
+    ended = process(DEMO, modules=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "no package 'absl': install pcagpt again with pip, which" in ended.stderr
 
 
 def test_a_bug_ends_a_process_with_exit_code_1_and_a_traceback(tmp_path):

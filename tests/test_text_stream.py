@@ -88,6 +88,8 @@ def test_characters_of_a_corpus_are_their_own_pieces():
         (["a", "b"], ["bcd"], ["a", "b"]),
         (["stop"], ["stop"], []),
         (["to st", "op"], ["top", "st"], ["to "]),
+        (["aaabaabbaab"], ["ba", "aba", "b"], ["aaa"]),
+        (["xaba"], ["ba", "aba"], ["x"]),
     ],
 )
 def test_a_stop_string_ends_the_text_and_is_never_shown(pieces, stop, found):
@@ -98,14 +100,21 @@ def test_the_text_before_a_stop_string_is_whole_however_it_is_cut():
     chance = random.Random(1)
     for _ in range(2000):
         text = "".join(chance.choice("ab") for _ in range(chance.randrange(12)))
-        stop = "".join(chance.choice("ab") for _ in range(chance.randrange(1, 4)))
+        stops = [
+            "".join(chance.choice("ab") for _ in range(chance.randrange(1, 4)))
+            for _ in range(chance.randrange(1, 4))
+        ]
         pieces, at = [], 0
         while at < len(text):
             size = chance.randrange(1, 4)
             pieces.append(text[at : at + size])
             at += size
-        shown = list(until(pieces, [stop]))
-        assert "".join(shown) == text.partition(stop)[0], (pieces, stop)
+        shown = list(until(pieces, stops))
+        whole = "".join(shown)
+        assert whole == "".join(until(text, stops)), (pieces, stops)
+        assert text.startswith(whole) and not any(stop in whole for stop in stops)
+        if len(stops) == 1:
+            assert whole == text.partition(stops[0])[0], (pieces, stops)
         assert all(shown)
 
 

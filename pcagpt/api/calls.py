@@ -52,6 +52,7 @@ def _in_python(message: str, model: str) -> str:
     """A message of the command line in terms of this module."""
     for path, name in (ARGUMENTS | {"model_path": model}).items():
         message = re.sub(rf"(?:--config\.)?\b{re.escape(path)}\b", name, message)
+    message = message.replace("--config.workdir", "folder")
     message = re.sub(r"--config\.(?=\w)", "", message)
     message = message.replace("whole numbers separated by commas", "whole numbers")
     return re.sub(r"(?<=as in )(\w+)=(\S+)$", _example, message)

@@ -45,6 +45,8 @@ def header(path: Path) -> Header:
             one.name: tuple(map(int, reversed(one.shape))) for one in reader.tensors
         }
         types = dict.fromkeys(one.tensor_type.name for one in reader.tensors)
+    except MemoryError:
+        raise
     # The package raises errors of many types for damaged files.
     except Exception as error:
         if found := unreadable(error, path):

@@ -83,6 +83,8 @@ def _naming(file: Path) -> Iterator[None]:
     """An error of the package becomes a UserError that names the tokenizer's file."""
     try:
         yield
+    except MemoryError:
+        raise
     # The package raises Exception itself.
     except Exception as error:
         reason = " ".join(str(error).split())[:120]

@@ -6,6 +6,7 @@ Shape letters: V vocabulary, E deciles.
 import numpy as np
 
 DECILES = 10
+_ROUNDING = 1e-10  # deciles; above the error of a sum of a million shares
 
 
 def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
@@ -13,8 +14,9 @@ def frequency_deciles(frequency_V: np.ndarray) -> np.ndarray:
     order = np.argsort(-frequency_V, kind="stable")
     before = np.cumsum(frequency_V[order]) - frequency_V[order]
     decile_V = np.empty(len(frequency_V), np.int32)
-    shares = before / max(frequency_V.sum(), 1e-300)
-    decile_V[order] = np.minimum(DECILES * shares, DECILES - 1).astype(np.int32)
+    tenths = DECILES * before / max(frequency_V.sum(), 1e-300)
+    # Sums of shares are a little off. A token that begins with a decile belongs to it.
+    decile_V[order] = np.minimum(tenths + _ROUNDING, DECILES - 1).astype(np.int32)
     return decile_V
 
 

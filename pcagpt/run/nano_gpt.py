@@ -131,6 +131,8 @@ def _load(path: Path) -> Any:
             f"{path} is not read, because it holds more than tensors and plain values "
             f"({reason}): {_REMEDY}"
         ) from None
+    except MemoryError:
+        raise
     # torch raises errors of many types for other content.
     except Exception as error:
         if found := unreadable(error):

@@ -45,15 +45,17 @@ def texts_of(
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """The text of the pieces before the first of some strings that is complete.
 
-    What may be the beginning of such a string is held back until it is not.
+    If several are complete at once, before the longest. What may be the beginning of a
+    string is held back until it is not.
     """
     held = ""
     for piece in pieces:
         held += piece
-        found = [at for text in stop if (at := held.find(text)) >= 0]
-        if found:
-            if held := held[: min(found)]:
-                yield held
+        ends = [(at + len(text), at) for text in stop if (at := held.find(text)) >= 0]
+        if ends:
+            _, at = min(ends)
+            if at:
+                yield held[:at]
             return
         begun = (
             size

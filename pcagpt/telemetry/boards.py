@@ -1,5 +1,6 @@
 """What TensorBoard and W&B show of a folder."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,10 +87,15 @@ class Boards:
                 if job == "train":
                     raise
                 warn_once(explain(error) or str(error))
-        if wanted.tensorboard:
-            self._board = TensorBoard(folder, first_step)
-        if command:
-            self.text("command", command, first_step)
+        try:
+            if wanted.tensorboard:
+                self._board = TensorBoard(folder, first_step)
+            if command:
+                self.text("command", command, first_step)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # The first error says more.
+                self.__exit__(type(error))
+            raise
 
     @classmethod
     def of_command(cls, settings: Any, folder: Path, job: str, command: str) -> Self:
@@ -189,7 +195,12 @@ class Boards:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.close(has_failed=kind is not None)
+        try:
+            if self._board:
+                self._board.close()
+        except BaseException as error:
+            kind = type(error)
+            raise
+        finally:
+            if self._wandb:
+                self._wandb.close(has_failed=kind is not None)

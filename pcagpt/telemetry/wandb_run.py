@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from pcagpt.errors import UserError
-from pcagpt.files import write_first, write_text
+from pcagpt.files import odd_kind, write_first, write_text
 
 GROUP_FILE, _ID_FILE = "wandb_group", "wandb_id"
 
@@ -73,11 +73,15 @@ class WandbRun:
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"W&B did not start: {reason}; log in with `wandb login`, set "
-                "WANDB_MODE=offline, or switch it off with "
-                "--config.telemetry.wandb=False"
+                f"W&B did not start: {reason}; log in with `wandb login`, correct "
+                "telemetry.wandb_project, set WANDB_MODE=offline, or switch it off "
+                "with --config.telemetry.wandb=False"
             ) from None
-        write_text(id_file, self._run.id + "\n")
+        try:
+            write_text(id_file, self._run.id + "\n")
+        except OSError:
+            self.close(has_failed=True)
+            raise
         # W&B ignores entries with a step below its own counter, but a resumed run
         # writes such entries. So our step is a metric, and it is the x-axis of all
         # other metrics.
@@ -142,12 +146,16 @@ def share_group(workdir: Path, other: Path) -> None:
 def _group(workdir: Path) -> str:
     """The group of a workdir's runs; a new workdir gets a new one."""
     workdir.mkdir(parents=True, exist_ok=True)
-    path, new = workdir / GROUP_FILE, f"{workdir.resolve().name}-{secrets.token_hex(4)}"
+    path, name = workdir / GROUP_FILE, workdir.resolve().name
+    # A name may hold line breaks, and bytes that are no text.
+    new = "".join(sign if _is_name(sign) else "_" for sign in name)
     if not path.exists():  # Another command may begin there at the same time.
-        write_first(path, f"{new}\n")
-    if name := _name_in(path):
-        return name
-    raise UserError(f"{path} holds no name of a group: remove it, to begin a new group")
+        write_first(path, f"{new}-{secrets.token_hex(4)}\n")
+    if known := _name_in(path):
+        return known
+    kind = odd_kind(path)
+    problem = f"is {kind}" if kind else "holds no name of a group"
+    raise UserError(f"{path} {problem}: remove it, to begin a new group")
 
 
 def _name_in(path: Path) -> str:
@@ -155,4 +163,8 @@ def _name_in(path: Path) -> str:
     if not path.is_file():
         return ""
     text = path.read_bytes().decode("utf-8", "replace").strip()
-    return text if text.isprintable() and "\ufffd" not in text else ""
+    return text if _is_name(text) else ""
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and "\ufffd" not in text
