@@ -117,6 +117,52 @@ def test_a_compressed_model_with_other_weights_is_refused(swept, tmp_path):
     assert loss_of(copy, "best_k8") != wanted
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "words"),
+    [
+        ("model", "n_head", "model.n_head is 8, and 2"),
+        (None, "vocab_size", "vocab_size is 98, and 97"),
+    ],
+)
+def test_a_compressed_model_whose_record_describes_another_is_refused_and_made_again(
+    copied_sweep, section, field, words
+):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
+    (record[section] if section else record)[field] = 8 if section else 98
+    write_record(model, record)
+    with pytest.raises(UserError, match=f"another model than .*0: {words} in the che"):
+        loss_of(copied_sweep, "best_k8")
+    sweep_of(copied_sweep)
+    assert len(replaced(model.parent)) == 1
+    assert loss_of(copied_sweep, "best_k8") == wanted
+
+
+def test_a_compressed_model_without_its_record_is_read_and_made_again(copied_sweep):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
+    (model / "config.json").unlink()
+    assert Run.open(model).record == record
+    assert loss_of(copied_sweep, "best_k8") == wanted
+    sweep_of(copied_sweep)
+    assert len(replaced(model.parent)) == 1
+    made = read_record(model)["compressed"]
+    assert made["table_sha256"] == record["compressed"]["table_sha256"]
+
+
+def test_a_compressed_model_without_a_copy_of_its_record_is_read_and_stays(
+    copied_sweep,
+):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, weights = loss_of(copied_sweep, "best_k8"), Run.open(model).weights
+    shutil.rmtree(model / "ckpt")
+    checkpoint.save_weights(model, weights)
+    assert loss_of(copied_sweep, "best_k8") == wanted
+    before = snapshot(model)
+    sweep_of(copied_sweep)
+    assert snapshot(model) == before
+
+
 def key(row):
     return row["method"], row["bands"], row["rank"], row["bits"]
 
