@@ -68,6 +68,37 @@ def test_a_row_without_a_required_field_and_no_row_are_refused(tmp_path):
         Row.of([], "row 0")
 
 
+SAMPLE = {"prompt": "a", "seed": 1, "temperature": 0.8, "texts": {"D": "b"}}
+TRAINED = {"run": "x", "val_loss": 1, "added_loss": 0.1, "tokens_seen": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("measured_on", value) for value in ([1], "a", 3, True, {"window": []})),
+        *(("protocol", {name: []}) for name in ("corpus", "split", "tokens_sha256")),
+        ("samples", [{"texts": {"D": "a"}}]),
+        *(("samples", [SAMPLE | {"texts": texts}]) for texts in (["a"], {"D": 3})),
+        *(("samples_of", value) for value in ([], {"D": 3})),
+        *(("gaussian_limit", value) for value in ([[1]], [[1, "a"]], [3])),
+        *(("recovered", value) for value in ([{"run": "x"}], [3])),
+        ("recovered", [TRAINED | {"rank": 8, "bands": 1}]),
+        ("recovered", [TRAINED | {"interval": [1]}]),
+        ("models", {"best_k8": 3}),
+    ],
+)
+def test_a_sweep_with_an_odd_value_in_a_field_is_refused_in_one_line(
+    name, value, tmp_path
+):
+    sweep = {"protocol": {}, "rows": [STORED], "samples": [SAMPLE]}
+    sweep["recovered"] = [TRAINED, TRAINED | {"rank": 8, "method": "svd", "bands": 1}]
+    write_json(tmp_path / "sweep.json", sweep)
+    assert read_sweep(tmp_path / "sweep.json")["samples"] == [SAMPLE]
+    write_json(tmp_path / "sweep.json", sweep | {name: value})
+    with pytest.raises(UserError, match=f"json is damaged .'{name}' is .*: delete it"):
+        read_sweep(tmp_path / "sweep.json")
+
+
 def test_tables_that_differ_only_in_their_bands_have_other_words():
     words = [in_bands(Recipe("packed", bands, 100, 2, 0)) for bands in (1, 2, 7)]
     assert words == ["packed", "packed in 2 bands", "packed in 7 bands"]

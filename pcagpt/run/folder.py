@@ -32,6 +32,7 @@ from pcagpt.files import (
     write_npy,
 )
 from pcagpt.model import DEVICE_KNOBS
+from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
@@ -72,6 +73,14 @@ _RECORD = {
     "imported_sha256": (dict, None),
     "corpus_sha256": (str, None),
     "compressed": (dict, None),
+}
+_RESULT = {
+    "status": str | None,
+    "run_id": str | None,
+    "seed": int | None,
+    "steps": int | None,
+    "val_loss": float | None,
+    "protocol": MeasuredOn | None,
 }
 # Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}
@@ -118,8 +127,7 @@ def _result_of(run_dir: Path, record: dict[str, Any] | None) -> dict[str, Any] |
     result = read_json(path, remedy, has_infinities=True)
     if result is None:
         return None
-    fields = {"status": (str, None), "steps": (int, None), "protocol": (dict, None)}
-    check_fields(result, fields, path, remedy)
+    check_fields(result, _RESULT, path, remedy)
     if result.get("status") != "done":
         return None
     record = record or result
@@ -352,7 +360,8 @@ def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
     """The first knob of the model in which two records differ, with both values."""
-    old, new = identity(copy, ("model",)), identity(stored, ("model",))
+    sections = ("model", *({"vocab_size"} & copy.keys() & stored.keys()))
+    old, new = identity(copy, sections), identity(stored, sections)
     differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
     name = min(differing, default=None)
     return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
