@@ -389,6 +389,41 @@ def test_a_model_of_rows_measured_anew_is_replaced_unless_a_run_started_from_it(
     assert len(replaced(folder)) == (not is_used)
 
 
+@pytest.mark.parametrize("at", ["measure", "report"])
+def test_a_sweep_whose_folder_is_moved_stops_with_a_line_and_goes_on_when_it_is_back(
+    asked, monkeypatch, at
+):
+    folder, away = folder_of(asked), Path(asked.workdir) / "away"
+    owner, name = (Original, "measure")
+    if at == "report":
+        owner, name = sweep_module, "write_sweep_report"
+    call = getattr(owner, name)
+
+    def move_and_call(*args):
+        if folder.exists():
+            folder.rename(away)
+        return call(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, move_and_call)
+        with pytest.raises(UserError, match=f"{folder} was removed or .* move it back"):
+            sweep_of(asked, ranks=(8,))
+    away.rename(folder)
+    assert sweep_of(asked, ranks=(8,))["models"].keys() == {"best_k8"}
+
+
+@pytest.mark.parametrize("lost", ["best_k8", "sweep.json"])
+def test_a_sweep_notices_that_a_part_of_its_results_is_removed(
+    copied_sweep, monkeypatch, lost
+):
+    place = folder_of(copied_sweep) / lost
+    monkeypatch.setattr(
+        task, "_sample", lambda *_: place.rename(place.with_name("away"))
+    )
+    with pytest.raises(UserError, match=f"{place} was removed or replaced while this"):
+        sweep_of(copied_sweep)
+
+
 def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
     copied_sweep,
 ):

@@ -258,9 +258,10 @@ def test_perplexities_and_bits_by_hand():
     assert metrics["perplexity"] == pytest.approx(2**4)
     assert metrics["word_perplexity"] == pytest.approx(2**8)
     assert metrics["bits_per_byte"] == pytest.approx(0.5)
-    metrics, *_ = summary(losses, text=None)
-    assert metrics["word_perplexity"] is None
-    assert metrics["bits_per_byte"] is None
+    for text in (None, TextSize(words=0, bytes=0)):
+        metrics, *_ = summary(losses, text=text)
+        assert metrics["word_perplexity"] is None
+        assert metrics["bits_per_byte"] is None
     metrics, *_ = summary([[800, 800]])  # Too large for a float.
     assert (metrics["loss"], metrics["perplexity"]) == (800, math.inf)
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from pcagpt import process
 from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
+from pcagpt.config.command_line import check_place
 from pcagpt.errors import UserError
 
 BOUNDS = ("max_bytes", "max_added_loss")
@@ -77,8 +78,13 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same in any working directory; ~ is the home."""
-    return str(Path(path).expanduser().absolute())
+    """A path that means the same in any working directory; ~ is the home.
+
+    Raises UserError if it is not UTF-8, or leads to a place that is not.
+    """
+    found = str(Path(path).expanduser().absolute())
+    check_place(found)
+    return found
 
 
 def plain(value: Any) -> Any:

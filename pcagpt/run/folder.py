@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,6 +365,40 @@ def _changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
     differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
     name = min(differing, default=None)
     return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
+
+
+def removed(path: Path) -> UserError:
+    """The error of a command that no longer finds what it wrote."""
+    return UserError(
+        f"stopped, because {path} was removed or replaced while this command wrote "
+        "there: if it was moved, move it back; the same command makes what is missing"
+    )
+
+
+@contextlib.contextmanager
+def watching(folder: Path) -> Iterator[Callable[[], None]]:
+    """Yields a function that raises `removed` if a folder is gone, or another one.
+
+    It counts from the first call that finds the folder. In this context, a missing file
+    is this error, too, if that is why it is missing.
+    """
+    seen: list[tuple[int, int]] = []
+
+    def check() -> None:
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            status = folder.stat()
+            found = status.st_dev, status.st_ino
+        if seen and seen != [found]:
+            raise removed(folder)
+        if found:
+            seen[:] = [found]
+
+    try:
+        yield check
+    except FileNotFoundError:
+        check()
+        raise
 
 
 def is_vacant(path: Path) -> bool:
