@@ -58,9 +58,10 @@ class Recovered(_Trained):
 
 
 class Continued(_Trained):
-    """D, trained further; or from a table that the sweep does not know."""
+    """D, trained further."""
 
     rank: None
+    method: str | None
 
 
 class _Sweep(TypedDict):
@@ -120,10 +121,7 @@ class Recipe:
         for field in dataclasses.fields(cls):
             value = content.get(field.name, field.default)
             if not has_type(value, field.type):
-                shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
-                raise UserError(
-                    f"{where} is damaged ('{field.name}' {shown:.40}): {REMEDY}"
-                )
+                raise _damaged(where, field.name, value)
             values[field.name] = value
         return cls(**values)
 
@@ -132,6 +130,11 @@ class Recipe:
         """The recipe of its table."""
         names = [field.name for field in dataclasses.fields(Recipe)]
         return Recipe(*(getattr(self, name) for name in names))
+
+
+def _damaged(where: object, name: str, value: Any) -> UserError:
+    shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
+    return UserError(f"{where} is damaged ('{name}' {shown:.40}): {REMEDY}")
 
 
 def best_models(folder: Path) -> list[Path]:
@@ -198,6 +201,16 @@ class Stored(Recipe):
     memory: int | None = None
     table_sha256: str | None = None
 
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """As `Recipe.of`; a table has bytes, and each band a size and a rank."""
+        row = super().of(content, where)
+        if row.bytes < 1:
+            raise _damaged(where, "bytes", row.bytes)
+        if len(row.band_sizes) != len(row.band_ranks):
+            raise _damaged(where, "band_ranks", row.band_ranks)
+        return row
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row(SwapScores, Stored):
@@ -212,6 +225,14 @@ class Row(SwapScores, Stored):
     second_order_input: float
     predicted_loss: float | None = None
     is_anchor: bool = False
+
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """As `Stored.of`; an interval has two ends."""
+        row = super().of(content, where)
+        if len(row.added_loss_interval or (0, 0)) != 2:
+            raise _damaged(where, "added_loss_interval", row.added_loss_interval)
+        return row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
