@@ -1547,9 +1547,10 @@ def test_a_result_of_d_without_its_steps_is_of_its_last_step(asked, monkeypatch)
     del result["steps"]
     write_json(path, result)
     trained = []
-    monkeypatch.setattr(task, "sweep", lambda *_, **__: None)
     monkeypatch.setattr(task, "_recover", lambda *given: trained.append(given))
-    compress(Settings.of(changed(asked, **{"compress.recover_ranks": (8,)})), "")
+    few = {"compress.methods": "svd", "compress.bands": (1,), "compress.bits": ()}
+    few |= {"ranks": (8,), "compress.recover_ranks": (8,)}
+    compress(Settings.of(changed(asked, **few)), "")
     assert len(trained) == 1
 
 
@@ -1628,10 +1629,10 @@ def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus
     monkeypatch.setattr(sweep_module, "write_sweep_report", lambda *_: None)
     write_json(tmp_path / "sweep.json", {"protocol": {}, "rows": []})
     for rank, new in ((4, {}), (8, changes)):
-        row = {"val_loss": 1, "tokens_seen": 5} | new
+        row = {"val_loss": 1, "added_loss": 0.1, "tokens_seen": 5} | new
         rows = [
             {"run": "continued", "rank": None} | row,
-            {"run": f"k{rank}", "rank": rank} | row,
+            {"run": f"k{rank}", "rank": rank, "method": "svd", "bands": 1} | row,
         ]
         sweep_module.add_recovered(Output(tmp_path, {}, lambda: None), rows)
     found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]
