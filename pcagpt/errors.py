@@ -102,15 +102,17 @@ def explain(error: BaseException) -> str | None:
 def naming(path: object, place: str = _PLACE) -> Iterator[None]:
     """This context adds `path` to an error of the system that has none.
 
-    Errors of an open file have none. `path` also replaces a path below it, which may be
-    a temporary name. `place` is what a person sets to use another disk.
+    Errors of an open file have none. `path` also replaces its temporary name and a path
+    below it, which may be one. `place` is what a person sets to use another disk.
     """
     try:
         yield
     except OSError as error:
         known = error.filename
-        if isinstance(known, str) and Path(known).is_relative_to(path):
-            known = error.filename = None
+        if isinstance(known, str):
+            is_temporary = Path(known).name.startswith(f".{Path(str(path)).name}.")
+            if is_temporary or Path(known).is_relative_to(path):
+                known = error.filename = None
         _name(error, path)
         if not (known and hasattr(error, "place")):  # An inner context named both.
             error.place = place

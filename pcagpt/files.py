@@ -23,8 +23,15 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from types import SimpleNamespace, UnionType
+from typing import (
+    Any,
+    BinaryIO,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import numpy as np
 
@@ -293,25 +300,52 @@ def parse_json(text: bytes, has_infinities: bool = False) -> Any:
 
 
 def check_fields(
-    content: Any, fields: Mapping[str, tuple], where: object, remedy: str
+    content: Any, fields: Mapping[str, Any], where: object, remedy: str
 ) -> None:
     """Raises UserError unless an object has fields of these types.
 
     Args:
       content: of a JSON file, or a part of it.
-      fields: {name: types}; None among the types: the field may be null or absent.
+      fields: {name: type}, as for `has_type`; a field that may be None may be absent.
       where: names the file, and the part of it.
       remedy: ends the message.
     """
     if not isinstance(content, dict):
         raise UserError(f"{where} is damaged (it is not a JSON object): {remedy}")
-    for name, types in fields.items():
+    for name, kind in fields.items():
         value = content.get(name)
-        if value is None and None in types:
-            continue
-        if type(value) not in types:
-            shown = f"is {value!r:.40}" if name in content else "is missing"
+        if not has_type(value, kind):
+            shown = f"is {repr(value):.40}" if name in content else "is missing"
             raise UserError(f"{where} is damaged ('{name}' {shown}): {remedy}")
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has a declared type; numbers must be finite.
+
+    kind: a type, a union or a tuple of types, or one of these, which also declare what
+    is in the value: list[X], tuple[X, Y] (a list of this length), dict[str, X], or a
+    TypedDict. A field of a TypedDict that may be None may be absent.
+    """
+    if isinstance(kind, tuple | UnionType):
+        kinds = kind if isinstance(kind, tuple) else get_args(kind)
+        return any(has_type(value, one) for one in kinds)
+    if is_typeddict(kind):
+        return type(value) is dict and all(
+            has_type(value.get(name), of) for name, of in get_type_hints(kind).items()
+        )
+    whole, parts = get_origin(kind), get_args(kind)
+    if whole is list:
+        return type(value) is list and all(has_type(one, parts[0]) for one in value)
+    if whole is dict:
+        return type(value) is dict and all(
+            has_type(one, parts[1]) for one in value.values()
+        )
+    if whole is tuple:
+        is_as_long = type(value) is list and len(value) == len(parts)
+        return is_as_long and all(map(has_type, value, parts))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return value is None if kind is None else type(value) is kind
 
 
 def _sha256_of_json(value: dict[str, Any]) -> str:

@@ -5,26 +5,77 @@ default: None for a number that was not measured.
 """
 
 import dataclasses
-import math
 import re
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, TypeVar, get_args, get_origin
+from typing import Any, Self, TypedDict, TypeVar, get_type_hints
 
 from pcagpt.errors import UserError
-from pcagpt.files import check_fields, read_json
+from pcagpt.files import check_fields, has_type, read_json
 from pcagpt.methods import CODES
 
 REMEDY = "delete it to measure again"
-_SWEEP: dict[str, tuple] = {
-    "protocol": (dict,),
-    "rows": (list,),
-    "other_rows": (list, None),
-    "recovered": (list, None),
-    "samples": (list, None),
-    "samples_of": (dict, None),
-    "gaussian_limit": (list, None),
-}
+
+
+class MeasuredOn(TypedDict):
+    """Fields of 'protocol' and 'measured_on' that tell which tokens were predicted."""
+
+    corpus: str | None
+    split: str | None
+    window: int | None
+    tokens_predicted: int | None
+    tokens_sha256: str | None
+
+
+class Sample(TypedDict):
+    """What several models wrote after one prompt."""
+
+    prompt: str
+    seed: int | None
+    temperature: float | None
+    texts: dict[str, str]
+
+
+class _Trained(TypedDict):
+    """A run of `report.collect.recovered_rows`."""
+
+    run: str
+    letter: str | None
+    val_loss: float
+    added_loss: float
+    added_at_start: float | None
+    interval: tuple[float, float] | None
+    less_continued: float | None
+    less_continued_interval: tuple[float, float] | None
+    tokens_seen: int
+    share_of_tokens: float | None
+    learning_rate: float | None
+
+
+class Recovered(_Trained):
+    """A compressed model, trained further."""
+
+    rank: int
+    method: str
+    bands: int
+
+
+class Continued(_Trained):
+    """D, trained further."""
+
+    rank: None
+    method: str | None
+
+
+class _Sweep(TypedDict):
+    protocol: MeasuredOn
+    measured_on: MeasuredOn | None
+    rows: list
+    other_rows: list | None
+    recovered: list[Recovered | Continued] | None
+    samples: list[Sample] | None
+    samples_of: dict[str, str] | None
+    gaussian_limit: list[tuple[float, float]] | None
+    models: dict[str, dict] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +122,8 @@ class Recipe:
         values = {}
         for field in dataclasses.fields(cls):
             value = content.get(field.name, field.default)
-            if not _has_type(value, field.type):
-                shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
-                raise UserError(
-                    f"{where} is damaged ('{field.name}' {shown:.40}): {REMEDY}"
-                )
+            if not has_type(value, field.type):
+                raise _damaged(where, field.name, value)
             values[field.name] = value
         return cls(**values)
 
@@ -84,6 +132,11 @@ class Recipe:
         """The recipe of its table."""
         names = [field.name for field in dataclasses.fields(Recipe)]
         return Recipe(*(getattr(self, name) for name in names))
+
+
+def _damaged(where: object, name: str, value: Any) -> UserError:
+    shown = "is missing" if value is dataclasses.MISSING else f"is {value}"
+    return UserError(f"{where} is damaged ('{name}' {shown:.40}): {REMEDY}")
 
 
 def best_models(folder: Path) -> list[Path]:
@@ -151,6 +204,16 @@ class Stored(Recipe):
     memory: int | None = None
     table_sha256: str | None = None
 
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """As `Recipe.of`; a table has bytes, and each band a size and a rank."""
+        row = super().of(content, where)
+        if row.bytes < 1:
+            raise _damaged(where, "bytes", row.bytes)
+        if len(row.band_sizes) != len(row.band_ranks):
+            raise _damaged(where, "band_ranks", row.band_ranks)
+        return row
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row(SwapScores, Stored):
@@ -165,6 +228,14 @@ class Row(SwapScores, Stored):
     second_order_input: float
     predicted_loss: float | None = None
     is_anchor: bool = False
+
+    @classmethod
+    def of(cls, content: Any, where: object) -> Self:
+        """As `Stored.of`; an interval has two ends."""
+        row = super().of(content, where)
+        if len(row.added_loss_interval or (0, 0)) != 2:
+            raise _damaged(where, "added_loss_interval", row.added_loss_interval)
+        return row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +269,7 @@ def read_sweep(path: Path, kind: type[Stored] = Row) -> dict[str, Any]:
     found = read_json(path, REMEDY)
     if found is None:
         return {}
-    check_fields(found, _SWEEP, path, REMEDY)
+    check_fields(found, get_type_hints(_Sweep), path, REMEDY)
     tables = {
         name: [
             kind.of(row, f"{path}: row {number} of {name}")
@@ -207,15 +278,3 @@ def read_sweep(path: Path, kind: type[Stored] = Row) -> dict[str, Any]:
         for name in ("rows", "other_rows")
     }
     return found | tables
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has a declared type; numbers must be finite."""
-    if isinstance(kind, UnionType):
-        return any(_has_type(value, one) for one in get_args(kind))
-    if get_origin(kind) is list:
-        (of_entry,) = get_args(kind)
-        return type(value) is list and all(_has_type(one, of_entry) for one in value)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return type(value) is kind

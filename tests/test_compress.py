@@ -117,6 +117,52 @@ def test_a_compressed_model_with_other_weights_is_refused(swept, tmp_path):
     assert loss_of(copy, "best_k8") != wanted
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "words"),
+    [
+        ("model", "n_head", "model.n_head is 8, and 2"),
+        (None, "vocab_size", "vocab_size is 98, and 97"),
+    ],
+)
+def test_a_compressed_model_whose_record_describes_another_is_refused_and_made_again(
+    copied_sweep, section, field, words
+):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
+    (record[section] if section else record)[field] = 8 if section else 98
+    write_record(model, record)
+    with pytest.raises(UserError, match=f"another model than .*0: {words} in the che"):
+        loss_of(copied_sweep, "best_k8")
+    sweep_of(copied_sweep)
+    assert len(replaced(model.parent)) == 1
+    assert loss_of(copied_sweep, "best_k8") == wanted
+
+
+def test_a_compressed_model_without_its_record_is_read_and_made_again(copied_sweep):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
+    (model / "config.json").unlink()
+    assert Run.open(model).record == record
+    assert loss_of(copied_sweep, "best_k8") == wanted
+    sweep_of(copied_sweep)
+    assert len(replaced(model.parent)) == 1
+    made = read_record(model)["compressed"]
+    assert made["table_sha256"] == record["compressed"]["table_sha256"]
+
+
+def test_a_compressed_model_without_a_copy_of_its_record_is_read_and_stays(
+    copied_sweep,
+):
+    model = folder_of(copied_sweep) / "best_k8"
+    wanted, weights = loss_of(copied_sweep, "best_k8"), Run.open(model).weights
+    shutil.rmtree(model / "ckpt")
+    checkpoint.save_weights(model, weights)
+    assert loss_of(copied_sweep, "best_k8") == wanted
+    before = snapshot(model)
+    sweep_of(copied_sweep)
+    assert snapshot(model) == before
+
+
 def key(row):
     return row["method"], row["bands"], row["rank"], row["bits"]
 
@@ -341,6 +387,41 @@ def test_a_model_of_rows_measured_anew_is_replaced_unless_a_run_started_from_it(
     sweep_of(copied_sweep, ranks=(8,), **own, **{"compress.bits": ()})
     assert (snapshot(folder / "best_k8") == before) == is_used
     assert len(replaced(folder)) == (not is_used)
+
+
+@pytest.mark.parametrize("at", ["measure", "report"])
+def test_a_sweep_whose_folder_is_moved_stops_with_a_line_and_goes_on_when_it_is_back(
+    asked, monkeypatch, at
+):
+    folder, away = folder_of(asked), Path(asked.workdir) / "away"
+    owner, name = (Original, "measure")
+    if at == "report":
+        owner, name = sweep_module, "write_sweep_report"
+    call = getattr(owner, name)
+
+    def move_and_call(*args):
+        if folder.exists():
+            folder.rename(away)
+        return call(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, move_and_call)
+        with pytest.raises(UserError, match=f"{folder} was removed or .* move it back"):
+            sweep_of(asked, ranks=(8,))
+    away.rename(folder)
+    assert sweep_of(asked, ranks=(8,))["models"].keys() == {"best_k8"}
+
+
+@pytest.mark.parametrize("lost", ["best_k8", "sweep.json"])
+def test_a_sweep_notices_that_a_part_of_its_results_is_removed(
+    copied_sweep, monkeypatch, lost
+):
+    place = folder_of(copied_sweep) / lost
+    monkeypatch.setattr(
+        task, "_sample", lambda *_: place.rename(place.with_name("away"))
+    )
+    with pytest.raises(UserError, match=f"{place} was removed or replaced while this"):
+        sweep_of(copied_sweep)
 
 
 def test_another_calibration_is_refused_with_the_knob_that_makes_both_agree(
@@ -1471,9 +1552,10 @@ def test_a_result_of_d_without_its_steps_is_of_its_last_step(asked, monkeypatch)
     del result["steps"]
     write_json(path, result)
     trained = []
-    monkeypatch.setattr(task, "sweep", lambda *_, **__: None)
     monkeypatch.setattr(task, "_recover", lambda *given: trained.append(given))
-    compress(Settings.of(changed(asked, **{"compress.recover_ranks": (8,)})), "")
+    few = {"compress.methods": "svd", "compress.bands": (1,), "compress.bits": ()}
+    few |= {"ranks": (8,), "compress.recover_ranks": (8,)}
+    compress(Settings.of(changed(asked, **few)), "")
     assert len(trained) == 1
 
 
@@ -1552,10 +1634,10 @@ def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus
     monkeypatch.setattr(sweep_module, "write_sweep_report", lambda *_: None)
     write_json(tmp_path / "sweep.json", {"protocol": {}, "rows": []})
     for rank, new in ((4, {}), (8, changes)):
-        row = {"val_loss": 1, "tokens_seen": 5} | new
+        row = {"val_loss": 1, "added_loss": 0.1, "tokens_seen": 5} | new
         rows = [
             {"run": "continued", "rank": None} | row,
-            {"run": f"k{rank}", "rank": rank} | row,
+            {"run": f"k{rank}", "rank": rank, "method": "svd", "bands": 1} | row,
         ]
         sweep_module.add_recovered(Output(tmp_path, {}, lambda: None), rows)
     found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]

@@ -10,6 +10,7 @@ import gpt2_folders
 import pytest
 from command_line import CONFIGS
 
+import pcagpt
 from pcagpt.config import (
     KNOBS,
     Settings,
@@ -548,6 +549,22 @@ def test_a_named_knob_may_ask_for_nothing_or_take_back_what_a_config_file_sets(
 def test_a_word_that_is_no_utf8_is_refused():
     with pytest.raises(UserError, match="is not UTF-8: write it in UTF-8$"):
         command_line.parse(["pcagpt", "--config.workdir=a\udcff"])
+
+
+def test_a_path_that_leads_to_a_place_that_is_no_utf8_is_refused(tmp_path, monkeypatch):
+    bad, words = tmp_path / "bad\udcffcwd", "bad.udcffcwd.* is not UTF-8: write it"
+    bad.mkdir()
+    (tmp_path / "link").symlink_to(bad)
+    config = f"--config={CONFIGS / 'baseline.py'}"
+    with pytest.raises(UserError, match=words):
+        command_line.parse(["pcagpt", config, f"--config.workdir={tmp_path / 'link'}"])
+    with pytest.raises(UserError, match=words):
+        pcagpt.load(tmp_path / "link")
+    monkeypatch.chdir(bad)
+    with pytest.raises(UserError, match=words):  # The workdir is relative.
+        command_line.parse(["pcagpt", config])
+    with pytest.raises(UserError, match=words):
+        pcagpt.load("run")
 
 
 def test_utf8_that_the_locale_cannot_read_names_the_locale():

@@ -258,9 +258,10 @@ def test_perplexities_and_bits_by_hand():
     assert metrics["perplexity"] == pytest.approx(2**4)
     assert metrics["word_perplexity"] == pytest.approx(2**8)
     assert metrics["bits_per_byte"] == pytest.approx(0.5)
-    metrics, *_ = summary(losses, text=None)
-    assert metrics["word_perplexity"] is None
-    assert metrics["bits_per_byte"] is None
+    for text in (None, TextSize(words=0, bytes=0)):
+        metrics, *_ = summary(losses, text=text)
+        assert metrics["word_perplexity"] is None
+        assert metrics["bits_per_byte"] is None
     metrics, *_ = summary([[800, 800]])  # Too large for a float.
     assert (metrics["loss"], metrics["perplexity"]) == (800, math.inf)
 
@@ -464,15 +465,21 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
     assert not evaluate(changed(named, split=split))["is_own_corpus"]
 
 
+def describe(config, **fields):
+    """Changes the record of a run, of which its checkpoints then have no copy."""
+    path = Path(config.model_path) / "config.json"
+    write_json(path, json_of(path) | fields)
+    for copy in path.parent.glob("ckpt/*/meta"):
+        shutil.rmtree(copy)
+
+
 def test_a_tokenizer_without_a_source_is_not_ignored(own_corpus):
     config, folder = own_corpus
     before = snapshot(folder)
     asked = changed(config, **{"data.tokenizer": "gpt2"})
     with pytest.raises(UserError, match="vocab_size 97, but tokenizer 'gpt2' has"):
         evaluate(asked)
-    path = Path(config.model_path) / "config.json"
-    record = json_of(path)
-    write_json(path, record | {"tokenizer": "sotu4096", "vocab_size": 60_000})
+    describe(config, tokenizer="sotu4096", vocab_size=60_000)
     for split in ("train", "val"):
         (folder / f"{split}.bin").unlink()
         (folder / f"{split}.txt").write_text("some text")
@@ -586,9 +593,7 @@ def test_what_does_not_fit_the_run_is_refused_and_nothing_written(asked, tmp_pat
 
 def test_tokens_of_another_tokenizer_are_refused(asked, tmp_path):
     config = asked()
-    path = Path(config.model_path) / "config.json"
-    trained = json_of(path) | {"tokenizer": "gpt2", "vocab_size": 5000}
-    path.write_text(json.dumps(trained))
+    describe(config, tokenizer="gpt2", vocab_size=5000)
     config.data.source = write_corpus(tmp_path / "sotu", 4096, tokenizer="sotu4096")
     with pytest.raises(UserError, match="tokens of sotu4096, .* those of gpt2"):
         evaluate(config)
@@ -598,9 +603,7 @@ def test_tokens_of_a_larger_tokenizer_are_refused_by_the_name_of_the_own_one(
     asked, tmp_path
 ):
     config = asked()
-    path = Path(config.model_path) / "config.json"
-    trained = json_of(path) | {"tokenizer": "sotu4096", "vocab_size": 4096}
-    path.write_text(json.dumps(trained))
+    describe(config, tokenizer="sotu4096", vocab_size=4096)
     config.data.source = write_corpus(tmp_path / "text", 50257, tokenizer="gpt2")
     with pytest.raises(UserError, match=r"set --config\.data\.tokenizer=sotu4096"):
         evaluate(config)

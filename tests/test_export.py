@@ -19,6 +19,7 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
 from pcagpt.export import formats
+from pcagpt.export.measured import measured
 from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import Factorizer, Weighting, factor_files
@@ -256,8 +257,8 @@ def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_
     lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
     losses = [line.split(" | ")[1:3] for line in lines if line.startswith("| `")]
     result = json.loads((run / "result.json").read_text())
-    (measured,) = run.glob("evaluation_*_test_*.json")
-    loss = json.loads(measured.read_text())["loss"]
+    (file,) = run.glob("evaluation_*_test_*.json")
+    loss = json.loads(file.read_text())["loss"]
     assert losses == [
         ["val", f"{result['val_loss']:.4f}"],
         ["test", f"{loss:.4f}"],
@@ -326,6 +327,30 @@ def test_the_card_tells_two_corpora_of_one_name_apart(trained, tmp_path, corpus_
     shown = [line for line in lines if line.startswith("| `") and " test " in line]
     assert len({line.split(" | ")[0] for line in shown}) == len(shown) == 2
     assert all(f"{corpus_folder.name}, tokens " in line for line in shown)
+
+
+def test_the_card_leaves_out_a_measurement_with_an_odd_protocol(tmp_path):
+    run, plain = write_run(tmp_path / "run"), {"corpus": "x"}
+    own = {"status": "done", "steps": 0, "step": 0, "loss": 3, "val_loss": 3}
+    source = open_source(Settings(task="export", model_path=str(run)))
+
+    def count(file, protocol, **fields):
+        (run / file).write_text(json.dumps(own | fields | {"protocol": protocol}))
+        return len(measured(source, tmp_path))
+
+    for file in ("result.json", "evaluation_x_val_step0.json"):
+        for name, values in {
+            "corpus": ([], 3, None),
+            "split": ([], 3, None),
+            "window": ("x",),
+            "tokens_predicted": ({},),
+            "tokens_sha256": ([], 3),
+        }.items():
+            for value in values:
+                assert count(file, plain | {name: value}) == 0
+        assert count(file, "text") == count(file, plain, loss="", val_loss="") == 0
+        assert count(file, plain) == 1
+        (run / file).unlink()
 
 
 # Its tokenizer.

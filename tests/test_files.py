@@ -391,3 +391,10 @@ def test_the_first_of_several_writers_decides_a_file(tmp_path, monkeypatch, erro
     other = (tmp_path / "other").stat()
     assert path.stat().st_mode == other.st_mode  # Other users may read it.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["name", "other"]
+
+
+def test_a_file_whose_folder_is_gone_is_named_and_not_its_temporary(tmp_path):
+    path = tmp_path / "gone" / "pareto.png"
+    with pytest.raises(FileNotFoundError) as found:
+        files.write_text(path, "")
+    assert found.value.filename == str(path)

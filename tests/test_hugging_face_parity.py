@@ -218,13 +218,13 @@ def opened(form, made):
     )
 
 
-def test_a_coded_export_with_the_table_of_another_model_is_refused(tmp_path):
+def test_a_coded_export_with_a_file_of_another_model_is_refused(tmp_path):
     run, form = write_small("coded", tmp_path / "run")
     made = run_export(run, tmp_path, form)
-    for name in ("table.pcat", "others.safetensors"):
+    for name in ("table.pcat", "others.safetensors", "config.json"):
         whole = (made / name).read_bytes()
         (made / name).write_bytes(whole + b" ")
-        with pytest.raises(ValueError, match=f"{name} has changed since the export"):
+        with pytest.raises(ValueError, match=f"{name} was changed .*export the model"):
             opened(form, made)
         (made / name).write_bytes(whole)
     opened(form, made)

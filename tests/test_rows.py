@@ -10,6 +10,7 @@ import pytest
 from pcagpt.errors import UserError
 from pcagpt.files import write_json
 from pcagpt.report import write_sweep_report
+from pcagpt.report.sweep import recovery_rows
 from pcagpt.rows import Recipe, Row, in_bands, read_sweep
 
 PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
@@ -47,7 +48,9 @@ def test_a_field_that_an_older_version_did_not_write_has_its_default():
     ("name", "value"),
     [
         *(("kl", value) for value in ("0.1", None, True, math.nan, math.inf)),
-        *(("bytes", value) for value in (1.5, None, True)),
+        *(("bytes", value) for value in (1.5, None, True, 0)),
+        ("band_ranks", [3, 4, 5]),
+        ("added_loss_interval", [0.1]),
         *(("predicted_loss", value) for value in ("0.1", math.nan)),
         *(("added_loss_by_decile", value) for value in (0.1, ["a"], [math.inf])),
         *(("bits", None), ("band_sizes", [1.5]), ("is_anchor", 1), ("method", 3)),
@@ -66,6 +69,39 @@ def test_a_row_without_a_required_field_and_no_row_are_refused(tmp_path):
         read_sweep(tmp_path / "sweep.json")
     with pytest.raises(UserError, match="row 0 is damaged .it is not a JSON object"):
         Row.of([], "row 0")
+
+
+SAMPLE = {"prompt": "a", "seed": 1, "temperature": 0.8, "texts": {"D": "b"}}
+TRAINED = {"run": "x", "val_loss": 1, "added_loss": 0.1, "tokens_seen": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("measured_on", value) for value in ([1], "a", 3, True, {"window": []})),
+        *(("protocol", {name: []}) for name in ("corpus", "split", "tokens_sha256")),
+        ("samples", [{"texts": {"D": "a"}}]),
+        *(("samples", [SAMPLE | {"texts": texts}]) for texts in (["a"], {"D": 3})),
+        *(("samples_of", value) for value in ([], {"D": 3})),
+        *(("gaussian_limit", value) for value in ([[1]], [[1, "a"]], [3])),
+        *(("recovered", value) for value in ([{"run": "x"}], [3])),
+        ("recovered", [TRAINED | {"rank": 8, "bands": 1}]),
+        *(("recovered", [TRAINED | {n: [1]}]) for n in ("interval", "method")),
+        ("models", {"best_k8": 3}),
+    ],
+)
+def test_a_sweep_with_an_odd_value_in_a_field_is_refused_in_one_line(
+    name, value, tmp_path
+):
+    sweep = {"rows": [STORED], "samples": [SAMPLE]}
+    sweep["protocol"] = {"table": [97, 32]}
+    sweep["recovered"] = [TRAINED, TRAINED | {"rank": 8, "method": "svd", "bands": 1}]
+    write_json(tmp_path / "sweep.json", sweep)
+    assert read_sweep(tmp_path / "sweep.json")["samples"] == [SAMPLE]
+    assert len(recovery_rows(read_sweep(tmp_path / "sweep.json"))) == 3
+    write_json(tmp_path / "sweep.json", sweep | {name: value})
+    with pytest.raises(UserError, match=f"json is damaged .'{name}' is .*: delete it"):
+        read_sweep(tmp_path / "sweep.json")
 
 
 def test_tables_that_differ_only_in_their_bands_have_other_words():

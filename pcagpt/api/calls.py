@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from pcagpt import process
 from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
+from pcagpt.config.command_line import check_place
 from pcagpt.errors import UserError
 
 BOUNDS = ("max_bytes", "max_added_loss")
@@ -90,11 +91,12 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
 def absolute(path: str | os.PathLike[str]) -> str:
     """A path that means the same in any working directory; ~ is the home.
 
-    Raises UserError for what is no path.
+    Raises UserError for what is no path, is not UTF-8, or leads to a place that is not.
     """
     with contextlib.suppress(TypeError, RuntimeError):  # RuntimeError: ~NOBODY
         found = str(Path(path).expanduser().absolute())
         if "\0" not in found:
+            check_place(found)
             return found
     raise UserError(f"{path!r} is no path: give the path of a folder")
 

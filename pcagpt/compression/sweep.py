@@ -22,7 +22,7 @@ from pcagpt.factorization import (
 from pcagpt.files import strict, write_json
 from pcagpt.report import write_sweep_report
 from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep
-from pcagpt.run.folder import move_aside
+from pcagpt.run.folder import move_aside, removed
 from pcagpt.sharding import processes
 from pcagpt.telemetry.progress import Progress
 
@@ -201,7 +201,8 @@ def add_recovered(output: Output, rows: list[dict[str, Any]]) -> Path:
     """
     output.check()
     path = output.folder / "sweep.json"
-    content = read_sweep(path)
+    if not (content := read_sweep(path)):
+        raise removed(path)
     recovered = {row["run"]: row for row in content.get("recovered") or ()}
     new = {row["run"]: row for row in strict(rows)}
     (continued,) = (row for row in new.values() if row["rank"] is None)
@@ -224,7 +225,8 @@ def set_samples(output: Output, samples: dict[str, Any]) -> None:
     """Gives sweep.json the result of `pipeline.samples`; rewrites its report."""
     output.check()
     path = output.folder / "sweep.json"
-    content = read_sweep(path)
+    if not (content := read_sweep(path)):
+        raise removed(path)
     for name in ("samples", "samples_of"):
         content.pop(name, None)
     content |= samples
@@ -246,6 +248,7 @@ def write_sweep(
     """
     output.check()
     output.folder.mkdir(parents=True, exist_ok=True)
+    output.check()  # From now on, it notices if the folder is moved away.
     rows = complete([measured[recipe] for recipe in tried if recipe in measured])
     others = [row for recipe, row in measured.items() if recipe not in tried]
     content = {**output.heading, "rows": rows, "other_rows": others}

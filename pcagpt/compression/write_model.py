@@ -30,10 +30,10 @@ from pcagpt.rows import DEFAULTS, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint, initialise
 from pcagpt.run.folder import (
     WEIGHTS_HASH,
+    choose,
     is_vacant,
     look,
     move_aside,
-    read_record,
     write_record,
 )
 from pcagpt.run.trained import Run
@@ -45,7 +45,8 @@ def write_model(
     """Writes the model with the table of a candidate, as a folder that is a run.
 
       config.json   the record; its 'compressed' tells how the table was made
-      ckpt/0        the weights, with the decoded table (coded) or the codes (packed)
+      ckpt/0        the weights, with the decoded table (coded) or the codes (packed),
+                and a copy of the record
       factors/      the factors; of `CODES`, the table's file is there instead
 
     Of a model of another architecture, there is no ckpt/0. If the folder already holds
@@ -72,8 +73,9 @@ def write_model(
     if not is_made:
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
+        record = _record(original, recipe, table, weights, sizes)
         if weights:
-            checkpoint.save_weights(written, weights)
+            checkpoint.save_weights(written, weights, record)
     if codes:  # Its losses may have been measured anew.
         kind = KINDS[recipe.method]
         _write_codes(written / kind.file, kind, codes, _description(original, row))
@@ -81,21 +83,33 @@ def write_model(
         move_aside(factors)
         write_bands(factors, candidate.table)
     if not is_made:
-        made = {
-            "run": str(run.folder.resolve()),
-            "step": run.step,
-            "fingerprint": run.fingerprint,
-            **dataclasses.asdict(recipe),
-            **({"side": original.side} if original.side else {}),
-            "table_sha256": table.sha256,
-            **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
-        }
-        model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
-        own = {"model": model, "run_id": secrets.token_hex(8)}
-        write_record(written, {**run.record, **own, "compressed": made})
+        write_record(written, record)
         move_aside(folder)
         written.rename(folder)
     return True
+
+
+def _record(
+    original: Original,
+    recipe: Recipe,
+    table: FactorizedTable | Codes,
+    weights: dict,
+    sizes: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a new model; weights and sizes are of `_model_of`."""
+    run = original.run
+    made = {
+        "run": str(run.folder.resolve()),
+        "step": run.step,
+        "fingerprint": run.fingerprint,
+        **dataclasses.asdict(recipe),
+        **({"side": original.side} if original.side else {}),
+        "table_sha256": table.sha256,
+        **({WEIGHTS_HASH: _summary(weights)} if weights else {}),
+    }
+    model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
+    own = {"model": model, "run_id": secrets.token_hex(8)}
+    return {**run.record, **own, "compressed": made}
 
 
 def keeps_model(folder: Path, original: Original, row: Row) -> bool:
@@ -250,8 +264,16 @@ def is_of(folder: Path, recipe: Recipe) -> bool:
 
 def _origin_of(folder: Path) -> dict[str, Any]:
     """The origin that `write_model` recorded in a folder; {} if it cannot be read."""
-    origin = (undamaged(lambda: read_record(folder)) or {}).get("compressed")
+    origin = (undamaged(lambda: _stored(folder)) or {}).get("compressed")
     return DEFAULTS | origin if origin else {}
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The record in a folder, or the copy in its checkpoint; UserError for damage."""
+    there = look(folder)
+    if there.damage:
+        raise there.damage
+    return there.stored or {}
 
 
 def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
@@ -269,11 +291,13 @@ def _summary(weights: dict) -> str:
 
 
 def _holds(folder: Path, weights: dict) -> bool:
-    """Whether the newest undamaged checkpoint of a folder has these weights."""
+    """Whether a folder is a run of these weights, with all that describes them."""
 
-    def read() -> dict[str, str]:
-        run_dir, step = checkpoint.find(folder)
-        return digests.arrays(checkpoint.folder_of(run_dir, step))
+    def read() -> dict[str, str] | None:
+        there, step = choose(folder)
+        if there.record is None:  # It was lost, and only the checkpoint has a copy.
+            return None
+        return digests.arrays(checkpoint.folder_of(folder, step))
 
     return not weights or undamaged(read) == digests.of_arrays(weights)
 
@@ -286,7 +310,7 @@ def is_of_another(folder: Path, original: Original) -> bool:
 
 def check_place(folder: Path) -> None:
     """Raises UserError if `write_model` would replace what it did not write."""
-    if not is_vacant(folder) and "compressed" not in (read_record(folder) or {}):
+    if not is_vacant(folder) and "compressed" not in _stored(folder):
         raise UserError(
             f"{folder} holds something other than a compressed model: use another "
             "--config.workdir, or --config.overwrite=True to move it aside"

@@ -1,5 +1,6 @@
 """Turns a command line into settings; explains its errors in terms of knobs."""
 
+import contextlib
 import difflib
 import inspect
 import os
@@ -75,12 +76,7 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
     config file.
     """
     for word in arguments:
-        if any("\udc80" <= letter <= "\udcff" for letter in word):
-            try:
-                os.fsencode(word).decode()
-            except UnicodeDecodeError:
-                raise UserError(f"{word!r} is not UTF-8: write it in UTF-8") from None
-            raise UserError(f"this locale cannot read {word!r}: set LC_ALL=C.UTF-8")
+        check_utf8(word)
     source, words = _take_config_file(arguments)
     words = _last_of_each([_plain_number(word) for word in _joined(words)])
     found = [re.match(r"--?(?:no)?config\.([^=]*)", word) for word in words[1:]]
@@ -111,8 +107,30 @@ def parse(arguments: list[str]) -> tuple[Settings, bool]:
         for path, value in settings.flat().items()
         if KNOBS[path].rule is PATH
     }
+    for path in filter(None, paths.values()):
+        check_place(path)
     chosen = settings.replace({**paths, "named": frozenset(named) - in_file})
     return chosen, print_only.value
+
+
+def check_utf8(text: str) -> None:
+    """Raises UserError for a text with bytes that are not UTF-8, or were not read so.
+
+    No JSON file could hold it, nor Orbax open such a path.
+    """
+    if any("\udc80" <= letter <= "\udcff" for letter in text):
+        try:
+            os.fsencode(text).decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{text!r} is not UTF-8: write it in UTF-8") from None
+        raise UserError(f"this locale cannot read {text!r}: set LC_ALL=C.UTF-8")
+
+
+def check_place(path: str) -> None:
+    """As `check_utf8`, of where a path leads: the current folder may be odd."""
+    # Other checks name a path that cannot exist.
+    with contextlib.suppress(OSError, ValueError):
+        check_utf8(os.path.realpath(path))
 
 
 def _joined(words: list[str]) -> list[str]:

@@ -21,15 +21,18 @@ FOLDER = Path(__file__).parent
 def load(
     folder: str | Path = FOLDER, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model of a folder; ValueError if its weights are not those of the export."""
+    """The model of a folder; ValueError if it is not that of the export."""
     folder = Path(folder)
     record = json.loads((folder / "pcagpt.json").read_text())
     table, others = folder / "table.pcat", folder / "others.safetensors"
-    for path in (table, others):
+    for path in (folder / "config.json", table, others):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != record["files"][path.name]["sha256"]:
-            raise ValueError(f"{path} has changed since the export: export it again")
+            raise ValueError(
+                f"{path} was changed or damaged since it was written: export the model "
+                "again"
+            )
     name, (coded, _) = record["table"], coding.read(table)
     tensors = load_file(others)
     tensors[name] = torch.from_numpy(coded.dense())

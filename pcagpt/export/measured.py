@@ -9,7 +9,7 @@ from typing import Any
 from pcagpt.errors import UserError
 from pcagpt.export.source import RunSource, Source
 from pcagpt.files import check_fields, read_json
-from pcagpt.rows import DEFAULTS, REMEDY, Row, read_sweep
+from pcagpt.rows import DEFAULTS, REMEDY, MeasuredOn, Row, read_sweep
 from pcagpt.run.folder import read_result
 
 
@@ -22,7 +22,9 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     """
     found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
-        known = {"split": "val"} | protocol
+        known = {"corpus": None, "split": "val"} | protocol
+        if None in (known["corpus"], known["split"]):  # Nobody knows what it was.
+            continue
         names = ("corpus", "split", "tokens_predicted", "tokens_sha256", "window")
         key = tuple(known.get(name) for name in names)
         found[key] = numbers | found.get(key, {})
@@ -54,14 +56,17 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
         files.append(result | {"loss": result.get("val_loss")})
     for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
         with contextlib.suppress(UserError):
-            files.append(read_json(path, "") or {})
+            found = read_json(path, "") or {}
+            fields = {"protocol": MeasuredOn | None, "loss": float | None}
+            check_fields(found, fields, path, "")
+            files.append(found)
     for one in files:
         protocol = one.get("protocol")
         # Evaluations of older versions do not say which weights they are of.
         is_of_run = one.get("step", run.step) == run.step and (
             "fingerprint" not in one or run.is_at(one["fingerprint"])
         )
-        if isinstance(protocol, dict) and is_of_run:
+        if protocol and is_of_run:
             yield protocol, {"loss": one.get("loss")}
 
 
@@ -99,7 +104,7 @@ def _rows_of_sweep(folder: Path) -> tuple[dict, list[Row]]:
 def _row_of_advice(folder: Path) -> tuple[dict, list[Row]]:
     path = folder / "advice.json"
     advice = read_json(path, REMEDY) or {}
-    fields = {"protocol": (dict, None), "measured_on": (dict, None)}
+    fields = dict.fromkeys(("protocol", "measured_on"), MeasuredOn | None)
     check_fields(advice, fields, path, REMEDY)
     rows = [Row.of(advice["chosen"], path)] if "chosen" in advice else []
     return (advice.get("protocol") or {}) | (advice.get("measured_on") or {}), rows

@@ -28,7 +28,8 @@ from pcagpt.compression.sweep import (
     sweep,
 )
 from pcagpt.compression.table_files import undamaged
-from pcagpt.compression.write_model import check_place, is_of_another
+from pcagpt.compression.write_model import check_place as check_model
+from pcagpt.compression.write_model import is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.errors import UserError
 from pcagpt.files import check_fields, read_json, remove_leftovers, strict
@@ -53,7 +54,13 @@ from pcagpt.report import (
 )
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
-from pcagpt.run.folder import check_link, read_record, read_result
+from pcagpt.run.folder import (
+    check_link,
+    read_record,
+    read_result,
+    removed,
+    watching,
+)
 from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 from pcagpt.telemetry.boards import Boards
@@ -143,7 +150,7 @@ class _Table:
         if not self.settings.overwrite:
             check_file(self._file, self.original)
             for model in sorted(self._models):
-                check_place(model)
+                check_model(model)
 
     def compress(self, command: str) -> None:
         """Does the work; `command` is for the report."""
@@ -159,12 +166,16 @@ class _Table:
             "architecture": run.architecture,
             "stored_as": run.record.get("stored_as"),
         }
-        with lock.held(folder, meanwhile=self.check_folder) as check_lock:
+        with (
+            lock.held(folder, meanwhile=self.check_folder) as check_lock,
+            watching(folder) as check_place,
+        ):
             processes.from_first(self.check_folder)
             processes.from_first(lambda: _tell_of_others(folder, models, original))
 
             def check_inputs() -> None:
                 check_lock()
+                check_place()
                 original.corpus.check_unchanged()
 
             output = Output(folder, heading, check_inputs)
@@ -182,9 +193,13 @@ class _Table:
                 _sample(settings, output, original)
                 if jax.process_index() == 0:
                     content = read_sweep(self._file)
-                    if content:
-                        self.found = sweep_lines(content, folder, settings.workdir)
-                        _show(settings, folder, content, original, command)
+                    if not content:
+                        raise removed(self._file)
+                    for place in models:
+                        if not (place / "config.json").exists():
+                            raise removed(place)
+                    self.found = sweep_lines(content, folder, settings.workdir)
+                    _show(settings, folder, content, original, command)
             if jax.process_index() == 0:
                 remove_leftovers(folder)
             processes.wait_for_all(FOLDER)

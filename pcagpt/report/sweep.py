@@ -69,7 +69,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "recovery": recovery_rows(sweep),
         "recovery_columns": RECOVERY_COLUMNS,
         "recovers_codes": any(
-            row["method"] in CODES for row in sweep.get("recovered") or ()
+            row.get("method") in CODES for row in sweep.get("recovered") or ()
         ),
         "rows": rows,
         "columns": measured,
@@ -419,7 +419,8 @@ def recovery_rows(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     """Added loss of compressed models before and after training, and of D+."""
     recovered, rows = sweep.get("recovered") or (), []
     loss = baseline_of(sweep)["loss"]
-    for rank in dict.fromkeys(row["rank"] for row in recovered if row["rank"]):
+    ranks = dict.fromkeys(row.get("rank") for row in recovered)
+    for rank in filter(None, ranks):
         measured = {
             row_name(row.method, row.bands): row
             for row in sweep["rows"]
@@ -427,9 +428,9 @@ def recovery_rows(sweep: dict[str, Any]) -> list[dict[str, Any]]:
         }
         runs: dict[str, list[dict[str, Any]]] = {}  # by the table they started from
         for row in recovered:
-            if row["rank"] == rank:
+            if row.get("rank") == rank:
                 runs.setdefault(row_name(row["method"], row["bands"]), []).append(row)
-        untrained = {name: of[0]["added_at_start"] for name, of in runs.items()}
+        untrained = {name: of[0].get("added_at_start") for name, of in runs.items()}
         if "svd" in measured:
             untrained = {"svd": measured["svd"].added_loss} | untrained
         for name, added in untrained.items():
@@ -438,10 +439,10 @@ def recovery_rows(sweep: dict[str, Any]) -> list[dict[str, Any]]:
             val_loss = None if added is None else loss + added
             rows.append(start | {"val_loss": val_loss, "interval": interval})
             for row in runs.get(name, ()):
-                on = " on D's predictions" if row["letter"] == "Bd" else ""
+                on = " on D's predictions" if row.get("letter") == "Bd" else ""
                 rows.append(row | {"name": f"{name}, trained further{on}"})
     for row in recovered:
-        if row["rank"] is None:
+        if row.get("rank") is None:
             none = {"less_continued": None, "less_continued_interval": None}
             rows.append(row | none | {"name": "D, trained further"})
     return rows

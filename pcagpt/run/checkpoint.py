@@ -349,9 +349,12 @@ def _is_sane(items: dict) -> jax.Array:
     )
 
 
-def save_weights(run_dir: Path, variables: dict) -> None:
+def save_weights(
+    run_dir: Path, variables: dict, record: dict[str, Any] | None = None
+) -> None:
     """Writes host arrays as checkpoint 0, the first in a folder; one process calls it.
 
+    `record`: of the run; the checkpoint keeps a copy, as those of training do.
     FileExistsError if the folder has checkpoints.
     """
     folder = (run_dir / FOLDER).absolute()
@@ -359,14 +362,15 @@ def save_weights(run_dir: Path, variables: dict) -> None:
     options = ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=alone()
     )
+    items = {"weights": ocp.args.StandardSave(variables)}
+    if record:
+        items["meta"] = ocp.args.JsonSave(strict({"config": record}))
     with ocp.CheckpointManager(
-        folder, options=options, item_names=("weights",)
+        folder, options=options, item_names=tuple(items)
     ) as manager:
-        manager.save(
-            0, args=ocp.args.Composite(weights=ocp.args.StandardSave(variables))
-        )
+        manager.save(0, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
-    digests.seal(folder / "0")
+    digests.seal(folder / "0", (record or {}).get("run_id"))
 
 
 def load_weights(path: str | Path) -> dict[str, dict]:

@@ -150,11 +150,13 @@ def summarize(
     targets = targets_WT[has_target_WT]
     by_target = np.bincount(targets, scores.loss[has_target_WT]), np.bincount(targets)
     cosines, cosines_d = scores.cosine[has_target_WT], scores.cosine_d[has_target_WT]
+    # A split of ends of documents alone has no words.
+    words, size = (text.words, text.bytes) if text else (0, 0)
     metrics = {
         "loss": nats / tokens,
         "perplexity": _exp(nats / tokens),
-        "word_perplexity": _exp(nats / text.words) if text else None,
-        "bits_per_byte": nats / math.log(2) / text.bytes if text else None,
+        "word_perplexity": _exp(nats / words) if words else None,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
         "ln_f_cosine": float(cosines.mean(dtype=np.float64)),
         "ln_f_cosine_p05": float(np.quantile(cosines, 0.05)),
         "ln_f_cosine_d": float(cosines_d.mean(dtype=np.float64)),

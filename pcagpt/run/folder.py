@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from pcagpt.files import (
     write_npy,
 )
 from pcagpt.model import DEVICE_KNOBS
+from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
@@ -72,6 +73,14 @@ _RECORD = {
     "imported_sha256": (dict, None),
     "corpus_sha256": (str, None),
     "compressed": (dict, None),
+}
+_RESULT = {
+    "status": str | None,
+    "run_id": str | None,
+    "seed": int | None,
+    "steps": int | None,
+    "val_loss": float | None,
+    "protocol": MeasuredOn | None,
 }
 # Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}
@@ -118,8 +127,7 @@ def _result_of(run_dir: Path, record: dict[str, Any] | None) -> dict[str, Any] |
     result = read_json(path, remedy, has_infinities=True)
     if result is None:
         return None
-    fields = {"status": (str, None), "steps": (int, None), "protocol": (dict, None)}
-    check_fields(result, fields, path, remedy)
+    check_fields(result, _RESULT, path, remedy)
     if result.get("status") != "done":
         return None
     record = record or result
@@ -352,10 +360,45 @@ def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
     """The first knob of the model in which two records differ, with both values."""
-    old, new = identity(copy, ("model",)), identity(stored, ("model",))
+    sections = ("model", *({"vocab_size"} & copy.keys() & stored.keys()))
+    old, new = identity(copy, sections), identity(stored, sections)
     differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
     name = min(differing, default=None)
     return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
+
+
+def removed(path: Path) -> UserError:
+    """The error of a command that no longer finds what it wrote."""
+    return UserError(
+        f"stopped, because {path} was removed or replaced while this command wrote "
+        "there: if it was moved, move it back; the same command makes what is missing"
+    )
+
+
+@contextlib.contextmanager
+def watching(folder: Path) -> Iterator[Callable[[], None]]:
+    """Yields a function that raises `removed` if a folder is gone, or another one.
+
+    It counts from the first call that finds the folder. In this context, a missing file
+    is this error, too, if that is why it is missing.
+    """
+    seen: list[tuple[int, int]] = []
+
+    def check() -> None:
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            status = folder.stat()
+            found = status.st_dev, status.st_ino
+        if seen and seen != [found]:
+            raise removed(folder)
+        if found:
+            seen[:] = [found]
+
+    try:
+        yield check
+    except FileNotFoundError:
+        check()
+        raise
 
 
 def is_vacant(path: Path) -> bool:
