@@ -328,6 +328,8 @@ def rewritten(trained, tmp_path, **changes):
     record = json_of(run / "config.json") | changes
     record.pop("sha256", None)
     (run / "config.json").write_text(json.dumps(record))
+    for copy in run.glob("ckpt/*/meta"):  # It would contradict the new record.
+        shutil.rmtree(copy)
     return run
 
 

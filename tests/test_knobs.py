@@ -1,5 +1,6 @@
 """Every knob matters: each is set to another value, and something else happens."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -194,7 +195,6 @@ def recovered(config):
     """The ranks that a sweep trains further."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressing, "sweep", lambda *_, **__: None)
         patch.setattr(compressing, "_recover", lambda asked, *_: found.append(asked))
         compressing.compress(Settings.of(config), "a command")
     return [settings.compress.recover_ranks for settings in found]
@@ -206,7 +206,7 @@ def samples(config):
 
     def generate(*arguments):
         asked.append(arguments[2:])
-        return itertools.repeat(np.full(config.sample.count, 70))
+        return itertools.repeat(np.full(config.sample.count, 70), arguments[-1])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "generate", generate)
@@ -214,16 +214,21 @@ def samples(config):
     return found, str(asked)
 
 
+class Planned(Exception):
+    """A task has planned its work, which a test need not wait for."""
+
+
 def compression(config):
     """The tables that a compression tries, or the bound that it fits."""
     asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            compressing, "sweep", lambda _, tried, *__, **___: asked.append(tried)
-        )
-        patch.setattr(
-            compressing, "advise", lambda *given, **_: asked.append(given[1:3])
-        )
+
+    def planned(found):
+        asked.append(found)
+        raise Planned
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Planned):
+        patch.setattr(compressing, "sweep", lambda *given, **_: planned(given[1]))
+        patch.setattr(compressing, "advise", lambda *given, **_: planned(given[1:3]))
         compressing.compress(Settings.of(config), "a command")
     return asked
 
