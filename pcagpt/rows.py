@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, get_type_hints
 
 from pcagpt.errors import UserError
-from pcagpt.files import check_fields, has_type, read_json
+from pcagpt.json_files import check_fields, has_type, read_json
 from pcagpt.methods import CODES
 
 REMEDY = "delete it to measure again"

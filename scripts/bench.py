@@ -6,7 +6,8 @@
     python scripts/bench.py --systems pcagpt,data-parallel,fsdp --batches 32,64
 
 Two models are measured: GPT-2 small (D), and GPT-2 small with a token table of rank 128
-(k128). Both compute in bfloat16 on sequences of 1,024 tokens.
+(k128). Both compute in bfloat16 on sequences of 1,024 tokens. A packed table, in codes
+of 4 bits that are read in place, only decodes.
 
 The systems take turns in each round, so that a GPU that slows down affects all of them.
 The GPU rests before each turn, because a hot GPU at its power limit is slower. A figure
@@ -25,8 +26,11 @@ system by more than 3% is listed, with the clock of the GPU at its end.
   transformers   Hugging Face's GPT-2
   decode         greedy decoding by pcagpt with a key-value cache, 1 and 64 sequences at
                  a time (--quick: only 1); its memory is weights plus cache
+  decode-torch   the same by a plain GPT-2 without a cache, as nanoGPT decodes
+  decode-transformers
+                 the same by Hugging Face's generate with a static cache
 
-torch and transformers need `pip install torch transformers`. They run under
+Those of PyTorch need `pip install torch transformers`. They train under
 torch.compile with flash attention, fused AdamW, gradient clipping and autocast.
 Autocast keeps the residual stream in float32; in pcagpt it is bfloat16. Their peak
 memory is the memory that PyTorch allocated; for pcagpt it is the memory that the
@@ -75,17 +79,21 @@ PARALLEL = {
     "data-parallel": bench_pcagpt.DataParallel,
     "fsdp": bench_pcagpt.FullySharded,
 }
-PEERS = {
-    "torch": bench_torch and bench_torch.Plain,
-    "transformers": bench_torch and bench_torch.Transformers,
-}
 TRAINED = {
     "pcagpt": bench_pcagpt.Step,
     "pcagpt-loop": bench_pcagpt.Loop,
     **PARALLEL,
-    **PEERS,
+    "torch": bench_torch and bench_torch.Plain,
+    "transformers": bench_torch and bench_torch.Transformers,
 }
-SYSTEMS = (*TRAINED, "decode")
+DECODING = {
+    "decode": bench_pcagpt.Decoding,
+    "decode-torch": bench_torch and bench_torch.PlainDecoding,
+    "decode-transformers": bench_torch and bench_torch.TransformersDecoding,
+}
+OURS = {"torch": "pcagpt", "transformers": "pcagpt"}  # {peer: what it is compared to}
+OURS |= {"decode-torch": "decode", "decode-transformers": "decode"}
+SYSTEMS = (*TRAINED, *DECODING)
 DECODED = (1, 64)  # sequences at a time
 REST = 5.0  # seconds
 DEPARTS = 0.03  # of a turn's time from the median of its system, relative
@@ -207,9 +215,10 @@ def groups_to_measure(args) -> list[list[tuple]]:
         [(name, TRAINED[name], batch) for name in possible if name in TRAINED]
         for batch in args.batches
     ]
-    if "decode" in possible:
-        batches = DECODED[:1] if args.quick else DECODED
-        groups.append([("decode", bench_pcagpt.Decoding, batch) for batch in batches])
+    groups += [
+        [(name, DECODING[name], batch) for name in possible if name in DECODING]
+        for batch in (DECODED[:1] if args.quick else DECODED)
+    ]
     return [group for group in groups if group]
 
 
@@ -217,7 +226,7 @@ def why_left_out(name: str, quick: bool) -> str:
     """Why a system cannot be measured here; empty if it can."""
     if name in PARALLEL and jax.device_count() == 1:
         return "it needs several devices"
-    if name not in PEERS:
+    if name not in OURS:
         return ""
     if bench_torch is None:
         return "PyTorch is not installed (pip install torch)"
@@ -230,7 +239,7 @@ def measure(group: list[tuple], args, folder: Path) -> Iterator[list[dict]]:
     if bench_torch:
         bench_torch.forget_compiled()
     for name, system, batch in group:
-        for model in bench_pcagpt.models(args.size):
+        for model in bench_pcagpt.models(args.size, name):
             print(f"preparing {name} {model} at batch {batch} ...", flush=True)
             systems.append(system(args.size, model, batch, folder))
     rounds = [[] for _ in systems]
@@ -297,11 +306,12 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
         full = known.get((system, "D", batch))
         if full and model != "D" and not variant:
             found[f"{system}, batch {batch}: {model} / D"] = ratio(r, full)
-        ours = known.get(("pcagpt", model, batch))
-        if ours and variant:
-            found[f"{model}, batch {batch}: {system} / pcagpt"] = ratio(r, ours)
-        elif ours and system in PEERS:
-            found[f"{model}, batch {batch}: pcagpt / {system}"] = ratio(ours, r)
+        base = known.get(("pcagpt", model, batch))
+        if base and variant:
+            found[f"{model}, batch {batch}: {system} / pcagpt"] = ratio(r, base)
+        if ours := known.get((OURS.get(system), model, batch)):
+            name = f"{model}, batch {batch}: {OURS[system]} / {system}"
+            found[name] = ratio(ours, r)
     return found
 
 
@@ -321,7 +331,7 @@ def table(rows: list[dict]) -> str:
     """Rows and ratios as text."""
     lines = [
         "",
-        f"{'system':<14}{'model':>6}{'batch':>7}{'GPUs':>6}{'ms/step':>10}"
+        f"{'system':<20}{'model':>6}{'batch':>7}{'GPUs':>6}{'ms/step':>10}"
         f"{'least to most':>20}{'tokens/s':>12}{'of peak':>9}{'peak GB':>9}",
     ]
     for r in rows:
@@ -329,7 +339,7 @@ def table(rows: list[dict]) -> str:
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
         spread = f"{min(r['rounds_ms']):.2f} to {max(r['rounds_ms']):.2f}"
         lines.append(
-            f"{r['system']:<14}{r['model']:>6}{r['batch']:>7}{r['devices']:>6}"
+            f"{r['system']:<20}{r['model']:>6}{r['batch']:>7}{r['devices']:>6}"
             f"{r['ms_per_step']:>10.2f}{spread:>20}{r['tokens_per_second']:>12,.0f}"
             f"{share:>9}{memory:>9}"
         )

@@ -19,7 +19,8 @@ import numpy as np
 from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data.corpus import open_corpus
-from pcagpt.model import training_flops_per_token
+from pcagpt.model import GPT, GPTConfig, training_flops_per_token
+from pcagpt.model.config import BLOCK_RANK, WIDTHS
 from pcagpt.run.build import build_config
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.generate import cache_capacity, generate, in_compute_dtype
@@ -54,21 +55,30 @@ QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64, 32)
 MODEL_SIZES = ("block_size", "n_layer", "n_head", "n_embd")
 
 
-def models(size: Size) -> tuple[str, str]:
-    """The names of both models: D, and for example k128."""
-    return "D", f"k{size.rank}"
+def models(size: Size, system: str = "pcagpt") -> list[str]:
+    """The models of a system: D, for example k128, and for decode also packed."""
+    return ["D", f"k{size.rank}"] + ["packed"] * (system == "decode")
 
 
 def rank_of(model: str) -> int | None:
-    """Rank of a model's table; None for the full table."""
-    return None if model == "D" else int(model.removeprefix("k"))
+    """Rank of a model's table; None if it has none."""
+    return int(model[1:]) if model.startswith("k") else None
+
+
+def config_of(size: Size, model: str) -> GPTConfig:
+    """The config of a model; a packed table has codes of 4 bits for all directions."""
+    knobs = {name: getattr(size, name) for name in MODEL_SIZES}
+    if model == "packed":
+        blocks = [size.n_embd // BLOCK_RANK * (bits == 4) for bits in WIDTHS]
+        knobs |= {"band_sizes": (size.vocab_size,), "band_ranks": (0,)}
+        knobs["band_blocks"] = tuple(blocks)
+    settings = ModelSettings(**knobs, n_embd_wte=rank_of(model))
+    return build_config(settings, size.vocab_size)
 
 
 def flops_per_token(size: Size, model: str) -> float:
     """FLOPs per trained token, the same for pcagpt and PyTorch."""
-    sizes = {name: getattr(size, name) for name in MODEL_SIZES}
-    settings = ModelSettings(**sizes, n_embd_wte=rank_of(model))
-    return training_flops_per_token(build_config(settings, size.vocab_size))
+    return training_flops_per_token(config_of(size, model))
 
 
 def write_corpus(folder: Path, size: Size) -> None:
@@ -262,14 +272,17 @@ class Decoding(System):
     def prepare(self) -> None:
         """Makes random weights and decodes once, which compiles."""
         size = self.size
-        self.gpt = setup(size, self.model, self.batch, self.folder).model
+        self.gpt = GPT(config_of(size, self.model))
         tokens_of_a_turn = size.prompt_tokens + size.decoded_tokens + 1
         shape = self.batch, cache_capacity(tokens_of_a_turn, size.block_size)
         tokens_BT = jax.ShapeDtypeStruct(shape, np.int32)
         shapes = jax.eval_shape(self.gpt.init, jax.random.key(0), tokens_BT)
         random = np.random.default_rng(0)
-        weights = jax.tree.map(
-            lambda leaf: 0.02 * random.standard_normal(leaf.shape, leaf.dtype), shapes
+        weights = jax.tree.map(  # Whole numbers, such as codes, are 0.
+            lambda leaf: np.array(
+                0.02 * random.standard_normal(leaf.shape, np.float32), leaf.dtype
+            ),
+            shapes,
         )
         # `generate` uses this dtype, so it makes no second copy.
         self.variables = jax.device_put(in_compute_dtype(weights, self.gpt))

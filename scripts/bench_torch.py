@@ -2,7 +2,7 @@
 
 Both train as pcagpt does: float32 parameters, bfloat16 products (on a CPU float32),
 gradient clipping, AdamW with weight decay on matrices only, no dropout, and the table's
-rows padded to a multiple of 64.
+rows padded to a multiple of 64. Both decode with all weights in bfloat16.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ def why_left_out(name: str, quick: bool) -> str:
     """Why a system cannot be measured here; empty if it can."""
     if not (HAS_GPU or quick):
         return "PyTorch sees no GPU; --quick measures it on a CPU"
-    if name == "transformers" and not importlib.util.find_spec("transformers"):
+    if name.endswith("transformers") and not importlib.util.find_spec("transformers"):
         return "it is not installed (pip install transformers)"
     return ""
 
@@ -144,12 +144,18 @@ class WithTable(nn.Module):
         if rank:
             self.scale = nn.Parameter(0.02 * torch.randn(rank, size.n_embd))
 
+    def hidden(self, tokens):
+        """The body's output for tokens [B, T]: [B, T, D]."""
+        x = functional.embedding(tokens, self.wte)
+        return self.body(x if self.scale is None else x @ self.scale)
+
+    def logits(self, h):
+        """[..., D] -> [..., V]."""
+        return (h if self.scale is None else h @ self.scale.T) @ self.wte.T
+
     def forward(self, tokens, targets):
         """Mean loss of tokens [B, T]."""
-        x = functional.embedding(tokens, self.wte)
-        h = self.body(x if self.scale is None else x @ self.scale)
-        z = h if self.scale is None else h @ self.scale.T
-        logits = (z @ self.wte.T).flatten(0, 1)
+        logits = self.logits(self.hidden(tokens)).flatten(0, 1)
         return functional.cross_entropy(logits.float(), targets.flatten())
 
 
@@ -227,3 +233,115 @@ class Transformers(Peer):
     """Hugging Face's GPT-2."""
 
     name, body = "transformers", TransformersBody
+
+
+class DecodingPeer:
+    """Greedy decoding by PyTorch, which takes turns with pcagpt's."""
+
+    name: str
+    devices, rests, flops_per_token = 1, False, None
+
+    def __init__(self, size, model: str, batch: int, folder):
+        del folder
+        torch.manual_seed(0)
+        self.size, self.model, self.batch = size, model, batch
+        self.tokens_per_step = batch
+        if HAS_GPU:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        dtype = torch.bfloat16 if HAS_GPU else torch.float32
+        self.module = self.make(rank_of(model)).to(DEVICE, dtype).eval()
+        self.prompt = torch.ones(
+            batch, size.prompt_tokens, dtype=torch.int64, device=DEVICE
+        )
+        self.seconds(size.decoded_tokens + 1)  # Compiles what it compiles.
+        self.peak_bytes = (
+            torch.cuda.max_memory_allocated() - before if HAS_GPU else None
+        )
+        self.details = {
+            "steps": size.decoded_tokens,
+            "threads": torch.get_num_threads(),
+        }
+
+    def make(self, rank: int | None) -> nn.Module:
+        """The model."""
+        raise NotImplementedError
+
+    def decode(self, count: int) -> torch.Tensor:
+        """The prompt and `count` more tokens [B, T]."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def seconds(self, count: int) -> float:
+        """The time to read the prompt and draw `count` tokens."""
+        start = time.perf_counter()
+        self.decode(count)
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Mean over the tokens after the first, which comes with the prompt."""
+        del steps
+        first, count = self.seconds(1), self.size.decoded_tokens
+        return (self.seconds(count + 1) - first) / count
+
+
+class PlainDecoding(DecodingPeer):
+    """A plain GPT-2 that reads the whole text for each token, as nanoGPT's does."""
+
+    name = "decode-torch"
+
+    def make(self, rank):
+        """Its body is that of training."""
+        return WithTable(PlainBody(self.size), self.size, rank)
+
+    def decode(self, count):
+        """Keeps neither keys nor values."""
+        tokens = self.prompt
+        for _ in range(count):
+            h = self.module.hidden(tokens[:, -self.size.block_size :])
+            drawn = self.module.logits(h[:, -1:]).argmax(dim=-1)
+            tokens = torch.cat((tokens, drawn), dim=1)
+        return tokens
+
+
+class TransformersDecoding(DecodingPeer):
+    """Hugging Face's GPT-2 with a static cache; on a GPU, generate compiles it."""
+
+    name = "decode-transformers"
+
+    def make(self, rank):
+        """A low-rank table takes the place of both tables."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        size, rows = self.size, -(-self.size.vocab_size // 64) * 64
+        config = GPT2Config(
+            vocab_size=rows,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+            n_positions=size.block_size,
+            n_embd=size.n_embd,
+            n_layer=size.n_layer,
+            n_head=size.n_head,
+        )
+        model = GPT2LMHeadModel(config)
+        if rank:
+            lookup, head = nn.Embedding(rows, rank), nn.Linear(rank, rows, bias=False)
+            head.weight = lookup.weight
+            up = nn.Linear(rank, size.n_embd, bias=False)
+            down = nn.Linear(size.n_embd, rank, bias=False)
+            model.transformer.wte = nn.Sequential(lookup, up)
+            model.lm_head = nn.Sequential(down, head)
+        return model
+
+    def decode(self, count):
+        """The cache has the same size for any count."""
+        return self.module.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            max_new_tokens=count,
+            do_sample=False,
+            cache_implementation="static",
+        )

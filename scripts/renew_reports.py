@@ -9,7 +9,7 @@ by this version. The numbers stay as they are. Folders without a report.md get n
 import sys
 from pathlib import Path
 
-from pcagpt.files import read_json
+from pcagpt.json_files import read_json
 from pcagpt.report import write_sweep_report
 from pcagpt.report.page import write_experiment_pages
 from pcagpt.report.read import read_row

@@ -22,7 +22,7 @@ from pcagpt import arms, trees
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable, Factorizer, factor_files
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate, initialise

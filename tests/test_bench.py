@@ -51,7 +51,9 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
     found = json.loads(out.read_text())
     rows = {(row["system"], row["model"]): row for row in found["rows"]}
     trained = ("pcagpt", "pcagpt-loop", "data-parallel", "fsdp")
-    assert rows.keys() == {(s, m) for s in (*trained, "decode") for m in ("D", "k8")}
+    assert rows.keys() == {
+        (s, m) for s in (*trained, "decode") for m in ("D", "k8")
+    } | {("decode", "packed")}
     for (system, model), row in rows.items():
         assert row["devices"] == (8 if system in ("data-parallel", "fsdp") else 1)
         assert row["batch"] == (1 if system == "decode" else 8)
@@ -70,7 +72,7 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
     assert whole - shared > 0.8 * 3 * 4 * 112 * 32
     assert rows["data-parallel", "D"]["exchanged_bytes"].keys() == {"all-reduce"}
     assert "all-gather" in rows["fsdp", "D"]["exchanged_bytes"]
-    assert len(found["ratios"]) == 2 + 2 * 3  # k8 / D; three variants of two models
+    assert len(found["ratios"]) == 3 + 2 * 3  # of D; three variants of two models
     assert found["command"] == "python scripts/bench.py " + " ".join(asked[:-2])
     assert {"jax", "jaxlib", "python"} <= found["versions"].keys()
     shown = capsys.readouterr().out
@@ -81,16 +83,43 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
 def test_pytorch_takes_turns_on_a_cpu(quick, tmp_path, monkeypatch, capsys):
     bench_torch = pytest.importorskip("bench_torch", reason="needs PyTorch")
     monkeypatch.setattr(bench_torch, "has_compiler", lambda: False)
-    asked = ["--quick", "--systems", "pcagpt,torch,transformers", "--steps", "6"]
+    trained = ("pcagpt", "torch", "transformers")
+    decoding = ("decode", "decode-torch", "decode-transformers")
+    asked = ["--quick", "--systems", ",".join(trained + decoding), "--steps", "6"]
     out = tmp_path / "bench.json"
     assert run(monkeypatch, *asked, "--rounds", "1", "--out", str(out)) == 0
     found = json.loads(out.read_text())
     rows = {(row["system"], row["model"]): row for row in found["rows"]}
-    systems = ("pcagpt", "torch", "transformers")
-    assert rows.keys() == {(s, m) for s in systems for m in ("D", "k8")}
+    of_both = {(s, m) for s in trained + decoding for m in ("D", "k8")}
+    assert rows.keys() == of_both | {("decode", "packed")}
+    for system in decoding:
+        assert rows[system, "k8"]["steps"] == TINY.decoded_tokens
+        assert rows[system, "k8"]["tokens_per_step"] == 1
     assert rows["torch", "D"]["compiled"] is False
     assert rows["torch", "D"]["threads"] >= 1
-    assert {f"{m}, batch 8: pcagpt / torch" for m in ("D", "k8")} < set(found["ratios"])
+    assert {
+        f"{model}, batch {batch}: {ours} / {peer}"
+        for (ours, *peers), batch in ((trained, 8), (decoding, 1))
+        for peer in peers
+        for model in ("D", "k8")
+    } < set(found["ratios"])
+
+
+@pytest.mark.parametrize("model", ["D", "k8"])
+def test_pytorch_decodes_the_likeliest_tokens(model, tmp_path):
+    bench_torch = pytest.importorskip("bench_torch", reason="needs PyTorch")
+    plain, peer = (
+        system(TINY, model, 2, tmp_path)
+        for system in (bench_torch.PlainDecoding, bench_torch.TransformersDecoding)
+    )
+    for system, logits_of in (
+        (plain, lambda tokens: plain.module.logits(plain.module.hidden(tokens))),
+        (peer, lambda tokens: peer.module(tokens).logits),
+    ):
+        found, known = system.decode(5), TINY.prompt_tokens
+        assert found.shape == (2, known + 5)
+        likeliest = logits_of(found[:, :-1]).argmax(dim=-1)[:, known - 1 :]
+        assert (found[:, known:] == likeliest).all()
 
 
 def test_exchanged_bytes_are_those_of_a_ring():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import changed
 
-from pcagpt import files
+from pcagpt import array_files
 from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.data.batches import TrainingBatches
@@ -153,6 +153,6 @@ def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
         ("hidden_mean", np.array([3.0, 1]), "changed or damaged"),
     ):
         path.write_bytes(whole)
-        files.write_npz(path, **files.read_npz(path) | {name: bad})
+        array_files.write_npz(path, **array_files.read_npz(path) | {name: bad})
         with pytest.raises(UserError, match=says):
             calibrate.read(path)

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import changed, execute, metrics, saved_state, setup, start
 
-from pcagpt import files
+from pcagpt import array_files, files, json_files
 from pcagpt.errors import Unreadable, UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.checkpoint import Checkpoints
@@ -309,7 +309,8 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged_and_stays(
             raise PermissionError(13, "Permission denied", f"{path}")
         return open(path, *arguments)
 
-    monkeypatch.setattr(files, "open", refuse, raising=False)
+    for module in (files, json_files):
+        monkeypatch.setattr(module, "open", refuse, raising=False)
     with pytest.raises(UserError, match=f"ckpt/2/{name}: permission denied: change"):
         restore(tmp_path)
     if name in ("digests.json", "weights/manifest.ocdbt"):
@@ -396,8 +397,8 @@ def test_weights_larger_than_their_files_are_refused_before_memory_is_taken(
     tmp_path, monkeypatch
 ):
     save(tmp_path, {1: 3.0})
-    monkeypatch.setattr(files, "_ALWAYS_ALLOWED", 0)
-    monkeypatch.setattr(files, "_LARGEST_RATIO", 0.001)
+    monkeypatch.setattr(array_files, "_ALWAYS_ALLOWED", 0)
+    monkeypatch.setattr(array_files, "_LARGEST_RATIO", 0.001)
     with pytest.raises(UserError, match="declares arrays of 36 bytes"):
         checkpoint.load_weights(tmp_path)
 

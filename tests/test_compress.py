@@ -15,7 +15,7 @@ import pytest
 from command_line import call
 from runs import assert_equal, changed, execute, quick_compiles, snapshot
 
-from pcagpt import coding, files, main, trees
+from pcagpt import coding, json_files, main, trees
 from pcagpt.compression import sweep as sweep_module
 from pcagpt.compression import write_model
 from pcagpt.compression.candidates import Compressor, recipes
@@ -30,7 +30,7 @@ from pcagpt.errors import Unreadable, UserError
 from pcagpt.export.measured import measured
 from pcagpt.export.source import open_source
 from pcagpt.factorization import factor_files
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.methods import CODES
 from pcagpt.model import GPT
@@ -273,11 +273,11 @@ def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     least = best_of(sweep, 8)["added_loss"]
     for row in sweep["rows"]:
         row["added_loss"] = least
-    files.write_json(folder / "sweep.json", sweep)
+    json_files.write_json(folder / "sweep.json", sweep)
     # An older version may have recorded fewer fields, which then have their default.
     record = read_record(folder / "best_k8")
     del record["compressed"]["bits"]
-    files.write_json(folder / "best_k8" / "config.json", record)
+    json_files.write_json(folder / "best_k8" / "config.json", record)
     before = snapshot(folder / "best_k8")
     sweep_of(copied_sweep)
     assert snapshot(folder / "best_k8") == before
@@ -287,10 +287,10 @@ def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     of = record["compressed"]
     (other, *_) = made - {(of["method"], of["bands"], 8, 32)}
     record["compressed"] |= {"method": other[0], "bands": other[1]}
-    files.write_json(folder / "best_k8" / "config.json", record)
+    json_files.write_json(folder / "best_k8" / "config.json", record)
     row = next(row for row in sweep["rows"] if key(row) == other)
     record["compressed"]["budget"] = row["budget"]
-    files.write_json(folder / "best_k8" / "config.json", record)
+    json_files.write_json(folder / "best_k8" / "config.json", record)
     sweep_of(copied_sweep)
     compressed = read_record(folder / "best_k8")["compressed"]
     assert (compressed["method"], compressed["bands"]) == other[:2]
@@ -610,7 +610,7 @@ def test_a_best_model_that_a_run_started_from_is_not_replaced_without_overwrite(
     for row in sweep["rows"]:
         if row["rank"] == 8 and key(row) != key(own):
             row["added_loss"] = own["added_loss"] - 1
-    files.write_json(folder / "sweep.json", sweep)
+    json_files.write_json(folder / "sweep.json", sweep)
     sweep_of(copied_sweep, overwrite=overwrite)
     assert (snapshot(folder / "best_k8") == before) == (not overwrite)
     assert len(replaced(folder)) == overwrite
@@ -1218,7 +1218,7 @@ def test_codes_of_another_row_are_encoded_again(copied_codes, method):
     sweep = json.loads((folder / "sweep.json").read_text())
     (row,) = [row for row in sweep["rows"] if key(row) == (method, 1, 40, 0)]
     row["added_loss"] += 1e-3
-    files.write_json(folder / "sweep.json", sweep)
+    json_files.write_json(folder / "sweep.json", sweep)
     sweep_of(copied_codes)
     _, description = codes_in(folder / f"best_{method}_k40", method)
     assert description.measured_loss == row["added_loss"]

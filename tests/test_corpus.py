@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from runs import json_of
 
-from pcagpt import files
+from pcagpt import file_hashes, files
 from pcagpt.data import content, single_text, text_files, token_files, vocabulary
 from pcagpt.data import corpus as corpus_module
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
@@ -30,7 +30,7 @@ from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute_source, find_source, sotu_documents
 from pcagpt.data.tokenizer import END_OF_TEXT, RANKS, load_tokenizer
 from pcagpt.errors import UserError, explain
-from pcagpt.files import sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
 
@@ -197,7 +197,7 @@ def in_another_process(patch):
 def test_a_file_is_read_once_until_it_changes(folder, cache, monkeypatch):
     write_tokens(folder, [1, 2, 3], vocab_size=10)
     write_tokens(folder, [99], "test")  # Nobody asks for it here.
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", 0)
+    monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", 0)
     wanted = open_corpus(str(folder), cache).tokens("train").tolist()
     assert json.loads((folder / ".pcagpt-content.json").read_text()).keys() >= {
         "train.bin"
@@ -225,7 +225,7 @@ def test_a_file_that_may_change_within_its_time_is_read_every_time(folder, cache
 
 def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypatch):
     write_tokens(folder, [1, 2, 3], vocab_size=10)
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", 0)
+    monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", 0)
     write = content.write_json
 
     def refuse(path, value):

@@ -19,7 +19,7 @@ from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import TextSize, open_corpus
 from pcagpt.errors import UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.model import GPT, HeadBand
 from pcagpt.pipeline import evaluate as task
 from pcagpt.pipeline import tasks

@@ -23,7 +23,8 @@ from pcagpt.export.measured import measured
 from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import Factorizer, Weighting, factor_files
-from pcagpt.files import sha256_of_file, write_json
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.json_files import write_json
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, hugging_face_files
 from pcagpt.run.folder import read_record, write_record

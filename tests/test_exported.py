@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pcagpt.errors import UserError
-from pcagpt.files import write_plain_json
+from pcagpt.json_files import write_plain_json
 from pcagpt.run import exported
 from pcagpt.run.trained import Run
 

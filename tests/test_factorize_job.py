@@ -13,7 +13,7 @@ from runs import changed, described, execute, snapshot, write_statistics
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
 from pcagpt.factorization import factor_files
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import calibrate, checkpoint, fingerprint, trained

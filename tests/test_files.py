@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcagpt import coding, files
+from pcagpt import array_files, coding, file_hashes, files, json_files
 from pcagpt.errors import Unreadable, UserError, explain
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"a": 1})
+    json_files.write_json(path, {"a": 1})
 
     def stop(file):
         file.write(b"half")
@@ -29,8 +29,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         files.write_file(path, stop)
     with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
-    assert files.read_json(path, "") == {"a": 1}
+        json_files.write_json(path, {"a": object()})
+    assert json_files.read_json(path, "") == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -39,13 +39,13 @@ def test_a_full_disk_is_told_with_the_path(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    for write in (files.write_text, files.write_json, files.write_npy):
+    for write in (files.write_text, json_files.write_json, array_files.write_npy):
         with pytest.raises(OSError) as caught:
-            write(tmp_path / "a", {} if write is files.write_json else "")
+            write(tmp_path / "a", {} if write is json_files.write_json else "")
         assert explain(caught.value).startswith(f"{tmp_path}/a: no space left on dev")
 
 
-@pytest.mark.parametrize("write", [files.write_npy, files.write_npz])
+@pytest.mark.parametrize("write", [array_files.write_npy, array_files.write_npz])
 def test_an_array_that_does_not_fit_is_told_with_the_path(write, tmp_path):
     array, before = np.zeros(10**6), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, before[1]))
@@ -65,38 +65,38 @@ def test_a_disk_that_fails_is_told_with_the_path(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     (tmp_path / "a").write_text("{}")
-    monkeypatch.setattr(files, "_array", fail)
-    monkeypatch.setattr(files, "parse_json", fail)
-    monkeypatch.setattr(files.hashlib, "file_digest", fail)
-    for read in (files.read_npy, files.sha256_of_file):
+    monkeypatch.setattr(array_files, "_array", fail)
+    monkeypatch.setattr(json_files, "parse_json", fail)
+    monkeypatch.setattr(file_hashes.hashlib, "file_digest", fail)
+    for read in (array_files.read_npy, file_hashes.sha256_of_file):
         with pytest.raises(Unreadable, match=f"^{tmp_path}/a: input/output error"):
             read(tmp_path / "a")
     with pytest.raises(Unreadable, match=f"^{tmp_path}/a: input/output error"):
-        files.read_json(tmp_path / "a", "")
+        json_files.read_json(tmp_path / "a", "")
 
 
 def test_json_is_strict_in_both_directions(tmp_path):
     path = tmp_path / "a.json"
     written = {8: (np.float32(0.5), math.nan, -math.inf), "é": {"n": np.int64(3)}}
-    files.write_json(path, written)
+    json_files.write_json(path, written)
     expected = {"8": [0.5, None, None], "é": {"n": 3}}
-    assert files.read_json(path, "delete it") == expected
+    assert json_files.read_json(path, "delete it") == expected
     assert "é" in path.read_text("utf-8")
     for bad in ('{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}'):
         path.write_text(bad)
         with pytest.raises(UserError, match="a.json is damaged .*: delete it"):
-            files.read_json(path, "delete it")
-    assert files.read_json(tmp_path / "none.json", "delete it") is None
+            json_files.read_json(path, "delete it")
+    assert json_files.read_json(tmp_path / "none.json", "delete it") is None
 
 
 def test_older_files_may_hold_infinities_but_no_nan(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"a": Infinity, "b": [-Infinity, 1e999]}')
     expected = {"a": None, "b": [None, None]}
-    assert files.read_json(path, "delete it", has_infinities=True) == expected
+    assert json_files.read_json(path, "delete it", has_infinities=True) == expected
     path.write_text('{"a": NaN}')
     with pytest.raises(UserError, match="NaN is not JSON"):
-        files.read_json(path, "delete it", has_infinities=True)
+        json_files.read_json(path, "delete it", has_infinities=True)
 
 
 def test_a_number_that_python_does_not_convert_is_damage(tmp_path):
@@ -104,7 +104,7 @@ def test_a_number_that_python_does_not_convert_is_damage(tmp_path):
     for sign in ("", "-"):
         path.write_text(f'{{"a": {sign}{"7" * 5000}}}')
         with pytest.raises(UserError, match=r"\(a number is too long\): delete it"):
-            files.read_json(path, "delete it")
+            json_files.read_json(path, "delete it")
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
@@ -112,28 +112,28 @@ def test_damaged_json_says_what_to_do(content, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a.json is damaged \(.*\): delete it"):
-        files.read_json(path, "delete it")
+        json_files.read_json(path, "delete it")
 
 
 def test_arrays_are_read_back_and_one_kind_is_not_the_other(tmp_path):
     npy, npz, a = tmp_path / "a.npy", tmp_path / "a.npz", np.arange(6.0)
-    files.write_npy(npy, a)
-    files.write_npz(npz, a=a, b=a[:2])
-    np.testing.assert_array_equal(files.read_npy(npy), a)
-    np.testing.assert_array_equal(files.read_npz(npz)["b"], a[:2])
+    array_files.write_npy(npy, a)
+    array_files.write_npz(npz, a=a, b=a[:2])
+    np.testing.assert_array_equal(array_files.read_npy(npy), a)
+    np.testing.assert_array_equal(array_files.read_npz(npz)["b"], a[:2])
     with pytest.raises(UserError, match="a.npy is not a .npz file"):
-        files.read_npz(npy)
+        array_files.read_npz(npy)
     with pytest.raises(UserError, match="a.npz is not a .npy file"):
-        files.read_npy(npz)
+        array_files.read_npy(npz)
 
 
-@pytest.mark.parametrize("read", [files.read_npy, files.read_npz])
+@pytest.mark.parametrize("read", [array_files.read_npy, array_files.read_npz])
 def test_arrays_that_are_missing_damaged_or_pickled_are_refused(read, tmp_path):
     path = tmp_path / "a.np"
     with pytest.raises(UserError, match="a.np does not exist"):
         read(path)
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
-    files.write_npz(tmp_path / "a.npz", a=np.arange(600.0))
+    array_files.write_npz(tmp_path / "a.npz", a=np.arange(600.0))
     whole = (tmp_path / "a.npz").read_bytes()
     pickled = (tmp_path / "object.npy").read_bytes()
     for content in (b"", b"no array", pickled, whole[:300]):
@@ -144,15 +144,15 @@ def test_arrays_that_are_missing_damaged_or_pickled_are_refused(read, tmp_path):
 
 def test_an_array_damaged_inside_an_archive_is_refused(tmp_path):
     path = tmp_path / "a.npz"
-    files.write_npz(path, a=np.ones(2000))
+    array_files.write_npz(path, a=np.ones(2000))
     content = bytearray(path.read_bytes())
     content[3000:3100] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(UserError, match="a.npz is not a readable array file"):
-        files.read_npz(path)
+        array_files.read_npz(path)
 
 
-@pytest.mark.parametrize("read", [files.read_npy, files.read_npz])
+@pytest.mark.parametrize("read", [array_files.read_npy, array_files.read_npz])
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(MemoryError(), MemoryError), (PermissionError(13, "x", "/a"), Unreadable)],
@@ -182,12 +182,12 @@ def test_an_array_that_the_system_does_not_read_is_not_damaged(
 @pytest.mark.parametrize(
     "read",
     [
-        files.read_npy,
-        files.read_npz,
+        array_files.read_npy,
+        array_files.read_npz,
         files.open_file,
-        files.sha256_of_file,
+        file_hashes.sha256_of_file,
         coding.read,
-        lambda path: files.read_json(path, "delete it"),
+        lambda path: json_files.read_json(path, "delete it"),
     ],
 )
 def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
@@ -195,7 +195,7 @@ def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
     if kind != "a link to nothing":
         with pytest.raises(UserError, match=rf"{tmp_path}/a .*is {kind}\b"):
             read(tmp_path / "a")
-    elif read in (files.read_npy, files.read_npz):
+    elif read in (array_files.read_npy, array_files.read_npz):
         with pytest.raises(UserError, match="a is a link to nothing, not a file: name"):
             read(tmp_path / "a")
 
@@ -203,15 +203,17 @@ def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
 def test_an_array_below_a_file_does_not_exist(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="a/b.npy does not exist: give the path of a"):
-        files.read_npy(tmp_path / "a" / "b.npy")
+        array_files.read_npy(tmp_path / "a" / "b.npy")
 
 
 def test_a_file_that_cannot_be_hashed_is_refused(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"abc")
-    assert files.sha256_of_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert file_hashes.sha256_of_file(path).startswith(
+        "ba7816bf8f01cfea414140de5dae2223"
+    )
     with pytest.raises(UserError, match="No such file"):
-        files.sha256_of_file(tmp_path / "b")
+        file_hashes.sha256_of_file(tmp_path / "b")
 
 
 def test_a_file_is_hashed_again_only_if_it_may_have_changed(tmp_path, monkeypatch):
@@ -221,37 +223,37 @@ def test_a_file_is_hashed_again_only_if_it_may_have_changed(tmp_path, monkeypatc
     )
     path.write_bytes(b"abc")
     for settled, reads in ((100, 2), (0, 1)):
-        monkeypatch.setattr(files, "_SETTLED_SECONDS", settled)
+        monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", settled)
         hashed.clear()
-        one, two = files.sha256_of_file(path), files.sha256_of_file(path)
+        one, two = file_hashes.sha256_of_file(path), file_hashes.sha256_of_file(path)
         assert (one == two, len(hashed)) == (True, reads)
     times = path.stat()
     path.write_bytes(b"abd")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert files.sha256_of_file(path) != one
+    assert file_hashes.sha256_of_file(path) != one
 
 
 def test_changed_json_is_refused_unless_its_seal_is_removed(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"loss": 1.5, "steps": [1, 2]})
+    json_files.write_json(path, {"loss": 1.5, "steps": [1, 2]})
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"1.5", b"1.4"))
     with pytest.raises(UserError, match="a.json is damaged .*changed since"):
-        files.read_json(path, "delete it")
+        json_files.read_json(path, "delete it")
     path.write_text(json.dumps({"loss": 1.4}))
-    assert files.read_json(path, "delete it") == {"loss": 1.4}
+    assert json_files.read_json(path, "delete it") == {"loss": 1.4}
 
 
 def test_no_flipped_bit_of_json_changes_what_is_read(tmp_path):
     path, value = tmp_path / "a.json", {"loss": 1.5, "name": "é", "none": None}
-    files.write_json(path, value)
+    json_files.write_json(path, value)
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with contextlib.suppress(UserError):
-            found = files.read_json(path, "delete it")
+            found = json_files.read_json(path, "delete it")
             assert {name: found[name] for name in value} == value
 
 
@@ -266,7 +268,9 @@ def test_no_flipped_bit_of_json_changes_what_is_read(tmp_path):
 )
 def test_a_field_of_another_type_is_refused_by_name(content, says):
     with pytest.raises(UserError, match=f"a.json is damaged .*{says}.*: delete it"):
-        files.check_fields(json.loads(content), {"n": (int,)}, "a.json", "delete it")
+        json_files.check_fields(
+            json.loads(content), {"n": (int,)}, "a.json", "delete it"
+        )
 
 
 def test_an_array_file_that_declares_more_than_it_holds_is_not_read(tmp_path):
@@ -276,32 +280,32 @@ def test_an_array_file_that_declares_more_than_it_holds_is_not_read(tmp_path):
             np.lib.format.write_array_header_1_0(file, header)
             file.write(bytes(24))
         with pytest.raises(UserError, match=r"a.npy is not a readable.* 24 bytes"):
-            files.read_npy(tmp_path / "a.npy")
+            array_files.read_npy(tmp_path / "a.npy")
     # 128 MiB of zeros in a file of 130 kB.
     np.savez_compressed(tmp_path / "a.npz", a=np.zeros(2**27, np.uint8))
     with pytest.raises(UserError, match="a.npz declares arrays of 134,"):
-        files.read_npz(tmp_path / "a.npz")
+        array_files.read_npz(tmp_path / "a.npz")
 
 
 def test_no_flipped_bit_of_an_archive_changes_what_is_read(tmp_path):
     path, a = tmp_path / "a.npz", np.arange(3.0)
-    files.write_npz(path, a=a)
+    array_files.write_npz(path, a=a)
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with contextlib.suppress(UserError):
-            found = files.read_npz(path)
+            found = array_files.read_npz(path)
             if "a" in found:
                 np.testing.assert_array_equal(found["a"], a)
 
 
 def test_values_that_only_damage_can_make_are_refused():
-    files.check_values(np.array([1e6, -1e6]), "t")
+    array_files.check_values(np.array([1e6, -1e6]), "t")
     for bad in (np.nan, np.inf, -2e6):
         with pytest.raises(UserError, match=r"t holds .* at \(1,\)"):
-            files.check_values(np.array([0.0, bad]), "t")
+            array_files.check_values(np.array([0.0, bad]), "t")
 
 
 def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -318,9 +322,9 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_a_result_that_cannot_be_kept_is_a_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
     path = tmp_path / "none" / "a.json"
-    assert not files.keep(path, lambda path: files.write_json(path, {}))
+    assert not files.keep(path, lambda path: json_files.write_json(path, {}))
     assert "a.json was not written: No such file" in caplog.text
-    assert files.keep(tmp_path / "a.json", lambda path: files.write_json(path, {}))
+    assert files.keep(tmp_path / "a.json", lambda path: json_files.write_json(path, {}))
 
 
 def test_writers_of_one_file_have_temporaries_of_their_own(tmp_path):
@@ -348,15 +352,15 @@ def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
 def test_files_that_differ_from_their_digests_are_named(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    known = files.digests_of(tmp_path, ["a", "b"])
-    files.check_digests(tmp_path, known)
+    known = file_hashes.digests_of(tmp_path, ["a", "b"])
+    file_hashes.check_digests(tmp_path, known)
     (tmp_path / "b").write_text("c")
-    files.check_digests(tmp_path, known, "a")
+    file_hashes.check_digests(tmp_path, known, "a")
     with pytest.raises(UserError, match="/b was changed or damaged"):
-        files.check_digests(tmp_path, known)
+        file_hashes.check_digests(tmp_path, known)
     (tmp_path / "b").unlink()
     with pytest.raises(UserError, match="/b: No such file"):
-        files.check_digests(tmp_path, known)
+        file_hashes.check_digests(tmp_path, known)
 
 
 def test_a_full_disk_is_told_with_the_path_that_was_to_be_written(

@@ -21,7 +21,7 @@ from runs import (
 
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.report.read import read_row
 from pcagpt.run import checkpoint
 from pcagpt.run.folder import (

@@ -18,7 +18,7 @@ from pcagpt import errors
 from pcagpt.config import command_line
 from pcagpt.config.schema import ModelSettings
 from pcagpt.config.tasks import TASKS
-from pcagpt.files import read_json, write_json
+from pcagpt.json_files import read_json, write_json
 from pcagpt.methods import METHODS
 from pcagpt.model import training_flops_per_token
 from pcagpt.pipeline import estimate, execute, tasks, train_job

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pcagpt.files import read_json
+from pcagpt.json_files import read_json
 from pcagpt.report import write_sweep_report
 from pcagpt.report.page import write_experiment_pages
 from pcagpt.report.read import read_row

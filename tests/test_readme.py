@@ -14,7 +14,7 @@ import pytest
 from command_line import ROOT, call, commands, tiny_knobs, unread
 from runs import quick_environment
 
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.rows import read_sweep
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -28,7 +28,7 @@ from pcagpt import trees
 from pcagpt.config import Settings, base, validate
 from pcagpt.config.schema import DistillSettings
 from pcagpt.errors import Interrupted, UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, folder
 from pcagpt.run.trained import Run

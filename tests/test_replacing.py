@@ -31,7 +31,7 @@ from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.errors import Interrupted, UserError, warn_once
 from pcagpt.factorization import Factorizer
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as executing
 from pcagpt.pipeline import train_job

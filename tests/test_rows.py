@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pcagpt.errors import UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.report import write_sweep_report
 from pcagpt.report.sweep import recovery_rows
 from pcagpt.rows import Recipe, Row, in_bands, read_sweep

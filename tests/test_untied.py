@@ -22,7 +22,7 @@ from pcagpt.config.schema import COMPRESS_BOUNDS  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
 from pcagpt.factorization.factor_files import read_bands  # noqa: E402
-from pcagpt.files import write_json  # noqa: E402
+from pcagpt.json_files import write_json  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 
 SIZES = {

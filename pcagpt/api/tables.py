@@ -33,7 +33,7 @@ from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.pipeline.compress_plan import decide_effort
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row

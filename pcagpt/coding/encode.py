@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.array_files import check_values
 from pcagpt.coding.basis import quantize_basis
 from pcagpt.coding.payload import to_words
 from pcagpt.coding.quantize import (
@@ -32,7 +33,6 @@ from pcagpt.coding.transform import (
 )
 from pcagpt.errors import UserError
 from pcagpt.factorization import Weighting
-from pcagpt.files import check_values
 
 # Squared steps of error that one bit must remove: 2 ln 2 / 12 at small steps, a little
 # more at large ones.

@@ -26,17 +26,12 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.array_files import memory_bytes
 from pcagpt.coding.payload import from_words, to_words
 from pcagpt.coding.table import CodedTable
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import (
-    check_fields,
-    memory_bytes,
-    open_file,
-    parse_json,
-    strict,
-    write_file,
-)
+from pcagpt.files import open_file, write_file
+from pcagpt.json_files import check_fields, parse_json, strict
 
 MAGIC, VERSION = b"PCATABLE", 1
 HEADER_BYTES = 512

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.array_files import read_npz, write_npz
 from pcagpt.coding.file import HEADER_BYTES, REMEDY, Description
 from pcagpt.coding.packed import PackedTable
 from pcagpt.errors import UserError
-from pcagpt.files import parse_json, read_npz, strict, write_npz
+from pcagpt.json_files import parse_json, strict
 from pcagpt.model import BLOCK_RANK, LEVELS, WIDTHS, PackedBand, SharedArrays
 
 

@@ -13,7 +13,7 @@ from pcagpt.compression.write_model import write_model
 from pcagpt.config.schema import CompressSettings
 from pcagpt.errors import UserError
 from pcagpt.factorization import FLOAT_BYTES
-from pcagpt.files import read_json, strict, write_json
+from pcagpt.json_files import read_json, strict, write_json
 from pcagpt.methods import CODES, RIVALS
 from pcagpt.report import advice_text
 from pcagpt.rows import Row, SwapScores

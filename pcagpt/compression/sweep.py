@@ -19,7 +19,7 @@ from pcagpt.factorization import (
     LossRegression,
     SecondOrder,
 )
-from pcagpt.files import strict, write_json
+from pcagpt.json_files import strict, write_json
 from pcagpt.report import write_sweep_report
 from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep
 from pcagpt.run.folder import move_aside, removed

@@ -11,7 +11,7 @@ from pcagpt.compression.codes import KINDS
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorization import FactorizedTable
 from pcagpt.factorization.factor_files import read_bands, write_bands
-from pcagpt.files import write_json
+from pcagpt.json_files import write_json
 from pcagpt.run.folder import check_link, is_vacant, move_aside
 
 FACTORS = "factors"  # the folder of a table's factors, in that of the table

@@ -14,7 +14,7 @@ from pcagpt.compression.output import Output
 from pcagpt.compression.sweep import measure_each, models_of, resume, write_sweep
 from pcagpt.compression.table_files import ADVICE, holds_table, replace_table
 from pcagpt.config.schema import CompressSettings
-from pcagpt.files import read_json, strict
+from pcagpt.json_files import read_json, strict
 from pcagpt.report import table_text, write_table_report
 from pcagpt.rows import REMEDY, ErrorRow, Recipe
 

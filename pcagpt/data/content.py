@@ -17,7 +17,8 @@ import numpy as np
 
 from pcagpt import process
 from pcagpt.errors import UserError, naming
-from pcagpt.files import is_settled, read_json, read_once, stamp_of, write_json
+from pcagpt.file_hashes import is_settled, read_once, stamp_of
+from pcagpt.json_files import read_json, write_json
 
 NAME = ".pcagpt-content.json"
 _CHUNK_BYTES = 1 << 22

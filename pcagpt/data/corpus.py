@@ -32,7 +32,7 @@ from pcagpt.data.sources import (
 from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.errors import UserError, naming, warn_once
-from pcagpt.files import read_json
+from pcagpt.json_files import read_json
 from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import read_once
+from pcagpt.file_hashes import read_once
 
 ENDING = ".gguf"
 _TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"

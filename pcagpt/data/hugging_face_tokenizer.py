@@ -10,7 +10,8 @@ import tiktoken
 from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.data.tokenizer_files import MERGES, VOCAB, WHOLE, letters_of
-from pcagpt.files import write_json, write_plain_json, write_text
+from pcagpt.files import write_text
+from pcagpt.json_files import write_json, write_plain_json
 
 CONFIG = "tokenizer_config.json"
 # What a person's folder may have beside the main file.

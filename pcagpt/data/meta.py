@@ -12,7 +12,8 @@ import numpy as np
 
 from pcagpt.data import vocabulary
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import odd_kind, read_json, refuse_odd
+from pcagpt.files import odd_kind, refuse_odd
+from pcagpt.json_files import read_json
 
 SPLITS = ("train", "val", "test")
 MOST_TOKENS = 10**8  # of a vocabulary; known ones have less than 10**6

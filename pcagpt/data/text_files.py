@@ -12,7 +12,7 @@ from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import SPLITS
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError, naming
-from pcagpt.files import read_once
+from pcagpt.file_hashes import read_once
 
 ENDINGS = (".txt", ".raw", ".tokens", ".text")
 _SPLIT_WORD = re.compile(

@@ -22,7 +22,9 @@ from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
-from pcagpt.files import sha256_of_file, sync, write_file, write_json
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import sync, write_file
+from pcagpt.json_files import write_json
 
 _PIECE_CHARACTERS = 1 << 16
 # GPT-2's pattern never matches across this cut, so both parts encode to the same ids as

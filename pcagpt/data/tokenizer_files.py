@@ -26,7 +26,8 @@ from pcagpt.data.tokenizer import (
     load_tokenizer,
 )
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, read_once, sha256_of_file
+from pcagpt.file_hashes import read_once, sha256_of_file
+from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 RANK_ENDING = ".tiktoken"

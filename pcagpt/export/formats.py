@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pcagpt.array_files import write_npy, write_npz
 from pcagpt.compression.codes import Codes
 from pcagpt.errors import UserError
 from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import factor_files
-from pcagpt.files import digests_of, write_json, write_npy, write_npz, write_text
+from pcagpt.file_hashes import digests_of
+from pcagpt.files import write_text
+from pcagpt.json_files import write_json
 from pcagpt.model import order_constants
 from pcagpt.run import hugging_face, hugging_face_files
 from pcagpt.run.exported import CODED_TABLE, OTHERS, TYPE

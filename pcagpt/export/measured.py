@@ -8,7 +8,7 @@ from typing import Any
 
 from pcagpt.errors import UserError
 from pcagpt.export.source import RunSource, Source
-from pcagpt.files import check_fields, read_json
+from pcagpt.json_files import check_fields, read_json
 from pcagpt.rows import DEFAULTS, REMEDY, MeasuredOn, Row, read_sweep
 from pcagpt.run.folder import read_result
 

@@ -22,7 +22,8 @@ from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
-from pcagpt.files import read_json, sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.json_files import read_json
 from pcagpt.methods import CODED
 from pcagpt.model import (
     BandLeaves,

@@ -17,22 +17,12 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from pcagpt.array_files import check_values, read_npy, read_npz, write_npy, write_npz
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorization.table import BandFactors, FactorizedTable
-from pcagpt.files import (
-    check_digests,
-    check_fields,
-    check_values,
-    digests_of,
-    open_file,
-    read_json,
-    read_npy,
-    read_npz,
-    sha256_of_file,
-    write_json,
-    write_npy,
-    write_npz,
-)
+from pcagpt.file_hashes import check_digests, digests_of, sha256_of_file
+from pcagpt.files import open_file
+from pcagpt.json_files import check_fields, read_json, write_json
 
 FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
 METADATA_FILE = "metadata.json"

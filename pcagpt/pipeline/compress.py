@@ -32,7 +32,8 @@ from pcagpt.compression.write_model import check_place as check_model
 from pcagpt.compression.write_model import is_of_another
 from pcagpt.config import Settings, methods_of
 from pcagpt.errors import UserError
-from pcagpt.files import check_fields, read_json, remove_leftovers, strict
+from pcagpt.files import remove_leftovers
+from pcagpt.json_files import check_fields, read_json, strict
 from pcagpt.pipeline import estimate
 from pcagpt.pipeline.compress_plan import (
     amount_of,

@@ -10,7 +10,7 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
-from pcagpt.files import check_fields, read_json, write_json
+from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.folder import move_aside

@@ -16,15 +16,9 @@ from pcagpt.export.formats import FORMATS
 from pcagpt.export.measured import measured
 from pcagpt.export.model_card import model_card
 from pcagpt.export.source import RunSource, Source, open_source
-from pcagpt.files import (
-    check_digests,
-    digests_of,
-    read_json,
-    strict,
-    sync,
-    write_json,
-    write_text,
-)
+from pcagpt.file_hashes import check_digests, digests_of
+from pcagpt.files import sync, write_text
+from pcagpt.json_files import read_json, strict, write_json
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.run import lock
 from pcagpt.run.exported import FILE as ORIGIN

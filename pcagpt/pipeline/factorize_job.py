@@ -15,7 +15,8 @@ from pcagpt.config import Settings, effort
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import Factorizer, Statistics, factor_files
-from pcagpt.files import remove_leftovers, sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import remove_leftovers
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Status

@@ -11,7 +11,7 @@ from typing import Any
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError
-from pcagpt.files import is_sealed, read_json
+from pcagpt.json_files import is_sealed, read_json
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.report import means_over_seeds, size_figure, summary_table

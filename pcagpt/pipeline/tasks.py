@@ -8,7 +8,7 @@ from pcagpt.config.command_line import listing
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError, explain
 from pcagpt.export.source import open_source
-from pcagpt.files import strict
+from pcagpt.json_files import strict
 from pcagpt.pipeline import estimate, execute
 from pcagpt.pipeline.compress import compress, preview_compress
 from pcagpt.pipeline.compress_plan import decide_effort

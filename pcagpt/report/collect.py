@@ -8,7 +8,7 @@ from typing import Any
 
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
-from pcagpt.files import strict
+from pcagpt.json_files import strict
 from pcagpt.report.compare import (
     CONFIDENCE,
     MARGIN,

@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pcagpt.files import is_sealed, write_file, write_json
+from pcagpt.files import write_file
+from pcagpt.json_files import is_sealed, write_json
 from pcagpt.report.bare_table import table_view
 from pcagpt.report.chart import CONFIG, Figure, chart_scripts, png_chunk
 from pcagpt.report.experiment import experiment_view

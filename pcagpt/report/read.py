@@ -9,7 +9,7 @@ import numpy as np
 from pcagpt.arms import ARMS
 from pcagpt.errors import UserError
 from pcagpt.factorization import factor_files
-from pcagpt.files import check_fields
+from pcagpt.json_files import check_fields
 from pcagpt.losses.deciles import DECILES
 from pcagpt.run.folder import read_record, read_result, read_window_losses
 from pcagpt.telemetry.metrics import read_metrics

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 
 from pcagpt import kernels
+from pcagpt.array_files import memory_bytes
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.files import memory_bytes
 from pcagpt.model import BLOCK_RANK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pcagpt.array_files import read_npz, write_npz
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError, shown
 from pcagpt.factorization import Statistics
-from pcagpt.files import parse_json, read_npz, write_npz
+from pcagpt.json_files import parse_json
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
 from pcagpt.run.trained import Run

@@ -18,8 +18,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pcagpt import trees
+from pcagpt.array_files import LARGEST, check_values
 from pcagpt.errors import Unreadable, UserError, warn_once
-from pcagpt.files import LARGEST, check_values, read_json, strict, sync
+from pcagpt.files import sync
+from pcagpt.json_files import read_json, strict
 from pcagpt.model import is_order
 from pcagpt.run import digests, foreign
 from pcagpt.run.weights import alone, read_weights

@@ -15,14 +15,9 @@ from typing import Any
 
 from pcagpt import trees
 from pcagpt.errors import Unreadable, UserError, unreadable
-from pcagpt.files import (
-    check_digests,
-    digests_of,
-    read_json,
-    read_once,
-    sync,
-    write_json,
-)
+from pcagpt.file_hashes import check_digests, digests_of, read_once
+from pcagpt.files import sync
+from pcagpt.json_files import read_json, write_json
 from pcagpt.run import foreign
 from pcagpt.run.weights import read_weights
 from pcagpt.sharding import processes

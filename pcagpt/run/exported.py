@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from pcagpt import coding
 from pcagpt.errors import UserError
-from pcagpt.files import check_fields, read_json
+from pcagpt.json_files import check_fields, read_json
 from pcagpt.model import CONSTANTS, FULL_TABLE
 from pcagpt.run import hugging_face
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves

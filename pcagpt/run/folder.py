@@ -20,17 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import KNOBS, check_stored
 from pcagpt.errors import UserError, shown, warn_once
-from pcagpt.files import (
-    check_fields,
-    read_json,
-    read_npy,
-    sha256_of_file,
-    strict,
-    write_json,
-    write_npy,
-)
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.json_files import check_fields, read_json, strict, write_json
 from pcagpt.model import DEVICE_KNOBS
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign

@@ -17,7 +17,8 @@ from pcagpt.config import KNOBS
 from pcagpt.data import vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.errors import UserError
-from pcagpt.files import check_digests, check_fields, read_json, read_once
+from pcagpt.file_hashes import check_digests, read_once
+from pcagpt.json_files import check_fields, read_json
 from pcagpt.model import CONSTANTS, TABLES
 from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decoder
 

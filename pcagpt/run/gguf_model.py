@@ -10,7 +10,7 @@ import numpy as np
 
 from pcagpt.data.gguf_header import ENDING, header
 from pcagpt.errors import UserError
-from pcagpt.files import sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run import other_decoder
 
 _TABLE = "token_embd.weight"

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import check_fields, read_json, refuse_odd
+from pcagpt.files import refuse_odd
+from pcagpt.json_files import check_fields, read_json
 from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
 

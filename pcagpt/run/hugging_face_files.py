@@ -10,7 +10,8 @@ from safetensors.numpy import save
 from pcagpt.config import KNOBS
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.files import write_file, write_plain_json
+from pcagpt.files import write_file
+from pcagpt.json_files import write_plain_json
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.model.block import LAYER_NORM_EPSILON
 from pcagpt.run.gpt2_names import PREFIX, TABLE, leaves

@@ -27,7 +27,8 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError
-from pcagpt.files import is_running, read_json, write_json
+from pcagpt.files import is_running
+from pcagpt.json_files import read_json, write_json
 from pcagpt.sharding import processes
 
 BEAT, STALE = 20, 120  # seconds

@@ -8,7 +8,7 @@ import numpy as np
 
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import check_fields
+from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names
 

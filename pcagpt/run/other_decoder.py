@@ -11,7 +11,8 @@ import numpy as np
 
 from pcagpt.config.tasks import TASKS
 from pcagpt.errors import UserError
-from pcagpt.files import read_json, sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.json_files import read_json
 from pcagpt.run import hugging_face
 
 IN_GGUF = " in GGUF"  # ends the architecture of a model in such a file

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from pcagpt.array_files import check_size
 from pcagpt.errors import UserError
-from pcagpt.files import check_size, refuse_odd
+from pcagpt.files import refuse_odd
 from pcagpt.run import foreign
 
 

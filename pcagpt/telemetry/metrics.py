@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError, naming
-from pcagpt.files import check_fields, open_file, parse_json, strict, write_text
+from pcagpt.files import open_file, write_text
+from pcagpt.json_files import check_fields, parse_json, strict
 from pcagpt.telemetry.boards import Boards, Wanted
 from pcagpt.telemetry.tensorboard_files import VAL_LOSS
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError
-from pcagpt.files import check_fields
+from pcagpt.json_files import check_fields
 from pcagpt.run import provenance
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
