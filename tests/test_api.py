@@ -292,8 +292,8 @@ def test_generated_text_ends_before_a_stop_string_and_before_the_end_of_text(
 def test_no_token_is_drawn_that_is_not_asked_for(model, monkeypatch):
     module, drawn = sys.modules[pcagpt.Model.__module__], []
 
-    def generate(*_, **__):
-        while True:
+    def generate(*_, limit, **__):
+        for _ in range(limit):
             drawn.append(1)
             yield np.array([70])
 

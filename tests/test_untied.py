@@ -17,6 +17,7 @@ from runs import snapshot  # noqa: E402
 from test_hugging_face_parity import opened  # noqa: E402
 
 from pcagpt.compression.decoder import Decoder  # noqa: E402
+from pcagpt.compression.open_decoder import tables_of  # noqa: E402
 from pcagpt.compression.sides import INPUT, OUTPUT  # noqa: E402
 from pcagpt.config.schema import COMPRESS_BOUNDS  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
@@ -159,10 +160,8 @@ def test_the_gradient_moment_predicts_the_loss_of_noisy_input_rows(folder):
 def test_tables_of_two_shapes_are_refused(llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     model.lm_head = torch.nn.Linear(32, 90, bias=False)
-    decoder = Decoder(llama, 16)
-    decoder._head = model.lm_head
     with pytest.raises(UserError, match=r"input table is \(97, 32\), its output"):
-        decoder._check_tables()
+        tables_of(model, llama)
 
 
 def asked(corpus_folder, model, workdir, **knobs):

@@ -12,7 +12,6 @@ vocabulary, D width, E deciles.
 import contextlib
 import copy
 import functools
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -21,17 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
-from safetensors import safe_open
 from torch.utils import checkpoint
 
+from pcagpt.compression.open_decoder import open_model, tables_of
 from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
 from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
-from pcagpt.run import hugging_face
 from pcagpt.run.generate import draw
 
 # Windows that pass through the model at a time.
@@ -71,14 +68,10 @@ class Decoder:
         """
         self.folder = folder
         self.device = device()
-        self.model = _open(folder).to(self.device).requires_grad_(False).eval()
-        self._embedding, self._head = self._tables()
-        self._check_tables()
+        self.model = open_model(folder).to(self.device).requires_grad_(False).eval()
+        self._embedding, self._head = tables_of(self.model, folder)
         is_tied = self._head.weight is self._embedding.weight
         self.sides = () if is_tied else (INPUT, OUTPUT)
-        says_tied = getattr(self.model.config, "tie_word_embeddings", False)
-        if (is_tied or says_tied) and not folder.is_file():
-            self._check_stored_table()
         config = self.model.config.get_text_config()
         self.window = min(window, getattr(config, "max_position_embeddings", window))
         self._cap = getattr(config, "final_logit_softcapping", None)
@@ -322,53 +315,6 @@ class Decoder:
             np.asarray(array, np.int64 if is_ids else np.float32), device=self.device
         )
 
-    def _tables(self) -> tuple[Any, Any]:
-        """The modules of input and output; None for one that the model lacks."""
-        found = []
-        for name in ("get_input_embeddings", "get_output_embeddings"):
-            try:
-                found.append(getattr(self.model, name)())
-            except (AttributeError, NotImplementedError):
-                found.append(None)
-        return found[0], found[1]
-
-    def _check_stored_table(self) -> None:
-        """UserError if the files hold two tables for a model that should have one.
-
-        Versions of transformers differ in what they make of it, without a word.
-        """
-        prefix = f"{self.model.base_model_prefix}."
-        named = self.model.named_parameters(remove_duplicate=False)
-        tables = (self._embedding.weight, self._head.weight)
-        own = {name for name, p in named if any(p is table for table in tables)}
-        own |= {name.removeprefix(prefix) for name in own}
-        first: tuple[str, torch.Tensor] | None = None
-        for path in hugging_face.files(self.folder):
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(own & set(file.keys())):
-                    table = file.get_tensor(name)
-                    if first and not torch.equal(first[1], table):
-                        raise UserError(
-                            f"{self.folder}: {name} is another table than {first[0]}, "
-                            "although tie_word_embeddings is true: set it to false in "
-                            "its config.json, or remove the wrong table"
-                        )
-                    first = first or (name, table)
-
-    def _check_tables(self) -> None:
-        """UserError unless input and output have tables of one shape."""
-        own, head = self._embedding, self._head
-        if not isinstance(own, torch.nn.Embedding):
-            raise UserError(f"{self.folder}: its model has no embedding of tokens")
-        if not isinstance(head, torch.nn.Linear):
-            raise UserError(f"{self.folder}: its model has no table of the output")
-        if head.weight.shape != own.weight.shape:
-            raise UserError(
-                f"{self.folder}: its input table is {tuple(own.weight.shape)}, its "
-                f"output table {tuple(head.weight.shape)}: only tables of one shape "
-                "can be measured"
-            )
-
     def _check_head(self) -> None:
         """UserError unless the plain product gives the model's own probabilities.
 
@@ -412,50 +358,3 @@ class Decoder:
                 f"{self.folder}: {name} reads the tokens that it should predict; give "
                 "a causal language model"
             )
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """transformers logs nothing meanwhile; its level is then as before."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-
-
-def _open(folder: Path) -> Any:
-    """The model of a folder in float32; UserError if it has none that is whole."""
-    is_file = folder.is_file()  # GGUF
-    try:
-        # What it would print about damaged files, the errors below say in one line.
-        with _quietly(), contextlib.redirect_stderr(io.StringIO()):
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder.parent if is_file else folder),
-                gguf_file=folder.name if is_file else None,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except MemoryError:
-        raise
-    # The package and what it calls raise errors of many types for damaged files.
-    except Exception as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"transformers cannot open {folder}: {line}") from None
-    # It would go on with random numbers.
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise UserError(
-                f"{folder} has no tensor {names[0]} of the shape that its config.json "
-                "asks for: restore it, or download the model again"
-            )
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"{folder}: {name} holds values that are not finite: restore it, or "
-                "download the model again"
-            )
-    return model
