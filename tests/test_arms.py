@@ -27,7 +27,8 @@ from pcagpt.pipeline.compress import compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import calibrate, initialise
 from pcagpt.run.checkpoint import load_weights, save_weights
-from pcagpt.run.folder import identity, read_record, read_result, write_record
+from pcagpt.run.folder import read_record, read_result, write_record
+from pcagpt.run.identity import identity
 
 pytestmark = pytest.mark.usefixtures("quick")
 ARMS = [arm for arm in arms.ARMS if arm != "baseline"]

@@ -259,7 +259,7 @@ def test_commands_encode_tokens_again_for_a_model_of_another_program(
 def test_a_run_of_ours_is_not_given_other_tokens(model, place, byte_level):
     record = {"data": {"source": "tokens"}, "tokenizer": str(byte_level)}
     run = Run(model, 0, {"model": {}, "vocab_size": SIZE} | record)
-    assert run.encodes_as is None
+    assert run.tokens.encodes_as is None
 
 
 def test_a_text_is_read_with_the_tokenizer_of_the_run(model, place):
@@ -272,7 +272,7 @@ def test_a_text_is_read_with_the_tokenizer_of_the_run(model, place):
         ("", "auto", "auto"),
     ):
         given = Settings().replace({"data.source": source, "data.tokenizer": asked})
-        assert run.with_tokenizer(given.data).tokenizer == wanted
+        assert run.tokens.with_tokenizer(given.data).tokenizer == wanted
 
 
 def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, place):

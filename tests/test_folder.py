@@ -25,9 +25,6 @@ from pcagpt.json_files import write_json
 from pcagpt.report.read import read_row
 from pcagpt.run import checkpoint
 from pcagpt.run.folder import (
-    changed_fields,
-    config_sha256,
-    identity,
     look,
     read_record,
     read_result,
@@ -35,6 +32,7 @@ from pcagpt.run.folder import (
     write_record,
     write_result,
 )
+from pcagpt.run.identity import changed_fields, config_sha256, identity
 
 pytestmark = pytest.mark.usefixtures("quick")
 OTHER = {"train.gradient_clip": 0.5}  # another run

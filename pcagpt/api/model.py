@@ -259,5 +259,5 @@ def load(
         given = {"data.tokenizer": tokenizer, "model.compute_dtype": compute_dtype}
         settings = settings_of("sample", {"model_path": absolute(path), **given})
         run = Run.asked(settings)
-        run.tokenizer_name(tokenizer)  # Refuses another one at once.
+        run.tokens.tokenizer_name(tokenizer)  # Refuses another one at once.
         return Model(run, settings)

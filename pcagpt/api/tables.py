@@ -225,7 +225,7 @@ def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]
         source = os.path.expanduser(data)
         is_text = isinstance(sources.find_source(source), sources.TextSource)
         # A text is read with the tokenizer of the model.
-        own = run.tokenizer_name(tokenizer) if is_text else None
+        own = run.tokens.tokenizer_name(tokenizer) if is_text else None
         return {"data.source": source, "data.tokenizer": own or tokenizer}
     if {"train", "val"} - data.keys() or data.keys() - set(SPLITS):
         raise UserError(

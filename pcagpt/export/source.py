@@ -121,7 +121,7 @@ class RunSource:
     def __init__(self, run: Run, tokenizer: str):
         self.run, self.folder, self.record = run, run.folder, run.record
         self.identity = {"step": run.step, "fingerprint": run.fingerprint}
-        self._tokenizer = run.tokenizer_name(tokenizer)
+        self._tokenizer = run.tokens.tokenizer_name(tokenizer)
         self.tokenizer_sha256 = None
         if texts := self.record.get("characters"):
             self.tokenizer_sha256 = hashlib.sha256(repr(texts).encode()).hexdigest()

@@ -389,7 +389,7 @@ class FactorizeJob(Job):
         run = Run.open(self.source)
         data = run.data(data)
         corpus = open_corpus(
-            data.source, cache_dir, data.tokenizer, ["train"], run.encodes_as
+            data.source, cache_dir, data.tokenizer, ["train"], run.tokens.encodes_as
         )
         return corpus.tokens_sha256("train")
 

@@ -166,7 +166,8 @@ def _like_baseline(settings: Settings) -> Settings:
     source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
     sizes = {"model": model, "model.vocab_size": source.record["vocab_size"]}
-    settings = settings.replace({**sizes, "data": source.with_tokenizer(settings.data)})
+    data = source.tokens.with_tokenizer(settings.data)
+    settings = settings.replace({**sizes, "data": data})
     check_rules(settings)
     return settings
 
@@ -188,7 +189,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
     free = (*DEVICE_KNOBS, "dropout")
     source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
-    data = source.with_tokenizer(settings.data)
+    data = source.tokens.with_tokenizer(settings.data)
     settings = settings.replace({"model": model, "data": data})
     check_rules(settings)
     # The table of a coded model has full width.

@@ -84,7 +84,7 @@ def tokenizer_of(
     Raises UserError as `sample` does, NoTokenizer if there is neither.
     """
     asked, rows = settings.data.tokenizer, run.record["vocab_size"]
-    if name := run.tokenizer_name(asked):
+    if name := run.tokens.tokenizer_name(asked):
         return vocabulary.load(name)
     texts = run.record.get("characters") or _texts_of_corpus(run, settings)
     if not texts:

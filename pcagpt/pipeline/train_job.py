@@ -31,13 +31,13 @@ from pcagpt.run import checkpoint, fingerprint, initialise, lock
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     FolderState,
-    changed_fields,
     look,
     move_aside,
     read_record,
     read_result,
     write_record,
 )
+from pcagpt.run.identity import changed_fields
 from pcagpt.sharding import processes
 from pcagpt.training.loop import train
 from pcagpt.training.meter import NotFinite

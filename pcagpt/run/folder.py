@@ -11,8 +11,6 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,34 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.array_files import read_npy, write_npy
-from pcagpt.config import KNOBS, check_stored
-from pcagpt.errors import UserError, shown, warn_once
+from pcagpt.config import check_stored
+from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
-from pcagpt.json_files import check_fields, read_json, strict, write_json
-from pcagpt.model import DEVICE_KNOBS
+from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
+from pcagpt.run.identity import changed_model, identity, is_same_run
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
-
-# The sections that determine a run's numbers. Other knobs may change when it resumes.
-IDENTITY = (
-    "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
-)  # fmt: skip
-# Corpus and imports are compared by hash, not by path, so they can be moved. Only
-# `evaluate` reads a run's test split. Chunks of the loss change it by rounding only.
-NOT_IDENTITY = (
-    "corpus.test",
-    "data.cache_dir",
-    "init.import_wte_npy",
-    "init.import_scale_matrices_npz",
-    "init.import_bands",
-    "init.blocks_from",
-    "init.weights_from",
-    "distill.teacher",
-    "train.loss_chunks",
-    *(f"model.{name}" for name in DEVICE_KNOBS),
-)
 
 _CONFIG_REMEDY = (
     "delete it if the run was trained here (its checkpoints have a copy), or repeat "
@@ -235,10 +214,10 @@ class FolderState:
             run_id = digests.owner(folder) if copy is None else None
             is_others = run_id and run_id != (self.stored or {}).get("run_id", run_id)
             if is_others or (
-                copy and self.stored and not _is_same_run(copy, self.stored)
+                copy and self.stored and not is_same_run(copy, self.stored)
             ):
                 return f"{folder} is a checkpoint of another run than {own}"
-            if copy and self.stored and (changed := _changed_model(copy, self.stored)):
+            if copy and self.stored and (changed := changed_model(copy, self.stored)):
                 return f"{own} describes another model than {folder}: {changed}"
             known = self._weights_sha256(step)
             if known and digests.of_weights(folder) not in (None, known):
@@ -344,23 +323,6 @@ def _is_of_begun_run(log: Path) -> bool:
     return log.stat().st_size > 0 and steps != {0}
 
 
-def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records are of one run. Those of older versions have no run_id."""
-    is_known = {"run_id"} <= one.keys() & other.keys()
-    parts = ("run_id",) if is_known else ("seed", "train")
-    old, new = identity(one, parts), identity(other, parts)
-    return all(old[name] == new[name] for name in old.keys() & new.keys())
-
-
-def _changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
-    """The first knob of the model in which two records differ, with both values."""
-    sections = ("model", *({"vocab_size"} & copy.keys() & stored.keys()))
-    old, new = identity(copy, sections), identity(stored, sections)
-    differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
-    name = min(differing, default=None)
-    return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
-
-
 def removed(path: Path) -> UserError:
     """The error of a command that no longer finds what it wrote."""
     return UserError(
@@ -424,59 +386,3 @@ def write_result(
     path = run_dir / "val_window_losses.npy"
     write_npy(path, window_losses)
     write_json(run_dir / "result.json", result | {_WINDOWS_HASH: sha256_of_file(path)})
-
-
-def identity(
-    record: dict[str, Any], sections: tuple[str, ...] = IDENTITY
-) -> dict[str, Any]:
-    """{'train.steps': 5000, ...}: the fields that decide a run's numbers.
-
-    A knob that is newer than the record has its default.
-    """
-    found = {
-        path: knob.default
-        for path, knob in KNOBS.items()
-        if path.split(".")[0] in sections
-    }
-    for section in sections:
-        value = record.get(section)
-        if isinstance(value, dict):
-            found |= {f"{section}.{name}": entry for name, entry in value.items()}
-        else:
-            found[section] = value
-    if not found.get("distill.teacher"):  # It then has no effect.
-        found["distill.share"] = KNOBS["distill.share"].default
-    return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
-
-
-def config_sha256(record: dict[str, Any]) -> str:
-    """Hash of a record's identity."""
-    text = json.dumps(identity(record), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """'train.steps (was 5000, now 6000)' for each difference from the stored record.
-
-    An import whose hash in `record` is None is not compared, nor are the bands that
-    come from it. If only one record knows the corpus, `Corpus.changed_parts` compares
-    it, and not this function.
-    """
-    known, hashes = (one.get("imported_sha256") or {} for one in (stored, record))
-    unknown = {name for name, sha256 in hashes.items() if sha256 is None}
-    hashes = hashes | {name: known.get(name) for name in unknown}
-    record = record | {"imported_sha256": hashes}
-    if "import_bands" in unknown:
-        bands = {name: record["model"][name] for name in ("band_sizes", "band_ranks")}
-        stored = stored | {"model": (stored.get("model") or {}) | bands}
-    # The oldest runs know only where their corpus lay.
-    is_oldest = not {"corpus", "corpus_sha256"} & stored.keys()
-    sections = (*IDENTITY, "data") if is_oldest else IDENTITY
-    if "corpus" not in record or "corpus" not in stored:
-        record, stored = record | {"corpus": None}, stored | {"corpus": None}
-    old, new = identity(stored, sections), identity(record, sections)
-    return [
-        f"{name} (was {shown(old.get(name))}, now {shown(new.get(name))})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]

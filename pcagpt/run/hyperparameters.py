@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcagpt.model import GPTConfig, embedding_parameters, total_parameters
-from pcagpt.run.folder import identity
+from pcagpt.run.identity import identity
 
 _SECTIONS = ("arm", "seed", "model", "train", "distill", "init")
 _RANK = "model.n_embd_wte"  # `sizes` has it.

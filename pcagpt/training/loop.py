@@ -25,7 +25,8 @@ from pcagpt.model import (
 from pcagpt.run import checkpoint, digests, hyperparameters, provenance
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
-from pcagpt.run.folder import WEIGHTS_HASH, config_sha256, write_result
+from pcagpt.run.folder import WEIGHTS_HASH, write_result
+from pcagpt.run.identity import config_sha256
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress

@@ -143,7 +143,7 @@ class Setup:
         init = self.settings.init
         # The corpus may not say what its ids mean.
         for start in (init.weights_from or self.settings.model_path, init.blocks_from):
-            if start and not run.may_share_tokens(Run.open(start)):
+            if start and not run.tokens.may_share(Run.open(start).tokens):
                 raise UserError(
                     f"distill.teacher: {path} numbers its tokens in another way than "
                     f"{start}: restore its tokenizer, or name another teacher"

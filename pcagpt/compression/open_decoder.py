@@ -1,0 +1,119 @@
+"""Opens a causal language model of transformers and finds its tables.
+
+A model with missing, odd or contradicting weights is refused: transformers would go on
+with random numbers, or with one of two tables.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from pcagpt.errors import UserError
+from pcagpt.run import hugging_face
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers logs nothing meanwhile; its level is then as before."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def open_model(folder: Path) -> Any:
+    """The model of a folder in float32; UserError if it has none that is whole."""
+    is_file = folder.is_file()  # GGUF
+    try:
+        # What it would print about damaged files, the errors below say in one line.
+        with _quietly(), contextlib.redirect_stderr(io.StringIO()):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder.parent if is_file else folder),
+                gguf_file=folder.name if is_file else None,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except MemoryError:
+        raise
+    # The package and what it calls raise errors of many types for damaged files.
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(f"transformers cannot open {folder}: {line}") from None
+    # It would go on with random numbers.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise UserError(
+                f"{folder} has no tensor {names[0]} of the shape that its config.json "
+                "asks for: restore it, or download the model again"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{folder}: {name} holds values that are not finite: restore it, or "
+                "download the model again"
+            )
+    return model
+
+
+def tables_of(model: Any, folder: Path) -> tuple[torch.nn.Embedding, torch.nn.Linear]:
+    """The modules of input and output; they share one parameter in a tied model.
+
+    Raises UserError unless the model has both, with tables of one shape, or if its
+    files hold two tables although it should have one.
+    """
+    own = _found(model.get_input_embeddings)
+    head = _found(model.get_output_embeddings)
+    if not isinstance(own, torch.nn.Embedding):
+        raise UserError(f"{folder}: its model has no embedding of tokens")
+    if not isinstance(head, torch.nn.Linear):
+        raise UserError(f"{folder}: its model has no table of the output")
+    if head.weight.shape != own.weight.shape:
+        raise UserError(
+            f"{folder}: its input table is {tuple(own.weight.shape)}, its output table "
+            f"{tuple(head.weight.shape)}: only tables of one shape can be measured"
+        )
+    says_tied = getattr(model.config, "tie_word_embeddings", False)
+    if (head.weight is own.weight or says_tied) and not folder.is_file():
+        _check_stored_table(model, (own.weight, head.weight), folder)
+    return own, head
+
+
+def _found(get: Any) -> Any:
+    """What a getter of the model returns; None if the model lacks it."""
+    try:
+        return get()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _check_stored_table(model: Any, tables: tuple, folder: Path) -> None:
+    """UserError if the files hold two tables for a model that should have one.
+
+    Versions of transformers differ in what they make of it, without a word.
+    """
+    prefix = f"{model.base_model_prefix}."
+    named = model.named_parameters(remove_duplicate=False)
+    own = {name for name, p in named if any(p is table for table in tables)}
+    own |= {name.removeprefix(prefix) for name in own}
+    first: tuple[str, torch.Tensor] | None = None
+    for path in hugging_face.files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(own & set(file.keys())):
+                table = file.get_tensor(name)
+                if first and not torch.equal(first[1], table):
+                    raise UserError(
+                        f"{folder}: {name} is another table than {first[0]}, although "
+                        "tie_word_embeddings is true: set it to false in its "
+                        "config.json, or remove the wrong table"
+                    )
+                first = first or (name, table)

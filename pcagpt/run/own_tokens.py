@@ -1,0 +1,172 @@
+"""The tokens that a run's model knows, and whether those of a corpus are the same."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Self
+
+from pcagpt.config.schema import DataSettings
+from pcagpt.data import vocabulary
+from pcagpt.data.corpus import Corpus
+from pcagpt.data.meta import CorpusInfo
+from pcagpt.data.sources import TextSource, find_source
+from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
+from pcagpt.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTokens:
+    """What `record`, the run's config.json, says of its tokens."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    def with_tokenizer(self, asked: DataSettings) -> DataSettings:
+        """`asked`; a text gets the model's tokenizer if no other is asked for."""
+        name = self.record.get("tokenizer")
+        if not (
+            asked.source and asked.tokenizer == "auto" and vocabulary.is_known(name)
+        ):
+            return asked
+        is_text = isinstance(find_source(asked.source), TextSource)
+        return dataclasses.replace(asked, tokenizer=name) if is_text else asked
+
+    @property
+    def encodes_as(self) -> str | None:
+        """The tokenizer that a model of another program needs tokens of.
+
+        None if it is unknown or gone, and for a run of ours: it was trained on tokens.
+        """
+        name = self.record.get("tokenizer")
+        is_open = "data" not in self.record and vocabulary.is_known(name)
+        return name if is_open else None
+
+    def tokenizer_name(self, asked: str) -> str | None:
+        """The name of the run's tokenizer, or of the one that was asked for.
+
+        None if the run has none, or characters, and 'auto' was asked for. Raises
+        UserError for another tokenizer than the run's own, or one with too many tokens.
+        """
+        name, texts = (self.record.get(field) for field in ("tokenizer", "characters"))
+        if asked != "auto" and (texts or (name and not self.has_tokenizer(asked))):
+            own = name or f"its own {len(texts)} characters"
+            raise UserError(
+                f"data.tokenizer is '{asked}', but {self.folder} was trained on tokens "
+                f"of {own}: leave it out"
+            )
+        if texts or (asked == "auto" and not name):
+            return None
+        chosen = vocabulary.name_of(name if asked == "auto" else asked)
+        if name and not self.has_tokenizer(chosen):
+            raise UserError(
+                f"{chosen} is another tokenizer now than the one of {self.folder}: "
+                "restore it, or name the file of the old one as --config.data.tokenizer"
+            )
+        size, rows = vocabulary.describe(chosen).least_rows, self.record["vocab_size"]
+        if rows < size:
+            raise UserError(
+                f"data.tokenizer: {chosen} has {size} tokens, the model of "
+                f"{self.folder} {rows}: {how_to_name_tokens(rows)}"
+            )
+        return chosen
+
+    def has_tokenizer(self, name: str) -> bool:
+        """Whether the run's own tokenizer is the one with this name.
+
+        Its file may have been moved or changed: the record has its hash, too.
+        """
+        own, recorded = self.record.get("tokenizer"), self._sha256
+        is_packaged = name in RANKS and own == name
+        if recorded and not is_packaged and vocabulary.is_known(name):
+            return vocabulary.describe(name).sha256 == recorded
+        return vocabulary.are_same(own, name)
+
+    def may_share(self, other: Self) -> bool:
+        """Whether the ids of two runs may mean the same text, as far as it is known."""
+        name = self.record.get("tokenizer")
+        if name in RANKS and name == other.record.get("tokenizer"):
+            return True
+        texts = [tuple(one.record.get("characters") or ()) for one in (self, other)]
+        hashes = [self._sha256, other._sha256]
+        return all(a == b for a, b in (texts, hashes) if a and b)
+
+    @property
+    def _sha256(self) -> str | None:
+        """The recorded hash of the run's tokenizer; one of the package has its own."""
+        of_corpus, name = self.record.get("corpus") or {}, self.record.get("tokenizer")
+        stated = self.record.get("tokenizer_sha256") or of_corpus.get(
+            "tokenizer_sha256"
+        )
+        return stated or (RANKS[name].sha256 if name in RANKS else None)
+
+    def check(self, corpus: CorpusInfo) -> None:
+        """Raises UserError if the corpus has unknown ids, or another tokenizer.
+
+        Two names are compared as such, otherwise the texts of the ids, or hashes.
+        """
+        own = self.record.get("tokenizer")
+        if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
+            raise UserError(
+                f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
+                f"{self.folder} knows those of {own}: set "
+                f"--config.data.tokenizer={own}"
+            )
+        known_ids = self.record["vocab_size"]
+        if corpus.vocab_size > known_ids and not self._may_fit(corpus):
+            raise UserError(
+                f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
+                f"model of {self.folder} knows {known_ids} tokens: give the corpus "
+                "that it was trained on"
+            )
+        if own and corpus.tokenizer:
+            return
+        texts = self.record.get("characters"), corpus.characters
+        hashes = self._sha256, corpus.tokenizer_sha256
+        known, other = hashes if None in texts else map(tuple, texts)
+        if known and other and known != other:
+            raise self.other_numbering(corpus)
+
+    def _may_fit(self, corpus: CorpusInfo) -> bool:
+        """Whether only added tokens of its tokenizer can be ids without a row."""
+        if not (self.record.get("tokenizer") and corpus.tokenizer):
+            return False
+        least = vocabulary.describe(corpus.tokenizer).least_rows
+        return least <= self.record["vocab_size"]
+
+    def within_rows(self, corpus: Corpus, splits: Collection[str]) -> Corpus:
+        """The corpus, without added tokens that the table has no row for.
+
+        UserError if a split has such a token.
+        """
+        rows = self.record["vocab_size"]
+        if corpus.vocab_size <= rows:
+            return corpus
+        for split in splits:
+            if (highest := int(corpus.tokens(split).max(initial=0))) >= rows:
+                raise UserError(
+                    f"the {split} split of {corpus.name} has the added token with id "
+                    f"{highest}, but {self.folder} knows {rows} tokens: remove it from "
+                    "the text"
+                )
+        return dataclasses.replace(corpus, vocab_size=rows)
+
+    def other_numbering(self, corpus: CorpusInfo) -> UserError:
+        """The error of a corpus whose ids stand for other text."""
+        return UserError(
+            f"{corpus.name} numbers its tokens in another way than the corpus of "
+            f"{self.folder}: its ids mean other text to the model; make them with "
+            "the run's own meta file"
+        )
+
+    def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
+        """Raises UserError if nothing says that tokens are those of the model."""
+        known = ("data", "tokenizer", "characters")
+        if any(self.record.get(name) for name in known) or asked != "auto":
+            return
+        if corpus.tokenizer:
+            raise UserError(
+                f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
+                f"{corpus.tokenizer}: put the model's tokenizer.json there, or, if "
+                "these are its tokens, set --config.data.tokenizer="
+                f"{corpus.tokenizer}"
+            )
