@@ -13,13 +13,9 @@ from pcagpt.methods import CODED, PACKED
 from pcagpt.model import GPTConfig
 from pcagpt.model.size import embedding_parameters, total_parameters
 from pcagpt.report.compare import QUESTIONS, judge_claims
-from pcagpt.report.sweep import (
-    SMALL_COST,
-    baseline_of,
-    compared_rows,
-    row_name,
-    sweep_view,
-)
+from pcagpt.report.recommend import SMALL_COST, compared_rows
+from pcagpt.report.row_text import row_name
+from pcagpt.report.sweep import baseline_of, sweep_view
 from pcagpt.report.text import (
     MINUS,
     NOTHING,

@@ -15,7 +15,8 @@ from readme_parts import PARTS
 
 from pcagpt.arms import ARMS
 from pcagpt.methods import CODED
-from pcagpt.report.sweep import row_name, sweep_view
+from pcagpt.report.row_text import row_name
+from pcagpt.report.sweep import sweep_view
 from pcagpt.report.text import (
     NOTHING,
     code,

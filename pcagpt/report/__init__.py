@@ -16,4 +16,5 @@ from pcagpt.report.figures import (
 )
 from pcagpt.report.finding import experiment_lines, how_to_take, sweep_lines
 from pcagpt.report.page import write_report, write_sweep_report, write_table_report
-from pcagpt.report.sweep import advice_text, recommended_row
+from pcagpt.report.recommend import recommended_row
+from pcagpt.report.row_text import advice_text

@@ -8,13 +8,8 @@ from typing import Any
 
 from pcagpt.config.command_line import next_command
 from pcagpt.methods import FREE, METHODS
-from pcagpt.report.sweep import (
-    full_name,
-    methods_in,
-    own_size,
-    size_text,
-    stored_columns,
-)
+from pcagpt.report.row_text import full_name, size_text
+from pcagpt.report.sweep import methods_in, own_size, stored_columns
 from pcagpt.report.text import Column, count, fixed, times
 from pcagpt.rows import ErrorRow
 

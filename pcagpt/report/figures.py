@@ -11,15 +11,9 @@ from pcagpt.losses.deciles import DECILES
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.bare_table import energy_text, error_text
 from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
-from pcagpt.report.sweep import (
-    baseline_of,
-    compared_rows,
-    full_name,
-    limit_points,
-    own_size,
-    row_name,
-    table_name,
-)
+from pcagpt.report.recommend import compared_rows
+from pcagpt.report.row_text import full_name, row_name, table_name
+from pcagpt.report.sweep import baseline_of, limit_points, own_size
 from pcagpt.report.text import count, fixed, percent, signed, with_interval
 from pcagpt.rows import AnyRow, Row, Stored
 

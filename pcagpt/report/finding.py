@@ -6,17 +6,16 @@ from typing import Any
 
 from pcagpt.config.command_line import next_command
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
-from pcagpt.report.sweep import (
+from pcagpt.report.recommend import (
     SMALL_COST,
-    SPLIT_TITLES,
-    baseline_of,
     form_of,
-    full_name,
     is_cheap,
     model_of,
     recommended_model,
     recommended_row,
 )
+from pcagpt.report.row_text import full_name
+from pcagpt.report.sweep import SPLIT_TITLES, baseline_of
 from pcagpt.report.text import count, fixed, signed, times, with_interval
 from pcagpt.rows import Row
 

@@ -3,7 +3,6 @@
 `sweep` is the content of sweep.json as `read_sweep` returns it.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,19 @@ from typing import Any
 import numpy as np
 
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED
-from pcagpt.methods import CODED, CODES, METHODS, RIVALS
+from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.compare import INTERVAL
+from pcagpt.report.recommend import (
+    SMALL_COST,
+    compared_rows,
+    form_of,
+    is_cheap,
+    model_of,
+    recommended_model,
+    recommended_row,
+    rounded_row,
+)
+from pcagpt.report.row_text import full_name, row_name
 from pcagpt.report.text import (
     NOTHING,
     Column,
@@ -28,7 +38,6 @@ from pcagpt.report.text import (
 from pcagpt.rows import Row, Stored
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
-SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 
@@ -37,7 +46,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
     best, compared = recommended_row(sweep), compared_rows(sweep)
     model = recommended_model(sweep)
-    rounded = _rounded(rows, best)
+    rounded = rounded_row(sweep)
     measured = table_columns(sweep)
     short = [column for column in measured if column.title in _SHORT]
 
@@ -183,17 +192,6 @@ def _is_other_architecture(sweep: dict[str, Any]) -> bool:
     return bool(sweep.get("architecture") or "transformers" in packages)
 
 
-def _highest_added(row: Row) -> float:
-    """The upper end of the interval of the added loss, or the added loss itself."""
-    return (row.added_loss_interval or [row.added_loss])[-1]
-
-
-def full_name(row: Stored) -> str:
-    """The name of a row's table, with its rank: 'context, 12 bands, k=128'."""
-    rank = f", k={row.rank}" if row.rank else ""
-    return row_name(row.method, row.bands, row.bits) + rank
-
-
 def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
     """(bytes, loss) of the Gaussian rate-distortion line, about a sweep's tables."""
     sizes = [row.bytes for row in sweep["rows"]]
@@ -202,13 +200,6 @@ def limit_points(sweep: dict[str, Any]) -> list[tuple[int, float]]:
         for size, loss in sweep.get("gaussian_limit") or ()
         if min(sizes) / 2 <= size <= max(sizes) and loss >= SMALLEST_ADDED
     ]
-
-
-def _rounded(rows: list[Row], best: Row) -> Row | None:
-    """The smallest rival that surely adds no more than `best`, or SMALL_COST."""
-    limit = max(_highest_added(best), SMALL_COST)
-    rivals = (row for row in rows if row.method in RIVALS)
-    return next((row for row in rivals if _highest_added(row) <= limit), None)
 
 
 def methods_in(rows: Sequence[Stored]) -> dict[str, str]:
@@ -227,103 +218,6 @@ def methods_in(rows: Sequence[Stored]) -> dict[str, str]:
     return found
 
 
-def recommended_row(sweep: dict[str, Any]) -> Row:
-    """The smallest table that surely adds at most `SMALL_COST`.
-
-    'Surely': the upper end of its interval does. If no table does, the one that adds
-    least. A rival can be recommended, too.
-    """
-    return _recommended(sweep["rows"])
-
-
-def recommended_model(sweep: dict[str, Any]) -> Row | None:
-    """As `recommended_row`, of the tables that a sweep writes as models."""
-    rows = [row for row in sweep["rows"] if row.model_name]
-    return _recommended(rows) if rows else None
-
-
-def _recommended(rows: list[Row]) -> Row:
-    cheap = filter(is_cheap, sorted(rows, key=lambda row: row.bytes))
-    return next(cheap, None) or min(rows, key=lambda row: row.added_loss)
-
-
-def is_cheap(row: Row) -> bool:
-    """Whether a table surely adds at most `SMALL_COST`."""
-    return _highest_added(row) <= SMALL_COST
-
-
-def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
-    """The name of the folder with the model of a row, None without one.
-
-    Older versions did not record which table each model has.
-    """
-    models = sweep.get("models", {row.model_name: dataclasses.asdict(row.recipe)})
-    made = models.get(row.model_name)
-    return row.model_name if made == dataclasses.asdict(row.recipe) else None
-
-
-def form_of(row: Stored, side: str) -> str:
-    """The smallest form in which the model of a row is exported: `format` of a command.
-
-    side: of the table, if it is one of two; 'hf-factored' holds one for both sides.
-    """
-    if row.method == CODED:
-        return CODED
-    is_small = row.is_codes or any(row.band_ranks)
-    return "hf-factored" if is_small and not side else "hf"
-
-
-def compared_rows(sweep: dict[str, Any]) -> list[Row]:
-    """The recommended row and, of every other kind, the row nearest to its size.
-
-    A kind is a method in one band or in several, whatever their number and the bits.
-    """
-    best, nearest = recommended_row(sweep), {}
-    for row in sweep["rows"]:
-        kind = row.method, row.bands > 1
-        known = nearest.setdefault(kind, row)
-        if _distance(row, best) < _distance(known, best):
-            nearest[kind] = row
-    nearest[best.method, best.bands > 1] = best
-    return sorted(nearest.values(), key=lambda row: row.added_loss)
-
-
-def _distance(row: Row, other: Row) -> tuple[float, float]:
-    """How far the sizes of two tables are apart; then the added loss."""
-    return abs(math.log(row.bytes / other.bytes)), row.added_loss
-
-
-def of_rank(rank: int) -> str:
-    """The name of a rank, 0 for full width."""
-    return f"rank {rank}" if rank else "full width"
-
-
-def size_text(row: Stored, table: tuple[int, int]) -> str:
-    """Describes the size of a row for a table [V, D], in two lines."""
-    bands = ", ".join(
-        f"{size} tokens" + ("" if row.method in CODES else f" at {of_rank(rank)}")
-        for size, rank in zip(row.band_sizes, row.band_ranks, strict=True)
-    )
-    bits = 8 * row.bytes / math.prod(table)
-    return (
-        f"{row_name(row.method, row.bands, row.bits)}: {count(row.params)} numbers in "
-        f"{count(row.bytes)} bytes, {fixed(bits, 2)} bits for each of D's table\n"
-        f"bands: {bands}"
-    )
-
-
-def advice_text(row: Row, table: tuple[int, int]) -> str:
-    """Describes the choice for a table [V, D] in a few lines for the terminal."""
-    known = row.predicted_loss
-    predicted = "" if known is None else f"{signed(known, 4)} predicted, "
-    return (
-        f"{size_text(row, table)}\n"
-        f"added loss: {predicted}"
-        f"{with_interval(row.added_loss, row.added_loss_interval)} measured, in nats "
-        f"per token (±: {INTERVAL})"
-    )
-
-
 def own_size(sweep: dict[str, Any]) -> dict[str, int]:
     """params, and bytes as float32, of the own table."""
     vocab_size, width = sweep["protocol"]["table"]
@@ -334,19 +228,6 @@ def own_size(sweep: dict[str, Any]) -> dict[str, int]:
 def baseline_of(sweep: dict[str, Any]) -> dict[str, Any]:
     """params, bytes (as float32) and loss of the model with its own table."""
     return {**own_size(sweep), "loss": sweep["rows"][0].loss}
-
-
-def table_name(method: str, bands: str, bits: int = 32) -> str:
-    """Joins the parts of a name that apply: 'context, 12 bands, int8'."""
-    if method in RIVALS:
-        return RIVALS[method].name.format(bits=bits)
-    rounding = f"int{bits}" if 0 < bits < 32 else ""
-    return ", ".join(filter(None, [method, bands, rounding]))
-
-
-def row_name(method: str, bands: int, bits: int = 32) -> str:
-    """The name of a row's table."""
-    return table_name(method, f"{bands} bands" if bands > 1 else "", bits)
 
 
 def _at_sizes(sweep: dict[str, Any]) -> list[tuple[str, dict[int, str]]]:

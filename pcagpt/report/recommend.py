@@ -1,0 +1,95 @@
+"""Which tables of a sweep a report recommends, and which it compares with these.
+
+`sweep` is the content of sweep.json as `read_sweep` returns it.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from pcagpt.methods import CODED, RIVALS
+from pcagpt.rows import Row, Stored
+
+SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
+
+
+def recommended_row(sweep: dict[str, Any]) -> Row:
+    """The smallest table that surely adds at most `SMALL_COST`.
+
+    'Surely': the upper end of its interval does. If no table does, the one that adds
+    least. A rival can be recommended, too.
+    """
+    return _recommended(sweep["rows"])
+
+
+def recommended_model(sweep: dict[str, Any]) -> Row | None:
+    """As `recommended_row`, of the tables that a sweep writes as models."""
+    rows = [row for row in sweep["rows"] if row.model_name]
+    return _recommended(rows) if rows else None
+
+
+def _recommended(rows: list[Row]) -> Row:
+    cheap = filter(is_cheap, sorted(rows, key=lambda row: row.bytes))
+    return next(cheap, None) or min(rows, key=lambda row: row.added_loss)
+
+
+def is_cheap(row: Row) -> bool:
+    """Whether a table surely adds at most `SMALL_COST`."""
+    return _highest_added(row) <= SMALL_COST
+
+
+def _highest_added(row: Row) -> float:
+    """The upper end of the interval of the added loss, or the added loss itself."""
+    return (row.added_loss_interval or [row.added_loss])[-1]
+
+
+def rounded_row(sweep: dict[str, Any]) -> Row | None:
+    """The smallest rival that surely adds no more than the recommended row.
+
+    Or no more than SMALL_COST, if that is more. None if no rival does.
+    """
+    limit = max(_highest_added(recommended_row(sweep)), SMALL_COST)
+    rivals = (row for row in sweep["rows"] if row.method in RIVALS)
+    cheap = (row for row in rivals if _highest_added(row) <= limit)
+    return min(cheap, key=lambda row: (row.bytes, row.added_loss), default=None)
+
+
+def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
+    """The name of the folder with the model of a row, None without one.
+
+    Older versions did not record which table each model has.
+    """
+    models = sweep.get("models", {row.model_name: dataclasses.asdict(row.recipe)})
+    made = models.get(row.model_name)
+    return row.model_name if made == dataclasses.asdict(row.recipe) else None
+
+
+def form_of(row: Stored, side: str) -> str:
+    """The smallest form in which the model of a row is exported: `format` of a command.
+
+    side: of the table, if it is one of two; 'hf-factored' holds one for both sides.
+    """
+    if row.method == CODED:
+        return CODED
+    is_small = row.is_codes or any(row.band_ranks)
+    return "hf-factored" if is_small and not side else "hf"
+
+
+def compared_rows(sweep: dict[str, Any]) -> list[Row]:
+    """The recommended row and, of every other kind, the row nearest to its size.
+
+    A kind is a method in one band or in several, whatever their number and the bits.
+    """
+    best, nearest = recommended_row(sweep), {}
+    for row in sweep["rows"]:
+        kind = row.method, row.bands > 1
+        known = nearest.setdefault(kind, row)
+        if _distance(row, best) < _distance(known, best):
+            nearest[kind] = row
+    nearest[best.method, best.bands > 1] = best
+    return sorted(nearest.values(), key=lambda row: row.added_loss)
+
+
+def _distance(row: Row, other: Row) -> tuple[float, float]:
+    """How far the sizes of two tables are apart; then the added loss."""
+    return abs(math.log(row.bytes / other.bytes)), row.added_loss
