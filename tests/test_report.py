@@ -767,6 +767,14 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
         assert f"- **{name}**: {words}" in text
 
 
+def test_a_part_of_a_sweep_s_report_without_content_has_no_heading(tmp_path):
+    codes = sweep_row("coded", rank=0, bits=4, added_loss_by_decile=None)
+    for rows, is_there in (([codes], False), ([codes, sweep_row("svd")], True)):
+        page = write_sweep_report(tmp_path, sweep_of(rows))
+        text = page.with_suffix(".md").read_text("utf-8")
+        assert ("## Questions" in text) == is_there
+
+
 def test_each_number_of_bits_with_a_dash_has_a_shape_of_its_own():
     assert figures.BITS_SHAPES.keys() == figures.BITS_DASHES.keys()
     assert len(set(figures.BITS_SHAPES.values())) == len(figures.BITS_SHAPES)
