@@ -68,7 +68,7 @@ if __name__ == "__main__":
 import bench_pcagpt
 import jax
 
-from pcagpt import files
+from pcagpt import json_files
 from pcagpt.run import provenance
 
 bench_torch = None
@@ -170,7 +170,7 @@ def main() -> int:
                     for measured in measure(group, args, folder):
                         rows = finished + measured
                         if args.out:
-                            files.write_json(args.out, report(rows))
+                            json_files.write_json(args.out, report(rows))
                 except RuntimeError as error:  # JAX and PyTorch derive from it.
                     if not is_out_of_memory(error):
                         raise

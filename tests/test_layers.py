@@ -12,6 +12,8 @@ ROOT = Path(pcagpt.__file__).parent
 ROWS = (
     "errors",
     "files process trees arms methods",
+    "json_files array_files",
+    "file_hashes",
     "sharding",
     "kernels",
     "config model factorization data telemetry",

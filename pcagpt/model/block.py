@@ -20,6 +20,8 @@ from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
 LAYER_NORM_EPSILON = 1e-5  # as in GPT-2; flax's default is 1e-6
+# Of XLA's causal attention: fewer queries make slow products, more blocks compile long.
+LEAST_QUERIES, MOST_BLOCKS = 64, 4
 
 
 class Linear(nn.Module):
@@ -109,7 +111,10 @@ class Attention(nn.Module):
         if position is not None:
             y_ND, bias_D = self._attend_to_cache(x_ND @ kernel, bias, position)
             return project_back(config, y_ND, bias_D, deterministic)
-        q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
+        if config.attention == "xla":  # It copies all three in any case.
+            q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel, 3, axis=1)
+        else:
+            q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
         # The key's bias adds the same number to all logits of a query, so the softmax
         # cancels it. Attention weights sum to 1, so the value's bias can be added
         # afterwards. Dropout of the weights breaks this.
@@ -138,9 +143,7 @@ class Attention(nn.Module):
             if self.is_mutable_collection("cache") and not self.is_initializing():
                 self._cached("keys", k_BTHC, 0)
                 self._cached("values", v_BTHC, 0)
-            y_BTHC = jax.nn.dot_product_attention(
-                q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=config.attention
-            )
+            y_BTHC = _causal_attention(q_BTHC, k_BTHC, v_BTHC, config.attention)
         return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
 
     def _attend_to_cache(self, qkv_B3D, bias_3D, position):
@@ -174,6 +177,30 @@ class Attention(nn.Module):
             cached.value, new_BtHC, start, axis=1
         )
         return cached.value
+
+
+def _causal_attention(q_BTHC, k_BTHC, v_BTHC, implementation: str) -> jax.Array:
+    """Causal attention [B, T, H, C]; XLA's form does not compute most masked logits.
+
+    A block of queries reads the keys up to its end only.
+    """
+    if implementation != "xla":
+        return jax.nn.dot_product_attention(
+            q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=implementation
+        )
+    blocks, length = [], q_BTHC.shape[1]
+    queries = max(LEAST_QUERIES, -(-length // MOST_BLOCKS))
+    for start in range(0, length, queries):
+        end = min(start + queries, length)
+        y_BtHC = jax.nn.dot_product_attention(
+            q_BTHC[:, start:end],
+            k_BTHC[:, :end],
+            v_BTHC[:, :end],
+            mask=jnp.tri(end - start, end, start, dtype=bool)[None, None],
+            implementation="xla",
+        )
+        blocks.append(y_BtHC)
+    return jnp.concatenate(blocks, axis=1)
 
 
 @jax.custom_vjp
