@@ -104,7 +104,9 @@ def test_compress_says_which_package_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "pcagpt.compression.decoder", raising=False)
+    for module in ("decoder", "open_decoder"):
+        name = f"pcagpt.compression.{module}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
     knobs = {"data.source": corpus_folder, "ranks": 4, "mesh.data": 1}
     line = ask("compress.py", llama, tmp_path / "runs", **knobs)
     assert f"needs the package {package}: pip install 'pcagpt[hf]'" in line

@@ -206,6 +206,7 @@ def test_one_number_of_the_table_becomes_nan(damage, tmp_path, is_packed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # It takes five minutes, and more beside other tests.
 def test_the_short_campaign_finds_nothing(tmp_path):
     script = SCRIPTS / "torture.py"
     # 'disk' needs a Python that other users may read, which a machine may not have.
