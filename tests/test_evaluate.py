@@ -466,7 +466,7 @@ def test_the_run_s_own_corpus_must_be_what_it_was(own_corpus, split):
 
 
 def describe(config, **fields):
-    """Changes the record of a run, of which its checkpoints then have no copy."""
+    """Changes the record of a run, and removes the copies in its checkpoints."""
     path = Path(config.model_path) / "config.json"
     write_json(path, json_of(path) | fields)
     for copy in path.parent.glob("ckpt/*/meta"):

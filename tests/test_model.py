@@ -14,7 +14,7 @@ from scipy import special
 from pcagpt import trees
 from pcagpt.losses import token_losses
 from pcagpt.model import GPT, training_flops_per_token
-from pcagpt.model.block import _bias_gelu
+from pcagpt.model.block import _bias_gelu, _causal_attention, _split_product
 
 VOCAB = 21
 DENSE = gpt_config(
@@ -440,3 +440,38 @@ def test_flops_of_gpt2_small_by_hand():
     halves = dataclasses.replace(small, band_sizes=(257, 50000), band_ranks=(0, 128))
     head = 257 * 768 + 50047 * 128 + 2 * 128 * 768
     assert training_flops_per_token(halves) == 6 * (blocks + head) + attention
+
+
+# One block of queries, several, and a last one that is shorter.
+@pytest.mark.parametrize("length", [5, 64, 100, 128, 300])
+def test_attention_in_blocks_of_queries_is_causal_attention(length):
+    random = np.random.default_rng(length)
+    q, k, v, weight = random.normal(size=(4, 2, length, 3, 4)).astype(np.float32)
+
+    def whole(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def in_blocks(q, k, v):
+        return _causal_attention(q, k, v, "xla")
+
+    def outcome(attention):
+        y, back = jax.vjp(attention, q, k, v)
+        return y, *back(weight)
+
+    for found, wanted in zip(outcome(in_blocks), outcome(whole), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_thirds_of_a_product_have_its_values_and_gradients():
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(5, 4)), random.normal(size=(4, 12))
+    weights = tuple(random.normal(size=(3, 5, 4)).astype(np.float32))
+    arrays = x.astype(np.float32), kernel.astype(np.float32)
+
+    def outcome(function):
+        thirds, back = jax.vjp(function, *arrays)
+        return *thirds, *back(weights)
+
+    plain = outcome(lambda x, kernel: tuple(jnp.split(x @ kernel, 3, axis=1)))
+    for found, wanted in zip(outcome(_split_product), plain, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
