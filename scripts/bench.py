@@ -6,8 +6,9 @@
     python scripts/bench.py --systems pcagpt,data-parallel,fsdp --batches 32,64
 
 Two models are measured: GPT-2 small (D), and GPT-2 small with a token table of rank 128
-(k128). Both compute in bfloat16 on sequences of 1,024 tokens. A packed table, in codes
-of 4 bits that are read in place, only decodes.
+(k128). Both compute in bfloat16 on sequences of 1,024 tokens. The compiled step also
+has a table of k128's size in bands, each with its own rank. A packed table, in codes of
+4 bits that are read in place, only decodes.
 
 The systems take turns in each round, so that a GPU that slows down affects all of them.
 The GPU rests before each turn, because a hot GPU at its power limit is slower. A figure
@@ -141,6 +142,9 @@ def arguments() -> argparse.Namespace:
         args.steps = 10 if args.quick else 50
     if args.rounds < 1 or min(args.batches) < 1:
         parser.error("--rounds and --batches must be at least 1")
+    most = args.size.corpus_tokens // (args.size.block_size + 1)
+    if max(batches) > most:
+        parser.error(f"--batches must be at most {most}")
     if args.steps < bench_pcagpt.MIN_STEPS:
         parser.error(f"--steps must be at least {bench_pcagpt.MIN_STEPS}")
     if not 0 <= args.rest <= 3600:
@@ -241,7 +245,9 @@ def measure(group: list[tuple], args, folder: Path) -> Iterator[list[dict]]:
     for name, system, batch in group:
         for model in bench_pcagpt.models(args.size, name):
             print(f"preparing {name} {model} at batch {batch} ...", flush=True)
+            start = time.perf_counter()
             systems.append(system(args.size, model, batch, folder))
+            print(f"... took {time.perf_counter() - start:.1f} s", flush=True)
     rounds = [[] for _ in systems]
     for number in range(args.rounds):
         for system, turns in zip(systems, rounds, strict=True):

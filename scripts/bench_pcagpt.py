@@ -36,7 +36,10 @@ NO_WORK = ("ThunkExecutor", "SlinkyThreadPool", "end: ")  # idle threads on CPUs
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of the models and the corpus; `rank` is that of the second model."""
+    """Sizes of the models and the corpus; `rank` is that of the second model.
+
+    bands: (rows, rank) of the bands of the third; rank 0 stands for full width.
+    """
 
     vocab_size: int
     block_size: int
@@ -48,16 +51,24 @@ class Size:
     corpus_tokens: int
     prompt_tokens: int
     decoded_tokens: int
+    bands: tuple[tuple[int, int], ...]
 
 
-GPT2_SMALL = Size(50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 256, 200)
-QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64, 32)
+# Of 12 bands at k128's size, compressing GPT-2 small merged those of about one rank.
+GPT2_SMALL_BANDS = ((723, 0), (602, 302), (1103, 297), (2065, 259))
+GPT2_SMALL_BANDS += ((4313, 210), (9039, 149), (16870, 84), (15542, 13))
+GPT2_SMALL = Size(
+    50257, 1024, 12, 12, 768, 128, 32, 4_000_000, 256, 200, GPT2_SMALL_BANDS
+)
+QUICK_BANDS = (56, 0), (200, 64), (840, 48), (3000, 16)
+QUICK = Size(4096, 128, 4, 4, 128, 32, 16, 200_000, 64, 32, QUICK_BANDS)
+THIRD = {"pcagpt": ["bands"], "decode": ["packed"]}
 MODEL_SIZES = ("block_size", "n_layer", "n_head", "n_embd")
 
 
 def models(size: Size, system: str = "pcagpt") -> list[str]:
-    """The models of a system: D, for example k128, and for decode also packed."""
-    return ["D", f"k{size.rank}"] + ["packed"] * (system == "decode")
+    """The models of a system: D, for example k128, and for some a third."""
+    return ["D", f"k{size.rank}", *THIRD.get(system, ())]
 
 
 def rank_of(model: str) -> int | None:
@@ -65,15 +76,22 @@ def rank_of(model: str) -> int | None:
     return int(model[1:]) if model.startswith("k") else None
 
 
-def config_of(size: Size, model: str) -> GPTConfig:
-    """The config of a model; a packed table has codes of 4 bits for all directions."""
+def model_knobs(size: Size, model: str) -> dict:
+    """The knobs of a model; a packed table has codes of 4 bits for all directions."""
     knobs = {name: getattr(size, name) for name in MODEL_SIZES}
+    knobs["n_embd_wte"] = rank_of(model)
+    if model == "bands":
+        knobs["band_sizes"], knobs["band_ranks"] = zip(*size.bands, strict=True)
     if model == "packed":
         blocks = [size.n_embd // BLOCK_RANK * (bits == 4) for bits in WIDTHS]
         knobs |= {"band_sizes": (size.vocab_size,), "band_ranks": (0,)}
         knobs["band_blocks"] = tuple(blocks)
-    settings = ModelSettings(**knobs, n_embd_wte=rank_of(model))
-    return build_config(settings, size.vocab_size)
+    return knobs
+
+
+def config_of(size: Size, model: str) -> GPTConfig:
+    """The config of a model."""
+    return build_config(ModelSettings(**model_knobs(size, model)), size.vocab_size)
 
 
 def flops_per_token(size: Size, model: str) -> float:
@@ -104,11 +122,10 @@ def write_corpus(folder: Path, size: Size) -> None:
 
 def setup(size: Size, model: str, batch: int, folder: Path, **knobs) -> Setup:
     """The setup of a run with the default knobs at this size, on one device."""
-    names = {f"model.{name}": getattr(size, name) for name in MODEL_SIZES}
+    names = {f"model.{n}": knob for n, knob in model_knobs(size, model).items()}
     settings = Settings().replace(
         {
             **names,
-            "model.n_embd_wte": rank_of(model),
             "train.batch_size": batch,
             "mesh.data": 1,
             **knobs,
@@ -190,10 +207,13 @@ class Step(System):
         """Compiles the step and asks XLA for its memory."""
         batch = self.batch * self.devices
         run = setup(self.size, self.model, batch, self.folder, **self.mesh())
+        start = time.perf_counter()
         self.step, self.state, self.tokens = compiled_step(run)
+        self.details = {
+            "seconds_until_compiled": time.perf_counter() - start,
+            "temporary_bytes": self.step.memory_analysis().temp_size_in_bytes,
+        }
         self.peak_bytes = loop.peak_bytes(self.step)
-        temporary = self.step.memory_analysis().temp_size_in_bytes
-        self.details = {"temporary_bytes": temporary}
 
     def go(self, steps: int) -> None:
         """Dispatches the steps one after the other and waits for the last."""

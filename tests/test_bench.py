@@ -18,7 +18,8 @@ import bench_pcagpt
 
 sys.path.remove(str(ROOT / "scripts"))
 
-TINY = bench_pcagpt.Size(97, 16, 1, 2, 32, 8, 8, 2000, 4, 2)
+BANDS = (5, 0), (30, 16), (62, 4)
+TINY = bench_pcagpt.Size(97, 16, 1, 2, 32, 8, 8, 2000, 4, 2, BANDS)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
     trained = ("pcagpt", "pcagpt-loop", "data-parallel", "fsdp")
     assert rows.keys() == {
         (s, m) for s in (*trained, "decode") for m in ("D", "k8")
-    } | {("decode", "packed")}
+    } | {("pcagpt", "bands"), ("decode", "packed")}
     for (system, model), row in rows.items():
         assert row["devices"] == (8 if system in ("data-parallel", "fsdp") else 1)
         assert row["batch"] == (1 if system == "decode" else 8)
@@ -65,6 +66,7 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
         flops = bench_pcagpt.flops_per_token(TINY, model)
         assert row["flops_per_token"] == (None if system == "decode" else flops)
     assert rows["pcagpt", "D"]["temporary_bytes"] > 0
+    assert rows["pcagpt", "bands"]["seconds_until_compiled"] > 0
     assert saves == [2, 2]  # Half way and at the end.
     assert len(rows["pcagpt-loop", "D"]["checkpoint_ms"]) == 1
     # A device's share of the table, the positions and their moments.
@@ -72,7 +74,7 @@ def test_every_system_gets_a_row_with_all_that_it_depends_on(
     assert whole - shared > 0.8 * 3 * 4 * 112 * 32
     assert rows["data-parallel", "D"]["exchanged_bytes"].keys() == {"all-reduce"}
     assert "all-gather" in rows["fsdp", "D"]["exchanged_bytes"]
-    assert len(found["ratios"]) == 3 + 2 * 3  # of D; three variants of two models
+    assert len(found["ratios"]) == 4 + 2 * 3  # of D; three variants of two models
     assert found["command"] == "python scripts/bench.py " + " ".join(asked[:-2])
     assert {"jax", "jaxlib", "python"} <= found["versions"].keys()
     shown = capsys.readouterr().out
@@ -91,7 +93,7 @@ def test_pytorch_takes_turns_on_a_cpu(quick, tmp_path, monkeypatch, capsys):
     found = json.loads(out.read_text())
     rows = {(row["system"], row["model"]): row for row in found["rows"]}
     of_both = {(s, m) for s in trained + decoding for m in ("D", "k8")}
-    assert rows.keys() == of_both | {("decode", "packed")}
+    assert rows.keys() == of_both | {("pcagpt", "bands"), ("decode", "packed")}
     for system in decoding:
         assert rows[system, "k8"]["steps"] == TINY.decoded_tokens
         assert rows[system, "k8"]["tokens_per_step"] == 1
@@ -194,6 +196,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(Scripted, "done", [])
     monkeypatch.setattr(gc, "collect", lambda: None)  # It takes long beside JAX.
     monkeypatch.setattr(bench, "TRAINED", {"pcagpt": Scripted})
+    monkeypatch.setattr(bench_pcagpt, "THIRD", {})
     monkeypatch.setattr(bench_pcagpt, "write_corpus", lambda *_: None)
     monkeypatch.setattr(provenance, "peak_flops", lambda count: 1000.0 * count)
     return ["--quick", "--systems", "pcagpt"]
@@ -300,6 +303,7 @@ def test_ratios_are_of_tokens_per_second_and_device_at_one_batch():
         (["--systems", ""], "--systems has ''"),
         (["--rounds", "0"], "--rounds and --batches must be at least 1"),
         (["--batches", "32,0"], "--rounds and --batches must be at least 1"),
+        (["--quick", "--batches", "118"], "--batches must be at most 117"),
         (["--batches", "many"], "--batches is many: give whole numbers"),
         (["--steps", "5"], "--steps must be at least 6"),
         (["--rest", "nan"], "--rest must be between 0 and 3600"),

@@ -64,15 +64,16 @@ def softmax_of(logits):
 
 
 # The head: tokens, stored rows, real rows, rank. Multiples of the tiles and others;
-# tables shorter than a tile, with several programs per tile; every padded rank.
+# tables shorter than a tile, with several programs per tile; rows in several pieces.
 HEADS = [(128, 256, 256, 32), (100, 77, 70, 5), (64, 300, 257, 200), (1, 9, 8, 64)]
-HEADS += [(400, 130, 129, 128)]
+HEADS += [(400, 130, 129, 128), (70, 100, 90, 149), (65, 40, 40, 300)]
 each_head = pytest.mark.parametrize(("count", "rows", "size", "rank"), HEADS)
 
 
 def factors(count, rows, rank, dtype):
+    """Hidden states and a table; their logits have a standard deviation of 5."""
     z = random_array(0, count, rank, dtype=dtype)
-    return z, random_array(1, rows, rank, dtype=dtype, scale=0.5)
+    return z, random_array(1, rows, rank, dtype=dtype, scale=5 / rank**0.5)
 
 
 @in_each_precision
@@ -89,6 +90,21 @@ def test_normaliser_and_mean_row_are_those_of_a_softmax(
     wanted = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
     assert_near(normaliser, wanted, precision.exact)
     assert_near(mean, softmax_of(logits) @ wte, precision.head)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_large"),
+    [("9.0", True), ("10.3", True), ("8.9", False), ("12.0", False), (None, False)],
+)
+def test_tiles_fit_in_the_shared_memory_of_the_gpu(capability, is_large, monkeypatch):
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert launch.has_large_shared_memory() is is_large
+    for rank in range(16, low_rank_head.MAX_RANK + 1, 16):
+        for choices in (low_rank_head.SUMMARY_TILES, low_rank_head.GRADIENT_TILES):
+            tiles = low_rank_head._tiles(choices, rank)
+            rows = tiles.kept + tiles.stages * tiles.streamed
+            assert 2 * rows * rank <= (227 if is_large else 99) * 1024
 
 
 @in_each_precision
@@ -284,7 +300,10 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
     half, full, whole = jnp.bfloat16, jnp.float32, jnp.int32
     count, rows = 2048, 1000
     with gpu_that_is_not_here():
-        for rank in low_rank_head.TILES:
+        ranks = (*low_rank_head.GRADIENT_TILES, 149, 300)
+        for rank, is_large in itertools.product(ranks, (False, True)):
+            has_large = functools.partial(bool, is_large)
+            monkeypatch.setattr(launch, "has_large_shared_memory", has_large)
             z, wte = ((count, rank), half), ((rows, rank), half)
             assert (
                 lower(functools.partial(low_rank_head.summarize, size=999), z, wte) == 1

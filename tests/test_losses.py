@@ -15,13 +15,13 @@ from pcagpt.losses.interval import mean_interval
 from pcagpt.model import HeadBand
 
 pytestmark = pytest.mark.usefixtures("quick")
-WIDTH, TEACHER_WIDTH = 6, 5
+WIDTH, TEACHER_WIDTH = 20, 5
 
 # Bands as (stored rows, real rows, rank; None: full width).
 HEADS = {
     "full": [(16, 11, None)],
     "low rank": [(16, 11, 4)],
-    "high rank": [(16, 11, 5)],  # higher than the tests let the kernels take
+    "high rank": [(16, 11, 17)],  # higher than the tests let the kernels take
     "bands": [(3, 3, None), (7, 5, 4), (8, 3, 2)],
     "padded full band": [(3, 3, 2), (16, 11, None)],
 }
@@ -31,7 +31,7 @@ both_forms = pytest.mark.parametrize("kernels", ["xla", "pallas"])
 
 @pytest.fixture(autouse=True)
 def low_limit(monkeypatch):
-    monkeypatch.setattr(low_rank_head, "MAX_RANK", 4)
+    monkeypatch.setattr(low_rank_head, "MAX_RANK", 16)
 
 
 def starts(bands):
@@ -43,8 +43,8 @@ def inputs(bands, tokens=28, dtype=np.float32):
     """Hidden states, head and targets; one target in five is ignored."""
     random = np.random.default_rng(tokens)
 
-    def normal(*shape):
-        return jnp.asarray(random.normal(size=shape), dtype)
+    def normal(rows, columns):  # Products have a standard deviation of 1.
+        return jnp.asarray(random.normal(size=(rows, columns)) / columns**0.25, dtype)
 
     head = tuple(
         HeadBand(

@@ -31,6 +31,12 @@ def are_available(device: jax.Device) -> bool:
     return triton is not None and is_recent
 
 
+def has_large_shared_memory() -> bool:
+    """Whether a program can use 227 KB, as on Hopper, or 99 KB, as on Ada."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return str(capability).startswith(("9.", "10."))
+
+
 def call(kernel: Callable, *, warps: int, stages: int = 1, **specs) -> Callable:
     """`pl.pallas_call` with `warps` per program and `stages` of loop pipelining."""
     if jax.default_backend() == "cpu":

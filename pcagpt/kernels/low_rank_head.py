@@ -7,10 +7,12 @@ mean row p @ wte under the softmax p, minus the target's row. One pass over the 
 then gives the gradient with respect to the table: p.T @ z, minus z at the row of each
 token's target.
 
-Shape letters: N tokens, V rows of a table, K rank; n and v: those of one tile.
+Shape letters: N tokens, V rows of a table, K rank; n and v: those of one tile; k: the
+columns of one of the pieces that a row is cut into (see `_pieces`).
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -33,15 +35,32 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# For each padded rank, the fastest of ten choices on an H100 (16 was not measured).
-TILES = {
-    16: Tiles(64, 128, 4, 3),
-    32: Tiles(64, 128, 4, 3),
+# {largest rank: tiles}. These are the fastest of 6 to 12 choices on an H200.
+SUMMARY_TILES = {
+    32: Tiles(128, 128, 4, 3),
+    64: Tiles(64, 128, 4, 3),
+    96: Tiles(64, 64, 4, 3),
+    128: Tiles(64, 128, 4, 2),
+    224: Tiles(64, 64, 4, 3),
+    256: Tiles(128, 64, 8, 3),
+    320: Tiles(64, 32, 4, 3),
+}
+GRADIENT_TILES = {
+    32: Tiles(128, 64, 4, 3),
+    64: Tiles(64, 64, 4, 3),
+    96: Tiles(64, 128, 4, 3),
+    128: Tiles(64, 64, 4, 3),
+    256: Tiles(128, 64, 8, 3),
+    320: Tiles(64, 32, 4, 3),
+}
+# For both, on GPUs with less shared memory.
+SMALL_TILES = {
     64: Tiles(64, 128, 4, 3),
     128: Tiles(64, 128, 4, 2),
     256: Tiles(64, 64, 4, 2),
+    320: Tiles(64, 32, 8, 2),
 }
-MAX_RANK = max(TILES)
+MAX_RANK = 320
 
 
 def fits(rank: int) -> bool:
@@ -58,7 +77,7 @@ def summarize(
     wte count; the others are padding.
     """
     rank = z_NK.shape[1]
-    tiles = TILES[_padded_rank(rank)]
+    tiles = _tiles(SUMMARY_TILES, rank)
     wte_VK = _pad(wte_VK, tiles.streamed)
 
     @inside.by_device([True, False], [True, True])
@@ -86,12 +105,13 @@ def summarize(
 
 def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, rows: int):
     """Kernel: keeps a tile of tokens and loops over the table."""
-    z_nK = z_ref[...]
+    pieces = _pieces(z_ref.shape[1])
+    z_nk = [z_ref[:, piece] for piece in pieces]
 
     def visit(tile, carry, is_last=False):
-        mean_nK, sum_n, highest_n = carry
-        wte_vK = wte_ref[pl.ds(tile * rows, rows), :]
-        exponent_nv = _products(z_nK, wte_vK) * LOG2_E
+        mean_nk, sum_n, highest_n = carry
+        wte_vk = [wte_ref[pl.ds(tile * rows, rows), piece] for piece in pieces]
+        exponent_nv = _products(z_nk, wte_vk) * LOG2_E
         if is_last:
             column_nv = jax.lax.broadcasted_iota(jnp.int32, exponent_nv.shape, 1)
             is_real_nv = column_nv < size - tile * rows
@@ -101,21 +121,26 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int, rows: int
         # The sums so far are relative to the old maximum.
         shrink_n = jnp.exp2(highest_n - new_highest_n)
         sum_n = sum_n * shrink_n + p_nv.sum(axis=1)
-        mean_nK = mean_nK * shrink_n[:, None] + _weighted(p_nv, wte_vK)
-        return mean_nK, sum_n, new_highest_n
+        mean_nk = [
+            mean * shrink_n[:, None] + _weighted(p_nv, wte)
+            for mean, wte in zip(mean_nk, wte_vk, strict=True)
+        ]
+        return mean_nk, sum_n, new_highest_n
 
+    count = z_ref.shape[0]
     start = (
-        jnp.zeros(z_nK.shape, jnp.float32),
-        jnp.zeros(z_nK.shape[:1], jnp.float32),
-        jnp.full(z_nK.shape[:1], -jnp.inf, jnp.float32),
+        [jnp.zeros((count, piece.size), jnp.float32) for piece in pieces],
+        jnp.zeros(count, jnp.float32),
+        jnp.full(count, -jnp.inf, jnp.float32),
     )
     full_tiles = size // rows
     carry = jax.lax.fori_loop(0, full_tiles, visit, start)
     if size % rows:  # Only the last tile pays for the mask.
         carry = visit(full_tiles, carry, is_last=True)
-    mean_nK, sum_n, highest_n = carry
+    mean_nk, sum_n, highest_n = carry
     normaliser_ref[...] = (highest_n + jnp.log2(sum_n)) / LOG2_E
-    mean_ref[...] = mean_nK / sum_n[:, None]
+    for piece, mean in zip(pieces, mean_nk, strict=True):
+        mean_ref[:, piece] = mean / sum_n[:, None]
 
 
 def table_gradient(
@@ -128,7 +153,7 @@ def table_gradient(
     negative or at least V matches no row.
     """
     size, rank = wte_VK.shape
-    tiles = TILES[_padded_rank(rank)]
+    tiles = _tiles(GRADIENT_TILES, rank)
     wte_VK = _pad(wte_VK, tiles.kept)
     # A short table has few tiles, so the tokens are split as well to keep the GPU busy.
     splits = max(1, launch.PROGRAMS // (wte_VK.shape[0] // tiles.kept))
@@ -162,29 +187,41 @@ def _table_gradient(
     wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, rows: int
 ):
     """Kernel: keeps a tile of the table and loops over the tokens."""
-    wte_vK = wte_ref[...]
-    first_row = pl.program_id(0) * wte_vK.shape[0]
+    kept, rank = wte_ref.shape
+    pieces = _pieces(rank)
+    wte_vk = [wte_ref[:, piece] for piece in pieces]
+    first_row = pl.program_id(0) * kept
 
-    def visit(tile, gradient_vK):
+    def visit(tile, gradient_vk):
         place = pl.ds(tile * rows, rows)
-        z_nK, normaliser_n = z_ref[place, :], normaliser_ref[place]
-        exponent_vn = _products(wte_vK, z_nK) * LOG2_E - normaliser_n[None, :]
+        z_nk = [z_ref[place, piece] for piece in pieces]
+        normaliser_n = normaliser_ref[place]
+        exponent_vn = _products(wte_vk, z_nk) * LOG2_E - normaliser_n[None, :]
         row_vn = jax.lax.broadcasted_iota(jnp.int32, exponent_vn.shape, 0)
         is_target_vn = row_vn == (target_ref[place] - first_row)[None, :]
         p_vn = jnp.exp2(exponent_vn)
         error_vn = jnp.where(is_target_vn, p_vn - 1.0, p_vn)
-        return gradient_vK + _weighted(error_vn, z_nK)
+        return [
+            gradient + _weighted(error_vn, z)
+            for gradient, z in zip(gradient_vk, z_nk, strict=True)
+        ]
 
-    start = jnp.zeros(wte_vK.shape, jnp.float32)
+    start = [jnp.zeros((kept, piece.size), jnp.float32) for piece in pieces]
     tiles = z_ref.shape[0] // rows
-    gradient_ref[...] = jax.lax.fori_loop(0, tiles, visit, start)
+    gradient_vk = jax.lax.fori_loop(0, tiles, visit, start)
+    for piece, gradient in zip(pieces, gradient_vk, strict=True):
+        gradient_ref[:, piece] = gradient
 
 
-def _products(a_aK, b_bK) -> jax.Array:
-    """a @ b.T, accumulated in float32: [a, b]."""
-    return jax.lax.dot_general(
-        a_aK, b_bK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+def _products(a_ak, b_bk) -> jax.Array:
+    """a @ b.T from the pieces of both, accumulated in float32: [a, b]."""
+    products = [
+        jax.lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        for a, b in zip(a_ak, b_bk, strict=True)
+    ]
+    return functools.reduce(operator.add, products)
 
 
 def _weighted(p_ab, b_bK) -> jax.Array:
@@ -192,11 +229,26 @@ def _weighted(p_ab, b_bK) -> jax.Array:
     return jnp.dot(p_ab.astype(b_bK.dtype), b_bK, preferred_element_type=jnp.float32)
 
 
-def _padded_rank(rank: int) -> int:
-    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+def _tiles(choices: dict[int, Tiles], rank: int) -> Tiles:
+    if not launch.has_large_shared_memory():
+        choices = SMALL_TILES
+    return choices[min(largest for largest in choices if largest >= rank)]
+
+
+def _pieces(rank: int) -> list[pl.Slice]:
+    """Columns of a row in pieces, since the widths of Triton's arrays are powers of 2.
+
+    Rank 160 has pieces of 128 and 32, where one array would take 256.
+    """
+    pieces, start = [], 0
+    for bit in reversed(range(rank.bit_length())):
+        if rank & (width := 1 << bit):
+            pieces.append(pl.ds(start, width))
+            start += width
+    return pieces
 
 
 def _pad(rows_XK, multiple: int) -> jax.Array:
-    """Adds rows of zeros up to a multiple, and columns up to a padded rank."""
+    """Adds rows of zeros up to a multiple, and columns up to one of LEAST_RANK."""
     count, rank = rows_XK.shape
-    return jnp.pad(rows_XK, ((0, -count % multiple), (0, _padded_rank(rank) - rank)))
+    return jnp.pad(rows_XK, ((0, -count % multiple), (0, -rank % LEAST_RANK)))

@@ -23,7 +23,7 @@ from pcagpt.kernels.gelu import tanh_gelu
 LEAST_PIECE = 16  # of a row, and least width of a head
 MOST_PIECE = 128
 FEW = 4  # sequences; products of more need the GPU's matrix units
-COLUMNS, ROWS = 64, 384  # most of a weight matrix that a program loads
+COLUMNS, ROWS = 64, 128  # most of a weight matrix that a program loads
 PRODUCT_WARPS = 4
 
 

@@ -7,21 +7,45 @@ Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
 from pcagpt.kernels import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
-from pcagpt.model import Head, products, project
+from pcagpt.model import ALIGNED, Head, HeadBand, products, project
 from pcagpt.sharding.inside import by_device, gathered
 
 
 def fused_cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
     """`cross_entropy` with kernels; `chunks` is for bands with too high a rank."""
-    z_of_bands = tuple(project(h_ND, band.scale_down) for band in head)
+    if len(head) > 1:
+        head = tuple(map(_aligned, head))
     tables = tuple(band.replace(scale_down=None) for band in head)
-    return _loss(chunks, z_of_bands, tables, targets_N)
+    return _loss(chunks, _project(h_ND, head), tables, targets_N)
+
+
+def _aligned(band: HeadBand) -> HeadBand:
+    """The band with a rank that is a multiple of ALIGNED; the new columns are 0."""
+    if band.scale_down is None:
+        return band
+    missing = -band.wte.shape[1] % ALIGNED
+    return band.replace(
+        wte=jnp.pad(band.wte, ((0, 0), (0, missing))),
+        scale_down=jnp.pad(band.scale_down, ((0, missing), (0, 0))),
+    )
+
+
+def _project(h_ND, head: Head) -> tuple[jax.Array, ...]:
+    """`project` for each band, by one product."""
+    scales = [band.scale_down for band in head if band.scale_down is not None]
+    if not scales:
+        return (h_ND,) * len(head)
+    ends = itertools.accumulate(len(scale_KD) for scale_KD in scales)
+    z_NK = project(h_ND, jnp.concatenate(scales))
+    parts = iter(jnp.split(z_NK, list(ends)[:-1], axis=1))
+    return tuple(h_ND if band.scale_down is None else next(parts) for band in head)
 
 
 # XLA cannot differentiate a kernel. The forward pass also computes the gradients with

@@ -23,6 +23,7 @@ from pcagpt.model.config import (
     GPTConfig,
 )
 from pcagpt.model.embedding import (
+    ALIGNED,
     CONSTANTS,
     FULL_TABLE,
     TABLES,

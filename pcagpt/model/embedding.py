@@ -39,6 +39,13 @@ class HeadBand:
         return self.wte[rows_N]
 
 
+# A row beyond any table. JAX reads the last row instead, and adds no gradient anywhere.
+# If a row of the table stood for it, a GPU would add the gradients of most tokens to
+# this row, one after the other.
+NO_ROW = 2**31 - 1
+
+ALIGNED = 16  # GPUs multiply faster if the widths of matrices are multiples of 16.
+
 Head = tuple[HeadBand | PackedBand, ...]  # in the order of their columns
 
 
@@ -54,6 +61,19 @@ def products(z_NK: jax.Array, wte_VK: jax.Array, dtype) -> jax.Array:
     return jax.lax.dot_general(
         z_NK, wte_VK, (((1,), (1,)), ((), ())), preferred_element_type=dtype
     )
+
+
+def concatenated(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """The factors of several bands along their ranks, as one factor of a product.
+
+    Several get zeros up to a multiple of ALIGNED; one stays as it is.
+    """
+    if len(arrays) == 1:
+        return arrays[0]
+    missing = -sum(array.shape[axis] for array in arrays) % ALIGNED
+    shape = list(arrays[0].shape)
+    shape[axis] = missing
+    return jnp.concatenate([*arrays, jnp.zeros(shape, arrays[0].dtype)], axis)
 
 
 def head_logits(h_ND, head: Head, logits_dtype) -> list[jax.Array]:
@@ -81,9 +101,8 @@ class BandEmbedding(nn.Module):
                 self.scale_down = self.param("scale_down", init, shape)
 
     def lookup(self, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows of this band -> their embeddings [N, D]."""
-        x_NK = _take_rows(self.wte, rows_N, dtype)
-        return x_NK if self.scale_up is None else x_NK @ self.scale_up.astype(dtype)
+        """Rows of this band [N, K]; without `scale_up` they are the embeddings."""
+        return _take_rows(self.wte, rows_N, dtype)
 
     def head(self) -> HeadBand:
         """This band of the output head."""
@@ -151,17 +170,28 @@ class TokenEmbedding(nn.Module):
     def __call__(self, tokens_N: jax.Array) -> jax.Array:
         """Embeds tokens [N] as [N, D] in the compute dtype."""
         dtype = jnp.dtype(self.config.compute_dtype)
-        if len(self.config.bands) == 1:
-            return self.band_embeddings[0].lookup(tokens_N, dtype)
         columns_N = self.renumber(tokens_N)
-        x_ND = jnp.zeros((tokens_N.shape[0], self.config.n_embd), dtype)
+        x_ND, rows, scales = 0, [], []
         # Every band looks up all tokens, since a program needs static shapes.
         for embedding in self.band_embeddings:
-            rows_N, size = columns_N - embedding.band.start, embedding.band.size
-            is_here_N1 = ((rows_N >= 0) & (rows_N < size))[:, None]
-            found_ND = embedding.lookup(jnp.clip(rows_N, 0, size - 1), dtype)
-            x_ND += jnp.where(is_here_N1, found_ND, 0)
+            rows_NK = self._rows(embedding, columns_N, dtype)
+            if embedding.scale_up is None:
+                x_ND += rows_NK
+            else:
+                rows.append(rows_NK)
+                scales.append(embedding.scale_up.astype(dtype))
+        if scales:  # One product for all bands.
+            x_ND += concatenated(rows, axis=1) @ concatenated(scales, axis=0)
         return x_ND
+
+    def _rows(self, embedding: nn.Module, columns_N, dtype) -> jax.Array:
+        """Rows of a band [N, K]; zeros for tokens of other bands."""
+        if len(self.config.bands) == 1:
+            return embedding.lookup(columns_N, dtype)
+        rows_N, size = columns_N - embedding.band.start, embedding.band.size
+        is_here_N = (rows_N >= 0) & (rows_N < size)
+        rows_NK = embedding.lookup(jnp.where(is_here_N, rows_N, NO_ROW), dtype)
+        return jnp.where(is_here_N[:, None], rows_NK, 0)
 
 
 # Other packages reach the arrays above through these paths and functions.

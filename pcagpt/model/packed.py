@@ -128,6 +128,7 @@ class PackedEmbedding(nn.Module):
 
     band: BandSpec
     directions: Directions
+    scale_up: None = None  # `lookup` finds embeddings.
 
     def setup(self):
         """Declares codes and scales."""
