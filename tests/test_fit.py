@@ -10,7 +10,7 @@ from pcagpt.compression.candidates import (
     quantized,
     recipes,
 )
-from pcagpt.compression.fit import Fit
+from pcagpt.compression.fit import Fit, Trial, search
 from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings, methods_of
 from pcagpt.factorization import (
@@ -249,6 +249,26 @@ def test_the_smallest_table_within_a_loss_is_found_in_a_few_trials(bound, expone
 
 def test_a_loss_that_no_table_keeps_has_no_table():
     assert world(factor=1e9).within_loss(1e-3) is None
+
+
+def test_of_tables_of_one_size_the_one_that_adds_less_is_found():
+    fit = world()
+    made = fit._own_table(8)
+    fit.trials = [Trial(made, scores(added), None) for added in (0.3, 0.1, 0.2, 0.9)]
+    assert fit._smallest(0.5) == fit.trials[1]
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e-7, 1e-3, 1.0])
+def test_a_bound_of_any_size_is_met_in_a_few_steps(bound):
+    values = []
+
+    def value(budget):
+        values.append(1e9 * bound * budget**-1.5)
+        return values[-1]
+
+    search(value, bound, (1e3, 1e7, 1e9), -1.2, 0.1, 6)
+    assert 0.9 * bound <= values[-1] <= bound
+    assert len(values) <= 4
 
 
 def test_a_coded_file_is_searched_by_its_bytes():
