@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pcagpt.compression import fit as fit_module
 from pcagpt.compression.candidates import (
     Candidate,
     Compressor,
@@ -10,7 +11,7 @@ from pcagpt.compression.candidates import (
     quantized,
     recipes,
 )
-from pcagpt.compression.fit import Fit, Trial, search
+from pcagpt.compression.fit import Fit, Trial
 from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings, methods_of
 from pcagpt.factorization import (
@@ -266,7 +267,7 @@ def test_a_bound_of_any_size_is_met_in_a_few_steps(bound):
         values.append(1e9 * bound * budget**-1.5)
         return values[-1]
 
-    search(value, bound, (1e3, 1e7, 1e9), -1.2, 0.1, 6)
+    fit_module.search(value, bound, (1e3, 1e7, 1e9), -1.2, 0.1, 6)
     assert 0.9 * bound <= values[-1] <= bound
     assert len(values) <= 4
 
