@@ -1526,7 +1526,11 @@ def test_print_config_says_what_would_be_compressed(asked):
     bound = "--config.compress.max_bytes=9000"
     work = f"compress {asked.model_path} at step 6\n"
     amount = r"\d+ tables to measure, each on 32,768 tokens of val: roughly .* on "
-    assert re.search(f"{work}{amount}", outcome.out)
+    assert re.search(f"{work}{amount}8 x cpu", outcome.out)
+    outcome = call(
+        "--config=configs/compress.py", model, "--print_config", "--config.mesh.data=2"
+    )
+    assert re.search(f"{work}{amount}2 x cpu", outcome.out)
     outcome = call("--config=configs/compress.py", model, "--print_config", bound)
     amount = "a search for one table; each one that it tries is measured on val: rough"
     assert f"{work}{amount}" in outcome.out
