@@ -415,6 +415,15 @@ def test_a_budget_beyond_the_full_rank_is_the_full_rank():
     np.testing.assert_allclose(made.dense, table, atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "is_kept"), [(CODED, True), (PACKED, False)])
+def test_only_codes_that_a_sweep_surely_needs_again_are_kept(method, is_kept):
+    _, make = compressor()
+    recipe = Recipe(method, 1, 6000, 0, 0)
+    made, again = make(recipe).codes, make(recipe).codes
+    assert (made is again) == is_kept
+    assert made.sha256 == again.sha256
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bands", [1, 3])
 def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
