@@ -86,7 +86,10 @@ def write_first(path: Path, text: str) -> None:
             except FileExistsError:
                 pass
             except OSError:  # It has none.
-                with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                with (
+                    contextlib.suppress(FileExistsError),
+                    open(path, "x", encoding="utf-8") as file,
+                ):
                     file.write(text)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,6 +26,10 @@ class MeasuredOn(TypedDict):
     tokens_sha256: str | None
 
 
+class _Protocol(MeasuredOn):
+    table: tuple[int, int]  # its shape
+
+
 class Sample(TypedDict):
     """What several models wrote after one prompt."""
 
@@ -67,7 +71,7 @@ class Continued(_Trained):
 
 
 class _Sweep(TypedDict):
-    protocol: MeasuredOn
+    protocol: _Protocol
     measured_on: MeasuredOn | None
     rows: list
     other_rows: list | None
@@ -264,12 +268,16 @@ AnyRow = TypeVar("AnyRow", bound=Stored)
 def read_sweep(path: Path, kind: type[Stored] = Row) -> dict[str, Any]:
     """sweep.json or errors.json with its rows as `kind`; {} without a file.
 
-    UserError if it is damaged.
+    UserError if it is damaged, or has no rows.
     """
     found = read_json(path, REMEDY)
     if found is None:
         return {}
     check_fields(found, get_type_hints(_Sweep), path, REMEDY)
+    if not found["rows"]:
+        raise _damaged(path, "rows", [])
+    if min(found["protocol"]["table"]) < 1:
+        raise _damaged(path, "table", found["protocol"]["table"])
     tables = {
         name: [
             kind.of(row, f"{path}: row {number} of {name}")

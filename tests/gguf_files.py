@@ -12,6 +12,7 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 def write(path, tokenizer, is_tied=True, quantized=True, **fields):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
+    fields: numbers beside those of the model, such as split_count for split.count.
     Returns {name in the file: float32 array as transformers must read it}.
     """
     vocab = json.loads(tokenizer.read_text())["model"]["vocab"]
@@ -61,6 +62,8 @@ def write(path, tokenizer, is_tied=True, quantized=True, **fields):
         else:
             writer.add_tensor(name, array)
         arrays[name] = array
+    for name, number in fields.items():
+        writer.add_uint16(name.replace("_", "."), number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

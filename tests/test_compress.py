@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command_line import call
 from runs import assert_equal, changed, execute, quick_compiles, snapshot
+from test_rows import STORED
 
 from pcagpt import coding, json_files, main, trees
 from pcagpt.compression import sweep as sweep_module
@@ -477,30 +478,48 @@ def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch
     assert {key(r) for r in smaller["rows"] + smaller["other_rows"]} > known.keys()
 
 
-def test_a_sweep_that_was_interrupted_has_a_report_and_goes_on(asked, monkeypatch):
+def interrupted_sweep(config, rows, monkeypatch):
+    """sweep.json of a sweep that was interrupted after so many new rows."""
     measured, score = [], TableSwap.__call__
 
     def interrupted(self, *arguments):
-        if len(measured) == 6:
+        if len(measured) == rows:
             raise KeyboardInterrupt
         measured.append(score(self, *arguments))
         return measured[-1]
 
-    monkeypatch.setattr(TableSwap, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sweep_of(asked)
-    sweep = json.loads((folder_of(asked) / "sweep.json").read_text())
+    with monkeypatch.context() as patched:
+        patched.setattr(TableSwap, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_of(config)
+    return json.loads((folder_of(config) / "sweep.json").read_text())
+
+
+def test_a_sweep_that_was_interrupted_has_a_report_and_goes_on(asked, monkeypatch):
+    sweep = interrupted_sweep(asked, 6, monkeypatch)
     assert (len(sweep["rows"]), sweep["rows_left"]) == (6, 3)
     assert [key(row)[:2] for row in sweep["rows"][:2]] == [("context", 3)] * 2
     assert all(row["predicted_loss"] is not None for row in sweep["rows"])
-    assert "4 tables are left" in (folder_of(asked) / "report.md").read_text()
-    monkeypatch.setattr(TableSwap, "__call__", score)
+    report = (folder_of(asked) / "report.md").read_text()
+    assert "4 tables are left" in report
+    assert "configs/export.py" not in report  # There are no models yet.
     finished = sweep_of(asked)
     assert "rows_left" not in finished
     assert finished["rows"][:6] == [
         row | {k: finished["rows"][i][k] for k in ("predicted_loss", "is_anchor")}
         for i, row in enumerate(sweep["rows"])
     ]
+
+
+def test_a_wider_sweep_that_was_interrupted_knows_which_models_are_there(
+    copied_sweep, monkeypatch
+):
+    earlier = json.loads((folder_of(copied_sweep) / "sweep.json").read_text())
+    wider = changed(copied_sweep, ranks=(4, 8, 12))
+    sweep = interrupted_sweep(wider, 2, monkeypatch)
+    assert sweep["rows_left"]
+    assert sweep["models"] == earlier["models"]
+    assert sweep_of(wider)["models"].keys() == {"best_k4", "best_k8", "best_k12"}
 
 
 def test_a_limit_of_tokens_is_part_of_the_protocol_and_of_the_report(asked):
@@ -1507,7 +1526,11 @@ def test_print_config_says_what_would_be_compressed(asked):
     bound = "--config.compress.max_bytes=9000"
     work = f"compress {asked.model_path} at step 6\n"
     amount = r"\d+ tables to measure, each on 32,768 tokens of val: roughly .* on "
-    assert re.search(f"{work}{amount}", outcome.out)
+    assert re.search(f"{work}{amount}8 x cpu", outcome.out)
+    outcome = call(
+        "--config=configs/compress.py", model, "--print_config", "--config.mesh.data=2"
+    )
+    assert re.search(f"{work}{amount}2 x cpu", outcome.out)
     outcome = call("--config=configs/compress.py", model, "--print_config", bound)
     amount = "a search for one table; each one that it tries is measured on val: rough"
     assert f"{work}{amount}" in outcome.out
@@ -1632,7 +1655,8 @@ def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus
     changes, kept, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep_module, "write_sweep_report", lambda *_: None)
-    write_json(tmp_path / "sweep.json", {"protocol": {}, "rows": []})
+    sweep = {"protocol": {"table": [97, 32]}, "rows": [STORED]}
+    write_json(tmp_path / "sweep.json", sweep)
     for rank, new in ((4, {}), (8, changes)):
         row = {"val_loss": 1, "added_loss": 0.1, "tokens_seen": 5} | new
         rows = [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import ROOT
 
+from pcagpt.methods import RIVALS
 from pcagpt.report import (
     experiment_lines,
     how_to_take,
@@ -85,6 +86,16 @@ def test_a_rival_is_recommended_beside_the_best_table_with_a_model(tmp_path):
     assert lines[0].startswith("recommended: D's table, int4, k=256, 9,000,000 bytes")
 
 
+def test_of_tables_of_one_size_the_best_is_recommended():
+    sweep = read_sweep(PUBLISHED / "gpt2_small_codes" / "val" / "sweep.json")
+    rows = [row for row in sweep["rows"] if row.method in RIVALS]
+    best = recommended_row(sweep | {"rows": rows})
+    same = [row for row in rows if row.bytes == best.bytes]
+    assert len(same) > 1
+    assert best.added_loss == min(row.added_loss for row in same)
+    assert recommended_row(sweep | {"rows": rows[::-1]}) == best
+
+
 def of_models(model):
     """A sweep that has recorded its models."""
     best = recommended_row(SMOLLM2)
@@ -96,6 +107,11 @@ def of_models(model):
     ("sweep", "workdir", "shown"),
     [
         (SMOLLM2, "checkpoints", "export it: {command} --config.format=coded"),
+        (
+            SMOLLM2 | {"models": None},
+            "checkpoints",
+            "export it: {command} --config.format=coded",
+        ),
         (
             of_models({}),
             "runs",
@@ -112,7 +128,7 @@ def of_models(model):
             "export it: {command} --config.format=coded",
         ),
     ],
-    ids=["older", "workdir", "GGUF", "untied"],
+    ids=["older", "unknown", "workdir", "GGUF", "untied"],
 )
 def test_a_sweep_tells_how_its_model_is_taken(sweep, workdir, shown, tmp_path):
     model = tmp_path / "best_coded_k256"

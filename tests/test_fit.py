@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pcagpt.compression import fit as fit_module
 from pcagpt.compression.candidates import (
     Candidate,
     Compressor,
@@ -10,7 +11,7 @@ from pcagpt.compression.candidates import (
     quantized,
     recipes,
 )
-from pcagpt.compression.fit import Fit
+from pcagpt.compression.fit import Fit, Trial
 from pcagpt.compression.rivals import MAKERS
 from pcagpt.config import Settings, methods_of
 from pcagpt.factorization import (
@@ -251,6 +252,26 @@ def test_a_loss_that_no_table_keeps_has_no_table():
     assert world(factor=1e9).within_loss(1e-3) is None
 
 
+def test_of_tables_of_one_size_the_one_that_adds_less_is_found():
+    fit = world()
+    made = fit._own_table(8)
+    fit.trials = [Trial(made, scores(added), None) for added in (0.3, 0.1, 0.2, 0.9)]
+    assert fit._smallest(0.5) == fit.trials[1]
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e-7, 1e-3, 1.0])
+def test_a_bound_of_any_size_is_met_in_a_few_steps(bound):
+    values = []
+
+    def value(budget):
+        values.append(1e9 * bound * budget**-1.5)
+        return values[-1]
+
+    fit_module.search(value, bound, (1e3, 1e7, 1e9), -1.2, 0.1, 6)
+    assert 0.9 * bound <= values[-1] <= bound
+    assert len(values) <= 4
+
+
 def test_a_coded_file_is_searched_by_its_bytes():
     """Losses are those of 'kl' with a single band and 32 bits, divided by 100."""
     fit = world(1.5, 1.7, table=(4000, 3000), methods=["kl", CODED])
@@ -392,6 +413,15 @@ def test_a_budget_beyond_the_full_rank_is_the_full_rank():
     made = make(Recipe("kl", 1, 10_000, 0))
     assert made.table.parameters == 6 * (300 + 6)
     np.testing.assert_allclose(made.dense, table, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "is_kept"), [(CODED, True), (PACKED, False)])
+def test_only_codes_that_a_sweep_surely_needs_again_are_kept(method, is_kept):
+    _, make = compressor()
+    recipe = Recipe(method, 1, 6000, 0, 0)
+    made, again = make(recipe).codes, make(recipe).codes
+    assert (made is again) == is_kept
+    assert made.sha256 == again.sha256
 
 
 @pytest.mark.parametrize("bits", [8, 4])

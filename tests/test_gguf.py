@@ -20,7 +20,8 @@ from tokenizer_folders import HARD_TEXT, TEXT
 
 from pcagpt.compression.decoder import Decoder
 from pcagpt.data import gguf_header, tokenizer_files, vocabulary
-from pcagpt.run import fingerprint
+from pcagpt.errors import UserError
+from pcagpt.run import fingerprint, foreign
 from pcagpt.run.trained import Run
 
 
@@ -73,6 +74,25 @@ def test_a_file_is_a_run_with_its_dequantized_table(file, byte_level, tmp_path):
     assert fingerprint.of(folder) == fingerprint.of(file)
     gguf_files.write(alone, byte_level, quantized=False)
     assert fingerprint.of(folder) != fingerprint.of(file)
+
+
+def test_a_config_beside_the_only_file_is_not_a_model(file, byte_level, tmp_path):
+    """Its folder is the model as soon as it has weights, be they pickles."""
+    folder = file.parent
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has 2 GGUF files: name one, such as"):
+        Run.open(folder, any_architecture=True)
+    (folder / "other.gguf").unlink()
+    run = Run.open(folder, any_architecture=True)
+    assert (run.folder, run.architecture) == (file, "llama in GGUF")
+    arrays = gguf_files.write(tmp_path / "same.gguf", byte_level)
+    found = Decoder(run.folder, 16).table_VD
+    np.testing.assert_array_equal(found, arrays["token_embd.weight"])
+    for name in ("model.safetensors", "pytorch_model-00001-of-00002.bin"):
+        (folder / name).write_bytes(b"weights")
+        assert foreign.place_of(folder) == folder
+        (folder / name).unlink()
 
 
 def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
@@ -142,6 +162,17 @@ def test_a_file_with_an_output_table_is_untied(byte_level, place):
 def test_several_files_in_a_folder_are_refused_with_a_name(file, place):
     line = refusal(*asked(file.parent), unchanged=[file.parent, place])
     assert f"has 2 GGUF files: name one, such as {file.parent}/other.gguf" in line
+
+
+def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in ("a.gguf", "a-00001-of-00002.gguf"):
+        path = folder / part
+        gguf_files.write(path, byte_level, split_count=2)
+        for named in (folder, path) if "-" in part else (path,):
+            line = refusal(*asked(named), unchanged=[folder, place])
+            assert f"{path} is one of several parts of a model: merge them" in line
 
 
 @pytest.mark.parametrize("config", ["evaluate.py", "factorize.py", "export.py"])

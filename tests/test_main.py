@@ -190,8 +190,9 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
     assert re.search(r"^train.steps +2 +\(default 5000\)$", shown, re.MULTILINE)
     assert re.search(r"^train.beta1 +0.9$", shown, re.MULTILINE)
     *folders, work = text.splitlines()
+    # The mesh has one of the devices.
     assert re.fullmatch(
-        "7 runs to train: roughly a minute on 8 x cpu, without evaluations", work
+        "7 runs to train: roughly a minute on 1 x cpu, without evaluations", work
     )
     assert [line.split()[:2] for line in folders] == [
         ["D", "gpt_baseline"],
@@ -212,27 +213,28 @@ def test_print_config_shows_knobs_and_plan_and_writes_nothing(corpus_folder, tmp
 )
 def test_a_time_is_estimated_from_the_speed_of_the_devices(minutes, words, monkeypatch):
     speed = estimate.CORE_FLOPS * len(os.sched_getaffinity(0))
-    devices = provenance.device(jax.device_count())
-    assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+    devices = provenance.device(2)
+    assert estimate.time_of(60 * minutes * speed, 2) == f"roughly {words} on {devices}"
     monkeypatch.delattr(os, "sched_getaffinity")  # As on macOS.
-    assert estimate.time_of(1.0) == f"roughly a minute on {devices}"
+    assert estimate.time_of(1.0, 2) == f"roughly a minute on {devices}"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert estimate.time_of(1.0) is None  # Its peak is not known.
+    assert estimate.time_of(1.0, 2) is None  # Its peak is not known.
     monkeypatch.setattr(provenance, "peak_flops", lambda count: 1e14 * count)
-    speed = estimate.SHARE_OF_PEAK * 1e14 * jax.device_count()
-    assert estimate.time_of(60 * minutes * speed) == f"roughly {words} on {devices}"
+    speed = estimate.SHARE_OF_PEAK * 1e14 * 2
+    assert estimate.time_of(60 * minutes * speed, 2) == f"roughly {words} on {devices}"
 
 
 def test_the_time_of_a_sweep_grows_with_all_that_it_depends_on(monkeypatch):
-    monkeypatch.setattr(estimate, "speed_of_devices", lambda share: 6e12)
+    monkeypatch.setattr(estimate, "speed_of", lambda devices, share: devices * 2e12)
     monkeypatch.setattr(estimate, "SECONDS_PER_TABLE", 60.0)
     monkeypatch.setattr(estimate, "SECONDS_PER_NUMBER", 60e-6)
     model = ModelSettings(n_layer=1, n_embd=1_000)
-    devices = provenance.device(jax.device_count())
+    devices = provenance.device(3)
 
     def time(tables, rows, calibration, measured, platform="cpu"):
         shape = (rows, 1_000)
-        return estimate.of_sweep(tables, shape, model, calibration, measured, platform)
+        numbers = calibration, measured
+        return estimate.of_sweep(tables, shape, model, *numbers, platform, 3)
 
     # A table of 1,000 numbers is made in a minute.
     assert time(10, 1, 0, 1) == f"roughly 10 minutes on {devices}"

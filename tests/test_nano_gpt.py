@@ -163,6 +163,10 @@ SPOILT = {
     ),
     "no_sizes": (lambda _: {"model_args": {}}, "model_args is damaged ('vocab_size'"),
     "no_layer": (lambda _: {"model_args": arguments(n_layer=0)}, "has n_layer = 0"),
+    "odd_heads": (
+        lambda _: {"model_args": arguments(n_head=3)},
+        "n_head = 3, which does not divide n_embd = 16",
+    ),
     "too_deep": (lambda _: {"model_args": arguments(n_layer=10**9)}, "1 to 10000"),
     "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
     "code": (

@@ -63,7 +63,8 @@ def test_a_damaged_field_is_refused_in_one_line(name, value):
 
 def test_a_row_without_a_required_field_and_no_row_are_refused(tmp_path):
     lacking = {name: STORED[name] for name in STORED if name != "added_loss"}
-    sweep = {"protocol": {}, "rows": [STORED], "other_rows": [lacking]}
+    sweep = {"protocol": {"table": [97, 32]}, "rows": [STORED]}
+    sweep["other_rows"] = [lacking]
     write_json(tmp_path / "sweep.json", sweep)
     with pytest.raises(UserError, match="row 0 of other_rows .*'added_loss' is missi"):
         read_sweep(tmp_path / "sweep.json")
@@ -79,7 +80,12 @@ TRAINED = {"run": "x", "val_loss": 1, "added_loss": 0.1, "tokens_seen": 3}
     ("name", "value"),
     [
         *(("measured_on", value) for value in ([1], "a", 3, True, {"window": []})),
-        *(("protocol", {name: []}) for name in ("corpus", "split", "tokens_sha256")),
+        *(
+            ("protocol", {"table": [97, 32], name: []})
+            for name in ("corpus", "split", "tokens_sha256")
+        ),
+        *(("protocol", of) for of in ({}, {"table": [97]}, {"table": [97, "a"]})),
+        ("rows", []),
         ("samples", [{"texts": {"D": "a"}}]),
         *(("samples", [SAMPLE | {"texts": texts}]) for texts in (["a"], {"D": 3})),
         *(("samples_of", value) for value in ([], {"D": 3})),
@@ -101,6 +107,13 @@ def test_a_sweep_with_an_odd_value_in_a_field_is_refused_in_one_line(
     assert len(recovery_rows(read_sweep(tmp_path / "sweep.json"))) == 3
     write_json(tmp_path / "sweep.json", sweep | {name: value})
     with pytest.raises(UserError, match=f"json is damaged .'{name}' is .*: delete it"):
+        read_sweep(tmp_path / "sweep.json")
+
+
+def test_a_sweep_of_a_table_without_numbers_is_refused(tmp_path):
+    sweep = {"protocol": {"table": [0, 32]}, "rows": [STORED]}
+    write_json(tmp_path / "sweep.json", sweep)
+    with pytest.raises(UserError, match=r"damaged .'table' is \[0, 32\].: delete it"):
         read_sweep(tmp_path / "sweep.json")
 
 

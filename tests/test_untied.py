@@ -201,7 +201,9 @@ def test_the_plan_counts_the_tables_to_measure_for_each_token_table(
     assert outcome.code == 0, outcome
     last = outcome.out.splitlines()[-1]
     assert re.fullmatch(
-        r"for each token table that it has: \d+ tables to measure, .*", last
+        # PyTorch uses one device.
+        r"for each token table that it has: \d+ tables to measure, .* on 1 x cpu, .*",
+        last,
     )
 
 

@@ -109,7 +109,7 @@ class Compressor:
         self._predict = Predictor(table_VD, statistics)
         self._method = ""
         # Of this table only: a program may compress many.
-        self._codes = functools.cache(self._make_codes)
+        self._kept_codes = functools.cache(self._make_codes)
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Makes the candidate of a recipe; BudgetTooSmall if no table fits."""
@@ -140,6 +140,14 @@ class Compressor:
         An infinite loss gives the size of the smallest file.
         """
         return KINDS[method].estimate(self._prepared, bands, loss)
+
+    def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
+        """`_make_codes`; keeps those that a sweep needs again for its models.
+
+        Of tables in bands it needs only the best, and these are quickly made again.
+        """
+        in_bands = KINDS[recipe.method].in_bands
+        return (self._make_codes if in_bands else self._kept_codes)(recipe)
 
     def _make_codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """(a table of `CODES`, size of its file)."""

@@ -126,9 +126,13 @@ class Fit:
         return min(found)
 
     def _smallest(self, max_added_loss: float) -> Trial | None:
-        """The smallest table tried that adds at most this loss."""
+        """The smallest table tried that adds at most this loss; of equals, the best."""
+
+        def size_and_loss(trial: Trial) -> tuple[int, float]:
+            return trial.candidate.bytes, trial.scores.added_loss
+
         kept = [t for t in self.trials if t.scores.added_loss <= max_added_loss]
-        return min(kept, key=lambda t: t.candidate.bytes, default=None)
+        return min(kept, key=size_and_loss, default=None)
 
     def _own_table(self, bits: int) -> Candidate:
         """The full table rounded to this many bits."""
@@ -218,7 +222,9 @@ def search(
             high = place
         if (fits and reached >= (1 - slack) * bound) or high - low < 0.02:
             return
-        points.append((math.log(max(reached, 1e-6)), place))
+        # A loss of 0 or less, by rounding, has no logarithm.
+        reached = max(reached, min(1e-6, 1e-4 * bound))
+        points.append((math.log(reached), place))
         points.sort(key=lambda point: abs(point[0] - target))
         (y0, x0), *others = points
         if others and abs(others[0][0] - y0) > 1e-9:

@@ -60,6 +60,9 @@ def sweep(
     if "gaussian_limit" not in output.heading:
         limit = {"gaussian_limit": original.compressor.gaussian_limit()}
         output = dataclasses.replace(output, heading=output.heading | limit)
+    # An interrupted sweep has no more models than the earlier one.
+    heading = {"models": {}} | output.heading
+    output = dataclasses.replace(output, heading=heading)
 
     def measure(candidate: Candidate) -> Row:
         return candidate.row(original.measure(candidate))
@@ -96,8 +99,8 @@ def resume(
 ) -> tuple[dict[str, Any], dict[Recipe, AnyRow]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The heading then also has its R(D) line and the results of further training. Codes
-    of another version are measured again.
+    The heading then also has its R(D) line, its models and the results of further
+    training. Codes of another version are measured again.
     """
     path, heading = output.folder / output.file, output.heading
     earlier, own = read_sweep(path, kind), strict(heading["protocol"])
@@ -109,7 +112,7 @@ def resume(
         "recovered",
         "samples",
         "samples_of",
-        *(["gaussian_limit"] if has_same_codes else []),
+        *(["gaussian_limit", "models"] if has_same_codes else []),
     )
     kept = [name for name in names if earlier.get(name)]
     heading = heading | {name: earlier[name] for name in kept}

@@ -72,7 +72,7 @@ def write_factored(folder: Path, source: Source) -> None:
     }
     hugging_face_files.write_config(folder, config)
     source.write_beside(folder)
-    code = (HERE / MODELING).read_text()
+    code = (HERE / MODELING).read_text("utf-8")
     own = f'ARCHITECTURE = "{source.architecture}"'
     write_text(folder / MODELING, re.sub('ARCHITECTURE = ".*"', own, code, count=1))
 

@@ -23,7 +23,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of a folder; ValueError if it is not that of the export."""
     folder = Path(folder)
-    record = json.loads((folder / "pcagpt.json").read_text())
+    record = json.loads((folder / "pcagpt.json").read_text("utf-8"))
     table, others = folder / "table.pcat", folder / "others.safetensors"
     for path in (folder / "config.json", table, others):
         with path.open("rb") as file:

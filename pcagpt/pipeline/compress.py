@@ -63,7 +63,7 @@ from pcagpt.run.folder import (
     watching,
 )
 from pcagpt.run.trained import Run
-from pcagpt.sharding import processes
+from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
 from pcagpt.telemetry.wandb_run import import_wandb, share_group
 
@@ -117,14 +117,18 @@ def preview_compress(settings: Settings, run: Run) -> list[str]:
     """
     check_is_original(run)
     each = "for each token table that it has: " if run.architecture else ""
-    lines = [f"{each}{amount_of(settings, run.table_shape, platform_of(run))}"]
+    mesh, devices = settings.mesh, 1  # PyTorch uses one.
+    if not run.architecture:
+        devices = placement.make_mesh(mesh.data, mesh.fsdp).size
+    amount = amount_of(settings, run.table_shape, platform_of(run), devices)
+    lines = [f"{each}{amount}"]
     if ranks := settings.compress.recover_ranks:
         folder, methods = Path(settings.workdir), methods_of(settings.compress.methods)
         tried = recipes_of(settings, run.table_shape, methods)
         models = _models_to_train(models_of(folder, tried), ranks)
         (baseline,) = recovery_plan(settings, folder, ()).jobs
         runs = 1 + 2 * len(models)  # As in `recovery_plan`.
-        lines.append(estimate.of_training(runs, runs * baseline.flops()))
+        lines.append(estimate.of_training(runs, runs * baseline.flops(), devices))
     return lines
 
 

@@ -98,11 +98,13 @@ def tell_left_out(methods: list[str], bands: tuple[int, ...]) -> None:
         say(f"left out: {', '.join(single)} (only one band): list 1 in compress.bands")
 
 
-def amount_of(settings: Settings, shape: tuple[int, int], platform: str) -> str:
+def amount_of(
+    settings: Settings, shape: tuple[int, int], platform: str, devices: int
+) -> str:
     """What a command would try for a table [V, D], and how long that takes.
 
     '26 tables to measure, each on 32,768 tokens of val: roughly 3 minutes on 1 x cpu'.
-    `platform` measures the model. UserError if no table can be made.
+    `devices` of `platform` measure the model. UserError if no table can be made.
     """
     compress, limit = settings.compress, settings.evaluate.max_tokens
     split = f"{limit:,} tokens of {settings.split}" if limit else settings.split
@@ -120,5 +122,7 @@ def amount_of(settings: Settings, shape: tuple[int, int], platform: str) -> str:
     else:
         calibration = compress.calibration_tokens
         model = settings.model
-        time = estimate.of_sweep(tables, shape, model, calibration, limit, platform)
+        time = estimate.of_sweep(
+            tables, shape, model, calibration, limit, platform, devices
+        )
     return ": ".join(filter(None, [f"{amount}{how}", time]))

@@ -96,7 +96,7 @@ def preview_table(settings: Settings) -> list[str]:
     shape = table.table_VD.shape
     return [
         f"compress {path}, a table {shape} without its model",
-        amount_of(settings, shape, jax.default_backend()),
+        amount_of(settings, shape, jax.default_backend(), 1),
         _lacking(table, path),
     ]
 

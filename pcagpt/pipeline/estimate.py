@@ -17,14 +17,14 @@ SHARE_WHEN_MEASURED = 0.006
 SECONDS_PER_NUMBER, SECONDS_PER_TABLE = 0.5e-6, 2.0
 
 
-def speed_of_devices(share_of_peak: float = SHARE_OF_PEAK) -> float | None:
-    """FLOP/s of all devices, or None if it is not known."""
+def speed_of(devices: int, share_of_peak: float = SHARE_OF_PEAK) -> float | None:
+    """FLOP/s of so many devices, or None if it is not known."""
     if jax.default_backend() == "cpu":  # Its devices share the cores.
         # The cores that this process may use; macOS does not tell.
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         return CORE_FLOPS * cores
-    peak = provenance.peak_flops(jax.device_count())
+    peak = provenance.peak_flops(devices)
     return peak and share_of_peak * peak
 
 
@@ -36,18 +36,18 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
 
 
-def time_of(flops: float) -> str | None:
+def time_of(flops: float, devices: int) -> str | None:
     """'roughly 3 minutes on 1 x cpu'; None if the devices' speed is not known."""
-    speed = speed_of_devices()
+    speed = speed_of(devices)
     if speed is None:
         return None
-    return f"roughly {duration(flops / speed)} on {_devices()}"
+    return f"roughly {duration(flops / speed)} on {provenance.device(devices)}"
 
 
-def of_training(runs: int, flops: float) -> str:
+def of_training(runs: int, flops: float, devices: int) -> str:
     """'3 runs to train: roughly 4 minutes on 1 x cpu, without evaluations'."""
     line = f"{runs} {'run' if runs == 1 else 'runs'} to train"
-    time = time_of(flops)
+    time = time_of(flops, devices)
     return f"{line}: {time}, without evaluations" if time else line
 
 
@@ -58,6 +58,7 @@ def of_sweep(
     calibration_tokens: int,
     measured_tokens: int,
     platform: str,
+    devices: int,
 ) -> str | None:
     """'roughly 15 minutes on 1 x cpu', to make and measure tables for a model.
 
@@ -73,8 +74,9 @@ def of_sweep(
         million tokens take.
       platform: measures the model. None is returned if it is not the one that makes
         the tables, because the speed of its devices is not known.
+      devices: how many measure the model.
     """
-    speed = speed_of_devices(SHARE_WHEN_MEASURED)
+    speed = speed_of(devices, SHARE_WHEN_MEASURED)
     if speed is None or (platform == "cpu") != (jax.default_backend() == "cpu"):
         return None
     numbers, blocks = math.prod(shape), 12 * model.n_layer * model.n_embd**2
@@ -83,7 +85,7 @@ def of_sweep(
     making = tables * (SECONDS_PER_TABLE + SECONDS_PER_NUMBER * numbers)
     per_token = tables * 2 * (blocks + 2 * numbers) / speed
     time = duration(calibration + making + measured_tokens * per_token)
-    line = f"roughly {time} on {_devices()}"
+    line = f"roughly {time} on {provenance.device(devices)}"
     if measured_tokens:
         return line
     return f"{line}, plus {duration(1e6 * per_token)} per million tokens of the split"
@@ -93,7 +95,3 @@ def of_tables(tables: int, shape: tuple[int, int]) -> str:
     """'roughly 3 minutes', to make tables [V, D] without measuring a loss."""
     each = SECONDS_PER_TABLE + SECONDS_PER_NUMBER * math.prod(shape)
     return f"roughly {duration(tables * each)}"
-
-
-def _devices() -> str:
-    return provenance.device(jax.device_count())

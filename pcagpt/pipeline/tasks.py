@@ -19,6 +19,7 @@ from pcagpt.pipeline.job import Kind
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.pipeline.sample import sample
 from pcagpt.run.trained import Run
+from pcagpt.sharding import placement
 
 
 def do(settings: Settings, command: str) -> str | None:
@@ -42,7 +43,8 @@ def preview(settings: Settings) -> str:
         to_do = [job for job, (kind, _) in needed.items() if kind != Kind.DONE]
         flops = [amount for job in to_do if (amount := job.flops())]
         if flops:
-            lines.append(estimate.of_training(len(flops), sum(flops)))
+            mesh = placement.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+            lines.append(estimate.of_training(len(flops), sum(flops), mesh.size))
         writes = any(kind != Kind.DONE for kind, _ in needed.values())
     elif settings.task == "export":
         source = open_source(settings)

@@ -16,8 +16,9 @@ SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
 def recommended_row(sweep: dict[str, Any]) -> Row:
     """The smallest table that surely adds at most `SMALL_COST`.
 
-    'Surely': the upper end of its interval does. If no table does, the one that adds
-    least. A rival can be recommended, too.
+    'Surely': the upper end of its interval does. Of tables of one size, the one that
+    adds less. If no table does, the one that adds least. A rival can be recommended,
+    too.
     """
     return _recommended(sweep["rows"])
 
@@ -29,8 +30,9 @@ def recommended_model(sweep: dict[str, Any]) -> Row | None:
 
 
 def _recommended(rows: list[Row]) -> Row:
-    cheap = filter(is_cheap, sorted(rows, key=lambda row: row.bytes))
-    return next(cheap, None) or min(rows, key=lambda row: row.added_loss)
+    cheap = filter(is_cheap, rows)
+    found = min(cheap, key=lambda row: (row.bytes, row.added_loss), default=None)
+    return found or min(rows, key=lambda row: row.added_loss)
 
 
 def is_cheap(row: Row) -> bool:
@@ -55,11 +57,10 @@ def rounded_row(sweep: dict[str, Any]) -> Row | None:
 
 
 def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
-    """The name of the folder with the model of a row, None without one.
-
-    Older versions did not record which table each model has.
-    """
-    models = sweep.get("models", {row.model_name: dataclasses.asdict(row.recipe)})
+    """The name of the folder with the model of a row, None without one."""
+    models = sweep.get("models")
+    if models is None:  # Older versions did not record which table each model has.
+        return row.model_name
     made = models.get(row.model_name)
     return row.model_name if made == dataclasses.asdict(row.recipe) else None
 

@@ -46,9 +46,15 @@ def is_model(folder: Path) -> bool:
 
 
 def place_of(path: Path) -> Path:
-    """The folder of a model's file, or the GGUF file of a folder; else the path."""
-    if path.is_dir() and not (is_model(path) or (path / _OWN).exists()):
-        return gguf_model.file_in(path) or path
+    """The folder of a model's file, or the GGUF file of a folder; else the path.
+
+    Folders of GGUF files often have a config.json, too.
+    """
+    if path.is_dir() and not (path / _OWN).exists():
+        kind = _format(path)
+        has_config = kind in (hugging_face, other_decoder)
+        if kind is None or (has_config and not hugging_face.has_weights(path)):
+            return gguf_model.file_in(path) or path
     is_file = path.name in _FILES and path.is_file()
     return path.parent if is_file and is_model(path.parent) else path
 

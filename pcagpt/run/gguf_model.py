@@ -3,6 +3,7 @@
 Only `compress` takes it, as a model of another architecture.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run import other_decoder
 
 _TABLE = "token_embd.weight"
+_PART = re.compile(rf"-\d{{5}}-of-\d{{5}}\{ENDING}$")
 
 
 def is_model(path: Path) -> bool:
@@ -24,11 +26,21 @@ def is_model(path: Path) -> bool:
 def file_in(folder: Path) -> Path | None:
     """The only GGUF file in a folder; None without one, UserError for several."""
     found = sorted(folder.glob(f"*{ENDING}")) if folder.is_dir() else []
+    if parts := [path for path in found if _PART.search(path.name)]:
+        raise _split(parts[0])
     if len(found) > 1:
         raise UserError(
             f"{folder} has {len(found)} GGUF files: name one, such as {found[0]}"
         )
     return found[0] if found else None
+
+
+def _split(part: Path) -> UserError:
+    """The error for a file that is a part of a model."""
+    return UserError(
+        f"{part} is one of several parts of a model: merge them, with llama-gguf-split "
+        "--merge of llama.cpp, and name the whole file"
+    )
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -37,6 +49,8 @@ def record_of(path: Path) -> dict[str, Any]:
     'stored_as' names the types from which its values are dequantized.
     """
     found = header(path)
+    if found.fields.get("split.count", 1) != 1:
+        raise _split(path)
     shape = found.shapes.get(_TABLE, ())
     if len(shape) != 2:
         raise UserError(

@@ -224,14 +224,23 @@ def _values(tensors: Mapping[str, tuple], name: str) -> np.ndarray:
         return np.array(file.get_tensor(stored), np.float32)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has files of weights, be it pickles, which are not read."""
+    known = (folder / WEIGHTS, folder / INDEX, *_pickles(folder))
+    return any(path.is_file() for path in known)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return sorted(folder.glob("pytorch_model*.bin"))
+
+
 def files(folder: Path) -> list[Path]:
     """The files of a folder's weights; UserError if one is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = read_json(folder / INDEX, _RESTORE)
     if index is None:
-        pickled = sorted(folder.glob("pytorch_model*.bin"))
-        if pickled:
+        if pickled := _pickles(folder):
             raise UserError(
                 f"{pickled[0]} is not read, because a pickle can run code: convert it "
                 "with transformers, AutoModelForCausalLM.from_pretrained(FOLDER)."

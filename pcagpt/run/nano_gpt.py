@@ -73,6 +73,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{path}: model_args has {name} = {arguments[name]}, it must be from "
                 f"1 to {most}: {_REMEDY}"
             )
+    if arguments["n_embd"] % arguments["n_head"]:
+        raise UserError(
+            f"{path}: model_args has n_head = {arguments['n_head']}, which does not "
+            f"divide n_embd = {arguments['n_embd']}: {_REMEDY}"
+        )
     model, wanted = stored["model"], _leaves(arguments)
     if odd := [name for name in model if not isinstance(name, str)]:
         raise UserError(f"{path}: {odd[0]!r:.60} is no name of a tensor: {_REMEDY}")

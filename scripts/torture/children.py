@@ -201,7 +201,7 @@ def pool(
     waiting, running = iter(tasks), {}
     while True:
         for key, function in itertools.islice(waiting, jobs - len(running)):
-            file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the child writes into it
+            file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - the child writes into it
             sys.stdout.flush()
             if not (pid := os.fork()):
                 code = 0

@@ -106,13 +106,13 @@ def not_finite(path: Path, chance: random.Random) -> str:
 
 def _json(path: Path) -> tuple[Any, list[str]]:
     """The value of a JSON file, or of the first line of JSONL; and the other lines."""
-    text = path.read_text()
+    text = path.read_text("utf-8")
     first, *rest = text.splitlines() if path.suffix == ".jsonl" else [text]
     return json.loads(first), rest
 
 
 def _write_json(path: Path, value: Any, rest: list[str]) -> None:
-    path.write_text("\n".join([json.dumps(value), *rest, ""]))
+    path.write_text("\n".join([json.dumps(value), *rest, ""]), "utf-8")
 
 
 def save_nan(checkpoint: str, number: int) -> str:

@@ -185,7 +185,7 @@ def result(command: Command, place: Path, out: str) -> Any:
         return _stripped(json.loads(out[out.index("{") :])) if "{" in out else out
 
     def read(path: Path) -> str:  # Records name folders by their whole path.
-        return path.read_text().replace(str(place), "")
+        return path.read_text("utf-8").replace(str(place), "")
 
     made = place / command.result
     if made.is_file():
