@@ -31,6 +31,7 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
 """
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -124,6 +125,7 @@ def main(arguments: list[str]) -> int:
 
 def run(settings: Settings, command: str, print_only: bool) -> None:
     """Runs the task, or only prints the plan and settings that are valid."""
+    os.getcwd()  # Some packages abort if the current folder was removed.
     if settings.distributed.enabled:
         process.end_with_others()
     with process.ended_by_signals(_if_interrupted(settings)):

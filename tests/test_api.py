@@ -617,6 +617,9 @@ REFUSED = {
     "the table is a list that NumPy cannot read: give a float32 array, such as": (
         lambda m: pcagpt.factorize([[1.0, 2.0], [3.0]], 1)
     ),
+    "the table has masked values: fill them": lambda m: pcagpt.factorize(
+        np.ma.masked_less(m.table, 0), 1
+    ),
     "the text is a list that NumPy cannot read: give one list of whole": lambda m: (
         m.loss([[1, 2], [3]])
     ),

@@ -546,6 +546,19 @@ def test_a_named_knob_may_ask_for_nothing_or_take_back_what_a_config_file_sets(
     }
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"task": "evaluate", "model_path": "D", "model.n_embd": 32},
+        A | {"model_path": "D", "model.n_embd_wte": 800},
+        {"arm": "pca_finetune", "init.weights_from": "B", "model.n_embd": 32},
+    ],
+    ids=str,
+)
+def test_sizes_are_not_compared_with_defaults_if_a_model_decides_them(values):
+    validate(Settings().replace(values))
+
+
 def test_a_word_that_is_no_utf8_is_refused():
     with pytest.raises(UserError, match="is not UTF-8: write it in UTF-8$"):
         command_line.parse(["pcagpt", "--config.workdir=a\udcff"])
@@ -561,6 +574,7 @@ def test_a_path_that_leads_to_a_place_that_is_no_utf8_is_refused(tmp_path, monke
     with pytest.raises(UserError, match=words):
         pcagpt.load(tmp_path / "link")
     monkeypatch.chdir(bad)
+    words = f"^the current folder: .*{words}.*, or go to another"
     with pytest.raises(UserError, match=words):  # The workdir is relative.
         command_line.parse(["pcagpt", config])
     with pytest.raises(UserError, match=words):

@@ -560,13 +560,13 @@ def test_a_text_of_many_blocks_is_checked_to_its_end(folder, cache, monkeypatch)
 
 
 def test_what_is_used_and_what_is_left_out_is_said(folder):
-    for name in ("a.train.txt", "b.train.txt", "val.raw", "notes.txt", "train.csv"):
+    for name in ("a.train.txt", "b train (1).txt", "val.raw", "notes.txt", "train.csv"):
         (folder / name).write_text("text\n")
     (folder / "._val.txt").write_bytes(b"\0")  # hidden
     (folder / "test").mkdir()
     assert find_source(str(folder)).notice == (
-        f"text in {folder}: train from a.train.txt, b.train.txt, val from val.raw; "
-        "left out: notes.txt, test/, train.csv"
+        f"text in {folder}: train from a.train.txt, 'b train (1).txt', val from "
+        "val.raw; left out: notes.txt, test/, train.csv"
     )
     write_tokens(folder, [1], vocab_size=10)
     notice = find_source(str(folder)).notice
@@ -1154,7 +1154,7 @@ def test_a_source_that_is_not_a_folder_is_refused(tmp_path, cache):
         ("input.txt", b"text", "too short to be cut into splits, val would be empty"),
         ("input.txt", b"caf\xe9\n" * 99, "not UTF-8: byte 0xe9 in line 1"),
         ("val.txt", b"", r"val\.txt is empty"),
-        ("train.test.txt", b"text", "more than one split"),
+        ("train+test.txt", b"text", "more than one split"),
         ("train.txt", b"fine\ncaf\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
         ("train.bin", b"", r"train\.bin is empty: write its tokens again"),
         ("train.bin", b"\1\0\2", "truncated: it has 3 bytes, which must be a multiple"),

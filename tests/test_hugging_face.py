@@ -17,6 +17,7 @@ from runs import assert_equal, snapshot
 from pcagpt import trees
 from pcagpt.config import command_line
 from pcagpt.errors import UserError
+from pcagpt.json_files import read_json, write_json
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, fingerprint, hugging_face
 from pcagpt.run.folder import read_record
@@ -89,6 +90,26 @@ def test_other_floats_are_read_as_float32(dtype, tmp_path):
     assert {leaf.dtype for leaf in found.values()} == {np.dtype("float32")}
     rounded = tensors()["transformer.wpe.weight"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(found["wpe"], rounded)
+
+
+ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+
+
+def test_sizes_may_have_the_other_names_that_transformers_reads(folder):
+    wanted = Run.open(folder).record["model"]
+    config = read_json(folder / "config.json", "")
+    renamed = {ALIASES.get(name, name): value for name, value in config.items()}
+    write_json(folder / "config.json", renamed)
+    assert Run.open(folder).record["model"] == wanted
+    for name, alias in ALIASES.items():
+        write_json(folder / "config.json", config | {alias: config[name] + 1})
+        with pytest.raises(UserError, match=f"{name} is .*, but {alias}, another name"):
+            Run.open(folder)
 
 
 def test_other_scales_of_the_attention_go_into_the_query(folder, tmp_path):

@@ -454,6 +454,19 @@ def test_a_bug_ends_a_process_with_exit_code_1_and_a_traceback(tmp_path):
     assert "Traceback" in ended.stderr
 
 
+def test_a_current_folder_that_was_removed_is_told_before_anything_starts(
+    corpus_folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    words = tiny("baseline.py", corpus_folder, workdir=tmp_path / "w")
+    outcome = call(*words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("pcagpt: the current folder: no such file or dir")
+    assert not (tmp_path / "w").exists()
+
+
 def test_an_interrupt_while_libraries_are_imported_is_one_line(corpus_folder, tmp_path):
     # What is imported in place of jax interrupts, and swallows exceptions.
     (tmp_path / "jax.py").write_text(

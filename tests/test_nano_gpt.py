@@ -149,6 +149,10 @@ SPOILT = {
         with_table(lambda table: table.to_sparse()),
         "wte.weight is no tensor of real numbers",
     ),
+    "meta": (
+        with_table(lambda table: table.to("meta")),
+        "wte.weight is no tensor of real numbers",
+    ),
     "complex": (
         with_table(lambda table: table + 1j),
         "wte.weight is no tensor of real numbers",

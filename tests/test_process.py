@@ -280,10 +280,18 @@ def test_an_environment_that_jax_lacks_is_one_line(
 
 def test_flags_are_tried_once_and_good_ones_accepted(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    processes.open_devices.cache_clear()
-    processes.open_devices()
-    monkeypatch.setattr(subprocess, "run", None)
-    processes.open_devices()
+    tried, run = [], subprocess.run
+
+    def counted(command, **options):
+        tried.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    for function in (processes.open_devices, processes._check_flags):
+        function.cache_clear()
+    for _ in range(2):
+        processes.open_devices()
+    assert len(tried) == 1
 
 
 UNFIT = {

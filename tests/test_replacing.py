@@ -29,6 +29,7 @@ from pcagpt import main
 from pcagpt.compression import sweep, write_model
 from pcagpt.compression.original import Original
 from pcagpt.config import Settings
+from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import Interrupted, UserError, warn_once
 from pcagpt.factorization import Factorizer
 from pcagpt.json_files import write_json
@@ -825,3 +826,22 @@ def test_a_recovery_is_not_compared_with_a_d_that_came_later(
         main.run(settings, "a command", print_only=False)
     sweep_file = Path(copied.workdir) / "compressed" / "sweep.json"
     assert "recovered" not in json_of(sweep_file)
+
+
+@pytest.mark.parametrize(("write", "is_told"), [("in place", True), ("anew", False)])
+def test_a_file_that_is_written_again_with_the_same_tokens_is_a_change(
+    own_corpus, tmp_path, write, is_told
+):
+    """While it was written, its memory map may have had other values."""
+    config, _ = own_corpus
+    corpus = open_corpus(config.data.source, tmp_path)
+    tokens, path = corpus.tokens("val"), tmp_path / "corpus/val.bin"
+    written = path if write == "in place" else path.with_suffix(".new")
+    time.sleep(0.01)
+    np.array(tokens).tofile(written)
+    written.replace(path)
+    if is_told:
+        with pytest.raises(UserError, match=r"val.bin was changed while this command"):
+            corpus.check_unchanged()
+    else:
+        corpus.check_unchanged()

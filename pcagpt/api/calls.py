@@ -94,10 +94,10 @@ def absolute(path: str | os.PathLike[str]) -> str:
     Raises UserError for what is no path, is not UTF-8, or leads to a place that is not.
     """
     with contextlib.suppress(TypeError, RuntimeError):  # RuntimeError: ~NOBODY
-        found = str(Path(path).expanduser().absolute())
-        if "\0" not in found:
-            check_place(found)
-            return found
+        expanded = Path(path).expanduser()
+        if "\0" not in str(expanded):
+            check_place(str(expanded))
+            return str(expanded.absolute())
     raise UserError(f"{path!r} is no path: give the path of a folder")
 
 
@@ -121,6 +121,8 @@ def list_of(name: str, values: Any) -> list[str]:
 
 def array_of(values: ArrayLike, what: str, remedy: str) -> np.ndarray:
     """Values as an array of NumPy; UserError if NumPy makes none of them."""
+    if np.ma.is_masked(values):
+        raise UserError(f"{what} has masked values: fill them, with `.filled(...)`")
     try:
         return np.asarray(values)
     # PyTorch raises the first two for tensors with a gradient, of bfloat16 or on a GPU.

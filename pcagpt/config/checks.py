@@ -72,12 +72,17 @@ def methods_of(text: str) -> list[str]:
 
 def validate(settings: Settings) -> None:
     """Does what `check_rules` does, and refuses knobs that the task does not read."""
-    check_rules(settings)
+    opens_model = bool(settings.model_path or settings.init.weights_from)
+    check_rules(settings, knows_sizes=not opens_model)
     _check_read(settings)
 
 
-def check_rules(settings: Settings) -> None:
-    """Raises UserError for a value that cannot work on any machine or corpus."""
+def check_rules(settings: Settings, knows_sizes: bool = True) -> None:
+    """Raises UserError for a value that cannot work on any machine or corpus.
+
+    Without `knows_sizes`, a model that is not opened yet decides the sizes that are not
+    given: those that are given are not compared with defaults.
+    """
     for path, value in settings.flat().items():
         _check_value(path, value)
     if not settings.workdir:
@@ -85,7 +90,9 @@ def check_rules(settings: Settings) -> None:
             "workdir is empty: give --config.workdir=FOLDER; . is the current folder"
         )
     train = settings.train
-    _check_sizes(settings.model)
+    if knows_sizes:
+        _check_sizes(settings.model)
+        _check_widths(settings)
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.accumulation = {train.accumulation} does not divide "
@@ -205,12 +212,16 @@ def _check_distinct(path: str, entries: Sequence[int | str]) -> None:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """Some tasks need ranks. No rank exceeds the width of the model."""
-    model = settings.model
+    """Some tasks need ranks."""
     if TASKS[settings.task].ranks:
         if not settings.ranks and settings.task != "compress":  # See `effort`.
             raise UserError("ranks is empty: give at least one, as in 64,128")
         _check_distinct("ranks", settings.ranks)
+
+
+def _check_widths(settings: Settings) -> None:
+    """No rank exceeds the width of the model."""
+    model = settings.model
     for path, ranks in (
         ("model.n_embd_wte", (model.n_embd_wte or 0,)),
         ("model.band_ranks", model.band_ranks),

@@ -130,7 +130,12 @@ def check_place(path: str) -> None:
     """As `check_utf8`, of where a path leads: the current folder may be odd."""
     # Other checks name a path that cannot exist.
     with contextlib.suppress(OSError, ValueError):
-        check_utf8(os.path.realpath(path))
+        try:
+            check_utf8(os.path.realpath(path))
+        except UserError as error:
+            if os.path.isabs(path):
+                raise
+            raise UserError(f"the current folder: {error}, or go to another") from None
 
 
 def _joined(words: list[str]) -> list[str]:

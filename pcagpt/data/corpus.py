@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,24 +64,32 @@ class Corpus(CorpusInfo):
     folder: Path = Path()
     cache_dir: Path = Path()
     older: tuple[Path, ...] = ()
-    _opened: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    _opened: dict[str, tuple[str, os.stat_result]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
 
         Raises UserError as for `check_tokens`.
         """
+        path = self._path(split)
+        check_splits(self, [split], self.folder)
+        with naming(path):
+            seen = path.stat()
         checked = self._checked(split)
-        self._opened.setdefault(split, checked.sha256)
-        return map_tokens(self._path(split), checked.dtype)
+        self._opened.setdefault(split, (checked.sha256, seen))
+        return map_tokens(path, checked.dtype)
 
     def check_unchanged(self) -> None:
         """Raises UserError if a split has changed since `tokens` first opened it.
 
-        Reads a file again only if its size or its times have changed.
+        Also if the file was written again with the same tokens: meanwhile, other values
+        may have been read. Reads a file only if its size or its times have changed.
         """
-        for split, sha256 in self._opened.items():
-            if self.tokens_sha256(split) != sha256:
+        for split, (sha256, seen) in self._opened.items():
+            is_same = self.tokens_sha256(split) == sha256
+            if not is_same or _is_rewritten(seen, self._path(split).stat()):
                 raise UserError(
                     f"{self._path(split)} was changed while this command used it: "
                     "restore it, or run the same command again"
@@ -204,6 +213,12 @@ class Corpus(CorpusInfo):
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"
+
+
+def _is_rewritten(before: os.stat_result, now: os.stat_result) -> bool:
+    """Whether a file was written in place. Another file of its name changes no map."""
+    is_same_file = (before.st_dev, before.st_ino) == (now.st_dev, now.st_ino)
+    return is_same_file and before.st_mtime_ns != now.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=4)  # All arms of an experiment have one corpus.

@@ -72,7 +72,7 @@ def find_text_files(folder: Path) -> TextFiles:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        words = map(_SPLIT_WORD.fullmatch, re.split(r"[._-]", path.stem.lower()))
+        words = map(_SPLIT_WORD.fullmatch, re.split(r"[\W_]+", path.stem.lower()))
         splits = sorted({word.lastgroup for word in words if word})
         is_text = path.suffix.lower() in ENDINGS and path.is_file()
         if not is_text or not splits:

@@ -247,7 +247,7 @@ def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     """
     falling_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     p_BV = jax.nn.softmax(falling_BV)
-    # The likeliest token is always needed: nothing comes before it.
     needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p
+    needed_BV = needed_BV.at[:, 0].set(True)  # float32 takes a tiny top_p for 0.
     least_B1 = jnp.where(needed_BV, falling_BV, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

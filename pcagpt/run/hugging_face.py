@@ -42,6 +42,13 @@ _SUPPORTED: dict[str, tuple] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
 }
+# transformers reads these names, too.
+_ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _RESTORE = "restore it, or download the model again"
 
@@ -139,6 +146,14 @@ def checked_config(stored: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path.parent} holds a {(unknown or [kind])[0]}, which pcagpt does not "
             f"read: give a GPT-2, {ARCHITECTURES[0]}"
         )
+    for name, alias in _ALIASES.items():
+        one, other = stored.get(name), stored.get(alias)
+        if name in stored and alias in stored and one != other:
+            raise UserError(
+                f"{path}: {name} is {one!r:.60}, but {alias}, another name of it, is "
+                f"{other!r:.60}: {_RESTORE}"
+            )
+    stored = {name: stored[a] for name, a in _ALIASES.items() if a in stored} | stored
     config = {name: stored.get(name, of[0]) for name, of in _SUPPORTED.items()}
     for name, value in config.items():
         default, *others = _SUPPORTED[name]

@@ -107,11 +107,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a dense tensor of floating point numbers."""
+    """Whether a value is a dense tensor of floating point numbers that are there."""
     import torch
 
     is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return is_tensor and value.is_floating_point()
+    return is_tensor and value.is_floating_point() and not value.is_meta
 
 
 def _as_dict(value: Any) -> Any:
