@@ -25,6 +25,9 @@ from pcagpt.config import base
 
 VOCAB_SIZE = 97
 
+# A shell's background job ignores SIGINT. The programs that tests start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
