@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from pcagpt.kernels import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.model import ALIGNED, Head, HeadBand, products, project
-from pcagpt.sharding.inside import by_device, gathered
+from pcagpt.sharding.inside import by_device, device_count, gathered
 
 
 def fused_cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
     """`cross_entropy` with kernels; `chunks` is for bands with too high a rank."""
-    if len(head) > 1:
+    if len(head) > 1 and device_count() == 1:
         head = tuple(map(_aligned, head))
     tables = tuple(band.replace(scale_down=None) for band in head)
     return _loss(chunks, _project(h_ND, head), tables, targets_N)
@@ -38,10 +38,13 @@ def _aligned(band: HeadBand) -> HeadBand:
 
 
 def _project(h_ND, head: Head) -> tuple[jax.Array, ...]:
-    """`project` for each band, by one product."""
+    """`project` for each band, by one product if there is one device.
+
+    Several devices would have to exchange parts of the joined matrices.
+    """
     scales = [band.scale_down for band in head if band.scale_down is not None]
-    if not scales:
-        return (h_ND,) * len(head)
+    if not scales or device_count() > 1:
+        return tuple(project(h_ND, band.scale_down) for band in head)
     ends = itertools.accumulate(len(scale_KD) for scale_KD in scales)
     z_NK = project(h_ND, jnp.concatenate(scales))
     parts = iter(jnp.split(z_NK, list(ends)[:-1], axis=1))

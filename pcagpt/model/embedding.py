@@ -16,7 +16,7 @@ import numpy as np
 
 from pcagpt.model.config import INIT_STD, BandSpec, GPTConfig
 from pcagpt.model.packed import Directions, PackedBand, PackedEmbedding
-from pcagpt.sharding.inside import by_device
+from pcagpt.sharding.inside import by_device, device_count
 
 
 @flax.struct.dataclass
@@ -113,7 +113,8 @@ class BandEmbedding(nn.Module):
 def _take_rows(wte_VK: jax.Array, rows_N: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows [N, K] in `dtype`; the gradient is summed in the table's own dtype."""
     # The cast comes first, so that devices exchange a split table in the smaller dtype.
-    return wte_VK.astype(dtype)[rows_N]
+    # Arrays of NumPy refuse NO_ROW.
+    return jnp.asarray(wte_VK).astype(dtype)[rows_N]
 
 
 def _take_rows_backward(dtype, residuals, gradient_NK):
@@ -180,9 +181,11 @@ class TokenEmbedding(nn.Module):
             else:
                 rows.append(rows_NK)
                 scales.append(embedding.scale_up.astype(dtype))
-        if scales:  # One product for all bands.
-            x_ND += concatenated(rows, axis=1) @ concatenated(scales, axis=0)
-        return x_ND
+        # One product for all bands is faster. But it joins matrices, and if these were
+        # split over devices, all of them would have to exchange parts.
+        if scales and device_count() == 1:
+            rows, scales = [concatenated(rows, axis=1)], [concatenated(scales, axis=0)]
+        return x_ND + sum(map(jnp.matmul, rows, scales))
 
     def _rows(self, embedding: nn.Module, columns_N, dtype) -> jax.Array:
         """Rows of a band [N, K]; zeros for tokens of other bands."""

@@ -43,7 +43,9 @@ class PackedBand:
     def rows(self, rows_N: jax.Array, dtype=jnp.float32) -> jax.Array:
         """Rows of the table: [N, D] in `dtype`."""
         shared = self.shared
-        values_NK = unpack(self.codes[rows_N], self.blocks, shared.levels, dtype)
+        # NumPy refuses rows beyond the table.
+        codes = jnp.asarray(self.codes)[rows_N]
+        values_NK = unpack(codes, self.blocks, shared.levels, dtype)
         values_NK *= self.scales.astype(dtype)
         basis_KD = shared.basis[: len(self.scales)].astype(dtype)
         scaled_ND = (values_NK @ basis_KD) * shared.columns.astype(dtype)
