@@ -573,6 +573,10 @@ def test_a_path_that_leads_to_a_place_that_is_no_utf8_is_refused(tmp_path, monke
         command_line.parse(["pcagpt", config, f"--config.workdir={tmp_path / 'link'}"])
     with pytest.raises(UserError, match=words):
         pcagpt.load(tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    for own in ("link", "a\udcff"):  # The current folder is not to blame.
+        with pytest.raises(UserError, match="^'.* is not UTF-8: write it in UTF-8$"):
+            pcagpt.load(own)
     monkeypatch.chdir(bad)
     words = f"^the current folder: .*{words}.*, or go to another"
     with pytest.raises(UserError, match=words):  # The workdir is relative.

@@ -259,15 +259,19 @@ def test_devices_exchange_only_sums_and_split_parameters(table, kernels, tiny_co
     assert not of_tables
 
 
-def test_the_compiler_is_told_to_sum_gradients_in_place(tiny_config, monkeypatch):
-    """Only GPUs have that pass of the compiler, so this test sees only the option."""
+def test_the_compiler_gets_the_options_of_the_step(tiny_config, monkeypatch):
+    """Only GPUs have these passes of the compiler, so this test sees only options."""
     made = setup(tiny_config)
     state, shardings = start(made, job(tiny_config).folder)
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda _, compiler_options: compiler_options
     )
     given = loop.compile_step(made, state, shardings, None)
-    assert given["xla_disable_hlo_passes"] == "all-reduce-contiguous"
+    assert given == {
+        "xla_disable_hlo_passes": "all-reduce-contiguous",
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_experimental_enable_fusion_autotuner": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -130,12 +130,14 @@ def check_place(path: str) -> None:
     """As `check_utf8`, of where a path leads: the current folder may be odd."""
     # Other checks name a path that cannot exist.
     with contextlib.suppress(OSError, ValueError):
-        try:
-            check_utf8(os.path.realpath(path))
-        except UserError as error:
-            if os.path.isabs(path):
-                raise
-            raise UserError(f"the current folder: {error}, or go to another") from None
+        place = os.path.realpath(path)
+        if not os.path.isabs(path):
+            try:
+                check_utf8(os.getcwd())
+            except UserError as error:
+                words = f"the current folder: {error}, or go to another"
+                raise UserError(words) from None
+        check_utf8(place)
 
 
 def _joined(words: list[str]) -> list[str]:

@@ -60,7 +60,7 @@ SMALL_TILES = {
     256: Tiles(64, 64, 4, 2),
     320: Tiles(64, 32, 8, 2),
 }
-MAX_RANK = 320
+MAX_RANK = max(SUMMARY_TILES)
 
 
 def fits(rank: int) -> bool:
