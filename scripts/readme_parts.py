@@ -13,19 +13,19 @@ from pcagpt.methods import CODED, PACKED
 from pcagpt.model import GPTConfig
 from pcagpt.model.size import embedding_parameters, total_parameters
 from pcagpt.report.compare import QUESTIONS, judge_claims
+from pcagpt.report.experiment import answer
 from pcagpt.report.recommend import SMALL_COST, compared_rows
 from pcagpt.report.row_text import row_name
 from pcagpt.report.sweep import baseline_of, sweep_view
 from pcagpt.report.text import (
-    MINUS,
     NOTHING,
     count,
     escaped,
     fixed,
     percent,
-    signed,
     table,
     times,
+    two_digits,
     with_interval,
 )
 from pcagpt.rows import Row, read_sweep
@@ -117,8 +117,7 @@ def questions_table(folder: Path) -> str:
 
 def half_interval(found: dict) -> str:
     """The effect of a comparison, ± half of its interval."""
-    low, high = found["interval"]
-    return f"{signed(found['effect'])} ± {fixed((high - low) / 2)}"
+    return with_interval(found["effect"], found["interval"], places=3)
 
 
 def sizes_table(_: Path) -> str:
@@ -172,22 +171,19 @@ def failures(published: Path) -> str:
     """What did not hold, or held for one model alone."""
     brief = published / "gpt2_small_wikipedia"
     results = json.loads((brief / "results.json").read_text("utf-8"))
-    asked = {
-        (c["question"], c["rank"]): half_interval(c) for c in results["comparisons"]
-    }
     of_b = [c for c in results["comparisons"] if c["question"] == "B vs A"]
+    (of_d,) = (
+        c
+        for c in results["comparisons"]
+        if (c["question"], c["rank"]) == ("A vs D", 128)
+    )
     (own,) = (row for row in results["rows"] if row["letter"] == "D")
     (share,) = {b / a for b, a in (c["tokens"] for c in of_b)}
     each = own["tokens_seen"] / own["params_total"]
     swept = read_sweep(published / "gpt2_small_compression" / "sweep.json")
     trained = {row["letter"]: row for row in swept["recovered"]}
-    gains = {
-        name: with_interval(row["added_loss"], row["interval"])
-        for name, row in trained.items()
-    }
-    beyond = with_interval(
-        trained["B"]["less_continued"], trained["B"]["less_continued_interval"]
-    )
+    b = trained["B"]
+    beyond = b["less_continued_interval"]
     gpt2 = read_sweep(published / "gpt2_small_codes" / "val" / "sweep.json")
     smollm2 = read_sweep(published / "smollm2_135m" / "val" / "sweep.json")
 
@@ -205,22 +201,24 @@ def failures(published: Path) -> str:
 
     return "\n".join(
         [
-            "- **Fine-tuning beats training from scratch (the original: B < A).** It "
-            f"did not, after {own['steps']} steps of GPT-2 small: B minus A is "
-            f"{asked['B vs A', 64]} at rank 64 and {asked['B vs A', 128]} at rank 128. "
+            "- **Fine-tuning beats training from scratch (the original: B < A).** "
+            f"After {own['steps']} steps of GPT-2 small, "
+            f"{' and '.join(map(at_rank, of_b))}. "
             f"B had {percent(share)} of A's tokens.",
-            "- **A and D end at the same loss (the original: A ≈ D).** A was better "
-            f"than D by {asked['A vs D', 128].lstrip(MINUS)} at rank 128. But D saw "
-            f"only {fixed(each, 1)} tokens for each of its parameters, and A also "
+            "- **A and D end at the same loss (the original: A ≈ D).** In the same "
+            f"experiment, {at_rank(of_d)}. But D saw "
+            f"only {two_digits(each)} tokens for each of its parameters, and A also "
             "profits from D's training. This says nothing about a D that was trained "
             "for long.",
             "- **B, trained further, beats D.** GPT-2 small with factors of the size "
-            f"of k = {trained['B']['rank']} (B) was trained further, for "
-            f"{percent(trained['B']['share_of_tokens'])} of D's tokens. Its loss minus "
-            f"D's is {gains['B']}. But D gains from the same steps, too (D+): "
-            f"{gains['D+']}. B minus D+ is {beyond}: not resolved.",
+            f"of k = {b['rank']} (B) was trained further, for "
+            f"{percent(b['share_of_tokens'])} of D's tokens. Its loss minus D's is "
+            f"{gain(b)}. But D gains from the same steps, too (D+): "
+            f"{gain(trained['D+'])}. B against D+: "
+            f"{answer('B', 'D+', beyond)} "
+            f"({with_interval(b['less_continued'], beyond)}).",
             "- **D's predictions teach more than the text.** The same model, trained "
-            f"on them (Bd), adds {gains['Bd']} to D's loss.",
+            f"on them (Bd), adds {gain(trained['Bd'])} to D's loss.",
             "- **Factors that suit a briefly trained model suit every model.** "
             f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
             "the size of k = 128.",
@@ -228,6 +226,18 @@ def failures(published: Path) -> str:
             f"{both('baseline', 1, (0, 0), 4)}.",
         ]
     )
+
+
+def at_rank(found: dict) -> str:
+    """'B is worse than A at rank 64 (+0.120 ± 0.004)'."""
+    first, second = found["question"].split(" vs ")
+    said = answer(first, second, found["interval"])
+    return f"{said} at rank {found['rank']} ({half_interval(found)})"
+
+
+def gain(trained: dict) -> str:
+    """The loss of a model trained further, minus D's, ± half of its interval."""
+    return with_interval(trained["added_loss"], trained["interval"])
 
 
 def added(row: Row) -> str:

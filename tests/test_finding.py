@@ -33,6 +33,16 @@ def test_an_experiment_ends_with_the_loss_of_each_arm():
     assert re.fullmatch(r"sample it: .*--config.model_path=runs/gpt_\w+", following)
 
 
+def test_d_trained_further_has_no_smaller_table():
+    results = json.loads((PUBLISHED / "demo" / "results.json").read_text("utf-8"))
+    of_d = next(row for row in results["rows"] if row["letter"] == "D")
+    further = of_d | {"arm": "continued", "letter": "D+", "added_loss": -0.0357}
+    results["rows"].append(further | {"added_loss_interval": [-0.036, -0.0354]})
+    lines = experiment_lines(results, Path("runs"))
+    (line,) = (line for line in lines if line.startswith("D+"))
+    assert re.fullmatch(r"D\+ +val loss [\d.]+, −0\.0357 ± 0\.0003 against D", line)
+
+
 SMOLLM2 = read_sweep(PUBLISHED / "smollm2_135m" / "val" / "sweep.json")
 BEST = recommended_row(SMOLLM2)
 RECOMMENDED = (

@@ -24,11 +24,13 @@ from pcagpt.report.text import (
     code,
     count,
     duration,
-    effect,
     fixed,
+    half_of,
     plain,
+    plus_minus,
     signed,
     times,
+    with_interval,
 )
 
 
@@ -114,8 +116,8 @@ def means_over_seeds(
         model |= {"arm": arm, "letter": ARMS[arm].letter, "title": ARMS[arm].title}
         model |= {"rank": rank, "bands": len(seeds[0].get("band_ranks") or ())}
         added = _interval(columns, "added_loss") or with_d.get((model["letter"], rank))
-        model["half"] = _half(_interval(columns, "val_loss"))
-        model["added_half"] = _half(added)
+        model["half"] = half_of(_interval(columns, "val_loss"))
+        model["added_half"] = half_of(added)
         models.append(model)
     return models
 
@@ -130,10 +132,6 @@ def _interval(columns: dict[str, list], name: str) -> list[float] | None:
     if len(values) == 1:
         return columns.get(f"{name}_interval", [None])[0]
     return None if None in values else mean_interval(values)[1]
-
-
-def _half(bounds: Sequence[float] | None) -> float | None:
-    return (bounds[1] - bounds[0]) / 2 if bounds else None
 
 
 def is_brief(model: dict[str, Any]) -> bool:
@@ -199,24 +197,28 @@ def compared_runs(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _answer(comparison: dict[str, Any], d_is_brief: bool) -> str:
-    """What a reader would say: 'A is better than C', 'no difference is resolved'."""
+    """As `answer`; says whether D was trained briefly."""
     first, second = comparison["question"].split(" vs ")
     if second == "D" and d_is_brief:
         second = "this D, which was trained briefly"
+    return answer(first, second, comparison["interval"])
+
+
+def answer(first: str, second: str, bounds: Sequence[float] | None) -> str:
+    """What a reader would say: 'A is better than C', 'no difference is resolved'.
+
+    bounds: the interval of the loss of `first` minus that of `second`, in nats per
+    token.
+    """
     answers = {
         HELD: f"{first} is better than {second}",
         FAILED: f"{first} is worse than {second}",
         UNRESOLVED: "no difference is resolved",
     }
-    found = verdict("less", comparison["interval"])
-    is_close = verdict("equal", comparison["interval"]) == HELD
+    found = verdict("less", bounds)
+    is_close = verdict("equal", bounds) == HELD
     close = f", by less than {MARGIN}" if is_close and found != UNRESOLVED else ""
     return answers[found] + close
-
-
-def plus_minus(value: float | None, half: float | None, show=fixed) -> str:
-    """'3.123 ± 0.004'; without an interval, '3.123'."""
-    return show(value) + ("" if half is None else f" ± {fixed(half)}")
 
 
 def _against(added: float, half: float | None) -> str:
@@ -298,8 +300,7 @@ def _both(name: str, show=count):
 
 
 def _effect(found: dict[str, Any]) -> str:
-    half = _half(found["interval"])
-    return effect(found["effect"]) + ("" if half is None else f" ± {fixed(half)}")
+    return with_interval(found["effect"], found["interval"], places=3)
 
 
 QUESTIONS_ASKED = [

@@ -14,7 +14,7 @@ from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
 from pcagpt.report.recommend import compared_rows
 from pcagpt.report.row_text import full_name, row_name, table_name
 from pcagpt.report.sweep import baseline_of, limit_points, own_size
-from pcagpt.report.text import count, fixed, percent, signed, with_interval
+from pcagpt.report.text import count, fixed, percent, plus_minus, signed, with_interval
 from pcagpt.rows import AnyRow, Row, Stored
 
 INK = "#222222"
@@ -89,8 +89,8 @@ def size_figure(models: Sequence[dict[str, Any]]) -> Figure | None:
         | {"of": _name(ARMS[m["arm"]]), "loss": m["val_loss"], "Arm": m["title"]}
         | {"low": m["val_loss"] - (m["half"] or 0)}
         | {"high": m["val_loss"] + (m["half"] or 0), "Rank": count(m["rank"])}
-        | {"Loss": fixed(m["val_loss"]) + _half(m["half"])}
-        | {"Added": signed(m.get("added_loss")) + _half(m["added_half"])}
+        | {"Loss": plus_minus(m["val_loss"], m["half"])}
+        | {"Added": plus_minus(m.get("added_loss"), m["added_half"], signed)}
         | {"Table": count(m["params_embedding"]), "Model": count(m["params_total"])}
         for m in models
     ]
@@ -312,10 +312,6 @@ def _decile_axis() -> dict[str, Any]:
 
 def _name(arm: Arm) -> str:
     return f"{arm.letter} {arm.title}"
-
-
-def _half(half: float | None) -> str:
-    return "" if half is None else f" ± {fixed(half)}"
 
 
 def _of_row(row: Row, numbers: int) -> dict[str, Any]:

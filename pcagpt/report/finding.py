@@ -16,7 +16,7 @@ from pcagpt.report.recommend import (
 )
 from pcagpt.report.row_text import full_name
 from pcagpt.report.sweep import SPLIT_TITLES, baseline_of
-from pcagpt.report.text import count, fixed, signed, times, with_interval
+from pcagpt.report.text import count, fixed, plus_minus, signed, times, with_interval
 from pcagpt.rows import Row
 
 
@@ -35,10 +35,11 @@ def _arm(model: dict[str, Any]) -> str:
     line = f"{model['letter']:<2} {rank:<6} val loss {fixed(model.get('val_loss'), 4)}"
     if model["letter"] == "D" or "added_loss" not in model:
         return line
-    half = model["added_half"]
-    added = signed(model["added_loss"], 4) + (f" ± {fixed(half, 4)}" if half else "")
-    smaller = times(model.get("compression_embedding"))
-    return f"{line}, {added} against D, table {smaller} smaller"
+    added = plus_minus(model["added_loss"], model["added_half"], signed, places=4)
+    line += f", {added} against D"
+    if not model["rank"]:  # D+ has a full table.
+        return line
+    return f"{line}, table {times(model.get('compression_embedding'))} smaller"
 
 
 def sweep_lines(sweep: dict[str, Any], folder: Path, workdir: str) -> list[str]:

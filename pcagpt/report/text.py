@@ -33,16 +33,31 @@ def signed(value: Any, places: int = 3) -> str:
     return f"+{text}" if is_positive else text
 
 
-def effect(value: float) -> str:
-    """As `signed`, with more decimals (up to 6) if 3 would show a small value as 0."""
-    places = next((p for p in (3, 4, 5) if not value or round(value, p)), 6)
-    return signed(value, places)
+def plus_minus(value: Any, half: float | None, show=fixed, places: int = 3) -> str:
+    """3.123, 0.004 → '3.123 ± 0.004'; without half an interval, '3.123'.
+
+    Both have more decimals (up to 6) if `places` would show a small half as 0, or a
+    small value that has no half.
+    """
+    small = value if half is None else half
+    if isinstance(small, float):
+        places = next((p for p in range(places, 6) if not small or round(small, p)), 6)
+    return show(value, places) + ("" if half is None else f" ± {fixed(half, places)}")
 
 
-def with_interval(value: Any, bounds: Sequence[float] | None) -> str:
+def half_of(bounds: Sequence[float] | None) -> float | None:
+    """Half of an interval."""
+    return (bounds[1] - bounds[0]) / 2 if bounds else None
+
+
+def with_interval(value: Any, bounds: Sequence[float] | None, places: int = 4) -> str:
     """0.039, [0.0378, 0.0402] → '+0.0390 ± 0.0012'; without bounds, '+0.0390'."""
-    half = f" ± {fixed((bounds[1] - bounds[0]) / 2, 4)}" if bounds else ""
-    return signed(value, 4) + half
+    return plus_minus(value, half_of(bounds), signed, places)
+
+
+def two_digits(value: float) -> str:
+    """0.1734 → '0.17'."""
+    return f"{value:.2g}"
 
 
 def plain(value: Any) -> str:
@@ -178,7 +193,17 @@ def render(template: str, for_page: bool = False, **view: Any) -> Markdown:
     environment = Environment(
         loader=PackageLoader("pcagpt.report"), trim_blocks=True, finalize=escaped
     )
-    filters = fixed, with_interval, count, times, percent, code, fields, command
+    filters = (
+        fixed,
+        two_digits,
+        with_interval,
+        count,
+        times,
+        percent,
+        code,
+        fields,
+        command,
+    )
     for function in filters:
         environment.filters[function.__name__] = function
     for function in (columns, figure, side_by_side):
