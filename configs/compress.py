@@ -4,9 +4,10 @@ r"""Compresses the token table of a trained model without training it.
         --config.model_path=checkpoints/gpt_baseline
 
 Measures methods x ranks x frequency bands on the validation split and writes
-checkpoints/compressed/: sweep.json, report.html, and the best model of each rank. This
-model can be evaluated and fine-tuned like a run. --config.compress.recover_ranks=128
-also trains the best factors and the coded table of that rank, and D for the same steps.
+checkpoints/compressed/: sweep.json, report.html, and the best models of each rank: with
+factors, coded, and packed. They can be evaluated and fine-tuned like a run.
+--config.compress.recover_ranks=128 also trains the best factors and the coded table of
+that rank, and D for the same steps.
 --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=) finds the one table
 that fits a bound. --config.split=test measures on the test split instead; it writes
 checkpoints/compressed_test/, without models.

@@ -24,7 +24,7 @@ class Unreadable(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop, and everything done so far is saved.
+    """A signal asked to stop. The message says what is saved.
 
     `number` is the signal's. The exit code depends on it, see `pcagpt.main`. It is no
     Exception, so that a library does not swallow it.

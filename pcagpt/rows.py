@@ -113,7 +113,7 @@ class Recipe:
     def model_name(self) -> str | None:
         """The folder of the best model of its kind and rank.
 
-        None for rounded factors and for `RIVALS`, of which a sweep writes no model.
+        None for rounded factors and for `RIVALS`: a sweep writes no model of them.
         """
         if self.is_codes:
             return f"best_{self.method}_k{self.rank}"
@@ -257,7 +257,7 @@ class ErrorRow(Stored):
 
     @property
     def error(self) -> float:
-        """What the best table has least of: the estimate, or else the error."""
+        """The number that is smallest for the best table: the estimate, if known."""
         known = self.estimated_loss
         return self.relative_error if known is None else known
 

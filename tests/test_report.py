@@ -462,7 +462,7 @@ def test_the_finding_names_the_smallest_arm_that_is_about_as_good_as_d(reported)
     rows = [r | {"tokens_seen": 10**9} for r in results["rows"] if r["rank"] != 8]
     worse = [row | {"added_loss_interval": [0.0, 0.2]} for row in rows]
     text = markdown_of(results | {"rows": worse, "comparisons": []})
-    assert "No smaller model has a loss of at most" in text
+    assert "No model with a smaller table has a loss of at most" in text
     assert "trained briefly" not in text
 
 

@@ -219,7 +219,7 @@ def _basis_bits(width: int, energy_D: np.ndarray) -> np.ndarray:
 
 
 def _entropy_bits(symbols_Dn: np.ndarray) -> np.ndarray:
-    """Bits of each row at its empirical entropy, with the bias of Miller and Madow."""
+    """Bits of each row at its empirical entropy, with Miller and Madow's correction."""
     used = np.flatnonzero(symbols_Dn.any(axis=1))
     bits_D, count = np.zeros(len(symbols_Dn)), symbols_Dn.shape[1]
     lowest = int(symbols_Dn.min(initial=0))

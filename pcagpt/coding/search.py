@@ -12,8 +12,9 @@ from pcagpt.coding.table import CodedTable
 from pcagpt.factorization import BudgetTooSmall
 
 TOLERANCE = 0.005  # relative distance from the target at which the search ends
-# After `FEW` encodings, a table that fills this share of the target is good enough. The
-# search always ends after `MANY`. Only small tables need many, and encode fast.
+# After `FEW` encodings, a table that fills the share `FILLED` of the target is good
+# enough. The search always ends after `MANY`. Only small tables need many, and encode
+# fast.
 FEW, MANY, FILLED = 5, 16, 0.97
 # Bisection stops at this width (in octaves); then it interpolates.
 _OCTAVES = 0.3

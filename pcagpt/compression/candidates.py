@@ -144,7 +144,7 @@ class Compressor:
     def _codes(self, recipe: Recipe) -> tuple[Codes, int]:
         """`_make_codes`; keeps those that a sweep needs again for its models.
 
-        Of tables in bands it needs only the best, and these are quickly made again.
+        It needs only the best tables in bands, which are quick to make again.
         """
         in_bands = KINDS[recipe.method].in_bands
         return (self._make_codes if in_bands else self._kept_codes)(recipe)

@@ -33,7 +33,7 @@ def open_model(folder: Path) -> Any:
     """The model of a folder in float32; UserError if it has none that is whole."""
     is_file = folder.is_file()  # GGUF
     try:
-        # What it would print about damaged files, the errors below say in one line.
+        # The errors below replace what it prints about damaged files.
         with _quietly(), contextlib.redirect_stderr(io.StringIO()):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder.parent if is_file else folder),

@@ -12,12 +12,12 @@ from pcagpt.run import calibrate
 
 
 class OwnModel:
-    """A GPT with a full table; implements `original.Model`."""
+    """A GPT with a full table; implements `original.Model` but for `of_side`."""
 
     packages, side, sides, part = (), "", (), 0
 
     def __init__(self, gpt: GPT, variables: dict, mesh: Mesh, chunks: int):
-        """Takes variables on the mesh; logits are computed in `chunks` parts."""
+        """Takes variables on the mesh; logits come in `chunks` parts or less."""
         self.gpt, self.variables, self.mesh = gpt, variables, mesh
         self.window = gpt.config.block_size
         self.compute_dtype = gpt.config.compute_dtype

@@ -1,7 +1,7 @@
 """Compresses a table without its model: many tables, or the one that fits a bound.
 
-Of a sweep, a folder gets errors.json with an `ErrorRow` per table, its report, and the
-best table of each kind and rank; of a search, advised/ with its table and advice.json.
+A sweep writes errors.json with an `ErrorRow` per table, a report, and the best table of
+each kind and rank. A search writes advised/ with its table and advice.json.
 """
 
 import dataclasses

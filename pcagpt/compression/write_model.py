@@ -49,7 +49,7 @@ def write_model(
                 and a copy of the record
       factors/      the factors; of `CODES`, the table's file is there instead
 
-    Of a model of another architecture, there is no ckpt/0. If the folder already holds
+    A model of another architecture gets no ckpt/0. If the folder already holds
     this model, only lost or damaged factors/ are written again. Another model is moved
     aside, unless it `stays`: then False is returned, and nothing is written. A changed
     file of a table is moved aside, too.

@@ -130,7 +130,11 @@ class TrainSettings:
     schedule: str = knob(
         "cosine", "after the warm-up", one_of("constant", "linear", "cosine")
     )
-    warmup_steps: int = knob(100, "updates while the learning rate rises", at_least(0))
+    warmup_steps: int = knob(
+        100,
+        "updates while the learning rate rises; a shorter run ends at the peak",
+        at_least(0),
+    )
     final_learning_rate_share: float = knob(
         0.1, "share of learning_rate at the last step", SHARE
     )
@@ -142,7 +146,8 @@ class TrainSettings:
     )
     loss_chunks: int = knob(
         8,
-        "compute the logits in this many parts; more parts need less memory. No effect "
+        "compute the logits in at most this many equal parts; more parts need less "
+        "memory. No effect "
         "on models that transformers computes: their parts have a fixed size",
     )
 

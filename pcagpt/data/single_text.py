@@ -76,6 +76,6 @@ def text_hash(path: Path) -> str:
 
 
 def notice(path: Path) -> str:
-    """As in 'text in input.txt: its first 90% are train, then 5% val, then 5% test'."""
+    """As in 'text in input.txt: the first 90% train, then 5% val, then 5% test'."""
     first, *rest = (f"{percent}% {split}" for split, percent in PERCENT.items())
     return f"text in {path}: the first {first}, then {', then '.join(rest)}"

@@ -120,7 +120,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
 def _single_text(path: Path, beside: Sequence[str] = ()) -> TextSource:
     """A text file as a source; each split is one document.
 
-    `beside` are the names in its folder, all but its own are left out.
+    `beside`: the names in its folder. The notice lists the others as left out.
     """
 
     def documents(start: int, end: int) -> list[Document]:

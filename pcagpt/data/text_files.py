@@ -44,7 +44,7 @@ class TextFiles:
     """The text files in a folder.
 
     of_split: those of each split, in sorted order; without_split: those whose names
-    have no split; left_out: all other names in the folder, too.
+    have no split; left_out: all names that belong to no split, also of other files.
     """
 
     folder: Path

@@ -22,7 +22,7 @@ class RankFile(NamedTuple):
     """A vocabulary, such as NAME.tiktoken in pcagpt/assets.
 
     vocab_size: the highest id + 1; added_from: ids from here on are added tokens, which
-    text has only if it spells them out; None if there are none.
+    text has only if it spells them out; `vocab_size` or None if there are none.
     """
 
     vocab_size: int
@@ -31,7 +31,7 @@ class RankFile(NamedTuple):
 
     @property
     def least_rows(self) -> int:
-        """The least rows of a table that most texts can be read with."""
+        """The rows that a table needs to read most texts."""
         return min(self.vocab_size, self.added_from or self.vocab_size)
 
 

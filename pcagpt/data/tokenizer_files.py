@@ -251,7 +251,7 @@ def _id_of_text(file: Path) -> dict[str, int]:
 
 @read_once
 def _added_from(file: Path, size: int) -> int | None:
-    """The first of the ids up to the last that are all added tokens."""
+    """The first id of the added tokens at the end; `size` without any."""
     if file.name != WHOLE:
         return None
     content = read_json(file, _DAMAGED) or {}

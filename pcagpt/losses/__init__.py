@@ -1,4 +1,4 @@
-"""Token losses from the hidden state and the output head, without [N, V] logits."""
+"""Token losses from the hidden state and the output head, in parts that save memory."""
 
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.losses.cross_entropy import cross_entropy

@@ -66,7 +66,7 @@ def products(z_NK: jax.Array, wte_VK: jax.Array, dtype) -> jax.Array:
 def concatenated(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
     """The factors of several bands along their ranks, as one factor of a product.
 
-    Several get zeros up to a multiple of ALIGNED; one stays as it is.
+    If there are several, zeros fill the rank up to a multiple of ALIGNED.
     """
     if len(arrays) == 1:
         return arrays[0]

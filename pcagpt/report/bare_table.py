@@ -56,7 +56,7 @@ def has_estimates(errors: dict[str, Any]) -> bool:
 
 
 def best_rows(errors: dict[str, Any]) -> list[ErrorRow]:
-    """The rows, by bytes, that no row of as few bytes has a smaller error than.
+    """The rows by bytes. No row with as few bytes has a smaller error.
 
     Without those that are no smaller than the own table, unless all are.
     """

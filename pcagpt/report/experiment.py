@@ -141,7 +141,7 @@ def is_brief(model: dict[str, Any]) -> bool:
 
 
 def recommended(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The smallest model with a loss that is surely at most D's plus MARGIN.
+    """The model with the smallest table whose loss is surely at most D's plus MARGIN.
 
     'Surely': up to the upper end of its interval. If none has, that of least loss. None
     if no arm has a smaller table than D, or D is missing.

@@ -182,9 +182,8 @@ def spectrum_figure(
 def pareto_figure(sweep: dict[str, Any]) -> Figure:
     """Draws added loss of a sweep's tables against bytes, on log scales.
 
-    Of tables in several bands that differ only in their number, it shows only the best.
-    All tables of a rival are one line. A second axis has bits for each number of D's
-    table.
+    If tables differ only in the number of bands, it shows the best. All tables of a
+    rival are one line. A second axis has bits for each number of D's table.
     """
     rows, numbers = _best_bands(sweep["rows"], _added), own_size(sweep)["params"]
     looks = {_legend(row): _look(row) for row in rows}

@@ -30,7 +30,7 @@ def experiment_lines(results: dict[str, Any], workdir: Path) -> list[str]:
 
 
 def _arm(model: dict[str, Any]) -> str:
-    """'A  k=128  val loss 4.1925, +0.0591 ± 0.0020 against D, table 5.91x smaller'."""
+    """'A  k=128  val loss 4.1925, +0.0591 ± 0.0020 against D, table 5.91× smaller'."""
     rank = f"k={model['rank']:g}" if model["rank"] else ""
     line = f"{model['letter']:<2} {rank:<6} val loss {fixed(model.get('val_loss'), 4)}"
     if model["letter"] == "D" or "added_loss" not in model:

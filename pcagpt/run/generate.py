@@ -19,7 +19,7 @@ from pcagpt.model.next_token import next_hidden
 # Limits of the samples that are drawn at once.
 BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
 # The device draws many tokens in one call, so that it never waits for the host. A call
-# takes about this many seconds, for which text appears in pieces and Ctrl-C waits.
+# takes about this many seconds. Text appears after each call, and Ctrl-C waits for it.
 CALL_SECONDS, CALL_TOKENS = 0.1, 256
 LEAST_CAPACITY = 128  # tokens; a power of 2
 LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn

@@ -332,7 +332,7 @@ class Run:
 
 
 def _architecture_of_table(folder: Path) -> str | None:
-    """That of the model whose compressed table, without a run, is in a folder."""
+    """The architecture, if a folder holds only a compressed table."""
     with contextlib.suppress(UserError, OSError):
         record = read_record(folder) or {}
         return record.get("architecture") if record.get("compressed") else None

@@ -135,7 +135,7 @@ def train_step(
       model: the model that is trained.
       optimizer: parameters that it freezes have no backward pass.
       seed: for dropout.
-      loss_chunks: the logits of a part are computed in this many chunks.
+      loss_chunks: the logits of a part are computed in at most this many chunks.
       distill_share: weight of the teacher's divergence; the rest is the cross entropy.
 
     Returns:
