@@ -14,7 +14,6 @@ three seeds. It takes a quarter of the time.
 """
 
 from pcagpt.config import base
-from pcagpt.errors import UserError
 
 SIZES = {  # {name: (layers and heads, width, rank, steps, seeds)}
     "small": (12, 768, 128, 6000, ()),
@@ -24,8 +23,6 @@ SIZES = {  # {name: (layers and heads, width, rank, steps, seeds)}
 
 def get_config(size="small"):
     """The experiment at one of `SIZES`."""
-    if size not in SIZES:
-        raise UserError(f"no size '{size}': give {' or '.join(SIZES)}")
     layers, width, rank, steps, seeds = SIZES[size]
     config = base()
     config.task = "experiment"

@@ -1,9 +1,12 @@
 """Order of training batches, and what evaluation predicts."""
 
+import os
+
 import numpy as np
 import pytest
 
 from pcagpt.data.batches import EvaluationBatches, TrainingBatches
+from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)  # the value is the position
@@ -95,3 +98,27 @@ def test_every_token_after_the_first_is_predicted_once_in_order(length, batch_si
         # Row i is window i.
         rows = inputs[: batches.window_count, 0]
         assert rows.tolist() == list(range(0, length - 1, BLOCK_RANK))
+
+
+# Token files while they are read.
+
+
+def test_a_token_array_gives_the_ids_of_its_file(tmp_path):
+    ids = np.arange(3000, dtype="<u2")
+    ids.tofile(tmp_path / "train.bin")
+    found = TokenArray(tmp_path / "train.bin", ids.dtype)
+    assert len(found) == 3000
+    for part in (slice(None), slice(5, 9), slice(-4, None), slice(2990, 4000)):
+        np.testing.assert_array_equal(found[part], ids[part])
+    np.testing.assert_array_equal(np.asarray(found, np.int32), ids)
+    (tmp_path / "train.bin").unlink()
+    np.testing.assert_array_equal(found[:3], ids[:3])  # It stays open.
+
+
+def test_a_token_file_that_became_shorter_ends_in_one_line(tmp_path):
+    path = tmp_path / "train.bin"
+    np.arange(100_000, dtype="<u2").tofile(path)
+    batches = TrainingBatches(TokenArray(path, np.dtype("<u2")), 64, 4, seed=1)
+    os.truncate(path, 20)
+    with pytest.raises(UserError, match=r"train.bin became shorter while"):
+        batches.batch_at(0)

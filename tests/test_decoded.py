@@ -14,7 +14,7 @@ from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 from tokenizers import normalizers, pre_tokenizers
 
 from pcagpt.config import Settings
-from pcagpt.data import corpus, decoded, token_files, tokenize, vocabulary
+from pcagpt.data import corpus, decoded, token_array, tokenize, vocabulary
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError
 from pcagpt.run.trained import Run
@@ -45,7 +45,7 @@ def tokenizer(request):
 def small(monkeypatch):
     """Documents lie in several parts, chunks and pieces."""
     monkeypatch.setattr(decoded, "_PART", 7)
-    monkeypatch.setattr(token_files, "_CHUNK_TOKENS", 50)
+    monkeypatch.setattr(token_array, "_CHUNK_TOKENS", 50)
     monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 150)
 
 
@@ -76,7 +76,7 @@ def test_gpt2s_tokens_become_those_of_the_text(tokenizer, tmp_path):
     found = open_corpus(str(folder), tmp_path / "cache", encode_as=tokenizer)
     text = text_folder(tmp_path / "text")
     same = open_corpus(str(text), tmp_path / "cache", tokenizer)
-    assert found.tokens("train").tolist() == same.tokens("train").tolist()
+    assert found.tokens("train")[:].tolist() == same.tokens("train")[:].tolist()
     assert (found.tokenizer, found.vocab_size) == (tokenizer, same.vocab_size)
     assert found.tokens_sha256("train") == same.tokens_sha256("train")
 
@@ -89,7 +89,7 @@ def test_tokens_of_any_tokenizer_become_gpt2s(tokenizer, tmp_path):
     found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
     encoding = vocabulary.load("gpt2")
     ids = [[50256, *encoding.encode(document)] for document in documents]
-    assert found.tokens("train").tolist() == sum(ids, [])
+    assert found.tokens("train")[:].tolist() == sum(ids, [])
 
 
 @pytest.mark.usefixtures("small")
@@ -97,7 +97,7 @@ def test_a_character_of_several_tokens_may_lie_in_two_parts(byte_level, tmp_path
     name = vocabulary.name_of(str(byte_level))
     folder = token_folder(tmp_path / "theirs", name, DOCUMENTS)
     found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
-    text = vocabulary.load("gpt2").decode(found.tokens("train").tolist())
+    text = vocabulary.load("gpt2").decode(found.tokens("train")[:].tolist())
     assert text.split("<|endoftext|>") == ["", *DOCUMENTS]
 
 

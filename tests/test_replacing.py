@@ -832,7 +832,7 @@ def test_a_recovery_is_not_compared_with_a_d_that_came_later(
 def test_a_file_that_is_written_again_with_the_same_tokens_is_a_change(
     own_corpus, tmp_path, write, is_told
 ):
-    """While it was written, its memory map may have had other values."""
+    """While it was written, other values may have been read."""
     config, _ = own_corpus
     corpus = open_corpus(config.data.source, tmp_path)
     tokens, path = corpus.tokens("val"), tmp_path / "corpus/val.bin"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import UserError
 
 IGNORED = -1  # target of positions without a prediction
@@ -18,24 +19,27 @@ class TrainingBatches:
     """Training batches; their order depends only on the seed.
 
     Windows have T + 1 tokens and start every T tokens, so each epoch predicts
-    (n - 1) // T * T tokens once. Each epoch is a new permutation of the
-    windows. A batch may hold the end of one epoch and the start of the next. `tokens`
-    [n] may be a memory map.
+    (n - 1) // T * T tokens once. Each epoch is a new permutation of the windows. A
+    batch may hold the end of one epoch and the start of the next.
 
     Raises:
       UserError: the split is too short for one window.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray | TokenArray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+    ):
         if len(tokens) <= block_size:
             raise UserError(
                 f"model.block_size={block_size} needs {block_size + 1} tokens, but the "
                 f"train split has {len(tokens)}: give more text as "
                 "--config.data.source, or a model of lower --config.model.block_size"
             )
-        # A view: a window is read from the file when grain asks for it.
-        every = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
-        windows = every[::block_size]
+        windows = _Windows(tokens, block_size)
         self.windows_per_epoch = len(windows)
         dataset = grain.MapDataset.source(windows).seed(seed).shuffle()
         self._batches = dataset.repeat().batch(batch_size)
@@ -52,6 +56,20 @@ class TrainingBatches:
         return self._batches[step].astype(np.int32)
 
 
+class _Windows:
+    """The windows of T + 1 tokens of an epoch; grain asks for one at a time."""
+
+    def __init__(self, tokens: np.ndarray | TokenArray, block_size: int):
+        self._tokens, self._block_size = tokens, block_size
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._block_size
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        start = number * self._block_size
+        return self._tokens[start : start + self._block_size + 1]
+
+
 class EvaluationBatches:
     """A split in order, as windows that do not overlap.
 
@@ -63,16 +81,19 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | TokenArray,
         block_size: int,
         batch_size: int,
         max_tokens: int = 0,
     ):
         self.is_cut = 0 < max_tokens < len(tokens) - 1
+        self._tokens, self._block_size, self._batch_size = (
+            tokens,
+            block_size,
+            batch_size,
+        )
         # The first token is not a target.
-        self._tokens = tokens[: max_tokens + 1] if self.is_cut else tokens
-        self._block_size, self._batch_size = block_size, batch_size
-        self.target_count = len(self._tokens) - 1
+        self.target_count = max_tokens if self.is_cut else len(tokens) - 1
         self.window_count = -(-self.target_count // block_size)
 
     def __len__(self) -> int:
@@ -82,7 +103,7 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         size = self._batch_size * self._block_size
         for start in range(0, len(self) * size, size):
-            found = self._tokens[start : start + size + 1]
+            found = self._tokens[start : min(start + size, self.target_count) + 1]
             padded = np.full(size + 1, IGNORED, np.int32)
             padded[: len(found)] = found
             inputs_BT = padded[:-1].reshape(self._batch_size, -1)

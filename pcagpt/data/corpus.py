@@ -30,7 +30,8 @@ from pcagpt.data.sources import (
     find_source,
     import_package,
 )
-from pcagpt.data.token_files import TokenFile, check_tokens, map_tokens, pieces
+from pcagpt.data.token_array import TokenArray, pieces
+from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.json_files import read_json
@@ -68,8 +69,8 @@ class Corpus(CorpusInfo):
         default_factory=dict, repr=False, compare=False
     )
 
-    def tokens(self, split: str) -> np.ndarray:
-        """Token ids of a split, memory-mapped and read-only: uint16 or uint32 [n].
+    def tokens(self, split: str) -> TokenArray:
+        """Token ids of a split, read when they are used: uint16 or uint32 [n].
 
         Raises UserError as for `check_tokens`.
         """
@@ -79,7 +80,7 @@ class Corpus(CorpusInfo):
             seen = path.stat()
         checked = self._checked(split)
         self._opened.setdefault(split, (checked.sha256, seen))
-        return map_tokens(path, checked.dtype)
+        return TokenArray(path, checked.dtype)
 
     def check_unchanged(self) -> None:
         """Raises UserError if a split has changed since `tokens` first opened it.
@@ -216,7 +217,7 @@ class Corpus(CorpusInfo):
 
 
 def _is_rewritten(before: os.stat_result, now: os.stat_result) -> bool:
-    """Whether a file was written in place. Another file of its name changes no map."""
+    """Whether a file was written in place. Another file of its name changes nothing."""
     is_same_file = (before.st_dev, before.st_ino) == (now.st_dev, now.st_ino)
     return is_same_file and before.st_mtime_ns != now.st_mtime_ns
 
@@ -224,16 +225,13 @@ def _is_rewritten(before: os.stat_result, now: os.stat_result) -> bool:
 @functools.lru_cache(maxsize=4)  # All arms of an experiment have one corpus.
 def _counted(path: Path, checked: TokenFile, vocab_size: int) -> np.ndarray:
     """`count_tokens` of a file; its hash, in `checked`, tells it from a later one."""
-    count_V = count_tokens(map_tokens(path, checked.dtype), vocab_size)
+    count_V = count_tokens(TokenArray(path, checked.dtype), vocab_size)
     count_V.flags.writeable = False
     return count_V
 
 
-def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Number of occurrences of each token id: int64 [vocab_size].
-
-    `tokens` [n] may be a memory map of any size.
-    """
+def count_tokens(tokens: np.ndarray | TokenArray, vocab_size: int) -> np.ndarray:
+    """Number of occurrences of each token id in `tokens` [n]: int64 [vocab_size]."""
     # np.bincount of all tokens at once would make an int64 copy: 8 bytes per token.
     count_V = np.zeros(vocab_size, np.int64)
     for chunk in pieces(tokens):

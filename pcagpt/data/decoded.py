@@ -16,7 +16,7 @@ import tiktoken
 
 from pcagpt.data import vocabulary
 from pcagpt.data.sources import Document, TextSource
-from pcagpt.data.token_files import pieces
+from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.errors import UserError
 
 _PART = 1 << 14  # tokens that are decoded at a time
@@ -34,7 +34,7 @@ class Tokens(Protocol):
     tokenizer_sha256: str | None
     characters: tuple[str, ...] | None
 
-    def tokens(self, split: str) -> np.ndarray:
+    def tokens(self, split: str) -> TokenArray:
         """Token ids of a split: [n]."""
 
     def tokens_sha256(self, split: str) -> str:
@@ -78,7 +78,7 @@ def _documents(corpus: Tokens, split: str) -> Iterator[Document]:
         yield texts(ids for _, ids in parts_of_one)
 
 
-def _parts(tokens: np.ndarray, end: int | None) -> Iterator[tuple[int, list[int]]]:
+def _parts(tokens: TokenArray, end: int | None) -> Iterator[tuple[int, list[int]]]:
     """(number of the document, a part of its ids), without the ends of documents."""
     number = 0
     for chunk in pieces(tokens):

@@ -7,7 +7,6 @@ token files are recognised and refused.
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +16,10 @@ import numpy as np
 from pcagpt.data.content import Content, content_of
 from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
+from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from pcagpt.errors import UserError, naming
 
-_CHUNK_TOKENS = 1 << 20
 _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
 _FEW_BYTES = 32  # enough to doubt that uint16 ids are 0 at every second place
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
@@ -92,8 +91,8 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
     if highest >= info.vocab_size:
         raise _beyond(path, name, info)
     if not is_proven:
-        _refuse_unfilled(path, map_tokens(path, dtype))
-    if info.is_assumed and not _are_tokens(map_tokens(path, dtype), info.tokenizer):
+        _refuse_unfilled(path, TokenArray(path, dtype))
+    if info.is_assumed and not _are_tokens(TokenArray(path, dtype), info.tokenizer):
         raise UserError(
             f"{path} seems to hold other ids than {info.tokenizer}'s, which are assumed"
             ' without a meta file: add meta.json beside it with {"vocab_size": …}, or '
@@ -102,17 +101,6 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
     is_narrow = name == "uint32" and content.narrow_sha256 is not None
     sha256 = content.narrow_sha256 if is_narrow else content.sha256
     return TokenFile(dtype, length, sha256)
-
-
-def map_tokens(path: Path, dtype: np.dtype) -> np.memmap:
-    """The ids in a file: [n], read-only and read when they are used."""
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive pieces of an array of tokens, small enough to convert."""
-    for start in range(0, len(tokens), _CHUNK_TOKENS):
-        yield tokens[start : start + _CHUNK_TOKENS]
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -224,15 +212,15 @@ def _statement(path: Path, info: CorpusInfo) -> str:
 
 def _refuse_layout(path: Path, name: str, content: Content, info: CorpusInfo) -> None:
     """Raises UserError if samples of the file look like numbers of another layout."""
-    octets = map_tokens(path, np.dtype(np.uint8))
-    octets_R8 = octets[: len(octets) // 8 * 8].reshape(-1, 8)
-    if 8 * len(octets_R8) < _ENOUGH_BYTES:
+    octets = TokenArray(path, np.dtype(np.uint8))
+    rows = len(octets) // 8
+    if 8 * rows < _ENOUGH_BYTES:
         return
-    size = min(_SAMPLE, len(octets_R8))
-    count = min(_SAMPLES, len(octets_R8) // size)  # so that they do not overlap
-    starts = np.linspace(0, len(octets_R8) - size, count).astype(int)
-    sample_R8 = np.concatenate([octets_R8[at : at + size] for at in starts])
-    layout = layout_of(sample_R8, info.vocab_size)
+    size = min(_SAMPLE, rows)
+    count = min(_SAMPLES, rows // size)  # so that they do not overlap
+    starts = 8 * np.linspace(0, rows - size, count).astype(int)
+    sample = np.concatenate([octets[at : at + 8 * size] for at in starts])
+    layout = layout_of(sample.reshape(-1, 8), info.vocab_size)
     # If the ids fit two widths, the choice between them is made already.
     if layout not in (None, name, *_fitting(content, info)):
         raise _other_layout(path, layout, name, info.vocab_size)
@@ -254,7 +242,7 @@ def _if_right(path: Path) -> str:
     )
 
 
-def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
+def _refuse_unfilled(path: Path, tokens: TokenArray) -> None:
     """Raises UserError for an end of zeros like that of a preallocated, unfilled file.
 
     It is long, and much longer than every other series of zeros.
@@ -263,12 +251,14 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
     if tokens[-least:].any() or len(tokens) < least:
         return
     last, longest = -1, 0  # place of the last id that is not 0, longest series before
-    for number, chunk in enumerate(pieces(tokens)):
-        places = np.flatnonzero(chunk) + number * _CHUNK_TOKENS
+    start = 0
+    for chunk in pieces(tokens):
+        places = np.flatnonzero(chunk) + start
+        start += len(chunk)
         if len(places):
             longest = max(longest, int(np.diff(places, prepend=last).max()) - 1)
             last = int(places[-1])
-    end, size = len(tokens) - 1 - last, (last + 1) * tokens.itemsize
+    end, size = len(tokens) - 1 - last, (last + 1) * tokens.dtype.itemsize
     if end > 4 * longest:
         remedy = f"cut them off with: truncate -s {size} {shlex.quote(str(path))}"
         raise UserError(
@@ -279,22 +269,22 @@ def _refuse_unfilled(path: Path, tokens: np.ndarray) -> None:
 
 def _beyond(path: Path, name: str, info: CorpusInfo) -> UserError:
     """Names the first id outside the vocabulary."""
-    tokens, position = map_tokens(path, DTYPES[name]), 0
-    for chunk in pieces(tokens):
+    position, highest = 0, 0
+    for chunk in pieces(TokenArray(path, DTYPES[name])):
         beyond = np.flatnonzero(chunk >= info.vocab_size)
         if len(beyond):
-            position += int(beyond[0])
+            position, highest = position + int(beyond[0]), chunk[beyond[0]]
             break
         position += len(chunk)
     return UserError(
-        f"{path} holds id {tokens[position]} at position {position}, but the "
+        f"{path} holds id {highest} at position {position}, but the "
         f"vocabulary size is {info.vocab_size}: correct vocab_size or dtype (now "
         f"{name}{'' if info.dtype else ', as none is stated'}) in meta.json beside it, "
         "or write the tokens again"
     )
 
 
-def _are_tokens(tokens: np.ndarray, tokenizer: str) -> bool:
+def _are_tokens(tokens: TokenArray, tokenizer: str) -> bool:
     """Decoding and encoding gives the tokens back, as a tokenizer does with its own.
 
     A sample of some thousand tokens is tried.

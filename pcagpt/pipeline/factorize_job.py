@@ -173,13 +173,9 @@ class FactorizeJob(Job):
         return identity
 
     def check_early(self, missing: set[Path]) -> None:
-        """Raises UserError for a source of another architecture than GPT-2.
-
-        Also if a rank exceeds the vocabulary of a D still to train.
-        """
+        """As `check`; also if a rank exceeds the vocabulary of a D still to train."""
         if self.source not in missing:
-            if not self._is_bare_table:
-                Run.open(self.source)  # `check` reads the shape of the table.
+            self._check(missing)
             return
         highest, data = max(self.settings.ranks), self.settings.data
         vocab_size = describe_corpus(data.source, data.tokenizer).vocab_size

@@ -253,15 +253,17 @@ class TrainJob(Job):
     def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device.
 
-        Also if no checkpoint can be saved in the folder, or if its name does not
-        give the rank of imported bands.
+        Also if no checkpoint can be saved in the folder, if an import is missing or
+        damaged, or if the folder's name does not give the rank of imported bands.
         """
         checkpoint.check_path(self.folder)
-        bands = self.settings.init.import_bands
-        is_made = bool(bands) and Path(bands).parent not in missing
-        # Older versions have begun runs under another rank. These can go on.
-        if is_made and self.status().kind == Kind.TO_DO:
-            initialise.check_rank(self.settings)
+        if self.status().kind == Kind.TO_DO:
+            not_made = self._not_made(missing)
+            initialise.import_hashes(self.settings, not_made)
+            # Older versions have begun runs under another rank. These can go on.
+            bands = "init.import_bands"
+            if bands in initialise.imported_paths(self.settings).keys() - not_made:
+                initialise.check_rank(self.settings)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
         check_package(data.source, self.settings.cache_dir, data.tokenizer)
@@ -273,13 +275,17 @@ class TrainJob(Job):
         Imports from the folders `missing` are not checked. The result is the setup for
         `run`, or None if an import is missing.
         """
-        not_made = {
+        not_made = self._not_made(missing)
+        setup = Setup.of(self.settings, self.corpus(), not_made)
+        return None if not_made else setup
+
+    def _not_made(self, missing: set[Path]) -> set[str]:
+        """The knobs of the imports that jobs in the folders `missing` make."""
+        return {
             knob
             for knob, path in initialise.imported_paths(self.settings).items()
             if {path, path.parent} & missing
         }
-        setup = Setup.of(self.settings, self.corpus(), not_made)
-        return None if not_made else setup
 
     def remark(self) -> str:
         """As in `Job`: whether the run was trained on what its corpus holds now."""

@@ -4,7 +4,7 @@ Precedence: a checkpoint of the run itself, then these imports, then random weig
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,17 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def import_hashes(settings: Settings) -> dict[str, str]:
-    """{last part of a knob's name: hash of its import}.
+def import_hashes(
+    settings: Settings, not_made: Collection[str] = ()
+) -> dict[str, str]:
+    """{last part of a knob's name: hash of its import}, without the knobs `not_made`.
 
     Raises UserError if an import is missing or damaged.
     """
     return {
         knob.split(".")[1]: IMPORTS[knob](path)
         for knob, path in imported_paths(settings).items()
+        if knob not in not_made
     }
 
 

@@ -10,6 +10,7 @@ from pcagpt.data import vocabulary
 from pcagpt.data.corpus import Corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
+from pcagpt.data.token_array import pieces
 from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError
 
@@ -142,7 +143,8 @@ class OwnTokens:
         if corpus.vocab_size <= rows:
             return corpus
         for split in splits:
-            if (highest := int(corpus.tokens(split).max(initial=0))) >= rows:
+            highest = max(int(ids.max()) for ids in pieces(corpus.tokens(split)))
+            if highest >= rows:
                 raise UserError(
                     f"the {split} split of {corpus.name} has the added token with id "
                     f"{highest}, but {self.folder} knows {rows} tokens: remove it from "
