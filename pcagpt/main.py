@@ -5,6 +5,7 @@
 
   --config=configs/demo.py                 D, A, C, B and the report; CPU, minutes
   --config=configs/experiment.py:64,128    the same at GPT-2-small size
+  --config=configs/gpt2_small_hour.py      and D+, in an hour on one H100
   --config=configs/baseline.py             D: the full embedding
   --config=configs/pca_k128.py             A: factorized embedding, random blocks
   --config=configs/pca_finetune_k128.py    B: factorized embedding, D's blocks

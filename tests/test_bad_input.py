@@ -255,6 +255,37 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, corpus_folder, place):
     assert json.loads(call(*newest).out)["step"] == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [
+        (
+            "pca_k128.py",
+            {
+                "init.import_wte_npy": "missing.npy",
+                "init.import_scale_matrices_npz": "missing.npz",
+            },
+        ),
+        ("pca_k128.py", {"init.import_bands": "missing"}),
+        ("pca_finetune_k128.py", {"init.blocks_from": "missing"}),
+        ("factorize.py", {"ranks": 17}),
+        (
+            "factorize.py",
+            {"factorize.method": "freq", "factorize.statistics": "missing.npz"},
+        ),
+    ],
+    ids=["factors", "bands", "blocks", "rank", "statistics"],
+)
+def test_print_config_refuses_what_the_command_would_refuse(
+    config, asked, trained, corpus_folder, place
+):
+    if config == "factorize.py":
+        asked = {"model_path": trained, "ranks": 4} | asked
+    words = tiny(config, corpus_folder, **asked)
+    line = refusal(*words, "--print_config", unchanged=[place])
+    assert line == refusal(*words, unchanged=[place])
+    assert "missing" in line or "rank" in line
+
+
 @pytest.mark.parametrize("config", ["evaluate.py", "baseline.py"])
 def test_a_damaged_config_of_a_run_is_refused(config, trained, corpus_folder, place):
     run_dir = Path(shutil.copytree(trained, place / "gpt_baseline"))

@@ -27,7 +27,7 @@ ALL = {
     "experiment.py": ({}, FACTORS + ARMS),
     "export.py": (RUN, ["export gpt_baseline at step 2"]),
     "gpt2_small_hour.py": ({}, [*FACTORS, "D+ gpt_baseline_continued", *ARMS]),
-    "factorize.py": (RUN, ["pca_factorized rank 128"]),
+    "factorize.py": (RUN | {"ranks": 8}, ["pca_factorized rank 8"]),
     "pca_finetune_k128.py": ({}, [*FACTORS, "B gpt_pca_finetune_k128"]),
     "pca_k128.py": ({}, [*FACTORS, "A gpt_pca_k128"]),
     "random_k128.py": ({}, ["C gpt_random_lowrank_k128"]),

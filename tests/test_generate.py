@@ -419,6 +419,17 @@ def test_the_number_of_samples_drawn_at_once_is_bounded(talker, monkeypatch):
     assert 100 <= sizes[0] <= 1000
 
 
+def test_an_interrupt_prints_what_was_drawn(talker, monkeypatch):
+    def generate(*_, **__):
+        yield from np.array([[40], [41]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", generate)
+    done = ask(talker, "--config.sample.prompt=The")
+    assert (done.code, "interrupted" in done.err) == (1, True)
+    assert done.out == f"The{load_tokenizer('sotu4096').decode([40, 41])}\n"
+
+
 def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
     tokenizer = load_tokenizer("sotu4096")
     end = tokenizer.encode_single_token(END_OF_TEXT)

@@ -210,7 +210,7 @@ def samples(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "generate", generate)
-        found = sampling.sample(Settings.of(config))
+        found = list(sampling.sample(Settings.of(config)))
     return found, str(asked)
 
 

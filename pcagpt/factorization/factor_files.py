@@ -251,6 +251,8 @@ def read_spectrum(folder: Path) -> np.ndarray:
 
 def sha256(path: Path) -> str:
     """Hash of a factor file; UserError if it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of a {path.suffix}")
     return sha256_of_file(_checked_file(path))
 
 

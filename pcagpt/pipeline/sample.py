@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,11 +22,12 @@ class NoTokenizer(UserError):
     """Nothing says what text the tokens of a model stand for."""
 
 
-def sample(settings: Settings) -> list[str]:
+def sample(settings: Settings) -> Iterator[str]:
     """Continues `sample.prompt` with the model of `model_path`.
 
-    Returns:
-      The samples, prompt included, each up to its first end of text.
+    Yields:
+      The samples, prompt included, each up to its first end of text. After an
+      interrupt also those that are drawn in part, before it is raised.
 
     Raises:
       UserError: no such run, a run without a tokenizer or of another one than
@@ -43,7 +45,7 @@ def sample(settings: Settings) -> list[str]:
         )
     prompt = np.array(text or beginning_of(tokenizer), np.int32)
     model, variables = run.load(settings.model)
-    samples, at_once = [], samples_at_once(model.config)
+    at_once = samples_at_once(model.config)
     firsts, total = range(0, options.count, at_once), options.tokens
     label = f"sampling from {run.folder.name}"
     with Progress(label, len(firsts) * total) as progress:
@@ -61,11 +63,17 @@ def sample(settings: Settings) -> list[str]:
                 options.top_p,
                 total,
             )
-            found = list(progress.track(drawn))
-            for tokens in np.stack(found, axis=1).tolist():
+            found: list[np.ndarray] = []
+            interrupt = None
+            try:
+                found.extend(progress.track(drawn))
+            except KeyboardInterrupt as error:
+                interrupt = error
+            for tokens in np.stack(found, axis=1).tolist() if found else ():
                 kept = itertools.takewhile(lambda token: token != end, tokens)
-                samples.append(tokenizer.decode([*text, *kept]))
-    return samples
+                yield tokenizer.decode([*text, *kept])
+            if interrupt:
+                raise interrupt
 
 
 def beginning_of(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:

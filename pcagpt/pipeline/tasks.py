@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+
 from pcagpt.compression.original import platform_of
 from pcagpt.config import Settings
 from pcagpt.config.command_line import listing
@@ -84,7 +86,18 @@ def _evaluate(settings: Settings, _: str) -> str:
 
 
 def _sample(settings: Settings, _: str) -> str:
-    return "\n---\n".join(sample(settings))
+    texts: list[str] = []
+    try:
+        texts.extend(sample(settings))
+    except KeyboardInterrupt:
+        if texts and jax.process_index() == 0:
+            print(_between(texts), flush=True)
+        raise
+    return _between(texts)
+
+
+def _between(texts: list[str]) -> str:
+    return "\n---\n".join(texts)
 
 
 DOES = {

@@ -50,9 +50,7 @@ def imported_paths(settings: Settings) -> dict[str, Path]:
     return {knob: Path(values[knob]) for knob in IMPORTS if values[knob]}
 
 
-def import_hashes(
-    settings: Settings, not_made: Collection[str] = ()
-) -> dict[str, str]:
+def import_hashes(settings: Settings, not_made: Collection[str] = ()) -> dict[str, str]:
     """{last part of a knob's name: hash of its import}, without the knobs `not_made`.
 
     Raises UserError if an import is missing or damaged.
