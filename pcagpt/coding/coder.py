@@ -2,7 +2,8 @@
 
 Each row has its own `Distribution`. Four indices describe it. Before a single row come
 its four indices, coded uniformly. Before a group of rows come four single rows: the
-reaches, the scales, the locations and the tails of all its rows.
+reaches of all its rows as differences, then of the rows of reach above 0 the scales as
+differences, the locations and the tails. Rows of reach 0 are zeros; no values follow.
 """
 
 from collections.abc import Sequence
