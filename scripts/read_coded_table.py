@@ -8,8 +8,8 @@
     32 bytes   SHA-256 of all before
 
 The words code rows of integers. Four indices (reach, scale, location, tail) give the
-frequencies of a row's values. A single row begins with four indices. A group begins
-with four rows of indices; rows of reach 0 are all zeros and have no other index.
+frequencies of a row's values. A single row begins with its own. A group begins with
+four rows, reaches and scales as differences; a row of zeros has reach 0 and no others.
 
     group   classes of the tokens in the order of ids, 1,024 in a row
     row     exponents of the D columns of the basis

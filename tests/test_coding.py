@@ -15,7 +15,7 @@ from constriction import stream
 
 from pcagpt import coding
 from pcagpt.coding import coder
-from pcagpt.coding.basis import quantize_basis
+from pcagpt.coding.basis import LARGEST, quantize_basis
 from pcagpt.coding.coder import Reader, Writer
 from pcagpt.coding.distribution import Distribution, frequencies
 from pcagpt.coding.encode import estimate, prepare
@@ -254,6 +254,20 @@ def test_the_error_of_the_basis_is_that_of_its_steps():
     assert np.einsum("kd,kd->", plain @ METRIC, plain) > 1.2 * cost.sum()
 
 
+def test_compensation_never_moves_an_integer_beyond_what_is_coded(tmp_path):
+    near_singular = np.array([[1, 1], [1, 1 + 1e-5]])
+    weighting = Weighting(metric=near_singular.T @ near_singular)
+    table = np.random.default_rng(0).normal(size=(V, 2)).astype(np.float32)
+    step = 2 * prepare(table, weighting).smallest_step
+    made = written(tmp_path / "table.pcat", table, weighting, step)
+    found, _ = coding.read(tmp_path / "table.pcat")
+    np.testing.assert_array_equal(found.dense(), made.table.dense())
+    assert np.abs(made.table.basis.integers).max() > LARGEST  # It moved.
+    nothing = coding.at_step(prepare(table, weighting), 1e4)
+    lost = loss_of(made, table, weighting)
+    assert lost < 1e-6 * loss_of(nothing, table, weighting)
+
+
 # Entropy coder
 
 
@@ -313,6 +327,14 @@ def test_rows_of_any_kind_come_back():
     reader.end()
     with pytest.raises(ValueError, match="end"):
         Reader(words).end()
+
+
+@pytest.mark.parametrize("value", [2**15, -(2**15), -(2**31)])
+def test_a_value_that_no_reader_accepts_is_not_coded(value):
+    row = np.array([1, value], np.int32)
+    for code in (Writer().row, lambda row: Writer().rows([row])):
+        with pytest.raises(ValueError, match="above 32,767"):
+            code(row)
 
 
 def test_a_decoder_that_goes_astray_is_noticed_at_the_end(monkeypatch):

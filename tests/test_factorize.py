@@ -9,10 +9,11 @@ from pcagpt.factorization import (
     BandFactors,
     FactorizedTable,
     Factorizer,
+    Weighting,
     effective_rank,
     energy_kept,
 )
-from pcagpt.factorization.solve import table_of_rank, truncate
+from pcagpt.factorization.solve import metric_roots, solve, table_of_rank, truncate
 
 pytestmark = pytest.mark.usefixtures("quick")
 RANDOM = np.random.default_rng(0)
@@ -75,6 +76,18 @@ def test_signs_do_not_depend_on_how_the_solver_meets_the_table():
     shuffled = svd(TABLE[order])
     np.testing.assert_allclose(shuffled.directions, factors.directions, atol=2e-6)
     np.testing.assert_allclose(shuffled.table, factors.table[order], atol=5e-5)
+
+
+def test_with_a_metric_signs_are_those_of_the_directions_in_it():
+    root = np.tril(np.ones((6, 6)))
+    metric = root @ root.T
+    directions = solve(TABLE, Weighting(metric=metric)).directions
+
+    def positive(rows):
+        return (rows[np.arange(6), np.argmax(np.abs(rows), axis=1)] > 0).all()
+
+    assert positive(directions @ metric_roots(metric)[0])
+    assert not positive(directions)
 
 
 def test_a_factorization_repeats_bit_for_bit():

@@ -2,7 +2,8 @@
 
 Each row has its own `Distribution`. Four indices describe it. Before a single row come
 its four indices, coded uniformly. Before a group of rows come four single rows: the
-reaches, the scales, the locations and the tails of all its rows.
+reaches of all its rows as differences, then of the rows of reach above 0 the scales as
+differences, the locations and the tails. Rows of reach 0 are zeros; no values follow.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from constriction import stream
 
 from pcagpt.coding.distribution import (
     LARGEST_LOCATION,
+    LARGEST_VALUE,
     REACHES,
     SCALES,
     TAILS,
@@ -37,22 +39,30 @@ def _categorical(distribution: Distribution) -> stream.model.Categorical:
     return stream.model.Categorical(shares, perfect=False)
 
 
+def _fitted(rows: Sequence[np.ndarray]) -> list[Distribution]:
+    """The distributions of rows; ValueError for values that no reader accepts."""
+    for row in rows:
+        if np.abs(np.asarray(row, np.int64)).max(initial=0) > LARGEST_VALUE:
+            raise ValueError(f"an integer to code is above {LARGEST_VALUE:,}")
+    return fit(rows)
+
+
 class Writer:
-    """Codes rows of integers; all must be below 2^15 in magnitude."""
+    """Codes rows of integers; ValueError if one is above LARGEST_VALUE in magnitude."""
 
     def __init__(self):
         self._encoder = stream.queue.RangeEncoder()
 
     def row(self, values: np.ndarray) -> None:
         """Codes one row; the reader knows its length."""
-        (distribution,) = fit([values])
+        (distribution,) = _fitted([values])
         for size, start, index in zip(_FIELDS, _STARTS, distribution, strict=True):
             self._encoder.encode(index + start, stream.model.Uniform(size))
         self._values(values, distribution)
 
     def rows(self, rows: Sequence[np.ndarray]) -> None:
         """Codes several rows, which may have unequal lengths."""
-        distributions = fit(rows)
+        distributions = _fitted(rows)
         used = [one for one in distributions if one.reach]
         self.row(np.diff([one.reach for one in distributions], prepend=0))
         self.row(np.diff([one.scale for one in used], prepend=0))

@@ -18,6 +18,7 @@ PRECISION = 24  # the frequencies sum to 2^24, as the coder needs
 OCTAVE = np.array([26, 28, 31, 34, 37, 40, 44, 48])
 _BITS = 20  # of a fraction in the computation
 SCALES, TAILS, REACHES = 128, 7, 16  # number of their values
+LARGEST_VALUE = 2 ** (REACHES - 1) - 1  # in magnitude
 LARGEST_LOCATION = 1023  # in 1/8 of the scale
 
 

@@ -54,7 +54,8 @@ def solve(
 
     Minimises |L^1/2 (W - 1 mean - Z P) M^1/2| in Frobenius norm, where L holds the
     token weights and M is the metric. It never divides by a weight, because a token may
-    have weight 0. The signs are fixed: the largest entry of each direction is positive.
+    have weight 0. The signs are fixed: the largest entry of each direction, times M^1/2
+    with a metric, is positive.
 
     Args:
       table_VD: the table, floating point.
