@@ -13,6 +13,7 @@ import pytest
 from command_line import CONFIGS, call, refusal, tiny
 from gpt2_folders import HEAD, TABLE, tensors, write
 from runs import assert_equal, snapshot
+from safetensors.numpy import load_file, save_file
 
 from pcagpt import trees
 from pcagpt.config import command_line
@@ -72,6 +73,7 @@ def test_shards_a_base_model_and_stored_masks_are_the_same_model(folder, tmp_pat
         "transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32),
         "transformer.h.1.attn.masked_bias": np.float32(-1e4),
         HEAD: tensors()[TABLE],
+        "wte.weight": tensors()[TABLE],
     }
     same = [
         gpt2_folders.write_shards(tmp_path / "shards"),
@@ -296,6 +298,15 @@ def lost_shard(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def two_shards(folder):
+    """The index names one shard of a tensor, but another one has it, too."""
+    gpt2_folders.write_shards(folder)
+    (folder / "model.safetensors").unlink()
+    for number, path in enumerate(folder.glob("model-*")):
+        both = {"transformer.h.0.ln_1.bias": np.full(16, number, np.float32)}
+        save_file(load_file(path) | both, path)
+
+
 def shard_elsewhere(folder):
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     index = {"weight_map": {TABLE: "../model.safetensors"}}
@@ -354,6 +365,11 @@ SPOILT = {
         with_tensor(HEAD, np.ones((97, 16))),
         "lm_head.weight is another table than wte.weight, although tie_word_embeddings",
     ),
+    "two_spellings": (
+        with_tensor("wte.weight", np.ones((97, 16))),
+        "is the second wte.weight of the model, with other values: remove the wrong",
+    ),
+    "two_shards": (two_shards, "is the second h.0.ln_1.bias of the model, with other"),
     "untied": (
         with_config(tie_word_embeddings=False),
         "holds a GPT2LMHeadModel: only `compress` takes it; `export` takes",

@@ -144,6 +144,12 @@ SPOILT = {
         lambda torch: {"model": state(torch) | {7: torch.ones(2)}},
         "7 is no name of a tensor",
     ),
+    "two_spellings": (
+        lambda torch: {
+            "model": state(torch) | {"_orig_mod.lm_head.weight": torch.zeros(97, 16)}
+        },
+        "_orig_mod.lm_head.weight is the second lm_head.weight of the model, with",
+    ),
     "text": (with_table("a table"), "wte.weight is no tensor of real numbers"),
     "sparse": (
         with_table(lambda table: table.to_sparse()),

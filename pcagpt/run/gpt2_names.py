@@ -4,9 +4,11 @@ Hugging Face and nanoGPT use the same names. nanoGPT stores matrices as [out, in
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+from pcagpt.errors import UserError
 from pcagpt.model import FULL_TABLE
 
 # {their name in a block: (ours, shape in multiples of the model's width)}
@@ -55,7 +57,20 @@ def leaves(
     return {name: leaf for name, leaf in found.items() if bias or "bias" not in name}
 
 
-def plain_names(stored: Iterable[str]) -> dict[str, str]:
-    """{name without prefixes: name in the file}; leaves out attention masks."""
-    plain = {_PREFIXES.sub("", name, count=1): name for name in stored}
-    return {name: at for name, at in plain.items() if not _MASKS.fullmatch(name)}
+def plain_names(stored: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name without prefixes, name in the file); leaves out attention masks.
+
+    Several names in the file may be the same name without prefixes.
+    """
+    for name in stored:
+        plain = _PREFIXES.sub("", name, count=1)
+        if not _MASKS.fullmatch(plain):
+            yield plain, name
+
+
+def two_values(place: Path, name: str, stored: str) -> UserError:
+    """The error for a tensor that is stored twice; `stored` is the second one."""
+    return UserError(
+        f"{place}: {stored} is the second {name} of the model, with other values: "
+        "remove the wrong one"
+    )

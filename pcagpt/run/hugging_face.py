@@ -19,7 +19,7 @@ from pcagpt.errors import UserError, unreadable
 from pcagpt.files import refuse_odd
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.run.build import MOST_LAYERS
-from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names
+from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names, two_values
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -82,7 +82,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     config = _config(folder)
     with _tensors(folder, config) as tensors:
         if HEAD in tensors and not np.array_equal(
-            _values(tensors, HEAD), _values(tensors, TABLE)
+            _values(tensors[HEAD]), _values(tensors[TABLE])
         ):
             raise UserError(
                 f"{folder}: {HEAD} is another table than {TABLE}, although "
@@ -108,7 +108,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     config = _config(folder)
     wanted, width = _leaves(config), config["n_embd"]
     with _tensors(folder, config) as tensors:
-        found = {leaf.path: _values(tensors, name) for name, leaf in wanted.items()}
+        found = {leaf.path: _values(tensors[name]) for name, leaf in wanted.items()}
     for layer in range(config["n_layer"]):
         # Our scores have the factor 1 / sqrt(C), so the query takes what differs.
         factor = 1.0
@@ -193,10 +193,13 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
         for path in files(folder):
             with reading(path):
                 file = stack.enter_context(safe_open(path, framework="numpy"))
-                found |= {
-                    name: (file, stored, path)
-                    for name, stored in plain_names(file.keys()).items()
-                }
+                for name, stored in plain_names(file.keys()):
+                    tensor = file, stored, path
+                    if name in found and not np.array_equal(
+                        _values(found[name]), _values(tensor)
+                    ):
+                        raise two_values(path, name, stored)
+                    found[name] = tensor
         wanted = _leaves(config)
         if lacking := [name for name in wanted if name not in found]:
             raise UserError(
@@ -232,9 +235,9 @@ def _shape_error(folder: Path, name: str, shape: tuple, expected: tuple) -> str:
     return f"{text}: {_RESTORE}"
 
 
-def _values(tensors: Mapping[str, tuple], name: str) -> np.ndarray:
-    """A tensor as float32."""
-    file, stored, path = tensors[name]
+def _values(tensor: tuple) -> np.ndarray:
+    """A tensor of `_tensors` as float32."""
+    file, stored, path = tensor
     with reading(path), np.errstate(over="ignore"):
         return np.array(file.get_tensor(stored), np.float32)
 

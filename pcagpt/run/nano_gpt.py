@@ -10,7 +10,7 @@ from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
-from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names
+from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names, two_values
 
 CHECKPOINT = "ckpt.pt"
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -81,7 +81,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model, wanted = stored["model"], _leaves(arguments)
     if odd := [name for name in model if not isinstance(name, str)]:
         raise UserError(f"{path}: {odd[0]!r:.60} is no name of a tensor: {_REMEDY}")
-    tensors = {name: model[at] for name, at in plain_names(model).items()}
+    tensors: dict[str, Any] = {}
+    for name, at in plain_names(model):
+        both = tensors.setdefault(name, model[at]), model[at]
+        if both[0] is not both[1] and not (
+            all(map(_is_plain, both)) and both[0].equal(both[1])
+        ):
+            raise two_values(path, name, at)
     lacking = [name for name in wanted if name not in tensors]
     unknown = sorted(tensors.keys() - wanted.keys() - {HEAD})
     if lacking or unknown:
