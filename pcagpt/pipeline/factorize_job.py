@@ -285,7 +285,7 @@ class FactorizeJob(Job):
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **({"step": run.step} if run else {}),
+            **({"step": run.step, "tokens": run.tokens.identity} if run else {}),
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorization.effective_rank(singular_values),
