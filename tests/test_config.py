@@ -144,7 +144,22 @@ CONTEXT = {"factorize.method": "context"}
 MEASURED = {
     "data.source": "corpus",
     "train.batch_size": 3,
+    "train.loss_chunks": 3,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "model.compute_dtype": "float32",
+    "model.attention": "xla",
+    "model.kernels": "xla",
     "compress.calibration_tokens": 7,
+}
+CALIBRATION = {"compress.calibration_tokens": 7}
+NAMED = {"data.tokenizer": "gpt2", "data.cache_dir": "cache"}
+NO_BOARD = {"telemetry.tensorboard": False}
+FOR_FACTORS = {
+    "factorize.method": "svd",
+    "factorize.bands": 12,
+    "factorize.singular_value_split": 0.5,
+    "factorize.statistics": "x.npz",
 }
 SHARES = {
     "finetune.steps_share",
@@ -300,6 +315,43 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             for knob, value in MEASURED.items()
         ),
         *(
+            (task | {knob: value}, f"{knob} is set, but no statistics are measured")
+            for task in (
+                FACTORIZE | NO_BOARD,
+                FACTORIZE | {"model_path": "x.npy"},
+            )
+            for knob, value in NAMED.items()
+        ),
+        *(
+            (task | CALIBRATION, "calibration_tokens is set, but no statistics are")
+            for task in (
+                {},
+                A,
+                EXPERIMENT,
+                EXPERIMENT | CONTEXT | {"factorize.statistics": "x.npz"},
+                RANDOM | {"model.n_embd_wte": 8},
+                WEIGHTS,
+            )
+        ),
+        *(
+            (task | {"named": (knob,), knob: value}, f"{knob} is set, but no table is")
+            for task in ({}, RANDOM | {"model.n_embd_wte": 8})
+            for knob, value in FOR_FACTORS.items()
+            if not (task and knob == "factorize.bands")
+        ),
+        (
+            FACTORIZE | {"model_path": "x.npy", "model.dropout": 0.1},
+            "model.dropout is set, but a table without its model does not read it",
+        ),
+        *(
+            (WEIGHTS | {f"scratch.{arm}_learning_rate_share": 0.7}, "a run from init.w")
+            for arm in ("pca", "random")
+        ),
+        (
+            WEIGHTS | {"arm": "pca_distill", "distill.share": 0.5},
+            "distill.share is set, but no model has a teacher",
+        ),
+        *(
             (arm | {knob: 0.7}, f"{knob} is set, but the {name} model does not read it")
             for name, arm, knobs in (
                 ("baseline", {}, SHARES),
@@ -322,7 +374,11 @@ def test_knobs_that_contradict_each_other_are_refused(values, words):
 @pytest.mark.parametrize(
     "values",
     [
-        FACTORIZE | CONTEXT | MEASURED,
+        FACTORIZE | CONTEXT | MEASURED | NAMED | NO_BOARD,
+        FACTORIZE | NAMED,
+        EXPERIMENT | CONTEXT | CALIBRATION,
+        A | CONTEXT | CALIBRATION,
+        RANDOM | CONTEXT | CALIBRATION | {"model.n_embd_wte": 8, "factorize.bands": 3},
         FACTORIZE | {"data.source": ""},
         A | {"arm": "pca_finetune", "finetune.steps_share": 1.0},
         WEIGHTS | {"finetune.steps_share": 0.7, "finetune.learning_rate_share": 0.7},

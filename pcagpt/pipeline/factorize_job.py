@@ -359,7 +359,7 @@ class FactorizeJob(Job):
     def _how_to_make(self) -> tuple[str, str, Settings]:
         boards = ("tensorboard", "wandb", "wandb_project")
         kept = ("workdir", "ranks", "factorize", *(f"telemetry.{b}" for b in boards))
-        if METHODS[self.settings.factorize.method].needs_statistics:
+        if self._calibrates:
             kept += ("compress.calibration_tokens", "train.batch_size", "data")
             kept += ("model.compute_dtype",)
         values = {path: operator.attrgetter(path)(self.settings) for path in kept}
