@@ -23,6 +23,8 @@ _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
 }
+_LONGEST_NAME = 255  # bytes, on all common file systems
+_SPARE = 40  # of them, for the ends that `_temporary` and `move_aside` add
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -48,6 +50,19 @@ def open_file(path: Path) -> BinaryIO:
     """Opens a file for reading; UserError as for `refuse_odd`."""
     refuse_odd(path)
     return open(path, "rb")
+
+
+def folder_name(name: str, end: str) -> str:
+    """NAME + END; the name is cut to what file systems take."""
+    return (
+        name.encode()[: _LONGEST_NAME - len(end.encode())].decode("utf-8", "ignore")
+        + end
+    )
+
+
+def file_name(name: str, end: str) -> str:
+    """As `folder_name`, for a file that `write_file` may replace."""
+    return folder_name(name, end + "." * _SPARE)[:-_SPARE]
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

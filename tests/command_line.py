@@ -11,8 +11,9 @@ from runs import snapshot
 
 from pcagpt import main
 from pcagpt.config import command_line
-from pcagpt.config.schema import COMPRESS_BOUNDS
 from pcagpt.config.tasks import readers_of
+from pcagpt.config.unread import read_if
+from pcagpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -47,16 +48,13 @@ def tiny_knobs(config_name):
     return {k: v for k, v in TINY.items() if settings.task in readers_of(k)[0]}
 
 
-def unread(values):
-    """The knobs that a task does not read beside others of these values."""
-    names = set()
-    is_bare = str(values.get("model_path")).endswith(".npy")
-    has_none = values.get("factorize.method") == "svd" or is_bare
-    if has_none or "factorize.statistics" in values:
-        names = {"data.source", "train.batch_size", "compress.calibration_tokens"}
-    if any(f"compress.{bound}" in values for bound in COMPRESS_BOUNDS):
-        names.add("telemetry.tensorboard")
-    return names
+def unread(words):
+    """The knobs that a command does not read beside the others of its words."""
+    with contextlib.suppress(UserError):  # A test may want a wrong command.
+        settings, _ = command_line.parse(["pcagpt", *words])
+        found = read_if(settings, {settings.task})
+        return {path for path, is_read, _ in found if not is_read}
+    return set()
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,10 @@ def tiny(config_name, corpus_folder, **sections):
     values = {"data.source": corpus_folder} | tiny_knobs(config_name) | given
     if config_name == "factorize.py":
         values = {"factorize.method": "svd"} | values
-    values = {
-        k: v
-        for k, v in values.items()
-        if v is not LEFT_OUT and (k in given or k not in unread(values))
-    }
-    overrides = [f"--config.{path}={value}" for path, value in values.items()]
-    return [f"--config={CONFIGS / config_name}", *overrides]
+    words = {k: f"--config.{k}={v}" for k, v in values.items() if v is not LEFT_OUT}
+    config = f"--config={CONFIGS / config_name}"
+    left_out = unread([config, *words.values()]) - given.keys()
+    return [config, *(word for knob, word in words.items() if knob not in left_out)]
 
 
 def refusal(*arguments, unchanged):

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
 
 from pcagpt.config import KNOBS, Settings, override
-from pcagpt.config.checks import read_if
 from pcagpt.config.schema import ModelSettings
 from pcagpt.config.tasks import RECOVERY, readers_of
+from pcagpt.config.unread import read_if
 from pcagpt.factorization import Statistics
 from pcagpt.model import GPTConfig
 from pcagpt.pipeline import execute as pipeline

@@ -104,6 +104,8 @@ def test_a_config_file_can_set_only_declared_knobs_to_values_of_their_type():
         ("mesh.data", 0, "-1, or at least 1"),
         ("init.keep", "some", "one of all, std"),
         ("sample.tokens", 2**63, "the largest is 9223372036854775807"),
+        ("sample.temperature", 1e300, "is 1e+300: the largest is 3e+38"),
+        ("train.weight_decay", 1e39, "is 1e+39: the largest is 3e+38"),
         ("ranks", (8, 10**20), "holds 100000000000000000000: the largest is"),
     ],
 )
@@ -130,6 +132,7 @@ def test_values_at_the_end_of_their_range_are_accepted():
         "train.final_learning_rate_share": 0.0,
         "mesh.data": -1,
         "train.batch_size": 2**63 - 1,
+        "sample.temperature": 3e38,
     }
     validate(Settings().replace(ends))
 
@@ -144,7 +147,22 @@ CONTEXT = {"factorize.method": "context"}
 MEASURED = {
     "data.source": "corpus",
     "train.batch_size": 3,
+    "train.loss_chunks": 3,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "model.compute_dtype": "float32",
+    "model.attention": "xla",
+    "model.kernels": "xla",
     "compress.calibration_tokens": 7,
+}
+CALIBRATION = {"compress.calibration_tokens": 7}
+NAMED = {"data.tokenizer": "gpt2", "data.cache_dir": "cache"}
+NO_BOARD = {"telemetry.tensorboard": False}
+FOR_FACTORS = {
+    "factorize.method": "svd",
+    "factorize.bands": 12,
+    "factorize.singular_value_split": 0.5,
+    "factorize.statistics": "x.npz",
 }
 SHARES = {
     "finetune.steps_share",
@@ -300,6 +318,43 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             for knob, value in MEASURED.items()
         ),
         *(
+            (task | {knob: value}, f"{knob} is set, but no statistics are measured")
+            for task in (
+                FACTORIZE | NO_BOARD,
+                FACTORIZE | {"model_path": "x.npy"},
+            )
+            for knob, value in NAMED.items()
+        ),
+        *(
+            (task | CALIBRATION, "calibration_tokens is set, but no statistics are")
+            for task in (
+                {},
+                A,
+                EXPERIMENT,
+                EXPERIMENT | CONTEXT | {"factorize.statistics": "x.npz"},
+                RANDOM | {"model.n_embd_wte": 8},
+                WEIGHTS,
+            )
+        ),
+        *(
+            (task | {"named": (knob,), knob: value}, f"{knob} is set, but no table is")
+            for task in ({}, RANDOM | {"model.n_embd_wte": 8})
+            for knob, value in FOR_FACTORS.items()
+            if not (task and knob == "factorize.bands")
+        ),
+        (
+            FACTORIZE | {"model_path": "x.npy", "model.dropout": 0.1},
+            "model.dropout is set, but a table without its model does not read it",
+        ),
+        *(
+            (WEIGHTS | {f"scratch.{arm}_learning_rate_share": 0.7}, "a run from init.w")
+            for arm in ("pca", "random")
+        ),
+        (
+            WEIGHTS | {"arm": "pca_distill", "distill.share": 0.5},
+            "distill.share is set, but no model has a teacher",
+        ),
+        *(
             (arm | {knob: 0.7}, f"{knob} is set, but the {name} model does not read it")
             for name, arm, knobs in (
                 ("baseline", {}, SHARES),
@@ -322,7 +377,11 @@ def test_knobs_that_contradict_each_other_are_refused(values, words):
 @pytest.mark.parametrize(
     "values",
     [
-        FACTORIZE | CONTEXT | MEASURED,
+        FACTORIZE | CONTEXT | MEASURED | NAMED | NO_BOARD,
+        FACTORIZE | NAMED,
+        EXPERIMENT | CONTEXT | CALIBRATION,
+        A | CONTEXT | CALIBRATION,
+        RANDOM | CONTEXT | CALIBRATION | {"model.n_embd_wte": 8, "factorize.bands": 3},
         FACTORIZE | {"data.source": ""},
         A | {"arm": "pca_finetune", "finetune.steps_share": 1.0},
         WEIGHTS | {"finetune.steps_share": 0.7, "finetune.learning_rate_share": 0.7},

@@ -551,6 +551,19 @@ def test_tokens_that_an_older_version_made_are_found_beside_the_run(
         evaluate(elsewhere)
 
 
+def test_results_on_corpora_of_long_names_have_files(asked, tmp_path):
+    config, found = asked(), set()
+    for size in (40, 97):
+        folder = Path(write_corpus(tmp_path / str(size), size))
+        meta = {"vocab_size": 97, "name": "語" * 100}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        evaluate(changed(config, **{"data.source": str(folder)}))
+        paths = {*Path(config.model_path).glob("evaluation_*.json")}
+        (new,) = paths - found
+        assert new.name.startswith("evaluation_語語") and "_val_step6" in new.name
+        found = paths
+
+
 def test_tokens_that_are_numbered_in_another_way_are_refused(own_corpus):
     config, folder = own_corpus
     path = Path(config.model_path) / "config.json"

@@ -4,12 +4,22 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import assert_equal, changed, execute, gpt_config, job, setup, start
+from runs import (
+    assert_equal,
+    changed,
+    execute,
+    gpt_config,
+    job,
+    json_of,
+    setup,
+    start,
+)
 
 from pcagpt import trees
 from pcagpt.config import Settings
@@ -17,6 +27,7 @@ from pcagpt.config.schema import InitSettings
 from pcagpt.data.corpus import open_corpus
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
+from pcagpt.json_files import write_json
 from pcagpt.model import GPT
 from pcagpt.run import checkpoint, fingerprint, initialise
 from pcagpt.run.folder import read_record, write_record
@@ -346,6 +357,48 @@ def test_blocks_of_a_model_of_other_tokens_are_refused(
     knobs |= {"arm": "pca_finetune", "model.n_embd_wte": 8}
     with pytest.raises(UserError, match="numbers its tokens in another way"):
         job(changed(tiny_config, **knobs)).check(set())
+
+
+def test_factors_of_a_model_of_other_tokens_are_refused(
+    tiny_config, corpus_folder, d_dir, tmp_path
+):
+    corpus = Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+    itos = [chr(200 + number) for number in range(97)]
+    meta = {"vocab_size": 97, "itos": itos}
+    (corpus / "meta.json").write_text(json.dumps(meta))
+    source = Path(shutil.copytree(d_dir, tmp_path / "source"))
+    content = open_corpus(str(corpus), corpus).content
+    stated = {"corpus": content, "characters": itos}
+    write_record(source, record := read_record(source) | stated)
+    knobs = {"task": "factorize", "model_path": str(source), "data.source": ""}
+    folder = execute(changed(tiny_config, **knobs))
+    bands = tmp_path / "model" / "factors"
+    factor_files.write_bands(bands, factor_files.read(folder, 8, False))
+    made = {"step": 6, "fingerprint": fingerprint.of(source)}
+    write_record(bands.parent, {**record, "compressed": made})
+    rows = str(factor_files.table_path(folder, 8))
+    scales = str(factor_files.scale_path(folder, 8))
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    metadata = json_of(older / "metadata.json")
+    assert metadata.pop("tokens")["characters"] == itos
+    write_json(older / "metadata.json", metadata)
+    table = str(factor_files.table_path(older, 8))
+    arm = {"arm": "pca", "model.n_embd_wte": 8, "data.source": str(corpus)}
+    for order, words in ((1, None), (-1, "numbers its tokens in another way than")):
+        (corpus / "meta.json").write_text(json.dumps(meta | {"itos": itos[::order]}))
+        for init in (
+            {"import_wte_npy": rows},
+            {"import_scale_matrices_npz": scales},
+            {"import_bands": str(bands)},
+            {"import_wte_npy": str(bands / "wte_band0.npy")},
+            {"import_wte_npy": table},
+        ):
+            knobs = arm | {f"init.{name}": path for name, path in init.items()}
+            asked = job(changed(tiny_config, **knobs))
+            with pytest.raises(UserError, match=words) if words else nullcontext():
+                asked.check(set())
+    shutil.rmtree(source)  # Nothing is known of its tokens any more.
+    asked.check(set())
 
 
 def test_more_blocks_than_the_model_has_are_refused(d_dir, monkeypatch):

@@ -16,7 +16,7 @@ from runs import changed, execute, job, metrics, setup, write_statistics
 
 from pcagpt import config as knobs
 from pcagpt import main
-from pcagpt.config import Settings, checks, validate
+from pcagpt.config import Settings, checks, unread, validate
 from pcagpt.config.tasks import RECOVERY, TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable, factor_files
@@ -459,7 +459,7 @@ def test_a_knob_changes_something(knob, tiny_config, place, observed):
 def reads(monkeypatch):
     """The knobs that code outside `pcagpt.config`'s checks reads, as they are read."""
     found = set()
-    own = (dataclasses.__file__, checks.__file__)
+    own = (dataclasses.__file__, checks.__file__, unread.__file__)
 
     def recorded(prefix):
         def get(self, name):

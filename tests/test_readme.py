@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, call, commands, tiny_knobs, unread
+from command_line import CONFIGS, ROOT, call, commands, tiny_knobs, unread
 from runs import quick_environment
 
 from pcagpt.json_files import write_json
@@ -234,7 +234,9 @@ def shrunken(line):
     given = dict(re.findall(r"--config\.([\w.]+)=(\S+)", line))
     if config == "factorize.py":  # By svd, which measures nothing.
         given["factorize.method"] = "svd"
-    for knob in unread(given):
+    command = [f"--config={CONFIGS / config}"]
+    command += [f"--config.{knob}={value}" for knob, value in given.items()]
+    for knob in unread(command):
         overrides.pop(knob, None)
     return words + [f"--config.{k}={v}" for k, v in overrides.items()]
 

@@ -6,6 +6,6 @@ from pcagpt.config.checks import (
     check_stored,
     methods_of,
     ranks_of,
-    validate,
 )
 from pcagpt.config.schema import KNOBS, Settings, base, override
+from pcagpt.config.unread import validate

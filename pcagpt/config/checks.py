@@ -1,11 +1,11 @@
 """Rules between knobs, and the lists inside text knobs."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pcagpt.arms import ARMS, FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE
-from pcagpt.config.knobs import LARGEST_WHOLE
+from pcagpt.arms import ARMS
+from pcagpt.config.knobs import LARGEST_NUMBER, LARGEST_WHOLE
 from pcagpt.config.schema import (
     KNOBS,
     OTHER_ARMS,
@@ -14,7 +14,7 @@ from pcagpt.config.schema import (
     Settings,
     override,
 )
-from pcagpt.config.tasks import OF_BARE_TABLE, RECOVERY, TASKS, readers_of
+from pcagpt.config.tasks import TASKS, readers_of
 from pcagpt.errors import UserError
 from pcagpt.methods import CODES, METHODS, RIVALS
 
@@ -68,13 +68,6 @@ def methods_of(text: str) -> list[str]:
         )
     _check_distinct("compress.methods", methods)
     return methods
-
-
-def validate(settings: Settings) -> None:
-    """Does what `check_rules` does, and refuses knobs that the task does not read."""
-    opens_model = bool(settings.model_path or settings.init.weights_from)
-    check_rules(settings, knows_sizes=not opens_model)
-    _check_read(settings)
 
 
 def check_rules(settings: Settings, knows_sizes: bool = True) -> None:
@@ -173,8 +166,9 @@ def _check_value(path: str, value: Any) -> None:
         shown = repr(entry) if isinstance(entry, str) else entry
         if not knob.rule.holds(entry):
             raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
-        if knob.type in (int, tuple) and entry > LARGEST_WHOLE:
-            raise UserError(f"{path} {verb} {shown}: the largest is {LARGEST_WHOLE}")
+        largest = LARGEST_NUMBER if knob.type is float else LARGEST_WHOLE
+        if knob.type in (int, float, tuple) and entry > largest:
+            raise UserError(f"{path} {verb} {shown}: the largest is {largest}")
 
 
 # Of knobs whose default says nothing.
@@ -309,7 +303,7 @@ def _check_model_path(settings: Settings) -> None:
 
 def _check_imports(settings: Settings) -> None:
     """An arm takes from other runs only what `ARMS` says."""
-    init, flat, names = settings.init, settings.flat(), _arms(settings)
+    init, flat, names = settings.init, settings.flat(), trained_arms(settings)
     if init.weights_from:
         return
     arms = [ARMS[name] for name in names]
@@ -345,74 +339,9 @@ def _check_imports(settings: Settings) -> None:
         )
 
 
-def _arms(settings: Settings) -> list[str]:
+def trained_arms(settings: Settings) -> list[str]:
     """The arms that a command trains, without the D of an experiment."""
     return arms_of(settings) if settings.task == "experiment" else [settings.arm]
-
-
-def _check_read(settings: Settings) -> None:
-    """A knob is refused if the task does not read it."""
-    given, task = settings.given, settings.task
-    does = {task}
-    if task == "compress" and settings.compress.recover_ranks:
-        does.add(RECOVERY)
-    for path in filter(given.__contains__, KNOBS):
-        tasks, remedy = readers_of(path)
-        if does.isdisjoint(tasks):
-            this = "an experiment" if task == "experiment" else f"task {task}"
-            raise UserError(
-                f"{path} is set for {this}, but only {', '.join(tasks)} can read it: "
-                f"{remedy}"
-            )
-    rank, ranks = settings.model.n_embd_wte, settings.ranks
-    if task == "train" and rank and "ranks" in given and ranks != (rank,):
-        raise UserError(
-            f"ranks is {ranks}, but one model is trained, and its model.n_embd_wte is "
-            f"{rank}: set only --config.model.n_embd_wte"
-        )
-    for path, is_read, reason in read_if(settings, does):
-        if path in given and not is_read:
-            raise UserError(f"{path} is set, but {reason}")
-
-
-def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str]]:
-    """(knob that the task reads in some cases, whether it does, why not).
-
-    `does`: the task, and `RECOVERY` if it also does that.
-    """
-    is_constant = settings.train.schedule == "constant"
-    reason = "train.schedule is 'constant', which does not read it: choose linear or "
-    yield "train.final_learning_rate_share", not is_constant, f"{reason}cosine"
-    method, given = settings.factorize.method, settings.factorize.statistics
-    needing = [name for name, one in METHODS.items() if one.needs_statistics]
-    reason = f"factorize.method is '{method}', which needs none: choose one of "
-    yield "factorize.statistics", method in needing, reason + ", ".join(needing)
-    if settings.task == "factorize":
-        is_run = not settings.is_of_bare_table
-        is_measured = method in needing and is_run and not given
-        reason = "no statistics are measured here: leave it out"
-        for name in ("data.source", "train.batch_size", "compress.calibration_tokens"):
-            yield name, is_measured, reason
-    arms = [ARMS[arm] for arm in _arms(settings)]
-    is_taught = any(arm.is_taught for arm in arms) or bool(settings.distill.teacher)
-    reason = "no model has a teacher: leave it out, or name the arm pca_distill"
-    yield "distill.share", is_taught or RECOVERY in does, reason
-    # The config of an experiment may serve for other arms than it names.
-    if settings.task == "train" and not settings.init.weights_from:
-        reason = f"the {settings.arm} model does not read it: leave it out"
-        yield "finetune.steps_share", arms[0].is_fine_tuned, reason
-        for knob in (FINETUNE_SHARE, PCA_SHARE, RANDOM_SHARE):
-            yield knob, arms[0].rate_share == knob, reason
-    if settings.task == "compress" and settings.is_of_bare_table:
-        reason = "a table without its model has no text and no loss: leave it out, or "
-        for name in sorted(KNOBS.keys() - OF_BARE_TABLE):
-            yield name, name.startswith("distributed."), f"{reason}give the model"
-    for bound in settings.compress.bounds:
-        reason = f"compress.{bound} is set, too, and does not read it: leave it out"
-        boards = ("tensorboard", "wandb", "wandb_project")
-        for name in ("ranks", *(f"telemetry.{board}" for board in boards)):
-            yield name, False, reason
-        yield "compress.bits", bound != "max_params", reason
 
 
 def _check_bounds(settings: Settings) -> None:

@@ -34,12 +34,12 @@ from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.errors import UserError, naming, warn_once
+from pcagpt.files import folder_name
 from pcagpt.json_files import read_json
 from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
 TRAINING_PARTS = ("train", "val", "vocab_size", "tokenizer_sha256")
-_LONGEST_NAME = 255  # bytes, on all common file systems
 _RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
 
 
@@ -377,6 +377,4 @@ def _folder_name(fingerprint: str, info: CorpusInfo) -> str:
     """A folder for the tokens that one tokenizer makes of one text."""
     recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    end = f"-{vocabulary.label(info.tokenizer)}-{key}"
-    name = info.name.encode()[: _LONGEST_NAME - len(end)].decode("utf-8", "ignore")
-    return name + end
+    return folder_name(info.name, f"-{vocabulary.label(info.tokenizer)}-{key}")

@@ -4,9 +4,10 @@ wte_pca_k{k}.npy          token table [V, k] float32
 scale_mats_pca_k{k}.npz   scale_up, scale_down: [k, d] float32; mean [d] if centred
 bands_pca_k{k}/           the table in several bands, in place of both files above
 spectrum.npy              singular values [d] float64, descending
-metadata.json             method, source, energy kept by each rank, and the digests of
-                          the files beside it, which every reader checks; written twice:
-                          first with its ranks as 'unfinished', and last without them
+metadata.json             method, source, its tokens, energy kept by each rank, and the
+                          digests of the files beside it, which every reader checks;
+                          written twice: first with its ranks as 'unfinished', and last
+                          without them
 """
 
 import hashlib
@@ -226,9 +227,8 @@ def read_metadata(folder: Path) -> dict | None:
     metadata.pop("files", None)
     if not {"ranks", "unfinished"} & metadata.keys():
         raise UserError(f"{path} is damaged (it has no 'ranks'): {remedy}")
-    check_fields(
-        metadata, {"ranks": (dict, None), "unfinished": (list, None)}, path, remedy
-    )
+    fields = {"ranks": (dict, None), "unfinished": (list, None), "tokens": (dict, None)}
+    check_fields(metadata, fields, path, remedy)
     metadata["ranks"] = metadata.get("ranks") or {}
     for rank, described in metadata["ranks"].items():
         where = f"{path}: the rank '{rank:.20}'"

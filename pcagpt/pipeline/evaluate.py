@@ -10,6 +10,7 @@ import jax
 
 from pcagpt.config import Settings
 from pcagpt.errors import UserError, warn_once
+from pcagpt.files import file_name
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.run import provenance
 from pcagpt.run.evaluator import Evaluator
@@ -82,7 +83,7 @@ def _path(folder: Path, part: str, step: int, protocol: dict[str, Any]) -> Path:
     Two corpora of the same name but other content have two files.
     """
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
-    plain = folder / f"evaluation_{name}_{part}_step{step}.json"
+    plain = folder / file_name(f"evaluation_{name}", f"_{part}_step{step}.json")
     earlier = _protocol_in(plain)
     hashes = ("tokens_sha256", "tokenizer_sha256")
     if earlier is None or all(earlier.get(key) == protocol[key] for key in hashes):

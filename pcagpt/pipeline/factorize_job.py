@@ -281,7 +281,7 @@ class FactorizeJob(Job):
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **({"step": run.step} if run else {}),
+            **({"step": run.step, "tokens": run.tokens.identity} if run else {}),
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorization.effective_rank(singular_values),
@@ -355,7 +355,7 @@ class FactorizeJob(Job):
     def _how_to_make(self) -> tuple[str, str, Settings]:
         boards = ("tensorboard", "wandb", "wandb_project")
         kept = ("workdir", "ranks", "factorize", *(f"telemetry.{b}" for b in boards))
-        if METHODS[self.settings.factorize.method].needs_statistics:
+        if self._calibrates:
             kept += ("compress.calibration_tokens", "train.batch_size", "data")
             kept += ("model.compute_dtype",)
         values = {path: operator.attrgetter(path)(self.settings) for path in kept}

@@ -12,7 +12,12 @@ import jax
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings
 from pcagpt.config.command_line import next_command
-from pcagpt.config.schema import FinetuneSettings, ScratchSettings
+from pcagpt.config.schema import (
+    CompressSettings,
+    FactorizeSettings,
+    FinetuneSettings,
+    ScratchSettings,
+)
 from pcagpt.data.corpus import (
     Corpus,
     check_package,
@@ -383,9 +388,10 @@ class TrainJob(Job):
                 raise
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
-        # D does not read the shares of the arms.
-        shares = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
-        settings = self.settings.replace(shares)
+        # D does not read the shares of the arms, nor what makes their tables.
+        unread = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
+        unread |= {"factorize": FactorizeSettings(), "compress": CompressSettings()}
+        settings = self.settings.replace(unread)
         return "is not trained", "configs/baseline.py", settings
 
     def _take_up(self, corpus: Corpus) -> tuple[dict[str, Any], bool] | None:

@@ -13,6 +13,7 @@ import numpy as np
 from pcagpt import factorization, trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import InitSettings
+from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError
 from pcagpt.factorization import FactorizedTable, factor_files
 from pcagpt.model import (
@@ -24,7 +25,8 @@ from pcagpt.model import (
     without_embedding,
 )
 from pcagpt.run import fingerprint
-from pcagpt.run.folder import read_record
+from pcagpt.run.folder import choose, read_record
+from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
 # {knob that names a file or run to start from: hash of its content}
@@ -138,14 +140,29 @@ def check_rank(settings: Settings) -> None:
 
 def mixed_origins(init: InitSettings) -> str | None:
     """A line if imported factors and blocks are known to be of different models."""
-    names = ("import_wte_npy", "import_scale_matrices_npz", "import_bands")
-    paths = [path for name in names if (path := getattr(init, name))]
-    origins = {path: origin for path in paths if (origin := _origin(Path(path)))}
+    origins = {path: origin for path in _factors(init) if (origin := _origin(path))}
     is_one = len(set(origins.values())) < 2
     if init.blocks_from:
         is_one = all(fingerprint.same(init.blocks_from, o) for o in origins.values())
-    named = [*origins, *filter(None, [init.blocks_from])]
+    named = [*map(str, origins), *filter(None, [init.blocks_from])]
     return None if is_one else f"{' and '.join(named)} are not of one model"
+
+
+def check_tokens(init: InitSettings, corpus: CorpusInfo) -> None:
+    """Raises UserError if the rows of imported factors are of other tokens."""
+    for tokens in tokens_of_factors(init):
+        tokens.check(corpus)
+
+
+def tokens_of_factors(init: InitSettings) -> list[OwnTokens]:
+    """The tokens of each import of factors whose origin is known."""
+    return [found for path in _factors(init) if (found := _tokens(path))]
+
+
+def _factors(init: InitSettings) -> list[Path]:
+    """The imports that hold factors."""
+    names = ("import_wte_npy", "import_scale_matrices_npz", "import_bands")
+    return [Path(path) for name in names if (path := getattr(init, name))]
 
 
 def _origin(path: Path) -> str | None:
@@ -153,12 +170,39 @@ def _origin(path: Path) -> str | None:
 
     None if no metadata say it, or if the table was a bare file.
     """
-    with contextlib.suppress(UserError):  # The metadata may be another program's.
-        made = factor_files.read_metadata(path.parent)
-        made = made or (read_record(path.parent) or {}).get("compressed") or {}
-        if "step" in made:
-            return made.get("source_sha256") or made.get("fingerprint")
+    made, _ = _made(path)
+    if "step" in made:
+        return made.get("source_sha256") or made.get("fingerprint")
     return None
+
+
+def _tokens(path: Path) -> OwnTokens | None:
+    """The tokens of the model that factors were made from; None if unknown.
+
+    Older metadata do not state them, but name the model.
+    """
+    made, known = _made(path)
+    source, origin = made.get("source"), made.get("source_sha256")
+    with contextlib.suppress(UserError):
+        if not known and source and "step" in made and fingerprint.same(source, origin):
+            known = choose(source)[0].stored
+    return OwnTokens(path, known) if known and "vocab_size" in known else None
+
+
+def _made(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is known of a factor file or a folder of bands.
+
+    Returns how it was made, {} if unknown; and a record of its tokens.
+    """
+    if (path.parent / factor_files.ORDER_FILE).exists():  # One file of a band
+        path = path.parent
+    with contextlib.suppress(UserError):  # The metadata may be another program's.
+        if made := factor_files.read_metadata(path.parent):
+            return made, made.get("tokens")
+        record = read_record(path.parent) or {}
+        if made := record.get("compressed"):
+            return made, OwnTokens(path, record).identity
+    return {}, None
 
 
 def imported_weights(

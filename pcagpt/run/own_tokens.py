@@ -100,6 +100,13 @@ class OwnTokens:
         )
         return stated or (RANKS[name].sha256 if name in RANKS else None)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `check` reads of the record: JSON values, for factors of the model."""
+        names = ("vocab_size", "tokenizer", "characters")
+        own = {name: self.record.get(name) for name in names}
+        return own | {"tokenizer_sha256": self._sha256}
+
     def check(self, corpus: CorpusInfo) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 

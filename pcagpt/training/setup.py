@@ -101,6 +101,7 @@ class Setup:
             ),
         )
         setup.import_into(_stand_in(model))
+        processes.from_first(lambda: initialise.check_tokens(init, corpus))
         setup.open_teacher()
         hashes = initialise.import_hashes(settings)
         return dataclasses.replace(setup, imported_sha256=hashes)
@@ -141,12 +142,14 @@ class Setup:
         run = Run.open(path)
         run.check_corpus(self.corpus)
         init = self.settings.init
+        runs = (init.weights_from or self.settings.model_path, init.blocks_from)
+        starts = [Run.open(start).tokens for start in runs if start]
         # The corpus may not say what its ids mean.
-        for start in (init.weights_from or self.settings.model_path, init.blocks_from):
-            if start and not run.tokens.may_share(Run.open(start).tokens):
+        for start in starts + initialise.tokens_of_factors(init):
+            if not run.tokens.may_share(start):
                 raise UserError(
                     f"distill.teacher: {path} numbers its tokens in another way than "
-                    f"{start}: restore its tokenizer, or name another teacher"
+                    f"{start.folder}: restore its tokenizer, or name another teacher"
                 )
         config = run.config(self.settings.model)
         if config.vocab_size != student.vocab_size:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from pcagpt.config import command_line
 from pcagpt.config.tasks import TASKS, readers_of
+from pcagpt.config.unread import read_if
 from torture import children
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -68,14 +70,14 @@ class Command:
         path = REPOSITORY / "configs" / f"{self.config}.py"
         task = self.config if self.config in TASKS else "train"
         values = {k: v for k, v in _QUICK.items() if task in readers_of(k)[0]}
-        if self.config in ("baseline", "pca_k128"):  # They have D's own budget.
-            del values["finetune.steps_share"]
-        if str(self.knobs.get("model_path")).endswith(".npy"):  # It is not measured.
-            del values["train.batch_size"], values["compress.calibration_tokens"]
         if not TASKS[task].model:  # Otherwise the run has them.
             values |= _CORPUS | ({} if self.config == "recover" else _MODEL)
-        values |= self.knobs
-        return [f"--config={path}", *(f"--config.{k}={v}" for k, v in values.items())]
+        words = {k: f"--config.{k}={v}" for k, v in (values | self.knobs).items()}
+        settings, _ = command_line.parse(["", f"--config={path}", *words.values()])
+        for knob, is_read, _ in read_if(settings, {task}):
+            if not is_read and knob not in self.knobs:
+                words.pop(knob, None)
+        return [f"--config={path}", *words.values()]
 
 
 _D = "runs/gpt_baseline"
