@@ -496,8 +496,9 @@ def test_a_short_name_takes_an_argument_and_a_person_s_file_comes_first(
     assert settings.ranks == (16, 32)
     config = "from pcagpt.config import base as get_config\n"
     Path("demo").write_text(config)
-    settings, _ = command_line.parse(["pcagpt", "--config=demo"])
-    assert settings.workdir == "checkpoints"
+    for word in ("--config=demo", "demo"):
+        settings, _ = command_line.parse(["pcagpt", word])
+        assert settings.workdir == "checkpoints"
 
 
 def test_an_installed_package_has_its_configs_elsewhere(tmp_path, monkeypatch):

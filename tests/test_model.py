@@ -200,7 +200,8 @@ def test_no_hidden_state_depends_on_later_tokens(name, dropout):
         rows = slice(sequence * length, (sequence + 1) * length)
         depends = np.any(np.asarray(gradients["wpe"])[rows, :length] != 0, axis=-1)
         np.testing.assert_array_equal(depends[later], False)
-        assert depends[~later].all() or dropout
+        # Dropout hides a part, in attention and in the vectors.
+        assert depends[~later].mean() >= 1 - 2 * dropout
 
     position = np.arange(VOCAB)
     if variables["constants"]:
@@ -216,7 +217,7 @@ def test_no_hidden_state_depends_on_later_tokens(name, dropout):
     )[:, position[tokens.reshape(-1)]]
     allowed = np.kron(np.eye(2, dtype=bool), ~later)
     np.testing.assert_array_equal(depends[~allowed], False)
-    assert depends[allowed].all() or dropout
+    assert depends[allowed].mean() >= 1 - 2 * dropout
 
 
 # Padding

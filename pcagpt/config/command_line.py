@@ -193,7 +193,8 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config, and the other arguments."""
     found, others = [], arguments[:1]
     # `pcagpt demo` is short for `pcagpt --config=demo`.
-    if arguments[1:] and _packaged(arguments[1].partition(":")[0]):
+    first = "".join(arguments[1:2]).partition(":")[0]
+    if _packaged(first) or Path(first).is_file():
         arguments = [arguments[0], f"--config={arguments[1]}", *arguments[2:]]
     words = iter(arguments[1:])
     for word in words:
