@@ -125,11 +125,26 @@ def test_greedy_ranks_are_the_best_of_all_within_the_budget():
 
         spent = cost(ranks)
         assert spent <= budget
+        for band, rank in enumerate(ranks):  # No other rank fits what is left.
+            more = [*ranks]
+            more[band] = rank + 1 if rank + 1 < width else 0
+            assert rank == 0 or cost(more) > budget
         options = [range(width)] * 3  # Rank `width` costs more than full width.
         best = min(left(r) for r in itertools.product(*options) if cost(r) <= spent)
         best_found += left(ranks) == pytest.approx(best)
     # Greedy may lose only where the last rank does not fit the budget.
     assert best_found >= 24
+
+
+def test_the_most_frequent_band_comes_first_after_regrouping():
+    rows, weights = np.eye(2)[[0, 0, 1, 1]], np.array([0.1, 0.1, 0.4, 0.4])
+    groups, bases = (
+        [np.arange(2), np.arange(2, 4)],
+        (np.eye(2)[:, :1], np.eye(2)[:, 1:]),
+    )
+    attempt = bands._Attempt(0.0, groups, (1, 1), bases, 0.0)
+    found = bands._regrouped(rows, weights, attempt)
+    assert [band.tolist() for band in found] == [[2, 3], [0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,19 @@ def test_widths_are_the_cheapest_choice_within_the_bytes():
     assert loss(widths) <= min(map(loss, smaller)) + 1e-9
 
 
+def test_a_band_with_its_energy_in_late_directions_is_decoded():
+    is_rare = np.arange(V) >= V // 2
+    table = RANDOM.normal(size=(V, 2 * BLOCK_RANK)).astype(np.float32)
+    table[~is_rare, BLOCK_RANK:] /= 100
+    table[is_rare, :BLOCK_RANK] /= 100
+    prepared = coding.prepare(table, Weighting(np.where(is_rare, 1 / 64, 1.0)))
+    widths = choices(prepared, 2)[2].within_bytes(42_000).widths
+    assert (np.diff(widths, axis=1) <= 0).all()
+    error = pack(prepared, 2, 42_000).dense() - table
+    for tokens in (is_rare, ~is_rare):
+        assert np.linalg.norm(error[tokens]) < 0.2 * np.linalg.norm(table[tokens])
+
+
 def test_the_dense_table_never_exists_while_the_head_computes(prepared, monkeypatch):
     monkeypatch.setattr("pcagpt.model.packed.TILE", 64)  # The table is small.
     packed = pack(prepared, 2, 42_000)

@@ -116,6 +116,7 @@ def pack(prepared: Prepared, bands: int, most: int) -> PackedTable:
     packed, start = [], 0
     for tokens, widths_S in zip(tokens_of_bands, widths_BS, strict=True):
         widths_S = widths_S[widths_S > 0]
+        assert (np.diff(widths_S) <= 0).all(), "codes are stored by falling width"
         numbers_nK, scales_K = _quantize(stored, tokens, widths_S, levels)
         scales_K = (scales_K * basis.rows[: len(scales_K)]).astype(np.float32)
         blocks = tuple(int((widths_S == width).sum()) for width in WIDTHS)
