@@ -104,6 +104,8 @@ def test_a_config_file_can_set_only_declared_knobs_to_values_of_their_type():
         ("mesh.data", 0, "-1, or at least 1"),
         ("init.keep", "some", "one of all, std"),
         ("sample.tokens", 2**63, "the largest is 9223372036854775807"),
+        ("sample.temperature", 1e300, "is 1e+300: the largest is 3e+38"),
+        ("train.weight_decay", 1e39, "is 1e+39: the largest is 3e+38"),
         ("ranks", (8, 10**20), "holds 100000000000000000000: the largest is"),
     ],
 )
@@ -130,6 +132,7 @@ def test_values_at_the_end_of_their_range_are_accepted():
         "train.final_learning_rate_share": 0.0,
         "mesh.data": -1,
         "train.batch_size": 2**63 - 1,
+        "train.weight_decay": 3e38,
     }
     validate(Settings().replace(ends))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcagpt.arms import ARMS
-from pcagpt.config.knobs import LARGEST_WHOLE
+from pcagpt.config.knobs import LARGEST_NUMBER, LARGEST_WHOLE
 from pcagpt.config.schema import (
     KNOBS,
     OTHER_ARMS,
@@ -166,8 +166,9 @@ def _check_value(path: str, value: Any) -> None:
         shown = repr(entry) if isinstance(entry, str) else entry
         if not knob.rule.holds(entry):
             raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
-        if knob.type in (int, tuple) and entry > LARGEST_WHOLE:
-            raise UserError(f"{path} {verb} {shown}: the largest is {LARGEST_WHOLE}")
+        largest = LARGEST_NUMBER if knob.type is float else LARGEST_WHOLE
+        if knob.type in (int, float, tuple) and entry > largest:
+            raise UserError(f"{path} {verb} {shown}: the largest is {largest}")
 
 
 # Of knobs whose default says nothing.

@@ -26,6 +26,7 @@ def at_least(low: int) -> Rule:
 
 
 LARGEST_WHOLE = 2**63 - 1  # Of int64; Python counts no iterations beyond it.
+LARGEST_NUMBER = 3e38  # Below that of float32, in which models compute.
 ANYTHING = Rule("anything", lambda value: True)
 COUNT = at_least(1)
 POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
@@ -40,7 +41,7 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
     """A field of a section. For a tuple, the rule applies to each entry.
 
     Without a rule, whole numbers must be a `COUNT` and other values can be anything.
-    No whole number may be above `LARGEST_WHOLE`.
+    None may be above `LARGEST_WHOLE` or, if it is not whole, `LARGEST_NUMBER`.
     The command line expands ~ in a `PATH`.
     """
     metadata = {"meaning": meaning, "rule": rule}
