@@ -132,7 +132,7 @@ def test_values_at_the_end_of_their_range_are_accepted():
         "train.final_learning_rate_share": 0.0,
         "mesh.data": -1,
         "train.batch_size": 2**63 - 1,
-        "sample.temperature": 3e38,
+        "train.weight_decay": 3e38,
     }
     validate(Settings().replace(ends))
 
