@@ -192,7 +192,8 @@ class Decoder:
                 found = log_p_nV.gather(1, targets_n.clamp(min=0)[:, None])[:, 0]
                 return torch.where(counted_n, -found, 0)
 
-            own_n, added_n = loss_n(own_nV), loss_n(both_nV) - loss_n(own_nV)
+            own_n = loss_n(own_nV)
+            added_n = loss_n(both_nV) - own_n
             kl_n = (own_nV.exp() * (own_nV - both_nV)).sum(1)
             same_n = own_nV.argmax(1) == both_nV.argmax(1)
             del both_nV

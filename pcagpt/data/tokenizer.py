@@ -18,7 +18,7 @@ GPT2_PATTERN = (
 )
 
 
-class RankFile(NamedTuple):
+class Numbering(NamedTuple):
     """A vocabulary, such as NAME.tiktoken in pcagpt/assets.
 
     vocab_size: the highest id + 1; added_from: ids from here on are added tokens, which
@@ -30,22 +30,22 @@ class RankFile(NamedTuple):
     added_from: int | None = None
 
     @property
-    def least_rows(self) -> int:
+    def rows_needed(self) -> int:
         """The rows that a table needs to read most texts."""
         return min(self.vocab_size, self.added_from or self.vocab_size)
 
 
 RANKS = {
-    "gpt2": RankFile(
+    "gpt2": Numbering(
         50257, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
     ),
-    "sotu4096": RankFile(
+    "sotu4096": Numbering(
         4096, "e770fd9744a9162ba6181dde40376c67430f22dd3d338ba0c652d31794765acf"
     ),
 }
 
 
-def rank_file(name: str) -> RankFile:
+def rank_file(name: str) -> Numbering:
     """Looks a name up in RANKS; UserError if it is unknown."""
     if name not in RANKS:
         raise UserError(

@@ -21,7 +21,7 @@ from pcagpt.data import gguf_header
 from pcagpt.data.tokenizer import (
     END_OF_TEXT,
     RANKS,
-    RankFile,
+    Numbering,
     encoding_from_ranks,
     load_tokenizer,
 )
@@ -107,25 +107,25 @@ def _is_tokenizer(file: Path) -> bool:
     return file.is_file() and (has_ending or has_merges)
 
 
-def describe(file: Path) -> RankFile:
+def describe(file: Path) -> Numbering:
     """Size and hash of the tokenizer with this main file; UserError if it is damaged.
 
     Needs no package, except of GGUF.
     """
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
-        return RankFile(len(fields.tokens), fields.sha256)
+        return Numbering(len(fields.tokens), fields.sha256)
     sha256 = sha256_of_file(file)
     if file.name == VOCAB:
         pair = sha256 + sha256_of_file(file.with_name(MERGES))
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.suffix == RANK_ENDING:
-        return RankFile(_ranks(file)[1], sha256)
+        return Numbering(_ranks(file)[1], sha256)
     if END_OF_TEXT not in _id_of_text(file):  # Another file names what ends documents.
         pair = f"{sha256} {_end_in_config(file.parent)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     size = max(_id_of_text(file).values()) + 1
-    return RankFile(size, sha256, _added_from(file, size))
+    return Numbering(size, sha256, _added_from(file, size))
 
 
 @read_once

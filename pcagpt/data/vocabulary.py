@@ -5,7 +5,7 @@ from pathlib import Path
 import tiktoken
 
 from pcagpt.data import tokenizer, tokenizer_files
-from pcagpt.data.tokenizer import RANKS, RankFile
+from pcagpt.data.tokenizer import RANKS, Numbering
 from pcagpt.data.tokenizer_files import FileTokenizer
 
 Tokenizer = tiktoken.Encoding | FileTokenizer
@@ -41,7 +41,7 @@ def is_known(name: object) -> bool:
     return name in RANKS or tokenizer_files.file_of(Path(name)) is not None
 
 
-def describe(name: str) -> RankFile:
+def describe(name: str) -> Numbering:
     """Size and hash of a tokenizer; raises as `name_of` does."""
     name = name_of(name)
     return RANKS[name] if name in RANKS else tokenizer_files.describe(Path(name))

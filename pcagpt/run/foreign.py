@@ -102,7 +102,7 @@ def _record(folder: Path) -> dict[str, Any]:
     record[exported.BEFORE] = origin.get("compressed") or []
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if name:
-        size = vocabulary.describe(name).least_rows
+        size = vocabulary.describe(name).rows_needed
         if size > rows:
             raise UserError(
                 f"{folder}: its tokenizer has {size} tokens, but its table {rows} "

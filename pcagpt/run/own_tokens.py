@@ -63,7 +63,7 @@ class OwnTokens:
                 f"{chosen} is another tokenizer now than the one of {self.folder}: "
                 "restore it, or name the file of the old one as --config.data.tokenizer"
             )
-        size, rows = vocabulary.describe(chosen).least_rows, self.record["vocab_size"]
+        size, rows = vocabulary.describe(chosen).rows_needed, self.record["vocab_size"]
         if rows < size:
             raise UserError(
                 f"data.tokenizer: {chosen} has {size} tokens, the model of "
@@ -138,7 +138,7 @@ class OwnTokens:
         """Whether only added tokens of its tokenizer can be ids without a row."""
         if not (self.record.get("tokenizer") and corpus.tokenizer):
             return False
-        least = vocabulary.describe(corpus.tokenizer).least_rows
+        least = vocabulary.describe(corpus.tokenizer).rows_needed
         return least <= self.record["vocab_size"]
 
     def within_rows(self, corpus: Corpus, splits: Collection[str]) -> Corpus:
