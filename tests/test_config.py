@@ -286,7 +286,12 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         ),
         (
             {"compress.methods": "gptq, pq", "compress.max_bytes": 9},
-            "compress.max_bytes is set, but tables of gptq, pq are only for comparison",
+            "compress.max_bytes is set, but tables of gptq, pq alone are only for "
+            "comparison: add coded, packed or a method that makes factors",
+        ),
+        (
+            {"compress.methods": "baseline", "compress.max_bytes": 9},
+            "tables of baseline alone are only for comparison",
         ),
         (
             {"task": "sample", "compress.calibration_tokens": 9, "model_path": "x"},

@@ -10,13 +10,20 @@ import pytest
 from runs import gpt_config
 
 from pcagpt import coding
-from pcagpt.coding.packed import choices, pack
+from pcagpt.coding.packed import _basis, choices, pack
 from pcagpt.coding.widths import CHOICES, Widths, levels_of
 from pcagpt.compression.codes import KINDS
 from pcagpt.errors import UserError
 from pcagpt.factorization import BudgetTooSmall, Weighting, second_order_loss
 from pcagpt.losses import token_losses
-from pcagpt.model import BLOCK_RANK, GPT, WIDTHS, BandSpec, token_order
+from pcagpt.model import (
+    BLOCK_RANK,
+    GPT,
+    WIDTHS,
+    BandSpec,
+    token_order,
+    weight_bytes,
+)
 from pcagpt.training.step import Teacher
 
 V, D = 3000, 20  # The width is no multiple of a block, the bands none of a tile.
@@ -343,6 +350,23 @@ def test_a_band_with_its_energy_in_late_directions_is_decoded():
     error = pack(prepared, 2, 42_000).dense() - table
     for tokens in (is_rare, ~is_rare):
         assert np.linalg.norm(error[tokens]) < 0.2 * np.linalg.norm(table[tokens])
+
+
+def test_the_steps_of_the_basis_are_finer_where_the_metric_weighs_more():
+    """Those of the columns cost the same, so none is far from the best one."""
+    random = np.random.default_rng(0)
+    scales = np.geomspace(1, 1000, D)
+    rows, metric = random.normal(size=(8, D)) / scales, np.diag(scales**2)
+    made = _basis(rows, metric)
+    np.testing.assert_allclose(made.columns, 1 / scales)
+    error = made.dense() - rows
+    assert np.abs(error * scales).max() < 0.51 * np.abs(rows * scales).max() / 127
+
+
+def test_its_bytes_are_those_that_a_model_is_built_for(packed):
+    model, variables = model_of(packed)
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
+    assert weight_bytes(model.config) == packed.memory + others
 
 
 def test_the_dense_table_never_exists_while_the_head_computes(prepared, monkeypatch):

@@ -5,8 +5,9 @@ import pytest
 
 from pcagpt.coding import loss_weighting
 from pcagpt.compression.candidates import Compressor
+from pcagpt.compression.rivals import MAKERS
 from pcagpt.compression.sides import INPUT, OUTPUT, seen_by
-from pcagpt.factorization import Statistics
+from pcagpt.factorization import Statistics, gptq, product_quantize
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.rows import Recipe
 
@@ -50,6 +51,20 @@ def test_no_weight_depends_on_the_other_side(method, side, found):
     again = weigh(table, seen_by(side, with_another(side, statistics)))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_rivals_have_the_weights_of_fisher(found):
+    chance, vocab = np.random.default_rng(2), 600  # More tokens than centroids.
+    table = chance.normal(size=(vocab, WIDTH)).astype(np.float32)
+    frequency, probability = chance.dirichlet(np.ones(vocab), 2)
+    statistics = found[1]._replace(frequency=frequency, probability=probability)
+    fisher = METHODS["fisher"].weigh(table, statistics)
+    for method, budget, wanted in (
+        ("gptq", vocab * WIDTH, gptq(table, 4, fisher.metric)),
+        ("pq", vocab * 2, product_quantize(table, 2, fisher.token_weights)),
+    ):
+        made = MAKERS[method].make(table, statistics, Recipe(method, 1, budget, 0, 4))
+        np.testing.assert_array_equal(made.dense(), wanted.dense())
 
 
 @pytest.mark.parametrize("side", [INPUT, OUTPUT])

@@ -358,9 +358,9 @@ def _check_bounds(settings: Settings) -> None:
     methods = set(methods_of(compress.methods or "all"))
     if bounds and methods <= RIVALS.keys():
         raise UserError(
-            f"compress.{bounds[0]} is set, but tables of {compress.methods} are only "
-            f"for comparison: add {', '.join(CODES)} or a method that makes factors "
-            "to compress.methods"
+            f"compress.{bounds[0]} is set, but tables of {compress.methods} alone are "
+            f"only for comparison: add {', '.join(CODES)} or a method that makes "
+            "factors to compress.methods"
         )
     if compress.max_params and not methods & METHODS.keys():
         raise UserError(
