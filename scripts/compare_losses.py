@@ -8,6 +8,7 @@ metrics.jsonl has every step. Prints a line and draws a panel for each pair.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,15 @@ LAST_SHARE = 0.25  # of the steps: the last ones show a change in what is learnt
 
 
 def train_losses(folder: Path) -> dict[int, float]:
-    """Loss of each logged training step in a run folder's metrics.jsonl."""
+    """Loss of each logged training step in a run folder's metrics.jsonl.
+
+    Ends the program if a loss is null, because it was not finite.
+    """
     entries = read_metrics(folder / "metrics.jsonl")
-    return {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
+    losses = {e["step"]: e["loss"] for e in entries if e["split"] == "train"}
+    if lost := [step for step, loss in losses.items() if loss is None]:
+        sys.exit(f"{folder}: the loss of step {lost[0]} is no number: train it again")
+    return losses
 
 
 def paired(before: Path, after: Path) -> np.ndarray:

@@ -26,16 +26,9 @@ from pcagpt.data.tokenizer import (
     RANKS,
     encoding_from_ranks,
 )
+from pcagpt.data.tokenizer_files import byte_letters
 
 VOCAB_SIZE = RANKS["sotu4096"].vocab_size
-
-
-def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte, in GPT-2's order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def new_tokenizer(model: models.BPE) -> Tokenizer:

@@ -43,6 +43,15 @@ def test_each_pair_gets_a_line_and_a_panel(tmp_path, monkeypatch, capsys):
     assert chart.read_text().count('id="axes_') == 4
 
 
+def test_a_loss_that_is_no_number_is_named(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / name, [1.0, loss])
+        for name, loss in (("a", None), ("b", 1.0))
+    ]
+    with pytest.raises(SystemExit, match="a: the loss of step 2 is no number: train"):
+        compare(monkeypatch, *runs)
+
+
 @pytest.mark.parametrize(
     ("runs", "said"),
     [

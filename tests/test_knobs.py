@@ -204,9 +204,9 @@ def samples(config):
     """The samples of a model, and how their tokens are to be drawn."""
     asked = []
 
-    def generate(*arguments):
-        asked.append(arguments[2:])
-        return itertools.repeat(np.full(config.sample.count, 70), arguments[-1])
+    def generate(_, __, prompt, limit, **options):
+        asked.append((prompt, limit, options))
+        return itertools.repeat(np.full(config.sample.count, 70), limit)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "generate", generate)

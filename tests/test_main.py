@@ -125,6 +125,10 @@ def test_a_missing_config_lists_those_that_are_there(monkeypatch, tmp_path):
 
 
 BASE = "from pcagpt.config import base\ndef get_config():\n    c = base()\n"
+OTHER = (
+    "from ml_collections import ConfigDict\n"
+    "def get_config():\n    return ConfigDict({'task': 'train'})\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +140,7 @@ BASE = "from pcagpt.config import base\ndef get_config():\n    c = base()\n"
         (BASE + "    c.train.steps = 'x'\n", ", line 4: TypeError: .*'steps'.*"),
         ("get_confg = None\n", r" defines no get_config\(\)"),
         (BASE, r": get_config\(\) must return pcagpt.config.base\(\), .*"),
+        (OTHER, r": get_config\(\) must return pcagpt.config.base\(\), .*"),
     ],
 )
 def test_an_error_inside_a_config_file_is_told_with_its_line(text, line, tmp_path):

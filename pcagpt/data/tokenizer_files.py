@@ -296,8 +296,8 @@ def _vocabulary_of(name: str) -> dict[str, int]:
 
 
 @functools.cache
-def _letters() -> dict[int, str]:
-    """The letter that stands for each byte in the files of GPT-2's tokenizer."""
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in GPT-2's files, in its order of bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {
@@ -308,4 +308,4 @@ def _letters() -> dict[int, str]:
 
 def letters_of(token: bytes) -> str:
     """A token as GPT-2's files write it: a letter for each byte."""
-    return "".join(map(_letters().__getitem__, token))
+    return "".join(map(byte_letters().__getitem__, token))

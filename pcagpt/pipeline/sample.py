@@ -54,14 +54,14 @@ def sample(settings: Settings) -> Iterator[str]:
                 model,
                 variables,
                 prompt,
-                min(at_once, options.count - first),
-                settings.seed,
-                options.temperature,
-                options.top_k,
-                tokenizer.n_vocab,
-                batch,
-                options.top_p,
-                total,
+                samples=min(at_once, options.count - first),
+                seed=settings.seed,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                known_ids=tokenizer.n_vocab,
+                batch=batch,
+                top_p=options.top_p,
+                limit=total,
             )
             found: list[np.ndarray] = []
             interrupt = None
