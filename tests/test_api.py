@@ -238,8 +238,11 @@ def test_a_model_of_hugging_face_opens_with_its_own_table(tmp_path):
     np.testing.assert_array_equal(model.table, tensors[gpt2_folders.TABLE])
     assert model.logits([1, 2, 3]).shape == (3, 97)
     assert files_of(folder) == before
-    with pytest.raises(pcagpt.UserError, match="trained on bare token ids"):
+    words = "model has no tokenizer: open it with tokenizer=FILE, such as its tokenizer"
+    with pytest.raises(pcagpt.UserError, match=words):
         model.loss("text")
+    with pytest.raises(pcagpt.UserError, match="have shape .* and dtype timedelta64"):
+        model.loss(np.array([1, 2, 3], "m8[s]"))
 
 
 @pytest.mark.parametrize("name", ["gpt_baseline", "gpt_pca_k8", "gpt_pca_finetune_k8"])

@@ -1,6 +1,7 @@
 """Compressed tables of other architectures leave as models that transformers loads."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,11 +10,16 @@ torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transfor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS, call  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 from test_decoder import CONFIGS as MODELS  # noqa: E402
 from test_decoder import SIZES  # noqa: E402
 from test_hugging_face_parity import opened  # noqa: E402
 
 import pcagpt  # noqa: E402
+from pcagpt.errors import UserError  # noqa: E402
+from pcagpt.export.formats import write_factored  # noqa: E402
+from pcagpt.export.source import ExportedTable  # noqa: E402
+from pcagpt.model import BandLeaves  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 
@@ -149,3 +155,40 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     with torch.inference_mode():
         wanted, logits = (one.eval()(tokens).logits for one in (model, found))
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Llama"])
+def test_a_form_that_would_make_weights_random_is_refused(name, tmp_path):
+    sizes = {n: v for n, v in SIZES.items() if n != "head_dim"}
+    sizes |= {"num_local_experts": 3, "num_experts": 3, "moe_intermediate_size": 16}
+    sizes |= {"shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = "model.embed_tokens.weight"
+    del tensors[table]
+    source = types.SimpleNamespace(
+        folder=tmp_path,
+        record={"architecture": type(model).__name__},
+        architecture=type(model).__name__,
+        table_name=table,
+        table=ExportedTable(
+            np.arange(90),
+            (BandLeaves(np.ones((90, 2)), np.ones((2, 32))),),
+            None,
+        ),
+        tensors=tensors,
+        config=config.to_dict,
+        write_beside=lambda _: None,
+    )
+    (tmp_path / "made").mkdir()
+    if name == "Llama":
+        write_factored(tmp_path / "made", source)
+        return
+    with pytest.raises(UserError) as raised:
+        write_factored(tmp_path / "made", source)
+    line = str(raised.value)
+    assert "reads model.layers.0.mlp.experts.down_proj from weights" in line
+    assert line.endswith("give --config.format=hf")
+    assert not list((tmp_path / "made").iterdir())

@@ -139,7 +139,7 @@ def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:
     array = array_of(tokens, "the text", remedy)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(
             f"token ids have shape {array.shape} and dtype {array.dtype}: {remedy}"
         )

@@ -77,7 +77,7 @@ def platform_of(run: Run) -> str:
     """
     if not run.architecture:
         return jax.default_backend()
-    with _of_extra(run):
+    with of_extra(run.folder, run.architecture):
         from pcagpt.compression.decoder import device
     return device().type
 
@@ -272,22 +272,22 @@ class Original:
 
 def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
-    with _of_extra(run):
+    with of_extra(run.folder, run.architecture):
         from pcagpt.compression.decoder import Decoder
     with _without_bar():
         return Decoder(run.folder, window)
 
 
 @contextlib.contextmanager
-def _of_extra(run: Run) -> Iterator[None]:
-    """Imports of the extra hf for a run; UserError if a package is lacking."""
+def of_extra(folder: Path, architecture: str | None) -> Iterator[None]:
+    """Imports of the extra hf for a model; UserError if a package is lacking."""
     try:
         yield
     except ImportError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise UserError(
-            f"{run.folder} holds a {run.architecture}, which needs the package "
+            f"{folder} holds a {architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
 

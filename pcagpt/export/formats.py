@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt.array_files import write_npy, write_npz
+from pcagpt.compression import original
 from pcagpt.compression.codes import Codes
 from pcagpt.errors import UserError
 from pcagpt.export.source import ExportedTable, Source
@@ -54,6 +55,10 @@ def write_factored(folder: Path, source: Source) -> None:
             f"{source.folder} is one of two tables, and this form has one for input "
             "and output: give --config.format=hf"
         )
+    if "architecture" in source.record:
+        with original.of_extra(source.folder, source.architecture):
+            from pcagpt.export.architecture import check_names
+        check_names(source)
     arrays, layout = _parts(table)
     prefix = source.table_name.removesuffix("weight")
     own = {prefix + name: array for name, array in arrays.items()}

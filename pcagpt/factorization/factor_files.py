@@ -176,7 +176,7 @@ def read_bands(folder: str | Path) -> FactorizedTable:
     """Reads the files of `write_bands`; UserError if they are damaged or mismatched."""
     folder = Path(folder)
     order_V = read_npy(_checked_file(folder / ORDER_FILE))
-    is_list = order_V.ndim == 1 and np.issubdtype(order_V.dtype, np.integer)
+    is_list = order_V.ndim == 1 and order_V.dtype.kind in "iu"
     if not (is_list and np.array_equal(np.sort(order_V), np.arange(len(order_V)))):
         raise UserError(f"{folder / ORDER_FILE} does not hold each token once")
     bands, rows = [], 0
