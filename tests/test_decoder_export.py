@@ -124,6 +124,17 @@ CONFIG_OF = {
     "phi": lambda: transformers.PhiConfig(
         **{name: v for name, v in SIZES.items() if name != "head_dim"}
     ),
+    # Their embeddings have a scale that is no tensor.
+    "biogpt": lambda: transformers.BioGptConfig(**SIZES),
+    "xglm": lambda: transformers.XGLMConfig(
+        *(90, 16, 32, 48),
+        **{"num_layers": 2, "attention_heads": 4},
+    ),
+    # Its table is narrower than its layers.
+    "opt": lambda: transformers.OPTConfig(
+        **SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16},
+        do_layer_norm_before=False,
+    ),
 }
 
 

@@ -139,6 +139,12 @@ def test_odd_fields_of_a_config_are_no_traceback(field, llama):
     assert Run.open(llama, any_architecture=True).record["vocab_size"] == 97
 
 
+def test_a_table_may_be_narrower_than_the_layers(llama):
+    config = LLAMA | {"hidden_size": 48, "word_embed_proj_dim": 24}
+    (llama / "config.json").write_text(json.dumps(config))
+    assert other_decoder.record_of(llama)["model"]["n_embd"] == 24
+
+
 def test_a_folder_without_weights_is_refused(llama, corpus_folder, tmp_path):
     (llama / "model.safetensors").unlink()
     knobs = {"data.source": corpus_folder, "ranks": 4}

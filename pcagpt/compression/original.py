@@ -275,7 +275,14 @@ def _decoder(run: Run, window: int) -> "Decoder":
     with of_extra(run.folder, run.architecture):
         from pcagpt.compression.decoder import Decoder
     with _without_bar():
-        return Decoder(run.folder, window)
+        model = Decoder(run.folder, window)
+    width, expected = model.table_VD.shape[1], run.record["model"]["n_embd"]
+    if width != expected:  # Exports would not find it.
+        raise UserError(
+            f"{run.folder}: its token table has {width} columns, its config.json says "
+            f"{expected}: such a model cannot be compressed"
+        )
+    return model
 
 
 @contextlib.contextmanager

@@ -189,10 +189,11 @@ class CompressedForCausalLM(_Model):
     def __init__(self, config):
         super().__init__(config)
         own = self.get_input_embeddings()
-        scale = float(getattr(own, "scalar_embed_scale", 1))
-        if hasattr(own, "embed_scale") and not hasattr(own, "scalar_embed_scale"):
+        # Architectures name it differently; older versions have only a tensor of it.
+        scale = getattr(own, "scalar_embed_scale", getattr(own, "embed_scale", 1))
+        if isinstance(scale, torch.Tensor):
             raise ImportError("This model needs transformers 4.57 or newer.")
-        embedding = CompressedEmbedding(config.table, own.embedding_dim, scale)
+        embedding = CompressedEmbedding(config.table, own.embedding_dim, float(scale))
         self.set_input_embeddings(embedding)
         head = CompressedHead(embedding, self.get_output_embeddings().bias)
         self.set_output_embeddings(head)

@@ -17,7 +17,8 @@ from pcagpt.run import hugging_face
 
 IN_GGUF = " in GGUF"  # ends the architecture of a model in such a file
 _REMEDY = "restore it, or download the model again"
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")  # as architectures name it
+# Names of the table's width in architectures; where two are there, the first is.
+_WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -43,7 +44,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     architecture = (
         named[0] if isinstance(named, list) and named else hugging_face.kind_of(folder)
     )
-    width = next((name for name in _WIDTHS if name in text), _WIDTHS[0])
+    width = next((name for name in _WIDTHS if name in text), "hidden_size")
     sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
