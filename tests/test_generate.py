@@ -408,7 +408,7 @@ def test_many_samples_are_drawn_in_batches_of_bounded_memory(talker, monkeypatch
 def test_the_number_of_samples_drawn_at_once_is_bounded(talker, monkeypatch):
     sizes = []
 
-    def interrupted(model, variables, prompt, samples, *_):
+    def interrupted(*_, samples, **__):
         sizes.append(samples)
         raise KeyboardInterrupt
 
@@ -435,7 +435,7 @@ def test_a_sample_ends_at_the_end_of_text(talker, monkeypatch):
     end = tokenizer.encode_single_token(END_OF_TEXT)
     ids = [10, 11, end, 12]
     monkeypatch.setattr(
-        sample, "generate", lambda *_: iter([np.array([i]) for i in ids])
+        sample, "generate", lambda *_, **__: iter([np.array([i]) for i in ids])
     )
     done = ask(talker, "--config.sample.prompt=A", "--config.sample.tokens=4")
     assert done.out == "A" + tokenizer.decode([10, 11]) + "\n"
