@@ -127,8 +127,12 @@ CONFIG_OF = {
     # Their embeddings have a scale that is no tensor.
     "biogpt": lambda: transformers.BioGptConfig(**SIZES),
     "xglm": lambda: transformers.XGLMConfig(
-        *(90, 16, 32, 48),
-        **{"num_layers": 2, "attention_heads": 4},
+        vocab_size=90,
+        max_position_embeddings=16,
+        d_model=32,
+        ffn_dim=48,
+        num_layers=2,
+        attention_heads=4,
     ),
     # Its table is narrower than its layers.
     "opt": lambda: transformers.OPTConfig(
