@@ -961,7 +961,7 @@ def test_numbers_are_written_for_reading():
         (texts.plus_minus(3.1234, None), "3.123"),
         (texts.plus_minus(3.1234, 0.0), "3.123 ± 0.000"),
         (texts.plus_minus(0.0357, 0.000214), "0.0357 ± 0.0002"),
-        (texts.plus_minus(0.0357, 1e-9), "0.035700 ± 0.000000"),
+        (texts.plus_minus(1e-9, 1e-9), "0.000 ± 0.000"),
         (texts.plus_minus(None, None), "–"),
         (texts.with_interval(0.0357, [0.03568, 0.03572]), "+0.03570 ± 0.00002"),
         (texts.two_digits(0.1734), "0.17"),

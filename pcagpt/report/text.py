@@ -37,11 +37,12 @@ def plus_minus(value: Any, half: float | None, show=fixed, places: int = 3) -> s
     """3.123, 0.004 → '3.123 ± 0.004'; without half an interval, '3.123'.
 
     Both have more decimals (up to 6) if `places` would show a small half as 0, or a
-    small value that has no half.
+    small value that has no half. What 6 cannot show, such as the rounding of a table of
+    full rank, stays 0.
     """
     small = value if half is None else half
     if isinstance(small, float):
-        places = next((p for p in range(places, 6) if not small or round(small, p)), 6)
+        places = next((p for p in range(places, 7) if round(small, p)), places)
     return show(value, places) + ("" if half is None else f" ± {fixed(half, places)}")
 
 
