@@ -40,7 +40,7 @@ exec '{sys.executable}' "$@"
 
 
 def test_results_of_each_page_are_those_of_the_published_files():
-    assert TEXT.count("<!-- results of ") == 7
+    assert TEXT.count("<!-- results of ") == 8
     for name, page in PAGES.items():
         assert SCRIPT["updated"](page) == page, name
 
@@ -80,17 +80,20 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
         return [set(found) for found in cells]
 
     text = " ".join(README.split())
-    train = of("gpt2_small_wikipedia", "gpt_baseline", "config.json")["train"]
+    train = of("gpt2_small_hour", "gpt_baseline", "config.json")["train"]
     sizes = train["steps"], train["batch_size"]
-    assert "GPT-2 small, {} steps of {} × 1,024 tokens".format(*sizes) in text
-    results = of("gpt2_small_wikipedia", "results.json")
+    assert "GPT-2 small, {:,} steps of {} × 1,024 tokens".format(*sizes) in text
+    results = of("gpt2_small_hour", "results.json")
     assert len({row["seed"] for row in results["rows"]}) == 1
-    assert "one seed, one H100" in text and "1 x NVIDIA H100" in results["device"]
+    assert "one seed, one H200" in text and "1 x NVIDIA H200" in results["device"]
     assert results["protocol"]["window"] == 1024
-    demo = of("demo", "gpt_baseline", "result.json")["params_total"]
-    assert f"toy D of {demo / 1e6:.1f} million parameters" in text
-    assert "gives the same four answers" in text
+    d, d_plus, a, b, _ = results["rows"]
+    assert f"D's loss is {d['val_loss']:.3f}" in text
+    assert d_plus["tokens_seen"] == b["tokens_seen"] == d["tokens_seen"] / 10
+    assert f"is {a['compression_embedding']:.2f} times smaller than D's" in text
+    assert "the demo's toy gave other answers" in text
     assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
+    assert verdicts("demo") != verdicts("gpt2_small_hour")[:4]
     for name in ("val", "test"):
         assert "rows_left" not in of("smollm2_135m", name, "sweep.json")
 

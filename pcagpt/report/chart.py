@@ -113,7 +113,6 @@ def panel(
 
     every = looks.values()
     colour = scale(look.colour for look in every)
-    dash = scale(list(look.dash) for look in every)
     entries = [{"of": name} for name in names]
     hide = {"type": "point", "fields": ["of"], "toggle": "true"}
     top = {
@@ -130,12 +129,10 @@ def panel(
             "tooltip": [{"field": name, "type": "nominal"} for name in shown],
         },
     }
-    below = [
-        layer | {"encoding": {"strokeDash": dash} | layer.get("encoding", {})}
-        if layer["mark"]["type"] == "line"
-        else layer
-        for layer in layers
-    ]
+    below: list[dict[str, Any]] = []
+    for layer in layers:
+        is_line = layer["mark"]["type"] == "line"
+        below += _dashed(layer, looks) if is_line else [layer]
     return {
         "data": {"values": points},
         "encoding": axes | {"color": colour},
@@ -144,6 +141,24 @@ def panel(
             for layer in [*below, top]
         ],
     }
+
+
+def _dashed(line: dict[str, Any], looks: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """The lines, a layer for each kind of dashes.
+
+    A scale of dashes would draw them around the marks of the legend, too.
+    """
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, look in looks.items():
+        names.setdefault(tuple(look.dash), []).append(name)
+    return [
+        line
+        | {
+            "transform": [*_SHOWN, {"filter": {"field": "of", "oneOf": drawn}}],
+            "mark": line["mark"] | {"strokeDash": list(dash)},
+        }
+        for dash, drawn in names.items()
+    ]
 
 
 def mark(kind: str) -> dict[str, Any]:

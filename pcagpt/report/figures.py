@@ -269,7 +269,7 @@ def _over_size(
         "encoding": {
             "color": {"value": "#bbbbbb"},
             "y": {"value": 0},
-            "y2": {"value": {"expr": "height"}},
+            "y2": {"value": "height"},
         },
     }
     vertical, told = y
