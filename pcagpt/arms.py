@@ -100,8 +100,7 @@ ARMS = {
     "random": Arm(
         letter="C",
         title="random-scratch",
-        meaning="a table of A's size, with the tokens of A's bands if it has several; "
-        "all weights start random",
+        meaning="a table of A's size, in A's bands; all weights start random",
         run_name="gpt_random_lowrank_k{rank}",
         colour="#009e73",
         marker="triangle-up",

@@ -264,7 +264,11 @@ SUMMARY = [
         "or over evaluation windows with one seed",
         _loss,
     ),
-    Column("Added", "loss minus D's loss, with its own interval", _added),
+    Column(
+        "Added",
+        "loss minus D's loss; the interval is of this difference",
+        _added,
+    ),
     Column(
         "Table ×",
         "D's parameters of the token table (with its scale matrices) divided by these",
@@ -329,7 +333,7 @@ QUESTIONS_ASKED = [
     Column("Own tokens", "training tokens of both, without D's", _both("tokens")),
     Column(
         "Reached after",
-        "own tokens of the first arm when it reached the last loss of the second",
+        "own tokens of the first arm when its loss was the last loss of the second",
         _of("tokens_to_match"),
     ),
 ]
