@@ -46,7 +46,6 @@ def shown(value: object) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
-_KEPT = "what is saved is kept, and the same command goes on from it"
 _PLACE = "--config.workdir"  # names the place of most files
 # What a person can do about an error of the system.
 _REMEDIES = {
@@ -81,7 +80,7 @@ _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error of the operating system: path, problem, remedy, rest.
+    """One line for an error of the operating system: path, problem, remedy.
 
     None for every other error, which is then a bug. Orbax raises what happened in its
     threads as an OSError, or as a ValueError with tensorstore's text.
@@ -95,7 +94,7 @@ def explain(error: BaseException) -> str | None:
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]
     remedy = _REMEDIES.get(code, "").format(place=getattr(error, "place", _PLACE))
-    return f"{subject}{problem}{f': {remedy}' if remedy else ''}; {_KEPT}"
+    return f"{subject}{problem}{f': {remedy}' if remedy else ''}"
 
 
 @contextlib.contextmanager

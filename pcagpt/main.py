@@ -65,6 +65,7 @@ _HOST_OUT_OF_MEMORY = (
     "this machine's main memory is exhausted: end other programs, or use a machine "
     "with more; what was saved before is kept"
 )
+_GOES_ON = "; what is saved is kept, and the same command goes on from it"
 _DEVICE_OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
     "sample.count; for statistics: train.batch_size) or raise train.loss_chunks; for a "
@@ -91,6 +92,7 @@ def main(arguments: list[str]) -> int:
     A person's mistake and an error of the system become one line on stderr. A bug stays
     an exception, with its traceback.
     """
+    settings = None
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
             _show(f"{__doc__}\n{command_line.knobs_text()}")
@@ -111,7 +113,8 @@ def main(arguments: list[str]) -> int:
         return _say(_HOST_OUT_OF_MEMORY, REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
-            return _say(line, REFUSED)
+            goes_on = settings is not None and _resumes(settings)
+            return _say(line + (_GOES_ON if goes_on else ""), REFUSED)
         # Those of JAX and PyTorch are RuntimeErrors.
         known = _OUT_OF_MEMORY if isinstance(error, RuntimeError) else {}
         if lines := [line for text, line in known.items() if text in str(error)]:
@@ -159,9 +162,18 @@ def run(settings: Settings, command: str, print_only: bool) -> None:
 
 def _if_interrupted(settings: Settings) -> str:
     """What a signal makes the command say: whether it can go on."""
-    if settings.task == "compress" and settings.compress.bounds:
+    if _is_search(settings):
         return process.SEARCH_INTERRUPTED
-    return process.INTERRUPTED[TASKS[settings.task].resumes]
+    return process.INTERRUPTED[_resumes(settings)]
+
+
+def _is_search(settings: Settings) -> bool:
+    return settings.task == "compress" and bool(settings.compress.bounds)
+
+
+def _resumes(settings: Settings) -> bool:
+    """Whether the same command goes on from what this one saved."""
+    return TASKS[settings.task].resumes and not _is_search(settings)
 
 
 def _show(text: str) -> None:

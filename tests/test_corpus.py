@@ -721,8 +721,8 @@ def test_a_full_disk_is_not_taken_for_a_lack_of_network(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(OSError, match="No space left on device") as caught:
         open_corpus("wikitext103", cache)
-    assert re.match(
-        "the cache of .*`: .* or use another HF_HOME;", explain(caught.value)
+    assert re.fullmatch(
+        "the cache of .*`: .* or use another HF_HOME", explain(caught.value)
     )
 
 

@@ -25,7 +25,7 @@ from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
-from pcagpt.errors import UserError  # noqa: E402
+from pcagpt.errors import UserError, warn_once  # noqa: E402
 from pcagpt.factorization.factor_files import read_bands  # noqa: E402
 from pcagpt.pipeline import compress as compress_task  # noqa: E402
 from pcagpt.pipeline import samples  # noqa: E402
@@ -252,10 +252,8 @@ def set_config(**fields):
     return change
 
 
-def add_head(table):
-    return lambda folder: spoil(
-        folder, lambda tensors: tensors.update({"lm_head.weight": table})
-    )
+def add(tensor, name="lm_head.weight"):
+    return lambda folder: spoil(folder, lambda tensors: tensors.update({name: tensor}))
 
 
 def lose_shard(folder):
@@ -291,7 +289,7 @@ def big_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
 
 
-NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
+LAYER, TABLE = "model.layers.0.self_attn.q_proj", "model.embed_tokens.weight"
 SPOILT = {
     "no_weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -314,8 +312,16 @@ SPOILT = {
     ),
     "padded": (set_config(vocab_size=90), "theirs"),
     "two_tables": (
-        add_head(torch.randn(97, 32)),
+        add(torch.randn(97, 32)),
         f"{TABLE} is another table than lm_head.weight, although tie_word_embeddings",
+    ),
+    "two_spellings": (
+        add(torch.zeros(32), "norm.weight"),
+        "has two tensors for one parameter, model.norm.weight and norm.weight",
+    ),
+    "bias": (
+        add(torch.ones(32), f"{LAYER}.bias"),
+        f"has the tensor {LAYER}.bias, which the model of its config.json does not use",
     ),
     "lost_head": (
         set_config(tie_word_embeddings=False),
@@ -352,10 +358,23 @@ def llama(tmp_path):
 
 def test_the_same_table_twice_is_one(llama):
     stored = Decoder(llama, 16).table_VD
-    add_head(torch.as_tensor(stored))(llama)
+    add(torch.as_tensor(stored))(llama)
     model = Decoder(llama, 16)
     assert model.sides == ()
     np.testing.assert_array_equal(model.table_VD, stored)
+
+
+def test_the_same_tensor_in_two_spellings_is_one(llama):
+    stored = Decoder(llama, 16).table_VD
+    spoil(llama, lambda tensors: tensors.update({"norm.weight": tensors[NORM].clone()}))
+    np.testing.assert_array_equal(Decoder(llama, 16).table_VD, stored)
+
+
+def test_tensors_of_modules_that_the_model_lacks_are_named(llama, caplog):
+    warn_once.cache_clear()
+    add(torch.ones(3), "eyes.0.weight")(llama)
+    assert Decoder(llama, 16).table_VD.shape == (97, 32)
+    assert "does not use 1 of the tensors, such as eyes.0.weight" in caplog.text
 
 
 def test_code_in_the_folder_of_a_known_model_is_not_run(llama):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.run import hugging_face
 
 
@@ -56,6 +56,9 @@ def open_model(folder: Path) -> Any:
                 f"{folder} has no tensor {names[0]} of the shape that its config.json "
                 "asks for: restore it, or download the model again"
             )
+    _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
+    if not is_file:
+        _check_spellings(model, folder)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(
@@ -63,6 +66,55 @@ def open_model(folder: Path) -> Any:
                 "download the model again"
             )
     return model
+
+
+def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
+    """UserError if the model lacks a part of a module that it has, such as a bias.
+
+    Tensors of other modules, such as those that see images, are only named.
+    """
+    parts = {
+        name for name, module in model.named_modules() if hasattr(module, "weight")
+    }
+    for name in unused:
+        if name.rpartition(".")[0] in parts:
+            raise UserError(
+                f"{folder} has the tensor {name}, which the model of its config.json "
+                "does not use, so its numbers would be others: correct config.json"
+            )
+    if unused:
+        warn_once(
+            f"{folder}: its model does not use {len(unused)} of the tensors, such as "
+            f"{unused[0]}; they are left out"
+        )
+
+
+def _check_spellings(model: Any, folder: Path) -> None:
+    """UserError if the files hold two tensors for one parameter.
+
+    transformers reads a name with and without the prefix of the model's body.
+    """
+    prefix = f"{model.base_model_prefix}."
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, tuple[str, Path]] = {}
+    for path in hugging_face.files(folder):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            key = name.removeprefix(prefix)
+            other, place = found.setdefault(key, (name, path))
+            if other == name or {name, other} <= own:
+                continue
+            if not torch.equal(_tensor(path, name), _tensor(place, other)):
+                raise UserError(
+                    f"{folder} has two tensors for one parameter, {other} and {name}: "
+                    "remove the wrong one"
+                )
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def tables_of(model: Any, folder: Path) -> tuple[torch.nn.Embedding, torch.nn.Linear]:
