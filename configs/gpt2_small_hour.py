@@ -10,7 +10,7 @@ tokens each, B and D+ a tenth of them. The command can be interrupted and given 
 It suits a corpus of 30 million tokens or more.
 
 'proxy' is a model of 30 million parameters at the same share of rank and width, with
-three seeds. It takes a quarter of the time.
+three seeds. It takes about a third of the time.
 """
 
 from pcagpt.config import base
@@ -23,6 +23,8 @@ SIZES = {  # {name: (layers and heads, width, rank, steps, seeds)}
 
 def get_config(size="small"):
     """The experiment at one of `SIZES`."""
+    if size not in SIZES:
+        raise ValueError(f"give one of {', '.join(SIZES)} instead of {size}")
     layers, width, rank, steps, seeds = SIZES[size]
     config = base()
     config.task = "experiment"

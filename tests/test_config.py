@@ -506,6 +506,18 @@ def test_a_short_name_takes_an_argument_and_a_person_s_file_comes_first(
         assert settings.workdir == "checkpoints"
 
 
+def test_only_a_config_is_run_for_a_bare_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.py", "one.txt", "word"):
+        config = f"from pcagpt.config import base as get_config\nprint('{name}')\n"
+        Path(name).write_text(config)
+    command_line.parse(["pcagpt", "own.py"])
+    for name in ("one.txt", "word"):
+        with pytest.raises(UserError):
+            command_line.parse(["pcagpt", name])
+    assert capsys.readouterr().out == "own.py\n"
+
+
 def test_an_installed_package_has_its_configs_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command_line, "_CONFIGS", (Path("none"), tmp_path / "share"))

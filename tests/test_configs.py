@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from command_line import CONFIGS, ROOT, call, commands, tiny
+from command_line import CONFIGS, ROOT, call, commands, refusal, tiny
 from runs import json_of
 
 from pcagpt.config import command_line, validate
@@ -90,6 +90,11 @@ def test_every_config_is_a_small_change_of_the_base(name):
     assert function.name == "get_config"
     first, last = function.body[1], function.body[-1]  # After the docstring.
     assert last.end_lineno - first.lineno + 1 <= 30
+
+
+def test_a_size_that_the_config_lacks_is_named_in_one_line(tmp_path):
+    line = refusal("--config=configs/gpt2_small_hour.py:medium", unchanged=[tmp_path])
+    assert "give one of small, proxy instead of medium" in line
 
 
 # The tasks that train nothing.

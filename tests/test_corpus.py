@@ -257,7 +257,7 @@ def test_a_read_only_folder_has_its_content_in_the_cache(folder, cache, monkeypa
 # Tokens, words and bytes
 
 
-def test_counting_never_converts_the_whole_map_and_is_done_once(
+def test_counting_never_converts_the_whole_file_and_is_done_once(
     folder, cache, monkeypatch
 ):
     tokens = np.arange(8_000_000) % 7
@@ -993,7 +993,11 @@ def test_wide_ids_beyond_the_vocabulary_are_not_read_as_pairs(folder, cache):
         refused(folder, cache, "looks like u?int")
 
 
-def test_an_end_of_zeros_is_refused_with_the_command_that_cuts_it_off(folder, cache):
+@pytest.mark.parametrize("chunk", [1000, 1 << 20])
+def test_an_end_of_zeros_is_refused_with_the_command_that_cuts_it_off(
+    chunk, folder, cache, monkeypatch
+):
+    monkeypatch.setattr(token_array, "_CHUNK_TOKENS", chunk)
     for tokenizer in ("letters", "gpt2"):
         ids = text_ids(tokenizer)
         for zeros in (1500, len(ids)):

@@ -100,6 +100,12 @@ def test_every_token_after_the_first_is_predicted_once_in_order(length, batch_si
         assert rows.tolist() == list(range(0, length - 1, BLOCK_RANK))
 
 
+def test_no_token_after_the_last_wanted_one_is_predicted():
+    batches = EvaluationBatches(TOKENS[:333], BLOCK_RANK, 2, max_tokens=13)
+    targets = np.concatenate([targets for _, targets in batches])
+    np.testing.assert_array_equal(targets[targets >= 0], np.arange(1, 14))
+
+
 # Token files while they are read.
 
 

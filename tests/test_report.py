@@ -964,6 +964,7 @@ def test_numbers_are_written_for_reading():
         (texts.plus_minus(1e-9, 1e-9), "0.000 ± 0.000"),
         (texts.plus_minus(None, None), "–"),
         (texts.with_interval(0.0357, [0.03568, 0.03572]), "+0.03570 ± 0.00002"),
+        (texts.plus_minus(0.5, 0.000004), "0.500000 ± 0.000004"),
         (texts.two_digits(0.1734), "0.17"),
         (texts.code("a_b"), "`a_b`"),
         (texts.code("a|b"), "<code>a&#124;b</code>"),

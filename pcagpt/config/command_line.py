@@ -194,7 +194,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     found, others = [], arguments[:1]
     # `pcagpt demo` is short for `pcagpt --config=demo`.
     first = "".join(arguments[1:2]).partition(":")[0]
-    if _packaged(first) or Path(first).is_file():
+    if _packaged(first) or (first.endswith(".py") and Path(first).is_file()):
         arguments = [arguments[0], f"--config={arguments[1]}", *arguments[2:]]
     words = iter(arguments[1:])
     for word in words:
@@ -209,12 +209,9 @@ def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _packaged(name: str) -> Path | None:
-    """The config of 'demo' or 'configs/demo.py', from any folder.
-
-    None for other words, and for a file here.
-    """
+    """The config of 'demo' or 'configs/demo.py', from any folder; None without one."""
     named = re.fullmatch(r"(\w+)|configs/(\w+)\.py", name)
-    if not named or Path(name).is_file():
+    if not named:
         return None
     files = (folder / f"{named[1] or named[2]}.py" for folder in _CONFIGS)
     return next(filter(Path.is_file, files), None)
@@ -223,7 +220,8 @@ def _packaged(name: str) -> Path | None:
 def _load(source: str) -> ConfigDict:
     """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
-    path = str(_packaged(path) or _expanded("--config", path))
+    if not Path(path).is_file():  # A person's file comes first.
+        path = str(_packaged(path) or _expanded("--config", path))
     if not Path(path).is_file():
         own = sorted({p.stem for folder in _CONFIGS for p in folder.glob("*.py")})
         hint = f"give a file, or one of {', '.join(own)}"

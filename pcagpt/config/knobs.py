@@ -41,7 +41,7 @@ def knob(default: Any, meaning: str, rule: Rule | None = None) -> Any:
     """A field of a section. For a tuple, the rule applies to each entry.
 
     Without a rule, whole numbers must be a `COUNT` and other values can be anything.
-    None may be above `LARGEST_WHOLE` or, if it is not whole, `LARGEST_NUMBER`.
+    A whole number is at most `LARGEST_WHOLE`, any other at most `LARGEST_NUMBER`.
     The command line expands ~ in a `PATH`.
     """
     metadata = {"meaning": meaning, "rule": rule}

@@ -115,9 +115,6 @@ def _of_factors(settings: Settings) -> Iterator[tuple[str, bool, str]]:
 
 def _needs_factors(settings: Settings) -> bool:
     """Whether a single run needs a factorization of D before."""
-    init, arm = settings.init, ARMS[settings.arm]
-    if init.weights_from or init.import_wte_npy or init.import_bands:
-        return False
+    arm = ARMS[settings.arm]
     copies_bands = arm.has_bands_of_a and settings.factorize.bands > 1
-    is_taken = "factors" in arm.takes or copies_bands
-    return is_taken and not init.import_scale_matrices_npz
+    return "factors" in arm.takes or copies_bands

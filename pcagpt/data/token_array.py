@@ -19,7 +19,7 @@ class TokenArray:
     because the system ends a process that reads a mapped file after its end is cut off.
 
     Raises:
-      UserError: when a slice is taken, the file has become shorter.
+      UserError: the file became shorter than a slice needs.
     """
 
     def __init__(self, path: Path, dtype: np.dtype):
@@ -34,7 +34,7 @@ class TokenArray:
         return self._length
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, step = part.indices(self._length)
+        start, stop, _ = part.indices(self._length)
         ids = np.empty(max(stop - start, 0), self.dtype)
         left, offset = memoryview(ids).cast("B"), start * self.dtype.itemsize
         while left:  # One call reads at most 2 GiB.
@@ -46,7 +46,7 @@ class TokenArray:
                     "it, and run the same command again"
                 )
             left, offset = left[count:], offset + count
-        return ids[::step]
+        return ids
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)

@@ -21,8 +21,8 @@ GPT2_PATTERN = (
 class Numbering(NamedTuple):
     """A vocabulary, such as NAME.tiktoken in pcagpt/assets.
 
-    vocab_size: the highest id + 1; added_from: ids from here on are added tokens, which
-    text has only if it spells them out; `vocab_size` or None if there are none.
+    vocab_size: the highest id + 1; added_from: the first added token; text has these
+    only if it spells them out. `vocab_size` or None: no added tokens.
     """
 
     vocab_size: int

@@ -251,7 +251,10 @@ def _id_of_text(file: Path) -> dict[str, int]:
 
 @read_once
 def _added_from(file: Path, size: int) -> int | None:
-    """The first id of the added tokens at the end; `size` without any."""
+    """The first id of the added tokens at the end; `size` without any.
+
+    None for a file of another kind, which does not name them.
+    """
     if file.name != WHOLE:
         return None
     content = read_json(file, _DAMAGED) or {}

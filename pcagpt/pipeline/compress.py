@@ -31,6 +31,7 @@ from pcagpt.compression.table_files import undamaged
 from pcagpt.compression.write_model import check_place as check_model
 from pcagpt.compression.write_model import is_of_another
 from pcagpt.config import Settings, methods_of
+from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import UserError
 from pcagpt.files import remove_leftovers
 from pcagpt.json_files import check_fields, read_json, strict
@@ -307,7 +308,7 @@ def _sample(settings: Settings, output: Output, original: Original) -> None:
     baseline = run.folder if is_other else checkpoint.folder_of(run.folder, run.step)
     runs = {"D": baseline} | {place.name: place for place in own}
 
-    def text() -> np.ndarray:
+    def text() -> TokenArray:
         return original.corpus.tokens(original.split)
 
     decoder = original if is_other else None

@@ -62,8 +62,8 @@ def of_sweep(
 ) -> str | None:
     """'roughly 15 minutes on 1 x cpu', to make and measure tables for a model.
 
-    Of a model of another architecture, the weights of its blocks are taken to be as
-    many as those of a GPT-2 of its width and depth.
+    It counts the blocks of another architecture as those of a GPT-2 of the same width
+    and depth.
 
     Args:
       tables: how many.

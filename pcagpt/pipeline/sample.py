@@ -28,7 +28,7 @@ def sample(settings: Settings) -> Iterator[str]:
 
     Yields:
       The samples, prompt included, each up to its first end of text. After an
-      interrupt also those that are drawn in part, before it is raised.
+      interrupt, it yields what is drawn so far, and then raises.
 
     Raises:
       UserError: no such run, a run without a tokenizer or of another one than

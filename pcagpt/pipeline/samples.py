@@ -14,6 +14,7 @@ import numpy as np
 from pcagpt.compression.original import Original
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
+from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import UserError, warn_once
 from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
@@ -40,7 +41,7 @@ def experiment_samples(
     """
     runs = {name: workdir / run for name, run in compared_runs(results).items()}
 
-    def text() -> np.ndarray:
+    def text() -> TokenArray:
         run = Run.open(next(iter(runs.values())))
         return run.corpus(settings.data, settings.cache_dir, ["val"]).tokens("val")
 
@@ -50,7 +51,7 @@ def experiment_samples(
 def samples_of(
     runs: Mapping[str, Path],
     settings: Settings,
-    text: Callable[[], np.ndarray],
+    text: Callable[[], TokenArray],
     known: Mapping[str, Any],
     original: Original | None = None,
 ) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def table_text(row: ErrorRow, table: tuple[int, int]) -> str:
 
 
 def lacking_line(statistics: Path | None) -> str:
-    """What a bare table lacks for more, before the work or after it.
+    """What was not measured of a bare table, and what that needs.
 
     `statistics` is where those of the model would have to be, None if they are there.
     """
