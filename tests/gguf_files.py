@@ -9,10 +9,11 @@ WIDTH, HEADS, INNER, LAYERS, CONTEXT = 32, 4, 64, 2, 64
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def write(path, tokenizer, is_tied=True, quantized=True, **fields):
+def write(path, tokenizer, is_tied=True, quantized=True, scaled=False, **fields):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
-    fields: numbers beside those of the model, such as split_count for split.count.
+    fields: numbers beside those of the model, such as split_count for split.count;
+    arrays among them become tensors.
     Returns {name in the file: float32 array as transformers must read it}.
     """
     vocab = json.loads(tokenizer.read_text())["model"]["vocab"]
@@ -62,8 +63,14 @@ def write(path, tokenizer, is_tied=True, quantized=True, **fields):
         else:
             writer.add_tensor(name, array)
         arrays[name] = array
-    for name, number in fields.items():
-        writer.add_uint16(name.replace("_", "."), number)
+    if scaled:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
+        else:
+            writer.add_uint16(name.replace("_", "."), value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

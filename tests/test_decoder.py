@@ -323,6 +323,16 @@ SPOILT = {
         add(torch.ones(32), f"{LAYER}.bias"),
         f"has the tensor {LAYER}.bias, which the model of its config.json does not use",
     ),
+    "unknown_method": (
+        set_config(quantization_config={"quant_method": "modelopt"}),
+        "its weights are quantized (modelopt), which transformers does not read here",
+    ),
+    "integers": (
+        lambda folder: spoil(
+            folder, lambda t: t.update({NORM: t[NORM].to(torch.int8)})
+        ),
+        "its weights are quantized (I8), which transformers does not read here",
+    ),
     "lost_head": (
         set_config(tie_word_embeddings=False),
         "has no tensor lm_head.weight",

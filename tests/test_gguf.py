@@ -175,6 +175,28 @@ def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
             assert f"{path} is one of several parts of a model: merge them" in line
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            {"scaled": True},
+            "scales its positions (linear), which transformers does not",
+        ),
+        (
+            {"rope_freqs.weight": np.ones(4, np.float32)},
+            "has tensors that transformers",
+        ),
+        ({"blk.0.attn_q.bias": np.ones(32, np.float32)}, "has tensors that transform"),
+    ],
+)
+def test_a_file_that_transformers_reads_in_part_is_refused(
+    extra, words, byte_level, tmp_path, place
+):
+    gguf_files.write(tmp_path / "odd.gguf", byte_level, **extra)
+    line = refusal(*asked(tmp_path / "odd.gguf"), unchanged=[place])
+    assert f"{tmp_path}/odd.gguf {words}" in line
+
+
 @pytest.mark.parametrize("config", ["evaluate.py", "factorize.py", "export.py"])
 def test_other_commands_say_that_only_compress_takes_it(config, file, place):
     knobs = {"evaluate.py": ["--config.data.source=text"]}.get(config, [])

@@ -82,6 +82,52 @@ def test_a_vocabulary_with_merges_gives_the_same_ids(byte_level):
     assert (parts.n_vocab, parts.eot_token) == (whole.n_vocab, whole.eot_token)
 
 
+def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(byte_level, tmp_path):
+    made = json.loads((byte_level / "whole/tokenizer.json").read_text())
+    cut = {"max_length": 4, "stride": 0, "strategy": "LongestFirst"}
+    made["truncation"] = cut | {"direction": "Right"}
+    filled = {"pad_id": 0, "pad_token": "<|endoftext|>", "pad_type_id": 0}
+    filled |= {"strategy": "BatchLongest", "direction": "Right"}
+    made["padding"] = filled | {"pad_to_multiple_of": None}
+    made["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    ours = vocabulary.load(str(tmp_path / "tokenizer.json"))
+    plain = vocabulary.load(str(byte_level / "whole/tokenizer.json"))
+    assert ours.encode(TEXT) == plain.encode(TEXT)
+    assert ours.encode_batch([TEXT, "a"]) == plain.encode_batch([TEXT, "a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "words"),
+    [
+        (
+            "parts",
+            {"tokenizer_class": "Qwen2TokenizerFast"},
+            "is of a Qwen2TokenizerFa",
+        ),
+        ("parts", {"tokenizer_class": "GPT2TokenizerFast"}, None),
+        ("whole", {"tokenizer_class": "Qwen2TokenizerFast"}, None),
+        (
+            "whole",
+            {"added_tokens_decoder": {"9": {"content": "<new>"}}},
+            "lacks the tok",
+        ),
+        ("whole", {"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}}}, None),
+    ],
+)
+def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
+    name, beside, words, byte_level, tmp_path
+):
+    folder = shutil.copytree(byte_level / name, tmp_path / "own")
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    file = vocabulary.in_folder(folder)
+    if not words:
+        assert vocabulary.load(file).encode(TEXT)
+        return
+    with pytest.raises(UserError, match=f"own/.*json {words}"):
+        vocabulary.load(file)
+
+
 def test_a_rank_file_gives_its_ranks_and_then_the_end_of_text(tmp_path):
     lines = (ASSETS / "sotu4096.tiktoken").read_bytes().splitlines()[:1000]
     (tmp_path / "mine.tiktoken").write_bytes(b"\n".join(lines))

@@ -1,11 +1,12 @@
 """Opens a causal language model of transformers and finds its tables.
 
-A model with missing, odd or contradicting weights is refused: transformers would go on
-with random numbers, or with one of two tables.
+A model with missing, odd, unread or contradicting weights is refused: transformers
+would go on with random numbers, or with a part of the model.
 """
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,15 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from pcagpt.data import gguf_header
 from pcagpt.errors import UserError, warn_once
 from pcagpt.run import hugging_face
+
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+_QUANTIZED = (
+    "its weights are quantized ({method}), which transformers does not read here: give "
+    "the model without quantization"
+)
 
 
 @contextlib.contextmanager
@@ -57,8 +65,7 @@ def open_model(folder: Path) -> Any:
                 "asks for: restore it, or download the model again"
             )
     _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
-    if not is_file:
-        _check_spellings(model, folder)
+    (_check_header if is_file else _check_files)(model, folder)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(
@@ -89,19 +96,47 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
         )
 
 
-def _check_spellings(model: Any, folder: Path) -> None:
-    """UserError if the files hold two tensors for one parameter.
+def _check_header(model: Any, path: Path) -> None:
+    """UserError if transformers dropped a part of a GGUF file, as it does silently."""
+    fields, shapes, _ = gguf_header.header(path)
+    kinds = [v for name, v in fields.items() if name.endswith(".rope.scaling.type")]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if {*kinds} - {"none"} and rope.get("rope_type", "default") == "default":
+        raise UserError(
+            f"{path} scales its positions ({kinds[0]}), which transformers does not "
+            "read from GGUF: give the folder with its model.safetensors"
+        )
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    if stored > sum(parameter.numel() for parameter in model.parameters()):
+        raise UserError(
+            f"{path} has tensors that transformers does not read from GGUF, so its "
+            "numbers would be others: give the folder with its model.safetensors"
+        )
 
-    transformers reads a name with and without the prefix of the model's body.
+
+def _check_files(model: Any, folder: Path) -> None:
+    """UserError if a parameter has two tensors, or is quantized in an unknown way.
+
+    transformers reads a name with and without the prefix of the model's body, and takes
+    integers for values if it does not know the method.
     """
+    is_known = getattr(model, "hf_quantizer", None) is not None
+    stated = getattr(model.config, "quantization_config", None)
+    if stated and not is_known:
+        method = dict(stated).get("quant_method", "unknown")
+        raise UserError(f"{folder}: {_QUANTIZED.format(method=method)}")
     prefix = f"{model.base_model_prefix}."
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, tuple[str, Path]] = {}
     for path in hugging_face.files(folder):
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        for name in names:
+            names = file.keys()
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+        for name, kind in types.items():
             key = name.removeprefix(prefix)
+            is_read = {key, prefix + key} & own
+            if is_read and not is_known and kind not in _FLOATS:
+                raise UserError(f"{folder}: {_QUANTIZED.format(method=kind)}")
             other, place = found.setdefault(key, (name, path))
             if other == name or {name, other} <= own:
                 continue

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from pcagpt.json_files import read_json
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 RANK_ENDING = ".tiktoken"
 _DAMAGED = "restore it, or download it again"
+_SAVE_WHOLE = (
+    f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
+)
 # Rank files of OpenAI's whose patterns are not GPT-2's.
 _OTHER_PATTERNS = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -174,8 +177,14 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
     with _naming(file):
         made = _byte_level(tokenizers, file) if file.name == VOCAB else None
         made = made or tokenizers.Tokenizer.from_file(str(file))
+        # What a file can ask for, and what would change the tokens of a text.
+        made.no_truncation()
+        made.no_padding()
+        if getattr(made.model, "dropout", None):
+            made.model.dropout = None
     id_of_text = _id_of_text(file)
-    texts = (END_OF_TEXT, _end_in_config(file.parent))
+    _check_added(file, id_of_text)
+    texts = (END_OF_TEXT, _end_in_config(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
     return FileTokenizer(file, made, max(id_of_text.values()) + 1, next(ends, None))
 
@@ -206,7 +215,13 @@ def _of_gguf(file: Path) -> FileTokenizer:
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:
-    """GPT-2's kind of tokenizer with another vocabulary."""
+    """GPT-2's kind of tokenizer with another vocabulary; UserError for another kind."""
+    stated = _config_beside(file).get("tokenizer_class")
+    if stated and str(stated).removesuffix("Fast") != "GPT2Tokenizer":
+        raise UserError(
+            f"{file} is of a {stated}, which cuts text in another way than GPT-2: "
+            f"{_SAVE_WHOLE}"
+        )
     merges = str(file.with_name(MERGES))
     model = tokenizers.models.BPE.from_file(str(file), merges)
     made = tokenizers.Tokenizer(model)
@@ -217,11 +232,26 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
     return made
 
 
-def _end_in_config(folder: Path) -> str | None:
+def _config_beside(file: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a file; empty without one."""
+    return read_json(file.with_name("tokenizer_config.json"), _DAMAGED) or {}
+
+
+def _check_added(file: Path, id_of_text: Mapping[str, int]) -> None:
+    """UserError if tokenizer_config.json adds a token that the tokenizer lacks."""
+    added = _config_beside(file).get("added_tokens_decoder")
+    for one in added.values() if isinstance(added, dict) else ():
+        text = one.get("content") if isinstance(one, dict) else None
+        if isinstance(text, str) and text not in id_of_text:
+            raise UserError(
+                f"{file} lacks the token {text}, which tokenizer_config.json adds: "
+                f"{_SAVE_WHOLE}"
+            )
+
+
+def _end_in_config(file: Path) -> str | None:
     """`eos_token` of a tokenizer_config.json."""
-    stated = (read_json(folder / "tokenizer_config.json", _DAMAGED) or {}).get(
-        "eos_token"
-    )
+    stated = _config_beside(file).get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
     return stated if isinstance(stated, str) else None
 
