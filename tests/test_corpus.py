@@ -514,6 +514,10 @@ TEXT = "Crème brûlée, “naïve” café.\n" * 20
             "Hi, 日本語の文章\n".encode("iso2022-jp") * 9,
             "is ISO-2022-JP, .*iconv -f ISO-2022-JP -t UTF-8",
         ),
+        (
+            "Hi, 한국어 문장\n".encode("iso2022_kr") * 9,
+            "is ISO-2022-KR, .*iconv -f ISO-2022-KR -t UTF-8",
+        ),
         ("né".encode()[:-1], "byte 0xc3 in line 1; .* truncated UTF-8.*head -c 1 "),
         ("abc猫".encode()[:-1], "truncated UTF-8: write it again, .*head -c 3 "),
         ("abc猫".encode()[:-2], "if it is truncated UTF-8, write it again; if it is W"),

@@ -28,8 +28,11 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Pairs of ASCII bytes between two escape sequences.
-_ISO_2022_JP = re.compile(rb"\x1b\$[@B](?:[!-~]{2})+\x1b\([BJ]")
+# Pairs of ASCII bytes between two marks.
+_PAIRS = {
+    "ISO-2022-JP": re.compile(rb"\x1b\$[@B](?:[!-~]{2})+\x1b\([BJ]"),
+    "ISO-2022-KR": re.compile(rb"\x1b\$\)C.*?\x0e(?:[!-~]{2})+\x0f", re.DOTALL),
+}
 # Which of four bytes are often 0.
 _WIDE = {
     (False, True, False, True): "UTF-16LE",
@@ -160,8 +163,8 @@ def check(path: Path) -> tuple[str, bool]:
 def _refuse_other(path: Path, head: bytes) -> None:
     """Raises UserError if a file does not begin like text in UTF-8.
 
-    It may be no text at all, or UTF-16, UTF-32 or ISO-2022-JP. UTF-16 and UTF-32 need
-    no mark.
+    It may be no text at all, or UTF-16, UTF-32 or ISO-2022. UTF-16 and UTF-32 need no
+    mark.
     """
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if not found and (kind := foreign_kind(head)):
@@ -169,7 +172,8 @@ def _refuse_other(path: Path, head: bytes) -> None:
     # The high bytes of the commonest characters are 0, the low bytes almost never.
     zeros = [head[start::4].count(0) for start in range(4)]
     wide = tuple(count > 4 + sum(zeros) / 20 for count in zeros)
-    found = found or _WIDE.get(wide) or "ISO-2022-JP" * bool(_ISO_2022_JP.search(head))
+    paired = (name for name, pattern in _PAIRS.items() if pattern.search(head))
+    found = found or _WIDE.get(wide) or next(paired, None)
     if found:
         raise UserError(
             f"{path} is {found}, not UTF-8: convert it with: iconv -f {found} -t UTF-8 "
