@@ -119,6 +119,25 @@ def test_the_table_of_codes_has_every_row_of_both_splits():
         ]
 
 
+def test_the_chart_has_the_best_rows_of_both_models():
+    chart = runpy.run_path(str(ROOT / "scripts" / "readme_chart.py"))
+    (panel,) = chart["figure"](PUBLISHED).panels
+    drawn = {}
+    for point in panel["data"]["values"]:
+        drawn.setdefault(point["of"], set()).add(round(point["Added loss"], 9))
+    assert "checkpoints/published/bits.png" in README
+    for folder, (model, _) in chart["MODELS"].items():
+        rows = read_sweep(PUBLISHED / folder / "sweep.json")["rows"]
+        for method in ("coded", "context"):
+            losses = {round(r.added_loss, 9) for r in rows if r.method == method}
+            found = drawn[f"{method}, {model}"]
+            assert found <= losses and min(losses) in found
+            assert method != "coded" or found == losses
+        assert drawn[f"GPTQ, {model}"]
+    # Two files of one size: only the better one is drawn.
+    assert len(drawn["packed, SmolLM2-135M"]) == 4
+
+
 def test_a_sweep_without_further_training_has_no_table_of_it(tmp_path):
     published = PUBLISHED / "gpt2_small_compression"
     sweep = json.loads((published / "sweep.json").read_text("utf-8"))
