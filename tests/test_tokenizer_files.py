@@ -16,6 +16,7 @@ from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
 from pcagpt.data import tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
+from pcagpt.data.meta import read_meta
 from pcagpt.data.tokenizer import ASSETS, RANKS
 from pcagpt.errors import UserError
 from pcagpt.run.trained import Run
@@ -126,6 +127,17 @@ def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
         return
     with pytest.raises(UserError, match=f"own/.*json {words}"):
         vocabulary.load(file)
+
+
+def test_a_relative_path_in_a_meta_file_is_beside_it(
+    byte_level, word_level, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(word_level)
+    file = str(shutil.copy(byte_level / "whole/tokenizer.json", tmp_path))
+    size = vocabulary.describe(file).vocab_size
+    meta = {"vocab_size": size, "dtype": "uint16", "tokenizer": "tokenizer.json"}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert read_meta(tmp_path, "auto").tokenizer == file
 
 
 def test_a_rank_file_gives_its_ranks_and_then_the_end_of_text(tmp_path):

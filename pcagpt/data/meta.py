@@ -211,6 +211,8 @@ def _agreed_tokenizer(
 ) -> str | None:
     """The tokenizer that fits both the meta file and the request; None if unknown."""
     stated, made = meta.get("tokenizer"), meta.get("tokenizer_sha256")
+    if isinstance(stated, str) and (path.parent / stated).exists():
+        stated = str(path.parent / stated)  # Not one in the current folder.
     # A file may have been moved since.
     is_same = asked != "auto" and made == vocabulary.describe(asked).sha256
     if stated is not None and asked not in ("auto", stated) and not is_same:
