@@ -29,6 +29,7 @@ from pcagpt.config import Settings, validate
 from pcagpt.config.schema import KNOBS, ModelSettings
 from pcagpt.errors import Unreadable, UserError
 from pcagpt.export.measured import measured
+from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import factor_files
 from pcagpt.json_files import write_json
@@ -685,6 +686,14 @@ def test_a_sweep_and_an_evaluation_of_one_text_are_one_line_of_a_model_card(
     assert found["loss"] == loss
     assert found["added"] == row["added_loss"]
     assert found["tokens"] == (limit or found["tokens"]) > 0
+    card = model_card(source, "hf", [found])
+    assert ("of the first N tokens of the split" in card) == bool(limit)
+    assert ("All tokens of the split except the first" in card) != bool(limit)
+    assert (f"| first {limit} |" in card) == bool(limit)
+    # An evaluation alone is told by the name of its file.
+    (folder_of(asked) / "sweep.json").unlink()
+    (alone,) = measured(source, asked.workdir)
+    assert alone.get("is_first", False) == bool(limit)
 
 
 def test_a_compressed_model_is_not_compressed_again(asked):

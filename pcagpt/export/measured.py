@@ -17,6 +17,7 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     """{'corpus', 'split', 'tokens', 'window', 'loss', 'added', 'interval'} of each.
 
     'added' and 'interval' are None unless it compares the table with the original's.
+    'is_first' is True, or absent: only the first tokens of the split are predicted.
     Corpora of the same name are told apart by the hash of their tokens. A sweep and an
     evaluation of the same tokens in windows of one length are one entry.
     """
@@ -27,7 +28,8 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
             continue
         names = ("corpus", "split", "tokens_predicted", "tokens_sha256", "window")
         key = tuple(known.get(name) for name in names)
-        found[key] = numbers | found.get(key, {})
+        cut = {"is_first": True} if known.get("evaluated_tokens") else {}
+        found[key] = numbers | cut | found.get(key, {})
     others = Counter(text[:3] for text in {key[:4] for key in found})
     return [
         {
@@ -59,6 +61,9 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
             found = read_json(path, "") or {}
             fields = {"protocol": MeasuredOn | None, "loss": float | None}
             check_fields(found, fields, path, "")
+            tokens = (found.get("protocol") or {}).get("tokens_predicted")
+            if f"_first{tokens}_step" in path.name:  # As `evaluate` names it.
+                found["protocol"]["evaluated_tokens"] = tokens
             files.append(found)
     for one in files:
         protocol = one.get("protocol")

@@ -1,6 +1,6 @@
 """The model card of an exported model: sizes, losses, and how it was made."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pcagpt.run.exported import compressions
 _FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
 
 
-def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -> str:
+def model_card(source: Source, form: str, losses: Sequence[Mapping[str, Any]]) -> str:
     """The text of README.md in a folder of a form.
 
     `losses` are of `measured`.
@@ -34,7 +34,9 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
             one["split"],
             fixed(one["loss"], 4),
             with_interval(one["added"], one["interval"]),
-            count(one["tokens"]) if one["tokens"] else "all",
+            "first " * ("is_first" in one) + count(one["tokens"])
+            if one["tokens"]
+            else "all",
             count(one["window"]),
         ]
         for one in losses
@@ -60,6 +62,7 @@ def model_card(source: Source, form: str, losses: Iterable[Mapping[str, Any]]) -
         step=source.identity.get("step"),
         fingerprint=source.identity["fingerprint"][:12],
         losses=table(header, rows, "llrrrr") if rows else "",
+        has_first=any("is_first" in one for one in losses),
         sides=sides,
         source=Path((record.get("data") or {}).get("source") or "").name,
         bare=not (record.get("characters") or source.tokenizer_sha256),
