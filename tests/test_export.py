@@ -316,11 +316,14 @@ def test_the_card_has_a_line_for_each_length_of_windows(trained, tmp_path):
     ]
 
 
-def test_the_card_tells_two_corpora_of_one_name_apart(trained, tmp_path, corpus_folder):
+@pytest.mark.parametrize("missing", [0, 5])
+def test_the_card_tells_two_corpora_of_one_name_apart(
+    missing, trained, tmp_path, corpus_folder
+):
     run = shutil.copytree(trained, tmp_path / "gpt_baseline")
     other = shutil.copytree(corpus_folder, tmp_path / "other" / corpus_folder.name)
     tokens = np.fromfile(other / "test.bin", np.uint16)
-    tokens[::-1].tofile(other / "test.bin")
+    tokens[::-1][missing:].tofile(other / "test.bin")
     for corpus in (other, corpus_folder):
         asked = {"model_path": run, "split": "test"}
         assert call(*tiny("evaluate.py", corpus, **asked)).code == 0

@@ -30,11 +30,11 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
         key = tuple(known.get(name) for name in names)
         cut = {"is_first": True} if known.get("evaluated_tokens") else {}
         found[key] = numbers | cut | found.get(key, {})
-    others = Counter(text[:3] for text in {key[:4] for key in found})
+    others = Counter(text[:2] for text in {(*key[:2], key[3]) for key in found})
     return [
         {
             "corpus": corpus
-            if others[corpus, split, count] == 1
+            if others[corpus, split] == 1
             else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
             "split": split,
             "tokens": count,
