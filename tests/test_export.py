@@ -333,6 +333,21 @@ def test_the_card_tells_two_corpora_of_one_name_apart(
     assert all(f"{corpus_folder.name}, tokens " in line for line in shown)
 
 
+@pytest.mark.parametrize(
+    "name", ["evaluation_x_val_step0.json", "../sweep.json", "../advice.json"]
+)
+def test_a_measurement_that_the_card_cannot_read_is_named(name, tmp_path, caplog):
+    made = {"method": "svd", "fingerprint": "x"}
+    run = write_run(tmp_path / "run", record={"compressed": made})
+    (run / name).write_text("{")
+    source = open_source(Settings(task="export", model_path=str(run)))
+    for _ in range(2):
+        assert measured(source, tmp_path) == []
+    (line,) = [one for one in caplog.messages if "model card" in one]
+    assert f"{(run / name).resolve()} is damaged" in line
+    assert "delete it to measure again" in line
+
+
 def test_the_card_leaves_out_a_measurement_with_an_odd_protocol(tmp_path):
     run, plain = write_run(tmp_path / "run"), {"corpus": "x"}
     own = {"status": "done", "steps": 0, "step": 0, "loss": 3, "val_loss": 3}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.export.source import RunSource, Source
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.rows import DEFAULTS, REMEDY, MeasuredOn, Row, read_sweep
@@ -19,7 +19,8 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     'added' and 'interval' are None unless it compares the table with the original's.
     'is_first' is True, or absent: only the first tokens of the split are predicted.
     Corpora of the same name are told apart by the hash of their tokens. A sweep and an
-    evaluation of the same tokens in windows of one length are one entry.
+    evaluation of the same tokens in windows of one length are one entry. A file that
+    cannot be read is left out, with a warning.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
@@ -46,21 +47,30 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     ]
 
 
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """In this context, a file that cannot be read is named instead of an error."""
+    try:
+        yield
+    except UserError as error:
+        warn_once(f"the model card lacks what a file holds: {error}")
+
+
 def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
     """(protocol, {'loss'}) of each evaluation of this checkpoint."""
     if not isinstance(source, RunSource):
         return
     run, files = source.run, []
     result = None
-    with contextlib.suppress(UserError):
+    with _warned():
         result = read_result(run.folder)
     if result and result.get("steps") == run.step:
         files.append(result | {"loss": result.get("val_loss")})
     for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
-        with contextlib.suppress(UserError):
-            found = read_json(path, "") or {}
+        with _warned():
+            found = read_json(path, REMEDY) or {}
             fields = {"protocol": MeasuredOn | None, "loss": float | None}
-            check_fields(found, fields, path, "")
+            check_fields(found, fields, path, REMEDY)
             tokens = (found.get("protocol") or {}).get("tokens_predicted")
             if f"_first{tokens}_step" in path.name:  # As `evaluate` names it.
                 found["protocol"]["evaluated_tokens"] = tokens
@@ -81,7 +91,7 @@ def _sweep(source: Source) -> Iterator[tuple[dict, dict]]:
         return
     folder = Path(source.folder).resolve().parent
     for read in (_rows_of_sweep, _row_of_advice):
-        with contextlib.suppress(UserError):
+        with _warned():
             protocol, rows = read(folder)
             if protocol.get("checkpoint") != made.get("fingerprint"):
                 continue
