@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from pcagpt.errors import UserError
 from pcagpt.telemetry.metrics import read_metrics
 
 LAST_SHARE = 0.25  # of the steps: the last ones show a change in what is learnt
@@ -85,10 +86,17 @@ def main() -> None:
     for folder in args.runs:
         if not (folder / "metrics.jsonl").exists():
             parser.error(f"{folder} has no metrics.jsonl: give the folder of a run")
+    if args.chart and not args.chart.absolute().parent.is_dir():
+        parser.error(f"--chart: there is no folder {args.chart.parent}: make it first")
+    if args.chart and args.chart.suffix.lower() not in (".png", ".svg"):
+        parser.error(f"--chart {args.chart}: its name must end with .png or .svg")
     names = args.names.split(",") if args.names else [run.name for run in after]
     if len(names) != len(after):
         parser.error(f"--names must have one name for each pair ({len(after)})")
-    pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
+    try:
+        pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
+    except UserError as error:
+        parser.error(str(error))
     for name, pair in zip(names, pairs, strict=True):
         if not len(pair):
             parser.error(f"{name}: the runs have no logged step in common")
@@ -100,7 +108,10 @@ def main() -> None:
     for name, pair in zip(names, pairs, strict=True):
         print(f"{name:<{width}}{summary(pair)}")
     if args.chart:
-        chart(names, pairs).savefig(args.chart, dpi=150)
+        try:
+            chart(names, pairs).savefig(args.chart, dpi=150)
+        except OSError as error:
+            parser.error(f"--chart {args.chart} cannot be written: {error.strerror}")
         print(f"written to {args.chart}")
 
 

@@ -59,12 +59,18 @@ def test_a_loss_that_is_no_number_is_named(tmp_path, monkeypatch):
         (["a", "b", "a"], "in pairs, BEFORE AFTER: 3 is odd"),
         (["a", "c"], "c has no metrics.jsonl: give the folder of a run"),
         (["a", "b", "--names", "D,k"], "--names must have one name for each pair (1)"),
+        (["a", "b", "--chart", "no/x.png"], "no folder no: make it first"),
+        (["a", "b", "--chart", "x.pngg"], "x.pngg: its name must end with .png or"),
+        (["a", "b", "--chart", "d.png"], "d.png cannot be written: Is a directory"),
+        (["a", "odd"], "odd/metrics.jsonl"),
         (["a", "empty"], "empty: the runs have no logged step in common"),
     ],
 )
 def test_a_mistake_is_refused(tmp_path, monkeypatch, capsys, runs, said):
     for name, losses in (("a", [1.0]), ("b", [1.0]), ("empty", [])):
         write_run(tmp_path / name, losses)
+    for name in ("odd/metrics.jsonl", "d.png"):
+        (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         compare(monkeypatch, *runs)
