@@ -106,6 +106,7 @@ def test_evaluate_writes_beside_the_run_what_it_prints(run_dir, corpus_folder):
     assert outcome.code == 0, outcome
     (written,) = run_dir.glob("evaluation_*_val_step2.json")
     assert json_of(written) == json.loads(outcome.out)
+    assert outcome.err.splitlines()[-1] == f"written to {written}"
     assert math.isfinite(json.loads(outcome.out)["loss"])
 
 

@@ -33,6 +33,7 @@ from pcagpt.run.trained import Run
 pytestmark = pytest.mark.usefixtures("quick")
 V = 97
 SIZES = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+HOW = ": its README.md says how to load it"
 MODELS = {
     "full": {},
     "one rank": {"n_embd_wte": 4},
@@ -668,7 +669,7 @@ def test_an_export_says_that_its_card_lacks_a_later_evaluation(
     assert " | test | " in (made / "README.md").read_text()
     (kept,) = made.parent.glob("gpt_baseline_hf.replaced-*")
     assert " | test | " not in (kept / "README.md").read_text()
-    assert call(*words, "--config.overwrite=True").out == f"{made} is done\n"
+    assert call(*words, "--config.overwrite=True").out == f"{made} is done{HOW}\n"
 
 
 def test_two_commands_at_once_make_one_export(tmp_path):
@@ -682,7 +683,7 @@ def test_two_commands_at_once_make_one_export(tmp_path):
     said = [command.communicate()[0].splitlines()[-1] for command in started]
     assert [command.returncode for command in started] == [0, 0]
     made = tmp_path / "exported/run_hf"
-    assert sorted(said) == [f"{made} is done", f"{made} was written"]
+    assert sorted(said) == [f"{made} is done{HOW}", f"{made} was written{HOW}"]
     assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from command_line import CONFIGS, call
 from runs import changed, described, execute, snapshot, write_statistics
 
-from pcagpt.config import Settings
+from pcagpt.config import Settings, command_line, validate
 from pcagpt.errors import UserError
 from pcagpt.factorization import factor_files
 from pcagpt.json_files import write_json
@@ -363,13 +364,18 @@ def test_the_command_ends_with_the_error_or_the_ranks_of_its_bands(bands, tmp_pa
         "--config.factorize.method=svd",
     )
     assert outcome.code == 0, outcome
-    about, where = outcome.out.splitlines()[-2:]
+    about, where, after = outcome.out.splitlines()[-3:]
     shown = {
         1: r"rank 8: relative error 0\.\d{4}",
         3: r"size of rank 8: bands of ranks ",
     }
     assert re.match(shown[bands], about), outcome.out
     assert where == f"factors: {tmp_path / 'pca_factorized'}"
+    words = shlex.split(after.removeprefix("compress it: "))
+    settings, _ = command_line.parse(words[2:])
+    validate(settings)
+    assert settings.model_path == str(tmp_path / "table.npy")
+    assert settings.workdir == str(tmp_path)
 
 
 # What cannot be factorized

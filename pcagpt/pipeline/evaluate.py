@@ -73,7 +73,9 @@ def evaluate(settings: Settings) -> dict:
         folder = run.results_in(settings.workdir)
         path = _path(folder, part, run.step, evaluator.protocol)
         # The folder of a shared model may be read-only.
-        run.keep_result(path, lambda place: _write(place, result))
+        if run.keep_result(path, lambda place: _write(place, result)):
+            # The result is on stdout, alone.
+            print(f"written to {path}", file=sys.stderr, flush=True)
     return result
 
 

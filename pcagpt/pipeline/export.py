@@ -81,6 +81,7 @@ def _export(
     form = settings.format
     has_card = form != "npz"
     losses = strict(measured(source, settings.workdir)) if has_card else []
+    how = ": its README.md says how to load it" if has_card else ""
     origin = {
         "run": source.folder.resolve().name,
         **source.identity,
@@ -95,7 +96,7 @@ def _export(
         ]
     if held := _held(folder, origin):
         if held.get("losses", losses) == losses:
-            return f"{folder} is done"
+            return f"{folder} is done{how}"
         if not settings.overwrite:
             return (
                 f"{folder} is done, but its README.md shows other losses than "
@@ -126,14 +127,13 @@ def _export(
         sync(folder.parent)
     finally:
         shutil.rmtree(written, ignore_errors=True)
-    hint = ""
     if form == "npz" and isinstance(source, RunSource):
-        hint = (
+        how = (
             "; the mean of a run's table, if it has one, is in the position embeddings "
             f"of {source.folder}: to start a model from the files, also give "
             f"{override('init.blocks_from', source.folder)}"
         )
-    return f"{folder} was written{hint}"
+    return f"{folder} was written{how}"
 
 
 def _held(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pcagpt import factorization
 from pcagpt.config import Settings, effort
+from pcagpt.config.command_line import next_command
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import Factorizer, Statistics, factor_files
@@ -131,7 +132,7 @@ class FactorizeJob(Job):
         return differences(metadata, identity, identity)
 
     def found(self) -> list[str]:
-        """The error of each rank, or the ranks of its bands."""
+        """The error of each rank or the ranks of its bands, and a next command."""
         ranks, lines = factor_files.read_metadata(self.folder)["ranks"], []
         for rank in self.settings.ranks:
             known = ranks[str(rank)]
@@ -140,7 +141,11 @@ class FactorizeJob(Job):
             elif bands := known.get("band_ranks"):
                 own = ", ".join(map(str, bands))
                 lines.append(f"size of rank {rank}: bands of ranks {own}")
-        return [*lines, f"factors: {self.folder}"]
+        asked = {"workdir": self.settings.workdir}
+        if self.settings.data.source:
+            asked["data.source"] = self.settings.data.source
+        compress = next_command("compress", self.source, **asked)
+        return [*lines, f"factors: {self.folder}", compress]
 
     def differing(self) -> list[str]:
         """As in `Job`; damaged files are not compared, and a warning says so."""
