@@ -37,7 +37,7 @@ ALL = {
 # The line that follows the plan of a command that may take long.
 AMOUNTS = {
     "baseline.py": "1 run to train: roughly ",
-    "compress.py": "10 tables to measure, each on 32,768 tokens of val",
+    "compress.py": "10 tables to measure, each on at most 32,768 tokens of val",
     "demo.py": "4 runs to train: roughly ",
     "experiment.py": "4 runs to train: roughly ",
     "gpt2_small_hour.py": "5 runs to train: roughly ",

@@ -103,11 +103,12 @@ def amount_of(
 ) -> str:
     """What a command would try for a table [V, D], and how long that takes.
 
-    '26 tables to measure, each on 32,768 tokens of val: roughly 3 minutes on 1 x cpu'.
-    `devices` of `platform` measure the model. UserError if no table can be made.
+    '26 tables to measure, each on at most 32,768 tokens of val: roughly 3 minutes on 1
+    x cpu'. `devices` of `platform` measure the model. UserError if no table can be
+    made.
     """
     compress, limit = settings.compress, settings.evaluate.max_tokens
-    split = f"{limit:,} tokens of {settings.split}" if limit else settings.split
+    split = f"at most {limit:,} tokens of {settings.split}" if limit else settings.split
     is_bare, methods = settings.is_of_bare_table, methods_of(compress.methods)
     if compress.bounds:
         methods_within(compress, methods)
