@@ -18,6 +18,7 @@ from pcagpt.json_files import write_json
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import calibrate, checkpoint, fingerprint, trained
+from pcagpt.run.folder import read_record, write_record
 
 
 @pytest.fixture
@@ -386,9 +387,14 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
     bare = tmp_path / "bare"
     weights = {"params": {"wpe": np.ones((2, 2), np.float32)}}
     checkpoint.save_weights(bare, weights)  # It has no copy of a config.json.
+    coded = shutil.copytree(job.source, tmp_path / "best_coded_k8")
+    record = read_record(coded) | {"compressed": {"method": "coded", "run": "D"}}
+    (coded / "config.json").unlink()
+    write_record(coded, record)
     low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
     for other, words in (
         (by(job, source=low_rank), "already has a factorized embedding"),
+        (by(job, source=coded), "has a compressed table: give .* made from, D"),
         (by(job, ranks=(4, 33)), r"holds 33: the table .* \(97, 32\), .* most 32"),
         (by(job, source=tmp_path / "wide.npy"), "at most 3"),
         (by(job, source=tmp_path / "nothing"), "nothing does not exist"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcagpt import factorization
+from pcagpt.compression.original import check_is_original
 from pcagpt.config import Settings, effort
 from pcagpt.config.command_line import next_command
 from pcagpt.data.corpus import describe_corpus, open_corpus
@@ -206,13 +207,7 @@ class FactorizeJob(Job):
             if self._has_other_files():
                 raise self._other_files(["source_sha256 (the source is not made yet)"])
             return
-        if self._is_bare_table:
-            table_VD = factor_files.read_table(self.source)
-            shape = table_VD.shape
-        elif self.settings.task == "factorize":
-            shape = Run.asked(self.settings).table_shape
-        else:
-            shape = Run.open(self.source).table_shape
+        shape = self._shape()
         for rank in self.settings.ranks:
             if rank > min(shape):
                 raise UserError(
@@ -221,7 +216,17 @@ class FactorizeJob(Job):
                 )
         self._given_statistics(shape)
         if self._is_bare_table:  # The weights of a run are read later.
+            table_VD = factor_files.read_table(self.source)
             factor_files.check_rows_differ(table_VD, self.source)
+
+    def _shape(self) -> tuple[int, ...]:
+        """[V, D] of the source's table; UserError if it was made smaller already."""
+        if self._is_bare_table:
+            return factor_files.read_table(self.source).shape
+        is_asked = self.settings.task == "factorize"
+        run = Run.asked(self.settings) if is_asked else Run.open(self.source)
+        check_is_original(run)
+        return run.table_shape
 
     def _has_other_files(self) -> bool:
         """Whether the folder has files that may not be replaced, of another source."""
