@@ -319,6 +319,15 @@ def test_factors_of_a_lost_baseline_are_refused_before_a_new_one_is_trained(
     assert snapshot(tmp_path / "runs") == before
 
 
+def test_a_wrong_source_is_named_before_what_overwrite_would_replace(
+    job, finished_experiment
+):
+    made(job)
+    low_rank = Path(finished_experiment.workdir) / "gpt_random_lowrank_k8"
+    with pytest.raises(UserError, match="already has a factorized embedding"):
+        by(job, source=low_rank).status()
+
+
 def test_overwrite_replaces_the_files_of_another_source(job, tmp_path):
     for number in (1, 2):
         np.save(tmp_path / f"{number}.npy", np.diag([4.0, 3.0, 2.0]) * number)

@@ -97,6 +97,8 @@ class FactorizeJob(Job):
                 f"{self.folder} aside"
             )
         if conflict and not self.settings.overwrite:
+            if self._source_exists:
+                self._shape()  # Replacing the files would not help a wrong source.
             raise conflict
         if conflict:
             return Work(self.settings.ranks, {}, is_replaced=True)
