@@ -561,7 +561,7 @@ REFUSED = {
     "top_p is 0.0: it must be above 0 and at most 1": lambda m: m.generate(
         "The", top_p=0
     ),
-    "max_tokens is '2.5': it must be a whole": lambda m: m.generate(
+    "max_tokens is 2.5: it must be a whole": lambda m: m.generate(
         "The", max_tokens=2.5
     ),
     "seed is -1: it must be": lambda m: m.generate("The", seed=-1),
@@ -592,6 +592,15 @@ REFUSED = {
     ),
     "no table fits max_bytes = 10: raise it to": lambda m: pcagpt.compress(
         m, **BOUND | {"max_bytes": 10}
+    ),
+    "max_bytes is 200000.0: it must be a whole number": lambda m: pcagpt.compress(
+        m, max_bytes=2e5
+    ),
+    "max_bytes is True: it must be a whole number": lambda m: pcagpt.compress(
+        m, max_bytes=True
+    ),
+    "max_added_loss is inf: it must be finite and at least 0": lambda m: (
+        pcagpt.compress(m, max_added_loss=float("inf"))
     ),
     "methods is 'nmf': it must be all": lambda m: pcagpt.compress(
         m, max_bytes=9, methods=["nmf"]
@@ -631,10 +640,10 @@ REFUSED = {
     r"bands is '1,7': it must be whole numbers, as in bands=\[1, 7\]": lambda m: (
         pcagpt.compress(m, **BOUND, bands="1,7")
     ),
-    r"bands is '7': .* as in bands=\[1, 7\]$": lambda m: pcagpt.compress(
+    r"bands is 7: .* as in bands=\[1, 7\]$": lambda m: pcagpt.compress(
         m, **BOUND, bands=7
     ),
-    "tokenizer is '5': it must be text, as in tokenizer='auto'": lambda m: pcagpt.load(
+    "tokenizer is 5: it must be text, as in tokenizer='auto'": lambda m: pcagpt.load(
         m.path, tokenizer=5
     ),
     "cache_dir is .*test_api.py, which is no folder: name": lambda m: pcagpt.compress(

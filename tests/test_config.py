@@ -96,7 +96,7 @@ def test_a_config_file_can_set_only_declared_knobs_to_values_of_their_type():
         ("train.learning_rate", 0.0, "positive"),
         ("train.learning_rate", float("nan"), "positive"),
         ("train.learning_rate", float("inf"), "positive"),
-        ("train.weight_decay", float("inf"), "at least 0"),
+        ("train.weight_decay", float("inf"), "it must be finite and at least 0"),
         ("train.warmup_steps", -1, "at least 0"),
         ("train.final_learning_rate_share", 1.1, "from 0 to 1"),
         ("finetune.steps_share", 0.0, "above 0 and at most 1"),
@@ -463,6 +463,18 @@ def parse(*words):
 
 
 @pytest.mark.parametrize(
+    "name", [name for name, knob in KNOBS.items() if knob.type is not bool]
+)
+def test_the_example_for_a_knob_without_a_value_has_a_value(name):
+    with pytest.raises(UserError) as refused:
+        parse(f"--config.{name}")
+    _, shown, example = str(refused.value).partition(", as in ")
+    if shown:
+        parse(example)
+        assert not example.endswith("=")
+
+
+@pytest.mark.parametrize(
     ("name", "knob"),
     [
         ("train.lr", "train.learning_rate"),
@@ -473,6 +485,7 @@ def parse(*words):
         ("model.d_model", "model.n_embd"),
         ("model.n_ctx", "model.block_size"),
         ("out_dir", "workdir"),
+        ("rank", "ranks or model.n_embd_wte"),
     ],
 )
 def test_a_name_of_other_programs_leads_to_the_knob(name, knob):

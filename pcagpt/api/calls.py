@@ -81,7 +81,7 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
         elif kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise wrong_type(path, str(value))
+            raise wrong_type(path, value)
         values[path] = value
     settings = Settings().replace(values)
     validate(settings)

@@ -1,6 +1,7 @@
 """Rules between knobs, and the lists inside text knobs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -165,7 +166,10 @@ def _check_value(path: str, value: Any) -> None:
     for entry in entries:
         shown = repr(entry) if isinstance(entry, str) else entry
         if not knob.rule.holds(entry):
-            raise UserError(f"{path} {verb} {shown}: it must be {knob.rule.words}")
+            words = knob.rule.words
+            if isinstance(entry, float) and not math.isfinite(entry):
+                words = f"finite and {words}"
+            raise UserError(f"{path} {verb} {shown}: it must be {words}")
         largest = LARGEST_NUMBER if knob.type is float else LARGEST_WHOLE
         if knob.type in (int, float, tuple) and entry > largest:
             raise UserError(f"{path} {verb} {shown}: the largest is {largest}")
@@ -181,10 +185,11 @@ _EXAMPLES = {
     "model.band_ranks": (256, 64),
     "model.band_sizes": (8192, 42065),
     "ranks": (64, 128),
+    "sample.prompt": "TEXT",
 }
 
 
-def wrong_type(path: str, seen: str) -> UserError:
+def wrong_type(path: str, seen: object) -> UserError:
     """The error for a knob that got a value (`seen`) of the wrong type."""
     knob = KNOBS[path]
     wanted = {
@@ -194,10 +199,10 @@ def wrong_type(path: str, seen: str) -> UserError:
         tuple: "whole numbers separated by commas",
         str: "text",
     }[knob.type]
-    other = (64, 128) if knob.type is tuple else knob.default
+    other = {tuple: (64, 128), str: "NAME"}.get(knob.type, knob.default)
     example = knob.default or _EXAMPLES.get(path, other)
     shown = "" if example is None else f", as in {override(path, example)}"
-    return UserError(f"{path} is '{seen}': it must be {wanted}{shown}")
+    return UserError(f"{path} is {seen!r}: it must be {wanted}{shown}")
 
 
 def _check_distinct(path: str, entries: Sequence[int | str]) -> None:

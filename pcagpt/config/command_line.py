@@ -46,6 +46,7 @@ _SYNONYMS = {
     "model.n_head": "num_heads n_heads num_attention_heads heads",
     "model.block_size": "seq_len seq_length max_seq_len context_length n_ctx "
     "n_positions max_position_embeddings context_size",
+    "ranks": "rank",
     "model.n_embd_wte": "rank k",
     "model.compute_dtype": "dtype precision bf16 fp16",
     "model.dropout": "resid_pdrop embd_pdrop attn_pdrop",
