@@ -1,5 +1,6 @@
 """Compressed tables of other architectures leave as models that transformers loads."""
 
+import itertools
 import json
 import types
 
@@ -139,11 +140,18 @@ CONFIG_OF = {
         **SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16},
         do_layer_norm_before=False,
     ),
+    # It has tensors of shape [].
+    "apertus": lambda: transformers.ApertusConfig(
+        **{name: v for name, v in SIZES.items() if name != "head_dim"}
+    ),
 }
+METHOD_OF = {"hf": "svd", "hf-factored": "packed", "coded": "coded"}
 
 
-@pytest.mark.parametrize("name", CONFIG_OF)
-@pytest.mark.parametrize("form", ["hf", "hf-factored"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*itertools.product(CONFIG_OF, ["hf", "hf-factored"]), ("apertus", "coded")],
+)
 def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     torch.manual_seed(0)
     config = CONFIG_OF[name]()
@@ -156,7 +164,7 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
         tmp_path / "model",
         data=dict.fromkeys(("train", "val"), np.arange(400) % len(table)),
         max_bytes=table.nbytes,
-        methods={"hf": "svd", "hf-factored": "packed"}[form],
+        methods=METHOD_OF[form],
     )
     made.save(tmp_path / "small")
     ask = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
@@ -164,7 +172,7 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     assert call(*words, "--print_config").code == 0
     assert call(*words).code == 0
     found, report = opened(form, tmp_path / "exported" / f"small_{form}")
-    assert not any(report[name] for name in ("missing_keys", "unexpected_keys"))
+    assert not any(report.values())
     model.get_input_embeddings().weight.data.copy_(torch.as_tensor(made.dense()))
     tokens = torch.arange(16)[None]
     with torch.inference_mode():

@@ -12,6 +12,7 @@ import pytest
 from command_line import CONFIGS, ROOT, call, refusal, tiny
 from gpt2_folders import write as write_gpt2
 from runs import gpt_config, snapshot
+from safetensors.numpy import load_file
 
 from pcagpt import coding, trees
 from pcagpt.compression.codes import KINDS
@@ -145,6 +146,14 @@ def test_a_parameter_that_gpt2_does_not_have_is_not_dropped(tmp_path):
     del weights["block_1/attn/qkv/kernel"]
     with pytest.raises(ValueError, match="block_1/attn/qkv/kernel"):
         hugging_face_files.tensors(weights)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3)])
+def test_a_tensor_is_written_with_its_own_shape(shape, tmp_path):
+    array = np.arange(np.prod(shape)).reshape(shape[::-1]).T  # no rows in memory
+    hugging_face_files.write_tensors(tmp_path / "w.safetensors", {"w": array})
+    found = load_file(tmp_path / "w.safetensors")["w"]
+    np.testing.assert_array_equal(found, array, strict=True)
 
 
 def test_a_knob_that_gpt2_does_not_have_is_not_dropped(monkeypatch):

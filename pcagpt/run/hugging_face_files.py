@@ -45,7 +45,7 @@ def tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file."""
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     content = save(plain, metadata={"format": "pt"})
     write_file(path, lambda file: file.write(content))
 
