@@ -17,6 +17,7 @@ from test_decoder import SIZES  # noqa: E402
 from test_hugging_face_parity import opened  # noqa: E402
 
 import pcagpt  # noqa: E402
+from pcagpt.compression import stored_tensors  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
 from pcagpt.export.formats import write_factored  # noqa: E402
 from pcagpt.export.source import ExportedTable  # noqa: E402
@@ -144,7 +145,10 @@ CONFIG_OF = {
     "apertus": lambda: transformers.ApertusConfig(
         **{name: v for name, v in SIZES.items() if name != "head_dim"}
     ),
+    # Its table has a name that no other architecture uses.
+    "openai-gpt": lambda: transformers.OpenAIGPTConfig(**GPT),
 }
+GPT = {"vocab_size": 90, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
 METHOD_OF = {"hf": "svd", "hf-factored": "packed", "coded": "coded"}
 
 
@@ -178,6 +182,53 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     with torch.inference_mode():
         wanted, logits = (one.eval()(tokens).logits for one in (model, found))
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
+
+
+TENSORS = {
+    "": (["h.up.weight", "wte.weight"], "wte.weight"),
+    "unknown_name": (["backbone.embeddings.weight"], "backbone.embeddings.weight"),
+    "stored_head": (["a.w.weight", "lm_head.weight"], "a.w.weight"),
+    "only_the_head": (["lm_head.weight"], "lm_head.weight"),
+    "input": (["backbone.embeddings.weight", "lm_head.weight"], "backbone"),
+    "output": (["backbone.embeddings.weight", "lm_head.weight"], "lm_head.weight"),
+    "output_of_an_unknown_name": (["wte.weight", "odd"], "odd"),
+    "two": (["odd", "a.w.weight"], None),
+    "none": ([], None),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_the_table_is_found_among_tensors_of_its_shape(case):
+    tables, wanted = TENSORS[case]
+    side = case.partition("_")[0] if case[:3] in ("inp", "out") else ""
+    if wanted:
+        found = stored_tensors.table_among(tables, side, "theirs")
+        assert found.startswith(wanted)
+        return
+    with pytest.raises(UserError, match=f"^theirs: {len(tables)} of its tensors could"):
+        stored_tensors.table_among(tables, side, "theirs")
+
+
+@pytest.mark.parametrize("change", ["shapes", "value"])
+def test_a_table_that_export_could_not_replace_is_refused_before_the_sweep(
+    change, tmp_path, monkeypatch
+):
+    if change == "shapes":  # All its matrices have the shape of the table.
+        config = transformers.OpenAIGPTConfig(**GPT | {"vocab_size": 32})
+        line = r"of its tensors could be the token table \("
+    else:
+        config = transformers.OpenAIGPTConfig(**GPT)
+        read = stored_tensors.read
+        monkeypatch.setattr(
+            stored_tensors,
+            "read",
+            lambda *given: {name: 2 * array for name, array in read(*given).items()},
+        )
+        line = "tokens_embed.weight is not the token table of its model"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens = np.arange(100) % config.vocab_size
+    with pytest.raises(UserError, match=line):
+        pcagpt.compress(tmp_path, data={"train": tokens, "val": tokens}, max_bytes=900)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Llama"])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from pcagpt import coding, process
+from pcagpt.compression import stored_tensors
 from pcagpt.compression.candidates import Candidate, Compressor
 from pcagpt.compression.own_model import OwnModel
 from pcagpt.compression.sides import INPUT, OUTPUT
@@ -282,6 +283,10 @@ def _decoder(run: Run, window: int) -> "Decoder":
             f"{run.folder}: its token table has {width} columns, its config.json says "
             f"{expected}: such a model cannot be compressed"
         )
+    if run.folder.is_dir():  # Tables of a GGUF file are not exported.
+        for side in model.sides or ("",):
+            table_VD = model.of_side(side).table_VD
+            stored_tensors.check_table(run.folder, side, table_VD)
     return model
 
 

@@ -3,21 +3,18 @@
 Shape letters: V vocabulary, D model width, K rank.
 """
 
-import contextlib
 import functools
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from safetensors import safe_open
 
 from pcagpt import coding, trees
+from pcagpt.compression import stored_tensors
 from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.read_table import read_table
-from pcagpt.compression.sides import OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
@@ -36,8 +33,6 @@ from pcagpt.run.folder import read_record
 from pcagpt.run.gpt2_names import PREFIX, TABLE
 from pcagpt.run.trained import Run
 
-# The last part of the name of a token table, in the architectures of transformers.
-_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 # Files of a model's folder that come along: config of generation, tokenizer, licence.
 # Its own files are written anew; it may be an export itself.
 _OWN = (hugging_face.CONFIG, hugging_face.INDEX, exported.FILE)
@@ -252,42 +247,20 @@ class DecoderSource:
                 f"{self.original.folder} is a GGUF file: only models in folders with "
                 "safetensors are exported"
             )
-        sizes, side = self.original.record, self.record["compressed"].get("side")
-        shape = [sizes["vocab_size"], sizes["model"]["n_embd"]]
-        names, tables = {}, []
-        for path in hugging_face.files(self.original.folder):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118  # It is no dict.
-                    names[name] = path
-                    if file.get_slice(name).get_shape() == shape:
-                        tables.append(name)
-        own = [name for name in tables if f".{name}".split(".")[-2] in _TABLES]
-        if side == OUTPUT:
-            own = [name for name in tables if name not in own]
-        if len(own) != 1:
-            raise UserError(
-                f"{self.original.folder}: none of its tensors is known to be the token "
-                f"table ({len(own)} of {', '.join(tables) or 'none'} could be)"
-            )
-        table, copies = own[0], set(own)
+        side = self.record["compressed"].get("side")
+        names, tables = stored_tensors.find(self.original.folder)
+        table = stored_tensors.table_among(tables, side, self.original.folder)
+        copies = {table}
         if not side and len(tables) > 1:  # A head that is stored, too.
-            values = self._read(names, tables)
+            values = stored_tensors.read(names, tables)
             equal = (np.array_equal(values[table], values[name]) for name in tables)
             copies = {name for name, same in zip(tables, equal, strict=True) if same}
         return table, {name: at for name, at in names.items() if name not in copies}
 
-    def _read(self, files: dict[str, Path], names) -> dict[str, np.ndarray]:
-        found = {}
-        for path in sorted({files[name] for name in names}):
-            with _opened(path) as file:
-                own = [name for name in names if files[name] == path]
-                found |= {name: file.get_tensor(name) for name in own}
-        return found
-
     @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:
         """As `Source.tensors`: those of the original, in their own types."""
-        return self._read(self._names, self._names)
+        return stored_tensors.read(self._names, self._names)
 
     def config(self) -> dict[str, Any]:
         """As `Source.config`: that of the original."""
@@ -302,9 +275,3 @@ class DecoderSource:
             for path in self.original.folder.glob(pattern):
                 if path.is_file() and path.name not in _OWN:
                     shutil.copyfile(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with hugging_face.reading(path), safe_open(path, framework="numpy") as file:
-        yield file
