@@ -657,6 +657,15 @@ def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_p
     assert "written by pcagpt" in (made / "README.md").read_text()
 
 
+def test_another_checkpoint_of_the_run_is_named_by_its_step(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    config = f"--config={CONFIGS / 'export.py'}"
+    workdir = f"--config.workdir={tmp_path}"
+    assert call(config, f"--config.model_path={run / 'ckpt/1'}", workdir).code == 0
+    line = refusal(config, f"--config.model_path={run}", workdir, unchanged=[tmp_path])
+    assert "hf holds gpt_baseline at step 1, and this is step 2: use another" in line
+
+
 def test_an_export_says_that_its_card_lacks_a_later_evaluation(
     trained, tmp_path, corpus_folder
 ):

@@ -105,8 +105,8 @@ def _export(
             )
     if not is_vacant(folder) and not settings.overwrite:
         raise UserError(
-            f"{folder} holds something else: use another --config.workdir, or "
-            "--config.overwrite=True to move it aside"
+            f"{folder} holds {_other(folder, origin)}: use another "
+            "--config.workdir, or --config.overwrite=True to move it aside"
         )
     # A killed command may have left it.
     written = folder.with_name(f".{folder.name}.partial")
@@ -134,6 +134,17 @@ def _export(
             f"{override('init.blocks_from', source.folder)}"
         )
     return f"{folder} was written{how}"
+
+
+def _other(folder: Path, origin: dict[str, Any]) -> str:
+    """What is in a folder that is not of this origin."""
+    found = {}
+    with contextlib.suppress(UserError):
+        found = read_json(folder / ORIGIN, "") or {}
+    step = found.get("step")
+    if found.get("run") != origin["run"] or step in (None, origin.get("step")):
+        return "something else"
+    return f"{origin['run']} at step {step}, and this is step {origin.get('step')}"
 
 
 def _held(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
