@@ -36,7 +36,7 @@ from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, ope
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute_source, find_source, sotu_documents
 from pcagpt.data.tokenizer import END_OF_TEXT, RANKS, load_tokenizer
-from pcagpt.errors import UserError, explain
+from pcagpt.errors import UserError, explain, warn_once
 from pcagpt.file_hashes import sha256_of_file
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " The cat 's @-@ hat , naïve . \n", " \n"]
@@ -75,6 +75,23 @@ def refused(folder, cache, match, split="train", tokenizer="auto"):
         open_corpus(str(folder), cache, tokenizer).tokens(split)
     assert "\n" not in str(error.value)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_split_that_is_the_train_split_is_named(is_text, folder, cache, caplog):
+    for split in SPLITS:
+        numbers = range(9) if split != "test" else range(9, 0, -1)
+        write_tokens(folder, numbers, split)
+        text = " ".join(map(str, numbers))
+        if is_text:
+            (folder / f"{split}.bin").unlink()
+            (folder / f"{split}.txt").write_text(text)
+    warn_once.cache_clear()
+    for _ in range(2):
+        open_corpus(str(folder), cache)
+    (line,) = [one for one in caplog.messages if "its train split" in one]
+    name = "my_data" if is_text else "my data"
+    assert line.startswith(f"the val split of {name} is the same as its train split")
 
 
 # The embedded corpus

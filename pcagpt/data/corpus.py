@@ -8,6 +8,7 @@ single text, and a whole file in a folder of text files.
 
 import codecs
 import contextlib
+import filecmp
 import functools
 import hashlib
 import json
@@ -288,7 +289,8 @@ def open_corpus(
     """Opens a corpus. Text is tokenized once, into a folder of its own in `cache_dir`.
 
     Only the first of several processes opens it, for all of them. A warning says which
-    files of a folder are used and which are left out.
+    files of a folder are used and which are left out; another one names a split that is
+    the train split.
 
     Args:
       source: 'sotu' (in the package), 'wikitext103' (needs the package `datasets`), or
@@ -333,7 +335,7 @@ def _open(
     if found.notice:
         warn_once(found.notice)
     if isinstance(found, TokenFolder):
-        return Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir)
+        return _told(Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir))
     fingerprints = found.fingerprints()
     folder, *older = (
         cache_dir / _folder_name(fingerprint, info)
@@ -345,7 +347,23 @@ def _open(
         with naming(cache_dir, "--config.data.cache_dir"):
             write_token_folder(folder, found, info, fingerprints)
     made = _made(folder, info)
-    return Corpus(**vars(made), folder=folder, cache_dir=cache_dir, older=tuple(older))
+    kept = {"folder": folder, "cache_dir": cache_dir, "older": tuple(older)}
+    return _told(Corpus(**vars(made), **kept))
+
+
+def _told(corpus: Corpus) -> Corpus:
+    """The corpus; a warning names a split that is byte for byte the train split."""
+    for split in {*corpus.splits} & {"val", "test"}:
+        files = (corpus.folder / f"{name}.bin" for name in ("train", split))
+        # An error of the system is told where the files are read.
+        with contextlib.suppress(OSError):
+            if filecmp.cmp(*files, shallow=False):
+                warn_once(
+                    f"the {split} split of {corpus.name} is the same as its train "
+                    "split, so that a loss on it does not tell how a model predicts "
+                    "other text: give another file for it"
+                )
+    return corpus
 
 
 def _find(
