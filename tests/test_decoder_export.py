@@ -19,7 +19,12 @@ from test_hugging_face_parity import opened  # noqa: E402
 import pcagpt  # noqa: E402
 from pcagpt.compression import stored_tensors  # noqa: E402
 from pcagpt.errors import UserError  # noqa: E402
+from pcagpt.export.architecture import for_causal_lm  # noqa: E402
 from pcagpt.export.formats import write_factored  # noqa: E402
+from pcagpt.export.modeling_pcagpt import (  # noqa: E402
+    CompressedEmbedding,
+    CompressedHead,
+)
 from pcagpt.export.source import ExportedTable  # noqa: E402
 from pcagpt.model import BandLeaves  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
@@ -147,6 +152,12 @@ CONFIG_OF = {
     ),
     # Its table has a name that no other architecture uses.
     "openai-gpt": lambda: transformers.OpenAIGPTConfig(**GPT),
+    # The bias of its head has two names.
+    "bert-generation": lambda: transformers.BertGenerationConfig(
+        **{name: v for name, v in SIZES.items() if name != "head_dim"}, is_decoder=True
+    ),
+    # Only the body is stored: config.json names a class without a head.
+    "body": lambda: transformers.LlamaConfig(**SIZES),
 }
 GPT = {"vocab_size": 90, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
 METHOD_OF = {"hf": "svd", "hf-factored": "packed", "coded": "coded"}
@@ -154,7 +165,11 @@ METHOD_OF = {"hf": "svd", "hf-factored": "packed", "coded": "coded"}
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*itertools.product(CONFIG_OF, ["hf", "hf-factored"]), ("apertus", "coded")],
+    [
+        *itertools.product(CONFIG_OF, ["hf", "hf-factored"]),
+        ("apertus", "coded"),
+        ("body", "coded"),
+    ],
 )
 def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     torch.manual_seed(0)
@@ -162,7 +177,8 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "model")
+    stored = model.base_model if name == "body" else model
+    stored.save_pretrained(tmp_path / "model")
     table = model.get_input_embeddings().weight.detach().numpy()
     made = pcagpt.compress(
         tmp_path / "model",
@@ -237,25 +253,7 @@ def test_a_form_that_would_make_weights_random_is_refused(name, tmp_path):
     sizes |= {"num_local_experts": 3, "num_experts": 3, "moe_intermediate_size": 16}
     sizes |= {"shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
     config = getattr(transformers, f"{name}Config")(**sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    table = "model.embed_tokens.weight"
-    del tensors[table]
-    source = types.SimpleNamespace(
-        folder=tmp_path,
-        record={"architecture": type(model).__name__},
-        architecture=type(model).__name__,
-        table_name=table,
-        table=ExportedTable(
-            np.arange(90),
-            (BandLeaves(np.ones((90, 2)), np.ones((2, 32))),),
-            None,
-        ),
-        tensors=tensors,
-        config=config.to_dict,
-        write_beside=lambda _: None,
-    )
+    source = source_of(config, tmp_path)
     (tmp_path / "made").mkdir()
     if name == "Llama":
         write_factored(tmp_path / "made", source)
@@ -266,3 +264,67 @@ def test_a_form_that_would_make_weights_random_is_refused(name, tmp_path):
     assert "reads model.layers.0.mlp.experts.down_proj from weights" in line
     assert line.endswith("give --config.format=hf")
     assert not list((tmp_path / "made").iterdir())
+
+
+def source_of(config, folder):
+    """A table of rank 2 for a new model."""
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    table = "model.embed_tokens.weight"
+    del tensors[table]
+    bands = (BandLeaves(np.ones((90, 2)), np.ones((2, 32))),)
+    return types.SimpleNamespace(
+        folder=folder,
+        record={"architecture": type(model).__name__},
+        architecture=type(model).__name__,
+        table_name=table,
+        table=ExportedTable(np.arange(90), bands, None),
+        tensors=tensors,
+        config=lambda: json.loads((folder / "config.json").read_text()),
+        write_beside=lambda _: None,
+    )
+
+
+@pytest.mark.parametrize("blocks", [[], [[1, 0, 0, 0, 0, 0, 0]]])
+def test_a_head_tells_the_type_of_the_table(blocks):
+    """Mamba asks for it."""
+    layout = {"sizes": [9], "ranks": [2], "blocks": blocks, "is_tied": True}
+    embedding = CompressedEmbedding(layout | {"has_mean": False}, 32, 1.0)
+    head = CompressedHead(embedding.to(torch.bfloat16), None)
+    assert head.weight.dtype == torch.bfloat16
+    assert not head.state_dict()
+
+
+def test_a_config_with_an_infinite_number_is_read(tmp_path):
+    sizes = {n: v for n, v in SIZES.items() if n != "head_dim"}
+    config = transformers.BambaConfig(
+        **sizes | {"num_hidden_layers": 1},
+        time_step_limit=(0.0, float("inf")),
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    )
+    source = source_of(config, tmp_path)
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    assert for_causal_lm(source) == ("BambaForCausalLM", {})
+
+
+ODD = {
+    "unknown": ({"model_type": "odd"}, "transformers has no LlamaForCausalLM, so that"),
+    "no_decoder": ({"model_type": "vit"}, "transformers has no LlamaForCausalLM, so"),
+    "part": (
+        {"model_type": "llama4", "text_config": SIZES},
+        "a Llama4ForCausalLM is only a part of what config.json describes, so that",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_model_that_transformers_would_not_open_is_refused(case, tmp_path):
+    fields, line = ODD[case]
+    source = source_of(transformers.LlamaConfig(**SIZES), tmp_path)
+    source.config = lambda: fields
+    with pytest.raises(UserError, match=f"^{line}.* give --config.format=hf$"):
+        for_causal_lm(source)

@@ -1,30 +1,67 @@
-"""The weights that transformers asks for in a folder of the form hf-factored."""
+"""What transformers asks for in a folder of the form hf-factored."""
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import torch
 import transformers
 
 from pcagpt.errors import UserError
 from pcagpt.export.source import Source
+from pcagpt.run import hugging_face_files
 
 
-def check_names(source: Source) -> None:
-    """UserError if the model of such a folder would have weights that are not there.
+def for_causal_lm(source: Source) -> tuple[str, dict[str, np.ndarray]]:
+    """(class of the model with a head, {name: array} of tensors that it also asks for).
 
+    These are stored under another name that the model ties to theirs; such a folder
+    ties nothing. UserError if the model would have weights that are not there:
     transformers renames and merges weights (experts) by `model_type`, and such a folder
-    has one of its own: what is not stored under its name would be random.
+    has one of its own, so that what is not stored under its name would be random.
     """
     remedy = f"hf-factored cannot hold {source.folder}: give --config.format=hf"
-    architecture = getattr(transformers, source.architecture, None)
-    if architecture is None:
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # no values
+        # Only its own loader reads all that a config.json may hold.
+        hugging_face_files.write_config(Path(folder), source.config())
+        options = {"trust_remote_code": False}
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, **options
+            )
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+        except (ValueError, KeyError):
+            model = None
+    if model is None:
         raise UserError(f"transformers has no {source.architecture}, so that {remedy}")
-    with torch.device("meta"):  # without values
-        model = architecture(architecture.config_class.from_dict(source.config()))
+    if not isinstance(config, type(model).config_class):
+        raise UserError(
+            f"a {type(model).__name__} is only a part of what config.json describes, "
+            f"so that {remedy}"
+        )
     names = {module: name for name, module in model.named_modules()}
     head, prefix = names[model.get_output_embeddings()], f"{model.base_model_prefix}."
-    wanted = model.state_dict().keys() - {f"{head}.weight"}
-    given = {n.removeprefix(prefix) for n in (*source.tensors, source.table_name)}
-    if lacking := [name for name in wanted if name.removeprefix(prefix) not in given]:
-        raise UserError(
-            f"a {source.architecture} reads {min(lacking)} from weights of other "
-            f"names, so that {remedy}"
-        )
+    arrays = {name.removeprefix(prefix): a for name, a in source.tensors.items()}
+    given = {*arrays, source.table_name.removeprefix(prefix)}
+    wanted = {name: name.removeprefix(prefix) for name in model.state_dict()}
+    del wanted[f"{head}.weight"]
+    tied = {}
+    for name in sorted(wanted):
+        if wanted[name] in given:
+            continue
+        others = [other.removeprefix(prefix) for other in _other_names(model, name)]
+        if not (stored := [other for other in others if other in arrays]):
+            raise UserError(
+                f"a {type(model).__name__} reads {name} from weights of other names, "
+                f"so that {remedy}"
+            )
+        tied[name] = arrays[stored[0]]
+    return type(model).__name__, tied
+
+
+def _other_names(model: transformers.PreTrainedModel, name: str) -> Iterator[str]:
+    """The names of the same parameter of a model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = parameters.get(name)
+    return (other for other, one in parameters.items() if one is own)

@@ -55,15 +55,16 @@ def write_factored(folder: Path, source: Source) -> None:
             f"{source.folder} is one of two tables, and this form has one for input "
             "and output: give --config.format=hf"
         )
+    architecture, tied = source.architecture, {}
     if "architecture" in source.record:
         with original.of_extra(source.folder, source.architecture):
-            from pcagpt.export.architecture import check_names
-        check_names(source)
+            from pcagpt.export.architecture import for_causal_lm
+        architecture, tied = for_causal_lm(source)
     arrays, layout = _parts(table)
     prefix = source.table_name.removesuffix("weight")
     own = {prefix + name: array for name, array in arrays.items()}
     path = folder / hugging_face.WEIGHTS
-    hugging_face_files.write_tensors(path, source.tensors | own)
+    hugging_face_files.write_tensors(path, source.tensors | tied | own)
     config = source.config()
     module, name = Path(MODELING).stem, "CompressedForCausalLM"
     config |= {
@@ -78,7 +79,7 @@ def write_factored(folder: Path, source: Source) -> None:
     hugging_face_files.write_config(folder, config)
     source.write_beside(folder)
     code = (HERE / MODELING).read_text("utf-8")
-    own = f'ARCHITECTURE = "{source.architecture}"'
+    own = f'ARCHITECTURE = "{architecture}"'
     write_text(folder / MODELING, re.sub('ARCHITECTURE = ".*"', own, code, count=1))
 
 

@@ -36,8 +36,10 @@ def load(
     name, (coded, _) = record["table"], coding.read(table)
     tensors = load_file(others)
     tensors[name] = torch.from_numpy(coded.dense())
-    config = transformers.AutoConfig.from_pretrained(folder)
-    architecture = getattr(transformers, config.architectures[0])
-    return architecture.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype
+    options = {"trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    with torch.device("meta"):  # only to find its class, without values
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=tensors, dtype=dtype
     )

@@ -164,6 +164,12 @@ class CompressedHead(nn.Module):
         self._tied = (embedding,)  # A tuple: its weights are stored only once.
         self.bias = bias
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """No values, in the type of the table: Mamba asks its head for that."""
+        band = self._tied[0].bands[0]
+        return (band.scales if self._tied[0].shared else band.wte).new_empty(0)
+
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         logits = self._tied[0].logits(h)
