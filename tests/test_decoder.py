@@ -106,6 +106,32 @@ def test_a_swapped_table_adds_the_loss_of_a_model_that_has_it(folder):
     assert (low + high) / 2 == pytest.approx(means.mean(), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", ["max_position_embeddings", "n_positions", "max_seq_len"]
+)
+def test_a_window_is_as_long_as_the_model_reads(name):
+    config = types.SimpleNamespace(**{name: 16})
+    assert decoder._longest(config, Path("model")) == 16
+    assert decoder._longest(types.SimpleNamespace(), Path("model")) is None
+    for odd in (0, -5, "64", 3.5):
+        setattr(config, name, odd)
+        with pytest.raises(UserError, match=f"^model: .* reads {odd!r} tokens at a"):
+            decoder._longest(config, Path("model"))
+
+
+def test_mpt_reads_windows_of_its_own_length(tmp_path):
+    config = transformers.MptConfig(
+        vocab_size=90, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = Decoder(tmp_path, 64)
+    found = model.score(
+        model.table_VD, np.zeros(90, int), EvaluationBatches(np.arange(49), 16, 2)
+    )
+    assert model.window == 16
+    assert found.added_loss == 0
+
+
 def test_the_model_is_as_before_after_a_swap(folder):
     model = Decoder(folder, 16)
     own = model.table_VD.copy()

@@ -31,6 +31,8 @@ from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
 from pcagpt.run.generate import draw
 
+# Names of the largest number of tokens in configs; where two are there, the first is.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Windows that pass through the model at a time.
 WINDOWS_ON_CPU, WINDOWS_ON_GPU = 1, 2
 # Numbers in a chunk of logits, and in all arrays of that shape that live at a time.
@@ -55,6 +57,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _longest(config: Any, folder: Path) -> int | None:
+    """The tokens that a model reads at a time; None if its config does not say.
+
+    UserError for a number that is none.
+    """
+    lengths = [getattr(config, name, None) for name in _LENGTHS]
+    length = next((length for length in lengths if length is not None), None)
+    if length is not None and (type(length) is not int or length < 1):
+        raise UserError(
+            f"{folder}: its config.json says that the model reads {length!r:.60} "
+            "tokens at a time: restore it, or download the model again"
+        )
+    return length
+
+
 class Decoder:
     """A model in float32 on the first GPU or the CPU; implements `original.Model`."""
 
@@ -73,7 +90,7 @@ class Decoder:
         is_tied = self._head.weight is self._embedding.weight
         self.sides = () if is_tied else (INPUT, OUTPUT)
         config = self.model.config.get_text_config()
-        self.window = min(window, getattr(config, "max_position_embeddings", window))
+        self.window = min(window, _longest(config, folder) or window)
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._check_head()
         parameters = self.model.parameters()
