@@ -585,6 +585,20 @@ def test_estimates_are_close_to_what_encoding_gives():
         assert found.bits / 8 == pytest.approx(made.bytes - smallest, rel=0.15)
 
 
+def test_heavy_tokens_count_more_in_the_energy_of_a_direction():
+    table = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    weights = np.ones(300)
+    weights[:5] = 1000
+    prepared = coding.prepare(table, Weighting(token_weights=weights))
+    steps_N = 0.1 * prepared.steps_N
+    found = estimate(prepared, 0.1)
+    _, place_N = np.unique(prepared.classes_V[prepared.tokens_N], return_inverse=True)
+    symbols_DN = symbols_of(prepared.sampled, steps_N, found.kept_DC[:, place_N])
+    each_N = weights[prepared.tokens_N] / weights.mean() * prepared.shares_N
+    wanted_D = (symbols_DN.astype(float) ** 2) @ (each_N * prepared.steps_N**2)
+    np.testing.assert_allclose(found.energy_D, wanted_D, rtol=1e-5)
+
+
 def test_a_budget_below_the_side_information_is_refused():
     prepared = prepare(TABLE, FULL)
     with pytest.raises(BudgetTooSmall, match="cannot hold a coded table") as caught:

@@ -70,7 +70,7 @@ class Prepared:
 
     @functools.cached_property
     def _largest_value(self) -> float:
-        """In relative steps; 1 if all values are zero."""
+        """The largest sampled value in relative steps; 1 if all are zero."""
         return float((np.abs(self.sampled.values) / self.steps_N).max()) or 1.0
 
     @property
@@ -91,7 +91,9 @@ class Estimate:
     bits: float  # of the words
     loss: float  # of `second_order_loss`, without the error of the basis
     kept_DC: np.ndarray  # whether the symbols of a class in a direction are coded
-    energy_D: np.ndarray  # sum over tokens of squared symbols
+    # For each direction, the sum of squared symbols, each times its token's weight and
+    # squared relative step.
+    energy_D: np.ndarray
 
 
 def prepare(table_VD: np.ndarray, weighting: Weighting) -> Prepared:
