@@ -1,9 +1,10 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
-Each row has its own `Distribution`. Four indices describe it. Before a single row come
-its four indices, coded uniformly. Before a group of rows come four single rows: the
-reaches of all its rows as differences, then of the rows of reach above 0 the scales as
-differences, the locations and the tails. Rows of reach 0 are zeros; no values follow.
+Each row has its own `Distribution`. Four indices describe it. The four indices of a
+single row come before its values. They are coded uniformly. Before a group of rows come
+four single rows: the reaches of all its rows as differences, then of the rows of reach
+above 0 the scales as differences, the locations and the tails. Rows of reach 0 are
+zeros; no values follow.
 """
 
 from collections.abc import Sequence

@@ -156,7 +156,7 @@ class Fit:
         most = min(self._whole, max_bytes * 8 // bits)
         if most < self._least:
             return
-        # Tables of 8 and 4 bits also store scales, so they have room for fewer codes.
+        # Rounded tables also store scales, so they have room for fewer codes.
         start = most if bits == 32 else max(most / 1.15, self._least)
         search(size, max_bytes, (self._least, start, most), 1.0, 0.02, 3)
         if all(candidate.bytes > max_bytes for candidate in made):
