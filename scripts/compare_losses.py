@@ -95,7 +95,7 @@ def main() -> None:
         parser.error(f"--names must have one name for each pair ({len(after)})")
     try:
         pairs = [paired(*runs) for runs in zip(before, after, strict=True)]
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))
     for name, pair in zip(names, pairs, strict=True):
         if not len(pair):

@@ -30,8 +30,8 @@ def figure(published: Path) -> Figure:
     """The chart; a line has the best tables of a method, by size."""
     points, looks = [], {}
     sweeps = {
-        models: read_sweep(published / folder / "sweep.json")
-        for folder, models in MODELS.items()
+        model: read_sweep(published / folder / "sweep.json")
+        for folder, model in MODELS.items()
     }
     for method, shape in SHAPES.items():
         colour = (METHODS | CODES | RIVALS)[method].colour
@@ -53,12 +53,12 @@ def figure(published: Path) -> Figure:
 
 
 def _best(rows: list[Row]) -> list[Row]:
-    """The rows that add less than every other of at most their size, or 2% more."""
+    """The rows that no other beats; one that is up to 2% larger also counts."""
     return [
         row
         for row in rows
         if all(
-            row.added_loss < other.added_loss or 1.02 * row.bytes < other.bytes
+            row.added_loss <= other.added_loss or 1.02 * row.bytes < other.bytes
             for other in rows
             if other is not row
         )

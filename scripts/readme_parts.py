@@ -50,7 +50,8 @@ def headline(folder: Path) -> str:
         for chosen in (best, packed)
     )
     bits = 8 * best.bytes / dense["params"]
-    _, kind, precision = row_name(rounded.method, 1, rounded.bits).split(", ")
+    name = row_name(rounded.method, 1, rounded.bits).removeprefix("D's table, ")
+    name = " in ".join(name.split(", "))
     smaller = times(dense["bytes"] / best.bytes)
     return (
         f"**{own['run']}'s token table takes {megabytes(best.bytes)} in a file instead "
@@ -58,7 +59,7 @@ def headline(folder: Path) -> str:
         f"loss of {fixed(dense['loss'], 2)} nats per token rises by {added(best)} on "
         f"{TEXTS['val']}** and by {added(tested)} on {TEXTS['test']} (± half of the "
         "95% interval over windows of the text). The file has "
-        f"{fixed(bits, 2)} bits for each number. {kind} ({precision}) needs "
+        f"{fixed(bits, 2)} bits for each number. {name} needs "
         f"{times(rounded.bytes / best.bytes)} the bytes to add at most {SMALL_COST} "
         "nats. These files save disk, and are decoded to the full size in memory. A "
         f"packed table also saves memory: it takes {megabytes(packed.memory)} on the "
@@ -184,8 +185,12 @@ def failures(published: Path) -> str:
     (a_less_d,) = comparisons(hour, "A vs D")
     (a_less_c,) = comparisons(hour, "A vs C")
     (b_less_d,) = comparisons(hour, "B vs D")
-    _, brief_d = comparisons(brief, "A vs D")
-    _, brief_c = comparisons(brief, "A vs C")
+    brief_d, brief_c = (
+        next(
+            one for one in comparisons(brief, asked) if one["rank"] == a_less_d["rank"]
+        )
+        for asked in ("A vs D", "A vs C")
+    )
     b_tokens, a_tokens = b_less_a["tokens"]
     swept = read_sweep(published / "gpt2_small_compression" / "sweep.json")
     trained = {row["letter"]: row for row in swept["recovered"]}
@@ -214,9 +219,10 @@ def failures(published: Path) -> str:
             "- **A and B end at D's loss (the original: A ≈ D, B ≈ D).** In the same "
             f"experiment, {at_rank(a_less_d)}, and {at_rank(b_less_d)}.",
             "- **A short run shows what a longer one will show.** After "
-            f"{count(briefly)} steps, {at_rank(brief_d)}: after {count(steps)} steps, "
-            f"it is worse. A's lead over C falls from {lead(brief_c)} to "
-            f"{lead(a_less_c)} nats.",
+            f"{count(briefly)} steps, {at_rank(brief_d)}. After {count(steps)} steps, "
+            f"{at_rank(a_less_d)}, and A's lead over C is {lead(a_less_c)} instead of "
+            f"{lead(brief_c)} nats. The longer run also has a higher learning rate and "
+            "weight decay.",
             "- **B, trained further, beats D.** GPT-2 small with factors of the size "
             f"of k = {b['rank']} (B) was trained further, for "
             f"{percent(b['share_of_tokens'])} of D's tokens. Its loss minus D's is "

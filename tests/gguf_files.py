@@ -12,8 +12,8 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 def write(path, tokenizer, is_tied=True, quantized=True, scaled=False, **fields):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
-    fields: numbers beside those of the model, such as split_count for split.count;
-    arrays among them become tensors.
+    fields: numbers beside those of the model, such as split_count for split.count, with
+    __ for _; arrays among them become tensors.
     Returns {name in the file: float32 array as transformers must read it}.
     """
     vocab = json.loads(tokenizer.read_text())["model"]["vocab"]
@@ -70,7 +70,8 @@ def write(path, tokenizer, is_tied=True, quantized=True, scaled=False, **fields)
         if isinstance(value, np.ndarray):
             writer.add_tensor(name, value)
         else:
-            writer.add_uint16(name.replace("_", "."), value)
+            key = name.replace("__", " ").replace("_", ".").replace(" ", "_")
+            writer.add_uint16(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

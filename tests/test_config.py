@@ -513,10 +513,15 @@ def test_a_short_name_takes_an_argument_and_a_person_s_file_comes_first(
     settings, _ = command_line.parse(["pcagpt", "experiment:16,32"])
     assert settings.ranks == (16, 32)
     config = "from pcagpt.config import base as get_config\n"
-    Path("demo").write_text(config)
-    for word in ("--config=demo", "demo"):
+    Path("configs").mkdir()
+    Path("configs/demo.py").write_text(config)
+    for word in ("--config=configs/demo.py", "configs/demo.py"):
         settings, _ = command_line.parse(["pcagpt", word])
         assert settings.workdir == "checkpoints"
+    Path("demo").write_text("not Python")
+    for word in ("--config=demo", "demo"):
+        settings, _ = command_line.parse(["pcagpt", word])
+        assert settings.workdir == "checkpoints/demo"
 
 
 def test_only_a_config_is_run_for_a_bare_word(tmp_path, monkeypatch, capsys):

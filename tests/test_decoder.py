@@ -400,6 +400,14 @@ def test_the_same_table_twice_is_one(llama):
     np.testing.assert_array_equal(model.table_VD, stored)
 
 
+def test_a_bias_that_a_body_alone_does_not_use_is_refused(llama):
+    model = transformers.AutoModel.from_pretrained(llama)
+    model.save_pretrained(llama)
+    add(torch.ones(32), f"{LAYER.removeprefix('model.')}.bias")(llama)
+    with pytest.raises(UserError, match="q_proj.bias, which the model of its config"):
+        Decoder(llama, 16)
+
+
 def test_the_same_tensor_in_two_spellings_is_one(llama):
     stored = Decoder(llama, 16).table_VD
     spoil(llama, lambda tensors: tensors.update({"norm.weight": tensors[NORM].clone()}))

@@ -180,7 +180,11 @@ def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
     [
         (
             {"scaled": True},
-            "scales its positions (linear), which transformers does not",
+            "scales its positions (llama.rope.scaling.type), which tran",
+        ),
+        (
+            {"llama_rope_scale__linear": 4},
+            "scales its positions (llama.rope.scale_linear), which tran",
         ),
         (
             {"rope_freqs.weight": np.ones(4, np.float32)},

@@ -89,9 +89,11 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
     assert results["protocol"]["window"] == 1024
     d, d_plus, a, b, _ = results["rows"]
     assert f"D's loss is {d['val_loss']:.3f}" in text
+    each = d["tokens_seen"] / d["params_total"]
+    assert f"after {each:.1f} tokens for each of its parameters" in text
     assert d_plus["tokens_seen"] == b["tokens_seen"] == d["tokens_seen"] / 10
     assert f"is {a['compression_embedding']:.2f} times smaller than D's" in text
-    assert "the demo's toy gave other answers" in text
+    assert "the demo's toy gave other answers about D" in text
     assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
     assert verdicts("demo") != verdicts("gpt2_small_hour")[:4]
     for name in ("val", "test"):

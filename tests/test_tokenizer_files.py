@@ -19,6 +19,7 @@ from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
 from pcagpt.data.tokenizer import ASSETS, RANKS
 from pcagpt.errors import UserError
+from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run.trained import Run
 
 
@@ -96,6 +97,20 @@ def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(byte_level, tmp_
     plain = vocabulary.load(str(byte_level / "whole/tokenizer.json"))
     assert ours.encode(TEXT) == plain.encode(TEXT)
     assert ours.encode_batch([TEXT, "a"]) == plain.encode_batch([TEXT, "a"])
+    # Text that an earlier version tokenized as asked is not taken for this tokenizer's.
+    file = tmp_path / "tokenizer.json"
+    assert vocabulary.describe(str(file)).sha256 != sha256_of_file(file)
+
+
+def test_the_end_of_text_in_the_config_beside_is_part_of_the_tokenizer(
+    word_level, tmp_path
+):
+    folder, found = shutil.copytree(word_level, tmp_path / "own"), set()
+    for end in ("<s>", "</s>"):
+        text = json.dumps({"eos_token": end})
+        (folder / "tokenizer_config.json").write_text(text)
+        found.add(vocabulary.describe(str(folder / "tokenizer.json")).sha256)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(
@@ -104,7 +119,7 @@ def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(byte_level, tmp_
         (
             "parts",
             {"tokenizer_class": "Qwen2TokenizerFast"},
-            "is of a Qwen2TokenizerFa",
+            "is of Qwen2TokenizerFa",
         ),
         ("parts", {"tokenizer_class": "GPT2TokenizerFast"}, None),
         ("whole", {"tokenizer_class": "Qwen2TokenizerFast"}, None),
@@ -127,6 +142,28 @@ def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
         return
     with pytest.raises(UserError, match=f"own/.*json {words}"):
         vocabulary.load(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "ctrl"}, "is of ctrl, which cuts text in another way"),
+        ({"tokenizer_class": "CTRLTokenizer"}, "is of CTRLTokenizer, which cuts"),
+        ({"model_type": "gpt2", "x": float("inf")}, None),
+    ],
+)
+def test_a_vocabulary_of_another_kind_of_model_is_refused(
+    config, words, byte_level, tmp_path
+):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    (folder / "config.json").write_text(json.dumps(config))
+    file = str(folder / "vocab.json")
+    for read in (vocabulary.describe, vocabulary.load):
+        if words:
+            with pytest.raises(UserError, match=words):
+                read(file)
+        else:
+            assert read(file)
 
 
 def test_a_relative_path_in_a_meta_file_is_beside_it(

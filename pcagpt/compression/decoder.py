@@ -60,7 +60,7 @@ def device() -> torch.device:
 def _longest(config: Any, folder: Path) -> int | None:
     """The tokens that a model reads at a time; None if its config does not say.
 
-    UserError for a number that is none.
+    UserError for a length that is not a positive whole number.
     """
     lengths = [getattr(config, name, None) for name in _LENGTHS]
     length = next((length for length in lengths if length is not None), None)

@@ -20,6 +20,8 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.run import hugging_face
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+# How the names of fields end with which a GGUF file scales positions.
+_SCALES = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")
 _QUANTIZED = (
     "its weights are quantized ({method}), which transformers does not read here: give "
     "the model without quantization"
@@ -76,13 +78,14 @@ def open_model(folder: Path) -> Any:
 
 
 def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
-    """UserError if the model lacks a part of a module that it has, such as a bias.
+    """UserError for a stored tensor, such as a bias, that a module was built without.
 
     Tensors of other modules, such as those that see images, are only named.
     """
     parts = {
         name for name, module in model.named_modules() if hasattr(module, "weight")
     }
+    parts |= {name.removeprefix(f"{model.base_model_prefix}.") for name in parts}
     for name in unused:
         if name.rpartition(".")[0] in parts:
             raise UserError(
@@ -99,11 +102,15 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
 def _check_header(model: Any, path: Path) -> None:
     """UserError if transformers dropped a part of a GGUF file, as it does silently."""
     fields, shapes, _ = gguf_header.header(path)
-    kinds = [v for name, v in fields.items() if name.endswith(".rope.scaling.type")]
+    scaled = [
+        name
+        for name, value in fields.items()
+        if name.endswith(_SCALES) and value not in ("none", 0, 1)
+    ]
     rope = getattr(model.config, "rope_parameters", None) or {}
-    if {*kinds} - {"none"} and rope.get("rope_type", "default") == "default":
+    if scaled and rope.get("rope_type", "default") == "default":
         raise UserError(
-            f"{path} scales its positions ({kinds[0]}), which transformers does not "
+            f"{path} scales its positions ({scaled[0]}), which transformers does not "
             "read from GGUF: give the folder with its model.safetensors"
         )
     stored = sum(math.prod(shape) for shape in shapes.values())

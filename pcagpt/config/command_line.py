@@ -221,8 +221,9 @@ def _packaged(name: str) -> Path | None:
 def _load(source: str) -> ConfigDict:
     """The result of get_config() in 'FILE' or 'FILE:ARGUMENT'."""
     path, *argument = source.split(":", 1)
-    if not Path(path).is_file():  # A person's file comes first.
-        path = str(_packaged(path) or _expanded("--config", path))
+    # A person's file comes first, if its name says that it is code.
+    is_own = path.endswith(".py") and Path(path).is_file()
+    path = str((None if is_own else _packaged(path)) or _expanded("--config", path))
     if not Path(path).is_file():
         own = sorted({p.stem for folder in _CONFIGS for p in folder.glob("*.py")})
         hint = f"give a file, or one of {', '.join(own)}"

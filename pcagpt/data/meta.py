@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pcagpt.data import vocabulary
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, unreadable
 from pcagpt.files import odd_kind, refuse_odd
 from pcagpt.json_files import read_json
@@ -211,7 +212,8 @@ def _agreed_tokenizer(
 ) -> str | None:
     """The tokenizer that fits both the meta file and the request; None if unknown."""
     stated, made = meta.get("tokenizer"), meta.get("tokenizer_sha256")
-    if isinstance(stated, str) and (path.parent / stated).exists():
+    is_path = isinstance(stated, str) and stated not in RANKS
+    if is_path and (path.parent / stated).exists():
         stated = str(path.parent / stated)  # Not one in the current folder.
     # A file may have been moved since.
     is_same = asked != "auto" and made == vocabulary.describe(asked).sha256

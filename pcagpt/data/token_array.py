@@ -34,7 +34,8 @@ class TokenArray:
         return self._length
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, _ = part.indices(self._length)
+        start, stop, step = part.indices(self._length)
+        assert step == 1, "a slice of a token file takes every id"
         ids = np.empty(max(stop - start, 0), self.dtype)
         left, offset = memoryview(ids).cast("B"), start * self.dtype.itemsize
         while left:  # One call reads at most 2 GiB.

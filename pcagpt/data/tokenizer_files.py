@@ -35,6 +35,8 @@ _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
 )
+# How `model_type` of models begins whose vocab.json is not cut as GPT-2's.
+_OTHER_CUTS = ("biogpt", "clip", "ctrl", "flaubert", "openai-gpt", "qwen", "xlm")
 # Rank files of OpenAI's whose patterns are not GPT-2's.
 _OTHER_PATTERNS = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -120,13 +122,17 @@ def describe(file: Path) -> Numbering:
         return Numbering(len(fields.tokens), fields.sha256)
     sha256 = sha256_of_file(file)
     if file.name == VOCAB:
+        _check_kind(file)
         pair = sha256 + sha256_of_file(file.with_name(MERGES))
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.suffix == RANK_ENDING:
         return Numbering(_ranks(file)[1], sha256)
     if END_OF_TEXT not in _id_of_text(file):  # Another file names what ends documents.
-        pair = f"{sha256} {_end_in_config(file.parent)}"
+        pair = f"{sha256} {_end_in_config(file)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
+    if file.name == WHOLE and _changes_texts(file):
+        # Versions that did what it asks for made other tokens of a text.
+        sha256 = hashlib.sha256(f"{sha256} whole texts".encode()).hexdigest()
     size = max(_id_of_text(file).values()) + 1
     return Numbering(size, sha256, _added_from(file, size))
 
@@ -174,6 +180,8 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
         ) from None
     if file.suffix == gguf_header.ENDING:
         return _of_gguf(file)
+    if file.name == VOCAB:
+        _check_kind(file)
     with _naming(file):
         made = _byte_level(tokenizers, file) if file.name == VOCAB else None
         made = made or tokenizers.Tokenizer.from_file(str(file))
@@ -215,13 +223,7 @@ def _of_gguf(file: Path) -> FileTokenizer:
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:
-    """GPT-2's kind of tokenizer with another vocabulary; UserError for another kind."""
-    stated = _config_beside(file).get("tokenizer_class")
-    if stated and str(stated).removesuffix("Fast") != "GPT2Tokenizer":
-        raise UserError(
-            f"{file} is of a {stated}, which cuts text in another way than GPT-2: "
-            f"{_SAVE_WHOLE}"
-        )
+    """GPT-2's kind of tokenizer with another vocabulary."""
     merges = str(file.with_name(MERGES))
     model = tokenizers.models.BPE.from_file(str(file), merges)
     made = tokenizers.Tokenizer(model)
@@ -235,6 +237,30 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
 def _config_beside(file: Path) -> dict[str, Any]:
     """The tokenizer_config.json beside a file; empty without one."""
     return read_json(file.with_name("tokenizer_config.json"), _DAMAGED) or {}
+
+
+def _check_kind(vocab: Path) -> None:
+    """UserError if a vocab.json is for another way to cut text than GPT-2's."""
+    model = read_json(vocab.with_name("config.json"), _DAMAGED, True) or {}
+    own, of_model = (
+        one.get("tokenizer_class") for one in (_config_beside(vocab), model)
+    )
+    kind, cut = own or of_model, str(model.get("model_type"))
+    is_gpt2 = str(kind).removesuffix("Fast") == "GPT2Tokenizer"
+    if not is_gpt2 and (kind or cut.startswith(_OTHER_CUTS)):
+        raise UserError(
+            f"{vocab} is of {kind or cut}, which cuts text in another way than GPT-2: "
+            f"{_SAVE_WHOLE}"
+        )
+
+
+@read_once
+def _changes_texts(whole: Path) -> bool:
+    """Whether a tokenizer.json asks to cut off, fill up or vary texts."""
+    content = read_json(whole, _DAMAGED) or {}
+    model = content.get("model")
+    has_dropout = isinstance(model, dict) and model.get("dropout")
+    return bool(content.get("truncation") or content.get("padding") or has_dropout)
 
 
 def _check_added(file: Path, id_of_text: Mapping[str, int]) -> None:

@@ -16,8 +16,8 @@ from pcagpt.run import hugging_face_files
 def for_causal_lm(source: Source) -> tuple[str, dict[str, np.ndarray]]:
     """(class of the model with a head, {name: array} of tensors that it also asks for).
 
-    These are stored under another name that the model ties to theirs; such a folder
-    ties nothing. UserError if the model would have weights that are not there:
+    The model ties these to stored tensors. An hf-factored folder ties nothing, so it
+    stores them, too. UserError if the model would have weights that are not there:
     transformers renames and merges weights (experts) by `model_type`, and such a folder
     has one of its own, so that what is not stored under its name would be random.
     """

@@ -17,7 +17,7 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     """{'corpus', 'split', 'tokens', 'window', 'loss', 'added', 'interval'} of each.
 
     'added' and 'interval' are None unless it compares the table with the original's.
-    'is_first' is True, or absent: only the first tokens of the split are predicted.
+    'is_first': True if only the first tokens are predicted, otherwise absent.
     Corpora of the same name are told apart by the hash of their tokens. A sweep and an
     evaluation of the same tokens in windows of one length are one entry. A file that
     cannot be read is left out, with a warning.
@@ -53,7 +53,7 @@ def _warned() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        warn_once(f"the model card lacks what a file holds: {error}")
+        warn_once(f"left out of the model card: {error}")
 
 
 def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:

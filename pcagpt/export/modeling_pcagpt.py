@@ -166,7 +166,7 @@ class CompressedHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """No values, in the type of the table: Mamba asks its head for that."""
+        """An empty tensor of the table's dtype, which Mamba reads from its head."""
         band = self._tied[0].bands[0]
         return (band.scales if self._tied[0].shared else band.wte).new_empty(0)
 

@@ -333,7 +333,7 @@ QUESTIONS_ASKED = [
     Column("Own tokens", "training tokens of both, without D's", _both("tokens")),
     Column(
         "Reached after",
-        "own tokens of the first arm when its loss was the last loss of the second",
+        "own tokens of the first arm when it reached the last loss of the second",
         _of("tokens_to_match"),
     ),
 ]

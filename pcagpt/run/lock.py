@@ -71,7 +71,7 @@ class Lock:
             raise UserError(
                 f"stopped, because the lock {self._own} is gone: this process stood "
                 "still for minutes and another command took over, or the folder was "
-                "removed; the same command goes on from what is saved"
+                "removed; what was saved before is kept"
             )
 
     def release(self) -> None:

@@ -16,7 +16,10 @@ from pcagpt.json_files import read_json
 from pcagpt.run import hugging_face
 
 IN_GGUF = " in GGUF"  # ends the architecture of a model in such a file
-_REMEDY = "restore it, or download the model again"
+_REMEDY = (
+    "restore it, or download the model again; if it has Infinity, open and save the "
+    "model once with transformers, which writes it as JSON"
+)
 # Names of the table's width in architectures; where two are there, the first is.
 _WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")

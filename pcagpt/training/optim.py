@@ -22,8 +22,8 @@ DECAY_RULES = (
 def learning_rate_schedule(train: TrainSettings) -> optax.Schedule:
     """Update number (from 0) -> learning rate.
 
-    The warm-up is linear, over n = min(warmup_steps, steps - 1) updates; the first has
-    the peak / n. Linear and cosine schedules reach the
+    The warm-up is linear, over n = min(warmup_steps, steps - 1) updates; the first uses
+    peak / n. Linear and cosine schedules reach the
     final share at the last update. A run that is shorter than its warm-up ends at the
     peak.
     """
