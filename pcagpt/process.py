@@ -35,7 +35,7 @@ INTERRUPTED = {  # by whether the task resumes
 }
 _OTHERS_ENDED = (
     "another process of this run ended or cannot be reached{}, so this one ends: "
-    "run the same command again; it continues from what is saved, if anything is"
+    "run the same command again; if it can, it continues from what is saved"
 )
 _LOGGED = "2"  # TF_CPP_MIN_LOG_LEVEL: errors and aborts
 
