@@ -20,7 +20,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.run import hugging_face
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
-# How the names of fields end with which a GGUF file scales positions.
+# A GGUF file scales positions by fields with these endings.
 _SCALES = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")
 _QUANTIZED = (
     "its weights are quantized ({method}), which transformers does not read here: give "
@@ -90,7 +90,7 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
         if name.rpartition(".")[0] in parts:
             raise UserError(
                 f"{folder} has the tensor {name}, which the model of its config.json "
-                "does not use, so its numbers would be others: correct config.json"
+                "does not use, so its losses would be wrong: correct config.json"
             )
     if unused:
         warn_once(
@@ -100,7 +100,7 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
 
 
 def _check_header(model: Any, path: Path) -> None:
-    """UserError if transformers dropped a part of a GGUF file, as it does silently."""
+    """UserError if transformers silently dropped a part of a GGUF file."""
     fields, shapes, _ = gguf_header.header(path)
     scaled = [
         name
@@ -117,7 +117,7 @@ def _check_header(model: Any, path: Path) -> None:
     if stored > sum(parameter.numel() for parameter in model.parameters()):
         raise UserError(
             f"{path} has tensors that transformers does not read from GGUF, so its "
-            "numbers would be others: give the folder with its model.safetensors"
+            "losses would be wrong: give the folder with its model.safetensors"
         )
 
 

@@ -185,7 +185,7 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
     with _naming(file):
         made = _byte_level(tokenizers, file) if file.name == VOCAB else None
         made = made or tokenizers.Tokenizer.from_file(str(file))
-        # What a file can ask for, and what would change the tokens of a text.
+        # A file can ask for these; they would change the tokens of a text.
         made.no_truncation()
         made.no_padding()
         if getattr(made.model, "dropout", None):
