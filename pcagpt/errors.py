@@ -46,6 +46,13 @@ def shown(value: object) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
+def reason_of(error: BaseException) -> str:
+    """What another program says in an error, as one short line."""
+    text = " ".join(str(error).split())[:200]
+    # The text of a KeyError is only the key.
+    return text if text and not isinstance(error, KeyError) else repr(error)
+
+
 _PLACE = "--config.workdir"  # names the place of most files
 # What a person can do about an error of the system.
 _REMEDIES = {

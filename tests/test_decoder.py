@@ -365,7 +365,10 @@ SPOILT = {
     ),
     "big_tokenizer": (big_tokenizer, "its tokenizer has 98 tokens, but its table 97"),
     "code": (write_code, "transformers cannot open"),
-    "not_whole_sizes": (set_config(num_attention_heads=5), "theirs"),
+    "not_whole_sizes": (
+        set_config(num_attention_heads=5),
+        "is not a multiple of the number of attention heads",
+    ),
     "unknown": (set_config(model_type="unheard"), "transformers cannot open"),
     "encoder": (set_config(model_type="t5"), "transformers cannot open"),
 }

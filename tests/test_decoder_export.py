@@ -314,6 +314,19 @@ def test_a_config_with_an_infinite_number_is_read(tmp_path):
 ODD = {
     "unknown": ({"model_type": "odd"}, "transformers has no LlamaForCausalLM, so that"),
     "no_decoder": ({"model_type": "vit"}, "transformers has no LlamaForCausalLM, so"),
+    "heads": (
+        {"model_type": "llama", **SIZES, "num_attention_heads": 5},
+        "transformers makes no .* not a multiple of the number of attention heads",
+    ),
+    "gpt2": (
+        {"model_type": "gpt2", "n_embd": 30, "n_head": 4},
+        "transformers makes no .* must be divisible by num_heads",
+    ),
+    "activation": (
+        {"model_type": "llama", **SIZES, "hidden_act": "odd"},
+        r"transformers makes no .*KeyError\('odd'\)",
+    ),
+    "no_type": ({}, "transformers makes no .* Should have a `model_type` key"),
     "part": (
         {"model_type": "llama4", "text_config": SIZES},
         "a Llama4ForCausalLM is only a part of what config.json describes, so that",

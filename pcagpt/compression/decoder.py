@@ -25,7 +25,7 @@ from torch.utils import checkpoint
 from pcagpt.compression.open_decoder import open_model, tables_of
 from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, reason_of
 from pcagpt.factorization import Statistics
 from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
@@ -361,10 +361,9 @@ class Decoder:
             raise
         # Architectures differ in what they take, and fail in many ways.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0][:120]
             raise UserError(
                 f"{self.folder}: {name} does not compute logits from embedded tokens "
-                f"as other decoders do ({reason}); it cannot be measured"
+                f"as other decoders do ({reason_of(error)}); it cannot be measured"
             ) from None
         if not is_product:
             raise UserError(

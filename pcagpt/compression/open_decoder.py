@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 
 from pcagpt.data import gguf_header
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
@@ -57,8 +57,9 @@ def open_model(folder: Path) -> Any:
         raise
     # The package and what it calls raise errors of many types for damaged files.
     except Exception as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"transformers cannot open {folder}: {line}") from None
+        raise UserError(
+            f"transformers cannot open {folder}: {reason_of(error)}"
+        ) from None
     # It would go on with random numbers.
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, reason_of
 from pcagpt.export.source import Source
 from pcagpt.run import hugging_face_files
 
@@ -22,19 +22,28 @@ def for_causal_lm(source: Source) -> tuple[str, dict[str, np.ndarray]]:
     has one of its own, so that what is not stored under its name would be random.
     """
     remedy = f"hf-factored cannot hold {source.folder}: give --config.format=hf"
+    fields, problem = source.config(), None
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # no values
         # Only its own loader reads all that a config.json may hold.
-        hugging_face_files.write_config(Path(folder), source.config())
+        hugging_face_files.write_config(Path(folder), fields)
         options = {"trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, **options
             )
             model = transformers.AutoModelForCausalLM.from_config(config, **options)
-        except (ValueError, KeyError):
-            model = None
-    if model is None:
-        raise UserError(f"transformers has no {source.architecture}, so that {remedy}")
+        except MemoryError:
+            raise
+        # The package and what it calls raise errors of many types for odd configs.
+        except Exception as error:
+            problem = f"transformers has no {source.architecture}"
+            if _is_known(fields.get("model_type")):
+                problem = (
+                    f"transformers makes no {source.architecture} of its config.json "
+                    f"({reason_of(error)})"
+                )
+    if problem:
+        raise UserError(f"{problem}, so that {remedy}")
     if not isinstance(config, type(model).config_class):
         raise UserError(
             f"a {type(model).__name__} is only a part of what config.json describes, "
@@ -58,6 +67,17 @@ def for_causal_lm(source: Source) -> tuple[str, dict[str, np.ndarray]]:
             )
         tied[name] = arrays[stored[0]]
     return type(model).__name__, tied
+
+
+def _is_known(kind: object) -> bool:
+    """Whether transformers has a language model of this `model_type`, or it has none.
+
+    For a config.json without one, it says so itself.
+    """
+    if not isinstance(kind, str):
+        return True
+    configs = transformers.CONFIG_MAPPING
+    return kind in configs and configs[kind] in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _other_names(model: transformers.PreTrainedModel, name: str) -> Iterator[str]:
