@@ -17,12 +17,16 @@ REMEDY = "delete it to measure again"
 
 
 class MeasuredOn(TypedDict):
-    """Fields of 'protocol' and 'measured_on' that tell which tokens were predicted."""
+    """Fields of 'protocol' and 'measured_on' that tell which tokens were predicted.
+
+    evaluated_tokens: only if they are the first of the split, and not all.
+    """
 
     corpus: str | None
     split: str | None
     window: int | None
     tokens_predicted: int | None
+    evaluated_tokens: int | None
     tokens_sha256: str | None
 
 

@@ -32,7 +32,7 @@ from pcagpt.export.measured import measured
 from pcagpt.export.model_card import model_card
 from pcagpt.export.source import open_source
 from pcagpt.factorization import factor_files
-from pcagpt.json_files import write_json
+from pcagpt.json_files import read_json, write_json
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.methods import CODES
 from pcagpt.model import GPT
@@ -690,10 +690,25 @@ def test_a_sweep_and_an_evaluation_of_one_text_are_one_line_of_a_model_card(
     assert ("of the first N tokens of the split" in card) == bool(limit)
     assert ("All tokens of the split except the first" in card) != bool(limit)
     assert (f"| first {limit} |" in card) == bool(limit)
-    # An evaluation alone is told by the name of its file.
-    (folder_of(asked) / "sweep.json").unlink()
+    # A sweep of an older version does not say which tokens it is of.
+    path = folder_of(asked) / "sweep.json"
+    write_json(path, read_json(path, "") | {"measured_on": None})
+    assert measured(source, asked.workdir) == [found]
+    # An evaluation alone says so itself, whatever the names of file and corpus.
+    path.unlink()
+    (file,) = place.glob("evaluation_*.json")
+    corpus = "a" if limit else f"a_first{found['tokens']}_step"
+    file = file.rename(place / f"evaluation_{corpus}_val_step0.json")
     (alone,) = measured(source, asked.workdir)
     assert alone.get("is_first", False) == bool(limit)
+    if limit:  # Older versions say it only in the name.
+        content = read_json(file, "")
+        del content["protocol"]["evaluated_tokens"]
+        file.unlink()
+        write_json(
+            place / f"evaluation_c_val_first{limit}_step0_0a1b2c3d.json", content
+        )
+        assert measured(source, asked.workdir) == [alone]
 
 
 def test_a_compressed_model_is_not_compressed_again(asked):

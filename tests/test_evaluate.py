@@ -323,6 +323,8 @@ def test_max_tokens_predicts_the_first_tokens_and_writes_a_file_of_its_own(asked
     config = asked(**{"evaluate.max_tokens": 48})  # Three windows.
     run_dir, found = Path(config.model_path), evaluate(config)
     assert found["tokens_predicted"] == found["protocol"]["tokens_predicted"] == 48
+    assert found["protocol"]["evaluated_tokens"] == 48
+    assert "evaluated_tokens" not in evaluate(asked())["protocol"]
     losses, targets = np.load(run_dir / "val_window_losses.npy")[:3].sum(axis=0)
     assert (found["loss"], targets) == (pytest.approx(losses / 48, rel=1e-6), 48)
     assert found["loss"] != evaluate(asked())["loss"]

@@ -1,6 +1,8 @@
 """What was measured on a model, for its model card."""
 
 import contextlib
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,9 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
     'added' and 'interval' are None unless it compares the table with the original's.
     'is_first': True if only the first tokens are predicted, otherwise absent.
     Corpora of the same name are told apart by the hash of their tokens. A sweep and an
-    evaluation of the same tokens in windows of one length are one entry. A file that
-    cannot be read is left out, with a warning.
+    evaluation of the same tokens in windows of one length are one entry; a sweep of an
+    older version, which lacks the hash, is told by its loss. A file that cannot be read
+    is left out, with a warning.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
@@ -28,7 +31,7 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
         if None in (known["corpus"], known["split"]):  # Nobody knows what it was.
             continue
         names = ("corpus", "split", "tokens_predicted", "tokens_sha256", "window")
-        key = tuple(known.get(name) for name in names)
+        key = _same_text(tuple(known.get(name) for name in names), numbers, found)
         cut = {"is_first": True} if known.get("evaluated_tokens") else {}
         found[key] = numbers | cut | found.get(key, {})
     others = Counter(text[:2] for text in {(*key[:2], key[3]) for key in found})
@@ -45,6 +48,19 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
         }
         for (corpus, split, count, sha256, window), numbers in found.items()
     ]
+
+
+def _same_text(key: tuple, numbers: dict, found: dict[tuple, dict]) -> tuple:
+    """The key of the measurement that a key without a hash belongs to, or the key."""
+    corpus, split, count, sha256, window = key
+    for other, at in found.items():
+        is_alike = (corpus, split, window) == (*other[:2], other[4])
+        losses = numbers["loss"], at["loss"]
+        is_alike &= not sha256 and count in (None, other[2]) and None not in losses
+        # No other text has the same mean loss to so many digits.
+        if is_alike and math.isclose(*losses, rel_tol=1e-5):
+            return other
+    return key
 
 
 @contextlib.contextmanager
@@ -71,9 +87,12 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
             found = read_json(path, REMEDY) or {}
             fields = {"protocol": MeasuredOn | None, "loss": float | None}
             check_fields(found, fields, path, REMEDY)
-            tokens = (found.get("protocol") or {}).get("tokens_predicted")
-            if f"_first{tokens}_step" in path.name:  # As `evaluate` names it.
-                found["protocol"]["evaluated_tokens"] = tokens
+            protocol = found.get("protocol") or {}
+            tokens = protocol.get("tokens_predicted")
+            # Older versions say it only in the name that `evaluate` gave the file.
+            ending = rf"_{protocol.get('split')}_first{tokens}_step\d+(_\w{{8}})?"
+            if re.search(f"{ending}$", path.stem):
+                protocol["evaluated_tokens"] = tokens
             files.append(found)
     for one in files:
         protocol = one.get("protocol")

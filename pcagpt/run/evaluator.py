@@ -97,6 +97,8 @@ class Evaluator:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             "tokens_sha256": corpus.tokens_sha256(split),
         }
+        if self.batches.is_cut:  # As in the protocol of a sweep.
+            self.protocol["evaluated_tokens"] = self.batches.target_count
 
     @functools.cached_property
     def _text(self) -> TextSize | None:
