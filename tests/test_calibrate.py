@@ -117,6 +117,7 @@ def test_a_model_that_takes_parts_of_batches_reads_no_more_text_than_asked(
     calibrate.statistics(
         *(original.run, original.corpus, measure, tmp_path / "kept"),
         compute_dtype="float32",
+        tables=lambda: [original.table_VD],
         **how,
     )
     assert [len(part_BT) for part_BT in read] == sizes

@@ -260,6 +260,17 @@ def test_with_statistics_the_tables_are_those_of_a_sweep_of_the_model(
         assert (found.bytes, found.table_sha256) == (row.bytes, row.table_sha256)
         estimate = row.second_order_head + row.second_order_input
         assert found.estimated_loss == pytest.approx(estimate, rel=1e-9)
+    unsure = "Their file does not say which table they are of"
+    report = (tmp_path / "runs/compressed_table/report.md").read_text()
+    assert "not checked" not in outcome.out and unsure not in report
+    # The table of another model of the same shape, here of an earlier step.
+    np.save(tmp_path / "table.npy", Run.open(run.folder / "ckpt/3").table())
+    factorize = f"--config={CONFIGS / 'factorize.py'}", "--config.ranks=4"
+    factorize += "--config.factorize.method=context", f"--config.workdir={tmp_path}"
+    named = f"--config.model_path={tmp_path / 'table.npy'}"
+    for ask in (asked(tmp_path / "table.npy", *words), (*factorize, named)):
+        line = refusal(*ask, "--config.overwrite=True", unchanged=[tmp_path])
+        assert "table.statistics.npz has statistics of another table (" in line
 
 
 def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):
@@ -280,6 +291,7 @@ def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):
     assert "best for their bytes, by the estimate:" in outcome.out
     text = (folder_of(table) / "report.md").read_text()
     assert "**No loss was measured**" in text
+    assert "Their file does not say which table they are of" in text
     assert "| Energy kept | Estimate |" in text
     finding = text.split("## Finding")[1].split("\n- **")[0]
     assert "The relative error and the energy count all tokens" in finding

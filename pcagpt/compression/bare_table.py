@@ -24,7 +24,8 @@ class BareTable:
     """What `advise.find` and `table_sweep` compress in place of an `Original`.
 
     table_VD: [V, D] float32; statistics: of its model, None if they are not known:
-    every error of every row then counts alike; label: of its progress.
+    every error of every row then counts alike; label: of its progress; is_checked:
+    whether the statistics are known to be of this table.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class BareTable:
         statistics: Statistics | None = None,
         singular_value_split: float = 0.0,
         label: str = "a table",
+        is_checked: bool = False,
     ):
         self.table_VD, self.statistics, self.label = table_VD, statistics, label
-        self._split = singular_value_split
+        self._split, self.is_checked = singular_value_split, is_checked
 
     @classmethod
     def read(cls, path: Path, singular_value_split: float = 0.0) -> Self:
@@ -45,11 +47,11 @@ class BareTable:
         """
         table_VD = factor_files.read_table(path)
         factor_files.check_rows_differ(table_VD, path)
-        statistics, beside = None, calibrate.beside(path)
+        known, beside = (None, False), calibrate.beside(path)
         if beside.exists():
-            statistics = calibrate.read(beside)
-            calibrate.check_shape(statistics, beside, table_VD.shape, path)
-        return cls(table_VD, statistics, singular_value_split, path.name)
+            known = calibrate.read_for(beside, table_VD, path)
+        statistics, is_checked = known
+        return cls(table_VD, statistics, singular_value_split, path.name, is_checked)
 
     @functools.cached_property
     def compressor(self) -> Compressor:

@@ -200,8 +200,15 @@ class Original:
             window=self.model.window,
             part=self.model.part,
             compute_dtype=self.model.compute_dtype,
+            tables=self._tables,
             **self.calibration,
         )
+
+    def _tables(self) -> list[np.ndarray]:
+        """The table of each side, [V, D]."""
+        model = self.model
+        found = [model.of_side(side).table_VD for side in model.sides]
+        return found or [self.table_VD]
 
     @functools.cached_property
     def compressor(self) -> Compressor:

@@ -74,6 +74,7 @@ def compress_table(settings: Settings, command: str) -> None:
             "source": str(source),
             **provenance.summary(1),
             "protocol": table.protocol,
+            "statistics_are_checked": table.is_checked,
         }
         output, lines = Output(folder, heading, check_lock, "errors.json"), []
         if options.bounds:
@@ -118,4 +119,5 @@ def _open(settings: Settings) -> tuple[BareTable, list[str]]:
 
 
 def _lacking(table: BareTable, path: Path) -> str:
-    return lacking_line(None if table.statistics else calibrate.beside(path))
+    lacking = None if table.statistics else calibrate.beside(path)
+    return lacking_line(lacking, table.is_checked)

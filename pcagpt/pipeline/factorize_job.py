@@ -216,9 +216,11 @@ class FactorizeJob(Job):
                     f"ranks holds {rank}: the table of {self.source} is {shape}, so "
                     f"its rank is at most {min(shape)}"
                 )
-        self._given_statistics(shape)
+        table_VD = None
         if self._is_bare_table:  # The weights of a run are read later.
             table_VD = factor_files.read_table(self.source)
+        self._given_statistics(shape, table_VD)
+        if table_VD is not None:
             factor_files.check_rows_differ(table_VD, self.source)
 
     def _shape(self) -> tuple[int, ...]:
@@ -279,7 +281,7 @@ class FactorizeJob(Job):
         raises UserError if nothing may be written.
         """
         table_VD = run.table() if run else factor_files.read_table(self.source)
-        statistics = measured or self._given_statistics(table_VD.shape)
+        statistics = measured or self._given_statistics(table_VD.shape, table_VD)
         print(f"factorizing {self.source}, {self.amount}", flush=True)
         chosen, (vocab_size, width) = self.settings.factorize, table_VD.shape
         make = Factorizer(
@@ -345,16 +347,20 @@ class FactorizeJob(Job):
             compute_dtype=model.config.compute_dtype,
             tokens=self._calibration_tokens,
             batch_size=batch_size,
+            tables=lambda: [run.table()],
         )
 
-    def _given_statistics(self, shape: tuple[int, ...]) -> Statistics | None:
+    def _given_statistics(
+        self, shape: tuple[int, ...], table_VD: np.ndarray | None
+    ) -> Statistics | None:
         """Statistics from a file; None if not needed, UserError if they do not fit."""
         path = self._statistics_path
         if path is None:
             return None
         try:
-            run = None if self._is_bare_table else Run.open(self.source)
-            statistics = calibrate.read(path, run)
+            if self._is_bare_table:
+                return calibrate.read_for(path, table_VD, self.source)[0]
+            statistics = calibrate.read(path, Run.open(self.source))
         except UserError as error:
             raise UserError(
                 f"factorize.method is '{self.settings.factorize.method}', which needs "

@@ -100,14 +100,16 @@ def table_text(row: ErrorRow, table: tuple[int, int]) -> str:
     return f"{size_text(row, table)}\n{errors_text(row)}"
 
 
-def lacking_line(statistics: Path | None) -> str:
+def lacking_line(statistics: Path | None, is_checked: bool) -> str:
     """What was not measured of a bare table, and what that needs.
 
     `statistics` is where those of the model would have to be, None if they are there.
+    `is_checked`: whether they are known to be of this table.
     """
     loss = "not measured: loss, which needs the model itself as model_path"
     if statistics is None:
-        return f"{loss}; not checked: whether the statistics are of this table's model"
+        unknown = "not checked: whether the statistics are of this table's model"
+        return loss if is_checked else f"{loss}; {unknown}"
     needing = ", ".join(name for name in METHODS if name not in FREE)
     return f"{loss}; not tried: {needing}, which need its statistics as {statistics}"
 

@@ -22,6 +22,7 @@ from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
 from pcagpt.errors import UserError, shown
 from pcagpt.factorization import Statistics
+from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.json_files import parse_json
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
@@ -39,6 +40,7 @@ _SHAPES = {
 }
 SEED = 0  # of the order of the calibration text
 SHARES_AGREE = 0.01  # largest distance of the sum of all shares from 1
+_TABLES = "tables_sha256"  # in the protocol of a file
 LARGEST = 1e18  # Hidden states and gradients of a model that works are far below.
 
 
@@ -126,6 +128,7 @@ def statistics(
     compute_dtype: str,
     tokens: int,
     batch_size: int,
+    tables: Callable[[], Iterable[np.ndarray]],
     part: int = 0,
 ) -> Statistics:
     """Statistics of a run with a full table; cached in a folder, mostly the run's own.
@@ -142,6 +145,7 @@ def statistics(
       compute_dtype: the model's.
       tokens: length of the calibration text, rounded up to what `measure` can take.
       batch_size: windows of a batch. `SEED` decides the order of the windows.
+      tables: makes the model's tables, float32 [V, D]; the file has their hashes.
       part: windows that `measure` gets at a time; the last part of a batch may have
         fewer. 0: `measure` takes whole batches only.
     """
@@ -180,7 +184,8 @@ def statistics(
         text = json.dumps(protocol, sort_keys=True).encode()
         digest = hashlib.sha256(text).hexdigest()
         path = folder / f"statistics_step{run.step}_{digest[:8]}.npz"
-        run.keep_result(path, lambda path: write(path, found, protocol))
+        of_tables = {_TABLES: list(map(sha256_of_arrays, tables()))}
+        run.keep_result(path, lambda path: write(path, found, protocol | of_tables))
     return found
 
 
@@ -191,6 +196,7 @@ def _known(run: Run, folder: Path, protocol: dict[str, Any]) -> str | None:
             _, measured = _read(path)
         except UserError:
             continue
+        measured.pop(_TABLES, None)  # Files of older versions do not say.
         own = measured | {"checkpoint": protocol["checkpoint"]}
         if own == protocol and run.is_at(measured.get("checkpoint")):
             return path.name
@@ -222,6 +228,28 @@ def read(path: Path, run: Run | None = None) -> Statistics:
 def beside(table: Path) -> Path:
     """The file that holds the statistics of a bare table's model, if it is there."""
     return table.with_suffix(".statistics.npz")
+
+
+def read_for(
+    path: Path, table_VD: np.ndarray, source: object
+) -> tuple[Statistics, bool]:
+    """(statistics for the bare table of a source, whether they are known to be of it).
+
+    Raises UserError as `read` does, and if they are of another table. Files of older
+    versions tell only its shape.
+    """
+    statistics, protocol = _read(path)
+    check_shape(statistics, path, table_VD.shape, source)
+    own, known = sha256_of_arrays(table_VD), protocol.get(_TABLES)
+    if not isinstance(known, list):
+        return statistics, False
+    if own not in known:
+        raise UserError(
+            f"{path} has statistics of another table ({shown(', '.join(known))}) than "
+            f"the one in {source} ({shown(own)}): give the statistics of this table, "
+            "or the table in float32 as the model has it"
+        )
+    return statistics, True
 
 
 def check_shape(
