@@ -113,6 +113,9 @@ def test_the_end_of_text_in_the_config_beside_is_part_of_the_tokenizer(
     assert len(found) == 2
 
 
+PARTS = ("whole", "parts")
+
+
 @pytest.mark.parametrize(
     ("name", "beside", "words"),
     [
@@ -129,6 +132,13 @@ def test_the_end_of_text_in_the_config_beside_is_part_of_the_tokenizer(
             "lacks the tok",
         ),
         ("whole", {"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}}}, None),
+        (
+            "whole",
+            {"added_tokens_decoder": {"7": {"content": "<|endoftext|>"}}},
+            r"has the token <\|endoftext\|> as 0, and tokenizer_config.json as 7: save",
+        ),
+        *((name, {"add_prefix_space": True}, "puts no space") for name in PARTS),
+        *((name, {"add_prefix_space": False}, None) for name in PARTS),
     ],
 )
 def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
@@ -142,6 +152,32 @@ def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
         return
     with pytest.raises(UserError, match=f"own/.*json {words}"):
         vocabulary.load(file)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_added_tokens_beside_a_tokenizer_must_be_in_it(name, byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / name, tmp_path / "own")
+    file = vocabulary.in_folder(folder)
+    for added, words in (
+        ({"<|endoftext|>": 0}, None),
+        ({"<|endoftext|>": 7}, r"as 0, and added_tokens.json as 7"),
+        ({"<new>": 300}, "lacks the token <new>, which added_tokens.json adds"),
+    ):
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+        if not words:
+            assert vocabulary.load(file).encode(TEXT)
+            continue
+        with pytest.raises(UserError, match=words):
+            vocabulary.load(file)
+
+
+def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(tmp_path):
+    vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
+    (tmp_path / "vocab.json").write_text(vocab)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(UserError, match="no space before a text, unlike tokenizer_c"):
+        vocabulary.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(

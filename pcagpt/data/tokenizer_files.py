@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pcagpt.file_hashes import read_once, sha256_of_file
 from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them
 RANK_ENDING = ".tiktoken"
 _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
@@ -137,12 +138,18 @@ def describe(file: Path) -> Numbering:
     return Numbering(size, sha256, _added_from(file, size))
 
 
-@read_once
 def known_name(file: Path) -> str | None:
     """The name in RANKS of the same tokenizer; None without one.
 
     Raises UserError if the file is damaged.
     """
+    name = _name_by_content(file)
+    return None if name and _disagreement(file) else name  # `load` refuses it.
+
+
+@read_once
+def _name_by_content(file: Path) -> str | None:
+    """As `known_name`, whatever is beside the file."""
     if file.suffix == RANK_ENDING:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
@@ -191,7 +198,8 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
         if getattr(made.model, "dropout", None):
             made.model.dropout = None
     id_of_text = _id_of_text(file)
-    _check_added(file, id_of_text)
+    if problem := _disagreement(file):
+        raise UserError(f"{file} {problem}: {_SAVE_WHOLE}")
     texts = (END_OF_TEXT, _end_in_config(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
     return FileTokenizer(file, made, max(id_of_text.values()) + 1, next(ends, None))
@@ -236,7 +244,7 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
 
 def _config_beside(file: Path) -> dict[str, Any]:
     """The tokenizer_config.json beside a file; empty without one."""
-    return read_json(file.with_name("tokenizer_config.json"), _DAMAGED) or {}
+    return read_json(file.with_name(_CONFIG), _DAMAGED) or {}
 
 
 def _check_kind(vocab: Path) -> None:
@@ -263,16 +271,47 @@ def _changes_texts(whole: Path) -> bool:
     return bool(content.get("truncation") or content.get("padding") or has_dropout)
 
 
-def _check_added(file: Path, id_of_text: Mapping[str, int]) -> None:
-    """UserError if tokenizer_config.json adds a token that the tokenizer lacks."""
-    added = _config_beside(file).get("added_tokens_decoder")
-    for one in added.values() if isinstance(added, dict) else ():
-        text = one.get("content") if isinstance(one, dict) else None
-        if isinstance(text, str) and text not in id_of_text:
-            raise UserError(
-                f"{file} lacks the token {text}, which tokenizer_config.json adds: "
-                f"{_SAVE_WHOLE}"
-            )
+def _disagreement(file: Path) -> str | None:
+    """What the files beside a tokenizer say in another way than it; None if nothing.
+
+    transformers follows them. They may add tokens or a space before each text.
+    """
+    if file.name not in (WHOLE, VOCAB):
+        return None
+    config, id_of_text = _config_beside(file), _id_of_text(file)
+    decoder = config.get("added_tokens_decoder")
+    stated = [
+        (one.get("content"), number, _CONFIG)
+        for number, one in (decoder if isinstance(decoder, dict) else {}).items()
+        if isinstance(one, dict)
+    ]
+    added = read_json(file.with_name(_ADDED), _DAMAGED) or {}
+    stated += [(text, str(number), _ADDED) for text, number in added.items()]
+    for text, number, place in stated:
+        if not isinstance(text, str):
+            continue
+        if text not in id_of_text:
+            return f"lacks the token {text}, which {place} adds"
+        if str(own := id_of_text[text]) != number:
+            return f"has the token {text} as {own}, and {place} as {number}"
+    stated, own = config.get("add_prefix_space"), _adds_space(file)
+    if isinstance(stated, bool) and own == (not stated):
+        return f"puts {'a' if own else 'no'} space before a text, unlike {_CONFIG}"
+    return None
+
+
+@read_once
+def _adds_space(file: Path) -> bool | None:
+    """Whether GPT-2's way to cut puts a space before a text; None of another way."""
+    if file.name == VOCAB:
+        return False
+    cut = (read_json(file, _DAMAGED) or {}).get("pre_tokenizer")
+    cut = cut if isinstance(cut, dict) else {}
+    parts = cut.get("pretokenizers")
+    for part in parts if isinstance(parts, list) else [cut]:
+        if isinstance(part, dict) and part.get("type") == "ByteLevel":
+            return part.get("add_prefix_space")
+    return None
 
 
 def _end_in_config(file: Path) -> str | None:
