@@ -374,6 +374,17 @@ SPOILT = {
 }
 
 
+def test_experts_of_integers_which_are_merged_are_refused(tmp_path):
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    config = transformers.MixtralConfig(**sizes, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    Decoder(tmp_path, 16)
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    spoil(tmp_path, lambda t: t.update({expert: t[expert].to(torch.int8)}))
+    with pytest.raises(UserError, match=r"weights are quantized \(I8\)"):
+        Decoder(tmp_path, 16)
+
+
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_a_folder_that_is_not_a_whole_model_is_refused(
     spoilt, llama, corpus_folder, tmp_path

@@ -142,7 +142,8 @@ def _check_files(model: Any, folder: Path) -> None:
             types = {name: file.get_slice(name).get_dtype() for name in names}
         for name, kind in types.items():
             key = name.removeprefix(prefix)
-            is_read = {key, prefix + key} & own
+            is_read = bool({key, prefix + key} & own)
+            is_read |= name.endswith("weight")  # such as an expert, which is merged
             if is_read and not is_known and kind not in _FLOATS:
                 raise UserError(f"{folder}: {_QUANTIZED.format(method=kind)}")
             other, place = found.setdefault(key, (name, path))
