@@ -349,6 +349,18 @@ SPOILT = {
         add(torch.ones(32), f"{LAYER}.bias"),
         f"has the tensor {LAYER}.bias, which the model of its config.json does not use",
     ),
+    "layer": (
+        add(torch.ones(32), "model.layers.2.input_layernorm.weight"),
+        "has the tensor model.layers.2.input_layernorm.weight, which the model of its",
+    ),
+    "layer_norm": (
+        add(torch.ones(8), "layers.0.self_attn.q_norm.weight"),
+        "has the tensor layers.0.self_attn.q_norm.weight, which the model of its",
+    ),
+    "norm": (
+        add(torch.ones(32), "model.embedding_norm.weight"),
+        "has the tensor model.embedding_norm.weight, which the model of its config",
+    ),
     "unknown_method": (
         set_config(quantization_config={"quant_method": "modelopt"}),
         "its weights are quantized (modelopt), which transformers does not read here",
@@ -433,6 +445,15 @@ def test_tensors_of_modules_that_the_model_lacks_are_named(llama, caplog):
     add(torch.ones(3), "eyes.0.weight")(llama)
     assert Decoder(llama, 16).table_VD.shape == (97, 32)
     assert "does not use 1 of the tensors, such as eyes.0.weight" in caplog.text
+
+
+def test_buffers_that_follow_from_the_config_are_no_surplus(llama, caplog):
+    warn_once.cache_clear()
+    own = "model.layers.0.self_attn"
+    for name in ("rotary_emb.inv_freq", "masked_bias", "k_scale", "attention.bias"):
+        add(torch.ones(1), f"{own}.{name}")(llama)
+    assert Decoder(llama, 16).table_VD.shape == (97, 32)
+    assert "does not use" not in caplog.text
 
 
 def test_code_in_the_folder_of_a_known_model_is_not_run(llama):

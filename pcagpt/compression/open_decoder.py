@@ -6,7 +6,9 @@ would go on with random numbers, or with a part of the model.
 
 import contextlib
 import io
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ from pcagpt.errors import UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+# What programs store although it follows from config.json, such as causal masks.
+_BUFFERS = re.compile(
+    r"(rotary_emb\..*|inv_freq|masked_bias|(attn|attention)\.bias|causal_mask|"
+    r"position_ids|token_type_ids|[kv]_scale)$"
+)
+_TEXT = re.compile(r"norm|^ln|embed|^wpe$|position")  # modules beside the layers
 # A GGUF file scales positions by fields with these endings.
 _SCALES = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")
 _QUANTIZED = (
@@ -79,24 +87,40 @@ def open_model(folder: Path) -> Any:
 
 
 def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
-    """UserError for a stored tensor, such as a bias, that a module was built without.
+    """UserError for a stored tensor that changes what the model's own program computes.
 
+    Such are biases and norms that a module was built without, and surplus layers.
     Tensors of other modules, such as those that see images, are only named.
     """
-    parts = {
-        name for name, module in model.named_modules() if hasattr(module, "weight")
+    parts, stacks, others = set(), set(), []
+    prefix = f"{model.base_model_prefix}."
+    modules = {
+        spelling: module
+        for name, module in model.named_modules()
+        for spelling in (name, name.removeprefix(prefix))
     }
-    parts |= {name.removeprefix(f"{model.base_model_prefix}.") for name in parts}
+    for name, module in modules.items():
+        if hasattr(module, "weight"):
+            parts.add(name)
+        if isinstance(module, torch.nn.ModuleList):
+            stacks.add(name)
     for name in unused:
-        if name.rpartition(".")[0] in parts:
+        owner = name.rpartition(".")[0]
+        above, _, last = owner.rpartition(".")
+        around = set(itertools.accumulate(owner.split("."), "{}.{}".format))
+        is_of_text = around & stacks or (above in modules and _TEXT.search(last))
+        if owner not in parts and _BUFFERS.search(name):
+            continue
+        others.append(name)
+        if owner in parts or is_of_text:
             raise UserError(
                 f"{folder} has the tensor {name}, which the model of its config.json "
                 "does not use, so its losses would be wrong: correct config.json"
             )
-    if unused:
+    if others:
         warn_once(
-            f"{folder}: its model does not use {len(unused)} of the tensors, such as "
-            f"{unused[0]}; they are left out"
+            f"{folder}: its model does not use {len(others)} of the tensors, such as "
+            f"{others[0]}; they are left out"
         )
 
 
