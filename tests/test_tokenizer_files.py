@@ -211,6 +211,16 @@ def test_a_relative_path_in_a_meta_file_is_beside_it(
     meta = {"vocab_size": size, "dtype": "uint16", "tokenizer": "tokenizer.json"}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert read_meta(tmp_path, "auto").tokenizer == file
+    # A run may be opened from another working directory than it was made in.
+    monkeypatch.chdir(tmp_path.parent)
+    folder = tmp_path.relative_to(tmp_path.parent)
+    assert read_meta(folder, "auto").tokenizer == file
+    assert read_meta(folder, file).tokenizer == file
+    # Nothing is taken from the working directory, even if it fits.
+    (tmp_path / "inside").mkdir()
+    shutil.copy(tmp_path / "meta.json", tmp_path / "inside")
+    monkeypatch.chdir(tmp_path)
+    assert read_meta(tmp_path / "inside", "auto").tokenizer is None
 
 
 def test_a_rank_file_gives_its_ranks_and_then_the_end_of_text(tmp_path):

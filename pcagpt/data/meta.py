@@ -212,9 +212,12 @@ def _agreed_tokenizer(
 ) -> str | None:
     """The tokenizer that fits both the meta file and the request; None if unknown."""
     stated, made = meta.get("tokenizer"), meta.get("tokenizer_sha256")
-    is_path = isinstance(stated, str) and stated not in RANKS
-    if is_path and (path.parent / stated).exists():
-        stated = str(path.parent / stated)  # Not one in the current folder.
+    if isinstance(stated, str) and stated not in RANKS:
+        beside = str((path.parent / stated).absolute())  # Not in the current folder.
+        if vocabulary.is_known(beside):
+            stated = vocabulary.name_of(beside)
+        elif asked == "auto":
+            return None
     # A file may have been moved since.
     is_same = asked != "auto" and made == vocabulary.describe(asked).sha256
     if stated is not None and asked not in ("auto", stated) and not is_same:
