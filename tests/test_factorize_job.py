@@ -388,6 +388,17 @@ def test_the_command_ends_with_the_error_or_the_ranks_of_its_bands(bands, tmp_pa
     assert settings.workdir == str(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["sotu", "my text"])
+def test_the_next_command_names_the_text_that_was_asked_for(source, job):
+    made(job)
+    asked = {"source": source, "tokenizer": "its tokenizer.json", "cache_dir": "kept"}
+    knobs = {f"data.{name}": value for name, value in asked.items()}
+    job = dataclasses.replace(job, settings=job.settings.replace(knobs))
+    words = shlex.split(job.found()[-1].removeprefix("compress it: "))
+    settings, _ = command_line.parse(words[2:])
+    assert dataclasses.asdict(settings.data) == asked
+
+
 # What cannot be factorized
 
 
