@@ -86,10 +86,10 @@ def _of(row: Row, sweep: dict[str, Any]) -> str:
 def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any]) -> str:
     """The command that exports the model of a row, or why none does.
 
-    heading: has 'command', 'protocol' and 'stored_as' of sweep.json or advice.json.
+    heading: of sweep.json or advice.json.
     """
     if heading.get("stored_as"):
         return f"its table: {model}; pcagpt exports no model that came as GGUF"
-    form = form_of(row, heading["protocol"].get("side", ""))
+    form = form_of(row, heading)
     asked = {"data.tokenizer": given_in(heading["command"], "data.tokenizer")}
     return next_command("export", model, format=form, workdir=workdir, **asked)

@@ -70,7 +70,7 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "model_name": full_name(model) if model else "",
         "model_folder": model_of(model, sweep) if model else None,
         "is_cheap": is_cheap(best),
-        "form": form_of(model, sweep["protocol"].get("side", "")) if model else None,
+        "form": form_of(model, sweep) if model else None,
         "tokenizer": Markdown("" if tokenizer == "auto" else f" {named_tokenizer}"),
         "can_sample": not _is_other_architecture(sweep),
         "rounded": rounded,
