@@ -29,6 +29,7 @@ from pcagpt.export.modeling_pcagpt import (  # noqa: E402
 from pcagpt.export.source import ExportedTable  # noqa: E402
 from pcagpt.model import BandLeaves  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
+from pcagpt.run import other_decoder  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 
 # These two packages warn about themselves.
@@ -244,6 +245,19 @@ def test_a_table_that_export_could_not_replace_is_refused_before_the_sweep(
         line = "tokens_embed.weight is not the token table of its model"
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokens = np.arange(100) % config.vocab_size
+    with pytest.raises(UserError, match=line):
+        pcagpt.compress(tmp_path, data={"train": tokens, "val": tokens}, max_bytes=900)
+
+
+def test_a_table_of_another_width_than_config_json_says_is_refused(
+    tmp_path, monkeypatch
+):
+    """Its config.json names the width in a way that we do not know."""
+    monkeypatch.setattr(other_decoder, "_WIDTHS", ("hidden_size",))
+    config = CONFIG_OF["opt"]()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens = np.arange(100) % config.vocab_size
+    line = r"its token table has 16 columns, its config.json says 32: such a model"
     with pytest.raises(UserError, match=line):
         pcagpt.compress(tmp_path, data={"train": tokens, "val": tokens}, max_bytes=900)
 
