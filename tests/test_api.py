@@ -585,6 +585,9 @@ REFUSED = {
         np.ones((9, 3), np.int64), 1
     ),
     "the table holds only zeros": lambda m: pcagpt.factorize(np.zeros((9, 3)), 1),
+    "the table holds no value above 1e-40, but .* above 1e-30: multiply": lambda m: (
+        pcagpt.compress(1e-40 * np.eye(9, 3), max_bytes=999)
+    ),
     "holds nan at": lambda m: pcagpt.factorize(np.full((9, 3), np.nan), 1),
     "no bound is given: give max_bytes": lambda m: pcagpt.compress(m),
     "max_added_loss and max_bytes are both set": lambda m: pcagpt.compress(

@@ -451,6 +451,14 @@ def test_a_table_that_tells_no_tokens_apart_is_refused(
     assert not job.folder.exists()
 
 
+def test_a_table_that_arithmetic_in_float32_loses_is_refused(job, tmp_path):
+    np.save(tmp_path / "table.npy", -1e-31 * np.eye(9, 5))
+    with pytest.raises(UserError, match=r"table.npy holds no value above 1e-31, but"):
+        by(job, tmp_path / "table.npy").check(set())
+    np.save(tmp_path / "table.npy", -2e-30 * np.eye(9, 5))
+    by(job, tmp_path / "table.npy").check(set())
+
+
 def test_statistics_that_leave_nothing_of_a_table_are_refused(job, tmp_path):
     path = tmp_path / "table.statistics.npz"
     np.save(tmp_path / "table.npy", np.eye(9, 5))
