@@ -63,7 +63,7 @@ from pcagpt.config.tasks import TASKS
 
 _HOST_OUT_OF_MEMORY = (
     "this machine's main memory is exhausted: end other programs, or use a machine "
-    "with more; what was saved before is kept"
+    "with more"
 )
 _GOES_ON = "; what is saved is kept, and the same command goes on from it"
 _DEVICE_OUT_OF_MEMORY = (
@@ -93,6 +93,10 @@ def main(arguments: list[str]) -> int:
     an exception, with its traceback.
     """
     settings = None
+
+    def goes_on() -> str:
+        return _GOES_ON if settings is not None and _resumes(settings) else ""
+
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
             _show(f"{__doc__}\n{command_line.knobs_text()}")
@@ -110,11 +114,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _say(process.STOPPED, FAILED)
     except MemoryError:
-        return _say(_HOST_OUT_OF_MEMORY, REFUSED)
+        return _say(_HOST_OUT_OF_MEMORY + goes_on(), REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
-            goes_on = settings is not None and _resumes(settings)
-            return _say(line + (_GOES_ON if goes_on else ""), REFUSED)
+            return _say(line + goes_on(), REFUSED)
         # Those of JAX and PyTorch are RuntimeErrors.
         known = _OUT_OF_MEMORY if isinstance(error, RuntimeError) else {}
         if lines := [line for text, line in known.items() if text in str(error)]:

@@ -254,9 +254,15 @@ def exit_code(number: int) -> int:
     return WARNED if number in WARNINGS else FAILED
 
 
-def _end_at_once(message: str, number: int) -> NoReturn:
+def tell(message: str) -> None:
+    """Writes a line to stderr at once, also while a signal is handled."""
     with contextlib.suppress(OSError):  # stderr is closed.
-        os.write(2, f"pcagpt: {message}\n".encode())
+        below = "\n" if os.isatty(2) else ""  # A bar may be shown.
+        os.write(2, f"{below}pcagpt: {message}\n".encode())
+
+
+def _end_at_once(message: str, number: int) -> NoReturn:
+    tell(message)
     os._exit(exit_code(number))
 
 

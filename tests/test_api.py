@@ -585,6 +585,9 @@ REFUSED = {
         np.ones((9, 3), np.int64), 1
     ),
     "the table holds only zeros": lambda m: pcagpt.factorize(np.zeros((9, 3)), 1),
+    "the table holds no value above 1e-40, but .* above 1e-30: multiply": lambda m: (
+        pcagpt.compress(1e-40 * np.eye(9, 3), max_bytes=999)
+    ),
     "holds nan at": lambda m: pcagpt.factorize(np.full((9, 3), np.nan), 1),
     "no bound is given: give max_bytes": lambda m: pcagpt.compress(m),
     "max_added_loss and max_bytes are both set": lambda m: pcagpt.compress(
@@ -648,6 +651,14 @@ REFUSED = {
     ),
     "cache_dir is .*test_api.py, which is no folder: name": lambda m: pcagpt.compress(
         m, **BOUND, cache_dir=__file__
+    ),
+    "cache_dir is .*/new, below .*test_api.py, which is no folder: name": lambda m: (
+        pcagpt.compress(m, **BOUND, cache_dir=f"{__file__}/new")
+    ),
+    "a/b cannot be made, .*test_api.py is not a writable folder": lambda m: (
+        pcagpt.compress(m.table, max_bytes=40_000, methods="svd").save(
+            f"{__file__}/a/b"
+        )
     ),
     r"a\[b holds one of .*: use another folder$": lambda m: pcagpt.compress(
         m.table, max_bytes=40_000, methods="svd"

@@ -75,6 +75,25 @@ def error_of(found, own):
 # A sweep
 
 
+@pytest.mark.parametrize("makes_another", [False, True])
+def test_a_folder_that_is_moved_meanwhile_is_noticed(makes_another, table, monkeypatch):
+    folder, row, made = folder_of(table), BareTable.row, []
+
+    def row_and_move(self, candidate):
+        made.append(candidate)
+        if len(made) == 7:
+            folder.rename(folder.with_name("moved"))
+            if makes_another:
+                folder.mkdir()
+        return row(self, candidate)
+
+    monkeypatch.setattr(BareTable, "row", row_and_move)
+    outcome = call(*asked(table, RANKS, "--config.compress.methods=svd,baseline"))
+    assert outcome.code == 2
+    assert f"{folder} was removed or replaced while this command" in outcome.err
+    assert not folder.exists() or not list(folder.iterdir())
+
+
 def test_every_table_has_its_size_and_error(table):
     outcome = call(*asked(table, RANKS))
     assert outcome.code == 0, outcome

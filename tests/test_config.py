@@ -236,7 +236,11 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
         (A | {"factorize.statistics": "x"}, "needs none: choose one of "),
         (A | {"ranks": (64,)}, "ranks is (64,), but one model is trained"),
         (RANDOM, "the random model needs a rank, --config.model.n_embd_wte=128"),
-        ({"arm": "pca_finetune"}, "n_embd_wte=128, or --config.init.weights_from=RUN"),
+        (
+            {"arm": "pca_finetune"},
+            "the pca_finetune model needs a run to start from, "
+            "--config.init.weights_from=RUN, or a rank, --config.model.n_embd_wte=128",
+        ),
         ({"model.n_embd_wte": 64}, "model.n_embd_wte is 64, but D has a full table"),
         (RANDOM | {"model.band_sizes": (9, 9)}, "give every band both"),
         (RANDOM | BANDS | {"model.band_ranks": (64, 800)}, "band_ranks holds 800"),

@@ -824,8 +824,11 @@ def test_texts_that_contradict_each_other_are_refused(folder, cache):
     refused(folder, cache, r"meta.json gives id 1 two texts, 'b' and 'a'")
     write_tokens(folder, [0, 1], vocab_size=3, itos=["a", "b", "a"])
     refused(folder, cache, r"meta.json gives ids 0 and 2 the same text 'a': correct")
-    write_tokens(folder, [0, 1], vocab_size=4, itos=["", "\ufffd", "\ufffd", ""])
-    assert len(open_corpus(str(folder), cache).characters) == 4
+    no_text = ["", "\ufffd", "\ufffd", ""]
+    write_tokens(folder, [0, 1], vocab_size=5, itos=[*no_text, "a"])
+    assert len(open_corpus(str(folder), cache).characters) == 5
+    write_tokens(folder, [0, 1], vocab_size=4, itos=no_text)
+    assert open_corpus(str(folder), cache).characters is None
 
 
 def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):

@@ -123,7 +123,25 @@ def test_tokens_that_the_model_knows_or_that_nobody_numbered_stay(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("meta", [{"tokenizer": "theirs"}, {"itos": {"1": "a"}}])
+def test_that_ids_without_a_text_are_lost_is_said(tmp_path, said):
+    folder = tmp_path / "characters"
+    folder.mkdir()
+    np.array([2, 0, 3, 1] * 99, np.uint16).tofile(folder / "train.bin")
+    meta = {"vocab_size": 4, "itos": ["", "\ufffd", "a", "b"], "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as="gpt2")
+    text = vocabulary.load("gpt2").decode(found.tokens("train")[1:])
+    assert text == "ab\ufffd" * 99
+    (line,) = said()
+    assert line.endswith("by gpt2; 2 of the ids stand for no text and are lost")
+
+
+NOTHING = {"itos": [""] * vocabulary.load("gpt2").n_vocab}
+
+
+@pytest.mark.parametrize(
+    "meta", [{"tokenizer": "theirs"}, {"itos": {"1": "a"}}, NOTHING]
+)
 def test_tokens_without_a_text_are_refused(meta, tmp_path):
     folder = token_folder(tmp_path / "theirs", "gpt2", **{"tokenizer": None} | meta)
     with pytest.raises(UserError, match="does not tell their text: give the text"):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
-from command_line import CONFIGS, call  # noqa: E402
+from command_line import CONFIGS, THEIR_SIZES, call, tiny  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_decoder import CONFIGS as MODELS  # noqa: E402
 from test_decoder import SIZES  # noqa: E402
@@ -28,6 +29,7 @@ from pcagpt.export.modeling_pcagpt import (  # noqa: E402
 from pcagpt.export.source import ExportedTable  # noqa: E402
 from pcagpt.model import BandLeaves  # noqa: E402
 from pcagpt.rows import Row, read_sweep  # noqa: E402
+from pcagpt.run import other_decoder  # noqa: E402
 from pcagpt.run.folder import read_record  # noqa: E402
 
 # These two packages warn about themselves.
@@ -247,6 +249,19 @@ def test_a_table_that_export_could_not_replace_is_refused_before_the_sweep(
         pcagpt.compress(tmp_path, data={"train": tokens, "val": tokens}, max_bytes=900)
 
 
+def test_a_table_of_another_width_than_config_json_says_is_refused(
+    tmp_path, monkeypatch
+):
+    """Its config.json names the width in a way that we do not know."""
+    monkeypatch.setattr(other_decoder, "_WIDTHS", ("hidden_size",))
+    config = CONFIG_OF["opt"]()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens = np.arange(100) % config.vocab_size
+    line = r"its token table has 16 columns, its config.json says 32: such a model"
+    with pytest.raises(UserError, match=line):
+        pcagpt.compress(tmp_path, data={"train": tokens, "val": tokens}, max_bytes=900)
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Llama"])
 def test_a_form_that_would_make_weights_random_is_refused(name, tmp_path):
     sizes = {n: v for n, v in SIZES.items() if n != "head_dim"}
@@ -264,6 +279,30 @@ def test_a_form_that_would_make_weights_random_is_refused(name, tmp_path):
     assert "reads model.layers.0.mlp.experts.down_proj from weights" in line
     assert line.endswith("give --config.format=hf")
     assert not list((tmp_path / "made").iterdir())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Llama"])
+def test_the_printed_command_exports_a_mixture_of_experts(name, tmp_path):
+    sizes = SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    corpus = tmp_path / "data"
+    corpus.mkdir()
+    for split in ("train", "val"):
+        (np.arange(200) % 90).astype(np.uint16).tofile(corpus / f"{split}.bin")
+    (corpus / "meta.json").write_text(json.dumps({"vocab_size": 90}))
+    asked = {"model_path": tmp_path / "model", "workdir": tmp_path, "ranks": 4}
+    asked |= {"compress.methods": "svd,packed", "compress.bands": 1}
+    outcome = call(*tiny("compress.py", corpus, model=THEIR_SIZES, **asked))
+    assert outcome.code == 0, outcome
+    command = outcome.out.splitlines()[-1].removeprefix("export it: ")
+    form = "hf-factored" if name == "Llama" else "hf"
+    done = call(*shlex.split(command)[3:])
+    assert done.code == 0, done
+    assert [path.name.split("_")[-1] for path in (tmp_path / "exported").iterdir()] == [
+        form
+    ]
 
 
 def source_of(config, folder):

@@ -388,6 +388,17 @@ def test_the_command_ends_with_the_error_or_the_ranks_of_its_bands(bands, tmp_pa
     assert settings.workdir == str(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["sotu", "my text"])
+def test_the_next_command_names_the_text_that_was_asked_for(source, job):
+    made(job)
+    asked = {"source": source, "tokenizer": "its tokenizer.json", "cache_dir": "kept"}
+    knobs = {f"data.{name}": value for name, value in asked.items()}
+    job = dataclasses.replace(job, settings=job.settings.replace(knobs))
+    words = shlex.split(job.found()[-1].removeprefix("compress it: "))
+    settings, _ = command_line.parse(words[2:])
+    assert dataclasses.asdict(settings.data) == asked
+
+
 # What cannot be factorized
 
 
@@ -438,6 +449,14 @@ def test_a_table_that_tells_no_tokens_apart_is_refused(
     with pytest.raises(UserError, match=f"table of .*/ckpt/6 {words}"):
         by(job, baseline_dir).run()
     assert not job.folder.exists()
+
+
+def test_a_table_that_arithmetic_in_float32_loses_is_refused(job, tmp_path):
+    np.save(tmp_path / "table.npy", -1e-31 * np.eye(9, 5))
+    with pytest.raises(UserError, match=r"table.npy holds no value above 1e-31, but"):
+        by(job, tmp_path / "table.npy").check(set())
+    np.save(tmp_path / "table.npy", -2e-30 * np.eye(9, 5))
+    by(job, tmp_path / "table.npy").check(set())
 
 
 def test_statistics_that_leave_nothing_of_a_table_are_refused(job, tmp_path):

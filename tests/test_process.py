@@ -117,16 +117,23 @@ def test_a_full_disk_ends_a_command_in_one_line(corpus_folder, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "x", "runs/a"), "runs/a: no space left"),
+        (MemoryError(), "main memory is exhausted"),
+    ],
+)
+@pytest.mark.parametrize(
     "words", [["export.py"], ["compress.py", "--config.compress.max_bytes=9"]]
 )
-def test_only_a_command_that_goes_on_says_so(words, monkeypatch):
+def test_only_a_command_that_goes_on_says_so(words, error, line, monkeypatch):
     def stop(*_):
-        raise OSError(errno.ENOSPC, "x", "runs/a")
+        raise error
 
     monkeypatch.setattr(tasks, "do", stop)
     given = f"--config=configs/{words[0]}", "--config.model_path=a", *words[1:]
     told = refusal(*given, unchanged=[])
-    assert "runs/a: no space left" in told and "saved" not in told
+    assert line in told and "saved" not in told
 
 
 def test_files_and_folders_in_each_other_s_place_are_one_line(corpus_folder, tmp_path):

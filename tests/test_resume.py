@@ -244,7 +244,7 @@ def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tm
     assert_same_run(execute(killed), execute(straight))
 
 
-def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back():
+def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with recorded_signals() as request:
         assert not request.stops_at(3)
@@ -253,4 +253,6 @@ def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    told = "pcagpt: ends after this step and saves; another Ctrl-C ends it at once\n"
+    assert capfd.readouterr().err == told
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

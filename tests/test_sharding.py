@@ -64,6 +64,14 @@ def test_mesh_that_does_not_fit_the_devices_is_one_clear_line(data, fsdp):
     assert f"mesh.fsdp = {fsdp} " in str(error.value)
 
 
+def test_one_device_needs_no_mesh(monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    line = "mesh.data = -1 with mesh.fsdp = 2 does not fit the one device: leave both"
+    with pytest.raises(UserError, match=line):
+        placement.make_mesh(-1, 2)
+
+
 def test_batch_must_split_over_all_devices():
     mesh = placement.make_mesh(2, 4)
     placement.check_divisible("train.batch_size", 16, mesh)

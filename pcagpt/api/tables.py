@@ -35,6 +35,7 @@ from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError
 from pcagpt.json_files import write_json
 from pcagpt.pipeline.compress_plan import decide_effort
+from pcagpt.pipeline.execute import unwritable
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row
 from pcagpt.run import checkpoint
@@ -76,8 +77,8 @@ class Compressed:
         others as factors/ in float32.
 
         Raises:
-          UserError: the folder is not empty, or the model has changed on the disk since
-            it was loaded.
+          UserError: the folder is not empty or cannot be made, or the model has changed
+            on the disk since it was loaded.
         """
         with call():
             place = Path(absolute(folder))
@@ -85,6 +86,11 @@ class Compressed:
             if not is_vacant(place):
                 raise UserError(
                     f"{place} is not empty: name a folder that is not there"
+                )
+            if nearest := unwritable(place):
+                raise UserError(
+                    f"{place} cannot be made, {nearest} is not a writable folder: name "
+                    "another one"
                 )
             self._write(place)
             return place
@@ -138,8 +144,11 @@ def compress(
     ):
         names = ",".join(list_of("methods", methods))
         cache = Path(own if cache_dir is None else absolute(cache_dir))
-        if cache.exists() and not cache.is_dir():
-            raise UserError(f"cache_dir is {cache}, which is no folder: name a folder")
+        if place := unwritable(cache, writes=False):
+            below = "" if place == cache else f"below {place}, "
+            raise UserError(
+                f"cache_dir is {cache}, {below}which is no folder: name a folder"
+            )
         given = {
             "compress.max_bytes": max_bytes,
             "compress.max_added_loss": max_added_loss,

@@ -261,9 +261,10 @@ def _check_table(settings: Settings) -> None:
         return
     is_full = arm == "baseline" or "weights" in takes
     if not is_full and not model.is_factorized:
-        or_run = ", or --config.init.weights_from=RUN" if "blocks" in takes else ""
+        run = "a run to start from, --config.init.weights_from=RUN, or "
         raise UserError(
-            f"the {arm} model needs a rank, --config.model.n_embd_wte=128{or_run}"
+            f"the {arm} model needs {run if 'blocks' in takes else ''}a rank, "
+            "--config.model.n_embd_wte=128"
         )
     if is_full and model.is_factorized:
         raise UserError(

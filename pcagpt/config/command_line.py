@@ -1,5 +1,6 @@
 """Turns a command line into settings; explains its errors in terms of knobs."""
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 import pcagpt
 from pcagpt.config.checks import wrong_type
 from pcagpt.config.knobs import PATH
-from pcagpt.config.schema import KNOBS, Settings, base, override
+from pcagpt.config.schema import KNOBS, UNSET, Settings, base, override
 from pcagpt.errors import UserError
 
 # Where the configs are in the repository, and in an installed package.
@@ -321,16 +322,24 @@ def knobs_text() -> str:
 def next_command(config: str, model: Path, **knobs: Any) -> str:
     """A line with the command that a person may want next, on a model.
 
-    Leaves out `knobs`, by their paths, at their defaults.
+    Leaves out `knobs`, by their paths, at their defaults or as its config has them.
     """
     given = {"model_path": model, **knobs}
     words = [
         shlex.quote(override(name, value))
         for name, value in given.items()
-        if str(value) != str(KNOBS[name].default)
+        if str(value) != str(UNSET.get(name, KNOBS[name].default))
     ]
     called = f"python -m pcagpt.main --config=configs/{config}.py"
     return f"{config} it: {' '.join([called, *words])}"
+
+
+def given_in(command: str, name: str) -> str:
+    """The value that a command line gives a knob; the default if it gives none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = KNOBS[name].default
+    parser.add_argument(f"--config.{name}", dest="value", default=default)
+    return parser.parse_known_args(shlex.split(command))[0].value
 
 
 def listing(settings: Settings) -> str:

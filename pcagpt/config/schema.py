@@ -40,7 +40,7 @@ def _joined(entries: Iterable[Any]) -> str:
 
 
 # What the config files of some tasks set a knob to, so that it says nothing.
-_UNSET = {"ranks": (), "data.source": ""}
+UNSET = {"ranks": (), "data.source": ""}
 _LARGE = "for a first look at a large table"
 _SEE = "(see compress.methods)"
 
@@ -498,7 +498,7 @@ class Settings:
             path
             for path, value in self.flat().items()
             if (value and path in self.named)
-            or value not in (default := KNOBS[path].default, _UNSET.get(path, default))
+            or value not in (default := KNOBS[path].default, UNSET.get(path, default))
         }
 
     @property

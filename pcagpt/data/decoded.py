@@ -15,6 +15,7 @@ import numpy as np
 import tiktoken
 
 from pcagpt.data import vocabulary
+from pcagpt.data.meta import has_text
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.errors import UserError
@@ -55,6 +56,9 @@ def as_text(corpus: Tokens, tokenizer: str) -> TextSource:
             "--config.data.source"
         )
 
+    lost = sum(not has_text(text) for text in corpus.characters or ())
+    without = f"; {lost} of the ids stand for no text and are lost" if lost else ""
+
     def fingerprints() -> tuple[str]:
         hashes = {split: corpus.tokens_sha256(split) for split in corpus.splits}
         parts = json.dumps([hashes, corpus.tokenizer_sha256])
@@ -66,7 +70,7 @@ def as_text(corpus: Tokens, tokenizer: str) -> TextSource:
         fingerprints,
         {split: partial(_documents, corpus, split) for split in corpus.splits},
         f"the tokens in {corpus.folder} are those of {own}: they are decoded, and "
-        f"encoded again by {tokenizer}",
+        f"encoded again by {tokenizer}{without}",
     )
 
 

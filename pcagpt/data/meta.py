@@ -33,9 +33,9 @@ class CorpusInfo:
     other; is_assumed: neither a meta file nor a knob named the tokenizer;
     tokenizer_sha256: differs between numberings of tokens, None if the numbering is
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
-    or None; dtype: a key of DTYPES, or None if the meta file names none; counts: number
-    of tokens of each split, as far as the meta file states it; hashes: sha256 of each
-    split's file, if pcagpt tokenized it.
+    or None if it is unknown or none has a text; dtype: a key of DTYPES, or None if the
+    meta file names none; counts: number of tokens of each split, as far as the meta
+    file states it; hashes: sha256 of each split's file, if pcagpt tokenized it.
     """
 
     name: str
@@ -118,6 +118,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
     text_of_id = {} if agreed else _vocabulary(path, meta)
     is_whole = text_of_id.keys() == set(range(vocab_size))
+    is_text = is_whole and any(map(has_text, text_of_id.values()))
     return CorpusInfo(
         name=name if isinstance(name, str) and name else folder.resolve().name,
         splits=present_splits(folder),
@@ -129,7 +130,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
             if agreed
             else _numbering_sha256(meta, text_of_id)
         ),
-        characters=tuple(map(text_of_id.get, range(vocab_size))) if is_whole else None,
+        characters=tuple(map(text_of_id.get, range(vocab_size))) if is_text else None,
         dtype=dtype,
         counts=counts,
         hashes=hashes,
@@ -188,12 +189,17 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
     id_of: dict[str, int] = {}
     for number, text in found.items():
         # Several ids may be no text, or a part of a character.
-        if id_of.setdefault(text, number) != number and text.strip("\ufffd"):
+        if id_of.setdefault(text, number) != number and has_text(text):
             raise UserError(
                 f"{path} gives ids {id_of[text]} and {number} the same text {text!r}: "
                 "correct its itos"
             )
     return found
+
+
+def has_text(text: str) -> bool:
+    """Whether the text of an id is more than nothing, or a part of a character."""
+    return bool(text.strip("\ufffd"))
 
 
 def _numbering_sha256(meta: dict, text_of_id: dict[int, str]) -> str | None:

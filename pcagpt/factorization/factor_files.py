@@ -25,6 +25,7 @@ from pcagpt.file_hashes import check_digests, digests_of, sha256_of_file
 from pcagpt.files import open_file
 from pcagpt.json_files import check_fields, read_json, write_json
 
+SMALLEST = 1e-30  # of the largest absolute value of a table
 FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
 METADATA_FILE = "metadata.json"
 SPECTRUM_FILE = "spectrum.npy"
@@ -315,8 +316,17 @@ def checked_table(table_VK: np.ndarray, what: str) -> np.ndarray:
 
 
 def check_rows_differ(table_VD: np.ndarray, what: object) -> None:
-    """Raises UserError for a table to factorize that tells no tokens apart."""
+    """Raises UserError for a table to factorize that tells no tokens apart.
+
+    Also for one whose values are so small that float32 arithmetic loses them.
+    """
     if table_VD.any() and (len(table_VD) == 1 or (table_VD != table_VD[0]).any()):
+        if (largest := max(table_VD.max(), -table_VD.min())) < SMALLEST:
+            raise UserError(
+                f"{what} holds no value above {largest:.3g}, but arithmetic in float32 "
+                f"needs some above {SMALLEST:g}: multiply it by a number, or give the "
+                "table of a trained model"
+            )
         return
     content = "the same row for every token" if table_VD.any() else "only zeros"
     raise UserError(

@@ -17,7 +17,12 @@ import numpy as np
 from pcagpt.compression.advise import ADVISED, advise
 from pcagpt.compression.bare_table import BareTable
 from pcagpt.compression.codes import KINDS
-from pcagpt.compression.original import Original, check_is_original, platform_of
+from pcagpt.compression.original import (
+    Original,
+    check_is_original,
+    of_extra,
+    platform_of,
+)
 from pcagpt.compression.output import Output
 from pcagpt.compression.read_table import read_table
 from pcagpt.compression.sweep import (
@@ -171,6 +176,7 @@ class _Table:
             "measured_on": original.measured_on,
             "architecture": run.architecture,
             "stored_as": run.record.get("stored_as"),
+            "holds_factors": _holds_factors(original),
         }
         with (
             lock.held(folder, meanwhile=self.check_folder) as check_lock,
@@ -211,6 +217,18 @@ class _Table:
             processes.wait_for_all(FOLDER)
             if options.recover_ranks:
                 _recover(settings, output, models, run, command)
+
+
+def _holds_factors(original: Original) -> bool:
+    """Whether a model with a small table of it can be exported as hf-factored."""
+    run = original.run
+    if not run.architecture:
+        return not original.side
+    if original.side or not run.folder.is_dir():
+        return False
+    with of_extra(run.folder, run.architecture):
+        from pcagpt.export.architecture import holds_factors
+    return holds_factors(run)
 
 
 def check_file(path: Path, original: Original | BareTable) -> None:

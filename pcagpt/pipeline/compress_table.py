@@ -28,7 +28,7 @@ from pcagpt.pipeline.compress_plan import (
 from pcagpt.pipeline.execute import check_workdir, say
 from pcagpt.report import error_figure, lacking_line, table_lines
 from pcagpt.run import calibrate, lock, provenance
-from pcagpt.run.folder import check_link
+from pcagpt.run.folder import check_link, watching
 from pcagpt.sharding import processes
 from pcagpt.telemetry.boards import Boards
 from pcagpt.telemetry.wandb_run import import_wandb
@@ -76,7 +76,12 @@ def compress_table(settings: Settings, command: str) -> None:
             "protocol": table.protocol,
             "statistics_are_checked": table.is_checked,
         }
-        output, lines = Output(folder, heading, check_lock, "errors.json"), []
+
+        def check() -> None:
+            check_lock()
+            check_place()
+
+        output, lines = Output(folder, heading, check, "errors.json"), []
         if options.bounds:
             advise_table(table, methods, options, output)
         else:
@@ -84,10 +89,14 @@ def compress_table(settings: Settings, command: str) -> None:
             lines = table_lines(content, folder, settings.workdir)
             with Boards.of_command(settings, folder, "compress", command) as boards:
                 boards.figure("errors", error_figure(content))
+        check()
         remove_leftovers(folder)
         return [*lines, _lacking(table, source)]
 
-    with lock.held(folder, meanwhile=check_folder) as check_lock:
+    with (
+        lock.held(folder, meanwhile=check_folder) as check_lock,
+        watching(folder) as check_place,
+    ):
         say(*processes.from_first(work))
 
 

@@ -149,19 +149,29 @@ def check_workdir(workdir: str, writes: bool = True) -> None:
 
     Without `writes`, a read-only folder is accepted.
     """
-    path = Path(workdir).absolute()
+    if nearest := unwritable(Path(workdir), writes):
+        raise UserError(
+            f"workdir is {workdir}: {nearest} is not a writable folder; name another "
+            "one as --config.workdir=FOLDER"
+        )
+
+
+def unwritable(path: Path, writes: bool = True) -> Path | None:
+    """The nearest path above that is there, if nothing can be written in it.
+
+    Without `writes`, a folder will do. OSError if the system fails.
+    """
+    path = path.absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     if nearest.is_dir() and not writes:
-        return
+        return None
     try:  # In /proc, the permissions alone would allow it.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         if error.errno in FAILING:
             raise OSError(error.errno, error.strerror, str(nearest)) from None
-        raise UserError(
-            f"workdir is {workdir}: {nearest} is not a writable folder; name another "
-            "one as --config.workdir=FOLDER"
-        ) from None
+        return nearest
+    return None
 
 
 def say(*lines: str) -> None:

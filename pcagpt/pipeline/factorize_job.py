@@ -144,9 +144,8 @@ class FactorizeJob(Job):
             elif bands := known.get("band_ranks"):
                 own = ", ".join(map(str, bands))
                 lines.append(f"size of rank {rank}: bands of ranks {own}")
-        asked = {"workdir": self.settings.workdir}
-        if self.settings.data.source:
-            asked["data.source"] = self.settings.data.source
+        data = dataclasses.asdict(self.settings.data).items()
+        asked = {"workdir": self.settings.workdir, **{f"data.{n}": v for n, v in data}}
         compress = next_command("compress", self.source, **asked)
         return [*lines, f"factors: {self.folder}", compress]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcagpt.config.command_line import next_command
+from pcagpt.config.command_line import given_in, next_command
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
 from pcagpt.report.recommend import (
     SMALL_COST,
@@ -86,9 +86,10 @@ def _of(row: Row, sweep: dict[str, Any]) -> str:
 def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any]) -> str:
     """The command that exports the model of a row, or why none does.
 
-    heading: has 'protocol' and 'stored_as' of sweep.json or advice.json.
+    heading: of sweep.json or advice.json.
     """
     if heading.get("stored_as"):
         return f"its table: {model}; pcagpt exports no model that came as GGUF"
-    form = form_of(row, heading["protocol"].get("side", ""))
-    return next_command("export", model, format=form, workdir=workdir)
+    form = form_of(row, heading)
+    asked = {"data.tokenizer": given_in(heading["command"], "data.tokenizer")}
+    return next_command("export", model, format=form, workdir=workdir, **asked)

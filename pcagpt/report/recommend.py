@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pcagpt.methods import CODED, RIVALS
@@ -65,15 +66,19 @@ def model_of(row: Row, sweep: dict[str, Any]) -> str | None:
     return row.model_name if made == dataclasses.asdict(row.recipe) else None
 
 
-def form_of(row: Stored, side: str) -> str:
+def form_of(row: Stored, heading: Mapping[str, Any]) -> str:
     """The smallest form in which the model of a row is exported: `format` of a command.
 
-    side: of the table, if it is one of two; 'hf-factored' holds one for both sides.
+    heading: of sweep.json or advice.json. 'hf-factored' holds one table for both sides,
+    and not every architecture.
     """
     if row.method == CODED:
         return CODED
     is_small = row.is_codes or any(row.band_ranks)
-    return "hf-factored" if is_small and not side else "hf"
+    # Older versions did not record what holds factors.
+    holds = heading.get("holds_factors") is not False
+    has_side = bool(heading["protocol"].get("side"))
+    return "hf-factored" if is_small and holds and not has_side else "hf"
 
 
 def compared_rows(sweep: dict[str, Any]) -> list[Row]:

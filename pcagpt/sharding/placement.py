@@ -43,17 +43,20 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     Raises UserError if there are too few devices, or if some would stay unused although
     data is -1 or there are several processes.
     """
-    devices = jax.devices()
+    devices, asked = jax.devices(), data
     data_is_open = data == -1
     if data_is_open:
         data = len(devices) // fsdp
     used = data * fsdp
     must_use_all = jax.process_count() > 1 or data_is_open
     if data < 1 or used > len(devices) or (must_use_all and used < len(devices)):
+        count = len(devices)
+        there = "one device: leave both out"
+        if count > 1:
+            there = f"{count} devices: leave mesh.data at -1 and let mesh.fsdp divide "
+            there += f"{count}"
         raise UserError(
-            f"mesh.data = {data} times mesh.fsdp = {fsdp} does not fit the "
-            f"{len(devices)} devices: leave mesh.data at -1 and let mesh.fsdp divide "
-            f"{len(devices)}"
+            f"mesh.data = {asked} with mesh.fsdp = {fsdp} does not fit the {there}"
         )
     # With Explicit axes, a lookup of rows by sharded token ids raises an error.
     return jax.make_mesh(

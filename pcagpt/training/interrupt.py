@@ -35,9 +35,13 @@ class StopRequest:
         return int(multihost_utils.process_allgather(np.array(self.received)).max())
 
     def note(self, number: int, _) -> None:
-        """Records a signal; a second SIGINT raises KeyboardInterrupt."""
+        """Records a signal, and says so; a second SIGINT raises KeyboardInterrupt."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received:
+            alone = jax.process_count() == 1
+            when = "after this step" if alone else f"within {AGREE_EVERY} steps"
+            process.tell(f"ends {when} and saves; another Ctrl-C ends it at once")
         self.received = self.received or number
 
 
