@@ -176,9 +176,9 @@ def calibration_table(folder: Path) -> str:
 
 def failures(published: Path) -> str:
     """What did not hold, or held for one model alone."""
-    brief, hour = (
+    brief, hour, proxy = (
         json.loads((published / name / "results.json").read_text("utf-8"))
-        for name in ("gpt2_small_wikipedia", "gpt2_small_hour")
+        for name in ("gpt2_small_wikipedia", "gpt2_small_hour", "gpt2_proxy_hour")
     )
     steps, briefly = hour["rows"][0]["steps"], brief["rows"][0]["steps"]
     (b_less_a,) = comparisons(hour, "B vs A")
@@ -198,6 +198,12 @@ def failures(published: Path) -> str:
     beyond = b["less_continued_interval"]
     gpt2 = read_sweep(published / "gpt2_small_codes" / "val" / "sweep.json")
     smollm2 = read_sweep(published / "smollm2_135m" / "val" / "sweep.json")
+
+    def led(letter: str) -> str:
+        """A's lead over a control in the model of 30 million parameters."""
+        (found,) = comparisons(proxy, f"A vs {letter}")
+        low, high = found["interval"]
+        return with_interval(-found["effect"], [-high, -low], 3).lstrip("+")
 
     def both(method: str, bands: int, size: tuple[int, int], bits: int = 32) -> str:
         one, other = (
@@ -223,15 +229,19 @@ def failures(published: Path) -> str:
             f"{at_rank(a_less_d)}, and A's lead over C is {lead(a_less_c)} instead of "
             f"{lead(brief_c)} nats. The longer run also has a higher learning rate and "
             "weight decay.",
+            "- **Only the directions of D's table make A better than C.** In a model "
+            f"of 30 million parameters, A's lead over C is {led('C')} nats, but only "
+            f"{led('E')} over E, random factors that have nothing but the standard "
+            f"deviation of A's, and {led('F')} over F, with A's spectrum.",
             "- **B, trained further, beats D.** GPT-2 small with factors of the size "
             f"of k = {b['rank']} (B) was trained further, for "
             f"{percent(b['share_of_tokens'])} of D's tokens. Its loss minus D's is "
             f"{gain(b)}. But D gains from the same steps, too (D+): "
             f"{gain(trained['D+'])}. B against D+: "
             f"{answer('B', 'D+', beyond)} "
-            f"({with_interval(b['less_continued'], beyond)}).",
-            "- **D's predictions teach more than the text.** The same model, trained "
-            f"on them (Bd), adds {gain(trained['Bd'])} to D's loss.",
+            f"({with_interval(b['less_continued'], beyond)}). D's predictions teach no "
+            "more than the text: the same model, trained on them (Bd), adds "
+            f"{gain(trained['Bd'])} to D's loss.",
             "- **Factors that suit a briefly trained model suit every model.** "
             f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
             "the size of k = 128.",

@@ -15,6 +15,7 @@ from readme_parts import PARTS
 
 from pcagpt.arms import ARMS
 from pcagpt.methods import CODED
+from pcagpt.report.experiment import means_over_seeds
 from pcagpt.report.row_text import row_name
 from pcagpt.report.sweep import sweep_view
 from pcagpt.report.text import (
@@ -23,6 +24,7 @@ from pcagpt.report.text import (
     count,
     fixed,
     percent,
+    plus_minus,
     signed,
     table,
     table_of,
@@ -53,24 +55,28 @@ def results_table(folder: Path) -> str:
     results = json.loads((folder / "results.json").read_text("utf-8"))
     rows = [
         [
-            f"**{row['letter']}**",
-            ARMS[row["arm"]].title,
-            count(row["rank"]),
-            fixed(row["val_loss"]),
-            NOTHING if row["letter"] == "D" else signed(row["added_loss"]),
-            times(row["compression_embedding"]),
-            times(row["compression_total"]),
-            f"{row['tokens_seen'] / 1e6:.1f} M",
-            count(row["tokens_per_second"]),
+            f"**{model['letter']}**",
+            model["title"],
+            count(model["rank"]),
+            plus_minus(model["val_loss"], model["half"]),
+            NOTHING
+            if model["letter"] == "D"
+            else plus_minus(model["added_loss"], model["added_half"], signed),
+            times(model["compression_embedding"]),
+            times(model["compression_total"]),
+            f"{model['tokens_seen'] / 1e6:.1f} M",
+            count(model["tokens_per_second"]),
         ]
-        for row in results["rows"]
+        for model in means_over_seeds(results["rows"], results["comparisons"])
     ]
     header = ["", "Model", "Rank", "Loss", "Added", "Table ×", "Model ×", "Tokens"]
     seeds = len({row["seed"] for row in results["rows"]})
     says = (
         f"Validation loss in nats per token on {code(results['corpus']['name'])}, "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; the columns with × "
-        f"divide D's parameters by the model's. {results['device']}, commit "
+        "± half of its 95% interval over "
+        f"{'evaluation windows, one seed' if seeds == 1 else f'{seeds} seeds'}. The "
+        "columns with × divide D's parameters by the model's. "
+        f"{results['device']}, commit "
         f"{code((results['git_commit'] or 'unknown')[:12])}, by"
     )
     text = table([*header, "Tokens/s"], rows, "llrrrrrrr")

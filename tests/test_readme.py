@@ -40,7 +40,7 @@ exec '{sys.executable}' "$@"
 
 
 def test_results_of_each_page_are_those_of_the_published_files():
-    assert TEXT.count("<!-- results of ") == 8
+    assert TEXT.count("<!-- results of ") == 10
     for name, page in PAGES.items():
         assert SCRIPT["updated"](page) == page, name
 
@@ -96,8 +96,32 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
     assert "the demo's toy gave other answers about D" in text
     assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
     assert verdicts("demo") != verdicts("gpt2_small_hour")[:4]
+    assert "over three seeds, a model of 30 million parameters gave the same" in text
+    assert (
+        len({row["seed"] for row in of("gpt2_proxy_hour", "results.json")["rows"]}) == 3
+    )
+    assert verdicts("gpt2_proxy_hour")[:5] == verdicts("gpt2_small_hour")
     for name in ("val", "test"):
         assert "rows_left" not in of("smollm2_135m", name, "sweep.json")
+
+
+def test_what_the_results_say_of_a_repeated_run_is_what_its_file_says():
+    page = " ".join(PAGES["checkpoints/published/RESULTS.md"].split())
+    found = []
+    for name in ("again", "."):
+        path = PUBLISHED / "gpt2_small_hour" / name / "results.json"
+        d, d_plus = json.loads(path.read_text("utf-8"))["rows"][:2]
+        found.append(
+            (
+                d,
+                SCRIPT["with_interval"](
+                    d_plus["added_loss"], d_plus["added_loss_interval"], 3
+                ),
+            )
+        )
+    (again, more), (first, less) = found
+    losses = f"{again['val_loss']:.4f} instead of {first['val_loss']:.4f}"
+    assert f"D ended at {losses}, and D+ minus D was {more} instead of {less}" in page
 
 
 def test_samples_stand_side_by_side(tmp_path):
