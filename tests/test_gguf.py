@@ -216,6 +216,13 @@ def test_a_file_that_is_not_whole_is_refused(kept, file, place):
     assert f"{file} is damaged" in line
 
 
+def test_a_file_whose_second_half_was_never_written_is_refused(file, place):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert "like a download that was not finished" in line
+
+
 def test_a_lack_of_memory_is_no_damage(file, tmp_path, monkeypatch):
     def exhausted(_):
         raise MemoryError

@@ -13,11 +13,15 @@ _TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
 
 
 class Header(NamedTuple):
-    """fields: by name; shapes: of the tensors, rows first; types: those they have."""
+    """fields: by name; shapes: of the tensors, rows first; types: those they have.
+
+    places: the first byte of each tensor in the file, and the byte after it.
+    """
 
     fields: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     types: tuple[str, ...]
+    places: dict[str, tuple[int, int]]
 
 
 class TokenizerFields(NamedTuple):
@@ -45,6 +49,10 @@ def header(path: Path) -> Header:
             one.name: tuple(map(int, reversed(one.shape))) for one in reader.tensors
         }
         types = dict.fromkeys(one.tensor_type.name for one in reader.tensors)
+        places = {
+            one.name: (int(one.data_offset), int(one.data_offset + one.n_bytes))
+            for one in reader.tensors
+        }
     except MemoryError:
         raise
     # The package raises errors of many types for damaged files.
@@ -55,7 +63,7 @@ def header(path: Path) -> Header:
         raise UserError(
             f"{path} is damaged ({reason}): restore it, or download it again"
         ) from None
-    return Header(fields, shapes, tuple(types))
+    return Header(fields, shapes, tuple(types), places)
 
 
 def tokenizer_fields(path: Path) -> TokenizerFields:
