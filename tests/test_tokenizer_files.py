@@ -14,10 +14,10 @@ from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
-from pcagpt.data import tokenizer_files, vocabulary
+from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
-from pcagpt.data.tokenizer import ASSETS, RANKS
+from pcagpt.data.tokenizer import ASSETS, RANKS, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run.trained import Run
@@ -36,23 +36,46 @@ def word_level(shared):
 # Which tokenizer a file holds.
 
 
-def test_the_files_of_gpt2_have_its_name(tmp_path):
+@pytest.fixture(scope="session")
+def gpt2_merges():
+    """The merges of GPT-2, as merges.txt has them."""
+    encoding = load_tokenizer("gpt2")
+    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    pairs = hugging_face_tokenizer._merges(list(tokens))
+    return [" ".join(map(tokenizer_files.letters_of, pair)) for pair in pairs]
+
+
+def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):
     vocab = tokenizer_files._vocabulary_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     assert vocabulary.in_folder(tmp_path) is None  # Without its merges.
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     assert vocabulary.in_folder(tmp_path) == "gpt2"
+    cut = "\n".join(["#version: 0.2", *gpt2_merges[:20_000], ""])
+    (tmp_path / "merges.txt").write_text(cut)
+    assert vocabulary.in_folder(tmp_path) == str(tmp_path / "vocab.json")
+    model = {"type": "BPE", "vocab": vocab, "merges": gpt2_merges}
     whole = {
-        "model": {"type": "BPE", "vocab": vocab},
+        "model": model,
         "added_tokens": [{"id": 50256, "content": "<|endoftext|>"}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
         "normalizer": None,
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert vocabulary.in_folder(tmp_path) == "gpt2"
+    pairs = {"model": model | {"merges": [one.split() for one in gpt2_merges]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | pairs))
+    assert vocabulary.in_folder(tmp_path) == "gpt2"
+    end = whole["added_tokens"][0]
     for change in (
+        {"model": model | {"merges": gpt2_merges[:20_000]}},
+        {"model": model | {"merges": None}},
+        {"model": model | {"ignore_merges": True}},
+        {"added_tokens": []},
+        {"added_tokens": [end | {"rstrip": True}]},
+        {"pre_tokenizer": whole["pre_tokenizer"] | {"use_regex": False}},
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {"added_tokens": [{"id": 50257, "content": "[PAD]"}]},
@@ -171,10 +194,10 @@ def test_added_tokens_beside_a_tokenizer_must_be_in_it(name, byte_level, tmp_pat
             vocabulary.load(file)
 
 
-def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(tmp_path):
+def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
     vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     with pytest.raises(UserError, match="no space before a text, unlike tokenizer_c"):
         vocabulary.load(str(tmp_path))

@@ -25,12 +25,16 @@ class Header(NamedTuple):
 
 
 class TokenizerFields(NamedTuple):
-    """tokens: by id, as the file writes them; end: the id that ends a text."""
+    """tokens: by id, as the file writes them; end: the id that ends a text.
+
+    merges: texts like "a b", in their order; None if the file has none.
+    """
 
     tokens: list[str]
     end: int | None
     kind: tuple[str | None, str | None]  # the model, and the pattern
     sha256: str
+    merges: list[str] | None
 
 
 @read_once
@@ -78,4 +82,5 @@ def tokenizer_fields(path: Path) -> TokenizerFields:
         )
     kind = own.get(f"{_TOKENIZER}model"), own.get(f"{_TOKENIZER}pre")
     sha256 = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
-    return TokenizerFields(tokens, end, kind, sha256.hexdigest())
+    merges = own.get(f"{_TOKENIZER}merges")
+    return TokenizerFields(tokens, end, kind, sha256.hexdigest(), merges)

@@ -38,6 +38,8 @@ _SAVE_WHOLE = (
 )
 # How `model_type` of models begins whose vocab.json is not cut as GPT-2's.
 _OTHER_CUTS = ("biogpt", "clip", "ctrl", "flaubert", "openai-gpt", "qwen", "xlm")
+# Fields of a model in tokenizer.json with which it joins bytes in another way.
+_OTHER_JOINS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # Rank files of OpenAI's whose patterns are not GPT-2's.
 _OTHER_PATTERNS = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -153,21 +155,42 @@ def _name_by_content(file: Path) -> str | None:
     if file.suffix == RANK_ENDING:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
-    has_pattern = True
+    has_pattern, merges = True, None
     if file.suffix == gguf_header.ENDING:
-        has_pattern = gguf_header.tokenizer_fields(file).kind == ("gpt2", "gpt-2")
+        fields = gguf_header.tokenizer_fields(file)
+        has_pattern, merges = fields.kind == ("gpt2", "gpt-2"), fields.merges
+    if file.name == VOCAB:
+        lines = file.with_name(MERGES).read_text("utf-8", "replace").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
     if file.name == WHOLE:
         whole = read_json(file, _DAMAGED) or {}
         cut = whole.get("pre_tokenizer")
         cut = cut if isinstance(cut, dict) else {}
-        has_pattern = cut.get("type") == "ByteLevel" and not (
+        is_cut_so = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+        has_pattern = is_cut_so and not (
             cut.get("add_prefix_space") or whole.get("normalizer")
         )
+        model = whole.get("model")
+        model = model if isinstance(model, dict) else {}
+        merges = None if any(map(model.get, _OTHER_JOINS)) else model.get("merges")
+        added = whole.get("added_tokens") or ()
+        if not any(_is_plain_end(one) for one in added):
+            return None
     if not has_pattern:
         return None
     own = _id_of_text(file)
+    merges = merges if isinstance(merges, list) else []
+    made = ["".join(map(str, one)).replace(" ", "") for one in merges]
     fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
-    return next((name for name in fitting if own == _vocabulary_of(name)), None)
+    same = next((name for name in fitting if own == _vocabulary_of(name)), None)
+    # Merges make all tokens but the bytes and the end of text, in the order of ids.
+    return same if same and made == list(_vocabulary_of(same))[256:-1] else None
+
+
+def _is_plain_end(added: Any) -> bool:
+    """Whether an added token is the end of text, and takes no spaces beside it."""
+    is_end = isinstance(added, dict) and added.get("content") == END_OF_TEXT
+    return is_end and not any(map(added.get, ("single_word", "lstrip", "rstrip")))
 
 
 def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
