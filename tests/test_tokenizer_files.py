@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import gpt2_folders
 import numpy as np
@@ -484,6 +485,19 @@ def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
     (place / name).write_bytes(content)
     asked = {"data": {"tokenizer": name}}
     assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_two_texts_of_one_id_are_refused(name, byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / name, tmp_path / "own")
+    file = Path(vocabulary.in_folder(folder))
+    content = json.loads(file.read_text())
+    ids = content if name == "parts" else content["model"]["vocab"]
+    ids.update({text: number % 200 for text, number in ids.items()})
+    file.write_text(json.dumps(content))
+    for read in (vocabulary.describe, vocabulary.load):
+        with pytest.raises(UserError, match=r"damaged \(id \d+ has two texts, "):
+            read(str(file))
 
 
 def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):

@@ -364,6 +364,13 @@ def _id_of_text(file: Path) -> dict[str, int]:
         found = {}
     if not found or any(type(number) is not int for number in found.values()):
         raise UserError(f"{file} is damaged (it has no vocabulary): {_DAMAGED}")
+    text_of: dict[int, str] = {}
+    for text, number in found.items():
+        if text_of.setdefault(number, text) != text:
+            raise UserError(
+                f"{file} is damaged (id {number} has two texts, {text_of[number]!r} "
+                f"and {text!r}): {_DAMAGED}"
+            )
     return found
 
 
