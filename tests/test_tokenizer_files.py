@@ -108,14 +108,23 @@ def test_a_vocabulary_with_merges_gives_the_same_ids(byte_level):
     assert (parts.n_vocab, parts.eot_token) == (whole.n_vocab, whole.eot_token)
 
 
-def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(byte_level, tmp_path):
-    made = json.loads((byte_level / "whole/tokenizer.json").read_text())
+@pytest.mark.parametrize(
+    "names",
+    [["truncation"], ["padding"], ["model"], ["truncation", "padding", "model"]],
+)
+def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(
+    names, byte_level, tmp_path
+):
+    plain = json.loads((byte_level / "whole/tokenizer.json").read_text())
     cut = {"max_length": 4, "stride": 0, "strategy": "LongestFirst"}
-    made["truncation"] = cut | {"direction": "Right"}
     filled = {"pad_id": 0, "pad_token": "<|endoftext|>", "pad_type_id": 0}
     filled |= {"strategy": "BatchLongest", "direction": "Right"}
-    made["padding"] = filled | {"pad_to_multiple_of": None}
-    made["model"]["dropout"] = 0.9
+    asked = {
+        "truncation": cut | {"direction": "Right"},
+        "padding": filled | {"pad_to_multiple_of": None},
+        "model": plain["model"] | {"dropout": 0.9},
+    }
+    made = plain | {name: asked[name] for name in names}
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     ours = vocabulary.load(str(tmp_path / "tokenizer.json"))
     plain = vocabulary.load(str(byte_level / "whole/tokenizer.json"))
@@ -207,7 +216,10 @@ def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_pat
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "ctrl"}, "is of ctrl, which cuts text in another way"),
+        *(
+            ({"model_type": f"{name}2"}, f"is of {name}2, which cuts text in another w")
+            for name in tokenizer_files._OTHER_CUTS
+        ),
         ({"tokenizer_class": "CTRLTokenizer"}, "is of CTRLTokenizer, which cuts"),
         ({"model_type": "gpt2", "x": float("inf")}, None),
     ],
@@ -224,6 +236,33 @@ def test_a_vocabulary_of_another_kind_of_model_is_refused(
                 read(file)
         else:
             assert read(file)
+
+
+def test_the_class_of_the_tokenizer_goes_before_the_class_in_the_model(
+    byte_level, tmp_path
+):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    kinds = "GPT2Tokenizer", "CTRLTokenizer"
+    for own, of_model in (kinds, kinds[::-1]):
+        for name, kind in (("tokenizer_config", own), ("config", of_model)):
+            content = json.dumps({"tokenizer_class": kind})
+            (folder / f"{name}.json").write_text(content)
+        if own == "GPT2Tokenizer":
+            assert vocabulary.load(str(folder)).encode(TEXT)
+            continue
+        with pytest.raises(UserError, match="is of CTRLTokenizer, which cuts"):
+            vocabulary.load(str(folder))
+
+
+def test_a_vocabulary_without_a_letter_for_each_byte_is_no_gpt2_s(byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    ids = json.loads((folder / "vocab.json").read_text())
+    words = {"a</w>": len(ids), **{text: n for text, n in ids.items() if text != "Ġ"}}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "config.json").write_text('{"model_type": "blenderbot-small"}')
+    for read in (vocabulary.describe, vocabulary.load):
+        with pytest.raises(UserError, match="has no token Ġ, so it cuts text in anoth"):
+            read(str(folder))
 
 
 def test_a_relative_path_in_a_meta_file_is_beside_it(

@@ -36,7 +36,7 @@ _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
 )
-# How `model_type` of models begins whose vocab.json is not cut as GPT-2's.
+# Beginnings of `model_type`. These models cut text in another way than GPT-2.
 _OTHER_CUTS = ("biogpt", "clip", "ctrl", "flaubert", "openai-gpt", "qwen", "xlm")
 # Fields of a model in tokenizer.json with which it joins bytes in another way.
 _OTHER_JOINS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -134,7 +134,7 @@ def describe(file: Path) -> Numbering:
         pair = f"{sha256} {_end_in_config(file)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.name == WHOLE and _changes_texts(file):
-        # Versions that did what it asks for made other tokens of a text.
+        # Earlier versions obeyed the file and made other tokens.
         sha256 = hashlib.sha256(f"{sha256} whole texts".encode()).hexdigest()
     size = max(_id_of_text(file).values()) + 1
     return Numbering(size, sha256, _added_from(file, size))
@@ -282,6 +282,12 @@ def _check_kind(vocab: Path) -> None:
         raise UserError(
             f"{vocab} is of {kind or cut}, which cuts text in another way than GPT-2: "
             f"{_SAVE_WHOLE}"
+        )
+    lacking = set(byte_letters().values()) - _id_of_text(vocab).keys()
+    if not is_gpt2 and lacking:
+        raise UserError(
+            f"{vocab} has no token {min(lacking)}, so it cuts text in another way than "
+            f"GPT-2: {_SAVE_WHOLE}"
         )
 
 
