@@ -15,6 +15,7 @@ from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
+from pcagpt import file_hashes
 from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
@@ -44,6 +45,15 @@ def gpt2_merges():
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     pairs = hugging_face_tokenizer._merges(list(tokens))
     return [" ".join(map(tokenizer_files.letters_of, pair)) for pair in pairs]
+
+
+def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "is_settled", lambda _: True)
+    vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
+    (tmp_path / "vocab.json").write_text(vocab)
+    for merges, name in ((gpt2_merges, "gpt2"), ([], str(tmp_path / "vocab.json"))):
+        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+        assert vocabulary.in_folder(tmp_path) == name
 
 
 def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):

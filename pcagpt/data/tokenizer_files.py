@@ -26,7 +26,7 @@ from pcagpt.data.tokenizer import (
     load_tokenizer,
 )
 from pcagpt.errors import UserError
-from pcagpt.file_hashes import read_once, sha256_of_file
+from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
 from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -145,13 +145,17 @@ def known_name(file: Path) -> str | None:
 
     Raises UserError if the file is damaged.
     """
-    name = _name_by_content(file)
+    is_pair = file.name == VOCAB
+    name = _name_by_content(file, is_pair and stamp_of(file.with_name(MERGES)))
     return None if name and _disagreement(file) else name  # `load` refuses it.
 
 
 @read_once
-def _name_by_content(file: Path) -> str | None:
-    """As `known_name`, whatever is beside the file."""
+def _name_by_content(file: Path, _: object) -> str | None:
+    """As `known_name`, whatever else is beside a file, or a pair of files.
+
+    The stamp of the second file has it read again if that one changes.
+    """
     if file.suffix == RANK_ENDING:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
