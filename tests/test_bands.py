@@ -224,3 +224,12 @@ def test_rows_in_bands_are_refitted_to_their_contexts():
         for t in (made, other)
     ]
     assert logits[0] < logits[1]
+
+
+def test_a_token_that_is_alone_in_its_band_joins_the_first_band():
+    axes = np.eye(4)
+    rows_VD = axes[[0, 0, 0, 1, 1, 1, 2]]
+    bases = tuple(axes[:, [axis]] for axis in range(3))
+    attempt = bands._Attempt(0.0, [np.arange(7)], [1, 1, 1], bases, 0.0)
+    found = bands._regrouped(rows_VD, np.ones(7), attempt)
+    assert [rows.tolist() for rows in found] == [[0, 1, 2, 6], [3, 4, 5]]

@@ -932,6 +932,22 @@ def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache
         assert corpus.tokens("val")[:].tolist() == DIGITS[: 40 : 1 + is_wide].tolist()
 
 
+def test_a_stated_width_at_which_every_second_id_is_0_is_doubted(folder, cache, caplog):
+    doubt = "has id 0 at every second place, like uint32 ids that are read as uint16"
+    known = BARE | {"dtype": "uint16"}
+    write_tokens(folder, np.arange(1, 6001), stored="<u4", **known)
+    open_corpus(str(folder), cache).tokens("train")
+    assert doubt in caplog.text
+    for ids, more in (
+        (np.arange(6000), {}),
+        (DIGITS, {"tokens": {"train": len(DIGITS)}}),
+    ):
+        caplog.clear()
+        write_tokens(folder, ids, **known, **more)
+        open_corpus(str(folder), cache).tokens("train")
+        assert doubt not in caplog.text
+
+
 def test_all_splits_have_the_width_of_the_largest(folder, cache):
     write_tokens(folder, np.arange(1, 3001) % 11, vocab_size=11)
     write_tokens(folder, DIGITS[:12], "val")

@@ -294,6 +294,12 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def unfilled(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
 def another_norm(change):
     return lambda folder: spoil(folder, change)
 
@@ -323,6 +329,7 @@ SPOILT = {
     ),
     "lost_shard": (lose_shard, "which its model.safetensors.index.json names"),
     "cut": (cut, "transformers cannot open"),
+    "unfilled": (unfilled, "like a download that was not finished: download it again"),
     "lacking": (
         another_norm(lambda tensors: tensors.pop(NORM)),
         f"has no tensor {NORM} of the shape",

@@ -201,6 +201,12 @@ def test_a_file_that_transformers_reads_in_part_is_refused(
     assert f"{tmp_path}/odd.gguf {words}" in line
 
 
+def test_a_factor_of_1_scales_no_positions(byte_level, tmp_path):
+    path = tmp_path / "plain.gguf"
+    gguf_files.write(path, byte_level, llama_rope_scaling_factor=1)
+    assert len(Decoder(path, 16).table_VD)
+
+
 @pytest.mark.parametrize("config", ["evaluate.py", "factorize.py", "export.py"])
 def test_other_commands_say_that_only_compress_takes_it(config, file, place):
     knobs = {"evaluate.py": ["--config.data.source=text"]}.get(config, [])
@@ -214,6 +220,13 @@ def test_a_file_that_is_not_whole_is_refused(kept, file, place):
     file.write_bytes(file.read_bytes()[:kept])
     line = refusal(*asked(file), unchanged=[file.parent, place])
     assert f"{file} is damaged" in line
+
+
+def test_a_file_whose_second_half_was_never_written_is_refused(file, place):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert "like a download that was not finished" in line
 
 
 def test_a_lack_of_memory_is_no_damage(file, tmp_path, monkeypatch):

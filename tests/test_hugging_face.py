@@ -23,6 +23,7 @@ from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, fingerprint, hugging_face
 from pcagpt.run.folder import read_record
 from pcagpt.run.trained import Run
+from pcagpt.run.unfilled import Place, refuse_unfilled
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -92,6 +93,32 @@ def test_other_floats_are_read_as_float32(dtype, tmp_path):
     assert {leaf.dtype for leaf in found.values()} == {np.dtype("float32")}
     rounded = tensors()["transformer.wpe.weight"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(found["wpe"], rounded)
+
+
+def test_a_file_whose_end_was_never_written_is_refused(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    for share in (0.5, 0.8):
+        filled = content[: int(share * len(content))]
+        path.write_bytes(filled.ljust(len(content), b"\0"))
+        with pytest.raises(UserError, match="of zeros, in which transf.* download"):
+            Run.open(folder)
+
+
+def test_zeros_that_are_meant_are_read(tmp_path):
+    zeros = {name: 0 * one for name, one in tensors().items() if one.ndim == 1}
+    zeros["transformer.h.1.mlp.c_proj.weight"] = np.zeros((64, 16), np.float32)
+    padded = tensors()
+    padded[TABLE][30:] = 0
+    Run.open(write(tmp_path / "theirs", padded | zeros))
+
+
+def test_a_table_that_is_half_written_is_no_padded_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"1" * 5_000_000 + b"\0" * 3_000_000)
+    refuse_unfilled(path, {"table": Place((80, 100_000), 0, 5_900_000)})
+    with pytest.raises(UserError, match="in which table is"):
+        refuse_unfilled(path, {"table": Place((80, 100_000), 0, 8_000_000)})
 
 
 ALIASES = {

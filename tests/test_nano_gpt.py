@@ -11,6 +11,7 @@ from gpt2_folders import SIZES
 from runs import assert_equal, snapshot
 
 from pcagpt import trees
+from pcagpt.errors import UserError
 from pcagpt.run import checkpoint
 from pcagpt.run.trained import Run
 
@@ -204,6 +205,25 @@ def test_a_file_that_is_no_checkpoint_is_refused(torch, tmp_path, place):
     asked = {"model_path": tmp_path / "ckpt.pt"}
     line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[tmp_path])
     assert "ckpt.pt" in line
+
+
+def test_one_flipped_bit_in_a_tensor_is_refused(torch, tmp_path):
+    folder = write(torch, tmp_path / "out")
+    file, table = folder / "ckpt.pt", gpt2_folders.tensors()[gpt2_folders.TABLE]
+    content = bytearray(file.read_bytes())
+    content[content.index(table.tobytes()) + 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read \(Bad CRC-32.*: restore it"):
+        Run.open(folder)
+
+
+def test_a_checkpoint_that_was_written_without_sums_is_read(torch, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = write(torch, tmp_path / "out")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert Run.open(folder).table_shape == (97, 16)
 
 
 def test_without_torch_the_line_says_how_to_install_it(tmp_path, monkeypatch):

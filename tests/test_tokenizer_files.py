@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import gpt2_folders
 import numpy as np
@@ -14,10 +15,11 @@ from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
-from pcagpt.data import tokenizer_files, vocabulary
+from pcagpt import file_hashes
+from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
-from pcagpt.data.tokenizer import ASSETS, RANKS
+from pcagpt.data.tokenizer import ASSETS, RANKS, load_tokenizer
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run.trained import Run
@@ -36,23 +38,55 @@ def word_level(shared):
 # Which tokenizer a file holds.
 
 
-def test_the_files_of_gpt2_have_its_name(tmp_path):
+@pytest.fixture(scope="session")
+def gpt2_merges():
+    """The merges of GPT-2, as merges.txt has them."""
+    encoding = load_tokenizer("gpt2")
+    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    pairs = hugging_face_tokenizer._merges(list(tokens))
+    return [" ".join(map(tokenizer_files.letters_of, pair)) for pair in pairs]
+
+
+def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "is_settled", lambda _: True)
+    vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
+    (tmp_path / "vocab.json").write_text(vocab)
+    for merges, name in ((gpt2_merges, "gpt2"), ([], str(tmp_path / "vocab.json"))):
+        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+        assert vocabulary.in_folder(tmp_path) == name
+
+
+def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):
     vocab = tokenizer_files._vocabulary_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     assert vocabulary.in_folder(tmp_path) is None  # Without its merges.
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     assert vocabulary.in_folder(tmp_path) == "gpt2"
+    cut = "\n".join(["#version: 0.2", *gpt2_merges[:20_000], ""])
+    (tmp_path / "merges.txt").write_text(cut)
+    assert vocabulary.in_folder(tmp_path) == str(tmp_path / "vocab.json")
+    model = {"type": "BPE", "vocab": vocab, "merges": gpt2_merges}
     whole = {
-        "model": {"type": "BPE", "vocab": vocab},
+        "model": model,
         "added_tokens": [{"id": 50256, "content": "<|endoftext|>"}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
         "normalizer": None,
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert vocabulary.in_folder(tmp_path) == "gpt2"
+    pairs = {"model": model | {"merges": [one.split() for one in gpt2_merges]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | pairs))
+    assert vocabulary.in_folder(tmp_path) == "gpt2"
+    end = whole["added_tokens"][0]
     for change in (
+        {"model": model | {"merges": gpt2_merges[:20_000]}},
+        {"model": model | {"merges": None}},
+        {"model": model | {"ignore_merges": True}},
+        {"added_tokens": []},
+        {"added_tokens": [end | {"rstrip": True}]},
+        {"pre_tokenizer": whole["pre_tokenizer"] | {"use_regex": False}},
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {"added_tokens": [{"id": 50257, "content": "[PAD]"}]},
@@ -84,14 +118,23 @@ def test_a_vocabulary_with_merges_gives_the_same_ids(byte_level):
     assert (parts.n_vocab, parts.eot_token) == (whole.n_vocab, whole.eot_token)
 
 
-def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(byte_level, tmp_path):
-    made = json.loads((byte_level / "whole/tokenizer.json").read_text())
+@pytest.mark.parametrize(
+    "names",
+    [["truncation"], ["padding"], ["model"], ["truncation", "padding", "model"]],
+)
+def test_what_a_file_asks_for_does_not_change_the_ids_of_a_text(
+    names, byte_level, tmp_path
+):
+    plain = json.loads((byte_level / "whole/tokenizer.json").read_text())
     cut = {"max_length": 4, "stride": 0, "strategy": "LongestFirst"}
-    made["truncation"] = cut | {"direction": "Right"}
     filled = {"pad_id": 0, "pad_token": "<|endoftext|>", "pad_type_id": 0}
     filled |= {"strategy": "BatchLongest", "direction": "Right"}
-    made["padding"] = filled | {"pad_to_multiple_of": None}
-    made["model"]["dropout"] = 0.9
+    asked = {
+        "truncation": cut | {"direction": "Right"},
+        "padding": filled | {"pad_to_multiple_of": None},
+        "model": plain["model"] | {"dropout": 0.9},
+    }
+    made = plain | {name: asked[name] for name in names}
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     ours = vocabulary.load(str(tmp_path / "tokenizer.json"))
     plain = vocabulary.load(str(byte_level / "whole/tokenizer.json"))
@@ -171,10 +214,10 @@ def test_added_tokens_beside_a_tokenizer_must_be_in_it(name, byte_level, tmp_pat
             vocabulary.load(file)
 
 
-def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(tmp_path):
+def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
     vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     with pytest.raises(UserError, match="no space before a text, unlike tokenizer_c"):
         vocabulary.load(str(tmp_path))
@@ -183,7 +226,10 @@ def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "ctrl"}, "is of ctrl, which cuts text in another way"),
+        *(
+            ({"model_type": f"{name}2"}, f"is of {name}2, which cuts text in another w")
+            for name in tokenizer_files._OTHER_CUTS
+        ),
         ({"tokenizer_class": "CTRLTokenizer"}, "is of CTRLTokenizer, which cuts"),
         ({"model_type": "gpt2", "x": float("inf")}, None),
     ],
@@ -200,6 +246,33 @@ def test_a_vocabulary_of_another_kind_of_model_is_refused(
                 read(file)
         else:
             assert read(file)
+
+
+def test_the_class_of_the_tokenizer_goes_before_the_class_in_the_model(
+    byte_level, tmp_path
+):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    kinds = "GPT2Tokenizer", "CTRLTokenizer"
+    for own, of_model in (kinds, kinds[::-1]):
+        for name, kind in (("tokenizer_config", own), ("config", of_model)):
+            content = json.dumps({"tokenizer_class": kind})
+            (folder / f"{name}.json").write_text(content)
+        if own == "GPT2Tokenizer":
+            assert vocabulary.load(str(folder)).encode(TEXT)
+            continue
+        with pytest.raises(UserError, match="is of CTRLTokenizer, which cuts"):
+            vocabulary.load(str(folder))
+
+
+def test_a_vocabulary_without_a_letter_for_each_byte_is_no_gpt2_s(byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    ids = json.loads((folder / "vocab.json").read_text())
+    words = {"a</w>": len(ids), **{text: n for text, n in ids.items() if text != "Ġ"}}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "config.json").write_text('{"model_type": "blenderbot-small"}')
+    for read in (vocabulary.describe, vocabulary.load):
+        with pytest.raises(UserError, match="has no token Ġ, so it cuts text in anoth"):
+            read(str(folder))
 
 
 def test_a_relative_path_in_a_meta_file_is_beside_it(
@@ -461,6 +534,19 @@ def test_a_damaged_or_unknown_file_is_refused(name, content, words, place):
     (place / name).write_bytes(content)
     asked = {"data": {"tokenizer": name}}
     assert words in refusal(*tiny("baseline.py", "text", **asked), unchanged=[place])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_two_texts_of_one_id_are_refused(name, byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / name, tmp_path / "own")
+    file = Path(vocabulary.in_folder(folder))
+    content = json.loads(file.read_text())
+    ids = content if name == "parts" else content["model"]["vocab"]
+    ids.update({text: number % 200 for text, number in ids.items()})
+    file.write_text(json.dumps(content))
+    for read in (vocabulary.describe, vocabulary.load):
+        with pytest.raises(UserError, match=r"damaged \(id \d+ has two texts, "):
+            read(str(file))
 
 
 def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from pcagpt.data import gguf_header
 from pcagpt.errors import UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
+from pcagpt.run.unfilled import Place, refuse_unfilled
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 # What programs store although it follows from config.json, such as causal masks.
@@ -126,7 +127,9 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
 
 def _check_header(model: Any, path: Path) -> None:
     """UserError if transformers silently dropped a part of a GGUF file."""
-    fields, shapes, _ = gguf_header.header(path)
+    fields, shapes, _, places = gguf_header.header(path)
+    placed = {name: Place(shapes[name], *at) for name, at in places.items()}
+    refuse_unfilled(path, placed)
     scaled = [
         name
         for name, value in fields.items()
@@ -178,6 +181,7 @@ def _check_files(model: Any, folder: Path) -> None:
                     f"{folder} has two tensors for one parameter, {other} and {name}: "
                     "remove the wrong one"
                 )
+        hugging_face.check_filled(path)
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:

@@ -13,20 +13,28 @@ _TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
 
 
 class Header(NamedTuple):
-    """fields: by name; shapes: of the tensors, rows first; types: those they have."""
+    """fields: by name; shapes: of the tensors, rows first; types: those they have.
+
+    places: the first byte of each tensor in the file, and the byte after it.
+    """
 
     fields: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     types: tuple[str, ...]
+    places: dict[str, tuple[int, int]]
 
 
 class TokenizerFields(NamedTuple):
-    """tokens: by id, as the file writes them; end: the id that ends a text."""
+    """tokens: by id, as the file writes them; end: the id that ends a text.
+
+    merges: texts like "a b", in their order; None if the file has none.
+    """
 
     tokens: list[str]
     end: int | None
     kind: tuple[str | None, str | None]  # the model, and the pattern
     sha256: str
+    merges: list[str] | None
 
 
 @read_once
@@ -45,6 +53,10 @@ def header(path: Path) -> Header:
             one.name: tuple(map(int, reversed(one.shape))) for one in reader.tensors
         }
         types = dict.fromkeys(one.tensor_type.name for one in reader.tensors)
+        places = {
+            one.name: (int(one.data_offset), int(one.data_offset + one.n_bytes))
+            for one in reader.tensors
+        }
     except MemoryError:
         raise
     # The package raises errors of many types for damaged files.
@@ -55,7 +67,7 @@ def header(path: Path) -> Header:
         raise UserError(
             f"{path} is damaged ({reason}): restore it, or download it again"
         ) from None
-    return Header(fields, shapes, tuple(types))
+    return Header(fields, shapes, tuple(types), places)
 
 
 def tokenizer_fields(path: Path) -> TokenizerFields:
@@ -70,4 +82,5 @@ def tokenizer_fields(path: Path) -> TokenizerFields:
         )
     kind = own.get(f"{_TOKENIZER}model"), own.get(f"{_TOKENIZER}pre")
     sha256 = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
-    return TokenizerFields(tokens, end, kind, sha256.hexdigest())
+    merges = own.get(f"{_TOKENIZER}merges")
+    return TokenizerFields(tokens, end, kind, sha256.hexdigest(), merges)

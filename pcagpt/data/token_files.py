@@ -18,7 +18,7 @@ from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
 from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from pcagpt.errors import UserError, naming
+from pcagpt.errors import UserError, naming, warn_once
 
 _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
 _FEW_BYTES = 32  # enough to doubt that uint16 ids are 0 at every second place
@@ -138,6 +138,12 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
             raise UserError(
                 f"{path} looks like {found}, not {info.dtype}: correct dtype in "
                 f"meta.json, or write the tokens again{_if_right(path)}"
+            )
+        seems_wide = "uint32" in fitting and content.highest["uint16"]
+        if info.dtype == "uint16" and seems_wide and is_long:
+            warn_once(
+                f"{path} has id 0 at every second place, like uint32 ids that are read "
+                f"as uint16: correct dtype in meta.json{_if_right(path)}"
             )
         return info.dtype
     if counted:

@@ -26,7 +26,7 @@ from pcagpt.data.tokenizer import (
     load_tokenizer,
 )
 from pcagpt.errors import UserError
-from pcagpt.file_hashes import read_once, sha256_of_file
+from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
 from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -36,8 +36,10 @@ _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
 )
-# How `model_type` of models begins whose vocab.json is not cut as GPT-2's.
+# Beginnings of `model_type`. These models cut text in another way than GPT-2.
 _OTHER_CUTS = ("biogpt", "clip", "ctrl", "flaubert", "openai-gpt", "qwen", "xlm")
+# Fields of a model in tokenizer.json with which it joins bytes in another way.
+_OTHER_JOINS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # Rank files of OpenAI's whose patterns are not GPT-2's.
 _OTHER_PATTERNS = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -132,7 +134,7 @@ def describe(file: Path) -> Numbering:
         pair = f"{sha256} {_end_in_config(file)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.name == WHOLE and _changes_texts(file):
-        # Versions that did what it asks for made other tokens of a text.
+        # Earlier versions obeyed the file and made other tokens.
         sha256 = hashlib.sha256(f"{sha256} whole texts".encode()).hexdigest()
     size = max(_id_of_text(file).values()) + 1
     return Numbering(size, sha256, _added_from(file, size))
@@ -143,31 +145,56 @@ def known_name(file: Path) -> str | None:
 
     Raises UserError if the file is damaged.
     """
-    name = _name_by_content(file)
+    is_pair = file.name == VOCAB
+    name = _name_by_content(file, is_pair and stamp_of(file.with_name(MERGES)))
     return None if name and _disagreement(file) else name  # `load` refuses it.
 
 
 @read_once
-def _name_by_content(file: Path) -> str | None:
-    """As `known_name`, whatever is beside the file."""
+def _name_by_content(file: Path, _: object) -> str | None:
+    """As `known_name`, whatever else is beside a file, or a pair of files.
+
+    The stamp of the second file has it read again if that one changes.
+    """
     if file.suffix == RANK_ENDING:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
-    has_pattern = True
+    has_pattern, merges = True, None
     if file.suffix == gguf_header.ENDING:
-        has_pattern = gguf_header.tokenizer_fields(file).kind == ("gpt2", "gpt-2")
+        fields = gguf_header.tokenizer_fields(file)
+        has_pattern, merges = fields.kind == ("gpt2", "gpt-2"), fields.merges
+    if file.name == VOCAB:
+        lines = file.with_name(MERGES).read_text("utf-8", "replace").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
     if file.name == WHOLE:
         whole = read_json(file, _DAMAGED) or {}
         cut = whole.get("pre_tokenizer")
         cut = cut if isinstance(cut, dict) else {}
-        has_pattern = cut.get("type") == "ByteLevel" and not (
+        is_cut_so = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+        has_pattern = is_cut_so and not (
             cut.get("add_prefix_space") or whole.get("normalizer")
         )
+        model = whole.get("model")
+        model = model if isinstance(model, dict) else {}
+        merges = None if any(map(model.get, _OTHER_JOINS)) else model.get("merges")
+        added = whole.get("added_tokens") or ()
+        if not any(_is_plain_end(one) for one in added):
+            return None
     if not has_pattern:
         return None
     own = _id_of_text(file)
+    merges = merges if isinstance(merges, list) else []
+    made = ["".join(map(str, one)).replace(" ", "") for one in merges]
     fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
-    return next((name for name in fitting if own == _vocabulary_of(name)), None)
+    same = next((name for name in fitting if own == _vocabulary_of(name)), None)
+    # Merges make all tokens but the bytes and the end of text, in the order of ids.
+    return same if same and made == list(_vocabulary_of(same))[256:-1] else None
+
+
+def _is_plain_end(added: Any) -> bool:
+    """Whether an added token is the end of text, and takes no spaces beside it."""
+    is_end = isinstance(added, dict) and added.get("content") == END_OF_TEXT
+    return is_end and not any(map(added.get, ("single_word", "lstrip", "rstrip")))
 
 
 def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
@@ -260,6 +287,12 @@ def _check_kind(vocab: Path) -> None:
             f"{vocab} is of {kind or cut}, which cuts text in another way than GPT-2: "
             f"{_SAVE_WHOLE}"
         )
+    lacking = set(byte_letters().values()) - _id_of_text(vocab).keys()
+    if not is_gpt2 and lacking:
+        raise UserError(
+            f"{vocab} has no token {min(lacking)}, so it cuts text in another way than "
+            f"GPT-2: {_SAVE_WHOLE}"
+        )
 
 
 @read_once
@@ -341,6 +374,13 @@ def _id_of_text(file: Path) -> dict[str, int]:
         found = {}
     if not found or any(type(number) is not int for number in found.values()):
         raise UserError(f"{file} is damaged (it has no vocabulary): {_DAMAGED}")
+    text_of: dict[int, str] = {}
+    for text, number in found.items():
+        if text_of.setdefault(number, text) != text:
+            raise UserError(
+                f"{file} is damaged (id {number} has two texts, {text_of[number]!r} "
+                f"and {text!r}): {_DAMAGED}"
+            )
     return found
 
 

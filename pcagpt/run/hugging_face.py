@@ -4,6 +4,7 @@ The folder has config.json and model.safetensors, whole or in shards.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from pcagpt.files import refuse_odd
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names, two_values
+from pcagpt.run.unfilled import Place, refuse_unfilled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -222,7 +224,22 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
                     f"{path}: {name} has the type {dtype}: it must be one of "
                     f"{', '.join(_DTYPES)}"
                 )
+        for path in files(folder):
+            check_filled(path)
         yield found
+
+
+def check_filled(path: Path) -> None:
+    """UserError if the end of a file of safetensors was never written."""
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+    header.pop("__metadata__", None)
+    places = {
+        name: Place(tuple(one["shape"]), *(begin + n for n in one["data_offsets"]))
+        for name, one in header.items()
+    }
+    refuse_unfilled(path, places)
 
 
 def _shape_error(folder: Path, name: str, shape: tuple, expected: tuple) -> str:

@@ -1,6 +1,7 @@
 """nanoGPT's ckpt.pt as a run: its record and its weights. Needs PyTorch to read it."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from pcagpt.data.meta import MOST_TOKENS
 from pcagpt.errors import UserError, unreadable
+from pcagpt.file_hashes import read_once
 from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
 from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names, two_values
@@ -135,7 +137,9 @@ def _load(path: Path) -> Any:
         ) from None
     try:
         # Mapped, so that the state of the optimizer is not read.
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        _check_sums(path)
+        return stored
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(
@@ -149,4 +153,21 @@ def _load(path: Path) -> Any:
         if found := unreadable(error):
             raise found from None
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read ({reason}): {_REMEDY}") from None
+        raise UserError(
+            f"{path} cannot be read ({reason}): restore it, or {_REMEDY}"
+        ) from None
+
+
+@read_once
+def _check_sums(path: Path) -> None:
+    """BadZipFile if a record has another sum than the file says.
+
+    torch does not look at the sums of a mapped file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if not record.CRC:  # torch was told to write no sums.
+                continue
+            with archive.open(record) as content:
+                while content.read(1 << 20):
+                    pass
