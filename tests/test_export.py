@@ -13,11 +13,13 @@ from command_line import CONFIGS, ROOT, call, refusal, tiny
 from gpt2_folders import write as write_gpt2
 from runs import gpt_config, snapshot
 from safetensors.numpy import load_file
+from tokenizer_folders import word_level
 
 from pcagpt import coding, trees
 from pcagpt.compression.codes import KINDS
 from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
+from pcagpt.data import vocabulary
 from pcagpt.errors import UserError
 from pcagpt.export import formats
 from pcagpt.export.measured import measured
@@ -34,7 +36,10 @@ from pcagpt.run.trained import Run
 pytestmark = pytest.mark.usefixtures("quick")
 V = 97
 SIZES = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
-HOW = ": its README.md says how to load it"
+HOW = (
+    ": its README.md says how to load it; it has no tokenizer, because none is known: "
+    "--config.data.tokenizer=FILE names one"
+)
 MODELS = {
     "full": {},
     "one rank": {"n_embd_wte": 4},
@@ -511,6 +516,31 @@ def test_a_table_whose_model_got_another_tokenizer_is_refused(tmp_path):
     write_record(folder, record)
     with pytest.raises(UserError, match="theirs has another tokenizer than when"):
         source_of(folder)
+
+
+@pytest.mark.parametrize("told_by", ["record", "command", "nothing"])
+def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_path):
+    (tmp_path / "own").mkdir()
+    word_level(tmp_path / "own")
+    file, folder = tmp_path / "own/tokenizer.json", write_table_of_another(tmp_path)
+    told = {"tokenizer": str(file)}
+    told["tokenizer_sha256"] = vocabulary.describe(str(file)).sha256
+    if told_by == "record":
+        write_record(folder, read_record(folder) | told)
+    asked = f"--config.model_path={folder}", f"--config.workdir={tmp_path}"
+    words = (f"--config.data.tokenizer={file}",) * (told_by == "command")
+    outcome = call(f"--config={CONFIGS / 'export.py'}", *asked, *words)
+    assert outcome.code == 0, outcome
+    made, is_told = tmp_path / "exported/table_hf", told_by != "nothing"
+    assert ("it has no tokenizer" in outcome.out) != is_told
+    assert ("bare ids" in (made / "README.md").read_text()) != is_told
+    name = str(made / "tokenizer.json") if is_told else None
+    assert Run.open(made, any_architecture=True).record["tokenizer"] == name
+    assert (made / "tokenizer_config.json").exists() == is_told
+    if told_by == "record":
+        words = f"--config={CONFIGS / 'export.py'}", *asked
+        other = refusal(*words, "--config.data.tokenizer=gpt2", unchanged=[tmp_path])
+        assert "data.tokenizer is 'gpt2', but" in other
 
 
 def test_the_card_tells_in_which_type_transformers_computes(tmp_path):

@@ -300,11 +300,17 @@ def test_a_run_on_bare_ids_is_refused_in_one_line(trained, tmp_path):
     done = ask(trained)
     assert done.code == 2
     words = 'give the text of each id as "itos" in the meta.json of the corpus\n'
-    assert done.err.endswith(f"there is no text to show; {words}")
+    how = f"set --config.data.tokenizer=FILE if it made them, or {words}"
+    assert done.err.endswith(f"there is no text to show; {how}")
     larger = ask(rewritten(trained, tmp_path, vocab_size=5000))
-    assert f"set --config.data.tokenizer=sotu4096 if it made them, or {words}" in (
-        larger.err
-    )
+    assert how.replace("FILE", "sotu4096 or FILE") in larger.err
+    # A compressed model of another program: its record names no corpus.
+    theirs = rewritten(trained, tmp_path / "theirs")
+    record = json.loads((theirs / "config.json").read_text())
+    known = {name: record[name] for name in ("vocab_size", "model")}
+    (theirs / "config.json").write_text(json.dumps(known))
+    line = ask(theirs).err
+    assert "copy has no tokenizer: open it with --config.data.tokenizer=FILE" in line
 
 
 def test_texts_that_the_corpus_gives_after_training_are_used(
@@ -369,7 +375,8 @@ def test_the_tokenizer_of_bare_ids_can_be_named_and_others_are_refused(
     assert small.code == 2
     assert "has 4096 tokens, the model" in small.err
     assert small.err.endswith(
-        '97: give the text of each id as "itos" in the meta.json of the corpus\n'
+        "97: set --config.data.tokenizer=FILE if it made them, or give the text of "
+        'each id as "itos" in the meta.json of the corpus\n'
     )
 
 
@@ -388,7 +395,8 @@ def test_a_model_with_more_ids_than_its_tokenizer_is_sampled(tiny_config, tmp_pa
 def test_that_a_run_cannot_be_sampled_is_said_before_training(tiny_config, capsys):
     execute(changed(tiny_config, **{"train.steps": 2, "train.warmup_steps": 1}))
     out = capsys.readouterr().out
-    assert out.count("to sample its models, give the text of each id as") == 1
+    words = "to sample its models, set --config.data.tokenizer=FILE if it made them"
+    assert out.count(words) == 1
 
 
 def test_many_samples_are_drawn_in_batches_of_bounded_memory(talker, monkeypatch):

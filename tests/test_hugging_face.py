@@ -14,14 +14,16 @@ from command_line import CONFIGS, call, refusal, tiny
 from gpt2_folders import HEAD, TABLE, tensors, write
 from runs import assert_equal, snapshot
 from safetensors.numpy import load_file, save_file
+from tokenizer_folders import SIZE, TEXT, byte_level
 
+import pcagpt
 from pcagpt import trees
 from pcagpt.config import command_line
 from pcagpt.errors import UserError
 from pcagpt.json_files import read_json, write_json
 from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, fingerprint, hugging_face
-from pcagpt.run.folder import read_record
+from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.trained import Run
 from pcagpt.run.unfilled import Place, refuse_unfilled
 
@@ -486,3 +488,51 @@ def test_code_in_the_folder_is_not_run(folder, place, corpus_folder):
     gpt2_folders.write_config(folder, auto_map={"AutoModel": "modeling_own.Own"})
     done(*tiny("evaluate.py", corpus_folder, model_path=folder, model={"n_layer": 2}))
     assert not ran.exists()
+
+
+# A tokenizer that a person names.
+
+
+@pytest.fixture
+def named(tmp_path):
+    """(a model without a tokenizer, the file of its tokenizer, a folder of text)."""
+    byte_level(tmp_path)
+    for split, count in (("train", 60), ("val", 9)):
+        (tmp_path / f"{split}.txt").write_text(TEXT * count)
+    model = write(tmp_path / "theirs", vocab_size=SIZE + 4)
+    return model, tmp_path / "whole/tokenizer.json", tmp_path
+
+
+def test_a_compressed_model_keeps_the_tokenizer_that_was_named(named, place):
+    model, file, text = named
+    sizes = {"n_layer": 2}
+    asked = {"model_path": model, "ranks": 4, "compress": {"methods": "svd,coded"}}
+    options = "--config.compress.bits=8", "--config.compress.bands=1"
+    words = *tiny("compress.py", text, **asked, model=sizes), *options
+    words = *words, f"--config.data.tokenizer={file}"
+    done(*words)
+    for name in ("best_k4", "best_coded_k4"):
+        made = place / "checkpoints/compressed" / name
+        assert pcagpt.load(made).loss("The people") > 0
+        done(f"--config={CONFIGS / 'export.py'}", f"--config.model_path={made}")
+        exported = place / f"checkpoints/exported/{name}_hf"
+        assert (exported / "tokenizer.json").read_bytes() == file.read_bytes()
+        assert "bare ids" not in (exported / "README.md").read_text()
+    # An older version recorded none: the same command renews the model.
+    told = read_record(made)
+    write_record(made, told | {"tokenizer": None, "tokenizer_sha256": None})
+    shutil.rmtree(made / "ckpt/0/meta")
+    done(*words)
+    assert read_record(made)["tokenizer"] == str(file)
+
+
+@pytest.mark.parametrize("data", ["folder", "texts"])
+def test_a_saved_model_keeps_the_tokenizer_that_was_named(named, tmp_path, data):
+    model, file, text = named
+    data = {"folder": text, "texts": {"train": TEXT * 60, "val": TEXT * 9}}[data]
+    how = {"max_bytes": 9000, "methods": "svd", "data": data, "max_tokens": 160}
+    opened = pcagpt.load(model, tokenizer=str(file))
+    by_model = pcagpt.compress(opened, **how).save(tmp_path / "by_model")
+    by_path = pcagpt.compress(model, tokenizer=str(file), **how)
+    for small in (by_model, by_path.save(tmp_path / "by_path")):
+        assert pcagpt.load(small).loss("The people") > 0

@@ -416,7 +416,7 @@ def test_a_run_prints_its_plan_and_progress_and_no_library_s_messages(
     assert ended.returncode == 0, ended.stderr
     *jobs, tokens, made, loss, following = ended.stdout.splitlines()
     assert [line.split()[0] for line in jobs] == ["D", "pca_factorized", "A"]
-    assert "holds bare token ids: to sample its models, give the text" in tokens
+    assert "holds bare token ids: to sample its models, set --config.data" in tokens
     assert made.startswith("factorizing")
     assert loss.startswith("val loss ") and "gpt_pca_k4" in loss
     assert following.startswith("sample it: ")

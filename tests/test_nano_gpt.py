@@ -1,15 +1,18 @@
 """nanoGPT's ckpt.pt serves as a run. Needs torch, except where it must be missing."""
 
 import json
+import pickle
+import shutil
 import sys
 
 import gpt2_folders
 import numpy as np
 import pytest
-from command_line import call, refusal, tiny
+from command_line import CONFIGS, call, refusal, tiny
 from gpt2_folders import SIZES
 from runs import assert_equal, snapshot
 
+import pcagpt
 from pcagpt import trees
 from pcagpt.errors import UserError
 from pcagpt.run import checkpoint
@@ -104,6 +107,31 @@ def test_commands_write_nothing_beside_the_checkpoint(
     start = {"init": {"weights_from": folder}, "model": SMALL}
     assert call(*tiny("recover.py", corpus_folder, **start)).code == 0
     assert snapshot(folder) == before
+
+
+def test_a_compressed_model_keeps_the_characters_of_the_corpus(
+    torch, tmp_path, place, corpus_folder
+):
+    model, data = write(torch, tmp_path / "out"), tmp_path / "data"
+    shutil.copytree(corpus_folder, data)
+    (data / "meta.json").unlink()
+    texts = {number: chr(33 + number) for number in range(97)}
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 97, "itos": texts}))
+    asked = {"model_path": model / "ckpt.pt", "ranks": 4, "model": SMALL}
+    asked["compress"] = {"methods": "svd", "bits": 8, "bands": 1}
+    outcome = call(*tiny("compress.py", data, **asked))
+    assert outcome.code == 0, outcome
+    small = place / "checkpoints/compressed/best_k4"
+    named = f"--config.model_path={small}"
+    words = "--config.sample.prompt=abc", "--config.sample.tokens=5"
+    outcome = call(f"--config={CONFIGS / 'sample.py'}", named, *words)
+    assert outcome.code == 0 and outcome.out.startswith("abc"), outcome
+    assert set("".join(pcagpt.load(small).generate("abc", max_tokens=5))) <= {
+        *texts.values()
+    }
+    assert call(f"--config={CONFIGS / 'export.py'}", named).code == 0
+    made = place / "checkpoints/exported/best_k4_hf"
+    assert Run.open(made).record["characters"] == tuple(texts.values())
 
 
 def untied(torch):

@@ -172,12 +172,16 @@ def compress(
             of_table = {p: v for p, v in given.items() if p.startswith("compress.")}
             settings = settings_of("compress", {"model_path": "table.npy", **of_table})
             return _compress_table(table_of(model), settings)
+        named = given.get("data.tokenizer", "auto")
         if data is not None:
-            given |= _source(run, data, Path(own), given.get("data.tokenizer", "auto"))
+            given |= _source(run, data, Path(own), named)
         settings = settings_of("compress", {"model_path": str(run.folder), **given})
         _check_bound(settings)
         settings = decide_effort(settings, platform_of(run), run.table_shape)
         original = Original.of(run, settings, cache / "measured")
+        # Texts are ids by now.
+        told = run.tokens.told_by(original.corpus, named)
+        original = dataclasses.replace(original, told=told)
         if original.model.sides:
             raise UserError(
                 f"{run.folder} has two tables, of input and output: "

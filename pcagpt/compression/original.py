@@ -102,7 +102,8 @@ class Original:
     table_VD: [V, D] float32 without padding rows; split: of the corpus, to measure on;
     batches: of this split, or of its first `evaluate.max_tokens` targets; calibration:
     tokens and batch_size for `calibrate.statistics`; singular_value_split: as for
-    `truncate`; results: the folder that keeps the statistics.
+    `truncate`; results: the folder that keeps the statistics; told: as for
+    `OwnTokens.told_by`.
     """
 
     run: Run
@@ -114,6 +115,7 @@ class Original:
     calibration: dict[str, int]
     singular_value_split: float
     results: Path
+    told: dict[str, Any]
 
     @classmethod
     def of(
@@ -161,6 +163,7 @@ class Original:
             },
             singular_value_split=settings.factorize.singular_value_split,
             results=results or run.results_in(settings.workdir),
+            told=run.tokens.told_by(corpus, settings.data.tokenizer),
         )
 
     def of_each_table(self) -> list["Original"]:

@@ -65,6 +65,7 @@ def write_model(
         _is_from(folder, original, recipe)
         and _names(folder, original, table)
         and _holds(folder, weights)
+        and _tells(folder, original)
     )
     if not is_made and stays(folder, recipe, overwrite):
         return False
@@ -109,7 +110,7 @@ def _record(
     }
     model = {**run.record["model"], "n_embd_wte_scale_tying": True, **sizes}
     own = {"model": model, "run_id": secrets.token_hex(8)}
-    return {**run.record, **own, "compressed": made}
+    return {**run.record, **original.told, **own, "compressed": made}
 
 
 def keeps_model(folder: Path, original: Original, row: Row) -> bool:
@@ -120,7 +121,7 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
     file of `CODES`. Lost or damaged factors/ are read back from ckpt/0. Raises
     Unreadable if the system does not let the folder be read.
     """
-    if not _is_from(folder, original, row.recipe):
+    if not _is_from(folder, original, row.recipe) or not _tells(folder, original):
         return False
     keeps = _keeps_codes if row.is_codes else _keeps_factors
     return keeps(folder, original, row)
@@ -284,6 +285,17 @@ def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
     origin, run = _origin_of(folder), original.run
     is_same = is_of(folder, recipe) and origin.get("step") == run.step
     return is_same and run.is_at(origin.get("fingerprint"))
+
+
+def _tells(folder: Path, original: Original) -> bool:
+    """Whether the record in a folder tells the text of the tokens.
+
+    Older versions did not record it. A model that a run started from stays as it is.
+    """
+    stored = undamaged(lambda: _stored(folder)) or {}
+    names = original.told.keys() - {"tokenizer"}  # Its file may have been moved.
+    is_told = all(stored.get(name) == original.told[name] for name in names)
+    return is_told or _started_from(folder) is not None
 
 
 def _summary(weights: dict) -> str:

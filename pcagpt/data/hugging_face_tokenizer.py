@@ -21,8 +21,11 @@ _BESIDE = (
 )  # fmt: skip
 
 
-def write(folder: Path, name: str, length: int) -> None:
-    """Writes the tokenizer with a name of `vocabulary` for texts of `length` tokens."""
+def write(folder: Path, name: str, length: int | None) -> None:
+    """Writes the tokenizer with a name of `vocabulary` for texts of `length` tokens.
+
+    None: of any length.
+    """
     encoding = vocabulary.load(name)
     if not isinstance(encoding, tiktoken.Encoding):
         file = Path(name)

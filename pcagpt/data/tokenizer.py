@@ -59,10 +59,9 @@ def rank_file(name: str) -> Numbering:
 def how_to_name_tokens(vocab_size: int) -> str:
     """What a person can do so that ids of a vocabulary stand for text."""
     names = [name for name, one in RANKS.items() if one.vocab_size <= vocab_size]
-    named = f"set --config.data.tokenizer={' or '.join(names)} if it made them, or "
     return (
-        f'{named if names else ""}give the text of each id as "itos" in the meta.json '
-        "of the corpus"
+        f"set --config.data.tokenizer={' or '.join([*names, 'FILE'])} if it made them, "
+        'or give the text of each id as "itos" in the meta.json of the corpus'
     )
 
 

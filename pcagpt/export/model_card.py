@@ -65,9 +65,14 @@ def model_card(source: Source, form: str, losses: Sequence[Mapping[str, Any]]) -
         has_first=any("is_first" in one for one in losses),
         sides=sides,
         source=Path((record.get("data") or {}).get("source") or "").name,
-        bare=not (record.get("characters") or source.tokenizer_sha256),
+        bare=is_bare(source),
     )
     return f"{_FRONT}{text}\n"
+
+
+def is_bare(source: Source) -> bool:
+    """Whether nothing tells the text of the tokens."""
+    return not (source.record.get("characters") or source.tokenizer_sha256)
 
 
 def _sizes(source: Source) -> str:

@@ -31,6 +31,7 @@ from pcagpt.model import (
 from pcagpt.run import exported, hugging_face, hugging_face_files, other_decoder
 from pcagpt.run.folder import read_record
 from pcagpt.run.gpt2_names import PREFIX, TABLE
+from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
 # Files of a model's folder that come along: config of generation, tokenizer, licence.
@@ -104,7 +105,7 @@ def open_source(settings: Settings) -> Source:
     record = read_record(folder) if folder.is_dir() else None
     # Such a table has no ckpt/, which `Run.open` needs and compares with the record.
     if record and "architecture" in record:
-        return DecoderSource(folder, record)
+        return DecoderSource(folder, record, settings.data.tokenizer)
     return RunSource(Run.asked(settings), settings.data.tokenizer)
 
 
@@ -201,10 +202,11 @@ class RunSource:
 class DecoderSource:
     """The compressed table of a model of another architecture; implements `Source`.
 
-    The other weights are in the folder of the original model.
+    The other weights are in the folder of the original model. So is its tokenizer, or
+    the table's record names one, or `tokenizer` does.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any]):
+    def __init__(self, folder: Path, record: dict[str, Any], tokenizer: str):
         self.folder, self.record = folder, record
         made = record.get("compressed") or {}
         self.architecture = record["architecture"]
@@ -231,12 +233,22 @@ class DecoderSource:
             self.coded = path if made["method"] == CODED else None
             identity = {"table_sha256": sha256_of_file(path)}
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
-        self.tokenizer_sha256 = self.original.record.get("tokenizer_sha256")
-        if record.get("tokenizer_sha256") not in (None, self.tokenizer_sha256):
+        self.tokenizer_sha256 = own = self.original.record.get("tokenizer_sha256")
+        is_named = tokenizer != "auto" or vocabulary.is_known(record.get("tokenizer"))
+        is_told = not own and (is_named or record.get("characters"))
+        if not is_told and record.get("tokenizer_sha256") not in (None, own):
             raise UserError(
                 f"{self.original.folder} has another tokenizer than when {folder} was "
                 "made from it: restore it, or compress the model again"
             )
+        tokens = self.original.tokens if own else OwnTokens(folder, record)
+        name = tokens.tokenizer_name(tokenizer)
+        self._tokenizer = None if own else name  # Its own files are copied.
+        self._characters = None if own else record.get("characters")
+        if self._tokenizer:
+            self.tokenizer_sha256 = vocabulary.describe(self._tokenizer).sha256
+        elif self._characters:
+            self.tokenizer_sha256 = record.get("tokenizer_sha256")
         self.check_unchanged = self.original.check_unchanged
         self.table_name, self._names = self._find_table()
 
@@ -270,8 +282,16 @@ class DecoderSource:
         }
 
     def write_beside(self, folder: Path) -> None:
-        """As `Source.write_beside`: copies the small files of the original."""
+        """As `Source.write_beside`: copies the small files of the original.
+
+        Also writes a tokenizer that the original lacks.
+        """
         for pattern in _BESIDE:
             for path in self.original.folder.glob(pattern):
                 if path.is_file() and path.name not in _OWN:
                     shutil.copyfile(path, folder / path.name)
+        if self._characters:
+            hugging_face_tokenizer.write_characters(folder, self._characters)
+        elif self._tokenizer:
+            length = self.config().get("max_position_embeddings")
+            hugging_face_tokenizer.write(folder, self._tokenizer, length)

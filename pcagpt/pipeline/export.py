@@ -14,7 +14,7 @@ from pcagpt.config import Settings, override
 from pcagpt.errors import UserError
 from pcagpt.export.formats import FORMATS
 from pcagpt.export.measured import measured
-from pcagpt.export.model_card import model_card
+from pcagpt.export.model_card import is_bare, model_card
 from pcagpt.export.source import RunSource, Source, open_source
 from pcagpt.file_hashes import check_digests, digests_of
 from pcagpt.files import sync, write_text
@@ -82,6 +82,11 @@ def _export(
     has_card = form != "npz"
     losses = strict(measured(source, settings.workdir)) if has_card else []
     how = ": its README.md says how to load it" if has_card else ""
+    if has_card and is_bare(source):
+        how += (
+            "; it has no tokenizer, because none is known: "
+            "--config.data.tokenizer=FILE names one"
+        )
     origin = {
         "run": source.folder.resolve().name,
         **source.identity,

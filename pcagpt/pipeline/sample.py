@@ -13,7 +13,6 @@ from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import describe_corpus
 from pcagpt.data.tokenizer import END_OF_TEXT, how_to_name_tokens
 from pcagpt.errors import UserError
-from pcagpt.run import foreign
 from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
@@ -96,7 +95,7 @@ def tokenizer_of(
     if name := run.tokens.tokenizer_name(asked):
         return vocabulary.load(name)
     texts = run.record.get("characters") or _texts_of_corpus(run, settings)
-    if not texts and foreign.is_model(run.folder):  # It has no corpus.
+    if not texts and "data" not in run.record:  # Of another program: it has no corpus.
         raise NoTokenizer(
             f"{run.folder} has no tokenizer: open it with "
             "--config.data.tokenizer=FILE, such as its tokenizer.json"

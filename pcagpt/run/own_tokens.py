@@ -71,6 +71,23 @@ class OwnTokens:
             )
         return chosen
 
+    def told_by(self, corpus: CorpusInfo, asked: str) -> dict[str, Any]:
+        """What the record lacks of its tokens' text: 'tokenizer' or 'characters'.
+
+        Also the hash. {} if the record has one, or neither the tokenizer that was asked
+        for nor the corpus tells it. Raises as `tokenizer_name` does.
+        """
+        if any(self.record.get(name) for name in ("tokenizer", "characters")):
+            return {}
+        known = None if corpus.is_assumed else corpus.tokenizer
+        if name := self.tokenizer_name(asked) or known:
+            sha256 = vocabulary.describe(name).sha256
+            return {"tokenizer": name, "tokenizer_sha256": sha256}
+        if texts := corpus.characters:
+            sha256 = corpus.tokenizer_sha256
+            return {"characters": list(texts), "tokenizer_sha256": sha256}
+        return {}
+
     def has_tokenizer(self, name: str) -> bool:
         """Whether the run's own tokenizer is the one with this name.
 
