@@ -687,7 +687,7 @@ def test_a_sweep_and_an_evaluation_of_one_text_are_one_line_of_a_model_card(
     assert found["added"] == row["added_loss"]
     assert found["tokens"] == (limit or found["tokens"]) > 0
     card = model_card(source, "hf", [found])
-    assert ("of the first N tokens of the split" in card) == bool(limit)
+    assert ("predicts the N tokens after the split's first" in card) == bool(limit)
     assert ("All tokens of the split except the first" in card) != bool(limit)
     assert (f"| first {limit} |" in card) == bool(limit)
     # A sweep of an older version does not say which tokens it is of.

@@ -106,23 +106,38 @@ def test_a_swapped_table_adds_the_loss_of_a_model_that_has_it(folder):
     assert (low + high) / 2 == pytest.approx(means.mean(), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["max_position_embeddings", "n_positions", "max_seq_len"]
-)
+@pytest.mark.parametrize("name", decoder._LENGTHS)
 def test_a_window_is_as_long_as_the_model_reads(name):
     config = types.SimpleNamespace(**{name: 16})
     assert decoder._longest(config, Path("model")) == 16
     assert decoder._longest(types.SimpleNamespace(), Path("model")) is None
+    setattr(config, name, -1)  # XLNet has no limit.
+    assert decoder._longest(config, Path("model")) is None
     for odd in (0, -5, "64", 3.5):
         setattr(config, name, odd)
         with pytest.raises(UserError, match=f"^model: .* reads {odd!r} tokens at a"):
             decoder._longest(config, Path("model"))
 
 
-def test_mpt_reads_windows_of_its_own_length(tmp_path):
-    config = transformers.MptConfig(
+OF_ANOTHER_LENGTH = {
+    "mpt": lambda: transformers.MptConfig(
         vocab_size=90, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
-    )
+    ),
+    "whisper": lambda: transformers.WhisperConfig(
+        vocab_size=90,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_target_positions=16,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_LENGTH)
+def test_windows_are_of_the_length_that_a_config_has_by_another_name(name, tmp_path):
+    config = OF_ANOTHER_LENGTH[name]()
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = Decoder(tmp_path, 64)
     found = model.score(

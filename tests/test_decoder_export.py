@@ -202,6 +202,25 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
 
 
+@pytest.mark.parametrize("form", METHOD_OF)
+def test_an_export_ends_a_text_where_its_model_does(form, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"]())
+    model.generation_config.eos_token_id = [2, 67]  # config.json says 2 alone.
+    model.save_pretrained(tmp_path / "model")
+    tokens = dict.fromkeys(("train", "val"), np.arange(200) % 90)
+    most = model.get_input_embeddings().weight.nbytes
+    pcagpt.compress(
+        tmp_path / "model", data=tokens, max_bytes=most, methods=METHOD_OF[form]
+    ).save(tmp_path / "small")
+    words = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
+    made = call(
+        f"--config={CONFIGS / 'export.py'}", *words, f"--config.workdir={tmp_path}"
+    )
+    assert made.code == 0, made
+    found, _ = opened(form, tmp_path / "exported" / f"small_{form}")
+    assert found.generation_config.eos_token_id == [2, 67]
+
+
 TENSORS = {
     "": (["h.up.weight", "wte.weight"], "wte.weight"),
     "unknown_name": (["backbone.embeddings.weight"], "backbone.embeddings.weight"),

@@ -1,10 +1,10 @@
 """Entropy-codes rows of integers into 32-bit words, and reads them back.
 
 Each row has its own `Distribution`. Four indices describe it. The four indices of a
-single row come before its values. They are coded uniformly. Before a group of rows come
-four single rows: the reaches of all its rows as differences, then of the rows of reach
-above 0 the scales as differences, the locations and the tails. Rows of reach 0 are
-zeros; no values follow.
+single row come before its values. They are coded uniformly. Four single rows precede a
+group. The first has the reaches of all rows, as differences. The other three leave out
+rows of reach 0: scales (as differences), locations, tails. Rows of reach 0 are zeros;
+no values follow.
 """
 
 from collections.abc import Sequence

@@ -31,8 +31,13 @@ from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
 from pcagpt.run.generate import draw
 
-# Names of the largest number of tokens in configs; where two are there, the first is.
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Names of the model's length in configs. If a config has two, the first counts.
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+)
 # Windows that pass through the model at a time.
 WINDOWS_ON_CPU, WINDOWS_ON_GPU = 1, 2
 # Numbers in a chunk of logits, and in all arrays of that shape that live at a time.
@@ -58,12 +63,15 @@ def device() -> torch.device:
 
 
 def _longest(config: Any, folder: Path) -> int | None:
-    """The tokens that a model reads at a time; None if its config does not say.
+    """The tokens that a model reads at a time; None if it has no limit (-1 in XLNet).
 
-    UserError for a length that is not a positive whole number.
+    None also if its config does not say. UserError for a length that is not a positive
+    whole number.
     """
     lengths = [getattr(config, name, None) for name in _LENGTHS]
     length = next((length for length in lengths if length is not None), None)
+    if type(length) is int and length == -1:
+        return None
     if length is not None and (type(length) is not int or length < 1):
         raise UserError(
             f"{folder}: its config.json says that the model reads {length!r:.60} "

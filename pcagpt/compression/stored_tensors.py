@@ -1,4 +1,6 @@
-"""The tensors of a model of another architecture in its files, and its table there.
+"""Reads the safetensors of a model of another architecture.
+
+It finds the token table among them.
 
 Shape letters: V vocabulary, D model width.
 """
@@ -47,7 +49,8 @@ def read(files: dict[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
 def table_among(tables: list[str], side: str | None, folder: Path) -> str:
     """The name of the token table among tensors of its shape.
 
-    side: of an untied model. UserError if it is not clear.
+    side: which table of an untied model. UserError if several tensors, or none, could
+    be the table.
     """
 
     def of(modules: tuple[str, ...]) -> list[str]:

@@ -40,6 +40,9 @@ def load(
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     with torch.device("meta"):  # only to find its class, without values
         model = transformers.AutoModelForCausalLM.from_config(config, **options)
-    return type(model).from_pretrained(
+    model = type(model).from_pretrained(
         None, config=model.config, state_dict=tensors, dtype=dtype
     )
+    if (folder / "generation_config.json").exists():  # It may end at more tokens.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model

@@ -65,7 +65,7 @@ def _same_text(key: tuple, numbers: dict, found: dict[tuple, dict]) -> tuple:
 
 @contextlib.contextmanager
 def _warned() -> Iterator[None]:
-    """In this context, a file that cannot be read is named instead of an error."""
+    """A UserError in this context becomes a warning."""
     try:
         yield
     except UserError as error:

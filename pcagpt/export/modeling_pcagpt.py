@@ -4,8 +4,8 @@ pcagpt copies this file into an exported folder. transformers runs it there:
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-It needs only torch and transformers. Input and output head share one table: the head
-holds no weights of its own. `config.table` says how the table is made.
+It needs only torch and transformers. Input and output head share one table; the head
+may have a bias of its own. `config.table` says how the table is made.
 
 Shape letters: N tokens, V rows of a band, D model width, K rank or directions.
 """

@@ -20,7 +20,7 @@ _REMEDY = (
     "restore it, or download the model again; if it has Infinity, open and save the "
     "model once with transformers, which writes it as JSON"
 )
-# Names of the table's width in architectures; where two are there, the first is.
+# Names of the table's width in configs. If a config has two, the first counts.
 _WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
