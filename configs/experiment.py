@@ -4,8 +4,9 @@
     python -m pcagpt.main --config=configs/experiment.py:64,128,256 ...
 
 D is trained once. train.* applies to every arm; finetune.* is B's share of it.
---config.experiment.arms adds controls, --config.experiment.seeds gives error bars. For
-frequency bands: --config.factorize.bands=12 --config.factorize.method=context.
+--config.experiment.arms=pca,random,pca_finetune,continued names all arms besides D;
+--config.experiment.seeds gives error bars. For frequency bands:
+--config.factorize.bands=12 --config.factorize.method=context.
 """
 
 from pcagpt.config import base, ranks_of

@@ -120,3 +120,14 @@ def test_entries_beyond_float16_scales_are_cut():
     row = np.array([[4e5, -1e6, 1.0]], np.float32)
     found = quantize(row, 4).dense()
     np.testing.assert_allclose(found, [[65504 * 6, -65504 * 7, 0]])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("largest", [1e-4, 1e-6, 1e-8])
+def test_the_error_of_tiny_rows_is_within_its_stated_bound(bits, largest):
+    rows_ND = np.random.default_rng(0).uniform(-largest, largest, (200, 32))
+    rows_ND = rows_ND.astype(np.float32)
+    levels = 2**bits if bits <= 3 else 2**bits - 1
+    error_N = np.abs(quantize(rows_ND, bits).dense() - rows_ND).max(axis=1)
+    bound_N = np.abs(rows_ND).max(axis=1) / (levels - 1) + levels * 2.0**-26
+    assert (error_N <= bound_N * (1 + 1e-6)).all()

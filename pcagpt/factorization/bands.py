@@ -113,7 +113,7 @@ class Factorizer:
 
 
 def frequency_bands(weights_V: np.ndarray, count: int) -> list[np.ndarray]:
-    """Groups tokens by falling weight into bands of geometrically growing sizes.
+    """Groups tokens by falling weight into bands whose ends grow geometrically.
 
     Returns `count` arrays of token ids, or fewer for a small vocabulary.
     """

@@ -47,8 +47,9 @@ def quantize(array_ND: np.ndarray, bits: int) -> Quantized:
     From 4 bits on, they are 2^bits - 1 levels, with 0 in the middle. 3 and 2 bits have
     all 2^bits levels, (code + 1/2) * scale, without 0. The error of an entry is at most
     half a step plus the rounding of the scale to float16: max / (levels - 1) * 1.002 +
-    2^-11 * max. Groups below the range of float16 become zero; entries beyond 65504 *
-    (levels - 1) / 2 are cut to that magnitude.
+    2^-11 * max. If the step is below 2^-14, where float16 has fixed spacing, it is max
+    / (levels - 1) + levels * 2^-26, and steps below 2^-25 become zero. Entries beyond
+    65504 * (levels - 1) / 2 are cut to that magnitude.
     """
     return _quantize(array_ND, bits, None)
 
