@@ -116,7 +116,7 @@ def amount_of(
         how = "" if is_bare else f"; each one that it tries is measured on {split}"
     else:
         tables = len(recipes_of(settings, shape, methods))
-        amount = f"{tables} tables"
+        amount = "1 table" if tables == 1 else f"{tables} tables"
         how = " to make" if is_bare else f" to measure, each on {split}"
     if is_bare:
         time = estimate.of_tables(tables, shape)

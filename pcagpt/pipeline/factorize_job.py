@@ -232,7 +232,7 @@ class FactorizeJob(Job):
         return run.table_shape
 
     def _has_other_files(self) -> bool:
-        """Whether the folder has files that may not be replaced, of another source."""
+        """Whether the folder has files of another source that may not be replaced."""
         metadata = factor_files.read_metadata(self.folder)
         if self.settings.overwrite or metadata is None:
             return False

@@ -260,7 +260,10 @@ def _values(tensor: tuple) -> np.ndarray:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has files of weights, be it pickles, which are not read."""
+    """Whether a folder has files of weights.
+
+    It counts pickles, too, but pcagpt does not read them.
+    """
     known = (folder / WEIGHTS, folder / INDEX, *_pickles(folder))
     return any(path.is_file() for path in known)
 
