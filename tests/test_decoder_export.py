@@ -223,7 +223,8 @@ def test_an_export_ends_a_text_where_its_model_does(form, tmp_path):
 
 TENSORS = {
     "": (["h.up.weight", "wte.weight"], "wte.weight"),
-    "unknown_name": (["backbone.embeddings.weight"], "backbone.embeddings.weight"),
+    "unknown_name": (["a.table.weight"], "a.table.weight"),
+    "mamba": (["b.mixer.in_proj.weight", "b.embeddings.weight"], "b.embeddings.weight"),
     "stored_head": (["a.w.weight", "lm_head.weight"], "a.w.weight"),
     "only_the_head": (["lm_head.weight"], "lm_head.weight"),
     "input": (["backbone.embeddings.weight", "lm_head.weight"], "backbone"),
