@@ -302,6 +302,10 @@ def test_imports_that_an_arm_starts_from_are_accepted(values):
             "compress.calibration_tokens is set for task sample",
         ),
         (
+            {"distributed.num_processes": 2},
+            "num_processes is set, but only several processes read it: add --config.d",
+        ),
+        (
             {"train.schedule": "constant", "train.final_learning_rate_share": 0.5},
             "train.final_learning_rate_share is set, but train.schedule is 'constant'",
         ),

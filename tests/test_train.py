@@ -29,10 +29,12 @@ from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError
 from pcagpt.kernels import low_rank_head
 from pcagpt.pipeline import execute as pipeline
+from pcagpt.pipeline import train_job
 from pcagpt.pipeline.plan import Plan, make_plan
 from pcagpt.run import calibrate, checkpoint, evaluator, folder
 from pcagpt.sharding import placement
 from pcagpt.training import loop
+from pcagpt.training.meter import NotFinite
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -148,6 +150,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(
     run_dir = job(tiny_config).folder
     assert checkpoint.steps(run_dir) == []
     assert not (run_dir / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_at_the_start_blames_no_learning_rate(
+    tiny_config, monkeypatch
+):
+    def train(*_):
+        raise NotFinite(0, "validation loss nan")
+
+    monkeypatch.setattr(train_job, "train", train)
+    with pytest.raises(UserError, match="replace the weights or tables that") as caught:
+        execute(tiny_config)
+    assert "learning_rate" not in str(caught.value)
     assert max(line["step"] for line in metrics(run_dir)) == 1
     assert job(tiny_config).status().words == "to do"
 

@@ -15,6 +15,11 @@ _ONLY_MEASURING = (
     *(f"model.{name}" for name in ("compute_dtype", "attention", "kernels")),
 )
 
+_OF_PROCESSES = tuple(
+    f"distributed.{name}"
+    for name in ("coordinator_address", "num_processes", "process_id")
+)
+
 
 def validate(settings: Settings) -> None:
     """Does what `check_rules` does, and refuses knobs that the task does not read."""
@@ -53,6 +58,9 @@ def read_if(settings: Settings, does: set[str]) -> Iterator[tuple[str, bool, str
 
     `does`: the task, and `RECOVERY` if it also does that.
     """
+    reason = "only several processes read it: add --config.distributed.enabled=True"
+    for path in _OF_PROCESSES:
+        yield path, settings.distributed.enabled, reason
     is_constant = settings.train.schedule == "constant"
     reason = "train.schedule is 'constant', which does not read it: choose linear or "
     yield "train.final_learning_rate_share", not is_constant, f"{reason}cosine"

@@ -381,7 +381,10 @@ class TrainJob(Job):
                 train(setup, self.folder, record, self.label, check_place, command)
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
-                raise UserError(f"{error}: lower {knob} and {self._remedy}") from None
+                cause = f"lower {knob}"
+                if not error.step:  # No update was made, so no learning rate did it.
+                    cause = "replace the weights or tables that it starts from (init.*)"
+                raise UserError(f"{error}: {cause} and {self._remedy}") from None
             # Without its folder, each writer raises errors of its own.
             except Exception:
                 check_folder()

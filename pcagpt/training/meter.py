@@ -57,6 +57,7 @@ class NotFinite(UserError):
 
     def __init__(self, step: int, seen: str):
         super().__init__(f"the loss is not finite at step {step} ({seen})")
+        self.step = step
 
 
 class Meter:
