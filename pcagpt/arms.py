@@ -40,6 +40,10 @@ class Arm:
         """Whether it continues from D's blocks, with a share of D's budget."""
         return "blocks" in self.takes or "weights" in self.takes
 
+    def needs_factors(self, has_bands: bool) -> bool:
+        """Whether it needs factors of D's table, or copies the bands that A has."""
+        return "factors" in self.takes or (has_bands and self.has_bands_of_a)
+
 
 FINETUNE_SHARE = "finetune.learning_rate_share"
 PCA_SHARE = "scratch.pca_learning_rate_share"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pcagpt.config import KNOBS
+from pcagpt.errors import UserError
 from pcagpt.factorization import CONTROLS, control
 
 RANDOM = np.random.default_rng(0)
@@ -81,3 +82,10 @@ def test_a_band_at_full_width_has_controls_too(keep):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     if keep == "rows":
         assert rows_of(wte) == rows_of(full)
+
+
+def test_a_spectrum_of_a_scale_matrix_with_a_row_of_zeros_is_refused():
+    scale = SCALE.copy()
+    scale[2] = 0
+    with pytest.raises(UserError, match="^a scale matrix has a row of zeros"):
+        made("spectrum", scale=scale)

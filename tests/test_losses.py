@@ -13,6 +13,7 @@ from pcagpt.kernels import low_rank_head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 from pcagpt.losses.interval import mean_interval
 from pcagpt.model import HeadBand
+from pcagpt.sharding import placement
 
 pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, TEACHER_WIDTH = 20, 5
@@ -356,6 +357,17 @@ def test_chunk_count_is_lowered_to_the_nearest_divisor(count, asked, used):
     _, outputs = scan_chunks(record, 0, asked, jnp.arange(count))
     assert set(calls) == {(count // used,)}
     np.testing.assert_array_equal(outputs, np.arange(count))
+
+
+def test_no_row_of_a_chunk_moves_to_another_device():
+    def record(carry, arrays):
+        calls.append(arrays[0].shape)
+        return carry, arrays[0]
+
+    calls, mesh = [], placement.make_mesh(2, 4)
+    with jax.set_mesh(mesh):  # 3 rows on each of 8 devices: no 4 chunks.
+        jax.eval_shape(lambda rows: scan_chunks(record, 0, 4, rows), jnp.arange(24))
+    assert set(calls) == {(8,)}
 
 
 def test_chunks_take_every_third_row_and_are_joined_in_order():

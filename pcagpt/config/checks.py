@@ -313,9 +313,8 @@ def _check_imports(settings: Settings) -> None:
     if init.weights_from:
         return
     arms = [ARMS[name] for name in names]
-    copies_bands = any(arm.has_bands_of_a for arm in arms) and (
-        init.import_bands or settings.factorize.bands > 1
-    )
+    has_bands = bool(init.import_bands) or settings.factorize.bands > 1
+    needs_bands = any(arm.needs_factors(has_bands) for arm in arms)
     takes_factors = any("factors" in arm.takes for arm in arms)
     a, b = "--config=configs/pca_k128.py", "--config=configs/pca_finetune_k128.py"
     taught = "--config.arm=pca_distill, or configs/recover.py"
@@ -324,7 +323,7 @@ def _check_imports(settings: Settings) -> None:
         ("init.import_scale_matrices_npz", takes_factors, a),
         ("init.import_wte_freeze", takes_factors, a),
         ("init.import_scale_matrices_freeze", takes_factors, a),
-        ("init.import_bands", takes_factors or copies_bands, a),
+        ("init.import_bands", needs_bands, a),
         ("init.blocks_from", any("blocks" in arm.takes for arm in arms), b),
         ("distill.teacher", any(arm.is_taught for arm in arms), taught),
     ):
@@ -336,7 +335,8 @@ def _check_imports(settings: Settings) -> None:
     if settings.task != "train":
         return
     arm = ARMS[settings.arm]
-    if init.keep not in ("all", "shape" if copies_bands else arm.keep):
+    kept = "shape" if has_bands and arm.has_bands_of_a else arm.keep
+    if init.keep not in ("all", kept):
         controls = (name for name, other in ARMS.items() if other.keep == init.keep)
         remedy = f"use --config.arm={next(controls, 'random with init.import_bands')}"
         raise UserError(

@@ -123,6 +123,4 @@ def _of_factors(settings: Settings) -> Iterator[tuple[str, bool, str]]:
 
 def _needs_factors(settings: Settings) -> bool:
     """Whether a single run needs a factorization of D before."""
-    arm = ARMS[settings.arm]
-    copies_bands = arm.has_bands_of_a and settings.factorize.bands > 1
-    return "factors" in arm.takes or copies_bands
+    return ARMS[settings.arm].needs_factors(settings.factorize.bands > 1)

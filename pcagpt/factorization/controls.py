@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pcagpt.errors import UserError
+
 
 def _std(wte_VK, scale_KD, random):
     """Gaussian factors with the same root mean squares."""
@@ -36,6 +38,11 @@ def _spectrum(wte_VK, scale_KD, random):
     )
     # The rows of scale keep their lengths, because training depends on these.
     length_R = np.linalg.norm(scale_KD, axis=1)[: len(singular_R)]
+    if not length_R.all():
+        raise UserError(
+            "a scale matrix has a row of zeros, which no spectrum can be given to: "
+            "factorize the table again, with a lower rank"
+        )
     wte, scale = left_VR * (singular_R / length_R), right_DR.T * length_R[:, None]
     missing = rank - len(singular_R)  # positive if a band has fewer tokens than K
     return np.pad(wte, ((0, 0), (0, missing))), np.pad(scale, ((0, missing), (0, 0)))

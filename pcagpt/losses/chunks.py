@@ -64,8 +64,8 @@ def sum_of_chunks(function, chunks, h_ND, head, constants, arrays_N):
 
 def _forward(function, chunks, h_ND, head, constants, arrays_N):
     @by_device([True, False, False, False, True], [False, True, True])
-    def of_rows(h_ND, head, zeros, constants, arrays_N):
-        def chunk(total, inputs):
+    def sums_of_device(h_ND, head, zeros, constants, arrays_N):
+        def add_chunk(total, inputs):
             h_nD, *arrays_n = inputs
             sums, (of_h_nD, of_head) = function(h_nD, head, constants, *arrays_n)
             found = sums, of_head
@@ -74,7 +74,9 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
 
         sums, _ = jax.eval_shape(function, h_ND, head, constants, *arrays_N)
         start = jax.tree.map(jnp.zeros_like, sums), zeros
-        (sums, of_head), of_h_ND = scan_chunks(chunk, start, chunks, h_ND, *arrays_N)
+        (sums, of_head), of_h_ND = scan_chunks(
+            add_chunk, start, chunks, h_ND, *arrays_N
+        )
         return sums, of_h_ND, jax.tree.map(lambda g: g[None], of_head)
 
     # Casting here avoids a cast in every chunk.
@@ -82,7 +84,7 @@ def _forward(function, chunks, h_ND, head, constants, arrays_N):
         lambda leaf: leaf.astype(h_ND.dtype), (head, constants)
     )
     zeros = jax.tree.map(jnp.zeros_like, head)
-    sums, *gradients = of_rows(h_ND, cast_head, zeros, constants, arrays_N)
+    sums, *gradients = sums_of_device(h_ND, cast_head, zeros, constants, arrays_N)
     return sums, gradients
 
 

@@ -249,13 +249,11 @@ def _taken_from_baseline(
     takes, init = ARMS[arm].takes, settings.init
     workdir, bands = Path(settings.workdir), settings.factorize.bands
     baseline = _baseline(settings, suffix)
-    needs_bands = ARMS[arm].has_bands_of_a and bands > 1
-    needs_factors = "factors" in takes or needs_bands
     has_factors = (
         init.import_wte_npy or init.import_scale_matrices_npz or init.import_bands
     )
     taken = {}
-    if needs_factors and not has_factors:
+    if ARMS[arm].needs_factors(bands > 1) and not has_factors:
         folder = workdir / f"{factor_files.FOLDER}{suffix}"
         rank = settings.model.n_embd_wte
         if bands > 1:
