@@ -1,5 +1,6 @@
 """pcagpt as a library: what it returns, refuses, and leaves alone."""
 
+import errno
 import inspect
 import itertools
 import json
@@ -690,11 +691,14 @@ def test_a_factorized_table_is_refused(finished_experiment):
         pcagpt.compress(run, **BOUND)
 
 
-def test_an_error_of_the_system_stays_an_oserror(model, tmp_path):
+def test_an_error_of_the_system_stays_an_oserror(model, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     found = pcagpt.compress(model.table, max_bytes=40_000, methods="svd")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        found.save(tmp_path / "file" / "inside")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        found.save(tmp_path / "small")
 
 
 def test_remarks_go_to_the_logger_of_the_package(model, caplog):

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 V = 97
 SIZES = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 HOW = (
-    ": its README.md says how to load it; it has no tokenizer, because none is known: "
+    ": its README.md says how to load it; pcagpt knows no tokenizer of it: "
     "--config.data.tokenizer=FILE names one"
 )
 MODELS = {
@@ -532,7 +532,7 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
     outcome = call(f"--config={CONFIGS / 'export.py'}", *asked, *words)
     assert outcome.code == 0, outcome
     made, is_told = tmp_path / "exported/table_hf", told_by != "nothing"
-    assert ("it has no tokenizer" in outcome.out) != is_told
+    assert ("pcagpt knows no tokenizer" in outcome.out) != is_told
     assert ("bare ids" in (made / "README.md").read_text()) != is_told
     name = str(made / "tokenizer.json") if is_told else None
     assert Run.open(made, any_architecture=True).record["tokenizer"] == name
@@ -541,6 +541,8 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
         words = f"--config={CONFIGS / 'export.py'}", *asked
         other = refusal(*words, "--config.data.tokenizer=gpt2", unchanged=[tmp_path])
         assert "data.tokenizer is 'gpt2', but" in other
+        file.rename(tmp_path / "moved.json")
+        assert "unknown tokenizer" in refusal(*words, unchanged=[tmp_path])
 
 
 def test_the_card_tells_in_which_type_transformers_computes(tmp_path):

@@ -214,6 +214,26 @@ def test_added_tokens_beside_a_tokenizer_must_be_in_it(name, byte_level, tmp_pat
             vocabulary.load(file)
 
 
+def test_added_tokens_that_transformers_does_not_read_are_no_matter(
+    byte_level, tmp_path
+):
+    folder = shutil.copytree(byte_level / "whole", tmp_path / "own")
+    (folder / "added_tokens.json").write_text('{"<new>": 300}')
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
+    assert vocabulary.load(str(folder)).encode(TEXT)
+
+
+@pytest.mark.parametrize("change", [{"added_tokens": 5}, {"merges": [5]}])
+def test_a_damaged_tokenizer_like_gpt2s_is_refused(change, gpt2_merges, tmp_path):
+    vocab = tokenizer_files._vocabulary_of("gpt2")
+    end = [{"id": 50256, "content": "<|endoftext|>"}]
+    made = {"pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": end} | change
+    model = {"type": "BPE", "vocab": vocab, "merges": gpt2_merges} | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made | {"model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        vocabulary.load(vocabulary.in_folder(tmp_path))
+
+
 def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
     vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)

@@ -177,14 +177,15 @@ def _name_by_content(file: Path, _: object) -> str | None:
         model = whole.get("model")
         model = model if isinstance(model, dict) else {}
         merges = None if any(map(model.get, _OTHER_JOINS)) else model.get("merges")
-        added = whole.get("added_tokens") or ()
-        if not any(_is_plain_end(one) for one in added):
+        added = whole.get("added_tokens")
+        if not isinstance(added, list) or not any(map(_is_plain_end, added)):
             return None
     if not has_pattern:
         return None
     own = _id_of_text(file)
     merges = merges if isinstance(merges, list) else []
-    made = ["".join(map(str, one)).replace(" ", "") for one in merges]
+    parts = (one if isinstance(one, list) else [one] for one in merges)
+    made = ["".join(map(str, one)).replace(" ", "") for one in parts]
     fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
     same = next((name for name in fitting if own == _vocabulary_of(name)), None)
     # Merges make all tokens but the bytes and the end of text, in the order of ids.
@@ -305,21 +306,24 @@ def _changes_texts(whole: Path) -> bool:
 
 
 def _disagreement(file: Path) -> str | None:
-    """What the files beside a tokenizer say in another way than it; None if nothing.
+    """How the files beside a tokenizer contradict it; None if they do not.
 
-    transformers follows them. They may add tokens or a space before each text.
+    Some classes of transformers take added tokens or a space before each text from
+    these files, others from the tokenizer. So they must say the same.
     """
     if file.name not in (WHOLE, VOCAB):
         return None
     config, id_of_text = _config_beside(file), _id_of_text(file)
-    decoder = config.get("added_tokens_decoder")
-    stated = [
-        (one.get("content"), number, _CONFIG)
-        for number, one in (decoder if isinstance(decoder, dict) else {}).items()
-        if isinstance(one, dict)
-    ]
-    added = read_json(file.with_name(_ADDED), _DAMAGED) or {}
-    stated += [(text, str(number), _ADDED) for text, number in added.items()]
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        # transformers reads no added_tokens.json then.
+        stated = [
+            (one.get("content"), number, _CONFIG)
+            for number, one in decoder.items()
+            if isinstance(one, dict)
+        ]
+    else:
+        added = read_json(file.with_name(_ADDED), _DAMAGED) or {}
+        stated = [(text, str(number), _ADDED) for text, number in added.items()]
     for text, number, place in stated:
         if not isinstance(text, str):
             continue

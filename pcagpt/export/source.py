@@ -234,7 +234,7 @@ class DecoderSource:
             identity = {"table_sha256": sha256_of_file(path)}
         self.identity = {"fingerprint": self.original.fingerprint, **identity}
         self.tokenizer_sha256 = own = self.original.record.get("tokenizer_sha256")
-        is_named = tokenizer != "auto" or vocabulary.is_known(record.get("tokenizer"))
+        is_named = tokenizer != "auto" or record.get("tokenizer")
         is_told = not own and (is_named or record.get("characters"))
         if not is_told and record.get("tokenizer_sha256") not in (None, own):
             raise UserError(

@@ -84,8 +84,7 @@ def _export(
     how = ": its README.md says how to load it" if has_card else ""
     if has_card and is_bare(source):
         how += (
-            "; it has no tokenizer, because none is known: "
-            "--config.data.tokenizer=FILE names one"
+            "; pcagpt knows no tokenizer of it: --config.data.tokenizer=FILE names one"
         )
     origin = {
         "run": source.folder.resolve().name,

@@ -136,7 +136,7 @@ def _load(path: Path) -> Any:
             f"{path} can only be read with PyTorch: pip install 'pcagpt[hf]'"
         ) from None
     try:
-        # Mapped, so that the state of the optimizer is not read.
+        # Mapped, so that the state of the optimizer takes no memory.
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         _check_sums(path)
         return stored
