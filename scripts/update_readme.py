@@ -50,6 +50,12 @@ PAGES = (
 PEERS = {"torch": "PyTorch", "transformers": "transformers"}  # of scripts/bench.py
 
 
+def short(commit: str | None) -> str:
+    """A commit by 12 letters of its hash; '-dirty' stays: the tree had changes."""
+    sha, *dirty = (commit or "unknown").split("-")
+    return code("-".join([sha[:12], *dirty]))
+
+
 def results_table(folder: Path) -> str:
     """The models of a results.json as a table, with a line of provenance."""
     results = json.loads((folder / "results.json").read_text("utf-8"))
@@ -77,7 +83,7 @@ def results_table(folder: Path) -> str:
         f"{'evaluation windows, one seed' if seeds == 1 else f'{seeds} seeds'}. The "
         "columns with × divide D's parameters by the model's. "
         f"{results['device']}, commit "
-        f"{code((results['git_commit'] or 'unknown')[:12])}, by"
+        f"{short(results['git_commit'])}, by"
     )
     text = table([*header, "Tokens/s"], rows, "llrrrrrrr")
     return f"{text}\n\n{says}\n\n    {results['command']}"
@@ -89,7 +95,7 @@ def compression_tables(folder: Path) -> str:
     says = (
         "Added loss in nats per token on the validation split of "
         f"{code(sweep['protocol']['corpus'])}, intervals over evaluation windows, one "
-        f"seed. {sweep['device']}, commit {code(sweep['git_commit'][:12])}, by"
+        f"seed. {sweep['device']}, commit {short(sweep['git_commit'])}, by"
     )
     view = sweep_view(sweep)
     parts = [table_of(view["at_sizes"], view["sizes"])]
@@ -116,7 +122,7 @@ def codes_table(folder: Path) -> str:
         for row, same in sorted(pairs, key=lambda pair: pair[0].bytes)
     ]
     header = ["Table", "Bytes", "Bits", "Memory", "Added, validation", "Added, test"]
-    commit = code(other["git_commit"][:12])
+    commit = short(other["git_commit"])
     says = (
         "Added loss in nats per token, ± half of its 95% interval over evaluation "
         f"windows, one seed. {other['device']}, commit {commit}, by"
@@ -140,11 +146,11 @@ def further_table(folder: Path) -> str:
         start = [ARMS[result["arm"]].letter, size, fixed(result["curve"][0][1], 4)]
         rows.append([*start, fixed(result["val_loss"], 4)])
         results.append(result)
-    device, commit = results[0]["device"], results[0]["git_commit"][:12]
+    device, commit = results[0]["device"], short(results[0]["git_commit"])
     says = (
         f"Validation loss of a third D, {fixed(sweep['rows'][0].loss, 4)} nats, and of "
         f"models trained further for {count(results[0]['steps'])} steps, without "
-        f"intervals. Bd learns D's predictions. {device}, commit {code(commit)}, by "
+        f"intervals. Bd learns D's predictions. {device}, commit {commit}, by "
         "`compress.recover_ranks`:"
     )
     return f"{says}\n\n{table(['', 'From', 'Start', 'End'], rows, 'llrr')}"
@@ -235,7 +241,7 @@ def measured(benches: list[dict]) -> str:
         if name in ("jax", *steps)
     ]
     devices = [bench["device"] for bench in benches]
-    commits = [code((bench["git_commit"] or "unknown")[:12]) for bench in benches]
+    commits = [short(bench["git_commit"]) for bench in benches]
     commands = [f"    {bench['command']}" for bench in benches]
     says = (
         f"Medians of {' and '.join(rounds)} rounds of {' and '.join(lengths)}. "

@@ -96,11 +96,12 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
     assert "the demo's toy gave other answers about D" in text
     assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
     assert verdicts("demo") != verdicts("gpt2_small_hour")[:4]
-    assert "over three seeds, a model of 30 million parameters gave the same" in text
+    assert "gave the same answers over three seeds at this share of rank and" in text
     assert (
         len({row["seed"] for row in of("gpt2_proxy_hour", "results.json")["rows"]}) == 3
     )
     assert verdicts("gpt2_proxy_hour")[:5] == verdicts("gpt2_small_hour")
+    assert verdicts("gpt2_proxy_ranks")[1] == {"did not hold", "held"}
     for name in ("val", "test"):
         assert "rows_left" not in of("smollm2_135m", name, "sweep.json")
 

@@ -40,7 +40,7 @@ def _spectrum(wte_VK, scale_KD, random):
     length_R = np.linalg.norm(scale_KD, axis=1)[: len(singular_R)]
     if not length_R.all():
         raise UserError(
-            "a scale matrix has a row of zeros, which no spectrum can be given to: "
+            "a scale matrix has a row of zeros, so that it cannot get A's spectrum: "
             "factorize the table again, with a lower rank"
         )
     wte, scale = left_VR * (singular_R / length_R), right_DR.T * length_R[:, None]

@@ -25,7 +25,7 @@ from pcagpt.file_hashes import check_digests, digests_of, sha256_of_file
 from pcagpt.files import open_file
 from pcagpt.json_files import check_fields, read_json, write_json
 
-SMALLEST = 1e-30  # of the largest absolute value of a table
+SMALLEST = 1e-30  # a table needs a value at least this large
 FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
 METADATA_FILE = "metadata.json"
 SPECTRUM_FILE = "spectrum.npy"
