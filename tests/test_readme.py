@@ -93,7 +93,7 @@ def test_what_readme_says_of_its_experiments_is_what_their_files_say():
     assert f"after {each:.1f} tokens for each of its parameters" in text
     assert d_plus["tokens_seen"] == b["tokens_seen"] == d["tokens_seen"] / 10
     assert f"is {a['compression_embedding']:.2f} times smaller than D's" in text
-    assert "the demo's toy gave other answers about D" in text
+    assert "Short runs gave other answers about D" in text
     assert verdicts("demo") == verdicts("gpt2_small_wikipedia")
     assert verdicts("demo") != verdicts("gpt2_small_hour")[:4]
     assert "gave the same answers over three seeds at this share of rank and" in text
