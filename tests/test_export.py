@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 V = 97
 SIZES = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 HOW = (
-    ": its README.md says how to load it; pcagpt knows no tokenizer of it: "
+    ": its README.md says how to load it; pcagpt knows no tokenizer for it: "
     "--config.data.tokenizer=FILE names one"
 )
 MODELS = {
@@ -399,7 +399,7 @@ def test_characters_and_a_named_tokenizer_go_along(tmp_path):
     asked = f"--config={CONFIGS / 'export.py'}", f"--config.model_path={run}", other
     assert "its own 97 characters: leave it out" in refusal(*asked, unchanged=[run])
     bare = run_export(write_run(tmp_path / "bare"), tmp_path)
-    assert "no tokenizer is known" in (bare / "README.md").read_text()
+    assert "knows no tokenizer for the token ids" in (bare / "README.md").read_text()
     assert Run.open(bare).record["tokenizer"] is None
     line = refusal(*asked[:1], f"--config.model_path={bare}", other, unchanged=[bare])
     assert "sotu4096 has 4096 tokens, the model of" in line
@@ -533,7 +533,7 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
     assert outcome.code == 0, outcome
     made, is_told = tmp_path / "exported/table_hf", told_by != "nothing"
     assert ("pcagpt knows no tokenizer" in outcome.out) != is_told
-    assert ("bare ids" in (made / "README.md").read_text()) != is_told
+    assert ("for the token ids" in (made / "README.md").read_text()) != is_told
     name = str(made / "tokenizer.json") if is_told else None
     assert Run.open(made, any_architecture=True).record["tokenizer"] == name
     assert (made / "tokenizer_config.json").exists() == is_told
@@ -542,7 +542,8 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
         other = refusal(*words, "--config.data.tokenizer=gpt2", unchanged=[tmp_path])
         assert "data.tokenizer is 'gpt2', but" in other
         file.rename(tmp_path / "moved.json")
-        assert "unknown tokenizer" in refusal(*words, unchanged=[tmp_path])
+        gone = f"{file}, the tokenizer of {folder}, is gone: restore it, or name the"
+        assert gone in refusal(*words, unchanged=[tmp_path])
 
 
 def test_the_card_tells_in_which_type_transformers_computes(tmp_path):

@@ -517,7 +517,7 @@ def test_a_compressed_model_keeps_the_tokenizer_that_was_named(named, place):
         done(f"--config={CONFIGS / 'export.py'}", f"--config.model_path={made}")
         exported = place / f"checkpoints/exported/{name}_hf"
         assert (exported / "tokenizer.json").read_bytes() == file.read_bytes()
-        assert "bare ids" not in (exported / "README.md").read_text()
+        assert "knows no tokenizer" not in (exported / "README.md").read_text()
     # An older version recorded none: the same command renews the model.
     told = read_record(made)
     write_record(made, told | {"tokenizer": None, "tokenizer_sha256": None})

@@ -425,7 +425,7 @@ def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
     moved.rename(place / "elsewhere")
     ask = f"--config={CONFIGS / 'sample.py'}", f"--config.model_path={run}"
     line = refusal(*ask, unchanged=[run])
-    assert "unknown tokenizer" in line and "--config.data.tokenizer" in line
+    assert "is gone: restore it" in line and "--config.data.tokenizer" in line
     outcome = call(
         *ask, "--config.data.tokenizer=elsewhere", "--config.sample.tokens=3"
     )
@@ -544,6 +544,7 @@ RANK_LINES = [base64.b64encode(bytes([n])) + b" %d" % n for n in range(256)]
         ("tokenizer.json", b"{", "tokenizer.json is damaged"),
         ("tokenizer.json", b"{}", "it has no vocabulary"),
         ("tokenizer.json", b'{"model": {"vocab": {"a": "b"}}}', "it has no vocabulary"),
+        ("tokenizer.json", b'{"model": {"vocab": [[]]}}', "it has no vocabulary"),
         ("mine.tiktoken", b"no ranks", "must have lines of base64 tokens"),
         ("mine.tiktoken", b"\n".join(RANK_LINES[1:]), "must have lines of base64"),
         ("mine.tiktoken", b"\n".join(RANK_LINES[:9]), "must have lines of base64"),

@@ -374,7 +374,7 @@ def _id_of_text(file: Path) -> dict[str, int]:
         if isinstance(vocabulary, list):  # A unigram model's have scores.
             vocabulary = {str(pair[0]): n for n, pair in enumerate(vocabulary)}
         found = dict(vocabulary) | {one["content"]: one["id"] for one in added}
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, LookupError):
         found = {}
     if not found or any(type(number) is not int for number in found.values()):
         raise UserError(f"{file} is damaged (it has no vocabulary): {_DAMAGED}")

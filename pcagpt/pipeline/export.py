@@ -84,7 +84,7 @@ def _export(
     how = ": its README.md says how to load it" if has_card else ""
     if has_card and is_bare(source):
         how += (
-            "; pcagpt knows no tokenizer of it: --config.data.tokenizer=FILE names one"
+            "; pcagpt knows no tokenizer for it: --config.data.tokenizer=FILE names one"
         )
     origin = {
         "run": source.folder.resolve().name,

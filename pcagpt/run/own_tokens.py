@@ -57,6 +57,11 @@ class OwnTokens:
             )
         if texts or (asked == "auto" and not name):
             return None
+        if asked == "auto" and not vocabulary.is_known(name):
+            raise UserError(
+                f"{name}, the tokenizer of {self.folder}, is gone: restore it, or name "
+                "the file as --config.data.tokenizer"
+            )
         chosen = vocabulary.name_of(name if asked == "auto" else asked)
         if name and not self.has_tokenizer(chosen):
             raise UserError(
