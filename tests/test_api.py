@@ -656,7 +656,7 @@ REFUSED = {
     "cache_dir is .*/new, below .*test_api.py, which is no folder: name": lambda m: (
         pcagpt.compress(m, **BOUND, cache_dir=f"{__file__}/new")
     ),
-    "a/b cannot be made, .*test_api.py is not a writable folder": lambda m: (
+    "a/b cannot be written: .*test_api.py is not a writable folder": lambda m: (
         pcagpt.compress(m.table, max_bytes=40_000, methods="svd").save(
             f"{__file__}/a/b"
         )

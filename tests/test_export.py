@@ -523,6 +523,7 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
     (tmp_path / "own").mkdir()
     word_level(tmp_path / "own")
     file, folder = tmp_path / "own/tokenizer.json", write_table_of_another(tmp_path)
+    (tmp_path / "theirs/added_tokens.json").write_text('{"<of another>": 9}')
     told = {"tokenizer": str(file)}
     told["tokenizer_sha256"] = vocabulary.describe(str(file)).sha256
     if told_by == "record":
@@ -537,6 +538,7 @@ def test_a_table_leaves_with_the_tokenizer_that_its_model_lacks(told_by, tmp_pat
     name = str(made / "tokenizer.json") if is_told else None
     assert Run.open(made, any_architecture=True).record["tokenizer"] == name
     assert (made / "tokenizer_config.json").exists() == is_told
+    assert (made / "added_tokens.json").exists() != is_told
     if told_by == "record":
         words = f"--config={CONFIGS / 'export.py'}", *asked
         other = refusal(*words, "--config.data.tokenizer=gpt2", unchanged=[tmp_path])

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, commands
+from command_line import ROOT
 
 from pcagpt.methods import RIVALS
 from pcagpt.report import (
@@ -181,24 +180,6 @@ def test_the_page_and_the_terminal_have_one_command_to_export(changes, tmp_path)
     command = last.removeprefix("export it: ").replace(str(tmp_path), "FOLDER")
     write_sweep_report(tmp_path, sweep)
     assert f"\n    {command}\n" in (tmp_path / "report.md").read_text("utf-8")
-
-
-@pytest.mark.parametrize("between", ["=", " "])
-def test_the_command_to_export_names_the_tokenizer_that_was_asked_for(
-    between, tmp_path
-):
-    named = f"--config.data.tokenizer{between}'a tokenizer.json'"
-    sweep = SMOLLM2 | {"command": f"{SMOLLM2['command']} {named}"}
-    sweep |= {"versions": {}, "architecture": None}
-    (tmp_path / BEST.model_name).mkdir()
-    *_, last = sweep_lines(sweep, tmp_path, "checkpoints")
-    asked = "--config.data.tokenizer=a tokenizer.json"
-    assert shlex.split(last)[-1] == asked
-    write_sweep_report(tmp_path, sweep)
-    shown = commands((tmp_path / "report.md").read_text("utf-8"))
-    for config in ("sample", "export"):
-        (words,) = (w for w in shown if f"--config=configs/{config}.py" in w)
-        assert asked in words
 
 
 def test_a_model_of_another_table_is_not_offered(tmp_path):

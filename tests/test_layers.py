@@ -66,7 +66,7 @@ def test_every_package_has_exactly_one_row():
     assert len(ROW) == len(NAMES)
 
 
-def test_packages_import_only_from_rows_above_their_own():
+def test_packages_import_only_from_those_before_them():
     assert not wrong_arrows(MODULES)
 
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+import types
 
 import gpt2_folders
 import numpy as np
@@ -16,6 +17,7 @@ import pcagpt
 from pcagpt import trees
 from pcagpt.errors import UserError
 from pcagpt.run import checkpoint
+from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -132,6 +134,15 @@ def test_a_compressed_model_keeps_the_characters_of_the_corpus(
     assert call(f"--config={CONFIGS / 'export.py'}", named).code == 0
     made = place / "checkpoints/exported/best_k4_hf"
     assert Run.open(made).record["characters"] == tuple(texts.values())
+
+
+def test_only_a_model_of_another_program_has_the_characters_of_any_corpus(tmp_path):
+    told = {"characters": ["a", "b"], "tokenizer_sha256": "c"}
+    corpus = types.SimpleNamespace(is_assumed=False, tokenizer=None, **told)
+    assert OwnTokens(tmp_path, {"vocab_size": 2}).told_by(corpus, "auto") == told
+    # A run of bare ids: nothing says that it has this corpus's.
+    run = OwnTokens(tmp_path, {"vocab_size": 2, "data": {}})
+    assert run.told_by(corpus, "auto") == {}
 
 
 def untied(torch):

@@ -253,6 +253,6 @@ def test_a_second_interrupt_is_obeyed_at_once_and_handlers_are_given_back(capfd)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    told = "pcagpt: ends after this step and saves; another Ctrl-C ends it at once\n"
+    told = "pcagpt: stops after this step; another Ctrl-C stops it at once\n"
     assert capfd.readouterr().err == told
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

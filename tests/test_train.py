@@ -34,7 +34,7 @@ from pcagpt.pipeline.plan import Plan, make_plan
 from pcagpt.run import calibrate, checkpoint, evaluator, folder
 from pcagpt.sharding import placement
 from pcagpt.training import loop
-from pcagpt.training.meter import NotFinite
+from pcagpt.training.meter import Meter, NotFinite
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -158,12 +158,22 @@ def test_a_loss_that_is_not_finite_at_the_start_blames_no_learning_rate(
     tiny_config, monkeypatch
 ):
     def train(*_):
-        raise NotFinite(0, "validation loss nan")
+        raise NotFinite(0, "validation loss nan", is_of_start=True)
 
     monkeypatch.setattr(train_job, "train", train)
     with pytest.raises(UserError, match="replace the weights or tables that") as caught:
         execute(tiny_config)
     assert "learning_rate" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("step", "is_of_start"), [(1, True), (2, False)])
+def test_the_metrics_of_an_update_are_of_the_weights_before_it(step, is_of_start):
+    sizes = {"tokens_per_step": 1, "flops_per_token": 1.0, "peak_flops": None}
+    meter = Meter(None, None, None, every=1, **sizes)
+    meter.hold(step, {"loss": np.nan, "gradient_norm": 1.0})
+    with pytest.raises(NotFinite) as caught:
+        meter.flush()
+    assert caught.value.is_of_start == is_of_start
 
 
 # Kernels and devices

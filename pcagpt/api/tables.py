@@ -89,8 +89,8 @@ class Compressed:
                 )
             if nearest := unwritable(place):
                 raise UserError(
-                    f"{place} cannot be made, {nearest} is not a writable folder: name "
-                    "another one"
+                    f"{place} cannot be written: {nearest} is not a writable folder; "
+                    "name another one"
                 )
             self._write(place)
             return place
@@ -179,7 +179,7 @@ def compress(
         _check_bound(settings)
         settings = decide_effort(settings, platform_of(run), run.table_shape)
         original = Original.of(run, settings, cache / "measured")
-        # Texts are ids by now.
+        # `data` became ids, so the settings no longer name their tokenizer.
         told = run.tokens.told_by(original.corpus, named)
         original = dataclasses.replace(original, told=told)
         if original.model.sides:

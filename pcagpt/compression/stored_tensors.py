@@ -19,9 +19,9 @@ from pcagpt.run import hugging_face, other_decoder
 
 # Modules of the table and of the output head, as architectures name them.
 _TABLES = (
-    *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"),
+    "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings",
     "embeddings",
-)
+)  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "output", "output_projection")
 
 

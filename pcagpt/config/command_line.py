@@ -1,6 +1,5 @@
 """Turns a command line into settings; explains its errors in terms of knobs."""
 
-import argparse
 import contextlib
 import difflib
 import inspect
@@ -322,7 +321,8 @@ def knobs_text() -> str:
 def next_command(config: str, model: Path, **knobs: Any) -> str:
     """A line with the command that a person may want next, on a model.
 
-    Leaves out `knobs`, by their paths, at their defaults or as its config has them.
+    Leaves out `knobs`, by their paths, that say nothing: at their defaults, or as the
+    config of `compress` sets them.
     """
     given = {"model_path": model, **knobs}
     words = [
@@ -332,14 +332,6 @@ def next_command(config: str, model: Path, **knobs: Any) -> str:
     ]
     called = f"python -m pcagpt.main --config=configs/{config}.py"
     return f"{config} it: {' '.join([called, *words])}"
-
-
-def given_in(command: str, name: str) -> str:
-    """The value that a command line gives a knob; the default if it gives none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    default = KNOBS[name].default
-    parser.add_argument(f"--config.{name}", dest="value", default=default)
-    return parser.parse_known_args(shlex.split(command))[0].value
 
 
 def listing(settings: Settings) -> str:

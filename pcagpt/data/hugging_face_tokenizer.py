@@ -14,11 +14,11 @@ from pcagpt.files import write_text
 from pcagpt.json_files import write_json, write_plain_json
 
 CONFIG = "tokenizer_config.json"
+_OTHERS = (MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json")
+# What a tokenizer may consist of.
+FILES = (WHOLE, VOCAB, "tokenizer.model", *_OTHERS)
 # What a person's folder may have beside the main file.
-_BESIDE = (
-    MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model",
-)  # fmt: skip
+_BESIDE = (*_OTHERS, "chat_template.jinja", "chat_template.json", "tokenizer.model")
 
 
 def write(folder: Path, name: str, length: int | None) -> None:

@@ -198,7 +198,7 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
 
 
 def has_text(text: str) -> bool:
-    """Whether the text of an id is more than nothing, or a part of a character."""
+    """Whether an id's text is neither empty nor only a part of a character."""
     return bool(text.strip("\ufffd"))
 
 

@@ -139,8 +139,8 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
                 f"{path} looks like {found}, not {info.dtype}: correct dtype in "
                 f"meta.json, or write the tokens again{_if_right(path)}"
             )
-        seems_wide = "uint32" in fitting and content.highest["uint16"]
-        if info.dtype == "uint16" and seems_wide and is_long:
+        fits_wide = "uint32" in fitting and content.highest["uint16"]
+        if info.dtype == "uint16" and fits_wide and is_long:
             warn_once(
                 f"{path} has id 0 at every second place, like uint32 ids that are read "
                 f"as uint16: correct dtype in meta.json{_if_right(path)}"

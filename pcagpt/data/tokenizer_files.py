@@ -159,37 +159,37 @@ def _name_by_content(file: Path, _: object) -> str | None:
     if file.suffix == RANK_ENDING:
         sha256 = sha256_of_file(file)
         return next((name for name, of in RANKS.items() if of.sha256 == sha256), None)
-    has_pattern, merges = True, None
-    if file.suffix == gguf_header.ENDING:
-        fields = gguf_header.tokenizer_fields(file)
-        has_pattern, merges = fields.kind == ("gpt2", "gpt-2"), fields.merges
-    if file.name == VOCAB:
-        lines = file.with_name(MERGES).read_text("utf-8", "replace").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    if file.name == WHOLE:
-        whole = read_json(file, _DAMAGED) or {}
-        cut = whole.get("pre_tokenizer")
-        cut = cut if isinstance(cut, dict) else {}
-        is_cut_so = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-        has_pattern = is_cut_so and not (
-            cut.get("add_prefix_space") or whole.get("normalizer")
-        )
-        model = whole.get("model")
-        model = model if isinstance(model, dict) else {}
-        merges = None if any(map(model.get, _OTHER_JOINS)) else model.get("merges")
-        added = whole.get("added_tokens")
-        if not isinstance(added, list) or not any(map(_is_plain_end, added)):
-            return None
-    if not has_pattern:
+    if not (merges := _merges_of_gpt2s_kind(file)):
         return None
     own = _id_of_text(file)
-    merges = merges if isinstance(merges, list) else []
     parts = (one if isinstance(one, list) else [one] for one in merges)
     made = ["".join(map(str, one)).replace(" ", "") for one in parts]
     fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
     same = next((name for name in fitting if own == _vocabulary_of(name)), None)
     # Merges make all tokens but the bytes and the end of text, in the order of ids.
     return same if same and made == list(_vocabulary_of(same))[256:-1] else None
+
+
+def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
+    """The merges in a file that cuts and joins a text as GPT-2 does; None in others."""
+    if file.name == VOCAB:
+        lines = file.with_name(MERGES).read_text("utf-8", "replace").splitlines()
+        return [line for line in lines if line and not line.startswith("#version")]
+    if file.suffix == gguf_header.ENDING:
+        fields = gguf_header.tokenizer_fields(file)
+        return fields.merges if fields.kind == ("gpt2", "gpt-2") else None
+    whole = read_json(file, _DAMAGED) or {}
+    model, cut = (
+        part if isinstance(part := whole.get(name), dict) else {}
+        for name in ("model", "pre_tokenizer")
+    )
+    is_cut_so = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    is_changed = cut.get("add_prefix_space") or whole.get("normalizer")
+    is_joined_so = not any(map(model.get, _OTHER_JOINS))
+    added, merges = whole.get("added_tokens"), model.get("merges")
+    has_end = isinstance(added, list) and any(map(_is_plain_end, added))
+    is_alike = is_cut_so and not is_changed and is_joined_so and has_end
+    return merges if is_alike and isinstance(merges, list) else None
 
 
 def _is_plain_end(added: Any) -> bool:

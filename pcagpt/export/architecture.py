@@ -108,9 +108,9 @@ def _class_and_tied(
 
 
 def _is_known(kind: object) -> bool:
-    """Whether transformers has a language model of this `model_type`, or it has none.
+    """Whether transformers has a language model of this `model_type`.
 
-    For a config.json without one, it says so itself.
+    True also without a `model_type`: the error of transformers then says so.
     """
     if not isinstance(kind, str):
         return True

@@ -43,6 +43,7 @@ def load(
     model = type(model).from_pretrained(
         None, config=model.config, state_dict=tensors, dtype=dtype
     )
-    if (folder / "generation_config.json").exists():  # It may end at more tokens.
+    # It may name more tokens that end a text.
+    if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -57,7 +57,7 @@ def _same_text(key: tuple, numbers: dict, found: dict[tuple, dict]) -> tuple:
         is_alike = (corpus, split, window) == (*other[:2], other[4])
         losses = numbers["loss"], at["loss"]
         is_alike &= not sha256 and count in (None, other[2]) and None not in losses
-        # No other text has the same mean loss to so many digits.
+        # Hardly any other text has the same mean loss to so many digits.
         if is_alike and math.isclose(*losses, rel_tol=1e-5):
             return other
     return key

@@ -284,11 +284,13 @@ class DecoderSource:
     def write_beside(self, folder: Path) -> None:
         """As `Source.write_beside`: copies the small files of the original.
 
-        Also writes a tokenizer that the original lacks.
+        Instead of files of a tokenizer that the original lacks, it writes that one.
         """
+        is_written = self._characters or self._tokenizer
+        left_out = (*_OWN, *(hugging_face_tokenizer.FILES if is_written else ()))
         for pattern in _BESIDE:
             for path in self.original.folder.glob(pattern):
-                if path.is_file() and path.name not in _OWN:
+                if path.is_file() and path.name not in left_out:
                     shutil.copyfile(path, folder / path.name)
         if self._characters:
             hugging_face_tokenizer.write_characters(folder, self._characters)

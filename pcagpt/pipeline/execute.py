@@ -157,9 +157,9 @@ def check_workdir(workdir: str, writes: bool = True) -> None:
 
 
 def unwritable(path: Path, writes: bool = True) -> Path | None:
-    """The nearest path above that is there, if nothing can be written in it.
+    """The path, or the nearest one above it that exists, if it is not writable.
 
-    Without `writes`, a folder will do. OSError if the system fails.
+    None if it is; without `writes`, if it is any folder. OSError if the system fails.
     """
     path = path.absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())

@@ -382,7 +382,7 @@ class TrainJob(Job):
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
                 cause = f"lower {knob}"
-                if not error.step:  # No update was made, so no learning rate did it.
+                if error.is_of_start:  # No learning rate did it.
                     cause = "replace the weights or tables that it starts from (init.*)"
                 raise UserError(f"{error}: {cause} and {self._remedy}") from None
             # Without its folder, each writer raises errors of its own.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcagpt.config.command_line import given_in, next_command
+from pcagpt.config.command_line import next_command
 from pcagpt.report.experiment import means_over_seeds, recommended, run_of
 from pcagpt.report.recommend import (
     SMALL_COST,
@@ -91,5 +91,4 @@ def how_to_take(row: Row, model: Path, workdir: str, heading: Mapping[str, Any])
     if heading.get("stored_as"):
         return f"its table: {model}; pcagpt exports no model that came as GGUF"
     form = form_of(row, heading)
-    asked = {"data.tokenizer": given_in(heading["command"], "data.tokenizer")}
-    return next_command("export", model, format=form, workdir=workdir, **asked)
+    return next_command("export", model, format=form, workdir=workdir)

@@ -4,14 +4,11 @@
 """
 
 import math
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pcagpt.config import override
-from pcagpt.config.command_line import given_in
 from pcagpt.factorization import FLOAT_BYTES, SMALLEST_ADDED
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.compare import INTERVAL
@@ -52,8 +49,6 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     rounded = rounded_row(sweep)
     measured = table_columns(sweep)
     short = [column for column in measured if column.title in _SHORT]
-    tokenizer = given_in(sweep["command"], "data.tokenizer")
-    named_tokenizer = shlex.quote(override("data.tokenizer", tokenizer))
 
     def named(row: Row) -> str:
         name = row_name(row.method, row.bands, row.bits)
@@ -71,7 +66,6 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "model_folder": model_of(model, sweep) if model else None,
         "is_cheap": is_cheap(best),
         "form": form_of(model, sweep) if model else None,
-        "tokenizer": Markdown("" if tokenizer == "auto" else f" {named_tokenizer}"),
         "can_sample": not _is_other_architecture(sweep),
         "rounded": rounded,
         "rounded_name": full_name(rounded) if rounded else "",

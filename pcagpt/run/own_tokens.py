@@ -77,18 +77,22 @@ class OwnTokens:
         return chosen
 
     def told_by(self, corpus: CorpusInfo, asked: str) -> dict[str, Any]:
-        """What the record lacks of its tokens' text: 'tokenizer' or 'characters'.
+        """Fields for a record that does not tell the text of its tokens.
 
-        Also the hash. {} if the record has one, or neither the tokenizer that was asked
-        for nor the corpus tells it. Raises as `tokenizer_name` does.
+        They are 'tokenizer' or 'characters', and 'tokenizer_sha256'; {} if the record
+        has them or nothing tells them. The tokenizer that was asked for tells them, and
+        the corpus, except of a run: the ids of its own corpus may be others. Raises as
+        `tokenizer_name` does.
         """
         if any(self.record.get(name) for name in ("tokenizer", "characters")):
             return {}
-        known = None if corpus.is_assumed else corpus.tokenizer
-        if name := self.tokenizer_name(asked) or known:
+        name, tells = self.tokenizer_name(asked), "data" not in self.record
+        if tells and not corpus.is_assumed:
+            name = name or corpus.tokenizer
+        if name:
             sha256 = vocabulary.describe(name).sha256
             return {"tokenizer": name, "tokenizer_sha256": sha256}
-        if texts := corpus.characters:
+        if tells and (texts := corpus.characters):
             sha256 = corpus.tokenizer_sha256
             return {"characters": list(texts), "tokenizer_sha256": sha256}
         return {}

@@ -41,7 +41,7 @@ class StopRequest:
         if not self.received:
             alone = jax.process_count() == 1
             when = "after this step" if alone else f"within {AGREE_EVERY} steps"
-            process.tell(f"ends {when} and saves; another Ctrl-C ends it at once")
+            process.tell(f"stops {when}; another Ctrl-C stops it at once")
         self.received = self.received or number
 
 

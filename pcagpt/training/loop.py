@@ -105,7 +105,7 @@ def train(
                 measured = setup.validation(state.variables)
                 loss = measured.metrics["loss"]
                 if not math.isfinite(loss):
-                    raise NotFinite(step, f"validation loss {loss}")
+                    raise NotFinite(step, f"validation loss {loss}", step == 0)
                 tokens = step * setup.tokens_per_step
                 history.add(tokens, loss)
                 telemetry.log(step, tokens, "val", measured.metrics)

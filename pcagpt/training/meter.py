@@ -53,11 +53,14 @@ class History:
 
 
 class NotFinite(UserError):
-    """A loss or gradient (`seen`) is not finite after `step` updates."""
+    """A loss or gradient (`seen`) is not finite at a step.
 
-    def __init__(self, step: int, seen: str):
+    is_of_start: whether no update had changed the weights before.
+    """
+
+    def __init__(self, step: int, seen: str, is_of_start: bool):
         super().__init__(f"the loss is not finite at step {step} ({seen})")
-        self.step = step
+        self.is_of_start = is_of_start
 
 
 class Meter:
@@ -108,7 +111,8 @@ class Meter:
         values = {name: float(value) for name, value in metrics.items()}
         loss, norm = values["loss"], values["gradient_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(step, f"loss {loss}, gradient norm {norm}")
+            # The metrics of an update are of the weights before it.
+            raise NotFinite(step, f"loss {loss}, gradient norm {norm}", step <= 1)
         speed = self._time_step()
         self._progress.update(step, loss, self._history.tokens_per_second)
         if step % self._every == 0:
