@@ -70,7 +70,12 @@ class PackedTable:
 
     def dense(self) -> np.ndarray:
         """The table, float32 [V, D]."""
-        parts = [band.rows(part) for band in self.bands for part in chunks(band.size)]
+        # With NumPy: on a GPU, JAX would compile each operation for each band.
+        parts = [
+            band.decode(band.codes[part])
+            for band in self.bands
+            for part in chunks(band.size)
+        ]
         rows_VD = np.concatenate(parts)
         dense_VD = np.empty_like(rows_VD)
         dense_VD[self.order] = rows_VD

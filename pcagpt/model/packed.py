@@ -42,9 +42,11 @@ class PackedBand:
 
     def rows(self, rows_N: jax.Array, dtype=jnp.float32) -> jax.Array:
         """Rows of the table: [N, D] in `dtype`."""
+        return self.decode(jnp.asarray(self.codes)[rows_N], dtype)
+
+    def decode(self, codes, dtype=jnp.float32):
+        """The rows [N, D] of codes [N, bytes]; takes arrays of JAX or of NumPy."""
         shared = self.shared
-        # NumPy refuses rows beyond the table.
-        codes = jnp.asarray(self.codes)[rows_N]
         values_NK = unpack(codes, self.blocks, shared.levels, dtype)
         values_NK *= self.scales.astype(dtype)
         basis_KD = shared.basis[: len(self.scales)].astype(dtype)
