@@ -18,7 +18,7 @@ PUBLISHED = Path(__file__).parent.parent / "checkpoints" / "published"
 # {folder: (name of the model, dashes of its lines)}
 MODELS = {
     "smollm2_135m/val": ("SmolLM2-135M", ()),
-    "gpt2_small_codes/val": ("GPT-2 small, 2,400 steps", (5, 3)),
+    "gpt2_small_table/val": ("GPT-2 small, 6,000 steps", (5, 3)),
 }
 SHAPES = {  # {method: its mark}
     **{"coded": "circle", "packed": "square", "context": "diamond"},

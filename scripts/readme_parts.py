@@ -192,12 +192,22 @@ def failures(published: Path) -> str:
         for asked in ("A vs D", "A vs C")
     )
     b_tokens, a_tokens = b_less_a["tokens"]
-    swept = read_sweep(published / "gpt2_small_compression" / "sweep.json")
-    trained = {row["letter"]: row for row in swept["recovered"]}
+    briefly_trained, longer, smollm2 = (
+        read_sweep(published / folder / "sweep.json")
+        for folder in (
+            "gpt2_small_compression",
+            "gpt2_small_table/val",
+            "smollm2_135m/val",
+        )
+    )
+    trained = {row["letter"]: row for row in briefly_trained["recovered"]}
     b = trained["B"]
     beyond = b["less_continued_interval"]
-    gpt2 = read_sweep(published / "gpt2_small_codes" / "val" / "sweep.json")
-    smollm2 = read_sweep(published / "smollm2_135m" / "val" / "sweep.json")
+    models = {  # by the time of their training; those of GPT-2 small by steps
+        f"GPT-2 small after {count(briefly_trained['step'])} steps": briefly_trained,
+        f"GPT-2 small after {count(longer['step'])} steps": longer,
+        "SmolLM2-135M": smollm2,
+    }
 
     def led(letter: str) -> str:
         """A's lead over a control in the model of 30 million parameters."""
@@ -205,17 +215,18 @@ def failures(published: Path) -> str:
         low, high = found["interval"]
         return with_interval(-found["effect"], [-high, -low], 3).lstrip("+")
 
-    def both(method: str, bands: int, size: tuple[int, int], bits: int = 32) -> str:
-        one, other = (
+    def each(method: str, bands: int, rank: int, bits: int = 32) -> str:
+        """What such a table adds to each of the models."""
+        found = [
             next(
-                added(row)
+                f"{added(row)} to {model}"
                 for row in sweep["rows"]
                 if (row.method, row.bands, row.bits) == (method, bands, bits)
                 and row.rank == rank
             )
-            for sweep, rank in zip((gpt2, smollm2), size, strict=True)
-        )
-        return f"{one} to GPT-2 small and {other} to SmolLM2-135M"
+            for model, sweep in models.items()
+        ]
+        return f"{', '.join(found[:-1])} and {found[-1]}"
 
     return "\n".join(
         [
@@ -243,10 +254,10 @@ def failures(published: Path) -> str:
             "more than the text: the same model, trained on them (Bd), adds "
             f"{gain(trained['Bd'])} to D's loss.",
             "- **Factors that suit a briefly trained model suit every model.** "
-            f"`context` in 12 bands adds {both('context', 12, (131, 128))}, at about "
-            "the size of k = 128.",
+            f"`context` in 12 bands, of the size of k = 128, adds "
+            f"{each('context', 12, 128)}.",
             "- **Rounding costs every model the same.** D's own table in 4 bits adds "
-            f"{both('baseline', 1, (0, 0), 4)}.",
+            f"{each('baseline', 1, 0, 4)}.",
         ]
     )
 

@@ -97,7 +97,7 @@ def test_a_rival_is_recommended_beside_the_best_table_with_a_model(tmp_path):
 
 
 def test_of_tables_of_one_size_the_best_is_recommended():
-    sweep = read_sweep(PUBLISHED / "gpt2_small_codes" / "val" / "sweep.json")
+    sweep = read_sweep(PUBLISHED / "gpt2_small_table" / "val" / "sweep.json")
     rows = [row for row in sweep["rows"] if row.method in RIVALS]
     best = recommended_row(sweep | {"rows": rows})
     same = [row for row in rows if row.bytes == best.bytes]

@@ -136,7 +136,7 @@ def test_samples_stand_side_by_side(tmp_path):
 
 
 def test_the_table_of_codes_has_every_row_of_both_splits():
-    folder = PUBLISHED / "gpt2_small_codes"
+    folder = PUBLISHED / "gpt2_small_table"
     lines = SCRIPT["codes_table"](folder).partition("\n\n")[0].splitlines()
     shown = [line.split(" | ")[1] for line in lines if line.startswith("| ")][2:]
     for split in ("val", "test"):
