@@ -245,6 +245,24 @@ def test_a_changed_export_is_refused(name, damage, tmp_path):
     assert path.name in line
 
 
+@pytest.mark.parametrize("holds", ["nothing", "an export"])
+def test_an_export_goes_to_the_folder_that_a_link_names(holds, tmp_path):
+    run = write_run(tmp_path / "run", n_embd_wte=4)
+    place, disk = tmp_path / "exported/run_hf", tmp_path / "disk/here"
+    if holds == "an export":
+        run_export(run, tmp_path).rename(tmp_path / "before")
+    disk.mkdir(parents=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(disk)
+    if holds == "an export":
+        shutil.copytree(tmp_path / "before", disk, dirs_exist_ok=True)
+        (disk / "config.json").write_text("{}")
+    run_export(run, tmp_path, "hf", "--config.overwrite=True")
+    assert place.is_symlink() and (disk / "model.safetensors").exists()
+    kept = [path.name for path in disk.parent.iterdir() if path != disk]
+    assert len(kept) == (holds == "an export")
+
+
 def test_the_folder_has_one_table_of_the_real_vocabulary(tmp_path):
     run = write_run(tmp_path / "run", n_embd_wte=4)
     made = run_export(run, tmp_path)

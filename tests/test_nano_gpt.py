@@ -82,6 +82,8 @@ def test_the_weights_are_those_of_the_same_model_in_a_hugging_face_folder(
     compiled = state(torch, prefix="_orig_mod.")
     compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     assert_equal(weights(write(torch, tmp_path / "compiled", compiled)), theirs)
+    kept = {name: torch.nn.Parameter(one) for name, one in state(torch).items()}
+    assert_equal(weights(write(torch, tmp_path / "kept", kept)), theirs)
     run = Run.open(folder / "ckpt.pt")
     model = run.settings.model
     assert (run.folder, run.step, model.gelu) == (folder, 0, "exact")

@@ -37,7 +37,7 @@ from pcagpt.pipeline import compress as compressing
 from pcagpt.pipeline import execute as executing
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.factorize_job import FactorizeJob
-from pcagpt.run import calibrate, checkpoint, digests, fingerprint, lock
+from pcagpt.run import calibrate, checkpoint, digests, fingerprint, folder, lock
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.folder import read_record, read_result, write_record
@@ -232,6 +232,22 @@ def test_what_is_moved_aside_twice_in_a_second_has_two_names(tmp_path, monkeypat
         (tmp_path / "run" / str(number)).mkdir(parents=True)
         train_job.move_aside(tmp_path / "run")
     assert len(list(tmp_path.glob("run.replaced-*/?"))) == 3
+
+
+def test_a_link_to_an_empty_folder_stays_and_what_fails_leaves_nothing(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with (
+        pytest.raises(UserError, match="half"),
+        folder.replacing(tmp_path / "link") as written,
+    ):
+        (written / "part").write_text("")
+        raise UserError("half")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    with folder.replacing(tmp_path / "link") as written:
+        (written / "whole").write_text("")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/whole").exists()
 
 
 # Runs of this code

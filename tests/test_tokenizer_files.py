@@ -15,6 +15,7 @@ from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 
+import pcagpt
 from pcagpt import file_hashes
 from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
@@ -496,6 +497,11 @@ def test_added_tokens_may_have_no_row_if_the_text_has_none(folder, place):
     for prompt, code in (("The", 0), ("The [PAD]", 2)):
         ask = f"--config.sample.prompt={prompt}", "--config.sample.tokens=5"
         assert call(*words, *ask).code == code
+    model = pcagpt.load(folder)
+    for use in (model.loss, model.logits, model.generate):
+        with pytest.raises(UserError, match=f"^token id {size} is unknown"):
+            use("The [PAD]")
+    assert "".join(model.generate("The", max_tokens=5, seed=3))
     text = place / "text/val.txt"
     text.write_text(text.read_text() + " [PAD] The")
     outcome = call(*tiny("evaluate.py", "text", **asked))

@@ -157,7 +157,9 @@ class Model:
                 raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
             tokenizer, options = self._tokenizer, settings.sample
             text_T = self._tokens(prompt)
-            ids_of(text_T, tokenizer.n_vocab)  # A padded vocabulary has more ids.
+            # A padded vocabulary has more ids.
+            known = min(tokenizer.n_vocab, self.vocab_size)
+            ids_of(text_T, known)
             prompt_T = text_T if len(text_T) else np.array(beginning_of(tokenizer))
             drawn = generate(
                 self._gpt,
@@ -167,7 +169,7 @@ class Model:
                 seed=settings.seed,
                 temperature=options.temperature,
                 top_k=options.top_k,
-                known_ids=tokenizer.n_vocab,
+                known_ids=known,
                 top_p=options.top_p,
                 limit=options.tokens,
             )
@@ -222,9 +224,9 @@ class Model:
             return tokenizer_of(self._run, settings)
 
     def _tokens(self, text: ArrayLike) -> np.ndarray:
-        if isinstance(text, str):
-            return self.encode(text)
-        return ids_of(text, self.vocab_size)
+        # A tokenizer may have added tokens that the model lacks.
+        ids = self.encode(text) if isinstance(text, str) else text
+        return ids_of(ids, self.vocab_size)
 
 
 def _numbers(drawn: Iterator[np.ndarray]) -> Iterator[int]:

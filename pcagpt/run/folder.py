@@ -11,6 +11,7 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 import contextlib
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import sync
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
@@ -371,6 +373,26 @@ def move_aside(path: Path) -> None:
         kept = kept.with_name(f"{kept.name}x")
     path.rename(kept)
     print(f"{path} was moved to {kept.name}", flush=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields a new folder, which takes the place of `folder` at the end.
+
+    What is there is moved aside. If it is a link, its target is replaced.
+    """
+    place = folder.resolve()
+    # It gets its name when it is complete. A killed command may have left one.
+    written = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    try:
+        yield written
+        move_aside(place)
+        written.rename(place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     arguments, tensors = _read(folder)
     found = {}
     for name, leaf in _leaves(arguments).items():
-        array = tensors[name].float().numpy()
+        array = tensors[name].detach().float().numpy()
         array = array.T if _is_transposed(leaf) else array
         found[leaf.path] = np.array(array, np.float32, order="C")
     return found
