@@ -232,7 +232,9 @@ def failures(published: Path) -> str:
         [
             "- **Fine-tuning beats training from scratch (the original: B < A).** "
             f"After {count(steps)} steps of GPT-2 small, {at_rank(b_less_a)}. "
-            f"B had {percent(b_tokens / a_tokens)} of A's tokens.",
+            f"B had {percent(b_tokens / a_tokens)} of A's tokens. But A reached B's "
+            f"loss only after {percent(b_less_a['tokens_to_match'][1] / a_tokens)} of "
+            "them.",
             "- **A and B end at D's loss (the original: A ≈ D, B ≈ D).** In the same "
             f"experiment, {at_rank(a_less_d)}, and {at_rank(b_less_d)}.",
             "- **A short run shows what a longer one will show.** After "

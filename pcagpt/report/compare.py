@@ -176,7 +176,10 @@ def _measure(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
         "caveat": ONE_SEED if len(pairs) == 1 else None,
         "tokens": means("tokens_seen"),
         "tokens_with_baseline": means("tokens_with_baseline"),
-        "tokens_to_match": _tokens_to_match(pairs),
+        "tokens_to_match": [
+            _tokens_to_match(pairs),
+            _tokens_to_match([(second, first) for first, second in pairs]),
+        ],
     }
 
 

@@ -333,8 +333,8 @@ QUESTIONS_ASKED = [
     Column("Own tokens", "training tokens of both, without D's", _both("tokens")),
     Column(
         "Reached after",
-        "own tokens of the first arm when it reached the last loss of the second",
-        _of("tokens_to_match"),
+        "own tokens of each arm when it reached the last loss of the other; –: never",
+        _both("tokens_to_match"),
     ),
 ]
 CLAIMS = [
