@@ -371,6 +371,15 @@ def test_bands_that_were_made_for_a_rank_are_of_this_size(bands, tmp_path):
         initialise.check_rank(Settings().replace(asked))
 
 
+def test_a_run_in_bands_keeps_its_rank_when_it_is_trained_further(planned, tmp_path):
+    workdir = shutil.copytree(planned.workdir, tmp_path / "runs")
+    a = execute(alone(planned, "pca", workdir=str(workdir)))
+    one = {"init.weights_from": str(a), "factorize.bands": 1, "factorize.method": "svd"}
+    further = changed(planned, task="train", arm="pca_finetune", **one)
+    b = execute(changed(further, workdir=str(workdir)))
+    assert [read_result(run)["rank"] for run in (a, b)] == [8, 8]
+
+
 # The whole experiment
 
 

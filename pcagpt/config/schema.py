@@ -55,7 +55,9 @@ class ModelSettings:
     n_layer: int = knob(12, "transformer blocks")
     n_head: int = knob(12, "attention heads of a block")
     n_embd: int = knob(768, "model width d")
-    n_embd_wte: int | None = knob(None, "rank k of the embedding; None: a full table")
+    n_embd_wte: int | None = knob(
+        None, "rank k of the embedding; None: a full table; not read beside band_sizes"
+    )
     n_embd_wte_scale_tying: bool = knob(True, "make scale_down the same as scale_up")
     band_sizes: tuple[int, ...] = knob(
         (), "tokens of each frequency band, most frequent first"

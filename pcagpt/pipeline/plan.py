@@ -207,6 +207,8 @@ def _train_job(
 
     for_arm: the arm that needs this run first.
     """
+    if settings.model.band_sizes:  # These were made for no rank.
+        settings = settings.replace({"model.n_embd_wte": None})
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
