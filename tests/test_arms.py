@@ -399,7 +399,7 @@ def rows(banded):
 
 
 @pytest.mark.slow
-def test_the_report_has_all_arms_and_all_comparisons(banded, rows):
+def test_the_report_has_all_arms_and_all_comparisons(banded, rows, table):
     assert list(rows) == ["D", "D+", "A", "B", "Bd", "C", "E", "F", "G"]
     results = json.loads((Path(banded.workdir) / "results.json").read_text())
     questions = {item["question"] for item in results["comparisons"]}
@@ -407,7 +407,10 @@ def test_the_report_has_all_arms_and_all_comparisons(banded, rows):
         *("A vs C", "A vs D", "B vs A", "B vs D", "B vs D+", "Bd vs B"),
         *("A vs E", "A vs F", "A vs G"),
     }
-    assert "8, 3 bands" in (Path(banded.workdir) / "report.md").read_text()
+    text = (Path(banded.workdir) / "report.md").read_text()
+    assert "8, 3 bands" in text and "Rank 8 keeps" not in text
+    ranks = ", ".join(map(str, table.ranks))
+    assert f"size of rank 8 has bands of the ranks {ranks} (0: full width)" in text
     assert all(job.status().words == "done" for job in plan(banded).jobs)
 
 
