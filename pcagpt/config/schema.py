@@ -156,7 +156,7 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ScratchSettings:
-    """Learning rates of A and C, if they differ from D's."""
+    """Learning rates of A, its controls and C, if they differ from D's."""
 
     pca_learning_rate_share: float = knob(
         1.0, "share of train.learning_rate for A and its controls", POSITIVE
@@ -168,7 +168,7 @@ class ScratchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings:
-    """The share of D's budget for B and for runs that start from another run."""
+    """The share of D's budget for B, Bd and runs that start from another run."""
 
     steps_share: float = knob(0.1, "share of train.steps and train.warmup_steps", PART)
     learning_rate_share: float = knob(0.5, "share of train.learning_rate", PART)
@@ -357,7 +357,8 @@ class ExperimentSettings:
     """The runs of an experiment."""
 
     arms: str = knob(
-        "pca,random,pca_finetune", f"arms besides D, from {', '.join(OTHER_ARMS)}"
+        "pca,random,pca_finetune",
+        f"arms to train besides D, some of {', '.join(OTHER_ARMS)}",
     )
     seeds: tuple[int, ...] = knob(
         (), "train every arm with each of these seeds; empty: only with seed", SEED
