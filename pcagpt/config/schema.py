@@ -200,7 +200,7 @@ class InitSettings:
     keep: str = knob(
         "all",
         "set by the arm: property of the imported factors to keep, the rest is random; "
-        "std: standard deviation; spectrum: singular values; rows: the rows, in random "
+        "std: root mean square; spectrum: singular values; rows: the rows, in random "
         "order; shape: sizes, ranks and tokens of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
