@@ -225,6 +225,19 @@ def test_an_arm_trained_alone_is_that_of_the_experiment(arm, planned):
     assert {job.status().words for job in needed} == {"done"}
 
 
+@pytest.mark.parametrize("arm", ["baseline", "continued", "pca"])
+def test_a_full_table_has_no_scale_matrices_to_tie(arm, planned):
+    untied = changed(planned, **{"model.n_embd_wte_scale_tying": False})
+    assert plan(untied).jobs[0].status().words == "done"  # D
+    rank = 8 if arm == "pca" else None
+    made = (
+        job(changed(config, task="train", arm=arm, **{"model.n_embd_wte": rank}))
+        for config in (planned, untied)
+    )
+    one, other = (identity(run.record()) for run in made)
+    assert (one == other) == (arm != "pca")
+
+
 def test_a_and_c_can_have_learning_rates_of_their_own(planned):
     shares = {"scratch.pca_learning_rate_share": 2.0, "train.learning_rate": 1e-3}
     shares |= {"scratch.random_learning_rate_share": 0.25}

@@ -15,6 +15,7 @@ from pcagpt.config.schema import (
     FactorizeSettings,
     FinetuneSettings,
     InitSettings,
+    ModelSettings,
     ScratchSettings,
 )
 from pcagpt.errors import Unreadable, UserError
@@ -209,6 +210,9 @@ def _train_job(
     """
     if settings.model.band_sizes:  # These were made for no rank.
         settings = settings.replace({"model.n_embd_wte": None})
+    if not settings.model.is_factorized:  # A full table has no scale matrices to tie.
+        ties = ModelSettings().n_embd_wte_scale_tying
+        settings = settings.replace({"model.n_embd_wte_scale_tying": ties})
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
