@@ -219,7 +219,7 @@ def _train_job(
         keep = "shape" if bands else keep
     taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
-    if arm == "baseline":  # Its record is the same, whichever arm's command makes it.
+    if arm == "baseline":  # No share applies to D, so its record shows none of them.
         own = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
         settings = settings.replace(own)
     model = settings.model
