@@ -222,7 +222,11 @@ class FactorizeSettings:
         "the rest, U S^(1-a)",
         SHARE,
     )
-    bands: int = knob(1, "frequency bands of A, B and C, each with its own rank")
+    bands: int = knob(
+        1,
+        "frequency bands of the table, each with its own rank; in every arm but D and "
+        "D+",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
