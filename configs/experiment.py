@@ -3,10 +3,10 @@
     python -m pcagpt.main --config=configs/experiment.py:128 --config.data.source=FOLDER
     python -m pcagpt.main --config=configs/experiment.py:64,128,256 ...
 
-D is trained once. train.* applies to every arm; finetune.* is B's share of it.
---config.experiment.arms=pca,random,pca_finetune,continued names all arms besides D;
---config.experiment.seeds gives error bars. For frequency bands:
---config.factorize.bands=12 --config.factorize.method=context.
+D is always trained, once for all ranks. train.* is D's budget; finetune.* is the share
+of it that B, Bd and D+ get. --config.experiment.arms names the other arms to train:
+pca,random,pca_finetune,continued also trains D+. --config.experiment.seeds gives error
+bars. For bands: --config.factorize.bands=12 --config.factorize.method=context.
 """
 
 from pcagpt.config import base, ranks_of

@@ -114,8 +114,8 @@ ARMS = {
     # Controls of A: random, except for one property of A's factors.
     "random_std": Arm(
         letter="E",
-        title="random, A's std",
-        meaning="as A, but random factors with the standard deviation of A's",
+        title="random, A's scale",
+        meaning="as A, but random factors with the root mean square of A's",
         run_name="gpt_random_std_k{rank}",
         colour="#cc79a7",
         marker="triangle-down",

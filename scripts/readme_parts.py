@@ -244,8 +244,8 @@ def failures(published: Path) -> str:
             "weight decay.",
             "- **Only the directions of D's table make A better than C.** In a model "
             f"of 30 million parameters, A's lead over C is {led('C')} nats, but only "
-            f"{led('E')} over E, random factors that have nothing but the standard "
-            f"deviation of A's, and {led('F')} over F, with A's spectrum.",
+            f"{led('E')} over E, random factors that have nothing but the root "
+            f"mean square of A's, and {led('F')} over F, with A's spectrum.",
             "- **B, trained further, beats D.** GPT-2 small with factors of the size "
             f"of k = {b['rank']} (B) was trained further, for "
             f"{percent(b['share_of_tokens'])} of D's tokens. Its loss minus D's is "

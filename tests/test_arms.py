@@ -225,6 +225,19 @@ def test_an_arm_trained_alone_is_that_of_the_experiment(arm, planned):
     assert {job.status().words for job in needed} == {"done"}
 
 
+@pytest.mark.parametrize("arm", ["baseline", "continued", "pca"])
+def test_a_full_table_has_no_scale_matrices_to_tie(arm, planned):
+    untied = changed(planned, **{"model.n_embd_wte_scale_tying": False})
+    assert plan(untied).jobs[0].status().words == "done"  # D
+    rank = 8 if arm == "pca" else None
+    made = (
+        job(changed(config, task="train", arm=arm, **{"model.n_embd_wte": rank}))
+        for config in (planned, untied)
+    )
+    one, other = (identity(run.record()) for run in made)
+    assert (one == other) == (arm != "pca")
+
+
 def test_a_and_c_can_have_learning_rates_of_their_own(planned):
     shares = {"scratch.pca_learning_rate_share": 2.0, "train.learning_rate": 1e-3}
     shares |= {"scratch.random_learning_rate_share": 0.25}
@@ -371,6 +384,15 @@ def test_bands_that_were_made_for_a_rank_are_of_this_size(bands, tmp_path):
         initialise.check_rank(Settings().replace(asked))
 
 
+def test_a_run_in_bands_keeps_its_rank_when_it_is_trained_further(planned, tmp_path):
+    workdir = shutil.copytree(planned.workdir, tmp_path / "runs")
+    a = execute(alone(planned, "pca", workdir=str(workdir)))
+    one = {"init.weights_from": str(a), "factorize.bands": 1, "factorize.method": "svd"}
+    further = changed(planned, task="train", arm="pca_finetune", **one)
+    b = execute(changed(further, workdir=str(workdir)))
+    assert [read_result(run)["rank"] for run in (a, b)] == [8, 8]
+
+
 # The whole experiment
 
 
@@ -390,7 +412,7 @@ def rows(banded):
 
 
 @pytest.mark.slow
-def test_the_report_has_all_arms_and_all_comparisons(banded, rows):
+def test_the_report_has_all_arms_and_all_comparisons(banded, rows, table):
     assert list(rows) == ["D", "D+", "A", "B", "Bd", "C", "E", "F", "G"]
     results = json.loads((Path(banded.workdir) / "results.json").read_text())
     questions = {item["question"] for item in results["comparisons"]}
@@ -398,7 +420,10 @@ def test_the_report_has_all_arms_and_all_comparisons(banded, rows):
         *("A vs C", "A vs D", "B vs A", "B vs D", "B vs D+", "Bd vs B"),
         *("A vs E", "A vs F", "A vs G"),
     }
-    assert "8, 3 bands" in (Path(banded.workdir) / "report.md").read_text()
+    text = (Path(banded.workdir) / "report.md").read_text()
+    assert "8, 3 bands" in text and "Rank 8 keeps" not in text
+    ranks = ", ".join(map(str, table.ranks))
+    assert f"size of rank 8 has bands of the ranks {ranks} (0: full width)" in text
     assert all(job.status().words == "done" for job in plan(banded).jobs)
 
 

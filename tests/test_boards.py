@@ -16,7 +16,17 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import VOCAB_SIZE
-from runs import assert_equal, changed, execute, metrics, saved_state, shown, signal_at
+from runs import (
+    BANDS,
+    assert_equal,
+    changed,
+    execute,
+    json_of,
+    metrics,
+    saved_state,
+    shown,
+    signal_at,
+)
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import layout_pb2, plugin_hparams_pb2
 
@@ -177,6 +187,16 @@ def test_the_columns_are_those_of_all_runs_of_the_workdir_so_far(config):
     execute(changed(config, **more, **{"checkpoint.every": 3}))
     found = hparams(workdir / "experiment", "experiment")
     assert "train.steps" in [column.name for column in found.hparam_infos]
+
+
+def test_bands_that_were_made_for_no_rank_have_none(config):
+    """Neither on the board nor in result.json, nor in runs that start from them."""
+    unread = {"arm": "random", "model.n_embd_wte": 64}
+    run = execute(changed(config, **BANDS, **unread))
+    further = {"init.weights_from": str(run), "arm": "pca_finetune"}
+    for folder in (run, execute(changed(config, **further))):
+        assert "rank" not in hparams(folder, "session_start_info").hparams
+        assert json_of(folder / "result.json")["rank"] is None
 
 
 def test_a_run_that_is_trained_anew_has_a_column_for_the_knob_that_changed(config):

@@ -413,6 +413,7 @@ def test_knobs_that_another_value_makes_read_are_accepted(values):
     "values",
     [
         RANDOM | BANDS,
+        RANDOM | BANDS | {"model.n_embd_wte": 1000},
         RANDOM | {"model.n_embd_wte": 768},
         {"task": "factorize", "model_path": "x.npy", "ranks": (1000,)},
         EXPERIMENT | {"ranks": (64, 1, 768)},

@@ -152,6 +152,14 @@ def test_spectrum_and_metadata_are_those_of_the_table(job, baseline_dir):
     assert metadata["source"] == str(baseline_dir)
 
 
+@pytest.mark.parametrize(("bands", "marks"), [(1, [4, 8]), (2, [])])
+def test_the_spectrum_marks_ranks_and_no_bands(bands, marks, job, monkeypatch):
+    drawn, marked = "pcagpt.pipeline.factorize_job.spectrum_figure", []
+    monkeypatch.setattr(drawn, lambda _, ranks: marked.extend(ranks))
+    made(by(job, bands=bands, ranks=(4, 8)))
+    assert marked == marks
+
+
 def test_a_centred_factorization_keeps_the_mean(job, baseline_dir):
     made(by(job, method="pca"))
     scales = factor_files.read_scale_matrices(factor_files.scale_path(job.folder, 4))

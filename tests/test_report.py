@@ -327,6 +327,22 @@ def test_some_arms_without_a_factorization_make_a_report(arms, tmp_path):
     assert cells_of(text, "| Arm", f"| **{letter}**")["Added"].split(" ± ")[0] == added
 
 
+def test_a_table_in_bands_shows_their_ranks_and_no_energy(tmp_path, monkeypatch):
+    write_factorization(tmp_path, ranks=(8,))
+    path, marked = tmp_path / FACTORS / "metadata.json", []
+    metadata = json.loads(path.read_text())
+    metadata["ranks"]["4"] = {"band_sizes": [3, 2], "band_ranks": [0, 6]}
+    path.write_text(json.dumps(metadata))
+    results = collect_results(tmp_path, write_experiment(tmp_path), FACTORS, COMMAND)
+    drawn = "pcagpt.report.page.spectrum_figure"
+    monkeypatch.setattr(drawn, lambda _, ranks: marked.extend(ranks))
+    write_report(tmp_path, results)
+    text = (tmp_path / "report.md").read_text()
+    assert "The table of the size of rank 4 has bands of the ranks 0, 6 (0: f" in text
+    assert "Rank 8 keeps" in text and "Rank 4 keeps" not in text
+    assert marked == [8]
+
+
 # Refused runs
 
 

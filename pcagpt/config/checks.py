@@ -221,8 +221,9 @@ def _check_ranks(settings: Settings) -> None:
 def _check_widths(settings: Settings) -> None:
     """No rank exceeds the width of the model."""
     model = settings.model
+    rank = 0 if model.band_sizes else model.n_embd_wte or 0  # Bands have their own.
     for path, ranks in (
-        ("model.n_embd_wte", (model.n_embd_wte or 0,)),
+        ("model.n_embd_wte", (rank,)),
         ("model.band_ranks", model.band_ranks),
         ("ranks", settings.ranks if settings.task == "experiment" else ()),
     ):

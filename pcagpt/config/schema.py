@@ -55,7 +55,9 @@ class ModelSettings:
     n_layer: int = knob(12, "transformer blocks")
     n_head: int = knob(12, "attention heads of a block")
     n_embd: int = knob(768, "model width d")
-    n_embd_wte: int | None = knob(None, "rank k of the embedding; None: a full table")
+    n_embd_wte: int | None = knob(
+        None, "rank k of the embedding; None: a full table; not read beside band_sizes"
+    )
     n_embd_wte_scale_tying: bool = knob(True, "make scale_down the same as scale_up")
     band_sizes: tuple[int, ...] = knob(
         (), "tokens of each frequency band, most frequent first"
@@ -154,7 +156,7 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ScratchSettings:
-    """Learning rates of A and C, if they differ from D's."""
+    """Learning rates of A, its controls and C, if they differ from D's."""
 
     pca_learning_rate_share: float = knob(
         1.0, "share of train.learning_rate for A and its controls", POSITIVE
@@ -166,7 +168,7 @@ class ScratchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings:
-    """The share of D's budget for B and for runs that start from another run."""
+    """The share of D's budget for B, Bd and runs that start from another run."""
 
     steps_share: float = knob(0.1, "share of train.steps and train.warmup_steps", PART)
     learning_rate_share: float = knob(0.5, "share of train.learning_rate", PART)
@@ -198,7 +200,7 @@ class InitSettings:
     keep: str = knob(
         "all",
         "set by the arm: property of the imported factors to keep, the rest is random; "
-        "std: standard deviation; spectrum: singular values; rows: the rows, in random "
+        "std: root mean square; spectrum: singular values; rows: the rows, in random "
         "order; shape: sizes, ranks and tokens of the bands",
         one_of("all", "std", "spectrum", "rows", "shape"),
     )
@@ -220,7 +222,11 @@ class FactorizeSettings:
         "the rest, U S^(1-a)",
         SHARE,
     )
-    bands: int = knob(1, "frequency bands of A, B and C, each with its own rank")
+    bands: int = knob(
+        1,
+        "frequency bands of the table, each with its own rank; in every arm but D and "
+        "D+",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +361,8 @@ class ExperimentSettings:
     """The runs of an experiment."""
 
     arms: str = knob(
-        "pca,random,pca_finetune", f"arms besides D, from {', '.join(OTHER_ARMS)}"
+        "pca,random,pca_finetune",
+        f"arms to train besides D, some of {', '.join(OTHER_ARMS)}",
     )
     seeds: tuple[int, ...] = knob(
         (), "train every arm with each of these seeds; empty: only with seed", SEED

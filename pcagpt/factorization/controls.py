@@ -14,7 +14,7 @@ from pcagpt.errors import UserError
 
 
 def _std(wte_VK, scale_KD, random):
-    """Gaussian factors with the same root mean squares."""
+    """Gaussian factors of mean 0 with the same root mean squares."""
 
     def gaussian(factor):
         size = np.sqrt(np.mean(np.square(factor)))

@@ -233,7 +233,8 @@ def read_metadata(folder: Path) -> dict | None:
     metadata["ranks"] = metadata.get("ranks") or {}
     for rank, described in metadata["ranks"].items():
         where = f"{path}: the rank '{rank:.20}'"
-        check_fields(described, {"energy_kept": (int, float, None)}, where, remedy)
+        fields = {"energy_kept": (int, float, None), "band_ranks": (list, None)}
+        check_fields(described, fields, where, remedy)
         if not (rank.isascii() and rank.isdigit()):
             raise UserError(f"{where} is not a whole number: {remedy}")
     return metadata

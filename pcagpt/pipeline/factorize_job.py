@@ -311,7 +311,9 @@ class FactorizeJob(Job):
         )
         shown_in = (self.settings, self.folder, "factorize", command)
         with Boards.of_command(*shown_in) as boards:
-            boards.figure("spectrum", spectrum_figure(singular_values, ranks))
+            # Tables in bands keep another share than a rank does.
+            marked = [n for n in ranks if "energy_kept" in described[str(n)]]
+            boards.figure("spectrum", spectrum_figure(singular_values, marked))
             if run:
                 shown = {
                     f"after_rank_{n}": functools.partial(self._dense, n) for n in ranks

@@ -15,6 +15,7 @@ from pcagpt.config.schema import (
     FactorizeSettings,
     FinetuneSettings,
     InitSettings,
+    ModelSettings,
     ScratchSettings,
 )
 from pcagpt.errors import Unreadable, UserError
@@ -207,13 +208,18 @@ def _train_job(
 
     for_arm: the arm that needs this run first.
     """
+    if settings.model.band_sizes:  # These were made for no rank.
+        settings = settings.replace({"model.n_embd_wte": None})
+    if not settings.model.is_factorized:  # A full table has no scale matrices to tie.
+        ties = ModelSettings().n_embd_wte_scale_tying
+        settings = settings.replace({"model.n_embd_wte_scale_tying": ties})
     taken, keep = _taken_from_baseline(settings, arm, suffix), ARMS[arm].keep
     if ARMS[arm].has_bands_of_a:
         bands = taken.get("init.import_bands", settings.init.import_bands)
         keep = "shape" if bands else keep
     taken["init.keep"] = keep
     settings = settings.replace({"arm": arm, **taken, **_budget(settings, arm)})
-    if arm == "baseline":  # Its record is the same, whichever arm's command makes it.
+    if arm == "baseline":  # No share applies to D, so its record shows none of them.
         own = {"finetune": FinetuneSettings(), "scratch": ScratchSettings()}
         settings = settings.replace(own)
     model = settings.model

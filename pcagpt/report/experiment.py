@@ -18,6 +18,7 @@ from pcagpt.report.compare import (
     judge_claims,
     verdict,
 )
+from pcagpt.report.recommend import preference
 from pcagpt.report.text import (
     Column,
     Markdown,
@@ -141,26 +142,23 @@ def is_brief(model: dict[str, Any]) -> bool:
 
 
 def recommended(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The model with the smallest table whose loss is surely at most D's plus MARGIN.
+    """The model of `preference` within MARGIN, of those with a smaller table than D's.
 
-    'Surely': up to the upper end of its interval. If none has, that of least loss. None
-    if no arm has a smaller table than D, or D is missing.
+    None if no arm has a smaller table, or D is missing.
     """
     own = next((m for m in models if m["letter"] == "D"), {})
     size = own.get("params_embedding")
-    smaller = [
+    smaller = (
         m
         for m in models
         if size and m.get("params_embedding", size) < size and "added_loss" in m
-    ]
-    fitting = [m for m in smaller if added_at_most(m) <= MARGIN]
+    )
 
-    def by_size(model: dict[str, Any]) -> tuple[float, float]:
-        return model["params_embedding"], model["added_loss"]
+    def key(model: dict[str, Any]) -> tuple[float, ...]:
+        cost = model["added_loss"], added_at_most(model)
+        return preference(MARGIN, model["params_embedding"], *cost)
 
-    if fitting:
-        return min(fitting, key=by_size)
-    return min(smaller, key=lambda model: model["added_loss"], default=None)
+    return min(smaller, key=key, default=None)
 
 
 def added_at_most(model: dict[str, Any]) -> float:

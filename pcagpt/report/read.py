@@ -99,16 +99,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_spectrum(folder: Path) -> dict[str, Any] | None:
-    """Effective rank and energy kept by each rank; None without a factorization."""
+    """Effective rank and, of each rank, the energy kept or the ranks of its bands.
+
+    None without a factorization.
+    """
     metadata = factor_files.read_metadata(folder)
     if metadata is None:
         return None
-    ranks = metadata["ranks"]
+    ranks = sorted(metadata["ranks"].items(), key=lambda item: int(item[0]))
     return {
         "folder": folder.name,
         "method": metadata.get("method"),
         "effective_rank": metadata.get("effective_rank"),
-        "energy": {k: ranks[k].get("energy_kept") for k in sorted(ranks, key=int)},
+        **{
+            name: {rank: of[field] for rank, of in ranks if of.get(field) is not None}
+            for name, field in (("energy", "energy_kept"), ("bands", "band_ranks"))
+        },
         "singular_values": _singular_values(folder),
     }
 

@@ -1,11 +1,11 @@
-"""Which tables of a sweep a report recommends, and which it compares with these.
+"""Which tables a report recommends, and which of a sweep it compares with these.
 
 `sweep` is the content of sweep.json as `read_sweep` returns it.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcagpt.methods import CODED, RIVALS
@@ -14,26 +14,33 @@ from pcagpt.rows import Row, Stored
 SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
 
 
-def recommended_row(sweep: dict[str, Any]) -> Row:
-    """The smallest table that surely adds at most `SMALL_COST`.
+def preference(
+    limit: float, size: float, added: float, at_most: float
+) -> tuple[float, ...]:
+    """The sort key of a table: the first one is recommended.
 
-    'Surely': the upper end of its interval does. Of tables of one size, the one that
-    adds less. If no table does, the one that adds least. A rival can be recommended,
-    too.
+    That is the smallest which surely adds at most `limit`: the upper end of its
+    interval, `at_most`, does. Of tables of one size, it is the one that adds less. If
+    no table is within the limit, it is the one that adds least.
     """
+    return (0, size, added) if at_most <= limit else (1, added)
+
+
+def recommended_row(sweep: dict[str, Any]) -> Row:
+    """The recommended table, within `SMALL_COST` if one is; it can be a rival."""
     return _recommended(sweep["rows"])
 
 
 def recommended_model(sweep: dict[str, Any]) -> Row | None:
     """As `recommended_row`, of the tables that a sweep writes as models."""
-    rows = [row for row in sweep["rows"] if row.model_name]
-    return _recommended(rows) if rows else None
+    return _recommended(row for row in sweep["rows"] if row.model_name)
 
 
-def _recommended(rows: list[Row]) -> Row:
-    cheap = filter(is_cheap, rows)
-    found = min(cheap, key=lambda row: (row.bytes, row.added_loss), default=None)
-    return found or min(rows, key=lambda row: row.added_loss)
+def _recommended(rows: Iterable[Row]) -> Row | None:
+    def key(row: Row) -> tuple[float, ...]:
+        return preference(SMALL_COST, row.bytes, row.added_loss, _highest_added(row))
+
+    return min(rows, key=key, default=None)
 
 
 def is_cheap(row: Row) -> bool:

@@ -18,10 +18,13 @@ def hyperparameters(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != _RANK}
 
 
-def sizes(rank: int | None, config: GPTConfig) -> dict[str, int | None]:
-    """Rank, parameters of the token table, and parameters of the model."""
+def sizes(config: GPTConfig) -> dict[str, int | None]:
+    """Rank, parameters of the token table, and parameters of the model.
+
+    The rank is None for a full table and for bands that were not made for a rank.
+    """
     return {
-        "rank": rank,
+        "rank": config.n_embd_wte or None,
         "params_embedding": embedding_parameters(config),
         "params_total": total_parameters(config),
     }

@@ -14,7 +14,8 @@ IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
 # Corpus and imports are compared by hash, not by path, so they can be moved. Only
-# `evaluate` reads a run's test split. Chunks of the loss change it by rounding only.
+# `evaluate` and `compress` measure on a run's test split. Chunks of the loss change it
+# by rounding only.
 NOT_IDENTITY = (
     "corpus.test",
     "data.cache_dir",

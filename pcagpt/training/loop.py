@@ -250,7 +250,7 @@ def _telemetry(
     resumed_at: int | None,
 ) -> Telemetry:
     """Opens the logs of the run, and describes it there."""
-    settings, model = setup.settings, setup.model.config
+    settings = setup.settings
     telemetry = Telemetry(
         run_dir,
         settings.telemetry,
@@ -262,7 +262,7 @@ def _telemetry(
     telemetry.begin(
         settings.flat(),
         hyperparameters.hyperparameters(record),
-        hyperparameters.sizes(settings.model.n_embd_wte, model),
+        hyperparameters.sizes(setup.model.config),
     )
     return telemetry
 
@@ -278,18 +278,15 @@ def _result(
     """The content of result.json."""
     settings, model = setup.settings, setup.model.config
     full = dataclasses.replace(model, n_embd_wte=0, band_sizes=(), band_ranks=())
-    embedding, total = embedding_parameters(model), total_parameters(model)
+    sizes = hyperparameters.sizes(model)
     metrics = dict(measured.metrics)
     del metrics["tokens_predicted"]  # `protocol` has it.
     count_V = setup.corpus.count_tokens("train")
-    # An imported table in bands is as large as one band of rank n_embd_wte; other bands
-    # have no such rank.
-    has_rank = settings.init.import_bands or not model.band_sizes
     return {
         "run": run_dir.name,
         "run_id": record["run_id"],
         "arm": settings.arm,
-        "rank": settings.model.n_embd_wte if has_rank else None,
+        "rank": sizes["rank"],
         "band_sizes": model.band_sizes,
         "band_ranks": model.band_ranks,
         "seed": settings.seed,
@@ -303,10 +300,10 @@ def _result(
         "val_loss_by_decile": means_by_decile(
             measured.target_losses, count_V / count_V.sum()
         ),
-        "params_total": total,
-        "params_embedding": embedding,
-        "compression_embedding": embedding_parameters(full) / embedding,
-        "compression_total": total_parameters(full) / total,
+        "params_total": sizes["params_total"],
+        "params_embedding": sizes["params_embedding"],
+        "compression_embedding": embedding_parameters(full) / sizes["params_embedding"],
+        "compression_total": total_parameters(full) / sizes["params_total"],
         "tokens_per_second": history.tokens_per_second,
         "seconds": history.seconds,
         "peak_bytes": peak_bytes(compiled_step),
