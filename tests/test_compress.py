@@ -133,7 +133,7 @@ def test_a_compressed_model_whose_record_describes_another_is_refused_and_made_a
     wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
     (record[section] if section else record)[field] = 8 if section else 98
     write_record(model, record)
-    with pytest.raises(UserError, match=f"another model than .*0: {words} in the che"):
+    with pytest.raises(UserError, match=f"json contradicts .*0: {words} there"):
         loss_of(copied_sweep, "best_k8")
     sweep_of(copied_sweep)
     assert len(replaced(model.parent)) == 1

@@ -148,8 +148,55 @@ def test_a_record_of_another_model_than_its_checkpoint_s_is_refused(copied):
     record = read_record(run_dir)
     record["model"]["n_head"] = 4
     write_record(run_dir, record)
-    with pytest.raises(UserError, match="describes another model than .*n_head is 4, "):
+    with pytest.raises(
+        UserError, match="json contradicts .*6: .*n_head is 4, and 2 there"
+    ):
         Run.open(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("train.learning_rate", 0.01),
+        ("train.steps", 12),
+        ("seed", 2),
+        ("corpus.train", "1d62"),
+        ("imported_sha256.blocks_from", "1d62"),
+        ("tokenizer", "gpt2"),
+        ("characters", ["b", "a"]),
+    ],
+)
+def test_a_record_that_was_changed_after_the_run_is_refused(copied, knob, value):
+    run = finetuned(copied)
+    run_dir, (section, _, field) = job(run).folder, knob.partition(".")
+    for path in run_dir.glob("ckpt/*/meta/metadata"):  # The copies know a text, too.
+        (path.parent.parent / "digests.json").unlink()
+        meta = json.loads(path.read_text())
+        meta["config"] |= {"tokenizer": "sotu4096", "characters": ["a", "b"]}
+        path.write_text(json.dumps(meta))
+    record = read_record(run_dir)
+    if field:
+        record[section][field] = value
+    else:
+        record[section] = value
+    write_record(run_dir, record)
+    asked = {knob: value} if knob in ("train.learning_rate", "seed") else {}
+    wanted = rf"config.json contradicts .*: {knob} is .*, and .* there"
+    for _ in ("finished", "unfinished"):
+        assert re.search(wanted, refusal(run))
+        assert re.search(wanted, refusal(changed(run, **asked)))
+        with pytest.raises(UserError, match=wanted):
+            Run.open(run_dir)
+        (run_dir / "result.json").unlink(missing_ok=True)
+
+
+def test_a_record_that_contradicts_its_result_is_refused_without_a_copy(copied):
+    run_dir = job(copied).folder
+    for path in run_dir.glob("ckpt/*/meta"):
+        shutil.rmtree(path)
+    write_record(run_dir, {**read_record(run_dir), "seed": 2})
+    wanted = "config.json contradicts .*result.json: seed is 2, and 1 there"
+    assert re.search(wanted, refusal(changed(copied, seed=2)))
 
 
 def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
@@ -182,7 +229,7 @@ def test_a_run_that_another_command_replaced_meanwhile_is_not_told(copied, monke
         write_record(job.folder, record | {"seed": 2})
 
     monkeypatch.setattr(train_job.TrainJob, "compare_corpus", replace)
-    with pytest.raises(UserError, match="was trained with another config: seed"):
+    with pytest.raises(UserError, match="json contradicts .*: seed is 2, "):
         execute(changed(copied, task="train", arm="baseline"))
 
 
@@ -369,7 +416,10 @@ def test_a_run_does_not_fall_back_to_another_run_s_checkpoint(copied, version):
         write_record(run_dir, record)
     meta["config"][field] = 9
     path.write_text(json.dumps(meta))
-    assert "3 is a checkpoint of another run than" in refusal(copied)
+    said = "3 is a checkpoint of another run than"
+    if version == "older":
+        said = "config.json contradicts .*3: seed is 1, and 9 there"
+    assert re.search(said, refusal(copied))
 
 
 def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
