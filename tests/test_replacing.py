@@ -431,6 +431,17 @@ def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
         Run.open(ckpt.parent)
 
 
+def test_a_copy_of_a_checkpoint_under_another_number_is_refused(copied):
+    run_dir = job(copied).folder
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(run_dir / "ckpt" / "6")
+    shutil.copytree(run_dir / "ckpt" / "3", run_dir / "ckpt" / "5")
+    wanted = "5 holds the weights after 3 updates, not after 5"
+    assert wanted in refusal(copied)
+    with pytest.raises(UserError, match=wanted):
+        Run.open(run_dir)
+
+
 def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copied):
     run_dir = job(copied).folder
     assert Run.open(run_dir).step == 6

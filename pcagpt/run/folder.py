@@ -211,8 +211,8 @@ class FolderState:
             return f"{own} contradicts {self.folder / 'result.json'}: {changed}"
         for step, copy, updates in self.saved:
             folder = checkpoint.folder_of(self.folder, step)
-            # A person may have given a trained model's checkpoint another number.
-            if self.result and updates not in (None, step):
+            # A person may have given a trained model's checkpoint the number 0.
+            if (self.result or step) and updates not in (None, step):
                 return (
                     f"{folder} holds the weights after {updates} updates, not after "
                     f"{step}"
