@@ -619,6 +619,22 @@ def test_without_config_json_and_a_copy_of_it_a_run_is_refused(copied):
     assert content(moved(run_dir)) == before
 
 
+def test_a_fault_of_d_is_not_told_as_one_of_b(copied):
+    d, b = job(copied).folder, job(finetuned(copied)).folder
+    experiment = changed(copied, task="experiment", ranks=(8,))
+    (d / "config.json").rename(d / "lost")
+    for path in d.glob("ckpt/*/meta"):
+        shutil.rmtree(path)
+    lost = "gpt_baseline holds a run without its config.json, and no checkpoint has"
+    assert lost in refusal(experiment)
+    with pytest.raises(UserError, match="gpt_baseline has no config.json: it is not"):
+        fingerprint.of(d)
+    assert described(finetuned(copied))[0].endswith("done")  # B is good.
+    shutil.rmtree(d)
+    shutil.copytree(b.with_name("gpt_pca_k8"), d)
+    assert "gpt_baseline was trained with another config: arm" in refusal(experiment)
+
+
 # Factorizations and compressed models
 
 

@@ -295,14 +295,17 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
     """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
 
     Raises:
-      UserError: there is no checkpoint, it is another run's, config.json or result.json
-        is damaged, or the last checkpoint of a finished run is damaged or missing: the
-        one before is another model, and must be named.
+      UserError: there is no checkpoint or no config.json, a checkpoint is another
+        run's, config.json or result.json is damaged, or the last checkpoint of a
+        finished run is damaged or missing: the one before is another model, and must
+        be named.
     """
     run_dir, step = checkpoint.find(path)
     there, folder = look(run_dir, [step]), checkpoint.folder_of(run_dir, step)
     if there.damage:
         raise there.damage
+    if there.stored is None:
+        raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
     if there.stranger:
         raise UserError(f"{there.stranger}: put the run's own files there")
     if line := there.unproved:
