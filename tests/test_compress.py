@@ -567,16 +567,20 @@ def test_best_models_of_another_d_are_named_when_a_sweep_starts(asked, capsys):
     assert capsys.readouterr().out.count("another D") == 1
 
 
+@pytest.mark.parametrize("kind", ["a link to nothing: remove", "a file, not a folder"])
 @pytest.mark.parametrize("name", ["", "best_k8"])
-def test_a_link_to_nothing_is_refused_before_anything_is_measured(
-    name, asked, monkeypatch
+def test_what_is_no_folder_is_refused_before_anything_is_measured(
+    name, kind, asked, monkeypatch
 ):
     place = folder_of(asked) / name if name else folder_of(asked)
     place.parent.mkdir(exist_ok=True)
-    place.symlink_to("nowhere")
+    if "file" in kind:
+        place.write_text("mine")
+    else:
+        place.symlink_to("nowhere")
     monkeypatch.setattr(Original, "measure", None)
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=f"{place} is a link to nothing: remove"):
+        with pytest.raises(UserError, match=f"{place} is {kind}"):
             sweep_of(asked, overwrite=overwrite)
 
 

@@ -207,6 +207,18 @@ def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
     assert "holds a model that was made elsewhere" in refusal(a)
 
 
+@pytest.mark.parametrize("below", ["", "ckpt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_place_of_a_folder_is_refused_by_its_name(
+    tiny_config, below, overwrite
+):
+    place = job(tiny_config).folder / below
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    wanted = f"{place} is a file, not a folder: move it away, or use another"
+    assert wanted in refusal(changed(tiny_config, overwrite=overwrite))
+
+
 def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     made_elsewhere, capsys
 ):

@@ -23,6 +23,7 @@ from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import odd_kind
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
@@ -259,18 +260,26 @@ class FolderState:
         return checkpoint.lack(self.folder)
 
 
-def check_link(path: Path) -> None:
-    """Raises UserError if a folder is a link to nothing: nothing can be made there."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to nothing: remove it, or mount its disk")
+def check_is_folder(path: Path) -> None:
+    """Raises UserError if what is there is no folder: nothing can be made in it."""
+    kind = odd_kind(path) or ("a file" if path.exists() else "a folder")
+    if kind == "a link to nothing":
+        raise UserError(f"{path} is {kind}: remove it, or mount its disk")
+    if kind != "a folder":
+        raise UserError(
+            f"{path} is {kind}, not a folder: move it away, or use another "
+            "--config.workdir"
+        )
 
 
 def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     """Reads what a run's folder holds; `steps`: of these checkpoints only.
 
-    Raises UserError if the folder is a link to nothing.
+    Raises UserError as `check_is_folder` does, also for the folder of its checkpoints.
     """
-    check_link(run_dir)
+    if not foreign.is_model(run_dir):
+        check_is_folder(run_dir)
+        check_is_folder(run_dir / checkpoint.FOLDER)
     saved = tuple(
         Saved(
             step,
