@@ -133,7 +133,7 @@ def test_a_compressed_model_whose_record_describes_another_is_refused_and_made_a
     wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
     (record[section] if section else record)[field] = 8 if section else 98
     write_record(model, record)
-    with pytest.raises(UserError, match=f"another model than .*0: {words} in the che"):
+    with pytest.raises(UserError, match=f"json contradicts .*0: {words} there"):
         loss_of(copied_sweep, "best_k8")
     sweep_of(copied_sweep)
     assert len(replaced(model.parent)) == 1
@@ -567,16 +567,20 @@ def test_best_models_of_another_d_are_named_when_a_sweep_starts(asked, capsys):
     assert capsys.readouterr().out.count("another D") == 1
 
 
+@pytest.mark.parametrize("kind", ["a link to nothing: remove", "a file, not a folder"])
 @pytest.mark.parametrize("name", ["", "best_k8"])
-def test_a_link_to_nothing_is_refused_before_anything_is_measured(
-    name, asked, monkeypatch
+def test_what_is_no_folder_is_refused_before_anything_is_measured(
+    name, kind, asked, monkeypatch
 ):
     place = folder_of(asked) / name if name else folder_of(asked)
     place.parent.mkdir(exist_ok=True)
-    place.symlink_to("nowhere")
+    if "file" in kind:
+        place.write_text("mine")
+    else:
+        place.symlink_to("nowhere")
     monkeypatch.setattr(Original, "measure", None)
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=f"{place} is a link to nothing: remove"):
+        with pytest.raises(UserError, match=f"{place} is {kind}"):
             sweep_of(asked, overwrite=overwrite)
 
 

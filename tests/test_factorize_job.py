@@ -437,9 +437,13 @@ def test_what_cannot_be_factorized_is_refused(job, finished_experiment, tmp_path
     assert not job.folder.exists()
 
 
-def test_a_link_to_nothing_is_refused_before_work(job):
+def test_what_is_no_folder_is_refused_before_work(job):
     job.folder.symlink_to("nowhere")
     with pytest.raises(UserError, match="pca_factorized is a link to nothing: remove"):
+        job.status()
+    job.folder.unlink()
+    job.folder.write_text("mine")
+    with pytest.raises(UserError, match="pca_factorized is a file, not a folder: move"):
         job.status()
 
 

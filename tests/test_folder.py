@@ -32,7 +32,7 @@ from pcagpt.run.folder import (
     write_record,
     write_result,
 )
-from pcagpt.run.identity import changed_fields, config_sha256, identity
+from pcagpt.run.identity import changed_fields, identity
 
 pytestmark = pytest.mark.usefixtures("quick")
 OTHER = {"train.gradient_clip": 0.5}  # another run
@@ -195,7 +195,7 @@ def test_overwrite_discards_the_run_and_trains_it_anew(copied):
     execute(other)
     assert status(changed(copied, **OTHER)) == "done"
     assert not (run_dir / "left over").exists()
-    assert read_result(run_dir)["config_sha256"] != before["config_sha256"]
+    assert read_result(run_dir)["run_id"] != before["run_id"]
     assert [line["step"] for line in metrics(run_dir)].count(6) == 2
     assert checkpoint.steps(run_dir) == [3, 6]
 
@@ -450,7 +450,7 @@ def test_every_section_that_numbers_depend_on_is_in_the_identity(tiny_config):
     }  # fmt: skip
     assert found["model.n_embd"] == 32
     other = changed(tiny_config, seed=7).to_dict()
-    assert config_sha256(tiny_config.to_dict()) != config_sha256(other)
+    assert identity(tiny_config.to_dict()) != identity(other)
 
 
 def test_a_share_without_a_teacher_is_no_part_of_the_identity(tiny_config):

@@ -148,8 +148,55 @@ def test_a_record_of_another_model_than_its_checkpoint_s_is_refused(copied):
     record = read_record(run_dir)
     record["model"]["n_head"] = 4
     write_record(run_dir, record)
-    with pytest.raises(UserError, match="describes another model than .*n_head is 4, "):
+    with pytest.raises(
+        UserError, match="json contradicts .*6: .*n_head is 4, and 2 there"
+    ):
         Run.open(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("train.learning_rate", 0.01),
+        ("train.steps", 12),
+        ("seed", 2),
+        ("corpus.train", "1d62"),
+        ("imported_sha256.blocks_from", "1d62"),
+        ("tokenizer", "gpt2"),
+        ("characters", ["b", "a"]),
+    ],
+)
+def test_a_record_that_was_changed_after_the_run_is_refused(copied, knob, value):
+    run = finetuned(copied)
+    run_dir, (section, _, field) = job(run).folder, knob.partition(".")
+    for path in run_dir.glob("ckpt/*/meta/metadata"):  # The copies know a text, too.
+        (path.parent.parent / "digests.json").unlink()
+        meta = json.loads(path.read_text())
+        meta["config"] |= {"tokenizer": "sotu4096", "characters": ["a", "b"]}
+        path.write_text(json.dumps(meta))
+    record = read_record(run_dir)
+    if field:
+        record[section][field] = value
+    else:
+        record[section] = value
+    write_record(run_dir, record)
+    asked = {knob: value} if knob in ("train.learning_rate", "seed") else {}
+    wanted = rf"config.json contradicts .*: {knob} is .*, and .* there"
+    for _ in ("finished", "unfinished"):
+        assert re.search(wanted, refusal(run))
+        assert re.search(wanted, refusal(changed(run, **asked)))
+        with pytest.raises(UserError, match=wanted):
+            Run.open(run_dir)
+        (run_dir / "result.json").unlink(missing_ok=True)
+
+
+def test_a_record_that_contradicts_its_result_is_refused_without_a_copy(copied):
+    run_dir = job(copied).folder
+    for path in run_dir.glob("ckpt/*/meta"):
+        shutil.rmtree(path)
+    write_record(run_dir, {**read_record(run_dir), "seed": 2})
+    wanted = "config.json contradicts .*result.json: seed is 2, and 1 there"
+    assert re.search(wanted, refusal(changed(copied, seed=2)))
 
 
 def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
@@ -158,6 +205,18 @@ def test_a_compressed_model_at_the_place_of_an_arm_is_refused(copied):
     write_record(run_dir, {**read_record(run_dir), "compressed": {"method": "svd"}})
     (run_dir / "result.json").unlink()
     assert "holds a model that was made elsewhere" in refusal(a)
+
+
+@pytest.mark.parametrize("below", ["", "ckpt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_place_of_a_folder_is_refused_by_its_name(
+    tiny_config, below, overwrite
+):
+    place = job(tiny_config).folder / below
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    wanted = f"{place} is a file, not a folder: move it away, or use another"
+    assert wanted in refusal(changed(tiny_config, overwrite=overwrite))
 
 
 def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
@@ -182,7 +241,7 @@ def test_a_run_that_another_command_replaced_meanwhile_is_not_told(copied, monke
         write_record(job.folder, record | {"seed": 2})
 
     monkeypatch.setattr(train_job.TrainJob, "compare_corpus", replace)
-    with pytest.raises(UserError, match="was trained with another config: seed"):
+    with pytest.raises(UserError, match="json contradicts .*: seed is 2, "):
         execute(changed(copied, task="train", arm="baseline"))
 
 
@@ -385,7 +444,10 @@ def test_a_run_does_not_fall_back_to_another_run_s_checkpoint(copied, version):
         write_record(run_dir, record)
     meta["config"][field] = 9
     path.write_text(json.dumps(meta))
-    assert "3 is a checkpoint of another run than" in refusal(copied)
+    said = "3 is a checkpoint of another run than"
+    if version == "older":
+        said = "config.json contradicts .*3: seed is 1, and 9 there"
+    assert re.search(said, refusal(copied))
 
 
 def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
@@ -395,6 +457,17 @@ def test_exchanged_checkpoints_of_a_finished_run_are_refused(copied):
     assert "3 holds the weights after 6 updates, not after 3" in refusal(copied)
     with pytest.raises(UserError, match="6 holds the weights after 3 updates"):
         Run.open(ckpt.parent)
+
+
+def test_a_copy_of_a_checkpoint_under_another_number_is_refused(copied):
+    run_dir = job(copied).folder
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(run_dir / "ckpt" / "6")
+    shutil.copytree(run_dir / "ckpt" / "3", run_dir / "ckpt" / "5")
+    wanted = "5 holds the weights after 3 updates, not after 5"
+    assert wanted in refusal(copied)
+    with pytest.raises(UserError, match=wanted):
+        Run.open(run_dir)
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copied):
@@ -572,6 +645,22 @@ def test_without_config_json_and_a_copy_of_it_a_run_is_refused(copied):
     before = content(run_dir)
     execute(changed(copied, overwrite=True))
     assert content(moved(run_dir)) == before
+
+
+def test_a_fault_of_d_is_not_told_as_one_of_b(copied):
+    d, b = job(copied).folder, job(finetuned(copied)).folder
+    experiment = changed(copied, task="experiment", ranks=(8,))
+    (d / "config.json").rename(d / "lost")
+    for path in d.glob("ckpt/*/meta"):
+        shutil.rmtree(path)
+    lost = "gpt_baseline holds a run without its config.json, and no checkpoint has"
+    assert lost in refusal(experiment)
+    with pytest.raises(UserError, match="gpt_baseline has no config.json: it is not"):
+        fingerprint.of(d)
+    assert described(finetuned(copied))[0].endswith("done")  # B is good.
+    shutil.rmtree(d)
+    shutil.copytree(b.with_name("gpt_pca_k8"), d)
+    assert "gpt_baseline was trained with another config: arm" in refusal(experiment)
 
 
 # Factorizations and compressed models

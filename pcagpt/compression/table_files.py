@@ -11,7 +11,7 @@ from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorization import FactorizedTable
 from pcagpt.factorization.factor_files import read_bands, write_bands
 from pcagpt.json_files import write_json
-from pcagpt.run.folder import check_link, is_vacant, replacing
+from pcagpt.run.folder import check_is_folder, is_vacant, replacing
 
 FACTORS = "factors"  # the folder of a table's factors, in that of the table
 ADVICE = "advice.json"  # beside the table that was found for a bound
@@ -55,7 +55,7 @@ def holds_table(folder: Path, method: str, table_sha256: str | None) -> bool:
 
 def check_table_place(folder: Path) -> None:
     """Raises UserError if `replace_table` would replace what it did not write."""
-    check_link(folder)
+    check_is_folder(folder)
     if not is_vacant(folder) and not _tables_in(folder):
         raise UserError(
             f"{folder} holds something other than a compressed table: use another "

@@ -62,7 +62,7 @@ from pcagpt.report import (
 from pcagpt.rows import REMEDY, Recipe, best_models, read_sweep
 from pcagpt.run import checkpoint, lock, provenance
 from pcagpt.run.folder import (
-    check_link,
+    check_is_folder,
     read_record,
     read_result,
     removed,
@@ -157,7 +157,7 @@ class _Table:
     def check_folder(self) -> None:
         """Raises UserError if the folder holds something else."""
         for place in (self.folder, *sorted(self._models)):
-            check_link(place)
+            check_is_folder(place)
         if not self.settings.overwrite:
             check_file(self._file, self.original)
             for model in sorted(self._models):

@@ -28,7 +28,7 @@ from pcagpt.pipeline.compress_plan import (
 from pcagpt.pipeline.execute import check_workdir, say
 from pcagpt.report import error_figure, lacking_line, table_lines
 from pcagpt.run import calibrate, lock, provenance
-from pcagpt.run.folder import check_link, watching
+from pcagpt.run.folder import check_is_folder, watching
 from pcagpt.sharding import processes
 from pcagpt.telemetry.boards import Boards
 from pcagpt.telemetry.wandb_run import import_wandb
@@ -61,7 +61,7 @@ def compress_table(settings: Settings, command: str) -> None:
         places = sorted(models_of(folder, tried))
 
     def check_folder() -> None:
-        check_link(folder)
+        check_is_folder(folder)
         if not settings.overwrite:
             check_file(known, table)
             for place in places:

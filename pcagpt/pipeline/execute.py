@@ -1,5 +1,6 @@
 """Executes a plan: checks everything, does the missing jobs, writes the report."""
 
+import contextlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 
 from pcagpt.data.tokenizer import how_to_name_tokens
 from pcagpt.errors import FAILING, READ_ONLY, UserError, warn_once
-from pcagpt.pipeline.job import Job, Kind, Status
+from pcagpt.pipeline.job import TO_DO, Job, Kind, Status
 from pcagpt.pipeline.overview import results_in, show_plan, show_results
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
@@ -129,9 +130,11 @@ def execute(plan: Plan, command: str) -> None:
 
 def _needed(plan: Plan) -> dict[Job, Status]:
     """As `check` returns."""
-    jobs, target = plan.jobs, plan.jobs[-1]
-    statuses = {target: target.status()}
-    is_all = plan.reported or statuses[target].kind != Kind.DONE
+    jobs, target, statuses = plan.jobs, plan.jobs[-1], {}
+    # What an earlier job holds may be the cause: it is then named.
+    with contextlib.suppress(UserError):
+        statuses[target] = target.status()
+    is_all = plan.reported or statuses.get(target, TO_DO).kind != Kind.DONE
     if not is_all and not any(job.differing() for job in jobs):
         jobs = tuple(job for job in jobs if job.is_target)
     return {job: statuses.get(job) or job.status() for job in jobs}

@@ -22,7 +22,7 @@ from pcagpt.pipeline.execute import check_workdir
 from pcagpt.run import lock
 from pcagpt.run.exported import FILE as ORIGIN
 from pcagpt.run.exported import compressions
-from pcagpt.run.folder import is_vacant, replacing
+from pcagpt.run.folder import check_is_folder, is_vacant, replacing
 from pcagpt.sharding import processes
 
 FOLDER = "exported"  # in a workdir
@@ -63,6 +63,7 @@ def _place(source: Source, settings: Settings) -> Path:
     made = source.record.get("compressed") or {}
     parts = [source.folder.resolve().name, made.get("side"), settings.format]
     folder = Path(settings.workdir) / FOLDER / "_".join(filter(None, parts))
+    check_is_folder(folder)
     own, earlier = made.get("table_sha256"), None
     with contextlib.suppress(UserError):
         origin = read_json(folder / ORIGIN, "") or {}

@@ -25,7 +25,7 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.pipeline.token_rows import BEFORE, show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
-from pcagpt.run.folder import check_link, move_aside, read_result
+from pcagpt.run.folder import check_is_folder, move_aside, read_result
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
@@ -77,7 +77,7 @@ class FactorizeJob(Job):
 
     def _find_work(self) -> Work | None:
         """What is left to do, or None; raises the same as `status`."""
-        check_link(self.folder)
+        check_is_folder(self.folder)
         metadata = factor_files.read_metadata(self.folder)
         described = metadata["ranks"] if metadata else {}
         in_bands = self.settings.factorize.bands > 1

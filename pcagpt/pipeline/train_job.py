@@ -194,6 +194,8 @@ class TrainJob(Job):
             return f"{self.folder} is finished, but {there.lack}"
         if there.saved and (lack := there.lack or self._lack_to_go_on(there)):
             return f"{self.folder} {lack}"
+        if found := there.stranger:
+            return found
         if changed := self._changed(there):
             how = f"{self.folder} was trained with another config"
             if all("imported_sha256.weights_from" in field for field in changed):
@@ -202,8 +204,6 @@ class TrainJob(Job):
                     f"one that {self.folder} started from{self._moved_source(there)}"
                 )
             return f"{how}: {'; '.join(changed)}"
-        if found := there.stranger:
-            return found
         if there.result is None and not there.is_made_here:
             return f"{self.folder} holds a model that was made elsewhere"
         if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
@@ -422,14 +422,16 @@ def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
     """The record of a run: its settings, and what it depends on.
 
     A run that goes on keeps what its record (`stored`) says of the corpus and of the
-    text that its tokens stand for: the meta file beside them may be gone.
+    text that its tokens stand for: the meta file beside them may be gone. It also keeps
+    the hashes of its imports, which an older formula may have made.
     """
     corpus, settings = setup.corpus, setup.settings
     stated = {name: value for name, value in corpus.content.items() if value}
     return {
         **settings.to_dict(),
         "run_id": stored["run_id"],
-        "imported_sha256": setup.imported_sha256,
+        "imported_sha256": setup.imported_sha256
+        | (stored.get("imported_sha256") or {}),
         "vocab_size": setup.model.config.vocab_size,
         "tokenizer": corpus.tokenizer or stored.get("tokenizer"),
         "characters": corpus.characters or stored.get("characters"),

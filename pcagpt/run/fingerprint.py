@@ -21,7 +21,7 @@ def of(path: str | Path) -> str:
     architecture, equal files do. `path` and errors are as for `choose`.
     """
     there, step = choose(path)
-    model = (there.stored or {}).get("model")
+    model = there.stored.get("model")
     model = model if isinstance(model, dict) else {}
     # Older versions hashed only n_head. Defaults are left out, so that old hashes stay
     # valid.

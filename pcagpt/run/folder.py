@@ -1,7 +1,8 @@
 """The files of a run besides its checkpoints: its record and its result.
 
 config.json   the run's record: its settings and what it depends on; written first.
-              Its 'run_id' is also in the checkpoints and in result.json
+              Its 'run_id' is also in the checkpoints and in result.json; each
+              checkpoint of training has a copy of the record, and must agree with it
 result.json   written last: a run is finished when it is there with status 'done';
               'weights_sha256' is the hash of the weights of its last step
 val_window_losses.npy   [windows, 2] float64: summed loss and targets of each window;
@@ -23,11 +24,11 @@ from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
-from pcagpt.files import sync
+from pcagpt.files import odd_kind, sync
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
-from pcagpt.run.identity import changed_model, identity, is_same_run
+from pcagpt.run.identity import claims, contradiction, identity
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
 
@@ -107,8 +108,8 @@ def _result_of(run_dir: Path, record: dict[str, Any] | None) -> dict[str, Any] |
         return None
     record = record or result
     # Older versions give no run_id. The seed tells most of their runs apart.
-    seeds = {result.get("seed"), record.get("seed")} - {None}
-    is_own = result.get("run_id") == record.get("run_id") and len(seeds) < 2
+    seeds = {one.get("seed") for one in (result, record) if "run_id" not in one}
+    is_own = result.get("run_id") == record.get("run_id") and len(seeds - {None}) < 2
     return result if is_own else None
 
 
@@ -199,28 +200,31 @@ class FolderState:
 
     @property
     def stranger(self) -> str | None:
-        """Why a file does not belong here: it is of another run, step or model.
+        """Why a file does not belong here: it is of another run, step or settings.
 
         None if all belong together. A damaged checkpoint is not judged.
         """
+        own, stored = self.folder / "config.json", self.stored or {}
+        fields = {"arm": "arm", "seed": "seed", "train.steps": "steps"}
+        told = {name: (self.result or {}).get(of) for name, of in fields.items()}
+        # Results of older versions lack some.
+        told = {name: value for name, value in told.items() if value is not None}
+        if changed := contradiction(told, stored):
+            return f"{own} contradicts {self.folder / 'result.json'}: {changed}"
         for step, copy, updates in self.saved:
             folder = checkpoint.folder_of(self.folder, step)
-            # A person may have given a trained model's checkpoint another number.
-            if self.result and updates not in (None, step):
+            # A person may have given a trained model's checkpoint the number 0.
+            if (self.result or step) and updates not in (None, step):
                 return (
                     f"{folder} holds the weights after {updates} updates, not after "
                     f"{step}"
                 )
-            own = self.folder / "config.json"
             # Without a readable copy, the digests still name the run.
-            run_id = digests.owner(folder) if copy is None else None
-            is_others = run_id and run_id != (self.stored or {}).get("run_id", run_id)
-            if is_others or (
-                copy and self.stored and not is_same_run(copy, self.stored)
-            ):
+            run_id = copy.get("run_id") if copy else digests.owner(folder)
+            if run_id and run_id != stored.get("run_id", run_id):
                 return f"{folder} is a checkpoint of another run than {own}"
-            if copy and self.stored and (changed := changed_model(copy, self.stored)):
-                return f"{own} describes another model than {folder}: {changed}"
+            if copy and (changed := contradiction(claims(copy), stored)):
+                return f"{own} contradicts {folder}: {changed}"
             known = self._weights_sha256(step)
             if known and digests.of_weights(folder) not in (None, known):
                 return f"{folder} holds other weights than those of {self.folder}"
@@ -257,18 +261,26 @@ class FolderState:
         return checkpoint.lack(self.folder)
 
 
-def check_link(path: Path) -> None:
-    """Raises UserError if a folder is a link to nothing: nothing can be made there."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to nothing: remove it, or mount its disk")
+def check_is_folder(path: Path) -> None:
+    """Raises UserError if what is there is no folder: nothing can be made in it."""
+    kind = odd_kind(path) or ("a file" if path.exists() else "a folder")
+    if kind == "a link to nothing":
+        raise UserError(f"{path} is {kind}: remove it, or mount its disk")
+    if kind != "a folder":
+        raise UserError(
+            f"{path} is {kind}, not a folder: move it away, or use another "
+            "--config.workdir"
+        )
 
 
 def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     """Reads what a run's folder holds; `steps`: of these checkpoints only.
 
-    Raises UserError if the folder is a link to nothing.
+    Raises UserError as `check_is_folder` does, also for the folder of its checkpoints.
     """
-    check_link(run_dir)
+    if not foreign.is_model(run_dir):
+        check_is_folder(run_dir)
+        check_is_folder(run_dir / checkpoint.FOLDER)
     saved = tuple(
         Saved(
             step,
@@ -293,14 +305,17 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
     """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
 
     Raises:
-      UserError: there is no checkpoint, it is another run's, config.json or result.json
-        is damaged, or the last checkpoint of a finished run is damaged or missing: the
-        one before is another model, and must be named.
+      UserError: there is no checkpoint or no config.json, a checkpoint is another
+        run's, config.json or result.json is damaged, or the last checkpoint of a
+        finished run is damaged or missing: the one before is another model, and must
+        be named.
     """
     run_dir, step = checkpoint.find(path)
     there, folder = look(run_dir, [step]), checkpoint.folder_of(run_dir, step)
     if there.damage:
         raise there.damage
+    if there.stored is None:
+        raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
     if there.stranger:
         raise UserError(f"{there.stranger}: put the run's own files there")
     if line := there.unproved:

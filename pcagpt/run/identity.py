@@ -1,10 +1,9 @@
 """Which fields of a run's record decide its numbers, and how two records differ."""
 
-import hashlib
-import json
 from typing import Any
 
 from pcagpt.config import KNOBS
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import shown
 from pcagpt.json_files import strict
 from pcagpt.model import DEVICE_KNOBS
@@ -29,6 +28,9 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+# What a record claims of a run: also what its ids stand for.
+_CLAIMS = (*IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters")
+
 
 def identity(
     record: dict[str, Any], sections: tuple[str, ...] = IDENTITY
@@ -48,15 +50,9 @@ def identity(
             found |= {f"{section}.{name}": entry for name, entry in value.items()}
         else:
             found[section] = value
-    if not found.get("distill.teacher"):  # It then has no effect.
+    if "distill" in sections and not found.get("distill.teacher"):  # No effect.
         found["distill.share"] = KNOBS["distill.share"].default
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
-
-
-def config_sha256(record: dict[str, Any]) -> str:
-    """Hash of a record's identity."""
-    text = json.dumps(identity(record), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
@@ -86,18 +82,27 @@ def changed_fields(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     ]
 
 
-def is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records are of one run. Those of older versions have no run_id."""
-    is_known = {"run_id"} <= one.keys() & other.keys()
-    parts = ("run_id",) if is_known else ("seed", "train")
-    old, new = identity(one, parts), identity(other, parts)
-    return all(old[name] == new[name] for name in old.keys() & new.keys())
+def claims(record: dict[str, Any]) -> dict[str, Any]:
+    """{'train.steps': 5000, ...}: what a record says of a run's numbers and tokens.
+
+    What it does not know is left out.
+    """
+    known = {name: record[name] for name in _CLAIMS if record.get(name) is not None}
+    if isinstance(corpus := known.get("corpus"), dict):
+        known["corpus"] = {n: v for n, v in corpus.items() if v is not None}
+    # A file may have been moved. The corpus has the hash of its tokenizer.
+    if known.get("tokenizer") not in RANKS:
+        known.pop("tokenizer", None)
+    return identity(known, tuple(known))
 
 
-def changed_model(copy: dict[str, Any], stored: dict[str, Any]) -> str | None:
-    """The first knob of the model in which two records differ, with both values."""
-    sections = ("model", *({"vocab_size"} & copy.keys() & stored.keys()))
-    old, new = identity(copy, sections), identity(stored, sections)
-    differing = (name for name in old.keys() & new.keys() if old[name] != new[name])
-    name = min(differing, default=None)
-    return name and f"{name} is {new[name]}, and {old[name]} in the checkpoint"
+def contradiction(stated: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """The first of `claims` in which a record differs from what a file has stated."""
+    found = claims(record)
+    shared = stated.keys() & found.keys()
+    name = min((name for name in shared if stated[name] != found[name]), default=None)
+    return name and f"{name} is {_brief(found[name])}, and {_brief(stated[name])} there"
+
+
+def _brief(value: object) -> str:
+    return f"{shown(value):.60}"

@@ -50,10 +50,10 @@ class Run:
           any_architecture: also accept a model that only transformers computes.
 
         Raises:
-          UserError: as for `choose`, no config.json exists, or another architecture.
+          UserError: as for `choose`, no model in config.json, or another architecture.
         """
 
-        def find() -> tuple[Path, int, dict[str, Any] | None]:
+        def find() -> tuple[Path, int, dict[str, Any]]:
             try:
                 there, step = choose(path)
             except UserError:
@@ -67,9 +67,10 @@ class Run:
 
         # The run may be training: every process must open the same step.
         folder, step, record = processes.from_first(find)
-        if record is None or not {"model", "vocab_size"} <= record.keys():
-            problem = "has no" if record is None else "has no model in its"
-            raise UserError(f"{folder} {problem} config.json: it is not a run's folder")
+        if not {"model", "vocab_size"} <= record.keys():
+            raise UserError(
+                f"{folder} has no model in its config.json: it is not a run's folder"
+            )
         run = cls(folder, step, record)
         if run.architecture and not any_architecture:
             raise other_decoder.refusal(folder, run.architecture)

@@ -26,7 +26,6 @@ from pcagpt.run import checkpoint, digests, hyperparameters, provenance
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.evaluator import Evaluation
 from pcagpt.run.folder import WEIGHTS_HASH, write_result
-from pcagpt.run.identity import config_sha256
 from pcagpt.sharding import placement
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
@@ -308,7 +307,6 @@ def _result(
         "seconds": history.seconds,
         "peak_bytes": peak_bytes(compiled_step),
         "resolved": {name: getattr(model, name) for name in DEVICE_KNOBS},
-        "config_sha256": config_sha256(record),
         **provenance.summary(setup.mesh.size),
         "protocol": setup.validation.protocol,
     }

@@ -50,7 +50,7 @@ _QUICK = {
 }
 # What clocks, commits and chance decide, and what follows from it.
 _VARIES = {
-    "checkpoint", "command", "config_sha256", "corpus_source", "created",
+    "checkpoint", "command", "corpus_source", "created",
     "flop_utilisation", "git_commit", "imported_sha256", "run_id", "seconds", "sha256",
     "source_sha256", "statistics_sha256", "tokens_per_second",
 }  # fmt: skip
