@@ -911,7 +911,7 @@ def test_an_experiment_is_not_compared_with_a_d_that_came_later(
     (Path(copied.workdir) / "report.html").unlink()
     replacing = first_replacing(replace_d, executing._corpora_without_text)
     monkeypatch.setattr(executing, "_corpora_without_text", replacing)
-    with pytest.raises(UserError, match="imported_sha256.blocks_from"):
+    with pytest.raises(UserError, match="gpt_baseline was trained .* seed"):
         execute(changed(copied, task="experiment"))
     assert not (Path(copied.workdir) / "report.html").exists()
 
