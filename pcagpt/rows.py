@@ -6,6 +6,7 @@ default: None for a number that was not measured.
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, get_type_hints
 
@@ -244,6 +245,14 @@ class Row(SwapScores, Stored):
         if len(row.added_loss_interval or (0, 0)) != 2:
             raise _damaged(where, "added_loss_interval", row.added_loss_interval)
         return row
+
+
+def row_of_model(rows: Iterable[Row], is_there: Callable[[Row], bool]) -> Row:
+    """Of the rows of one `model_name`, the one that a sweep writes.
+
+    That of least added loss. In a tie, the one whose model is there, or else the first.
+    """
+    return min(rows, key=lambda row: (row.added_loss, not is_there(row)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,7 @@ def sizes_table(_: Path) -> str:
 def samples(folder: Path) -> str:
     """What D and the recommended model write after the same prompts."""
     sweep = read_sweep(folder / "sweep.json")
-    best = sweep_view(sweep)["best"].model_name
+    best = sweep_view(sweep)["model"].model_name
     rows = [
         [escaped(text) for text in (one["prompt"], *map(one["texts"].get, ("D", best)))]
         for one in sweep["samples"]

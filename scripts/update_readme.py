@@ -229,16 +229,17 @@ def gigabytes(row: dict) -> str:
 def measured(benches: list[dict]) -> str:
     """A text about how benches were measured; equal parts appear once."""
     rows = [row for bench in benches for row in bench["rows"]]
-    steps = {row["system"]: row["steps"] for row in rows}
-    decoded = steps.pop("decode", None)
-    lengths = [f"{number} steps" for number in sorted(set(steps.values()))]
-    lengths += [f"{decoded} tokens decoded"] if decoded else []
+    systems = {row["system"]: row["steps"] for row in rows}
+    decoded = {n for name, n in systems.items() if name.startswith("decode")}
+    steps = {n for name, n in systems.items() if not name.startswith("decode")}
+    lengths = [f"{number} steps" for number in sorted(steps)]
+    lengths += [f"{number} tokens decoded" for number in sorted(decoded)]
     rounds = map(str, sorted({len(row["rounds_ms"]) for row in rows}))
     versions = [
         f"{title} {bench['versions'].get(name, NOTHING)}"
         for name, title in {"jax": "JAX", **PEERS}.items()
         for bench in benches
-        if name in ("jax", *steps)
+        if name == "jax" or any(name in system.split("-") for system in systems)
     ]
     devices = [bench["device"] for bench in benches]
     commits = [short(bench["git_commit"]) for bench in benches]

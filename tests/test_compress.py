@@ -41,6 +41,7 @@ from pcagpt.pipeline.compress import _models_to_train, compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import figures
+from pcagpt.report.row_text import row_name
 from pcagpt.rows import Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.folder import FolderState, read_record, read_result, write_record
@@ -265,8 +266,12 @@ def test_a_narrower_sweep_keeps_a_better_model_of_an_earlier_one(copied_sweep):
     assert {row["method"] for row in sweep["rows"]} == {"svd", "baseline"}
     assert snapshot(folder / "best_k8") == before
     assert sweep["models"]["best_k8"]["method"] != "svd"
-    # The recommended table is another one than the model of its name.
-    assert "To sample or export" not in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    shown = re.search(r"model_path=FOLDER/(best_k\d+)", text)[1]
+    made = sweep["models"][shown]
+    name = row_name(made["method"], made["bands"], made["bits"])
+    assert f"To sample or export {name}, k={made['rank']}," in text
+    assert f"| {name} | {made['rank']} |" in text.split("## All tables")[1]
 
 
 def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):

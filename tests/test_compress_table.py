@@ -124,7 +124,7 @@ def test_the_last_lines_tell_the_best_tables_a_next_command_and_what_is_missing(
         f"relative error {row.relative_error:.4g}, energy kept " in line
         for row, line in zip(best, lines, strict=True)
     )
-    assert where == f"tables: {folder}/best_*"
+    assert where == f"the best of each kind and rank, none rounded: {folder}/best_*"
     words = command.removeprefix("compress it: python -m pcagpt.main ").split()
     words[0] = f"--config={CONFIGS / 'compress.py'}"
     assert call(*words, f"--config.workdir={table.parent / 'next'}").code == 0

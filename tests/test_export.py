@@ -572,7 +572,9 @@ def test_the_card_tells_in_which_type_transformers_computes(tmp_path):
         source = source_of(folder)
         config = source.config() | {"dtype": dtype}
         source.config = lambda config=config: config
-        assert ("weights are in bfloat16" in model_card(source, "hf", [])) == is_told
+        for form in ("hf", "coded"):
+            card = model_card(source, form, [])
+            assert ("weights are in bfloat16" in card) == is_told
 
 
 def test_a_table_whose_model_is_gone_names_it(tmp_path):

@@ -50,6 +50,7 @@ RECOMMENDED = (
     f"adds {with_interval(BEST.added_loss, BEST.added_loss_interval)} nats per token"
 )
 COMPARISON = "that table serves for comparison: no model of it is written"
+EXPORT = "export it: "
 COSTLY = {"rows": [row for row in SMOLLM2["rows"] if row.added_loss > 0.1]}
 ROUNDED = {"rows": [row for row in SMOLLM2["rows"] if row.method == "baseline"]}
 IS_TEST = {"protocol": SMOLLM2["protocol"] | {"split": "test"}}
@@ -58,11 +59,15 @@ IS_TEST = {"protocol": SMOLLM2["protocol"] | {"split": "test"}}
 @pytest.mark.parametrize(
     ("change", "begin", "then"),
     [
-        ({}, RECOMMENDED, []),
+        ({}, RECOMMENDED, [EXPORT]),
         (
             COSTLY,
-            "none is recommended; adds least: D's table, int4, 15,925,248 bytes",
-            [COMPARISON, "of the tables with a model: packed, 12 bands, k=128, 6,3"],
+            "none is recommended; best: D's table, int4, 15,925,248 bytes",
+            [
+                COMPARISON,
+                "of the tables with a model: packed, 12 bands, k=128, 6,3",
+                EXPORT,
+            ],
         ),
         (ROUNDED, "recommended: D's table, int8, 28,409,856 bytes", [COMPARISON]),
         (
@@ -88,11 +93,11 @@ def test_a_rival_is_recommended_beside_the_best_table_with_a_model(tmp_path):
     best = recommended_row(SMOLLM2)
     rival = dataclasses.replace(best, method="baseline", bits=4, bytes=9_000_000)
     lines = sweep_lines(SMOLLM2 | {"rows": [best, rival]}, tmp_path, "checkpoints")
-    assert lines == [
-        lines[0],
+    assert lines[1:-1] == [
         COMPARISON,
         RECOMMENDED.replace("recommended", "of the tables with a model"),
     ]
+    assert lines[-1].startswith(EXPORT)
     assert lines[0].startswith("recommended: D's table, int4, k=256, 9,000,000 bytes")
 
 
@@ -142,7 +147,6 @@ def of_models(model):
 )
 def test_a_sweep_tells_how_its_model_is_taken(sweep, workdir, shown, tmp_path):
     model = tmp_path / "best_coded_k256"
-    model.mkdir()
     command = (
         f"python -m pcagpt.main --config=configs/export.py --config.model_path={model}"
     )
@@ -175,13 +179,76 @@ def test_a_model_is_exported_in_its_smallest_form(changes, sweep, form, tmp_path
 def test_the_page_and_the_terminal_have_one_command_to_export(changes, tmp_path):
     best = dataclasses.replace(BEST, **changes)
     sweep = SMOLLM2 | {"rows": [best]}
-    (tmp_path / best.model_name).mkdir()
     *_, last = sweep_lines(sweep, tmp_path, "checkpoints")
     command = last.removeprefix("export it: ").replace(str(tmp_path), "FOLDER")
     write_sweep_report(tmp_path, sweep)
     assert f"\n    {command}\n" in (tmp_path / "report.md").read_text("utf-8")
 
 
-def test_a_model_of_another_table_is_not_offered(tmp_path):
-    (tmp_path / "best_coded_k256").mkdir()
-    assert sweep_lines(of_models({"bands": 7}), tmp_path, "runs") == [RECOMMENDED]
+def finding_of(sweep, folder):
+    """The lines of a sweep for the terminal, and the text of its report."""
+    write_sweep_report(folder, sweep)
+    text = (folder / "report.md").read_text("utf-8")
+    return sweep_lines(sweep, folder, "checkpoints"), text
+
+
+# Two tables of one model, as the demo's D has them: both are cheap, and the sweep
+# writes the larger one, which adds less.
+SMALLER, WRITTEN = (
+    dataclasses.replace(
+        BEST,
+        **{"method": "packed", "bands": bands, "rank": 32, "bytes": size},
+        **{"added_loss": added, "added_loss_interval": None},
+    )
+    for bands, size, added in ((1, 128_200, 0.0034), (7, 133_990, 0.0007))
+)
+PACKED = SMOLLM2 | {"rows": [SMALLER, WRITTEN]}
+OF_WRITTEN = {"models": {"best_packed_k32": dataclasses.asdict(WRITTEN.recipe)}}
+
+
+@pytest.mark.parametrize("models", [{"models": None}, OF_WRITTEN])
+def test_of_the_tables_of_one_model_only_its_own_is_recommended(models, tmp_path):
+    (line, command), text = finding_of(PACKED | models, tmp_path)
+    assert line.startswith("recommended: packed, 7 bands, k=32, 133,990 bytes")
+    model = f"model_path={tmp_path}/best_packed_k32"
+    assert command.endswith(f"{model} --config.format=hf-factored")
+    assert "**packed, 7 bands, k=32** stores the table in 133,990 bytes" in text
+    assert "leaves out packed, k=32, with 128,200 bytes for +0.0034." in text
+    assert "model_path=FOLDER/best_packed_k32" in text
+
+
+def test_beside_a_recommended_rounding_the_table_of_the_model_is_named(tmp_path):
+    rival = dataclasses.replace(SMALLER, method="baseline", bits=4, bytes=100_000)
+    sweep = PACKED | OF_WRITTEN | {"rows": [*PACKED["rows"], rival]}
+    lines, text = finding_of(sweep, tmp_path)
+    assert lines[2].startswith("of the tables with a model: packed, 7 bands, k=32")
+    assert lines[3].startswith(EXPORT)
+    assert "Of the tables with a model, **packed, 7 bands, k=32**" in text
+
+
+def test_the_model_of_an_earlier_command_is_recommended(tmp_path):
+    narrower = PACKED | OF_WRITTEN | {"rows": [SMALLER], "other_rows": [WRITTEN]}
+    (line, command), text = finding_of(narrower, tmp_path)
+    assert line.startswith("recommended: packed, 7 bands, k=32, 133,990 bytes")
+    assert command.startswith(EXPORT)
+    assert "| packed, 7 bands | 32 | 133,990 |" in text.split("## All tables")[1]
+
+
+def test_a_model_that_stays_is_recommended_as_it_is(tmp_path):
+    """A run started from it, so the table that adds less was not written."""
+    stays = {"models": {"best_packed_k32": dataclasses.asdict(SMALLER.recipe)}}
+    (line, _), _ = finding_of(PACKED | stays, tmp_path)
+    assert line.startswith("recommended: packed, k=32, 128,200 bytes")
+
+
+def test_a_table_whose_model_is_not_written_is_not_exported(tmp_path):
+    lines, text = finding_of(SMOLLM2 | {"models": {}}, tmp_path)
+    assert lines == [RECOMMENDED, "no model of it is written"]
+    assert "No model of it is written." in text and "export.py" not in text
+    _, text = finding_of(SMOLLM2 | {"models": {}, "rows_left": 2}, tmp_path)
+    assert "No model of it is written yet." in text
+
+
+def test_on_another_split_each_table_stands_for_itself(tmp_path):
+    (line,), _ = finding_of(PACKED | IS_TEST, tmp_path)
+    assert "at most 0.01 here: packed, k=32, 128,200 bytes" in line

@@ -5,6 +5,7 @@ Needs torch and transformers: pip install 'pcagpt[hf]'.
 
 import importlib.util
 import itertools
+import json
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data import vocabulary
 from pcagpt.data.tokenizer import RANKS
+from pcagpt.file_hashes import sha256_of_file
 from pcagpt.losses import cross_entropy
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
@@ -203,13 +205,18 @@ def small(request, tmp_path):
     return run, form, run_export(run, tmp_path, form)
 
 
+def loader_of(made):
+    """The module load_coded of an export."""
+    code = importlib.util.spec_from_file_location("loader", made / "load_coded.py")
+    loader = importlib.util.module_from_spec(code)
+    code.loader.exec_module(loader)
+    return loader
+
+
 def opened(form, made):
     """(the model of an export in transformers, what loading it reports)."""
     if form == "coded":
-        code = importlib.util.spec_from_file_location("loader", made / "load_coded.py")
-        loader = importlib.util.module_from_spec(code)
-        code.loader.exec_module(loader)
-        return loader.load(), {}
+        return loader_of(made).load(dtype=torch.float32), {}
     return transformers.AutoModelForCausalLM.from_pretrained(
         made,
         trust_remote_code=True,
@@ -228,6 +235,21 @@ def test_a_coded_export_with_a_file_of_another_model_is_refused(tmp_path):
             opened(form, made)
         (made / name).write_bytes(whole)
     opened(form, made)
+
+
+def test_a_coded_export_opens_in_the_type_of_its_config(tmp_path):
+    run, form = write_small("coded", tmp_path / "run")
+    made = run_export(run, tmp_path, form)
+    config, record = (
+        json.loads((made / name).read_text()) for name in ("config.json", "pcagpt.json")
+    )
+    (made / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    sha256 = sha256_of_file(made / "config.json")
+    record["files"]["config.json"]["sha256"] = sha256
+    (made / "pcagpt.json").write_text(json.dumps(record))
+    load = loader_of(made).load
+    assert load().dtype == torch.bfloat16
+    assert load(dtype=torch.float32).dtype == torch.float32
 
 
 def test_an_export_with_a_small_table_computes_the_same(small):

@@ -52,6 +52,29 @@ def test_another_number_in_a_result_would_be_noticed():
         assert changed != block and SCRIPT["updated"](changed) == block
 
 
+@pytest.mark.parametrize(
+    ("systems", "words", "versions"),
+    [
+        (["pcagpt"], "200 steps", "JAX 1"),
+        (["pcagpt", "decode"], "200 steps and 32 tokens decoded", "JAX 1"),
+        (
+            ["decode", "decode-torch", "decode-transformers"],
+            "32 tokens decoded",
+            "JAX 1, PyTorch 2, transformers 3",
+        ),
+    ],
+)
+def test_how_a_bench_was_measured_tells_steps_from_tokens(systems, words, versions):
+    rows = [
+        {"system": name, "steps": 32 if "decode" in name else 200, "rounds_ms": [1.0]}
+        for name in systems
+    ]
+    bench = {"rows": rows, "versions": {"jax": 1, "torch": 2, "transformers": 3}}
+    bench |= {"device": "cpu", "git_commit": "abc1234", "command": "bench"}
+    text = SCRIPT["measured"]([bench])
+    assert text.startswith(f"Medians of 1 rounds of {words}. cpu, {versions}, commit")
+
+
 def test_a_block_of_a_folder_with_a_dash_or_a_dot_is_written():
     KINDS, said = SCRIPT["KINDS"], []
     block = "<!-- results of my-model_1.5b/val -->\nold\n<!-- end -->"

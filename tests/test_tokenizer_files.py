@@ -157,6 +157,74 @@ def test_the_end_of_text_in_the_config_beside_is_part_of_the_tokenizer(
     assert len(found) == 2
 
 
+def test_special_tokens_map_names_the_end_of_text_as_in_transformers(
+    word_level, tmp_path
+):
+    folder = shutil.copytree(word_level, tmp_path / "own")
+    file = str(folder / "tokenizer.json")
+    ids = vocabulary.load(file).whole()["added_tokens"]
+    id_of = {one["content"]: one["id"] for one in ids}
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
+    assert vocabulary.load(file).eot_token == id_of["<unk>"]
+    config = {"eos_token": "</s>", "added_tokens_decoder": {}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert vocabulary.load(file).eot_token == id_of["</s>"]
+
+
+END = "<|endoftext|>"
+PLAIN = {"content": END, "lstrip": False, "special": True}
+ADDED = PLAIN | {"__type": "AddedToken"}
+NO_END = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
+CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "words"),
+    [
+        (CONFIG, {}, None),
+        (CONFIG, {"eos_token": END, "bos_token": ADDED, "unk_token": None}, None),
+        (CONFIG, NO_END | {"added_tokens_decoder": {"0": PLAIN}}, None),
+        (CONFIG, {"add_bos_token": False}, None),
+        (MAP, {"eos_token": END}, None),
+        (CONFIG, {"eos_token": "</s>"}, "the special token </s>"),
+        (CONFIG, {"eos_token": ADDED | {"lstrip": True}}, r"special token <\|endof"),
+        (CONFIG, {"additional_special_tokens": ["</s>"]}, "the special token </s>"),
+        (CONFIG, {"added_tokens_decoder": {"1": {"content": "</s>"}}}, "token </s>"),
+        (CONFIG, NO_END, r"has no special token <\|endoftext\|>"),
+        (MAP, {"pad_token": "</s>"}, "the special token </s>"),
+        ("added_tokens.json", {"</s>": 1}, "how </s> is cut, which added_tokens"),
+    ],
+)
+def test_a_vocabulary_with_other_special_tokens_is_refused(
+    place, content, words, byte_level, tmp_path
+):
+    """transformers finds each special token in a text before it cuts the rest."""
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (token,) = (text for text, number in vocab.items() if number == 1)
+    vocab = {text: number for text, number in vocab.items() if number != 1}
+    vocab |= {"</s>": 1, token: max(vocab.values()) + 1}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / place).write_text(json.dumps(content))
+    text = f"The end. </s>The start {END}. {TEXT}"
+    wanted = transformers.GPT2Tokenizer.from_pretrained(folder)(text).input_ids
+    if not words:
+        assert vocabulary.load(str(folder)).encode(text) == wanted
+        return
+    with pytest.raises(UserError, match=rf"own/vocab\.json .*{words}.*save it as"):
+        vocabulary.load(str(folder))
+
+
+def test_a_vocabulary_without_the_end_of_text_is_refused(byte_level, tmp_path):
+    folder = shutil.copytree(byte_level / "parts", tmp_path / "own")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    del vocab[END]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(UserError, match=r"has no special token <\|endoftext"):
+        vocabulary.load(str(folder))
+
+
 PARTS = ("whole", "parts")
 
 

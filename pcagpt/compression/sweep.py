@@ -21,7 +21,7 @@ from pcagpt.factorization import (
 )
 from pcagpt.json_files import strict, write_json
 from pcagpt.report import write_sweep_report
-from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep
+from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep, row_of_model
 from pcagpt.run.folder import move_aside, removed
 from pcagpt.sharding import processes
 from pcagpt.telemetry.progress import Progress
@@ -185,15 +185,15 @@ def _write_best(
     In a tie, it keeps the one already there. If an earlier sweep wrote this model and
     it is undamaged, it is not made again.
     """
-    least = min(measured[recipe].added_loss for recipe in recipes)
-    equal = [r for r in recipes if measured[r].added_loss == least]
+    rows = [measured[recipe] for recipe in recipes]
     # Runs may have started from the one there.
-    best = next((recipe for recipe in equal if is_of(place, recipe)), equal[0])
-    if best in known and keeps_model(place, original, measured[best]):
+    row = row_of_model(rows, lambda row: is_of(place, row.recipe))
+    best = row.recipe
+    if best in known and keeps_model(place, original, row):
         return
     if is_of(place, best) or not stays(place, best, overwrite):
         candidate = original.compressor(best)
-        write_model(place, original, candidate, measured[best], overwrite)
+        write_model(place, original, candidate, row, overwrite)
 
 
 def add_recovered(output: Output, rows: list[dict[str, Any]]) -> Path:

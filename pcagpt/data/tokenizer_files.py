@@ -30,7 +30,10 @@ from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
 from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them
+# Beside them:
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_SPECIAL = "special_tokens_map.json"
+_ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
 _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
@@ -265,14 +268,19 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    if END_OF_TEXT in _id_of_text(file):
-        made.add_special_tokens([END_OF_TEXT])
+    made.add_special_tokens([END_OF_TEXT])
     return made
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
-    """The tokenizer_config.json beside a file; empty without one."""
-    return read_json(file.with_name(_CONFIG), _DAMAGED) or {}
+    """The tokenizer_config.json beside a file, as transformers completes it.
+
+    Empty without one.
+    """
+    config = read_json(file.with_name(_CONFIG), _DAMAGED) or {}
+    if "added_tokens_decoder" in config:
+        return config  # transformers does not read the other file then.
+    return config | (read_json(file.with_name(_SPECIAL), _DAMAGED) or {})
 
 
 def _check_kind(vocab: Path) -> None:
@@ -314,6 +322,8 @@ def _disagreement(file: Path) -> str | None:
     if file.name not in (WHOLE, VOCAB):
         return None
     config, id_of_text = _config_beside(file), _id_of_text(file)
+    if file.name == VOCAB and (problem := _other_special(config, id_of_text)):
+        return problem
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
         # transformers reads no added_tokens.json then.
         stated = [
@@ -331,9 +341,34 @@ def _disagreement(file: Path) -> str | None:
             return f"lacks the token {text}, which {place} adds"
         if str(own := id_of_text[text]) != number:
             return f"has the token {text} as {own}, and {place} as {number}"
+        if file.name == VOCAB and text != END_OF_TEXT:
+            return f"does not tell how {text} is cut, which {place} adds"
     stated, own = config.get("add_prefix_space"), _adds_space(file)
     if isinstance(stated, bool) and own == (not stated):
         return f"puts {'a' if own else 'no'} space before a text, unlike {_CONFIG}"
+    return None
+
+
+def _other_special(config: dict[str, Any], texts: Collection[str]) -> str | None:
+    """How the special tokens of a vocab.json are not just `<|endoftext|>`.
+
+    transformers finds each special token in a text before it cuts the rest.
+    """
+    decoder = config.get("added_tokens_decoder")
+    stated = list(decoder.values()) if isinstance(decoder, dict) else []
+    for name, of in (dict.fromkeys(_ENDS, END_OF_TEXT) | config).items():
+        if name.endswith("_token"):
+            stated.append(of)
+        elif name.endswith("_special_tokens"):
+            more = of.values() if isinstance(of, dict) else of
+            stated += more if isinstance(of, dict | list) else ()
+    found = ({"content": of} if isinstance(of, str) else of for of in stated)
+    special = [of for of in found if isinstance(of, dict)]
+    for of in special:
+        if not _is_plain_end(of):
+            return f"stands beside a file with the special token {of.get('content')}"
+    if not special or END_OF_TEXT not in texts:
+        return f"has no special token {END_OF_TEXT}"
     return None
 
 
@@ -352,7 +387,7 @@ def _adds_space(file: Path) -> bool | None:
 
 
 def _end_in_config(file: Path) -> str | None:
-    """`eos_token` of a tokenizer_config.json."""
+    """`eos_token` of the files beside a tokenizer."""
     stated = _config_beside(file).get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
     return stated if isinstance(stated, str) else None

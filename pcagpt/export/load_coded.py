@@ -19,9 +19,12 @@ FOLDER = Path(__file__).parent
 
 
 def load(
-    folder: str | Path = FOLDER, dtype: torch.dtype = torch.float32
+    folder: str | Path = FOLDER, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
-    """The model of a folder; ValueError if it is not that of the export."""
+    """The model of a folder; ValueError if it is not that of the export.
+
+    dtype: as for from_pretrained; "auto" is that of config.json.
+    """
     folder = Path(folder)
     record = json.loads((folder / "pcagpt.json").read_text("utf-8"))
     table, others = folder / "table.pcat", folder / "others.safetensors"

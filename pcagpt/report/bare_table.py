@@ -83,7 +83,7 @@ def table_lines(errors: dict[str, Any], folder: Path, workdir: str) -> list[str]
     return [
         f"best for their bytes, by {what}:",
         *rows,
-        f"tables: {folder / 'best_*'}",
+        f"the best of each kind and rank, none rounded: {folder / 'best_*'}",
         _next(errors, workdir=workdir),
     ]
 

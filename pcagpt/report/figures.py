@@ -11,7 +11,7 @@ from pcagpt.losses.deciles import DECILES
 from pcagpt.methods import CODES, METHODS, RIVALS
 from pcagpt.report.bare_table import energy_text, error_text
 from pcagpt.report.chart import Figure, Look, axis, bars, mark, panel
-from pcagpt.report.recommend import compared_rows
+from pcagpt.report.recommend import compared_rows, tables_of
 from pcagpt.report.row_text import full_name, row_name, table_name
 from pcagpt.report.sweep import baseline_of, limit_points, own_size
 from pcagpt.report.text import count, fixed, percent, plus_minus, signed, with_interval
@@ -185,7 +185,7 @@ def pareto_figure(sweep: dict[str, Any]) -> Figure:
     If tables differ only in the number of bands, it shows the best. All tables of a
     rival are one line. A second axis has bits for each number of D's table.
     """
-    rows, numbers = _best_bands(sweep["rows"], _added), own_size(sweep)["params"]
+    rows, numbers = _best_bands(tables_of(sweep), _added), own_size(sweep)["params"]
     looks = {_legend(row): _look(row) for row in rows}
     if limit := _limit(sweep):
         looks[LIMIT] = Look(INK, "stroke", dash=[4, 4])

@@ -10,7 +10,6 @@ from pcagpt.report.recommend import (
     SMALL_COST,
     form_of,
     is_cheap,
-    model_of,
     recommended_model,
     recommended_row,
 )
@@ -51,27 +50,24 @@ def sweep_lines(sweep: dict[str, Any], folder: Path, workdir: str) -> list[str]:
     split = sweep["protocol"].get("split", "val")
     side = sweep["protocol"].get("side", "")
     whose = f"{side} table: " if side else ""
-    kind = "adds least"
-    if is_cheap(best):
-        kind = f"smallest that adds at most {SMALL_COST}"
     if split != "val":
-        title = SPLIT_TITLES[split]
+        title, kind = SPLIT_TITLES[split], "adds least"
+        if is_cheap(best):
+            kind = f"smallest that adds at most {SMALL_COST}"
         return [
             f"{whose}nothing is chosen on the {title} split; {kind} here: "
             f"{_of(best, sweep)}"
         ]
-    word = "recommended" if is_cheap(best) else f"none is recommended; {kind}"
+    word = "recommended" if is_cheap(best) else "none is recommended; best"
     lines = [f"{whose}{word}: {_of(best, sweep)}"]
     if best is not model:
-        lines.append("that table serves for comparison: no model of it is written")
+        serves = "" if best.model_name else "that table serves for comparison: "
+        lines.append(f"{serves}no model of it is written")
     if model is None:
         return lines
     if best is not model:
         lines.append(f"of the tables with a model: {_of(model, sweep)}")
-    name = model_of(model, sweep)
-    if name and (folder / name).is_dir():
-        lines.append(how_to_take(model, folder / name, workdir, sweep))
-    return lines
+    return [*lines, how_to_take(model, folder / model.model_name, workdir, sweep)]
 
 
 def _of(row: Row, sweep: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcagpt.methods import CODED, RIVALS
-from pcagpt.rows import Row, Stored
+from pcagpt.rows import Row, Stored, row_of_model
 
 SMALL_COST = 0.01  # nats: a table that adds at most this is recommended
 
@@ -27,13 +27,48 @@ def preference(
 
 
 def recommended_row(sweep: dict[str, Any]) -> Row:
-    """The recommended table, within `SMALL_COST` if one is; it can be a rival."""
-    return _recommended(sweep["rows"])
+    """The recommended table, within `SMALL_COST` if one is; it can be a rival.
+
+    Of the rows of one model, only that of its table can be; an earlier command may have
+    measured it.
+    """
+    return _recommended(_candidates(sweep))
 
 
 def recommended_model(sweep: dict[str, Any]) -> Row | None:
-    """As `recommended_row`, of the tables that a sweep writes as models."""
-    return _recommended(row for row in sweep["rows"] if row.model_name)
+    """As `recommended_row`, of the tables that have a model in the sweep's folder."""
+    return _recommended(row for row in _candidates(sweep) if model_of(row, sweep))
+
+
+def passed_over(sweep: dict[str, Any]) -> Row | None:
+    """The row that would be recommended if another one were not its model's."""
+    best = recommended_row(sweep)
+    row = _recommended([best, *sweep["rows"]])
+    return None if row is best else row
+
+
+def tables_of(sweep: dict[str, Any]) -> list[Row]:
+    """The rows, and the recommended one if only an earlier command measured it."""
+    rows, best = sweep["rows"], recommended_row(sweep)
+    return rows if best in rows else [*rows, best]
+
+
+def _candidates(sweep: dict[str, Any]) -> list[Row]:
+    """The rows, but of those of one model only that of its table.
+
+    That is the table that was written, if this is known. A sweep on another split than
+    'val' has no models.
+    """
+    rows = sweep["rows"]
+    if sweep["protocol"].get("split", "val") != "val":
+        return rows
+    known = [*rows, *(sweep.get("other_rows") or ())]
+    found = [row for row in rows if not row.model_name]
+    for name in dict.fromkeys(row.model_name for row in rows if row.model_name):
+        of_name = [row for row in known if row.model_name == name]
+        written = [row for row in of_name if model_of(row, sweep)]
+        found.append(row_of_model(written or of_name, lambda row: False))
+    return found
 
 
 def _recommended(rows: Iterable[Row]) -> Row | None:

@@ -17,10 +17,11 @@ from pcagpt.report.recommend import (
     compared_rows,
     form_of,
     is_cheap,
-    model_of,
+    passed_over,
     recommended_model,
     recommended_row,
     rounded_row,
+    tables_of,
 )
 from pcagpt.report.row_text import full_name, row_name
 from pcagpt.report.text import (
@@ -43,10 +44,10 @@ SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
 
 def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     """The data that the template sweep.md.j2 shows."""
-    rows = sorted(sweep["rows"], key=lambda row: (row.bytes, row.added_loss))
+    rows = sorted(tables_of(sweep), key=lambda row: (row.bytes, row.added_loss))
     best, compared = recommended_row(sweep), compared_rows(sweep)
     model = recommended_model(sweep)
-    rounded = rounded_row(sweep)
+    rounded, passed = rounded_row(sweep), passed_over(sweep)
     measured = table_columns(sweep)
     short = [column for column in measured if column.title in _SHORT]
 
@@ -63,12 +64,13 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
         "best_name": full_name(best),
         "model": model,
         "model_name": full_name(model) if model else "",
-        "model_folder": model_of(model, sweep) if model else None,
         "is_cheap": is_cheap(best),
         "form": form_of(model, sweep) if model else None,
         "can_sample": not _is_other_architecture(sweep),
         "rounded": rounded,
         "rounded_name": full_name(rounded) if rounded else "",
+        "passed_over": passed,
+        "passed_over_name": full_name(passed) if passed else "",
         "samples": sweep.get("samples") or (),
         "compared": compared,
         "short": [Column("Table", "bold: the table above", named, "l"), *short],
