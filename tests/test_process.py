@@ -145,11 +145,16 @@ def test_files_and_folders_in_each_other_s_place_are_one_line(corpus_folder, tmp
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
-def test_output_that_cannot_be_written_is_one_line_and_an_exit_code():
-    with open("/dev/full", "w") as full:
-        ended = python("-m", "pcagpt.main", "--help", stdout=full)
-    assert ended.returncode == 2
-    assert re.fullmatch("pcagpt: stdout cannot be .*No space left.*\n", ended.stderr)
+def test_output_that_cannot_be_written_is_one_line_and_an_exit_code(
+    corpus_folder, tmp_path
+):
+    train = tiny("baseline.py", corpus_folder, workdir=tmp_path)
+    for arguments in (["--help"], train):  # The last text, and one before the work.
+        with open("/dev/full", "w") as full:
+            ended = python("-m", "pcagpt.main", *arguments, stdout=full)
+        assert ended.returncode == 2
+        said = "pcagpt: stdout cannot be .*No space left.*\n"
+        assert re.fullmatch(said, ended.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
