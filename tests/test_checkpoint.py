@@ -50,6 +50,15 @@ def save(run_dir, losses, keep_last=1):
         checkpoints.wait()
 
 
+def test_a_last_save_that_was_removed_does_not_count_as_saved(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, items_at(1), {})
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "ckpt" / "1")
+        with pytest.raises(FileNotFoundError, match="ckpt/1"):
+            checkpoints.wait()
+
+
 def template(tree):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(

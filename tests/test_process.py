@@ -56,6 +56,20 @@ def python(*words, **options):
             ),
             "/r/m: no space left on device: .*",
         ),
+        (
+            ValueError(
+                'NOT_FOUND: Error opening "zarr" driver: Error reading Byte range [0, '
+                "195) of local file \"/r/d/78\" [tensorstore_spec='{}']"
+            ),
+            "/r/d/78: no such file .*: it was removed, .*",
+        ),
+        (
+            ValueError(
+                "No ArrayMetadata found for process_index=0 in the checkpoint "
+                "directory: /r/20.tmp/optimizer.tmp. But input PyTree contains"
+            ),
+            "/r/20.tmp/optimizer.tmp: no such file .*: it was removed, .*",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_told_with_path_and_remedy(error, line):
@@ -78,6 +92,7 @@ def test_a_file_that_is_missing_is_not_unreadable():
     [
         ValueError("28"),
         RuntimeError("RESOURCE_EXHAUSTED"),
+        RuntimeError("NOT_FOUND: no registered platform"),
         OSError("a bug"),
         KeyError(),
     ],

@@ -1,6 +1,5 @@
 """The files of a compressed table without its model."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from pcagpt.errors import Unreadable, UserError
 from pcagpt.factorization import FactorizedTable
 from pcagpt.factorization.factor_files import read_bands, write_bands
 from pcagpt.json_files import write_json
-from pcagpt.run.folder import check_link, is_vacant, move_aside
+from pcagpt.run.folder import check_link, is_vacant, replacing
 
 FACTORS = "factors"  # the folder of a table's factors, in that of the table
 ADVICE = "advice.json"  # beside the table that was found for a bound
@@ -36,14 +35,10 @@ def replace_table(
 
     Moves what is there aside.
     """
-    # The folder gets its name when it is complete. A killed command may have left one.
-    written = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(written, ignore_errors=True)
-    write_table(written, candidate)
-    if advice:
-        write_json(written / ADVICE, advice)
-    move_aside(folder)
-    written.rename(folder)
+    with replacing(folder) as written:
+        write_table(written, candidate)
+        if advice:
+            write_json(written / ADVICE, advice)
 
 
 def holds_table(folder: Path, method: str, table_sha256: str | None) -> bool:

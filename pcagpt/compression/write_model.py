@@ -1,8 +1,8 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
+import contextlib
 import dataclasses
 import secrets
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pcagpt.run.folder import (
     is_vacant,
     look,
     move_aside,
+    replacing,
     write_record,
 )
 from pcagpt.run.trained import Run
@@ -69,24 +70,19 @@ def write_model(
     )
     if not is_made and stays(folder, recipe, overwrite):
         return False
-    # The folder gets its name when it is complete. A killed command may have left one.
-    written = folder if is_made else folder.with_name(f".{folder.name}.partial")
-    if not is_made:
-        shutil.rmtree(written, ignore_errors=True)
-        written.mkdir(parents=True)
-        record = _record(original, recipe, table, weights, sizes)
-        if weights:
-            checkpoint.save_weights(written, weights, record)
-    if codes:  # Its losses may have been measured anew.
-        kind = KINDS[recipe.method]
-        _write_codes(written / kind.file, kind, codes, _description(original, row))
-    elif factors_in(factors := written / FACTORS, table.sha256) is None:
-        move_aside(factors)
-        write_bands(factors, candidate.table)
-    if not is_made:
-        write_record(written, record)
-        move_aside(folder)
-        written.rename(folder)
+    with contextlib.nullcontext(folder) if is_made else replacing(folder) as written:
+        if not is_made:
+            record = _record(original, recipe, table, weights, sizes)
+            if weights:
+                checkpoint.save_weights(written, weights, record)
+        if codes:  # Its losses may have been measured anew.
+            kind = KINDS[recipe.method]
+            _write_codes(written / kind.file, kind, codes, _description(original, row))
+        elif factors_in(factors := written / FACTORS, table.sha256) is None:
+            move_aside(factors)
+            write_bands(factors, candidate.table)
+        if not is_made:
+            write_record(written, record)
     return True
 
 

@@ -5,7 +5,6 @@ untied model, NAME_SIDE_FORMAT/.
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from pcagpt.export.measured import measured
 from pcagpt.export.model_card import is_bare, model_card
 from pcagpt.export.source import RunSource, Source, open_source
 from pcagpt.file_hashes import check_digests, digests_of
-from pcagpt.files import sync, write_text
+from pcagpt.files import write_text
 from pcagpt.json_files import read_json, strict, write_json
 from pcagpt.pipeline.execute import check_workdir
 from pcagpt.run import lock
 from pcagpt.run.exported import FILE as ORIGIN
 from pcagpt.run.exported import compressions
-from pcagpt.run.folder import is_vacant, move_aside
+from pcagpt.run.folder import is_vacant, replacing
 from pcagpt.sharding import processes
 
 FOLDER = "exported"  # in a workdir
@@ -112,11 +111,7 @@ def _export(
             f"{folder} holds {_other(folder, origin)}: use another "
             "--config.workdir, or --config.overwrite=True to move it aside"
         )
-    # A killed command may have left it.
-    written = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
-    try:
+    with replacing(folder) as written:
         FORMATS[form](written, source)
         if has_card:
             write_text(written / "README.md", model_card(source, form, losses))
@@ -124,13 +119,6 @@ def _export(
         files = digests_of(written, [path.name for path in written.iterdir()])
         write_json(written / ORIGIN, origin | {"files": files})
         check_lock()
-        move_aside(folder)
-        if folder.exists():  # empty
-            folder.rmdir()
-        written.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     if form == "npz" and isinstance(source, RunSource):
         how = (
             "; the mean of a run's table, if it has one, is in the position embeddings "

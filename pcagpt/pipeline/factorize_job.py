@@ -30,7 +30,7 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.pipeline.token_rows import BEFORE, show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
-from pcagpt.run.folder import check_link, move_aside, read_result
+from pcagpt.run.folder import check_link, move_aside, read_result, watching
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
@@ -311,20 +311,24 @@ class FactorizeJob(Job):
         for path in factor_files.changed(self.folder, work.ranks):
             move_aside(path)
         tables = {rank: table for rank, (table, _) in made.items()}
-        # The boards come first: with its files, the job is done.
-        shown_in = (self.settings, self.folder, "factorize", command)
-        with Boards.of_command(*shown_in) as boards:
-            boards.figure("spectrum", spectrum_figure(singular_values, ranks))
-            if run:
-                shown = {
-                    f"after_rank_{n}": functools.partial(self._dense, n, tables)
-                    for n in ranks
-                }
-                shown = {BEFORE: lambda: table_VD} | shown
-                show_rows(boards, run, self.settings, statistics, shown)
-        factor_files.write(
-            self.folder, tables, singular_values, metadata, chosen.bands > 1
-        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with watching(self.folder) as check_place:
+            check_place()
+            # The boards come first: with its files, the job is done.
+            shown_in = (self.settings, self.folder, "factorize", command)
+            with Boards.of_command(*shown_in) as boards:
+                boards.figure("spectrum", spectrum_figure(singular_values, ranks))
+                if run:
+                    shown = {
+                        f"after_rank_{n}": functools.partial(self._dense, n, tables)
+                        for n in ranks
+                    }
+                    shown = {BEFORE: lambda: table_VD} | shown
+                    show_rows(boards, run, self.settings, statistics, shown)
+            factor_files.write(
+                self.folder, tables, singular_values, metadata, chosen.bands > 1
+            )
+            check_place()
         remove_leftovers(self.folder)
 
     def _dense(self, rank: int, made: dict[int, FactorizedTable]) -> np.ndarray | None:

@@ -116,9 +116,11 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits until every save is on disk."""
+        """Waits until every save is on disk; OSError if the last one was removed."""
         self._manager.wait_until_finished()
         sync(self._folder)
+        if self._saving:
+            (self._folder / str(self._saving)).stat()
 
     def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.

@@ -11,6 +11,8 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 import contextlib
 import dataclasses
 import functools
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import sync
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
@@ -335,26 +338,28 @@ def removed(path: Path) -> UserError:
 def watching(folder: Path) -> Iterator[Callable[[], None]]:
     """Yields a function that raises `removed` if a folder is gone, or another one.
 
-    It counts from the first call that finds the folder. In this context, a missing file
-    is this error, too, if that is why it is missing.
+    It counts from the first call that finds the folder. In this context, each error is
+    this one, if the folder is gone: without it, each writer raises one of its own.
     """
-    seen: list[tuple[int, int]] = []
+    known: int | None = None  # It stays open, so that no other folder gets its number.
 
     def check() -> None:
-        found = None
-        with contextlib.suppress(FileNotFoundError):
-            status = folder.stat()
-            found = status.st_dev, status.st_ino
-        if seen and seen != [found]:
-            raise removed(folder)
-        if found:
-            seen[:] = [found]
+        nonlocal known
+        found = folder.stat() if folder.exists() else None
+        if known is not None:
+            if not (found and os.path.samestat(found, os.fstat(known))):
+                raise removed(folder)
+        elif found:
+            known = os.open(folder, os.O_RDONLY)
 
     try:
         yield check
-    except FileNotFoundError:
+    except Exception:
         check()
         raise
+    finally:
+        if known is not None:
+            os.close(known)
 
 
 def is_vacant(path: Path) -> bool:
@@ -371,6 +376,28 @@ def move_aside(path: Path) -> None:
         kept = kept.with_name(f"{kept.name}x")
     path.rename(kept)
     print(f"{path} was moved to {kept.name}", flush=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields a new folder, which gets the name of `folder` at the end of this context.
+
+    It is removed if an error ends the context. What has the name now is moved aside.
+    Raises `removed` if the new folder is gone.
+    """
+    written = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(written, ignore_errors=True)  # A killed command may have left it.
+    written.mkdir(parents=True)
+    try:
+        with watching(written) as check:
+            check()
+            yield written
+            check()
+        move_aside(folder)
+        written.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
