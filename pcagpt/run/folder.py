@@ -290,6 +290,7 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     return FolderState(run_dir, saved, has_logs, record, stored, result)
 
 
+@digests.persistent
 def choose(path: str | Path) -> tuple[FolderState, int]:
     """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
 
@@ -299,13 +300,16 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
         one before is another model, and must be named.
     """
     run_dir, step = checkpoint.find(path)
-    there, folder = look(run_dir, [step]), checkpoint.folder_of(run_dir, step)
-    if there.damage:
-        raise there.damage
-    if there.stranger:
-        raise UserError(f"{there.stranger}: put the run's own files there")
-    if line := there.unproved:
-        warn_once(line)
+    folder = checkpoint.folder_of(run_dir, step)
+    with digests.present(folder):
+        there = look(run_dir, [step])
+        if there.damage:
+            raise there.damage
+        if there.stranger:
+            raise UserError(f"{there.stranger}: put the run's own files there")
+        unproved = there.unproved
+    if unproved:
+        warn_once(unproved)
     last = (there.result or {}).get("steps", step)
     if last != step and Path(path) != folder:
         reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
