@@ -82,15 +82,18 @@ FAILING = {
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # The path does not exist, or is a folder instead of a file or the reverse.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
-# How tensorstore writes an error code into a ValueError.
+# How tensorstore writes an error code and paths into a ValueError, and how it and Orbax
+# say without a code that a file is gone.
 _TENSORSTORE = re.compile(r"\[[^\]]*os_error_code='(\d+)'")
+_PATHS = re.compile(r'local file "([^"]*)"|checkpoint directory: (.*?)\. ')
+_GONE = re.compile("NOT_FOUND: |No ArrayMetadata found ")
 
 
 def explain(error: BaseException) -> str | None:
     """One line for an error of the operating system: path, problem, remedy.
 
     None for every other error, which is then a bug. Orbax raises what happened in its
-    threads as an OSError, or as a ValueError with tensorstore's text.
+    threads as an OSError, or as a ValueError with tensorstore's text or its own.
     """
     code, path = _code_and_path(error)
     if not code:
@@ -146,6 +149,9 @@ def _name(error: BaseException, path: object) -> None:
 def _code_and_path(error: BaseException) -> tuple[int | None, str | bytes | None]:
     if isinstance(error, OSError):
         return error.errno, error.filename2 or error.filename
-    told = _TENSORSTORE.search(str(error))
-    paths = re.findall(r'local file "([^"]*)"', str(error))
-    return told and int(told[1]), paths[-1] if paths else None
+    text = str(error)
+    paths = ["".join(found) for found in _PATHS.findall(text)]
+    path = paths[-1] if paths else None
+    if told := _TENSORSTORE.search(text):
+        return int(told[1]), path
+    return (errno.ENOENT if path and _GONE.match(text) else None), path

@@ -181,13 +181,8 @@ def _resumes(settings: Settings) -> bool:
 
 def _show(text: str) -> None:
     """Prints the last text of a command; a reader may end before it has read all."""
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            print(text, flush=True)
-    except OSError as error:
-        raise UserError(
-            f"stdout cannot be written ({error.strerror}): send it elsewhere"
-        ) from None
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 def _say(message: str, exit_code: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from pcagpt.errors import Interrupted, explain
+from pcagpt.errors import Interrupted, UserError, explain
 
 SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
@@ -173,13 +173,15 @@ def _open_streams() -> None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
     codecs.register_error("plain_signs", _in_plain_signs)
-    sys.stdout.reconfigure(errors="plain_signs")
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(_Optional(2, "w", closefd=False)),
-        sys.stderr.encoding,
-        "plain_signs",
-        line_buffering=True,
-    )
+    for number, name, kind in ((1, "stdout", _Output), (2, "stderr", _Optional)):
+        given = getattr(sys, name)
+        text = io.TextIOWrapper(
+            io.BufferedWriter(kind(number, "w", closefd=False)),
+            given.encoding,
+            "plain_signs",
+            line_buffering=kind is _Optional or given.line_buffering,
+        )
+        setattr(sys, name, text)
 
 
 def _in_plain_signs(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -187,6 +189,21 @@ def _in_plain_signs(error: UnicodeError) -> tuple[str | bytes, int]:
     error.end = error.start + 1
     plain = _PLAIN_SIGNS.get(error.object[error.start])
     return (plain, error.end) if plain else codecs.backslashreplace_errors(error)
+
+
+class _Output(io.FileIO):
+    """stdout: an error of the system says that it is about this stream, not a disk."""
+
+    def write(self, data: bytes) -> int:
+        """Writes; UserError if that fails and the stream has a reader."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"stdout cannot be written ({error.strerror}): send it elsewhere"
+            ) from None
 
 
 class _Optional(io.FileIO):
@@ -336,7 +353,8 @@ def end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Python would try again, and change the exit code.
+        # Python would try again, and change the exit code.
+        except (OSError, UserError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code != SUCCEEDED:
         os._exit(code)

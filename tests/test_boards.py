@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -333,6 +334,35 @@ def test_the_projector_has_the_most_frequent_tokens_before_and_after(
     more |= {"model_path": f"{config.workdir}/gpt_baseline"}
     execute(changed(config, **more))
     assert list(projected(folder)) == ["before", "after_rank_4", "after_rank_8"]
+
+
+@pytest.mark.parametrize(
+    ("last", "folder", "picture"),
+    [
+        ("pcagpt.factorization.factor_files.write", "pca_factorized", "spectrum"),
+        ("pcagpt.pipeline.execute.write_report", "experiment", "pareto"),
+    ],
+)
+def test_what_counts_as_done_is_shown_even_if_the_command_was_killed_then(
+    last, folder, picture, finished_experiment, tiny_config, monkeypatch
+):
+    workdir = shutil.copytree(finished_experiment.workdir, tiny_config.workdir)
+    shutil.rmtree(Path(workdir) / "pca_factorized")
+    (Path(workdir) / "results.json").unlink()
+    config = changed(tiny_config, task="experiment", **{"telemetry.tensorboard": True})
+    write = pkgutil.resolve_name(last)
+
+    def kill(*given):
+        write(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, kill)
+        with pytest.raises(KeyboardInterrupt):
+            execute(config)
+    execute(config)
+    assert picture in {tag for tag, _ in shown(Path(workdir) / folder)}
+    assert len(projected(Path(workdir) / "pca_factorized")) == 2
 
 
 def test_a_sweep_shows_its_figure_and_its_best_tables(config, readable):

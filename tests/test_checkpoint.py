@@ -17,8 +17,10 @@ from pcagpt.errors import Unreadable, UserError
 from pcagpt.json_files import write_json
 from pcagpt.model import BLOCK_KNOBS
 from pcagpt.run import checkpoint, digests, fingerprint
+from pcagpt.run import folder as folder_module
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.run.folder import write_record
+from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 
 # Orbax is still reading other arrays when it gives up on a damaged one.
@@ -48,6 +50,67 @@ def save(run_dir, losses, keep_last=1):
         for step, loss in losses.items():
             checkpoints.save(step, items_at(step), {"at": step}, loss)
         checkpoints.wait()
+
+
+def test_a_last_save_that_was_removed_does_not_count_as_saved(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, items_at(1), {})
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "ckpt" / "1")
+        with pytest.raises(FileNotFoundError, match="ckpt/1"):
+            checkpoints.wait()
+
+
+def test_an_old_checkpoint_is_taken_away_whole_before_its_files_are_deleted(
+    tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_empty", lambda _: None)
+        save(tmp_path, {1: None, 2: None})
+    assert (tmp_path / "ckpt" / ".deleted" / "1" / digests.FILE).exists()
+    assert checkpoint.steps(tmp_path) == [2]
+    save(tmp_path, {3: None})
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(digests, "_stored"), (checkpoint, "read_weights")]
+)
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(
+    owner, name, tmp_path, monkeypatch
+):
+    save(tmp_path, {1: None, 2: None}, keep_last=2)
+    newest = tmp_path / "ckpt" / "2"
+    read, kept = getattr(owner, name), tmp_path / "kept"
+
+    def delete_and_read(folder):
+        if folder == newest:
+            folder.rename(kept)
+        return read(folder)
+
+    monkeypatch.setattr(owner, name, delete_and_read)
+    found = checkpoint.load_weights(tmp_path)
+    assert_same(found, items_at(1)["weights"])
+    kept.rename(newest)
+    with pytest.raises(UserError, match="ckpt/2 was deleted while"):
+        checkpoint.load_weights(newest)
+
+
+def test_a_run_that_deletes_its_newest_checkpoint_is_opened_at_the_next(
+    trained, tmp_path, monkeypatch, said
+):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    (run_dir / "result.json").unlink()  # It still trains.
+    read = folder_module.read_updates
+
+    def delete_and_read(path):
+        if path.name == "2":
+            path.rename(tmp_path / "deleted")
+        return read(path)
+
+    monkeypatch.setattr(folder_module, "read_updates", delete_and_read)
+    assert Run.open(run_dir).step == 1
+    assert said() == []
 
 
 def template(tree):

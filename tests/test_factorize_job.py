@@ -105,6 +105,18 @@ def test_factors_that_a_person_changed_are_moved_aside(bands, name, job, said, c
     assert job.status().words == "done"
 
 
+def test_a_folder_that_is_removed_meanwhile_ends_the_job(job, monkeypatch):
+    write = factor_files.write
+
+    def remove_and_write(folder, *given):
+        shutil.rmtree(folder)
+        write(folder, *given)  # It makes the folder again.
+
+    monkeypatch.setattr(factor_files, "write", remove_and_write)
+    with pytest.raises(UserError, match=f"{job.folder} was removed or replaced"):
+        made(job)
+
+
 def test_a_run_is_factorized_by_its_real_rows_only(job, baseline_dir):
     metadata = made(by(job, ranks=(32,)))
     stored = table_of(baseline_dir, 6)

@@ -29,6 +29,7 @@ from pcagpt.run.folder import (
     read_record,
     read_result,
     read_window_losses,
+    replacing,
     write_record,
     write_result,
 )
@@ -540,3 +541,20 @@ def test_every_published_record_and_result_is_read():
         assert read_record(path.parent)
         if (path.parent / "result.json").exists():
             assert read_row(path.parent)["letter"]
+
+
+def test_a_new_folder_gets_its_name_only_if_nobody_removed_it(tmp_path):
+    place = tmp_path / "run"
+    with (
+        pytest.raises(UserError, match=r"run\.partial was removed"),
+        replacing(place) as written,
+    ):
+        shutil.rmtree(written)
+        (written / "new").mkdir(parents=True)
+    assert list(tmp_path.iterdir()) == []
+    (place / "old").mkdir(parents=True)
+    with replacing(place) as written:
+        (written / "new").mkdir()
+    assert [path.name for path in place.iterdir()] == ["new"]
+    (kept,) = tmp_path.glob("run.replaced-*")
+    assert [path.name for path in kept.iterdir()] == ["old"]

@@ -56,6 +56,20 @@ def python(*words, **options):
             ),
             "/r/m: no space left on device: .*",
         ),
+        (
+            ValueError(
+                'NOT_FOUND: Error opening "zarr" driver: Error reading Byte range [0, '
+                "195) of local file \"/r/d/78\" [tensorstore_spec='{}']"
+            ),
+            "/r/d/78: no such file .*: it was removed, .*",
+        ),
+        (
+            ValueError(
+                "No ArrayMetadata found for process_index=0 in the checkpoint "
+                "directory: /r/20.tmp/optimizer.tmp. But input PyTree contains"
+            ),
+            "/r/20.tmp/optimizer.tmp: no such file .*: it was removed, .*",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_told_with_path_and_remedy(error, line):
@@ -78,6 +92,7 @@ def test_a_file_that_is_missing_is_not_unreadable():
     [
         ValueError("28"),
         RuntimeError("RESOURCE_EXHAUSTED"),
+        RuntimeError("NOT_FOUND: no registered platform"),
         OSError("a bug"),
         KeyError(),
     ],
@@ -145,11 +160,16 @@ def test_files_and_folders_in_each_other_s_place_are_one_line(corpus_folder, tmp
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
-def test_output_that_cannot_be_written_is_one_line_and_an_exit_code():
-    with open("/dev/full", "w") as full:
-        ended = python("-m", "pcagpt.main", "--help", stdout=full)
-    assert ended.returncode == 2
-    assert re.fullmatch("pcagpt: stdout cannot be .*No space left.*\n", ended.stderr)
+def test_output_that_cannot_be_written_is_one_line_and_an_exit_code(
+    corpus_folder, tmp_path
+):
+    train = tiny("baseline.py", corpus_folder, workdir=tmp_path)
+    for arguments in (["--help"], train):  # The last text, and one before the work.
+        with open("/dev/full", "w") as full:
+            ended = python("-m", "pcagpt.main", *arguments, stdout=full)
+        assert ended.returncode == 2
+        said = "pcagpt: stdout cannot be .*No space left.*\n"
+        assert re.fullmatch(said, ended.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")

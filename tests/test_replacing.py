@@ -538,12 +538,13 @@ def test_a_run_stops_when_its_folder_becomes_another_runs(tiny_config, monkeypat
 
 
 @pytest.mark.parametrize("at", ["step", "save", "end of a save"])
-@pytest.mark.parametrize("level", ["run", "workdir"])
+@pytest.mark.parametrize("level", ["ckpt", "run", "workdir"])
 def test_a_run_whose_folder_is_moved_stops_with_a_line_and_goes_on_when_it_is_back(
     tiny_config, monkeypatch, at, level
 ):
     run_dir = job(tiny_config).folder
-    place = run_dir if level == "run" else run_dir.parent
+    places = {"ckpt": run_dir / "ckpt", "run": run_dir, "workdir": run_dir.parent}
+    place = places[level]
     away = place.with_name("away")
     owner, name = {
         "step": (Setup, "batch"),

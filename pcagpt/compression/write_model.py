@@ -73,7 +73,6 @@ def write_model(
     with contextlib.nullcontext(folder) if is_made else replacing(folder) as written:
         if not is_made:
             record = _record(original, recipe, table, weights, sizes)
-            write_record(written, record)
             if weights:
                 checkpoint.save_weights(written, weights, record)
         if codes:  # Its losses may have been measured anew.
@@ -82,6 +81,8 @@ def write_model(
         elif factors_in(factors := written / FACTORS, table.sha256) is None:
             move_aside(factors)
             write_bands(factors, candidate.table)
+        if not is_made:
+            write_record(written, record)
     return True
 
 

@@ -115,6 +115,10 @@ def execute(plan: Plan, command: str) -> None:
         results = collect_results(workdir, plan.reported, plan.factors, command)
         results |= experiment_samples(plan.settings, workdir, results, known)
         try:
+            # Before the report, whose rows tell that they are shown. Other commands
+            # may have trained all runs.
+            if is_new or known.get("rows") != results["rows"]:
+                show_results(plan.settings, command, results)
             write_report(workdir, results)
         except OSError as error:
             if is_new or error.errno not in READ_ONLY:
@@ -123,9 +127,6 @@ def execute(plan: Plan, command: str) -> None:
         else:
             say(f"report: {workdir / 'report.html'}")
         say(*experiment_lines(results, workdir))
-        # Other commands may have trained all runs.
-        if is_new or known.get("rows") != results["rows"]:
-            show_results(plan.settings, command, results)
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:

@@ -16,7 +16,12 @@ from pcagpt.config import Settings, effort
 from pcagpt.config.command_line import next_command
 from pcagpt.data.corpus import describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
-from pcagpt.factorization import Factorizer, Statistics, factor_files
+from pcagpt.factorization import (
+    FactorizedTable,
+    Factorizer,
+    Statistics,
+    factor_files,
+)
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import remove_leftovers
 from pcagpt.methods import METHODS
@@ -25,7 +30,7 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.pipeline.token_rows import BEFORE, show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
-from pcagpt.run.folder import check_is_folder, move_aside, read_result
+from pcagpt.run.folder import check_is_folder, move_aside, read_result, watching
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
@@ -306,24 +311,35 @@ class FactorizeJob(Job):
         for path in factor_files.changed(self.folder, work.ranks):
             move_aside(path)
         tables = {rank: table for rank, (table, _) in made.items()}
-        factor_files.write(
-            self.folder, tables, singular_values, metadata, chosen.bands > 1
-        )
-        shown_in = (self.settings, self.folder, "factorize", command)
-        with Boards.of_command(*shown_in) as boards:
-            # Tables in bands keep another share than a rank does.
-            marked = [n for n in ranks if "energy_kept" in described[str(n)]]
-            boards.figure("spectrum", spectrum_figure(singular_values, marked))
-            if run:
-                shown = {
-                    f"after_rank_{n}": functools.partial(self._dense, n) for n in ranks
-                }
-                shown = {BEFORE: lambda: table_VD} | shown
-                show_rows(boards, run, self.settings, statistics, shown)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with watching(self.folder) as check_place:
+            check_place()
+            # The boards come first: with its files, the job is done.
+            shown_in = (self.settings, self.folder, "factorize", command)
+            with Boards.of_command(*shown_in) as boards:
+                # Tables in bands keep another share than a rank does.
+                marked = [n for n in ranks if "energy_kept" in described[str(n)]]
+                boards.figure("spectrum", spectrum_figure(singular_values, marked))
+                if run:
+                    shown = {
+                        f"after_rank_{n}": functools.partial(self._dense, n, tables)
+                        for n in ranks
+                    }
+                    shown = {BEFORE: lambda: table_VD} | shown
+                    show_rows(boards, run, self.settings, statistics, shown)
+            factor_files.write(
+                self.folder, tables, singular_values, metadata, chosen.bands > 1
+            )
+            check_place()
         remove_leftovers(self.folder)
 
-    def _dense(self, rank: int) -> np.ndarray | None:
-        """The table [V, D] in the files of a rank; None if they are damaged."""
+    def _dense(self, rank: int, made: dict[int, FactorizedTable]) -> np.ndarray | None:
+        """The table [V, D] of a rank, in `made` or in the files of earlier commands.
+
+        None if the files are damaged.
+        """
+        if rank in made:
+            return made[rank].dense()
         in_bands = self.settings.factorize.bands > 1
         with contextlib.suppress(UserError):
             return factor_files.read(self.folder, rank, in_bands).dense()

@@ -40,6 +40,7 @@ from pcagpt.run.folder import (
     move_aside,
     read_record,
     read_result,
+    watching,
     write_record,
 )
 from pcagpt.run.identity import changed_fields
@@ -347,7 +348,10 @@ class TrainJob(Job):
         Waits while another command holds the folder; nothing is left to do if it made
         this run. `checked` and `command` are as in `Job`.
         """
-        with lock.held(self.folder, meanwhile=self.status) as check_lock:
+        with (
+            lock.held(self.folder, meanwhile=self.status) as check_lock,
+            watching(self.folder / checkpoint.FOLDER) as check_saves,
+        ):
             corpus = checked.corpus if checked else self.corpus()
             begun = processes.from_first(lambda: self._take_up(corpus))
             if begun is None:
@@ -369,6 +373,7 @@ class TrainJob(Job):
                 check_lock()
                 corpus.check_unchanged()
                 check_folder()
+                check_saves()
 
             if jax.process_index() == 0:
                 check_lock()

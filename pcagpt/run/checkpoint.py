@@ -31,6 +31,7 @@ FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
 _REMEDY = "repeat the command that made it: a trained run needs --config.overwrite=True"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the names of saves that are not complete
+_DELETED = ".deleted"  # holds old checkpoints until their files are deleted
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -59,6 +60,7 @@ class Checkpoints:
             # Orbax's own clean-up can remove what it is just saving.
             for unfinished in self._folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            self._empty()
             _move_damaged_metadata_aside(run_dir)
         processes.wait_for_all(FOLDER)
         self._manager = ocp.CheckpointManager(
@@ -67,6 +69,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=lambda m: m["val_loss"],
+                # Takes them away at once: no reader sees a part. See `digests.present`.
+                todelete_subdir=_DELETED,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -81,6 +85,11 @@ class Checkpoints:
             # A save into a folder that is gone must not hide why training stopped.
             if error is None:
                 raise
+
+    def _empty(self) -> None:
+        """Deletes the files of old checkpoints, on the first process."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
 
     def _seal(self) -> None:
         """Completes a save. Its folder may still have a temporary name."""
@@ -108,6 +117,7 @@ class Checkpoints:
         """
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.wait_until_finished()  # `_saving` belongs to one save at a time.
+        self._empty()
         self._saving, self._run_id = step, (meta.get("config") or {}).get("run_id")
         self._manager.save(
             step,
@@ -116,9 +126,12 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits until every save is on disk."""
+        """Waits until every save is on disk; OSError if the last one was removed."""
         self._manager.wait_until_finished()
+        self._empty()
         sync(self._folder)
+        if self._saving:
+            (self._folder / str(self._saving)).stat()
 
     def restore_latest(self, template: dict) -> tuple[dict, dict] | None:
         """The newest undamaged checkpoint, or None if the run has no checkpoint.
@@ -202,7 +215,11 @@ def steps(run_dir: Path) -> list[int]:
     if foreign.is_model(run_dir):
         return [foreign.STEP]
     folder = run_dir / FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    # One look may miss the new name of a checkpoint, and the old one that was deleted.
+    looks = (ocp.utils.checkpoint_steps(folder) for _ in range(2))
+    return sorted(next(filter(None, looks), []))
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -231,7 +248,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     step, damaged = _newest_good(run_dir)
     if step is None:
         remedy = _REMEDY if damaged else "give the folder of a trained run"
-        raise UserError(f"{run_dir} {lack(run_dir)}: {remedy}")
+        raise UserError(f"{run_dir} {_lack(damaged)}: {remedy}")
     for reason in damaged:
         warn_once(f"{reason}: falling back to the one before, step {step}")
     return run_dir, step
@@ -252,20 +269,25 @@ def _hub_hint(path: Path) -> str:
 def lack(run_dir: Path, items: tuple[str, ...] = ("weights",)) -> str | None:
     """Why no checkpoint of a run has these items undamaged; None if one has."""
     step, damaged = _newest_good(run_dir, items)
-    if step is not None:
-        return None
+    return _lack(damaged) if step is None else None
+
+
+def _lack(damaged: list[str]) -> str:
     if damaged:
         return f"holds no checkpoint that can be read ({damaged[0]})"
     return "holds no finished checkpoint"
 
 
+@digests.persistent
 def _newest_good(
     run_dir: Path, items: tuple[str, ...] = ("weights",)
 ) -> tuple[int | None, list[str]]:
     """The newest step with these items undamaged, and the damage of those after it."""
     below, damaged = tuple(f"{name}/" for name in items), []
     for step in reversed(steps(run_dir)):
-        reason = digests.damage(folder_of(run_dir, step), below)
+        folder = folder_of(run_dir, step)
+        with digests.present(folder):
+            reason = digests.damage(folder, below)
         if reason is None:
             return step, damaged
         damaged.append(reason)
@@ -375,6 +397,7 @@ def save_weights(
     digests.seal(folder / "0", (record or {}).get("run_id"))
 
 
+@digests.persistent
 def load_weights(path: str | Path) -> dict[str, dict]:
     """{'params', 'constants'} of RUN or RUN/ckpt/STEP: nested dicts of host arrays.
 
@@ -386,17 +409,17 @@ def load_weights(path: str | Path) -> dict[str, dict]:
     run_dir, step = find(path)
     folder = folder_of(run_dir, step).absolute()
     try:
-        damage = digests.damage(folder, "weights/")
-        if damage:
-            raise UserError(damage)
-        with digests.reading(folder):
-            weights = read_weights(folder)
+        with digests.present(folder):
+            if damage := digests.damage(folder, "weights/"):
+                raise UserError(damage)
+            with digests.reading(folder):
+                weights = read_weights(folder)
         for name, leaf in trees.flatten(weights).items():
             check_values(leaf, name)
         constants = weights.get("constants") or {}
         if not is_order(constants):
             raise UserError("position_of_token is no permutation of its positions")
-    except Unreadable:
+    except (Unreadable, digests.Deleted):
         raise
     except UserError as error:
         if foreign.is_model(folder):

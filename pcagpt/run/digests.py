@@ -7,9 +7,10 @@ the checkpoint unchecked.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,52 @@ from pcagpt.run.weights import read_weights
 from pcagpt.sharding import processes
 
 FILE = "digests.json"
+_TRIES = 10  # of a read, while a run deletes its old checkpoints
 # Orbax writes these two after the digests; no restored value depends on them.
 _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class Deleted(UserError):
+    """A checkpoint is gone that was there before: the run that trains deleted it."""
+
+
+@contextlib.contextmanager
+def present(folder: Path) -> Iterator[None]:
+    """Raises Deleted, also in place of an error, if a checkpoint that is read is gone.
+
+    A run takes the whole folder away at once: what is still there and cannot be read
+    is damaged.
+    """
+    try:
+        yield
+    except Exception:
+        if folder.exists():
+            raise
+    else:
+        if folder.exists():
+            return
+    raise Deleted(
+        f"{folder} was deleted while this command used it: a run that trains keeps "
+        "only its last checkpoints; run the same command again"
+    )
+
+
+def persistent(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `read(path, ...)` of a run try again with the newest checkpoint if Deleted.
+
+    A `path` that names one checkpoint is read once.
+    """
+
+    @functools.wraps(read)
+    def read_again(path: str | Path, *rest: Any) -> Any:
+        for left in reversed(range(_TRIES)):
+            try:
+                return read(path, *rest)
+            except Deleted:
+                if not (left and Path(path).exists()):
+                    raise
+
+    return read_again
 
 
 def seal(folder: Path, run_id: str | None = None) -> None:

@@ -14,6 +14,7 @@ from pcagpt.run.folder import choose
 _SEEN_IN_ARRAYS = ("block_size", "n_layer", "n_embd", "bias")
 
 
+@digests.persistent
 def of(path: str | Path) -> str:
     """A hash of the weights and of the model that computes with them.
 
@@ -31,7 +32,9 @@ def of(path: str | Path) -> str:
         if name not in _SEEN_IN_ARRAYS
         and model.get(name, default := KNOBS[f"model.{name}"].default) != default
     }
-    arrays = digests.arrays(checkpoint.folder_of(there.folder, step))
+    folder = checkpoint.folder_of(there.folder, step)
+    with digests.present(folder):
+        arrays = digests.arrays(folder)
     hashed = {"n_head": model.get("n_head"), **unseen, "arrays": arrays}
     text = json.dumps(hashed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -12,6 +12,7 @@ val_window_losses.npy   [windows, 2] float64: summed loss and targets of each wi
 import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -301,6 +302,7 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     return FolderState(run_dir, saved, has_logs, record, stored, result)
 
 
+@digests.persistent
 def choose(path: str | Path) -> tuple[FolderState, int]:
     """What RUN or RUN/ckpt/STEP holds, and the step: the newest undamaged, or STEP.
 
@@ -311,15 +313,18 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
         be named.
     """
     run_dir, step = checkpoint.find(path)
-    there, folder = look(run_dir, [step]), checkpoint.folder_of(run_dir, step)
-    if there.damage:
-        raise there.damage
-    if there.stored is None:
-        raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
-    if there.stranger:
-        raise UserError(f"{there.stranger}: put the run's own files there")
-    if line := there.unproved:
-        warn_once(line)
+    folder = checkpoint.folder_of(run_dir, step)
+    with digests.present(folder):
+        there = look(run_dir, [step])
+        if there.damage:
+            raise there.damage
+        if there.stored is None:
+            raise UserError(f"{run_dir} has no config.json: it is not a run's folder")
+        if there.stranger:
+            raise UserError(f"{there.stranger}: put the run's own files there")
+        unproved = there.unproved
+    if unproved:
+        warn_once(unproved)
     last = (there.result or {}).get("steps", step)
     if last != step and Path(path) != folder:
         reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
@@ -352,26 +357,28 @@ def removed(path: Path) -> UserError:
 def watching(folder: Path) -> Iterator[Callable[[], None]]:
     """Yields a function that raises `removed` if a folder is gone, or another one.
 
-    It counts from the first call that finds the folder. In this context, a missing file
-    is this error, too, if that is why it is missing.
+    It counts from the first call that finds the folder. In this context, each error is
+    this one, if the folder is gone: without it, each writer raises one of its own.
     """
-    seen: list[tuple[int, int]] = []
+    known: int | None = None  # It stays open, so that no other folder gets its number.
 
     def check() -> None:
-        found = None
-        with contextlib.suppress(FileNotFoundError):
-            status = folder.stat()
-            found = status.st_dev, status.st_ino
-        if seen and seen != [found]:
-            raise removed(folder)
-        if found:
-            seen[:] = [found]
+        nonlocal known
+        found = folder.stat() if folder.exists() else None
+        if known is not None:
+            if not (found and os.path.samestat(found, os.fstat(known))):
+                raise removed(folder)
+        elif found:
+            known = os.open(folder, os.O_RDONLY)
 
     try:
         yield check
-    except FileNotFoundError:
+    except Exception:
         check()
         raise
+    finally:
+        if known is not None:
+            os.close(known)
 
 
 def is_vacant(path: Path) -> bool:
@@ -394,7 +401,8 @@ def move_aside(path: Path) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a new folder, which takes the place of `folder` at the end.
 
-    What is there is moved aside. If it is a link, its target is replaced.
+    What is there is moved aside. If it is a link, its target is replaced. An error
+    removes the new folder. Raises `removed` if the new folder is gone.
     """
     place = folder.resolve()
     # It gets its name when it is complete. A killed command may have left one.
@@ -402,7 +410,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     try:
-        yield written
+        with watching(written) as check:
+            check()
+            yield written
+            check()
         move_aside(place)
         written.rename(place)
         sync(place.parent)

@@ -20,7 +20,7 @@ from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
-from pcagpt.run import checkpoint, fingerprint, foreign, other_decoder
+from pcagpt.run import checkpoint, digests, fingerprint, foreign, other_decoder
 from pcagpt.run.build import build_config
 from pcagpt.run.folder import choose, look, read_record
 from pcagpt.run.own_tokens import OwnTokens
@@ -136,7 +136,8 @@ class Run:
         """
         # Taken before the weights are read: a change in between is then noticed.
         _ = self.fingerprint
-        weights = checkpoint.load_weights(self._checkpoint)
+        with digests.present(self._checkpoint):
+            weights = checkpoint.load_weights(self._checkpoint)
         self.check_unchanged()
         return weights
 
@@ -150,7 +151,8 @@ class Run:
         names = ("run_id", "model", "vocab_size", "tokenizer")
         is_same = all(stored.get(name) == self.record.get(name) for name in names)
         if is_same and self._checkpoint.exists():
-            is_same = fingerprint.of(self._checkpoint) == self.fingerprint
+            with contextlib.suppress(digests.Deleted):
+                is_same = fingerprint.of(self._checkpoint) == self.fingerprint
         if not is_same:
             raise UserError(
                 f"{self.folder} was replaced or changed while this command used it: "
@@ -320,7 +322,8 @@ class Run:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash that identifies this checkpoint: that of the loaded weights."""
-        return fingerprint.of(self._checkpoint)
+        with digests.present(self._checkpoint):
+            return fingerprint.of(self._checkpoint)
 
     def is_at(self, recorded: str | None) -> bool:
         """Whether `recorded` is this checkpoint's fingerprint, by any version."""
