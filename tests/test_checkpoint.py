@@ -394,6 +394,7 @@ def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
     damage = f"{path} is damaged (its content was changed since"
     unchecked = "delete it to read the checkpoint unchecked"
     assert checkpoint.find(tmp_path)[1] == 1
+    (tmp_path / "config.json").write_text("{}")
     write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     with pytest.raises(UserError, match="step 2, is damaged") as caught:
         fingerprint.of(tmp_path)
@@ -450,6 +451,7 @@ def test_the_best_checkpoint_stays_the_best_if_its_digests_are_damaged(tmp_path)
 
 def test_a_checkpoint_without_digests_is_one_of_an_older_version(tmp_path):
     save(tmp_path, {1: 3.0})
+    (tmp_path / "config.json").write_text("{}")
     known = fingerprint.of(tmp_path)
     (tmp_path / "ckpt/1/digests.json").unlink()
     assert restore(tmp_path)[1] == 1
@@ -517,6 +519,7 @@ def test_a_fingerprint_of_an_older_version_still_counts(tmp_path):
 
 def test_a_finished_run_without_its_last_checkpoint_is_not_started_from(tmp_path):
     save(tmp_path, {1: 1.0, 2: 2.0})
+    (tmp_path / "config.json").write_text("{}")
     write_json(tmp_path / "result.json", {"status": "done", "steps": 2})
     damage(tmp_path, 2)
     with pytest.raises(

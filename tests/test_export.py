@@ -693,6 +693,22 @@ def write_untied(folder, **model):
 # What is kept and refused.
 
 
+@pytest.mark.parametrize("name", ["exported", "exported/run_hf"])
+def test_a_file_in_place_of_a_folder_is_refused_by_its_name(tmp_path, name):
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("mine")
+    run = write_run(tmp_path / "run")
+    ask = (
+        f"--config={CONFIGS / 'export.py'}",
+        f"--config.model_path={run}",
+        f"--config.workdir={tmp_path}",
+    )
+    for overwrite in (False, True):
+        line = refusal(*ask, f"--config.overwrite={overwrite}", unchanged=[tmp_path])
+        assert f"{place} is a file, not a folder: move it away" in line
+
+
 def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     made = run_export(run, tmp_path)

@@ -132,12 +132,13 @@ def execute(plan: Plan, command: str) -> None:
 def _needed(plan: Plan) -> dict[Job, Status]:
     """As `check` returns."""
     jobs, target, statuses = plan.jobs, plan.jobs[-1], {}
-    # What an earlier job holds may be the cause: it is then named.
-    with contextlib.suppress(UserError):
-        statuses[target] = target.status()
-    is_all = plan.reported or statuses.get(target, TO_DO).kind != Kind.DONE
-    if not is_all and not any(job.differing() for job in jobs):
-        jobs = tuple(job for job in jobs if job.is_target)
+    if not plan.reported:
+        # What an earlier job holds may be the cause: it is then named.
+        with contextlib.suppress(UserError):
+            statuses[target] = target.status()
+        is_done = statuses.get(target, TO_DO).kind == Kind.DONE
+        if is_done and not any(job.differing() for job in jobs):
+            jobs = tuple(job for job in jobs if job.is_target)
     return {job: statuses.get(job) or job.status() for job in jobs}
 
 

@@ -263,15 +263,16 @@ class FolderState:
 
 
 def check_is_folder(path: Path) -> None:
-    """Raises UserError if what is there is no folder: nothing can be made in it."""
-    kind = odd_kind(path) or ("a file" if path.exists() else "a folder")
-    if kind == "a link to nothing":
-        raise UserError(f"{path} is {kind}: remove it, or mount its disk")
-    if kind != "a folder":
-        raise UserError(
-            f"{path} is {kind}, not a folder: move it away, or use another "
-            "--config.workdir"
-        )
+    """Raises UserError if the path or its parent is there, and is no folder."""
+    for place in (path.parent, path):
+        kind = odd_kind(place) or ("a file" if place.exists() else "a folder")
+        if kind == "a link to nothing":
+            raise UserError(f"{place} is {kind}: remove it, or mount its disk")
+        if kind != "a folder":
+            raise UserError(
+                f"{place} is {kind}, not a folder: move it away, or use another "
+                "--config.workdir"
+            )
 
 
 def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
@@ -280,7 +281,6 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     Raises UserError as `check_is_folder` does, also for the folder of its checkpoints.
     """
     if not foreign.is_model(run_dir):
-        check_is_folder(run_dir)
         check_is_folder(run_dir / checkpoint.FOLDER)
     saved = tuple(
         Saved(
