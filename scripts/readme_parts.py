@@ -232,9 +232,9 @@ def failures(published: Path) -> str:
         [
             "- **Fine-tuning beats training from scratch (the original: B < A).** "
             f"After {count(steps)} steps of GPT-2 small, {at_rank(b_less_a)}. "
-            f"B had {percent(b_tokens / a_tokens)} of A's tokens. But A reached B's "
-            f"loss only after {percent(b_less_a['tokens_to_match'][1] / a_tokens)} of "
-            "them.",
+            f"B had {percent(b_tokens / a_tokens)} of A's tokens. But A was first seen "
+            f"at B's loss after {percent(b_less_a['tokens_to_match'][1] / a_tokens)} "
+            "of them.",
             "- **A and B end at D's loss (the original: A ≈ D, B ≈ D).** In the same "
             f"experiment, {at_rank(a_less_d)}, and {at_rank(b_less_d)}.",
             "- **A short run shows what a longer one will show.** After "
@@ -257,7 +257,8 @@ def failures(published: Path) -> str:
             f"{gain(trained['Bd'])} to D's loss.",
             "- **Factors that suit a briefly trained model suit every model.** "
             f"`context` in 12 bands, of the size of k = 128, adds "
-            f"{each('context', 12, 128)}.",
+            f"{each('context', 12, 128)}. The longer run of GPT-2 small also has a "
+            "higher learning rate and weight decay.",
             "- **Rounding costs every model the same.** D's own table in 4 bits adds "
             f"{each('baseline', 1, 0, 4)}.",
         ]

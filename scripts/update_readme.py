@@ -148,10 +148,10 @@ def further_table(folder: Path) -> str:
         results.append(result)
     device, commit = results[0]["device"], short(results[0]["git_commit"])
     says = (
-        f"Validation loss of a third D, {fixed(sweep['rows'][0].loss, 4)} nats, and of "
-        f"models trained further for {count(results[0]['steps'])} steps, without "
-        f"intervals. Bd learns D's predictions. {device}, commit {commit}, by "
-        "`compress.recover_ranks`:"
+        f"Validation loss of another D, of {count(sweep['step'])} steps "
+        f"({fixed(sweep['rows'][0].loss, 4)} nats), and of models trained further for "
+        f"{count(results[0]['steps'])} steps, without intervals. Bd learns D's "
+        f"predictions. {device}, commit {commit}, by `compress.recover_ranks`:"
     )
     return f"{says}\n\n{table(['', 'From', 'Start', 'End'], rows, 'llrr')}"
 

@@ -213,7 +213,7 @@ def test_of_the_tables_of_one_model_only_its_own_is_recommended(models, tmp_path
     model = f"model_path={tmp_path}/best_packed_k32"
     assert command.endswith(f"{model} --config.format=hf-factored")
     assert "**packed, 7 bands, k=32** stores the table in 133,990 bytes" in text
-    assert "leaves out packed, k=32, with 128,200 bytes for +0.0034." in text
+    assert "otherwise name packed, k=32, with 128,200 bytes for +0.0034." in text
     assert "model_path=FOLDER/best_packed_k32" in text
 
 

@@ -174,6 +174,7 @@ def test_special_tokens_map_names_the_end_of_text_as_in_transformers(
 END = "<|endoftext|>"
 PLAIN = {"content": END, "lstrip": False, "special": True}
 ADDED = PLAIN | {"__type": "AddedToken"}
+OTHER = "another special token: "
 NO_END = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -186,12 +187,20 @@ CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
         (CONFIG, NO_END | {"added_tokens_decoder": {"0": PLAIN}}, None),
         (CONFIG, {"add_bos_token": False}, None),
         (MAP, {"eos_token": END}, None),
-        (CONFIG, {"eos_token": "</s>"}, "the special token </s>"),
-        (CONFIG, {"eos_token": ADDED | {"lstrip": True}}, r"special token <\|endof"),
-        (CONFIG, {"additional_special_tokens": ["</s>"]}, "the special token </s>"),
-        (CONFIG, {"added_tokens_decoder": {"1": {"content": "</s>"}}}, "token </s>"),
+        (CONFIG, {"eos_token": "</s>"}, f"{OTHER}.*</s>"),
+        (
+            CONFIG,
+            {"eos_token": ADDED | {"lstrip": True}},
+            OTHER + ".*lstrip",
+        ),
+        (
+            CONFIG,
+            {"additional_special_tokens": ["</s>"]},
+            f"{OTHER}.*</s>",
+        ),
+        (CONFIG, {"added_tokens_decoder": {"1": {"content": "</s>"}}}, "token: .*</s>"),
         (CONFIG, NO_END, r"has no special token <\|endoftext\|>"),
-        (MAP, {"pad_token": "</s>"}, "the special token </s>"),
+        (MAP, {"pad_token": "</s>"}, f"{OTHER}.*</s>"),
         ("added_tokens.json", {"</s>": 1}, "how </s> is cut, which added_tokens"),
     ],
 )

@@ -366,7 +366,7 @@ def _other_special(config: dict[str, Any], texts: Collection[str]) -> str | None
     special = [of for of in found if isinstance(of, dict)]
     for of in special:
         if not _is_plain_end(of):
-            return f"stands beside a file with the special token {of.get('content')}"
+            return f"stands beside a file with another special token: {of}"
     if not special or END_OF_TEXT not in texts:
         return f"has no special token {END_OF_TEXT}"
     return None

@@ -1,7 +1,7 @@
 """Turns settings into jobs, prerequisites first.
 
 D comes first, then the factorization of its table, then the arms. `pcagpt.arms` says
-what each arm takes from D. A run that copies all weights of another run needs no D.
+what each arm takes from D. A run from `init.weights_from` needs no D.
 """
 
 from collections.abc import Iterable

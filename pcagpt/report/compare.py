@@ -184,7 +184,9 @@ def _measure(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
 
 
 def _tokens_to_match(pairs: list[tuple[dict, dict]]) -> float | None:
-    """Tokens at which the first run reaches the second's last loss, mean over seeds.
+    """Tokens of the first run's first evaluation not above the second's last loss.
+
+    The mean over seeds.
 
     None if the first run of any pair never reaches it.
     """

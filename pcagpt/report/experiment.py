@@ -142,7 +142,7 @@ def is_brief(model: dict[str, Any]) -> bool:
 
 
 def recommended(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The model of `preference` within MARGIN, of those with a smaller table than D's.
+    """The first model by `preference`, of those with a smaller table than D's.
 
     None if no arm has a smaller table, or D is missing.
     """
@@ -331,7 +331,8 @@ QUESTIONS_ASKED = [
     Column("Own tokens", "training tokens of both, without D's", _both("tokens")),
     Column(
         "Reached after",
-        "own tokens of each arm when it reached the last loss of the other; –: never",
+        "own tokens of each arm at its first evaluation that is not above the last "
+        "loss of the other; –: none is",
         _both("tokens_to_match"),
     ),
 ]

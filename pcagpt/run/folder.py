@@ -357,8 +357,8 @@ def removed(path: Path) -> UserError:
 def watching(folder: Path) -> Iterator[Callable[[], None]]:
     """Yields a function that raises `removed` if a folder is gone, or another one.
 
-    It counts from the first call that finds the folder. In this context, each error is
-    this one, if the folder is gone: without it, each writer raises one of its own.
+    It counts from the first call that finds the folder. If the folder is gone, this
+    error also takes the place of any other error in this context.
     """
     known: int | None = None  # It stays open, so that no other folder gets its number.
 

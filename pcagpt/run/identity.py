@@ -28,6 +28,7 @@ NOT_IDENTITY = (
     *(f"model.{name}" for name in DEVICE_KNOBS),
 )
 
+_TYING = "model.n_embd_wte_scale_tying"
 # What a record claims of a run: also what its ids stand for.
 _CLAIMS = (*IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters")
 
@@ -52,6 +53,11 @@ def identity(
             found[section] = value
     if "distill" in sections and not found.get("distill.teacher"):  # No effect.
         found["distill.share"] = KNOBS["distill.share"].default
+    if "model" in sections and isinstance(record.get("model"), dict):
+        if not (found["model.n_embd_wte"] or found["model.band_sizes"]):
+            found[_TYING] = KNOBS[_TYING].default  # There is nothing to tie.
+        if found["model.band_sizes"] and not found.get("init.import_bands", True):
+            found["model.n_embd_wte"] = None  # Its own bands have no rank.
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 
