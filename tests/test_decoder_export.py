@@ -15,7 +15,7 @@ from command_line import CONFIGS, THEIR_SIZES, call, tiny  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_decoder import CONFIGS as MODELS  # noqa: E402
 from test_decoder import SIZES  # noqa: E402
-from test_hugging_face_parity import opened  # noqa: E402
+from test_hugging_face_parity import loader_of, opened  # noqa: E402
 
 import pcagpt  # noqa: E402
 from pcagpt.compression import stored_tensors  # noqa: E402
@@ -219,6 +219,45 @@ def test_an_export_ends_a_text_where_its_model_does(form, tmp_path):
     assert made.code == 0, made
     found, _ = opened(form, tmp_path / "exported" / f"small_{form}")
     assert found.generation_config.eos_token_id == [2, 67]
+
+
+@pytest.mark.parametrize("form", METHOD_OF)
+def test_an_export_of_a_model_without_a_stated_type_opens_in_its_type(form, tmp_path):
+    """transformers takes that of the first tensor, which is not the new table."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=2,
+        attention_types=[[["global"], 1]],
+        max_position_embeddings=16,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("dtype") == "bfloat16"
+    path.write_text(json.dumps(stored))
+    tokens = dict.fromkeys(("train", "val"), np.arange(200) % 90)
+    most = 90 * 32 * 4
+    pcagpt.compress(
+        tmp_path / "model", data=tokens, max_bytes=most, methods=METHOD_OF[form]
+    ).save(tmp_path / "small")
+    words = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
+    made = call(
+        f"--config={CONFIGS / 'export.py'}", *words, f"--config.workdir={tmp_path}"
+    )
+    assert made.code == 0, made
+    folder = tmp_path / "exported" / f"small_{form}"
+    if form == "coded":
+        found = loader_of(folder).load()
+    else:
+        found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True
+        )
+    assert found.dtype == torch.bfloat16
+    assert "weights are in bfloat16" in (folder / "README.md").read_text()
 
 
 TENSORS = {

@@ -17,6 +17,8 @@ from pcagpt.compression.sides import OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.run import hugging_face, other_decoder
 
+# As safetensors names them, and as config.json does.
+_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # Modules of the table and of the output head, as architectures name them.
 _TABLES = (
     "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings",
@@ -47,6 +49,19 @@ def read(files: dict[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
             own = [name for name in names if files[name] == path]
             found |= {name: file.get_tensor(name) for name in own}
     return found
+
+
+def dtype_of(folder: Path) -> str:
+    """The type of a model without a stated one, as transformers finds it.
+
+    It is that of the first tensor of floating-point numbers.
+    """
+    for path in hugging_face.files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  # It is no dict.
+                if found := _TYPES.get(file.get_slice(name).get_dtype()):
+                    return found
+    return "float32"
 
 
 def table_among(tables: list[str], side: str | None, folder: Path) -> str:

@@ -23,7 +23,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of a folder; ValueError if it is not that of the export.
 
-    dtype: as for from_pretrained; "auto" is that of config.json, or else float32.
+    dtype: as for from_pretrained; "auto" is that of config.json.
     """
     folder = Path(folder)
     record = json.loads((folder / "pcagpt.json").read_text("utf-8"))
@@ -41,8 +41,6 @@ def load(
     tensors[name] = torch.from_numpy(coded.dense())
     options = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(folder, **options)
-    if dtype == "auto":  # transformers might take that of a tensor.
-        dtype = config.dtype or torch.float32
     with torch.device("meta"):  # only to find its class, without values
         model = transformers.AutoModelForCausalLM.from_config(config, **options)
     model = type(model).from_pretrained(

@@ -275,8 +275,14 @@ class DecoderSource:
         return stored_tensors.read(self._names, self._names)
 
     def config(self) -> dict[str, Any]:
-        """As `Source.config`: that of the original."""
-        stored = read_json(self.original.folder / hugging_face.CONFIG, "") or {}
+        """As `Source.config`: that of the original, which always states a type here.
+
+        Else transformers would take the type of a tensor, which may be the new table.
+        """
+        folder = self.original.folder
+        stored = read_json(folder / hugging_face.CONFIG, "") or {}
+        if not (stored.get("dtype") or stored.get("torch_dtype")):
+            stored["dtype"] = stored_tensors.dtype_of(folder)
         return stored | {
             "tie_word_embeddings": not self.record["compressed"].get("side")
         }
