@@ -462,6 +462,25 @@ def test_a_share_without_a_teacher_is_no_part_of_the_identity(tiny_config):
         assert (changed_fields(one, other) == []) == is_same
 
 
+@pytest.mark.parametrize(
+    ("model", "knob", "other", "is_same"),
+    [
+        ({}, "n_embd_wte_scale_tying", False, True),  # There is nothing to tie.
+        ({"n_embd_wte": 4}, "n_embd_wte_scale_tying", False, False),
+        ({"band_sizes": (50, 47), "band_ranks": (0, 4)}, "n_embd_wte", 8, True),
+        ({"n_embd_wte": 4}, "n_embd_wte", 8, False),
+    ],
+)
+def test_a_model_knob_without_effect_is_no_part_of_the_identity(
+    model, knob, other, is_same, tiny_config
+):
+    """Older versions took it."""
+    given = {f"model.{name}": value for name, value in model.items()}
+    one = changed(tiny_config, **given).to_dict()
+    two = one | {"model": one["model"] | {knob: other}}
+    assert (changed_fields(two, one) == []) == is_same
+
+
 def test_an_identity_survives_being_written_and_read(tiny_config, tmp_path):
     bands = {"model.band_sizes": (50, 47), "model.band_ranks": (0, 4)}
     record = changed(tiny_config, **bands).to_dict()

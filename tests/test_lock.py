@@ -240,6 +240,7 @@ def test_an_interrupt_ends_the_wait_at_once(folder, want):
     assert said == "held\n"
     waiting, said = want()
     assert "waiting for" in said
+    time.sleep(0.5)  # Python sees a signal just before a sleep only after it.
     waiting.send_signal(signal.SIGINT)
     _, errors = waiting.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
