@@ -23,7 +23,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of a folder; ValueError if it is not that of the export.
 
-    dtype: as for from_pretrained; "auto" is that of config.json.
+    dtype: as for from_pretrained; "auto" is that of config.json if it states one.
     """
     folder = Path(folder)
     record = json.loads((folder / "pcagpt.json").read_text("utf-8"))

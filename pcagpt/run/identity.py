@@ -57,7 +57,7 @@ def identity(
         if not (found["model.n_embd_wte"] or found["model.band_sizes"]):
             found[_TYING] = KNOBS[_TYING].default  # There is nothing to tie.
         if found["model.band_sizes"] and not found.get("init.import_bands", True):
-            found["model.n_embd_wte"] = None  # Such bands have no rank.
+            found["model.n_embd_wte"] = None  # Such bands do not read it.
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 
