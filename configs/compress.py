@@ -6,8 +6,8 @@ r"""Compresses the token table of a trained model without training it.
 Measures methods x ranks x frequency bands on the validation split and writes
 checkpoints/compressed/: sweep.json, report.html, and the best models of each rank: with
 factors, coded, and packed. They can be evaluated like a run, and, but for packed ones,
-trained further. Tables of another architecture can only be exported, and those of a
-GGUF file not even that.
+trained further. Tables of another architecture can only be exported, those of a GGUF
+file cannot.
 --config.compress.recover_ranks=128 also trains the best factors and the coded table of
 that rank, and D for the same steps.
 --config.compress.max_added_loss=0.05 (or .max_params=, .max_bytes=) finds the one table

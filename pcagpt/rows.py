@@ -247,10 +247,12 @@ class Row(SwapScores, Stored):
         return row
 
 
-def row_of_model(rows: Iterable[Row], is_there: Callable[[Row], bool]) -> Row:
+def row_of_model(
+    rows: Iterable[Row], is_there: Callable[[Row], bool] = lambda row: False
+) -> Row:
     """Of the rows of one `model_name`, the one that a sweep writes.
 
-    That of least added loss. In a tie, the one whose model is there, or else the first.
+    It is that of least added loss; in a tie, the one whose model is there, or the first.
     """
     return min(rows, key=lambda row: (row.added_loss, not is_there(row)))
 

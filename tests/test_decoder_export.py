@@ -202,22 +202,26 @@ def test_an_export_keeps_all_other_weights(name, form, tmp_path):
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
 
 
+def exported(form, place):
+    """The export of the model in `place`, with a compressed table of 90 tokens."""
+    tokens = dict.fromkeys(("train", "val"), np.arange(200) % 90)
+    pcagpt.compress(
+        place / "model", data=tokens, max_bytes=90 * 32 * 4, methods=METHOD_OF[form]
+    ).save(place / "small")
+    words = f"--config.model_path={place / 'small'}", f"--config.format={form}"
+    made = call(
+        f"--config={CONFIGS / 'export.py'}", *words, f"--config.workdir={place}"
+    )
+    assert made.code == 0, made
+    return place / "exported" / f"small_{form}"
+
+
 @pytest.mark.parametrize("form", METHOD_OF)
 def test_an_export_ends_a_text_where_its_model_does(form, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"]())
     model.generation_config.eos_token_id = [2, 67]  # config.json says 2 alone.
     model.save_pretrained(tmp_path / "model")
-    tokens = dict.fromkeys(("train", "val"), np.arange(200) % 90)
-    most = model.get_input_embeddings().weight.nbytes
-    pcagpt.compress(
-        tmp_path / "model", data=tokens, max_bytes=most, methods=METHOD_OF[form]
-    ).save(tmp_path / "small")
-    words = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
-    made = call(
-        f"--config={CONFIGS / 'export.py'}", *words, f"--config.workdir={tmp_path}"
-    )
-    assert made.code == 0, made
-    found, _ = opened(form, tmp_path / "exported" / f"small_{form}")
+    found, _ = opened(form, exported(form, tmp_path))
     assert found.generation_config.eos_token_id == [2, 67]
 
 
@@ -239,17 +243,7 @@ def test_an_export_of_a_model_without_a_stated_type_opens_in_its_type(form, tmp_
     stored = json.loads(path.read_text())
     assert stored.pop("dtype") == "bfloat16"
     path.write_text(json.dumps(stored))
-    tokens = dict.fromkeys(("train", "val"), np.arange(200) % 90)
-    most = 90 * 32 * 4
-    pcagpt.compress(
-        tmp_path / "model", data=tokens, max_bytes=most, methods=METHOD_OF[form]
-    ).save(tmp_path / "small")
-    words = f"--config.model_path={tmp_path / 'small'}", f"--config.format={form}"
-    made = call(
-        f"--config={CONFIGS / 'export.py'}", *words, f"--config.workdir={tmp_path}"
-    )
-    assert made.code == 0, made
-    folder = tmp_path / "exported" / f"small_{form}"
+    folder = exported(form, tmp_path)
     if form == "coded":
         found = loader_of(folder).load()
     else:

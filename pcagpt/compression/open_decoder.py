@@ -22,7 +22,6 @@ from pcagpt.errors import UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
 from pcagpt.run.unfilled import Place, refuse_unfilled
 
-_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 # What programs store although it follows from config.json, such as causal masks.
 _BUFFERS = re.compile(
     r"(rotary_emb\..*|inv_freq|masked_bias|(attn|attention)\.bias|causal_mask|"
@@ -171,7 +170,7 @@ def _check_files(model: Any, folder: Path) -> None:
             key = name.removeprefix(prefix)
             is_read = bool({key, prefix + key} & own)
             is_read |= name.endswith("weight")  # such as an expert, which is merged
-            if is_read and not is_known and kind not in _FLOATS:
+            if is_read and not is_known and kind not in hugging_face.DTYPES:
                 raise UserError(f"{folder}: {_QUANTIZED.format(method=kind)}")
             other, place = found.setdefault(key, (name, path))
             if other == name or {name, other} <= own:

@@ -17,8 +17,6 @@ from pcagpt.compression.sides import OUTPUT
 from pcagpt.errors import UserError
 from pcagpt.run import hugging_face, other_decoder
 
-# As safetensors names them, and as config.json does.
-_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # Modules of the table and of the output head, as architectures name them.
 _TABLES = (
     "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings",
@@ -52,14 +50,14 @@ def read(files: dict[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def dtype_of(folder: Path) -> str:
-    """The type of a model without a stated one, as transformers finds it.
+    """The type that transformers takes if config.json states none.
 
-    It is that of the first tensor of floating-point numbers.
+    It is that of the first floating-point tensor; 'float32' if there is no such tensor.
     """
     for path in hugging_face.files(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  # It is no dict.
-                if found := _TYPES.get(file.get_slice(name).get_dtype()):
+                if found := hugging_face.DTYPES.get(file.get_slice(name).get_dtype()):
                     return found
     return "float32"
 

@@ -273,13 +273,10 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
-    """The tokenizer_config.json beside a file, as transformers completes it.
-
-    Empty without one.
-    """
+    """The settings in the files beside a tokenizer, as transformers combines them."""
     config = read_json(file.with_name(_CONFIG), _DAMAGED) or {}
     if "added_tokens_decoder" in config:
-        return config  # transformers does not read the other file then.
+        return config  # transformers then ignores special_tokens_map.json.
     return config | (read_json(file.with_name(_SPECIAL), _DAMAGED) or {})
 
 

@@ -275,9 +275,9 @@ class DecoderSource:
         return stored_tensors.read(self._names, self._names)
 
     def config(self) -> dict[str, Any]:
-        """As `Source.config`: that of the original, which always states a type here.
+        """As `Source.config`: that of the original, with its type added if it has none.
 
-        Else transformers would take the type of a tensor, which may be the new table.
+        Without it, transformers takes the type of a tensor, which may be the new table.
         """
         folder = self.original.folder
         stored = read_json(folder / hugging_face.CONFIG, "") or {}

@@ -42,6 +42,7 @@ class PackedBand:
 
     def rows(self, rows_N: jax.Array, dtype=jnp.float32) -> jax.Array:
         """Rows of the table: [N, D] in `dtype`."""
+        # NumPy refuses rows beyond the table.
         return self.decode(jnp.asarray(self.codes)[rows_N], dtype)
 
     def decode(self, codes, dtype=jnp.float32):

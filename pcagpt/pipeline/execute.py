@@ -115,8 +115,8 @@ def execute(plan: Plan, command: str) -> None:
         results = collect_results(workdir, plan.reported, plan.factors, command)
         results |= experiment_samples(plan.settings, workdir, results, known)
         try:
-            # Before the report, whose rows tell that they are shown. Other commands
-            # may have trained all runs.
+            # Other commands may have trained all runs. The boards come first: the rows
+            # of a report count as shown.
             if is_new or known.get("rows") != results["rows"]:
                 show_results(plan.settings, command, results)
             write_report(workdir, results)

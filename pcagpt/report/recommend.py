@@ -67,7 +67,7 @@ def _candidates(sweep: dict[str, Any]) -> list[Row]:
     for name in dict.fromkeys(row.model_name for row in rows if row.model_name):
         of_name = [row for row in known if row.model_name == name]
         written = [row for row in of_name if model_of(row, sweep)]
-        found.append(row_of_model(written or of_name, lambda row: False))
+        found.append(row_of_model(written or of_name))
     return found
 
 

@@ -51,7 +51,7 @@ _ALIASES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
 }
-_DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _RESTORE = "restore it, or download the model again"
 
 
@@ -219,10 +219,10 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
             expected = wanted[TABLE if name == HEAD else name].shape
             if shape != expected:
                 raise UserError(_shape_error(folder, name, shape, expected))
-            if dtype not in _DTYPES:
+            if dtype not in DTYPES:
                 raise UserError(
                     f"{path}: {name} has the type {dtype}: it must be one of "
-                    f"{', '.join(_DTYPES)}"
+                    f"{', '.join(DTYPES)}"
                 )
         for path in files(folder):
             check_filled(path)

@@ -56,8 +56,9 @@ def identity(
     if "model" in sections and isinstance(record.get("model"), dict):
         if not (found["model.n_embd_wte"] or found["model.band_sizes"]):
             found[_TYING] = KNOBS[_TYING].default  # There is nothing to tie.
-        if found["model.band_sizes"] and not found.get("init.import_bands", True):
-            found["model.n_embd_wte"] = None  # Such bands do not read it.
+        has_own_bands = found["model.band_sizes"] and "init" in sections
+        if has_own_bands and not found["init.import_bands"]:
+            found["model.n_embd_wte"] = None  # Only imported bands have a rank.
     return strict({name: v for name, v in found.items() if name not in NOT_IDENTITY})
 
 
