@@ -252,7 +252,8 @@ def row_of_model(
 ) -> Row:
     """Of the rows of one `model_name`, the one that a sweep writes.
 
-    It is that of least added loss; in a tie, the one whose model is there, or the first.
+    It is that of least added loss; in a tie, the one whose model is there, or else the
+    first.
     """
     return min(rows, key=lambda row: (row.added_loss, not is_there(row)))
 
