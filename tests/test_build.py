@@ -10,7 +10,7 @@ from pcagpt.model import GPT
 from pcagpt.run.build import Hardware, build_config, hardware
 
 CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
-NVIDIA = Hardware("gpu", has_kernels=True)
+AMPERE, HOPPER = Hardware("gpu", "triton"), Hardware("gpu", "mosaic")
 
 
 def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
@@ -32,14 +32,17 @@ def test_bands_must_hold_the_whole_vocabulary():
     ("device", "asked", "expected"),
     [
         (CPU, {}, ("float32", "xla", "xla")),
-        (NVIDIA, {}, ("bfloat16", "cudnn", "pallas")),
+        (AMPERE, {}, ("bfloat16", "cudnn", "triton")),
+        (HOPPER, {}, ("bfloat16", "cudnn", "mosaic")),
+        (HOPPER, {"kernels": "triton"}, ("bfloat16", "cudnn", "triton")),
         (OTHER_GPU, {}, ("bfloat16", "cudnn", "xla")),
         (Hardware("tpu"), {}, ("float32", "xla", "xla")),
-        (NVIDIA, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
-        (NVIDIA, {"attention": "xla"}, ("bfloat16", "xla", "pallas")),
-        (NVIDIA, {"kernels": "xla"}, ("bfloat16", "cudnn", "xla")),
+        (AMPERE, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
+        (AMPERE, {"attention": "xla"}, ("bfloat16", "xla", "triton")),
+        (AMPERE, {"kernels": "xla"}, ("bfloat16", "cudnn", "xla")),
         (CPU, {"compute_dtype": "bfloat16"}, ("bfloat16", "xla", "xla")),
-        (CPU, {"kernels": "pallas"}, ("float32", "xla", "pallas")),
+        (CPU, {"kernels": "triton"}, ("float32", "xla", "triton")),
+        (CPU, {"kernels": "mosaic"}, ("float32", "xla", "mosaic")),
     ],
 )
 def test_auto_takes_what_the_device_does_best(device, asked, expected):
@@ -50,9 +53,10 @@ def test_auto_takes_what_the_device_does_best(device, asked, expected):
 @pytest.mark.parametrize(
     ("device", "asked", "words"),
     [
-        (OTHER_GPU, {"kernels": "pallas"}, "leave model.kernels=auto"),
-        (NVIDIA, {"kernels": "pallas"}, "leave model.kernels=auto"),
-        (NVIDIA, {"attention": "cudnn"}, "model.compute_dtype=bfloat16"),
+        (OTHER_GPU, {"kernels": "triton"}, "Ampere or newer.*leave model.kernels=auto"),
+        (AMPERE, {"kernels": "mosaic"}, "Hopper or newer.*leave model.kernels=auto"),
+        (HOPPER, {"kernels": "mosaic"}, "model.compute_dtype=bfloat16"),
+        (AMPERE, {"attention": "cudnn"}, "model.compute_dtype=bfloat16"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused(device, asked, words):

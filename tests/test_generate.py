@@ -82,7 +82,7 @@ def test_kernels_read_a_new_token_as_the_plain_form_does(samples, bias, monkeypa
     random = np.random.default_rng(1)
     earlier, new = random.integers(0, 97, (samples, 6)), random.integers(0, 97, samples)
     found = []
-    for kernels in ("xla", "pallas"):
+    for kernels in ("xla", "triton"):
         config = gpt_config(**SIZES, n_embd_wte=8, bias=bias, kernels=kernels)
         model = GPT(config)
         _, written = model.apply(variables, earlier, method="hidden", mutable="cache")

@@ -12,7 +12,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
-from pcagpt.kernels import gelu, launch, low_rank_head, norm, one_token, softmax
+from pcagpt.kernels.mosaic import mlp
+from pcagpt.kernels.mosaic import softmax as mosaic_softmax
+from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -138,19 +140,25 @@ def test_gradient_of_the_table_is_predictions_minus_occurrences(
     assert_near(found, wanted, precision.head)
 
 
+# Of Mosaic: rows in one block and in several; more rows than programs and fewer.
 @pytest.mark.parametrize(
-    ("count", "columns", "size"),
-    [(7, 100, 90), (3, 64, 64), (5, 33, 20), (4, 200, 65), (3, 1, 1)],
+    ("backend", "count", "columns", "size"),
+    [
+        *(("triton", 7, 100, 90), ("triton", 3, 64, 64), ("triton", 5, 33, 20)),
+        *(("triton", 4, 200, 65), ("triton", 3, 1, 1)),
+        *(("mosaic", 7, 128, 100), ("mosaic", 2, 12928, 12800)),
+    ],
 )
 @in_each_precision
 def test_loss_and_gradient_of_stored_logits(
-    count, columns, size, precision, monkeypatch
+    backend, count, columns, size, precision, monkeypatch
 ):
     monkeypatch.setattr(softmax, "COLUMNS", 32)
+    function = {"triton": softmax, "mosaic": mosaic_softmax}[backend].loss_and_gradient
     logits = random_array(0, count, columns, dtype=precision.dtype, scale=3.0)
     targets = np.random.default_rng(1).integers(0, size, count).astype(np.int32)
     targets[-1] = -1
-    of_rows = jax.jit(softmax.loss_and_gradient, static_argnums=1)
+    of_rows = jax.jit(function, static_argnums=1)
     loss, gradient = of_rows(logits, size, targets)
     assert (loss.dtype, gradient.dtype) == (jnp.float32, precision.dtype)
     p = softmax_of(exact(logits)[0][:, :size])
@@ -241,6 +249,38 @@ def test_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1(precision):
     found, pull = jax.vjp(gelu.bias_gelu, h, jnp.zeros(4))
     np.testing.assert_array_equal(found, np.asarray([[0, 0, 60, 1e4]], precision.dtype))
     np.testing.assert_array_equal(pull(jnp.ones_like(h))[0], [[0, 0, 1, 1]])
+
+
+def test_mlp_and_its_gradients():
+    count, width, hidden = 384, 64, 512  # Programs have one tile, or two.
+    scales = {"x": 1.0, "fc": width**-0.5, "bias": 0.5, "proj": hidden**-0.5}
+    shapes = (count, width), (width, hidden), (hidden,), (hidden, width)
+    arrays = [
+        random_array(i, *shape, dtype=jnp.float32 if i == 2 else jnp.bfloat16, scale=s)
+        for i, (shape, s) in enumerate(zip(shapes, scales.values(), strict=True))
+    ]
+    assert mlp.fits(count, width, hidden)
+    of_y = random_array(4, count, width, dtype=jnp.bfloat16)
+    found, pull = jax.vjp(jax.jit(mlp.mlp), *arrays)
+    gradients = pull(of_y)
+    np.testing.assert_array_equal(*exact(jax.jit(mlp.mlp)(*arrays), found))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in exact(*arrays, of_y)]
+        wanted, pull = jax.vjp(
+            lambda x, fc, b, proj: jax.nn.gelu(x @ fc + b, approximate=True) @ proj,
+            *wide[:4],
+        )
+        wanted_gradients = pull(wide[4])
+    assert_near(*exact(found), np.asarray(wanted), HALF.rounded)
+    for of_a, wanted, a in zip(gradients, wanted_gradients, arrays, strict=True):
+        assert of_a.dtype == a.dtype
+        assert_near(*exact(of_a), np.asarray(wanted), 2 * HALF.rounded)
+
+
+def test_mosaic_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
+    h = jnp.asarray([-1e4, -60.0, 60.0, 1e4])
+    np.testing.assert_array_equal(h * mlp._sigmoid(h), [0, 0, 60, 1e4])
+    np.testing.assert_array_equal(mlp._derivative(h), [0, 0, 1, 1])
 
 
 # Several devices
@@ -339,6 +379,34 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert lower(block, *arrays, cache) == 4
 
 
+@pytest.mark.skipif(ON_GPU, reason="there they are compiled")
+def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def lowered(function, *shapes):
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+        traced = jax.jit(function).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def kernels_in(program):
+        return program.count("@mosaic_gpu")
+
+    half = jnp.bfloat16
+    with gpu_that_is_not_here():
+        stored = functools.partial(mosaic_softmax.loss_and_gradient, size=50257)
+        logits, targets = ((4096, 50304), half), ((4096,), jnp.int32)
+        program = lowered(lambda x, t: stored(x, targets_n=t), logits, targets)
+        assert kernels_in(program) == 1
+        assert "output_operand_alias" in program  # It needs no second array.
+        for hidden in (3072, 4096):
+            fc, bias = ((768, hidden), half), ((hidden,), jnp.float32)
+            arrays = ((32768, 768), half), fc, bias, (fc[0][::-1], half)
+            assert mlp.fits(32768, 768, hidden)
+            assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
+            of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
+            assert kernels_in(lowered(of_all, *arrays)) == 2
+
+
 def gpu_that_is_not_here():
     """A description of the GPU, which newer versions of JAX ask for."""
     described = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
@@ -427,12 +495,29 @@ def test_gelu_leaves_widths_of_small_pieces_to_the_plain_form():
     assert gelu.fits(4 * 768) and gelu.fits(1248) and not gelu.fits(1200)
 
 
-def test_kernels_are_for_recent_nvidia_gpus_and_need_triton(monkeypatch):
-    hopper = SimpleNamespace(compute_capability="9.0")
-    assert kernels.are_available(hopper)
-    for capability in ("7.5", "gfx942", None):
-        device = SimpleNamespace(compute_capability=capability)
-        assert not kernels.are_available(device)
-    assert not kernels.are_available(SimpleNamespace())  # a CPU
+def test_kernels_are_for_recent_nvidia_gpus_and_triton_may_be_missing(monkeypatch):
+    def best(capability):
+        return kernels.best(SimpleNamespace(compute_capability=capability))
+
+    assert [best(c) for c in ("8.0", "8.9", "9.0", "10.3")] == [
+        *("triton", "triton", "mosaic", "mosaic")
+    ]
+    assert {best(c) for c in ("7.5", "gfx942", None)} == {"xla"}
+    assert kernels.best(SimpleNamespace()) == "xla"  # a CPU
+    uses = {name: kernels.use_triton(name) for name in kernels.CHOICES}
+    assert uses == {"mosaic": True, "triton": True, "xla": False}
     monkeypatch.setattr(launch, "triton", None)
-    assert not kernels.are_available(hopper)
+    assert (best("8.0"), best("9.0")) == ("xla", "mosaic")
+    assert not kernels.use_triton("mosaic")
+
+
+def test_mosaic_leaves_what_it_has_no_tiles_for_to_other_forms(monkeypatch):
+    assert mosaic_softmax.fits(50304, jnp.bfloat16)
+    assert not mosaic_softmax.fits(50304, jnp.float32)  # too long for shared memory
+    assert not mosaic_softmax.fits(100, jnp.bfloat16)
+    assert mlp.fits(32768, 768, 512)
+    for sizes in ((100, 768, 512), (128, 80, 512), (128, 64, 300)):
+        assert not mlp.fits(*sizes)
+    gpu = SimpleNamespace(compute_capability="10.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert not mlp.fits(32768, 768, 512)

@@ -324,7 +324,7 @@ KNOBS = {
     "model.dropout": (step, 0.1, {}),
     "model.compute_dtype": (step, "bfloat16", {}),
     "model.attention": (attention, "xla", {}),
-    "model.kernels": (step, "pallas", {}),
+    "model.kernels": (step, "triton", {}),
     "data.source": (first_batch, "PLACE/corpus", {}),
     "data.tokenizer": (tokenized, "sotu4096", TEXT),
     "data.cache_dir": (tokenized, "PLACE/elsewhere", TEXT),

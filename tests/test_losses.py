@@ -27,7 +27,7 @@ HEADS = {
     "padded full band": [(3, 3, 2), (16, 11, None)],
 }
 each_head = pytest.mark.parametrize("bands", HEADS.values(), ids=HEADS)
-both_forms = pytest.mark.parametrize("kernels", ["xla", "pallas"])
+both_forms = pytest.mark.parametrize("kernels", ["xla", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_loss_without_gradients_is_the_same(kernels):
 @pytest.mark.parametrize("name", ["full", "high rank"])
 def test_kernels_do_not_round_a_chunks_gradient_of_a_table(name):
     h, head, targets = inputs(HEADS[name])
-    loss = functools.partial(cross_entropy, logits_dtype=jnp.bfloat16, kernels="pallas")
+    loss = functools.partial(cross_entropy, logits_dtype=jnp.bfloat16, kernels="triton")
     with jax.disable_jit():  # XLA may keep more digits than it is asked for.
         [band] = jax.grad(loss, 1)(h.astype(jnp.bfloat16), head, targets)
     gradient = band.wte[: band.size]
@@ -152,7 +152,7 @@ def test_kernels_do_not_round_a_chunks_gradient_of_a_table(name):
 
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [("bands", "xla"), ("bands", "pallas"), ("high rank", "pallas")],
+    [("bands", "xla"), ("bands", "triton"), ("high rank", "triton")],
 )
 def test_gradients_have_the_dtypes_of_their_parameters(name, kernels):
     h, head, targets = inputs(HEADS[name])
@@ -173,7 +173,7 @@ def array_shapes(function, *arguments):
 
 def test_kernels_store_no_logits_of_a_low_rank():
     bands, tokens = [(640, 640, 4), (896, 896, 2)], 256
-    shapes = array_shapes(chunked(1, kernels="pallas"), *inputs(bands, tokens))
+    shapes = array_shapes(chunked(1, kernels="triton"), *inputs(bands, tokens))
     assert (4, 640) in shapes
     assert max(map(math.prod, shapes)) < tokens * 640 / 4
 
@@ -242,7 +242,7 @@ def test_chunked_loss_never_holds_logits_of_all_tokens():
     tokens, rows, chunks = 512, 1024, 8
     arguments = inputs([(rows, rows - 5, 4)], tokens)
     assert (tokens, rows - 5) in array_shapes(dense, *arguments)
-    for kernels, rank in (("xla", 4), ("xla", None), ("pallas", None)):
+    for kernels, rank in (("xla", 4), ("xla", None), ("triton", None)):
         given = inputs([(rows, rows - 5, rank)], tokens)
         shapes = array_shapes(chunked(chunks, kernels=kernels), *given)
         assert max(map(math.prod, shapes)) == tokens // chunks * rows

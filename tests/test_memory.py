@@ -65,8 +65,8 @@ TABLE, CHUNK, HIDDEN = ROWS * WIDTH, TOKENS // CHUNKS * ROWS, TOKENS * 4 * WIDTH
     ("rank", "kernels", "largest", "gigabytes"),
     [
         (0, "xla", TABLE, 1.2),
-        pytest.param(0, "pallas", TABLE, 1.0, marks=pytest.mark.slow),
-        pytest.param(128, "pallas", HIDDEN, 0.5, marks=pytest.mark.slow),
+        pytest.param(0, "triton", TABLE, 1.0, marks=pytest.mark.slow),
+        pytest.param(128, "triton", HIDDEN, 0.5, marks=pytest.mark.slow),
         pytest.param(128, "xla", CHUNK, 0.9, marks=pytest.mark.slow),
     ],
 )
@@ -102,7 +102,7 @@ def kernels_of(jaxpr):
 def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels):
     both_ways = {"add_and_norm", "bias_gelu"}
     both_ways |= {f"{name}_gradient" for name in both_ways}
-    assert kernels_of(traced_step(rank, "pallas").jaxpr) == both_ways | loss_kernels
+    assert kernels_of(traced_step(rank, "triton").jaxpr) == both_ways | loss_kernels
     assert kernels_of(traced_step(rank, "xla").jaxpr) == set()
 
 

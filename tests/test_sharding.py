@@ -222,7 +222,7 @@ def test_each_device_sums_the_gradients_of_its_own_lookups():
 
 @pytest.mark.parametrize(
     ("devices", "tokens", "chunks", "kernels"),
-    [(8, 128, 32, "xla"), (8, 128, 32, "pallas"), (3, 96, 6, "xla")],
+    [(8, 128, 32, "xla"), (8, 128, 32, "triton"), (3, 96, 6, "xla")],
 )
 def test_any_number_of_chunks_works_on_any_mesh(devices, tokens, chunks, kernels):
     mesh = placement.make_mesh(devices, 1)
@@ -250,11 +250,11 @@ HEADS = {
     ("name", "kernels", "tokens", "chunks"),
     [
         ("full", "xla", 96, 8),
-        ("full", "pallas", 128, 32),
+        ("full", "triton", 128, 32),
         ("low rank", "xla", 128, 32),
-        ("low rank", "pallas", 96, 8),
+        ("low rank", "triton", 96, 8),
         ("bands", "xla", 128, 4),
-        ("bands", "pallas", 96, 8),
+        ("bands", "triton", 96, 8),
     ],
 )
 def test_chunks_of_the_loss_move_no_token_to_another_device(

@@ -208,7 +208,7 @@ def test_kernels_train_like_the_plain_form(table, devices, tiny_config):
     fast = {"train.learning_rate": 1e-2, **TABLES[table]}
     wanted = losses(changed(tiny_config, **fast), 4)
     assert wanted[-1] < wanted[0] - 0.1
-    kernels = {"model.kernels": "pallas"} | devices
+    kernels = {"model.kernels": "triton"} | devices
     found = losses(changed(tiny_config, **fast, **kernels), 4)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
@@ -242,15 +242,15 @@ def compiled_step(config):
 @pytest.mark.parametrize(
     ("table", "kernels"),
     [
-        ("full", "pallas"),
+        ("full", "triton"),
         ("bands", "xla"),
-        pytest.param("bands", "pallas", marks=pytest.mark.slow),
+        pytest.param("bands", "triton", marks=pytest.mark.slow),
     ],
 )
 def test_devices_exchange_only_sums_and_split_parameters(table, kernels, tiny_config):
     # No parameter has a size of the activations: 384 tokens, 48 on each device.
     sizes = {"train.batch_size": 24, "model.kernels": kernels}
-    dtype = {"model.compute_dtype": "bfloat16" if kernels == "pallas" else "float32"}
+    dtype = {"model.compute_dtype": "bfloat16" if kernels == "triton" else "float32"}
     config = changed(tiny_config, **TABLES[table], **sizes, **dtype)
     step, _ = compiled_step(changed(config, **{"mesh.data": 8}))
     whole = exchanges(step)

@@ -86,9 +86,9 @@ class ModelSettings:
     )
     kernels: str = knob(
         "auto",
-        "norms, GELU and training loss, except distillation's; auto: pallas for "
-        "bfloat16 on NVIDIA GPUs, Ampere or newer",
-        one_of("auto", "xla", "pallas"),
+        "norms, GELU and training loss, except distillation's; auto, for bfloat16 on "
+        "NVIDIA GPUs: mosaic on Hopper or newer, triton on Ampere or newer",
+        one_of("auto", "xla", "triton", "mosaic"),
     )
 
     @property

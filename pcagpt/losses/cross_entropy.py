@@ -8,7 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import low_rank_head, softmax
+from pcagpt.kernels import use_triton
+from pcagpt.kernels.mosaic import softmax as mosaic_softmax
+from pcagpt.kernels.triton import low_rank_head
+from pcagpt.kernels.triton import softmax as triton_softmax
 from pcagpt.losses.chunks import sum_of_chunks
 from pcagpt.losses.fused import fused_cross_entropy
 from pcagpt.losses.logits import token_losses
@@ -36,12 +39,14 @@ def cross_entropy(
       targets_N: as for `token_losses`.
       logits_dtype: dtype of stored logits.
       chunks: largest number of chunks that the tokens are cut into.
-      kernels: 'pallas' or 'xla'.
+      kernels: 'mosaic', 'triton' or 'xla'.
     """
-    if kernels == "pallas":
-        if len(head) > 1 or low_rank_head.fits(head[0].wte.shape[1]):
-            return fused_cross_entropy(h_ND, head, targets_N, chunks)
-        function = functools.partial(_by_softmax_kernel, logits_dtype=logits_dtype)
+    [rows, width], is_banded = head[0].wte.shape, len(head) > 1
+    if use_triton(kernels) and (is_banded or low_rank_head.fits(width)):
+        return fused_cross_entropy(h_ND, head, targets_N, chunks)
+    softmax = _softmax_kernel(kernels, rows, logits_dtype)
+    if softmax is not None and not is_banded:
+        function = functools.partial(_by_kernel, softmax, logits_dtype)
     else:
 
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
@@ -51,12 +56,19 @@ def cross_entropy(
     return sum_of_chunks(function, chunks, h_ND, head, (), (targets_N,))[0]
 
 
-def _by_softmax_kernel(h_nD, head: Head, _, targets_n, *, logits_dtype):
+def _softmax_kernel(kernels: str, rows: int, dtype):
+    """The kernel for logits [n, rows], or None: the backend has none."""
+    if kernels == "mosaic" and mosaic_softmax.fits(rows, dtype):
+        return mosaic_softmax.loss_and_gradient
+    return triton_softmax.loss_and_gradient if use_triton(kernels) else None
+
+
+def _by_kernel(softmax, logits_dtype, h_nD, head: Head, _, targets_n):
     """Loss and gradients of a chunk for a head of one band; see `sum_of_chunks`."""
     [band] = head
     z_nK, back = jax.vjp(project, h_nD, band.scale_down)
     logits_nV = products(z_nK, band.wte, logits_dtype)
-    loss_n, gradient_nV = softmax.loss_and_gradient(logits_nV, band.size, targets_n)
+    loss_n, gradient_nV = softmax(logits_nV, band.size, targets_n)
     of_h_nD, of_scale_KD = back((gradient_nV @ band.wte).astype(z_nK.dtype))
     # The product is in float32, so that XLA fuses it with the sum over chunks.
     of_wte_VK = jnp.matmul(gradient_nV.T, z_nK, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-`kernels.low_rank_head` explains the method. If the rank of a band is too high for the
-kernels, the band stores one chunk of logits at a time, in float32.
+`low_rank_head` explains the method. If the rank of a band is too high for the kernels,
+the band stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import low_rank_head
+from pcagpt.kernels.triton import low_rank_head
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.model import ALIGNED, Head, HeadBand, products, project
 from pcagpt.sharding.inside import by_device, device_count, gathered

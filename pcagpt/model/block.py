@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import gelu, norm, one_token
+from pcagpt import kernels
+from pcagpt.kernels.mosaic import mlp
+from pcagpt.kernels.triton import gelu, norm, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
@@ -72,14 +74,14 @@ class ResidualNorm(nn.Module):
         width = x_ND.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         parameters = bias_D, scale_D, _bias(self, width)
-        has_kernel = self.config.kernels == "pallas" and norm.fits(width)
+        has_kernel = kernels.use_triton(self.config.kernels) and norm.fits(width)
         if has_kernel and not has_few_rows:
             return norm.add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
         return _add_and_norm(x_ND, update_ND, *parameters)
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
-    """The plain form of `kernels.norm.add_and_norm`; statistics are in float32."""
+    """The plain form of `norm.add_and_norm`; statistics are in float32."""
     x_ND = (x_ND + (update_ND + bias_D)).astype(x_ND.dtype)  # rounded once
     exact_ND = x_ND.astype(jnp.promote_types(x_ND.dtype, jnp.float32))
     # The mean and the mean square come from one read of the stream. The kernel, which
@@ -110,7 +112,7 @@ class Attention(nn.Module):
         kernel, bias = Linear(config, 3 * width, name="qkv")(width)
         if position is not None:
             y_ND, bias_D = self._attend_to_cache(x_ND @ kernel, bias, position)
-            return project_back(config, y_ND, bias_D, deterministic)
+            return _project_back(config, y_ND, bias_D, deterministic)
         if config.attention == "xla":  # It copies all three in any case.
             q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel, 3, axis=1)
         else:
@@ -144,7 +146,8 @@ class Attention(nn.Module):
                 self._cached("keys", k_BTHC, 0)
                 self._cached("values", v_BTHC, 0)
             y_BTHC = _causal_attention(q_BTHC, k_BTHC, v_BTHC, config.attention)
-        return project_back(config, y_BTHC.reshape(x_ND.shape), v_bias_D, deterministic)
+        y_ND = y_BTHC.reshape(x_ND.shape)
+        return _project_back(config, y_ND, v_bias_D, deterministic)
 
     def _attend_to_cache(self, qkv_B3D, bias_3D, position):
         """(result [B, D] for one token of each sequence, value bias [D] to be added).
@@ -152,7 +155,8 @@ class Attention(nn.Module):
         The value bias is None if the result contains it.
         """
         config, width = self.config, self.config.n_embd
-        if config.kernels == "pallas" and one_token.fits(width, config.n_head):
+        has_kernels = kernels.use_triton(config.kernels)
+        if has_kernels and one_token.fits(width, config.n_head):
             kept = [self.variable("cache", name, None) for name in ("keys", "values")]
             qkv = one_token.Sum(qkv_B3D.astype(jnp.float32)[None], bias_3D)
             y_BD, *new = one_token.attend(qkv, *(k.value for k in kept), position)
@@ -234,35 +238,45 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_ND, deterministic: bool):
         """Normed stream [N, D] -> its update."""
-        width = self.config.n_embd
-        kernel, bias = Linear(self.config, 4 * width, name="fc")(width)
-        is_exact = self.config.gelu == "exact"
-        has_kernel = self.config.kernels == "pallas" and gelu.fits(4 * width)
-        if has_kernel and not is_exact:
-            h_NF = gelu.bias_gelu(x_ND @ kernel, bias)
+        config, width = self.config, self.config.n_embd
+        kernel, bias = Linear(config, 4 * width, name="fc")(width)
+        proj, proj_bias_D = _projection(config)(4 * width)
+        is_exact, chosen = config.gelu == "exact", config.kernels
+        if not is_exact and chosen == "mosaic" and mlp.fits(*x_ND.shape, 4 * width):
+            y_ND = mlp.mlp(x_ND, kernel, bias, proj)
+        elif not is_exact and kernels.use_triton(chosen) and gelu.fits(4 * width):
+            y_ND = gelu.bias_gelu(x_ND @ kernel, bias) @ proj
         else:
-            h_NF = _bias_gelu(x_ND @ kernel, bias, is_exact)
-        return project_back(self.config, h_NF, None, deterministic)
+            y_ND = _bias_gelu(x_ND @ kernel, bias, is_exact) @ proj
+        return _drop(config, y_ND, proj_bias_D, deterministic)
 
 
 # The backward pass adds the bias again. This saves storing an [N, F] array per layer.
 @functools.partial(jax.checkpoint, static_argnums=2)
 def _bias_gelu(h_NF: jax.Array, bias_F: jax.Array, is_exact: bool) -> jax.Array:
-    """The plain form of `kernels.gelu.bias_gelu`, or GELU by the error function."""
+    """The plain form of `gelu.bias_gelu`, or GELU by the error function."""
     return nn.gelu(_add_bias(h_NF, bias_F), approximate=not is_exact)
 
 
-def project_back(config: GPTConfig, x_NX, input_bias_X, deterministic: bool):
-    """Projects x + input_bias to an update of the stream by the caller's layer 'proj'.
-
-    It projects the bias separately, so that no sum with an [N, X] array is needed.
-    """
+def _projection(config: GPTConfig) -> Linear:
+    """The caller's layer 'proj', which projects back to the width of the stream."""
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
-    linear = Linear(config, config.n_embd, residual_std, name="proj")
-    kernel, bias_D = linear(x_NX.shape[-1])
-    y_ND = x_NX @ kernel
-    if input_bias_X is not None:
-        bias_D += input_bias_X @ kernel
+    return Linear(config, config.n_embd, residual_std, name="proj")
+
+
+def _project_back(config: GPTConfig, x_ND, input_bias_D, deterministic: bool):
+    """Projects x + input_bias to an update of the stream.
+
+    It projects the bias separately, so that no sum with an [N, D] array is needed.
+    """
+    kernel, bias_D = _projection(config)(config.n_embd)
+    if input_bias_D is not None:
+        bias_D += input_bias_D @ kernel
+    return _drop(config, x_ND @ kernel, bias_D, deterministic)
+
+
+def _drop(config: GPTConfig, y_ND, bias_D, deterministic: bool):
+    """An update of the stream, y + bias, after dropout: (update, bias)."""
     if not config.dropout or deterministic:
         return y_ND, bias_D
     # Dropout applies to the sum, so the bias is added here and not in the next norm.

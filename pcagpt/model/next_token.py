@@ -7,8 +7,9 @@ has kernels of its own; it reads the same parameters and the same cache.
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels import one_token
-from pcagpt.kernels.one_token import Norm, Sum
+from pcagpt import kernels
+from pcagpt.kernels.triton import one_token
+from pcagpt.kernels.triton.one_token import Norm, Sum
 from pcagpt.model.block import LAYER_NORM_EPSILON
 from pcagpt.model.gpt import GPT
 
@@ -31,7 +32,7 @@ def next_hidden(
     """
     config = model.config
     has_few = (
-        config.kernels == "pallas"
+        kernels.use_triton(config.kernels)
         and config.gelu == "tanh"
         and len(tokens_B) <= one_token.FEW
         and one_token.fits(config.n_embd, config.n_head)

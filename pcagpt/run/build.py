@@ -10,6 +10,7 @@ from pcagpt import kernels
 from pcagpt.array_files import memory_bytes
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
+from pcagpt.kernels import CHOICES, NEEDS
 from pcagpt.model import BLOCK_RANK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
@@ -18,12 +19,12 @@ MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 class Hardware(NamedTuple):
     """Device of a model.
 
-    platform: 'cpu', 'gpu'; has_kernels: it runs Pallas kernels; memory: bytes of all
-    such devices.
+    platform: 'cpu', 'gpu'; kernels: the fastest that it runs, see `kernels.best`;
+    memory: bytes of all such devices.
     """
 
     platform: str
-    has_kernels: bool = False
+    kernels: str = "xla"
     memory: float = math.inf
 
 
@@ -35,7 +36,7 @@ def hardware() -> Hardware:
     else:
         known = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         memory = known * jax.device_count()
-    return Hardware(device.platform, kernels.are_available(device), memory)
+    return Hardware(device.platform, kernels.best(device), memory)
 
 
 def build_config(
@@ -115,13 +116,13 @@ def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:
             "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
             "model.compute_dtype=bfloat16; leave model.attention=auto"
         )
-    takes_kernels = device.has_kernels and dtype == "bfloat16"
+    runs = CHOICES[CHOICES.index(device.kernels if dtype == "bfloat16" else "xla") :]
     if kernel == "auto":
-        kernel = "pallas" if takes_kernels else "xla"
+        kernel = runs[0]
     # A CPU interprets the kernels. This is slow, and only tests need it.
-    elif kernel == "pallas" and device.platform != "cpu" and not takes_kernels:
+    elif kernel not in runs and device.platform != "cpu":
         raise UserError(
-            "model.kernels is 'pallas': the kernels need an NVIDIA GPU, Ampere or "
-            "newer, and model.compute_dtype=bfloat16; leave model.kernels=auto"
+            f"model.kernels is {kernel!r}: {NEEDS[kernel]}, and "
+            "model.compute_dtype=bfloat16; leave model.kernels=auto"
         )
     return dict(zip(DEVICE_KNOBS, (dtype, attention, kernel), strict=True))

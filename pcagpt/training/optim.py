@@ -1,13 +1,16 @@
 """Learning-rate schedules, decay on matrices only, and freezing."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pcagpt import trees
 from pcagpt.config.schema import TrainSettings
+from pcagpt.sharding.inside import device_count
 
 FROZEN, TRAINED = "frozen", "trained"
 
@@ -82,12 +85,33 @@ def optimizer(train: TrainSettings, frozen: tuple[str, ...] = ()) -> Optimizer:
         mask=lambda params: trees.label(params, DECAY_RULES),
     )
     if train.gradient_clip:
-        adamw = optax.chain(optax.clip_by_global_norm(train.gradient_clip), adamw)
+        clip = functools.partial(_clip, most=train.gradient_clip)
+        adamw = optax.chain(optax.stateless(clip), adamw)
     partly = optax.multi_transform(
         {TRAINED: adamw, FROZEN: optax.set_to_zero()},
         lambda params: freeze_labels(params, frozen),
     )
     return Optimizer(*partly, schedule, frozen)
+
+
+def global_norm(gradients) -> jax.Array:
+    """The Euclidean norm of all gradients together, a float32 scalar."""
+    if device_count() > 1:  # The devices would exchange the sums of rows.
+        return optax.tree.norm(gradients)
+    # One sum for each row, and one of all of these: a GPU then starts one kernel for
+    # each matrix and no kernel for each vector.
+    squares = map(jnp.square, jax.tree.leaves(gradients))
+    sums = [jnp.sum(s, axis=-1).ravel() if s.ndim > 1 else s.ravel() for s in squares]
+    return jnp.sqrt(jnp.sum(jnp.concatenate(sums)))
+
+
+def _clip(gradients, _=None, *, most: float):
+    """The gradients, shortened together to a norm of at most `most`."""
+    norm = global_norm(gradients)
+    return jax.tree.map(
+        lambda g: jnp.where(norm < most, g, (g / norm.astype(g.dtype)) * most),
+        gradients,
+    )
 
 
 def stop_frozen_gradients(params, frozen_patterns: Sequence[str]):

@@ -174,7 +174,7 @@ def train_step(
     )
     metrics = {
         **losses,
-        "gradient_norm": optax.tree.norm(gradients),
+        "gradient_norm": optim.global_norm(gradients),
         "learning_rate": jnp.float32(optimizer.schedule(state.step)),
     }
     new_state = state.replace(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt.kernels import launch
-from pcagpt.kernels.launch import LOG2_E
+from pcagpt.kernels.constants import LOG2_E
+from pcagpt.kernels.triton import launch
 from pcagpt.sharding import inside
 
 LEAST_RANK = 16  # the smallest operand of a GPU's matrix units

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt.kernels import launch
-from pcagpt.kernels.gelu import tanh_gelu
+from pcagpt.kernels.constants import LOG2_E
+from pcagpt.kernels.triton import launch
+from pcagpt.kernels.triton.gelu import tanh_gelu
 
 LEAST_PIECE = 16  # of a row, and least width of a head
 MOST_PIECE = 128
@@ -270,7 +271,7 @@ def _visit_head(position_ref, q_ref, k_ref, v_ref, *references, size: int, ahead
     _, _, y_ref, keys_ref, values_ref = references  # The inputs are the same memory.
     capacity, head_width = keys_ref.shape
     position = position_ref[0]
-    scale = launch.LOG2_E / head_width**0.5
+    scale = LOG2_E / head_width**0.5
     q_C, k_C, v_C = (
         sum(ref[part, :] for part in range(ref.shape[0]))
         for ref in (q_ref, k_ref, v_ref)

@@ -1,7 +1,6 @@
 """Runs kernels on GPUs and interprets them on CPUs.
 
-Pallas's Triton backend runs on NVIDIA GPUs, Ampere or newer. A future JAX may lack this
-backend; model.kernels=auto then selects the plain forms.
+Pallas's Triton backend runs on NVIDIA GPUs, Ampere or newer.
 """
 
 import math
@@ -18,17 +17,16 @@ except ImportError:
 
 LEAST_COMPUTE_CAPABILITY = 8.0  # the first with bfloat16
 PROGRAMS = 264  # two for each multiprocessor of an H100 keep it busy
-LOG2_E = math.log2(math.e)  # Kernels use exp2, the GPU's own instruction.
 
 
-def are_available(device: jax.Device) -> bool:
-    """Whether this device can run compiled kernels."""
-    capability = getattr(device, "compute_capability", None)
-    try:
-        is_recent = float(capability) >= LEAST_COMPUTE_CAPABILITY
-    except (TypeError, ValueError):  # Not an NVIDIA device.
-        return False
-    return triton is not None and is_recent
+def is_in_jax() -> bool:
+    """Whether this version of JAX has the backend."""
+    return triton is not None
+
+
+def takes(capability: float) -> bool:
+    """Whether a GPU of this compute capability runs the kernels of this package."""
+    return is_in_jax() and capability >= LEAST_COMPUTE_CAPABILITY
 
 
 def has_large_shared_memory() -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt.kernels import launch
+from pcagpt.kernels.triton import launch
 from pcagpt.sharding import inside
 
 COLUMNS = 8192  # most columns per tile

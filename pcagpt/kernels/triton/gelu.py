@@ -1,19 +1,15 @@
 """Bias and GELU in one kernel; the backward kernel also sums the bias's gradient.
 
-The tanh form (Hendrycks and Gimpel 2016) is x * sigmoid(2 * u(x)) with
-u(x) = sqrt(2 / pi) * (x + 0.044715 * x**3).
-
 Shape letters: N rows, F columns, P programs; n rows and f columns of a tile. `of_x` is
 the gradient of the loss with respect to x.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt.kernels import launch
+from pcagpt.kernels.constants import CUBIC, LOG2_E, TWICE_SCALE
+from pcagpt.kernels.triton import launch
 from pcagpt.sharding import inside
 
 ROWS = 4  # per tile
@@ -22,8 +18,6 @@ LEAST_COLUMNS = 32
 WARPS = 4
 # Backward programs along the rows. Each writes one partial sum of the bias's gradient.
 ROW_PROGRAMS = 128
-TWICE_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
-CUBIC = 0.044715
 
 
 # XLA cannot differentiate a kernel. The backward kernel recomputes the sigmoid from h,
@@ -122,6 +116,6 @@ def tanh_gelu(x_nf):
 
 
 def _sigmoid(x_nf):
-    """sigmoid(2 * u(x))."""
-    exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * launch.LOG2_E)
+    """sigmoid(2 * u(x)); see `constants`."""
+    exponent_nf = x_nf * (1.0 + CUBIC * x_nf * x_nf) * (-TWICE_SCALE * LOG2_E)
     return 1.0 / (1.0 + jnp.exp2(exponent_nf))

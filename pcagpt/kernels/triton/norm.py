@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pcagpt.kernels import launch
+from pcagpt.kernels.triton import launch
 from pcagpt.sharding import inside
 
 ROWS = 4  # per tile

@@ -1,0 +1,1 @@
+"""Kernels for Pallas's Mosaic GPU backend, for Hopper and newer GPUs."""

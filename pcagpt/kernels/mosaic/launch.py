@@ -1,0 +1,98 @@
+"""Runs Mosaic kernels on GPUs and interprets them on CPUs."""
+
+from collections.abc import Callable
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LEAST_COMPUTE_CAPABILITY = 9.0  # Hopper, the first with the bulk copy engine
+SHARED_BYTES = 227 * 1024  # that all programs of a multiprocessor can use
+PROGRAM_BYTES = 1024  # that each program uses besides its arrays
+MULTIPROCESSORS_OF_A_CPU = 3  # for tests
+
+
+def takes(capability: float) -> bool:
+    """Whether a GPU of this compute capability runs the kernels of this package."""
+    return capability >= LEAST_COMPUTE_CAPABILITY
+
+
+def has_wgmma() -> bool:
+    """Whether the device has Hopper's products, which newer GPUs replaced."""
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    return str(capability).startswith("9.")
+
+
+def multiprocessors() -> int:
+    """Number of multiprocessors of the GPU."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:  # A GPU that is not here.
+        return described.num_cores
+    if is_interpreted():
+        return MULTIPROCESSORS_OF_A_CPU
+    return jax.devices()[0].core_count
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are interpreted, because the backend is a CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def call(body: Callable, results, *, programs: int, groups: int, name: str):
+    """A function that runs `body` in this many programs.
+
+    A program has `groups` groups of 128 threads. `body` gets references to the inputs
+    and to the results. `program()` and `group()` are its place. An input may be a
+    reference that `body` writes.
+    """
+    return pl.kernel(
+        body,
+        out_type=results,
+        mesh=plgpu.Mesh(
+            grid=(programs,),
+            grid_names=("program",),
+            num_threads=groups,
+            thread_name="group",
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=_interpreter() if is_interpreted() else False,
+        name=name,
+    )
+
+
+def _interpreter():
+    try:
+        return plgpu.InterpretGPUParams()
+    except AttributeError:  # JAX 0.10 does not export it.
+        from jax._src.pallas.mosaic_gpu.interpret import params
+
+        return params.InterpretGPUParams()
+
+
+def with_scratch(body: Callable, **arrays) -> None:
+    """Calls `body` with these arrays and barriers in the shared memory of a program."""
+    pl.run_scoped(body, **arrays, collective_axes="group")
+
+
+def program() -> tuple[jax.Array, int]:
+    """The number of this program, and of all programs."""
+    return jax.lax.axis_index("program"), jax.lax.axis_size("program")
+
+
+def group() -> jax.Array:
+    """The number of this group of threads in its program."""
+    return jax.lax.axis_index("group")
+
+
+def shared(shape: tuple[int, ...], dtype, columns: int = 0):
+    """An array in shared memory.
+
+    `columns`: width of its tiles of 8 rows, swizzled, as products read them.
+    """
+    if not columns:
+        return plgpu.SMEM(shape, dtype)
+    swizzle = columns * jax.numpy.dtype(dtype).itemsize
+    tiles = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=tiles)

@@ -1,0 +1,1 @@
+"""Kernels for Pallas's Triton backend, which a future JAX may lack."""
