@@ -102,7 +102,9 @@ def global_norm(gradients) -> jax.Array:
     # each matrix and no kernel for each vector.
     squares = map(jnp.square, jax.tree.leaves(gradients))
     sums = [jnp.sum(s, axis=-1).ravel() if s.ndim > 1 else s.ravel() for s in squares]
-    return jnp.sqrt(jnp.sum(jnp.concatenate(sums)))
+    # Without the barrier, XLA would compute one sum for each part again.
+    joined = jax.lax.optimization_barrier(jnp.concatenate(sums))
+    return jnp.sqrt(jnp.sum(joined))
 
 
 def _clip(gradients, _=None, *, most: float):

@@ -43,7 +43,8 @@ def call(body: Callable, results, *, programs: int, groups: int, name: str):
 
     A program has `groups` groups of 128 threads. `body` gets references to the inputs
     and to the results. `program()` and `group()` are its place. An input may be a
-    reference that `body` writes.
+    reference that `body` writes. The threads of a group wait for each other only where
+    `body` says so, for example in `plgpu.commit_smem`.
     """
     return pl.kernel(
         body,
@@ -55,7 +56,9 @@ def call(body: Callable, results, *, programs: int, groups: int, name: str):
             thread_name="group",
         ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         interpret=_interpreter() if is_interpreted() else False,
         name=name,

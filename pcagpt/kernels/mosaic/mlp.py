@@ -1,8 +1,8 @@
 """The MLP of a block; GELU and its gradient are at the end of the products around it.
 
 So no kernel reads the hidden layer only to apply GELU to it. A program computes tiles
-of a product. One group of threads copies the factors to shared memory, as far ahead as it
-has slots. Two others multiply, each the upper or lower half of a tile, and finish it
+of a product. One group of threads copies the factors to shared memory, as far ahead as
+it has slots. Two others multiply, each the upper or lower half of a tile, and finish it
 while the next factors arrive. A program computes all its tiles in the same columns, so
 it can add up the gradient of their bias.
 
@@ -74,9 +74,8 @@ def _gelu_product(x_ND, fc_DF, bias_F, *, keeps_h: bool):
     @inside.by_device([True, False, False], [True] * (1 + keeps_h))
     def of_rows(x_ND, fc_DF, bias_F):
         result = jax.ShapeDtypeStruct((len(x_ND), fc_DF.shape[1]), x_ND.dtype)
-        return _run(
-            _finish_gelu, [result] * (1 + keeps_h), x_ND, fc_DF, bias_F, slots=2
-        )
+        results = (result,) * (1 + keeps_h)
+        return _run(x_ND, fc_DF, bias_F, finish=_finish_gelu, results=results, slots=2)
 
     return of_rows(x_ND, fc_DF, bias_F)
 
@@ -86,12 +85,12 @@ def _product_gelu_gradient(of_y_ND, proj_DF, h_NF):
     """Gradients of h = x @ fc + bias [N, F] and of the bias [F] float32."""
     width = h_NF.shape[1]
     parts = HALVES * _programs(width)[1]
-    results = [
+    results = (
         jax.ShapeDtypeStruct(h_NF.shape, h_NF.dtype),
         jax.ShapeDtypeStruct((parts, width), jnp.float32),
-    ]
+    )
     of_h_NF, parts_PF = _run(
-        _finish_gradient, results, of_y_ND, proj_DF, h_NF, slots=PIECES
+        of_y_ND, proj_DF, h_NF, finish=_finish_gradient, results=results, slots=PIECES
     )
     return of_h_NF, parts_PF.sum(axis=0)
 
@@ -103,8 +102,9 @@ def _programs(width: int) -> tuple[int, int]:
     return tiles * sharing, sharing
 
 
-def _run(finish, results, a_ND, b_DF, extra, *, slots: int):
-    """The product of a and b, finished by `finish`.
+@functools.partial(jax.jit, static_argnames=("finish", "results", "slots"))
+def _run(a_ND, b_DF, extra, *, finish, results, slots: int):
+    """The product of a and b, finished by `finish`; all blocks share one kernel.
 
     `slots`: pieces in shared memory on their way to the results, for each group. The
     more there are, the fewer factors fit beside them.
@@ -233,7 +233,8 @@ def _columns_of(number: int) -> slice:
 
 def _finish_gelu(place: _Place, multiply, bias_ref, results, pieces, ready, numbers):
     """Adds the bias and applies GELU; the first of two results is the sum before it."""
-    slots, half = pieces.shape[1], place.half
+    kept, half = len(results), place.half
+    pairs = pieces.shape[1] // kept
     plgpu.copy_gmem_to_smem(
         bias_ref.at[pl.ds(place.column, COLUMNS)], numbers.at[half], ready.at[half]
     )
@@ -246,15 +247,16 @@ def _finish_gelu(place: _Place, multiply, bias_ref, results, pieces, ready, numb
             bias_c = numbers[half, pl.ds(number * PIECE, PIECE)]
             h_rc = product_rc[:, _columns_of(number)]
             h_rc += lax.broadcast_in_dim(bias_c, h_rc.shape, [1])
-            values = [h_rc, h_rc * _sigmoid(h_rc)][-len(results) :]
+            values = [h_rc, h_rc * _sigmoid(h_rc)][-kept:]
+            first = number % pairs * kept
+            # The copies that last read these slots have ended.
+            plgpu.wait_smem_to_gmem((pairs - 1) * kept, wait_read_only=True)
             for index, value_rc in enumerate(values):
-                slot = pieces.at[half, (number * len(results) + index) % slots]
-                # The copy that last read this slot has ended.
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                slot[...] = value_rc.astype(pieces.dtype)
-                plgpu.commit_smem()
-                target = results[index].at[place.piece(turn, number)]
-                plgpu.copy_smem_to_gmem(slot, target)
+                pieces[half, first + index] = value_rc.astype(pieces.dtype)
+            plgpu.commit_smem()
+            for index, result_ref in enumerate(results):
+                target = result_ref.at[place.piece(turn, number)]
+                plgpu.copy_smem_to_gmem(pieces.at[half, first + index], target)
 
 
 def _finish_gradient(
@@ -264,11 +266,8 @@ def _finish_gradient(
     of_h_ref, sums_ref = results
     half = place.half
     ones[...] = jnp.ones(ones.shape, ones.dtype)
-    numbers[half] = jnp.zeros(COLUMNS, jnp.float32)
-    plgpu.commit_smem()
 
-    @pl.loop(0, place.turns)
-    def _(turn):
+    def visit_tile(turn, sums):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number in range(PIECES):
             plgpu.copy_gmem_to_smem(
@@ -279,20 +278,22 @@ def _finish_gradient(
         product_rc = multiply(turn)
         for number in range(PIECES):
             plgpu.barrier_wait(ready.at[half * PIECES + number])
-            slot = pieces.at[half, number]
-            derivative_rc = _derivative(slot[...].astype(jnp.float32))
+            derivative_rc = _derivative(pieces[half, number].astype(jnp.float32))
             of_h_rc = product_rc[:, _columns_of(number)] * derivative_rc
-            slot[...] = of_h_rc.astype(pieces.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, of_h_ref.at[place.piece(turn, number)])
+            pieces[half, number] = of_h_rc.astype(pieces.dtype)
+        plgpu.commit_smem()
         for number in range(PIECES):
-            columns = pl.ds(number * PIECE, PIECE)
-            numbers[half, columns] += _column_sums(
-                pieces.at[half, number],
-                ones,
-                None if turned is None else turned.at[half],
-            )
+            target = of_h_ref.at[place.piece(turn, number)]
+            plgpu.copy_smem_to_gmem(pieces.at[half, number], target)
+        return [
+            sum_c + _column_sums(pieces.at[half, number], ones, turned)
+            for number, sum_c in enumerate(sums)
+        ]
 
+    zeros = [jnp.zeros(PIECE, jnp.float32)] * PIECES
+    sums = lax.fori_loop(0, place.turns, visit_tile, zeros)
+    for number, sum_c in enumerate(sums):
+        numbers[half, pl.ds(number * PIECE, PIECE)] = sum_c
     plgpu.commit_smem()
     part = place.part * HALVES + half
     target = sums_ref.at[part, pl.ds(place.column, COLUMNS)]
@@ -315,14 +316,14 @@ def _column_sums(piece_rc, ones, turned) -> jax.Array:
     A sum over rows would need several warps, which share no memory of their own. A
     product with ones gives each sum to all threads of its row.
     """
+    left = piece_rc.transpose((1, 0)) if turned is None else turned.at[launch.group()]
     if turned is not None:  # The interpreter cannot turn a factor.
-        turned[...] = piece_rc[...].T
+        left[...] = piece_rc[...].T
 
     def multiply(sum_ref):
-        left = piece_rc.transpose((1, 0)) if turned is None else turned
         plgpu.wgmma(sum_ref, left, ones)
         plgpu.wgmma_wait(0)
-        return sum_ref[...].max(axis=1)  # They are all the same.
+        return sum_ref[...][:, :8].max(axis=1)  # All columns are the same.
 
     return pl.run_scoped(multiply, plgpu.ACC((PIECE, PIECE), jnp.float32))
 
