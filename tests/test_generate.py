@@ -16,7 +16,7 @@ from pcagpt.config import Settings
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from pcagpt.kernels import one_token
+from pcagpt.kernels.triton import one_token
 from pcagpt.model import GPT
 from pcagpt.model.next_token import next_hidden
 from pcagpt.pipeline import sample

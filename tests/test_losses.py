@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcagpt.kernels import low_rank_head
+from pcagpt.kernels.triton import low_rank_head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 from pcagpt.losses.interval import mean_interval
 from pcagpt.model import HeadBand

@@ -27,7 +27,7 @@ from pcagpt.compression import score
 from pcagpt.config import Settings, base
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.errors import UserError
-from pcagpt.kernels import low_rank_head
+from pcagpt.kernels.triton import low_rank_head
 from pcagpt.pipeline import execute as pipeline
 from pcagpt.pipeline import train_job
 from pcagpt.pipeline.plan import Plan, make_plan

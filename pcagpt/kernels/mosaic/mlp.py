@@ -233,8 +233,7 @@ def _columns_of(number: int) -> slice:
 
 def _finish_gelu(place: _Place, multiply, bias_ref, results, pieces, ready, numbers):
     """Adds the bias and applies GELU; the first of two results is the sum before it."""
-    kept, half = len(results), place.half
-    pairs = pieces.shape[1] // kept
+    slots, half = pieces.shape[1], place.half
     plgpu.copy_gmem_to_smem(
         bias_ref.at[pl.ds(place.column, COLUMNS)], numbers.at[half], ready.at[half]
     )
@@ -247,16 +246,15 @@ def _finish_gelu(place: _Place, multiply, bias_ref, results, pieces, ready, numb
             bias_c = numbers[half, pl.ds(number * PIECE, PIECE)]
             h_rc = product_rc[:, _columns_of(number)]
             h_rc += lax.broadcast_in_dim(bias_c, h_rc.shape, [1])
-            values = [h_rc, h_rc * _sigmoid(h_rc)][-kept:]
-            first = number % pairs * kept
-            # The copies that last read these slots have ended.
-            plgpu.wait_smem_to_gmem((pairs - 1) * kept, wait_read_only=True)
+            values = [h_rc, h_rc * _sigmoid(h_rc)][-len(results) :]
             for index, value_rc in enumerate(values):
-                pieces[half, first + index] = value_rc.astype(pieces.dtype)
-            plgpu.commit_smem()
-            for index, result_ref in enumerate(results):
-                target = result_ref.at[place.piece(turn, number)]
-                plgpu.copy_smem_to_gmem(pieces.at[half, first + index], target)
+                slot = (number * len(results) + index) % slots
+                # The copy that last read this slot has ended.
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                pieces[half, slot] = value_rc.astype(pieces.dtype)
+                plgpu.commit_smem()
+                target = results[index].at[place.piece(turn, number)]
+                plgpu.copy_smem_to_gmem(pieces.at[half, slot], target)
 
 
 def _finish_gradient(
