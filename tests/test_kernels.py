@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
+from pcagpt.kernels.mosaic import launch as mosaic_launch
 from pcagpt.kernels.mosaic import mlp
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
@@ -323,6 +324,42 @@ def test_eight_devices_work_on_their_own_rows_and_add_up():
     found = compiled(z, whole[0], jax.device_put(targets, rows), h, whole[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert_near(*exact(a), exact(b)[0], 1e-6)
+
+
+@on_eight_devices
+@pytest.mark.skipif(ON_GPU, reason="lowers for GPUs that are not here")
+def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
+    mesh = make_mesh(2, 4)
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 132)
+
+    def lowered(function, *arrays):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for shape, dtype, sharding in arrays
+        ]
+        traced = jax.jit(function).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    half = jnp.bfloat16
+    stored = functools.partial(mosaic_softmax.loss_and_gradient, size=100)
+    of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
+    with jax.set_mesh(mesh):
+        assert mlp.fits(8 * 128, 64, 512) and not mlp.fits(9 * 128, 64, 512)
+        program = lowered(
+            lambda x, t: stored(x, targets_n=t),
+            ((16, 256), half, rows),
+            ((16,), jnp.int32, rows),
+        )
+        assert "tensor<2x2x128xbf16>" in program
+        matrices = ((64, 512), half, whole), ((512, 64), half, whole)
+        bias = (512,), jnp.float32, whole
+        x = (8 * 128, 64), half, rows
+        program = lowered(of_all, x, matrices[0], bias, matrices[1])
+        assert program.count("all_reduce") == 1  # of the bias's gradient
+        assert "tensor<128x512xbf16>" in program
 
 
 # GPUs
