@@ -141,7 +141,9 @@ def map_batches(
 
 def jit(function: Callable, mesh: Mesh) -> Callable:
     """`jax.jit` with replicated results; the mesh is set for `inside`."""
-    jitted = jax.jit(function, out_shardings=replicated(mesh))
+    jitted = jax.jit(
+        function, out_shardings=replicated(mesh), compiler_options=COMPILER_OPTIONS
+    )
 
     @functools.wraps(function)
     def on_mesh(*arguments):

@@ -171,7 +171,9 @@ def start(
     init = functools.partial(initial_state, setup.model, setup.optimizer, seed)
     shardings = placement.shardings(jax.eval_shape(init), setup.mesh)
     # Each device makes only its own part, because the state may not fit on one device.
-    init = jax.jit(init, out_shardings=shardings)
+    init = jax.jit(
+        init, out_shardings=shardings, compiler_options=placement.COMPILER_OPTIONS
+    )
     restored = checkpoints.restore_latest(init.eval_shape().checkpoint_items)
     if restored:
         items, meta = restored
