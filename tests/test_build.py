@@ -10,7 +10,9 @@ from pcagpt.model import GPT
 from pcagpt.run.build import Hardware, build_config, hardware
 
 CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
-AMPERE, HOPPER = Hardware("gpu", "triton"), Hardware("gpu", "mosaic")
+AMPERE = Hardware("gpu", ("triton", "xla"))
+HOPPER = Hardware("gpu", ("mosaic", "triton", "xla"))
+WITHOUT_TRITON = Hardware("gpu", ("mosaic", "xla"))
 
 
 def test_the_vocabulary_is_the_corpus_s_unless_the_model_has_a_larger_one():
@@ -56,11 +58,12 @@ def test_auto_takes_what_the_device_does_best(device, asked, expected):
         (OTHER_GPU, {"kernels": "triton"}, "Ampere or newer.*leave model.kernels=auto"),
         (AMPERE, {"kernels": "mosaic"}, "Hopper or newer.*leave model.kernels=auto"),
         (HOPPER, {"kernels": "mosaic"}, "model.compute_dtype=bfloat16"),
+        (WITHOUT_TRITON, {"kernels": "triton"}, "still has this backend"),
         (AMPERE, {"attention": "cudnn"}, "model.compute_dtype=bfloat16"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused(device, asked, words):
-    dtype = "bfloat16" if device == OTHER_GPU else "float32"
+    dtype = "bfloat16" if device in (OTHER_GPU, WITHOUT_TRITON) else "float32"
     with pytest.raises(UserError, match=words):
         build_config(ModelSettings(compute_dtype=dtype, **asked), 97, device)
 

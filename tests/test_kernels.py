@@ -252,15 +252,17 @@ def test_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1(precision):
     np.testing.assert_array_equal(pull(jnp.ones_like(h))[0], [[0, 0, 1, 1]])
 
 
-def test_mlp_and_its_gradients():
-    count, width, hidden = 384, 64, 512  # Programs have one tile, or two.
+def test_mlp_and_its_gradients(monkeypatch):
+    # A program has two tiles, or one. A tile has more factors than slots.
+    count, width, hidden = 384, 320, 512
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 5)
     scales = {"x": 1.0, "fc": width**-0.5, "bias": 0.5, "proj": hidden**-0.5}
     shapes = (count, width), (width, hidden), (hidden,), (hidden, width)
     arrays = [
         random_array(i, *shape, dtype=jnp.float32 if i == 2 else jnp.bfloat16, scale=s)
         for i, (shape, s) in enumerate(zip(shapes, scales.values(), strict=True))
     ]
-    assert mlp.fits(count, width, hidden)
+    assert mlp.fits(count, width, hidden, jnp.bfloat16)
     of_y = random_array(4, count, width, dtype=jnp.bfloat16)
     found, pull = jax.vjp(jax.jit(mlp.mlp), *arrays)
     gradients = pull(of_y)
@@ -347,7 +349,8 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
     stored = functools.partial(mosaic_softmax.loss_and_gradient, size=100)
     of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
     with jax.set_mesh(mesh):
-        assert mlp.fits(8 * 128, 64, 512) and not mlp.fits(9 * 128, 64, 512)
+        assert mlp.fits(8 * 128, 64, 512, half)
+        assert not mlp.fits(9 * 128, 64, 512, half)
         program = lowered(
             lambda x, t: stored(x, targets_n=t),
             ((16, 256), half, rows),
@@ -438,7 +441,7 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
         for hidden in (3072, 4096):
             fc, bias = ((768, hidden), half), ((hidden,), jnp.float32)
             arrays = ((32768, 768), half), fc, bias, (fc[0][::-1], half)
-            assert mlp.fits(32768, 768, hidden)
+            assert mlp.fits(32768, 768, hidden, half)
             assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
             of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
             assert kernels_in(lowered(of_all, *arrays)) == 2
@@ -533,18 +536,17 @@ def test_gelu_leaves_widths_of_small_pieces_to_the_plain_form():
 
 
 def test_kernels_are_for_recent_nvidia_gpus_and_triton_may_be_missing(monkeypatch):
-    def best(capability):
-        return kernels.best(SimpleNamespace(compute_capability=capability))
+    def run_on(capability):
+        return kernels.that_run_on(SimpleNamespace(compute_capability=capability))
 
-    assert [best(c) for c in ("8.0", "8.9", "9.0", "10.3")] == [
-        *("triton", "triton", "mosaic", "mosaic")
-    ]
-    assert {best(c) for c in ("7.5", "gfx942", None)} == {"xla"}
-    assert kernels.best(SimpleNamespace()) == "xla"  # a CPU
+    assert {run_on(capability) for capability in ("8.0", "8.9")} == {("triton", "xla")}
+    assert {run_on(c) for c in ("9.0", "10.3", "12.0")} == {kernels.CHOICES}
+    assert {run_on(c) for c in ("7.5", "gfx942", None)} == {("xla",)}
+    assert kernels.that_run_on(SimpleNamespace()) == ("xla",)  # a CPU
     uses = {name: kernels.use_triton(name) for name in kernels.CHOICES}
     assert uses == {"mosaic": True, "triton": True, "xla": False}
     monkeypatch.setattr(launch, "triton", None)
-    assert (best("8.0"), best("9.0")) == ("xla", "mosaic")
+    assert (run_on("8.0"), run_on("9.0")) == (("xla",), ("mosaic", "xla"))
     assert not kernels.use_triton("mosaic")
 
 
@@ -552,9 +554,13 @@ def test_mosaic_leaves_what_it_has_no_tiles_for_to_other_forms(monkeypatch):
     assert mosaic_softmax.fits(50304, jnp.bfloat16)
     assert not mosaic_softmax.fits(50304, jnp.float32)  # too long for shared memory
     assert not mosaic_softmax.fits(100, jnp.bfloat16)
-    assert mlp.fits(32768, 768, 512)
+    assert mlp.fits(32768, 768, 512, jnp.bfloat16)
     for sizes in ((100, 768, 512), (128, 80, 512), (128, 64, 300)):
-        assert not mlp.fits(*sizes)
-    gpu = SimpleNamespace(compute_capability="10.0")
+        assert not mlp.fits(*sizes, jnp.bfloat16)
+    assert not mlp.fits(32768, 768, 512, jnp.float32)
+    of_consumers = {"shared_memory_per_block_optin": 99 * 1024}
+    gpu = SimpleNamespace(compute_capability="12.0", **of_consumers)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert not mlp.fits(32768, 768, 512)
+    assert not mlp.fits(32768, 768, 512, jnp.bfloat16)
+    assert not mosaic_softmax.fits(50304, jnp.bfloat16)
+    assert mosaic_softmax.fits(20480, jnp.bfloat16)

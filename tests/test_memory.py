@@ -14,6 +14,7 @@ from command_line import ROOT
 from runs import gpt_config, quick_environment
 
 from pcagpt.config.schema import TrainSettings
+from pcagpt.kernels.mosaic import launch
 from pcagpt.model import GPT
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state, train_step
@@ -76,11 +77,14 @@ def test_step_stores_no_logits_of_all_tokens(rank, kernels, largest, gigabytes):
     assert max(largest_arrays(compiled).values()) == largest
 
 
+MLP = {"finish_gelu", "finish_gradient"}  # Mosaic's
+
+
 def kernels_of(jaxpr):
     """Names of the kernels that a program calls, however deep."""
     found = set()
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
+        if equation.primitive.name in ("pallas_call", "mpmd_map"):
             found.add(equation.params["name"])
             continue
         for value in jax.tree.leaves(
@@ -99,11 +103,14 @@ def kernels_of(jaxpr):
         (128, {"head_summarize", "head_table_gradient"}),
     ],
 )
-def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels):
+def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels, monkeypatch):
     both_ways = {"add_and_norm", "bias_gelu"}
     both_ways |= {f"{name}_gradient" for name in both_ways}
     assert kernels_of(traced_step(rank, "triton").jaxpr) == both_ways | loss_kernels
     assert kernels_of(traced_step(rank, "xla").jaxpr) == set()
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
+    norm_and_mlp = {"add_and_norm", "add_and_norm_gradient", *MLP}
+    assert kernels_of(traced_step(rank, "mosaic").jaxpr) == norm_and_mlp | loss_kernels
 
 
 SCRIPT = ROOT / "scripts" / "memory.py"

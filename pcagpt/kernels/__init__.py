@@ -18,16 +18,15 @@ NEEDS = {
 }
 
 
-def best(device: jax.Device) -> str:
-    """The first of `CHOICES` that this device can run."""
+def that_run_on(device: jax.Device) -> tuple[str, ...]:
+    """Those of `CHOICES` that this device can run."""
     capability = getattr(device, "compute_capability", None)
     try:
         capability = float(capability)
     except (TypeError, ValueError):  # Not an NVIDIA device.
-        return "xla"
-    if mosaic.takes(capability):
-        return "mosaic"
-    return "triton" if triton.takes(capability) else "xla"
+        return ("xla",)
+    takes = {"mosaic": mosaic.takes, "triton": triton.takes, "xla": lambda _: True}
+    return tuple(name for name in CHOICES if takes[name](capability))
 
 
 def use_triton(kernels: str) -> bool:

@@ -241,10 +241,11 @@ class MLP(nn.Module):
         config, width = self.config, self.config.n_embd
         kernel, bias = Linear(config, 4 * width, name="fc")(width)
         proj, proj_bias_D = _projection(config)(4 * width)
-        is_exact, chosen = config.gelu == "exact", config.kernels
-        if not is_exact and chosen == "mosaic" and mlp.fits(*x_ND.shape, 4 * width):
+        is_exact, backend = config.gelu == "exact", config.kernels
+        fits = mlp.fits(*x_ND.shape, 4 * width, x_ND.dtype)
+        if backend == "mosaic" and fits and not is_exact:
             y_ND = mlp.mlp(x_ND, kernel, bias, proj)
-        elif not is_exact and kernels.use_triton(chosen) and gelu.fits(4 * width):
+        elif kernels.use_triton(backend) and gelu.fits(4 * width) and not is_exact:
             y_ND = gelu.bias_gelu(x_ND @ kernel, bias) @ proj
         else:
             y_ND = _bias_gelu(x_ND @ kernel, bias, is_exact) @ proj

@@ -10,7 +10,6 @@ from pcagpt import kernels
 from pcagpt.array_files import memory_bytes
 from pcagpt.config.schema import ModelSettings
 from pcagpt.errors import UserError
-from pcagpt.kernels import CHOICES, NEEDS
 from pcagpt.model import BLOCK_RANK, DEVICE_KNOBS, WIDTHS, GPTConfig, weight_bytes
 
 MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
@@ -19,12 +18,12 @@ MOST_LAYERS = 10_000  # More are not compiled in reasonable time.
 class Hardware(NamedTuple):
     """Device of a model.
 
-    platform: 'cpu', 'gpu'; kernels: the fastest that it runs, see `kernels.best`;
-    memory: bytes of all such devices.
+    platform: 'cpu', 'gpu'; kernels: those of `kernels.CHOICES` that it runs; memory:
+    bytes of all such devices.
     """
 
     platform: str
-    kernels: str = "xla"
+    kernels: tuple[str, ...] = ("xla",)
     memory: float = math.inf
 
 
@@ -36,7 +35,7 @@ def hardware() -> Hardware:
     else:
         known = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         memory = known * jax.device_count()
-    return Hardware(device.platform, kernels.best(device), memory)
+    return Hardware(device.platform, kernels.that_run_on(device), memory)
 
 
 def build_config(
@@ -116,13 +115,13 @@ def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:
             "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
             "model.compute_dtype=bfloat16; leave model.attention=auto"
         )
-    runs = CHOICES[CHOICES.index(device.kernels if dtype == "bfloat16" else "xla") :]
+    runs = device.kernels if dtype == "bfloat16" else ("xla",)
     if kernel == "auto":
         kernel = runs[0]
     # A CPU interprets the kernels. This is slow, and only tests need it.
     elif kernel not in runs and device.platform != "cpu":
         raise UserError(
-            f"model.kernels is {kernel!r}: {NEEDS[kernel]}, and "
+            f"model.kernels is {kernel!r}: {kernels.NEEDS[kernel]}, and "
             "model.compute_dtype=bfloat16; leave model.kernels=auto"
         )
     return dict(zip(DEVICE_KNOBS, (dtype, attention, kernel), strict=True))

@@ -7,8 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LEAST_COMPUTE_CAPABILITY = 9.0  # Hopper, the first with the bulk copy engine
-SHARED_BYTES = 227 * 1024  # that all programs of a multiprocessor can use
-PROGRAM_BYTES = 1024  # that each program uses besides its arrays
+SHARED_BYTES = 227 * 1024  # of a Hopper GPU, for one program
 MULTIPROCESSORS_OF_A_CPU = 3  # for tests
 
 
@@ -25,12 +24,16 @@ def has_wgmma() -> bool:
 
 def multiprocessors() -> int:
     """Number of multiprocessors of the GPU."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:  # A GPU that is not here.
-        return described.num_cores
     if is_interpreted():
         return MULTIPROCESSORS_OF_A_CPU
-    return jax.devices()[0].core_count
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    # Tests describe a GPU that is not here.
+    return described.num_cores if described else jax.devices()[0].core_count
+
+
+def shared_bytes() -> int:
+    """Shared memory that one program can use; Blackwell for consumers has 99 KB."""
+    return getattr(jax.devices()[0], "shared_memory_per_block_optin", SHARED_BYTES)
 
 
 def is_interpreted() -> bool:

@@ -29,11 +29,12 @@ PIECES = COLUMNS // PIECE
 REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
 
 
-def fits(tokens: int, width: int, hidden: int) -> bool:
-    """Whether products of these sizes consist of whole tiles."""
+def fits(tokens: int, width: int, hidden: int, dtype) -> bool:
+    """Whether products of these sizes consist of whole tiles of bfloat16."""
     devices = inside.device_count()
     return (
         launch.has_wgmma()
+        and dtype == jnp.bfloat16
         and tokens % (ROWS * devices) == 0
         and width % DEPTH == 0
         and hidden % COLUMNS == 0
@@ -98,7 +99,7 @@ def _product_gelu_gradient(of_y_ND, proj_DF, h_NF):
 def _programs(width: int) -> tuple[int, int]:
     """Number of programs, and of those that share the columns of a tile."""
     tiles = width // COLUMNS
-    sharing = max(1, launch.multiprocessors() // tiles)
+    sharing = launch.multiprocessors() // tiles
     return tiles * sharing, sharing
 
 
@@ -201,6 +202,13 @@ def _copy_factors(place: _Place, a_ref, b_ref, a_smem, b_smem, loaded, used):
                 b_ref.at[depth, columns], b_smem.at[slot], loaded.at[slot]
             )
 
+    # The interpreter wants every arrival at a barrier to be seen.
+    count = place.turns * place.steps
+
+    @pl.loop(jnp.maximum(count - stages, 0), count)
+    def _(past):
+        plgpu.barrier_wait(used.at[lax.rem(past, stages)])
+
 
 def _multiply(place: _Place, a_smem, b_smem, loaded, used, turn) -> jax.Array:
     """This group's half of a tile, [64, 256] float32."""
@@ -263,7 +271,7 @@ def _finish_gradient(
     """Multiplies by GELU's derivative at h, and adds up each column."""
     of_h_ref, sums_ref = results
     half = place.half
-    ones[...] = jnp.ones(ones.shape, ones.dtype)
+    ones[...] = jnp.ones(ones.shape, ones.dtype)  # Both groups write the same.
 
     def visit_tile(turn, sums):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

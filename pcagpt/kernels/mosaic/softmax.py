@@ -23,13 +23,14 @@ LANES = 128  # columns of a line: one for each thread of a group
 BLOCK = 40  # lines that a group computes at a time
 MOST_COPIED = 256  # lines of one copy
 PROGRAMS = 2  # of a multiprocessor
+OTHER_BYTES = 4096  # of a program: barriers, sums of warps, and what the GPU keeps
 
 
 def fits(width: int, dtype) -> bool:
     """Whether two rows of this width fit in shared memory."""
     row_bytes = _lines(width)[1] * LANES * jnp.dtype(dtype).itemsize
-    program_bytes = launch.SHARED_BYTES // PROGRAMS - launch.PROGRAM_BYTES
-    return width % LANES == 0 and row_bytes <= program_bytes - 1024
+    most = launch.shared_bytes() // PROGRAMS - OTHER_BYTES
+    return width % LANES == 0 and row_bytes <= most
 
 
 def _lines(width: int) -> tuple[int, int]:
