@@ -77,7 +77,7 @@ def test_step_stores_no_logits_of_all_tokens(rank, kernels, largest, gigabytes):
     assert max(largest_arrays(compiled).values()) == largest
 
 
-MLP = {"finish_gelu", "finish_gradient"}  # Mosaic's
+MLP = {"mlp_gelu", "mlp_gradient"}  # Mosaic's
 
 
 def kernels_of(jaxpr):

@@ -149,7 +149,11 @@ def _run(a_ND, b_DF, extra, *, finish, results, slots: int):
 
     programs = _programs(width)[0]
     return launch.call(
-        body, results, programs=programs, groups=HALVES + 1, name=finish.__name__[1:]
+        body,
+        results,
+        programs=programs,
+        groups=HALVES + 1,
+        name=finish.__name__.replace("_finish", "mlp"),
     )(a_ND, b_DF, extra)
 
 
