@@ -18,7 +18,7 @@ REMEDY = "delete it to measure again"
 
 
 class MeasuredOn(TypedDict):
-    """Fields of 'protocol' and 'measured_on' that tell which tokens were predicted.
+    """Fields of 'protocol' and 'measured_on': which tokens were predicted, and how.
 
     evaluated_tokens: only if they are the first of the split, and not all.
     """
@@ -29,6 +29,7 @@ class MeasuredOn(TypedDict):
     tokens_predicted: int | None
     evaluated_tokens: int | None
     tokens_sha256: str | None
+    compute_dtype: str | None
 
 
 class _Protocol(MeasuredOn):

@@ -932,6 +932,17 @@ def test_ids_of_either_width_are_refused_until_meta_json_states_it(folder, cache
         assert corpus.tokens("val")[:].tolist() == DIGITS[: 40 : 1 + is_wide].tolist()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_count_of_another_width_than_the_ids_is_named(folder, cache, split):
+    known = {"vocab_size": 65, "tokens": {split: 3000}}
+    for name in ("train", "val"):
+        write_tokens(folder, np.arange(1, 6001) % 65, name, **known)
+    refused(folder, cache, 'meta.json says 3000 tokens of 2 bytes; .*"tokens"', split)
+    known |= {"vocab_size": 9}
+    write_tokens(folder, np.arange(3000) % 10, split, stored="<u4", **known)
+    refused(folder, cache, "holds id 9 at position 9, but the vocabulary size", split)
+
+
 def test_a_stated_width_at_which_every_second_id_is_0_is_doubted(folder, cache, caplog):
     doubt = "has id 0 at every second place, like uint32 ids that are read as uint16"
     known = BARE | {"dtype": "uint16"}

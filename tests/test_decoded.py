@@ -93,6 +93,24 @@ def test_tokens_of_any_tokenizer_become_gpt2s(tokenizer, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ends_stand", ["before", "behind"])
+def test_empty_documents_keep_their_end_of_text(tokenizer, ends_stand, tmp_path):
+    gpt2, other = vocabulary.load("gpt2"), vocabulary.load(tokenizer)
+    texts, ids, wanted = [TEXT, "", "", TEXT, TEXT * 9, "", TEXT, ""], [], []
+    for text in texts:
+        found = gpt2.encode(text)
+        ids += [50256, *found] if ends_stand == "before" else [*found, 50256]
+        wanted += [other.eot_token, *other.encode(text)]
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    np.array(ids, np.uint16).tofile(folder / "train.bin")
+    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    found = open_corpus(str(folder), tmp_path / "cache", encode_as=tokenizer)
+    assert found.tokens("train")[:].tolist() == wanted
+
+
+@pytest.mark.usefixtures("small")
 def test_a_character_of_several_tokens_may_lie_in_two_parts(byte_level, tmp_path):
     name = vocabulary.name_of(str(byte_level))
     folder = token_folder(tmp_path / "theirs", name, DOCUMENTS)

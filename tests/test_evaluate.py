@@ -404,6 +404,21 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, said):
     assert "is another corpus than the one that " in lines[0]
 
 
+def test_each_compute_dtype_has_a_file_of_its_own(asked):
+    narrow, run_dir = {"model.compute_dtype": "bfloat16"}, Path(asked().model_path)
+    found = [evaluate(asked()), evaluate(asked(**narrow))]
+    losses = [one["loss"] for one in found]
+    assert losses[0] != losses[1]
+    assert [one["protocol"]["compute_dtype"] for one in found] == [
+        *("float32", "bfloat16")
+    ]
+    before = snapshot(run_dir).keys()
+    evaluate(asked(**narrow))
+    paths = sorted(run_dir.glob("evaluation_*.json"))
+    assert [json_of(path)["loss"] for path in paths] == losses
+    assert snapshot(run_dir).keys() == before
+
+
 def test_a_file_of_another_kind_does_not_cost_the_result(asked):
     config = asked()
     wanted = evaluate(config)

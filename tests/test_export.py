@@ -349,6 +349,19 @@ def test_the_card_has_a_line_for_each_length_of_windows(trained, tmp_path):
     ]
 
 
+def test_the_card_has_a_line_for_each_compute_dtype(trained, tmp_path, corpus_folder):
+    run = shutil.copytree(trained, tmp_path / "gpt_baseline")
+    for dtype in ("float32", "bfloat16"):
+        asked = {"model_path": run, "model.compute_dtype": dtype}
+        assert call(*tiny("evaluate.py", corpus_folder, **asked)).code == 0
+    lines = (run_export(run, tmp_path) / "README.md").read_text().splitlines()
+    shown = [line.split(" | ")[0] for line in lines if line.startswith("| `")]
+    # result.json has one of them, too.
+    assert shown == [
+        f"| `{corpus_folder.name}, in {dtype}`" for dtype in ("float32", "bfloat16")
+    ]
+
+
 @pytest.mark.parametrize("missing", [0, 5])
 def test_the_card_tells_two_corpora_of_one_name_apart(
     missing, trained, tmp_path, corpus_folder

@@ -146,6 +146,11 @@ def test_a_sweep_writes_tables_and_says_what_d_is(file, place):
     (results,) = (place / "checkpoints/measured").iterdir()
     assert results.name.startswith("small.gguf-")
     assert snapshot(file.parent) == before
+    table = folder / "best_k16"  # No command takes it.
+    for config in ("sample.py", "export.py"):
+        words = f"--config={CONFIGS / config}", f"--config.model_path={table}"
+        line = refusal(*words, unchanged=[folder])
+        assert "GGUF" in line and "configs/export.py" not in line
 
 
 def test_a_file_with_an_output_table_is_untied(byte_level, place):

@@ -327,6 +327,11 @@ def lost_shard(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def nan_in_two_tables(folder):
+    table = tensors()[TABLE] * np.float32("nan")
+    write(folder, tensors() | {TABLE: table, HEAD: table, "wte.weight": table})
+
+
 def two_shards(folder):
     """The index names one shard of a tensor, but another one has it, too."""
     gpt2_folders.write_shards(folder)
@@ -380,6 +385,7 @@ SPOILT = {
     "lacking": (lacking, "has no tensor h.1.ln_2.bias, which its config.json"),
     "unknown": (with_tensor("score.weight", [[1]]), "has a tensor score.weight"),
     "infinite": (infinite, "block_0/mlp/fc/kernel holds inf at (3, 5)"),
+    "nan": (nan_in_two_tables, "wte holds nan at (0, 0)"),
     "padded": (
         lambda folder: write(folder, tensors(vocab_size=128)),
         "wte.weight is (128, 16), but its config.json asks for (97, 16): its "

@@ -178,6 +178,10 @@ SPOILT = {
     "untied": (untied, "lm_head.weight is another table than wte.weight"),
     "lacking": (lacking, "has no tensor h.1.mlp.c_fc.bias"),
     "infinite": (infinite, "wpe holds inf at (3, 2)"),
+    "nan": (
+        lambda torch: {"model": {n: t * torch.nan for n, t in state(torch).items()}},
+        "wte holds nan at (0, 0)",
+    ),
     "unknown": (
         lambda torch: {"model": state(torch) | {"lora.weight": torch.ones(2)}},
         "has an unknown tensor lora.weight",

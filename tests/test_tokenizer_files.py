@@ -588,6 +588,25 @@ def test_added_tokens_may_have_no_row_if_the_text_has_none(folder, place):
 
 
 @pytest.mark.usefixtures("quick")
+def test_ids_between_those_of_a_tokenizer_are_not_drawn_and_have_no_text(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 90}, "a")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = gpt2_folders.write(tmp_path / "theirs")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    drawn = {"model_path": folder, "sample.prompt": "b", "sample.tokens": 99}
+    words = [f"--config.{knob}={value}" for knob, value in drawn.items()]
+    outcome = call(f"--config={CONFIGS / 'sample.py'}", *words)
+    assert len(outcome.out.split()) == 100, outcome
+    model = pcagpt.load(folder)
+    assert len("".join(model.generate("b", max_tokens=99)).split()) == 99
+    assert model.decode([1, 90, 2]) == "b d c"
+    for use in (model.decode, model.generate):
+        with pytest.raises(UserError, match="^token id 50 is unknown: the tokenizer"):
+            use([1, 50, 2])
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("config", ["pca_k128.py", "pca_finetune_k128.py"])
 def test_an_arm_gets_the_tokenizer_of_its_d_and_no_other(
     config, folder, word_level, place

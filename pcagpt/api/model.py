@@ -20,6 +20,7 @@ from pcagpt.api.calls import absolute, call, ids_of, list_of, settings_of
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.data.vocabulary import ids_with_text
 from pcagpt.errors import UserError
 from pcagpt.model import GPT
 from pcagpt.pipeline.sample import beginning_of, tokenizer_of
@@ -157,9 +158,7 @@ class Model:
                 raise UserError(f"stop is {stop!r}: it must hold texts that are not ''")
             tokenizer, options = self._tokenizer, settings.sample
             text_T = self._tokens(prompt)
-            # A padded vocabulary has more ids.
-            known = min(tokenizer.n_vocab, self.vocab_size)
-            ids_of(text_T, known)
+            self._check_have_text(text_T)
             prompt_T = text_T if len(text_T) else np.array(beginning_of(tokenizer))
             drawn = generate(
                 self._gpt,
@@ -169,7 +168,7 @@ class Model:
                 seed=settings.seed,
                 temperature=options.temperature,
                 top_k=options.top_k,
-                known_ids=known,
+                ids=ids_with_text(tokenizer),
                 top_p=options.top_p,
                 limit=options.tokens,
             )
@@ -195,6 +194,7 @@ class Model:
         """The text of token ids [T]; UserError as for `encode`, or for unknown ids."""
         with call():
             ids = ids_of(tokens, self._tokenizer.n_vocab)
+            self._check_have_text(ids)
             return self._tokenizer.decode(ids.tolist())
 
     @functools.cached_property
@@ -222,6 +222,14 @@ class Model:
         with tempfile.TemporaryDirectory(prefix="pcagpt-") as cache:
             settings = self._settings.replace({"data.cache_dir": cache})
             return tokenizer_of(self._run, settings)
+
+    def _check_have_text(self, ids_T: np.ndarray) -> None:
+        known_T = np.isin(ids_T, np.flatnonzero(ids_with_text(self._tokenizer)))
+        if not known_T.all():
+            raise UserError(
+                f"token id {ids_T[~known_T][0]} is unknown: the tokenizer of this "
+                "model has no text for it"
+            )
 
     def _tokens(self, text: ArrayLike) -> np.ndarray:
         # A tokenizer may have added tokens that the model lacks.

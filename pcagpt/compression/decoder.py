@@ -157,7 +157,7 @@ class Decoder:
         self,
         table_VD: np.ndarray,
         prompt: np.ndarray,
-        known_ids: int,
+        ids: np.ndarray,
         seed: int,
         temperature: float,
     ) -> Iterator[int]:
@@ -174,8 +174,8 @@ class Decoder:
             window_BT = self._put(np.array([tokens[-self.window :]]))
             with torch.inference_mode(), self._embedding_of(in_VD):
                 logits_BV = self._logits(self._hidden(window_BT)[-1:], out_VD)
-            known_BV = logits_BV[:, :known_ids].cpu().numpy()
-            drawn_B = draw(jnp.asarray(known_BV), len(tokens), key, temperature)
+            logits_BV = jnp.asarray(logits_BV.cpu().numpy())
+            drawn_B = draw(logits_BV, ids, len(tokens), key, temperature)
             tokens.append(int(drawn_B[0]))
             yield tokens[-1]
 

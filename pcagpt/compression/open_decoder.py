@@ -20,6 +20,7 @@ from safetensors import safe_open
 from pcagpt.data import gguf_header
 from pcagpt.errors import UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
+from pcagpt.run.gpt2_names import are_equal
 from pcagpt.run.unfilled import Place, refuse_unfilled
 
 # What programs store although it follows from config.json, such as causal masks.
@@ -175,7 +176,7 @@ def _check_files(model: Any, folder: Path) -> None:
             other, place = found.setdefault(key, (name, path))
             if other == name or {name, other} <= own:
                 continue
-            if not torch.equal(_tensor(path, name), _tensor(place, other)):
+            if not are_equal(_tensor(path, name), _tensor(place, other)):
                 raise UserError(
                     f"{folder} has two tensors for one parameter, {other} and {name}: "
                     "remove the wrong one"

@@ -23,6 +23,11 @@ class CharacterTokenizer:
         return len(self.texts)
 
     @property
+    def ids(self) -> Collection[int]:
+        """The ids that have a text."""
+        return [number for number, text in enumerate(self.texts) if text]
+
+    @property
     def eot_token(self) -> int | None:
         """The id of `<|endoftext|>`; None if no id stands for it."""
         return self._id_of_text.get(END_OF_TEXT)

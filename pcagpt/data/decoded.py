@@ -83,13 +83,19 @@ def _documents(corpus: Tokens, split: str) -> Iterator[Document]:
 
 
 def _parts(tokens: TokenArray, end: int | None) -> Iterator[tuple[int, list[int]]]:
-    """(number of the document, a part of its ids), without the ends of documents."""
-    number = 0
+    """(number of the document, a part of its ids), without the ends of documents.
+
+    An end at the very end begins an empty document only if they stand before documents.
+    """
+    number, seen, stand_before = 0, 0, end in tokens[:1].tolist()
     for chunk in pieces(tokens):
         ends = [] if end is None else np.flatnonzero(chunk == end)
         for place, part in enumerate(np.split(chunk, ends)):
             number += place > 0
+            seen += len(part)
             ids = part[place > 0 :]
+            if place and (stand_before or len(ids) or seen < len(tokens)):
+                yield number, []  # Otherwise, an empty document would be lost.
             for start in range(0, len(ids), _PART):
                 yield number, ids[start : start + _PART].tolist()
 

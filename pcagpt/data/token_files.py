@@ -182,9 +182,14 @@ def _fitting(content: Content, info: CorpusInfo) -> list[str]:
 
 
 def _counted(path: Path, content: Content, info: CorpusInfo) -> str | None:
-    """The width at which a file has as many ids as meta.json states."""
+    """The width at which a file has as many ids as meta.json states.
+
+    If no dtype is stated, another width at which the ids are in the vocabulary goes
+    before: the count is wrong then.
+    """
     stated = info.counts.get(path.stem, 0)
-    widths = {stated * dtype.itemsize: name for name, dtype in DTYPES.items()}
+    fitting = () if info.dtype else DTYPES.keys() & _fitting(content, info)
+    widths = {DTYPES[name].itemsize * stated: name for name in fitting or DTYPES}
     return widths.get(content.size)
 
 

@@ -161,7 +161,7 @@ def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[st
         blocks, size = [text], len(text)
         # Doubling keeps the work linear if the text has no place to cut.
         enough = max(_PIECE_CHARACTERS, 2 * size)
-    if size:
+    if blocks:  # Tokens have empty documents, files without a line are none.
         yield "".join(blocks)
 
 

@@ -56,9 +56,11 @@ class FileTokenizer:
     A method raises UserError if the tokenizer fails.
     """
 
-    def __init__(self, file: Path, tokenizer: Any, n_vocab: int, eot_token: int | None):
-        """eot_token: the id that separates documents; None without one."""
-        self.n_vocab, self.eot_token = n_vocab, eot_token
+    def __init__(
+        self, file: Path, tokenizer: Any, ids: Collection[int], eot_token: int | None
+    ):
+        """ids: that have a text; eot_token: separates documents; None without one."""
+        self.ids, self.n_vocab, self.eot_token = ids, max(ids) + 1, eot_token
         self._file, self._tokenizer = file, tokenizer
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
@@ -233,7 +235,7 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
         raise UserError(f"{file} {problem}: {_SAVE_WHOLE}")
     texts = (END_OF_TEXT, _end_in_config(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
-    return FileTokenizer(file, made, max(id_of_text.values()) + 1, next(ends, None))
+    return FileTokenizer(file, made, id_of_text.values(), next(ends, None))
 
 
 def _of_gguf(file: Path) -> FileTokenizer:
@@ -258,7 +260,7 @@ def _of_gguf(file: Path) -> FileTokenizer:
             f"{WHOLE} as --config.data.tokenizer"
         ) from None
     end = id_of_text.get(END_OF_TEXT, fields.end)
-    return FileTokenizer(file, made, len(fields.tokens), end)
+    return FileTokenizer(file, made, range(len(fields.tokens)), end)
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:

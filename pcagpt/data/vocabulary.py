@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from pcagpt.data import tokenizer, tokenizer_files
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.tokenizer import RANKS, Numbering
 from pcagpt.data.tokenizer_files import FileTokenizer
 
@@ -53,6 +55,15 @@ def load(name: str) -> Tokenizer:
     if name in RANKS:
         return tokenizer.load_tokenizer(name)
     return tokenizer_files.load(Path(name))
+
+
+def ids_with_text(tokenizer: Tokenizer | CharacterTokenizer) -> np.ndarray:
+    """Whether each id has a text: bool [n_vocab]. The ids in a file may have gaps."""
+    if isinstance(tokenizer, tiktoken.Encoding):
+        return np.ones(tokenizer.n_vocab, bool)
+    has_text = np.zeros(tokenizer.n_vocab, bool)
+    has_text[list(tokenizer.ids)] = True
+    return has_text
 
 
 def tells_bytes(name: str) -> bool:

@@ -20,43 +20,49 @@ def measured(source: Source, workdir: str) -> list[dict[str, Any]]:
 
     'added' and 'interval' are None unless it compares the table with the original's.
     'is_first': True if only the first tokens are predicted, otherwise absent.
-    Corpora of the same name are told apart by the hash of their tokens. A sweep and an
-    evaluation of the same tokens in windows of one length are one entry; a sweep of an
-    older version, which lacks the hash, is told by its loss. A file that cannot be read
-    is left out, with a warning.
+    'corpus' also tells corpora of one name apart, by the hash of their tokens, and
+    compute dtypes. A sweep and an evaluation of the same tokens in windows of one
+    length and one dtype are one entry; those of older versions, which lack hash or
+    dtype, are told by their loss. A file that cannot be read is left out, with a
+    warning.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for protocol, numbers in (*_evaluations(source, workdir), *_sweep(source)):
         known = {"corpus": None, "split": "val"} | protocol
         if None in (known["corpus"], known["split"]):  # Nobody knows what it was.
             continue
-        names = ("corpus", "split", "tokens_predicted", "tokens_sha256", "window")
+        names = ("corpus", "split", "window")
+        names += ("tokens_predicted", "tokens_sha256", "compute_dtype")
         key = _same_text(tuple(known.get(name) for name in names), numbers, found)
         cut = {"is_first": True} if known.get("evaluated_tokens") else {}
         found[key] = numbers | cut | found.get(key, {})
-    others = Counter(text[:2] for text in {(*key[:2], key[3]) for key in found})
+    others = Counter(text[:2] for text in {(*key[:2], key[4]) for key in found})
+    dtypes = Counter(key[:5] for key in found)
     return [
         {
             "corpus": corpus
-            if others[corpus, split] == 1
-            else f"{corpus}, tokens {(sha256 or 'unknown')[:8]}",
+            + f", tokens {(sha256 or 'unknown')[:8]}" * (others[corpus, split] > 1)
+            + f", in {dtype or 'an unknown dtype'}" * (dtypes[key[:5]] > 1),
             "split": split,
             "tokens": count,
             "window": window,
             **{"added": None, "interval": None},
             **numbers,
         }
-        for (corpus, split, count, sha256, window), numbers in found.items()
+        for key, numbers in found.items()
+        for corpus, split, window, count, sha256, dtype in [key]
     ]
 
 
 def _same_text(key: tuple, numbers: dict, found: dict[tuple, dict]) -> tuple:
-    """The key of the measurement that a key without a hash belongs to, or the key."""
-    corpus, split, count, sha256, window = key
+    """The key of the same measurement, if one of the two lacks a part, or the key."""
     for other, at in found.items():
-        is_alike = (corpus, split, window) == (*other[:2], other[4])
         losses = numbers["loss"], at["loss"]
-        is_alike &= not sha256 and count in (None, other[2]) and None not in losses
+        is_alike = key[:3] == other[:3] and None not in losses
+        is_alike &= all(
+            one == its or None in (one, its)
+            for one, its in zip(key[3:], other[3:], strict=True)
+        )
         # Hardly any other text has the same mean loss to so many digits.
         if is_alike and math.isclose(*losses, rel_tol=1e-5):
             return other
@@ -81,7 +87,9 @@ def _evaluations(source: Source, workdir: str) -> Iterator[tuple[dict, dict]]:
     with _warned():
         result = read_result(run.folder)
     if result and result.get("steps") == run.step:
-        files.append(result | {"loss": result.get("val_loss")})
+        dtype = {"compute_dtype": (result.get("resolved") or {}).get("compute_dtype")}
+        protocol = result.get("protocol") and dtype | result["protocol"]
+        files.append(result | {"loss": result.get("val_loss"), "protocol": protocol})
     for path in sorted(run.results_in(workdir).glob("evaluation_*.json")):
         with _warned():
             found = read_json(path, REMEDY) or {}

@@ -47,6 +47,8 @@ def evaluate(settings: Settings) -> dict:
         settings.train.loss_chunks,
         settings.evaluate.max_tokens,
     )
+    # Another one rounds in another way.
+    protocol = evaluator.protocol | {"compute_dtype": model.config.compute_dtype}
     is_own = run.is_own(corpus, [settings.split])
     label = f"{run.folder.name} on {settings.split}"
     with Progress(label, len(evaluator.batches)) as progress:
@@ -58,7 +60,7 @@ def evaluate(settings: Settings) -> dict:
         **measured.metrics,
         **provenance.summary(mesh.size),
         "is_own_corpus": is_own,
-        "protocol": evaluator.protocol,
+        "protocol": protocol,
     }
     if jax.process_index() == 0:
         part = settings.split
@@ -71,7 +73,7 @@ def evaluate(settings: Settings) -> dict:
             warn_once(f"the result is not written: {error}")
             return result
         folder = run.results_in(settings.workdir)
-        path = _path(folder, part, run.step, evaluator.protocol)
+        path = _path(folder, part, run.step, protocol)
         # The folder of a shared model may be read-only.
         if run.keep_result(path, lambda place: _write(place, result)):
             # The result is on stdout, alone.
@@ -82,15 +84,20 @@ def evaluate(settings: Settings) -> dict:
 def _path(folder: Path, part: str, step: int, protocol: dict[str, Any]) -> Path:
     """The file of a result.
 
-    Two corpora of the same name but other content have two files.
+    Two corpora of the same name but other content have two files, as have two compute
+    dtypes. Results of older versions do not say theirs.
     """
     name = re.sub(r"[^\w.-]+", "_", protocol["corpus"])
     plain = folder / file_name(f"evaluation_{name}", f"_{part}_step{step}.json")
-    earlier = _protocol_in(plain)
-    hashes = ("tokens_sha256", "tokenizer_sha256")
-    if earlier is None or all(earlier.get(key) == protocol[key] for key in hashes):
+    if (earlier := _protocol_in(plain)) is None:
         return plain
-    return plain.with_stem(f"{plain.stem}_{protocol['tokens_sha256'][:8]}")
+    stem, dtype = plain.stem, protocol["compute_dtype"]
+    hashes = ("tokens_sha256", "tokenizer_sha256")
+    if any(earlier.get(key) != protocol[key] for key in hashes):
+        stem += f"_{protocol['tokens_sha256'][:8]}"
+    if earlier.get("compute_dtype", dtype) != dtype:
+        stem += f"_{dtype}"
+    return plain.with_stem(stem)
 
 
 def _protocol_in(path: Path) -> dict[str, Any] | None:

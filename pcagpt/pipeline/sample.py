@@ -58,7 +58,7 @@ def sample(settings: Settings) -> Iterator[str]:
                 seed=settings.seed,
                 temperature=options.temperature,
                 top_k=options.top_k,
-                known_ids=tokenizer.n_vocab,
+                ids=vocabulary.ids_with_text(tokenizer),
                 batch=batch,
                 top_p=options.top_p,
                 limit=total,

@@ -15,6 +15,7 @@ from pcagpt.compression.original import Original
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.data.token_array import TokenArray
+from pcagpt.data.vocabulary import ids_with_text
 from pcagpt.errors import UserError, warn_once
 from pcagpt.pipeline.sample import NoTokenizer, tokenizer_of
 from pcagpt.report import compared_runs
@@ -83,6 +84,7 @@ def samples_of(
         first = original.run if original else Run.open(next(iter(runs.values())))
         tokenizer = tokenizer_of(first, settings)
         tokens, end = text(), tokenizer.eot_token
+        ids = ids_with_text(tokenizer)
         starts = [len(tokens) * n // PROMPTS for n in range(PROMPTS)]
         prompts = [tokens[start : start + PROMPT_TOKENS] for start in starts]
         texts: list[dict[str, str]] = [{} for _ in prompts]
@@ -90,7 +92,7 @@ def samples_of(
             for name, writer in writers.items():
                 draw = writer.load()
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
-                    drawn = draw(prompt, tokenizer.n_vocab)
+                    drawn = draw(prompt, ids)
                     found[name] = written(drawn, tokenizer, TOKENS)
     except NoTokenizer:
         return {}
@@ -110,19 +112,19 @@ def samples_of(
 class _Writer(NamedTuple):
     """A model that continues a prompt.
 
-    load() reads its weights and gives the function (prompt [n], number of known ids) ->
-    token ids without end.
+    load() reads its weights and gives the function (prompt [n], ids as for `generate`)
+    -> token ids without end.
     """
 
     fingerprint: str
-    load: Callable[[], Callable[[np.ndarray, int], Iterable[int]]]
+    load: Callable[[], Callable[[np.ndarray, np.ndarray], Iterable[int]]]
 
 
 def _of_run(settings: Settings, folder: Path) -> _Writer:
     """A run, or one of its checkpoints."""
     run = Run.open(folder)
 
-    def load() -> Callable[[np.ndarray, int], Iterable[int]]:
+    def load() -> Callable[[np.ndarray, np.ndarray], Iterable[int]]:
         return functools.partial(drawn_after, *run.load(settings.model))
 
     return _Writer(run.fingerprint, load)
@@ -133,7 +135,7 @@ def _with_table(original: Original, folder: Path) -> _Writer:
     run, is_own = original.run, folder == original.run.folder
     made = {} if is_own else (read_record(folder) or {}).get("compressed", {})
 
-    def load() -> Callable[[np.ndarray, int], Iterable[int]]:
+    def load() -> Callable[[np.ndarray, np.ndarray], Iterable[int]]:
         own_VD = original.table_VD
         table_VD = own_VD if is_own else read_table(folder, made).dense()
         continued = original.model.generate  # `Decoder` has it.

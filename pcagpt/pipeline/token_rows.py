@@ -11,6 +11,7 @@ import numpy as np
 
 from pcagpt.config import Settings
 from pcagpt.data.corpus import count_tokens, made_corpus
+from pcagpt.data.vocabulary import ids_with_text
 from pcagpt.errors import UserError
 from pcagpt.factorization import Statistics
 from pcagpt.pipeline.sample import tokenizer_of
@@ -49,9 +50,10 @@ def show_rows(
     texts = [""] * len(ids_n)
     with contextlib.suppress(UserError):  # Bare ids stand for no known text.
         tokenizer = tokenizer_of(run, settings)
+        known = set(np.flatnonzero(ids_with_text(tokenizer)).tolist())
         # `repr` shows spaces and line ends.
         texts = [
-            repr(tokenizer.decode([token])) if token < tokenizer.n_vocab else ""
+            repr(tokenizer.decode([token])) if token in known else ""
             for token in ids_n.tolist()
         ]
     share_n = frequency_V[ids_n] / frequency_V.sum()

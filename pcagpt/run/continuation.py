@@ -15,14 +15,14 @@ PROMPT_TOKENS = 12  # a piece of a text
 
 
 def drawn_after(
-    model: GPT, variables: dict, prompt: np.ndarray, known_ids: int
+    model: GPT, variables: dict, prompt: np.ndarray, ids: np.ndarray
 ) -> Iterator[int]:
-    """Token ids below `known_ids` that follow a prompt [n], without end."""
+    """Token ids that follow a prompt [n], without end; `ids` as for `generate`."""
     prompt = np.asarray(prompt, np.int32)
     drawn = generate(
         *(model, variables, prompt, 1, SEED),
         temperature=TEMPERATURE,
-        known_ids=known_ids,
+        ids=ids,
     )
     return (int(token_B[0]) for token_B in drawn)
 

@@ -58,6 +58,7 @@ _RESULT = {
     "steps": int | None,
     "val_loss": float | None,
     "protocol": MeasuredOn | None,
+    "resolved": dict[str, str] | None,
 }
 # Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}

@@ -32,7 +32,6 @@ class Sampler(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
-    known_ids: int
 
 
 def samples_at_once(config: GPTConfig) -> int:
@@ -56,7 +55,7 @@ def generate(
     seed: int,
     temperature: float = 1.0,
     top_k: int = 0,
-    known_ids: int | None = None,
+    ids: np.ndarray | None = None,
     batch: int = 0,
     top_p: float = 1.0,
     limit: int | None = None,
@@ -75,7 +74,8 @@ def generate(
       seed: the same seed draws the same tokens.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: draws from the k most likely tokens only; 0 means all.
-      known_ids: draws only ids below it, those of the tokenizer; None means all.
+      ids: draws only ids that are True in it, those with a text: bool [n]; None means
+        all.
       batch: another number draws other samples.
       top_p: draws from the likeliest tokens only, as many as it takes until their
         probabilities, at the temperature and among `top_k`, sum to at least this share
@@ -84,8 +84,9 @@ def generate(
     """
     length, key = model.config.block_size, jax.random.key(seed)
     key = jax.random.fold_in(key, batch) if batch else key
-    known_ids = min(known_ids or model.config.vocab_size, model.config.vocab_size)
-    sampler = Sampler(model, temperature, top_k, top_p, known_ids)
+    rows = model.config.vocab_size
+    ids = np.ones(rows, bool) if ids is None else ids[:rows]
+    sampler = Sampler(model, temperature, top_k, top_p)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
@@ -93,7 +94,9 @@ def generate(
     end = known + limit if limit is not None else 2**31 - 1  # int32 counts tokens
     if known < min(length, end):
         capacity = cache_capacity(known, length)
-        window_BT, cache = _read(variables, window_BT, known, key, sampler, capacity)
+        window_BT, cache = _read(
+            variables, window_BT, known, key, sampler, capacity, ids
+        )
         yield np.array(window_BT)[:, known]
         known += 1
         while known < min(length, end):
@@ -103,7 +106,7 @@ def generate(
             count = pace.tokens(min(capacity + 1, length, end) - known)
             with pace:
                 window_BT, cache = _read_next(
-                    variables, window_BT, cache, known, known + count, key, sampler
+                    variables, window_BT, cache, known, known + count, key, sampler, ids
                 )
                 drawn_BT = np.array(window_BT)[:, known : known + count]
             yield from drawn_BT.T
@@ -113,7 +116,7 @@ def generate(
         count = pace.tokens(min(length, end - known))
         with pace:
             window_BT = _read_full(
-                variables, window_BT, known, known + count, key, sampler
+                variables, window_BT, known, known + count, key, sampler, ids
             )
             drawn_BT = np.array(window_BT)[:, -count:]
         yield from drawn_BT.T
@@ -161,14 +164,14 @@ def in_compute_dtype(variables: dict, model: GPT) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
-def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int):
+def _read(variables, window_BT, known, key, sampler: Sampler, capacity: int, ids):
     """Reads `capacity` tokens; returns (window with a new token, cache)."""
     read_BT = window_BT[:, :capacity]
     h_ND, written = sampler.model.apply(
         variables, read_BT, method="hidden", mutable="cache"
     )
     h_BD = h_ND.reshape(*read_BT.shape, -1)[:, known - 1]
-    drawn_B = _draw(variables, h_BD, known, key, sampler)
+    drawn_B = _draw(variables, h_BD, known, key, sampler, ids)
     return window_BT.at[:, known].set(drawn_B), written["cache"]
 
 
@@ -184,7 +187,7 @@ def _enlarge(cache, capacity: int):
 
 
 @functools.partial(jax.jit, static_argnums=6, donate_argnums=(1, 2))
-def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler):
+def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler, ids):
     """Draws tokens `known` to `end` with the cache; returns the same as `_read`."""
 
     def draw_next(known, carry):
@@ -192,40 +195,41 @@ def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler):
         h_BD, cache = next_hidden(
             sampler.model, variables, cache, window_BT[:, known - 1], known - 1
         )
-        drawn_B = _draw(variables, h_BD, known, key, sampler)
+        drawn_B = _draw(variables, h_BD, known, key, sampler, ids)
         return window_BT.at[:, known].set(drawn_B), cache
 
     return jax.lax.fori_loop(known, end, draw_next, (window_BT, cache))
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
-def _read_full(variables, window_BT, known, end, key, sampler: Sampler):
+def _read_full(variables, window_BT, known, end, key, sampler: Sampler, ids):
     """Draws tokens `known` to `end` from full windows; returns the shifted window."""
 
     def draw_next(known, window_BT):
         h_ND = sampler.model.apply(variables, window_BT, method="hidden")
         h_BD = h_ND.reshape(*window_BT.shape, -1)[:, -1]
-        drawn_B = _draw(variables, h_BD, known, key, sampler)
+        drawn_B = _draw(variables, h_BD, known, key, sampler, ids)
         return jnp.roll(window_BT, -1, axis=1).at[:, -1].set(drawn_B)
 
     return jax.lax.fori_loop(known, end, draw_next, window_BT)
 
 
-def _draw(variables, h_BD, known, key, sampler: Sampler) -> jax.Array:
+def _draw(variables, h_BD, known, key, sampler: Sampler, ids) -> jax.Array:
     """Draws tokens [B] that follow the output of ln_f at the last known ones."""
-    model, temperature, top_k, top_p, known_ids = sampler
-    logits_BV = model.apply(variables, h_BD, method="logits")[:, :known_ids]
-    return draw(logits_BV, known, key, temperature, top_k, top_p)
+    model, *options = sampler
+    logits_BV = model.apply(variables, h_BD, method="logits")
+    return draw(logits_BV, ids, known, key, *options)
 
 
 def draw(
-    logits_BV, known, key, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits_BV, ids, known, key, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
     """Draws a token from each row of logits: int32 [B]; as `generate`.
 
     known: the number of tokens before it; with the same key, another number draws
     others.
     """
+    logits_BV = jnp.where(ids, logits_BV[:, : len(ids)], -jnp.inf)
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

@@ -6,7 +6,7 @@ Hugging Face and nanoGPT use the same names. nanoGPT stores matrices as [out, in
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pcagpt.errors import UserError
 from pcagpt.model import FULL_TABLE
@@ -66,6 +66,12 @@ def plain_names(stored: Iterable[str]) -> Iterator[tuple[str, str]]:
         plain = _PREFIXES.sub("", name, count=1)
         if not _MASKS.fullmatch(plain):
             yield plain, name
+
+
+def are_equal(one: Any, other: Any) -> bool:
+    """Whether two arrays of NumPy or PyTorch have the same values; NaN is itself."""
+    same = one.shape == other.shape
+    return same and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def two_values(place: Path, name: str, stored: str) -> UserError:

@@ -20,7 +20,14 @@ from pcagpt.errors import UserError, unreadable
 from pcagpt.files import refuse_odd
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.run.build import MOST_LAYERS
-from pcagpt.run.gpt2_names import HEAD, TABLE, leaves, plain_names, two_values
+from pcagpt.run.gpt2_names import (
+    HEAD,
+    TABLE,
+    are_equal,
+    leaves,
+    plain_names,
+    two_values,
+)
 from pcagpt.run.unfilled import Place, refuse_unfilled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -83,7 +90,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     """
     config = _config(folder)
     with _tensors(folder, config) as tensors:
-        if HEAD in tensors and not np.array_equal(
+        if HEAD in tensors and not are_equal(
             _values(tensors[HEAD]), _values(tensors[TABLE])
         ):
             raise UserError(
@@ -197,7 +204,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
                 file = stack.enter_context(safe_open(path, framework="numpy"))
                 for name, stored in plain_names(file.keys()):
                     tensor = file, stored, path
-                    if name in found and not np.array_equal(
+                    if name in found and not are_equal(
                         _values(found[name]), _values(tensor)
                     ):
                         raise two_values(path, name, stored)

@@ -12,7 +12,15 @@ from pcagpt.errors import UserError, unreadable
 from pcagpt.file_hashes import read_once
 from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
-from pcagpt.run.gpt2_names import HEAD, TABLE, Leaf, leaves, plain_names, two_values
+from pcagpt.run.gpt2_names import (
+    HEAD,
+    TABLE,
+    Leaf,
+    are_equal,
+    leaves,
+    plain_names,
+    two_values,
+)
 
 CHECKPOINT = "ckpt.pt"
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -87,7 +95,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, at in plain_names(model):
         both = tensors.setdefault(name, model[at]), model[at]
         if both[0] is not both[1] and not (
-            all(map(_is_plain, both)) and both[0].equal(both[1])
+            all(map(_is_plain, both)) and are_equal(*both)
         ):
             raise two_values(path, name, at)
     lacking = [name for name in wanted if name not in tensors]
@@ -106,7 +114,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{path}: {name} is {shape}, but its model_args ask for {expected}: "
                 f"{_REMEDY}"
             )
-    if HEAD in tensors and not tensors[HEAD].equal(tensors[TABLE]):
+    if HEAD in tensors and not are_equal(tensors[HEAD], tensors[TABLE]):
         raise UserError(
             f"{path}: {HEAD} is another table than {TABLE}: pcagpt reads models whose "
             "head is the token table"

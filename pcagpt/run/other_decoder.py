@@ -88,6 +88,14 @@ def refusal(folder: Path, architecture: str) -> UserError:
     taking = [f"`{name}`" for name, task in TASKS.items() if task.any_architecture]
     verb = "takes" if len(taking) == 1 else "take"
     line = f"{folder} holds a {architecture}: only {' and '.join(taking)} {verb} it"
-    if not architecture.endswith(IN_GGUF):  # No compressed tables of it are exported.
+    if not architecture.endswith(IN_GGUF):
         line += "; `export` takes the compressed tables that `compress` wrote"
     return UserError(line)
+
+
+def only_a_table(folder: str | Path, architecture: str) -> UserError:
+    """The error of a command for a model, given a compressed table of such a model."""
+    line = f"{folder} holds only the compressed table of a {architecture}"
+    if architecture.endswith(IN_GGUF):
+        return UserError(f"{line}; pcagpt exports no model that came as GGUF")
+    return UserError(f"{line}: export it with --config=configs/export.py")

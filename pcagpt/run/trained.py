@@ -58,10 +58,7 @@ class Run:
                 there, step = choose(path)
             except UserError:
                 if architecture := _architecture_of_table(Path(path)):
-                    raise UserError(
-                        f"{path} holds only the compressed table of a {architecture}: "
-                        "export it with --config=configs/export.py"
-                    ) from None
+                    raise other_decoder.only_a_table(path, architecture) from None
                 raise
             return there.folder, step, there.stored
 

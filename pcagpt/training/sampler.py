@@ -37,8 +37,10 @@ def sampler(setup: Setup) -> Callable[[dict], str] | None:
     # A document's beginning is after the end of the one before it.
     shown = tokenizer.decode([t for t in prompt.tolist() if t != tokenizer.eot_token])
 
+    ids = vocabulary.ids_with_text(tokenizer)
+
     def sample(variables: dict) -> str:
-        drawn = drawn_after(setup.model, variables, prompt, tokenizer.n_vocab)
+        drawn = drawn_after(setup.model, variables, prompt, ids)
         return f"{shown} »{written(drawn, tokenizer, tokens)}"
 
     return sample
