@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 _LONGEST_NAME = 255  # bytes, on all common file systems
-_SPARE = 40  # of them, for the ends that `_temporary` and `move_aside` add
+_SPARE = 40  # of them, for the ends that `_temporary` and `unused_name` add
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -63,6 +64,14 @@ def folder_name(name: str, end: str) -> str:
 def file_name(name: str, end: str) -> str:
     """As `folder_name`, for a file that `write_file` may replace."""
     return folder_name(name, end + "." * _SPARE)[:-_SPARE]
+
+
+def unused_name(path: Path, fate: str) -> Path:
+    """NAME.FATE-TIME, which is not in use: for what is moved aside."""
+    name = path.with_name(f"{path.name}.{fate}-{time.strftime('%Y%m%d-%H%M%S')}")
+    while name.exists():  # Moved in the same second.
+        name = name.with_name(f"{name.name}x")
+    return name
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -410,6 +410,44 @@ def test_a_damaged_list_of_digests_is_named_and_says_what_leaving_it_out_means(
     assert f"{unchecked}): falling back" in said()[-1]
 
 
+@pytest.mark.parametrize(
+    "name", ["_METADATA", "manifest.ocdbt", "_sharding", "d", "", ".."]
+)
+def test_damaged_weights_without_digests_are_named_and_those_before_are_taken(
+    name, tmp_path, said
+):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    folder = tmp_path / "ckpt/2"
+    (folder / "digests.json").unlink()
+    damaged = folder / "weights" / name
+    if name == "..":  # What is left when a command is killed in the midst.
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif name:
+        for path in damaged.glob("*") if damaged.is_dir() else [damaged]:
+            os.truncate(path, path.stat().st_size // 3)
+    else:
+        shutil.rmtree(damaged)
+    with pytest.raises(UserError, match=f"{folder}/weights") as caught:
+        checkpoint.load_weights(folder)
+    assert "NoneType" not in str(caught.value)
+    assert_same(checkpoint.load_weights(tmp_path), items_at(1)["weights"])
+    assert restore(tmp_path)[1] == 1
+    assert f"{folder}/weights" in said()[0]
+
+
+def test_checkpoints_that_are_moved_aside_in_one_second_have_two_names(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files.time, "strftime", str)
+    for _ in range(2):
+        save(tmp_path, {1: 3.0, 2: 4.0})
+        damage(tmp_path, 2)
+        assert restore(tmp_path)[1] == 1
+        shutil.rmtree(tmp_path / "ckpt/1")
+    assert len(list(tmp_path.glob("ckpt/2.damaged-*/weights"))) == 2
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("item", ["weights", "optimizer"])
 def test_values_that_are_not_finite_are_not_restored(item, value, tmp_path, said):

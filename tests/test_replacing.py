@@ -286,7 +286,7 @@ def test_an_unfinished_run_without_a_whole_checkpoint_is_moved_aside(copied, ite
 
 
 def test_what_is_moved_aside_twice_in_a_second_has_two_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_job.move_aside.__globals__["time"], "strftime", str)
+    monkeypatch.setattr("pcagpt.files.time.strftime", str)
     for number in range(3):
         (tmp_path / "run" / str(number)).mkdir(parents=True)
         train_job.move_aside(tmp_path / "run")

@@ -8,7 +8,6 @@ digests are checked before Orbax opens a file.
 import glob
 import logging
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from pcagpt import trees
 from pcagpt.array_files import LARGEST, check_values
 from pcagpt.errors import Unreadable, UserError, warn_once
-from pcagpt.files import sync
+from pcagpt.files import sync, unused_name
 from pcagpt.json_files import read_json, strict
 from pcagpt.model import is_order
 from pcagpt.run import digests, foreign
@@ -172,7 +171,6 @@ class Checkpoints:
                 continue
             for later, reason in damaged:
                 kept = processes.from_first(lambda at=later: self._move_aside(at))
-                self._manager.delete(later)
                 _LOGGER.warning(
                     "checkpoint %s is damaged (%s): "
                     "falling back to the one before, step %d; its files are kept in %s",
@@ -181,6 +179,7 @@ class Checkpoints:
                     step,
                     kept,
                 )
+            self._manager.reload()
             return {name: restored[name] for name in template}, restored.meta
         if damaged:
             raise UserError(
@@ -193,10 +192,7 @@ class Checkpoints:
     def _move_aside(self, step: int) -> str:
         """Renames a checkpoint, so that no command uses it; returns its new name."""
         folder = self._folder / str(step)
-        name = f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder.rename(folder.with_name(name))
-        folder.mkdir()  # Orbax deletes this, and then forgets the step.
-        return name
+        return folder.rename(unused_name(folder, "damaged")).name
 
 
 def check_path(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
-from pcagpt.errors import Unreadable, UserError, unreadable
+from pcagpt.errors import Unreadable, UserError, reason_of, unreadable
 from pcagpt.file_hashes import check_digests, digests_of, read_once
 from pcagpt.files import sync
 from pcagpt.json_files import read_json, write_json
@@ -142,12 +142,17 @@ def _of_foreign(folder: Path) -> dict[str, str]:
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:
     """Why files of a checkpoint whose names begin with `below` are damaged, or None.
 
-    Raises Unreadable if the system does not let a file be read: it may be undamaged.
+    Without digests, weights are read instead. Raises Unreadable if the system does not
+    let a file be read: it may be undamaged.
     """
+    is_of_weights = "weights/".startswith(below)
     try:
         listed = _stored(folder)
         if listed is not None:
             check_digests(folder, listed.get("files"), below)
+        elif is_of_weights and folder.exists() and not foreign.is_model(folder):
+            with reading(folder):
+                read_weights(folder)
     except Unreadable:
         raise
     except UserError as error:
@@ -174,7 +179,7 @@ def reading(folder: Path) -> Iterator[None]:
         is_proved = (folder / FILE).exists()
         if is_proved or is_of_memory or processes.lost_process(error):
             raise
-        raise UserError(str(error).strip().split("\n")[0][:200]) from None
+        raise UserError(f"{folder}: {reason_of(error)}") from None
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:

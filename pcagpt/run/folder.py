@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
-from pcagpt.files import odd_kind, sync
+from pcagpt.files import odd_kind, sync, unused_name
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign
@@ -391,10 +390,7 @@ def move_aside(path: Path) -> None:
     """Renames a folder or file to NAME.replaced-TIME and says so; deletes nothing."""
     if is_vacant(path):
         return
-    kept = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-    while kept.exists():  # Moved in the same second.
-        kept = kept.with_name(f"{kept.name}x")
-    path.rename(kept)
+    kept = path.rename(unused_name(path, "replaced"))
     print(f"{path} was moved to {kept.name}", flush=True)
 
 

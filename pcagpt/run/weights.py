@@ -46,7 +46,10 @@ def read_weights(folder: Path) -> dict:
         if not path.is_dir():
             refuse_odd(path)
     with _local_checkpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
+        described = checkpointer.metadata(folder).item_metadata
+        if described is None:
+            raise UserError(f"{folder} lacks files, or they are damaged")
+        saved = described.tree
         declared = sum(
             leaf.dtype.itemsize * math.prod(leaf.shape)
             for leaf in jax.tree.leaves(saved)
@@ -60,7 +63,7 @@ def read_weights(folder: Path) -> dict:
             folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
         )
     if not isinstance(weights.get("params"), dict):
-        raise UserError("it holds no params")
+        raise UserError(f"{folder} holds no params")
     return weights
 
 
