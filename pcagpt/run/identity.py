@@ -12,10 +12,11 @@ from pcagpt.model import DEVICE_KNOBS
 IDENTITY = (
     "arm", "seed", "model", "corpus", "train", "distill", "init", "imported_sha256"
 )  # fmt: skip
-# Corpus and imports are compared by hash, not by path, so they can be moved. Only
-# `evaluate` and `compress` measure on a run's test split. Chunks of the loss change it
-# by rounding only.
+# Corpus, imports and originals are compared by hash, not by path, so they can be moved.
+# Only `evaluate` and `compress` measure on a run's test split. Chunks of the loss
+# change it by rounding only.
 NOT_IDENTITY = (
+    "compressed.run",
     "corpus.test",
     "data.cache_dir",
     "init.import_wte_npy",
@@ -29,8 +30,11 @@ NOT_IDENTITY = (
 )
 
 _TYING = "model.n_embd_wte_scale_tying"
-# What a record claims of a run: also what its ids stand for.
-_CLAIMS = (*IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters")
+# What a record claims of a run: also what its ids stand for, and how a compressed table
+# was made.
+_CLAIMS = (
+    *IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters", "compressed"
+)  # fmt: skip
 
 
 def identity(
