@@ -264,6 +264,25 @@ def test_a_finished_run_is_not_done_for_another_corpus(own_corpus):
     assert snapshot(Path(config.workdir)) == before
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("part", [None, "train"])
+def test_a_run_whose_record_forgot_its_corpus_is_refused_another_one(
+    own_corpus, part, is_finished
+):
+    config, folder = own_corpus
+    run_dir = job(config).folder
+    record = read_record(run_dir)
+    record["corpus"] = part and record["corpus"] | {part: None}
+    write_record(run_dir, record)
+    if not is_finished:
+        (run_dir / "result.json").unlink()
+    reverse(folder / "train.bin")
+    before = snapshot(Path(config.workdir))
+    with pytest.raises(UserError, match=r"other tokens .*\(train differ\)"):
+        execute(config)
+    assert snapshot(Path(config.workdir)) == before
+
+
 def test_the_plan_says_that_a_run_is_done_on_other_tokens(own_corpus, tmp_path):
     config, folder = own_corpus
     assert described(config)[0].endswith("  done")
@@ -315,6 +334,8 @@ def test_a_run_of_an_earlier_version_knows_its_corpus_by_the_old_hash(own_corpus
     run_dir = job(config).folder
     record = read_record(run_dir)
     del record["corpus"]
+    for meta in run_dir.glob("ckpt/*/meta"):  # Their copies know it, too.
+        shutil.rmtree(meta)
     old = "1d62"
     write_record(run_dir, record | {"corpus_sha256": old})
     with pytest.raises(UserError, match=r"other tokens .*\(tokens differ\)"):

@@ -153,9 +153,10 @@ class Saved(NamedTuple):
 class FolderState:
     """What a run's folder holds, as `look` read it.
 
-    record: config.json; stored: the same or, if it was lost, the newest checkpoint's
-    copy; result: of a finished run; damage: why config.json or result.json cannot be
-    read; record, stored and result are then None.
+    record: config.json; stored: the same, and what only the newest checkpoint's copy
+    knows of the corpus, or this copy if config.json was lost; result: of a finished
+    run; damage: why config.json or result.json cannot be read; record, stored and
+    result are then None.
     """
 
     folder: Path
@@ -262,6 +263,17 @@ class FolderState:
         return checkpoint.lack(self.folder)
 
 
+def _with_corpus(record: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
+    """A record, and what only its copy in a checkpoint knows of the corpus."""
+    known = {
+        name: value
+        for one in (copy, record)
+        for name, value in (one.get("corpus") or {}).items()
+        if value is not None
+    }
+    return record | ({"corpus": known} if known else {})
+
+
 def check_is_folder(path: Path) -> None:
     """Raises UserError if the path or its parent is there, and is no folder."""
     for place in (path.parent, path):
@@ -294,8 +306,8 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     has_logs = not saved and any(map(_is_of_begun_run, map(run_dir.joinpath, LOGS)))
     try:
         record = read_record(run_dir)
-        copies = (one.record for one in reversed(saved))
-        stored = next(filter(None, copies), None) if record is None else record
+        copy = next(filter(None, (one.record for one in reversed(saved))), None)
+        stored = copy if record is None else _with_corpus(record, copy or {})
         result = _result_of(run_dir, stored)
     except UserError as damage:
         return FolderState(run_dir, saved, has_logs, damage=damage)
