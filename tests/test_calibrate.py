@@ -101,6 +101,18 @@ def test_the_first_process_decides_whether_statistics_are_known(original, monkey
         np.testing.assert_array_equal(array, wanted)
 
 
+def test_damaged_statistics_are_named_before_they_are_measured_again(original, said):
+    measured = original.statistics
+    (path,) = original.run.folder.glob("statistics_*.npz")
+    path.write_bytes(path.read_bytes()[:100])
+    found = dataclasses.replace(original).statistics
+    for array, wanted in zip(found, measured, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+    (line,) = [line for line in said() if str(path) in line]
+    assert line.endswith("the statistics in it are not used")
+    calibrate.read(path)
+
+
 @pytest.mark.parametrize(
     ("part", "sizes"), [(0, [4, 4, 4]), (1, [1] * 9), (3, [3, 1, 3, 1, 1])]
 )

@@ -277,6 +277,18 @@ def test_a_path_that_is_no_run_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["step_9", "9.mine", "09", "9²", "٩"])
+def test_a_persons_copy_beside_the_checkpoints_is_no_checkpoint(name, tmp_path):
+    save(tmp_path, {1: 3.0, 2: 4.0})
+    shutil.copytree(tmp_path / "ckpt/2", tmp_path / "ckpt" / name)
+    (tmp_path / "ckpt/7").write_text("notes")
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoint.find(tmp_path) == (tmp_path, 2)
+    assert restore(tmp_path)[1] == 2
+    with pytest.raises(UserError, match=f"{name} holds no finished checkpoint"):
+        checkpoint.find(tmp_path / "ckpt" / name)
+
+
 # Weights only
 
 

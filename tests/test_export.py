@@ -243,6 +243,7 @@ def test_a_changed_export_is_refused(name, damage, tmp_path):
     ask = f"--config.model_path={made}", "--config.sample.tokens=1"
     line = refusal(f"--config={CONFIGS / 'sample.py'}", *ask, unchanged=[tmp_path])
     assert path.name in line
+    assert ("delete pcagpt.json" in line) == (form == "hf")
 
 
 @pytest.mark.parametrize("holds", ["nothing", "an export"])
@@ -734,7 +735,8 @@ def test_the_same_export_is_not_written_again_and_a_damaged_one_is_refused(tmp_p
         f"--config.model_path={run}",
         f"--config.workdir={tmp_path}",
     )
-    assert f"{made} holds something else" in refusal(*ask, unchanged=[tmp_path])
+    said = f"{made} holds an export, but {made / 'README.md'} was changed or damaged"
+    assert said in refusal(*ask, unchanged=[tmp_path])
     run_export(run, tmp_path, "hf", "--config.overwrite=True")
     (kept,) = made.parent.glob("run_hf.replaced-*")
     assert (kept / "README.md").read_text() == "my notes"

@@ -130,23 +130,31 @@ def _export(
 
 
 def _other(folder: Path, origin: dict[str, Any]) -> str:
-    """What is in a folder that is not of this origin."""
-    found = {}
-    with contextlib.suppress(UserError):
-        found = read_json(folder / ORIGIN, "") or {}
+    """What is in a folder that does not hold this origin undamaged."""
+    try:
+        found = read_json(folder / ORIGIN, "write it again") or {}
+        if _is_of(found, origin):
+            check_digests(folder, found.get("files"))
+    except UserError as error:
+        return f"an export, but {error}"
     step = found.get("step")
     if found.get("run") != origin["run"] or step in (None, origin.get("step")):
         return "something else"
     return f"{origin['run']} at step {step}, and this is step {origin.get('step')}"
 
 
+def _is_of(found: dict[str, Any], origin: dict[str, Any]) -> bool:
+    """Whether an export was made from this origin."""
+    # Older versions did not store all fields.
+    names = ("fingerprint", "format", "tokenizer_sha256", "table_sha256")
+    return all(found.get(name) == origin.get(name) for name in names)
+
+
 def _held(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """What a folder with the undamaged files of this origin was made from; or None."""
     try:
         found = read_json(folder / ORIGIN, "delete it") or {}
-        # Older versions did not store all fields.
-        names = ("fingerprint", "format", "tokenizer_sha256", "table_sha256")
-        if any(found.get(name) != origin.get(name) for name in names):
+        if not _is_of(found, origin):
             return None
         check_digests(folder, found.get("files"))
     except UserError:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from pcagpt.array_files import read_npz, write_npz
 from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus, count_tokens
-from pcagpt.errors import UserError, shown
+from pcagpt.errors import UserError, shown, warn_once
 from pcagpt.factorization import Statistics
 from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.json_files import parse_json
@@ -194,7 +194,8 @@ def _known(run: Run, folder: Path, protocol: dict[str, Any]) -> str | None:
     for path in sorted(folder.glob(f"statistics_step{run.step}_*.npz")):
         try:
             _, measured = _read(path)
-        except UserError:
+        except UserError as error:
+            warn_once(f"{error}: the statistics in it are not used")
             continue
         measured.pop(_TABLES, None)  # Files of older versions do not say.
         own = measured | {"checkpoint": protocol["checkpoint"]}

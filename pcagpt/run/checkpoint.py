@@ -7,6 +7,7 @@ digests are checked before Orbax opens a file.
 
 import glob
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pcagpt.sharding import processes
 FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
 _REMEDY = "repeat the command that made it: a trained run needs --config.overwrite=True"
+_NUMBER = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the names of saves that are not complete
 _DELETED = ".deleted"  # holds old checkpoints until their files are deleted
 _LOGGER = logging.getLogger(__name__)
@@ -214,8 +216,11 @@ def steps(run_dir: Path) -> list[int]:
     if not folder.is_dir():
         return []
     # One look may miss the new name of a checkpoint, and the old one that was deleted.
-    looks = (ocp.utils.checkpoint_steps(folder) for _ in range(2))
-    return sorted(next(filter(None, looks), []))
+    for _ in range(2):
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+        if found := sorted(map(int, filter(_NUMBER.fullmatch, names))):
+            return found
+    return []
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -302,7 +307,7 @@ def _parts(path: Path) -> tuple[Path, int | None]:
     path = foreign.place_of(path)
     if foreign.is_model(path):
         return path, None
-    if path.name.isdigit() and path.parent.name == FOLDER:
+    if _NUMBER.fullmatch(path.name) and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path.parent if path.name == FOLDER else path, None
 

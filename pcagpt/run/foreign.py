@@ -86,7 +86,7 @@ def _check_export(folder: Path) -> dict[str, Any]:
         check_digests(folder, read)
     except UserError as error:
         remedy = _EXPORT_AGAIN
-        if not exported.is_model(folder):
+        if origin.get("format") == "hf":
             remedy += (
                 f"; if you changed it yourself, delete {exported.FILE} to have it read "
                 "as any Hugging Face folder"
