@@ -299,7 +299,7 @@ def test_of_equal_tables_the_best_model_that_is_there_stays(copied_sweep):
     record["compressed"] |= {"method": other[0], "bands": other[1]}
     json_files.write_json(folder / "best_k8" / "config.json", record)
     row = next(row for row in sweep["rows"] if key(row) == other)
-    record["compressed"]["budget"] = row["budget"]
+    record["compressed"] |= {name: row[name] for name in ("budget", "table_sha256")}
     json_files.write_json(folder / "best_k8" / "config.json", record)
     sweep_of(copied_sweep)
     compressed = read_record(folder / "best_k8")["compressed"]
@@ -626,6 +626,40 @@ def test_exported_bands_and_the_model_are_the_same_dense_table(asked, original):
 
 def padded(table):
     return np.pad(table, ((0, 128 - VOCAB_SIZE), (0, 0))).astype(np.float32)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_model_is_of_a_row_only_if_it_has_the_table_of_its_statistics(
+    asked, monkeypatch, capsys, is_used
+):
+    """The sweep of other statistics was interrupted; a run may use the old model."""
+    methods = {"compress.methods": "context,coded", "compress.bands": (1,)}
+    asked = changed(asked, ranks=(8,), **methods)
+    first = sweep_of(asked, **{"compress.calibration_tokens": 64})
+    folder = folder_of(asked)
+    if is_used:
+        record = {
+            "imported_sha256": {"weights_from": fingerprint.of(folder / "best_k8")}
+        }
+        write_record(folder / "gpt_pca_finetune_from_best_k8", record)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "_write_best", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_of(asked, overwrite=True)
+    for _ in range(2):
+        found = sweep_of(asked)
+        for name in ("best_k8", "best_coded_k8"):
+            known = read_record(folder / name)["compressed"]["table_sha256"]
+            is_old = is_used and name == "best_k8"
+            rows = (first if is_old else found)["rows"]
+            assert known in {row["table_sha256"] for row in rows}
+            assert (name in found["models"]) == (not is_old)
+        stays = "best_k8 stays, because"
+        assert (stays in capsys.readouterr().out) == is_used
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -1279,11 +1313,6 @@ def test_a_new_prediction_is_written_without_encoding(
     kind = KINDS[method]
     file = folder_of(copied_codes) / f"best_{method}_k40" / kind.file
     wanted, (codes, description) = file.read_bytes(), kind.read(file)
-    # Older versions also recorded a hash of the dense table.
-    record = read_record(file.parent)
-    record["compressed"]["table_sha256"] = "0" * 64
-    write_record(file.parent, record)
-    shutil.rmtree(file.parent / "ckpt/0/meta")  # It has a copy of the record.
     kind.write(file, codes, dataclasses.replace(description, predicted_loss=7.0))
     monkeypatch.setattr(Compressor, "_make_codes", pytest.fail)
     sweep_of(copied_codes)

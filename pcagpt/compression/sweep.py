@@ -77,17 +77,17 @@ def sweep(
     chosen = models_of(folder, tried) if original.split == "val" else {}
     if not writes:
         return chosen
-    content = write(tried)
     # Those in the report now have predictions.
-    measured |= {row.recipe: row for row in content["rows"]}
+    measured |= {row.recipe: row for row in write(tried)["rows"]}
     every = models_of(folder, list(measured))
     for place in sorted(chosen):
         _write_best(original, place, every[place], measured, known, overwrite)
+    content = write(tried)
     content["models"] = {
         place.name: dataclasses.asdict(recipe)
         for place in chosen
         for recipe in every[place]
-        if is_of(place, recipe)
+        if is_of(place, original, measured[recipe])
     }
     write_json(folder / output.file, content)
     print(f"report: {report(content)}", flush=True)
@@ -183,17 +183,21 @@ def _write_best(
     Tables of earlier sweeps count, too.
 
     In a tie, it keeps the one already there. If an earlier sweep wrote this model and
-    it is undamaged, it is not made again.
+    it is undamaged, it is not made again. A row in `measured` gets the hash of the
+    table that is written: another machine may have made the row, which rounds in
+    another way.
     """
     rows = [measured[recipe] for recipe in recipes]
     # Runs may have started from the one there.
-    row = row_of_model(rows, lambda row: is_of(place, row.recipe))
+    row = row_of_model(rows, lambda row: is_of(place, original, row))
     best = row.recipe
     if best in known and keeps_model(place, original, row):
         return
-    if is_of(place, best) or not stays(place, best, overwrite):
+    if is_of(place, original, row) or not stays(place, best, overwrite):
         candidate = original.compressor(best)
-        write_model(place, original, candidate, row, overwrite)
+        row = dataclasses.replace(row, **candidate.stored)
+        if write_model(place, original, candidate, row, overwrite):
+            measured[best] = row
 
 
 def add_recovered(output: Output, rows: list[dict[str, Any]]) -> Path:

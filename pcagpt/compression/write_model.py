@@ -63,8 +63,8 @@ def write_model(
     table = codes or candidate.table
     weights, sizes = _model_of(original, candidate.table, codes)
     is_made = (
-        _is_from(folder, original, recipe)
-        and _names(folder, original, table)
+        is_of(folder, original, row)
+        and _names(folder, table)
         and _holds(folder, weights)
         and _tells(folder, original)
     )
@@ -117,7 +117,7 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
     file of `CODES`. Lost or damaged factors/ are read back from ckpt/0. Raises
     Unreadable if the system does not let the folder be read.
     """
-    if not _is_from(folder, original, row.recipe) or not _tells(folder, original):
+    if not is_of(folder, original, row) or not _tells(folder, original):
         return False
     keeps = _keeps_codes if row.is_codes else _keeps_factors
     return keeps(folder, original, row)
@@ -129,11 +129,11 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     if (found := undamaged(lambda: kind.read(path))) is None:
         return False
     codes, there = found
-    # The size and the measured loss tell the table from those of other statistics.
     renewed = dataclasses.replace(there, predicted_loss=own.predicted_loss)
+    # A packed file with more bytes at its end is read, too.
     if renewed != own or path.stat().st_size != row.bytes:
         return False
-    if not _names(folder, original, codes):
+    if not _names(folder, codes):
         return False
     weights, _ = _model_of(original, of_full_width(codes.dense()), codes)
     if not _holds(folder, weights):
@@ -143,12 +143,8 @@ def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
     return True
 
 
-def _names(folder: Path, original: Original, table: FactorizedTable | Codes) -> bool:
+def _names(folder: Path, table: FactorizedTable | Codes) -> bool:
     """Whether the record in a folder is of this table."""
-    # Older versions recorded no hash of codes, or that of the decoded table. Codes of
-    # our own models are in ckpt/0, too, which has hashes.
-    if not isinstance(table, FactorizedTable) and not original.run.architecture:
-        return True
     return _origin_of(folder).get("table_sha256") == table.sha256
 
 
@@ -254,9 +250,20 @@ def _description(original: Original, row: Row) -> coding.Description:
     )
 
 
-def is_of(folder: Path, recipe: Recipe) -> bool:
-    """Whether `write_model` wrote a table of this recipe there."""
-    return dataclasses.asdict(recipe).items() <= _origin_of(folder).items()
+def is_of(folder: Path, original: Original, row: Row) -> bool:
+    """Whether a folder's record is of the table of a row, made from this original.
+
+    By the same recipe, other statistics make another table: its hash decides, but rows
+    of older versions have none. The run may have been moved, and an older version had
+    another fingerprint.
+    """
+    origin, run = _origin_of(folder), original.run
+    return (
+        dataclasses.asdict(row.recipe).items() <= origin.items()
+        and row.table_sha256 in (None, origin.get("table_sha256"))
+        and origin.get("step") == run.step
+        and run.is_at(origin.get("fingerprint"))
+    )
 
 
 def _origin_of(folder: Path) -> dict[str, Any]:
@@ -271,16 +278,6 @@ def _stored(folder: Path) -> dict[str, Any]:
     if there.damage:
         raise there.damage
     return there.stored or {}
-
-
-def _is_from(folder: Path, original: Original, recipe: Recipe) -> bool:
-    """Whether a folder's record is of this recipe and this original.
-
-    Its run may have been moved, and an older version had another fingerprint.
-    """
-    origin, run = _origin_of(folder), original.run
-    is_same = is_of(folder, recipe) and origin.get("step") == run.step
-    return is_same and run.is_at(origin.get("fingerprint"))
 
 
 def _tells(folder: Path, original: Original) -> bool:

@@ -320,7 +320,7 @@ def _sample(settings: Settings, output: Output, original: Original) -> None:
     content = read_sweep(output.folder / "sweep.json")
     if not content:
         return
-    own = _best_of_size(output.folder, content, original)
+    own = _best_of_size(output.folder, content)
     own = [place for place in own if (place / "config.json").is_file()]
     run, is_other = original.run, bool(original.run.architecture)
     baseline = run.folder if is_other else checkpoint.folder_of(run.folder, run.step)
@@ -343,7 +343,7 @@ def _show(
 
     On the first process.
     """
-    places = _best_of_size(folder, content, original)
+    places = _best_of_size(folder, content)
     after = {f"after_{p.name}": functools.partial(_table_in, p) for p in places}
     tables = {BEFORE: lambda: original.table_VD} | after
     with Boards.of_command(settings, folder, "compress", command) as boards:
@@ -358,13 +358,13 @@ def _table_in(folder: Path) -> np.ndarray | None:
     return table and table.dense()
 
 
-def _best_of_size(folder: Path, content: dict, original: Original) -> list[Path]:
-    """The best models of the size that a sweep recommends, made from this model."""
+def _best_of_size(folder: Path, content: dict) -> list[Path]:
+    """The best models of the size that a sweep recommends, with the tables of rows."""
     rows = content["rows"]
     rank = recommended_row(content).rank or max(row.rank for row in rows)
-    names = {row.model_name for row in rows if row.rank == rank} - {None}
-    places = (folder / name for name in sorted(names))
-    return [p for p in places if p.is_dir() and not is_of_another(p, original)]
+    models = content["models"].items()
+    places = (folder / name for name, made in sorted(models) if made["rank"] == rank)
+    return [place for place in places if place.is_dir()]
 
 
 def _recover(
