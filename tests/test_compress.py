@@ -40,7 +40,7 @@ from pcagpt.pipeline import compress as task
 from pcagpt.pipeline.compress import _models_to_train, compress
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
-from pcagpt.report import figures
+from pcagpt.report import collect, figures
 from pcagpt.report.row_text import row_name
 from pcagpt.rows import Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint
@@ -1705,6 +1705,38 @@ def test_the_best_model_is_trained_under_d_s_settings_and_compared(asked, monkey
     assert {name: snapshot(folder / name) for name in names} == before
     later = recovered(asked, **own, **{"compress.recover_ranks": ()})
     assert later["recovered"] == sweep["recovered"]
+
+
+@pytest.mark.slow
+def test_a_recovered_row_tells_the_table_that_is_in_a_moved_workdir(
+    tmp_path, finished_experiment
+):
+    config = asked_in(tmp_path / "runs", finished_experiment)
+    few = {"compress.methods": "svd", "compress.bands": (1,), "ranks": (8,)}
+    before = recovered(config, **few)
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    # Another table is now where the runs started from.
+    record = read_record(moved / "compressed/best_k8")
+    record["compressed"]["rank"] = 4
+    write_record(tmp_path / "runs/compressed/best_k8", record)
+    at = {"workdir": str(moved), "model_path": str(moved / "gpt_baseline")}
+    assert recovered(changed(config, **at), **few)["recovered"] == before["recovered"]
+
+
+def test_a_recovered_row_tells_the_table_that_its_run_started_from(
+    finished_experiment, monkeypatch
+):
+    table = {"rank": 8, "method": "context", "bands": 3}
+    made = {"gpt_pca_finetune_k8": table, "gpt_baseline": {}}
+    folder = Path(finished_experiment.workdir)
+    read = collect.read_row
+    letters = {"gpt_baseline": {"arm": "continued", "letter": "D+"}}
+    monkeypatch.setattr(
+        collect, "read_row", lambda run: read(run) | letters.get(run.name, {})
+    )
+    rows = collect.recovered_rows(folder, made, folder / "gpt_baseline")
+    assert {name: rows[0][name] for name in table} == table
+    assert [rows[1][name] for name in table] == [None, None, None]
 
 
 @pytest.mark.parametrize(

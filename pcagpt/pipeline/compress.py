@@ -378,7 +378,9 @@ def _recover(
         share_group(Path(settings.workdir), output.folder)
     execute(plan, command)
     processes.from_first(baseline.check_unchanged)
+    # A run's own record names the place where its start was then.
+    starts = {j.folder.name: Run.open(j.settings.init.weights_from) for j in plan.jobs}
     if jax.process_index() == 0:
-        runs = [job.folder.name for job in plan.jobs]
-        rows = recovered_rows(output.folder, runs, baseline.folder)
+        made = {run: of.record.get("compressed", {}) for run, of in starts.items()}
+        rows = recovered_rows(output.folder, made, baseline.folder)
         say(f"report: {add_recovered(output, rows)}")

@@ -1,7 +1,7 @@
 """Finished run folders -> the dictionary of results.json."""
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,24 +73,23 @@ def collect_results(
 
 
 def recovered_rows(
-    folder: Path, runs: Sequence[str], baseline: Path
+    folder: Path, made: Mapping[str, Mapping[str, Any]], baseline: Path
 ) -> list[dict[str, Any]]:
     """Compares runs that continue from a compressed model, or from D, with D.
 
     One of the runs must be D+. `added_loss` is the loss of a run minus D's loss, and
     `less_continued` is its loss minus the loss of D+. Both have an interval over
     evaluation windows, or None.
-    `rank`, `method` and `bands` describe the table that the run started from.
+    `rank`, `method` and `bands` describe the table that the run started from: made[run]
+    is the 'compressed' of its record, {} of D's.
     """
     own = read_row(baseline)
-    rows = [read_row(folder / run) for run in runs]
+    rows = [read_row(folder / run) for run in made]
     _shared_protocol([own, *rows])
     continued = next(row for row in rows if row["arm"] == "continued")
     found = []
     for row in rows:
-        config = read_config(folder / row["folder"])
-        source = Path(config["init"]["weights_from"])
-        table = read_config(source).get("compressed", {})
+        table = made[row["folder"]]
         copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
         result = {name: row[name] for name in (*copied, "learning_rate")}
         result |= {name: table.get(name) for name in ("rank", "method", "bands")}
