@@ -143,16 +143,28 @@ def test_a_compressed_model_whose_record_describes_another_is_refused_and_made_a
     assert loss_of(copied_sweep, "best_k8") == wanted
 
 
-def test_a_compressed_model_without_its_record_is_read_and_made_again(copied_sweep):
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_compressed_model_without_its_record_is_read_and_gets_it_back(
+    copied_sweep, is_used, is_measured
+):
     model = folder_of(copied_sweep) / "best_k8"
     wanted, record = loss_of(copied_sweep, "best_k8"), read_record(model)
+    if is_used:
+        started = {"imported_sha256": {"weights_from": fingerprint.of(model)}}
+        write_record(model.parent / "gpt_pca_finetune_from_best_k8", started)
     (model / "config.json").unlink()
     assert Run.open(model).record == record
     assert loss_of(copied_sweep, "best_k8") == wanted
+    before = snapshot(model)
+    if not is_measured:
+        (model.parent / "sweep.json").unlink()
     sweep_of(copied_sweep)
-    assert len(replaced(model.parent)) == 1
-    made = read_record(model)["compressed"]
-    assert made["table_sha256"] == record["compressed"]["table_sha256"]
+    after = snapshot(model)
+    assert read_record(model) == record
+    del after["config.json"]
+    assert after == before
+    assert not replaced(model.parent)
 
 
 def test_a_compressed_model_without_a_copy_of_its_record_is_read_and_stays(

@@ -51,9 +51,9 @@ def write_model(
       factors/      the factors; of `CODES`, the table's file is there instead
 
     A model of another architecture gets no ckpt/0. If the folder already holds
-    this model, only lost or damaged factors/ are written again. Another model is moved
-    aside, unless it `stays`: then False is returned, and nothing is written. A changed
-    file of a table is moved aside, too.
+    this model, only lost or damaged factors/ and a lost config.json are written again.
+    Another model is moved aside, unless it `stays`: then False is returned, and nothing
+    is written. A changed file of a table is moved aside, too.
 
     Raises UserError if the folder of the original now holds another run, Unreadable if
     the system does not let the folder be read.
@@ -81,7 +81,9 @@ def write_model(
         elif factors_in(factors := written / FACTORS, table.sha256) is None:
             move_aside(factors)
             write_bands(factors, candidate.table)
-        if not is_made:
+        if is_made:
+            _restore_record(written)
+        else:
             write_record(written, record)
     return True
 
@@ -114,13 +116,16 @@ def keeps_model(folder: Path, original: Original, row: Row) -> bool:
 
     Makes no table: that can take long, and another machine rounds in another way. The
     folder is judged by its own record and files instead. Writes the prediction into a
-    file of `CODES`. Lost or damaged factors/ are read back from ckpt/0. Raises
-    Unreadable if the system does not let the folder be read.
+    file of `CODES`. Lost or damaged factors/ and a lost config.json are read back from
+    ckpt/0. Raises Unreadable if the system does not let the folder be read.
     """
     if not is_of(folder, original, row) or not _tells(folder, original):
         return False
     keeps = _keeps_codes if row.is_codes else _keeps_factors
-    return keeps(folder, original, row)
+    if not keeps(folder, original, row):
+        return False
+    _restore_record(folder)
+    return True
 
 
 def _keeps_codes(folder: Path, original: Original, row: Row) -> bool:
@@ -280,6 +285,12 @@ def _stored(folder: Path) -> dict[str, Any]:
     return there.stored or {}
 
 
+def _restore_record(folder: Path) -> None:
+    """Writes a lost config.json again, from the copy in the checkpoint."""
+    if not (folder / "config.json").exists() and (stored := _stored(folder)):
+        write_record(folder, stored)
+
+
 def _tells(folder: Path, original: Original) -> bool:
     """Whether the record in a folder tells the text of the tokens.
 
@@ -298,10 +309,8 @@ def _summary(weights: dict) -> str:
 def _holds(folder: Path, weights: dict) -> bool:
     """Whether a folder is a run of these weights, with all that describes them."""
 
-    def read() -> dict[str, str] | None:
-        there, step = choose(folder)
-        if there.record is None:  # It was lost, and only the checkpoint has a copy.
-            return None
+    def read() -> dict[str, str]:
+        _, step = choose(folder)
         return digests.arrays(checkpoint.folder_of(folder, step))
 
     return not weights or undamaged(read) == digests.of_arrays(weights)
