@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from command_line import CONFIGS, ROOT, call, tiny
 from runs import json_of, quick_compiles
 
@@ -244,6 +245,41 @@ def test_a_model_of_hugging_face_opens_with_its_own_table(tmp_path):
         model.loss("text")
     with pytest.raises(pcagpt.UserError, match="have shape .* and dtype timedelta64"):
         model.loss(np.array([1, 2, 3], "m8[s]"))
+
+
+def words(folder, *texts):
+    """Writes a tokenizer of words; each one's id is its number."""
+    ids = {text: number for number, text in enumerate(texts)}
+    model = tokenizers.models.WordLevel(ids, unk_token=texts[0])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name", ["tok", "~/tok"])
+def test_a_named_tokenizer_is_the_one_that_was_there_when_the_model_was_loaded(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    gpt2_folders.write(tmp_path / "model")
+    words(tmp_path / "tok", "u", "a", "b")
+    words(tmp_path / "other/tok", "u", "b", "a")
+    first, second = (pcagpt.load("model", tokenizer=name) for _ in range(2))
+    monkeypatch.chdir(tmp_path / "other")
+    assert first.encode("a b").tolist() == [1, 2]
+    bound = BOUND | {"max_bytes": 3000, "data": {"train": "a b " * 99, "val": "a b a"}}
+    saved = pcagpt.compress(first, **bound).save(tmp_path / "saved")
+    assert pcagpt.load(saved).encode("a b").tolist() == [1, 2]
+    same = pcagpt.compress(tmp_path / "model", tokenizer="~/tok", **bound)
+    assert pcagpt.load(same.save(tmp_path / "same")).encode("a b").tolist() == [1, 2]
+    words(tmp_path / "tok", "u", "b", "a")
+    assert first.encode("a b").tolist() == [1, 2]  # It is in memory.
+    changed = f"{tmp_path}/tok/tokenizer.json is another tokenizer now"
+    for use in (lambda: second.encode("a"), lambda: pcagpt.compress(first, **bound)):
+        with pytest.raises(pcagpt.UserError, match=changed):
+            use()
 
 
 @pytest.mark.parametrize("name", ["gpt_baseline", "gpt_pca_k8", "gpt_pca_finetune_k8"])

@@ -15,6 +15,7 @@ from pcagpt import process
 from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
 from pcagpt.config.command_line import check_place
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError
 
 BOUNDS = ("max_bytes", "max_added_loss")
@@ -99,6 +100,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
             check_place(str(expanded))
             return str(expanded.absolute())
     raise UserError(f"{path!r} is no path: give the path of a folder")
+
+
+def named(tokenizer: str) -> str:
+    """A tokenizer's name, or the `absolute` path of the file that is there."""
+    is_name = not isinstance(tokenizer, str) or tokenizer in ("auto", *RANKS)
+    if is_name or not os.path.exists(os.path.expanduser(tokenizer)):
+        return tokenizer  # What is no name either is refused where it is used.
+    return absolute(tokenizer)
 
 
 def plain(value: Any) -> Any:

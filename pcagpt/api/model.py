@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, list_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, list_of, named, settings_of
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.tokenizer import END_OF_TEXT
@@ -258,7 +258,7 @@ def load(
     Args:
       path: a run of pcagpt or one of its checkpoints (RUN/ckpt/STEP), a compressed
         model, a Hugging Face folder of a GPT-2, or nanoGPT's ckpt.pt.
-      tokenizer: for a model that names none: sotu4096, gpt2, or a file.
+      tokenizer: for a model that names none: sotu4096, gpt2, or a file or folder.
       compute_dtype: auto (bfloat16 on GPUs), float32 or bfloat16.
 
     Raises:
@@ -266,8 +266,7 @@ def load(
         way than the program that made it.
     """
     with call():
+        tokenizer = named(tokenizer)
         given = {"data.tokenizer": tokenizer, "model.compute_dtype": compute_dtype}
         settings = settings_of("sample", {"model_path": absolute(path), **given})
-        run = Run.asked(settings)
-        run.tokens.tokenizer_name(tokenizer)  # Refuses another one at once.
-        return Model(run, settings)
+        return Model(Run.asked(settings).with_tokenizer(tokenizer), settings)

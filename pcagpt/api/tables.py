@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, list_of, settings_of
+from pcagpt.api.calls import absolute, call, ids_of, list_of, named, settings_of
 from pcagpt.api.factors import table_of
 from pcagpt.api.model import Model
 from pcagpt.compression.advise import find
@@ -159,7 +159,7 @@ def compress(
             "data.cache_dir": str(cache),
             "mesh.data": 1,
             "data.source": "",
-            "data.tokenizer": tokenizer,
+            "data.tokenizer": named(tokenizer),
         }
         given = {path: value for path, value in given.items() if value is not None}
         if isinstance(model, Model):
@@ -172,15 +172,15 @@ def compress(
             of_table = {p: v for p, v in given.items() if p.startswith("compress.")}
             settings = settings_of("compress", {"model_path": "table.npy", **of_table})
             return _compress_table(table_of(model), settings)
-        named = given.get("data.tokenizer", "auto")
+        own_or_named = given.get("data.tokenizer", "auto")
         if data is not None:
-            given |= _source(run, data, Path(own), named)
+            given |= _source(run, data, Path(own), own_or_named)
         settings = settings_of("compress", {"model_path": str(run.folder), **given})
         _check_bound(settings)
         settings = decide_effort(settings, platform_of(run), run.table_shape)
         original = Original.of(run, settings, cache / "measured")
         # `data` became ids, so the settings no longer name their tokenizer.
-        told = run.tokens.told_by(original.corpus, named)
+        told = run.tokens.told_by(original.corpus, own_or_named)
         original = dataclasses.replace(original, told=told)
         if original.model.sides:
             raise UserError(

@@ -17,10 +17,14 @@ from pcagpt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class OwnTokens:
-    """What `record`, the run's config.json, says of its tokens."""
+    """What `record`, the run's config.json, says of its tokens.
+
+    opened_sha256: hash of the tokenizer with which the run was opened, if that counts.
+    """
 
     folder: Path
     record: dict[str, Any]
+    opened_sha256: str | None = None
 
     def with_tokenizer(self, asked: DataSettings) -> DataSettings:
         """`asked`; a text gets the model's tokenizer if no other is asked for."""
@@ -63,12 +67,14 @@ class OwnTokens:
                 "the file as --config.data.tokenizer"
             )
         chosen = vocabulary.name_of(name if asked == "auto" else asked)
-        if name and not self.has_tokenizer(chosen):
+        described, opened = vocabulary.describe(chosen), self.opened_sha256
+        is_other = opened not in (None, described.sha256)
+        if is_other or (name and not self.has_tokenizer(chosen)):
             raise UserError(
                 f"{chosen} is another tokenizer now than the one of {self.folder}: "
                 "restore it, or name the file of the old one as --config.data.tokenizer"
             )
-        size, rows = vocabulary.describe(chosen).rows_needed, self.record["vocab_size"]
+        size, rows = described.rows_needed, self.record["vocab_size"]
         if rows < size:
             raise UserError(
                 f"data.tokenizer: {chosen} has {size} tokens, the model of "

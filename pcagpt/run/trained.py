@@ -15,6 +15,7 @@ from pcagpt import trees
 from pcagpt.config import Settings
 from pcagpt.config.schema import DataSettings, ModelSettings
 from pcagpt.config.tasks import TASKS
+from pcagpt.data import vocabulary
 from pcagpt.data.corpus import TRAINING_PARTS, Corpus, describe_corpus, open_corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization.factor_files import check_rows_differ
@@ -32,12 +33,13 @@ class Run:
     """One checkpoint of a run.
 
     `record` is its config.json. A folder with a config.json and a checkpoint is enough:
-    the model need not have been trained here.
+    the model need not have been trained here. `tokenizer_sha256`: see `with_tokenizer`.
     """
 
     folder: Path
     step: int
     record: dict[str, Any]
+    tokenizer_sha256: str | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, any_architecture: bool = False) -> "Run":
@@ -208,7 +210,16 @@ class Run:
     @property
     def tokens(self) -> OwnTokens:
         """Its tokenizer, and which corpora have tokens of it."""
-        return OwnTokens(self.folder, self.record)
+        return OwnTokens(self.folder, self.record, self.tokenizer_sha256)
+
+    def with_tokenizer(self, asked: str) -> "Run":
+        """The run, which from now on refuses its tokenizer if its files change.
+
+        `asked`: as for `OwnTokens.tokenizer_name`, which also says what it raises.
+        """
+        name = self.tokens.tokenizer_name(asked)
+        sha256 = vocabulary.describe(name).sha256 if name else None
+        return dataclasses.replace(self, tokenizer_sha256=sha256)
 
     def data(self, asked: DataSettings) -> DataSettings:
         """The corpus that was asked for, or the run's own if none was.
