@@ -108,19 +108,32 @@ def explain(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    """In this context, an error of the system that Orbax tells is an OSError, too."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code, path = _code_and_path(error)
+        if not code:
+            raise
+        raise OSError(code, os.strerror(code), path) from None
+
+
+@contextlib.contextmanager
 def naming(path: object, place: str = _PLACE) -> Iterator[None]:
     """This context adds `path` to an error of the system that has none.
 
-    Errors of an open file have none. `path` also replaces its temporary name and a path
-    below it, which may be one. `place` is what a person sets to use another disk.
+    Errors of an open file have none. `path` also replaces its temporary name and paths
+    below both, which may be one. `place` is what a person sets to use another disk.
     """
     try:
-        yield
+        with as_os_error():
+            yield
     except OSError as error:
-        known = error.filename
-        if isinstance(known, str):
-            is_temporary = Path(known).name.startswith(f".{Path(str(path)).name}.")
-            if is_temporary or Path(known).is_relative_to(path):
+        known, own = error.filename, Path(str(path))
+        if isinstance(known, str) and Path(known).is_relative_to(own.parent):
+            name = "".join(Path(known).relative_to(own.parent).parts[:1])
+            if name == own.name or name.startswith(f".{own.name}."):
                 known = error.filename = None
         _name(error, path)
         if not (known and hasattr(error, "place")):  # An inner context named both.

@@ -82,12 +82,18 @@ def as_guest(shows_progress: bool) -> Iterator[None]:
     It prints nothing, except progress if that is asked for, and keeps nothing beside
     files that it only reads.
     """
+    global _programs_hook
     # absl configures the root logger at its first message, unless it has a handler.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
-    token = _guest.set(shows_progress)
+    if sys.unraisablehook not in (_hide_failed_writes, _report_unraisable):
+        _programs_hook, sys.unraisablehook = sys.unraisablehook, _hide_failed_writes
+    is_inner, token = is_guest(), _guest.set(shows_progress)
     try:
         yield
+        # After an error, messages about other writes may still come.
+        if not is_inner and sys.unraisablehook is _hide_failed_writes:
+            sys.unraisablehook = _programs_hook
     finally:
         _guest.reset(token)
         logging.getLogger().removeHandler(handler)
@@ -136,16 +142,29 @@ def prepare() -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Hides tensorstore's messages about failed writes, which come without an object.
+    """As `_hide_failed_writes`, of the command.
 
-    Nothing is lost, because tensorstore also raises the first failure. Ends the process
-    if a signal came while Python was freeing an object: nobody gets the exception.
+    Ends the process if a signal came while Python was freeing an object: nobody gets
+    the exception.
     """
     error = unraisable.exc_value
     if isinstance(error, KeyboardInterrupt):
         _end_at_once(str(error) or STOPPED, getattr(error, "number", signal.SIGINT))
     if unraisable.object is not None:
         sys.__unraisablehook__(unraisable)
+
+
+_programs_hook = sys.unraisablehook  # of the program for which pcagpt is a guest
+
+
+def _hide_failed_writes(unraisable: Any) -> None:
+    """Hides tensorstore's messages about failed writes, which come without an object.
+
+    Nothing is lost, because tensorstore also raises the first failure.
+    """
+    is_closed = "Event loop is closed" in str(unraisable.exc_value)
+    if unraisable.object is not None or not is_closed:
+        _programs_hook(unraisable)
 
 
 def _end_with_thread(uncaught: threading.ExceptHookArgs) -> None:

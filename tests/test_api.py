@@ -87,15 +87,17 @@ def files_of(*folders):
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def run_alone(script):
-    """What another Python process prints; its stderr must stay empty."""
+def run_alone(script, prints_errors=False, **options):
+    """What another Python process prints; without `prints_errors`, no stderr."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        **options,
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert prints_errors or not done.stderr, done.stderr
     return done.stdout
 
 
@@ -735,6 +737,37 @@ def test_an_error_of_the_system_stays_an_oserror(model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         found.save(tmp_path / "small")
+
+
+def saved_within(limit, run, folder, **options):
+    """What `save` raises three times under a limit, in a program that then ends."""
+    return run_alone(
+        f"""
+import os, resource, sys, pcagpt
+model = pcagpt.load({str(run)!r})
+small = pcagpt.compress(model, data={SMALL}, **{BOUND})
+hook, opened = sys.unraisablehook, len(os.listdir("/proc/self/fd"))
+for more in range(3, 6):
+    resource.setrlimit({limit})
+    try:
+        small.save({str(folder)!r})
+    except OSError as error:
+        print(error.errno, error.filename)
+    except pcagpt.UserError as error:  # The model could not be read either.
+        print(error)
+pcagpt.factorize(model.table, 2)
+assert sys.unraisablehook is hook
+""",
+        timeout=60,
+        **options,
+    )
+
+
+def test_a_save_that_does_not_fit_raises_an_oserror_and_prints_nothing(run, tmp_path):
+    limit = "resource.RLIMIT_FSIZE, (3000, 3000)"
+    told = saved_within(limit, run, tmp_path / "small")
+    assert told == 3 * f"{errno.EFBIG} {tmp_path}/small\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_remarks_go_to_the_logger_of_the_package(model, caplog):

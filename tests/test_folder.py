@@ -1,6 +1,7 @@
 """Run folders: what is done is skipped, and a run with other settings is refused."""
 
 import copy
+import errno
 import json
 import logging
 import shutil
@@ -581,6 +582,23 @@ def test_every_published_record_and_result_is_read():
         assert read_record(path.parent)
         if (path.parent / "result.json").exists():
             assert read_row(path.parent)["letter"]
+
+
+def test_an_error_of_the_system_names_the_folder_and_not_its_temporary_name(tmp_path):
+    for error in (
+        OSError(errno.ENOSPC, "x"),
+        OSError(errno.ENOSPC, "x", f"{tmp_path}/.run.partial/a/b"),
+        ValueError(
+            f"Error: local file \"{tmp_path}/.run.partial/a\" [os_error_code='28']"
+        ),
+    ):
+        with pytest.raises(OSError) as caught, replacing(tmp_path / "run"):
+            raise error
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == f"{tmp_path}/run"
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a bug"), replacing(tmp_path / "run"):
+        raise ValueError("a bug")
 
 
 def test_a_new_folder_gets_its_name_only_if_nobody_removed_it(tmp_path):

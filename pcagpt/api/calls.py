@@ -16,7 +16,7 @@ from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
 from pcagpt.config.command_line import check_place
 from pcagpt.data.tokenizer import RANKS
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, as_os_error
 
 BOUNDS = ("max_bytes", "max_added_loss")
 # What the knobs of the command line are called here.
@@ -44,7 +44,7 @@ def call(shows_progress: bool | None = None, *, model: str = "path") -> Iterator
     if shows_progress is None:
         shows_progress = process.is_guest() and process.shows_progress()
     try:
-        with process.as_guest(shows_progress), jax.enable_x64(False):
+        with process.as_guest(shows_progress), jax.enable_x64(False), as_os_error():
             yield
     except UserError as error:
         raise type(error)(_in_python(str(error), model)) from None

@@ -26,7 +26,7 @@ from pcagpt.compression.bare_table import (
 )
 from pcagpt.compression.candidates import Candidate
 from pcagpt.compression.original import Original, platform_of
-from pcagpt.compression.table_files import write_table
+from pcagpt.compression.table_files import replace_table
 from pcagpt.compression.write_model import write_model
 from pcagpt.config import Settings, methods_of
 from pcagpt.data import sources
@@ -206,7 +206,7 @@ def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
     check_needs_no_text(methods)
     chosen, _ = find(BareTable(table_VD), methods, options)
     candidate = chosen.candidate
-    write = functools.partial(write_table, candidate=candidate)
+    write = functools.partial(replace_table, candidate=candidate)
     found = _compressed(chosen.row(), candidate, table_VD, write)
     return dataclasses.replace(found, added_loss=None, interval=None)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind, sync, unused_name
 from pcagpt.json_files import check_fields, read_json, write_json
@@ -61,6 +61,7 @@ _RESULT = {
 }
 # Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}
+_TRIES = 10  # of the removal of a folder
 LOGS = ("metrics.jsonl", "val_window_losses.npy", "result.json")  # of begun training
 
 
@@ -419,7 +420,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     try:
-        with watching(written) as check:
+        with naming(place), watching(written) as check:
             check()
             yield written
             check()
@@ -427,7 +428,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         written.rename(place)
         sync(place.parent)
     finally:
-        shutil.rmtree(written, ignore_errors=True)
+        # After an error, threads of tensorstore may write for another moment.
+        for _ in range(_TRIES):
+            shutil.rmtree(written, ignore_errors=True)
+            if not written.exists():
+                break
+            time.sleep(0.05)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
