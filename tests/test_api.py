@@ -770,6 +770,13 @@ def test_a_save_that_does_not_fit_raises_an_oserror_and_prints_nothing(run, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_program_ends_after_a_save_without_descriptors(run, tmp_path):
+    limit = "resource.RLIMIT_NOFILE, (opened + more, 4096)"
+    # asyncio prints that it has none.
+    told = saved_within(limit, run, tmp_path / "small", prints_errors=True)
+    assert f"{errno.EMFILE} {tmp_path}/small\n" in told
+
+
 def test_remarks_go_to_the_logger_of_the_package(model, caplog):
     with caplog.at_level(logging.WARNING, "pcagpt"):
         pcagpt.compress(model, data=SMALL, **BOUND)

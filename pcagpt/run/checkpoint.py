@@ -9,6 +9,7 @@ import glob
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -385,16 +386,23 @@ def save_weights(
     folder = (run_dir / FOLDER).absolute()
     folder.mkdir(parents=True)  # Orbax does not if it is one of several processes.
     options = ocp.CheckpointManagerOptions(
-        create=False, multiprocessing_options=alone()
+        create=False,
+        enable_async_checkpointing=False,  # Its threads wait for others that failed.
+        multiprocessing_options=alone(),
     )
     items = {"weights": ocp.args.StandardSave(variables)}
     if record:
         items["meta"] = ocp.args.JsonSave(strict({"config": record}))
-    with ocp.CheckpointManager(
-        folder, options=options, item_names=tuple(items)
-    ) as manager:
-        manager.save(0, args=ocp.args.Composite(**items))
-        manager.wait_until_finished()
+    try:
+        with ocp.CheckpointManager(
+            folder, options=options, item_names=tuple(items)
+        ) as manager:
+            manager.save(0, args=ocp.args.Composite(**items))
+    finally:
+        # After an error, threads of Orbax still write.
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax.") and thread.is_alive():
+                thread.join()
     digests.seal(folder / "0", (record or {}).get("run_id"))
 
 

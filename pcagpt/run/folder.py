@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
