@@ -32,6 +32,7 @@ FOLDER = "ckpt"
 ITEMS = ("weights", "optimizer", "meta")
 _REMEDY = "repeat the command that made it: a trained run needs --config.overwrite=True"
 _NUMBER = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
+_LONGEST_WAIT = 60  # seconds, for a thread of Orbax after an error
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the names of saves that are not complete
 _DELETED = ".deleted"  # holds old checkpoints until their files are deleted
 _LOGGER = logging.getLogger(__name__)
@@ -402,7 +403,7 @@ def save_weights(
         # After an error, threads of Orbax still write.
         for thread in threading.enumerate():
             if type(thread).__module__.startswith("orbax.") and thread.is_alive():
-                thread.join()
+                thread.join(_LONGEST_WAIT)
     digests.seal(folder / "0", (record or {}).get("run_id"))
 
 
