@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import Unreadable, UserError, unreadable
 from pcagpt.files import open_file, write_file
 
 # Largest absolute value of a table or weights; larger values mean damage.
@@ -122,7 +122,8 @@ def _array(content: bytearray) -> np.ndarray:
 def check_size(path: Path, declared: int, stored: int) -> None:
     """Raises UserError for a file that declares more bytes than it can hold.
 
-    `declared` is the size of its arrays in memory, `stored` the file's own.
+    It raises Unreadable for one that this machine cannot hold. `declared` is the size
+    of its arrays in memory, `stored` the file's own.
     """
     if declared > max(_LARGEST_RATIO * stored, _ALWAYS_ALLOWED):
         raise UserError(
@@ -130,7 +131,7 @@ def check_size(path: Path, declared: int, stored: int) -> None:
             " it is damaged; write it again"
         )
     if declared > memory_bytes():
-        raise UserError(
+        raise Unreadable(
             f"{path} holds arrays of {declared:,} bytes, this machine has a memory of "
             f"{memory_bytes():,}: read it on a larger one"
         )

@@ -168,7 +168,7 @@ class Model:
                 seed=settings.seed,
                 temperature=options.temperature,
                 top_k=options.top_k,
-                ids=ids_with_text(tokenizer),
+                ids=self._has_text,
                 top_p=options.top_p,
                 limit=options.tokens,
             )
@@ -223,8 +223,12 @@ class Model:
             settings = self._settings.replace({"data.cache_dir": cache})
             return tokenizer_of(self._run, settings)
 
+    @functools.cached_property
+    def _has_text(self) -> np.ndarray:
+        return ids_with_text(self._tokenizer)
+
     def _check_have_text(self, ids_T: np.ndarray) -> None:
-        known_T = np.isin(ids_T, np.flatnonzero(ids_with_text(self._tokenizer)))
+        known_T = np.isin(ids_T, np.flatnonzero(self._has_text))
         if not known_T.all():
             raise UserError(
                 f"token id {ids_T[~known_T][0]} is unknown: the tokenizer of this "

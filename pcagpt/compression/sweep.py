@@ -195,7 +195,8 @@ def _write_best(
         return
     if is_of(place, original, row) or not stays(place, best, overwrite):
         candidate = original.compressor(best)
-        row = dataclasses.replace(row, **candidate.stored)
+        stored = candidate.stored | {"seconds": row.seconds}
+        row = dataclasses.replace(row, **stored)
         if write_model(place, original, candidate, row, overwrite):
             measured[best] = row
 

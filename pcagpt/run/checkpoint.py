@@ -399,11 +399,12 @@ def save_weights(
             folder, options=options, item_names=tuple(items)
         ) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
-    finally:
-        # After an error, threads of Orbax still write.
+    except BaseException:
+        # Threads of Orbax still write.
         for thread in threading.enumerate():
             if type(thread).__module__.startswith("orbax.") and thread.is_alive():
                 thread.join(_LONGEST_WAIT)
+        raise
     digests.seal(folder / "0", (record or {}).get("run_id"))
 
 

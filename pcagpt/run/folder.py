@@ -267,11 +267,11 @@ class FolderState:
 
 def _with_corpus(record: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
     """A record, and what only its copy in a checkpoint knows of the corpus."""
+    parts = [one.get("corpus") or {} for one in (copy, record)]
+    if not all(isinstance(part, dict) for part in parts):
+        return record  # Who reads the corpus refuses this.
     known = {
-        name: value
-        for one in (copy, record)
-        for name, value in (one.get("corpus") or {}).items()
-        if value is not None
+        n: value for part in parts for n, value in part.items() if value is not None
     }
     return record | ({"corpus": known} if known else {})
 

@@ -229,7 +229,8 @@ def draw(
     known: the number of tokens before it; with the same key, another number draws
     others.
     """
-    logits_BV = jnp.where(ids, logits_BV[:, : len(ids)], -jnp.inf)
+    count = min(len(ids), logits_BV.shape[-1])  # A table may be padded, or too short.
+    logits_BV = jnp.where(ids[:count], logits_BV[:, :count], -jnp.inf)
     if top_k and top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

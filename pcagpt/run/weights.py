@@ -45,6 +45,7 @@ def read_weights(folder: Path) -> dict:
     for path in below:
         if not path.is_dir():
             refuse_odd(path)
+            path.open("rb").close()  # Orbax takes what the system refuses for damage.
     with _local_checkpointer() as checkpointer:
         described = checkpointer.metadata(folder).item_metadata
         if described is None:
