@@ -25,6 +25,7 @@ from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
+from pcagpt.data.vocabulary import ids_with_text  # noqa: E402
 from pcagpt.errors import UserError, warn_once  # noqa: E402
 from pcagpt.factorization.factor_files import read_bands  # noqa: E402
 from pcagpt.pipeline import compress as compress_task  # noqa: E402
@@ -627,13 +628,14 @@ def test_d_and_the_tables_of_one_size_write_after_the_same_prompts(
         "best_k16": read_bands(folder / "best_k16" / "factors").dense(),
     }
     val = np.fromfile(corpus_folder / "val.bin", np.uint16)
+    ids = ids_with_text(TOKENIZER)
     for sample, start in zip(found, (0, 334, 668), strict=True):
         prompt = val[start : start + 12]
         assert sample["prompt"] == TOKENIZER.decode(prompt.tolist())
         assert (sample["seed"], sample["temperature"]) == (1, 0.8)
         assert list(sample["texts"]) == list(tables)
         for name, table in tables.items():
-            drawn = itertools.islice(model.generate(table, prompt, 97, 1, 0.8), 6)
+            drawn = itertools.islice(model.generate(table, prompt, ids, 1, 0.8), 6)
             assert sample["texts"][name] == TOKENIZER.decode(list(drawn))
     assert "### What do they write?" in (folder / "report.md").read_text("utf-8")
 

@@ -112,7 +112,9 @@ def test_tokens_are_drawn_with_a_table_on_one_side(folder, side):
     of = reference.get_output_embeddings, reference.get_input_embeddings
     of[side == INPUT]().weight.data.copy_(torch.as_tensor(table))
     tokens = [3, 5, 7]
-    for token in itertools.islice(model.generate(table, tokens, 97, 1, 0), 9):
+    for token in itertools.islice(
+        model.generate(table, tokens, np.ones(97, bool), 1, 0), 9
+    ):
         with torch.inference_mode():
             logits = reference(torch.as_tensor([tokens])).logits[0, -1]
         assert token == int(logits.argmax())
