@@ -242,8 +242,8 @@ class MLP(nn.Module):
         kernel, bias = Linear(config, 4 * width, name="fc")(width)
         proj, proj_bias_D = _projection(config)(4 * width)
         is_exact, backend = config.gelu == "exact", config.kernels
-        fits = mlp.fits(*x_ND.shape, 4 * width, x_ND.dtype)
-        if backend == "mosaic" and fits and not is_exact:
+        sizes = *x_ND.shape, 4 * width
+        if backend == "mosaic" and not is_exact and mlp.fits(*sizes, x_ND.dtype):
             y_ND = mlp.mlp(x_ND, kernel, bias, proj)
         elif kernels.use_triton(backend) and gelu.fits(4 * width) and not is_exact:
             y_ND = gelu.bias_gelu(x_ND @ kernel, bias) @ proj
