@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pcagpt import kernels
 from pcagpt.kernels.mosaic import launch as mosaic_launch
 from pcagpt.kernels.mosaic import mlp
+from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
 from pcagpt.sharding.inside import by_device
@@ -182,10 +183,18 @@ def plain_add_and_norm(x, update, bias, scale, offset):
     return total, centred / jnp.sqrt(variance + 1e-5) * scale + offset
 
 
-# One program and many programs, with three pieces of 256 columns and one of 16.
-@pytest.mark.parametrize(("count", "width"), [(24, 768), (4104, 16), (1, 16)])
+# Triton: one program and many programs, with three pieces of 256 columns and one of 16.
+# Mosaic: fewer rows than programs, programs with one row and with two, and one row.
+@pytest.mark.parametrize(
+    ("backend", "count", "width"),
+    [
+        *(("triton", 24, 768), ("triton", 4104, 16), ("triton", 1, 16)),
+        *(("mosaic", 24, 768), ("mosaic", 50, 128), ("mosaic", 1, 256)),
+    ],
+)
 @in_each_precision
-def test_addition_norm_and_their_gradients(count, width, precision):
+def test_addition_norm_and_their_gradients(backend, count, width, precision):
+    add_and_norm = {"triton": norm, "mosaic": mosaic_norm}[backend].add_and_norm
     x, update, of_sum, of_normed = (
         random_array(i, count, width, dtype=precision.dtype) for i in range(4)
     )
@@ -205,7 +214,7 @@ def test_addition_norm_and_their_gradients(count, width, precision):
         return [*outputs, *gradients]
 
     arrays = [x, update, *parameters]
-    found = results(lambda *a: norm.add_and_norm(*a, 1e-5), precision.dtype, arrays)
+    found = results(lambda *a: add_and_norm(*a, 1e-5), precision.dtype, arrays)
     with jax.enable_x64(True):
         wide = [jnp.asarray(array, jnp.float64) for array in exact(*arrays)]
         wanted = results(plain_add_and_norm, jnp.float64, wide)
@@ -360,6 +369,10 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
         matrices = ((64, 512), half, whole), ((512, 64), half, whole)
         bias = (512,), jnp.float32, whole
         x = (8 * 128, 64), half, rows
+        vectors = [((256,), jnp.float32, whole)] * 3
+        program = lowered(of_norm, *[((16, 256), half, rows)] * 2, *vectors)
+        assert program.count("all_reduce") == 1  # of three vectors in one array
+        assert "tensor<2x256xbf16>" in program
         program = lowered(of_all, x, matrices[0], bias, matrices[1])
         assert program.count("all_reduce") == 1  # of the bias's gradient
         assert "tensor<128x512xbf16>" in program
@@ -445,6 +458,20 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
             of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
             assert kernels_in(lowered(of_all, *arrays)) == 2
+        for width in (768, 2048):
+            rows, numbers = ((32768, width), half), ((width,), jnp.float32)
+            assert mosaic_norm.fits(width)
+            program = lowered(of_norm, rows, rows, *[numbers] * 3)
+            assert kernels_in(program) == 2
+
+
+def of_norm(*arrays):
+    """All gradients of a sum of what Mosaic's norm returns."""
+
+    def total(*arrays):
+        return sum(a.sum() for a in mosaic_norm.add_and_norm(*arrays, 1e-5))
+
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4))(*arrays)
 
 
 def gpu_that_is_not_here():
@@ -558,6 +585,9 @@ def test_mosaic_leaves_what_it_has_no_tiles_for_to_other_forms(monkeypatch):
     for sizes in ((100, 768, 512), (128, 80, 512), (128, 64, 300)):
         assert not mlp.fits(*sizes, jnp.bfloat16)
     assert not mlp.fits(32768, 768, 512, jnp.float32)
+    assert mosaic_norm.fits(1280)
+    assert not mosaic_norm.fits(1600)  # not a multiple of the threads
+    assert not mosaic_norm.fits(4096)
     of_consumers = {"shared_memory_per_block_optin": 99 * 1024}
     gpu = SimpleNamespace(compute_capability="12.0", **of_consumers)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])

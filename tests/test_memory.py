@@ -15,6 +15,8 @@ from runs import gpt_config, quick_environment
 
 from pcagpt.config.schema import TrainSettings
 from pcagpt.kernels.mosaic import launch, mlp
+from pcagpt.kernels.mosaic import norm as mosaic_norm
+from pcagpt.kernels.triton import norm
 from pcagpt.model import GPT
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state, train_step
@@ -109,10 +111,12 @@ def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels, monkeypatch)
     with monkeypatch.context() as context:
         # Mosaic asks the device what only newer NVIDIA GPUs know.
         context.setattr(mlp, "fits", pytest.fail)
+        context.setattr(mosaic_norm, "fits", pytest.fail)
         step = traced_step(rank, "triton").jaxpr
         assert kernels_of(step) == both_ways | loss_kernels
         assert kernels_of(traced_step(rank, "xla").jaxpr) == set()
     monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(norm, "fits", pytest.fail)  # Triton's
     norm_and_mlp = {"add_and_norm", "add_and_norm_gradient", *MLP}
     assert kernels_of(traced_step(rank, "mosaic").jaxpr) == norm_and_mlp | loss_kernels
 

@@ -1,0 +1,157 @@
+"""Residual addition and LayerNorm in one kernel, forward and backward.
+
+A program holds a row in registers and loads the next one meanwhile. A multiprocessor
+runs many programs, so that others compute while one waits for the sums of its warps.
+
+Shape letters: N rows, D their width, P programs. `of_x` is the gradient of the loss
+with respect to x.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pcagpt.kernels.mosaic import launch
+from pcagpt.sharding import inside
+
+LANES = 128  # columns of a row are multiples of it: one for each thread
+MOST_WIDTH = 2048  # columns in registers
+# Of a multiprocessor; the fastest of 4 to 16 and of 2 to 8 at width 768.
+PROGRAMS = {"forward": 12, "backward": 6}
+
+
+def fits(width: int) -> bool:
+    """Whether a row can be split over the threads of a program."""
+    return width % LANES == 0 and width <= MOST_WIDTH
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
+    """s = x + update + bias, and LayerNorm(s) * scale + offset, both [N, D].
+
+    x, update and the results have the compute dtype; bias, scale, offset, statistics
+    and sums are float32. `epsilon` is added to the variance.
+    """
+    return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon)[0]
+
+
+def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
+    sum_ND, normed_ND, *statistics = _forward_rows(
+        x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon
+    )
+    return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
+
+
+def _backward(epsilon, residuals, gradients):
+    del epsilon
+    # The gradients of bias, scale and offset are one array, summed once over devices.
+    gradient_ND, of_parameters_3D = _backward_rows(*gradients, *residuals)
+    return gradient_ND, gradient_ND, *of_parameters_3D
+
+
+add_and_norm.defvjp(_forward, _backward)
+
+
+@inside.by_device([True, True, False, False, False], [True] * 4)
+def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    statistic = jax.ShapeDtypeStruct(x_ND.shape[:1], jnp.float32)
+    return launch.call(
+        functools.partial(_visit_forward, epsilon=epsilon),
+        (like_x, like_x, statistic, statistic),
+        programs=_programs("forward", len(x_ND)),
+        groups=1,
+        name="add_and_norm",
+    )(x_ND, update_ND, bias_D, scale_D, offset_D)
+
+
+def _programs(direction: str, rows: int) -> int:
+    return min(rows, PROGRAMS[direction] * launch.multiprocessors())
+
+
+def _visit_rows(inputs, visit, carry=()):
+    """Folds `visit(row, rows of the inputs, carry)` over the rows of this program."""
+    count = inputs[0].shape[0]
+    program, programs = launch.program()
+
+    def load(row):
+        return [ref[jnp.minimum(row, count - 1)] for ref in inputs]
+
+    def turn(number, state):
+        loaded, carry = state
+        row = number * programs + program
+        # Loading the next row here overlaps it with the computation of this one.
+        following = load(row + programs)
+        exact = [array.astype(jnp.float32) for array in loaded]
+        return following, visit(row, exact, carry)
+
+    turns = lax.div(count - program + programs - 1, programs)
+    return lax.fori_loop(0, turns, turn, (load(program), carry))[1]
+
+
+def _visit_forward(*references, epsilon: float):
+    """Kernel: the rows of one program."""
+    x_ref, update_ref, bias_ref, scale_ref, offset_ref = references[:5]
+    sum_ref, normed_ref, mean_ref, inverse_deviation_ref = references[5:]
+    width = x_ref.shape[1]
+    bias_D, scale_D, offset_D = bias_ref[...], scale_ref[...], offset_ref[...]
+
+    def visit(row, arrays, _):
+        x_D, update_D = arrays
+        rounded_D = (x_D + (update_D + bias_D)).astype(sum_ref.dtype)
+        sum_ref[row] = rounded_D
+        # The statistics are those of the rounded sum, which the backward pass reads.
+        x_D = rounded_D.astype(jnp.float32)
+        mean = jnp.sum(x_D) / width
+        x_D -= mean
+        inverse = lax.rsqrt(jnp.sum(x_D * x_D) / width + epsilon)
+        normed_ref[row] = (x_D * inverse * scale_D + offset_D).astype(normed_ref.dtype)
+        mean_ref[row] = mean
+        inverse_deviation_ref[row] = inverse
+        return ()
+
+    _visit_rows([x_ref, update_ref], visit)
+
+
+@inside.by_device([True, True, True, False, True, True], [True, False])
+def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
+    count, width = sum_ND.shape
+    programs = _programs("backward", count)
+    gradient_ND, parts_3PD = launch.call(
+        _visit_backward,
+        (
+            jax.ShapeDtypeStruct(sum_ND.shape, sum_ND.dtype),
+            jax.ShapeDtypeStruct((3, programs, width), jnp.float32),
+        ),
+        programs=programs,
+        groups=1,
+        name="add_and_norm_gradient",
+    )(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
+    return gradient_ND, parts_3PD.sum(axis=1)
+
+
+def _visit_backward(*references):
+    """Kernel: the rows of one program, and their part of the parameters' gradients."""
+    of_sum_ref, of_normed_ref, sum_ref, scale_ref, mean_ref = references[:5]
+    inverse_deviation_ref, gradient_ref, of_parameters_ref = references[5:]
+    width, scale_D = sum_ref.shape[1], scale_ref[...]
+
+    def visit(row, arrays, totals):
+        of_sum_D, of_normed_D, x_D = arrays
+        mean, inverse = mean_ref[row], inverse_deviation_ref[row]
+        unit_D = (x_D - mean) * inverse
+        slope_D = of_normed_D * scale_D
+        mean_slope = jnp.sum(slope_D) / width
+        mean_product = jnp.sum(slope_D * unit_D) / width
+        of_sum_D += (slope_D - mean_slope - unit_D * mean_product) * inverse
+        gradient_ref[row] = of_sum_D.astype(gradient_ref.dtype)
+        terms = of_sum_D, of_normed_D * unit_D, of_normed_D
+        return [t + x for t, x in zip(totals, terms, strict=True)]
+
+    zeros = [jnp.zeros(width, jnp.float32)] * 3
+    totals = _visit_rows([of_sum_ref, of_normed_ref, sum_ref], visit, zeros)
+    program, _ = launch.program()
+    for number, total_D in enumerate(totals):
+        of_parameters_ref[number, program] = total_D
