@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels.mosaic import launch as mosaic_launch
-from pcagpt.kernels.mosaic import mlp
+from pcagpt.kernels.mosaic import mlp, product
 from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
@@ -289,6 +289,16 @@ def test_mlp_and_its_gradients(monkeypatch):
         assert_near(*exact(of_a), np.asarray(wanted), 2 * HALF.rounded)
 
 
+def test_product_of_parts(monkeypatch):
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 5)
+    parts = [random_array(i, 384, 192, dtype=jnp.bfloat16) for i in range(3)]
+    b = random_array(3, 576, 512, dtype=jnp.bfloat16)
+    found = jax.jit(product.of_parts)(parts, b)
+    wanted = np.concatenate(exact(*parts), axis=1) @ exact(b)[0]
+    assert found.dtype == jnp.bfloat16
+    assert_near(*exact(found), wanted, HALF.rounded)
+
+
 def test_mosaic_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
     h = jnp.asarray([-1e4, -60.0, 60.0, 1e4])
     np.testing.assert_array_equal(h * mlp._sigmoid(h), [0, 0, 60, 1e4])
@@ -373,6 +383,10 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
         program = lowered(of_norm, *[((16, 256), half, rows)] * 2, *vectors)
         assert program.count("all_reduce") == 1  # of three vectors in one array
         assert "tensor<2x256xbf16>" in program
+        parts = [((8 * 128, 256), half, rows)] * 3, ((768, 256), half, whole)
+        program = lowered(lambda *a: product.of_parts(a[:3], a[3]), *parts[0], parts[1])
+        assert "tensor<128x256xbf16>" in program
+        assert "all_reduce" not in program
         program = lowered(of_all, x, matrices[0], bias, matrices[1])
         assert program.count("all_reduce") == 1  # of the bias's gradient
         assert "tensor<128x512xbf16>" in program
@@ -458,6 +472,10 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
             of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
             assert kernels_in(lowered(of_all, *arrays)) == 2
+        parts = [((32768, 768), half)] * 3, ((2304, 768), half)
+        assert product.fits(32768, 768, 768, half)
+        program = lowered(lambda *a: product.of_parts(a[:3], a[3]), *parts[0], parts[1])
+        assert kernels_in(program) == 1
         for width in (768, 2048):
             rows, numbers = ((32768, width), half), ((width,), jnp.float32)
             assert mosaic_norm.fits(width)

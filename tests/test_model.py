@@ -12,6 +12,7 @@ from runs import gpt_config
 from scipy import special
 
 from pcagpt import trees
+from pcagpt.kernels.mosaic import launch, product
 from pcagpt.losses import token_losses
 from pcagpt.model import GPT, training_flops_per_token
 from pcagpt.model.block import _bias_gelu, _causal_attention, _split_product
@@ -463,16 +464,34 @@ def test_attention_in_blocks_of_queries_is_causal_attention(length):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_thirds_of_a_product_have_its_values_and_gradients():
+# Sizes without whole tiles of the kernel, and with tiles for programs with one and two.
+@pytest.mark.parametrize(
+    ("backend", "rows", "width", "tolerance"),
+    [("xla", 5, 4, 1e-6), ("mosaic", 5, 4, 1e-6), ("mosaic", 384, 256, 5e-3)],
+)
+def test_thirds_of_a_product_have_its_values_and_gradients(
+    backend, rows, width, tolerance, monkeypatch
+):
+    calls = []
+    of_parts = product.of_parts
+    monkeypatch.setattr(product, "of_parts", lambda *a: calls.append(0) or of_parts(*a))
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 2)
+    dtype = jnp.bfloat16 if rows == 384 else jnp.float32
     random = np.random.default_rng(0)
-    x, kernel = random.normal(size=(5, 4)), random.normal(size=(4, 12))
-    weights = tuple(random.normal(size=(3, 5, 4)).astype(np.float32))
-    arrays = x.astype(np.float32), kernel.astype(np.float32)
+    arrays = [
+        jnp.asarray(random.normal(size=shape), dtype)
+        for shape in ((rows, width), (width, 3 * width))
+    ]
+    weights = tuple(jnp.asarray(random.normal(size=(3, rows, width)), dtype))
 
     def outcome(function):
-        thirds, back = jax.vjp(function, *arrays)
+        thirds, back = jax.vjp(jax.jit(function), *arrays)
         return *thirds, *back(weights)
 
     plain = outcome(lambda x, kernel: tuple(jnp.split(x @ kernel, 3, axis=1)))
-    for found, wanted in zip(outcome(_split_product), plain, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    found = outcome(functools.partial(_split_product, backend=backend))
+    assert len(calls) == (rows == 384)
+    for a, b in zip(found, plain, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)

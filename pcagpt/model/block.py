@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt import kernels
-from pcagpt.kernels.mosaic import mlp
+from pcagpt.kernels.mosaic import mlp, product
 from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.triton import gelu, norm, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         if config.attention == "xla":  # It copies all three in any case.
             q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel, 3, axis=1)
         else:
-            q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
+            q_ND, k_ND, v_ND = _split_product(x_ND, kernel, config.kernels)
         # The key's bias adds the same number to all logits of a query, so the softmax
         # cancels it. Attention weights sum to 1, so the value's bias can be added
         # afterwards. Dropout of the weights breaks this.
@@ -214,27 +214,42 @@ def _causal_attention(q_BTHC, k_BTHC, v_BTHC, implementation: str) -> jax.Array:
     return jnp.concatenate(blocks, axis=1)
 
 
-@jax.custom_vjp
-def _split_product(x_ND: jax.Array, kernel_DX: jax.Array) -> tuple[jax.Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_product(x_ND, kernel_DX, backend: str) -> tuple[jax.Array, ...]:
     """The thirds of x @ kernel as three arrays [N, D].
 
-    Three products need no copies from one large result. The custom gradient joins the
-    gradients of the thirds, so that the backward pass has two products instead of six.
+    Three products need no copies from one large result. The gradient with respect to x
+    is one product instead of three that must be added.
     """
-    # Without the barrier, XLA would merge the products and slice their result.
-    xs = jax.lax.optimization_barrier((x_ND,) * 3)
+    del backend
     parts = jnp.split(kernel_DX, 3, axis=1)
-    return tuple(x_ND @ part_DD for x_ND, part_DD in zip(xs, parts, strict=True))
+    return tuple(x @ part for x, part in zip(_apart(x_ND), parts, strict=True))
 
 
-def _split_product_backward(residuals, gradients):
+def _apart(x_ND) -> tuple[jax.Array, ...]:
+    """x for three products, which XLA would merge to slice their result."""
+    return jax.lax.optimization_barrier((x_ND,) * 3)
+
+
+def _split_product_backward(backend, residuals, gradients):
     x_ND, kernel_DX = residuals
+    (count, width), dtype = x_ND.shape, x_ND.dtype
+    if backend == "mosaic" and product.fits(count, width, width, dtype):
+        of_x_ND = product.of_parts(gradients, kernel_DX.T)
+        of_thirds = [x.T @ g for x, g in zip(_apart(x_ND), gradients, strict=True)]
+        return of_x_ND, jnp.concatenate(of_thirds, axis=1)
     # Without the barrier, XLA would join the gradients once for each product.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 
-_split_product.defvjp(lambda *a: (_split_product(*a), a), _split_product_backward)
+_split_product.defvjp(
+    lambda x_ND, kernel_DX, backend: (
+        _split_product(x_ND, kernel_DX, backend),
+        (x_ND, kernel_DX),
+    ),
+    _split_product_backward,
+)
 
 
 class MLP(nn.Module):
