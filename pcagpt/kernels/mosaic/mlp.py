@@ -33,18 +33,18 @@ def mlp(x_ND, fc_DF, bias_F, proj_FD) -> jax.Array:
     x, fc, proj and the result are bfloat16, the bias is float32. Products are added up
     and GELU is computed in float32.
     """
-    (gelu_NF,) = _gelu_product(x_ND, fc_DF, bias_F, keeps_h=False)
+    (gelu_NF,) = _gelu_product(x_ND, fc_DF, bias_F, keeps_slope=False)
     return gelu_NF @ proj_FD
 
 
 def _forward(x_ND, fc_DF, bias_F, proj_FD):
-    h_NF, gelu_NF = _gelu_product(x_ND, fc_DF, bias_F, keeps_h=True)
-    return gelu_NF @ proj_FD, (x_ND, h_NF, gelu_NF, fc_DF, proj_FD)
+    slope_NF, gelu_NF = _gelu_product(x_ND, fc_DF, bias_F, keeps_slope=True)
+    return gelu_NF @ proj_FD, (x_ND, slope_NF, gelu_NF, fc_DF, proj_FD)
 
 
 def _backward(residuals, of_y_ND):
-    x_ND, h_NF, gelu_NF, fc_DF, proj_FD = residuals
-    of_h_NF, of_bias_F = _product_gelu_gradient(of_y_ND, proj_FD.T, h_NF)
+    x_ND, slope_NF, gelu_NF, fc_DF, proj_FD = residuals
+    of_h_NF, of_bias_F = _gradient_product(of_y_ND, proj_FD.T, slope_NF)
     of_fc_DF, of_proj_FD = x_ND.T @ of_h_NF, gelu_NF.T @ of_y_ND
     return of_h_NF @ fc_DF.T, of_fc_DF, of_bias_F, of_proj_FD
 
@@ -52,29 +52,33 @@ def _backward(residuals, of_y_ND):
 mlp.defvjp(_forward, _backward)
 
 
-def _gelu_product(x_ND, fc_DF, bias_F, *, keeps_h: bool):
-    """h = x @ fc + bias if it is kept, and gelu(h): [N, F] in the dtype of x."""
+def _gelu_product(x_ND, fc_DF, bias_F, *, keeps_slope: bool):
+    """GELU of h = x @ fc + bias [N, F], after its derivative there if that is kept.
 
-    @inside.by_device([True, False, False], [True] * (1 + keeps_h))
+    The derivative takes the place of h for the backward pass: it needs no exponentials
+    there, and here it shares those of GELU.
+    """
+
+    @inside.by_device([True, False, False], [True] * (1 + keeps_slope))
     def of_rows(x_ND, fc_DF, bias_F):
         result = jax.ShapeDtypeStruct((len(x_ND), fc_DF.shape[1]), x_ND.dtype)
-        results = (result,) * (1 + keeps_h)
+        results = (result,) * (1 + keeps_slope)
         return product.run((x_ND,), fc_DF, bias_F, work=_GELU, results=results)
 
     return of_rows(x_ND, fc_DF, bias_F)
 
 
 @inside.by_device([True, False, True], [True, False])
-def _product_gelu_gradient(of_y_ND, proj_DF, h_NF):
-    """Gradients of h = x @ fc + bias [N, F] and of the bias [F] float32."""
-    width = h_NF.shape[1]
+def _gradient_product(of_y_ND, proj_DF, slope_NF):
+    """Gradients of h [N, F] and of the bias [F] float32."""
+    width = slope_NF.shape[1]
     parts = HALVES * product.programs(width)[1]
     results = (
-        jax.ShapeDtypeStruct(h_NF.shape, h_NF.dtype),
+        jax.ShapeDtypeStruct(slope_NF.shape, slope_NF.dtype),
         jax.ShapeDtypeStruct((parts, width), jnp.float32),
     )
     factors = (of_y_ND,), proj_DF
-    of_h_NF, parts_PF = product.run(*factors, h_NF, work=_GRADIENT, results=results)
+    of_h_NF, parts_PF = product.run(*factors, slope_NF, work=_GRADIENT, results=results)
     return of_h_NF, parts_PF.sum(axis=0)
 
 
@@ -87,7 +91,7 @@ def _gelu_scratch() -> dict:
 
 
 def _gelu(place, multiply, bias_ref, results, pieces, arrived, numbers):
-    """Adds the bias and applies GELU; the first of two results is the sum before it."""
+    """Adds the bias and applies GELU; the first of two results is its derivative."""
     half = place.half
     plgpu.copy_gmem_to_smem(
         bias_ref.at[pl.ds(place.column, COLUMNS)], numbers.at[half], arrived.at[half]
@@ -101,7 +105,7 @@ def _gelu(place, multiply, bias_ref, results, pieces, arrived, numbers):
             bias_c = numbers[half, pl.ds(number * PIECE, PIECE)]
             h_rc = product_rc[:, product.columns_of(number)]
             h_rc += lax.broadcast_in_dim(bias_c, h_rc.shape, [1])
-            values = [h_rc, h_rc * _sigmoid(h_rc)][-len(results) :]
+            values = _slope_and_gelu(h_rc)[-len(results) :]
             for index, value_rc in enumerate(values):
                 count = number * len(results) + index
                 target = results[index].at[place.piece(turn, number)]
@@ -117,7 +121,7 @@ def _gradient_scratch() -> dict:
     if not launch.is_interpreted():
         ones = launch.shared((PIECE, PIECE), jnp.bfloat16, PIECE)
         return arrays | {"ones": ones}
-    turned = launch.shared((HALVES, PIECE, PIECE), jnp.bfloat16)
+    turned = launch.shared((HALVES, PIECES, PIECE, PIECE), jnp.bfloat16)
     return arrays | {
         "ones": launch.shared((PIECE, ONES), jnp.bfloat16),
         "turned": turned,
@@ -125,9 +129,9 @@ def _gradient_scratch() -> dict:
 
 
 def _gradient(
-    place, multiply, h_ref, results, pieces, arrived, numbers, ones, turned=None
+    place, multiply, slope_ref, results, pieces, arrived, numbers, ones, turned=None
 ):
-    """Multiplies by GELU's derivative at h, and adds up each column."""
+    """Multiplies by GELU's derivative, and adds up each column."""
     of_h_ref, sums_ref = results
     half = place.half
     ones[...] = jnp.ones(ones.shape, ones.dtype)  # Both groups write the same.
@@ -136,23 +140,23 @@ def _gradient(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number in range(PIECES):
             plgpu.copy_gmem_to_smem(
-                h_ref.at[place.piece(turn, number)],
+                slope_ref.at[place.piece(turn, number)],
                 pieces.at[half, number],
                 arrived.at[half * PIECES + number],
             )
         product_rc = multiply(turn)
         for number in range(PIECES):
             plgpu.barrier_wait(arrived.at[half * PIECES + number])
-            derivative_rc = _derivative(pieces[half, number].astype(jnp.float32))
-            of_h_rc = product_rc[:, product.columns_of(number)] * derivative_rc
+            slope_rc = pieces[half, number].astype(jnp.float32)
+            of_h_rc = product_rc[:, product.columns_of(number)] * slope_rc
             pieces[half, number] = of_h_rc.astype(pieces.dtype)
         plgpu.commit_smem()
         for number in range(PIECES):
             target = of_h_ref.at[place.piece(turn, number)]
             plgpu.copy_smem_to_gmem(pieces.at[half, number], target)
+        sums_of_tile = _column_sums(pieces.at[half], ones, turned)
         return [
-            sum_c + _column_sums(pieces.at[half, number], ones, turned)
-            for number, sum_c in enumerate(sums)
+            sum_c + more_c for sum_c, more_c in zip(sums, sums_of_tile, strict=True)
         ]
 
     zeros = [jnp.zeros(PIECE, jnp.float32)] * PIECES
@@ -168,38 +172,35 @@ def _gradient(
 _GRADIENT = product.Work("mlp_gradient", _gradient, PIECES, _gradient_scratch)
 
 
-def _column_sums(piece_rc, ones, turned) -> jax.Array:
-    """Sums of the columns of a piece in shared memory, [64] float32.
+def _column_sums(pieces, ones, turned) -> list[jax.Array]:
+    """Sums of the columns of each piece in shared memory, [64] float32.
 
     A sum over rows would need several warps, which share no memory of their own. A
     product with ones gives each sum to all threads of its row.
     """
-    if turned is None:
-        left, right = (
-            piece_rc.transpose((1, 0)),
-            ones.at[pl.ds(0, ONES)].transpose((1, 0)),
-        )
-    else:  # The interpreter cannot turn a factor.
-        left, right = turned.at[launch.group()], ones
-        left[...] = piece_rc[...].T
 
-    def multiply(sum_ref):
-        plgpu.wgmma(sum_ref, left, right)
+    def multiply(*sum_refs):
+        for number, sum_ref in enumerate(sum_refs):
+            if turned is None:
+                left = pieces.at[number].transpose((1, 0))
+                right = ones.at[pl.ds(0, ONES)].transpose((1, 0))
+            else:  # The interpreter cannot turn a factor.
+                left, right = turned.at[launch.group(), number], ones
+                left[...] = pieces[number].T
+            plgpu.wgmma(sum_ref, left, right)
         plgpu.wgmma_wait(0)
-        return sum_ref[...].max(axis=1)  # All columns are the same.
+        return [sum_ref[...].max(axis=1) for sum_ref in sum_refs]  # All are the same.
 
-    return pl.run_scoped(multiply, plgpu.ACC((PIECE, ONES), jnp.float32))
+    return pl.run_scoped(multiply, *[plgpu.ACC((PIECE, ONES), jnp.float32)] * PIECES)
 
 
-def _sigmoid(h_rc):
-    """sigmoid(2 * u(h)); see `constants`."""
-    exponent_rc = h_rc * (CUBIC * h_rc * h_rc + 1.0) * (-TWICE_SCALE * LOG2_E)
+def _slope_and_gelu(h_rc) -> list:
+    """The derivative of GELU at h, and GELU, h * sigmoid(2 * u(h)); see `constants`."""
+    square_rc = h_rc * h_rc
+    scale = -TWICE_SCALE * LOG2_E
+    exponent_rc = h_rc * (square_rc * (scale * CUBIC) + scale)
     root_rc = lax.rsqrt(1.0 + jnp.exp2(exponent_rc))
-    return root_rc * root_rc  # A division would take longer.
-
-
-def _derivative(h_rc):
-    """The derivative of h * sigmoid(2 * u(h))."""
-    sigmoid_rc = _sigmoid(h_rc)
-    slope_rc = h_rc * ((3.0 * CUBIC * TWICE_SCALE) * h_rc * h_rc + TWICE_SCALE)
-    return sigmoid_rc + slope_rc * (sigmoid_rc - sigmoid_rc * sigmoid_rc)
+    sigmoid_rc = root_rc * root_rc  # A division would take longer.
+    inner_rc = h_rc * (square_rc * (3.0 * CUBIC * TWICE_SCALE) + TWICE_SCALE)
+    slope_rc = sigmoid_rc + inner_rc * (sigmoid_rc - sigmoid_rc * sigmoid_rc)
+    return [slope_rc, h_rc * sigmoid_rc]
