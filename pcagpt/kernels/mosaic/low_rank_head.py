@@ -11,6 +11,7 @@ rows of a streamed tile.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ HALF = 64  # rows of a product of one group
 HALVES = 2  # of the kept tile, one for each multiplying group
 KEPT = HALVES * HALF
 STREAMED = 128  # rows of a streamed tile
-SLOTS = 3  # streamed tiles in shared memory
+SLOTS = 4  # streamed tiles in shared memory
+TAKE_TURNS = True  # whether the groups start products alternately
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
 REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
@@ -73,13 +75,14 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
     first, programs = launch.program()
     turns = lax.div(z_ref.shape[0] // KEPT - first + programs - 1, programs)
 
-    def copy(turn, step, slot, streamed, loaded):
+    def copy(turn, step, slot, streamed, loaded, normaliser):
+        del normaliser
         # The first tile is the table's last, which alone needs a mask.
         tile = lax.rem(step + steps - 1, steps)
         rows = pl.ds(tile * STREAMED, STREAMED)
         plgpu.copy_gmem_to_smem(wte_ref.at[rows], streamed.at[slot], loaded)
 
-    def multiply(group, tiles, numbers):
+    def multiply(group, tiles, normaliser):
         @pl.loop(0, turns)
         def _(turn):
             place = pl.ds(((turn * programs + first) * HALVES + group) * HALF, HALF)
@@ -106,12 +109,14 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
             start = jnp.full(HALF, -jnp.inf, jnp.float32), zeros, zeros
             mean_hK, (highest_h, sum_h, _) = tiles.fold(turn, weigh, shrink, start)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            numbers[group] = (highest_h + jnp.log2(sum_h)) * (1 / LOG2_E)
-            tiles.write(mean_hK * _columns(1 / sum_h, mean_hK.shape[1]))
-            plgpu.copy_smem_to_gmem(numbers.at[group], normaliser_ref.at[place])
-            plgpu.copy_smem_to_gmem(tiles.result, mean_ref.at[place])
+            normaliser[group] = (highest_h + jnp.log2(sum_h)) * (1 / LOG2_E)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(normaliser.at[group], normaliser_ref.at[place])
+            mean_hK *= _columns(1 / sum_h, mean_hK.shape[1])
+            tiles.write(mean_hK, mean_ref.at[place])
 
-    _run(copy, multiply, turns, steps, z_ref, [((HALVES, HALF), jnp.float32)], 1)
+    scratch = {"normaliser": launch.shared((HALVES, HALF), jnp.float32)}
+    _run(copy, multiply, turns, steps, z_ref, 1, **scratch)
 
 
 def table_gradient(
@@ -184,16 +189,13 @@ def _table_gradient(
                 return jnp.where(is_target_hs, p_hs - 1.0, p_hs), carry
 
             gradient_hK, _ = tiles.fold(turn, weigh, lambda sum_hK, _: sum_hK, ())
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            tiles.write(gradient_hK)
-            target_part = gradient_ref.at[lax.rem(item, splits), place]
-            plgpu.copy_smem_to_gmem(tiles.result, target_part)
+            tiles.write(gradient_hK, gradient_ref.at[lax.rem(item, splits), place])
 
-    numbers = [
-        ((SLOTS, STREAMED), normaliser_ref.dtype),
-        ((SLOTS, STREAMED), target_ref.dtype),
-    ]
-    _run(copy, multiply, turns, steps, wte_ref, numbers, 3)
+    scratch = {
+        "normaliser": launch.shared((SLOTS, STREAMED), normaliser_ref.dtype),
+        "target": launch.shared((SLOTS, STREAMED), target_ref.dtype),
+    }
+    _run(copy, multiply, turns, steps, wte_ref, 3, **scratch)
 
 
 def _columns(values_h, count: int):
@@ -210,35 +212,35 @@ def _pad(rows_XK, multiple: int) -> jax.Array:
     return jnp.pad(rows_XK, ((0, -count % multiple), (0, -rank % WIDTH)))
 
 
-def _run(copy, multiply, turns, steps: int, kept_ref, numbers, copies: int):
+def _run(copy, multiply, turns, steps: int, kept_ref, copies: int, **numbers):
     """Runs `copy` for each streamed tile in one group, and `multiply` in two others.
 
-    numbers: shapes and dtypes of further arrays in shared memory, for both. copies:
-    those that `copy` makes for a tile.
+    copies: those that `copy` makes for a tile. numbers: further arrays in shared
+    memory, for both.
     """
     rank, dtype = kept_ref.shape[1], kept_ref.dtype
 
-    def run(kept, streamed, results, loaded, used, ready, **numbers):
+    def run(kept, streamed, results, loaded, used, ready, turn_taken, **numbers):
         @pl.when(launch.group() == HALVES)
         def _():
             plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
-            count = turns * steps
 
             @pl.loop(0, turns)
             def _(turn):
                 @pl.loop(0, steps)
                 def _(step):
-                    place = turn * steps + step
-                    slot = lax.rem(place, SLOTS)
+                    count = turn * steps + step
+                    slot = lax.rem(count, SLOTS)
 
-                    @pl.when(place >= SLOTS)
+                    @pl.when(count >= SLOTS)
                     def _():
                         plgpu.barrier_wait(used.at[slot])
 
-                    further = numbers.values() if copies > 1 else ()
-                    copy(turn, step, slot, streamed, loaded.at[slot], *further)
+                    copy(turn, step, slot, streamed, loaded.at[slot], **numbers)
 
             # The interpreter wants every arrival at a barrier to be seen.
+            count = turns * steps
+
             @pl.loop(jnp.maximum(count - SLOTS, 0), count)
             def _(past):
                 plgpu.barrier_wait(used.at[lax.rem(past, SLOTS)])
@@ -247,51 +249,66 @@ def _run(copy, multiply, turns, steps: int, kept_ref, numbers, copies: int):
         def _():
             plgpu.set_max_registers(REGISTERS["multiply"], action="increase")
             group = launch.group()
+            result, is_kept = results.at[group], ready.at[group]
             tiles = _Tiles(
                 steps,
                 kept.at[group],
                 streamed,
-                results.at[group],
+                result,
                 loaded,
                 used,
-                ready.at[group],
+                is_kept,
+                turn_taken,
             )
-            multiply(group, tiles, *numbers.values())
+            pl.when(group == 1)(tiles.take_turn)
+            multiply(group, tiles, **numbers)
+            pl.when(group == 0)(tiles.take_turn)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     launch.with_scratch(
         run,
         kept=launch.shared((HALVES, HALF, rank), dtype, WIDTH),
         streamed=launch.shared((SLOTS, STREAMED, rank), dtype, WIDTH),
-        results=launch.shared((HALVES, HALF, rank), jnp.float32, WIDTH // 2),
+        results=launch.shared((HALVES, HALF, WIDTH), jnp.float32, WIDTH // 2),
         loaded=plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
         used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=SLOTS),
         ready=plgpu.Barrier(num_barriers=HALVES),
-        **{f"numbers_{i}": launch.shared(*array) for i, array in enumerate(numbers)},
+        turn_taken=plgpu.Barrier(num_arrivals=HALVES),
+        **numbers,
     )
 
 
-class _Tiles:
-    """The tiles that a multiplying group reads, and that of its result."""
+class _Tiles(NamedTuple):
+    """The tiles of a multiplying group and their barriers."""
 
-    def __init__(self, steps: int, kept, streamed, result, loaded, used, ready):
-        self.steps, self.kept, self.streamed, self.result = (
-            steps,
-            kept,
-            streamed,
-            result,
-        )
-        self._loaded, self._used, self._ready = loaded, used, ready
+    steps: int  # streamed tiles of a turn
+    kept: Any
+    streamed: Any
+    result: Any  # columns on their way to the result
+    loaded: Any
+    used: Any
+    is_kept: Any
+    turn_taken: Any
+
+    def take_turn(self):
+        """Lets the other group start its products, or waits until it has."""
+        if TAKE_TURNS:
+            plgpu.barrier_arrive(self.turn_taken)
+            plgpu.barrier_wait(self.turn_taken)
 
     def keep(self, source):
         """Copies the kept tile."""
-        plgpu.copy_gmem_to_smem(source, self.kept, self._ready)
-        plgpu.barrier_wait(self._ready)
+        plgpu.copy_gmem_to_smem(source, self.kept, self.is_kept)
+        plgpu.barrier_wait(self.is_kept)
 
-    def write(self, result_hK):
-        """Writes the result to shared memory."""
-        self.result[...] = result_hK
-        plgpu.commit_smem()
+    def write(self, sum_hK, target):
+        """Copies the result of a turn, through shared memory."""
+        for column in range(0, sum_hK.shape[1], WIDTH):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.result[...] = sum_hK[:, column : column + WIDTH]
+            plgpu.commit_smem()
+            columns = target.at[:, pl.ds(column, WIDTH)]
+            plgpu.copy_smem_to_gmem(self.result, columns)
 
     def fold(self, turn, weigh, shrink, carry):
         """The sum of weights @ tile over all streamed tiles, and the last carry.
@@ -304,33 +321,33 @@ class _Tiles:
         def slot_of(step):
             return lax.rem(turn * self.steps + step, SLOTS)
 
-        def weights(logit_hs, carry, slot):
-            p_hs, carry = weigh(logit_hs, carry, slot)
-            return p_hs.astype(self.streamed.dtype), carry
-
         def visit(step, state):
             sum_hK, p_hs, carry = state
             slot, past = slot_of(step), slot_of(step - 1)
-            plgpu.barrier_wait(self._loaded.at[slot])
-            sum_hK, p_hs, carry = self._overlap(
-                sum_hK,
-                p_hs,
-                past,
-                slot,
-                lambda logit_hs: weights(logit_hs, carry, slot),
-            )
-            plgpu.barrier_arrive(self._used.at[past])
-            return shrink(sum_hK, carry), p_hs, carry
 
-        slot = slot_of(0)
-        plgpu.barrier_wait(self._loaded.at[slot])
-        p_hs, carry = weights(self._logits(slot), carry, slot)
-        sum_hK = jnp.zeros(self.kept.shape, jnp.float32)
-        state = lax.fori_loop(1, self.steps, visit, (sum_hK, p_hs, carry))
-        sum_hK, p_hs, carry = state
+            def weights(logit_hs):
+                result = lax.optimization_barrier(weigh(logit_hs, carry, slot))
+
+                @pl.when(step + 1 < self.steps)
+                def _():
+                    plgpu.barrier_wait(self.loaded.at[slot_of(step + 1)])
+
+                return result
+
+            sum_hK, p_hs, carry = self._overlap(sum_hK, p_hs, past, slot, weights)
+            plgpu.barrier_arrive(self.used.at[past])
+            return shrink(sum_hK, carry), p_hs.astype(dtype), carry
+
+        slot, dtype = slot_of(0), self.streamed.dtype
+        plgpu.barrier_wait(self.loaded.at[slot])
+        p_hs, carry = weigh(self._logits(slot), carry, slot)
+        if self.steps > 1:
+            plgpu.barrier_wait(self.loaded.at[slot_of(1)])
+        start = jnp.zeros(self.kept.shape, jnp.float32), p_hs.astype(dtype), carry
+        sum_hK, p_hs, carry = lax.fori_loop(1, self.steps, visit, start)
         past = slot_of(self.steps - 1)
         sum_hK = self._add(sum_hK, p_hs, past)
-        plgpu.barrier_arrive(self._used.at[past])
+        plgpu.barrier_arrive(self.used.at[past])
         return sum_hK, carry
 
     def _logits(self, slot):
@@ -356,14 +373,17 @@ class _Tiles:
 
     def _overlap(self, sum_hK, p_hs, past, slot, weights):
         """The products of a slot give the next weights while those of the past run."""
+        self.take_turn()
         if launch.is_interpreted():  # It knows no weights in registers.
-            sum_hK = self._add(sum_hK, p_hs, past)
-            return sum_hK, *weights(self._logits(slot))
+            sum_hK, logit_hs = self._add(sum_hK, p_hs, past), self._logits(slot)
+            self.take_turn()
+            return sum_hK, *weights(logit_hs)
 
         def multiply(logit_ref, sum_ref):
             sum_ref[...] = sum_hK
             plgpu.wgmma(logit_ref, self.kept, self.streamed.at[slot].T)
             plgpu.wgmma(sum_ref, p_hs, self.streamed.at[past])
+            self.take_turn()
             result = weights(plgpu.wgmma_accumulator_load(logit_ref, wait_n=1))
             return sum_ref[...], *result
 
