@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels.mosaic import launch as mosaic_launch
+from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
 from pcagpt.kernels.mosaic import mlp, product
 from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
+from pcagpt.losses.fused import head_kernels
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -38,8 +40,9 @@ class Precision(NamedTuple):
 
 HALF = Precision(jnp.bfloat16, 4e-3, 2e-3, 4e-3)
 FULL = Precision(jnp.float32, 1e-6, 1e-6, 3e-6)  # not for GPUs
+PRECISIONS = [HALF] if ON_GPU else [HALF, FULL]
 in_each_precision = pytest.mark.parametrize(
-    "precision", [HALF] if ON_GPU else [HALF, FULL], ids=lambda p: jnp.dtype(p[0]).name
+    "precision", PRECISIONS, ids=lambda p: jnp.dtype(p[0]).name
 )
 pytestmark = pytest.mark.usefixtures("quick")
 on_eight_devices = pytest.mark.skipif(
@@ -71,7 +74,18 @@ def softmax_of(logits):
 # tables shorter than a tile, with several programs per tile; rows in several pieces.
 HEADS = [(128, 256, 256, 32), (100, 77, 70, 5), (64, 300, 257, 200), (1, 9, 8, 64)]
 HEADS += [(400, 130, 129, 128), (70, 100, 90, 149), (65, 40, 40, 300)]
-each_head = pytest.mark.parametrize(("count", "rows", "size", "rank"), HEADS)
+# Of Mosaic: more tiles than programs and slots; tokens in two parts; less than a tile.
+MOSAIC_HEADS = [(300, 640, 600, 128), (300, 77, 70, 5), (1, 9, 8, 64)]
+each_head = pytest.mark.parametrize(
+    ("form", "count", "rows", "size", "rank", "precision"),
+    [(low_rank_head, *head, precision) for head in HEADS for precision in PRECISIONS]
+    + [(mosaic_head, *head, HALF) for head in MOSAIC_HEADS],
+)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 2)
 
 
 def factors(count, rows, rank, dtype):
@@ -80,13 +94,13 @@ def factors(count, rows, rank, dtype):
     return z, random_array(1, rows, rank, dtype=dtype, scale=5 / rank**0.5)
 
 
-@in_each_precision
 @each_head
+@pytest.mark.usefixtures("few_programs")
 def test_normaliser_and_mean_row_are_those_of_a_softmax(
-    count, rows, size, rank, precision
+    form, count, rows, size, rank, precision
 ):
     z, wte = factors(count, rows, rank, precision.dtype)
-    normaliser, mean = jax.jit(low_rank_head.summarize, static_argnums=2)(z, wte, size)
+    normaliser, mean = jax.jit(form.summarize, static_argnums=2)(z, wte, size)
     assert (normaliser.dtype, mean.dtype) == (jnp.float32,) * 2
     z, wte = exact(z, wte[:size])
     logits = z @ wte.T
@@ -111,21 +125,24 @@ def test_tiles_fit_in_the_shared_memory_of_the_gpu(capability, is_large, monkeyp
             assert 2 * rows * rank <= (227 if is_large else 99) * 1024
 
 
-@in_each_precision
-def test_normaliser_is_right_for_logits_far_from_0(precision):
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [*((low_rank_head, precision) for precision in PRECISIONS), (mosaic_head, HALF)],
+)
+def test_normaliser_is_right_for_logits_far_from_0(form, precision):
     sign = jnp.asarray([1, -1] * 4, precision.dtype)
     z = jnp.full((8, 16), 20.0, precision.dtype) * sign[:, None]
     wte = jnp.full((40, 16), 4.0, precision.dtype)
-    normaliser, mean = low_rank_head.summarize(z, wte, 30)
+    normaliser, mean = form.summarize(z, wte, 30)
     logits = np.where(np.arange(8) % 2, -1280.0, 1280.0)
     np.testing.assert_allclose(normaliser, logits + np.log(30), rtol=1e-6)
     np.testing.assert_allclose(mean, 4.0, rtol=1e-6)
 
 
-@in_each_precision
 @each_head
+@pytest.mark.usefixtures("few_programs")
 def test_gradient_of_the_table_is_predictions_minus_occurrences(
-    count, rows, size, rank, precision
+    form, count, rows, size, rank, precision
 ):
     z, wte = factors(count, rows, rank, precision.dtype)
     random = np.random.default_rng(2)
@@ -135,7 +152,7 @@ def test_gradient_of_the_table_is_predictions_minus_occurrences(
     logits = np.matmul(*exact(z, wte.T))
     p, normaliser = softmax_of(logits), np.log(np.exp(logits).sum(axis=1))
     normaliser = jnp.where(is_counted, normaliser, jnp.inf).astype(jnp.float32)
-    found = jax.jit(low_rank_head.table_gradient)(wte, z, normaliser, targets)
+    found = jax.jit(form.table_gradient)(wte, z, normaliser, targets)
     assert found.dtype == jnp.float32
     occurs = targets[:, None] == np.arange(rows)
     wanted = (p * is_counted[:, None] - occurs).T @ exact(z)[0]
@@ -368,7 +385,18 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
     half = jnp.bfloat16
     stored = functools.partial(mosaic_softmax.loss_and_gradient, size=100)
     of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
+
+    def low_rank(z, wte, targets):
+        normaliser, mean = mosaic_head.summarize(z, wte, 250)
+        add_up = by_device([False, True, True, True], [False])
+        gradient = add_up(lambda *arrays: (mosaic_head.table_gradient(*arrays),))
+        return mean, gradient(wte, z, normaliser, targets)
+
     with jax.set_mesh(mesh):
+        table, numbers = ((256, 64), half, whole), ((8 * 128,), jnp.int32, rows)
+        program = lowered(low_rank, ((8 * 128, 64), half, rows), table, numbers)
+        assert program.count("all_reduce") == 1  # of the table's gradient
+        assert "tensor<128x64xf32>" in program
         assert mlp.fits(8 * 128, 64, 512, half)
         assert not mlp.fits(9 * 128, 64, 512, half)
         program = lowered(
@@ -466,6 +494,15 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
         program = lowered(lambda x, t: stored(x, targets_n=t), logits, targets)
         assert kernels_in(program) == 1
         assert "output_operand_alias" in program  # It needs no second array.
+        for rank in (100, 128, 64):
+            z, wte = ((32768, rank), half), ((50304, rank), half)
+            summarize = functools.partial(mosaic_head.summarize, size=50257)
+            assert kernels_in(lowered(summarize, z, wte)) == 1
+            numbers = ((32768,), jnp.float32), ((32768,), jnp.int32)
+            for rows in (50304, 1000):
+                wte = (rows, rank), half
+                program = lowered(mosaic_head.table_gradient, wte, z, *numbers)
+                assert kernels_in(program) == 1
         for hidden in (3072, 4096):
             fc, bias = ((768, hidden), half), ((hidden,), jnp.float32)
             arrays = ((32768, 768), half), fc, bias, (fc[0][::-1], half)
@@ -594,6 +631,31 @@ def test_kernels_are_for_recent_nvidia_gpus_and_triton_may_be_missing(monkeypatc
     monkeypatch.setattr(launch, "triton", None)
     assert (run_on("8.0"), run_on("9.0")) == (("xla",), ("mosaic", "xla"))
     assert not kernels.use_triton("mosaic")
+
+
+def test_each_table_takes_the_kernels_of_the_head_that_fit_its_rank(monkeypatch):
+    half = jnp.bfloat16
+    assert head_kernels("mosaic", 128, half) is mosaic_head
+    assert head_kernels("triton", 128, half) is low_rank_head
+    for rank, dtype in ((129, half), (128, jnp.float32), (320, half)):
+        assert head_kernels("mosaic", rank, dtype) is low_rank_head
+    assert head_kernels("mosaic", 321, half) is None
+    assert head_kernels("xla", 128, half) is None
+    blackwell = SimpleNamespace(compute_capability="10.0")
+    with monkeypatch.context() as context:
+        context.setattr(jax, "devices", lambda: [blackwell])
+        assert head_kernels("mosaic", 128, half) is low_rank_head
+    monkeypatch.setattr(launch, "triton", None)
+    assert head_kernels("mosaic", 128, half) is mosaic_head
+    assert head_kernels("mosaic", 129, half) is None
+
+
+def test_the_tokens_of_a_short_table_are_split_so_that_no_program_waits(monkeypatch):
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 132)
+    assert mosaic_head._splits(tiles=393, steps=256) == 1
+    assert mosaic_head._splits(tiles=1, steps=256) == 128
+    assert mosaic_head._splits(tiles=66, steps=256) == 2
+    assert mosaic_head._splits(tiles=1, steps=1) == 1
 
 
 def test_mosaic_leaves_what_it_has_no_tiles_for_to_other_forms(monkeypatch):

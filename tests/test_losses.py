@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
 from pcagpt.kernels.triton import low_rank_head
 from pcagpt.losses import cross_entropy, distillation, scan_chunks, token_losses
 from pcagpt.losses.interval import mean_interval
@@ -123,6 +124,28 @@ def test_sum_and_gradients_are_those_of_a_dense_log_softmax(bands, kernels):
     arguments = inputs(bands)
     found = chunked(2, kernels=kernels)(*arguments)
     assert_close(found, dense(*arguments), 1e-5)
+
+
+def test_each_band_takes_the_kernels_of_its_rank(monkeypatch):
+    # The full band is too wide for the kernels; the rank of the others becomes 16.
+    h, head, targets = inputs(HEADS["bands"], dtype=jnp.bfloat16)
+    counts = dict.fromkeys((low_rank_head, mosaic_head), 0)
+
+    def count(form, summarize, *arguments):
+        counts[form] += 1
+        return summarize(*arguments)
+
+    for form in counts:
+        counted = functools.partial(count, form, form.summarize)
+        monkeypatch.setattr(form, "summarize", counted)
+    wide = h.astype(jnp.float32), jax.tree.map(jnp.float32, head), targets
+    wanted = dense(*wide)
+    for limit, of_mosaic in ((16, 2), (0, 0)):
+        monkeypatch.setattr(mosaic_head, "MAX_RANK", limit)
+        found = chunked.__wrapped__(2, kernels="mosaic")(h, head, targets)
+        assert counts == {mosaic_head: of_mosaic, low_rank_head: 2 - of_mosaic}
+        assert_close(found, wanted, 0.03)
+        counts[mosaic_head] = 0
 
 
 # 28 tokens have every divisor, 30 have no 7, 29 have none.

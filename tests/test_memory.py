@@ -16,7 +16,7 @@ from runs import gpt_config, quick_environment
 from pcagpt.config.schema import TrainSettings
 from pcagpt.kernels.mosaic import launch, mlp
 from pcagpt.kernels.mosaic import norm as mosaic_norm
-from pcagpt.kernels.triton import norm
+from pcagpt.kernels.triton import low_rank_head, norm
 from pcagpt.model import GPT
 from pcagpt.training import optim
 from pcagpt.training.step import initial_state, train_step
@@ -117,6 +117,8 @@ def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels, monkeypatch)
         assert kernels_of(traced_step(rank, "xla").jaxpr) == set()
     monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
     monkeypatch.setattr(norm, "fits", pytest.fail)  # Triton's
+    for name in ("summarize", "table_gradient"):
+        monkeypatch.setattr(low_rank_head, name, pytest.fail)
     norm_and_mlp = {"add_and_norm", "add_and_norm_gradient", *MLP}
     assert kernels_of(traced_step(rank, "mosaic").jaxpr) == norm_and_mlp | loss_kernels
 

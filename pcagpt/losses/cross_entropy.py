@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from pcagpt.kernels import use_triton
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
-from pcagpt.kernels.triton import low_rank_head
 from pcagpt.kernels.triton import softmax as triton_softmax
 from pcagpt.losses.chunks import sum_of_chunks
-from pcagpt.losses.fused import fused_cross_entropy
+from pcagpt.losses.fused import fused_cross_entropy, head_kernels
 from pcagpt.losses.logits import token_losses
 from pcagpt.model import Head, products, project
 
@@ -41,9 +40,10 @@ def cross_entropy(
       chunks: largest number of chunks that the tokens are cut into.
       kernels: 'mosaic', 'triton' or 'xla'.
     """
-    [rows, width], is_banded = head[0].wte.shape, len(head) > 1
-    if use_triton(kernels) and (is_banded or low_rank_head.fits(width)):
-        return fused_cross_entropy(h_ND, head, targets_N, chunks)
+    rows, is_banded = head[0].wte.shape[0], len(head) > 1
+    forms = [head_kernels(kernels, band.wte.shape[1], h_ND.dtype) for band in head]
+    if any(forms) or (is_banded and use_triton(kernels)):
+        return fused_cross_entropy(h_ND, head, targets_N, chunks, kernels)
     softmax = _softmax_kernel(kernels, rows, logits_dtype)
     if softmax is not None and not is_banded:
         function = functools.partial(_by_kernel, softmax, logits_dtype)

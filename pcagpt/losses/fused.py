@@ -1,7 +1,7 @@
 """Cross entropy of a low-rank head with kernels that store no logits.
 
-`low_rank_head` explains the method. If the rank of a band is too high for the kernels,
-the band stores one chunk of logits at a time, in float32.
+`triton.low_rank_head` explains the method. Each band takes kernels that fit its rank.
+Without such kernels, it stores one chunk of logits at a time, in float32.
 
 Shape letters: N tokens, n tokens of a chunk, V rows of a band, D width, K rank.
 """
@@ -12,18 +12,29 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from pcagpt.kernels.triton import low_rank_head
+from pcagpt.kernels import use_triton
+from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
+from pcagpt.kernels.triton import low_rank_head as triton_head
 from pcagpt.losses.chunks import scan_chunks
 from pcagpt.model import ALIGNED, Head, HeadBand, products, project
 from pcagpt.sharding.inside import by_device, device_count, gathered
 
 
-def fused_cross_entropy(h_ND, head: Head, targets_N, chunks: int) -> jax.Array:
+def head_kernels(kernels: str, rank: int, dtype):
+    """The module with the kernels for a table of that rank, or None."""
+    if kernels == "mosaic" and mosaic_head.fits(rank, dtype):
+        return mosaic_head
+    return triton_head if use_triton(kernels) and triton_head.fits(rank) else None
+
+
+def fused_cross_entropy(
+    h_ND, head: Head, targets_N, chunks: int, kernels: str
+) -> jax.Array:
     """`cross_entropy` with kernels; `chunks` is for bands with too high a rank."""
     if len(head) > 1 and device_count() == 1:
         head = tuple(map(_aligned, head))
     tables = tuple(band.replace(scale_down=None) for band in head)
-    return _loss(chunks, _project(h_ND, head), tables, targets_N)
+    return _loss(chunks, kernels, _project(h_ND, head), tables, targets_N)
 
 
 def _aligned(band: HeadBand) -> HeadBand:
@@ -53,18 +64,18 @@ def _project(h_ND, head: Head) -> tuple[jax.Array, ...]:
 
 # XLA cannot differentiate a kernel. The forward pass also computes the gradients with
 # respect to z, the backward pass those with respect to the tables.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(chunks, z_of_bands, tables: Head, targets_N):
-    return _forward(chunks, z_of_bands, tables, targets_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(chunks, kernels, z_of_bands, tables: Head, targets_N):
+    return _forward(chunks, kernels, z_of_bands, tables, targets_N)[0]
 
 
-def _forward(chunks, z_of_bands, tables, targets_N):
+def _forward(chunks, kernels, z_of_bands, tables, targets_N):
     is_counted_N = targets_N >= 0
     dtype = z_of_bands[0].dtype
     cast_tables = jax.tree.map(lambda wte_VK: gathered(wte_VK.astype(dtype)), tables)
     summaries, rows, target_logit_N = [], [], 0.0
     for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-        summaries.append(_summarize(z_NK, wte_VK, size, chunks))
+        summaries.append(_summarize(z_NK, wte_VK, size, chunks, kernels))
         is_here_N1 = ((local_N >= 0) & (local_N < size))[:, None]
         row_NK = wte_VK[jnp.clip(local_N, 0, size - 1)].astype(jnp.float32)
         rows.append(jnp.where(is_here_N1, row_NK, 0.0))
@@ -79,7 +90,7 @@ def _forward(chunks, z_of_bands, tables, targets_N):
     return loss, (z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients)
 
 
-def _backward(chunks, residuals, cotangent):
+def _backward(chunks, kernels, residuals, cotangent):
     z_of_bands, tables, cast_tables, targets_N, normaliser_N, gradients = residuals
     normaliser_N = jnp.where(targets_N >= 0, normaliser_N, jnp.inf)
     of_z = tuple(
@@ -93,7 +104,9 @@ def _backward(chunks, residuals, cotangent):
     def of_rows(cast_tables, z_of_bands, targets_N, normaliser_N, cotangent):
         found = []
         for z_NK, wte_VK, local_N, size in _bands(z_of_bands, cast_tables, targets_N):
-            gradient_VK = _table_gradient(wte_VK, z_NK, normaliser_N, local_N, chunks)
+            gradient_VK = _table_gradient(
+                wte_VK, z_NK, normaliser_N, local_N, chunks, kernels
+            )
             is_real_V1 = (jnp.arange(wte_VK.shape[0]) < size)[:, None]
             found.append(jnp.where(is_real_V1, gradient_VK * cotangent, 0.0))
         return (jax.tree.unflatten(jax.tree.structure(cast_tables), found),)
@@ -112,10 +125,11 @@ def _bands(z_of_bands, tables: Head, targets_N):
         yield z_NK, band.wte, targets_N - band.start, band.size
 
 
-def _summarize(z_NK, wte_VK, size: int, chunks: int):
+def _summarize(z_NK, wte_VK, size: int, chunks: int, kernels: str):
     """`low_rank_head.summarize`; for a high rank, its plain form in chunks."""
-    if low_rank_head.fits(wte_VK.shape[1]):
-        return low_rank_head.summarize(z_NK, wte_VK, size)
+    form = head_kernels(kernels, wte_VK.shape[1], wte_VK.dtype)
+    if form is not None:
+        return form.summarize(z_NK, wte_VK, size)
 
     @by_device([True, False], [True, True])
     def of_rows(z_NK, wte_VK):
@@ -131,10 +145,11 @@ def _summarize(z_NK, wte_VK, size: int, chunks: int):
     return of_rows(z_NK, wte_VK[:size])
 
 
-def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int):
+def _table_gradient(wte_VK, z_NK, normaliser_N, targets_N, chunks: int, kernels: str):
     """`low_rank_head.table_gradient`; for a high rank, its plain form in chunks."""
-    if low_rank_head.fits(wte_VK.shape[1]):
-        return low_rank_head.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
+    form = head_kernels(kernels, wte_VK.shape[1], wte_VK.dtype)
+    if form is not None:
+        return form.table_gradient(wte_VK, z_NK, normaliser_N, targets_N)
 
     def add_chunk(total_VK, arrays):
         z_nK, normaliser_n, targets_n = arrays
