@@ -28,7 +28,6 @@ HALVES = 2  # of the kept tile, one for each multiplying group
 KEPT = HALVES * HALF
 STREAMED = 128  # rows of a streamed tile
 SLOTS = 4  # streamed tiles in shared memory
-TAKE_TURNS = True  # whether the groups start products alternately
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
 REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
@@ -220,7 +219,7 @@ def _run(copy, multiply, turns, steps: int, kept_ref, copies: int, **numbers):
     """
     rank, dtype = kept_ref.shape[1], kept_ref.dtype
 
-    def run(kept, streamed, results, loaded, used, ready, turn_taken, **numbers):
+    def run(kept, streamed, results, loaded, used, ready, **numbers):
         @pl.when(launch.group() == HALVES)
         def _():
             plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
@@ -258,11 +257,8 @@ def _run(copy, multiply, turns, steps: int, kept_ref, copies: int, **numbers):
                 loaded,
                 used,
                 is_kept,
-                turn_taken,
             )
-            pl.when(group == 1)(tiles.take_turn)
             multiply(group, tiles, **numbers)
-            pl.when(group == 0)(tiles.take_turn)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     launch.with_scratch(
@@ -273,7 +269,6 @@ def _run(copy, multiply, turns, steps: int, kept_ref, copies: int, **numbers):
         loaded=plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
         used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=SLOTS),
         ready=plgpu.Barrier(num_barriers=HALVES),
-        turn_taken=plgpu.Barrier(num_arrivals=HALVES),
         **numbers,
     )
 
@@ -288,13 +283,6 @@ class _Tiles(NamedTuple):
     loaded: Any
     used: Any
     is_kept: Any
-    turn_taken: Any
-
-    def take_turn(self):
-        """Lets the other group start its products, or waits until it has."""
-        if TAKE_TURNS:
-            plgpu.barrier_arrive(self.turn_taken)
-            plgpu.barrier_wait(self.turn_taken)
 
     def keep(self, source):
         """Copies the kept tile."""
@@ -373,17 +361,14 @@ class _Tiles(NamedTuple):
 
     def _overlap(self, sum_hK, p_hs, past, slot, weights):
         """The products of a slot give the next weights while those of the past run."""
-        self.take_turn()
         if launch.is_interpreted():  # It knows no weights in registers.
             sum_hK, logit_hs = self._add(sum_hK, p_hs, past), self._logits(slot)
-            self.take_turn()
             return sum_hK, *weights(logit_hs)
 
         def multiply(logit_ref, sum_ref):
             sum_ref[...] = sum_hK
             plgpu.wgmma(logit_ref, self.kept, self.streamed.at[slot].T)
             plgpu.wgmma(sum_ref, p_hs, self.streamed.at[past])
-            self.take_turn()
             result = weights(plgpu.wgmma_accumulator_load(logit_ref, wait_n=1))
             return sum_ref[...], *result
 
