@@ -1785,6 +1785,16 @@ def test_a_model_that_cannot_be_compared_is_refused_before_training(path, asked)
     assert not folder_of(asked).exists()
 
 
+def test_a_d_in_another_compute_dtype_is_not_recovered(asked):
+    with pytest.raises(UserError) as caught:
+        recovered(asked, **{"model.compute_dtype": "bfloat16"})
+    assert str(caught.value) == (
+        "gpt_baseline computes in float32, gpt_continued_from_gpt_baseline in "
+        "bfloat16: train both with --config.model.compute_dtype=float32"
+    )
+    assert not (folder_of(asked) / "sweep.json").exists()
+
+
 @pytest.mark.slow
 def test_a_best_table_at_full_width_is_trained_under_names_of_its_own(asked):
     full = {"ranks": (32,), "compress.methods": "context", "compress.bands": (3,)}

@@ -9,12 +9,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import changed, described, execute, plan, snapshot, without_timings
+from runs import (
+    changed,
+    described,
+    execute,
+    json_of,
+    plan,
+    snapshot,
+    without_timings,
+)
 
 from pcagpt.arms import ARMS
 from pcagpt.config import Settings, checks
 from pcagpt.config.schema import DistillSettings, InitSettings
 from pcagpt.errors import UserError
+from pcagpt.json_files import write_json
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run.folder import read_result, read_window_losses
@@ -376,6 +385,26 @@ def test_a_finished_baseline_is_used_whatever_its_budget_was(copied):
     a = {"task": "train", "arm": "pca", "model.n_embd_wte": 4, "train.steps": 2}
     lines = described(changed(copied, **a))
     assert [line.split("  ")[-1] for line in lines] == ["done", "to do", "to do"]
+
+
+def test_an_arm_in_another_compute_dtype_than_d_is_refused_before_training(copied):
+    workdir = Path(copied.workdir)
+    shutil.rmtree(workdir / "gpt_pca_finetune_k8")
+    other = changed(copied, **{"model.compute_dtype": "bfloat16"})
+    before = snapshot(workdir)
+    for act in (described, execute):
+        with pytest.raises(UserError) as caught:
+            act(other)
+        assert str(caught.value) == (
+            "gpt_baseline computes in float32, gpt_pca_finetune_k8 in bfloat16: train "
+            "both with --config.model.compute_dtype=float32"
+        )
+    assert snapshot(workdir) == before
+    for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):
+        path = workdir / name / "result.json"
+        old = json_of(path) | {"resolved": None}
+        write_json(path, old)
+    assert described(other)[-1].endswith("to do")
 
 
 def test_the_plan_says_what_depends_on_work_that_is_left(copied):

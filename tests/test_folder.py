@@ -374,7 +374,7 @@ def test_a_record_of_an_earlier_version_is_the_same_run(copied):
     """Its device knobs once counted, and it lacks the knobs that came later."""
     run_dir = job(copied).folder
     record = read_record(run_dir)
-    record["model"] |= {"compute_dtype": "bfloat16", "kernels": "pallas"}
+    record["model"] |= {"compute_dtype": "auto", "kernels": "pallas"}
     record["model"]["attention"] = "cudnn"
     del record["init"]["weights_from"], record["distill"], record["train"]["beta1"]
     write_record(run_dir, record)

@@ -30,7 +30,7 @@ from pcagpt.report import (
     write_sweep_report,
 )
 from pcagpt.report import text as texts
-from pcagpt.report.collect import _shared_protocol
+from pcagpt.report.collect import _check_comparable
 from pcagpt.report.compare import verdict
 from pcagpt.report.experiment import experiment_view, means_over_seeds
 from pcagpt.report.figures import (
@@ -377,7 +377,7 @@ def test_a_corpus_counts_by_its_tokens_if_they_are_known():
             "corpus": {"train": "a"},
             "protocol": {"corpus": "one", "tokens_sha256": "b"},
         }
-        return _shared_protocol([row, row | other])
+        _check_comparable([row, row | other])
 
     shared(protocol={"corpus": "moved", "tokens_sha256": "b"})
     shared(corpus=None)  # An earlier version trained it.
@@ -389,6 +389,21 @@ def test_a_corpus_counts_by_its_tokens_if_they_are_known():
     ):
         with pytest.raises(UserError, match=words):
             shared(**other)
+
+
+@pytest.mark.parametrize("one", [None, "float32"])
+def test_losses_in_two_compute_dtypes_are_not_compared(one, tmp_path):
+    """A result of an older version does not say its own."""
+    dtypes = {"baseline": one, "pca": "float32", "random": "bfloat16"}
+    for arm, dtype in dtypes.items():
+        rank = 4 if arm != "baseline" else None
+        write_run(tmp_path, arm, rank, resolved=dtype and {"compute_dtype": dtype})
+    names = ["gpt_baseline", "gpt_pca_k4", "gpt_random_lowrank_k4"]
+    assert collect_results(tmp_path, names[:2], FACTORS, COMMAND)["rows"]
+    first = names[1] if one is None else names[0]
+    words = f"{first} computes in float32, {names[2]} in bfloat16: train both with "
+    with pytest.raises(UserError, match=f"^{words}--config.model.compute_dtype=float"):
+        collect_results(tmp_path, names, FACTORS, COMMAND)
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):

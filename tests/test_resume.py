@@ -214,6 +214,22 @@ def test_a_run_can_resume_with_other_device_knobs_and_records_them(
     assert job(tiny_config).status().words == "done"
 
 
+def test_a_run_goes_on_in_no_other_compute_dtype(tiny_config, resumable):
+    run_dir = resumable(3)
+    assert folder.read_record(run_dir)["model"]["compute_dtype"] == "float32"
+    other = changed(tiny_config, **{"model.compute_dtype": "bfloat16"})
+    words = "compute_dtype=float32 to match.: use another --config.workdir, or give"
+    with pytest.raises(UserError, match=words) as caught:
+        job(other).status()
+    assert "(there float32, here bfloat16; " in str(caught.value)
+    # The checkpoint's copy says it, too.
+    (run_dir / "config.json").unlink()
+    with pytest.raises(UserError, match="was begun with another compute_dtype"):
+        execute(other)
+    assert job(changed(other, overwrite=True)).status().words == "to do"
+    assert job(tiny_config).status().words == "lacks its config.json"
+
+
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tmp_path):
     straight = changed(

@@ -13,7 +13,8 @@ from pcagpt.pipeline.job import TO_DO, Job, Kind, Status
 from pcagpt.pipeline.overview import results_in, show_plan, show_results
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
-from pcagpt.report import collect_results, experiment_lines, write_report
+from pcagpt.pipeline.train_job import TrainJob
+from pcagpt.report import check_runs, collect_results, experiment_lines, write_report
 from pcagpt.sharding import processes
 from pcagpt.telemetry.wandb_run import import_wandb
 from pcagpt.training.setup import Setup
@@ -29,7 +30,7 @@ def check(plan: Plan, writes: bool = True) -> dict[Job, Status]:
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run
         with other settings, a prerequisite is missing and `build_prerequisites` is off,
-        or the corpus does not exist.
+        the corpus does not exist, or the report could not compare the runs.
     """
     # Other commands may be at work: every process must see the same.
     return processes.from_first(lambda: _check(plan, writes))
@@ -50,10 +51,22 @@ def _check(plan: Plan, writes: bool) -> dict[Job, Status]:
             raise job.missing_error()
     for job in to_do:
         job.check_early({job.folder for job in to_do})
+    _check_compared(plan, needed)
     return {
         job: Status(kind, words if kind == Kind.TO_DO else words + job.remark())
         for job, (kind, words) in needed.items()
     }
+
+
+def _check_compared(plan: Plan, needed: dict[Job, Status]) -> None:
+    """Raises UserError if the runs could not be compared when all are finished."""
+    if not (plan.reported or plan.baseline):
+        return
+    runs = [job for job in needed if isinstance(job, TrainJob)]
+    done = [job for job in runs if needed[job].kind == Kind.DONE]
+    folders = filter(None, (plan.baseline, *(job.folder for job in done)))
+    # The tokens of runs to do are compared when their text is tokenized.
+    check_runs(folders, [job.planned_row() for job in runs if job not in done])
 
 
 def describe(needed: dict[Job, Status]) -> list[str]:

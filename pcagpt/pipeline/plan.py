@@ -31,13 +31,15 @@ class Plan(NamedTuple):
     """Jobs in the order in which they run, and what to report on.
 
     settings: those that the plan was made from; reported: the runs' folders in the
-    workdir; factors: the factorization's.
+    workdir; factors: the factorization's; baseline: a finished D elsewhere, with which
+    the runs will be compared.
     """
 
     settings: Settings
     jobs: tuple[Job, ...]
     reported: tuple[str, ...] = ()
     factors: str = ""
+    baseline: Path | None = None
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -103,7 +105,7 @@ def recovery_plan(settings: Settings, folder: Path, models: Iterable[Path]) -> P
     for start, teacher in starts:
         chosen = {"init": InitSettings(weights_from=start), "distill.teacher": teacher}
         jobs.append(_job_from_run(base.replace(chosen)))
-    return Plan(base, tuple(jobs))
+    return Plan(base, tuple(jobs), baseline=baseline.folder)
 
 
 def _check_own_budget(settings: Settings, baseline: Run) -> None:

@@ -33,7 +33,7 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.report.text import fixed
 from pcagpt.run import checkpoint, fingerprint, initialise, lock
-from pcagpt.run.build import build_config
+from pcagpt.run.build import build_config, device_choices
 from pcagpt.run.folder import (
     FolderState,
     look,
@@ -207,6 +207,8 @@ class TrainJob(Job):
             return f"{how}: {'; '.join(changed)}"
         if there.result is None and not there.is_made_here:
             return f"{self.folder} holds a model that was made elsewhere"
+        if there.saved and not there.result and (dtype := self._other_dtype(there)):
+            return f"{self.folder} was begun with another {dtype}"
         if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
             return self._other_tokens(self.corpus(), there.stored)
         return None
@@ -219,6 +221,17 @@ class TrainJob(Job):
         if there.result or not self._may_replace:
             return None
         return checkpoint.lack(self.folder, checkpoint.ITEMS)
+
+    def _other_dtype(self, there: FolderState) -> str:
+        """How the compute dtype of an unfinished run differs; '' if it does not.
+
+        Older versions recorded 'auto'.
+        """
+        name = "compute_dtype"
+        begun = (there.stored.get("model") or {}).get(name, "auto")
+        own = device_choices(self.settings.model)[name]
+        of_run, here = {name: own if begun == "auto" else begun}, {name: own}
+        return "".join(differences(of_run, here, [name]))
 
     def _moved_source(self, there: FolderState) -> str:
         """' (that one was moved to NAME)' if the run's start is still there."""
@@ -247,6 +260,11 @@ class TrainJob(Job):
         for reason in damage:
             warn_once(f"{self.folder} is not compared with an import: {reason}")
         return {**settings.to_dict(), "imported_sha256": hashes}
+
+    def planned_row(self) -> dict[str, Any]:
+        """Of a report's row, what is known before training and may differ from D's."""
+        resolved = device_choices(self.settings.model)
+        return {"folder": self.folder.name, "resolved": resolved}
 
     def corpus(self) -> Corpus:
         """The run's corpus; tokenizes its text if necessary, in the first process.
@@ -424,13 +442,14 @@ class TrainJob(Job):
 
 
 def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run: its settings, and what it depends on.
+    """The record of a run: its settings with its compute dtype, what it depends on.
 
     A run that goes on keeps what its record (`stored`) says of the corpus and of the
     text that its tokens stand for: the meta file beside them may be gone. It also keeps
     the hashes of its imports, which an older formula may have made.
     """
-    corpus, settings = setup.corpus, setup.settings
+    corpus, dtype = setup.corpus, setup.model.config.compute_dtype
+    settings = setup.settings.replace({"model.compute_dtype": dtype})
     stated = {name: value for name, value in corpus.content.items() if value}
     return {
         **settings.to_dict(),

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def collect_results(
     `factors` is the folder in `workdir` of the factorization of D's table.
 
     Raises:
-      UserError: a run is missing, unfinished or damaged, appears twice, or was
-        evaluated under another protocol than the others.
+      UserError: a run is missing, unfinished or damaged, appears twice, or cannot be
+        compared with the others.
     """
     rows = [read_row(workdir / run) for run in runs]
     if not rows:
@@ -42,7 +42,8 @@ def collect_results(
                 f"{row['folder']} and {other['folder']} are both {row['arm']} at rank "
                 f"{row['rank']}, seed {row['seed']}: report on one of them"
             )
-    protocol = _shared_protocol(rows)
+    _check_comparable(rows)
+    protocol = rows[0].get("protocol") or {}
     baselines = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     rows = [row | _against(baselines.get(row["seed"]), row) for row in rows]
     comparisons = compare_arms(rows)
@@ -85,7 +86,7 @@ def recovered_rows(
     """
     own = read_row(baseline)
     rows = [read_row(folder / run) for run in made]
-    _shared_protocol([own, *rows])
+    _check_comparable([own, *rows])
     continued = next(row for row in rows if row["arm"] == "continued")
     found = []
     for row in rows:
@@ -139,37 +140,55 @@ def _against(baseline: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, 
     }
 
 
-def _shared_protocol(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation protocol of all rows; UserError if they differ in it.
+def check_runs(done: Iterable[Path], planned: Iterable[dict[str, Any]]) -> None:
+    """Raises UserError if a report could not read runs, or compare them.
 
-    The rows must also have been trained on the same corpus. A corpus counts by its
+    done: folders of finished runs; planned: of each run that is still to do, what is
+    known of its row and may differ from theirs.
+    """
+    rows = [read_row(folder) for folder in done]
+    _check_comparable([*rows, *(row | run for row in rows[:1] for run in planned)])
+
+
+def _check_comparable(rows: Iterable[dict[str, Any]]) -> None:
+    """Raises UserError unless all rows have one protocol and one compute dtype.
+
+    The runs must also have been trained on the same corpus. A corpus counts by its
     tokens: its name only if a run of an earlier version does not know them.
     """
-    protocol = _conditions(rows[0])
-    for row in rows[1:]:
-        other = _conditions(row)
-        by_content = None not in (protocol["tokens_sha256"], other["tokens_sha256"])
-        for name in sorted(protocol.keys() | other.keys()):
-            known = protocol.get(name), other.get(name)
+    known = [(row["folder"], _conditions(row)) for row in rows]
+    for (folder, own), (other_folder, other) in combinations(known, 2):
+        by_content = None not in (own["tokens_sha256"], other["tokens_sha256"])
+        for name in sorted(own.keys() | other.keys()):
+            one, its = own.get(name), other.get(name)
             if name == "corpus" and by_content:
                 continue
-            if name.endswith("sha256") and None in known:
+            if name.endswith(("sha256", "compute_dtype")) and None in (one, its):
                 continue
-            if known[0] != known[1]:
+            if one == its:
+                continue
+            if name == "compute_dtype":
                 raise UserError(
-                    f"{rows[0]['folder']} and {row['folder']} were evaluated under "
-                    f"different protocols ({name}: {known[0]!r} and {known[1]!r}): "
-                    "train both with the same data and block size"
+                    f"{folder} computes in {one}, {other_folder} in {its}: train both "
+                    f"with --config.model.compute_dtype={one}"
                 )
-    return rows[0].get("protocol") or {}
+            raise UserError(
+                f"{folder} and {other_folder} were evaluated under different protocols "
+                f"({name}: {one!r} and {its!r}): train both with the same data and "
+                "block size"
+            )
 
 
 def _conditions(row: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation protocol of a row, and the tokens it was trained on."""
-    trained_on = (row.get("corpus") or {}).get("train")
+    """What a row's numbers depend on besides the model and its training.
+
+    That is the evaluation protocol, the tokens it was trained on, and the compute
+    dtype.
+    """
     return {
         "tokens_sha256": None,
-        "trained_on_sha256": trained_on,
+        "trained_on_sha256": (row.get("corpus") or {}).get("train"),
+        "compute_dtype": (row.get("resolved") or {}).get("compute_dtype"),
         **(row.get("protocol") or {}),
     }
 

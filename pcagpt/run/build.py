@@ -67,7 +67,7 @@ def build_config(
         )
     _check_blocks(model)
     device = device or hardware()
-    choices = _device_choices(model, device)
+    choices = device_choices(model, device)
     sizes = {"vocab_size": vocab_size, "n_embd_wte": model.n_embd_wte or 0}
     config = GPTConfig(**dataclasses.asdict(model) | sizes | choices)
     _check_memory(config, device.memory)
@@ -101,8 +101,11 @@ def _check_memory(config: GPTConfig, memory: float) -> None:
         )
 
 
-def _device_choices(model: ModelSettings, device: Hardware) -> dict[str, str]:
-    """The values of `DEVICE_KNOBS` on a device."""
+def device_choices(
+    model: ModelSettings, device: Hardware | None = None
+) -> dict[str, str]:
+    """The values of `DEVICE_KNOBS` on a device, as in `build_config`."""
+    device = device or hardware()
     dtype, attention, kernel = model.compute_dtype, model.attention, model.kernels
     on_gpu = device.platform == "gpu"
     if dtype == "auto":

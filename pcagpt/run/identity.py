@@ -14,7 +14,8 @@ IDENTITY = (
 )  # fmt: skip
 # Corpus, imports and originals are compared by hash, not by path, so they can be moved.
 # Only `evaluate` and `compress` measure on a run's test split. Chunks of the loss
-# change it by rounding only.
+# change it by rounding only. A finished run stays done whatever dtype a command
+# computes in; an unfinished one goes on in its own only (see `TrainJob`).
 NOT_IDENTITY = (
     "compressed.run",
     "corpus.test",
