@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import call
-from runs import assert_equal, changed, execute, quick_compiles, snapshot
+from runs import assert_equal, changed, execute, json_of, quick_compiles, snapshot
 from test_rows import STORED
 
 from pcagpt import coding, json_files, main, trees
@@ -497,6 +497,20 @@ def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch
     smaller = sweep_of(asked, ranks=(8,), **{"compress.bands": (1,)})
     assert {row["rank"] for row in smaller["rows"]} == {0, 8}
     assert {key(r) for r in smaller["rows"] + smaller["other_rows"]} > known.keys()
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "advice.json"])
+def test_numbers_stay_when_the_file_of_the_tokenizer_is_moved(copied_sweep, file):
+    """Its content is in the hash of the corpus."""
+    folder, bound = folder_of(copied_sweep), {"compress.max_params": 1000}
+    again = changed(copied_sweep, **(bound if file == "advice.json" else {}))
+    compress(Settings.of(again), "a command")
+    found = json_of(folder / file)
+    found["protocol"] |= {"tokenizer": "/moved/tokenizer.json", "corpus": "/moved"}
+    write_json(folder / file, found)
+    compress(Settings.of(again), "a command")
+    assert json_of(folder / file)["protocol"]["tokenizer"] is None
+    assert not [*folder.glob("*.replaced-*")]
 
 
 def interrupted_sweep(config, rows, monkeypatch):

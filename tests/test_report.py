@@ -391,6 +391,21 @@ def test_a_corpus_counts_by_its_tokens_if_they_are_known():
             shared(**other)
 
 
+def test_a_tokenizer_counts_by_its_content_if_it_is_known(tmp_path):
+    own = PROTOCOL | {"tokenizer": "tok.json", "tokenizer_sha256": "a"}
+    own["tokens_sha256"] = "c"
+    moved, lost = {"tokenizer": "to/tok.json"}, {"tokenizer": None}
+    lost["tokenizer_sha256"] = None
+    runs = [write_run(tmp_path, "baseline", protocol=own)]
+    runs.append(write_run(tmp_path, "pca", 4, protocol=own | moved))
+    runs.append(write_run(tmp_path, "pca_finetune", 4, protocol=own | lost))
+    assert collect_results(tmp_path, runs, FACTORS, COMMAND)["protocol"] == own
+    other = own | {"tokenizer_sha256": "b"}
+    runs.append(write_run(tmp_path, "random", 4, protocol=other))
+    with pytest.raises(UserError, match=r"\(tokenizer_sha256: 'a' and 'b'\)"):
+        collect_results(tmp_path, runs, FACTORS, COMMAND)
+
+
 @pytest.mark.parametrize("one", [None, "float32"])
 def test_losses_in_two_compute_dtypes_are_not_compared(one, tmp_path):
     """A result of an older version does not say its own."""

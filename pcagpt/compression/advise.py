@@ -65,6 +65,8 @@ def advise(
     answer["model_run_id"] = read_record(place)["run_id"]
     advice, path = output.heading | answer, output.folder / "advice.json"
     earlier, own = read_json(path, "delete it") or {}, strict(advice)
+    if isinstance(protocol := earlier.get("protocol"), dict):
+        earlier["protocol"] = original.renewed(protocol)
     # If the model was moved aside, its advice goes with it.
     if any(earlier.get(n) != own[n] for n in ("protocol", "bounds", "model_run_id")):
         move_aside(path)

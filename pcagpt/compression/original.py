@@ -265,8 +265,8 @@ class Original:
     def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """A stored protocol in today's terms, if it is of this run and this corpus.
 
-        Older versions hashed checkpoint and corpus in another way. The corpus's name is
-        not compared.
+        Older versions hashed checkpoint and corpus in another way. The names of corpus
+        and tokenizer are not compared: they may be paths.
         """
         batch_size = {"calibration_batch_size": self.calibration["batch_size"]}
         stored, corpus = batch_size | protocol, self.corpus  # Older files do not say.
@@ -277,7 +277,8 @@ class Original:
         stated = stored.get("corpus_sha256")
         is_older = corpus.changed_parts({"corpus_sha256": stated}) == []
         if stated == corpus.sha256 or is_older:
-            stored |= {"corpus_sha256": corpus.sha256, "corpus": corpus.name}
+            names = {"corpus": corpus.name, "tokenizer": corpus.tokenizer}
+            stored |= {"corpus_sha256": corpus.sha256} | names
         return stored
 
 

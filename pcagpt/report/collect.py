@@ -153,15 +153,16 @@ def check_runs(done: Iterable[Path], planned: Iterable[dict[str, Any]]) -> None:
 def _check_comparable(rows: Iterable[dict[str, Any]]) -> None:
     """Raises UserError unless all rows have one protocol and one compute dtype.
 
-    The runs must also have been trained on the same corpus. A corpus counts by its
-    tokens: its name only if a run of an earlier version does not know them.
+    The runs must also have been trained on the same corpus. Corpus and tokenizer count
+    by hashes, because a name may be a path: their names only if a run of an earlier
+    version does not know its tokens.
     """
     known = [(row["folder"], _conditions(row)) for row in rows]
     for (folder, own), (other_folder, other) in combinations(known, 2):
         by_content = None not in (own["tokens_sha256"], other["tokens_sha256"])
         for name in sorted(own.keys() | other.keys()):
             one, its = own.get(name), other.get(name)
-            if name == "corpus" and by_content:
+            if by_content and name in ("corpus", "tokenizer"):
                 continue
             if name.endswith(("sha256", "compute_dtype")) and None in (one, its):
                 continue
