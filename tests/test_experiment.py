@@ -26,6 +26,7 @@ from pcagpt.errors import UserError
 from pcagpt.json_files import write_json
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.pipeline.factorize_job import FactorizeJob
+from pcagpt.report.read import read_row
 from pcagpt.run.folder import read_result, read_window_losses
 from pcagpt.run.trained import Run
 
@@ -405,6 +406,15 @@ def test_an_arm_in_another_compute_dtype_than_d_is_refused_before_training(copie
         old = json_of(path) | {"resolved": None}
         write_json(path, old)
     assert described(other)[-1].endswith("to do")
+
+
+def test_a_report_reads_a_lost_config_from_the_copy_in_a_checkpoint(copied):
+    run = Path(copied.workdir) / "gpt_baseline"
+    before = read_row(run)
+    (run / "config.json").unlink()
+    after = read_row(run)
+    np.testing.assert_array_equal(after.pop("windows"), before.pop("windows"))
+    assert after == before and after["learning_rate"] and after["corpus"]
 
 
 def test_the_plan_says_what_depends_on_work_that_is_left(copied):

@@ -315,7 +315,7 @@ class TrainJob(Job):
         """As in `Job`: whether the run was trained on what its corpus holds now."""
         data, cache_dir = self.settings.data, self.settings.cache_dir
         try:
-            stored = read_record(self.folder) or {}
+            stored = look(self.folder).stored or {}
             corpus = made_corpus(data.source, cache_dir, data.tokenizer, NEEDED_SPLITS)
             differing = corpus and corpus.changed_parts(stored)
         except (UserError, OSError):  # `compare_corpus` tells it.

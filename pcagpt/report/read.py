@@ -11,7 +11,7 @@ from pcagpt.errors import UserError
 from pcagpt.factorization import factor_files
 from pcagpt.json_files import check_fields
 from pcagpt.losses.deciles import DECILES
-from pcagpt.run.folder import read_record, read_result, read_window_losses
+from pcagpt.run.folder import look, read_result, read_window_losses
 from pcagpt.telemetry.metrics import read_metrics
 
 _LOGGER = logging.getLogger(__name__)
@@ -91,11 +91,16 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json of a run; UserError if it is missing or damaged."""
-    config = read_record(folder)
-    if config is None:
+    """Reads config.json of a run, or its copy in the newest checkpoint.
+
+    UserError if both are missing, or one is damaged.
+    """
+    there = look(folder)
+    if there.damage:
+        raise there.damage
+    if there.stored is None:
         raise UserError(f"{folder / 'config.json'} is missing: run its command again")
-    return config
+    return there.stored
 
 
 def read_spectrum(folder: Path) -> dict[str, Any] | None:
