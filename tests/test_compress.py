@@ -1809,6 +1809,13 @@ def test_a_d_in_another_compute_dtype_is_not_recovered(asked):
     assert not (folder_of(asked) / "sweep.json").exists()
 
 
+def test_a_d_whose_window_losses_are_damaged_is_not_recovered(asked):
+    (Path(asked.model_path) / "val_window_losses.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"delete it to get a report without interv"):
+        recovered(asked)
+    assert not (folder_of(asked) / "sweep.json").exists()
+
+
 @pytest.mark.slow
 def test_a_best_table_at_full_width_is_trained_under_names_of_its_own(asked):
     full = {"ranks": (32,), "compress.methods": "context", "compress.bands": (3,)}
