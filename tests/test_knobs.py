@@ -155,7 +155,7 @@ def wandb(config):
         asked = []
         patch.setattr(loop.Telemetry, "__init__", lambda _, *a, **k: asked.append(a[1]))
         patch.setattr(loop.Telemetry, "begin", lambda *_: None)
-        loop._telemetry(setup(config), Path("run"), {}, "", resumed_at=None)
+        loop._telemetry(setup(config), Path("run"), {}, "", None, lambda: None)
     (wanted,) = asked
     return wanted.wandb, wanted.wandb_project
 

@@ -17,6 +17,7 @@ from runs import (
     execute,
     job,
     json_of,
+    metrics,
     plan,
     saved_state,
     setup,
@@ -243,6 +244,21 @@ def test_a_run_that_another_command_replaced_meanwhile_is_not_told(copied, monke
     monkeypatch.setattr(train_job.TrainJob, "compare_corpus", replace)
     with pytest.raises(UserError, match="json contradicts .*: seed is 2, "):
         execute(changed(copied, task="train", arm="baseline"))
+
+
+def test_a_run_that_lost_its_lock_logs_no_more(tiny_config, monkeypatch):
+    run_dir, batch = job(tiny_config).folder, Setup.batch
+
+    def lose_lock(self, step):
+        if step == 2:
+            (held,) = run_dir.parent.glob(f".{run_dir.name}.lock.*")
+            held.unlink()
+        return batch(self, step)
+
+    monkeypatch.setattr(Setup, "batch", lose_lock)
+    with pytest.raises(UserError, match="the lock .* is gone"):
+        execute(tiny_config)
+    assert [line["step"] for line in metrics(run_dir)] == [0, 1]
 
 
 def test_a_command_that_lost_its_lock_moves_nothing_aside(made_elsewhere, monkeypatch):

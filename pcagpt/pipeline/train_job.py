@@ -400,8 +400,9 @@ class TrainJob(Job):
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
             processes.wait_for_all(self.folder.name)
+            checks = check_lock, check_place
             try:
-                train(setup, self.folder, record, self.label, check_place, command)
+                train(setup, self.folder, record, self.label, *checks, command)
             except NotFinite as error:
                 knob = ARMS[self.settings.arm].rate_share or "train.learning_rate"
                 cause = f"lower {knob}"

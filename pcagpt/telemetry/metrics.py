@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Telemetry(Boards):
         run_dir: Path,
         wanted: Wanted,
         *,
+        check_lock: Callable[[], None],
         resume_step: int | None = None,
         **of_boards: Any,
     ):
@@ -75,6 +76,8 @@ class Telemetry(Boards):
         Args:
           run_dir: the run's folder.
           wanted: which boards.
+          check_lock: called before each line; raises UserError if the folder belongs to
+            another command now.
           resume_step: the step of the state that the run goes on from; None: it is new.
           **of_boards: `workdir`, `command` and `config`, as in `Boards`.
 
@@ -97,7 +100,7 @@ class Telemetry(Boards):
         }
         if self._path.exists():
             write_text(self._path, "".join(kept.values()))
-        self._logged = set(kept)
+        self._logged, self._check_lock = set(kept), check_lock
 
     def log(
         self, step: int, tokens: int, split: str, metrics: Mapping[str, Any]
@@ -106,10 +109,11 @@ class Telemetry(Boards):
 
         None means that a metric was not measured. NaN and infinities become null in
         metrics.jsonl. The boards have them as SPLIT/NAME, but the validation loss as
-        VAL_LOSS.
+        VAL_LOSS. Raises UserError as `check_lock` does.
         """
         if self._path is None or (step, split) in self._logged:
             return
+        self._check_lock()
         counts = {"step": int(step), "tokens": int(tokens)}
         line = json.dumps(strict({**counts, "split": split, **metrics}))
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:

@@ -41,6 +41,7 @@ def train(
     run_dir: Path,
     record: dict[str, Any],
     label: str,
+    check_lock: Callable[[], None],
     check_place: Callable[[], None],
     command: str = "",
 ) -> dict:
@@ -51,8 +52,9 @@ def train(
       run_dir: the run's folder; a checkpoint in it is resumed.
       record: the content of config.json; each checkpoint gets a copy.
       label: of the progress bar.
-      check_place: called before each save on the first process; raises UserError if
-        the folder belongs to another command now.
+      check_lock: called before each line of metrics.jsonl, and
+      check_place: before each save, on the first process; they raise UserError if the
+        folder belongs to another command now.
       command: what the person has called; the boards show it.
 
     Returns:
@@ -74,7 +76,7 @@ def train(
         resumed_at = checkpoints.latest_step  # None: the run is new
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(
-            _telemetry(setup, run_dir, record, command, resumed_at)
+            _telemetry(setup, run_dir, record, command, resumed_at, check_lock)
         )
         sample = sampler(setup) if telemetry.is_shown else None
         progress = stack.enter_context(Progress(label, last_step, first_step))
@@ -249,12 +251,14 @@ def _telemetry(
     record: dict[str, Any],
     command: str,
     resumed_at: int | None,
+    check_lock: Callable[[], None],
 ) -> Telemetry:
     """Opens the logs of the run, and describes it there."""
     settings = setup.settings
     telemetry = Telemetry(
         run_dir,
         settings.telemetry,
+        check_lock=check_lock,
         resume_step=resumed_at,
         workdir=Path(settings.workdir),
         command=command,
