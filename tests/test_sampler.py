@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tokenizer_folders
 from conftest import VOCAB_SIZE
 from runs import changed, job, setup, start
 
+from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import Corpus
+from pcagpt.run import continuation
 from pcagpt.training.sampler import sampler
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -75,3 +78,13 @@ def test_a_lost_tokenizer_does_not_stop_the_training(tiny_config, said):
     assert not sampler(dataclasses.replace(made, corpus=corpus))
     (line,) = said()
     assert line.startswith("no samples are shown while training: ")
+
+
+def test_a_character_that_the_prompt_cuts_is_written_whole(shared):
+    folder = shared("byte_fallback", tokenizer_folders.byte_fallback)
+    tokenizer = vocabulary.load(str(folder))
+    prompt, drawn = np.split(np.array(tokenizer.encode("日本 the 語")), [2])
+    text = continuation.written(prompt, drawn.tolist(), tokenizer, 99)
+    assert text == "日本 the 語"
+    text = continuation.written(prompt, drawn.tolist(), tokenizer, len(drawn) - 1)
+    assert text == "日本 the "

@@ -3,49 +3,72 @@
 import random
 
 import pytest
+import tokenizer_folders
 
+from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.data.text_stream import texts_of, until
 from pcagpt.data.tokenizer import load_tokenizer
-from pcagpt.run.text_stream import texts_of, until
 
 TEXT = "A naïve café in 東京, ☃ and 👩‍🚀!\n"
 
 
-def test_pieces_of_a_text_are_whole_characters_and_together_the_text():
-    encoding = load_tokenizer("sotu4096")
-    ids = encoding.encode(TEXT)
-    assert any("\ufffd" in encoding.decode([token]) for token in ids)
-    pieces = list(texts_of(ids, encoding.decode))
+@pytest.fixture(params=["gpt2", "sotu4096", "byte_level", "byte_fallback"])
+def tokenizer(request, shared):
+    """A tokenizer in which a character may have several tokens."""
+    if hasattr(tokenizer_folders, request.param):
+        folder = shared(request.param, getattr(tokenizer_folders, request.param))
+        within = folder / "whole" if request.param == "byte_level" else folder
+        return vocabulary.load(str(within))
+    return load_tokenizer(request.param)
+
+
+def one_by_one(ids):
+    return ([token] for token in ids)
+
+
+def test_pieces_of_a_text_are_whole_characters_and_together_the_text(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)
+    pieces = list(texts_of(one_by_one(ids), tokenizer.decode))
     assert "".join(pieces) == TEXT
-    assert "\ufffd" not in "".join(pieces)
     assert len(pieces) > 10 and all(pieces)
 
 
 def test_a_piece_comes_as_soon_as_its_characters_are_whole():
     encoding = load_tokenizer("gpt2")
     ids = iter(encoding.encode("a b ☃"))  # The last character has two tokens.
-    pieces = texts_of(ids, encoding.decode)
+    pieces = texts_of(one_by_one(ids), encoding.decode)
     assert [next(pieces), next(pieces)] == ["a", " b"]
     assert len(list(ids)) > 1
     assert list(pieces) == []
 
 
-def test_a_character_that_the_end_cuts_is_left_out():
-    encoding = load_tokenizer("sotu4096")
-    ids = encoding.encode("ok 東")
-    assert "".join(texts_of(ids, encoding.decode)) == "ok 東"
-    assert "".join(texts_of(ids[:-1], encoding.decode)).strip() == "ok"
+def test_a_character_that_the_end_cuts_is_left_out(tokenizer):
+    ids = tokenizer.encode("ok 東")
+    whole, cut = (
+        list(texts_of(one_by_one(some), tokenizer.decode)) for some in (ids, ids[:-1])
+    )
+    assert ("".join(whole), "".join(cut).strip()) == ("ok 東", "ok")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "sotu4096"])
-def test_bytes_that_are_no_characters_are_shown_as_decoding_all_of_them_does(name):
-    encoding, chance = load_tokenizer(name), random.Random(0)
-    for _ in range(200):
-        ids = [chance.randrange(300) for _ in range(chance.randrange(1, 40))]
-        whole = encoding.decode(ids)
-        found = "".join(texts_of(iter(ids), encoding.decode))
-        assert whole.startswith(found)
-        assert set(whole[len(found) :]) <= {"\ufffd"}
+def test_texts_of_parts_are_together_what_decoding_all_of_them_gives(tokenizer):
+    chance, letters = random.Random(0), "a 東京🚀\ufffd"
+
+    def text_of(ids, before=()):
+        size = chance.choice([1, 2, 5, 20])
+        parts = (ids[start : start + size] for start in range(0, len(ids), size))
+        end = yield from texts_of(parts, tokenizer.decode, before)
+        yield end
+
+    for _ in range(300):
+        ids = tokenizer.encode("".join(chance.choices(letters, k=30)))
+        if chance.random() < 0.5:  # Bytes that are no characters.
+            chance.shuffle(ids)
+        whole, at = tokenizer.decode(ids), chance.randrange(len(ids))
+        assert "".join(text_of(ids)) == whole
+        before = tokenizer.decode(ids[:at]).removesuffix("\ufffd")
+        assert before + "".join(text_of(ids[at:], ids[:at])) == whole
 
 
 def test_a_tokenizer_that_drops_the_first_space_keeps_it_after_other_tokens():
@@ -54,28 +77,16 @@ def test_a_tokenizer_that_drops_the_first_space_keeps_it_after_other_tokens():
     def decode(ids):
         return "".join(words[token] for token in ids).replace("▁", " ").lstrip(" ")
 
-    assert "".join(texts_of([0, 1, 2, 3], decode)) == "the people of"
-    assert "".join(texts_of([1, 2, 3], decode, before=[0])) == " people of"
+    def text_of(ids, before=()):
+        return "".join(texts_of(one_by_one(ids), decode, before))
 
-
-@pytest.mark.parametrize("character", ["é", "☃", "🚀"])
-def test_bytes_that_a_tokenizer_shows_one_by_one_become_one_character(character):
-    parts = list(character.encode())
-
-    def decode(ids):  # As tokenizers with a fallback to bytes do.
-        octets = bytes(parts[token] for token in ids)
-        try:
-            return octets.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(octets)
-
-    ids = [*range(len(parts))] * 2
-    assert list(texts_of(ids, decode)) == [character, character]
+    assert text_of([0, 1, 2, 3]) == "the people of"
+    assert text_of([1, 2, 3], before=[0]) == " people of"
 
 
 def test_characters_of_a_corpus_are_their_own_pieces():
     tokenizer = CharacterTokenizer(("a", "b", "é"))
-    assert list(texts_of([0, 2, 1], tokenizer.decode)) == ["a", "é", "b"]
+    assert list(texts_of(one_by_one([0, 2, 1]), tokenizer.decode)) == ["a", "é", "b"]
 
 
 @pytest.mark.parametrize(

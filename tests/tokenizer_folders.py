@@ -34,3 +34,32 @@ def word_level(folder):
     made.save(str(folder / "tokenizer.json"))
     config = {"eos_token": {"content": "</s>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def byte_fallback(folder):
+    """A tokenizer like Llama 2's: letters that it lacks are tokens of single bytes."""
+    vocabulary = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary += sorted(set(TEXT.replace(" ", "▁"))) + ["th", "▁th", "▁the"]
+    model = {
+        "type": "BPE",
+        "vocab": {text: number for number, text in enumerate(vocabulary)},
+        "merges": ["t h", "▁ th", "▁th e"],
+        "unk_token": "<unk>",
+        "byte_fallback": True,
+    }
+    made = tokenizers.Tokenizer.from_str(json.dumps({"model": model}))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from pcagpt.api.calls import absolute, call, ids_of, list_of, named, settings_of
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
+from pcagpt.data.text_stream import texts_of, until
 from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.data.vocabulary import ids_with_text
 from pcagpt.errors import UserError
@@ -26,12 +27,10 @@ from pcagpt.model import GPT
 from pcagpt.pipeline.sample import beginning_of, tokenizer_of
 from pcagpt.run.evaluator import score_tokens, score_windows, summarize
 from pcagpt.run.generate import cache_capacity, generate
-from pcagpt.run.text_stream import texts_of, until
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
 
 WINDOWS = 32  # evaluated at a time, as by `evaluate.batch_size`
-CONTEXT = 8  # tokens of a prompt that decoding the next ones may need
 
 
 class Model:
@@ -174,8 +173,8 @@ class Model:
             )
         end = tokenizer.eot_token
         tokens = itertools.takewhile(lambda token: token != end, _numbers(drawn))
-        before = text_T[-CONTEXT:].tolist()
-        return until(texts_of(tokens, tokenizer.decode, before), stops)
+        pieces = texts_of(([one] for one in tokens), tokenizer.decode, text_T.tolist())
+        return until(pieces, stops)
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids of a text, int32 [T]; '<|endoftext|>' is one token.

@@ -1,6 +1,5 @@
 """Tokens of one tokenizer as text, so that another one can encode them."""
 
-import codecs
 import hashlib
 import itertools
 import json
@@ -12,17 +11,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import tiktoken
 
 from pcagpt.data import vocabulary
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.meta import has_text
 from pcagpt.data.sources import Document, TextSource
+from pcagpt.data.text_stream import texts_of
 from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.errors import UserError
 
 _PART = 1 << 14  # tokens that are decoded at a time
-_OVERLAP = 16  # tokens that are decoded twice, where a long document is cut
-_LOST = "\ufffd"  # what a decoder writes for a part of a character
 
 
 class Tokens(Protocol):
@@ -76,10 +74,10 @@ def as_text(corpus: Tokens, tokenizer: str) -> TextSource:
 
 def _documents(corpus: Tokens, split: str) -> Iterator[Document]:
     """The documents of a split, each as blocks of text."""
-    texts, end = _decoder(corpus)
+    decode, end = _decoder(corpus)
     parts = _parts(corpus.tokens(split), end)
     for _, parts_of_one in itertools.groupby(parts, itemgetter(0)):
-        yield texts(ids for _, ids in parts_of_one)
+        yield _texts(decode, (ids for _, ids in parts_of_one))
 
 
 def _parts(tokens: TokenArray, end: int | None) -> Iterator[tuple[int, list[int]]]:
@@ -100,44 +98,16 @@ def _parts(tokens: TokenArray, end: int | None) -> Iterator[tuple[int, list[int]
                 yield number, ids[start : start + _PART].tolist()
 
 
-def _decoder(
-    corpus: Tokens,
-) -> tuple[Callable[[Iterable[list[int]]], Iterator[str]], int | None]:
-    """(what makes text from the parts of a document, the id that ends documents)."""
+def _decoder(corpus: Tokens) -> tuple[Callable[[list[int]], str], int | None]:
+    """(what decodes the ids of a corpus, the id that ends documents)."""
     if corpus.tokenizer is None:
-        characters = corpus.characters or ()
-        return partial(map, lambda ids: "".join(map(characters.__getitem__, ids))), None
-    encoding = vocabulary.load(corpus.tokenizer)
-    if isinstance(encoding, tiktoken.Encoding):
-        return partial(_of_bytes, encoding.decode_bytes), encoding.eot_token
-    return partial(_of_overlaps, encoding.decode), encoding.eot_token
+        return CharacterTokenizer(corpus.characters or ()).decode, None
+    tokenizer = vocabulary.load(corpus.tokenizer)
+    return tokenizer.decode, tokenizer.eot_token
 
 
-def _of_bytes(
-    decode: Callable[[list[int]], bytes], parts: Iterable[list[int]]
-) -> Iterator[str]:
-    """Text of tokens that are bytes; a character may lie in two parts."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    yield from (decoder.decode(decode(ids)) for ids in parts)
-    yield decoder.decode(b"", final=True)
-
-
-def _of_overlaps(
+def _texts(
     decode: Callable[[list[int]], str], parts: Iterable[list[int]]
 ) -> Iterator[str]:
-    """Text of tokens whose text depends on those before, such as a space at the start.
-
-    The last tokens of a part are decoded once more with the next part.
-    """
-    before: list[int] = []
-    left: list[int] = []
-    for ids in itertools.chain(parts, [None]):
-        left += ids or []
-        cut = len(left)
-        if ids is not None:  # Later tokens may complete its last character.
-            least = max(cut - _OVERLAP, 0)
-            while cut > least and decode(left[max(cut - 4, 0) : cut]).endswith(_LOST):
-                cut -= 1
-        text = decode(before + left[:cut])
-        yield text[len(decode(before)) :] if before else text
-        before, left = (before + left[:cut])[-_OVERLAP:], left[cut:]
+    """All text of the parts of a document."""
+    yield (yield from texts_of(parts, decode))

@@ -10,6 +10,7 @@ import binascii
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _SPECIAL = "special_tokens_map.json"
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
+_LOST = "\ufffd"  # stands for bytes that are no character
 _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
@@ -77,9 +79,37 @@ class FileTokenizer:
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens included."""
+        """The text of ids, special tokens included.
+
+        What is no character becomes U+FFFD, and the characters beside it stay.
+        """
         with _naming(self._file):
-            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+            whole = self._of_characters(ids)
+            return self._tokenizer.decode(whole, skip_special_tokens=False)
+
+    def _of_characters(self, ids: Iterable[int]) -> list[int]:
+        """The ids with the bytes of U+FFFD in place of bytes that are no character.
+
+        The package would give up all bytes around them, such as a whole text in
+        Japanese that is cut within a character.
+        """
+        byte_of, found = self._byte_of_id, []
+        id_of = {byte: number for number, byte in byte_of.items()}
+        for are_bytes, run in itertools.groupby(ids, byte_of.__contains__):
+            if are_bytes:
+                text = bytes(map(byte_of.__getitem__, run)).decode("utf-8", "replace")
+                run = map(id_of.__getitem__, text.encode())
+            found += run
+        return found
+
+    @functools.cached_property
+    def _byte_of_id(self) -> dict[int, int]:
+        """The tokens that stand for single bytes, as in Llama 2; {} without such."""
+        ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        lost = [ids[byte] for byte in _LOST.encode()]
+        if None in ids or self._tokenizer.decode(lost, False) != _LOST:
+            return {}
+        return {number: byte for byte, number in enumerate(ids)}
 
     @property
     def end_of_text(self) -> str | None:

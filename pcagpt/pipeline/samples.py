@@ -93,7 +93,7 @@ def samples_of(
                 draw = writer.load()
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
                     drawn = draw(prompt, ids)
-                    found[name] = written(drawn, tokenizer, TOKENS)
+                    found[name] = written(prompt, drawn, tokenizer, TOKENS)
     except NoTokenizer:
         return {}
     except UserError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.data.text_stream import texts_of
 from pcagpt.data.vocabulary import Tokenizer
 from pcagpt.model import GPT
 from pcagpt.run.generate import generate
@@ -28,9 +29,15 @@ def drawn_after(
 
 
 def written(
-    drawn: Iterable[int], tokenizer: Tokenizer | CharacterTokenizer, tokens: int
+    prompt: np.ndarray,
+    drawn: Iterable[int],
+    tokenizer: Tokenizer | CharacterTokenizer,
+    tokens: int,
 ) -> str:
-    """The text of the first `tokens` ids, up to the first end of text."""
-    ids = list(itertools.islice(drawn, tokens))
-    end = tokenizer.eot_token
-    return tokenizer.decode(list(itertools.takewhile(lambda one: one != end, ids)))
+    """The text of the first `tokens` ids after a prompt, up to the first end of text.
+
+    A character that the last one cuts is left out.
+    """
+    end, first = tokenizer.eot_token, itertools.islice(drawn, tokens)
+    ids = list(itertools.takewhile(lambda one: one != end, first))
+    return "".join(texts_of([ids], tokenizer.decode, prompt.tolist()))

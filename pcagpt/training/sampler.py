@@ -41,6 +41,6 @@ def sampler(setup: Setup) -> Callable[[dict], str] | None:
 
     def sample(variables: dict) -> str:
         drawn = drawn_after(setup.model, variables, prompt, ids)
-        return f"{shown} »{written(drawn, tokenizer, tokens)}"
+        return f"{shown} »{written(prompt, drawn, tokenizer, tokens)}"
 
     return sample
