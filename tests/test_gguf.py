@@ -13,11 +13,13 @@ pytest.importorskip("gguf", reason="needs the extra hf")
 
 import gguf_files
 import tokenizer_folders
+import transformers
 from command_line import CONFIGS, THEIR_SIZES, call, refusal, tiny
 from runs import snapshot
 from test_export import run_export, write_run
 from tokenizer_folders import HARD_TEXT, TEXT
 
+from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
 from pcagpt.data import gguf_header, tokenizer_files, vocabulary
 from pcagpt.errors import UserError
@@ -192,6 +194,10 @@ def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
             "scales its positions (llama.rope.scale_linear), which tran",
         ),
         (
+            {"llama_final__logit__softcapping": 30},
+            "has llama.final_logit_softcapping 30, which transformers does not read",
+        ),
+        (
             {"rope_freqs.weight": np.ones(4, np.float32)},
             "has tensors that transformers",
         ),
@@ -210,6 +216,46 @@ def test_a_factor_of_1_scales_no_positions(byte_level, tmp_path):
     path = tmp_path / "plain.gguf"
     gguf_files.write(path, byte_level, llama_rope_scaling_factor=1)
     assert len(Decoder(path, 16).table_VD)
+
+
+GEMMA = {
+    "attention.key_length": 256,
+    "attention.sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+PHI = {"attention.sliding_window": 0, "rope.dimension_count": 96}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated", "sizes", "found"),
+    [
+        ("gemma2", GEMMA, {}, None),
+        ("gemma2", {"attention.layer_norm_rms_epsilon": 1e-5}, {}, None),  # is read
+        ("gemma2", {"attn_logit_softcapping": 2.0}, {}, "attn_logit_softcapping 2.0"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, {}, "final_logit_softcapping 0.0"),
+        ("gemma2", {"logit_scale": 2.0}, {}, "logit_scale 2.0"),
+        ("gemma2", {}, {"num_hidden_layers": 46}, "scale"),
+        ("gemma2", {}, {"head_dim": 128}, "scale"),
+        ("gemma3_text", {}, {"num_hidden_layers": 62}, "scale"),
+        ("gemma3_text", {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}, {}, None),
+        ("gemma3_text", {"rope.freq_base_swa": 1e6}, {}, "rope.freq_base_swa"),
+        ("gpt2", {"attention.layer_norm_epsilon": 1e-5}, {}, None),
+        ("nemotron", {"attention.layer_norm_epsilon": 1e-6}, {}, "attention.layer_nor"),
+        ("phi3", PHI, {}, None),
+        ("phi3", {"attention.sliding_window": 2047}, {}, "attention.sliding_window"),
+        ("phi3", {"rope.dimension_count": 72}, {}, "rope.dimension_count 72"),
+        ("starcoder2", {"rope.freq_base": 1e4}, {}, None),
+        ("starcoder2", {"rope.freq_base": 1e5}, {}, "rope.freq_base 100000.0"),
+    ],
+)
+def test_a_field_that_a_model_of_transformers_does_not_obey_is_found(
+    kind, stated, sizes, found
+):
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    fields = {f"x.{name}": value for name, value in stated.items()}
+    wrong = open_decoder._unheeded(config, {"general.architecture": "x"} | fields)
+    assert found in wrong if found else wrong is None
 
 
 @pytest.mark.parametrize("config", ["evaluate.py", "factorize.py", "export.py"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from pcagpt.data import gguf_header
 from pcagpt.errors import UserError, reason_of, warn_once
@@ -30,7 +31,28 @@ _BUFFERS = re.compile(
 )
 _TEXT = re.compile(r"norm|^ln|embed|^wpe$|position")  # modules beside the layers
 # A GGUF file scales positions by fields with these endings.
-_SCALES = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")
+_SCALES = (
+    ".rope.scaling.type",
+    ".rope.scaling.factor",
+    ".rope.scaling.attn_factor",
+    ".rope.scale_linear",
+)
+# Its fields that change no loss, or that the shapes of its tensors tell.
+_TOLD = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "context_length",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "feed_forward_length",
+    "tensor_data_layout",
+    "vocab_size",
+}
+_EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+# Layers of Gemma 2 and 3 with 27 billion parameters; no field tells their scale.
+_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 _QUANTIZED = (
     "its weights are quantized ({method}), which transformers does not read here: give "
     "the model without quantization"
@@ -141,12 +163,61 @@ def _check_header(model: Any, path: Path) -> None:
             f"{path} scales its positions ({scaled[0]}), which transformers does not "
             "read from GGUF: give the folder with its model.safetensors"
         )
+    if field := _unheeded(model.config, fields):
+        raise UserError(
+            f"{path} has {field}, which transformers does not read from GGUF, so its "
+            "losses would be wrong: give the folder with its model.safetensors"
+        )
     stored = sum(math.prod(shape) for shape in shapes.values())
     if stored > sum(parameter.numel() for parameter in model.parameters()):
         raise UserError(
             f"{path} has tensors that transformers does not read from GGUF, so its "
             "losses would be wrong: give the folder with its model.safetensors"
         )
+
+
+def _unheeded(config: Any, fields: dict[str, Any]) -> str | None:
+    """What a GGUF file states and the model of a config does not do; None if nothing.
+
+    transformers has its defaults for fields that it does not read.
+    """
+    read = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    ropes = getattr(config, "rope_parameters", None) or {}
+    rope = ropes.get("full_attention", ropes)
+    heads_width = config.hidden_size // getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or heads_width
+    softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
+    own = {name: getattr(config, name, None) for name in softcaps} | {
+        "attention.causal": True,
+        "attention.layer_norm_epsilon": next(
+            (getattr(config, name) for name in _EPSILONS if hasattr(config, name)), None
+        ),
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1)),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.freq_base_swa": ropes.get("sliding_attention", rope).get("rope_theta"),
+        "use_parallel_residual": getattr(config, "use_parallel_residual", None),
+    }
+    architecture = fields.get("general.architecture")
+    for field, value in fields.items():
+        prefix, _, name = field.partition(".")
+        if prefix != architecture or name.startswith("rope.scal"):
+            continue
+        is_read = bool(name in _TOLD or read.get(name))
+        if not (_are_alike(value, own[name]) if name in own else is_read):
+            return f"{field} {value}"
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    is_27b = _GEMMA_27B.get(config.model_type) == config.num_hidden_layers
+    if scale and scale != (heads_width if is_27b else width):
+        return f"a scale of attention other than 1/sqrt({scale})"
+    return None
+
+
+def _are_alike(stated: Any, own: Any) -> bool:
+    """Whether a field of a GGUF file, where numbers have 32 bits, says what is done."""
+    if isinstance(stated, float) and isinstance(own, float | int):
+        return math.isclose(stated, own, rel_tol=1e-6)
+    return (stated or None) == (own or None)
 
 
 def _check_files(model: Any, folder: Path) -> None:
