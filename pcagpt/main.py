@@ -1,35 +1,4 @@
-"""How small can the token embedding of a GPT become, and at what cost in loss?
-
-    python -m pcagpt.main --config=configs/NAME.py [--config.KNOB=VALUE ...]
-    pcagpt NAME [--config.KNOB=VALUE ...]    the same, from any folder
-
-  --config=configs/demo.py                 D, A, C, B and the report; CPU, minutes
-  --config=configs/experiment.py:64,128    the same at GPT-2-small size
-  --config=configs/gpt2_small_hour.py      and D+, in an hour on one H100
-  --config=configs/baseline.py             D: the full embedding
-  --config=configs/pca_k128.py             A: factorized embedding, random blocks
-  --config=configs/pca_finetune_k128.py    B: factorized embedding, D's blocks
-  --config=configs/random_k128.py          C: random factors
-  --config=configs/recover.py --config.init.weights_from=RUN
-  --config=configs/factorize.py --config.model_path=RUN_OR_NPY --config.ranks=64,128
-  --config=configs/compress.py --config.model_path=RUN
-  --config=configs/evaluate.py --config.model_path=RUN --config.split=test
-  --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
-  --config=configs/export.py --config.model_path=RUN --config.format=hf
-
-Finished runs are skipped, interrupted runs resume. Exit codes:
-
-   0  done
-   2  a mistake in the command or its inputs, or an error of the system, such as a full
-      disk; what was saved before is kept
-  75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
-      training has saved, the same command goes on
-   1  a bug; Ctrl-C or SIGTERM, after training has saved; another process of the same
-      run has ended, noticed within a minute
-
-  --print_config    show every knob's value and the plan, and stop
-  --help            show this text
-"""
+"""The command line: runs the task that it asks for, and says what went wrong."""
 
 import contextlib
 import os
@@ -61,6 +30,38 @@ if __name__ == "__main__":
 from pcagpt.config import Settings, command_line, validate
 from pcagpt.config.tasks import TASKS
 
+HELP = """How small can the token embedding of a GPT become, and at what cost in loss?
+
+    python -m pcagpt.main --config=configs/NAME.py [--config.KNOB=VALUE ...]
+    pcagpt NAME [--config.KNOB=VALUE ...]    the same, from any folder
+
+  --config=configs/demo.py                 D, A, C, B and the report; CPU, minutes
+  --config=configs/experiment.py:64,128    the same at GPT-2-small size
+  --config=configs/gpt2_small_hour.py      and D+, in an hour on one H100
+  --config=configs/baseline.py             D: the full embedding
+  --config=configs/pca_k128.py             A: factorized embedding, random blocks
+  --config=configs/pca_finetune_k128.py    B: factorized embedding, D's blocks
+  --config=configs/random_k128.py          C: random factors
+  --config=configs/recover.py --config.init.weights_from=RUN
+  --config=configs/factorize.py --config.model_path=RUN_OR_NPY --config.ranks=64,128
+  --config=configs/compress.py --config.model_path=RUN
+  --config=configs/evaluate.py --config.model_path=RUN --config.split=test
+  --config=configs/sample.py --config.model_path=RUN --config.sample.prompt=TEXT
+  --config=configs/export.py --config.model_path=RUN --config.format=hf
+
+Finished runs are skipped, interrupted runs resume. Exit codes:
+
+   0  done
+   2  a mistake in the command or its inputs, or an error of the system, such as a full
+      disk; what was saved before is kept
+  75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
+      training has saved, the same command goes on
+   1  a bug; Ctrl-C or SIGTERM, after training has saved; another process of the same
+      run has ended, noticed within a minute
+
+  --print_config    show every knob's value and the plan, and stop
+  --help            show this text
+"""
 _HOST_OUT_OF_MEMORY = (
     "this machine's main memory is exhausted: end other programs, or use a machine "
     "with more"
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
-            _show(f"{__doc__}\n{command_line.knobs_text()}")
+            _show(f"{HELP}\n{command_line.knobs_text()}")
             return SUCCEEDED
         settings, print_only = command_line.parse(arguments)
         validate(settings)

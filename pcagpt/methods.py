@@ -61,57 +61,49 @@ class Method:
     """A factorization method."""
 
     weigh: Callable[[np.ndarray, Statistics | None], Weighting]  # from a table [V, D]
+    words: str  # what it does, for reports
     needs_statistics: bool
     weighs_tokens: bool  # whether it weights tokens; a sweep puts no other into bands
     colour: str  # in figures
 
 
 def _svd(table_VD, statistics):
-    """Smallest error in Frobenius norm (Eckart and Young 1936)."""
     return Weighting()
 
 
 def _pca(table_VD, statistics):
-    """Principal components: SVD after subtracting the mean row."""
     return Weighting(mean=table_VD.mean(axis=0, dtype=np.float64))
 
 
 def _freq(table_VD, statistics):
-    """Weights tokens by frequency."""
     return _centred(table_VD, statistics.frequency)
 
 
 def _sqrt_freq(table_VD, statistics):
-    """Weights tokens by the square root of their frequency."""
     return _centred(table_VD, np.sqrt(statistics.frequency))
 
 
 def _hidden(table_VD, statistics):
-    """Weights directions by the hidden states that the head reads."""
     weights_V = np.ones(len(table_VD))
     return _centred(table_VD, weights_V, statistics.hidden_moment)
 
 
 def _kl(table_VD, statistics):
-    """Second-order KL divergence of the head."""
     return _centred(table_VD, _smoothed(statistics), statistics.hidden_moment)
 
 
 def _joint(table_VD, statistics):
-    """Like 'kl', plus the identity as a metric for the input side."""
     moment_DD, width = statistics.hidden_moment, table_VD.shape[1]
     metric_DD = moment_DD / np.trace(moment_DD) + INPUT_SHARE * np.eye(width) / width
     return _centred(table_VD, _smoothed(statistics), metric_DD)
 
 
 def _fisher(table_VD, statistics):
-    """Second-order loss of head and input: the sum of both Fisher informations."""
     metric_DD = statistics.hidden_moment + statistics.gradient_moment
     return _centred(table_VD, _smoothed(statistics), metric_DD)
 
 
 def _context(table_VD, statistics):
-    """Like 'fisher'; each row also keeps its logit in its context."""
     weighting = _fisher(table_VD, statistics)
     return weighting._replace(contexts=token_contexts(table_VD, statistics))
 
@@ -119,15 +111,57 @@ def _context(table_VD, statistics):
 # The best method comes last: a sweep tries it in more ways. Colour-blind readers can
 # tell the colours apart (Okabe and Ito 2008). Grey methods serve for comparison.
 METHODS = {
-    "svd": Method(_svd, False, False, "#d55e00"),
-    "pca": Method(_pca, False, False, "#c8c8c8"),
-    "freq": Method(_freq, True, True, "#b0b0b0"),
-    "sqrt_freq": Method(_sqrt_freq, True, True, "#989898"),
-    "hidden": Method(_hidden, True, False, "#808080"),
-    "kl": Method(_kl, True, True, "#e69f00"),
-    "joint": Method(_joint, True, True, "#56b4e9"),
-    "fisher": Method(_fisher, True, True, "#0072b2"),
-    "context": Method(_context, True, True, "#009e73"),
+    "svd": Method(
+        _svd,
+        "Smallest error in Frobenius norm (Eckart and Young 1936)",
+        False,
+        False,
+        "#d55e00",
+    ),
+    "pca": Method(
+        _pca,
+        "Principal components: SVD after subtracting the mean row",
+        False,
+        False,
+        "#c8c8c8",
+    ),
+    "freq": Method(_freq, "Weights tokens by frequency", True, True, "#b0b0b0"),
+    "sqrt_freq": Method(
+        _sqrt_freq,
+        "Weights tokens by the square root of their frequency",
+        True,
+        True,
+        "#989898",
+    ),
+    "hidden": Method(
+        _hidden,
+        "Weights directions by the hidden states that the head reads",
+        True,
+        False,
+        "#808080",
+    ),
+    "kl": Method(_kl, "Second-order KL divergence of the head", True, True, "#e69f00"),
+    "joint": Method(
+        _joint,
+        "Like 'kl', plus the identity as a metric for the input side",
+        True,
+        True,
+        "#56b4e9",
+    ),
+    "fisher": Method(
+        _fisher,
+        "Second-order loss of head and input: the sum of both Fisher informations",
+        True,
+        True,
+        "#0072b2",
+    ),
+    "context": Method(
+        _context,
+        "Like 'fisher'; each row also keeps its logit in its context",
+        True,
+        True,
+        "#009e73",
+    ),
 }
 # The methods that a bare table is enough for.
 FREE = tuple(name for name, method in METHODS.items() if not method.needs_statistics)

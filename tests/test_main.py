@@ -71,6 +71,15 @@ def test_help_names_every_config_and_every_knob_with_default_and_meaning():
     assert max(map(len, text.splitlines())) <= 88
 
 
+def test_help_and_methods_keep_their_words_without_docstrings():
+    code = "from pcagpt import main, methods as m; print(m.METHODS['pca'].words)"
+    words = f"{code}; main.main(['', '--help'])"
+    assert python("-OO", "-c", words).stdout.startswith(
+        "Principal components: SVD after subtracting the mean row\n"
+        "How small can the token embedding"
+    )
+
+
 # Mistakes.
 
 

@@ -789,7 +789,7 @@ def sweep_of(rows):
 def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     tmp_path, monkeypatch
 ):
-    new = Method(METHODS["svd"].weigh, False, True, colour="#123456")
+    new = Method(METHODS["svd"].weigh, "New", False, True, "#123456")
     monkeypatch.setitem(METHODS, "new", new)
     rows = [sweep_row(m, bands, k) for m in METHODS for bands in (1, 3) for k in (4, 8)]
     rows += [sweep_row("gone"), sweep_row("baseline", rank=0, bits=8, added=-0.1)]
@@ -809,8 +809,7 @@ def test_every_method_and_a_new_one_are_in_the_figure_and_the_page(
     assert "| D's table, int8 | " in text
     assert "further training win" not in text and "cost be predicted" not in text
     for name, method in METHODS.items():
-        words = (method.weigh.__doc__ or "factors").splitlines()[0].rstrip(".")
-        assert f"- **{name}**: {words}" in text
+        assert f"- **{name}**: {method.words}" in text
 
 
 def test_a_part_of_a_sweep_s_report_without_content_has_no_heading(tmp_path):

@@ -209,8 +209,7 @@ def methods_in(rows: Sequence[Stored]) -> dict[str, str]:
     found = {}
     for row in rows:
         if method := METHODS.get(row.method):
-            words = (method.weigh.__doc__ or "factors").strip().splitlines()[0]
-            found[row.method] = words.rstrip(".")
+            found[row.method] = method.words
         elif code := CODES.get(row.method):
             found[row.method] = code.words
         elif rival := RIVALS.get(row.method):
