@@ -1,5 +1,6 @@
 """pcagpt as a library: what it returns, refuses, and leaves alone."""
 
+import dataclasses
 import errno
 import inspect
 import itertools
@@ -8,9 +9,11 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import tomllib
 import types
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gpt2_folders
@@ -38,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "The people of the United States and their Congress. Naïve café in 東京. "
 BOUND = {"max_bytes": 13_000, "methods": "svd", "max_tokens": 320}
 SMALL = {"train": TEXT * 60, "val": TEXT * 3}
+NEW_FOLDER = "name a folder that is not there"
 
 
 @pytest.fixture(scope="session")
@@ -432,6 +436,39 @@ def test_a_saved_table_is_a_model_with_the_added_loss(
     assert found.relative_error == pytest.approx(error, rel=1e-3)
     with pytest.raises(pcagpt.UserError, match="small is not empty: name a folder"):
         found.save(folder)
+
+
+def test_of_threads_that_save_to_one_folder_one_does(model, tmp_path, capfd):
+    found = pcagpt.compress(model, data=SMALL, **BOUND)
+    barrier = threading.Barrier(3)
+
+    def save(_):
+        barrier.wait()
+        try:
+            return str(found.save(tmp_path / "small"))
+        except pcagpt.UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        told = sorted(pool.map(save, range(3)))
+    place = tmp_path / "small"
+    assert told == [str(place), *2 * [f"{place} is not empty: {NEW_FOLDER}"]]
+    assert os.listdir(tmp_path) == ["small"]
+    np.testing.assert_allclose(pcagpt.load(place).table, found.dense(), atol=1e-6)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_another_program_writes_during_a_save_stays(model, tmp_path):
+    found = pcagpt.compress(model.table, max_bytes=40_000, methods="svd")
+    place = tmp_path / "small"
+
+    def write(folder):
+        place.mkdir()
+        (place / "own").write_text("")
+
+    with pytest.raises(pcagpt.UserError, match=f"is not empty: {NEW_FOLDER}"):
+        dataclasses.replace(found, _write=write).save(place)
+    assert [str(path) for path in tmp_path.rglob("*")] == [str(place), f"{place}/own"]
 
 
 def test_a_bound_on_loss_gives_a_smaller_table_for_a_higher_bound(model):

@@ -26,20 +26,20 @@ from pcagpt.compression.bare_table import (
 )
 from pcagpt.compression.candidates import Candidate
 from pcagpt.compression.original import Original, platform_of
-from pcagpt.compression.table_files import replace_table
-from pcagpt.compression.write_model import write_model
+from pcagpt.compression.table_files import write_table
+from pcagpt.compression.write_model import write_new
 from pcagpt.config import Settings, methods_of
 from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, naming
 from pcagpt.json_files import write_json
 from pcagpt.pipeline.compress_plan import decide_effort
 from pcagpt.pipeline.execute import unwritable
 from pcagpt.pipeline.sample import tokenizer_of
 from pcagpt.rows import Row
-from pcagpt.run import checkpoint
-from pcagpt.run.folder import is_vacant
+from pcagpt.run import checkpoint, lock
+from pcagpt.run.folder import is_vacant, replacing
 from pcagpt.run.trained import Run
 
 
@@ -83,16 +83,25 @@ class Compressed:
         with call():
             place = Path(absolute(folder))
             checkpoint.check_path(place)
-            if not is_vacant(place):
-                raise UserError(
-                    f"{place} is not empty: name a folder that is not there"
-                )
+
+            def check_vacant() -> None:
+                if not is_vacant(place):
+                    raise UserError(
+                        f"{place} is not empty: name a folder that is not there"
+                    )
+
+            check_vacant()
             if nearest := unwritable(place):
                 raise UserError(
                     f"{place} cannot be written: {nearest} is not a writable folder; "
                     "name another one"
                 )
-            self._write(place)
+            with naming(place), lock.held(place, check_vacant) as check_lock:
+                check_vacant()
+                with replacing(place) as written:
+                    self._write(written)
+                    check_lock()
+                    check_vacant()
             return place
 
 
@@ -194,7 +203,7 @@ def compress(
         _ = original.protocol  # Reads the text, which may be removed now.
 
         def write(folder: Path) -> None:
-            write_model(folder, original, candidate, row, overwrite=False)
+            write_new(folder, original, candidate, row)
 
         return _compressed(row, candidate, original.table_VD, write)
 
@@ -206,7 +215,7 @@ def _compress_table(table_VD: np.ndarray, settings: Settings) -> Compressed:
     check_needs_no_text(methods)
     chosen, _ = find(BareTable(table_VD), methods, options)
     candidate = chosen.candidate
-    write = functools.partial(replace_table, candidate=candidate)
+    write = functools.partial(write_table, candidate=candidate)
     found = _compressed(chosen.row(), candidate, table_VD, write)
     return dataclasses.replace(found, added_loss=None, interval=None)
 

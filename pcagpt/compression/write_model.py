@@ -1,6 +1,5 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
-import contextlib
 import dataclasses
 import secrets
 import tempfile
@@ -58,50 +57,57 @@ def write_model(
     Raises UserError if the folder of the original now holds another run, Unreadable if
     the system does not let the folder be read.
     """
-    run, recipe, codes = original.run, candidate.recipe, candidate.codes
-    run.check_unchanged()
-    table = codes or candidate.table
-    weights, sizes = _model_of(original, candidate.table, codes)
-    is_made = (
+    original.run.check_unchanged()
+    weights, _ = _model_of(original, candidate.table, candidate.codes)
+    if (
         is_of(folder, original, row)
-        and _names(folder, table)
+        and _names(folder, candidate.codes or candidate.table)
         and _holds(folder, weights)
         and _tells(folder, original)
-    )
-    if not is_made and stays(folder, recipe, overwrite):
+    ):
+        _write_table(folder, original, candidate, row)
+        _restore_record(folder)
+        return True
+    if stays(folder, candidate.recipe, overwrite):
         return False
-    with contextlib.nullcontext(folder) if is_made else replacing(folder) as written:
-        if not is_made:
-            record = _record(original, recipe, table, weights, sizes)
-            if weights:
-                checkpoint.save_weights(written, weights, record)
-        if codes:  # Its losses may have been measured anew.
-            kind = KINDS[recipe.method]
-            _write_codes(written / kind.file, kind, codes, _description(original, row))
-        elif factors_in(factors := written / FACTORS, table.sha256) is None:
-            move_aside(factors)
-            write_bands(factors, candidate.table)
-        if is_made:
-            _restore_record(written)
-        else:
-            write_record(written, record)
+    with replacing(folder) as written:
+        write_new(written, original, candidate, row)
     return True
 
 
+def write_new(folder: Path, original: Original, candidate: Candidate, row: Row) -> None:
+    """As `write_model`, into an empty folder."""
+    original.run.check_unchanged()
+    weights, sizes = _model_of(original, candidate.table, candidate.codes)
+    record = _record(original, candidate, weights, sizes)
+    if weights:
+        checkpoint.save_weights(folder, weights, record)
+    _write_table(folder, original, candidate, row)
+    write_record(folder, record)
+
+
+def _write_table(
+    folder: Path, original: Original, candidate: Candidate, row: Row
+) -> None:
+    """Writes the file of codes, or lost or damaged factors/, into a model's folder."""
+    if codes := candidate.codes:  # Its losses may have been measured anew.
+        kind = KINDS[candidate.recipe.method]
+        _write_codes(folder / kind.file, kind, codes, _description(original, row))
+    elif factors_in(factors := folder / FACTORS, candidate.table.sha256) is None:
+        move_aside(factors)
+        write_bands(factors, candidate.table)
+
+
 def _record(
-    original: Original,
-    recipe: Recipe,
-    table: FactorizedTable | Codes,
-    weights: dict,
-    sizes: dict[str, Any],
+    original: Original, candidate: Candidate, weights: dict, sizes: dict[str, Any]
 ) -> dict[str, Any]:
     """The record of a new model; weights and sizes are of `_model_of`."""
-    run = original.run
+    run, table = original.run, candidate.codes or candidate.table
     made = {
         "run": str(run.folder.resolve()),
         "step": run.step,
         "fingerprint": run.fingerprint,
-        **dataclasses.asdict(recipe),
+        **dataclasses.asdict(candidate.recipe),
         **({"side": original.side} if original.side else {}),
         "table_sha256": table.sha256,
         **({WEIGHTS_HASH: _summary(weights)} if weights else {}),

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pcagpt import process
 from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, naming, warn_once
@@ -405,15 +406,17 @@ def move_aside(path: Path) -> None:
     if is_vacant(path):
         return
     kept = path.rename(unused_name(path, "replaced"))
-    print(f"{path} was moved to {kept.name}", flush=True)
+    process.say(f"{path} was moved to {kept.name}")
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a new folder, which takes the place of `folder` at the end.
 
-    What is there is moved aside. If it is a link, its target is replaced. An error
-    removes the new folder. Raises `removed` if the new folder is gone.
+    The caller holds the lock of the folder, or of the one above, because all callers
+    write at the same place. What is there is moved aside. If it is a link, its target
+    is replaced. An error removes the new folder. Raises `removed` if the new folder is
+    gone.
     """
     place = folder.resolve()
     # It gets its name when it is complete. A killed command may have left one.

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from pcagpt import process
 from pcagpt.errors import UserError
 from pcagpt.files import is_running
 from pcagpt.json_files import read_json, write_json
@@ -139,10 +140,7 @@ def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], No
             if holder and not told:
                 told = True
                 if is_first:
-                    print(
-                        f"waiting for {folder}: {holder}; Ctrl-C ends the wait",
-                        flush=True,
-                    )
+                    process.say(f"waiting for {folder}: {holder}; Ctrl-C ends the wait")
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST)
         yield lock.check if is_first else lambda: None
