@@ -73,6 +73,7 @@ _NOT_HEEDED = {
 _guest: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
     "guest", default=None
 )
+_guests, _entry = 0, threading.Lock()  # contexts of `as_guest` in all threads
 
 
 @contextlib.contextmanager
@@ -82,19 +83,25 @@ def as_guest(shows_progress: bool) -> Iterator[None]:
     It prints nothing, except progress if that is asked for, and keeps nothing beside
     files that it only reads.
     """
-    global _programs_hook
+    global _guests, _programs_hook
     # absl configures the root logger at its first message, unless it has a handler.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
-    if sys.unraisablehook not in (_hide_failed_writes, _report_unraisable):
-        _programs_hook, sys.unraisablehook = sys.unraisablehook, _hide_failed_writes
-    is_inner, token = is_guest(), _guest.set(shows_progress)
+    with _entry:
+        _guests += 1
+        if sys.unraisablehook not in (_hide_failed_writes, _report_unraisable):
+            _programs_hook, sys.unraisablehook = sys.unraisablehook, _hide_failed_writes
+    token, is_done = _guest.set(shows_progress), False
     try:
         yield
-        # After an error, messages about other writes may still come.
-        if not is_inner and sys.unraisablehook is _hide_failed_writes:
-            sys.unraisablehook = _programs_hook
+        is_done = True
     finally:
+        with _entry:
+            _guests -= 1
+            # After an error, messages about other writes may still come.
+            is_last = is_done and not _guests
+            if is_last and sys.unraisablehook is _hide_failed_writes:
+                sys.unraisablehook = _programs_hook
         _guest.reset(token)
         logging.getLogger().removeHandler(handler)
 
@@ -107,6 +114,14 @@ def shows_progress() -> bool:
 def is_guest() -> bool:
     """Whether pcagpt works for another program, see `as_guest`."""
     return _guest.get() is not None
+
+
+def say(line: str) -> None:
+    """Prints a line; for a guest, it goes to the logger instead."""
+    if is_guest():
+        logging.getLogger(__name__).info(line)
+    else:
+        print(line, flush=True)
 
 
 def prepare() -> None:

@@ -4,7 +4,10 @@ import contextlib
 import copy
 import itertools
 import json
+import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -22,6 +25,7 @@ from runs import snapshot  # noqa: E402
 from pcagpt import coding  # noqa: E402
 from pcagpt.compression import decoder  # noqa: E402
 from pcagpt.compression.decoder import Decoder  # noqa: E402
+from pcagpt.compression.open_decoder import open_model  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
@@ -657,3 +661,28 @@ def test_a_changed_table_leaves_out_the_samples_and_says_so(swept, caplog, monke
     assert "samples" not in json.loads((folder / "sweep.json").read_text())
     assert "the report has no samples: " in caplog.text
     assert "factors is another table than the one that the config.json" in caplog.text
+
+
+def test_one_thread_at_a_time_opens_a_model(monkeypatch, tmp_path):
+    """transformers prints, logs, and sets the process's dtype meanwhile."""
+    level, stderr, inside = transformers.logging.get_verbosity(), sys.stderr, []
+
+    def fail(*_, **__):
+        inside.append(None)
+        time.sleep(0.1)
+        found = len(inside)
+        inside.pop()
+        raise ValueError(found)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+
+    def opened(_):
+        with pytest.raises(UserError) as caught:
+            open_model(tmp_path)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        told = set(pool.map(opened, range(3)))
+    assert told == {f"transformers cannot open {tmp_path}: 1"}
+    assert sys.stderr is stderr
+    assert transformers.logging.get_verbosity() == level

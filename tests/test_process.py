@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import contextvars
 import ctypes
 import errno
 import os
@@ -689,3 +690,17 @@ for _ in range(2):
 print(faults[1] - faults[0])
 """
     assert int(python("-c", script).stdout) < 100  # 65,536 if not kept
+
+
+def test_the_last_of_several_threads_gives_the_programs_hook_back(monkeypatch):
+    own = sys.__unraisablehook__
+    monkeypatch.setattr(sys, "unraisablehook", own)
+    # Each context is that of a thread.
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    stacks = [contextlib.ExitStack() for _ in contexts]
+    for context, stack in zip(contexts, stacks, strict=True):
+        context.run(stack.enter_context, process.as_guest(False))
+    contexts[0].run(stacks[0].close)
+    assert sys.unraisablehook is not own
+    contexts[1].run(stacks[1].close)
+    assert sys.unraisablehook is own

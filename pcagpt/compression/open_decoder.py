@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,22 @@ _QUANTIZED = (
 )
 
 
+_one = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers logs nothing meanwhile; its level is then as before."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
+    """transformers prints and logs nothing meanwhile; all is then as before.
+
+    One thread at a time: this changes the whole process, and transformers does so, too.
+    """
+    with _one, contextlib.redirect_stderr(io.StringIO()):
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(level)
 
 
 def open_model(folder: Path) -> Any:
@@ -75,7 +83,7 @@ def open_model(folder: Path) -> Any:
     is_file = folder.is_file()  # GGUF
     try:
         # The errors below replace what it prints about damaged files.
-        with _quietly(), contextlib.redirect_stderr(io.StringIO()):
+        with _quietly():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder.parent if is_file else folder),
                 gguf_file=folder.name if is_file else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
-from pcagpt import coding, process
+from pcagpt import coding
 from pcagpt.compression import stored_tensors
 from pcagpt.compression.candidates import Candidate, Compressor
 from pcagpt.compression.own_model import OwnModel
@@ -286,8 +286,7 @@ def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
     with of_extra(run.folder, run.architecture):
         from pcagpt.compression.decoder import Decoder
-    with _without_bar():
-        model = Decoder(run.folder, window)
+    model = Decoder(run.folder, window)
     width, expected = model.table_VD.shape[1], run.record["model"]["n_embd"]
     if width != expected:  # Exports would not find it.
         raise UserError(
@@ -313,18 +312,3 @@ def of_extra(folder: Path, architecture: str | None) -> Iterator[None]:
             f"{folder} holds a {architecture}, which needs the package "
             f"{error.name}: pip install 'pcagpt[hf]'"
         ) from None
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    """In this context, transformers shows no progress if none may be shown."""
-    from transformers.utils import logging
-
-    hides = logging.is_progress_bar_enabled() and not process.shows_progress()
-    if hides:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hides:
-            logging.enable_progress_bar()
