@@ -231,7 +231,9 @@ PHI = {"attention.sliding_window": 0, "rope.dimension_count": 96}
     ("kind", "stated", "sizes", "found"),
     [
         ("gemma2", GEMMA, {}, None),
-        ("gemma2", {"attention.layer_norm_rms_epsilon": 1e-5}, {}, None),  # is read
+        ("gemma2", {"attention.layer_norm_rms_epsilon": 1e-6}, {}, None),
+        ("lfm2", {"attention.layer_norm_rms_epsilon": 1e-6}, {}, "attention.layer_nor"),
+        ("qwen2", {"attention.head_count": 7}, {}, None),  # It is read.
         ("gemma2", {"attn_logit_softcapping": 2.0}, {}, "attn_logit_softcapping 2.0"),
         ("gemma2", {"final_logit_softcapping": 0.0}, {}, "final_logit_softcapping 0.0"),
         ("gemma2", {"logit_scale": 2.0}, {}, "logit_scale 2.0"),

@@ -51,7 +51,10 @@ _TOLD = {
     "tensor_data_layout",
     "vocab_size",
 }
-_EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+_EPSILONS = (
+    *("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+    "rms_norm_eps",  # LFM2 gets it, too, and does not use it.
+)
 # Layers of Gemma 2 and 3 with 27 billion parameters; no field tells their scale.
 _GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 _QUANTIZED = (
@@ -195,11 +198,11 @@ def _unheeded(config: Any, fields: dict[str, Any]) -> str | None:
     heads_width = config.hidden_size // getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or heads_width
     softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
+    epsilon = next((getattr(config, n) for n in _EPSILONS if hasattr(config, n)), None)
     own = {name: getattr(config, name, None) for name in softcaps} | {
         "attention.causal": True,
-        "attention.layer_norm_epsilon": next(
-            (getattr(config, name) for name in _EPSILONS if hasattr(config, name)), None
-        ),
+        "attention.layer_norm_epsilon": epsilon,
+        "attention.layer_norm_rms_epsilon": epsilon,
         "attention.sliding_window": getattr(config, "sliding_window", None),
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1)),
         "rope.freq_base": rope.get("rope_theta"),
