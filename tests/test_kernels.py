@@ -12,12 +12,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
+from pcagpt.kernels import norm
 from pcagpt.kernels.mosaic import launch as mosaic_launch
 from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
 from pcagpt.kernels.mosaic import mlp, product
 from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
-from pcagpt.kernels.triton import gelu, launch, low_rank_head, norm, one_token, softmax
+from pcagpt.kernels.triton import gelu, launch, low_rank_head, one_token, softmax
+from pcagpt.kernels.triton import norm as triton_norm
 from pcagpt.losses.fused import head_kernels
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
@@ -211,7 +213,7 @@ def plain_add_and_norm(x, update, bias, scale, offset):
 )
 @in_each_precision
 def test_addition_norm_and_their_gradients(backend, count, width, precision):
-    add_and_norm = {"triton": norm, "mosaic": mosaic_norm}[backend].add_and_norm
+    form = {"triton": triton_norm, "mosaic": mosaic_norm}[backend]
     x, update, of_sum, of_normed = (
         random_array(i, count, width, dtype=precision.dtype) for i in range(4)
     )
@@ -231,7 +233,9 @@ def test_addition_norm_and_their_gradients(backend, count, width, precision):
         return [*outputs, *gradients]
 
     arrays = [x, update, *parameters]
-    found = results(lambda *a: add_and_norm(*a, 1e-5), precision.dtype, arrays)
+    found = results(
+        lambda *a: norm.add_and_norm(*a, 1e-5, form), precision.dtype, arrays
+    )
     with jax.enable_x64(True):
         wide = [jnp.asarray(array, jnp.float64) for array in exact(*arrays)]
         wanted = results(plain_add_and_norm, jnp.float64, wide)
@@ -340,7 +344,9 @@ def test_eight_devices_work_on_their_own_rows_and_add_up():
         loss, of_logits = softmax.loss_and_gradient(z @ wte.T, 50, targets)
 
         def activations(h, bias):
-            total, normed = norm.add_and_norm(h, 2 * h, bias, bias, bias, 1e-5)
+            total, normed = norm.add_and_norm(
+                h, 2 * h, bias, bias, bias, 1e-5, triton_norm
+            )
             return (gelu.bias_gelu(total, bias) * normed).sum()
 
         gradients = jax.grad(activations, argnums=(0, 1))(h, bias)
@@ -453,7 +459,9 @@ def test_every_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
         )
 
         def activations(h, parameter):
-            total, normed = norm.add_and_norm(h, h, *(parameter,) * 3, 1e-5)
+            total, normed = norm.add_and_norm(
+                h, h, *(parameter,) * 3, 1e-5, triton_norm
+            )
             return (gelu.bias_gelu(total, parameter) * normed).sum()
 
         arguments = ((count, 768), half), ((768,), full)
@@ -525,7 +533,7 @@ def of_norm(*arrays):
     """All gradients of a sum of what Mosaic's norm returns."""
 
     def total(*arrays):
-        return sum(a.sum() for a in mosaic_norm.add_and_norm(*arrays, 1e-5))
+        return sum(a.sum() for a in norm.add_and_norm(*arrays, 1e-5, mosaic_norm))
 
     return jax.grad(total, argnums=(0, 1, 2, 3, 4))(*arrays)
 
@@ -610,8 +618,8 @@ def test_the_kernels_of_one_token_leave_odd_widths_to_the_plain_form():
 
 
 def test_norm_takes_usual_widths_and_leaves_those_of_many_pieces_to_the_plain_form():
-    assert all(map(norm.fits, (768, 1024, 1280, 2048, 48)))
-    assert not any(map(norm.fits, (1600, 300, 75)))
+    assert all(map(triton_norm.fits, (768, 1024, 1280, 2048, 48)))
+    assert not any(map(triton_norm.fits, (1600, 300, 75)))
 
 
 def test_gelu_leaves_widths_of_small_pieces_to_the_plain_form():

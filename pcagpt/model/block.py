@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from pcagpt import kernels
+from pcagpt.kernels import norm
 from pcagpt.kernels.mosaic import mlp, product
-from pcagpt.kernels.mosaic import norm as mosaic_norm
-from pcagpt.kernels.triton import gelu, norm, one_token
+from pcagpt.kernels.triton import gelu, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
 
@@ -75,16 +75,11 @@ class ResidualNorm(nn.Module):
         width = x_ND.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         parameters = bias_D, scale_D, _bias(self, width)
-        backend = self.config.kernels
-        if has_few_rows:
+        form = None if has_few_rows else norm.form(self.config.kernels, width)
+        if form is None:
             return _add_and_norm(x_ND, update_ND, *parameters)
-        if backend == "mosaic" and mosaic_norm.fits(width):
-            add_and_norm = mosaic_norm.add_and_norm
-        elif kernels.use_triton(backend) and norm.fits(width):
-            add_and_norm = norm.add_and_norm
-        else:
-            return _add_and_norm(x_ND, update_ND, *parameters)
-        return add_and_norm(x_ND, update_ND, *parameters, LAYER_NORM_EPSILON)
+        epsilon = LAYER_NORM_EPSILON
+        return norm.add_and_norm(x_ND, update_ND, *parameters, epsilon, form)
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):

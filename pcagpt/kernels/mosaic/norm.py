@@ -1,4 +1,4 @@
-"""Residual addition and LayerNorm in one kernel, forward and backward.
+"""Kernels of `kernels.norm`, forward and backward.
 
 A program holds a row in registers and loads the next one meanwhile. A multiprocessor
 runs many programs, so that others compute while one waits for the sums of its warps.
@@ -27,35 +27,9 @@ def fits(width: int) -> bool:
     return width % LANES == 0 and width <= MOST_WIDTH
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float):
-    """s = x + update + bias, and LayerNorm(s) * scale + offset, both [N, D].
-
-    x, update and the results have the compute dtype; bias, scale, offset, statistics
-    and sums are float32. `epsilon` is added to the variance.
-    """
-    return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon)[0]
-
-
-def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon):
-    sum_ND, normed_ND, *statistics = _forward_rows(
-        x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon
-    )
-    return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
-
-
-def _backward(epsilon, residuals, gradients):
-    del epsilon
-    # The gradients of bias, scale and offset are one array, summed once over devices.
-    gradient_ND, of_parameters_3D = _backward_rows(*gradients, *residuals)
-    return gradient_ND, gradient_ND, *of_parameters_3D
-
-
-add_and_norm.defvjp(_forward, _backward)
-
-
 @inside.by_device([True, True, False, False, False], [True] * 4)
-def _forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
+def forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
+    """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct(x_ND.shape[:1], jnp.float32)
     return launch.call(
@@ -116,7 +90,8 @@ def _visit_forward(*references, epsilon: float):
 
 
 @inside.by_device([True, True, True, False, True, True], [True, False])
-def _backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
+def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
+    """Gradients of x [N, D], and of bias, scale and offset [3, D] float32."""
     count, width = sum_ND.shape
     programs = _programs("backward", count)
     gradient_ND, parts_3PD = launch.call(
