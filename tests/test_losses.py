@@ -1,6 +1,7 @@
 """Chunked token losses against a dense log_softmax."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -131,19 +132,19 @@ def test_each_band_takes_the_kernels_of_its_rank(monkeypatch):
     h, head, targets = inputs(HEADS["bands"], dtype=jnp.bfloat16)
     counts = dict.fromkeys((low_rank_head, mosaic_head), 0)
 
-    def count(form, summarize, *arguments):
+    def count(form, function, *arguments):
         counts[form] += 1
-        return summarize(*arguments)
+        return function(*arguments)
 
-    for form in counts:
-        counted = functools.partial(count, form, form.summarize)
-        monkeypatch.setattr(form, "summarize", counted)
+    for form, name in itertools.product(counts, ("summarize", "table_gradient")):
+        counted = functools.partial(count, form, getattr(form, name))
+        monkeypatch.setattr(form, name, counted)
     wide = h.astype(jnp.float32), jax.tree.map(jnp.float32, head), targets
     wanted = dense(*wide)
-    for limit, of_mosaic in ((16, 2), (0, 0)):
+    for limit, of_mosaic in ((16, 4), (0, 0)):
         monkeypatch.setattr(mosaic_head, "MAX_RANK", limit)
         found = chunked.__wrapped__(2, kernels="mosaic")(h, head, targets)
-        assert counts == {mosaic_head: of_mosaic, low_rank_head: 2 - of_mosaic}
+        assert counts == {mosaic_head: of_mosaic, low_rank_head: 4 - of_mosaic}
         assert_close(found, wanted, 0.03)
         counts[mosaic_head] = 0
 

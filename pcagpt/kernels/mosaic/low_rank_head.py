@@ -27,7 +27,7 @@ HALF = 64  # rows of a product of one group
 HALVES = 2  # of the kept tile, one for each multiplying group
 KEPT = HALVES * HALF
 STREAMED = 128  # rows of a streamed tile
-SLOTS = 4  # streamed tiles in shared memory
+SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
 REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
@@ -153,7 +153,9 @@ def _splits(tiles: int, steps: int) -> int:
             pl.cdiv(steps, splits) + 2
         )
 
-    return min(range(1, min(steps, launch.multiprocessors()) + 1), key=cost)
+    costs = [cost(n) for n in range(1, min(steps, launch.multiprocessors()) + 1)]
+    # Each part stores a table, so 5 % less work is not worth another one.
+    return next(n for n, cost in enumerate(costs, 1) if cost <= 1.05 * min(costs))
 
 
 def _table_gradient(

@@ -30,6 +30,12 @@ def fits(width: int) -> bool:
 @inside.by_device([True, True, False, False, False], [True] * 4)
 def forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
+    return _run_forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon)
+
+
+# All norms of a model share a kernel, which is lowered once.
+@functools.partial(jax.jit, static_argnames="epsilon")
+def _run_forward(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct(x_ND.shape[:1], jnp.float32)
     return launch.call(
@@ -92,6 +98,11 @@ def _visit_forward(*references, epsilon: float):
 @inside.by_device([True, True, True, False, True, True], [True, False])
 def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     """Gradients of x [N, D], and of bias, scale and offset [3, D] float32."""
+    return _run_backward(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
+
+
+@jax.jit
+def _run_backward(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
     programs = _programs("backward", count)
     gradient_ND, parts_3PD = launch.call(

@@ -81,6 +81,7 @@ def programs(columns: int) -> tuple[int, int]:
     return tiles * sharing, sharing
 
 
+# All blocks share a kernel, which is lowered once.
 @functools.partial(jax.jit, static_argnames=("work", "results"))
 def run(parts_Nd: tuple, b_DF, *further, work: Work, results: tuple):
     """The results of `work` with the product of a matrix in parts and b.
@@ -245,7 +246,10 @@ _STORING = Work("product_of_parts", _store, slots=2)
 
 
 def copy_out(pieces, half, count: int, piece_rc, target) -> None:
-    """Copies a piece to the target; `count` numbers the copies of a tile."""
+    """Copies a piece to the target.
+
+    `count` numbers the copies of a tile; a tile's are a multiple of the slots.
+    """
     slots = pieces.shape[1]
     slot = count % slots
     # The copy that last read this slot has ended.
