@@ -197,6 +197,8 @@ class TrainJob(Job):
             return f"{self.folder} {lack}"
         if found := there.stranger:
             return found
+        if there.result is None and not there.is_made_here:
+            return f"{self.folder} holds a model that was made elsewhere"
         if changed := self._changed(there):
             how = f"{self.folder} was trained with another config"
             if all("imported_sha256.weights_from" in field for field in changed):
@@ -205,8 +207,6 @@ class TrainJob(Job):
                     f"one that {self.folder} started from{self._moved_source(there)}"
                 )
             return f"{how}: {'; '.join(changed)}"
-        if there.result is None and not there.is_made_here:
-            return f"{self.folder} holds a model that was made elsewhere"
         if there.saved and not there.result and (dtype := self._other_dtype(there)):
             return f"{self.folder} was begun with another {dtype}"
         if self._may_replace:  # Otherwise `compare_corpus` and `run` compare them.
@@ -397,6 +397,7 @@ class TrainJob(Job):
                 check_lock()
                 if is_replaced:
                     move_aside(self.folder)
+                move_aside(self.folder / "result.json")  # Of another run
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)
             processes.wait_for_all(self.folder.name)
