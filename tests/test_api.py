@@ -352,13 +352,46 @@ def test_no_token_is_drawn_that_is_not_asked_for(model, monkeypatch):
     assert len(drawn) == 5
 
 
-def test_64_bit_numbers_of_a_program_change_nothing(model, run):
-    wanted = model.loss(TEXT), list(model.generate("The", max_tokens=4))
-    with jax.enable_x64(True):
-        again = pcagpt.load(run)
-        assert (again.loss(TEXT), list(again.generate("The", max_tokens=4))) == wanted
-        assert jax.config.jax_enable_x64
-        assert pcagpt.factorize(again.table, 4).wte.dtype == np.float32
+SETTINGS = {
+    "jax_debug_key_reuse": True,
+    "jax_default_matmul_precision": "BF16_BF16_F32",
+    "jax_default_prng_impl": "rbg",
+    "jax_disable_jit": True,
+    "jax_enable_x64": True,
+    "jax_high_dynamic_range_gumbel": True,
+    "jax_no_execution": True,
+    "jax_no_tracing": True,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_random_seed_offset": 5,
+    "jax_threefry_partitionable": False,
+    "jax_transfer_guard": "disallow",
+}
+
+
+def test_settings_that_a_program_chose_for_jax_change_nothing(run):
+    def found():
+        model = pcagpt.load(run)
+        context = pcagpt.compress(model, data=SMALL, **BOUND | {"methods": "context"})
+        return (
+            model.loss(TEXT),
+            list(model.generate("The", max_tokens=4, seed=3, temperature=2)),
+            context.dense().tobytes(),
+            context.added_loss,
+            pcagpt.factorize(model.table, 4).dense().tobytes(),
+        )
+
+    wanted, before = found(), jax.config.values
+    try:
+        for name, value in SETTINGS.items():
+            jax.config.update(name, value)
+        again, after = found(), jax.config.values
+    finally:
+        for name in SETTINGS:
+            jax.config.update(name, before[name])
+    assert again == wanted
+    assert SETTINGS.items() <= after.items()
+    assert jax.config.values == before
 
 
 # Factors

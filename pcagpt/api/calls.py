@@ -38,16 +38,34 @@ ARGUMENTS = {
 def call(shows_progress: bool | None = None, *, model: str = "path") -> Iterator[None]:
     """What all work runs in: pcagpt is a guest, and errors name arguments.
 
-    Numbers have 32 bits, whatever the program has chosen for JAX. None: shows progress
+    JAX computes as in a command, whatever the program has chosen. None: shows progress
     as the call around it does. model: the argument that names the model.
     """
     if shows_progress is None:
         shows_progress = process.is_guest() and process.shows_progress()
     try:
-        with process.as_guest(shows_progress), jax.enable_x64(False), as_os_error():
+        with process.as_guest(shows_progress), _own_jax(), as_os_error():
             yield
     except UserError as error:
         raise type(error)(_in_python(str(error), model)) from None
+
+
+@contextlib.contextmanager
+def _own_jax() -> Iterator[None]:
+    """JAX's default for each setting that changes numbers or stops a computation."""
+    with (
+        jax.enable_x64(False),
+        jax.default_matmul_precision(None),
+        jax.threefry_partitionable(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.transfer_guard("allow"),
+        jax.disable_jit(False),
+        jax.no_tracing(False),
+        jax.no_execution(False),
+        jax.debug_key_reuse(False),
+    ):
+        yield
 
 
 def _in_python(message: str, model: str) -> str:

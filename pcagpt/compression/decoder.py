@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from pcagpt.errors import UserError, reason_of
 from pcagpt.factorization import Statistics
 from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
-from pcagpt.run.generate import draw
+from pcagpt.run.generate import draw, key_of
 
 # Names of the model's length in configs. If a config has two, the first counts.
 _LENGTHS = (
@@ -169,7 +168,7 @@ class Decoder:
         new_VD, own_VD = self._put(table_VD), self._embedding.weight
         in_VD = own_VD if self.side == OUTPUT else new_VD
         out_VD = self._head.weight if self.side == INPUT else new_VD
-        tokens, key = [int(token) for token in prompt], jax.random.key(seed)
+        tokens, key = [int(token) for token in prompt], key_of(seed)
         while True:
             window_BT = self._put(np.array([tokens[-self.window :]]))
             with torch.inference_mode(), self._embedding_of(in_VD):

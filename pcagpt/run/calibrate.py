@@ -26,6 +26,7 @@ from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.json_files import parse_json
 from pcagpt.losses import scan_chunks
 from pcagpt.model import GPT, products
+from pcagpt.run.generate import key_of
 from pcagpt.run.trained import Run
 from pcagpt.sharding import inside, placement, processes
 from pcagpt.telemetry.progress import Progress
@@ -59,7 +60,7 @@ def collect(
     """
     measure = functools.partial(_measure, model=model, chunks=chunks)
     measure = placement.jit(measure, mesh)
-    keys, total, tokens = map(jax.random.key, itertools.count()), None, 0
+    keys, total, tokens = map(key_of, itertools.count()), None, 0
 
     def sums_of(batch_BT):
         return measure(variables, batch_BT, next(keys))
@@ -98,7 +99,8 @@ def _measure(variables, tokens_BT, key, *, model: GPT, chunks: int) -> dict:
         expected_nD = jnp.dot(
             p_nV.astype(h_nD.dtype), compute_VD, preferred_element_type=jnp.float32
         )
-        drawn_n = jax.vmap(jax.random.categorical)(keys_n, logits_nV)
+        draw = functools.partial(jax.random.categorical, mode="low")
+        drawn_n = jax.vmap(draw)(keys_n, logits_nV)
         # The gradient of the loss of the drawn tokens with respect to h.
         gradient_nD = expected_nD - wte_VD[drawn_n]
         return probability_V + p_nV.sum(axis=0), (expected_nD, gradient_nD)

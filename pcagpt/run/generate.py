@@ -34,6 +34,12 @@ class Sampler(NamedTuple):
     top_p: float
 
 
+def key_of(seed: int) -> jax.Array:
+    """As `jax.random.key`, but no setting that a program chose for JAX changes it."""
+    bits = np.array([0, seed % 2**32], np.uint32)
+    return jax.random.wrap_key_data(bits, impl="threefry2x32")
+
+
 def samples_at_once(config: GPTConfig) -> int:
     """How many samples need about BATCH_BYTES in float32, from 1 to BATCH_SAMPLES.
 
@@ -82,7 +88,7 @@ def generate(
         (Holtzman et al. 2020); 1 means all.
       limit: number of tokens of each sample; None: without end.
     """
-    length, key = model.config.block_size, jax.random.key(seed)
+    length, key = model.config.block_size, key_of(seed)
     key = jax.random.fold_in(key, batch) if batch else key
     rows = model.config.vocab_size
     ids = np.ones(rows, bool) if ids is None else ids[:rows]
@@ -241,7 +247,7 @@ def draw(
         logits_BV = logits_BV / temperature
         if top_p < 1:
             logits_BV = _nucleus(logits_BV, top_p)
-        drawn_B = jax.random.categorical(key, logits_BV)
+        drawn_B = jax.random.categorical(key, logits_BV, mode="low")
     return drawn_B.astype(jnp.int32)
 
 
