@@ -228,6 +228,34 @@ def test_statistics_are_those_of_the_model_itself(folder):
     )
 
 
+@pytest.fixture
+def default_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_what_a_program_chose_for_torch_changes_nothing(folder, request):
+    tokens = np.arange(33) % 90
+
+    def found():
+        model = Decoder(folder, 16)
+        statistics = model.statistics(np.ones(90) / 90, [tokens[None, :16]])
+        batches = EvaluationBatches(tokens, 16, 2)
+        scores = model.score(1.1 * model.table_VD, np.zeros(90, int), batches)
+        return scores, statistics.gradient_moment.tobytes()
+
+    wanted = found()
+    with torch.inference_mode():
+        assert found() == wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found() == wanted
+    request.getfixturevalue("default_float64")
+    assert found() == wanted
+
+
 def test_layers_are_computed_again_for_the_gradient(folder, monkeypatch):
     """A layer then keeps its input only."""
     tokens = [np.random.default_rng(1).integers(0, 90, (2, 8))]

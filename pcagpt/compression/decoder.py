@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils import checkpoint
 
-from pcagpt.compression.open_decoder import open_model, tables_of
+from pcagpt.compression.open_decoder import device, open_model, own_torch, tables_of
 from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.errors import UserError, reason_of
@@ -56,11 +56,6 @@ class _Kept(dict[tuple[tuple[int, ...], bytes], torch.Tensor]):
         self.free_bytes = free_bytes
 
 
-def device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _longest(config: Any, folder: Path) -> int | None:
     """The tokens that a model reads at a time; None if it has no limit (-1 in XLNet).
 
@@ -85,6 +80,7 @@ class Decoder:
     compute_dtype, device_count, side = "float32", 1, ""
     packages = ("torch", "transformers")
 
+    @own_torch()
     def __init__(self, folder: Path, window: int):
         """Opens a folder; UserError if its model cannot be measured.
 
@@ -116,6 +112,7 @@ class Decoder:
         other.side = side
         return other
 
+    @own_torch()
     def statistics(
         self, frequency_V: np.ndarray, batches: Iterable[np.ndarray]
     ) -> Statistics:
@@ -133,6 +130,7 @@ class Decoder:
         means = {name: value / tokens for name, value in total.items()}
         return Statistics(frequency=frequency_V, **means)
 
+    @own_torch()
     def score(
         self,
         table_VD: np.ndarray,
@@ -171,7 +169,7 @@ class Decoder:
         tokens, key = [int(token) for token in prompt], key_of(seed)
         while True:
             window_BT = self._put(np.array([tokens[-self.window :]]))
-            with torch.inference_mode(), self._embedding_of(in_VD):
+            with own_torch(), torch.inference_mode(), self._embedding_of(in_VD):
                 logits_BV = self._logits(self._hidden(window_BT)[-1:], out_VD)
             logits_BV = jnp.asarray(logits_BV.cpu().numpy())
             drawn_B = draw(logits_BV, ids, len(tokens), key, temperature)

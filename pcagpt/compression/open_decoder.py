@@ -63,7 +63,31 @@ _QUANTIZED = (
 )
 
 
-_one = threading.Lock()
+_one = threading.RLock()
+
+
+def device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def own_torch() -> Iterator[None]:
+    """PyTorch computes as in a command, whatever the program has chosen.
+
+    One thread at a time, because the default dtype belongs to the whole process.
+    """
+    with (
+        _one,
+        torch.inference_mode(False),
+        torch.autocast(device().type, enabled=False),
+    ):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
