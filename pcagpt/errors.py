@@ -23,6 +23,11 @@ class Unreadable(UserError):
     """The system did not let a file be read. The file may be undamaged."""
 
 
+# Other programs' errors while they read a file do not say that it is damaged if they
+# are of these types. An alarm of the program raises the second.
+OF_NO_FILE = (MemoryError, TimeoutError)
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked to stop. The message says what is saved.
 

@@ -699,3 +699,8 @@ def test_a_nano_gpt_folder_with_a_meta_file_has_its_characters(tmp_path):
     meta = {"vocab_size": 97, "itos": [chr(32 + n) for n in range(97)]}
     (folder / "meta.json").write_text(json.dumps(meta))
     assert Run.open(folder).record["characters"] == tuple(meta["itos"])
+
+
+def test_an_alarm_of_the_program_is_no_damage_of_a_file(tmp_path):
+    with pytest.raises(TimeoutError), tokenizer_files._naming(tmp_path):
+        raise TimeoutError

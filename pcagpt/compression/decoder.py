@@ -24,7 +24,7 @@ from torch.utils import checkpoint
 from pcagpt.compression.open_decoder import device, open_model, own_torch, tables_of
 from pcagpt.compression.score import swap_scores
 from pcagpt.compression.sides import INPUT, OUTPUT
-from pcagpt.errors import UserError, reason_of
+from pcagpt.errors import OF_NO_FILE, UserError, reason_of
 from pcagpt.factorization import Statistics
 from pcagpt.losses.deciles import DECILES
 from pcagpt.rows import SwapScores
@@ -362,7 +362,7 @@ class Decoder:
                 near = LOGITS_AGREE * own_nV.abs().max()
                 is_product = bool((found_nV - own_nV).abs().max() <= near)
                 is_causal = bool((other_nV - own_nV)[:-1].abs().max() <= near)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (*OF_NO_FILE, torch.OutOfMemoryError):
             raise
         # Architectures differ in what they take, and fail in many ways.
         except Exception as error:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from pcagpt.data import gguf_header
-from pcagpt.errors import UserError, reason_of, warn_once
+from pcagpt.errors import OF_NO_FILE, UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
 from pcagpt.run.gpt2_names import are_equal
 from pcagpt.run.unfilled import Place, refuse_unfilled
@@ -119,7 +119,7 @@ def open_model(folder: Path) -> Any:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except MemoryError:
+    except OF_NO_FILE:
         raise
     # The package and what it calls raise errors of many types for damaged files.
     except Exception as error:

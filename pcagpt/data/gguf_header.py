@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, UserError, unreadable
 from pcagpt.file_hashes import read_once
 
 ENDING = ".gguf"
@@ -57,7 +57,7 @@ def header(path: Path) -> Header:
             one.name: (int(one.data_offset), int(one.data_offset + one.n_bytes))
             for one in reader.tensors
         }
-    except MemoryError:
+    except OF_NO_FILE:
         raise
     # The package raises errors of many types for damaged files.
     except Exception as error:

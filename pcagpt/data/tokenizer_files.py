@@ -26,7 +26,7 @@ from pcagpt.data.tokenizer import (
     encoding_from_ranks,
     load_tokenizer,
 )
-from pcagpt.errors import UserError
+from pcagpt.errors import OF_NO_FILE, UserError
 from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
 from pcagpt.json_files import read_json
 
@@ -127,7 +127,7 @@ def _naming(file: Path) -> Iterator[None]:
     """An error of the package becomes a UserError that names the tokenizer's file."""
     try:
         yield
-    except MemoryError:
+    except OF_NO_FILE:
         raise
     # The package raises Exception itself.
     except Exception as error:
@@ -280,7 +280,7 @@ def _of_gguf(file: Path) -> FileTokenizer:
             local_files_only=True,
             trust_remote_code=False,
         ).backend_tokenizer
-    except MemoryError:
+    except OF_NO_FILE:
         raise
     # The package and what it calls raise errors of many types.
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pcagpt.compression import stored_tensors
-from pcagpt.errors import UserError, reason_of
+from pcagpt.errors import OF_NO_FILE, UserError, reason_of
 from pcagpt.export.source import Source
 from pcagpt.json_files import read_json
 from pcagpt.run import hugging_face, hugging_face_files
@@ -70,7 +70,7 @@ def _class_and_tied(
                 folder, local_files_only=True, **options
             )
             model = transformers.AutoModelForCausalLM.from_config(config, **options)
-        except MemoryError:
+        except OF_NO_FILE:
             raise
         # The package and what it calls raise errors of many types for odd configs.
         except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.data.meta import MOST_TOKENS
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, UserError, unreadable
 from pcagpt.file_hashes import read_once
 from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
@@ -154,7 +154,7 @@ def _load(path: Path) -> Any:
             f"{path} is not read, because it holds more than tensors and plain values "
             f"({reason}): {_REMEDY}"
         ) from None
-    except MemoryError:
+    except OF_NO_FILE:
         raise
     # torch raises errors of many types for other content.
     except Exception as error:
