@@ -163,6 +163,7 @@ def train(run: Setup) -> tuple[dict, list[float]]:
             Path(run_dir),
             record={"run_id": "bench"},
             label="bench",
+            check_lock=lambda: None,
             check_place=lambda: None,
         ), waited
 

@@ -327,7 +327,7 @@ def test_a_record_without_a_model_is_refused(bands, corpus_folder, place):
     chosen = {"bands": bands, "method": "context"}
     model = {"n_embd_wte": RANK}
     words = tiny("pca_k128.py", corpus_folder, model=model, factorize=chosen)
-    assert "with another config: arm (was None" in refusal(*words, unchanged=[place])
+    assert "holds a model that was made elsewhere" in refusal(*words, unchanged=[place])
 
 
 def test_a_table_that_cannot_be_factorized_is_refused(place):
