@@ -1804,7 +1804,8 @@ def test_a_d_in_another_compute_dtype_is_not_recovered(asked):
         recovered(asked, **{"model.compute_dtype": "bfloat16"})
     assert str(caught.value) == (
         "gpt_baseline computes in float32, gpt_continued_from_gpt_baseline in "
-        "bfloat16: train both with --config.model.compute_dtype=float32"
+        "bfloat16: train both with --config.model.compute_dtype=float32; move the "
+        "folder of a finished run in another dtype aside first"
     )
     assert not (folder_of(asked) / "sweep.json").exists()
 

@@ -398,7 +398,8 @@ def test_an_arm_in_another_compute_dtype_than_d_is_refused_before_training(copie
             act(other)
         assert str(caught.value) == (
             "gpt_baseline computes in float32, gpt_pca_finetune_k8 in bfloat16: train "
-            "both with --config.model.compute_dtype=float32"
+            "both with --config.model.compute_dtype=float32; move the folder of a "
+            "finished run in another dtype aside first"
         )
     assert snapshot(workdir) == before
     for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):

@@ -49,6 +49,7 @@ _TOLD = {
     "expert_shared_feed_forward_length",
     "feed_forward_length",
     "tensor_data_layout",
+    "use_parallel_residual",
     "vocab_size",
 }
 _EPSILONS = (
@@ -75,7 +76,8 @@ def device() -> torch.device:
 def own_torch() -> Iterator[None]:
     """PyTorch computes as in a command, whatever the program has chosen.
 
-    One thread at a time, because the default dtype belongs to the whole process.
+    One thread at a time, because the default dtype belongs to the whole process: if it
+    is another one, all threads see float32 meanwhile.
     """
     with (
         _one,
@@ -83,6 +85,9 @@ def own_torch() -> Iterator[None]:
         torch.autocast(device().type, enabled=False),
     ):
         before = torch.get_default_dtype()
+        if before == torch.float32:
+            yield
+            return
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -231,14 +236,14 @@ def _unheeded(config: Any, fields: dict[str, Any]) -> str | None:
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1)),
         "rope.freq_base": rope.get("rope_theta"),
         "rope.freq_base_swa": ropes.get("sliding_attention", rope).get("rope_theta"),
-        "use_parallel_residual": getattr(config, "use_parallel_residual", None),
     }
     architecture = fields.get("general.architecture")
     for field, value in fields.items():
         prefix, _, name = field.partition(".")
         if prefix != architecture or name.startswith("rope.scal"):
             continue
-        is_read = bool(name in _TOLD or read.get(name))
+        # What is off or empty asks for nothing, such as mamba.ssm.dt_b_c_rms.
+        is_read = bool(name in _TOLD or read.get(name) or not value)
         if not (_are_alike(value, own[name]) if name in own else is_read):
             return f"{field} {value}"
     scale = getattr(config, "query_pre_attn_scalar", None)

@@ -21,6 +21,7 @@ from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.errors import UserError
 
 _PART = 1 << 14  # tokens that are decoded at a time
+_WAY = 2  # of decoding: caches of another one hold other tokens
 
 
 class Tokens(Protocol):
@@ -59,7 +60,7 @@ def as_text(corpus: Tokens, tokenizer: str) -> TextSource:
 
     def fingerprints() -> tuple[str]:
         hashes = {split: corpus.tokens_sha256(split) for split in corpus.splits}
-        parts = json.dumps([hashes, corpus.tokenizer_sha256])
+        parts = json.dumps([hashes, corpus.tokenizer_sha256, _WAY])
         return (hashlib.sha256(parts.encode()).hexdigest(),)
 
     return TextSource(

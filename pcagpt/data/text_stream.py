@@ -35,7 +35,7 @@ def texts_of(
         if piece := text[shown : len(text) - is_open]:
             yield piece
         held = held[-_CONTEXT:]
-        shown = len(decode(held)) - is_open
+        shown = max(len(decode(held)) - is_open, 0)
     return _BROKEN * is_open
 
 

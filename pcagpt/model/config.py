@@ -8,8 +8,8 @@ INIT_STD = 0.02
 WIDTHS, BLOCK_RANK = (8, 6, 5, 4, 3, 2, 1), 8
 LEVELS = sum(2**width for width in WIDTHS)  # of the codes of all widths
 
-# Knobs about the device. They change results only by rounding errors, so a run may be
-# resumed and evaluated with other values.
+# Knobs about the device. They change results only by rounding errors, so a run that is
+# done stays done with other values. An unfinished one goes on in its compute dtype.
 DEVICE_KNOBS = ("compute_dtype", "attention", "kernels")
 # Knobs about the token table.
 TABLE_KNOBS = (

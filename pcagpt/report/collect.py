@@ -171,7 +171,8 @@ def _check_comparable(rows: Iterable[dict[str, Any]]) -> None:
             if name == "compute_dtype":
                 raise UserError(
                     f"{folder} computes in {one}, {other_folder} in {its}: train both "
-                    f"with --config.model.compute_dtype={one}"
+                    f"with --config.model.compute_dtype={one}; move the folder of a "
+                    "finished run in another dtype aside first"
                 )
             raise UserError(
                 f"{folder} and {other_folder} were evaluated under different protocols "
