@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pcagpt.errors import Unreadable, UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, Unreadable, UserError, unreadable
 from pcagpt.files import open_file, write_file
 
 # Largest absolute value of a table or weights; larger values mean damage.
@@ -85,7 +85,7 @@ def _reading(path: Path, ending: str) -> Iterator[BinaryIO]:
     try:
         with open_file(path) as file:
             yield file
-    except (UserError, MemoryError):
+    except (UserError, *OF_NO_FILE):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the path of a {ending}") from None

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import resource
 import signal
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 
 from pcagpt import array_files, coding, file_hashes, files, json_files
+from pcagpt.data import meta
 from pcagpt.errors import Unreadable, UserError, explain
+from pcagpt.run import digests
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -198,6 +201,33 @@ def test_what_is_no_file_is_refused_by_its_kind(read, make, kind, tmp_path):
     elif read in (array_files.read_npy, array_files.read_npz):
         with pytest.raises(UserError, match="a is a link to nothing, not a file: name"):
             read(tmp_path / "a")
+
+
+def alarm(*_, **__):
+    raise TimeoutError
+
+
+def read_array(path, patch):
+    array_files.write_npy(path, np.zeros(2))
+    patch(array_files, "_array", alarm)
+    array_files.read_npy(path)
+
+
+def read_pickle(path, patch):
+    path.write_bytes(pickle.dumps({"vocab_size": 5}))
+    patch(meta, "_PlainUnpickler", alarm)
+    meta._read_pickle(path)
+
+
+def read_checkpoint(path, patch):
+    with digests.reading(path.parent):
+        alarm()
+
+
+@pytest.mark.parametrize("read", [read_array, read_pickle, read_checkpoint])
+def test_an_alarm_of_the_program_is_no_damage(read, tmp_path, monkeypatch):
+    with pytest.raises(TimeoutError):
+        read(tmp_path / "file", monkeypatch.setattr)
 
 
 def test_an_array_below_a_file_does_not_exist(tmp_path):

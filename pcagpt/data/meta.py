@@ -12,7 +12,7 @@ import numpy as np
 
 from pcagpt.data import vocabulary
 from pcagpt.data.tokenizer import RANKS
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, UserError, unreadable
 from pcagpt.files import odd_kind, refuse_odd
 from pcagpt.json_files import read_json
 
@@ -264,6 +264,8 @@ def _read_pickle(path: Path) -> dict:
             meta = _PlainUnpickler(file).load()
         if not isinstance(meta, dict):
             raise TypeError(f"it is a {type(meta).__name__}")
+    except OF_NO_FILE:
+        raise
     except Exception as error:  # A damaged pickle can raise almost any error.
         if found := unreadable(error, path):
             raise found from None

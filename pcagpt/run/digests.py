@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
-from pcagpt.errors import Unreadable, UserError, reason_of, unreadable
+from pcagpt.errors import OF_NO_FILE, Unreadable, UserError, reason_of, unreadable
 from pcagpt.file_hashes import check_digests, digests_of, read_once
 from pcagpt.files import sync
 from pcagpt.json_files import read_json, write_json
@@ -169,7 +169,7 @@ def reading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, *OF_NO_FILE):
         raise
     # Orbax and what it calls raise errors of many types.
     except Exception as error:

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pcagpt.array_files import check_size
-from pcagpt.errors import UserError
+from pcagpt.errors import OF_NO_FILE, UserError
 from pcagpt.files import refuse_odd
 from pcagpt.run import foreign
 
@@ -86,6 +86,8 @@ def read_updates(folder: Path) -> int | None:
             )
             stored = checkpointer.restore(folder / "optimizer", args=wanted)
             return int(stored["step"])
+    except OF_NO_FILE:
+        raise
     # Orbax and what it calls raise errors of many types.
     except Exception:
         return int(folder.name)
