@@ -492,14 +492,20 @@ def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
 
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
-    byte_level, folder, place
+    byte_level, folder, place, monkeypatch
 ):
     moved = shutil.copytree(byte_level / "whole", place / "mine")
-    knobs = {"data": {"tokenizer": moved}, "init": {"weights_from": folder}}
+    knobs = {"data": {"tokenizer": "mine"}, "init": {"weights_from": folder}}
     outcome = call(*tiny("recover.py", "text", **knobs, model=SMALL))
     assert outcome.code == 0, outcome
     (run,) = (place / "checkpoints").glob("gpt_*")
     assert json_of(run / "config.json")["tokenizer"] == str(moved / "tokenizer.json")
+    (place / "below").mkdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(place / "below")
+        run_of = f"--config={CONFIGS / 'evaluate.py'}", f"--config.model_path={run}"
+        outcome = call(*run_of)
+    assert outcome.code == 0, outcome
     moved.rename(place / "elsewhere")
     ask = f"--config={CONFIGS / 'sample.py'}", f"--config.model_path={run}"
     line = refusal(*ask, unchanged=[run])

@@ -233,7 +233,12 @@ class Run:
             return self.tokens.with_tokenizer(asked)
         own, folder = self.settings.data, self.record.get("corpus_source")
         is_there = isinstance(folder, str) and Path(folder).exists()
-        tokenizer = own.tokenizer if asked.tokenizer == "auto" else asked.tokenizer
+        tokenizer = asked.tokenizer
+        if tokenizer == "auto":
+            # The setting may be a path from another working directory.
+            name, file = own.tokenizer, self.record.get("tokenizer")
+            is_known = isinstance(file, str) and name != "auto" and Path(file).exists()
+            tokenizer = file if is_known else name
         if not (is_there or self.record.get("data", {}).get("source")):
             raise UserError(
                 f"{self.folder} does not say what it was trained on: name a corpus as "
