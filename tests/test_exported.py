@@ -16,6 +16,7 @@ PACKED = {"sizes": [60, 37], "ranks": [0, 0], "blocks": [[0, 0, 0, 0, 2, 0, 0]] 
 
 def write(folder, layout):
     """An export without weights, whose record lists no files."""
+    folder.mkdir(exist_ok=True)
     config = SIZES | {"model_type": "pcagpt_gpt2", "activation_function": "gelu"}
     if isinstance(layout, dict):
         layout = {"is_tied": True, "has_mean": False} | layout
@@ -61,3 +62,14 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"has no tensor transformer.wpe.weight: exp"):
         exported.read_weights(tmp_path)
+
+
+def test_a_model_that_was_trained_further_is_not_called_damaged_only(tmp_path):
+    changed, copied = (write(tmp_path / name, ONE_RANK) for name in ("same", "other"))
+    files = {"config.json": {"sha256": "0" * 64}}
+    write_plain_json(changed / "pcagpt.json", {"files": files})
+    (copied / "pcagpt.json").unlink()  # transformers does not copy it.
+    for folder in (changed, copied):
+        words = "if you changed it, such as by training, only transformers reads it"
+        with pytest.raises(UserError, match=f"{folder}.*export the model.*; {words}$"):
+            Run.open(folder)

@@ -670,6 +670,8 @@ def test_the_tokens_of_a_short_table_are_split_so_that_no_program_waits(monkeypa
     assert mosaic_head._splits(tiles=1, steps=256) == 128
     assert mosaic_head._splits(tiles=66, steps=256) == 2
     assert mosaic_head._splits(tiles=1, steps=1) == 1
+    # Eight parts would be the least work, but only 3 % less than three.
+    assert mosaic_head._splits(tiles=400, steps=256) == 3
 
 
 def test_mosaic_leaves_what_it_has_no_tiles_for_to_other_forms(monkeypatch):

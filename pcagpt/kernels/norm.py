@@ -14,7 +14,7 @@ from pcagpt.kernels.mosaic import norm as mosaic
 from pcagpt.kernels.triton import norm as triton
 
 
-def form(backend: str, width: int) -> ModuleType | None:
+def form_of(backend: str, width: int) -> ModuleType | None:
     """The module with the kernels for rows of this width, or None."""
     if backend == "mosaic" and mosaic.fits(width):
         return mosaic

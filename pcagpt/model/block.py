@@ -75,7 +75,7 @@ class ResidualNorm(nn.Module):
         width = x_ND.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         parameters = bias_D, scale_D, _bias(self, width)
-        form = None if has_few_rows else norm.form(self.config.kernels, width)
+        form = None if has_few_rows else norm.form_of(self.config.kernels, width)
         if form is None:
             return _add_and_norm(x_ND, update_ND, *parameters)
         epsilon = LAYER_NORM_EPSILON

@@ -25,6 +25,7 @@ BEFORE = "compressed_before"
 OTHERS, CODED_TABLE = "others.safetensors", "table.pcat"
 TYPE = "pcagpt_"  # before the model_type of the architecture, in config.json
 _RESTORE = "export the model again"
+ONLY_THERE = "; if you changed it, such as by training, only transformers reads it"
 _LAYOUT = {  # of a table in factors or packed codes, in config.json
     "sizes": (list,),
     "ranks": (list,),
@@ -119,7 +120,9 @@ def _configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / hugging_face.CONFIG
     origin, stored = (read_json(at, _RESTORE) for at in (folder / FILE, path))
     if origin is None or stored is None:
-        raise UserError(f"{folder} lacks its {FILE} or {path.name}: {_RESTORE}")
+        raise UserError(
+            f"{folder} lacks its {FILE} or {path.name}: {_RESTORE}{ONLY_THERE}"
+        )
     kind = str(stored.get("model_type")).removeprefix(TYPE)
     if kind != "gpt2":
         raise UserError(

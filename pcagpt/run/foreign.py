@@ -91,6 +91,8 @@ def _check_export(folder: Path) -> dict[str, Any]:
                 f"; if you changed it yourself, delete {exported.FILE} to have it read "
                 "as any Hugging Face folder"
             )
+        elif exported.is_model(folder):
+            remedy += exported.ONLY_THERE
         raise UserError(f"{error}: {remedy}") from None
     return origin
 
