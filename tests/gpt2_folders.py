@@ -41,10 +41,12 @@ def tensors(seed=0, **sizes):
     }
 
 
-def write(folder, arrays=None, dtype="float32", prefix="transformer.", **config):
+def write(
+    folder, arrays=None, dtype="float32", prefix="transformer.", seed=0, **config
+):
     """Writes config.json and model.safetensors; `config` has fields to change."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = arrays or tensors(**{k: v for k, v in config.items() if k in SIZES})
+    arrays = arrays or tensors(seed, **{k: config[k] for k in SIZES if k in config})
     named = {
         name.replace("transformer.", prefix): np.ascontiguousarray(array.astype(dtype))
         for name, array in arrays.items()

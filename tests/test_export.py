@@ -164,7 +164,7 @@ def test_a_tensor_is_written_with_its_own_shape(shape, tmp_path):
 def test_a_knob_that_gpt2_does_not_have_is_not_dropped(monkeypatch):
     monkeypatch.setattr(hugging_face_files, "_KNOWN_KNOBS", ("n_layer",))
     with pytest.raises(UserError, match=r"model\.gelu is exact"):
-        hugging_face_files.config(ModelSettings(gelu="exact"), V, None)
+        hugging_face_files.config(ModelSettings(gelu="exact"), V, {})
 
 
 def write_small(name, folder):

@@ -105,7 +105,10 @@ def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text)) == text
     assert (ours.n_vocab, ours.eot_token) == (theirs.n_vocab, theirs.eot_token)
-    assert Run.open(file, any_architecture=True).record["tokenizer"] == str(file)
+    run = Run.open(file, any_architecture=True)
+    assert run.record["tokenizer"] == str(file)
+    kept = run.record["generation"]["generation_config.json"]
+    assert kept == {"eos_token_id": ours.eot_token}
     gguf_files.write(tmp_path / "finer.gguf", byte_level, quantized=False)
     described = vocabulary.describe(str(tmp_path / "finer.gguf"))
     assert described == vocabulary.describe(str(file))

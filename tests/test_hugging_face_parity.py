@@ -11,14 +11,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from talkers import PROMPT, TOKENS, write_talker
 from test_export import MODELS, SMALL, V, run_export, write_run, write_small
 from test_tokenizer_files import HARD_TEXT
+from tokenizer_folders import byte_level
 
+import pcagpt
 from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data import vocabulary
 from pcagpt.data.tokenizer import RANKS
 from pcagpt.file_hashes import sha256_of_file
+from pcagpt.json_files import read_json
 from pcagpt.losses import cross_entropy
 from pcagpt.run.generate import generate
 from pcagpt.run.trained import Run
@@ -318,6 +322,65 @@ def test_transformers_refuses_a_small_export_without_its_code(tmp_path):
     made = run_export(run, tmp_path, form)
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=False)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A model for chats: its texts end at tokens of its own, the first one soon."""
+    byte_level(tmp_path)
+    file, folder = tmp_path / "whole/tokenizer.json", tmp_path / "chat"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(file),
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = {"eos_token_id": end, "pad_token_id": pad}
+    soon = write_talker(folder, vocab_size=len(tokenizer), bos_token_id=2, **ids)
+    transformers.GenerationConfig(
+        eos_token_id=[end, soon], pad_token_id=pad, temperature=0.7, do_sample=True
+    ).save_pretrained(folder)
+    return folder
+
+
+def greedy_text(model, folder):
+    """(text after a prompt, the template of a chat applied), by transformers."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(PROMPT, return_tensors="pt").input_ids
+    options = {"do_sample": False, "temperature": None, "max_new_tokens": TOKENS}
+    found = model.generate(given, attention_mask=torch.ones_like(given), **options)
+    said = [{"role": "user", "content": "people"}]
+    of_chat = tokenizer.apply_chat_template(said, tokenize=False)
+    return tokenizer.decode(found[0, given.shape[1] :]), of_chat
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-factored", "coded"])
+def test_an_export_writes_the_text_of_its_model_up_to_its_end(form, chat, tmp_path):
+    model = chat
+    if form != "hf":
+        rows = read_json(chat / "config.json", "")["vocab_size"]
+        data = dict.fromkeys(("train", "val"), np.arange(2000) % rows)
+        methods, model = "coded" if form == "coded" else "svd", tmp_path / "small"
+        limit = {"max_bytes": rows * 40, "methods": methods}  # Of 64 for the table
+        pcagpt.compress(chat, data=data, **limit).save(model)
+    made = run_export(model, tmp_path, form)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(chat)
+    found = opened(form, made)
+    found = found[0] if isinstance(found, tuple) else found
+    text, of_chat = greedy_text(found, made)
+    wanted, of_theirs = greedy_text(theirs, chat)
+    assert of_chat == of_theirs
+    if form == "hf":
+        assert text == wanted
+    generated = "".join(
+        pcagpt.load(made).generate(PROMPT, temperature=0, max_tokens=TOKENS)
+    )
+    assert text.startswith(generated)
+    settings = [one.generation_config.to_diff_dict() for one in (found, theirs)]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.parametrize("name", RANKS)

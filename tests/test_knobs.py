@@ -165,7 +165,7 @@ def tokens_of_a_sample(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "drawn_after", lambda *_: ())
         patch.setattr(sampler, "written", lambda *given: str(given[-1]))
-        return sampler.sampler(setup(config))({})
+        return sampler.sampler(setup(config), {})({})
 
 
 def evaluation(config):

@@ -36,7 +36,7 @@ def written(config):
     made = setup(config)
     state, _ = start(made, job(config).folder)
     before = jax.tree.map(np.asarray, state.variables)
-    write = sampler(made)
+    write = sampler(made, {})
     text = write(state.variables)
     assert write(state.variables) == text
     jax.tree.map(np.testing.assert_array_equal, before, state.variables)
@@ -63,19 +63,19 @@ def test_there_are_no_samples_without_text_or_on_several_processes(
     config, tiny_config, corpus_folder, monkeypatch
 ):
     made = setup(config)
-    assert sampler(made)
-    assert not sampler(setup(changed(config, **{"telemetry.sample_tokens": 0})))
+    assert sampler(made, {})
+    assert not sampler(setup(changed(config, **{"telemetry.sample_tokens": 0})), {})
     with monkeypatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 2)
-        assert not sampler(made)
+        assert not sampler(made, {})
     monkeypatch.undo()
-    assert not sampler(setup(tiny_config))
+    assert not sampler(setup(tiny_config), {})
 
 
 def test_a_lost_tokenizer_does_not_stop_the_training(tiny_config, said):
     made = setup(tiny_config)
     corpus = dataclasses.replace(made.corpus, tokenizer="a/lost/tokenizer.json")
-    assert not sampler(dataclasses.replace(made, corpus=corpus))
+    assert not sampler(dataclasses.replace(made, corpus=corpus), {})
     (line,) = said()
     assert line.startswith("no samples are shown while training: ")
 
@@ -84,7 +84,7 @@ def test_a_character_that_the_prompt_cuts_is_written_whole(shared):
     folder = shared("byte_fallback", tokenizer_folders.byte_fallback)
     tokenizer = vocabulary.load(str(folder))
     prompt, drawn = np.split(np.array(tokenizer.encode("日本 the 語")), [2])
-    text = continuation.written(prompt, drawn.tolist(), tokenizer, 99)
+    text = continuation.written(prompt, drawn.tolist(), tokenizer, (), 99)
     assert text == "日本 the 語"
-    text = continuation.written(prompt, drawn.tolist(), tokenizer, len(drawn) - 1)
+    text = continuation.written(prompt, drawn.tolist(), tokenizer, (), len(drawn) - 1)
     assert text == "日本 the "

@@ -128,7 +128,8 @@ class Model:
 
         The pieces are whole characters. Together they are what the task sample prints
         after the prompt, except that a character cut by the last token is left out. The
-        text ends before the first end of text, or before the first of `stop`.
+        text ends before the first token that ends a text of this model, as its
+        generation_config.json or its tokenizer says, or before the first of `stop`.
 
         Args:
           prompt: a str, or token ids [T]; without a token, a document begins.
@@ -171,8 +172,8 @@ class Model:
                 top_p=options.top_p,
                 limit=options.tokens,
             )
-        end = tokenizer.eot_token
-        tokens = itertools.takewhile(lambda token: token != end, _numbers(drawn))
+        ends = self._run.tokens.ends(tokenizer)
+        tokens = itertools.takewhile(lambda token: token not in ends, _numbers(drawn))
         pieces = texts_of(([one] for one in tokens), tokenizer.decode, text_T.tolist())
         return until(pieces, stops)
 

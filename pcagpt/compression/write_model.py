@@ -26,7 +26,7 @@ from pcagpt.model import (
     without_embedding,
 )
 from pcagpt.rows import DEFAULTS, Recipe, Row
-from pcagpt.run import checkpoint, digests, fingerprint, initialise
+from pcagpt.run import checkpoint, digests, fingerprint, generation_files, initialise
 from pcagpt.run.folder import (
     WEIGHTS_HASH,
     choose,
@@ -298,13 +298,15 @@ def _restore_record(folder: Path) -> None:
 
 
 def _tells(folder: Path, original: Original) -> bool:
-    """Whether the record in a folder tells the text of the tokens.
+    """Whether the record in a folder tells the text of the tokens, and where it ends.
 
     Older versions did not record it. A model that a run started from stays as it is.
     """
     stored = undamaged(lambda: _stored(folder)) or {}
     names = original.told.keys() - {"tokenizer"}  # Its file may have been moved.
-    is_told = all(stored.get(name) == original.told[name] for name in names)
+    wanted = {generation_files.FIELD: original.run.record.get(generation_files.FIELD)}
+    wanted |= {name: original.told[name] for name in names}
+    is_told = all(stored.get(name) == of for name, of in wanted.items())
     return is_told or _started_from(folder) is not None
 
 

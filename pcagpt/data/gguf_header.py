@@ -10,6 +10,7 @@ from pcagpt.file_hashes import read_once
 
 ENDING = ".gguf"
 _TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
+END = f"{_TOKENIZER}eos_token_id"  # field: the id that ends a text
 
 
 class Header(NamedTuple):
@@ -74,7 +75,7 @@ def tokenizer_fields(path: Path) -> TokenizerFields:
     """What a file says of its tokenizer; UserError if it has none."""
     fields = header(path).fields
     own = {name: v for name, v in fields.items() if name.startswith(_TOKENIZER)}
-    tokens, end = own.get(_TOKENS), own.get(f"{_TOKENIZER}eos_token_id")
+    tokens, end = own.get(_TOKENS), own.get(END)
     if not isinstance(tokens, list) or not tokens:
         raise UserError(
             f"{path} has no tokenizer: name its tokenizer.json as "

@@ -1,19 +1,19 @@
 """Writes a tokenizer as the files that Hugging Face's programs read."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
 from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.data.tokenizer_files import MERGES, VOCAB, WHOLE, letters_of
+from pcagpt.data.tokenizer_files import CONFIG, MERGES, VOCAB, WHOLE, letters_of
 from pcagpt.files import write_text
 from pcagpt.json_files import write_json, write_plain_json
 
-CONFIG = "tokenizer_config.json"
 _OTHERS = (MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json")
 # What a tokenizer may consist of.
 FILES = (WHOLE, VOCAB, "tokenizer.model", *_OTHERS)
@@ -21,10 +21,13 @@ FILES = (WHOLE, VOCAB, "tokenizer.model", *_OTHERS)
 _BESIDE = (*_OTHERS, "chat_template.jinja", "chat_template.json", "tokenizer.model")
 
 
-def write(folder: Path, name: str, length: int | None) -> None:
+def write(
+    folder: Path, name: str, length: int | None, own: Mapping[str, Any] | None = None
+) -> None:
     """Writes the tokenizer with a name of `vocabulary` for texts of `length` tokens.
 
-    None: of any length.
+    None: of any length. `own`: `tokenizer_files.own_settings` of the files that it came
+    with, for a tokenizer of the package.
     """
     encoding = vocabulary.load(name)
     if not isinstance(encoding, tiktoken.Encoding):
@@ -78,7 +81,7 @@ def write(folder: Path, name: str, length: int | None) -> None:
         "model_max_length": length,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    write_plain_json(folder / CONFIG, config)
+    write_plain_json(folder / CONFIG, config | (own or {}))
 
 
 def write_characters(folder: Path, texts: Sequence[str]) -> None:

@@ -32,7 +32,8 @@ from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 # Beside them:
-_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_TEMPLATE = "chat_template"  # its own file, or a field of CONFIG
 _SPECIAL = "special_tokens_map.json"
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
@@ -306,10 +307,27 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
 
 def _config_beside(file: Path) -> dict[str, Any]:
     """The settings in the files beside a tokenizer, as transformers combines them."""
-    config = read_json(file.with_name(_CONFIG), _DAMAGED) or {}
+    config = read_json(file.with_name(CONFIG), _DAMAGED) or {}
     if "added_tokens_decoder" in config:
         return config  # transformers then ignores special_tokens_map.json.
     return config | (read_json(file.with_name(_SPECIAL), _DAMAGED) or {})
+
+
+def own_settings(folder: Path) -> dict[str, Any]:
+    """What the tokenizer in a folder says besides how it cuts text.
+
+    These are fields of tokenizer_config.json: its special tokens, the template of a
+    chat, and the sides on which texts are filled up or cut off.
+    """
+    file = file_of(folder)
+    if file is None or file.name not in (WHOLE, VOCAB):
+        return {}
+    config = _config_beside(file)
+    if (template := file.with_name(f"{_TEMPLATE}.jinja")).is_file():
+        config |= {_TEMPLATE: template.read_text("utf-8", "replace")}
+    names = (_TEMPLATE, "padding_side", "truncation_side")
+    ends = ("_token", "_special_tokens")
+    return {n: of for n, of in config.items() if n in names or n.endswith(ends)}
 
 
 def _check_kind(vocab: Path) -> None:
@@ -356,7 +374,7 @@ def _disagreement(file: Path) -> str | None:
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
         # transformers reads no added_tokens.json then.
         stated = [
-            (one.get("content"), number, _CONFIG)
+            (one.get("content"), number, CONFIG)
             for number, one in decoder.items()
             if isinstance(one, dict)
         ]
@@ -374,7 +392,7 @@ def _disagreement(file: Path) -> str | None:
             return f"does not tell how {text} is cut, which {place} adds"
     stated, own = config.get("add_prefix_space"), _adds_space(file)
     if isinstance(stated, bool) and own == (not stated):
-        return f"puts {'a' if own else 'no'} space before a text, unlike {_CONFIG}"
+        return f"puts {'a' if own else 'no'} space before a text, unlike {CONFIG}"
     return None
 
 

@@ -16,7 +16,7 @@ from pcagpt.compression import stored_tensors
 from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
-from pcagpt.data import hugging_face_tokenizer, vocabulary
+from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.file_hashes import sha256_of_file
@@ -28,7 +28,13 @@ from pcagpt.model import (
     SharedArrays,
     token_order,
 )
-from pcagpt.run import exported, hugging_face, hugging_face_files, other_decoder
+from pcagpt.run import (
+    exported,
+    generation_files,
+    hugging_face,
+    hugging_face_files,
+    other_decoder,
+)
 from pcagpt.run.folder import read_record
 from pcagpt.run.gpt2_names import PREFIX, TABLE
 from pcagpt.run.own_tokens import OwnTokens
@@ -178,25 +184,26 @@ class RunSource:
 
     def config(self) -> dict[str, Any]:
         """As `Source.config`."""
-        end = vocabulary.load(self._tokenizer).eot_token if self._tokenizer else None
+        ids = self._generation[hugging_face.CONFIG]
         return hugging_face_files.config(
-            self.run.settings.model, self._config.vocab_size, end
+            self.run.settings.model, self._config.vocab_size, ids
         )
+
+    @functools.cached_property
+    def _generation(self) -> dict[str, dict[str, Any]]:
+        end = vocabulary.load(self._tokenizer).eot_token if self._tokenizer else None
+        return generation_files.written(self.record, end)
 
     def write_beside(self, folder: Path) -> None:
         """As `Source.write_beside`."""
-        ends = ("bos_token_id", "eos_token_id")
-        generation = {name: self.config()[name] for name in ends}
-        hugging_face_files.write_config(
-            folder,
-            {"_from_model_config": True, **generation},
-            "generation_config.json",
-        )
+        name = generation_files.FILE
+        hugging_face_files.write_config(folder, self._generation[name], name)
         if texts := self.record.get("characters"):
             hugging_face_tokenizer.write_characters(folder, texts)
         elif self._tokenizer:
-            length = self._config.block_size
-            hugging_face_tokenizer.write(folder, self._tokenizer, length)
+            kept = self.record.get(generation_files.FIELD) or {}
+            own, length = kept.get(tokenizer_files.CONFIG), self._config.block_size
+            hugging_face_tokenizer.write(folder, self._tokenizer, length, own)
 
 
 class DecoderSource:

@@ -19,7 +19,7 @@ from pcagpt.file_hashes import check_digests, digests_of
 from pcagpt.files import write_text
 from pcagpt.json_files import read_json, strict, write_json
 from pcagpt.pipeline.execute import check_workdir
-from pcagpt.run import lock
+from pcagpt.run import generation_files, lock
 from pcagpt.run.exported import FILE as ORIGIN
 from pcagpt.run.exported import compressions
 from pcagpt.run.folder import check_is_folder, is_vacant, replacing
@@ -93,6 +93,7 @@ def _export(
         "table": source.table_name,
         "tokenizer_sha256": source.tokenizer_sha256,
         "losses": losses,
+        generation_files.FIELD: source.record.get(generation_files.FIELD),
     }
     if made := compressions(source.record):
         origin["compressed"] = [
@@ -147,6 +148,7 @@ def _is_of(found: dict[str, Any], origin: dict[str, Any]) -> bool:
     """Whether an export was made from this origin."""
     # Older versions did not store all fields.
     names = ("fingerprint", "format", "tokenizer_sha256", "table_sha256")
+    names += (generation_files.FIELD,)
     return all(found.get(name) == origin.get(name) for name in names)
 
 

@@ -26,8 +26,8 @@ def sample(settings: Settings) -> Iterator[str]:
     """Continues `sample.prompt` with the model of `model_path`.
 
     Yields:
-      The samples, prompt included, each up to its first end of text. After an
-      interrupt, it yields what is drawn so far, and then raises.
+      The samples, prompt included, each up to the first id of `OwnTokens.ends`. After
+      an interrupt, it yields what is drawn so far, and then raises.
 
     Raises:
       UserError: no such run, a run without a tokenizer or of another one than
@@ -36,7 +36,7 @@ def sample(settings: Settings) -> Iterator[str]:
     """
     run, options = Run.asked(settings), settings.sample
     tokenizer = tokenizer_of(run, settings)
-    end = tokenizer.eot_token
+    ends = run.tokens.ends(tokenizer)
     text = tokenizer.encode(options.prompt, allowed_special={END_OF_TEXT})
     if max(text, default=0) >= (rows := run.record["vocab_size"]):
         raise UserError(
@@ -70,7 +70,7 @@ def sample(settings: Settings) -> Iterator[str]:
             except KeyboardInterrupt as error:
                 interrupt = error
             for tokens in np.stack(found, axis=1).tolist() if found else ():
-                kept = itertools.takewhile(lambda token: token != end, tokens)
+                kept = itertools.takewhile(lambda token: token not in ends, tokens)
                 yield tokenizer.decode([*text, *kept])
             if interrupt:
                 raise interrupt

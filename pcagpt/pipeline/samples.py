@@ -84,7 +84,7 @@ def samples_of(
         first = original.run if original else Run.open(next(iter(runs.values())))
         tokenizer = tokenizer_of(first, settings)
         tokens, end = text(), tokenizer.eot_token
-        ids = ids_with_text(tokenizer)
+        ids, ends = ids_with_text(tokenizer), first.tokens.ends(tokenizer)
         starts = [len(tokens) * n // PROMPTS for n in range(PROMPTS)]
         prompts = [tokens[start : start + PROMPT_TOKENS] for start in starts]
         texts: list[dict[str, str]] = [{} for _ in prompts]
@@ -93,7 +93,7 @@ def samples_of(
                 draw = writer.load()
                 for found, prompt in progress.track(zip(texts, prompts, strict=True)):
                     drawn = draw(prompt, ids)
-                    found[name] = written(prompt, drawn, tokenizer, TOKENS)
+                    found[name] = written(prompt, drawn, tokenizer, ends, TOKENS)
     except NoTokenizer:
         return {}
     except UserError as error:

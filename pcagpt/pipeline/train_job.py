@@ -32,7 +32,7 @@ from pcagpt.model import BLOCK_KNOBS, training_flops_per_token
 from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.report.text import fixed
-from pcagpt.run import checkpoint, fingerprint, initialise, lock
+from pcagpt.run import checkpoint, fingerprint, generation_files, initialise, lock
 from pcagpt.run.build import build_config, device_choices
 from pcagpt.run.folder import (
     FolderState,
@@ -448,11 +448,13 @@ def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
 
     A run that goes on keeps what its record (`stored`) says of the corpus and of the
     text that its tokens stand for: the meta file beside them may be gone. It also keeps
-    the hashes of its imports, which an older formula may have made.
+    the hashes of its imports, which an older formula may have made, and what the model
+    that it started from says of writing text.
     """
     corpus, dtype = setup.corpus, setup.model.config.compute_dtype
     settings = setup.settings.replace({"model.compute_dtype": dtype})
     stated = {name: value for name, value in corpus.content.items() if value}
+    written = stored.get(generation_files.FIELD) or setup.generation
     return {
         **settings.to_dict(),
         "run_id": stored["run_id"],
@@ -463,4 +465,5 @@ def _full_record(setup: Setup, stored: dict[str, Any]) -> dict[str, Any]:
         "characters": corpus.characters or stored.get("characters"),
         "corpus": corpus.content | (stored.get("corpus") or {}) | stated,
         "corpus_source": absolute_source(settings.data.source),
+        **({generation_files.FIELD: written} if written else {}),
     }

@@ -1,7 +1,7 @@
 """Short texts that models write after a prompt, for reports and boards."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -32,12 +32,13 @@ def written(
     prompt: np.ndarray,
     drawn: Iterable[int],
     tokenizer: Tokenizer | CharacterTokenizer,
+    ends: Collection[int],
     tokens: int,
 ) -> str:
-    """The text of the first `tokens` ids after a prompt, up to the first end of text.
+    """The text of the first `tokens` ids after a prompt, up to the first of `ends`.
 
     A character that the last one cuts is left out.
     """
-    end, first = tokenizer.eot_token, itertools.islice(drawn, tokens)
-    ids = list(itertools.takewhile(lambda one: one != end, first))
+    first = itertools.islice(drawn, tokens)
+    ids = list(itertools.takewhile(lambda one: one not in ends, first))
     return "".join(texts_of([ids], tokenizer.decode, prompt.tolist()))

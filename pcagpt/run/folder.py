@@ -29,7 +29,7 @@ from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind, sync, unused_name
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
-from pcagpt.run import checkpoint, digests, foreign
+from pcagpt.run import checkpoint, digests, foreign, generation_files
 from pcagpt.run.identity import claims, contradiction, identity
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
@@ -51,6 +51,7 @@ _RECORD = {
     "imported_sha256": (dict, None),
     "corpus_sha256": (str, None),
     "compressed": (dict, None),
+    generation_files.FIELD: (dict[str, dict], None),
 }
 _RESULT = {
     "status": str | None,

@@ -14,13 +14,21 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
-from pcagpt.data import vocabulary
+from pcagpt.data import tokenizer_files, vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import check_digests, read_once
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.model import CONSTANTS, TABLES
-from pcagpt.run import exported, gguf_model, hugging_face, nano_gpt, other_decoder
+from pcagpt.run import (
+    exported,
+    generation_files,
+    gguf_model,
+    hugging_face,
+    nano_gpt,
+    other_decoder,
+)
 
 STEP = 0  # of the only checkpoint
 _GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, the second one padded
@@ -30,7 +38,7 @@ _FILES = (
     exported.OTHERS, exported.CODED_TABLE,
 )  # fmt: skip
 _EXPORT_AGAIN = "export the model again"
-_NOT_READ = ("README.md", "generation_config.json")  # files of an export
+_MAY_CHANGE = ("README.md", generation_files.FILE)  # files of an export
 _FORMATS: tuple[ModuleType, ...] = (
     gguf_model,
     exported,
@@ -81,7 +89,7 @@ def _check_export(folder: Path) -> dict[str, Any]:
     for number, made in enumerate(origin.get("compressed") or ()):
         place = f"compressed[{number}] of {folder / exported.FILE}"
         check_fields(made, {"run": (str,), "step": (int, None)}, place, _EXPORT_AGAIN)
-    read = {name: of for name, of in origin["files"].items() if name not in _NOT_READ}
+    read = {name: of for name, of in origin["files"].items() if name not in _MAY_CHANGE}
     try:
         check_digests(folder, read)
     except UserError as error:
@@ -103,6 +111,8 @@ def _record(folder: Path) -> dict[str, Any]:
     record = _format(folder).record_of(folder)
     record[exported.BEFORE] = origin.get("compressed") or []
     rows, name = record["vocab_size"], _tokenizer_of(folder)
+    if hugging_face.is_model(folder):
+        record[generation_files.FIELD] = generation_files.read(folder, rows)
     if name:
         size = vocabulary.describe(name).rows_needed
         if size > rows:
@@ -111,6 +121,10 @@ def _record(folder: Path) -> dict[str, Any]:
                 "rows: give both of one model"
             )
         sha256 = vocabulary.describe(name).sha256
+        # Exports write the files of such a tokenizer anew.
+        if name in RANKS and (own := tokenizer_files.own_settings(folder)):
+            kept = record.setdefault(generation_files.FIELD, {})
+            kept[tokenizer_files.CONFIG] = own
         return record | {"tokenizer": name, "tokenizer_sha256": sha256}
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info = read_meta(folder, "auto")

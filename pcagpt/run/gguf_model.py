@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.data.gguf_header import ENDING, header
+from pcagpt.data.gguf_header import END, ENDING, header
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
-from pcagpt.run import other_decoder
+from pcagpt.run import generation_files, other_decoder
 
 _TABLE = "token_embd.weight"
 _PART = re.compile(rf"-\d{{5}}-of-\d{{5}}\{ENDING}$")
@@ -58,11 +58,15 @@ def record_of(path: Path) -> dict[str, Any]:
         )
     architecture = found.fields.get("general.architecture")
     depth = found.fields.get(f"{architecture}.block_count")
+    end = found.fields.get(END)
+    has_end = type(end) is int and 0 <= end < shape[0]
+    own = {"eos_token_id": end if has_end else None}
     return {
         "vocab_size": shape[0],
         "model": other_decoder.model_record(shape[1], depth),
         "architecture": f"{architecture}{other_decoder.IN_GGUF}",
         "stored_as": list(found.types),
+        generation_files.FIELD: {generation_files.FILE: own},
     }
 
 

@@ -7,12 +7,14 @@ from typing import Any, Self
 
 from pcagpt.config.schema import DataSettings
 from pcagpt.data import vocabulary
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import Corpus
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.data.sources import TextSource, find_source
 from pcagpt.data.token_array import pieces
 from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError
+from pcagpt.run import generation_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,10 @@ class OwnTokens:
             return asked
         is_text = isinstance(find_source(asked.source), TextSource)
         return dataclasses.replace(asked, tokenizer=name) if is_text else asked
+
+    def ends(self, tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
+        """As `generation_files.ends`, with the run's own tokenizer."""
+        return generation_files.ends(self.record, tokenizer.eot_token)
 
     @property
     def encodes_as(self) -> str | None:

@@ -78,7 +78,7 @@ def train(
         telemetry = stack.enter_context(
             _telemetry(setup, run_dir, record, command, resumed_at, check_lock)
         )
-        sample = sampler(setup) if telemetry.is_shown else None
+        sample = sampler(setup, record) if telemetry.is_shown else None
         progress = stack.enter_context(Progress(label, last_step, first_step))
         stop = stack.enter_context(recorded_signals())
         compiled_step = compile_step(setup, state, shardings, teacher)

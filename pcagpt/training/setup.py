@@ -13,7 +13,7 @@ from pcagpt.data.batches import TrainingBatches
 from pcagpt.data.corpus import Corpus
 from pcagpt.errors import UserError, warn_once
 from pcagpt.model import GPT, order_constants
-from pcagpt.run import initialise
+from pcagpt.run import generation_files, initialise
 from pcagpt.run.build import build_config
 from pcagpt.run.evaluator import Evaluator
 from pcagpt.run.trained import Run
@@ -26,7 +26,8 @@ class Setup:
     """The parts of a training run that do not change while it trains.
 
     settings: with the sizes and ranks of imported bands; imported_sha256: the hashes of
-    all imports. The imports themselves are read again when the run begins: the setups
+    all imports; generation: that of the record of the run that it starts from, None
+    without one. The imports themselves are read again when the run begins: the setups
     of all jobs are made before the first job runs, and together would fill the memory.
     """
 
@@ -38,6 +39,7 @@ class Setup:
     batches: TrainingBatches
     validation: Evaluator
     imported_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    generation: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -71,9 +73,11 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
-        init = settings.init
+        init, kept = settings.init, None
         if source := init.weights_from or init.blocks_from or settings.model_path:
-            Run.open(source).check_corpus(corpus)
+            start = Run.open(source)
+            start.check_corpus(corpus)
+            kept = start.record.get(generation_files.FIELD)
         # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
         if mixed and jax.process_index() == 0:
@@ -104,7 +108,7 @@ class Setup:
         processes.from_first(lambda: initialise.check_tokens(init, corpus))
         setup.open_teacher()
         hashes = initialise.import_hashes(settings)
-        return dataclasses.replace(setup, imported_sha256=hashes)
+        return dataclasses.replace(setup, imported_sha256=hashes, generation=kept)
 
     @property
     def tokens_per_step(self) -> int:

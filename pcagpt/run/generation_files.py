@@ -1,0 +1,102 @@
+"""What a model's own files say of writing text: which ids end one, and how to draw.
+
+A record keeps it as 'generation': {file: what is kept of it}. A run that is made from
+another one keeps that of the other. Runs of our own, and older records, have none.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcagpt.errors import UserError
+from pcagpt.json_files import read_json
+from pcagpt.run.hugging_face import CONFIG, stored_config
+
+FIELD, FILE = "generation", "generation_config.json"
+_EOS = "eos_token_id"
+_IDS = ("bos_token_id", _EOS, "pad_token_id")
+# transformers takes these from config.json if there is no other file.
+_DRAWING = (
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+    "no_repeat_ngram_size", "num_beams", "max_length", "max_new_tokens", "min_length",
+)  # fmt: skip
+_FROM_CONFIG = {"_from_model_config": True}
+_REMEDY = f"restore it, or remove it, so that {CONFIG} counts"
+
+
+def read(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
+    """What the folder of a model of transformers says, for its record.
+
+    Ids without a row in the table are left out, as if nothing stated them. UserError if
+    a file is damaged.
+    """
+    config = stored_config(folder)
+    if isinstance(text := config.get("text_config"), dict):
+        config = text | config
+    ids = {name: config[name] for name in _IDS if name in config}
+    own = read_json(folder / FILE, _REMEDY)
+    if own is None:
+        drawing = {name: config[name] for name in _DRAWING if name in config}
+        own = _FROM_CONFIG | ids | drawing
+    else:  # transformers takes none of config.json then.
+        own = dict.fromkeys(_IDS[:2]) | own
+    return {
+        name: _with_rows(content, rows, folder / name)
+        for name, content in ((CONFIG, ids), (FILE, own))
+    }
+
+
+def _with_rows(content: dict[str, Any], rows: int, path: Path) -> dict[str, Any]:
+    """The content of a file without ids that have no row."""
+    kept = dict(content)
+    for name in _IDS:
+        value = content.get(name)
+        ids = _listed(value)
+        if any(type(one) is not int for one in ids):
+            raise UserError(
+                f"{path}: {name} is {value!r:.60}: it must be a token id, a list of "
+                "them, or null"
+            )
+        known = [one for one in ids if 0 <= one < rows]
+        if not known and ids:
+            del kept[name]
+        elif len(known) < len(ids):
+            kept[name] = known
+    return kept
+
+
+def _listed(ids: Any) -> list[Any]:
+    """Ids as a list; JSON files have a list, a single id or null."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def ends(record: Mapping[str, Any], separator: int | None) -> list[int]:
+    """The ids that end a text of a model.
+
+    They are those that its own files name: generation_config.json before config.json,
+    as in transformers. `separator`, which its tokenizer puts between documents, ends
+    the texts of a model without own ids, and of one that was trained here.
+    """
+    own = record.get(FIELD) or {}
+    stated = (_listed((own.get(name) or {}).get(_EOS)) for name in (FILE, CONFIG))
+    found = next(filter(None, stated), [])
+    is_ended_here = "data" in record or not found
+    more = [separator] if is_ended_here and separator not in (None, *found) else []
+    return [*found, *more]
+
+
+def written(
+    record: Mapping[str, Any], separator: int | None
+) -> dict[str, dict[str, Any]]:
+    """{file: fields} of an export, so that it ends and draws texts as its model does.
+
+    Of config.json, only the ids.
+    """
+    own, several = record.get(FIELD) or {}, ends(record, separator)
+    eos = several if len(several) > 1 else next(iter(several), None)
+    found = {}
+    for name, without in ((CONFIG, {}), (FILE, _FROM_CONFIG)):
+        found[name] = {"bos_token_id": separator, _EOS: eos} | own.get(name, without)
+        if "data" in record:  # Training here taught the model another end.
+            found[name][_EOS] = eos
+    return found
