@@ -516,6 +516,15 @@ def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
     assert outcome.code == 0, outcome
     other = "--config.data.tokenizer=gpt2"
     assert "was trained on tokens of" in refusal(*ask, other, unchanged=[run])
+    # An edited file is told in one line, which is true of every command.
+    shutil.copytree(place / "elsewhere", moved)
+    swap_two_tokens(moved / "tokenizer.json")
+    text, tokenizer = "--config.data.source=text", "--config.data.tokenizer=mine"
+    changed = f"{moved}/tokenizer.json is another tokenizer now than the one of {run}"
+    for command in (ask, run_of, (*run_of, text), (*ask, tokenizer)):
+        assert changed in refusal(*command, unchanged=[place])
+    old = "--config.data.tokenizer=elsewhere"
+    assert call(*run_of, old).code == call(*run_of, text, old).code == 0
 
 
 # What is refused.

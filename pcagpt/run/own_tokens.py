@@ -59,6 +59,8 @@ class OwnTokens:
         UserError for another tokenizer than the run's own, or one with too many tokens.
         """
         name, texts = (self.record.get(field) for field in ("tokenizer", "characters"))
+        if asked != "auto":
+            self.check_unedited(vocabulary.name_of(asked))
         if asked != "auto" and (texts or (name and not self.has_tokenizer(asked))):
             own = name or f"its own {len(texts)} characters"
             raise UserError(
@@ -76,10 +78,7 @@ class OwnTokens:
         described, opened = vocabulary.describe(chosen), self.opened_sha256
         is_other = opened not in (None, described.sha256)
         if is_other or (name and not self.has_tokenizer(chosen)):
-            raise UserError(
-                f"{chosen} is another tokenizer now than the one of {self.folder}: "
-                "restore it, or name the file of the old one as --config.data.tokenizer"
-            )
+            raise self._edited(chosen)
         size, rows = described.rows_needed, self.record["vocab_size"]
         if rows < size:
             raise UserError(
@@ -120,6 +119,18 @@ class OwnTokens:
             return vocabulary.describe(name).sha256 == recorded
         return vocabulary.are_same(own, name)
 
+    def check_unedited(self, name: str | None) -> None:
+        """Raises UserError if the file of this name is the run's, but was changed."""
+        is_own = bool(name) and name == self.record.get("tokenizer")
+        if is_own and vocabulary.is_known(name) and not self.has_tokenizer(name):
+            raise self._edited(name)
+
+    def _edited(self, name: str) -> UserError:
+        return UserError(
+            f"{name} is another tokenizer now than the one of {self.folder}: restore "
+            "it, or name the file of the old one as --config.data.tokenizer"
+        )
+
     def may_share(self, other: Self) -> bool:
         """Whether the ids of two runs may mean the same text, as far as it is known."""
         name = self.record.get("tokenizer")
@@ -151,6 +162,7 @@ class OwnTokens:
         Two names are compared as such, otherwise the texts of the ids, or hashes.
         """
         own = self.record.get("tokenizer")
+        self.check_unedited(corpus.tokenizer)
         if own and corpus.tokenizer and not self.has_tokenizer(corpus.tokenizer):
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "

@@ -258,16 +258,16 @@ class Run:
         Raises:
           UserError: its tokens do not fit the model, a split is missing, or `asked`
             names no corpus and the run's own is unknown or has changed. If the
-            vocabulary or tokenizer that was asked for does not fit, nothing has been
-            tokenized.
+            vocabulary or the tokenizer does not fit, nothing has been tokenized.
         """
         data = self.data(asked)
-        if asked.source or asked.tokenizer != "auto":
-            described = processes.from_first(
-                lambda: describe_corpus(
-                    data.source, data.tokenizer, splits, self.tokens.encodes_as
-                )
+        described = processes.from_first(
+            lambda: describe_corpus(
+                data.source, data.tokenizer, splits, self.tokens.encodes_as
             )
+        )
+        self.tokens.check_unedited(described.tokenizer)
+        if asked.source or asked.tokenizer != "auto":
             self.tokens.check_is_told(described, asked.tokenizer)
             self.tokens.check(described)
         corpus = open_corpus(
