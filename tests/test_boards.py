@@ -462,6 +462,10 @@ def offline_runs(folder):
     return [(path.parent, path.read_bytes()) for path in files]
 
 
+def wandb_id(folder):
+    return (folder / "wandb_id").read_text().splitlines()[0]
+
+
 def test_wandb_shows_the_same_offline_and_says_how_to_upload_it(
     tmp_path, wandb_home, capsys
 ):
@@ -499,7 +503,7 @@ def test_wandb_continues_the_run_of_a_folder_in_its_group(tmp_path, wandb_home):
     ):
         with start(runs / name, job, first_step, wandb=True, tensorboard=False):
             pass
-        run_id = (runs / name / "wandb_id").read_text().strip()
+        run_id = wandb_id(runs / name)
         found.setdefault(name, []).append(run_id)
     group = (runs / "wandb_group").read_text().strip()
     for name, job in (("gpt_baseline", "train"), ("pca_factorized", "factorize")):
@@ -511,7 +515,32 @@ def test_wandb_continues_the_run_of_a_folder_in_its_group(tmp_path, wandb_home):
     assert found["gpt_baseline"] != found["pca_factorized"]
     with start(runs / "gpt_baseline", wandb=True, tensorboard=False):
         pass  # A new run in an old folder.
-    assert (runs / "gpt_baseline" / "wandb_id").read_text().strip() != first
+    assert wandb_id(runs / "gpt_baseline") != first
+
+
+def test_wandb_continues_the_run_of_a_moved_folder_but_not_that_of_a_copy(
+    tmp_path, wandb_home, caplog
+):
+    def go_on(folder):
+        with start(folder, "train", 4, wandb=True, tensorboard=False):
+            return wandb_id(folder)
+
+    first = go_on(tmp_path / "runs/gpt_baseline")
+    moved = (tmp_path / "runs").rename(tmp_path / "moved") / "gpt_baseline"
+    assert go_on(moved) == go_on(moved) == first
+    (tmp_path / "linked").symlink_to("moved")
+    assert go_on(tmp_path / "linked/gpt_baseline") == first
+    assert "is a copy of" not in caplog.text
+    copy = shutil.copytree(tmp_path / "moved", tmp_path / "copy") / "gpt_baseline"
+    second = go_on(copy)
+    assert second != first and f"{copy} is a copy of {moved}: it beg" in caplog.text
+    assert (go_on(moved), go_on(copy)) == (first, second)
+    shutil.rmtree(copy)
+    copy = shutil.copytree(moved, copy)
+    shutil.rmtree(moved)  # So it was moved.
+    assert go_on(copy) == first
+    (copy / "wandb_id").write_text(f"{first}\n")  # Of an earlier version.
+    assert go_on(copy) == first
 
 
 def test_a_damaged_name_of_wandb_is_named_and_a_damaged_id_begins_a_new_run(
@@ -536,7 +565,7 @@ def test_a_damaged_name_of_wandb_is_named_and_a_damaged_id_begins_a_new_run(
         (folder / "wandb_id").write_bytes(bad)
         with start(folder, "compress", wandb=True, tensorboard=False):
             pass
-        assert re.fullmatch(r"\w+\n", (folder / "wandb_id").read_text())
+        assert re.fullmatch(r"\w+", wandb_id(folder))
 
 
 def test_a_workdir_of_any_name_has_a_group(tmp_path):

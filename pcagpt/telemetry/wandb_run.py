@@ -1,7 +1,9 @@
 """A run in Weights & Biases."""
 
+import contextlib
 import html
 import io
+import os
 import re
 import secrets
 import shlex
@@ -10,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.files import odd_kind, write_first, write_text
 
 GROUP_FILE, _ID_FILE = "wandb_group", "wandb_id"
@@ -47,14 +49,12 @@ class WandbRun:
     ):
         """Starts a run, or continues that of the folder's wandb_id; says where it is.
 
-        Raises UserError if W&B does not start.
+        A moved folder continues its run, a copy begins a new one. Raises UserError if
+        W&B does not start.
         """
         wandb = import_wandb()
         folder.mkdir(parents=True, exist_ok=True)
-        id_file = folder / _ID_FILE
-        known = _name_in(id_file) if continues else ""
-        if re.search(r"[/\\#?%:\s]", known):  # W&B would refuse it for ever.
-            known = ""
+        known = _id_of(folder) if continues else ""
         own = folder.is_relative_to(workdir)
         name = folder.relative_to(workdir).as_posix() if own else folder.name
         try:
@@ -78,7 +78,8 @@ class WandbRun:
                 "with --config.telemetry.wandb=False"
             ) from None
         try:
-            write_text(id_file, self._run.id + "\n")
+            place = os.fsencode(folder.resolve()).decode("utf-8", "replace")
+            write_text(folder / _ID_FILE, f"{self._run.id}\n{place}\n")
         except OSError:
             self.close(has_failed=True)
             raise
@@ -158,12 +159,39 @@ def _group(workdir: Path) -> str:
     raise UserError(f"{path} {problem}: remove it, to begin a new group")
 
 
+def _id_of(folder: Path) -> str:
+    """The id of a folder's run; '' if it has none, or the folder is a copy.
+
+    wandb_id also holds the place that the folder had: a copy has the id of another
+    folder that is still there.
+    """
+    known, place = _id_and_place(folder)
+    if re.search(r"[/\\#?%:\s]", known):  # W&B would refuse it for ever.
+        return ""
+    if not place:  # Of an earlier version.
+        return known
+    with contextlib.suppress(OSError, ValueError):  # It is gone.
+        if not folder.samefile(place) and known == _id_and_place(Path(place))[0]:
+            warn_once(f"{folder} is a copy of {place}: it begins a new run in W&B")
+            return ""
+    return known
+
+
+def _id_and_place(folder: Path) -> tuple[str, str]:
+    known, _, place = _text_in(folder / _ID_FILE).partition("\n")
+    return known if _is_name(known) else "", place
+
+
 def _name_in(path: Path) -> str:
-    """The name or id in a file; '' if it is missing, or not a line of text."""
+    """The name in a file; '' if it is missing, or not a line of text."""
+    text = _text_in(path)
+    return text if _is_name(text) else ""
+
+
+def _text_in(path: Path) -> str:
     if not path.is_file():
         return ""
-    text = path.read_bytes().decode("utf-8", "replace").strip()
-    return text if _is_name(text) else ""
+    return path.read_bytes().decode("utf-8", "replace").strip()
 
 
 def _is_name(text: str) -> bool:
