@@ -111,9 +111,9 @@ def json_of(path: Path) -> dict[str, Any]:
     return content
 
 
-def described(config: ConfigDict) -> list[str]:
+def described(config: ConfigDict, writes: bool = True) -> list[str]:
     """A line for each job that is needed, as the program prints it."""
-    return pipeline.describe(pipeline.check(plan(config)))
+    return pipeline.describe(pipeline.check(plan(config), writes))
 
 
 def execute(config: ConfigDict) -> Path:

@@ -402,6 +402,14 @@ def test_an_arm_in_another_compute_dtype_than_d_is_refused_before_training(copie
             "finished run in another dtype aside first"
         )
     assert snapshot(workdir) == before
+    # A preview on a CPU may be that of work on a GPU.
+    for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):
+        path = workdir / name / "result.json"
+        resolved = json_of(path)["resolved"] | {"compute_dtype": "bfloat16"}
+        write_json(path, json_of(path) | {"resolved": resolved})
+    assert described(copied, writes=False)[-1].endswith("to do")
+    with pytest.raises(UserError, match="gpt_baseline computes in bfloat16"):
+        described(copied)
     for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):
         path = workdir / name / "result.json"
         old = json_of(path) | {"resolved": None}

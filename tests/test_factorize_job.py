@@ -296,6 +296,9 @@ def test_files_know_the_compute_dtype_of_their_statistics(job, corpus_folder):
     assert plain.status().words == "done"
     with pytest.raises(UserError, match="use --config.model.compute_dtype=bfloat16"):
         of_dtype("auto", ranks=(4, 8)).status()
+    # A preview on a CPU may be that of work on a GPU.
+    preview = dataclasses.replace(of_dtype("auto", ranks=(4, 8)), is_preview=True)
+    assert preview.status().words == "to do"
     del metadata["compute_dtype"]  # As in files of an earlier version.
     write_json(job.folder / "metadata.json", metadata)
     assert of_dtype("float32").status().words == "done"

@@ -230,6 +230,22 @@ def test_a_run_goes_on_in_no_other_compute_dtype(tiny_config, resumable):
     assert job(tiny_config).status().words == "lacks its config.json"
 
 
+def test_a_preview_on_a_cpu_does_not_know_the_compute_dtype_of_a_gpu(
+    tiny_config, resumable
+):
+    run_dir = resumable(3)
+    record = folder.read_record(run_dir)
+    record["model"]["compute_dtype"] = "bfloat16"
+    folder.write_record(run_dir, record)
+    with pytest.raises(UserError, match="begun with another compute_dtype"):
+        described(tiny_config)
+    (line,) = described(tiny_config, writes=False)
+    assert "resumes at step 3" in line
+    asked = changed(tiny_config, **{"model.compute_dtype": "float32"})
+    with pytest.raises(UserError, match="begun with another compute_dtype"):
+        described(asked, writes=False)
+
+
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_end_bit_identical(tiny_config, compiled, tmp_path):
     straight = changed(

@@ -1,6 +1,7 @@
 """Executes a plan: checks everything, does the missing jobs, writes the report."""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,8 @@ def check(plan: Plan, writes: bool = True) -> dict[Job, Status]:
 
     A finished run does not need its prerequisites, unless the factorization on disk
     differs from the one in the settings. Writes only caches. If no job writes anything,
-    or without `writes`, the workdir may be read-only. All processes must call this.
+    the workdir may be read-only. Without `writes`, this is a preview: the workdir may
+    be read-only, and the device another one. All processes must call this.
 
     Raises:
       UserError: the workdir is not writable, W&B is not installed, a folder holds a run
@@ -39,6 +41,9 @@ def check(plan: Plan, writes: bool = True) -> dict[Job, Status]:
 def _check(plan: Plan, writes: bool) -> dict[Job, Status]:
     """As `check`, in one process."""
     settings = plan.settings
+    if not writes:
+        jobs = (dataclasses.replace(job, is_preview=True) for job in plan.jobs)
+        plan = plan._replace(jobs=tuple(jobs))
     check_workdir(settings.workdir, writes=False)
     if settings.telemetry.wandb:
         import_wandb()

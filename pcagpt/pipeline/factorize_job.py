@@ -132,7 +132,8 @@ class FactorizeJob(Job):
         older = {"bands": 1} | {name: identity.get(name) for name in unknown}
         metadata = older | metadata  # Older files lack these fields.
         # What a GPU has made counts as done on a CPU.
-        if self.settings.model.compute_dtype == "auto" and not adds:
+        is_open = self.settings.model.compute_dtype == "auto" and not adds
+        if is_open or self.compute_dtype is None:
             metadata["compute_dtype"] = identity.get("compute_dtype")
         source, recorded = identity["source_sha256"], metadata.get("source_sha256")
         if source != recorded and self._is_source(recorded):

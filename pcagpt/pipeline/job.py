@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pcagpt.config import KNOBS, Settings, override
 from pcagpt.errors import UserError
+from pcagpt.run.build import device_choices, hardware
 
 
 class Kind(enum.Enum):
@@ -33,12 +34,26 @@ TO_DO, DONE = Status(Kind.TO_DO, "to do"), Status(Kind.DONE, "done")
 class Job(abc.ABC):
     """What is made in a folder, with its complete settings.
 
-    is_target: the person asked for this job; it is not a prerequisite.
+    is_target: the person asked for this job; it is not a prerequisite. is_preview: it
+    is only looked at, maybe on another machine than the one that does it.
     """
 
     folder: Path
     settings: Settings
     is_target: bool
+    is_preview: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """That of this device; None if another one may choose it.
+
+        A preview on a CPU may be that of work on a GPU, as on a cluster's login node.
+        """
+        model = self.settings.model
+        is_open = self.is_preview and model.compute_dtype == "auto"
+        if is_open and hardware().platform == "cpu":
+            return None
+        return device_choices(model)["compute_dtype"]
 
     @property
     @abc.abstractmethod

@@ -33,7 +33,7 @@ from pcagpt.pipeline.differences import differences
 from pcagpt.pipeline.job import DONE, TO_DO, Job, Kind, Status
 from pcagpt.report.text import fixed
 from pcagpt.run import checkpoint, fingerprint, generation_files, initialise, lock
-from pcagpt.run.build import build_config, device_choices
+from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     FolderState,
     look,
@@ -227,9 +227,10 @@ class TrainJob(Job):
 
         Older versions recorded 'auto'.
         """
-        name = "compute_dtype"
+        name, own = "compute_dtype", self.compute_dtype
+        if own is None:
+            return ""
         begun = (there.stored.get("model") or {}).get(name, "auto")
-        own = device_choices(self.settings.model)[name]
         of_run, here = {name: own if begun == "auto" else begun}, {name: own}
         return "".join(differences(of_run, here, [name]))
 
@@ -263,7 +264,7 @@ class TrainJob(Job):
 
     def planned_row(self) -> dict[str, Any]:
         """Of a report's row, what is known before training and may differ from D's."""
-        resolved = device_choices(self.settings.model)
+        resolved = {"compute_dtype": self.compute_dtype}
         return {"folder": self.folder.name, "resolved": resolved}
 
     def corpus(self) -> Corpus:
