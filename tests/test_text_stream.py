@@ -71,6 +71,14 @@ def test_texts_of_parts_are_together_what_decoding_all_of_them_gives(tokenizer):
         assert before + "".join(text_of(ids[at:], ids[:at])) == whole
 
 
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_no_number_of_tokens_without_text_loses_a_part_of_a_character(size):
+    decode = CharacterTokenizer(("a", "\ufffd", "")).decode
+    ids = [0, 1, *[2] * 40, 0]
+    parts = (ids[start : start + size] for start in range(0, len(ids), size))
+    assert "".join(texts_of(parts, decode)) == decode(ids) == "a\ufffda"
+
+
 def test_a_tokenizer_that_drops_the_first_space_keeps_it_after_other_tokens():
     words = ["▁the", "▁peo", "ple", "▁of"]
 

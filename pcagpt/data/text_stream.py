@@ -34,8 +34,11 @@ def texts_of(
         is_open = text.endswith(_BROKEN)
         if piece := text[shown : len(text) - is_open]:
             yield piece
-        held = held[-_CONTEXT:]
-        shown = max(len(decode(held)) - is_open, 0)
+        last = held[-_CONTEXT:]
+        # Tokens without text may have followed the part of a character.
+        if not is_open or decode(last).endswith(_BROKEN):
+            held = last
+        shown = len(decode(held)) - is_open
     return _BROKEN * is_open
 
 
