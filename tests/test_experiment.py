@@ -401,6 +401,12 @@ def test_an_arm_in_another_compute_dtype_than_d_is_refused_before_training(copie
             "both with --config.model.compute_dtype=float32; move the folder of a "
             "finished run in another dtype aside first"
         )
+    alone = {"task": "train", "arm": "pca_finetune", "model.n_embd_wte": 8}
+    elsewhere = alone | {"model_path": str(workdir / "gpt_baseline")}
+    elsewhere |= {"workdir": str(workdir / "elsewhere")}
+    for knobs in (alone, elsewhere):
+        with pytest.raises(UserError, match="gpt_baseline computes in float32, gpt_"):
+            execute(changed(other, **knobs))
     assert snapshot(workdir) == before
     # A preview on a CPU may be that of work on a GPU.
     for name in ("gpt_baseline", "gpt_pca_k8", "gpt_random_lowrank_k8"):

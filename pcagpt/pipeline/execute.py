@@ -15,7 +15,13 @@ from pcagpt.pipeline.overview import results_in, show_plan, show_results
 from pcagpt.pipeline.plan import Plan
 from pcagpt.pipeline.samples import experiment_samples
 from pcagpt.pipeline.train_job import TrainJob
-from pcagpt.report import check_runs, collect_results, experiment_lines, write_report
+from pcagpt.report import (
+    check_dtype,
+    check_runs,
+    collect_results,
+    experiment_lines,
+    write_report,
+)
 from pcagpt.sharding import processes
 from pcagpt.telemetry.wandb_run import import_wandb
 from pcagpt.training.setup import Setup
@@ -64,11 +70,17 @@ def _check(plan: Plan, writes: bool) -> dict[Job, Status]:
 
 
 def _check_compared(plan: Plan, needed: dict[Job, Status]) -> None:
-    """Raises UserError if the runs could not be compared when all are finished."""
-    if not (plan.reported or plan.baseline):
-        return
+    """Raises UserError if the runs could not be compared when all are finished.
+
+    A single arm need not be. But that the device chose another compute dtype than D's
+    would only show in the report of an experiment, after the arm was trained.
+    """
     runs = [job for job in needed if isinstance(job, TrainJob)]
     done = [job for job in runs if needed[job].kind == Kind.DONE]
+    if plan.start and runs[-1] not in done:
+        check_dtype(plan.start, runs[-1].planned_row())
+    if not (plan.reported or plan.baseline):
+        return
     folders = filter(None, (plan.baseline, *(job.folder for job in done)))
     # The tokens of runs to do are compared when their text is tokenized.
     check_runs(folders, [job.planned_row() for job in runs if job not in done])

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
     settings: those that the plan was made from; reported: the runs' folders in the
     workdir; factors: the factorization's; baseline: a finished D elsewhere, with which
-    the runs will be compared.
+    the runs will be compared; start: the folder of the D that a single arm starts from.
     """
 
     settings: Settings
@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     reported: tuple[str, ...] = ()
     factors: str = ""
     baseline: Path | None = None
+    start: Path | None = None
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -56,7 +57,7 @@ def make_plan(settings: Settings) -> Plan:
     if settings.task == "train":
         if settings.init.weights_from:
             return Plan(settings, (_job_from_run(settings),))
-        return Plan(settings, _jobs_of_run(settings))
+        return _plan_of_run(settings)
     if settings.task != "experiment":
         raise ValueError(f"no plan for the task {settings.task}")
     jobs = []
@@ -144,22 +145,21 @@ def _jobs_of_experiment(settings: Settings, suffix: str) -> list[Job]:
     return jobs
 
 
-def _jobs_of_run(settings: Settings) -> tuple[Job, ...]:
+def _plan_of_run(settings: Settings) -> Plan:
     """One run, with its prerequisites before it; D may be given as `model_path`."""
     if settings.model_path:
         settings = _like_baseline(settings)
-    run = _train_job(settings, settings.arm)
+    run, source = _train_job(settings, settings.arm), Path(_baseline(settings))
     taken = _taken_from_baseline(settings, settings.arm)
     if not taken:
-        return (run,)
+        return Plan(settings, (run,))
     before: list[Job] = []
     if not settings.model_path:
         before.append(_train_job(_full(settings), "baseline", for_arm=settings.arm))
     if any(knob.startswith("init.import_") for knob in taken):
         one_rank = settings.replace({"ranks": (settings.model.n_embd_wte,)})
-        source = Path(_baseline(settings))
         before.append(_factorize_job(one_rank, source, is_target=False))
-    return *before, run
+    return Plan(settings, (*before, run), start=source)
 
 
 def _like_baseline(settings: Settings) -> Settings:

@@ -6,7 +6,12 @@ results.json and sweep.json what the templates show, `bare_table` from errors.js
 """
 
 from pcagpt.report.bare_table import lacking_line, table_lines, table_text
-from pcagpt.report.collect import check_runs, collect_results, recovered_rows
+from pcagpt.report.collect import (
+    check_dtype,
+    check_runs,
+    collect_results,
+    recovered_rows,
+)
 from pcagpt.report.experiment import compared_runs, means_over_seeds, summary_table
 from pcagpt.report.figures import (
     error_figure,

@@ -18,6 +18,7 @@ from pcagpt.report.compare import (
     window_interval,
 )
 from pcagpt.report.read import read_config, read_row, read_spectrum
+from pcagpt.run.folder import read_result
 
 
 def collect_results(
@@ -150,6 +151,15 @@ def check_runs(done: Iterable[Path], planned: Iterable[dict[str, Any]]) -> None:
     _check_comparable([*rows, *(row | run for row in rows[:1] for run in planned)])
 
 
+def check_dtype(baseline: Path, planned: dict[str, Any]) -> None:
+    """Raises UserError if a run to do would compute in another dtype than a finished D.
+
+    `planned`: as for `check_runs`.
+    """
+    own = _dtype_of(read_result(baseline) or {})
+    _check_dtypes(baseline.name, own, planned["folder"], _dtype_of(planned))
+
+
 def _check_comparable(rows: Iterable[dict[str, Any]]) -> None:
     """Raises UserError unless all rows have one protocol and one compute dtype.
 
@@ -169,16 +179,25 @@ def _check_comparable(rows: Iterable[dict[str, Any]]) -> None:
             if one == its:
                 continue
             if name == "compute_dtype":
-                raise UserError(
-                    f"{folder} computes in {one}, {other_folder} in {its}: train both "
-                    f"with --config.model.compute_dtype={one}; move the folder of a "
-                    "finished run in another dtype aside first"
-                )
+                _check_dtypes(folder, one, other_folder, its)
             raise UserError(
                 f"{folder} and {other_folder} were evaluated under different protocols "
                 f"({name}: {one!r} and {its!r}): train both with the same data and "
                 "block size"
             )
+
+
+def _check_dtypes(folder: str, one: str | None, other: str, its: str | None) -> None:
+    if None not in (one, its) and one != its:
+        raise UserError(
+            f"{folder} computes in {one}, {other} in {its}: train both with "
+            f"--config.model.compute_dtype={one}; move the folder of a finished run in "
+            "another dtype aside first"
+        )
+
+
+def _dtype_of(row: dict[str, Any]) -> str | None:
+    return (row.get("resolved") or {}).get("compute_dtype")
 
 
 def _conditions(row: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +209,7 @@ def _conditions(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens_sha256": None,
         "trained_on_sha256": (row.get("corpus") or {}).get("train"),
-        "compute_dtype": (row.get("resolved") or {}).get("compute_dtype"),
+        "compute_dtype": _dtype_of(row),
         **(row.get("protocol") or {}),
     }
 
