@@ -25,7 +25,7 @@ from runs import snapshot  # noqa: E402
 from pcagpt import coding  # noqa: E402
 from pcagpt.compression import decoder  # noqa: E402
 from pcagpt.compression.decoder import Decoder  # noqa: E402
-from pcagpt.compression.open_decoder import open_model  # noqa: E402
+from pcagpt.compression.open_decoder import open_model, own_torch  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
 from pcagpt.data.batches import EvaluationBatches  # noqa: E402
 from pcagpt.data.characters import CharacterTokenizer  # noqa: E402
@@ -254,6 +254,38 @@ def test_what_a_program_chose_for_torch_changes_nothing(folder, request):
         assert found() == wanted
     request.getfixturevalue("default_float64")
     assert found() == wanted
+
+
+PRODUCTS = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+@pytest.fixture
+def precision():
+    """Sets what a program may choose: TF32 on a GPU, BF16 on a CPU that has it."""
+    before = [at.fp32_precision for at in PRODUCTS]
+    yield {
+        "old": lambda: torch.set_float32_matmul_precision("medium"),
+        "old_of_gpu": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        "gpu": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        "cpu": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    }
+    torch.set_float32_matmul_precision("highest")
+    for at, value in zip(PRODUCTS, before, strict=True):
+        at.fp32_precision = value
+
+
+@pytest.mark.parametrize("chosen", ["old", "old_of_gpu", "all", "gpu", "cpu"])
+def test_the_precision_of_products_is_float32_meanwhile(chosen, precision):
+    precision[chosen]()
+    before = [at.fp32_precision for at in PRODUCTS]
+    with own_torch():
+        assert {at.fp32_precision for at in PRODUCTS[1:]} == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert [at.fp32_precision for at in PRODUCTS] == before
+    if chosen.startswith("old"):
+        assert torch.get_float32_matmul_precision() != "highest"
 
 
 def test_layers_are_computed_again_for_the_gradient(folder, monkeypatch):

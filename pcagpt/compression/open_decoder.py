@@ -64,6 +64,7 @@ _QUANTIZED = (
 )
 
 
+_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 _one = threading.RLock()
 
 
@@ -76,23 +77,28 @@ def device() -> torch.device:
 def own_torch() -> Iterator[None]:
     """PyTorch computes as in a command, whatever the program has chosen.
 
-    One thread at a time, because the default dtype belongs to the whole process: if it
-    is another one, all threads see float32 meanwhile.
+    One thread at a time, because the default dtype and the precision of products, such
+    as TF32, belong to the whole process: all threads see ours meanwhile.
     """
     with (
         _one,
         torch.inference_mode(False),
         torch.autocast(device().type, enabled=False),
     ):
-        before = torch.get_default_dtype()
-        if before == torch.float32:
-            yield
-            return
-        torch.set_default_dtype(torch.float32)
+        dtype, each = torch.get_default_dtype(), [at.fp32_precision for at in _PRODUCTS]
         try:
+            of_all = torch.get_float32_matmul_precision()
+        except RuntimeError:  # The program has set only those of `each`.
+            of_all = "highest"
+        try:
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
             yield
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(of_all)
+            for at, precision in zip(_PRODUCTS, each, strict=True):
+                at.fp32_precision = precision
 
 
 @contextlib.contextmanager
