@@ -67,7 +67,7 @@ def main() -> int:
     """Runs the campaign; returns the exit code."""
     outcomes = "\n".join(f"  {name:9}  {text}" for name, text in OUTCOMES.items())
     parser = argparse.ArgumentParser(
-        description=__doc__.replace("OUTCOMES", outcomes),
+        description=(__doc__ or "").replace("OUTCOMES", outcomes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("torture"), help="folder")

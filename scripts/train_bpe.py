@@ -83,7 +83,7 @@ def verify(ranks: dict[bytes, int], merges: list[tuple[str, str]]) -> dict[str, 
 
 def main() -> None:
     """Trains, verifies, writes, and prints the sha256 for RANKS."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ASSETS / "sotu4096.tiktoken")
     output = parser.parse_args().output
     merges = learn_merges(sotu_documents("train"), VOCAB_SIZE)
