@@ -33,7 +33,7 @@ from pcagpt.compression.codes import KINDS
 from pcagpt.config import KNOBS, effort
 from pcagpt.data import tokenize
 from pcagpt.factorization.factor_files import read_bands, read_table
-from pcagpt.run import calibrate
+from pcagpt.run import calibrate, lock
 from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -489,6 +489,16 @@ def test_of_threads_that_save_to_one_folder_one_does(model, tmp_path, capfd):
     assert os.listdir(tmp_path) == ["small"]
     np.testing.assert_allclose(pcagpt.load(place).table, found.dense(), atol=1e-6)
     assert capfd.readouterr() == ("", "")
+
+
+def test_no_save_goes_among_the_models_that_a_task_writes(model, tmp_path):
+    found = pcagpt.compress(model.table, max_bytes=40_000, methods="svd")
+    place = tmp_path / "compressed/best_k8"
+    with lock.held(place.parent, meanwhile=lambda: None):
+        with pytest.raises(pcagpt.UserError, match=f"writes into {place.parent} "):
+            found.save(place)
+        assert not place.exists()
+    assert found.save(place) == place
 
 
 def test_what_another_program_writes_during_a_save_stays(model, tmp_path):

@@ -77,8 +77,8 @@ class Compressed:
         others as factors/ in float32.
 
         Raises:
-          UserError: the folder is not empty or cannot be made, or the model has changed
-            on the disk since it was loaded.
+          UserError: the folder is not empty or cannot be made, a task `compress` writes
+            beside it, or the model has changed on the disk since it was loaded.
         """
         with call():
             place = Path(absolute(folder))
@@ -95,6 +95,12 @@ class Compressed:
                 raise UserError(
                     f"{place} cannot be written: {nearest} is not a writable folder; "
                     "name another one"
+                )
+            # A task `compress` writes its models under the lock of the folder above.
+            if holder := lock.holder_of(above := place.resolve().parent):
+                raise UserError(
+                    f"another command writes into {above} ({holder}): name a folder "
+                    "elsewhere, or wait for its end"
                 )
             with naming(place), lock.held(place, check_vacant) as check_lock:
                 check_vacant()

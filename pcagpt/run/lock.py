@@ -110,6 +110,13 @@ class Lock:
         return holders
 
 
+def holder_of(folder: Path) -> str:
+    """Which other living command holds a folder; '' if none is seen."""
+    with contextlib.suppress(OSError):  # The folder above is not there, or not read.
+        return next(iter(Lock(folder)._holders()), "")
+    return ""
+
+
 @contextlib.contextmanager
 def held(folder: Path, meanwhile: Callable[[], Any]) -> Iterator[Callable[[], None]]:
     """Waits until no other command holds the folder, and holds it within.
