@@ -78,8 +78,10 @@ def swept(request, tmp_path_factory):
 def test_an_export_has_the_loss_that_was_measured(name, swept):
     model, workdir = swept
     table = workdir / "compressed" / name
-    # It is found from any working directory.
-    assert read_record(table)["compressed"]["run"] == str(model.resolve())
+    # It is found from any working directory, and after a move of both.
+    made = read_record(table)["compressed"]
+    assert made["run"] == str(model.resolve())
+    assert (table / made["run_from_here"]).resolve() == model.resolve()
     losses = {}
     for form in FORMS[name]:
         outcome = call(

@@ -504,7 +504,8 @@ def write_table_of_another(folder, method="svd", names=("model.embed_tokens.weig
     tensors = dict.fromkeys(names, table)
     hugging_face_files.write_tensors(theirs / "model.safetensors", tensors)
     run = Run.open(theirs, any_architecture=True)
-    made = {"run": str(theirs), "fingerprint": run.fingerprint, "method": method}
+    made = {"run": str(theirs), "run_from_here": "../theirs"}
+    made |= {"fingerprint": run.fingerprint, "method": method}
     if method == "svd":
         made["table_sha256"] = write_factors(folder / "table", table, 4)
     else:
@@ -589,6 +590,23 @@ def test_the_card_tells_in_which_type_transformers_computes(tmp_path):
         for form in ("hf", "coded"):
             card = model_card(source, form, [])
             assert ("weights are in bfloat16" in card) == is_told
+
+
+def test_a_table_that_was_moved_with_its_model_finds_it(tmp_path):
+    before = tmp_path / "before/project"
+    before.mkdir(parents=True)
+    table = write_table_of_another(before).relative_to(before)
+    theirs = source_of(before / table).original.fingerprint
+    after = before.rename(tmp_path / "after")
+    found = source_of(after / table)
+    assert found.original.folder == after / "theirs"
+    assert found.original.fingerprint == theirs
+    # Another model is now at the old place.
+    write_gpt2(before / "theirs")
+    assert source_of(after / table).original.folder == after / "theirs"
+    shutil.rmtree(after / "theirs")
+    with pytest.raises(UserError, match="is a table of another model than the one in"):
+        source_of(after / table)
 
 
 def test_a_table_whose_model_is_gone_names_it(tmp_path):

@@ -1,6 +1,7 @@
 """Writes a model with a compressed table as a run folder of its own."""
 
 import dataclasses
+import os
 import secrets
 import tempfile
 from pathlib import Path
@@ -79,7 +80,7 @@ def write_new(folder: Path, original: Original, candidate: Candidate, row: Row) 
     """As `write_model`, into an empty folder."""
     original.run.check_unchanged()
     weights, sizes = _model_of(original, candidate.table, candidate.codes)
-    record = _record(original, candidate, weights, sizes)
+    record = _record(folder, original, candidate, weights, sizes)
     if weights:
         checkpoint.save_weights(folder, weights, record)
     _write_table(folder, original, candidate, row)
@@ -99,12 +100,18 @@ def _write_table(
 
 
 def _record(
-    original: Original, candidate: Candidate, weights: dict, sizes: dict[str, Any]
+    folder: Path,
+    original: Original,
+    candidate: Candidate,
+    weights: dict,
+    sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record of a new model; weights and sizes are of `_model_of`."""
+    """The record of a new model in a folder; weights and sizes are of `_model_of`."""
     run, table = original.run, candidate.codes or candidate.table
     made = {
         "run": str(run.folder.resolve()),
+        # They may be moved together.
+        "run_from_here": os.path.relpath(run.folder.resolve(), folder.resolve()),
         "step": run.step,
         "fingerprint": run.fingerprint,
         **dataclasses.asdict(candidate.recipe),

@@ -219,13 +219,18 @@ class DecoderSource:
         self.architecture = record["architecture"]
         if not made.get("run"):
             raise other_decoder.refusal(folder, self.architecture)
-        if not Path(made["run"]).exists():
+        places = (made["run"], folder / made.get("run_from_here", made["run"]))
+        there = [path for place in places if (path := Path(place).resolve()).exists()]
+        if not there:
             raise UserError(
                 f"{folder} is a table of the model in {made['run']}, which is gone: "
                 "restore that folder, or compress the model again"
             )
-        self.original = Run.open(made["run"], any_architecture=True)
-        if not self.original.is_at(made.get("fingerprint")):
+        for place in there:
+            self.original = Run.open(place, any_architecture=True)
+            if self.original.is_at(made.get("fingerprint")):
+                break
+        else:
             raise UserError(
                 f"{folder} is a table of another model than the one in "
                 f"{self.original.folder}: compress that one, or restore the first"
