@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -746,3 +747,25 @@ def test_one_thread_at_a_time_opens_a_model(monkeypatch, tmp_path):
     assert told == {f"transformers cannot open {tmp_path}: 1"}
     assert sys.stderr is stderr
     assert transformers.logging.get_verbosity() == level
+
+
+def test_what_other_threads_print_while_a_model_opens_is_printed(
+    monkeypatch, tmp_path, capsys
+):
+    def print_(text):
+        print(text, file=sys.stderr)
+
+    def fail(*_, **__):
+        print_("of transformers")
+        other = threading.Thread(target=print_, args=["of another thread"])
+        other.start()
+        other.join()
+        kept.append(sys.stderr)
+        raise ValueError("damaged")
+
+    kept = []
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError):
+        open_model(tmp_path)
+    print("of a log", file=kept[0])
+    assert capsys.readouterr().err == "of another thread\nof a log\n"

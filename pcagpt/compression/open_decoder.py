@@ -9,10 +9,11 @@ import io
 import itertools
 import math
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -101,19 +102,35 @@ def own_torch() -> Iterator[None]:
                 at.fp32_precision = precision
 
 
+class _OfOthers(io.TextIOBase):
+    """A stream without what one thread writes; None: of all threads."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self.dropped = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        is_dropped = threading.get_ident() == self.dropped
+        return len(text) if is_dropped else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """transformers prints and logs nothing meanwhile; all is then as before.
 
     One thread at a time: this changes the whole process, and transformers does so, too.
+    What other threads print is printed.
     """
-    with _one, contextlib.redirect_stderr(io.StringIO()):
+    with _one, contextlib.redirect_stderr(_OfOthers(sys.stderr)) as of_others:
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         try:
             yield
         finally:
             transformers.logging.set_verbosity(level)
+            of_others.dropped = None  # A log may keep the stream.
 
 
 def open_model(folder: Path) -> Any:
