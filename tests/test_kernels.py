@@ -141,7 +141,8 @@ def test_normaliser_is_right_for_logits_far_from_0(form, precision):
     normaliser, mean = form.summarize(z, wte, 30)
     logits = np.where(np.arange(8) % 2, -1280.0, 1280.0)
     np.testing.assert_allclose(normaliser, logits + np.log(30), rtol=1e-6)
-    np.testing.assert_allclose(mean, 4.0, rtol=1e-6)
+    # A GPU may round the maximum of the exponents, but not the exponents themselves.
+    np.testing.assert_allclose(mean, 4.0, rtol=1280 * 2**-24)
 
 
 @each_head
@@ -199,7 +200,7 @@ def test_loss_and_gradient_of_stored_logits(
 
 
 def plain_add_and_norm(x, update, bias, scale, offset):
-    total = x + update + bias
+    total = x + jnp.tile(update, (len(x) // len(update), 1)) + bias
     centred = total - total.mean(axis=1, keepdims=True)
     variance = (centred**2).mean(axis=1, keepdims=True)
     return total, centred / jnp.sqrt(variance + 1e-5) * scale + offset
@@ -207,25 +208,32 @@ def plain_add_and_norm(x, update, bias, scale, offset):
 
 # Triton: one program and many programs, with three pieces of 256 columns and one of 16.
 # Mosaic: fewer rows than programs, programs with one row and with two, and one row.
+# The last norm of a model has no gradient of its sum; the first repeats an update.
+@pytest.mark.parametrize("is_sum_used", [True, False])
 @pytest.mark.parametrize(
-    ("backend", "count", "width"),
+    ("backend", "count", "width", "repeats"),
     [
-        *(("triton", 24, 768), ("triton", 4104, 16), ("triton", 1, 16)),
-        *(("mosaic", 24, 768), ("mosaic", 50, 128), ("mosaic", 1, 256)),
+        *(("triton", 24, 768, 1), ("triton", 4104, 16, 2), ("triton", 1, 16, 1)),
+        *(("mosaic", 24, 768, 1), ("mosaic", 50, 128, 5), ("mosaic", 1, 256, 1)),
     ],
 )
 @in_each_precision
-def test_addition_norm_and_their_gradients(backend, count, width, precision):
+def test_addition_norm_and_their_gradients(
+    backend, count, width, repeats, is_sum_used, precision
+):
     form = {"triton": triton_norm, "mosaic": mosaic_norm}[backend]
     x, update, of_sum, of_normed = (
         random_array(i, count, width, dtype=precision.dtype) for i in range(4)
     )
+    update = update[: count // repeats]
     parameters = [random_array(i, width, dtype=jnp.float32) for i in range(4, 7)]
 
     def loss(function, dtype, arrays):
         total, normed = function(*arrays)
         of_both = of_sum.astype(dtype), of_normed.astype(dtype)
-        terms = (total * of_both[0]).sum() + (normed * of_both[1]).sum()
+        terms = (normed * of_both[1]).sum()
+        if is_sum_used:
+            terms += (total * of_both[0]).sum()
         return terms.astype(jnp.float32), (total, normed)
 
     def results(function, dtype, arrays):
@@ -285,9 +293,10 @@ def test_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1(precision):
     np.testing.assert_array_equal(pull(jnp.ones_like(h))[0], [[0, 0, 1, 1]])
 
 
-def test_mlp_and_its_gradients(monkeypatch):
-    # A program has two tiles, or one. A tile has more factors than slots.
-    count, width, hidden = 384, 320, 512
+# A program has two tiles, or one. A tile has more factors than slots, or one.
+@pytest.mark.parametrize("width", [320, 64])
+def test_mlp_and_its_gradients(width, monkeypatch):
+    count, hidden = 384, 512
     monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 5)
     scales = {"x": 1.0, "fc": width**-0.5, "bias": 0.5, "proj": hidden**-0.5}
     shapes = (count, width), (width, hidden), (hidden,), (hidden, width)
@@ -313,12 +322,13 @@ def test_mlp_and_its_gradients(monkeypatch):
         assert_near(*exact(of_a), np.asarray(wanted), 2 * HALF.rounded)
 
 
-def test_product_of_parts(monkeypatch):
+def test_sum_of_products(monkeypatch):
     monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 5)
-    parts = [random_array(i, 384, 192, dtype=jnp.bfloat16) for i in range(3)]
-    b = random_array(3, 576, 512, dtype=jnp.bfloat16)
-    found = jax.jit(product.of_parts)(parts, b)
-    wanted = np.concatenate(exact(*parts), axis=1) @ exact(b)[0]
+    lefts = [random_array(i, 384, 192, dtype=jnp.bfloat16) for i in range(3)]
+    rights = [random_array(i, 512, 192, dtype=jnp.bfloat16) for i in range(3, 6)]
+    found = jax.jit(product.sum_of_products)(lefts, rights)
+    pairs = zip(exact(*lefts), exact(*rights), strict=True)
+    wanted = sum(left @ right.T for left, right in pairs)
     assert found.dtype == jnp.bfloat16
     assert_near(*exact(found), wanted, HALF.rounded)
 
@@ -422,8 +432,8 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
         # Of three vectors in one array, for each norm.
         assert program.count("all_reduce") == 6
         assert "tensor<2x256xbf16>" in program
-        parts = [((8 * 128, 256), half, rows)] * 3, ((768, 256), half, whole)
-        program = lowered(lambda *a: product.of_parts(a[:3], a[3]), *parts[0], parts[1])
+        pairs = [((8 * 128, 256), half, rows)] * 3 + [((256, 256), half, whole)] * 3
+        program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
         assert "tensor<128x256xbf16>" in program
         assert "all_reduce" not in program
         program = lowered(of_all, x, matrices[0], bias, matrices[1])
@@ -522,9 +532,9 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
             of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
             assert kernels_in(lowered(of_all, *arrays)) == 2
-        parts = [((32768, 768), half)] * 3, ((2304, 768), half)
+        pairs = [((32768, 768), half)] * 3 + [((768, 768), half)] * 3
         assert product.fits(32768, 768, 768, half)
-        program = lowered(lambda *a: product.of_parts(a[:3], a[3]), *parts[0], parts[1])
+        program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
         assert kernels_in(program) == 1
         for width in (768, 2048):
             rows, numbers = ((32768, width), half), ((width,), jnp.float32)

@@ -394,16 +394,23 @@ def test_no_row_of_a_chunk_moves_to_another_device():
     assert set(calls) == {(8,)}
 
 
-def test_chunks_take_every_third_row_and_are_joined_in_order():
+@pytest.mark.parametrize(
+    ("devices", "chunk_of"), [(1, lambda row: row // 4), (2, lambda row: row % 3)]
+)
+def test_chunks_follow_one_another_on_one_device_and_alternate_on_several(
+    devices, chunk_of
+):
     def step(carry, arrays):
         values, pairs = arrays
         return carry + 1, (values * 10 + carry, pairs)
 
-    carry, (values, pairs) = scan_chunks(
-        step, 0, 3, jnp.arange(12), jnp.arange(24).reshape(12, 2)
-    )
+    with jax.set_mesh(placement.make_mesh(devices, 1)):
+        carry, (values, pairs) = scan_chunks(
+            step, 0, 3, jnp.arange(12), jnp.arange(24).reshape(12, 2)
+        )
     assert carry == 3
-    np.testing.assert_array_equal(values, np.arange(12) * 10 + np.arange(12) % 3)
+    rows = np.arange(12)
+    np.testing.assert_array_equal(values, rows * 10 + chunk_of(rows))
     np.testing.assert_array_equal(pairs, np.arange(24).reshape(12, 2))
 
 

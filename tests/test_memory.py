@@ -127,7 +127,7 @@ def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels, monkeypatch)
         "dot_product_attention",
         lambda *qkv, implementation, is_causal: attend(*qkv, is_causal=is_causal),
     )
-    of_layers = {"add_and_norm", "add_and_norm_gradient", *MLP, "product_of_parts"}
+    of_layers = {"add_and_norm", "add_and_norm_gradient", *MLP, "sum_of_products"}
     step = traced_step(rank, "mosaic", attention="cudnn").jaxpr
     assert kernels_of(step) == of_layers | loss_kernels
 

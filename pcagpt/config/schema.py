@@ -147,7 +147,7 @@ class TrainSettings:
         1.0, "limit of the gradients' global norm; 0: no limit", at_least(0)
     )
     loss_chunks: int = knob(
-        8,
+        4,
         "compute the logits in at most this many equal parts; more parts need less "
         "memory. No effect "
         "on models that transformers computes: their parts have a fixed size",

@@ -1,17 +1,20 @@
 """Residual addition and LayerNorm by the kernels of a backend, with their gradients.
 
-Shape letters: N rows, D their width. `of_x` is the gradient of the loss with respect to
-x.
+Shape letters: N rows, T rows of an update, D their width. `of_x` is the gradient of the
+loss with respect to x.
 """
 
 import functools
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pcagpt import kernels
 from pcagpt.kernels.mosaic import norm as mosaic
 from pcagpt.kernels.triton import norm as triton
+from pcagpt.sharding import inside
 
 
 def form_of(backend: str, width: int) -> ModuleType | None:
@@ -23,28 +26,50 @@ def form_of(backend: str, width: int) -> ModuleType | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def add_and_norm(
-    x_ND, update_ND, bias_D, scale_D, offset_D, epsilon: float, form: ModuleType
+    x_ND, update_TD, bias_D, scale_D, offset_D, epsilon: float, form: ModuleType
 ):
     """s = x + update + bias, and LayerNorm(s) * scale + offset, both [N, D].
 
-    x, update and the results have the compute dtype; bias, scale, offset, statistics
-    and sums are float32. `epsilon` is added to the variance.
+    The T rows of the update are repeated if there are fewer than N. x, update and the
+    results have the compute dtype; bias, scale, offset, statistics and sums are
+    float32. `epsilon` is added to the variance.
     """
-    return _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon, form)[0]
+    return _run(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form)[:2]
 
 
-def _forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon, form):
-    sum_ND, normed_ND, *statistics = form.forward_rows(
-        x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon
-    )
-    return (sum_ND, normed_ND), (sum_ND, scale_D, *statistics)
+def _run(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form):
+    has_own_rows = len(update_TD) == len(x_ND)
+    on_devices = inside.by_device([True, has_own_rows, *[False] * 3], [True] * 4)
+    forward = functools.partial(form.forward_rows, epsilon=epsilon)
+    return on_devices(forward)(x_ND, update_TD, bias_D, scale_D, offset_D)
+
+
+def _forward(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form):
+    arrays = [a.value for a in (x_ND, update_TD, bias_D, scale_D, offset_D)]
+    sum_ND, normed_ND, *statistics = _run(*arrays, epsilon, form)
+    residuals = sum_ND, scale_D.value, *statistics
+    return (sum_ND, normed_ND), (residuals, arrays[1].shape)
 
 
 def _backward(epsilon, form, residuals, gradients):
     del epsilon
+    residuals, shape_TD = residuals
+    # The sum of the last norm is not used, so its gradient is not read.
+    of_sum_ND, of_normed_ND = (
+        None if isinstance(gradient, SymbolicZero) else gradient
+        for gradient in gradients
+    )
     # The gradients of bias, scale and offset are one array, summed once over devices.
-    gradient_ND, of_parameters_3D = form.backward_rows(*gradients, *residuals)
-    return gradient_ND, gradient_ND, *of_parameters_3D
+    gradient_ND, of_parameters_3D = form.backward_rows(
+        of_sum_ND, of_normed_ND, *residuals
+    )
+    of_update_TD = gradient_ND
+    if shape_TD != gradient_ND.shape:
+        of_repeats = gradient_ND.reshape(-1, *shape_TD)
+        of_update_TD = of_repeats.sum(axis=0, dtype=jnp.float32).astype(
+            gradient_ND.dtype
+        )
+    return gradient_ND, of_update_TD, *of_parameters_3D
 
 
-add_and_norm.defvjp(_forward, _backward)
+add_and_norm.defvjp(_forward, _backward, symbolic_zeros=True)

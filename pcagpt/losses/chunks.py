@@ -14,8 +14,8 @@ from pcagpt.sharding.inside import by_device, device_count
 def scan_chunks(function, carry, chunks: int, *arrays_N):
     """`jax.lax.scan` over at most `chunks` equal chunks of the arrays' leading axis.
 
-    Each chunk takes every `chunks`-th row, so that no row moves to another device if
-    the leading axis is split over devices. The number of chunks is the largest one up
+    If the leading axis is split over devices, each chunk takes every `chunks`-th row,
+    so that no row moves to another device. The number of chunks is the largest one up
     to `chunks` that divides the rows of one device (or N, if the devices cannot share N
     evenly).
 
@@ -29,11 +29,16 @@ def scan_chunks(function, carry, chunks: int, *arrays_N):
     if chunks == 1:
         return function(carry, arrays_N)
 
+    is_split = device_count() > 1
+
     def split(array):
-        return array.reshape(-1, chunks, *array.shape[1:]).swapaxes(0, 1)
+        if is_split:
+            return array.reshape(-1, chunks, *array.shape[1:]).swapaxes(0, 1)
+        return array.reshape(chunks, -1, *array.shape[1:])
 
     def join(array):
-        return array.swapaxes(0, 1).reshape(count, *array.shape[2:])
+        array = array.swapaxes(0, 1) if is_split else array
+        return array.reshape(count, *array.shape[2:])
 
     carry, outputs = jax.lax.scan(function, carry, tuple(map(split, arrays_N)))
     return carry, jax.tree.map(join, outputs)

@@ -63,13 +63,14 @@ class ResidualNorm(nn.Module):
     def __call__(
         self,
         x_ND: jax.Array,
-        update_ND: jax.Array,
+        update_TD: jax.Array,
         bias_D: jax.Array,
         *,
         has_few_rows: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """x + update + bias, and its LayerNorm; each [N, D] in the compute dtype.
 
+        The T rows of an update are repeated if there are fewer than N.
         XLA's own form is faster for few rows, such as one token of each sequence.
         """
         width = x_ND.shape[-1]
@@ -77,9 +78,17 @@ class ResidualNorm(nn.Module):
         parameters = bias_D, scale_D, _bias(self, width)
         form = None if has_few_rows else norm.form_of(self.config.kernels, width)
         if form is None:
+            update_ND = repeated(update_TD, x_ND.shape[0])
             return _add_and_norm(x_ND, update_ND, *parameters)
         epsilon = LAYER_NORM_EPSILON
-        return norm.add_and_norm(x_ND, update_ND, *parameters, epsilon, form)
+        return norm.add_and_norm(x_ND, update_TD, *parameters, epsilon, form)
+
+
+def repeated(rows_TD: jax.Array, count: int) -> jax.Array:
+    """The rows again and again, [count, D]."""
+    length, width = rows_TD.shape
+    repeats = jnp.broadcast_to(rows_TD, (count // length, length, width))
+    return repeats.reshape(count, width)
 
 
 def _add_and_norm(x_ND, update_ND, bias_D, scale_D, offset_D):
@@ -230,9 +239,11 @@ def _split_product_backward(backend, residuals, gradients):
     x_ND, kernel_DX = residuals
     (count, width), dtype = x_ND.shape, x_ND.dtype
     if backend == "mosaic" and product.fits(count, width, width, dtype):
-        of_x_ND = product.of_parts(gradients, kernel_DX.T)
+        of_x_ND = product.sum_of_products(gradients, jnp.split(kernel_DX, 3, axis=1))
         of_thirds = [x.T @ g for x, g in zip(_apart(x_ND), gradients, strict=True)]
-        return of_x_ND, jnp.concatenate(of_thirds, axis=1)
+        # Without the barrier, the optimizer would update the thirds one after another.
+        of_kernel_DX = jnp.concatenate(of_thirds, axis=1)
+        return of_x_ND, jax.lax.optimization_barrier(of_kernel_DX)
     # Without the barrier, XLA would join the gradients once for each product.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX

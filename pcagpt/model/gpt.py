@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pcagpt.model.block import Block, ResidualNorm
+from pcagpt.model.block import Block, ResidualNorm, repeated
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.model.embedding import Head, TokenEmbedding, head_logits
 
@@ -49,13 +49,12 @@ class GPT(nn.Module):
         """
         wpe_TD = self.wpe[:length] if position is None else self.wpe[position][None]
         wpe_TD = wpe_TD.astype(x_ND.dtype)
-        wpe_BTD = jnp.broadcast_to(wpe_TD, (x_ND.shape[0] // length, *wpe_TD.shape))
-        wpe_ND, bias_D = wpe_BTD.reshape(x_ND.shape), jnp.zeros(x_ND.shape[-1])
         if self.config.dropout and not deterministic:
-            x_ND = self.embedding_dropout(x_ND + wpe_ND, deterministic=False)
-            wpe_ND = jnp.zeros_like(x_ND)
+            x_ND += repeated(wpe_TD, x_ND.shape[0])
+            x_ND = self.embedding_dropout(x_ND, deterministic=False)
+            wpe_TD = jnp.zeros_like(wpe_TD)
         # The first norm adds the position embeddings, like any other update.
-        update = wpe_ND, bias_D
+        update = wpe_TD, jnp.zeros(x_ND.shape[-1])
         for block in self.blocks:
             x_ND, update = block(x_ND, update, length, deterministic, position)
         return self.ln_f(x_ND, *update, has_few_rows=position is not None)[1]

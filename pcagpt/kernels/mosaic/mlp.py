@@ -44,7 +44,7 @@ def _forward(x_ND, fc_DF, bias_F, proj_FD):
 
 def _backward(residuals, of_y_ND):
     x_ND, slope_NF, gelu_NF, fc_DF, proj_FD = residuals
-    of_h_NF, of_bias_F = _gradient_product(of_y_ND, proj_FD.T, slope_NF)
+    of_h_NF, of_bias_F = _gradient_product(of_y_ND, proj_FD, slope_NF)
     of_fc_DF, of_proj_FD = x_ND.T @ of_h_NF, gelu_NF.T @ of_y_ND
     return of_h_NF @ fc_DF.T, of_fc_DF, of_bias_F, of_proj_FD
 
@@ -63,13 +63,13 @@ def _gelu_product(x_ND, fc_DF, bias_F, *, keeps_slope: bool):
     def of_rows(x_ND, fc_DF, bias_F):
         result = jax.ShapeDtypeStruct((len(x_ND), fc_DF.shape[1]), x_ND.dtype)
         results = (result,) * (1 + keeps_slope)
-        return product.run((x_ND,), fc_DF, bias_F, work=_GELU, results=results)
+        return product.run((x_ND,), (fc_DF,), bias_F, work=_GELU, results=results)
 
     return of_rows(x_ND, fc_DF, bias_F)
 
 
 @inside.by_device([True, False, True], [True, False])
-def _gradient_product(of_y_ND, proj_DF, slope_NF):
+def _gradient_product(of_y_ND, proj_FD, slope_NF):
     """Gradients of h [N, F] and of the bias [F] float32."""
     width = slope_NF.shape[1]
     parts = HALVES * product.programs(width)[1]
@@ -77,8 +77,14 @@ def _gradient_product(of_y_ND, proj_DF, slope_NF):
         jax.ShapeDtypeStruct(slope_NF.shape, slope_NF.dtype),
         jax.ShapeDtypeStruct((parts, width), jnp.float32),
     )
-    factors = (of_y_ND,), proj_DF
-    of_h_NF, parts_PF = product.run(*factors, slope_NF, work=_GRADIENT, results=results)
+    of_h_NF, parts_PF = product.run(
+        (of_y_ND,),
+        (proj_FD,),
+        slope_NF,
+        work=_GRADIENT,
+        results=results,
+        is_turned=True,
+    )
     return of_h_NF, parts_PF.sum(axis=0)
 
 
@@ -136,33 +142,37 @@ def _gradient(
     half = place.half
     ones[...] = jnp.ones(ones.shape, ones.dtype)  # Both groups write the same.
 
-    def visit_tile(turn, sums):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for number in range(PIECES):
-            plgpu.copy_gmem_to_smem(
-                slope_ref.at[place.piece(turn, number)],
-                pieces.at[half, number],
-                arrived.at[half * PIECES + number],
-            )
-        product_rc = multiply(turn)
-        for number in range(PIECES):
-            plgpu.barrier_wait(arrived.at[half * PIECES + number])
-            slope_rc = pieces[half, number].astype(jnp.float32)
-            of_h_rc = product_rc[:, product.columns_of(number)] * slope_rc
-            pieces[half, number] = of_h_rc.astype(pieces.dtype)
-        plgpu.commit_smem()
-        for number in range(PIECES):
-            target = of_h_ref.at[place.piece(turn, number)]
-            plgpu.copy_smem_to_gmem(pieces.at[half, number], target)
-        sums_of_tile = _column_sums(pieces.at[half], ones, turned)
-        return [
-            sum_c + more_c for sum_c, more_c in zip(sums, sums_of_tile, strict=True)
-        ]
+    def add_up(*sum_refs):
+        @pl.loop(0, place.turns)
+        def _(turn):
+            def load():
+                # The last tile's pieces were read: by their copies, and by products.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for number in range(PIECES):
+                    plgpu.copy_gmem_to_smem(
+                        slope_ref.at[place.piece(turn, number)],
+                        pieces.at[half, number],
+                        arrived.at[half * PIECES + number],
+                    )
 
-    zeros = [jnp.zeros(PIECE, jnp.float32)] * PIECES
-    sums = lax.fori_loop(0, place.turns, visit_tile, zeros)
-    for number, sum_c in enumerate(sums):
-        numbers[half, pl.ds(number * PIECE, PIECE)] = sum_c
+            product_rc = multiply(turn, load)
+            for number in range(PIECES):
+                plgpu.barrier_wait(arrived.at[half * PIECES + number])
+                slope_rc = pieces[half, number].astype(jnp.float32)
+                of_h_rc = product_rc[:, product.columns_of(number)] * slope_rc
+                pieces[half, number] = of_h_rc.astype(pieces.dtype)
+            plgpu.commit_smem()
+            for number in range(PIECES):
+                target = of_h_ref.at[place.piece(turn, number)]
+                plgpu.copy_smem_to_gmem(pieces.at[half, number], target)
+            _add_columns(sum_refs, pieces.at[half], ones, turned)
+
+        plgpu.wgmma_wait(0)
+        for number, sum_ref in enumerate(sum_refs):
+            # All columns are the same.
+            numbers[half, pl.ds(number * PIECE, PIECE)] = sum_ref[...].max(axis=1)
+
+    pl.run_scoped(add_up, *[plgpu.ACC((PIECE, ONES), jnp.float32)] * PIECES)
     plgpu.commit_smem()
     part = place.part * HALVES + half
     target = sums_ref.at[part, pl.ds(place.column, COLUMNS)]
@@ -172,26 +182,20 @@ def _gradient(
 _GRADIENT = product.Work("mlp_gradient", _gradient, PIECES, _gradient_scratch)
 
 
-def _column_sums(pieces, ones, turned) -> list[jax.Array]:
-    """Sums of the columns of each piece in shared memory, [64] float32.
+def _add_columns(sum_refs, pieces, ones, turned) -> None:
+    """Adds the sums of the columns of each piece in shared memory, [64, 8] float32.
 
     A sum over rows would need several warps, which share no memory of their own. A
     product with ones gives each sum to all threads of its row.
     """
-
-    def multiply(*sum_refs):
-        for number, sum_ref in enumerate(sum_refs):
-            if turned is None:
-                left = pieces.at[number].transpose((1, 0))
-                right = ones.at[pl.ds(0, ONES)].transpose((1, 0))
-            else:  # The interpreter cannot turn a factor.
-                left, right = turned.at[launch.group(), number], ones
-                left[...] = pieces[number].T
-            plgpu.wgmma(sum_ref, left, right)
-        plgpu.wgmma_wait(0)
-        return [sum_ref[...].max(axis=1) for sum_ref in sum_refs]  # All are the same.
-
-    return pl.run_scoped(multiply, *[plgpu.ACC((PIECE, ONES), jnp.float32)] * PIECES)
+    for number, sum_ref in enumerate(sum_refs):
+        if turned is None:
+            left = pieces.at[number].transpose((1, 0))
+            right = ones.at[pl.ds(0, ONES)].transpose((1, 0))
+        else:  # The interpreter cannot turn a factor.
+            left, right = turned.at[launch.group(), number], ones
+            left[...] = pieces[number].T
+        plgpu.wgmma(sum_ref, left, right)
 
 
 def _slope_and_gelu(h_rc) -> list:

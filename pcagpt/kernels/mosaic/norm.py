@@ -3,8 +3,8 @@
 A program holds a row in registers and loads the next one meanwhile. A multiprocessor
 runs many programs, so that others compute while one waits for the sums of its warps.
 
-Shape letters: N rows, D their width, P programs. `of_x` is the gradient of the loss
-with respect to x.
+Shape letters: N rows, T rows of an update, D their width, P programs. `of_x` is the
+gradient of the loss with respect to x.
 """
 
 import functools
@@ -27,15 +27,13 @@ def fits(width: int) -> bool:
     return width % LANES == 0 and width <= MOST_WIDTH
 
 
-@inside.by_device([True, True, False, False, False], [True] * 4)
-def forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
-    """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
-    return _run_forward(x_ND, update_ND, bias_D, scale_D, offset_D, epsilon=epsilon)
-
-
 # All norms of a model share a kernel, which is lowered once.
 @functools.partial(jax.jit, static_argnames="epsilon")
-def _run_forward(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
+def forward_rows(x_ND, update_TD, bias_D, scale_D, offset_D, *, epsilon):
+    """The sum and its norm [N, D], mean and inverse deviation [N] float32.
+
+    It is for the rows of one device.
+    """
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct(x_ND.shape[:1], jnp.float32)
     return launch.call(
@@ -44,7 +42,7 @@ def _run_forward(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
         programs=_programs("forward", len(x_ND)),
         groups=1,
         name="add_and_norm",
-    )(x_ND, update_ND, bias_D, scale_D, offset_D)
+    )(x_ND, update_TD, bias_D, scale_D, offset_D)
 
 
 def _programs(direction: str, rows: int) -> int:
@@ -52,12 +50,19 @@ def _programs(direction: str, rows: int) -> int:
 
 
 def _visit_rows(inputs, visit, carry=()):
-    """Folds `visit(row, rows of the inputs, carry)` over the rows of this program."""
+    """Folds `visit(row, rows of the inputs, carry)` over the rows of this program.
+
+    The rows of an input with fewer rows than the first one are repeated.
+    """
     count = inputs[0].shape[0]
     program, programs = launch.program()
 
     def load(row):
-        return [ref[jnp.minimum(row, count - 1)] for ref in inputs]
+        row = jnp.minimum(row, count - 1)
+        return [
+            ref[row if ref.shape[0] == count else lax.rem(row, ref.shape[0])]
+            for ref in inputs
+        ]
 
     def turn(number, state):
         loaded, carry = state
@@ -97,16 +102,26 @@ def _visit_forward(*references, epsilon: float):
 
 @inside.by_device([True, True, True, False, True, True], [True, False])
 def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
-    """Gradients of x [N, D], and of bias, scale and offset [3, D] float32."""
-    return _run_backward(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
+    """Gradients of x [N, D], and of bias, scale and offset [3, D] float32.
+
+    The gradient of the sum may be None for 0.
+    """
+    of_results = of_normed_ND, of_sum_ND
+    return _run_backward(
+        [of_ND for of_ND in of_results if of_ND is not None],
+        sum_ND,
+        scale_D,
+        mean_N,
+        inverse_N,
+    )
 
 
 @jax.jit
-def _run_backward(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
+def _run_backward(of_results, sum_ND, scale_D, mean_N, inverse_N):
     count, width = sum_ND.shape
     programs = _programs("backward", count)
     gradient_ND, parts_3PD = launch.call(
-        _visit_backward,
+        functools.partial(_visit_backward, results=len(of_results)),
         (
             jax.ShapeDtypeStruct(sum_ND.shape, sum_ND.dtype),
             jax.ShapeDtypeStruct((3, programs, width), jnp.float32),
@@ -114,30 +129,34 @@ def _run_backward(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
         programs=programs,
         groups=1,
         name="add_and_norm_gradient",
-    )(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N)
+    )(*of_results, sum_ND, scale_D, mean_N, inverse_N)
     return gradient_ND, parts_3PD.sum(axis=1)
 
 
-def _visit_backward(*references):
+def _visit_backward(*references, results: int):
     """Kernel: the rows of one program, and their part of the parameters' gradients."""
-    of_sum_ref, of_normed_ref, sum_ref, scale_ref, mean_ref = references[:5]
-    inverse_deviation_ref, gradient_ref, of_parameters_ref = references[5:]
+    of_results, (sum_ref, scale_ref, mean_ref, *references) = (
+        references[:results],
+        references[results:],
+    )
+    inverse_deviation_ref, gradient_ref, of_parameters_ref = references
     width, scale_D = sum_ref.shape[1], scale_ref[...]
 
     def visit(row, arrays, totals):
-        of_sum_D, of_normed_D, x_D = arrays
+        x_D, of_normed_D, *of_sum = arrays
         mean, inverse = mean_ref[row], inverse_deviation_ref[row]
         unit_D = (x_D - mean) * inverse
         slope_D = of_normed_D * scale_D
         mean_slope = jnp.sum(slope_D) / width
         mean_product = jnp.sum(slope_D * unit_D) / width
-        of_sum_D += (slope_D - mean_slope - unit_D * mean_product) * inverse
+        of_sum_D = (slope_D - mean_slope - unit_D * mean_product) * inverse
+        of_sum_D = sum(of_sum, of_sum_D)
         gradient_ref[row] = of_sum_D.astype(gradient_ref.dtype)
         terms = of_sum_D, of_normed_D * unit_D, of_normed_D
         return [t + x for t, x in zip(totals, terms, strict=True)]
 
     zeros = [jnp.zeros(width, jnp.float32)] * 3
-    totals = _visit_rows([of_sum_ref, of_normed_ref, sum_ref], visit, zeros)
+    totals = _visit_rows([sum_ref, *of_results], visit, zeros)
     program, _ = launch.program()
     for number, total_D in enumerate(totals):
         of_parameters_ref[number, program] = total_D

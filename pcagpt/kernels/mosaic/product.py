@@ -5,8 +5,8 @@ memory, as far ahead as it has slots. Two others multiply, each the upper or low
 of a tile, and finish it while the next factors arrive. A program computes all its tiles
 in the same columns, so it can add up something for each column.
 
-Shape letters: N rows, D depth of the product (d: of a part of the left factor), F
-columns; r rows and c columns of a piece of a tile.
+Shape letters: N rows, D depth of a product, F columns; r rows and c columns of a piece
+of a tile.
 """
 
 import functools
@@ -32,7 +32,7 @@ REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
 def fits(rows: int, depth: int, columns: int, dtype) -> bool:
     """Whether a product of these sizes consists of whole tiles of bfloat16.
 
-    `depth`: columns of each part of the left factor.
+    `depth`: columns of each left factor.
     """
     return (
         launch.has_wgmma()
@@ -44,28 +44,29 @@ def fits(rows: int, depth: int, columns: int, dtype) -> bool:
     )
 
 
-def of_parts(parts_Nd: Sequence[jax.Array], b_DF: jax.Array) -> jax.Array:
-    """concatenate(parts, axis=1) @ b, without joining the parts: [N, F] bfloat16.
+def sum_of_products(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]):
+    """The sum of left @ right.T for left [N, D] and right [F, D]: [N, F] bfloat16.
 
-    Each device has its own rows of the parts. The product is added up in float32.
+    Each device has its own rows of `lefts`. The sum is in float32.
     """
-    (product_NF,) = _of_parts(tuple(parts_Nd), b_DF)
-    return product_NF
+    (sum_NF,) = _sum_of_products(tuple(lefts), tuple(rights))
+    return sum_NF
 
 
 @inside.by_device([True, False], [True])
-def _of_parts(parts_Nd, b_DF):
-    result = jax.ShapeDtypeStruct((len(parts_Nd[0]), b_DF.shape[1]), b_DF.dtype)
-    return run(parts_Nd, b_DF, work=_STORING, results=(result,))
+def _sum_of_products(lefts, rights):
+    result = jax.ShapeDtypeStruct((len(lefts[0]), len(rights[0])), rights[0].dtype)
+    return run(lefts, rights, work=_STORING, results=(result,), is_turned=True)
 
 
 class Work(NamedTuple):
     """What the multiplying groups do with tiles.
 
-    finish: gets the place, `multiply(turn)`, references to further inputs and to the
-    results, and what is in shared memory. slots: pieces in shared memory on their way
-    to the results, for each group; the more there are, the fewer factors fit beside
-    them. scratch: makes further arrays in shared memory.
+    finish: gets the place, `multiply(turn, meanwhile)`, references to further inputs
+    and to the results, and what is in shared memory. While the first products run,
+    `multiply` calls `meanwhile` if there is one. slots: pieces in shared memory on
+    their way to the results, for each group; the more there are, the fewer factors fit
+    beside them. scratch: makes further arrays in shared memory.
     """
 
     name: str
@@ -82,29 +83,41 @@ def programs(columns: int) -> tuple[int, int]:
 
 
 # All blocks share a kernel, which is lowered once.
-@functools.partial(jax.jit, static_argnames=("work", "results"))
-def run(parts_Nd: tuple, b_DF, *further, work: Work, results: tuple):
-    """The results of `work` with the product of a matrix in parts and b.
+@functools.partial(jax.jit, static_argnames=("work", "results", "is_turned"))
+def run(
+    lefts: tuple,
+    rights: tuple,
+    *further,
+    work: Work,
+    results: tuple,
+    is_turned: bool = False,
+):
+    """The results of `work` with the sum of left @ right.
 
-    results: their shapes and dtypes.
+    results: their shapes and dtypes. is_turned: each right factor is [F, D] and not
+    [D, F]. The weights of a layer are so for its backward pass.
     """
-    dtype, stages = b_DF.dtype, 4 if work.slots <= 2 else 3
+    if is_turned and launch.is_interpreted():  # The interpreter cannot turn a factor.
+        rights, is_turned = tuple(right.T for right in rights), False
+    dtype, stages = rights[0].dtype, 4 if work.slots <= 2 else 3
+    depth, width = rights[0].shape[:: -1 if is_turned else 1]
 
     def split(references, count):
         return references[:count], references[count:]
 
     def body(*references):
-        a_refs, (b_ref, *others) = split(references, len(parts_Nd))
+        left_refs, others = split(references, len(lefts))
+        right_refs, others = split(others, len(rights))
         further_refs, result_refs = split(others, len(further))
 
-        def compute(a_smem, b_smem, loaded, used, **scratch):
-            place = Place(a_refs[0].shape[0], *b_ref.shape)
-            factors = a_smem, b_smem, loaded, used
+        def compute(left_smem, right_smem, loaded, used, **scratch):
+            place = Place(lefts[0].shape[0], depth * len(lefts), width)
+            factors = is_turned, left_smem, right_smem, loaded, used
 
             @pl.when(launch.group() == HALVES)
             def _():
                 plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
-                _copy_factors(place, a_refs, b_ref, *factors)
+                _copy_factors(place, left_refs, right_refs, *factors)
 
             @pl.when(launch.group() < HALVES)
             def _():
@@ -120,8 +133,10 @@ def run(parts_Nd: tuple, b_DF, *further, work: Work, results: tuple):
 
         launch.with_scratch(
             compute,
-            a_smem=launch.shared((stages, ROWS, DEPTH), dtype, DEPTH),
-            b_smem=launch.shared((stages, DEPTH, COLUMNS), dtype, PIECE),
+            left_smem=launch.shared((stages, ROWS, DEPTH), dtype, DEPTH),
+            right_smem=launch.shared(
+                (stages, *_turn(is_turned, DEPTH, COLUMNS)), dtype, PIECE
+            ),
             loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages),
             pieces=launch.shared((HALVES, work.slots, PIECE, PIECE), dtype, PIECE),
@@ -131,10 +146,10 @@ def run(parts_Nd: tuple, b_DF, *further, work: Work, results: tuple):
     return launch.call(
         body,
         results,
-        programs=programs(b_DF.shape[1])[0],
+        programs=programs(width)[0],
         groups=HALVES + 1,
         name=work.name,
-    )(*parts_Nd, b_DF, *further)
+    )(*lefts, *rights, *further)
 
 
 class Place:
@@ -163,32 +178,38 @@ class Place:
         return pl.ds(row, PIECE), pl.ds(self.column + number * PIECE, PIECE)
 
 
-def _copy_factors(place: Place, a_refs, b_ref, a_smem, b_smem, loaded, used):
-    stages, steps_of_part = a_smem.shape[0], place.steps // len(a_refs)
+def _turn(is_turned: bool, rows, columns) -> tuple:
+    """Sizes or places in a right factor."""
+    return (columns, rows) if is_turned else (rows, columns)
+
+
+def _copy_factors(
+    place: Place, left_refs, right_refs, is_turned, left_smem, right_smem, loaded, used
+):
+    stages, steps_of_pair = left_smem.shape[0], place.steps // len(left_refs)
 
     @pl.loop(0, place.turns)
     def _(turn):
         rows, columns = pl.ds(place.row(turn), ROWS), pl.ds(place.column, COLUMNS)
-        for part, a_ref in enumerate(a_refs):
+        for pair, (left_ref, right_ref) in enumerate(
+            zip(left_refs, right_refs, strict=True)
+        ):
 
-            @pl.loop(0, steps_of_part)
-            def _(step_of_part, part=part, a_ref=a_ref):
-                step = part * steps_of_part + step_of_part
-                count = turn * place.steps + step
-                slot = lax.rem(count, stages)
+            @pl.loop(0, steps_of_pair)
+            def _(step, pair=pair, left_ref=left_ref, right_ref=right_ref):
+                count = turn * place.steps + pair * steps_of_pair + step
+                slot, depth = lax.rem(count, stages), pl.ds(step * DEPTH, DEPTH)
 
                 @pl.when(count >= stages)
                 def _():
                     plgpu.barrier_wait(used.at[slot])
 
                 plgpu.copy_gmem_to_smem(
-                    a_ref.at[rows, pl.ds(step_of_part * DEPTH, DEPTH)],
-                    a_smem.at[slot],
-                    loaded.at[slot],
+                    left_ref.at[rows, depth], left_smem.at[slot], loaded.at[slot]
                 )
                 plgpu.copy_gmem_to_smem(
-                    b_ref.at[pl.ds(step * DEPTH, DEPTH), columns],
-                    b_smem.at[slot],
+                    right_ref.at[_turn(is_turned, depth, columns)],
+                    right_smem.at[slot],
                     loaded.at[slot],
                 )
 
@@ -200,9 +221,18 @@ def _copy_factors(place: Place, a_refs, b_ref, a_smem, b_smem, loaded, used):
         plgpu.barrier_wait(used.at[lax.rem(past, stages)])
 
 
-def _multiply(place: Place, a_smem, b_smem, loaded, used, turn) -> jax.Array:
+def _multiply(
+    place: Place,
+    is_turned: bool,
+    left_smem,
+    right_smem,
+    loaded,
+    used,
+    turn,
+    meanwhile: Callable[[], None] | None = None,
+) -> jax.Array:
     """This group's half of a tile, [64, 256] float32."""
-    stages, half = a_smem.shape[0], pl.ds(place.half * PIECE, PIECE)
+    stages, half = left_smem.shape[0], pl.ds(place.half * PIECE, PIECE)
 
     def add_up(sum_ref):
         @pl.loop(0, place.steps)
@@ -210,8 +240,16 @@ def _multiply(place: Place, a_smem, b_smem, loaded, used, turn) -> jax.Array:
             count = turn * place.steps + step
             slot = lax.rem(count, stages)
             plgpu.barrier_wait(loaded.at[slot])
-            plgpu.wgmma(sum_ref, a_smem.at[slot, half], b_smem.at[slot])
+            right = right_smem.at[slot]
+            right = right.transpose((1, 0)) if is_turned else right
+            plgpu.wgmma(sum_ref, left_smem.at[slot, half], right)
             plgpu.wgmma_wait(1)  # The product before this one has read its factors.
+
+            if meanwhile is not None:
+
+                @pl.when(step == min(1, place.steps - 1))
+                def _():
+                    meanwhile()
 
             @pl.when(step > 0)
             def _():
@@ -242,7 +280,7 @@ def _store(place: Place, multiply, results, pieces):
             copy_out(pieces, place.half, number, piece_rc, target)
 
 
-_STORING = Work("product_of_parts", _store, slots=2)
+_STORING = Work("sum_of_products", _store, slots=2)
 
 
 def copy_out(pieces, half, count: int, piece_rc, target) -> None:

@@ -27,10 +27,13 @@ def fits(width: int) -> bool:
     return len(_pieces(width)) <= MOST_PIECES
 
 
-@inside.by_device([True, True, False, False, False], [True] * 4)
-def forward_rows(x_ND, update_ND, bias_D, scale_D, offset_D, *, epsilon):
-    """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
+def forward_rows(x_ND, update_TD, bias_D, scale_D, offset_D, *, epsilon):
+    """The sum and its norm [N, D], mean and inverse deviation [N] float32.
+
+    It is for the rows of one device.
+    """
     count, width = x_ND.shape
+    update_ND = jnp.tile(update_TD, (count // len(update_TD), 1))
     rows = launch.power_of_2(count, ROWS)
     tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
     whole = pl.BlockSpec((width,), lambda i: (0,))
@@ -74,7 +77,11 @@ def _visit_forward(*references, epsilon: float):
 
 @inside.by_device([True, True, True, False, True, True], [True, False])
 def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
-    """Gradients of x [N, D], and of bias, scale and offset [3, D] float32."""
+    """Gradients of x [N, D], and of bias, scale and offset [3, D] float32.
+
+    The gradient of the sum may be None for 0.
+    """
+    of_sum_ND = jnp.zeros_like(sum_ND) if of_sum_ND is None else of_sum_ND
     count, width = sum_ND.shape
     rows = launch.power_of_2(count, ROWS)
     tiles = launch.power_of_2(count // rows, max(1, count // (rows * launch.PROGRAMS)))
