@@ -1,6 +1,7 @@
 """Tokens of another tokenizer are decoded, and encoded again by the model's."""
 
 import json
+import re
 import shutil
 
 import gpt2_folders
@@ -245,6 +246,42 @@ def test_a_space_that_a_tokenizer_marks_is_left_out_at_a_cut(word_level, monkeyp
         tokenize._pieces([text], lambda text: tokenize._checked_cut(encode, text))
     )
     assert len(pieces) > 1 and sum(map(encode, pieces), []) == encode(text)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "end", "between"),
+    [
+        (normalizers.Strip(), ",", "\n"),
+        (normalizers.Replace(tokenizers.Regex(r"\A\s+|\s+\z"), ""), ",", " "),
+        (normalizers.StripAccents(), "", "\u0301"),
+        (normalizers.BertNormalizer(), "", "\x01"),
+        (normalizers.Nmt(), "", "\x01"),
+    ],
+    ids=["strip", "replace", "accents", "bert", "nmt"],
+)
+def test_a_text_is_not_cut_where_a_tokenizer_drops_all_around(normalizer, end, between):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    alphabet = ["\n", " ", ",", *"abcdefghijklmnopqrstuvwxyz"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=200, initial_alphabet=alphabet, show_progress=False
+    )
+    words = re.findall("[a-z]+", TEXT.lower()) * 9
+    made.train_from_iterator(words, trainer)
+    text = "".join(
+        f"{word}{end}{between * (number % 9 * 20)}" for number, word in enumerate(words)
+    )
+
+    def encode(text):
+        return made.encode(text).ids
+
+    cuts = {
+        tokenize._checked_cut(encode, text[:size]) for size in range(1200, 4000, 41)
+    }
+    assert len(cuts) > 5
+    for stop, start in cuts - {None}:
+        assert encode(text[:stop]) + encode(text[start:]) == encode(text)
 
 
 # What commands make of it.

@@ -14,6 +14,7 @@ import tokenizers
 from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
+from tokenizers import normalizers
 
 import pcagpt
 from pcagpt import file_hashes
@@ -426,6 +427,39 @@ def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(
         assert corpus.text_size("train") is None
     again = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     assert (again.folder, again.tokenizer) == (corpus.folder, corpus.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("parts", "drops"),
+    [
+        ([], False),
+        ([normalizers.NFC()], False),
+        ([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")], False),  # Llama 2's
+        ([normalizers.Strip()], True),
+        ([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" +"), " ")], True),
+        ([normalizers.Replace("x", ""), normalizers.Lowercase()], True),
+    ],
+    ids=["none", "nfc", "llama2", "strip", "spaces", "removed"],
+)
+def test_cached_tokens_of_the_old_cuts_are_made_again_where_they_can_be_others(
+    parts, drops, byte_level, place
+):
+    made = tokenizers.Tokenizer.from_file(str(byte_level / "whole/tokenizer.json"))
+    made.normalizer = normalizers.Sequence(parts)
+    made.save("tokenizer.json")
+    now = open_corpus("text", place / "cache", "tokenizer.json")
+    assert len(now.older) == drops
+    for earlier in now.older:
+        shutil.copytree(now.folder, earlier)
+        tokens = np.fromfile(earlier / "train.bin", "<u2")[::-1]
+        tokens.tofile(earlier / "train.bin")
+        meta = json.loads((earlier / "meta.json").read_text())
+        del meta["tokens_sha256"], meta["sha256"]
+        (earlier / "meta.json").write_text(json.dumps(meta))
+        again = open_corpus("text", place / "cache", "tokenizer.json")
+        assert again.folder == now.folder
+        record = {"corpus": open_corpus(str(earlier), place / "cache").content}
+        assert str(earlier) in now.older_tokens(record, place / "cache")
 
 
 @pytest.fixture

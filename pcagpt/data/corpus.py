@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
 TRAINING_PARTS = ("train", "val", "vocab_size", "tokenizer_sha256")
-_RECIPE = 1  # part of a cache folder's name: raise it when the tokens would change
+# Parts of a cache folder's name, the newest first: add one when the tokens change.
+_RECIPES, _DROPPING_RECIPES = (1,), (2, 1)  # the latter if a tokenizer drops characters
 
 
 class TextSize(NamedTuple):
@@ -155,8 +156,8 @@ class Corpus(CorpusInfo):
             older = Corpus(**vars(read_meta(folder, "auto")), folder=folder)
             if older.changed_parts(record) == []:
                 return (
-                    "; an earlier version took marks such as <|endoftext|> for ordinary"
-                    f" text, and its tokens are in {folder}, which can be given as "
+                    "; an earlier version made other tokens of the same text, and its "
+                    f"tokens are in {folder}, which can be given as "
                     "--config.data.source"
                 )
         return ""
@@ -274,7 +275,7 @@ def check_package(source: str, cache_dir: Path, tokenizer: str = "auto") -> None
     if source not in NAMED:
         return
     found = find_source(source)
-    folder = _folder_name(found.fingerprints()[0], found.info(tokenizer))
+    folder = _folder_names(found.fingerprints(), found.info(tokenizer))[0]
     if not (cache_dir / folder).is_dir():
         import_package(source)
 
@@ -337,10 +338,7 @@ def _open(
     if isinstance(found, TokenFolder):
         return _told(Corpus(**vars(info), folder=found.folder, cache_dir=cache_dir))
     fingerprints = found.fingerprints()
-    folder, *older = (
-        cache_dir / _folder_name(fingerprint, info)
-        for fingerprint in dict.fromkeys(fingerprints)
-    )
+    folder, *older = (cache_dir / name for name in _folder_names(fingerprints, info))
     if not (tokenizes or folder.is_dir()):
         return None
     if not folder.is_dir():
@@ -391,8 +389,17 @@ def _made(folder: Path, info: CorpusInfo) -> CorpusInfo:
     return read_meta(folder, info.tokenizer)
 
 
-def _folder_name(fingerprint: str, info: CorpusInfo) -> str:
-    """A folder for the tokens that one tokenizer makes of one text."""
-    recipe = [_RECIPE, fingerprint, info.tokenizer_sha256]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    return folder_name(info.name, f"-{vocabulary.label(info.tokenizer)}-{key}")
+def _folder_names(fingerprints: Sequence[str], info: CorpusInfo) -> list[str]:
+    """The folder for the tokens of a text, then those of earlier versions.
+
+    `fingerprints`: of the text, as in `TextSource`.
+    """
+    drops = vocabulary.drops_characters(info.tokenizer)
+    names = []
+    for recipe in _DROPPING_RECIPES if drops else _RECIPES:
+        for fingerprint in dict.fromkeys(fingerprints):
+            parts = json.dumps([recipe, fingerprint, info.tokenizer_sha256])
+            key = hashlib.sha256(parts.encode()).hexdigest()[:12]
+            ending = f"-{vocabulary.label(info.tokenizer)}-{key}"
+            names.append(folder_name(info.name, ending))
+    return names

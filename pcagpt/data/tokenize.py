@@ -31,7 +31,9 @@ _PIECE_CHARACTERS = 1 << 16
 # the whole. Python's \S excludes every space that the pattern's \s matches.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 _EDGE = re.compile(r"\b")  # of a word: where other tokenizers may allow a cut
-_CONTEXT, _TRIED = 64, 1024  # characters around a cut, and those with cuts to try
+# Characters on each side of a cut that are compared; the second if the first keep fewer
+# tokens than `_FEWEST`. `_TRIED` characters have cuts to try.
+_CONTEXTS, _FEWEST, _TRIED = (64, 1024), 8, 1024
 _LONGEST_PIECE = 1 << 22  # characters
 Cut = tuple[int, int]  # the end of one piece and the start of the next
 
@@ -177,12 +179,28 @@ def _checked_cut(encode: Callable[[str], list[int]], text: str) -> Cut | None:
     A tokenizer that puts a mark for a space before each text needs this space left out.
     A very long text without such a place is cut at its end, so that memory is bounded.
     """
-    last = len(text) - _CONTEXT
+    last = len(text) - _CONTEXTS[0]
     edges = [m.start() for m in _EDGE.finditer(text, max(last - _TRIED, 1), last)]
     for end in reversed(edges):
         for start in (end, end + 1) if text[end] == " " else (end,):
-            left, right = text[max(end - _CONTEXT, 0) : end], text[start:][:_CONTEXT]
-            whole = text[max(end - _CONTEXT, 0) : start + _CONTEXT]
-            if encode(left) + encode(right) == encode(whole):
+            if _keeps_ids(encode, text, end, start):
                 return end, start
     return (len(text), len(text)) if len(text) >= _LONGEST_PIECE else None
+
+
+def _keeps_ids(
+    encode: Callable[[str], list[int]], text: str, end: int, start: int
+) -> bool:
+    """Whether a cut changes no id around it.
+
+    Tokenizers may drop characters, such as white space at the ends of a text. Only what
+    is left of each side shows what the cut does.
+    """
+    for context in _CONTEXTS:
+        begin, stop = max(end - context, 0), start + context
+        left, right = encode(text[begin:end]), encode(text[start:stop])
+        if left + right != encode(text[begin:stop]):
+            return False
+        if min(len(left), len(right)) >= _FEWEST:
+            return True
+    return False

@@ -46,6 +46,8 @@ _SAVE_WHOLE = (
 _OTHER_CUTS = ("biogpt", "clip", "ctrl", "flaubert", "openai-gpt", "qwen", "xlm")
 # Fields of a model in tokenizer.json with which it joins bytes in another way.
 _OTHER_JOINS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+# Normalizers in tokenizer.json that drop no character.
+_KEEPING = ("ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Prepend")
 # Rank files of OpenAI's whose patterns are not GPT-2's.
 _OTHER_PATTERNS = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -358,6 +360,28 @@ def _changes_texts(whole: Path) -> bool:
     model = content.get("model")
     has_dropout = isinstance(model, dict) and model.get("dropout")
     return bool(content.get("truncation") or content.get("padding") or has_dropout)
+
+
+@read_once
+def drops_characters(file: Path) -> bool:
+    """Whether a normalizer may drop characters, such as spaces at the end of a text."""
+    if file.name != WHOLE:  # What is made of other files has none that does.
+        return False
+    return _drops((read_json(file, _DAMAGED) or {}).get("normalizer"))
+
+
+def _drops(normalizer: Any) -> bool:
+    """`drops_characters` of a normalizer, or a part of one, in a tokenizer.json."""
+    match normalizer:
+        case None:
+            return False
+        case {"type": "Sequence", "normalizers": [*parts]}:
+            return any(map(_drops, parts))
+        case {"type": "Replace", "pattern": {"String": _}, "content": str(content)}:
+            return not content  # Llama's puts a mark for each space.
+        case {"type": kind}:
+            return kind not in _KEEPING
+    return True
 
 
 def _disagreement(file: Path) -> str | None:

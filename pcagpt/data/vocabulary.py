@@ -71,6 +71,11 @@ def tells_bytes(name: str) -> bool:
     return name_of(name) in RANKS or name.endswith(tokenizer_files.RANK_ENDING)
 
 
+def drops_characters(name: str) -> bool:
+    """Whether a tokenizer may drop characters of a text before it cuts the rest."""
+    return name not in RANKS and tokenizer_files.drops_characters(Path(name))
+
+
 def label(name: str) -> str:
     """A name for files and folders."""
     return name if name in RANKS else Path(name).stem
