@@ -94,9 +94,10 @@ class Recipe:
 
     method: a name in `METHODS`, `CODES` or `RIVALS`; bands: number of frequency bands
     to start from; budget: largest number of stored values (`CODES`: of bytes in the
-    file; `RIVALS`: exact number of codes); rank: the rank of one band with this budget;
-    0 for `RIVALS` and in a search for a bound; bits: per stored value, 32 (float32) or
-    at most 8 (`CODES`: 0; `RIVALS`: per code, which can stand for several values).
+    file; `RIVALS`: exact number of codes; of a rank, without the mean); rank: the rank
+    of one band with this budget; 0 for `RIVALS` and in a search for a bound; bits: per
+    stored value, 32 (float32) or at most 8 (`CODES`: 0; `RIVALS`: per code, which can
+    stand for several values).
     """
 
     method: str

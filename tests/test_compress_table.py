@@ -276,7 +276,10 @@ def test_with_statistics_the_tables_are_those_of_a_sweep_of_the_model(
     assert rows.keys() == {row.recipe for row in swept}
     for row in swept:
         found = rows[row.recipe]
-        assert (found.bytes, found.table_sha256) == (row.bytes, row.table_sha256)
+        # The position embeddings of the model hold the mean.
+        mean = 4 * run.table_shape[1] * (row.method in ("fisher", "context"))
+        assert (found.bytes, found.memory) == (row.bytes + mean, row.memory + mean)
+        assert found.table_sha256 == row.table_sha256
         estimate = row.second_order_head + row.second_order_input
         assert found.estimated_loss == pytest.approx(estimate, rel=1e-9)
     unsure = "Their file does not say which table they are of"
@@ -342,6 +345,19 @@ def test_statistics_that_do_not_fit_are_refused(table):
 
 
 # A bound
+
+
+def test_a_bound_is_one_on_all_that_is_stored(table):
+    bound = 6 * (V + D)  # Without the mean, rank 6 would fit.
+    words = "--config.compress.methods=pca", f"--config.compress.max_params={bound}"
+    outcome = call(*asked(table, *words))
+    assert outcome.code == 0, outcome
+    folder = folder_of(table) / "advised"
+    chosen = json.loads((folder / "advice.json").read_text())["chosen"]
+    made = read_bands(folder / "factors")
+    assert made.ranks == (5,) and made.mean.shape == (D,)
+    stored = made.bands[0].wte.nbytes + made.bands[0].scale.nbytes + made.mean.nbytes
+    assert chosen["bytes"] == chosen["memory"] == 4 * chosen["params"] == stored
 
 
 @pytest.mark.parametrize("method", ["", "coded", "packed", "svd"])

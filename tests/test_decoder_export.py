@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shlex
 import types
 
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the extra hf: torch, transfor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from command_line import CONFIGS, THEIR_SIZES, call, tiny  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_decoder import CONFIGS as MODELS  # noqa: E402
 from test_decoder import SIZES  # noqa: E402
@@ -96,7 +98,14 @@ def test_an_export_has_the_loss_that_was_measured(name, swept):
     row = _row(workdir, json.loads((table / "config.json").read_text())["compressed"])
     for form, loss in losses.items():
         assert loss == pytest.approx(row.loss + row.added_loss, abs=2e-5), form
-    assert f"{row.loss + row.added_loss:,.4f}" in (made / "README.md").read_text()
+    card = (made / "README.md").read_text()
+    assert f"{row.loss + row.added_loss:,.4f}" in card
+    if row.recipe.is_factors:  # They have a mean.
+        with safe_open(made / "model.safetensors", "pt") as file:
+            names = [n for n in list(file.keys()) if "embed_tokens." in n]
+            shapes = [file.get_slice(name).get_shape() for name in names]
+        assert sum(map(math.prod, shapes)) == row.params
+        assert f"| {row.params:,} | {row.memory:,} |" in card
 
 
 def _row(workdir, made):

@@ -391,7 +391,7 @@ def test_a_quantized_table_in_bands_counts_the_order_of_its_tokens():
     assert size == sum(quantize(band.wte, 8).bytes for band in bands) + 4 * 8
 
 
-def compressor(vocab_size=300, width=6):
+def compressor(vocab_size=300, width=6, **options):
     """A table of uneven rows and its compressor."""
     random = np.random.default_rng(0)
     table = (random.normal(size=(vocab_size, width)) * np.arange(width, 0, -1)).astype(
@@ -401,7 +401,7 @@ def compressor(vocab_size=300, width=6):
     statistics = Statistics(
         random.dirichlet(np.full(vocab_size, 0.1)), flat, np.zeros(width), eye, eye, eye
     )
-    return table, Compressor(table, statistics)
+    return table, Compressor(table, statistics, **options)
 
 
 def relative_error(found, wanted):
@@ -431,7 +431,33 @@ def test_a_table_of_few_bits_is_the_rounded_table(bits, bands):
     rounded, whole = (make(Recipe("freq", bands, 1000, 0, b)) for b in (bits, 32))
     most = {8: 0.006, 4: 0.1}[bits]
     assert 0 < relative_error(rounded.dense, whole.dense) < most
-    assert rounded.bytes < whole.bytes == 4 * whole.table.parameters
+    assert rounded.bytes < whole.bytes == 4 * whole.stored["params"]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_mean_counts_unless_position_embeddings_hold_it(bits, bands):
+    recipe = Recipe("freq", bands, 4 * 306, 4, bits)
+    apart, held = (compressor(stores_mean=of)[1](recipe) for of in (True, False))
+    assert apart.table.mean.shape == (6,) and apart.sha256 == held.sha256
+    less = {"params": 6, "bytes": 4 * 6, "memory": 4 * 6}
+    for name, size in less.items():
+        assert apart.stored[name] == held.stored[name] + size, name
+    assert held.stored["params"] == held.table.parameters
+
+
+def test_a_table_with_its_mean_fills_a_bound_and_does_not_exceed_it():
+    table, make = compressor()
+    measure = lambda made: scores(sum(made.second_order))  # noqa: E731
+    for bound in range(1300, 4 * table.size, 97):
+        fit = Fit(make, make.codes_bytes, measure, ["freq"], (1,), table.shape)
+        found = fit.within_bytes(bound, [32])
+        values = found.candidate.table.parameters + 6
+        assert found.candidate.bytes == 4 * values <= bound
+        assert 4 * (values + 306) > bound or found.candidate.table.ranks == (6,)
+    assert fit.least_bytes([32]) == 4 * (306 + 6)
+    fit = Fit(make, make.codes_bytes, measure, ["freq"], (1,), table.shape)
+    assert fit.within_bytes(4 * (306 + 6) - 1, [32]) is None
 
 
 def test_estimated_bytes_save_measurements_of_coded_tables():

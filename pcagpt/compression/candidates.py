@@ -41,7 +41,7 @@ class Candidate:
 
     table: factors, or the dense table that codes stand for; codes: how it is stored,
     for `CODES`; dense: [V, D]; bytes: its storage; second_order: estimate of its added
-    loss; seconds: time to make the table.
+    loss; seconds: time to make the table; stores_mean: as for `Compressor`.
     """
 
     recipe: Recipe
@@ -51,6 +51,7 @@ class Candidate:
     bytes: int
     second_order: SecondOrder
     seconds: float
+    stores_mean: bool = True
 
     def row(self, scores: SwapScores) -> Row:
         """The row of the candidate in sweep.json, still without a prediction."""
@@ -66,12 +67,14 @@ class Candidate:
         """The fields of `Stored`."""
         stored = self.codes or self.table
         is_model = self.recipe.is_codes or self.recipe.is_factors
+        params = self.table.parameters
+        params += self.table.mean_parameters if self.stores_mean else 0
         return dataclasses.asdict(self.recipe) | {
             "band_sizes": list(stored.sizes),
             "band_ranks": list(stored.ranks),
-            "params": self.table.parameters,
+            "params": params,
             "bytes": self.bytes,
-            "memory": stored.memory,
+            "memory": self.codes.memory if self.codes else FLOAT_BYTES * params,
             "seconds": self.seconds,
             "table_sha256": self.sha256 if is_model else None,
         }
@@ -102,10 +105,16 @@ class Compressor:
         statistics: Statistics,
         singular_value_split: float = 0.0,
         side: str = "",
+        stores_mean: bool = True,
     ):
-        """`side` is as for `sides.seen_by`."""
+        """`side` is as for `sides.seen_by`.
+
+        stores_mean: whether the mean of factors is stored beside them. Otherwise, the
+        position embeddings hold it, and it takes no bytes.
+        """
         self._table_VD, self._statistics = table_VD, seen_by(side, statistics)
         self._side, self._split = side, singular_value_split
+        self._stores_mean = stores_mean
         self._predict = Predictor(table_VD, statistics)
         self._method = ""
         # Of this table only: a program may compress many.
@@ -129,10 +138,13 @@ class Compressor:
             size = table.parameters * FLOAT_BYTES
             if recipe.bits < 32:
                 table, size = quantized(table, recipe.bits)
+            if self._stores_mean:
+                size += FLOAT_BYTES * table.mean_parameters
         dense_VD = table.dense()
         seconds = time.monotonic() - began
         second_order = counted_by(self._side, self._predict(dense_VD))
-        return Candidate(recipe, table, codes, dense_VD, size, second_order, seconds)
+        made = recipe, table, codes, dense_VD, size, second_order, seconds
+        return Candidate(*made, self._stores_mean)
 
     def codes_bytes(self, method: str, bands: int, loss: float) -> int:
         """About the size of a file of `CODES` with this second-order loss.
@@ -172,7 +184,12 @@ class Compressor:
             self._factorize = Factorizer(
                 self._table_VD, recipe.method, self._statistics, self._split
             )
-        return self._factorize(recipe.budget, recipe.bands)
+        budget, (vocab_size, width) = recipe.budget, self._table_VD.shape
+        if self._stores_mean and self._factorize.has_mean and not recipe.rank:
+            # The budget of a search is that of all that is stored.
+            least = least_budget(vocab_size, width, recipe.bands)
+            budget = max(budget - width, min(budget, least))
+        return self._factorize(budget, recipe.bands)
 
 
 def of_full_width(table_VD: np.ndarray) -> FactorizedTable:
@@ -181,7 +198,7 @@ def of_full_width(table_VD: np.ndarray) -> FactorizedTable:
 
 
 def quantized(table: FactorizedTable, bits: int) -> tuple[FactorizedTable, int]:
-    """The table after rounding its factors to few bits, and its size in bytes."""
+    """The table after rounding its factors to few bits, and their size in bytes."""
     size = FLOAT_BYTES * len(table.order) if len(table.bands) > 1 else 0
     bands = []
     for band in table.bands:

@@ -217,7 +217,11 @@ class Original:
     def compressor(self) -> Compressor:
         """Makes candidates of this table."""
         return Compressor(
-            self.table_VD, self.statistics, self.singular_value_split, self.side
+            self.table_VD,
+            self.statistics,
+            self.singular_value_split,
+            self.side,
+            stores_mean=bool(self.run.architecture),
         )
 
     def measure(self, candidate: Candidate) -> SwapScores:

@@ -83,7 +83,8 @@ def _sizes(source: Source) -> str:
         own = ["coded", NOTHING, count(source.coded.stat().st_size)]
     elif isinstance(stored, ExportedTable):
         found = stored.table()
-        own = ["as factors", count(found.parameters), count(found.memory)]
+        values = found.parameters + found.mean_parameters
+        own = ["as factors", count(values), count(FLOAT_BYTES * values)]
     else:
         own = ["packed", NOTHING, count(stored.memory)]
     others = source.tensors.values()

@@ -61,6 +61,11 @@ class Factorizer:
         self._method = method
         self._weighting = METHODS[method].weigh(table_VD, statistics)
 
+    @property
+    def has_mean(self) -> bool:
+        """Whether the method factorizes the table less a mean row."""
+        return self._weighting.mean is not None
+
     @functools.cached_property
     def factors(self) -> Factors:
         """The factors of a single band, for all ranks.
@@ -76,7 +81,7 @@ class Factorizer:
         return factors
 
     def __call__(self, budget: int, bands: int = 1) -> FactorizedTable:
-        """A table that stores at most `budget` values; `bands` as in `banded`.
+        """A table of at most `budget` values besides the mean; `bands` as in `banded`.
 
         Raises BudgetTooSmall below `least_budget`.
         """
@@ -204,8 +209,8 @@ def banded(
       table_VD: the table.
       weighting: of any method.
       count: number of bands to start from; the result can have fewer.
-      budget: largest number of stored values, including scales and token order;
-        BudgetTooSmall below `least_budget`.
+      budget: largest number of stored values, including scales and token order, but
+        not the mean; BudgetTooSmall below `least_budget`.
       split: as for `truncate`.
     """
     vocab_size, width = table_VD.shape

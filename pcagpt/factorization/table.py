@@ -77,14 +77,14 @@ class FactorizedTable(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, including the order if there are several bands."""
+        """Number of values of the bands, and of the order if there are several."""
         order = len(self.order) if len(self.bands) > 1 else 0
         return sum(band.parameters for band in self.bands) + order
 
     @property
-    def memory(self) -> int:
-        """Bytes of all values in float32."""
-        return FLOAT_BYTES * self.parameters
+    def mean_parameters(self) -> int:
+        """Number of values of the mean, which position embeddings may hold."""
+        return 0 if self.mean is None else len(self.mean)
 
     @property
     def sha256(self) -> str:
