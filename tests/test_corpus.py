@@ -307,9 +307,16 @@ def test_text_size_of_sotu_is_that_of_its_text(sotu, chunk, monkeypatch):
 
 def test_end_of_text_separates_words_and_is_not_counted(folder, cache):
     encode = load_tokenizer("gpt2").encode
-    tokens = encode("one two<|endoftext|>three\n", allowed_special="all")
+    tokens = encode("<|endoftext|>one two<|endoftext|>three\n", allowed_special="all")
     write_tokens(folder, tokens, "val")
     assert open_corpus(str(folder), cache).text_size("val") == (4, 13)
+
+
+def test_the_bytes_of_a_first_token_which_is_not_predicted_are_not_counted(
+    folder, cache
+):
+    write_tokens(folder, load_tokenizer("gpt2").encode("three two\n"), "val")
+    assert open_corpus(str(folder), cache).text_size("val") == (3, 10 - len("three"))
 
 
 def test_text_size_needs_a_known_tokenizer(folder, cache):

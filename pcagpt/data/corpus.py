@@ -170,7 +170,8 @@ class Corpus(CorpusInfo):
     def text_size(self, split: str) -> TextSize | None:
         """Words and UTF-8 bytes of a split's text; None if the tokens hide them.
 
-        `<|endoftext|>` ends a word and is not part of the text. Other tokenizers than
+        `<|endoftext|>` ends a word and is not part of the text. The bytes of the first
+        token are not counted, because no model predicts it. Other tokenizers than
         tiktoken's do not tell the bytes of a token.
         """
         if not (self.tokenizer and vocabulary.tells_bytes(self.tokenizer)):
@@ -179,7 +180,10 @@ class Corpus(CorpusInfo):
         assert isinstance(encoding, tiktoken.Encoding)
         end = encoding.eot_token
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        first = self.tokens(split)[:1].tolist()
         words = byte_count = 0
+        if first != [end]:
+            byte_count -= len(encoding.decode_bytes(first))
         in_word = False
         for chunk in pieces(self.tokens(split)):
             documents = np.split(chunk, np.flatnonzero(chunk == end))
