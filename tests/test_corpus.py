@@ -950,6 +950,15 @@ def test_a_count_of_another_width_than_the_ids_is_named(folder, cache, split):
     refused(folder, cache, "holds id 9 at position 9, but the vocabulary size", split)
 
 
+def test_a_stated_width_is_refused_if_the_count_is_that_of_wide_ids(
+    folder, cache, caplog
+):
+    known = {"vocab_size": 65, "dtype": "uint16", "tokens": {"train": 3000}}
+    write_tokens(folder, np.arange(3000) % 65, stored="<u4", **known)
+    refused(folder, cache, "looks like uint32, not uint16: correct dtype in meta.json")
+    assert not caplog.text
+
+
 def test_a_stated_width_at_which_every_second_id_is_0_is_doubted(folder, cache, caplog):
     doubt = "has id 0 at every second place, like uint32 ids that are read as uint16"
     known = BARE | {"dtype": "uint16"}

@@ -130,8 +130,10 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
         named = info.dtype or narrowest(info.vocab_size)
         raise _other_layout(path, "int64", named, info.vocab_size)
     if info.dtype:
-        # Ids of a small vocabulary fit both widths. The stated one is then believed.
-        is_wide = "uint32" in fitting and narrowest(info.vocab_size) == "uint32"
+        # Ids of a small vocabulary fit both widths. The stated one is then believed,
+        # unless their number is that of wide ids.
+        told = (counted, narrowest(info.vocab_size))
+        is_wide = "uint32" in fitting and "uint32" in told
         found = "uint32" if is_wide else "uint16"
         is_wrong = is_wide if info.dtype == "uint16" else fitting == ["uint16"]
         if is_wrong:
