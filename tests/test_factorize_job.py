@@ -361,7 +361,11 @@ def test_overwrite_replaces_the_files_of_another_source(job, tmp_path):
     settings = other.settings.replace({"overwrite": True})
     other = dataclasses.replace(other, settings=settings)
     assert other.status().words == "to do"
+    job.folder.rename(tmp_path / "disk")
+    job.folder.symlink_to(tmp_path / "disk")
     made(other)
+    assert job.folder.is_symlink()  # The lock is beside its target.
+    assert len([*tmp_path.glob("disk.replaced-*")]) == 1
     assert other.status().words == "done"
     expected = np.diag([8.0, 6.0, 0])
     np.testing.assert_allclose(product(job.folder, 2), expected, atol=1e-5)

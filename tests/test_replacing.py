@@ -232,6 +232,20 @@ def test_with_overwrite_everything_is_moved_aside_and_nothing_deleted(
     assert moved(run_dir).is_dir()
 
 
+def test_a_link_stays_a_link_when_what_it_names_is_moved_aside(made_elsewhere):
+    """The lock is beside its target: the next command must meet the same one."""
+    run_dir = job(made_elsewhere).folder
+    disk = Path(made_elsewhere.workdir).with_name("disk") / "D"
+    disk.parent.mkdir()
+    run_dir.rename(disk)
+    run_dir.symlink_to(disk)
+    before = content(disk)
+    execute(changed(made_elsewhere, overwrite=True))
+    assert run_dir.is_symlink()
+    assert content(moved(disk)) == before
+    assert read_result(disk)["steps"] == 6
+
+
 def test_a_run_that_another_command_replaced_meanwhile_is_not_told(copied, monkeypatch):
     """The first command has seen its own run, which was finished."""
 

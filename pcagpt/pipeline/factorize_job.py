@@ -30,7 +30,13 @@ from pcagpt.pipeline.job import DONE, TO_DO, Job, Status
 from pcagpt.pipeline.token_rows import BEFORE, show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
-from pcagpt.run.folder import check_is_folder, move_aside, read_result, watching
+from pcagpt.run.folder import (
+    check_is_folder,
+    make_room,
+    move_aside,
+    read_result,
+    watching,
+)
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
@@ -308,7 +314,7 @@ class FactorizeJob(Job):
         }
         check()
         if work.is_replaced:
-            move_aside(self.folder)
+            make_room(self.folder)
         for path in factor_files.changed(self.folder, work.ranks):
             move_aside(path)
         tables = {rank: table for rank, (table, _) in made.items()}

@@ -37,6 +37,7 @@ from pcagpt.run.build import build_config
 from pcagpt.run.folder import (
     FolderState,
     look,
+    make_room,
     move_aside,
     read_record,
     read_result,
@@ -236,7 +237,7 @@ class TrainJob(Job):
 
     def _moved_source(self, there: FolderState) -> str:
         """' (that one was moved to NAME)' if the run's start is still there."""
-        source, _ = checkpoint.find(self.settings.init.weights_from)
+        source = checkpoint.find(self.settings.init.weights_from)[0].resolve()
         recorded = (there.stored.get("imported_sha256") or {}).get("weights_from")
         for kept in sorted(source.parent.glob(f"{source.name}.replaced-*")):
             with contextlib.suppress(UserError):
@@ -397,7 +398,7 @@ class TrainJob(Job):
             if jax.process_index() == 0:
                 check_lock()
                 if is_replaced:
-                    move_aside(self.folder)
+                    make_room(self.folder)
                 move_aside(self.folder / "result.json")  # Of another run
                 write_record(self.folder, record)
                 remove_leftovers(self.folder)

@@ -410,6 +410,16 @@ def move_aside(path: Path) -> None:
     process.say(f"{path} was moved to {kept.name}")
 
 
+def make_room(folder: Path) -> None:
+    """Makes an empty folder; moves what is there aside.
+
+    A link stays: the lock is beside its target, where the next command looks for it.
+    """
+    place = folder.resolve()
+    move_aside(place)
+    place.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a new folder, which takes the place of `folder` at the end.
