@@ -309,6 +309,28 @@ def test_the_servers_clock_decides_and_not_this_machines(folder, monkeypatch):
         pass
 
 
+def test_a_lock_with_a_time_to_come_lives_while_it_is_renewed(
+    folder, pauses, monkeypatch, capsys
+):
+    """The server's clock was put back after the command was killed."""
+    path, begun, clock = elsewhere(folder, -3 * 24 * 3600), time.time(), [0.0]
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+
+    def meanwhile():
+        clock[0] += STALE - 1
+        if len(pauses) < 2:
+            os.utime(path, (begun, begun + 1000 + len(pauses)))
+        assert len(pauses) < 5
+
+    with held(folder, meanwhile):
+        assert not path.exists()
+    assert clock[0] == 4 * (STALE - 1)
+    end = begun + STALE
+    told = [time.strftime("%H:%M:%S", time.localtime(end + n)) for n in (0, 1, 2)]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.partition("takes over at ")[2][:8] in told
+
+
 def test_a_damaged_lock_file_counts_by_its_time_alone(folder):
     path = elsewhere(folder)
     odd = {**lock._this_process(), "process": "12"}

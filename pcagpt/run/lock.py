@@ -8,7 +8,8 @@ local disks only.
 
 A command of this machine lives as long as its process. The processes of other machines
 cannot be seen from here, so every command renews the time of its file. It counts as
-ended after `STALE` seconds without renewal. All times are the file server's.
+ended after `STALE` seconds without renewal: by the file server's clock, or, as this
+clock may have been put back, in the sight of a command that waits.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ class Lock:
         self._start = f".{folder.name}.lock."
         self._own = folder.parent / f"{self._start}{secrets.token_hex(8)}"
         self._released = threading.Event()
+        self._seen: dict[Path, tuple[float, float]] = {}  # {lock: (time, seen since)}
 
     def attempt(self) -> str | None:
         """Takes the lock and returns None, or returns who holds it.
@@ -103,11 +105,20 @@ class Lock:
             with contextlib.suppress(FileNotFoundError):  # Given back meanwhile.
                 lives, limit = _is_known_to_live(owner), ""
                 if lives is None:
-                    silent = _server_time(path.parent) - path.stat().st_mtime
+                    silent = self._silent(path)
                     lives, limit = silent < STALE, _limit(silent)
                 if lives:
                     holders.append(f"{_told(owner, path)}{limit}")
         return holders
+
+    def _silent(self, path: Path) -> float:
+        """For how many seconds a lock was not renewed, as far as known."""
+        renewed, now = path.stat().st_mtime, time.monotonic()
+        last, since = self._seen.get(path, (None, now))
+        if renewed != last:
+            since = now
+        self._seen[path] = renewed, since
+        return max(_server_time(path.parent) - renewed, now - since)
 
 
 def holder_of(folder: Path) -> str:
