@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,34 @@ def test_a_stopped_holder_on_this_machine_keeps_its_lock(folder, want):
     holder, _ = want()
     holder.send_signal(signal.SIGSTOP)
     (path,) = lock_files(folder)
+    os.utime(path, (0, 0))
+    with pytest.raises(UserError, match="busy"), held(folder, busy):
+        pass
+
+
+def test_a_lock_that_was_copied_with_its_folder_counts_by_its_time(folder, want):
+    want()
+    (path,) = lock_files(folder)
+    os.utime(path, (0, 0))
+    moved = folder.parent.rename(folder.parent.with_name("moved")) / folder.name
+    with pytest.raises(UserError, match="busy"), held(moved, busy):
+        pass
+    copy = folder.parent.with_name("copy") / folder.name
+    shutil.copytree(moved.parent, copy.parent)
+    (path,) = lock_files(copy)
+    with held(copy, busy):
+        assert not path.exists()
+    path.write_bytes(lock_files(moved)[0].read_bytes())
+    with pytest.raises(UserError, match="busy"), held(copy, busy):
+        pass
+
+
+def test_a_lock_of_the_release_before_names_no_place_and_holds(folder, want):
+    want()
+    (path,) = lock_files(folder)
+    owner = json.loads(path.read_text())
+    del owner["place"]
+    lock.write_json(path, owner)
     os.utime(path, (0, 0))
     with pytest.raises(UserError, match="busy"), held(folder, busy):
         pass

@@ -9,7 +9,8 @@ local disks only.
 A command of this machine lives as long as its process. The processes of other machines
 cannot be seen from here, so every command renews the time of its file. It counts as
 ended after `STALE` seconds without renewal: by the file server's clock, or, as this
-clock may have been put back, in the sight of a command that waits.
+clock may have been put back, in the sight of a command that waits. So does a lock that
+was made in another place: nobody renews a copy.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ class Lock:
         holders = self._holders()
         if holders:
             return holders[0]
-        write_json(self._own, _this_process())
+        write_json(self._own, _this_process() | {"place": _place(self._own.parent)})
         if self._holders():
             self._own.unlink(missing_ok=True)
             return ""
@@ -104,7 +105,9 @@ class Lock:
                 owner = {}
             with contextlib.suppress(FileNotFoundError):  # Given back meanwhile.
                 lives, limit = _is_known_to_live(owner), ""
-                if lives is None:
+                here = _place(path.parent)
+                # Older versions name no place.
+                if lives is None or (lives and owner.get("place", here) != here):
                     silent = self._silent(path)
                     lives, limit = silent < STALE, _limit(silent)
                 if lives:
@@ -228,6 +231,12 @@ def _start_of(process: int) -> str | None:
         return None
     state, *fields = text.rpartition(")")[2].split()  # A program's name holds anything.
     return "" if state in "ZX" else fields[18]
+
+
+def _place(folder: Path) -> list[int]:
+    """Tells a folder from its copies on this machine, by whatever path."""
+    found = folder.stat()
+    return [found.st_dev, found.st_ino]
 
 
 def _server_time(folder: Path) -> float:
