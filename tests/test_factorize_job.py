@@ -18,7 +18,7 @@ from pcagpt.json_files import write_json
 from pcagpt.methods import METHODS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.run import calibrate, checkpoint, fingerprint, trained
-from pcagpt.run.folder import read_record, write_record
+from pcagpt.run.folder import read_record, read_result, write_record
 
 
 @pytest.fixture
@@ -340,6 +340,34 @@ def test_factors_of_a_lost_baseline_are_refused_before_a_new_one_is_trained(
     with pytest.raises(UserError, match=r"pca_factorized holds another .*source_sha"):
         execute(a)
     assert snapshot(tmp_path / "runs") == before
+
+
+def test_factors_stay_with_a_baseline_that_lost_its_result(
+    finished_experiment, tmp_path
+):
+    config = changed(finished_experiment, workdir=str(tmp_path / "runs"))
+    shutil.copytree(finished_experiment.workdir, config.workdir)
+    baseline_dir = tmp_path / "runs/gpt_baseline"
+    (baseline_dir / "result.json").unlink()  # As the error for a damaged one says.
+    execute(config)
+    assert read_result(baseline_dir)
+    (baseline_dir / "result.json").unlink()
+    shutil.rmtree(baseline_dir / "ckpt/6")
+    with pytest.raises(UserError, match=f"of the end of {baseline_dir}, train that"):
+        execute(config)
+
+
+def test_factors_of_an_unfinished_baseline_are_refused_before_it_is_trained_on(
+    job, baseline_dir
+):
+    (baseline_dir / "result.json").unlink()
+    shutil.move(baseline_dir / "ckpt/6", baseline_dir.parent)
+    made(job)
+    with pytest.raises(UserError, match="source is not made yet.* train that first"):
+        job.check({baseline_dir})
+    shutil.move(baseline_dir.parent / "6", baseline_dir / "ckpt")
+    with pytest.raises(UserError, match=r"source_sha256 \(there [^;]*overwrite=True$"):
+        job.check({baseline_dir})
 
 
 def test_a_wrong_source_is_named_before_what_overwrite_would_replace(

@@ -32,9 +32,9 @@ from pcagpt.report import spectrum_figure
 from pcagpt.run import calibrate, checkpoint, fingerprint, lock
 from pcagpt.run.folder import (
     check_is_folder,
+    look,
     make_room,
     move_aside,
-    read_result,
     watching,
 )
 from pcagpt.run.trained import Run
@@ -215,10 +215,14 @@ class FactorizeJob(Job):
     def _check(self, missing: set[Path]) -> None:
         """As `check`, in one process."""
         if self.source in missing:
-            # A D that is still to be trained cannot be the D of the files there, unless
-            # another command has made both meanwhile.
-            if self._has_other_files():
-                raise self._other_files(["source_sha256 (the source is not made yet)"])
+            # The files are compared before a D is trained for hours.
+            metadata = factor_files.read_metadata(self.folder)
+            if metadata and not self.settings.overwrite:
+                differing = ["source_sha256 (the source is not made yet)"]
+                if not self._is_to_train:
+                    differing = self._differing(metadata)
+                if differing:
+                    raise self._other_files(differing)
             return
         shape = self._shape()
         for rank in self.settings.ranks:
@@ -242,13 +246,6 @@ class FactorizeJob(Job):
         run = Run.asked(self.settings) if is_asked else Run.open(self.source)
         check_is_original(run)
         return run.table_shape
-
-    def _has_other_files(self) -> bool:
-        """Whether the folder has files of another source that may not be replaced."""
-        metadata = factor_files.read_metadata(self.folder)
-        if self.settings.overwrite or metadata is None:
-            return False
-        return not read_result(self.source) or bool(self._differing(metadata))
 
     def run(self, _: None = None, command: str = "") -> None:
         """Writes the files on the first process; every process calibrates.
@@ -407,9 +404,14 @@ class FactorizeJob(Job):
         return f"lacks {self.amount}", "configs/factorize.py", settings
 
     def _other_files(self, differing: list[str]) -> UserError:
+        first = (
+            f"; if it is of the end of {self.source}, train that first, alone, with "
+            "configs/baseline.py"
+        )
         return UserError(
             f"{self.folder} holds another factorization, {'; '.join(differing)}: use "
             "another --config.workdir, or --config.overwrite=True"
+            f"{first if self._is_to_train else ''}"
         )
 
     def _source_sha256(self) -> str:
@@ -441,6 +443,15 @@ class FactorizeJob(Job):
         if self._is_bare_table:
             return self.source.exists()
         return checkpoint.exists(self.source)
+
+    @property
+    def _is_to_train(self) -> bool:
+        """Whether the source is a run that has not reached its last step."""
+        if self._is_bare_table or not self._source_exists:
+            return not self._is_bare_table
+        there = look(self.source)
+        last = Settings.of(there.stored or {}).train.steps
+        return there.is_made_here and last not in {one.step for one in there.saved}
 
     @property
     def _calibrates(self) -> bool:
