@@ -229,6 +229,22 @@ def test_a_rank_without_one_of_its_files_is_to_do(path, job):
     assert job.status().words == "to do"
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_lost_or_damaged_spectrum_is_written_again_beside_its_factors(is_lost, job):
+    before = made(job)
+    files = {path: path.stat().st_ino for path in job.folder.glob("*_k4.*")}
+    path = job.folder / "spectrum.npy"
+    content = path.read_bytes()
+    path.unlink() if is_lost else path.write_bytes(content[:-8] + bytes(8))
+    assert job.status().words == "to do"
+    assert dataclasses.replace(job, is_target=False).status().words == "done"
+    assert made(job) == before
+    assert path.read_bytes() == content
+    assert {path: path.stat().st_ino for path in job.folder.glob("*_k4.*")} == files
+    assert len([*job.folder.glob("spectrum.npy.replaced-*")]) == (not is_lost)
+    assert job.status().words == "done"
+
+
 def test_files_of_an_earlier_version_still_count_as_done(job):
     metadata = made(job)
     del metadata["bands"]

@@ -11,7 +11,7 @@ metadata.json             method, source, its tokens, energy kept by each rank, 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,17 @@ def bands_path(folder: Path, rank: int) -> Path:
 
 def exists(folder: Path, rank: int, in_bands: bool) -> bool:
     """Whether the files of a rank are complete and undamaged."""
+    return _is_readable(lambda: read(folder, rank, in_bands))
+
+
+def has_spectrum(folder: Path) -> bool:
+    """Whether the singular values are there and undamaged."""
+    return _is_readable(lambda: read_spectrum(folder))
+
+
+def _is_readable(read_it: Callable[[], Any]) -> bool:
     try:
-        read(folder, rank, in_bands)
+        read_it()
     except Unreadable:
         raise
     except UserError:

@@ -113,7 +113,14 @@ class FactorizeJob(Job):
             raise conflict
         if conflict:
             return Work(self.settings.ranks, {}, is_replaced=True)
-        if lacking or not self._source_exists:
+        # No arm needs it. Statistics of another dtype would give another one.
+        has_no_spectrum = (
+            self.is_target
+            and metadata
+            and not factor_files.has_spectrum(self.folder)
+            and not self._differing(metadata, adds=True)
+        )
+        if lacking or has_no_spectrum or not self._source_exists:
             for path in factor_files.changed(self.folder, lacking):
                 warn_once(
                     f"{path} was changed, damaged or left unfinished: it is made "
