@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from runs import (
     shown,
     signal_at,
 )
-from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX import RecordWriter
 from tensorboardX.proto import layout_pb2, plugin_hparams_pb2
 
 from pcagpt.config import Settings
@@ -148,12 +149,28 @@ def test_what_was_flushed_is_in_the_file(tmp_path):
         assert ("sample/text_summary", 5) in shown(tmp_path)
 
 
+def test_a_run_that_goes_on_by_a_clock_that_is_behind_is_shown_whole(
+    tmp_path, monkeypatch
+):
+    now = time.time()
+    for first_step in (0, 2, 4):
+        monkeypatch.setattr(time, "time", lambda n=first_step: now - 1800 * n)
+        with start(tmp_path, first_step=first_step) as boards:
+            boards.text("sample", "kept", first_step)
+            boards.text("sample", "dropped, except the last", first_step + 2)
+    samples = {
+        step: text for (tag, step), text in texts(tmp_path).items() if tag == "sample"
+    }
+    assert list(samples) == [0, 2, 4, 6]
+    assert [text.split()[0] for text in samples.values()] == [*["kept"] * 3, "dropped,"]
+
+
 def test_a_full_disk_ends_the_boards_with_an_error_at_once(tmp_path, soon):
     def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch, start(tmp_path) as boards:
-        patch.setattr(EventsWriter, "write_event", fill)
+        patch.setattr(RecordWriter, "write", fill)
         for step in range(20):  # More than a queue of SummaryWriter holds.
             with pytest.raises(OSError, match="No space left") as caught:
                 boards.text("sample", "a text", step)

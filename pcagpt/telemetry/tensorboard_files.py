@@ -2,6 +2,7 @@
 
 import math
 import re
+import socket
 import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _CHARTS = {
         "tokens per second": ["Multiline", ["train/tokens_per_second$"]],
     },
 }
+_SECOND = re.compile(r"events\.out\.tfevents\.(\d{10})\.")  # when a file was begun
 _OURS = re.compile(r"\.\d{19}$")  # the ends of the names of our files
 _TEXT_WIDTH = 100  # characters
 _FLUSH_SECONDS = 30  # A person who looks on waits so long at most.
@@ -40,10 +42,10 @@ class TensorBoard:
         """Drops what older files of the folder have from `first_step` on."""
         # SummaryWriter would hand everything to a thread, which ends at an error, such
         # as a full disk. Whoever adds more would then wait forever.
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX import RecordWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        found = folder.glob("events.out.tfevents.*")
+        found = [*folder.glob("events.out.tfevents.*")]
         older = [path for path in found if _OURS.search(path.name)]
         self.is_new = not (older and first_step)
         if self.is_new:
@@ -53,8 +55,14 @@ class TensorBoard:
                 path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._flushed = folder, time.monotonic()
-        # Without the time, two writers in one second would have the same file name.
-        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # TensorBoard reads files in the order of their names. The clock may be behind
+        # that of the machine that wrote the last one.
+        named = [int(name[1]) for path in found if (name := _SECOND.match(path.name))]
+        second = max([int(time.time()), *(last + 1 for last in named)])
+        # The end tells two writers apart that begin in the same second.
+        name = f"{second}.{socket.gethostname()}.{time.time_ns()}"
+        self._events = RecordWriter(str(folder / f"events.out.tfevents.{name}"))
+        self._write(file_version="brain.Event:2")
         begin = SessionLog(status=SessionLog.START)
         self._write(session_log=begin, step=first_step)
 
@@ -127,6 +135,7 @@ class TensorBoard:
 
     def close(self) -> None:
         """Ends the file."""
+        self.flush()
         with naming(self._folder):
             self._events.close()
 
@@ -144,7 +153,8 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event
 
         with naming(self._folder):
-            self._events.write_event(Event(wall_time=time.time(), **content))
+            event = Event(wall_time=time.time(), **content)
+            self._events.write(event.SerializeToString())
 
 
 def _hparams(values: Mapping[str, Any], metrics: Iterable[str]) -> tuple:
