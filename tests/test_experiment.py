@@ -27,7 +27,9 @@ from pcagpt.json_files import write_json
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.report.read import read_row
+from pcagpt.run import lock
 from pcagpt.run.folder import read_result, read_window_losses
+from pcagpt.run.lock import Lock
 from pcagpt.run.trained import Run
 
 RESULT_FIELDS = {
@@ -298,12 +300,31 @@ def test_repeating_a_finished_experiment_only_reports_it_again(copied, capfd):
     assert following.startswith("sample it: ")
 
 
-def test_only_the_first_process_prints_and_reports(copied, capfd, monkeypatch):
-    (Path(copied.workdir) / "report.md").unlink()
+def test_only_the_first_process_prints(copied, capfd, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     execute(copied)
     assert capfd.readouterr() == ("", "")
-    assert not (Path(copied.workdir) / "report.md").exists()
+
+
+def test_a_report_waits_until_that_of_another_command_is_whole(copied, monkeypatch):
+    other = Lock(Path(copied.workdir) / "report.html")
+    assert other.attempt() is None
+    names = ("results.json", "plots", "report.md", "report.html")
+    paths = [Path(copied.workdir) / name for name in names]
+
+    def is_renewed():
+        return [path.stat().st_ino for path in paths] != before
+
+    def say(line):
+        if line.startswith(f"waiting for {paths[-1]}: process "):
+            assert not is_renewed()
+            other.release()
+
+    before = [path.stat().st_ino for path in paths]
+    monkeypatch.setattr(lock.process, "say", say)
+    execute(copied)
+    assert other._released.is_set() and is_renewed()
+    assert not [*paths[0].parent.glob(".*")]
 
 
 @pytest.mark.usefixtures("quick")

@@ -179,6 +179,19 @@ def test_processes_train_a_and_its_prerequisites_like_one(
 
 
 @pytest.mark.slow
+def test_the_first_of_two_processes_writes_the_report(
+    finished_experiment, tmp_path, compiled
+):
+    workdir = shutil.copytree(finished_experiment.workdir, tmp_path / "runs")
+    (workdir / "report.md").unlink()
+    config = changed(finished_experiment, workdir=str(workdir))
+    codes, said = run_in_processes(config, tmp_path, compiled)
+    assert codes == [0, 0], "\n".join(said)
+    assert (workdir / "report.md").exists()
+    assert ["report: " in text for text in said] == [True, False]
+
+
+@pytest.mark.slow
 def test_when_one_of_two_processes_gets_a_signal_both_stop_at_the_same_step(
     finished_experiment, tmp_path, compiled
 ):

@@ -22,6 +22,7 @@ from pcagpt.report import (
     experiment_lines,
     write_report,
 )
+from pcagpt.run import lock
 from pcagpt.sharding import processes
 from pcagpt.telemetry.wandb_run import import_wandb
 from pcagpt.training.setup import Setup
@@ -137,26 +138,37 @@ def execute(plan: Plan, command: str) -> None:
                 f"{job.folder} was replaced or changed while this command ran: run the "
                 "same command again"
             )
-    if not plan.reported:
+    if plan.reported:
+        processes.from_first(lambda: _report(plan, is_new, command))
+    else:
         say(*(line for job in needed if job.is_target for line in job.found()))
-    elif jax.process_index() == 0:
-        workdir = Path(plan.settings.workdir)
-        known = results_in(workdir)
-        results = collect_results(workdir, plan.reported, plan.factors, command)
-        results |= experiment_samples(plan.settings, workdir, results, known)
-        try:
+
+
+def _report(plan: Plan, is_new: bool, command: str) -> None:
+    """Shows the finished runs of an experiment and writes its report, in one process.
+
+    is_new: this command made a part of them.
+    """
+    workdir = Path(plan.settings.workdir)
+    page, known = workdir / "report.html", results_in(workdir)
+    results = collect_results(workdir, plan.reported, plan.factors, command)
+    results |= experiment_samples(plan.settings, workdir, results, known)
+    try:
+        # All files of a report are of one command.
+        with lock.held(page, meanwhile=lambda: None) as check_lock:
             # Other commands may have trained all runs. The boards come first: the rows
             # of a report count as shown.
             if is_new or known.get("rows") != results["rows"]:
                 show_results(plan.settings, command, results)
+            check_lock()
             write_report(workdir, results)
-        except OSError as error:
-            if is_new or error.errno not in READ_ONLY:
-                raise
-            warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
-        else:
-            say(f"report: {workdir / 'report.html'}")
-        say(*experiment_lines(results, workdir))
+    except OSError as error:
+        if is_new or error.errno not in READ_ONLY:
+            raise
+        warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
+    else:
+        say(f"report: {page}")
+    say(*experiment_lines(results, workdir))
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:
