@@ -1,5 +1,6 @@
 """A lock on a folder: who holds it, who waits, and whose lock is stale."""
 
+import errno
 import json
 import os
 import shutil
@@ -385,6 +386,19 @@ def test_a_holder_renews_its_lock_until_it_gives_it_back(folder, monkeypatch):
     time.sleep(0.1)
     assert lock_files(folder) == []
     assert 5 * BEAT < STALE
+
+
+def test_on_a_file_system_that_became_read_only_the_run_is_named(folder, monkeypatch):
+    def fail(path, **_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="ckpt"),
+        held(folder, busy),
+    ):
+        patch.setattr(lock.Path, "unlink", fail)
+        fail(folder / "ckpt")
 
 
 def test_a_holder_whose_lock_was_taken_learns_it_before_it_writes(folder):

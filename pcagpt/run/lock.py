@@ -81,7 +81,10 @@ class Lock:
     def release(self) -> None:
         """Gives the lock back, if it was taken."""
         self._released.set()
-        self._own.unlink(missing_ok=True)
+        # On a file system that fails, what the command wrote last says more. A lock of
+        # a process that has ended blocks nobody.
+        with contextlib.suppress(OSError):
+            self._own.unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(BEAT):
