@@ -1330,6 +1330,7 @@ def test_codes_of_another_row_are_encoded_again(copied_codes, method):
     sweep_of(copied_codes)
     _, description = codes_in(folder / f"best_{method}_k40", method)
     assert description.measured_loss == row["added_loss"]
+    assert not [*folder.rglob(f"{KINDS[method].file}.replaced-*")]  # It is ours.
 
 
 @each_kind

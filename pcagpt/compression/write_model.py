@@ -169,16 +169,17 @@ def _names(folder: Path, table: FactorizedTable | Codes) -> bool:
 def _write_codes(
     path: Path, kind: CodeKind, codes: Codes, description: coding.Description
 ) -> None:
-    """Writes a file of `CODES`; moves one aside unless only its prediction differs.
+    """Writes a file of `CODES`; moves one aside unless only its losses differ.
 
     A damaged or another file there may be a person's.
     """
     if path.exists():
         found = undamaged(lambda: kind.read(path))
-        predicted = found and found[1].predicted_loss
+        told = ("predicted_loss", "measured_loss")  # Perhaps on a part of the split.
+        losses = {name: getattr(found[1], name) for name in told} if found else {}
         with tempfile.TemporaryDirectory() as place:
             earlier = Path(place) / kind.file
-            made = dataclasses.replace(description, predicted_loss=predicted)
+            made = dataclasses.replace(description, **losses)
             kind.write(earlier, codes, made)
             is_own = found and path.read_bytes() == earlier.read_bytes()
         if not is_own:
