@@ -201,6 +201,13 @@ def test_when_all_are_damaged_one_line_says_so_and_none_is_deleted(tmp_path):
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
+def test_a_checkpoint_without_its_optimizer_is_called_incomplete(tmp_path):
+    save(tmp_path, {1: 3.0})
+    shutil.rmtree(tmp_path / "ckpt/1/optimizer")
+    with pytest.raises(UserError, match=r"or incomplete \(.*/optimizer/.*: No such fi"):
+        restore(tmp_path)
+
+
 def failing(error):
     def fail(*_, **__):
         raise error
@@ -574,7 +581,7 @@ def test_a_finished_run_without_its_last_checkpoint_is_not_started_from(tmp_path
     damage(tmp_path, 2)
     with pytest.raises(
         UserError,
-        match=r"last checkpoint .* step 2, is damaged \(.*weights.*\): delete",
+        match=r"last checkpoint .* step 2, is damaged or .* \(.*weights.*\): delete",
     ):
         fingerprint.of(tmp_path)
     assert fingerprint.of(tmp_path / "ckpt/1")

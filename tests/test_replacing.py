@@ -518,7 +518,9 @@ def test_a_finished_run_without_its_last_checkpoint_is_opened_only_by_name(copie
     shutil.rmtree(run_dir / "ckpt" / "6")
     assert Run.open(run_dir / "ckpt" / "3").step == 3
     for read in (Run.open, fingerprint.of):
-        with pytest.raises(UserError, match=r"step 6, is damaged \(it is missing\)"):
+        with pytest.raises(
+            UserError, match=r"step 6, is damaged or incomplete \(it is missing\)"
+        ):
             read(run_dir)
 
 

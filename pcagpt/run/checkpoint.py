@@ -176,7 +176,7 @@ class Checkpoints:
             for later, reason in damaged:
                 kept = processes.from_first(lambda at=later: self._move_aside(at))
                 _LOGGER.warning(
-                    "checkpoint %s is damaged (%s): "
+                    "checkpoint %s is damaged or incomplete (%s): "
                     "falling back to the one before, step %d; its files are kept in %s",
                     self._folder / str(later),
                     reason,
@@ -187,9 +187,9 @@ class Checkpoints:
             return {name: restored[name] for name in template}, restored.meta
         if damaged:
             raise UserError(
-                f"every checkpoint in {self._folder} is damaged ({damaged[0][1]}): "
-                f"delete {self._folder.parent} to train the run again, or give its own "
-                "command --config.overwrite=True"
+                f"every checkpoint in {self._folder} is damaged or incomplete "
+                f"({damaged[0][1]}): delete {self._folder.parent} to train the run "
+                "again, or give its own command --config.overwrite=True"
             )
         return None
 

@@ -345,7 +345,7 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
     if last != step and Path(path) != folder:
         reason = digests.damage(checkpoint.folder_of(run_dir, last), "weights/")
         raise UserError(
-            f"the last checkpoint of {run_dir}, step {last}, is damaged "
+            f"the last checkpoint of {run_dir}, step {last}, is damaged or incomplete "
             f"({reason or 'it is missing'}): delete {run_dir / 'result.json'} to train "
             f"the run on from step {step}, or name {folder}"
         )
