@@ -209,7 +209,7 @@ def plain_add_and_norm(x, update, bias, scale, offset):
 # Triton: one program and many programs, with three pieces of 256 columns and one of 16.
 # Mosaic: fewer rows than programs, programs with one row and with two, and one row.
 # The last norm of a model has no gradient of its sum; the first repeats an update.
-@pytest.mark.parametrize("is_sum_used", [True, False])
+@pytest.mark.parametrize("used", [("sum", "normed"), ("sum",), ("normed",)])
 @pytest.mark.parametrize(
     ("backend", "count", "width", "repeats"),
     [
@@ -219,7 +219,7 @@ def plain_add_and_norm(x, update, bias, scale, offset):
 )
 @in_each_precision
 def test_addition_norm_and_their_gradients(
-    backend, count, width, repeats, is_sum_used, precision
+    backend, count, width, repeats, used, precision
 ):
     form = {"triton": triton_norm, "mosaic": mosaic_norm}[backend]
     x, update, of_sum, of_normed = (
@@ -230,11 +230,10 @@ def test_addition_norm_and_their_gradients(
 
     def loss(function, dtype, arrays):
         total, normed = function(*arrays)
-        of_both = of_sum.astype(dtype), of_normed.astype(dtype)
-        terms = (normed * of_both[1]).sum()
-        if is_sum_used:
-            terms += (total * of_both[0]).sum()
-        return terms.astype(jnp.float32), (total, normed)
+        terms = {"sum": (total * of_sum.astype(dtype)).sum()}
+        terms["normed"] = (normed * of_normed.astype(dtype)).sum()
+        value = sum(terms[name] for name in used)
+        return value.astype(jnp.float32), (total, normed)
 
     def results(function, dtype, arrays):
         of_arrays = jax.jit(
@@ -382,6 +381,31 @@ def test_eight_devices_work_on_their_own_rows_and_add_up():
     found = compiled(z, whole[0], jax.device_put(targets, rows), h, whole[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert_near(*exact(a), exact(b)[0], 1e-6)
+
+
+# A device has whole repeats of the update, or a part of one.
+@on_eight_devices
+@pytest.mark.parametrize("length", [4, 16])
+@pytest.mark.parametrize("form", [triton_norm, mosaic_norm])
+def test_eight_devices_repeat_an_update(form, length):
+    x, update, weights = (
+        random_array(i, count, 128) for i, count in enumerate((64, length, 64))
+    )
+    vectors = [random_array(i, 128) for i in range(3, 6)]
+
+    def gradients(function):
+        def total(*arrays):
+            return (function(*arrays)[1] * weights).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(x, update, *vectors)
+
+    wanted = gradients(plain_add_and_norm)
+    mesh = make_mesh(2, 4)
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    with jax.set_mesh(mesh):
+        found = gradients(lambda *a: norm.add_and_norm(*a, 1e-5, form))
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, 1e-5)
 
 
 @on_eight_devices

@@ -1,5 +1,7 @@
 """Residual addition and LayerNorm by the kernels of a backend, with their gradients.
 
+A backend's module has `forward_rows` and `backward_rows` for the rows of one device.
+
 Shape letters: N rows, T rows of an update, D their width. `of_x` is the gradient of the
 loss with respect to x.
 """
@@ -38,7 +40,10 @@ def add_and_norm(
 
 
 def _run(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form):
-    has_own_rows = len(update_TD) == len(x_ND)
+    count, length = len(x_ND), len(update_TD)
+    if count // inside.device_count() % length:  # A device has no whole repeats.
+        update_TD = jnp.tile(update_TD, (count // length, 1))
+    has_own_rows = len(update_TD) == count
     on_devices = inside.by_device([True, has_own_rows, *[False] * 3], [True] * 4)
     forward = functools.partial(form.forward_rows, epsilon=epsilon)
     return on_devices(forward)(x_ND, update_TD, bias_D, scale_D, offset_D)
@@ -47,28 +52,28 @@ def _run(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form):
 def _forward(x_ND, update_TD, bias_D, scale_D, offset_D, epsilon, form):
     arrays = [a.value for a in (x_ND, update_TD, bias_D, scale_D, offset_D)]
     sum_ND, normed_ND, *statistics = _run(*arrays, epsilon, form)
-    residuals = sum_ND, scale_D.value, *statistics
-    return (sum_ND, normed_ND), (residuals, arrays[1].shape)
+    rows_T = arrays[1][:, 0]  # Only their number is read.
+    return (sum_ND, normed_ND), (rows_T, (sum_ND, scale_D.value, *statistics))
 
 
 def _backward(epsilon, form, residuals, gradients):
     del epsilon
-    residuals, shape_TD = residuals
-    # The sum of the last norm is not used, so its gradient is not read.
-    of_sum_ND, of_normed_ND = (
-        None if isinstance(gradient, SymbolicZero) else gradient
-        for gradient in gradients
-    )
+    of_sum_ND, of_normed_ND = gradients
+    rows_T, arrays = residuals
+    # The sum of the last norm is not used, so the kernel does not read its gradient.
+    if isinstance(of_sum_ND, SymbolicZero):
+        of_sum_ND = None
+    if isinstance(of_normed_ND, SymbolicZero):
+        of_normed_ND = jnp.zeros(of_normed_ND.shape, of_normed_ND.dtype)
+    backward = inside.by_device([*[True] * 3, False, True, True], [True, False])
     # The gradients of bias, scale and offset are one array, summed once over devices.
-    gradient_ND, of_parameters_3D = form.backward_rows(
-        of_sum_ND, of_normed_ND, *residuals
+    gradient_ND, of_parameters_3D = backward(form.backward_rows)(
+        of_sum_ND, of_normed_ND, *arrays
     )
     of_update_TD = gradient_ND
-    if shape_TD != gradient_ND.shape:
-        of_repeats = gradient_ND.reshape(-1, *shape_TD)
-        of_update_TD = of_repeats.sum(axis=0, dtype=jnp.float32).astype(
-            gradient_ND.dtype
-        )
+    if len(rows_T) < len(gradient_ND):
+        of_repeats = gradient_ND.reshape(-1, len(rows_T), gradient_ND.shape[1])
+        of_update_TD = of_repeats.sum(axis=0)
     return gradient_ND, of_update_TD, *of_parameters_3D
 
 

@@ -64,7 +64,8 @@ _RESULT = {
 }
 # Training writes one of these fields. Older versions wrote only imported_sha256.
 _OURS = {"run_id", "imported_sha256"}
-_TRIES = 10  # of the removal of a folder
+# Of the removal of a folder: looks at which it is gone, and seconds.
+_LOOKS, _LONGEST_REMOVAL = 3, 10
 LOGS = ("metrics.jsonl", "val_window_losses.npy", "result.json")  # of begun training
 
 
@@ -442,13 +443,22 @@ def replacing(folder: Path) -> Iterator[Path]:
         move_aside(place)
         written.rename(place)
         sync(place.parent)
-    finally:
-        # After an error, threads of tensorstore may write for another moment.
-        for _ in range(_TRIES):
-            shutil.rmtree(written, ignore_errors=True)
-            if not written.exists():
-                break
-            time.sleep(0.05)
+    except BaseException:
+        _remove_for_good(written)
+        raise
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Removes a folder until it stays away.
+
+    After an error, threads of tensorstore write for another moment. They make the
+    folder again if it is gone.
+    """
+    absent, end = 0, time.monotonic() + _LONGEST_REMOVAL
+    while absent < _LOOKS and time.monotonic() < end:
+        absent = 0 if folder.exists() else absent + 1
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:

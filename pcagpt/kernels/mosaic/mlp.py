@@ -83,7 +83,7 @@ def _gradient_product(of_y_ND, proj_FD, slope_NF):
         slope_NF,
         work=_GRADIENT,
         results=results,
-        is_turned=True,
+        is_transposed=True,
     )
     return of_h_NF, parts_PF.sum(axis=0)
 
@@ -186,7 +186,8 @@ def _add_columns(sum_refs, pieces, ones, turned) -> None:
     """Adds the sums of the columns of each piece in shared memory, [64, 8] float32.
 
     A sum over rows would need several warps, which share no memory of their own. A
-    product with ones gives each sum to all threads of its row.
+    product with ones gives each sum to all threads of its row. The pieces must stay
+    until the products have ended (`wgmma_wait`).
     """
     for number, sum_ref in enumerate(sum_refs):
         if turned is None:

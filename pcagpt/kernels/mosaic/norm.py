@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pcagpt.kernels.mosaic import launch
-from pcagpt.sharding import inside
 
 LANES = 128  # columns of a row are multiples of it: one for each thread
 MOST_WIDTH = 2048  # columns in registers
@@ -30,10 +29,7 @@ def fits(width: int) -> bool:
 # All norms of a model share a kernel, which is lowered once.
 @functools.partial(jax.jit, static_argnames="epsilon")
 def forward_rows(x_ND, update_TD, bias_D, scale_D, offset_D, *, epsilon):
-    """The sum and its norm [N, D], mean and inverse deviation [N] float32.
-
-    It is for the rows of one device.
-    """
+    """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct(x_ND.shape[:1], jnp.float32)
     return launch.call(
@@ -100,7 +96,6 @@ def _visit_forward(*references, epsilon: float):
     _visit_rows([x_ref, update_ref], visit)
 
 
-@inside.by_device([True, True, True, False, True, True], [True, False])
 def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     """Gradients of x [N, D], and of bias, scale and offset [3, D] float32.
 

@@ -56,7 +56,7 @@ def sum_of_products(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]):
 @inside.by_device([True, False], [True])
 def _sum_of_products(lefts, rights):
     result = jax.ShapeDtypeStruct((len(lefts[0]), len(rights[0])), rights[0].dtype)
-    return run(lefts, rights, work=_STORING, results=(result,), is_turned=True)
+    return run(lefts, rights, work=_STORING, results=(result,), is_transposed=True)
 
 
 class Work(NamedTuple):
@@ -83,24 +83,24 @@ def programs(columns: int) -> tuple[int, int]:
 
 
 # All blocks share a kernel, which is lowered once.
-@functools.partial(jax.jit, static_argnames=("work", "results", "is_turned"))
+@functools.partial(jax.jit, static_argnames=("work", "results", "is_transposed"))
 def run(
     lefts: tuple,
     rights: tuple,
     *further,
     work: Work,
     results: tuple,
-    is_turned: bool = False,
+    is_transposed: bool = False,
 ):
     """The results of `work` with the sum of left @ right.
 
-    results: their shapes and dtypes. is_turned: each right factor is [F, D] and not
+    results: their shapes and dtypes. is_transposed: each right factor is [F, D] and not
     [D, F]. The weights of a layer are so for its backward pass.
     """
-    if is_turned and launch.is_interpreted():  # The interpreter cannot turn a factor.
-        rights, is_turned = tuple(right.T for right in rights), False
+    if is_transposed and launch.is_interpreted():  # It cannot transpose a factor.
+        rights, is_transposed = tuple(right.T for right in rights), False
     dtype, stages = rights[0].dtype, 4 if work.slots <= 2 else 3
-    depth, width = rights[0].shape[:: -1 if is_turned else 1]
+    depth, width = rights[0].shape[:: -1 if is_transposed else 1]
 
     def split(references, count):
         return references[:count], references[count:]
@@ -112,7 +112,7 @@ def run(
 
         def compute(left_smem, right_smem, loaded, used, **scratch):
             place = Place(lefts[0].shape[0], depth * len(lefts), width)
-            factors = is_turned, left_smem, right_smem, loaded, used
+            factors = is_transposed, left_smem, right_smem, loaded, used
 
             @pl.when(launch.group() == HALVES)
             def _():
@@ -135,7 +135,7 @@ def run(
             compute,
             left_smem=launch.shared((stages, ROWS, DEPTH), dtype, DEPTH),
             right_smem=launch.shared(
-                (stages, *_turn(is_turned, DEPTH, COLUMNS)), dtype, PIECE
+                (stages, *_oriented(is_transposed, DEPTH, COLUMNS)), dtype, PIECE
             ),
             loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages),
@@ -178,13 +178,20 @@ class Place:
         return pl.ds(row, PIECE), pl.ds(self.column + number * PIECE, PIECE)
 
 
-def _turn(is_turned: bool, rows, columns) -> tuple:
+def _oriented(is_transposed: bool, rows, columns) -> tuple:
     """Sizes or places in a right factor."""
-    return (columns, rows) if is_turned else (rows, columns)
+    return (columns, rows) if is_transposed else (rows, columns)
 
 
 def _copy_factors(
-    place: Place, left_refs, right_refs, is_turned, left_smem, right_smem, loaded, used
+    place: Place,
+    left_refs,
+    right_refs,
+    is_transposed,
+    left_smem,
+    right_smem,
+    loaded,
+    used,
 ):
     stages, steps_of_pair = left_smem.shape[0], place.steps // len(left_refs)
 
@@ -208,7 +215,7 @@ def _copy_factors(
                     left_ref.at[rows, depth], left_smem.at[slot], loaded.at[slot]
                 )
                 plgpu.copy_gmem_to_smem(
-                    right_ref.at[_turn(is_turned, depth, columns)],
+                    right_ref.at[_oriented(is_transposed, depth, columns)],
                     right_smem.at[slot],
                     loaded.at[slot],
                 )
@@ -223,7 +230,7 @@ def _copy_factors(
 
 def _multiply(
     place: Place,
-    is_turned: bool,
+    is_transposed: bool,
     left_smem,
     right_smem,
     loaded,
@@ -241,12 +248,12 @@ def _multiply(
             slot = lax.rem(count, stages)
             plgpu.barrier_wait(loaded.at[slot])
             right = right_smem.at[slot]
-            right = right.transpose((1, 0)) if is_turned else right
+            right = right.transpose((1, 0)) if is_transposed else right
             plgpu.wgmma(sum_ref, left_smem.at[slot, half], right)
             plgpu.wgmma_wait(1)  # The product before this one has read its factors.
 
             if meanwhile is not None:
-
+                # At the first step, the copies of the last tile may still be read.
                 @pl.when(step == min(1, place.steps - 1))
                 def _():
                     meanwhile()

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pcagpt.kernels.triton import launch
-from pcagpt.sharding import inside
 
 ROWS = 4  # per tile
 PIECE = 256  # most columns per piece; a power of 2
@@ -28,10 +27,7 @@ def fits(width: int) -> bool:
 
 
 def forward_rows(x_ND, update_TD, bias_D, scale_D, offset_D, *, epsilon):
-    """The sum and its norm [N, D], mean and inverse deviation [N] float32.
-
-    It is for the rows of one device.
-    """
+    """The sum and its norm [N, D], mean and inverse deviation [N] float32."""
     count, width = x_ND.shape
     update_ND = jnp.tile(update_TD, (count // len(update_TD), 1))
     rows = launch.power_of_2(count, ROWS)
@@ -75,7 +71,6 @@ def _visit_forward(*references, epsilon: float):
     inverse_deviation_ref[...] = inverse_n1.sum(axis=1)
 
 
-@inside.by_device([True, True, True, False, True, True], [True, False])
 def backward_rows(of_sum_ND, of_normed_ND, sum_ND, scale_D, mean_N, inverse_N):
     """Gradients of x [N, D], and of bias, scale and offset [3, D] float32.
 
