@@ -565,6 +565,26 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert mosaic_norm.fits(width)
             program = lowered(of_norm, rows, rows, *[numbers] * 3)
             assert kernels_in(program) <= 4  # Six norms and their gradients share them.
+        # Kernels read no repeated update, and no gradient of a sum that is not used.
+        update = (1024, 2048), half
+        program = lowered(of_normed, rows, update, *[numbers] * 3)
+        assert kernels_in(program) == 2
+        many, few, vector = "32768x2048xbf16", "1024x2048xbf16", "2048xf32"
+        for inputs in (
+            (many, few, *[vector] * 3),
+            (many, many, vector, *["32768xf32"] * 2),
+        ):
+            read = ", ".join(f"tensor<{shape}>" for shape in inputs)
+            assert f": ({read}) -> (" in program
+
+
+def of_normed(*arrays):
+    """All gradients of a norm without its sum, like a model's last one."""
+
+    def total(*arrays):
+        return norm.add_and_norm(*arrays, 1e-5, mosaic_norm)[1].sum()
+
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4))(*arrays)
 
 
 def of_norm(*arrays):
