@@ -173,6 +173,35 @@ def test_another_model_has_another_fingerprint_and_a_change_is_noticed(folder):
         run.check_unchanged()
 
 
+def test_a_model_that_was_replaced_before_its_weights_were_read_is_refused(
+    folder, tmp_path
+):
+    """Nothing but its files tells such a model from another one of equal shape."""
+    run, other = Run.open(folder), Run.open(folder)
+    (folder / "notes.txt").write_text("of a person")
+    other.check_unchanged()
+    folder.rename(tmp_path / "old")
+    write(folder, tensors(seed=1))
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        _ = run.weights
+
+
+def test_a_model_without_a_run_id_that_was_replaced_before_it_was_read_is_refused(
+    folder, tmp_path
+):
+    for seed in (0, 1):
+        made = tmp_path / str(seed)
+        other = write(tmp_path / f"from{seed}", tensors(seed=seed))
+        checkpoint.save_weights(made, checkpoint.load_weights(other))
+        record = read_record(other)
+        write_record(made, {n: record[n] for n in ("model", "vocab_size", "tokenizer")})
+    run = Run.open(tmp_path / "0")
+    (tmp_path / "0").rename(tmp_path / "old")
+    (tmp_path / "1").rename(tmp_path / "0")
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        _ = run.weights
+
+
 # What it serves.
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pcagpt import trees
 from pcagpt.errors import OF_NO_FILE, Unreadable, UserError, reason_of, unreadable
-from pcagpt.file_hashes import check_digests, digests_of, read_once
+from pcagpt.file_hashes import check_digests, digests_of, read_once, stamp_of
 from pcagpt.files import sync
 from pcagpt.json_files import read_json, write_json
 from pcagpt.run import foreign
@@ -137,6 +137,19 @@ def arrays(folder: Path) -> dict[str, str]:
 @read_once
 def _of_foreign(folder: Path) -> dict[str, str]:
     return foreign.file_digests(folder) or of_arrays(foreign.read_weights(folder))
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{file: size, mtime} of a checkpoint's weights: shows a change, and reads nothing.
+
+    No inode: some network file systems give a file a new one at times. No ctime: a
+    backup with hard links changes it.
+    """
+    if foreign.is_model(folder):
+        files = foreign.weight_files(folder)
+    else:
+        files = [file for file in folder.glob("weights/**/*") if file.is_file()]
+    return {str(file.relative_to(folder)): stamp_of(file)[:2] for file in files}
 
 
 def damage(folder: Path, below: str | tuple[str, ...]) -> str | None:

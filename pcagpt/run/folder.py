@@ -161,7 +161,7 @@ class FolderState:
     record: config.json; stored: the same, and what only the newest checkpoint's copy
     knows of the corpus, or this copy if config.json was lost; result: of a finished
     run; damage: why config.json or result.json cannot be read; record, stored and
-    result are then None.
+    result are then None; stamps: of the weights of the checkpoint that `choose` chose.
     """
 
     folder: Path
@@ -171,6 +171,7 @@ class FolderState:
     stored: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     damage: UserError | None = None
+    stamps: dict[str, tuple[int, ...]] | None = None
 
     @property
     def is_begun(self) -> bool:
@@ -332,7 +333,8 @@ def choose(path: str | Path) -> tuple[FolderState, int]:
     run_dir, step = checkpoint.find(path)
     folder = checkpoint.folder_of(run_dir, step)
     with digests.present(folder):
-        there = look(run_dir, [step])
+        stamps = digests.stamps(folder)
+        there = dataclasses.replace(look(run_dir, [step]), stamps=stamps)
         if there.damage:
             raise there.damage
         if there.stored is None:

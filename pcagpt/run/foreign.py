@@ -37,6 +37,7 @@ _FILES = (
     hugging_face.CONFIG, hugging_face.WEIGHTS, hugging_face.INDEX, nano_gpt.CHECKPOINT,
     exported.OTHERS, exported.CODED_TABLE,
 )  # fmt: skip
+_OF_WEIGHTS = {Path(name).suffix for name in _FILES} - {".json"}
 _EXPORT_AGAIN = "export the model again"
 _MAY_CHANGE = ("README.md", generation_files.FILE)  # files of an export
 _FORMATS: tuple[ModuleType, ...] = (
@@ -150,6 +151,18 @@ def read_weights(folder: Path) -> dict:
         found[last] = np.pad(found[last], ((0, padding), (0, 0)))
     tree = trees.unflatten(found)
     return {"constants": tree.pop(CONSTANTS, {}), "params": tree}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model that decide what it computes."""
+    if folder.is_file():  # GGUF
+        return [folder]
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and (file.name == hugging_face.CONFIG or file.suffix in _OF_WEIGHTS)
+    )
 
 
 def file_digests(folder: Path) -> dict[str, str]:

@@ -23,7 +23,8 @@ from pcagpt.files import keep
 from pcagpt.model import DEVICE_KNOBS, GPT, GPTConfig, full_table
 from pcagpt.run import checkpoint, digests, fingerprint, foreign, other_decoder
 from pcagpt.run.build import build_config
-from pcagpt.run.folder import choose, look, read_record
+from pcagpt.run.folder import FolderState, choose, look, read_record
+from pcagpt.run.identity import claims, contradiction
 from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.sharding import placement, processes
 
@@ -33,12 +34,14 @@ class Run:
     """One checkpoint of a run.
 
     `record` is its config.json. A folder with a config.json and a checkpoint is enough:
-    the model need not have been trained here. `tokenizer_sha256`: see `with_tokenizer`.
+    the model need not have been trained here. `stamps`: of the weights' files, when the
+    run was opened. `tokenizer_sha256`: see `with_tokenizer`.
     """
 
     folder: Path
     step: int
     record: dict[str, Any]
+    stamps: dict[str, tuple[int, ...]] | None = None
     tokenizer_sha256: str | None = None
 
     @classmethod
@@ -55,22 +58,22 @@ class Run:
           UserError: as for `choose`, no model in config.json, or another architecture.
         """
 
-        def find() -> tuple[Path, int, dict[str, Any]]:
+        def find() -> tuple[FolderState, int]:
             try:
-                there, step = choose(path)
+                return choose(path)
             except UserError:
                 if architecture := _architecture_of_table(Path(path)):
                     raise other_decoder.only_a_table(path, architecture) from None
                 raise
-            return there.folder, step, there.stored
 
         # The run may be training: every process must open the same step.
-        folder, step, record = processes.from_first(find)
+        there, step = processes.from_first(find)
+        folder, record = there.folder, there.stored
         if not {"model", "vocab_size"} <= record.keys():
             raise UserError(
                 f"{folder} has no model in its config.json: it is not a run's folder"
             )
-        run = cls(folder, step, record)
+        run = cls(folder, step, record, there.stamps)
         if run.architecture and not any_architecture:
             raise other_decoder.refusal(folder, run.architecture)
         return run
@@ -133,7 +136,7 @@ class Run:
 
         Raises UserError for a damaged file, and as `check_unchanged`.
         """
-        # Taken before the weights are read: a change in between is then noticed.
+        # Also taken before the weights are read: stamps of two models can be equal.
         _ = self.fingerprint
         with digests.present(self._checkpoint):
             weights = checkpoint.load_weights(self._checkpoint)
@@ -141,7 +144,7 @@ class Run:
         return weights
 
     def check_unchanged(self) -> None:
-        """Raises UserError if the folder now holds another run, or no run.
+        """Raises UserError if the folder no longer holds the run that was opened.
 
         Another command may have moved the run aside and trained it anew. The checkpoint
         may be missing, because a run that still trains deletes old ones.
@@ -149,9 +152,12 @@ class Run:
         stored = look(self.folder, [self.step]).stored or {}
         names = ("run_id", "model", "vocab_size", "tokenizer")
         is_same = all(stored.get(name) == self.record.get(name) for name in names)
-        if is_same and self._checkpoint.exists():
-            with contextlib.suppress(digests.Deleted):
-                is_same = fingerprint.of(self._checkpoint) == self.fingerprint
+        is_same = is_same and not contradiction(claims(self.record), stored)
+        here = self._checkpoint
+        if is_same and here.exists():
+            with contextlib.suppress(digests.Deleted), digests.present(here):
+                is_same = self.stamps in (None, digests.stamps(here))
+                is_same = is_same and fingerprint.of(here) == self.fingerprint
         if not is_same:
             raise UserError(
                 f"{self.folder} was replaced or changed while this command used it: "

@@ -73,7 +73,7 @@ class Setup:
             train.batch_size // train.accumulation,
             mesh,
         )
-        init, kept = settings.init, None
+        init, start, kept = settings.init, None, None
         if source := init.weights_from or init.blocks_from or settings.model_path:
             start = Run.open(source)
             start.check_corpus(corpus)
@@ -108,6 +108,8 @@ class Setup:
         processes.from_first(lambda: initialise.check_tokens(init, corpus))
         setup.open_teacher()
         hashes = initialise.import_hashes(settings)
+        if start:  # What was kept of it belongs to the weights of these hashes.
+            start.check_unchanged()
         return dataclasses.replace(setup, imported_sha256=hashes, generation=kept)
 
     @property
