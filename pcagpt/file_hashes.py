@@ -31,6 +31,15 @@ def stamp_of(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def is_same_place(path: Path, opened: int | None) -> bool:
+    """Whether a path still leads to the open file or folder; None: to any."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return opened is None or os.path.samestat(found, os.fstat(opened))
+
+
 def is_settled(stamp: tuple[int, ...]) -> bool:
     """Whether any later change of the file would give it another stamp.
 

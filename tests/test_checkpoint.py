@@ -96,6 +96,24 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(
         checkpoint.load_weights(newest)
 
 
+def test_a_run_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    run, new = tmp_path / "run", tmp_path / "new"
+    for place, step in ((run, 1), (new, 2)):
+        save(place, {step: None})
+        (place / "ckpt" / str(step)).rename(place / "ckpt" / "0")
+    read = checkpoint.read_weights
+
+    def replace_and_fail(folder):
+        if not new.exists():
+            return read(folder)
+        run.rename(tmp_path / "old")
+        new.rename(run)
+        raise ValueError("the trees have different structures")
+
+    monkeypatch.setattr(checkpoint, "read_weights", replace_and_fail)
+    assert_same(checkpoint.load_weights(run), items_at(2)["weights"])
+
+
 def test_a_run_that_deletes_its_newest_checkpoint_is_opened_at_the_next(
     trained, tmp_path, monkeypatch, said
 ):

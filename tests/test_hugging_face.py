@@ -202,6 +202,26 @@ def test_a_model_without_a_run_id_that_was_replaced_before_it_was_read_is_refuse
         _ = run.weights
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ValueError])
+def test_a_model_that_is_replaced_while_it_is_read_ends_no_command_with_a_traceback(
+    error, folder, tmp_path, monkeypatch
+):
+    run, new = Run.open(folder), write(tmp_path / "new", tensors(seed=1))
+    read = hugging_face.read_weights
+
+    def replace_and_fail(place):
+        if not new.exists():
+            return read(place)
+        folder.rename(tmp_path / "old")
+        new.rename(folder)
+        raise error("of the other model's files")
+
+    monkeypatch.setattr(hugging_face, "read_weights", replace_and_fail)
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        _ = run.weights
+    assert Run.open(folder).weights
+
+
 # What it serves.
 
 

@@ -10,13 +10,20 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pcagpt import trees
 from pcagpt.errors import OF_NO_FILE, Unreadable, UserError, reason_of, unreadable
-from pcagpt.file_hashes import check_digests, digests_of, read_once, stamp_of
+from pcagpt.file_hashes import (
+    check_digests,
+    digests_of,
+    is_same_place,
+    read_once,
+    stamp_of,
+)
 from pcagpt.files import sync
 from pcagpt.json_files import read_json, write_json
 from pcagpt.run import foreign
@@ -30,27 +37,48 @@ _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Deleted(UserError):
-    """A checkpoint is gone that was there before: the run that trains deleted it."""
+    """A checkpoint is gone that was there before, or another one is in its place.
+
+    The run that trains deleted it, or another command replaced the run.
+    """
 
 
 @contextlib.contextmanager
 def present(folder: Path) -> Iterator[None]:
     """Raises Deleted, also in place of an error, if a checkpoint that is read is gone.
 
-    A run takes the whole folder away at once: what is still there and cannot be read
-    is damaged.
+    The whole folder is taken away or replaced at once: what is still there and cannot
+    be read is damaged. A GGUF file counts as a folder.
     """
+    known: int | None = None
+    try:  # It stays open, so that no other folder gets its number.
+        known = os.open(folder, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise _gone(folder) from None
+    except OSError:  # The reader meets and tells it, too.
+        pass
     try:
         yield
     except Exception:
-        if folder.exists():
+        if is_same_place(folder, known):
             raise
     else:
-        if folder.exists():
+        if is_same_place(folder, known):
             return
-    raise Deleted(
-        f"{folder} was deleted while this command used it: a run that trains keeps "
-        "only its last checkpoints; run the same command again"
+    finally:
+        if known is not None:
+            os.close(known)
+    raise _gone(folder)
+
+
+def _gone(folder: Path) -> Deleted:
+    """The error for a checkpoint that is no longer there."""
+    fate, hint = "deleted", "a run that trains keeps only its last checkpoints; "
+    if folder.exists() or not folder.name.isdecimal():
+        fate, hint = "replaced or changed", ""
+    return Deleted(
+        f"{folder} was {fate} while this command used it: {hint}run the same command "
+        "again"
     )
 
 

@@ -25,7 +25,7 @@ from pcagpt import process
 from pcagpt.array_files import read_npy, write_npy
 from pcagpt.config import check_stored
 from pcagpt.errors import UserError, naming, warn_once
-from pcagpt.file_hashes import sha256_of_file
+from pcagpt.file_hashes import is_same_place, sha256_of_file
 from pcagpt.files import odd_kind, sync, unused_name
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
@@ -383,11 +383,10 @@ def watching(folder: Path) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         nonlocal known
-        found = folder.stat() if folder.exists() else None
         if known is not None:
-            if not (found and os.path.samestat(found, os.fstat(known))):
+            if not is_same_place(folder, known):
                 raise removed(folder)
-        elif found:
+        elif folder.exists():
             known = os.open(folder, os.O_RDONLY)
 
     try:

@@ -149,7 +149,9 @@ class Run:
         Another command may have moved the run aside and trained it anew. The checkpoint
         may be missing, because a run that still trains deletes old ones.
         """
-        stored = look(self.folder, [self.step]).stored or {}
+        stored: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):  # It is just being replaced.
+            stored = look(self.folder, [self.step]).stored or {}
         names = ("run_id", "model", "vocab_size", "tokenizer")
         is_same = all(stored.get(name) == self.record.get(name) for name in names)
         is_same = is_same and not contradiction(claims(self.record), stored)
