@@ -21,8 +21,10 @@ from pcagpt.config import command_line
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.pipeline import samples
-from pcagpt.run import continuation
+from pcagpt.run import checkpoint, continuation
+from pcagpt.run.folder import write_record
 from pcagpt.run.generation_files import FIELD, FILE, ends, read, written
+from pcagpt.run.identity import KEPT
 from pcagpt.run.trained import Run
 from pcagpt.training.sampler import sampler
 
@@ -134,6 +136,20 @@ def test_damaged_settings_are_named_in_one_line(text, words, talker):
 
 
 # Samples.
+
+
+def test_edited_settings_of_a_run_are_refused_and_lost_ones_read_back(talker, tmp_path):
+    record = Run.open(talker).record | {"run_id": "own"}
+    run = tmp_path / "run"
+    checkpoint.save_weights(run, checkpoint.load_weights(talker), record)
+    write_record(run, {name: of for name, of in record.items() if name not in KEPT})
+    assert {name: Run.open(run).record.get(name) for name in KEPT} == {
+        name: record.get(name) for name in KEPT
+    }
+    edited = record[FIELD] | {FILE: record[FIELD][FILE] | {"eos_token_id": [9]}}
+    write_record(run, record | {FIELD: edited})
+    with pytest.raises(UserError, match=r"contradicts .*generation.gen.*9.* there"):
+        Run.open(run)
 
 
 def test_generate_and_sample_stop_at_the_models_own_end(talkers):

@@ -30,7 +30,7 @@ from pcagpt.files import odd_kind, sync, unused_name
 from pcagpt.json_files import check_fields, read_json, write_json
 from pcagpt.rows import MeasuredOn
 from pcagpt.run import checkpoint, digests, foreign, generation_files
-from pcagpt.run.identity import claims, contradiction, identity
+from pcagpt.run.identity import KEPT, claims, contradiction, identity
 from pcagpt.run.weights import read_updates
 from pcagpt.telemetry.metrics import read_metrics
 
@@ -159,9 +159,10 @@ class FolderState:
     """What a run's folder holds, as `look` read it.
 
     record: config.json; stored: the same, and what only the newest checkpoint's copy
-    knows of the corpus, or this copy if config.json was lost; result: of a finished
-    run; damage: why config.json or result.json cannot be read; record, stored and
-    result are then None; stamps: of the weights of the checkpoint that `choose` chose.
+    knows of the corpus or keeps of another program's model, or this copy if config.json
+    was lost; result: of a finished run; damage: why config.json or result.json cannot
+    be read; record, stored and result are then None; stamps: of the weights of the
+    checkpoint that `choose` chose.
     """
 
     folder: Path
@@ -269,8 +270,10 @@ class FolderState:
         return checkpoint.lack(self.folder)
 
 
-def _with_corpus(record: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
-    """A record, and what only its copy in a checkpoint knows of the corpus."""
+def _completed(record: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
+    """A record, and what only its copy knows of the corpus, or keeps as `KEPT`."""
+    lost = (name for name in KEPT if record.get(name) is None and name in copy)
+    record = record | {name: copy[name] for name in lost}
     parts = [one.get("corpus") or {} for one in (copy, record)]
     if not all(isinstance(part, dict) for part in parts):
         return record  # Who reads the corpus refuses this.
@@ -313,7 +316,7 @@ def look(run_dir: Path, steps: Iterable[int] | None = None) -> FolderState:
     try:
         record = read_record(run_dir)
         copy = next(filter(None, (one.record for one in reversed(saved))), None)
-        stored = copy if record is None else _with_corpus(record, copy or {})
+        stored = copy if record is None else _completed(record, copy or {})
         result = _result_of(run_dir, stored)
     except UserError as damage:
         return FolderState(run_dir, saved, has_logs, damage=damage)

@@ -31,10 +31,13 @@ NOT_IDENTITY = (
 )
 
 _TYING = "model.n_embd_wte_scale_tying"
+# What a record keeps of the model of another program that it came from.
+KEPT = ("generation", "compressed_before", "stored_as")
 # What a record claims of a run: also what its ids stand for, and how a compressed table
 # was made.
 _CLAIMS = (
-    *IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters", "compressed"
+    *IDENTITY, "corpus_sha256", "vocab_size", "tokenizer", "characters", "compressed",
+    *KEPT,
 )  # fmt: skip
 
 
