@@ -27,7 +27,11 @@ def stamp_of(path: Path) -> tuple[int, ...]:
     if path.is_dir():
         files = (file for file in sorted(path.iterdir()) if file.is_file())
         return 0, *(number for file in files for number in stamp_of(file))
-    status = os.stat(path)
+    return stamp_in(os.stat(path))
+
+
+def stamp_in(status: os.stat_result) -> tuple[int, ...]:
+    """The stamp of a file with this status."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pcagpt.data.batches import EvaluationBatches, TrainingBatches
+from pcagpt.data.content import content_of
 from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import UserError
 
@@ -119,6 +120,17 @@ def test_a_token_array_gives_the_ids_of_its_file(tmp_path):
     np.testing.assert_array_equal(np.asarray(found, np.int32), ids)
     (tmp_path / "train.bin").unlink()
     np.testing.assert_array_equal(found[:3], ids[:3])  # It stays open.
+
+
+@pytest.mark.parametrize("highest", [70_000, 60_000])
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_the_hash_of_an_open_file_is_that_of_its_content(tmp_path, dtype, highest):
+    path = tmp_path / "train.bin"
+    np.array([5, min(highest, np.iinfo(dtype).max), 0] * 99, dtype).tofile(path)
+    content = content_of(path, tmp_path)
+    is_narrow = dtype == "<u4" and highest < 1 << 16
+    wanted = content.narrow_sha256 if is_narrow else content.sha256
+    assert TokenArray(path, np.dtype(dtype)).sha256() == wanted
 
 
 def test_a_token_file_that_became_shorter_ends_in_one_line(tmp_path):

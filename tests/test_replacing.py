@@ -26,11 +26,12 @@ from runs import (
     start,
 )
 
-from pcagpt import main
+from pcagpt import file_hashes, main
 from pcagpt.compression import sweep, write_model
 from pcagpt.compression.original import Original
 from pcagpt.config import Settings
 from pcagpt.data.corpus import open_corpus
+from pcagpt.data.token_array import TokenArray
 from pcagpt.errors import Interrupted, UserError, warn_once
 from pcagpt.factorization import Factorizer
 from pcagpt.json_files import write_json
@@ -980,20 +981,103 @@ def test_a_recovery_is_not_compared_with_a_d_that_came_later(
     assert "recovered" not in json_of(sweep_file)
 
 
-@pytest.mark.parametrize(("write", "is_told"), [("in place", True), ("anew", False)])
-def test_a_file_that_is_written_again_with_the_same_tokens_is_a_change(
-    own_corpus, tmp_path, write, is_told
+def rewrite(path, ids=None):
+    """Writes a file in place, with its own ids again or others of equal number."""
+    time.sleep(0.01)  # Its ctime shows it.
+    with path.open("r+b") as file:
+        file.write(path.read_bytes() if ids is None else ids.astype("<u2").tobytes())
+
+
+def swap_for_a_moment(path):
+    status, own = path.stat(), np.fromfile(path, "<u2")
+    for ids in (own[::-1], own):
+        rewrite(path, ids)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace(path):
+    new = path.with_suffix(".new")
+    np.fromfile(path, "<u2")[::-1].tofile(new)
+    new.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("do", "told"),
+    [
+        (Path.touch, "was touched or written"),
+        (rewrite, "was touched or written"),
+        (swap_for_a_moment, "was touched or written"),
+        (Path.unlink, "was removed or replaced"),
+        (replace, "was removed or replaced"),
+        (lambda path: path.parent.rename(path.parent.with_name("x")), "was removed or"),
+        (lambda path: path.stat(), None),
+    ],
+)
+def test_tokens_that_are_proved_good_stay_and_a_warning_tells_of_their_file(
+    own_corpus, tmp_path, said, do, told
 ):
-    """While it was written, other values may have been read."""
     config, _ = own_corpus
     corpus = open_corpus(config.data.source, tmp_path)
-    tokens, path = corpus.tokens("val"), tmp_path / "corpus/val.bin"
-    written = path if write == "in place" else path.with_suffix(".new")
+    ids, hashes = np.array(corpus.tokens("val")), corpus.tokens_sha256("val")
     time.sleep(0.01)
-    np.array(tokens).tofile(written)
-    written.replace(path)
-    if is_told:
-        with pytest.raises(UserError, match=r"val.bin was changed while this command"):
-            corpus.check_unchanged()
-    else:
+    warn_once.cache_clear()
+    do(tmp_path / "corpus/val.bin")
+    for _ in range(2):
         corpus.check_unchanged()
+    np.testing.assert_array_equal(corpus.tokens("val"), ids)
+    assert corpus.count_tokens("val").sum() == len(ids)
+    assert corpus.tokens_sha256("val") == hashes
+    warnings = [line for line in said() if "val.bin" in line]
+    assert [told in line for line in warnings] == ([True] if told else [])
+
+
+def test_an_open_file_is_hashed_only_if_its_stamp_differs(
+    own_corpus, tmp_path, monkeypatch
+):
+    config, _ = own_corpus
+    monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", 0)
+    corpus = open_corpus(config.data.source, tmp_path)
+    tokens = corpus.tokens("val")
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenArray, "sha256", None)
+        corpus.check_unchanged()
+    rewrite(tmp_path / "corpus/val.bin", np.array(tokens)[::-1])
+    with pytest.raises(UserError, match=r"val.bin was changed while this command"):
+        corpus.check_unchanged()
+
+
+@pytest.mark.parametrize("how", [Path.unlink, Path.touch, replace])
+def test_training_is_saved_though_its_token_files_lost_their_names(
+    own_corpus, tmp_path, monkeypatch, how
+):
+    config, _ = own_corpus
+
+    def lose():
+        for path in (tmp_path / "corpus").glob("*.bin"):
+            if path.exists():
+                how(path)
+        monkeypatch.setattr(Setup, "batch", batch)
+
+    batch = Setup.batch
+    monkeypatch.setattr(Setup, "batch", first_replacing(lose, batch))
+    new = changed(config, workdir=str(tmp_path / "new"), model_path="", seed=3)
+    plan(new).jobs[-1].run()
+    assert read_result(tmp_path / "new/gpt_baseline")["steps"] == new.train.steps
+
+
+def test_an_error_before_a_save_tells_how_many_steps_are_lost(
+    own_corpus, tmp_path, monkeypatch
+):
+    config, edit = own_corpus
+    monkeypatch.chdir(tmp_path)
+    batch = Setup.batch
+
+    def edited(self, step):
+        if step == 4:
+            edit()
+        return batch(self, step)
+
+    monkeypatch.setattr(Setup, "batch", edited)
+    settings = Settings.of(changed(config, workdir="new", model_path="", seed=3))
+    with pytest.raises(UserError, match=r"the 3 steps since step 3 are not saved"):
+        main.run(settings, "a command", print_only=False)

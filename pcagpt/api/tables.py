@@ -203,10 +203,10 @@ def compress(
                 "configs/compress.py compresses them one by one"
             )
         options = settings.compress
+        _ = original.protocol  # Reads the text, which may be removed later.
         chosen, _ = find(original, methods_of(options.methods), options)
         original.corpus.check_unchanged()
         row, candidate = chosen.row(), chosen.candidate
-        _ = original.protocol  # Reads the text, which may be removed now.
 
         def write(folder: Path) -> None:
             write_new(folder, original, candidate, row)

@@ -9,7 +9,6 @@ single text, and a whole file in a folder of text files.
 import codecs
 import contextlib
 import filecmp
-import functools
 import hashlib
 import json
 import os
@@ -35,6 +34,7 @@ from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.errors import UserError, naming, warn_once
+from pcagpt.file_hashes import is_settled, stamp_in
 from pcagpt.files import folder_name
 from pcagpt.json_files import read_json
 from pcagpt.sharding import processes
@@ -67,40 +67,41 @@ class Corpus(CorpusInfo):
     folder: Path = Path()
     cache_dir: Path = Path()
     older: tuple[Path, ...] = ()
-    _opened: dict[str, tuple[str, os.stat_result]] = field(
+    _opened: dict[str, "_Opened"] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def tokens(self, split: str) -> TokenArray:
         """Token ids of a split, read when they are used: uint16 or uint32 [n].
 
-        Raises UserError as for `check_tokens`.
+        The file that the first call opens stays the split, whatever becomes of its
+        name. Raises UserError as for `check_tokens`.
         """
-        path = self._path(split)
-        check_splits(self, [split], self.folder)
-        with naming(path):
-            seen = path.stat()
-        checked = self._checked(split)
-        self._opened.setdefault(split, (checked.sha256, seen))
-        return TokenArray(path, checked.dtype)
+        if split not in self._opened:
+            path = self._path(split)
+            check_splits(self, [split], self.folder)
+            with naming(path):
+                seen = path.stat()
+            is_kept = is_settled(stamp_in(seen))
+            checked = self._checked(split)
+            tokens = TokenArray(path, checked.dtype)
+            self._opened[split] = _Opened(tokens, checked.sha256, seen, is_kept)
+        return self._opened[split].tokens
 
     def check_unchanged(self) -> None:
-        """Raises UserError if a split has changed since `tokens` first opened it.
+        """Raises UserError if a file that `tokens` opened holds other ids now.
 
-        Also if the file was written again with the same tokens: meanwhile, other values
-        may have been read. Reads a file only if its size or its times have changed.
+        Reads it only if its size or its times have changed. A warning says that it was
+        written and holds the same ids again: others may have been read meanwhile. One
+        that lost its name stays as good as it was; a warning tells of it.
         """
-        for split, (sha256, seen) in self._opened.items():
-            is_same = self.tokens_sha256(split) == sha256
-            if not is_same or _is_rewritten(seen, self._path(split).stat()):
-                raise UserError(
-                    f"{self._path(split)} was changed while this command used it: "
-                    "restore it, or run the same command again"
-                )
+        for split, opened in self._opened.items():
+            opened.check_unchanged(self._path(split))
 
     def tokens_sha256(self, split: str) -> str:
         """Hash of all ids of a split; raises as `tokens` does."""
-        return self._checked(split).sha256
+        opened = self._opened.get(split)
+        return opened.sha256 if opened else self._checked(split).sha256
 
     @property
     def content(self) -> dict[str, Any]:
@@ -164,8 +165,14 @@ class Corpus(CorpusInfo):
 
     def count_tokens(self, split: str) -> np.ndarray:
         """Number of occurrences of each token id in a split: int64 [V], read-only."""
-        self.tokens(split)  # From here on, `check_unchanged` notices a change.
-        return _counted(self._path(split), self._checked(split), self.vocab_size)
+        tokens = self.tokens(split)  # From here on, `check_unchanged` notices a change.
+        key = self._opened[split].sha256, self.vocab_size
+        if (count_V := _counts.get(key)) is None:
+            count_V = count_tokens(tokens, self.vocab_size)
+            count_V.flags.writeable = False
+            _counts.clear()
+            _counts[key] = count_V
+        return count_V
 
     def text_size(self, split: str) -> TextSize | None:
         """Words and UTF-8 bytes of a split's text; None if the tokens hide them.
@@ -222,18 +229,63 @@ class Corpus(CorpusInfo):
         return self.folder / f"{split}.bin"
 
 
-def _is_rewritten(before: os.stat_result, now: os.stat_result) -> bool:
-    """Whether a file was written in place. Another file of its name changes nothing."""
-    is_same_file = (before.st_dev, before.st_ino) == (now.st_dev, now.st_ino)
-    return is_same_file and before.st_mtime_ns != now.st_mtime_ns
+# All arms of an experiment have one corpus: {(hash of the ids, V): `count_tokens`}.
+_counts: dict[tuple[str, int], np.ndarray] = {}
 
 
-@functools.lru_cache(maxsize=4)  # All arms of an experiment have one corpus.
-def _counted(path: Path, checked: TokenFile, vocab_size: int) -> np.ndarray:
-    """`count_tokens` of a file; its hash, in `checked`, tells it from a later one."""
-    count_V = count_tokens(TokenArray(path, checked.dtype), vocab_size)
-    count_V.flags.writeable = False
-    return count_V
+@dataclass
+class _Opened:
+    """An open split, its hash, and the last status of its file with these ids.
+
+    is_kept: whether any later change would give the file another status.
+    """
+
+    tokens: TokenArray
+    sha256: str
+    status: os.stat_result
+    is_kept: bool
+
+    def check_unchanged(self, path: Path) -> None:
+        """As `Corpus.check_unchanged`, for the split that was opened at `path`."""
+        before = self.status
+        try:
+            now = self.tokens.status()
+            is_same = os.path.samestat(before, now) and stamp_in(before) == stamp_in(
+                now
+            )
+            if not (is_same and self.is_kept):
+                is_kept = is_settled(stamp_in(now))
+                if self.tokens.sha256() != self.sha256:
+                    raise UserError(
+                        f"{path} was changed while this command used it: restore it, "
+                        "or run the same command again"
+                    )
+                self.status, self.is_kept = now, is_kept
+        except OSError as error:
+            warn_once(
+                f"{path} cannot be read any more, so that it is unknown whether it "
+                f"changed: {error.strerror}"
+            )
+            return
+        if not _is_at(path, now):
+            warn_once(
+                f"{path} was removed or replaced while this command used it, which "
+                "goes on with the tokens that it has open"
+            )
+        elif not is_same:
+            warn_once(
+                f"{path} was touched or written while this command used it: it holds "
+                "the same tokens again, but if it held others meanwhile, they may have "
+                "been used"
+            )
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether a path leads to the file with this status."""
+    try:
+        return os.path.samestat(path.stat(), status)
+    except OSError:
+        return False
 
 
 def count_tokens(tokens: np.ndarray | TokenArray, vocab_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The ids of a token file, read from the disk where they are used."""
 
+import hashlib
 import os
 import weakref
 from collections.abc import Iterator
@@ -48,6 +49,21 @@ class TokenArray:
                 )
             left, offset = left[count:], offset + count
         return ids
+
+    def status(self) -> os.stat_result:
+        """That of the open file."""
+        with naming(self._path):
+            return os.fstat(self._file)
+
+    def sha256(self) -> str:
+        """Hash of the ids: as uint16 if all of them fit, as uint32 otherwise."""
+        whole, narrow, is_narrow = hashlib.sha256(), hashlib.sha256(), True
+        for ids in pieces(self):
+            whole.update(ids)
+            is_narrow = is_narrow and int(ids.max()) < 1 << 16
+            if is_narrow:
+                narrow.update(ids.astype("<u2"))
+        return (narrow if is_narrow else whole).hexdigest()
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)

@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pcagpt.errors import Interrupted
+from pcagpt.errors import Interrupted, UserError
 from pcagpt.losses.deciles import means_by_decile
 from pcagpt.model import (
     DEVICE_KNOBS,
@@ -120,7 +120,8 @@ def train(
                 history.seconds = seconds_before + time.monotonic() - began
                 telemetry.flush()  # A killed run goes on from here, and logs no more.
                 if jax.process_index() == 0:
-                    check_place()
+                    with _counting_lost_steps(step, checkpoints.latest_step):
+                        check_place()
                 checkpoints.save(
                     step,
                     state.checkpoint_items,
@@ -243,6 +244,18 @@ def peak_bytes(compiled_step: jax.stages.Compiled) -> int:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
+
+
+@contextlib.contextmanager
+def _counting_lost_steps(step: int, saved: int | None) -> Iterator[None]:
+    """A UserError in this context also says what is lost if `step` is not saved."""
+    try:
+        yield
+    except UserError as error:
+        since = f"step {saved}" if saved else "the start"
+        raise UserError(
+            f"{error}; the {step - (saved or 0):,} steps since {since} are not saved"
+        ) from None
 
 
 def _telemetry(
