@@ -66,7 +66,8 @@ _HOST_OUT_OF_MEMORY = (
     "this machine's main memory is exhausted: end other programs, or use a machine "
     "with more"
 )
-_GOES_ON = "; what is saved is kept, and the same command goes on from it"
+_GOES_ON = "; whatever is saved is kept, and the same command goes on from it"
+_BEGINS_AGAIN = "; nothing of {} is saved yet, and the same command starts it again"
 _DEVICE_OUT_OF_MEMORY = (
     "the device's memory is exhausted: lower evaluate.batch_size (for samples: "
     "sample.count; for statistics: train.batch_size) or raise train.loss_chunks; for a "
@@ -95,8 +96,11 @@ def main(arguments: list[str]) -> int:
     """
     settings = None
 
-    def goes_on() -> str:
-        return _GOES_ON if settings is not None and _resumes(settings) else ""
+    def goes_on(error: Exception) -> str:
+        if settings is None or not _resumes(settings):
+            return ""
+        unsaved = getattr(error, "unsaved", None)
+        return _BEGINS_AGAIN.format(unsaved) if unsaved else _GOES_ON
 
     try:
         if any(re.fullmatch("-h|--?help(full)?", word) for word in arguments[1:]):
@@ -114,11 +118,11 @@ def main(arguments: list[str]) -> int:
         return _say(str(error), process.exit_code(error.number))
     except KeyboardInterrupt:
         return _say(process.STOPPED, FAILED)
-    except MemoryError:
-        return _say(_HOST_OUT_OF_MEMORY + goes_on(), REFUSED)
+    except MemoryError as error:
+        return _say(_HOST_OUT_OF_MEMORY + goes_on(error), REFUSED)
     except (OSError, ValueError, RuntimeError) as error:
         if line := explain(error):
-            return _say(line + goes_on(), REFUSED)
+            return _say(line + goes_on(error), REFUSED)
         # Those of JAX and PyTorch are RuntimeErrors.
         known = _OUT_OF_MEMORY if isinstance(error, RuntimeError) else {}
         if lines := [line for text, line in known.items() if text in str(error)]:

@@ -19,6 +19,7 @@ from runs import assert_equal, quick_environment, saved_state
 from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute, tasks
+from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.sharding import processes
 from pcagpt.telemetry import progress
 from pcagpt.telemetry.progress import Progress
@@ -130,6 +131,30 @@ def test_a_full_disk_ends_a_command_in_one_line(corpus_folder, monkeypatch, tmp_
     told = refusal(*arguments, unchanged=[tmp_path])
     assert "runs/a: no space left" in told
     assert told.endswith("saved is kept, and the same command goes on from it\n")
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_error_before_the_first_save_says_that_nothing_is_saved(
+    corpus_folder, monkeypatch, tmp_path, failing
+):
+    saves, save = [], Checkpoints.save
+
+    def full(self, *args):
+        saves.append(args)
+        if len(saves) == failing:
+            self._manager.wait_until_finished()
+            raise OSError(errno.EDQUOT, "x", "runs/a")
+        save(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    saving = {"every": 1}
+    arguments = tiny("baseline.py", corpus_folder, workdir=tmp_path, checkpoint=saving)
+    told = call(*arguments).err
+    nothing = "nothing of gpt_baseline is saved yet, and the same command starts it"
+    assert (nothing in told, "whatever is saved" in told) == (
+        failing == 1,
+        failing == 2,
+    )
 
 
 @pytest.mark.parametrize(

@@ -413,8 +413,11 @@ class TrainJob(Job):
                     cause = "replace the weights or tables that it starts from (init.*)"
                 raise UserError(f"{error}: {cause} and {self._remedy}") from None
             # Without its folder, each writer raises errors of its own.
-            except Exception:
+            except Exception as error:
                 check_folder()
+                with contextlib.suppress(OSError):
+                    if not checkpoint.steps(self.folder):
+                        error.unsaved = self.folder.name  # `main` tells it.
                 raise
 
     def _how_to_make(self) -> tuple[str, str, Settings]:
