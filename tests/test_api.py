@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 import types
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from command_line import CONFIGS, ROOT, call, tiny
 from runs import json_of, quick_compiles
@@ -316,6 +318,26 @@ def test_generated_text_is_that_of_the_command_in_pieces(model, run):
     assert (
         "".join(model.generate("The people", max_tokens=3, seed=3, **options)) in text
     )
+
+
+def test_a_prompt_of_which_no_token_is_left_is_told(model, run, monkeypatch, said):
+    own = tiktoken.Encoding.encode
+
+    def encode(self, text, **options):  # T5's drops white space, too.
+        return own(self, text.strip(), **options)
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode", encode)
+    begun = "".join(model.generate("", max_tokens=2))
+    assert not said()
+    assert "".join(model.generate("  ", max_tokens=2)) == begun
+    words = ("--config.sample.prompt= \t", "--config.sample.tokens=2")
+    call(f"--config={CONFIGS / 'sample.py'}", f"--config.model_path={run}", *words)
+    assert ["has no token of the model" in line for line in said()] == [True, True]
+
+
+def test_a_model_needs_no_temporary_folder(run, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    assert pcagpt.load(run).encode(TEXT).size
 
 
 def test_generated_text_ends_before_a_stop_string_and_before_the_end_of_text(

@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -159,7 +158,9 @@ class Model:
             tokenizer, options = self._tokenizer, settings.sample
             text_T = self._tokens(prompt)
             self._check_have_text(text_T)
-            prompt_T = text_T if len(text_T) else np.array(beginning_of(tokenizer))
+            given = prompt if isinstance(prompt, str) else ""
+            first = text_T if len(text_T) else beginning_of(tokenizer, given)
+            prompt_T = np.array(first)
             drawn = generate(
                 self._gpt,
                 self._variables,
@@ -219,9 +220,8 @@ class Model:
     @functools.cached_property
     def _tokenizer(self):
         # This may read the run's corpus for its characters. Its hashes are not kept.
-        with tempfile.TemporaryDirectory(prefix="pcagpt-") as cache:
-            settings = self._settings.replace({"data.cache_dir": cache})
-            return tokenizer_of(self._run, settings)
+        settings = self._settings.replace({"data.cache_dir": os.devnull})
+        return tokenizer_of(self._run, settings)
 
     @functools.cached_property
     def _has_text(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from pcagpt.data import vocabulary
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import describe_corpus
 from pcagpt.data.tokenizer import END_OF_TEXT, how_to_name_tokens
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.run.generate import generate, samples_at_once
 from pcagpt.run.trained import Run
 from pcagpt.telemetry.progress import Progress
@@ -43,7 +43,7 @@ def sample(settings: Settings) -> Iterator[str]:
             f"sample.prompt has the added token with id {max(text)}, but {run.folder} "
             f"knows {rows} tokens: remove it from the prompt"
         )
-    prompt = np.array(text or beginning_of(tokenizer), np.int32)
+    prompt = np.array(text or beginning_of(tokenizer, options.prompt), np.int32)
     model, variables = run.load(settings.model)
     at_once = samples_at_once(model.config)
     firsts, total = range(0, options.count, at_once), options.tokens
@@ -76,8 +76,18 @@ def sample(settings: Settings) -> Iterator[str]:
                 raise interrupt
 
 
-def beginning_of(tokenizer: vocabulary.Tokenizer | CharacterTokenizer) -> list[int]:
-    """What precedes a document in the training text: an end of text, or a line end."""
+def beginning_of(
+    tokenizer: vocabulary.Tokenizer | CharacterTokenizer, prompt: str = ""
+) -> list[int]:
+    """What precedes a document in the training text: an end of text, or a line end.
+
+    A warning says that it stands for a prompt of which the tokenizer keeps nothing.
+    """
+    if prompt:
+        warn_once(
+            f"the prompt {prompt!r} has no token of the model, whose tokenizer drops "
+            "all of it: the model begins a document instead"
+        )
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
     is_of_lines = "\n" in getattr(tokenizer, "texts", ())
