@@ -429,6 +429,14 @@ SPOILT = {
         pickled,
         "pytorch_model.bin is not read, because a pickle can run code",
     ),
+    "adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "has an adapter_config.json: transformers adds this adapter",
+    ),
+    "other_weights": (
+        with_config(transformers_weights="tuned.safetensors"),
+        "transformers_weights is 'tuned.safetensors', a file that transformers reads",
+    ),
     "cut": (cut, "model.safetensors cannot be read"),
     "pointer": (pointer, "get the file that it stands for with git lfs pull"),
     "lacking": (lacking, "has no tensor h.1.ln_2.bias, which its config.json"),

@@ -133,6 +133,12 @@ def test_sizes_of_its_own_are_not_set_by_knobs(llama, corpus_folder, tmp_path):
     assert "holds a LlamaForCausalLM with settings of its own: leave it out" in line
 
 
+def test_an_adapter_that_transformers_would_add_is_refused(llama):
+    (llama / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="transformers adds this adapter"):
+        Run.open(llama, any_architecture=True)
+
+
 @pytest.mark.parametrize("field", ["architectures", "text_config"])
 def test_odd_fields_of_a_config_are_no_traceback(field, llama):
     (llama / "config.json").write_text(json.dumps(LLAMA | {field: 7}))

@@ -32,6 +32,8 @@ from pcagpt.run.unfilled import Place, refuse_unfilled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# What makes transformers read other weights: a file, and a field of config.json.
+_ADAPTER, _OTHER_WEIGHTS = "adapter_config.json", "transformers_weights"
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 # {field: its values with which pcagpt computes the same (int: any whole number),
 # transformers' default first}
@@ -280,7 +282,22 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of a folder's weights; UserError if one is missing."""
+    """The files of a folder's weights.
+
+    UserError if one is missing, or if transformers would read others, too.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise UserError(
+            f"{folder} has an {_ADAPTER}: transformers adds this adapter to the "
+            "weights where peft is installed. Merge it (merge_and_unload of peft), or "
+            "remove it"
+        )
+    if (named := stored_config(folder).get(_OTHER_WEIGHTS)) is not None:
+        raise UserError(
+            f"{folder / CONFIG}: {_OTHER_WEIGHTS} is {named!r:.60}, a file that "
+            f"transformers reads in place of {WEIGHTS}: rename the file, and remove "
+            "the field"
+        )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = read_json(folder / INDEX, _RESTORE)
