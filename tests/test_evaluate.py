@@ -31,6 +31,7 @@ from pcagpt.run.evaluator import (
     summarize,
     target_cosines,
 )
+from pcagpt.run.folder import FolderState
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 
@@ -431,10 +432,12 @@ def test_a_file_of_another_kind_does_not_cost_the_result(asked):
 
 def test_every_process_opens_the_step_that_the_first_one_found(asked, monkeypatch):
     path = asked().model_path
-    told = (Path(path), 3, {"model": {}, "vocab_size": 9})
-    monkeypatch.setattr(processes, "from_first", lambda find: find() and told)
+    record = {"model": {}, "vocab_size": 9}
+    there = FolderState(Path(path), (), False, stored=record, stamps={"a": (1, 2)})
+    monkeypatch.setattr(processes, "from_first", lambda find: find() and (there, 3))
     opened = Run.open(path)
-    assert (opened.folder, opened.step, opened.record) == told
+    assert (opened.folder, opened.step, opened.record) == (Path(path), 3, record)
+    assert opened.stamps == there.stamps
 
 
 def test_a_lost_config_is_read_from_the_checkpoint(asked):
