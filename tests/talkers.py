@@ -23,7 +23,7 @@ def drawn(folder):
 
 
 def write_talker(folder, **config):
-    """Writes the model beside a tokenizer, whose <|endoftext|> is 0; returns the end.
+    """Writes the model and a tokenizer with <|endoftext|> as 0; returns the end.
 
     The end comes after three others or more, and before the last three.
     """

@@ -103,10 +103,11 @@ def own_torch() -> Iterator[None]:
 
 
 class _OfOthers(io.TextIOBase):
-    """A stream without what one thread writes; None: of all threads."""
+    """Passes text on to a stream, except that of one thread, if any (`dropped`)."""
 
     def __init__(self, stream: TextIO):
-        self._stream, self.dropped = stream, threading.get_ident()
+        self._stream: TextIO = stream
+        self.dropped: int | None = threading.get_ident()
 
     def write(self, text: str) -> int:
         is_dropped = threading.get_ident() == self.dropped

@@ -81,12 +81,12 @@ def beginning_of(
 ) -> list[int]:
     """What precedes a document in the training text: an end of text, or a line end.
 
-    A warning says that it stands for a prompt of which the tokenizer keeps nothing.
+    If there is a prompt, the tokenizer kept nothing of it, and a warning says so.
     """
     if prompt:
         warn_once(
-            f"the prompt {prompt!r} has no token of the model, whose tokenizer drops "
-            "all of it: the model begins a document instead"
+            f"the prompt {prompt!r} has no token of the model: its tokenizer drops all "
+            "of it, and the model begins a document instead"
         )
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]

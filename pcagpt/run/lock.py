@@ -7,10 +7,11 @@ of the earlier one. Network file systems have all that this needs, but it was tr
 local disks only.
 
 A command of this machine lives as long as its process. The processes of other machines
-cannot be seen from here, so every command renews the time of its file. It counts as
-ended after `STALE` seconds without renewal: by the file server's clock, or, as this
-clock may have been put back, in the sight of a command that waits. So does a lock that
-was made in another place: nobody renews a copy.
+cannot be seen from here, so every command renews the time of its file. A command counts
+as ended after `STALE` seconds without renewal. The file server's clock tells the time.
+This clock may have been put back, so a command that waits also counts for how long it
+saw no renewal. A lock that names another place is a copy, which nobody renews: it
+counts in the same way.
 """
 
 import contextlib

@@ -146,7 +146,7 @@ def _gradient(
         @pl.loop(0, place.turns)
         def _(turn):
             def load():
-                # The last tile's pieces were read: by their copies, and by products.
+                # Copies and products have then read the pieces of the last tile.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for number in range(PIECES):
                     plgpu.copy_gmem_to_smem(

@@ -253,7 +253,7 @@ def _multiply(
             plgpu.wgmma_wait(1)  # The product before this one has read its factors.
 
             if meanwhile is not None:
-                # At the first step, the copies of the last tile may still be read.
+                # At the first step, it may have to wait for copies of the last tile.
                 @pl.when(step == min(1, place.steps - 1))
                 def _():
                     meanwhile()
