@@ -11,7 +11,8 @@ from pcagpt.run.build import Hardware, build_config, hardware
 
 CPU, OTHER_GPU = Hardware("cpu"), Hardware("gpu")
 AMPERE = Hardware("gpu", ("triton", "xla"))
-HOPPER = Hardware("gpu", ("mosaic", "triton", "xla"))
+HOPPER = Hardware("gpu", ("mosaic", "triton", "xla"), is_hopper=True)
+BLACKWELL = Hardware("gpu", ("mosaic", "triton", "xla"))
 WITHOUT_TRITON = Hardware("gpu", ("mosaic", "xla"))
 
 
@@ -35,8 +36,11 @@ def test_bands_must_hold_the_whole_vocabulary():
     [
         (CPU, {}, ("float32", "xla", "xla")),
         (AMPERE, {}, ("bfloat16", "cudnn", "triton")),
-        (HOPPER, {}, ("bfloat16", "cudnn", "mosaic")),
-        (HOPPER, {"kernels": "triton"}, ("bfloat16", "cudnn", "triton")),
+        (HOPPER, {}, ("bfloat16", "mosaic", "mosaic")),
+        (HOPPER, {"kernels": "triton"}, ("bfloat16", "mosaic", "triton")),
+        (HOPPER, {"attention": "cudnn"}, ("bfloat16", "cudnn", "mosaic")),
+        (HOPPER, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
+        (BLACKWELL, {}, ("bfloat16", "cudnn", "mosaic")),
         (OTHER_GPU, {}, ("bfloat16", "cudnn", "xla")),
         (Hardware("tpu"), {}, ("float32", "xla", "xla")),
         (AMPERE, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
@@ -59,7 +63,9 @@ def test_auto_takes_what_the_device_does_best(device, asked, expected):
         (AMPERE, {"kernels": "mosaic"}, "Hopper or newer.*leave model.kernels=auto"),
         (HOPPER, {"kernels": "mosaic"}, "model.compute_dtype=bfloat16"),
         (WITHOUT_TRITON, {"kernels": "triton"}, "still has this backend"),
-        (AMPERE, {"attention": "cudnn"}, "model.compute_dtype=bfloat16"),
+        (AMPERE, {"attention": "cudnn"}, "needs a GPU, and model.compute_dtype=bf"),
+        (OTHER_GPU, {"attention": "mosaic"}, "Hopper GPU, .*leave model.attention=a"),
+        (HOPPER, {"attention": "mosaic"}, "model.compute_dtype=bfloat16"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused(device, asked, words):

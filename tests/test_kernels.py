@@ -13,14 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels import norm
+from pcagpt.kernels.mosaic import attention, mlp, product
 from pcagpt.kernels.mosaic import launch as mosaic_launch
 from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
-from pcagpt.kernels.mosaic import mlp, product
 from pcagpt.kernels.mosaic import norm as mosaic_norm
 from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, one_token, softmax
 from pcagpt.kernels.triton import norm as triton_norm
 from pcagpt.losses.fused import head_kernels
+from pcagpt.model import block
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -339,6 +340,63 @@ def test_mosaic_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
     )
 
 
+def exact_attention(q_BTHC, k_BTHC, v_BTHC):
+    logits_BHts = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BTHC) / np.sqrt(64)
+    mask_ts = jnp.tri(q_BTHC.shape[1], dtype=bool)
+    p_BHts = jax.nn.softmax(jnp.where(mask_ts, logits_BHts, -jnp.inf))
+    return jnp.einsum("bhts,bshc->bthc", p_BHts, v_BTHC)
+
+
+# A program has several heads, or a pair of tiles and its mirror image; large logits.
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "scale"), [(1, 256, 3, 1.0), (1, 512, 1, 4.0)]
+)
+def test_attention_and_its_gradients(batch, length, heads, scale, monkeypatch):
+    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 2)
+    shape = batch, length, heads, 64
+    q, k, v, of_y = (
+        random_array(i, *shape, dtype=jnp.bfloat16, scale=scale if i < 2 else 1.0)
+        for i in range(4)
+    )
+    assert attention.fits(shape, jnp.bfloat16)
+    found, pull = jax.vjp(jax.jit(attention.attention), q, k, v)
+    gradients = pull(of_y)
+    with jax.enable_x64(True):
+        *wide, wide_of_y = (jnp.asarray(array) for array in exact(q, k, v, of_y))
+        wanted, pull = jax.vjp(exact_attention, *wide)
+        wanted_gradients = pull(wide_of_y)
+    for one, wanted_one in zip(
+        (found, *gradients), (wanted, *wanted_gradients), strict=True
+    ):
+        assert one.dtype == jnp.bfloat16
+        (one,), wanted_one = exact(one), np.asarray(wanted_one)
+        assert_near(one, wanted_one, 2 * HALF.rounded)
+        # Each tile: an error in one of many is small beside all of them.
+        for tile in np.split(np.arange(length), length // attention.HALF):
+            assert_near(one[:, tile], wanted_one[:, tile], 4 * HALF.rounded)
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "dtype"),
+    [
+        (128, 64, jnp.bfloat16),
+        (384, 64, jnp.bfloat16),
+        (256, 128, jnp.bfloat16),
+        (256, 64, jnp.float32),
+    ],
+)
+def test_attention_of_other_sizes_is_cudnns(length, width, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda q, *rest, implementation, **more: asked.append(implementation) or q,
+    )
+    q = jnp.zeros((1, length, 1, width), dtype)
+    block._causal_attention(q, q, q, "mosaic")
+    assert asked == ["cudnn"]
+
+
 # Several devices
 
 
@@ -456,6 +514,10 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
         # Of three vectors in one array, for each norm.
         assert program.count("all_reduce") == 6
         assert "tensor<2x256xbf16>" in program
+        of_attention = jax.grad(lambda *a: attention.attention(*a).sum(), (0, 1, 2))
+        program = lowered(of_attention, *[((16, 256, 2, 64), half, rows)] * 3)
+        assert "all_reduce" not in program
+        assert "tensor<512x128xbf16>" in program
         pairs = [((8 * 128, 256), half, rows)] * 3 + [((256, 256), half, whole)] * 3
         program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
         assert "tensor<128x256xbf16>" in program
@@ -560,6 +622,11 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
         assert product.fits(32768, 768, 768, half)
         program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
         assert kernels_in(program) == 1
+        heads = ((32, 1024, 12, 64), half)
+        assert attention.fits(*heads)
+        assert kernels_in(lowered(attention.attention, *[heads] * 3)) == 1
+        of_all = jax.grad(lambda *a: attention.attention(*a).sum(), (0, 1, 2))
+        assert kernels_in(lowered(of_all, *[heads] * 3)) == 3
         for width in (768, 2048):
             rows, numbers = ((32768, width), half), ((width,), jnp.float32)
             assert mosaic_norm.fits(width)

@@ -82,7 +82,11 @@ class ModelSettings:
         "auto", "auto: bfloat16 on GPUs", one_of("auto", "float32", "bfloat16")
     )
     attention: str = knob(
-        "auto", "auto: cudnn for bfloat16 on GPUs", one_of("auto", "xla", "cudnn")
+        "auto",
+        "auto, for bfloat16 on GPUs: mosaic on Hopper, elsewhere cudnn. Where mosaic "
+        "has no kernel, because a head is not 64 wide or the length is no multiple of "
+        "256, cudnn is used",
+        one_of("auto", "xla", "cudnn", "mosaic"),
     )
     kernels: str = knob(
         "auto",

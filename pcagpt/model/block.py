@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pcagpt import kernels
 from pcagpt.kernels import norm
-from pcagpt.kernels.mosaic import mlp, product
+from pcagpt.kernels.mosaic import attention, mlp, product
 from pcagpt.kernels.triton import gelu, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
@@ -199,6 +199,10 @@ def _causal_attention(q_BTHC, k_BTHC, v_BTHC, implementation: str) -> jax.Array:
 
     A block of queries reads the keys up to its end only.
     """
+    if implementation == "mosaic":
+        if attention.fits(q_BTHC.shape, q_BTHC.dtype):
+            return attention.attention(q_BTHC, k_BTHC, v_BTHC)
+        implementation = "cudnn"
     if implementation != "xla":
         return jax.nn.dot_product_attention(
             q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=implementation

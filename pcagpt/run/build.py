@@ -19,12 +19,13 @@ class Hardware(NamedTuple):
     """Device of a model.
 
     platform: 'cpu', 'gpu'; kernels: those of `kernels.CHOICES` that it runs; memory:
-    bytes of all such devices.
+    bytes of all such devices; is_hopper: whether it runs our kernels for attention.
     """
 
     platform: str
     kernels: tuple[str, ...] = ("xla",)
     memory: float = math.inf
+    is_hopper: bool = False
 
 
 def hardware() -> Hardware:
@@ -35,7 +36,8 @@ def hardware() -> Hardware:
     else:
         known = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         memory = known * jax.device_count()
-    return Hardware(device.platform, kernels.that_run_on(device), memory)
+    is_hopper = device.platform == "gpu" and kernels.mosaic.has_wgmma(device)
+    return Hardware(device.platform, kernels.that_run_on(device), memory, is_hopper)
 
 
 def build_config(
@@ -110,12 +112,15 @@ def device_choices(
     on_gpu = device.platform == "gpu"
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    has_cudnn = on_gpu and dtype == "bfloat16"
+    attends = ("xla",)
+    if on_gpu and dtype == "bfloat16":
+        attends = ("mosaic",) * device.is_hopper + ("cudnn", "xla")
     if attention == "auto":
-        attention = "cudnn" if has_cudnn else "xla"
-    elif attention == "cudnn" and not has_cudnn:
+        attention = attends[0]
+    elif attention not in attends:
+        needed = {"mosaic": "its kernels need a Hopper GPU", "cudnn": "it needs a GPU"}
         raise UserError(
-            "model.attention is 'cudnn': cuDNN's attention needs a GPU and "
+            f"model.attention is {attention!r}: {needed[attention]}, and "
             "model.compute_dtype=bfloat16; leave model.attention=auto"
         )
     runs = device.kernels if dtype == "bfloat16" else ("xla",)

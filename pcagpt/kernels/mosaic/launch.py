@@ -16,9 +16,13 @@ def takes(capability: float) -> bool:
     return capability >= LEAST_COMPUTE_CAPABILITY
 
 
-def has_wgmma() -> bool:
-    """Whether the device has Hopper's products, which newer GPUs replaced."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+def has_wgmma(device: jax.Device | None = None) -> bool:
+    """Whether the device has Hopper's products, which newer GPUs replaced.
+
+    A CPU interprets them. None: the first device.
+    """
+    device = device or jax.devices()[0]
+    capability = getattr(device, "compute_capability", "9.0")
     return str(capability).startswith("9.")
 
 

@@ -1,10 +1,8 @@
 """The output head's softmax and gradients as attention, without an [N, V] array.
 
 `triton.low_rank_head` explains the method. A program keeps a tile of an array in shared
-memory: of the tokens for the softmax, of the table for its gradient. One group of
-threads copies the tiles of the other array, as far ahead as it has slots. Two groups
-multiply, each for half of the kept tile. A group computes a tile's exponentials while
-its product of the tile before runs, and while the other group multiplies.
+memory: of the tokens for the softmax, of the table for its gradient. It streams the
+tiles of the other array.
 
 Shape letters: N tokens, V rows of a table, K rank; h rows of half of the kept tile, s
 rows of a streamed tile.
@@ -21,16 +19,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pcagpt.kernels.constants import LOG2_E
 from pcagpt.kernels.mosaic import launch
+from pcagpt.kernels.mosaic.streamed import (
+    HALF,
+    HALVES,
+    Products,
+    Slots,
+    columns,
+    divide_work,
+    rows,
+)
 from pcagpt.sharding import inside
 
-HALF = 64  # rows of a product of one group
-HALVES = 2  # of the kept tile, one for each multiplying group
 KEPT = HALVES * HALF
 STREAMED = 128  # rows of a streamed tile
 SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
-REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
 
 
 def fits(rank: int, dtype) -> bool:
@@ -87,22 +91,22 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
             place = pl.ds(((turn * programs + first) * HALVES + group) * HALF, HALF)
             tiles.keep(z_ref.at[place])
 
-            def weigh(logit_hs, carry, slot):
-                highest_h, sum_h, _ = carry
-                if carry is start:
+            def weigh(products, carry, slot, is_first):
+                (logit_hs,), (highest_h, sum_h, _) = products, carry
+                if is_first:
                     column_hs = lax.broadcasted_iota(jnp.int32, logit_hs.shape, 1)
                     is_real_hs = column_hs < size - (steps - 1) * STREAMED
                     logit_hs = jnp.where(is_real_hs, logit_hs, -jnp.inf)
                 new_highest_h = jnp.maximum(highest_h, logit_hs.max(axis=1) * LOG2_E)
                 # One instruction multiplies and subtracts.
-                p_hs = jnp.exp2(logit_hs * LOG2_E - _columns(new_highest_h, STREAMED))
+                p_hs = jnp.exp2(logit_hs * LOG2_E - columns(new_highest_h, STREAMED))
                 # The sums so far are relative to the old maximum.
                 shrink_h = jnp.exp2(highest_h - new_highest_h)
                 sum_h = sum_h * shrink_h + p_hs.sum(axis=1)
-                return p_hs, (new_highest_h, sum_h, shrink_h)
+                return (p_hs,), (new_highest_h, sum_h, shrink_h)
 
-            def shrink(mean_hK, carry):
-                return mean_hK * _columns(carry[2], mean_hK.shape[1])
+            def shrink(sums, carry):
+                return (sums[0] * columns(carry[2], sums[0].shape[1]),)
 
             zeros = jnp.zeros(HALF, jnp.float32)
             start = jnp.full(HALF, -jnp.inf, jnp.float32), zeros, zeros
@@ -111,7 +115,7 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
             normaliser[group] = (highest_h + jnp.log2(sum_h)) * (1 / LOG2_E)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(normaliser.at[group], normaliser_ref.at[place])
-            mean_hK *= _columns(1 / sum_h, mean_hK.shape[1])
+            mean_hK *= columns(1 / sum_h, mean_hK.shape[1])
             tiles.write(mean_hK, mean_ref.at[place])
 
     scratch = {"normaliser": launch.shared((HALVES, HALF), jnp.float32)}
@@ -182,14 +186,15 @@ def _table_gradient(
             place = pl.ds(row, HALF)
             tiles.keep(wte_ref.at[place])
 
-            def weigh(logit_hs, carry, slot):
-                exponent_hs = logit_hs * LOG2_E - _rows(normaliser[slot], HALF)
+            def weigh(products, carry, slot, is_first):
+                del is_first
+                exponent_hs = products[0] * LOG2_E - rows(normaliser[slot], HALF)
                 p_hs = jnp.exp2(exponent_hs)
                 row_hs = lax.broadcasted_iota(jnp.int32, p_hs.shape, 0)
-                is_target_hs = row_hs == _rows(target[slot] - row, HALF)
-                return jnp.where(is_target_hs, p_hs - 1.0, p_hs), carry
+                is_target_hs = row_hs == rows(target[slot] - row, HALF)
+                return (jnp.where(is_target_hs, p_hs - 1.0, p_hs),), carry
 
-            gradient_hK, _ = tiles.fold(turn, weigh, lambda sum_hK, _: sum_hK, ())
+            gradient_hK, _ = tiles.fold(turn, weigh, lambda sums, _: sums, ())
             tiles.write(gradient_hK, gradient_ref.at[lax.rem(item, splits), place])
 
     scratch = {
@@ -197,14 +202,6 @@ def _table_gradient(
         "target": launch.shared((SLOTS, STREAMED), target_ref.dtype),
     }
     _run(copy, multiply, turns, steps, wte_ref, 3, **scratch)
-
-
-def _columns(values_h, count: int):
-    return lax.broadcast_in_dim(values_h, (values_h.shape[0], count), [0])
-
-
-def _rows(values_s, count: int):
-    return lax.broadcast_in_dim(values_s, (count, values_s.shape[0]), [1])
 
 
 def _pad(rows_XK, multiple: int) -> jax.Array:
@@ -221,55 +218,34 @@ def _run(copy, multiply, turns, steps: int, kept_ref, copies: int, **numbers):
     """
     rank, dtype = kept_ref.shape[1], kept_ref.dtype
 
-    def run(kept, streamed, results, loaded, used, ready, **numbers):
-        @pl.when(launch.group() == HALVES)
-        def _():
-            plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
+    def run(kept, streamed, results, slots, ready, **numbers):
+        slots = Slots(*slots, SLOTS)
 
+        def copy_all():
             @pl.loop(0, turns)
             def _(turn):
                 @pl.loop(0, steps)
                 def _(step):
-                    count = turn * steps + step
-                    slot = lax.rem(count, SLOTS)
+                    def copy_tile(slot, loaded):
+                        copy(turn, step, slot, streamed, loaded, **numbers)
 
-                    @pl.when(count >= SLOTS)
-                    def _():
-                        plgpu.barrier_wait(used.at[slot])
+                    slots.fill(turn * steps + step, copy_tile)
 
-                    copy(turn, step, slot, streamed, loaded.at[slot], **numbers)
+            slots.drain(turns * steps)
 
-            # The interpreter wants every arrival at a barrier to be seen.
-            count = turns * steps
-
-            @pl.loop(jnp.maximum(count - SLOTS, 0), count)
-            def _(past):
-                plgpu.barrier_wait(used.at[lax.rem(past, SLOTS)])
-
-        @pl.when(launch.group() < HALVES)
-        def _():
-            plgpu.set_max_registers(REGISTERS["multiply"], action="increase")
+        def multiply_all():
             group = launch.group()
-            result, is_kept = results.at[group], ready.at[group]
-            tiles = _Tiles(
-                steps,
-                kept.at[group],
-                streamed,
-                result,
-                loaded,
-                used,
-                is_kept,
-            )
-            multiply(group, tiles, **numbers)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own = (each.at[group] for each in (kept, results, ready))
+            multiply(group, _Tiles(steps, *own, streamed, slots), **numbers)
+
+        divide_work(copy_all, multiply_all)
 
     launch.with_scratch(
         run,
         kept=launch.shared((HALVES, HALF, rank), dtype, WIDTH),
         streamed=launch.shared((SLOTS, STREAMED, rank), dtype, WIDTH),
         results=launch.shared((HALVES, HALF, WIDTH), jnp.float32, WIDTH // 2),
-        loaded=plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
-        used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=SLOTS),
+        slots=Slots.barriers(SLOTS, copies),
         ready=plgpu.Barrier(num_barriers=HALVES),
         **numbers,
     )
@@ -280,16 +256,24 @@ class _Tiles(NamedTuple):
 
     steps: int  # streamed tiles of a turn
     kept: Any
-    streamed: Any
     result: Any  # columns on their way to the result
-    loaded: Any
-    used: Any
     is_kept: Any
+    streamed: Any
+    slots: Slots
 
     def keep(self, source):
         """Copies the kept tile."""
         plgpu.copy_gmem_to_smem(source, self.kept, self.is_kept)
         plgpu.barrier_wait(self.is_kept)
+
+    def fold(self, turn, weigh, shrink, carry):
+        """The sum of weights @ tile [h, K] and the last carry; see `Products.fold`."""
+        products = Products((self.kept,), (self.streamed,), (0,), self.slots)
+        first = turn * self.steps
+        self.slots.take(first)
+        last = first + self.steps - 1
+        (sum_hK,), carry = products.fold(first, last, weigh, shrink, carry)
+        return sum_hK, carry
 
     def write(self, sum_hK, target):
         """Copies the result of a turn, through shared memory."""
@@ -297,89 +281,5 @@ class _Tiles(NamedTuple):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.result[...] = sum_hK[:, column : column + WIDTH]
             plgpu.commit_smem()
-            columns = target.at[:, pl.ds(column, WIDTH)]
-            plgpu.copy_smem_to_gmem(self.result, columns)
-
-    def fold(self, turn, weigh, shrink, carry):
-        """The sum of weights @ tile over all streamed tiles, and the last carry.
-
-        `weigh` makes the weights [h, s] and the next carry from the products of the
-        kept tile and a streamed one, the carry, and the slot of the streamed one.
-        `shrink` is applied to the sum before the weights are added.
-        """
-
-        def slot_of(step):
-            return lax.rem(turn * self.steps + step, SLOTS)
-
-        def visit(step, state):
-            sum_hK, p_hs, carry = state
-            slot, past = slot_of(step), slot_of(step - 1)
-
-            def weights(logit_hs):
-                result = lax.optimization_barrier(weigh(logit_hs, carry, slot))
-
-                @pl.when(step + 1 < self.steps)
-                def _():
-                    plgpu.barrier_wait(self.loaded.at[slot_of(step + 1)])
-
-                return result
-
-            sum_hK, p_hs, carry = self._overlap(sum_hK, p_hs, past, slot, weights)
-            plgpu.barrier_arrive(self.used.at[past])
-            return shrink(sum_hK, carry), p_hs.astype(dtype), carry
-
-        slot, dtype = slot_of(0), self.streamed.dtype
-        plgpu.barrier_wait(self.loaded.at[slot])
-        p_hs, carry = weigh(self._logits(slot), carry, slot)
-        if self.steps > 1:
-            plgpu.barrier_wait(self.loaded.at[slot_of(1)])
-        start = jnp.zeros(self.kept.shape, jnp.float32), p_hs.astype(dtype), carry
-        sum_hK, p_hs, carry = lax.fori_loop(1, self.steps, visit, start)
-        past = slot_of(self.steps - 1)
-        sum_hK = self._add(sum_hK, p_hs, past)
-        plgpu.barrier_arrive(self.used.at[past])
-        return sum_hK, carry
-
-    def _logits(self, slot):
-        if launch.is_interpreted():
-            return _product(self.kept[...], self.streamed[slot].T)
-
-        def multiply(logit_ref):
-            plgpu.wgmma(logit_ref, self.kept, self.streamed.at[slot].T)
-            return logit_ref[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((HALF, STREAMED), jnp.float32))
-
-    def _add(self, sum_hK, p_hs, past):
-        if launch.is_interpreted():
-            return sum_hK + _product(p_hs, self.streamed[past])
-
-        def multiply(sum_ref):
-            sum_ref[...] = sum_hK
-            plgpu.wgmma(sum_ref, p_hs, self.streamed.at[past])
-            return sum_ref[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC(sum_hK.shape, jnp.float32))
-
-    def _overlap(self, sum_hK, p_hs, past, slot, weights):
-        """The products of a slot give the next weights while those of the past run."""
-        if launch.is_interpreted():  # It knows no weights in registers.
-            sum_hK, logit_hs = self._add(sum_hK, p_hs, past), self._logits(slot)
-            return sum_hK, *weights(logit_hs)
-
-        def multiply(logit_ref, sum_ref):
-            sum_ref[...] = sum_hK
-            plgpu.wgmma(logit_ref, self.kept, self.streamed.at[slot].T)
-            plgpu.wgmma(sum_ref, p_hs, self.streamed.at[past])
-            result = weights(plgpu.wgmma_accumulator_load(logit_ref, wait_n=1))
-            return sum_ref[...], *result
-
-        return pl.run_scoped(
-            multiply,
-            plgpu.ACC((HALF, STREAMED), jnp.float32),
-            plgpu.ACC(sum_hK.shape, jnp.float32),
-        )
-
-
-def _product(a, b) -> jax.Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+            target_columns = target.at[:, pl.ds(column, WIDTH)]
+            plgpu.copy_smem_to_gmem(self.result, target_columns)

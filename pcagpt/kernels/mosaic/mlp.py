@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pcagpt.kernels.constants import CUBIC, LOG2_E, TWICE_SCALE
 from pcagpt.kernels.mosaic import launch, product
-from pcagpt.kernels.mosaic.product import COLUMNS, HALVES, PIECE, PIECES
+from pcagpt.kernels.mosaic.product import COLUMNS, PIECE, PIECES
+from pcagpt.kernels.mosaic.streamed import HALVES
 from pcagpt.sharding import inside
 
 ONES = 8  # columns of a factor of ones, the fewest that a product takes

@@ -20,13 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pcagpt.kernels.mosaic import launch
+from pcagpt.kernels.mosaic.streamed import HALVES, Slots, divide_work
 from pcagpt.sharding import inside
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile; columns of a factor read at once
 PIECE = 64  # rows and columns that a group finishes at a time
-HALVES = 2  # of a tile, one for each multiplying group
 PIECES = COLUMNS // PIECE
-REGISTERS = {"copy": 40, "multiply": 232}  # of each thread
 
 
 def fits(rows: int, depth: int, columns: int, dtype) -> bool:
@@ -110,26 +109,19 @@ def run(
         right_refs, others = split(others, len(rights))
         further_refs, result_refs = split(others, len(further))
 
-        def compute(left_smem, right_smem, loaded, used, **scratch):
+        def compute(left_smem, right_smem, slots, **scratch):
             place = Place(lefts[0].shape[0], depth * len(lefts), width)
-            factors = is_transposed, left_smem, right_smem, loaded, used
-
-            @pl.when(launch.group() == HALVES)
-            def _():
-                plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
-                _copy_factors(place, left_refs, right_refs, *factors)
-
-            @pl.when(launch.group() < HALVES)
-            def _():
-                plgpu.set_max_registers(REGISTERS["multiply"], action="increase")
-                work.finish(
+            factors = left_smem, right_smem, Slots(*slots, stages), is_transposed
+            divide_work(
+                lambda: _copy_factors(place, left_refs, right_refs, *factors),
+                lambda: work.finish(
                     place,
                     functools.partial(_multiply, place, *factors),
                     *further_refs,
                     result_refs,
                     **scratch,
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                ),
+            )
 
         launch.with_scratch(
             compute,
@@ -137,8 +129,7 @@ def run(
             right_smem=launch.shared(
                 (stages, *_oriented(is_transposed, DEPTH, COLUMNS)), dtype, PIECE
             ),
-            loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            used=plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages),
+            slots=Slots.barriers(stages, copies=2),
             pieces=launch.shared((HALVES, work.slots, PIECE, PIECE), dtype, PIECE),
             **work.scratch(),
         )
@@ -187,13 +178,12 @@ def _copy_factors(
     place: Place,
     left_refs,
     right_refs,
-    is_transposed,
     left_smem,
     right_smem,
-    loaded,
-    used,
+    slots: Slots,
+    is_transposed: bool,
 ):
-    stages, steps_of_pair = left_smem.shape[0], place.steps // len(left_refs)
+    steps_of_pair = place.steps // len(left_refs)
 
     @pl.loop(0, place.turns)
     def _(turn):
@@ -204,49 +194,37 @@ def _copy_factors(
 
             @pl.loop(0, steps_of_pair)
             def _(step, pair=pair, left_ref=left_ref, right_ref=right_ref):
-                count = turn * place.steps + pair * steps_of_pair + step
-                slot, depth = lax.rem(count, stages), pl.ds(step * DEPTH, DEPTH)
+                depth = pl.ds(step * DEPTH, DEPTH)
 
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(used.at[slot])
+                def copy(slot, loaded):
+                    at = _oriented(is_transposed, depth, columns)
+                    left, right = left_smem.at[slot], right_smem.at[slot]
+                    plgpu.copy_gmem_to_smem(left_ref.at[rows, depth], left, loaded)
+                    plgpu.copy_gmem_to_smem(right_ref.at[at], right, loaded)
 
-                plgpu.copy_gmem_to_smem(
-                    left_ref.at[rows, depth], left_smem.at[slot], loaded.at[slot]
-                )
-                plgpu.copy_gmem_to_smem(
-                    right_ref.at[_oriented(is_transposed, depth, columns)],
-                    right_smem.at[slot],
-                    loaded.at[slot],
-                )
+                slots.fill(turn * place.steps + pair * steps_of_pair + step, copy)
 
-    # The interpreter wants every arrival at a barrier to be seen.
-    count = place.turns * place.steps
-
-    @pl.loop(jnp.maximum(count - stages, 0), count)
-    def _(past):
-        plgpu.barrier_wait(used.at[lax.rem(past, stages)])
+    slots.drain(place.turns * place.steps)
 
 
 def _multiply(
     place: Place,
-    is_transposed: bool,
     left_smem,
     right_smem,
-    loaded,
-    used,
+    slots: Slots,
+    is_transposed: bool,
     turn,
     meanwhile: Callable[[], None] | None = None,
 ) -> jax.Array:
     """This group's half of a tile, [64, 256] float32."""
-    stages, half = left_smem.shape[0], pl.ds(place.half * PIECE, PIECE)
+    half = pl.ds(place.half * PIECE, PIECE)
 
     def add_up(sum_ref):
         @pl.loop(0, place.steps)
         def _(step):
             count = turn * place.steps + step
-            slot = lax.rem(count, stages)
-            plgpu.barrier_wait(loaded.at[slot])
+            slots.take(count)
+            slot = slots.of(count)
             right = right_smem.at[slot]
             right = right.transpose((1, 0)) if is_transposed else right
             plgpu.wgmma(sum_ref, left_smem.at[slot, half], right)
@@ -260,11 +238,10 @@ def _multiply(
 
             @pl.when(step > 0)
             def _():
-                plgpu.barrier_arrive(used.at[lax.rem(count - 1, stages)])
+                slots.release(count - 1)
 
         plgpu.wgmma_wait(0)
-        last = turn * place.steps + place.steps - 1
-        plgpu.barrier_arrive(used.at[lax.rem(last, stages)])
+        slots.release(turn * place.steps + place.steps - 1)
         return sum_ref[...]
 
     return pl.run_scoped(add_up, plgpu.ACC((PIECE, COLUMNS), jnp.float32))
