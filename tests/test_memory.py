@@ -37,11 +37,11 @@ def largest_arrays(compiled):
     return largest
 
 
-def traced_step(rank, kernels, attention="xla"):
+def traced_step(rank, kernels, attention="xla", length=128):
     """The step with one layer and short sequences: attention takes little memory."""
     config = gpt_config(
         n_layer=1,
-        block_size=128,
+        block_size=length,
         n_embd_wte=rank,
         compute_dtype="bfloat16",
         kernels=kernels,
@@ -57,7 +57,7 @@ def traced_step(rank, kernels, attention="xla"):
         loss_chunks=CHUNKS,
     )
     state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 1))
-    batch = shape(1, 32, 129, dtype=jnp.int32)
+    batch = shape(1, 32, length + 1, dtype=jnp.int32)
     return jax.jit(step, donate_argnums=0).trace(state, batch)
 
 
@@ -120,15 +120,15 @@ def test_step_calls_every_kernel_that_serves_it(rank, loss_kernels, monkeypatch)
     monkeypatch.setattr(norm, "fits", pytest.fail)  # Triton's
     for name in ("summarize", "table_gradient"):
         monkeypatch.setattr(low_rank_head, name, pytest.fail)
-    # A CPU has no cuDNN, but the layer around it can be traced.
-    attend = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *qkv, implementation, is_causal: attend(*qkv, is_causal=is_causal),
-    )
+
+    def attend(q, *rest, **knobs):  # cuDNN's
+        assert q.shape[1] == 1  # Parameters are initialised with one token.
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     of_layers = {"add_and_norm", "add_and_norm_gradient", *MLP, "sum_of_products"}
-    step = traced_step(rank, "mosaic", attention="cudnn").jaxpr
+    of_layers |= {"attention", "attention_of_queries", "attention_of_keys"}
+    step = traced_step(rank, "mosaic", attention="mosaic", length=256).jaxpr
     assert kernels_of(step) == of_layers | loss_kernels
 
 

@@ -34,7 +34,7 @@ from pcagpt.kernels.mosaic.streamed import (
 )
 from pcagpt.sharding import inside
 
-KEPT = HALVES * HALF  # rows of a kept tile; a streamed one has half as many
+KEPT = HALVES * HALF  # rows of a kept tile
 WIDTH = 64  # of a head
 SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 TURNS = 2  # kept tiles in shared memory: one used, one awaited
@@ -156,7 +156,7 @@ class _Place(NamedTuple):
 class _Turn:
     """What a program does in a turn: a kept tile and the tiles that it meets."""
 
-    def __init__(self, number, place: _Place, keeps_keys: bool):
+    def __init__(self, number, place: _Place, kind: "type[_Kernel]"):
         program, programs = launch.program()
         tiles, is_mirror = place.tiles, lax.rem(number, 2)
         pair = lax.div(number, 2) * programs + program
@@ -164,11 +164,12 @@ class _Turn:
         # The tile that meets more comes first.
         shorter_by = lax.rem(pair, tiles // 2)
         tile = jnp.where(is_mirror == 1, tiles - 1 - shorter_by, shorter_by)
-        self.steps = HALVES * (tiles - tile)
+        in_kept = KEPT // kind.streamed
+        self.steps = in_kept * (tiles - tile)
         before = lax.div(number, 2) * (tiles + 1) + is_mirror * (tiles - shorter_by)
-        self.before = HALVES * before  # streamed tiles of the turns before
-        self.keeps_keys = keeps_keys
-        self.tile = tile if keeps_keys else tiles - 1 - tile
+        self.before = in_kept * before  # streamed tiles of the turns before
+        self.kind = kind
+        self.tile = tile if kind.keeps_keys else tiles - 1 - tile
         self.row = lax.div(self.head, place.heads) * place.length
         self.columns = pl.ds(lax.rem(self.head, place.heads) * WIDTH, WIDTH)
 
@@ -180,13 +181,16 @@ class _Turn:
 
     def met(self, step):
         """Those of a streamed tile; the nearest tile comes first."""
-        back = HALVES - 1 - step
-        number = self.tile * HALVES + (step if self.keeps_keys else back)
-        return pl.ds(number * HALF, HALF)
+        size = self.kind.streamed
+        back = KEPT // size - 1 - step
+        number = self.tile * (KEPT // size) + (step if self.kind.keeps_keys else back)
+        return pl.ds(number * size, size)
 
     def first_step(self, half) -> jax.Array:
-        """The first step of a half; one half does not meet the nearest tile."""
-        return half if self.keeps_keys else HALVES - 1 - half
+        """The first step of a half; one does not meet a nearest tile of 64 rows."""
+        if self.kind.streamed == KEPT:
+            return jnp.zeros_like(half)
+        return half if self.kind.keeps_keys else HALVES - 1 - half
 
     def in_array(self, positions) -> tuple:
         """Rows and columns of an array [N, D]."""
@@ -220,9 +224,9 @@ def _run(kind: type, inputs: _Inputs, *, results: tuple, length: int):
             run,
             held=_Inputs(
                 tiles(sources.kept, TURNS, KEPT),
-                tiles(sources.streamed, SLOTS, HALF),
+                tiles(sources.streamed, SLOTS, kind.streamed),
                 numbers(sources.kept_numbers, TURNS, KEPT),
-                numbers(sources.streamed_numbers, SLOTS, HALF),
+                numbers(sources.streamed_numbers, SLOTS, kind.streamed),
             ),
             slots=Slots.barriers(
                 SLOTS, len(sources.streamed) + len(sources.streamed_numbers)
@@ -246,13 +250,16 @@ def _run(kind: type, inputs: _Inputs, *, results: tuple, length: int):
 class _Kernel:
     """What all three kernels do.
 
-    squares: number of products of a kept tile and a streamed one, the first one of
-    queries and keys. sum_of: see `Products`.
+    streamed: rows of a streamed tile; with 128, gradients do not fit in the registers.
+    products: number of products of a kept tile and a streamed one; the first one is of
+    queries and keys. sum_of, `weigh` and `shrink`: see `Products`. `start` makes the
+    first carry of `weigh`; `finish` makes the results from the sums and the last carry.
     """
 
     name: str
     keeps_keys = False
-    squares = 2
+    streamed = HALF
+    products = 2
     sum_of: tuple[int, ...] = (0,)
 
     def __init__(self, place, sources: _Inputs, held: _Inputs, slots, kept_slots):
@@ -275,7 +282,7 @@ class _Kernel:
 
         @pl.loop(0, turns)
         def _(number):
-            turn = _Turn(number, self.place, self.keeps_keys)
+            turn = _Turn(number, self.place, type(self))
             copy = functools.partial(
                 copy_all,
                 turn,
@@ -296,7 +303,7 @@ class _Kernel:
                 )
                 self.slots.fill(turn.before + step, copy)
 
-        last = _Turn(turns - 1, self.place, self.keeps_keys)
+        last = _Turn(turns - 1, self.place, type(self))
         self.slots.drain(last.before + last.steps)
         self.kept_slots.drain(turns)
 
@@ -306,7 +313,7 @@ class _Kernel:
 
         @pl.loop(0, self.place.turns())
         def _(number):
-            turn = _Turn(number, self.place, self.keeps_keys)
+            turn = _Turn(number, self.place, type(self))
             self.kept_slots.take(number)
             sums, number_h = self.results(turn, self.kept_slots.of(number), half)
             self.kept_slots.release(number)
@@ -337,23 +344,25 @@ class _Kernel:
 
         def weigh(products, carry, slot, is_first):
             logit_hs, *others = products
-            if is_first:  # Its queries and keys hide from each other in part.
-                row_hs, column_hs = (
+            if is_first:  # Queries do not see the later keys of this tile.
+                positions = [
                     lax.broadcasted_iota(jnp.int32, logit_hs.shape, axis)
                     for axis in (0, 1)
-                )
-                later = column_hs >= row_hs if self.keeps_keys else row_hs >= column_hs
-                logit_hs = jnp.where(later, logit_hs, -jnp.inf)
+                ]
+                query_hs, key_hs = reversed(positions) if self.keeps_keys else positions
+                if self.streamed == KEPT:
+                    query_hs += half * HALF
+                logit_hs = jnp.where(query_hs >= key_hs, logit_hs, -jnp.inf)
             return self.weigh(logit_hs, *others, carry=carry, slot=slot)
 
-        products = Products(
-            tuple(held.at[at] for held in self.held.kept[: self.squares]),
+        of_tiles = Products(
+            tuple(held.at[at] for held in self.held.kept[: self.products]),
             self.held.streamed,
             self.sum_of,
             self.slots,
         )
         first = turn.before + first
-        sums, carry = products.fold(first, last, weigh, self.shrink, self.start(at))
+        sums, carry = of_tiles.fold(first, last, weigh, self.shrink, self.start(at))
         return self.finish(sums, carry)
 
     def shrink(self, sums: tuple, carry) -> tuple:
@@ -366,7 +375,8 @@ class _Results(_Kernel):
     """The forward pass; keeps queries, streams keys and values."""
 
     name = "attention"
-    squares = 1
+    streamed = KEPT
+    products = 1
     sum_of = (1,)
 
     def start(self, at) -> tuple:
@@ -379,7 +389,7 @@ class _Results(_Kernel):
         highest_h, sum_h, _ = carry
         new_highest_h = jnp.maximum(highest_h, logit_hs.max(axis=1) * EXPONENT)
         # One instruction multiplies and subtracts.
-        p_hs = jnp.exp2(logit_hs * EXPONENT - columns(new_highest_h, HALF))
+        p_hs = jnp.exp2(logit_hs * EXPONENT - columns(new_highest_h, self.streamed))
         # The sums so far are relative to the old maximum.
         shrink_h = jnp.exp2(highest_h - new_highest_h)
         sum_h = sum_h * shrink_h + p_hs.sum(axis=1)
