@@ -344,6 +344,17 @@ def spoil(folder, change):
 NORM = "model.norm.weight"
 
 
+def absurd(folder):
+    """The highest bit of the exponent of one weight is flipped."""
+
+    def change(tensors):
+        weights = tensors[f"{LAYER}.weight"]
+        weights[3, 4] = 0.125
+        weights.view(torch.int32)[3, 4] ^= 1 << 30
+
+    spoil(folder, change)
+
+
 def half_infinite(folder):
     def change(tensors):
         for name, tensor in tensors.items():
@@ -419,9 +430,11 @@ SPOILT = {
     ),
     "infinite": (
         another_norm(lambda tensors: tensors[NORM].fill_(float("inf"))),
-        f"{NORM} holds values that are not finite",
+        f"theirs is damaged: {NORM} holds inf at (0,): all must be finite in float32 "
+        "and at most 1,000,000",
     ),
-    "half_infinite": (half_infinite, f"{TABLE} holds values that are not finite"),
+    "absurd": (absurd, f"theirs is damaged: {LAYER}.weight holds 4.25"),
+    "half_infinite": (half_infinite, f"{TABLE} holds inf at (3, 5): all must be fin"),
     "shape": (
         another_norm(lambda tensors: tensors.update({NORM: torch.ones(3)})),
         "theirs",

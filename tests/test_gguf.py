@@ -282,6 +282,15 @@ def test_a_file_that_is_not_whole_is_refused(kept, file, place):
     assert f"{file} is damaged" in line
 
 
+def test_a_file_with_an_absurd_value_is_refused(file, byte_level, tmp_path, place):
+    arrays = gguf_files.write(tmp_path / "same.gguf", byte_level)
+    norm = arrays["output_norm.weight"].tobytes()
+    absurd = norm[:-4] + np.float32(-4e37).tobytes()
+    file.write_bytes(file.read_bytes().replace(norm, absurd))
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert f"{file} is damaged: model.norm.weight holds -3.99" in line
+
+
 def test_a_file_whose_second_half_was_never_written_is_refused(file, place):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))

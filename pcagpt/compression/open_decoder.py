@@ -20,6 +20,7 @@ import transformers
 from safetensors import safe_open
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+from pcagpt.array_files import check_values
 from pcagpt.data import gguf_header
 from pcagpt.errors import OF_NO_FILE, UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
@@ -165,11 +166,9 @@ def open_model(folder: Path) -> Any:
     _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
     (_check_header if is_file else _check_files)(model, folder)
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"{folder}: {name} holds values that are not finite: restore it, or "
-                "download the model again"
-            )
+        if parameter.is_floating_point():
+            values = parameter.detach().float().numpy()
+            check_values(values, f"{folder} is damaged: {name}")
     return model
 
 
