@@ -24,7 +24,7 @@ from command_line import THEIR_SIZES, refusal, tiny  # noqa: E402
 from runs import snapshot  # noqa: E402
 
 from pcagpt import coding  # noqa: E402
-from pcagpt.compression import decoder  # noqa: E402
+from pcagpt.compression import decoder, open_decoder  # noqa: E402
 from pcagpt.compression.decoder import Decoder  # noqa: E402
 from pcagpt.compression.open_decoder import open_model, own_torch  # noqa: E402
 from pcagpt.config import Settings  # noqa: E402
@@ -498,6 +498,38 @@ def test_experts_of_integers_which_are_merged_are_refused(tmp_path):
     spoil(tmp_path, lambda t: t.update({expert: t[expert].to(torch.int8)}))
     with pytest.raises(UserError, match=r"weights are quantized \(I8\)"):
         Decoder(tmp_path, 16)
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """(folder, name) of a model and its bias that chooses experts: no parameter."""
+    config = transformers.Glm4MoeConfig(
+        **SIZES, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path, "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_buffer_of_the_files_with_an_absurd_value_is_refused(value, experts):
+    folder, name = experts
+    spoil(folder, lambda tensors: tensors[name].fill_(0.5))
+    open_model(folder)
+    spoil(folder, lambda tensors: tensors[name][2:].fill_(value))
+    with pytest.raises(UserError, match=rf"{name} holds [^ ]+ at \(2,\): all must be"):
+        open_model(folder)
+
+
+def test_a_buffer_that_holds_a_mask_or_no_limit_is_no_damage(tmp_path):
+    model = torch.nn.Module()
+    model.attn, inf = torch.nn.Module(), torch.tensor(-np.inf)
+    for name in ("masked_bias", "bias", "input_min"):
+        model.attn.register_buffer(name, inf.clone())
+    model.attn.register_buffer("computed", inf.clone(), persistent=False)
+    open_decoder._check_values(model, tmp_path)
+    model.attn.register_buffer("stored", inf.clone())
+    with pytest.raises(UserError, match="attn.stored holds -inf"):
+        open_decoder._check_values(model, tmp_path)
 
 
 @pytest.mark.parametrize("spoilt", SPOILT)

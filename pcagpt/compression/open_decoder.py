@@ -32,6 +32,7 @@ _BUFFERS = re.compile(
     r"(rotary_emb\..*|inv_freq|masked_bias|(attn|attention)\.bias|causal_mask|"
     r"position_ids|token_type_ids|[kv]_scale)$"
 )
+_LIMITS = re.compile(r"\.(in|out)put_(min|max)$")  # Gemma 4's; inf is no limit.
 _TEXT = re.compile(r"norm|^ln|embed|^wpe$|position")  # modules beside the layers
 # A GGUF file scales positions by fields with these endings.
 _SCALES = (
@@ -165,11 +166,26 @@ def open_model(folder: Path) -> Any:
             )
     _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
     (_check_header if is_file else _check_files)(model, folder)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            values = parameter.detach().float().numpy()
-            check_values(values, f"{folder} is damaged: {name}")
+    _check_values(model, folder)
     return model
+
+
+def _check_values(model: Any, folder: Path) -> None:
+    """UserError if parameters, or buffers that files hold, are not finite, or absurd.
+
+    Such buffers are the biases that choose experts. Those of `_BUFFERS`, and those that
+    no file holds, may be masks.
+    """
+    stored = model.state_dict().keys()
+    buffers = (
+        (name, buffer)
+        for name, buffer in model.named_buffers()
+        if name in stored and not _BUFFERS.search(name)
+    )
+    for name, tensor in itertools.chain(model.named_parameters(), buffers):
+        if tensor.is_floating_point() and not _LIMITS.search(name):
+            values = tensor.detach().float().cpu().numpy()
+            check_values(values, f"{folder} is damaged: {name}")
 
 
 def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
