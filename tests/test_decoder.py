@@ -383,6 +383,17 @@ def lose_shard(folder):
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def two_shards(folder):
+    from safetensors.torch import load_file, save_file
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    (name, tensor), *_ = load_file(first).items()
+    save_file(load_file(last) | {name: -tensor}, last, {"format": "pt"})
+
+
 def cut(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -422,6 +433,7 @@ SPOILT = {
         "has a config.json, but no model.safetensors: download it",
     ),
     "lost_shard": (lose_shard, "which its model.safetensors.index.json names"),
+    "two_shards": (two_shards, ".safetensors both hold model."),
     "cut": (cut, "transformers cannot open"),
     "unfilled": (unfilled, "like a download that was not finished: download it again"),
     "lacking": (

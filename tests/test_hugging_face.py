@@ -461,7 +461,11 @@ SPOILT = {
         with_tensor("wte.weight", np.ones((97, 16))),
         "is the second wte.weight of the model, with other values: remove the wrong",
     ),
-    "two_shards": (two_shards, "is the second h.0.ln_1.bias of the model, with other"),
+    "two_shards": (
+        two_shards,
+        "theirs: model-00001-of-00002.safetensors and model-00002-of-00002.safetensors "
+        "both hold transformer.h.0.ln_1.bias, as parts of two downloads do",
+    ),
     "untied": (
         with_config(tie_word_embeddings=False),
         "holds a GPT2LMHeadModel: only `compress` takes it; `export` takes",

@@ -282,9 +282,10 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of a folder's weights.
+    """The files of a folder's weights; each tensor is in one of them.
 
-    UserError if one is missing, or if transformers would read others, too.
+    UserError if one is missing, if two hold one tensor, or if transformers would read
+    others, too.
     """
     if (folder / _ADAPTER).is_file():
         raise UserError(
@@ -316,6 +317,16 @@ def files(folder: Path) -> list[Path]:
             raise UserError(
                 f"{folder} has no {name}, which its {INDEX} names: {_RESTORE}"
             )
+    holder: dict[str, str] = {}
+    for name in names:
+        path = folder / name
+        with reading(path), safe_open(path, framework="numpy") as file:
+            for tensor in file.keys():  # noqa: SIM118  # It is no dict.
+                if (other := holder.setdefault(tensor, name)) != name:
+                    raise UserError(
+                        f"{folder}: {other} and {name} both hold {tensor}, as parts of "
+                        "two downloads do: download the model again"
+                    )
     return [folder / name for name in names]
 
 
