@@ -438,7 +438,7 @@ SPOILT = {
     "unfilled": (unfilled, "like a download that was not finished: download it again"),
     "lacking": (
         another_norm(lambda tensors: tensors.pop(NORM)),
-        f"has no tensor {NORM} of the shape",
+        f"theirs has no tensor {NORM}, which its config.json asks for: restore it",
     ),
     "infinite": (
         another_norm(lambda tensors: tensors[NORM].fill_(float("inf"))),
@@ -449,9 +449,24 @@ SPOILT = {
     "half_infinite": (half_infinite, f"{TABLE} holds inf at (3, 5): all must be fin"),
     "shape": (
         another_norm(lambda tensors: tensors.update({NORM: torch.ones(3)})),
-        "theirs",
+        f"theirs: {NORM} is (3,), but its config.json asks for (32,): restore it, or",
     ),
-    "padded": (set_config(vocab_size=90), "theirs"),
+    "padded": (
+        set_config(vocab_size=90),
+        f"theirs: {TABLE} is (97, 32), but its config.json asks for (90, 32): restore",
+    ),
+    "heads": (
+        set_config(num_key_value_heads=4),
+        "theirs: model.layers.0.self_attn.k_proj.weight is (16, 32), but its "
+        "config.json asks for (32, 32): restore it",
+    ),
+    "packed": (
+        lambda folder: spoil(
+            folder,
+            lambda t: t.update({f"{LAYER}.weight": torch.ones(32, 16).to(torch.uint8)}),
+        ),
+        "its weights are quantized (U8), which transformers does not read here",
+    ),
     "two_tables": (
         add(torch.randn(97, 32)),
         f"{TABLE} is another table than lm_head.weight, although tie_word_embeddings",

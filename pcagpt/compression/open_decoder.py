@@ -148,6 +148,7 @@ def open_model(folder: Path) -> Any:
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # The error below names the tensor.
                 output_loading_info=True,
             )
     except OF_NO_FILE:
@@ -157,15 +158,21 @@ def open_model(folder: Path) -> Any:
         raise UserError(
             f"transformers cannot open {folder}: {reason_of(error)}"
         ) from None
+    if not is_file:
+        _check_files(model, folder)
     # It would go on with random numbers.
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise UserError(
-                f"{folder} has no tensor {names[0]} of the shape that its config.json "
-                "asks for: restore it, or download the model again"
-            )
+    asks = f"its {'header' if is_file else 'config.json'} asks for"
+    wrong = [
+        f"{folder}: {name} is {tuple(shape)}, but {asks} {tuple(wanted)}"
+        for name, shape, wanted in sorted(report["mismatched_keys"])
+    ]
+    lacking = sorted(report["missing_keys"])
+    wrong += [f"{folder} has no tensor {name}, which {asks}" for name in lacking]
+    if wrong:
+        raise UserError(f"{wrong[0]}: restore it, or download the model again")
     _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
-    (_check_header if is_file else _check_files)(model, folder)
+    if is_file:
+        _check_header(model, folder)
     _check_values(model, folder)
     return model
 
