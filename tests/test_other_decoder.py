@@ -127,6 +127,14 @@ def test_a_config_without_sizes_is_refused(
     assert words in ask("compress.py", llama, tmp_path / "runs", **knobs)
 
 
+def test_a_model_that_predicts_no_tokens_is_refused(llama, corpus_folder, tmp_path):
+    named = {"architectures": ["LlamaForSequenceClassification"]}
+    (llama / "config.json").write_text(json.dumps(LLAMA | named))
+    knobs = {"data.source": corpus_folder, "ranks": 4}
+    line = ask("compress.py", llama, tmp_path / "runs", **knobs)
+    assert "holds a LlamaForSequenceClassification, which predicts no tokens" in line
+
+
 def test_sizes_of_its_own_are_not_set_by_knobs(llama, corpus_folder, tmp_path):
     knobs = {"data.source": corpus_folder, "ranks": 4, "model.n_layer": 2}
     line = ask("compress.py", llama, tmp_path / "runs", **knobs)

@@ -20,6 +20,9 @@ _REMEDY = (
     "restore it, or download the model again; if it has Infinity, open and save the "
     "model once with transformers, which writes it as JSON"
 )
+# Ends of architectures with a head that predicts no tokens. transformers would open the
+# body of a tied model, and drop that head.
+_NO_TOKENS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
 # Names of the table's width in configs. If a config has two, the first counts.
 _WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -35,7 +38,8 @@ def is_model(folder: Path) -> bool:
 def record_of(folder: Path) -> dict[str, Any]:
     """The record of a run with the model of a folder; reads no weights.
 
-    UserError if the folder lacks weights, or its config.json the sizes of the table.
+    UserError if the folder lacks weights, or its config.json the sizes of the table, or
+    for a model that predicts no tokens.
     """
     config = read_json(folder / hugging_face.CONFIG, _REMEDY)
     if config is None:
@@ -44,9 +48,14 @@ def record_of(folder: Path) -> dict[str, Any]:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     named = config.get("architectures")
-    architecture = (
+    architecture = str(
         named[0] if isinstance(named, list) and named else hugging_face.kind_of(folder)
     )
+    if architecture.endswith(_NO_TOKENS):
+        raise UserError(
+            f"{folder} holds a {architecture}, which predicts no tokens: give a "
+            "language model, or correct `architectures` in its config.json"
+        )
     width = next((name for name in _WIDTHS if name in text), "hidden_size")
     sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
@@ -59,7 +68,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return {
         "vocab_size": sizes["vocab_size"],
         "model": model_record(sizes[width], depth),
-        "architecture": str(architecture),
+        "architecture": architecture,
     }
 
 
