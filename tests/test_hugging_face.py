@@ -22,7 +22,7 @@ from pcagpt.config import command_line
 from pcagpt.errors import UserError
 from pcagpt.json_files import read_json, write_json
 from pcagpt.pipeline.plan import make_plan
-from pcagpt.run import checkpoint, fingerprint, hugging_face
+from pcagpt.run import checkpoint, fingerprint, foreign, hugging_face
 from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.trained import Run
 from pcagpt.run.unfilled import Place, refuse_unfilled
@@ -509,6 +509,47 @@ def test_a_folder_that_is_not_a_whole_gpt2_is_refused(
     assert words in refusal(*evaluate, unchanged=kept)
     start = {"init": {"weights_from": folder}, "model": {"n_layer": 2}}
     assert words in refusal(*tiny("recover.py", corpus_folder, **start), unchanged=kept)
+
+
+@pytest.mark.parametrize(
+    ("beside", "named", "read"),
+    [
+        ({}, "model.safetensors", None),
+        ({"ckpt.pt": b"other"}, "config.json", None),
+        ({"ckpt.pt": b"other"}, "ckpt.pt", "model.safetensors"),
+        (
+            {"model.safetensors.index.json": b"{}"},
+            "model.safetensors.index.json",
+            "model.safetensors",
+        ),
+        ({"table.pcat": b"other"}, "table.pcat", "model.safetensors"),
+        (
+            {"others.safetensors": b"other"},
+            "model.safetensors",
+            "others.safetensors",
+        ),
+        ({"others.safetensors": b"", "table.pcat": b""}, "table.pcat", None),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_named_is_read_or_refused(
+    beside, named, read, folder, place, corpus_folder
+):
+    for name, content in beside.items():
+        (folder / name).write_bytes(content)
+    if not read:
+        assert foreign.place_of(folder / named) == folder
+        return
+    line = f"{folder / named} is not read where it is, because {folder / read} is read"
+    with pytest.raises(UserError, match=line):
+        pcagpt.load(folder / named)
+    commands = [
+        (f"--config={CONFIGS / name}.py", f"--config.model_path={folder / named}")
+        for name in ("evaluate", "sample", "factorize", "compress", "export")
+    ]
+    start = {"init": {"weights_from": folder / named}, "model": {"n_layer": 2}}
+    for arguments in (*commands, tiny("recover.py", corpus_folder, **start)):
+        assert line in refusal(*arguments, unchanged=[folder, place])
 
 
 @pytest.mark.usefixtures("soon")

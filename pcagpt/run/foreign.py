@@ -57,15 +57,33 @@ def is_model(folder: Path) -> bool:
 def place_of(path: Path) -> Path:
     """The folder of a model's file, or the GGUF file of a folder; else the path.
 
-    Folders of GGUF files often have a config.json, too.
+    Folders of GGUF files often have a config.json, too. UserError if other weights than
+    those of a named file would be read.
     """
     if path.is_dir() and not (path / _OWN).exists():
         kind = _format(path)
         has_config = kind in (hugging_face, other_decoder)
         if kind is None or (has_config and not hugging_face.has_weights(path)):
             return gguf_model.file_in(path) or path
-    is_file = path.name in _FILES and path.is_file()
-    return path.parent if is_file and is_model(path.parent) else path
+    if not (path.name in _FILES and path.is_file() and is_model(path.parent)):
+        return path
+    if path.name not in (read := _read_in(path.parent)):
+        raise UserError(
+            f"{path} is not read where it is, because {path.with_name(read[-1])} is "
+            f"read there: name that one, or move {path.name} into a folder of its own"
+        )
+    return path.parent
+
+
+def _read_in(folder: Path) -> tuple[str, ...]:
+    """The names in `_FILES` that stand for what is read in the folder of a model."""
+    kind, config = _format(folder), hugging_face.CONFIG
+    if kind is nano_gpt:
+        return config, nano_gpt.CHECKPOINT
+    if kind is exported and "table" not in hugging_face.stored_config(folder):
+        return config, exported.CODED_TABLE, exported.OTHERS
+    weights = (hugging_face.WEIGHTS, hugging_face.INDEX)
+    return config, *[name for name in weights if (folder / name).is_file()][:1]
 
 
 def record_of(folder: Path) -> dict[str, Any]:
