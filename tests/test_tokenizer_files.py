@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
 from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
 from pcagpt.data.tokenizer import ASSETS, RANKS, load_tokenizer
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.run.trained import Run
 
@@ -441,20 +442,20 @@ def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(
     ],
     ids=["none", "nfc", "llama2", "strip", "spaces", "removed"],
 )
-def test_cached_tokens_of_the_old_cuts_are_made_again_where_they_can_be_others(
+def test_cached_tokens_of_earlier_versions_are_made_again(
     parts, drops, byte_level, place
 ):
     made = tokenizers.Tokenizer.from_file(str(byte_level / "whole/tokenizer.json"))
     made.normalizer = normalizers.Sequence(parts)
     made.save("tokenizer.json")
     now = open_corpus("text", place / "cache", "tokenizer.json")
-    assert len(now.older) == drops
-    for earlier in now.older:
+    assert len(now.older) == 1 + drops  # They lost characters; others had odd cuts.
+    for number, earlier in enumerate(now.older, 1):
         shutil.copytree(now.folder, earlier)
-        tokens = np.fromfile(earlier / "train.bin", "<u2")[::-1]
+        tokens = np.roll(np.fromfile(earlier / "train.bin", "<u2"), number)
         tokens.tofile(earlier / "train.bin")
         meta = json.loads((earlier / "meta.json").read_text())
-        del meta["tokens_sha256"], meta["sha256"]
+        del meta["tokens_sha256"], meta["unknown_tokens"], meta["sha256"]
         (earlier / "meta.json").write_text(json.dumps(meta))
         again = open_corpus("text", place / "cache", "tokenizer.json")
         assert again.folder == now.folder
@@ -728,6 +729,117 @@ def test_a_tokenizer_without_its_token_for_unknown_text_is_refused(place):
     line = refusal(*tiny("baseline.py", "text", **asked), unchanged=[])
     assert "tokenizer.json is damaged" in line
     assert "Missing [UNK] token from the vocabulary" in line
+
+
+# Text without a token.
+
+LETTERS = {text: number for number, text in enumerate("abcdefgh ▁Ġ.|<>")}
+BPE = {"type": "BPE", "vocab": LETTERS | {"ab": 15}, "merges": ["a b"]}
+UNIGRAM = {"type": "Unigram", "vocab": [[text, -1.0] for text in LETTERS]}
+WORDS = {"vocab": {"[UNK]": 0, "a": 1, "b": 2}, "unk_token": "[UNK]"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+ACCENTS = {
+    "type": "Sequence",
+    "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}],
+}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+MARK = {"id": 16, "content": "<|x|>", "special": True, "normalized": False}
+MARK |= {"single_word": False, "lstrip": False, "rstrip": False}
+
+
+def write_whole(file, model, **parts):
+    """A tokenizer.json of a model and other parts."""
+    file.write_text(json.dumps({"model": model} | parts))
+    return str(file)
+
+
+@pytest.mark.parametrize("model", [BPE, UNIGRAM | {"unk_id": None}], ids=["bpe", "uni"])
+@pytest.mark.parametrize(
+    ("parts", "kept", "lacked"),
+    [
+        ({}, "ab a. ▁", "é"),
+        ({}, "ab a. ▁", "\n"),
+        ({"normalizer": ACCENTS}, "áb â", "ß"),
+        ({"normalizer": {"type": "Lowercase"}}, "AB a", "É"),
+        ({"normalizer": {"type": "NFD"}}, "ab", "é"),
+        ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "ab\n\ta", "\u200b"),
+        ({"pre_tokenizer": METASPACE}, "ab a", "日"),
+        ({"pre_tokenizer": BYTES | {"use_regex": True}}, "ab a", "\n"),
+        ({"normalizer": {"type": "ByteLevel"}}, "ab a", "é"),
+        ({"added_tokens": [MARK]}, "a<|x|>b", "x"),
+    ],
+    ids=str,
+)
+def test_a_character_without_a_token_is_refused(parts, kept, lacked, model, tmp_path):
+    file = write_whole(tmp_path / "tokenizer.json", model, **parts)
+    ours, theirs = vocabulary.load(file), tokenizers.Tokenizer.from_file(file)
+    assert ours.encode(kept) == theirs.encode(kept).ids == ours.encode_batch([kept])[0]
+    text = f"{kept}{lacked}a"
+    line = f"{file} has no token for {lacked!r}, as in {text!r}: leave it out"
+    for encode in (ours.encode, lambda text: ours.encode_batch(["a", text])):
+        with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+            encode(text)
+    # An export has the tokenizer as it was.
+    assert ours.whole() == json.loads(theirs.to_str())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BPE | {"unk_token": "."},
+        UNIGRAM | {"unk_id": LETTERS["."]},
+        WORDS | {"type": "WordLevel"},
+        WORDS | {"type": "WordPiece", "continuing_subword_prefix": "##"}
+        | {"max_input_chars_per_word": 9},
+    ],
+    ids=["bpe", "unigram", "words", "pieces"],
+)  # fmt: skip
+def test_tokens_for_unknown_text_are_counted_once(model, place, caplog):
+    parts = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    file = write_whole(place / "tokenizer.json", model, **parts)
+    (place / "text/val.txt").write_text("a é b a")
+    (place / "text/train.txt").write_text("a b a b")
+    said = "1 of the 4 tokens in the val split of text stand for text"
+    for _ in range(2):  # Also if the text was tokenized before.
+        warn_once.cache_clear()
+        caplog.clear()
+        corpus = open_corpus("text", place / "cache", file)
+        (line,) = [line for line in caplog.messages if "stand for" in line]
+        assert line.startswith(said)
+    unknown = corpus.tokens("val")[:][1]
+    assert unknown == vocabulary.load(file).unknown
+    assert corpus.unknown == {"train": 0, "val": 1}
+
+
+def test_a_text_with_a_character_without_a_token_is_not_tokenized(folder, place):
+    text = "ab a.\n" * 20_000
+    has_lines = BPE | {"vocab": BPE["vocab"] | {"\n": 16}}
+    file = write_whole(folder / "tokenizer.json", has_lines)
+    (place / "text/train.txt").write_text(text)
+    (place / "text/val.txt").write_text(text)
+    theirs = tokenizers.Tokenizer.from_file(file).encode(text).ids
+    corpus = open_corpus("text", place / "cache", file)
+    assert corpus.tokens("train")[:].tolist() == theirs
+    (place / "text/val.txt").write_text(f"{text}ab é{text}")
+    with pytest.raises(UserError, match="no token for 'é', as in "):
+        open_corpus("text", place / "cache", file)
+    asked = {"model_path": folder, "model": {"n_layer": 2}}
+    line = refusal(*tiny("evaluate.py", "text", **asked), unchanged=[folder, place])
+    assert line.startswith(
+        f"pcagpt: the val split of text: {file} has no token for 'é'"
+    )
+
+
+def test_a_cut_within_a_special_token_refuses_no_text(place):
+    """The text around a place to cut begins within one, whose letters have no token."""
+    mark = MARK | {"content": f"<{'xy ' * 30}>"}
+    file = write_whole(place / "tokenizer.json", BPE, added_tokens=[mark])
+    text = f"ab a. {mark['content']} ab " * 2_000
+    (place / "text/train.txt").write_text(text)
+    (place / "text/val.txt").write_text("ab")
+    corpus = open_corpus("text", place / "cache", file)
+    theirs = tokenizers.Tokenizer.from_file(file).encode(text).ids
+    assert corpus.tokens("train")[:].tolist() == theirs
 
 
 def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):

@@ -181,7 +181,8 @@ class Model:
     def encode(self, text: str) -> np.ndarray:
         """The token ids of a text, int32 [T]; '<|endoftext|>' is one token.
 
-        Raises UserError if the model has no tokenizer, or it does not know a character.
+        Raises UserError if the model has no tokenizer, or it has neither a token for a
+        character nor one for unknown text.
         """
         with call():
             if not isinstance(text, str):

@@ -33,6 +33,7 @@ from pcagpt.data.sources import (
 from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.file_hashes import is_settled, stamp_in
 from pcagpt.files import folder_name
@@ -41,8 +42,9 @@ from pcagpt.sharding import processes
 
 # Parts of a corpus's content that decide the numbers of a training run.
 TRAINING_PARTS = ("train", "val", "vocab_size", "tokenizer_sha256")
-# Parts of a cache folder's name, the newest first: add one when the tokens change.
-_RECIPES, _DROPPING_RECIPES = (1,), (2, 1)  # the latter if a tokenizer drops characters
+# Parts of a cache folder's name, the newest first: add one when the tokens change. The
+# second ones are for tokenizers in files, the last ones if these drop characters.
+_RECIPES, _FILE_RECIPES, _DROPPING_RECIPES = (1,), (3, 1), (3, 2, 1)
 
 
 class TextSize(NamedTuple):
@@ -406,7 +408,18 @@ def _open(
 
 
 def _told(corpus: Corpus) -> Corpus:
-    """The corpus; a warning names a split that is byte for byte the train split."""
+    """The corpus; a warning names a split that is byte for byte the train split.
+
+    Another one counts the tokens for unknown text, if pcagpt tokenized it.
+    """
+    for split, count in corpus.unknown.items():
+        if count:
+            warn_once(
+                f"{count:,} of the {corpus.counts.get(split, 0):,} tokens in the "
+                f"{split} split of {corpus.name} stand for text that "
+                f"{corpus.tokenizer} has no token for: a loss does not tell how well "
+                "such text is predicted"
+            )
     for split in {*corpus.splits} & {"val", "test"}:
         files = (corpus.folder / f"{name}.bin" for name in ("train", split))
         # An error of the system is told where the files are read.
@@ -450,9 +463,11 @@ def _folder_names(fingerprints: Sequence[str], info: CorpusInfo) -> list[str]:
 
     `fingerprints`: of the text, as in `TextSource`.
     """
-    drops = vocabulary.drops_characters(info.tokenizer)
+    recipes = _RECIPES if info.tokenizer in RANKS else _FILE_RECIPES
+    if vocabulary.drops_characters(info.tokenizer):
+        recipes = _DROPPING_RECIPES
     names = []
-    for recipe in _DROPPING_RECIPES if drops else _RECIPES:
+    for recipe in recipes:
         for fingerprint in dict.fromkeys(fingerprints):
             parts = json.dumps([recipe, fingerprint, info.tokenizer_sha256])
             key = hashlib.sha256(parts.encode()).hexdigest()[:12]

@@ -21,6 +21,7 @@ from pcagpt.data import vocabulary
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.data.tokenizer_files import Lacking
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import sync, write_file
@@ -46,7 +47,7 @@ def write_token_folder(
     The folder appears only when it is complete. If several processes write it at the
     same time, the first one wins, and removes all drafts, also those of killed ones.
     UserError if the text no longer has the `fingerprints` from which the folder's name
-    was made.
+    was made, or if the tokenizer has no token for a character.
     """
     # Only the hash at the end: the folder's name may be as long as a name can be.
     start = f".{folder.name.rpartition('-')[2]}."
@@ -83,15 +84,19 @@ def write_token_folder(
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
+    unknown = dict(counts)
     dtype = narrowest(info.vocab_size)
     characters, reported = 0, time.monotonic()
 
     def write(split: str, file: BinaryIO) -> None:
         nonlocal characters, reported
-        documents = source.documents[split]()
-        for ids, length in _encode(documents, vocabulary.load(info.tokenizer)):
+        tokenizer = vocabulary.load(info.tokenizer)
+        of_unknown = getattr(tokenizer, "unknown", None)
+        for ids, length in _encode(source.documents[split](), tokenizer):
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
+            if of_unknown is not None:
+                unknown[split] += ids.count(of_unknown)
             characters += length
             if process.shows_progress() and time.monotonic() - reported > 2:
                 reported = time.monotonic()
@@ -102,7 +107,10 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
                 )
 
     for split in source.documents:
-        write_file(folder / f"{split}.bin", partial(write, split))
+        try:
+            write_file(folder / f"{split}.bin", partial(write, split))
+        except Lacking as error:
+            raise UserError(f"the {split} split of {source.name}: {error}") from None
     meta = {
         "name": info.name,
         "vocab_size": info.vocab_size,
@@ -110,6 +118,7 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
         "tokenizer": info.tokenizer,
         "tokenizer_sha256": info.tokenizer_sha256,
         "tokens": counts,
+        "unknown_tokens": unknown,
         "tokens_sha256": {
             split: sha256_of_file(folder / f"{split}.bin") for split in counts
         },
@@ -198,8 +207,11 @@ def _keeps_ids(
     """
     for context in _CONTEXTS:
         begin, stop = max(end - context, 0), start + context
-        left, right = encode(text[begin:end]), encode(text[start:stop])
-        if left + right != encode(text[begin:stop]):
+        try:
+            left, right = encode(text[begin:end]), encode(text[start:stop])
+            if left + right != encode(text[begin:stop]):
+                return False
+        except Lacking:  # Perhaps of a part of a special token, or an accent alone.
             return False
         if min(len(left), len(right)) >= _FEWEST:
             return True

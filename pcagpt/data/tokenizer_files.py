@@ -38,6 +38,8 @@ _SPECIAL = "special_tokens_map.json"
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
 _LOST = "\ufffd"  # stands for bytes that are no character
+_LACKING = "\0lacking"  # is no token
+_SAYING_LACKING = (_LACKING, "`unk_id` is missing")  # errors of the package
 _DAMAGED = "restore it, or download it again"
 _SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
@@ -55,10 +57,18 @@ _OTHER_PATTERNS = {
 }
 
 
+class Lacking(UserError):
+    """A tokenizer has no token for a character of a text, nor one for unknown text."""
+
+
 class FileTokenizer:
     """The part of `tiktoken.Encoding` that pcagpt uses, of a `tokenizers.Tokenizer`.
 
     A method raises UserError if the tokenizer fails.
+
+    The package leaves out a character if a byte-pair vocabulary has no token for it and
+    none for unknown text. Such a text is refused here. What a tokenizer drops before it
+    looks for tokens, such as accents and white space, is left out.
     """
 
     def __init__(
@@ -67,19 +77,73 @@ class FileTokenizer:
         """ids: that have a text; eot_token: separates documents; None without one."""
         self.ids, self.n_vocab, self.eot_token = ids, max(ids) + 1, eot_token
         self._file, self._tokenizer = file, tokenizer
+        # Then the package raises an error instead.
+        self._loses = getattr(tokenizer.model, "unk_token", "") is None
+        if self._loses:
+            tokenizer.model.unk_token = _LACKING
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The ids of a text. Special tokens in it are always taken for themselves."""
-        with _naming(self._file):
+        """The ids of a text. Special tokens in it are always taken for themselves.
+
+        Raises Lacking if it has a character without a token.
+        """
+        with _naming(self._file), self._refusing([text]):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], **_: Any) -> list[list[int]]:
-        """The ids of several texts."""
-        with _naming(self._file):
+        """The ids of several texts; raises as `encode` does."""
+        with _naming(self._file), self._refusing(texts):
             encoded = self._tokenizer.encode_batch(
                 list(texts), add_special_tokens=False
             )
         return [one.ids for one in encoded]
+
+    @contextlib.contextmanager
+    def _refusing(self, texts: Sequence[str]) -> Iterator[None]:
+        """An error of the package for a character without a token becomes Lacking."""
+        try:
+            yield
+        except Exception as error:
+            if not any(mark in str(error) for mark in _SAYING_LACKING):
+                raise
+            place = self._first_lacking(texts)
+            raise Lacking(
+                f"{self._file} has no token for {place}: leave it out"
+            ) from None
+
+    def _first_lacking(self, texts: Sequence[str]) -> str:
+        """The first character without a token, and the text around it."""
+        found = self._naming_unknown
+        lacking = found.token_to_id(_LACKING)
+        for text in texts:
+            encoded = found.encode(text, add_special_tokens=False)
+            for number, (at, _) in zip(encoded.ids, encoded.offsets, strict=True):
+                if number == lacking:
+                    around = text[max(at - 20, 0) : at + 20]
+                    return f"{text[at : at + 1]!r}, as in {around!r}"
+        return "a character of the text"
+
+    @functools.cached_property
+    def _naming_unknown(self) -> Any:
+        """The tokenizer with a token for unknown text."""
+        whole = self.whole()
+        model = whole["model"]
+        if isinstance(model["vocab"], list):  # of a unigram model
+            model["unk_id"] = len(model["vocab"])
+            model["vocab"].append([_LACKING, 0.0])
+        else:
+            model["unk_token"] = _LACKING
+            model["vocab"][_LACKING] = 1 << 31  # Not an id of an added token.
+        return type(self._tokenizer).from_str(json.dumps(whole))
+
+    @functools.cached_property
+    def unknown(self) -> int | None:
+        """The id for text without a token; None if no token is only for such text."""
+        model = self.whole()["model"]
+        number = model.get("unk_id")
+        if model.get("unk_token") is not None:
+            number = self._tokenizer.token_to_id(model["unk_token"])
+        return None if number == self.eot_token else number
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included.
@@ -122,7 +186,10 @@ class FileTokenizer:
 
     def whole(self) -> dict[str, Any]:
         """The content of its tokenizer.json."""
-        return json.loads(self._tokenizer.to_str())
+        content = json.loads(self._tokenizer.to_str())
+        if self._loses:
+            content["model"]["unk_token"] = None
+        return content
 
 
 @contextlib.contextmanager
@@ -130,7 +197,7 @@ def _naming(file: Path) -> Iterator[None]:
     """An error of the package becomes a UserError that names the tokenizer's file."""
     try:
         yield
-    except OF_NO_FILE:
+    except (Lacking, *OF_NO_FILE):
         raise
     # The package raises Exception itself.
     except Exception as error:
