@@ -1081,3 +1081,34 @@ def test_an_error_before_a_save_tells_how_many_steps_are_lost(
     settings = Settings.of(changed(config, workdir="new", model_path="", seed=3))
     with pytest.raises(UserError, match=r"the 3 steps since step 3 are not saved"):
         main.run(settings, "a command", print_only=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "during", "before"),
+    [
+        ("gpt_baseline", "gpt_baseline", "pca_factorized"),
+        ("gpt_baseline", "pca_factorized", "gpt_pca_finetune_k8"),
+        ("pca_factorized", "pca_factorized", "gpt_pca_finetune_k8"),
+    ],
+)
+def test_a_prerequisite_that_is_removed_meanwhile_is_named(
+    name, during, before, tiny_config, monkeypatch
+):
+    config = finetuned(tiny_config)
+    of_plan = {one.folder.name: one for one in plan(config).jobs}
+    kind, gone = type(of_plan[during]), of_plan[name].folder
+    run = kind.run
+
+    def remove(self, *arguments):
+        run(self, *arguments)
+        if self.folder.name == during:
+            shutil.rmtree(gone)
+
+    monkeypatch.setattr(kind, "run", remove)
+    line = f"{gone} was removed while this command ran: restore it, or run the same"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        execute(config)
+    assert not of_plan[before].folder.exists()
+    monkeypatch.undo()
+    execute(tiny_config)  # As the same command asks for if only the factors are left.
+    assert read_result(execute(config))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -128,9 +129,12 @@ def execute(plan: Plan, command: str) -> None:
     is_new = bool(setups)
     if is_new:
         processes.from_first(lambda: show_plan(plan.settings, setups, command))
+    there: set[Path] = set()
     for job in list(setups):
+        processes.from_first(partial(_check_sources, job, list(setups), there))
         # `pop` lets go of what one job holds before the next one begins.
         job.run(setups.pop(job), command)
+        there.add(job.folder)
     # Another command may have replaced what is told or reported now.
     for job, (kind, _) in check(plan).items():
         if kind != Kind.DONE:
@@ -142,6 +146,19 @@ def execute(plan: Plan, command: str) -> None:
         processes.from_first(lambda: _report(plan, is_new, command))
     else:
         say(*(line for job in needed if job.is_target for line in job.found()))
+
+
+def _check_sources(job: Job, left: Iterable[Job], there: set[Path]) -> None:
+    """Raises UserError if what a job reads was in the set `there`, and is gone.
+
+    Adds what the jobs that are `left` read and that is there now.
+    """
+    if gone := [path for path in job.sources & there if not path.exists()]:
+        raise UserError(
+            f"{min(gone)} was removed while this command ran: restore it, or run the "
+            "same command again"
+        )
+    there |= {path for one in left for path in one.sources if path.exists()}
 
 
 def _report(plan: Plan, is_new: bool, command: str) -> None:
