@@ -65,17 +65,18 @@ _REMEDIES = {
     errno.EDQUOT: "free some space, or use another {place}",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EROFS: "use another {place}, which can be written to",
-    errno.EACCES: "change its permissions, or name another file or folder",
-    errno.EPERM: "change its permissions, or name another file or folder",
+    errno.EACCES: "change its permissions, or name another file or folder{named}",
+    errno.EPERM: "change its permissions, or name another file or folder{named}",
     errno.EMFILE: "raise the limit (ulimit -n 4096)",
     errno.ENFILE: "end other programs, or raise the limit of the system",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EISDIR: "a file should be there, move the folder away",
-    errno.ENOTDIR: "a folder should be there, move the file away",
+    errno.ENOTDIR: "a folder should be there, move the file away, or name another "
+    "folder{named}",
     errno.EEXIST: "something else is there, perhaps a link to nothing, move it away or "
-    "name another place",
+    "name another place{named}",
     errno.ENOENT: "it was removed, is a link to nothing, or cannot be made there; name "
-    "another file or folder",
+    "another file or folder{named}",
     errno.ENOTEMPTY: "another program writes there, end it",
     errno.ELOOP: "links lead in a circle, remove one",
     errno.EPIPE: "the program that read the output has ended",
@@ -108,7 +109,9 @@ def explain(error: BaseException) -> str | None:
     subject = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     problem = os.strerror(code)
     problem = problem[:1].lower() + problem[1:]
-    remedy = _REMEDIES.get(code, "").format(place=getattr(error, "place", _PLACE))
+    place = getattr(error, "place", _PLACE)
+    named = f" as {place}" if place != _PLACE else ""
+    remedy = _REMEDIES.get(code, "").format(place=place, named=named)
     return f"{subject}{problem}{f': {remedy}' if remedy else ''}"
 
 

@@ -772,6 +772,16 @@ def test_a_full_cache_folder_is_told_with_its_path_and_knob(
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null", "/dev/null/x"])
+def test_a_cache_folder_that_cannot_be_made_is_told_with_its_knob(place, folder):
+    (folder / "train.txt").write_text("text")
+    with pytest.raises(OSError) as caught:
+        open_corpus(str(folder), place)
+    line = explain(caught.value)
+    assert line.startswith(f"{place}: ")
+    assert line.endswith(" as --config.data.cache_dir")
+
+
 # Folders of token files
 
 
