@@ -1,5 +1,7 @@
 """The model that the knobs and the device ask for."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +39,12 @@ def test_bands_must_hold_the_whole_vocabulary():
         (CPU, {}, ("float32", "xla", "xla")),
         (AMPERE, {}, ("bfloat16", "cudnn", "triton")),
         (HOPPER, {}, ("bfloat16", "mosaic", "mosaic")),
-        (HOPPER, {"kernels": "triton"}, ("bfloat16", "mosaic", "triton")),
+        (HOPPER, {"kernels": "triton"}, ("bfloat16", "cudnn", "triton")),
+        (
+            HOPPER,
+            {"kernels": "xla", "attention": "mosaic"},
+            ("bfloat16", "mosaic", "xla"),
+        ),
         (HOPPER, {"attention": "cudnn"}, ("bfloat16", "cudnn", "mosaic")),
         (HOPPER, {"compute_dtype": "float32"}, ("float32", "xla", "xla")),
         (BLACKWELL, {}, ("bfloat16", "cudnn", "mosaic")),
@@ -80,6 +87,18 @@ def test_a_process_asks_its_own_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", pytest.fail)
     monkeypatch.setattr(jax, "local_devices", lambda: [own])
     assert hardware().platform == own.platform
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_hopper"),
+    [("9.0", True), ("8.0", False), ("10.0", False), (None, False)],
+)
+def test_hopper_is_known_by_its_capability(capability, is_hopper, monkeypatch):
+    device = SimpleNamespace(platform="gpu", memory_stats=dict)
+    if capability:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert hardware().is_hopper is is_hopper
 
 
 @pytest.mark.parametrize(

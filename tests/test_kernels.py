@@ -347,9 +347,9 @@ def exact_attention(q_BTHC, k_BTHC, v_BTHC):
     return jnp.einsum("bhts,bshc->bthc", p_BHts, v_BTHC)
 
 
-# A program has several heads, or a pair of tiles and its mirror image; large logits.
+# A program has two heads, or two pairs of tiles; several sequences; large logits.
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "scale"), [(1, 256, 3, 1.0), (1, 512, 1, 4.0)]
+    ("batch", "length", "heads", "scale"), [(2, 256, 2, 1.0), (1, 512, 1, 4.0)]
 )
 def test_attention_and_its_gradients(batch, length, heads, scale, monkeypatch):
     monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 2)
@@ -376,23 +376,22 @@ def test_attention_and_its_gradients(batch, length, heads, scale, monkeypatch):
             assert_near(one[:, tile], wanted_one[:, tile], 4 * HALF.rounded)
 
 
-@pytest.mark.parametrize(
-    ("length", "width", "dtype"),
-    [
-        (128, 64, jnp.bfloat16),
-        (384, 64, jnp.bfloat16),
-        (256, 128, jnp.bfloat16),
-        (256, 64, jnp.float32),
-    ],
-)
-def test_attention_of_other_sizes_is_cudnns(length, width, dtype, monkeypatch):
+def test_a_model_has_this_attention():
+    q, k, v = (random_array(i, 1, 256, 1, 64, dtype=jnp.bfloat16) for i in range(3))
+    found = block._causal_attention(q, k, v, "mosaic")
+    wanted = block._causal_attention(q, k, v, "xla")
+    assert_near(*exact(found, wanted), 2 * HALF.rounded)
+
+
+@pytest.mark.parametrize(("length", "width"), [(128, 64), (384, 64), (256, 128)])
+def test_attention_of_other_sizes_is_cudnns(length, width, monkeypatch):
     asked = []
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
         lambda q, *rest, implementation, **more: asked.append(implementation) or q,
     )
-    q = jnp.zeros((1, length, 1, width), dtype)
+    q = jnp.zeros((1, length, 1, width), jnp.bfloat16)
     block._causal_attention(q, q, q, "mosaic")
     assert asked == ["cudnn"]
 

@@ -83,9 +83,9 @@ class ModelSettings:
     )
     attention: str = knob(
         "auto",
-        "auto, for bfloat16 on GPUs: mosaic on Hopper, elsewhere cudnn. Where mosaic "
-        "has no kernel, because a head is not 64 wide or the length is no multiple of "
-        "256, cudnn is used",
+        "auto, for bfloat16 on GPUs: mosaic on Hopper if model.kernels is mosaic, "
+        "otherwise cudnn. mosaic uses cudnn where it has no kernel: for heads that are "
+        "not 64 wide, and lengths that are no multiple of 256",
         one_of("auto", "xla", "cudnn", "mosaic"),
     )
     kernels: str = knob(

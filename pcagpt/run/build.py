@@ -36,8 +36,9 @@ def hardware() -> Hardware:
     else:
         known = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         memory = known * jax.device_count()
-    is_hopper = device.platform == "gpu" and kernels.mosaic.has_wgmma(device)
-    return Hardware(device.platform, kernels.that_run_on(device), memory, is_hopper)
+    runs = kernels.that_run_on(device)
+    is_hopper = "mosaic" in runs and kernels.mosaic.has_wgmma(device)
+    return Hardware(device.platform, runs, memory, is_hopper)
 
 
 def build_config(
@@ -112,17 +113,6 @@ def device_choices(
     on_gpu = device.platform == "gpu"
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    attends = ("xla",)
-    if on_gpu and dtype == "bfloat16":
-        attends = ("mosaic",) * device.is_hopper + ("cudnn", "xla")
-    if attention == "auto":
-        attention = attends[0]
-    elif attention not in attends:
-        needed = {"mosaic": "its kernels need a Hopper GPU", "cudnn": "it needs a GPU"}
-        raise UserError(
-            f"model.attention is {attention!r}: {needed[attention]}, and "
-            "model.compute_dtype=bfloat16; leave model.attention=auto"
-        )
     runs = device.kernels if dtype == "bfloat16" else ("xla",)
     if kernel == "auto":
         kernel = runs[0]
@@ -131,5 +121,16 @@ def device_choices(
         raise UserError(
             f"model.kernels is {kernel!r}: {kernels.NEEDS[kernel]}, and "
             "model.compute_dtype=bfloat16; leave model.kernels=auto"
+        )
+    attends = ("xla",)
+    if on_gpu and dtype == "bfloat16":
+        attends = ("mosaic",) * device.is_hopper + ("cudnn", "xla")
+    if attention == "auto":
+        attention = next(a for a in attends if a != "mosaic" or kernel == "mosaic")
+    elif attention not in attends:
+        needed = {"mosaic": "its kernels need a Hopper GPU", "cudnn": "it needs a GPU"}
+        raise UserError(
+            f"model.attention is {attention!r}: {needed[attention]}, and "
+            "model.compute_dtype=bfloat16; leave model.attention=auto"
         )
     return dict(zip(DEVICE_KNOBS, (dtype, attention, kernel), strict=True))

@@ -1,12 +1,10 @@
 """Causal attention and its gradients.
 
-A program keeps a tile of a head in shared memory and streams the tiles that it meets:
-queries meet the keys before them, keys the queries after them. The forward pass and the
-kernel for the gradient of queries keep queries. The kernel for the gradients of keys
-and values keeps these. Both kernels for gradients compute the weights again.
-
-A program works on two tiles in turn that together meet as many tiles as any other two:
-a tile and its mirror image in the sequence.
+A program keeps a tile of a head in shared memory and streams the tiles that it meets.
+The forward pass and the kernel for the gradient of queries keep queries. The kernel for
+the gradients of keys and values keeps these. As in FlashAttention 2, both kernels for
+gradients compute the weights again, and the mean of the weights' gradients under the
+weights of a query is the product of its result and of this result's gradient.
 
 Shape letters: B batch, T sequence, N = B*T, H heads, C head width, D = H*C; h rows of
 half of a kept tile, s rows of a streamed tile.
@@ -17,12 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pcagpt.kernels.constants import LOG2_E
 from pcagpt.kernels.mosaic import launch
+from pcagpt.kernels.mosaic.causal_tiles import KEPT, WIDTH, Sequences, Turn
 from pcagpt.kernels.mosaic.streamed import (
     HALF,
     HALVES,
@@ -34,8 +32,6 @@ from pcagpt.kernels.mosaic.streamed import (
 )
 from pcagpt.sharding import inside
 
-KEPT = HALVES * HALF  # rows of a kept tile
-WIDTH = 64  # of a head
 SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 TURNS = 2  # kept tiles in shared memory: one used, one awaited
 SCALE = WIDTH**-0.5
@@ -44,9 +40,14 @@ EXPONENT = SCALE * LOG2_E  # of 2, for a product of a query and a key of 1
 
 def fits(shape: tuple[int, ...], dtype) -> bool:
     """Whether the kernels support queries of that shape [B, T, H, C]."""
-    _, length, _, width = shape
-    has_pairs = length % (2 * KEPT) == 0
-    return launch.has_wgmma() and dtype == jnp.bfloat16 and has_pairs and width == WIDTH
+    batch, length, _, width = shape
+    return (
+        launch.has_wgmma()
+        and dtype == jnp.bfloat16
+        and batch % inside.device_count() == 0
+        and length % (2 * KEPT) == 0
+        and width == WIDTH
+    )
 
 
 # XLA cannot differentiate a kernel.
@@ -78,7 +79,7 @@ def _results(q_BTHC, k_BTHC, v_BTHC):
     batch, length, heads, _ = q_BTHC.shape
     q_ND, k_ND, v_ND = map(_as_rows, (q_BTHC, k_BTHC, v_BTHC))
     y_ND, normaliser_HT = _run(
-        _Results,
+        _Forward,
         _Inputs((q_ND,), (k_ND, v_ND)),
         results=(_like(q_ND), _numbers(batch * heads, length)),
         length=length,
@@ -130,118 +131,53 @@ class _Inputs(NamedTuple):
     streamed_numbers: Any = ()
 
 
-class _Place(NamedTuple):
-    """Sizes of the work."""
-
-    length: int  # of a sequence
-    heads: int  # of a sequence
-    all_heads: int
-
-    @property
-    def tiles(self) -> int:
-        """Number of kept tiles of a head."""
-        return self.length // KEPT
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs of tiles."""
-        return self.all_heads * (self.tiles // 2)
-
-    def turns(self) -> jax.Array:
-        """Number of turns of this program."""
-        program, programs = launch.program()
-        return 2 * lax.div(self.pairs - program + programs - 1, programs)
-
-
-class _Turn:
-    """What a program does in a turn: a kept tile and the tiles that it meets."""
-
-    def __init__(self, number, place: _Place, kind: "type[_Kernel]"):
-        program, programs = launch.program()
-        tiles, is_mirror = place.tiles, lax.rem(number, 2)
-        pair = lax.div(number, 2) * programs + program
-        self.head = lax.div(pair, tiles // 2)
-        # The tile that meets more comes first.
-        shorter_by = lax.rem(pair, tiles // 2)
-        tile = jnp.where(is_mirror == 1, tiles - 1 - shorter_by, shorter_by)
-        in_kept = KEPT // kind.streamed
-        self.steps = in_kept * (tiles - tile)
-        before = lax.div(number, 2) * (tiles + 1) + is_mirror * (tiles - shorter_by)
-        self.before = in_kept * before  # streamed tiles of the turns before
-        self.kind = kind
-        self.tile = tile if kind.keeps_keys else tiles - 1 - tile
-        self.row = lax.div(self.head, place.heads) * place.length
-        self.columns = pl.ds(lax.rem(self.head, place.heads) * WIDTH, WIDTH)
-
-    def positions(self, half=None):
-        """Those of the kept tile, or of a half of it, in the sequence."""
-        if half is None:
-            return pl.ds(self.tile * KEPT, KEPT)
-        return pl.ds(self.tile * KEPT + half * HALF, HALF)
-
-    def met(self, step):
-        """Those of a streamed tile; the nearest tile comes first."""
-        size = self.kind.streamed
-        back = KEPT // size - 1 - step
-        number = self.tile * (KEPT // size) + (step if self.kind.keeps_keys else back)
-        return pl.ds(number * size, size)
-
-    def first_step(self, half) -> jax.Array:
-        """The first step of a half; one does not meet a nearest tile of 64 rows."""
-        if self.kind.streamed == KEPT:
-            return jnp.zeros_like(half)
-        return half if self.kind.keeps_keys else HALVES - 1 - half
-
-    def in_array(self, positions) -> tuple:
-        """Rows and columns of an array [N, D]."""
-        return pl.ds(self.row + positions.start, positions.size), self.columns
-
-
 # All blocks share kernels, which are lowered once.
 @functools.partial(jax.jit, static_argnames=("kind", "results", "length"))
 def _run(kind: type, inputs: _Inputs, *, results: tuple, length: int):
     count, width = inputs.kept[0].shape
     heads, dtype = width // WIDTH, inputs.kept[0].dtype
-    place = _Place(length, heads, count // length * heads)
+    sizes = Sequences(length, heads, count // length * heads)
     arrays, structure = jax.tree.flatten(inputs)
 
     def body(*references):
         sources = jax.tree.unflatten(structure, references[: len(arrays)])
         targets = references[len(arrays) :]
 
-        def run(held, slots, kept_slots, result, numbers):
+        def run(held, slots, kept_slots, outgoing, outgoing_numbers):
             slots, kept_slots = Slots(*slots, SLOTS), Slots(*kept_slots, TURNS)
-            kernel = kind(place, sources, held, slots, kept_slots)
-            divide_work(kernel.copy, lambda: kernel.multiply(targets, result, numbers))
+            kernel = kind(sizes, sources, held, slots, kept_slots)
+            divide_work(
+                kernel.copy,
+                lambda: kernel.multiply(targets, outgoing, outgoing_numbers),
+            )
 
-        def tiles(references, slots, rows):
-            return [launch.shared((slots, rows, WIDTH), dtype, WIDTH)] * len(references)
+        def tiles(count, slots, height):
+            return [launch.shared((slots, height, WIDTH), dtype, WIDTH)] * count
 
-        def numbers(references, slots, rows):
-            return [launch.shared((slots, rows), jnp.float32)] * len(references)
+        def numbers(count, slots, height):
+            return [launch.shared((slots, height), jnp.float32)] * count
 
+        counts = _Inputs(*map(len, sources))
+        copies = counts.streamed + counts.streamed_numbers
+        kept_copies = counts.kept + counts.kept_numbers
         launch.with_scratch(
             run,
             held=_Inputs(
-                tiles(sources.kept, TURNS, KEPT),
-                tiles(sources.streamed, SLOTS, kind.streamed),
-                numbers(sources.kept_numbers, TURNS, KEPT),
-                numbers(sources.streamed_numbers, SLOTS, kind.streamed),
+                tiles(counts.kept, TURNS, KEPT),
+                tiles(counts.streamed, SLOTS, kind.streamed),
+                numbers(counts.kept_numbers, TURNS, KEPT),
+                numbers(counts.streamed_numbers, SLOTS, kind.streamed),
             ),
-            slots=Slots.barriers(
-                SLOTS, len(sources.streamed) + len(sources.streamed_numbers)
-            ),
-            kept_slots=Slots.barriers(
-                TURNS, len(sources.kept) + len(sources.kept_numbers)
-            ),
-            result=tiles(kind.sum_of, HALVES, HALF),
-            numbers=launch.shared((HALVES, HALF), jnp.float32),
+            slots=Slots.barriers(SLOTS, copies),
+            kept_slots=Slots.barriers(TURNS, kept_copies),
+            outgoing=tiles(len(kind.sum_of), HALVES, HALF),
+            outgoing_numbers=launch.shared((HALVES, HALF), jnp.float32),
         )
 
     return launch.call(
         body,
         results,
-        programs=min(place.pairs, launch.multiprocessors()),
+        programs=min(sizes.pairs, launch.multiprocessors()),
         groups=HALVES + 1,
         name=kind.name,
     )(*arrays)
@@ -252,8 +188,7 @@ class _Kernel:
 
     streamed: rows of a streamed tile; with 128, gradients do not fit in the registers.
     products: number of products of a kept tile and a streamed one; the first one is of
-    queries and keys. sum_of, `weigh` and `shrink`: see `Products`. `start` makes the
-    first carry of `weigh`; `finish` makes the results from the sums and the last carry.
+    queries and keys. sum_of: see `Products`.
     """
 
     name: str
@@ -262,31 +197,54 @@ class _Kernel:
     products = 2
     sum_of: tuple[int, ...] = (0,)
 
-    def __init__(self, place, sources: _Inputs, held: _Inputs, slots, kept_slots):
-        self.place, self.slots, self.kept_slots = place, slots, kept_slots
+    def __init__(self, sizes, sources: _Inputs, held: _Inputs, slots, kept_slots):
+        self.sizes, self.slots, self.kept_slots = sizes, slots, kept_slots
         self.sources, self.held = sources, held
+
+    def start(self, at):
+        """The first carry of `weigh`; `at`: slot and rows of half of the kept tile."""
+        raise NotImplementedError
+
+    def weigh(self, logit_hs, *of_p_hs, carry, slot):
+        """The weights for `sum_of` and the next carry.
+
+        logit: products of queries and keys, not scaled; -inf where they do not see each
+        other. of_p: the gradient of the attention weights. slot: of the streamed tile.
+        """
+        raise NotImplementedError
+
+    def shrink(self, sums: tuple, carry) -> tuple:
+        """The sums so far, relative to the new carry."""
+        del carry
+        return sums
+
+    def finish(self, sums, carry):
+        """The results [h, C] of half of a kept tile, and a number [h] or None."""
+        raise NotImplementedError
+
+    def turn(self, number) -> Turn:
+        """The turn of this number."""
+        return Turn(number, self.sizes, self.keeps_keys, self.streamed)
 
     def copy(self) -> None:
         """Copies all tiles to shared memory."""
         sources, held = self.sources, self.held
 
         def copy_all(turn, positions, tiles, numbers, slot, loaded):
-            place = turn.in_array(positions)
+            place = turn.place(positions)
             for source, target in zip(*tiles, strict=True):
                 plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], loaded)
             for source, target in zip(*numbers, strict=True):
                 of_rows = source.at[turn.head, positions]
                 plgpu.copy_gmem_to_smem(of_rows, target.at[slot], loaded)
 
-        turns = self.place.turns()
-
-        @pl.loop(0, turns)
+        @pl.loop(0, self.sizes.turns)
         def _(number):
-            turn = _Turn(number, self.place, type(self))
+            turn = self.turn(number)
             copy = functools.partial(
                 copy_all,
                 turn,
-                turn.positions(),
+                turn.kept(),
                 (sources.kept, held.kept),
                 (sources.kept_numbers, held.kept_numbers),
             )
@@ -303,75 +261,61 @@ class _Kernel:
                 )
                 self.slots.fill(turn.before + step, copy)
 
-        last = _Turn(turns - 1, self.place, type(self))
+        last = self.turn(self.sizes.turns - 1)
         self.slots.drain(last.before + last.steps)
-        self.kept_slots.drain(turns)
+        self.kept_slots.drain(self.sizes.turns)
 
-    def multiply(self, targets, result, numbers) -> None:
-        """Computes the results of all turns."""
+    def multiply(self, targets, outgoing, outgoing_numbers) -> None:
+        """Computes the results of all turns; they pass through shared memory."""
         half = launch.group()
 
-        @pl.loop(0, self.place.turns())
+        @pl.loop(0, self.sizes.turns)
         def _(number):
-            turn = _Turn(number, self.place, type(self))
+            turn = self.turn(number)
             self.kept_slots.take(number)
-            sums, number_h = self.results(turn, self.kept_slots.of(number), half)
+            at = self.kept_slots.of(number), pl.ds(half * HALF, HALF)
+            results, number_h = self.attend(turn, half, at)
             self.kept_slots.release(number)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for index, sum_hC in enumerate(sums):
-                result[index][half] = sum_hC.astype(result[index].dtype)
+            for result_hC, held in zip(results, outgoing, strict=True):
+                held[half] = result_hC.astype(held.dtype)
             if number_h is not None:
-                numbers[half] = number_h
+                outgoing_numbers[half] = number_h
             plgpu.commit_smem()
-            positions = turn.positions(half)
-            for index in range(len(sums)):
-                target = targets[index].at[turn.in_array(positions)]
-                plgpu.copy_smem_to_gmem(result[index].at[half], target)
+            positions = turn.half(half)
+            # The target of numbers comes after those of results.
+            for held, target in zip(outgoing, targets, strict=False):
+                place = target.at[turn.place(positions)]
+                plgpu.copy_smem_to_gmem(held.at[half], place)
             if number_h is not None:
-                target = targets[-1].at[turn.head, positions]
-                plgpu.copy_smem_to_gmem(numbers.at[half], target)
+                place = targets[-1].at[turn.head, positions]
+                plgpu.copy_smem_to_gmem(outgoing_numbers.at[half], place)
 
-    def results(self, turn: _Turn, kept_slot, half) -> tuple:
-        """The results [h, C] of a half of a kept tile, and the number of each row."""
-        first, last = turn.first_step(half), turn.before + turn.steps - 1
-        at = kept_slot, pl.ds(half * HALF, HALF)
+    def attend(self, turn: Turn, half, at) -> tuple:
+        """What `finish` makes for half of a kept tile."""
+        skipped = turn.skipped(half)
+        first, last = turn.before + skipped, turn.before + turn.steps - 1
         self.slots.take(turn.before)
 
-        @pl.when(first == 1)
+        # A tile must be taken even by a half that does not meet it.
+        @pl.when(skipped == 1)
         def _():
             self.slots.release(turn.before)
-            self.slots.take(turn.before + 1)
+            self.slots.take(first)
 
         def weigh(products, carry, slot, is_first):
-            logit_hs, *others = products
-            if is_first:  # Queries do not see the later keys of this tile.
-                positions = [
-                    lax.broadcasted_iota(jnp.int32, logit_hs.shape, axis)
-                    for axis in (0, 1)
-                ]
-                query_hs, key_hs = reversed(positions) if self.keeps_keys else positions
-                if self.streamed == KEPT:
-                    query_hs += half * HALF
-                logit_hs = jnp.where(query_hs >= key_hs, logit_hs, -jnp.inf)
-            return self.weigh(logit_hs, *others, carry=carry, slot=slot)
+            logit_hs, *of_p = products
+            if is_first:
+                logit_hs = jnp.where(turn.hides(half), -jnp.inf, logit_hs)
+            return self.weigh(logit_hs, *of_p, carry=carry, slot=slot)
 
-        of_tiles = Products(
-            tuple(held.at[at] for held in self.held.kept[: self.products]),
-            self.held.streamed,
-            self.sum_of,
-            self.slots,
-        )
-        first = turn.before + first
-        sums, carry = of_tiles.fold(first, last, weigh, self.shrink, self.start(at))
+        kept = tuple(held.at[at] for held in self.held.kept[: self.products])
+        products = Products(kept, self.held.streamed, self.sum_of, self.slots)
+        sums, carry = products.fold(first, last, weigh, self.shrink, self.start(at))
         return self.finish(sums, carry)
 
-    def shrink(self, sums: tuple, carry) -> tuple:
-        """The sums as they are."""
-        del carry
-        return sums
 
-
-class _Results(_Kernel):
+class _Forward(_Kernel):
     """The forward pass; keeps queries, streams keys and values."""
 
     name = "attention"
@@ -409,7 +353,7 @@ class _OfQueries(_Kernel):
     name = "attention_of_queries"
 
     def start(self, at) -> tuple:
-        """Normalisers, and the means of the weights' gradients, [h]."""
+        """Normalisers, and means of the weights' gradients, [h]."""
         _, of_y, y = self.held.kept
         of_y_hC, y_hC = (held[at].astype(jnp.float32) for held in (of_y, y))
         (normaliser,) = self.held.kept_numbers

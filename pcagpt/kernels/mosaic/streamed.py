@@ -120,13 +120,15 @@ class Products(NamedTuple):
 
             def next_weights(products):
                 result = weigh(products, carry, self.slots.of(count), False)
+                # Without it, the compiler computes weights after the sums.
                 result = lax.optimization_barrier(result)
-                take_after(count)  # A compiler would compute weights after the sums.
+                take_after(count)  # This wait is over before that for the sums.
                 return result
 
             sums, weights, carry = self._overlap(sums, weights, count, next_weights)
+            # Until here, products read the last weights in the registers of the next.
+            weights = lax.optimization_barrier(weights)
             self.slots.release(count - 1)
-            # Until here, products read the last weights in the same registers.
             return shrink(sums, carry), rounded(weights), carry
 
         products = self._products(first)
