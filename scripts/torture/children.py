@@ -89,7 +89,8 @@ def start(
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     line = f"cd {place} && {shlex.join(['python', '-m', 'pcagpt.main', *words])}\n"
     log.with_suffix(".command").write_text(line)
-    out.touch()
+    for path in (out, err):
+        path.touch()  # A child may be killed before it opens them.
 
     def body() -> None:
         os.chdir(place)
