@@ -111,6 +111,7 @@ def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
         "tokenizer_sha256": RANKS["sotu4096"].sha256,
         "tokens": {"train": 2195114, "val": 166033, "test": 118490},
         "unknown_tokens": dict.fromkeys(SPLITS, 0),
+        "unended_documents": dict.fromkeys(SPLITS, 0),
         "tokens_sha256": {s: sha256_of_file(sotu.folder / f"{s}.bin") for s in SPLITS},
     }
     assert {split: len(sotu.tokens(split)) for split in SPLITS} == meta["tokens"]

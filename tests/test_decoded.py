@@ -21,6 +21,7 @@ from pcagpt.errors import UserError
 from pcagpt.run.trained import Run
 
 SMALL = {"n_layer": 2}
+MARK = "<|endoftext|>"
 DOCUMENTS = [TEXT * 3, HARD_TEXT, "naïve 日本語 🙂" * 40, TEXT]
 
 
@@ -114,6 +115,28 @@ def test_empty_documents_keep_their_end_of_text(tokenizer, ends_stand, tmp_path)
     (folder / "meta.json").write_text(json.dumps(meta))
     found = open_corpus(str(folder), tmp_path / "cache", encode_as=tokenizer)
     assert found.tokens("train")[:].tolist() == wanted
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("start", ["", MARK])
+def test_marks_in_a_text_become_the_ends_that_token_files_have(
+    tokenizer, start, tmp_path
+):
+    texts = [TEXT * 3, "", TEXT, TEXT * 9, f" {TEXT} ", "a"]
+    # The same text as GPT-2's tokens, which end documents there.
+    encoding = vocabulary.load("gpt2")
+    ids = encoding.encode(MARK + MARK.join(texts), allowed_special={MARK})
+    tokens, text = tmp_path / "gpt2", tmp_path / "text"
+    tokens.mkdir()
+    np.array(ids, np.uint16).tofile(tokens / "train.bin")
+    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16"}
+    (tokens / "meta.json").write_text(json.dumps(meta))
+    text.mkdir()
+    (text / "train.txt").write_text(start + MARK.join(texts))
+    same = open_corpus(str(tokens), tmp_path / "cache", encode_as=tokenizer)
+    found = open_corpus(str(text), tmp_path / "cache", tokenizer)
+    assert found.tokens("train")[:].tolist() == same.tokens("train")[:].tolist()
+    assert sum(found.tokens("train")[:] == vocabulary.load(tokenizer).eot_token) == 6
 
 
 @pytest.mark.usefixtures("small")

@@ -410,6 +410,14 @@ def test_the_end_of_text_may_be_named_in_the_config_beside(word_level):
     assert vocabulary.load(str(word_level)).eot_token == 1
 
 
+def test_the_mark_of_a_text_is_the_end_of_the_tokenizer_only_if_allowed(word_level):
+    found = vocabulary.load(str(word_level))
+    one, two = found.encode("one"), found.encode("two")
+    text = "one<|endoftext|>two<|endoftext|>"
+    assert found.encode(text, allowed_special={"<|endoftext|>"}) == [*one, 1, *two, 1]
+    assert 1 not in found.encode(text)
+
+
 # What a file serves.
 
 
@@ -455,7 +463,8 @@ def test_cached_tokens_of_earlier_versions_are_made_again(
         tokens = np.roll(np.fromfile(earlier / "train.bin", "<u2"), number)
         tokens.tofile(earlier / "train.bin")
         meta = json.loads((earlier / "meta.json").read_text())
-        del meta["tokens_sha256"], meta["unknown_tokens"], meta["sha256"]
+        for name in ("tokens_sha256", "unknown_tokens", "unended_documents", "sha256"):
+            del meta[name]
         (earlier / "meta.json").write_text(json.dumps(meta))
         again = open_corpus("text", place / "cache", "tokenizer.json")
         assert again.folder == now.folder
@@ -809,6 +818,29 @@ def test_tokens_for_unknown_text_are_counted_once(model, place, caplog):
     unknown = corpus.tokens("val")[:][1]
     assert unknown == vocabulary.load(file).unknown
     assert corpus.unknown == {"train": 0, "val": 1}
+
+
+@pytest.mark.parametrize(
+    ("train", "count"),
+    [(["a b"], 0), (["a b", "b a", "a"], 2), (["a <|endoftext|> b <|endoftext|>"], 2)],
+)
+def test_ends_of_documents_without_a_token_are_counted(train, count, place, caplog):
+    parts = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    model = WORDS | {"type": "WordLevel"}
+    file = write_whole(place / "tokenizer.json", model, **parts)
+    (place / "text/val.txt").write_text("a b")
+    (place / "text/train.txt").unlink()
+    for number, text in enumerate(train):
+        (place / f"text/train.{number}.txt").write_text(text)
+    for _ in range(2):  # Also if the text was tokenized before.
+        warn_once.cache_clear()
+        caplog.clear()
+        corpus = open_corpus("text", place / "cache", file)
+        assert corpus.unended == {"train": count, "val": 0}
+        lines = [line for line in caplog.messages if "ends of documents" in line]
+        assert [line.split(" in the ")[0] for line in lines] == (
+            [f"{count} ends of documents"] if count else []
+        )
 
 
 def test_a_text_with_a_character_without_a_token_is_not_tokenized(folder, place):

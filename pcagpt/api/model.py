@@ -179,7 +179,9 @@ class Model:
         return until(pieces, stops)
 
     def encode(self, text: str) -> np.ndarray:
-        """The token ids of a text, int32 [T]; '<|endoftext|>' is one token.
+        """The token ids of a text, int32 [T].
+
+        '<|endoftext|>' is the token that ends a text for the tokenizer, if it has one.
 
         Raises UserError if the model has no tokenizer, or it has neither a token for a
         character nor one for unknown text.

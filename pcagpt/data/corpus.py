@@ -33,7 +33,7 @@ from pcagpt.data.sources import (
 from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
-from pcagpt.data.tokenizer import RANKS
+from pcagpt.data.tokenizer import END_OF_TEXT, RANKS
 from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.file_hashes import is_settled, stamp_in
 from pcagpt.files import folder_name
@@ -410,8 +410,18 @@ def _open(
 def _told(corpus: Corpus) -> Corpus:
     """The corpus; a warning names a split that is byte for byte the train split.
 
-    Another one counts the tokens for unknown text, if pcagpt tokenized it.
+    Others count the tokens for unknown text, and the ends of documents without a
+    token, if pcagpt tokenized it.
     """
+    for split, count in corpus.unended.items():
+        if count:
+            warn_once(
+                f"{count:,} ends of documents in the {split} split of {corpus.name} "
+                f"have no token, because nothing names the end of text of "
+                f"{corpus.tokenizer}: documents are not separated, and {END_OF_TEXT} "
+                'is read as letters; name it as "eos_token" in a tokenizer_config.json '
+                "beside that file"
+            )
     for split, count in corpus.unknown.items():
         if count:
             warn_once(

@@ -35,8 +35,9 @@ class CorpusInfo:
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
     or None if it is unknown or none has a text; dtype: a key of DTYPES, or None if the
     meta file names none; counts: number of tokens of each split, as far as the meta
-    file states it; hashes and unknown: sha256 of each split's file, and how many of its
-    tokens stand for unknown text, if pcagpt tokenized it.
+    file states it; hashes, unknown and unended: sha256 of each split's file, how many
+    of its tokens stand for unknown text, and how many ends of documents have no token,
+    if pcagpt tokenized it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class CorpusInfo:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     unknown: dict[str, int] = dataclasses.field(default_factory=dict)
+    unended: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def narrowest(vocab_size: int) -> str:
@@ -111,14 +113,15 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     if dtype is not None and dtype not in list(DTYPES):
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
     hashes, unknown = meta.get("tokens_sha256", {}), meta.get("unknown_tokens", {})
+    unended = meta.get("unended_documents", {})
     if not (
-        all(_is_by_split(numbers, int) for numbers in (counts, unknown))
+        all(_is_by_split(numbers, int) for numbers in (counts, unknown, unended))
         and _is_by_split(hashes, str)
     ):
         raise UserError(
             f"{path} is damaged: 'tokens' must give the number of tokens of each split "
-            "as whole numbers, as must 'unknown_tokens', and 'tokens_sha256' the hash "
-            "of its file as text"
+            "as whole numbers, as must 'unknown_tokens' and 'unended_documents', and "
+            "'tokens_sha256' the hash of its file as text"
         )
     name = meta.get("name")
     agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
@@ -141,6 +144,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         counts=counts,
         hashes=hashes,
         unknown=unknown,
+        unended=unended,
     )
 
 

@@ -84,7 +84,7 @@ def write_token_folder(
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
-    unknown = dict(counts)
+    unknown, unended = dict(counts), dict(counts)
     dtype = narrowest(info.vocab_size)
     characters, reported = 0, time.monotonic()
 
@@ -92,12 +92,14 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
         nonlocal characters, reported
         tokenizer = vocabulary.load(info.tokenizer)
         of_unknown = getattr(tokenizer, "unknown", None)
-        for ids, length in _encode(source.documents[split](), tokenizer):
+        ends = 0
+        for ids, length, without in _encode(source.documents[split](), tokenizer):
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
             if of_unknown is not None:
                 unknown[split] += ids.count(of_unknown)
             characters += length
+            ends += without
             if process.shows_progress() and time.monotonic() - reported > 2:
                 reported = time.monotonic()
                 print(
@@ -105,6 +107,8 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
                     f"characters so far, now in {split}",
                     file=sys.stderr,
                 )
+
+        unended[split] = max(ends - 1, 0)  # Nothing comes after the last document.
 
     for split in source.documents:
         try:
@@ -119,6 +123,7 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
         "tokenizer_sha256": info.tokenizer_sha256,
         "tokens": counts,
         "unknown_tokens": unknown,
+        "unended_documents": unended,
         "tokens_sha256": {
             split: sha256_of_file(folder / f"{split}.bin") for split in counts
         },
@@ -128,12 +133,15 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
 
 def _encode(
     documents: Iterable[Document], encoding: vocabulary.Tokenizer
-) -> Iterator[tuple[list[int], int]]:
-    """Yields (ids, characters) of each piece; `<|endoftext|>` starts a document.
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yields (ids, characters, ends without a token) of each piece.
 
-    The same text inside a document is the same token, as in GPT-2's own corpora.
+    What ends a text starts a document. `<|endoftext|>` inside a document is the same
+    token, as in GPT-2's own corpora.
     """
-    cut = partial(_checked_cut, encoding.encode)
+    allowed = {END_OF_TEXT}
+    encode = partial(encoding.encode, allowed_special=allowed)
+    cut = partial(_checked_cut, encode)
     # Only GPT-2's pattern is known to allow cuts.
     is_known = isinstance(encoding, tiktoken.Encoding)
     pieces_of = partial(_pieces, cut=_known_cut if is_known else cut)
@@ -148,12 +156,13 @@ def _encode(
     while batch := list(islice(pieces, 8 * threads)):
         texts = [text for _, text in batch]
         encoded = encoding.encode_batch(
-            texts, num_threads=threads, allowed_special={END_OF_TEXT}
+            texts, num_threads=threads, allowed_special=allowed
         )
         for (is_first, text), ids in zip(batch, encoded, strict=True):
             # A text that marks its documents itself gets no second mark.
             is_marked = ids[:1] == mark
-            yield mark * (is_first and not is_marked) + ids, len(text)
+            lost = 0 if mark else is_first + text.count(END_OF_TEXT)
+            yield mark * (is_first and not is_marked) + ids, len(text), lost
 
 
 def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[str]:

@@ -77,26 +77,40 @@ class FileTokenizer:
         """ids: that have a text; eot_token: separates documents; None without one."""
         self.ids, self.n_vocab, self.eot_token = ids, max(ids) + 1, eot_token
         self._file, self._tokenizer = file, tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._has_mark = any(token.content == END_OF_TEXT for token in added)
         # Then the package raises an error instead.
         self._loses = getattr(tokenizer.model, "unk_token", "") is None
         if self._loses:
             tokenizer.model.unk_token = _LACKING
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The ids of a text. Special tokens in it are always taken for themselves.
+        """The ids of a text; `encode_batch` of a single one."""
+        return self.encode_batch([text], allowed_special=allowed_special)[0]
 
-        Raises Lacking if it has a character without a token.
+    def encode_batch(
+        self, texts: Sequence[str], allowed_special: Collection[str] = (), **_: Any
+    ) -> list[list[int]]:
+        """The ids of several texts.
+
+        Special tokens in a text are always taken for themselves. If `<|endoftext|>` is
+        allowed and none of them, it becomes `eot_token`, and the texts on its sides are
+        encoded one by one, as documents are. Raises Lacking if a text has a character
+        without a token.
         """
-        with _naming(self._file), self._refusing([text]):
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str], **_: Any) -> list[list[int]]:
-        """The ids of several texts; raises as `encode` does."""
-        with _naming(self._file), self._refusing(texts):
-            encoded = self._tokenizer.encode_batch(
-                list(texts), add_special_tokens=False
-            )
-        return [one.ids for one in encoded]
+        has_end = self.eot_token is not None and not self._has_mark
+        is_cut = has_end and END_OF_TEXT in allowed_special
+        parts = [text.split(END_OF_TEXT) if is_cut else [text] for text in texts]
+        flat = list(itertools.chain.from_iterable(parts))
+        with _naming(self._file), self._refusing(flat):
+            encoded = self._tokenizer.encode_batch(flat, add_special_tokens=False)
+        ids_of, found = iter(encoded), []
+        for of_text in parts:
+            ids = next(ids_of).ids
+            for one in itertools.islice(ids_of, len(of_text) - 1):
+                ids += [self.eot_token, *one.ids]
+            found.append(ids)
+        return found
 
     @contextlib.contextmanager
     def _refusing(self, texts: Sequence[str]) -> Iterator[None]:
