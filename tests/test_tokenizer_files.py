@@ -410,6 +410,20 @@ def test_the_end_of_text_may_be_named_in_the_config_beside(word_level):
     assert vocabulary.load(str(word_level)).eot_token == 1
 
 
+def test_the_end_of_text_may_be_named_in_the_config_of_the_model(word_level, tmp_path):
+    file = shutil.copy(word_level / "tokenizer.json", tmp_path)
+    config, lost = tmp_path / "config.json", vocabulary.describe(file)
+    for stated, end in ((1, 1), ([50256, 1], 1), (5, None), (50256, None)):
+        config.write_text(json.dumps({"eos_token_id": stated}))
+        assert vocabulary.load(file).eot_token == end, stated
+        same = word_level if end else file
+        wanted = vocabulary.describe(str(same)).sha256 if end else lost.sha256
+        assert vocabulary.describe(file).sha256 == wanted
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+    config.write_text('{"eos_token_id": 1}')
+    assert vocabulary.load(file).eot_token == 0
+
+
 def test_the_mark_of_a_text_is_the_end_of_the_tokenizer_only_if_allowed(word_level):
     found = vocabulary.load(str(word_level))
     one, two = found.encode("one"), found.encode("two")

@@ -33,6 +33,7 @@ from pcagpt.json_files import read_json
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 # Beside them:
 CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_MODEL = "config.json"  # of the model
 _TEMPLATE = "chat_template"  # its own file, or a field of CONFIG
 _SPECIAL = "special_tokens_map.json"
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
@@ -249,8 +250,8 @@ def describe(file: Path) -> Numbering:
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.suffix == RANK_ENDING:
         return Numbering(_ranks(file)[1], sha256)
-    if END_OF_TEXT not in _id_of_text(file):  # Another file names what ends documents.
-        pair = f"{sha256} {_end_in_config(file)}"
+    if END_OF_TEXT not in _id_of_text(file):  # Other files name what ends documents.
+        pair = f"{sha256} {_end_beside(file)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.name == WHOLE and _changes_texts(file):
         # Earlier versions obeyed the file and made other tokens.
@@ -347,7 +348,7 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
     id_of_text = _id_of_text(file)
     if problem := _disagreement(file):
         raise UserError(f"{file} {problem}: {_SAVE_WHOLE}")
-    texts = (END_OF_TEXT, _end_in_config(file))
+    texts = (END_OF_TEXT, _end_beside(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
     return FileTokenizer(file, made, id_of_text.values(), next(ends, None))
 
@@ -415,7 +416,7 @@ def own_settings(folder: Path) -> dict[str, Any]:
 
 def _check_kind(vocab: Path) -> None:
     """UserError if a vocab.json is for another way to cut text than GPT-2's."""
-    model = read_json(vocab.with_name("config.json"), _DAMAGED, True) or {}
+    model = read_json(vocab.with_name(_MODEL), _DAMAGED, True) or {}
     own, of_model = (
         one.get("tokenizer_class") for one in (_config_beside(vocab), model)
     )
@@ -538,11 +539,27 @@ def _adds_space(file: Path) -> bool | None:
     return None
 
 
-def _end_in_config(file: Path) -> str | None:
-    """`eos_token` of the files beside a tokenizer."""
+def _end_beside(file: Path) -> str | None:
+    """`eos_token` of the files beside a tokenizer, else `eos_token_id` of the model.
+
+    An id counts if it is of an added token: transformers writes GPT-2's 50256 into the
+    config.json of models with other vocabularies, too.
+    """
     stated = _config_beside(file).get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
-    return stated if isinstance(stated, str) else None
+    if isinstance(stated, str):
+        return stated
+    model = read_json(file.with_name(_MODEL), _DAMAGED, True) or {}
+    ids = model.get("eos_token_id")
+    text_of = {str(one["id"]): one["content"] for one in _added(file)}
+    ids = map(str, ids if isinstance(ids, list) else [ids])
+    return next((text_of[one] for one in ids if one in text_of), None)
+
+
+def _added(file: Path) -> list[dict[str, Any]]:
+    """The added tokens that a tokenizer.json states; [] for another file."""
+    whole = (read_json(file, _DAMAGED) or {}) if file.name == WHOLE else {}
+    return whole.get("added_tokens") or []
 
 
 @read_once
@@ -583,8 +600,7 @@ def _added_from(file: Path, size: int) -> int | None:
     """
     if file.name != WHOLE:
         return None
-    content = read_json(file, _DAMAGED) or {}
-    added = {one["id"] for one in content.get("added_tokens") or ()}
+    added = {one["id"] for one in _added(file)}
     first = size
     while first - 1 in added:
         first -= 1
