@@ -80,7 +80,7 @@ def read_json(
         return UserError(f"{path} is damaged ({reason}): {remedy}")
 
     try:
-        if path.exists() and (kind := odd_kind(path)):
+        if kind := odd_kind(path):
             raise damaged(f"it is {kind}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

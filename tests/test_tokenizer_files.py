@@ -548,6 +548,52 @@ def test_a_model_with_a_tokenizer_is_evaluated_compressed_and_sampled_with_it(
         assert "tokenizer" in line and str(made) in line
 
 
+def config_of(**fields):
+    return "tokenizer_config.json", json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("vocab.json", "{}", True),
+        ("merges.txt", "a b", True),
+        ("added_tokens.json", "{}", True),
+        ("spiece.model", "x", True),
+        ("vocab.txt", "x", True),
+        ("tokenizer.json", None, True),
+        ("vocab.json", None, True),
+        ("merges.txt", None, True),
+        ("tokenizer_config.json", None, True),
+        ("vocab.txt", None, True),
+        (*config_of(tokenizer_class="TokenizersBackend"), True),
+        (*config_of(eos_token="</s>"), True),
+        (*config_of(add_prefix_space=True), True),
+        ("special_tokens_map.json", '{"eos_token": "</s>"}', True),
+        (*config_of(tokenizer_class="GPT2Tokenizer", eos_token=END), False),
+        (*config_of(model_max_length=1024), False),
+        ("generation_config.json", "{}", False),
+    ],
+)
+def test_gpt2s_tokens_are_not_taken_where_a_tokenizer_was_lost(
+    name, content, named, tmp_path, caplog
+):
+    """`content` is None for a link to nothing."""
+    sizes = {"vocab_size": 50257, "n_embd": 2, "n_head": 1, "n_layer": 1}
+    folder = gpt2_folders.write(tmp_path / "theirs", **sizes)
+    path = folder / name
+    path.symlink_to("nowhere") if content is None else path.write_text(content)
+    if named:
+        with pytest.raises(UserError, match=rf"^{path} is .*download"):
+            Run.open(folder)
+        return
+    warn_once.cache_clear()
+    assert Run.open(folder).record["tokenizer"] == "gpt2"
+    assert caplog.messages == [
+        f"{folder} has no tokenizer: the 50,257 rows of its table are taken for "
+        "GPT-2's tokens"
+    ]
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_was_trained_on_it_finds_its_tokenizer_by_hash(
     byte_level, folder, place, monkeypatch

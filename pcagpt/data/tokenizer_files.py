@@ -28,6 +28,7 @@ from pcagpt.data.tokenizer import (
 )
 from pcagpt.errors import OF_NO_FILE, UserError
 from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
+from pcagpt.files import odd_kind
 from pcagpt.json_files import read_json
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -36,6 +37,9 @@ CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _MODEL = "config.json"  # of the model
 _TEMPLATE = "chat_template"  # its own file, or a field of CONFIG
 _SPECIAL = "special_tokens_map.json"
+_GPT2 = "GPT2Tokenizer"  # a class of transformers
+# Files that a folder with GPT-2's tokens does not have alone.
+_PARTS = (VOCAB, MERGES, _ADDED, "vocab.txt", "*.model", "*.tiktoken")
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
 _LOST = "\ufffd"  # stands for bytes that are no character
@@ -221,11 +225,37 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def file_of(path: Path) -> Path | None:
-    """The main file of the tokenizer in a folder or file; None without one."""
+    """The main file of the tokenizer in a folder or file; None without one.
+
+    UserError if a file of the folder is a link to nothing.
+    """
     if path.is_dir():
+        for name in (WHOLE, VOCAB, MERGES):
+            if kind := odd_kind(path / name):
+                raise UserError(f"{path / name} is {kind}, not a file: {_DAMAGED}")
         inside = (path / name for name in (WHOLE, VOCAB))
         return next((file for file in inside if _is_tokenizer(file)), None)
     return path if _is_tokenizer(path) else None
+
+
+def check_is_gpt2s(folder: Path) -> None:
+    """UserError if a file tells of a tokenizer that the folder of a model has lost.
+
+    It is for a folder without a `file_of`. What GPT-2's own tokenizer_config.json and
+    special_tokens_map.json say is no such trace.
+    """
+    traces = [file for file in sorted(folder.iterdir()) if any(map(file.match, _PARTS))]
+    config, kind = _config_beside(folder / WHOLE), _class_beside(folder / WHOLE)
+    is_other = config.get("add_prefix_space") or _other_special(config, [END_OF_TEXT])
+    if is_other or not _is_gpt2(kind or _GPT2):
+        named = (folder / name for name in (CONFIG, _SPECIAL, _MODEL))
+        traces += filter(Path.is_file, named)
+    if traces:
+        raise UserError(
+            f"{traces[0]} is of a tokenizer, but neither {WHOLE} nor {VOCAB} with "
+            f"{MERGES} is there, so that the model's tokens are unknown: download "
+            f"these files again, or {_SAVE_WHOLE}"
+        )
 
 
 def _is_tokenizer(file: Path) -> bool:
@@ -397,6 +427,25 @@ def _config_beside(file: Path) -> dict[str, Any]:
     return config | (read_json(file.with_name(_SPECIAL), _DAMAGED) or {})
 
 
+def _model_beside(file: Path) -> dict[str, Any]:
+    """The config.json of the model of a tokenizer."""
+    return read_json(file.with_name(_MODEL), _DAMAGED, True) or {}
+
+
+def _class_beside(file: Path) -> Any:
+    """The class of a tokenizer in transformers; None if no file beside it tells."""
+    own, of_model = (
+        one.get("tokenizer_class")
+        for one in (_config_beside(file), _model_beside(file))
+    )
+    return own or of_model
+
+
+def _is_gpt2(kind: object) -> bool:
+    """Whether a class of tokenizers of transformers is that of GPT-2."""
+    return str(kind).removesuffix("Fast") == _GPT2
+
+
 def own_settings(folder: Path) -> dict[str, Any]:
     """What the tokenizer in a folder says besides how it cuts text.
 
@@ -416,12 +465,8 @@ def own_settings(folder: Path) -> dict[str, Any]:
 
 def _check_kind(vocab: Path) -> None:
     """UserError if a vocab.json is for another way to cut text than GPT-2's."""
-    model = read_json(vocab.with_name(_MODEL), _DAMAGED, True) or {}
-    own, of_model = (
-        one.get("tokenizer_class") for one in (_config_beside(vocab), model)
-    )
-    kind, cut = own or of_model, str(model.get("model_type"))
-    is_gpt2 = str(kind).removesuffix("Fast") == "GPT2Tokenizer"
+    kind, cut = _class_beside(vocab), str(_model_beside(vocab).get("model_type"))
+    is_gpt2 = _is_gpt2(kind)
     if not is_gpt2 and (kind or cut.startswith(_OTHER_CUTS)):
         raise UserError(
             f"{vocab} is of {kind or cut}, which cuts text in another way than GPT-2: "
@@ -549,8 +594,7 @@ def _end_beside(file: Path) -> str | None:
     stated = stated.get("content") if isinstance(stated, dict) else stated
     if isinstance(stated, str):
         return stated
-    model = read_json(file.with_name(_MODEL), _DAMAGED, True) or {}
-    ids = model.get("eos_token_id")
+    ids = _model_beside(file).get("eos_token_id")
     text_of = {str(one["id"]): one["content"] for one in _added(file)}
     ids = map(str, ids if isinstance(ids, list) else [ids])
     return next((text_of[one] for one in ids if one in text_of), None)

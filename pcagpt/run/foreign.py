@@ -17,7 +17,7 @@ from pcagpt.config import KNOBS
 from pcagpt.data import tokenizer_files, vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.data.tokenizer import RANKS
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import check_digests, read_once
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.model import CONSTANTS, TABLES
@@ -155,6 +155,13 @@ def _record(folder: Path) -> dict[str, Any]:
         }
     # Other architectures have vocabularies of these sizes, too.
     is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
+    if is_gpt2:
+        tokenizer_files.check_is_gpt2s(folder)
+        if not nano_gpt.is_model(folder):  # Its models have no other tokenizer.
+            warn_once(
+                f"{folder} has no tokenizer: the {rows:,} rows of its table are taken "
+                "for GPT-2's tokens"
+            )
     return record | {"tokenizer": "gpt2" if is_gpt2 else None}
 
 
